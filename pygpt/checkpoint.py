@@ -1,0 +1,211 @@
+"""llm.c checkpoints (`.bin`, versions 1, 3 and 5): find, check, map, write.
+
+A file is an int32[256] little-endian header (magic, version, maxT, V, L, NH, C, Vp, zeros), then the sixteen tensors of
+config.TENSORS, each for all layers. Version 1 holds float32 with V rows of wte, version 3 float32 with Vp rows, version 5
+bfloat16 with Vp rows. The reader trusts nothing: one size, computed from checked numbers on Python integers, must be the
+file's size, so no later offset can leave the map. The values stay in the file and are used in place.
+
+Refuses: files of any other size, magic or version, and anything that would need code of the file to run.
+Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
+"""
+
+import errno
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from .config import Config
+from .errors import CheckpointError, ClosedError, InputError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
+
+    import numpy as np
+    import numpy.typing as npt
+
+MAGIC = 20240326
+HEADER_BYTES = 1024
+VALUE_BYTES = {1: 4, 3: 4, 5: 2}  # by version: float32, float32, bfloat16
+GPT2_FILE = "gpt2_124M.bin"
+EMBEDDED_MODEL = os.path.join(os.path.dirname(__file__), "data", "shakespeare.bin")
+
+
+def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
+    """Say which model answers: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the small embedded model.
+
+    Returns (path, origin) with origin "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises
+    CheckpointError when the named file does not exist.
+    """
+    if path is not None:
+        name, origin, via = os.fspath(path), "given", ""
+    elif os.environ.get("PYGPT_MODEL"):
+        name, origin, via = os.environ["PYGPT_MODEL"], "PYGPT_MODEL", " (named by PYGPT_MODEL)"
+    elif os.path.lexists(GPT2_FILE):
+        name, origin, via = GPT2_FILE, "folder", ""
+    else:
+        return EMBEDDED_MODEL, "embedded"
+    if not os.path.exists(name):
+        raise CheckpointError(f"{name}{via}: no such model file; give the path of an llm.c checkpoint such as {GPT2_FILE}")
+    return name, origin
+
+
+def file_bytes(config: Config, version: int) -> int:
+    """The exact size in bytes of a checkpoint of this shape and version."""
+    return HEADER_BYTES + config.parameters(padded=version != 1) * VALUE_BYTES[version]
+
+
+class Checkpoint:
+    """An open checkpoint, its values mapped read-only. Use it in a `with` block or close() it.
+
+    `config` and `version` are the checked header; `values` is the map from the first tensor on, as bytes. Raises
+    CheckpointError, with the found and the expected figures, for any file that is not exactly a checkpoint.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path!r}: cannot open the model file: {_reason(error)}") from error
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{self.path}: not a regular file; a model is an llm.c checkpoint file")
+            self.config, self.version = self._check(os.read(fd, HEADER_BYTES), status.st_size)
+            self._map = mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+            raise CheckpointError(f"{self.path}: cannot map the model file: {_reason(error)}") from error
+        finally:
+            os.close(fd)
+        self.values = memoryview(self._map)[HEADER_BYTES:]
+
+    def _check(self, header: bytes, found: int) -> tuple[Config, int]:
+        """Check every field of the header, and the file's size against it."""
+        if len(header) < HEADER_BYTES:
+            raise CheckpointError(f"{self.path}: {found} bytes, shorter than a checkpoint's header of {HEADER_BYTES} bytes")
+        magic, version, maxT, V, L, NH, C, Vp, *reserved = struct.unpack("<256i", header)
+        if magic != MAGIC:
+            raise CheckpointError(f"{self.path}: magic number {magic}, expected {MAGIC}: not an llm.c checkpoint")
+        if version not in VALUE_BYTES:
+            raise CheckpointError(f"{self.path}: checkpoint version {version}, expected 1, 3 (float32) or 5 (bfloat16)")
+        try:
+            config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C)
+        except InputError as error:
+            raise CheckpointError(f"{self.path}: bad header: {error}") from None
+        if version != 1 and Vp != config.Vp:
+            raise CheckpointError(f"{self.path}: bad header: Vp is {Vp}, expected {config.Vp} for V = {V}")
+        for index, value in enumerate(reserved, start=8):
+            if value:
+                raise CheckpointError(f"{self.path}: bad header: reserved field {index} is {value}, expected 0")
+        expected = file_bytes(config, version)
+        if found != expected:
+            kind = "truncated" if found < expected else "too long"
+            raise CheckpointError(
+                f"{self.path}: {kind}: {found} bytes, expected {expected} for version {version} with {config}; fetch it again"
+            )
+        return config, version
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the values are bfloat16."""
+        return VALUE_BYTES[self.version] == 2
+
+    def tensor(self, name: str) -> "npt.NDArray[np.float32]":
+        """Return one tensor as float32, wte without padding: a read-only view of the file, or a widened copy of bfloat16."""
+        import numpy as np
+
+        places = {found: (shape, offset, size) for found, shape, offset, size in self.config.tensors(padded=self.version != 1)}
+        if name not in places:
+            raise InputError(f"no tensor is named {name!r}")
+        shape, offset, size = places[name]
+        width = VALUE_BYTES[self.version]
+        try:
+            data = self.values[offset * width : (offset + size) * width]
+        except ValueError:
+            raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
+        if self.bf16:
+            array = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+        else:
+            array = np.frombuffer(data, "<f4").reshape(shape)
+        return array[: self.config.V] if name == "wte" else array
+
+    def close(self) -> None:
+        """Unmap the file once no array views it any more. May be called twice."""
+        with suppress(BufferError):  # an array of tensor() may still view the map: it is unmapped with the last of them
+            self.values.release()
+            self._map.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], config: Config, tensors: Mapping[str, "npt.ArrayLike"], *, version: int = 3
+) -> None:
+    """Write a checkpoint of version 1, 3 or 5: to a temporary file in the same folder, then renamed.
+
+    `tensors` maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows; values are rounded to float32,
+    and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when the file cannot be
+    written; the older file, if any, is intact then.
+    """
+    import numpy as np
+
+    if version not in VALUE_BYTES:
+        raise InputError(f"version is {version}: it must be 1, 3 or 5")
+    wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
+    if set(tensors) != {name for name, _ in wanted}:
+        raise InputError(f"tensors are {sorted(tensors)}, expected {sorted(name for name, _ in wanted)}")
+    header = [MAGIC, version, config.maxT, config.V, config.L, config.NH, config.C, config.Vp if version != 1 else 0]
+    with atomic_file(path) as file:
+        file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))
+        for name, shape in wanted:
+            array = np.ascontiguousarray(tensors[name], dtype="<f4")
+            if array.shape != shape:
+                raise InputError(f"{name} has shape {array.shape}, expected {shape}")
+            values = _to_bfloat16(array) if version == 5 else array
+            file.write(values.data)
+            if name == "wte" and version != 1:
+                file.write(bytes((config.Vp - config.V) * config.C * VALUE_BYTES[version]))
+
+
+def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
+    """Round float32 to bfloat16, nearest even, as its bits; a NaN stays a NaN (rounding could carry it to infinity)."""
+    import numpy as np
+
+    bits = array.view("<u4")
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+    return np.where(np.isnan(array), (bits >> 16).astype("<u2") | np.uint16(0x40), rounded)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
+    """Open a temporary file beside `path` that takes its name only when the block ends without an exception."""
+    path = os.path.realpath(path)  # through a symbolic link: the file is replaced, not the link
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "not a regular file: it is not replaced", path)  # /dev/null must survive
+    temporary = f"{path}.{os.urandom(4).hex()}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's words for an error, without its number and path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,0 +1,89 @@
+"""The model's dimensions, and the one table of tensors from which every offset, view, size and gradient follows.
+
+Dimensions (the field's names, used everywhere): L layers, NH heads, C channels, HS = C / NH head size, V vocabulary,
+Vp = V rounded up to a multiple of 128, maxT the longest sequence. Refuses to know about files and threads.
+Source of names and order: llm.c, train_gpt2.c.
+"""
+
+from collections.abc import Iterator
+
+from .errors import InputError
+
+# Upper limits of a sane model: far above GPT-2 XL, low enough that no product of them overflows 64 bits.
+LIMITS = {"maxT": 65536, "V": 1 << 20, "L": 256, "NH": 1024, "C": 16384}
+
+# The sixteen tensors in file order; each holds all layers before the next begins. Weights are (out, in), row-major.
+TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("wte", ("rows", "C")),  # rows: Vp in padded files, V in version 1
+    ("wpe", ("maxT", "C")),
+    ("ln1w", ("L", "C")),
+    ("ln1b", ("L", "C")),
+    ("qkvw", ("L", "3C", "C")),
+    ("qkvb", ("L", "3C")),
+    ("attprojw", ("L", "C", "C")),
+    ("attprojb", ("L", "C")),
+    ("ln2w", ("L", "C")),
+    ("ln2b", ("L", "C")),
+    ("fcw", ("L", "4C", "C")),
+    ("fcb", ("L", "4C")),
+    ("fcprojw", ("L", "C", "4C")),
+    ("fcprojb", ("L", "C")),
+    ("lnfw", ("C",)),
+    ("lnfb", ("C",)),
+)
+
+
+class Config:
+    """A model's dimensions. Immutable by convention; equal when all five numbers are equal.
+
+    Raises InputError when a number is not a positive int within LIMITS or C is not a multiple of NH.
+    """
+
+    __slots__ = ("C", "L", "NH", "V", "maxT")
+
+    def __init__(self, *, maxT: int, V: int, L: int, NH: int, C: int) -> None:
+        self.maxT, self.V, self.L, self.NH, self.C = maxT, V, L, NH, C
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise InputError(f"{name} is {value!r}: it must be a whole number from 1 to {limit}")
+        if C % NH:
+            raise InputError(f"C is {C}, which is not a multiple of NH = {NH}: every head needs the same size")
+
+    @property
+    def HS(self) -> int:
+        """Channels of one head."""
+        return self.C // self.NH
+
+    @property
+    def Vp(self) -> int:
+        """The vocabulary padded to a multiple of 128, as version 3 and 5 files store wte."""
+        return -(-self.V // 128) * 128
+
+    def tensors(self, *, padded: bool) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+        """Yield (name, shape, offset, size) of the sixteen tensors in file order; offset and size in values."""
+        C = self.C
+        dims = {"rows": self.Vp if padded else self.V, "maxT": self.maxT, "L": self.L, "C": C, "3C": 3 * C, "4C": 4 * C}
+        offset = 0
+        for name, symbols in TENSORS:
+            shape = tuple(dims[symbol] for symbol in symbols)
+            size = 1
+            for extent in shape:
+                size *= extent
+            yield name, shape, offset, size
+            offset += size
+
+    def parameters(self, *, padded: bool) -> int:
+        """How many values the tensors hold in all."""
+        return sum(size for _, _, _, size in self.tensors(padded=padded))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Config):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in self.__slots__))
+
+    def __repr__(self) -> str:
+        return f"Config(maxT={self.maxT}, V={self.V}, L={self.L}, NH={self.NH}, C={self.C})"

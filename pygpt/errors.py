@@ -1,0 +1,31 @@
+"""Every exception that pygpt raises on purpose.
+
+    PyGPTError
+    ├── InputError (ValueError)             an argument is out of its range: token, length, thread count, sampler
+    ├── CheckpointError (ValueError)        a model file is missing, damaged or not a model
+    ├── ClosedError (RuntimeError)          a model, cache or pool is used after close()
+    └── NumericalError (ArithmeticError)    the network produced numbers that are not finite
+
+Each message names the value found, the limit it broke and the way out, in one line. The command turns InputError and
+CheckpointError into exit status 2 and everything else into 1.
+"""
+
+
+class PyGPTError(Exception):
+    """Base of all exceptions of this package."""
+
+
+class InputError(PyGPTError, ValueError):
+    """An argument is out of its range. Nothing was computed and no cache has changed."""
+
+
+class CheckpointError(PyGPTError, ValueError):
+    """A model file is missing, truncated, oversized, or not an llm.c checkpoint."""
+
+
+class ClosedError(PyGPTError, RuntimeError):
+    """The object was closed before this call."""
+
+
+class NumericalError(PyGPTError, ArithmeticError):
+    """The network's output is not finite: the weights are damaged or out of float32's range."""

@@ -1,0 +1,27 @@
+"""Build of the Cython modules; everything else about the package is in pyproject.toml.
+
+The flags are the same on every machine: no -march=native (each instruction set is compiled from micro_body.h and chosen at
+import), no -ffast-math and no contraction (every fused operation is written as one), or the bits would depend on the build.
+"""
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off"]
+MICROKERNELS = [f"pygpt/micro_{isa}.c" for isa in ("baseline", "avx2", "avx512", "neon")]
+HEADERS = [f"pygpt/{name}.h" for name in ("micro", "micro_body", "sync", "sampler")]
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                "pygpt._kernels",
+                ["pygpt/_kernels.pyx", *MICROKERNELS],
+                depends=[*HEADERS, "pygpt/_kernels.pxd"],
+                include_dirs=["pygpt"],
+                extra_compile_args=FLAGS,
+            ),
+            Extension("pygpt._reference", ["pygpt/_reference.pyx"], extra_compile_args=FLAGS),
+        ],
+    ),
+)
