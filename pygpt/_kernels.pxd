@@ -1,0 +1,91 @@
+"""The structures that the forward pass moves through: what is fixed (Net), what moves (State), and who asks (Row)."""
+
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport uint32_t
+
+
+cdef extern from "micro.h" nogil:
+    ctypedef struct microkernels:
+        const char* isa
+        int fused
+        void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+        void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
+        void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
+        void (*add_bias)(float*, const void*, ptrdiff_t, int) noexcept nogil
+        void (*add_bias_gelu)(float*, const void*, ptrdiff_t, int) noexcept nogil
+        void (*add_bias_residual)(float*, const float*, const void*, ptrdiff_t, int) noexcept nogil
+        float (*softmax)(float*, ptrdiff_t, float) noexcept nogil
+        void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
+
+    const microkernels* micro_baseline()
+    const microkernels* micro_avx2()
+    const microkernels* micro_avx512()
+    const microkernels* micro_neon()
+
+
+cdef extern from "sync.h" nogil:
+    ctypedef struct native_barrier:
+        pass
+
+    void barrier_reset(native_barrier*, uint32_t parties, uint32_t spins)
+    void barrier_abort(native_barrier*)
+    int barrier_wait(native_barrier*)
+
+
+cdef extern from "sampler.h" nogil:
+    ptrdiff_t greedy_id(const float* logits, ptrdiff_t V)
+    ptrdiff_t inverse_cdf_id(const float* logits, float* e, ptrdiff_t V, float coin)
+
+
+cdef struct Net:              # what is fixed: dimensions, and where each tensor begins in the mapped file
+    Py_ssize_t L, NH, C, HS, V
+    Py_ssize_t HSp            # HS rounded up to a multiple of 16: the head size in a cache
+    int bf16                  # whether values are bfloat16
+    const char* wte           # (V, C)
+    const char* wpe           # (maxT, C)
+    const char* ln1w          # (L, C)
+    const char* ln1b          # (L, C)
+    const char* qkvw          # (L, 3C, C)
+    const char* qkvb          # (L, 3C)
+    const char* attprojw      # (L, C, C)
+    const char* attprojb      # (L, C)
+    const char* ln2w          # (L, C)
+    const char* ln2b          # (L, C)
+    const char* fcw           # (L, 4C, C)
+    const char* fcb           # (L, 4C)
+    const char* fcprojw       # (L, C, 4C)
+    const char* fcprojb       # (L, C)
+    const char* lnfw          # (C,)
+    const char* lnfb          # (C,)
+
+
+cdef struct Row:              # one token of one sequence
+    Py_ssize_t token
+    Py_ssize_t pos            # its position: how many keys lie before it
+    Py_ssize_t capacity       # positions that its cache has room for
+    float* keys               # (L, NH, capacity, HSp)
+    float* values             # (L, NH, capacity, HSp)
+
+
+cdef struct Span:             # neighbouring rows of one sequence: a tile of the attention
+    Py_ssize_t start, stop    # rows
+    Py_ssize_t cost           # keys looked at by this span and those before it
+
+
+cdef struct State:            # what moves: activations of R rows, named as llm.c names them
+    Py_ssize_t R, W           # rows, rows that want logits
+    Py_ssize_t n_spans
+    Row* rows                 # (R,)
+    Span* spans               # (n_spans,)
+    Py_ssize_t* wanted        # (W,) ascending row numbers
+    float* residual           # (R, C) the residual stream: encoded, residual2, residual3
+    float* ln                 # (R, C) ln1, ln2, lnf
+    float* qkv                # (R, 3C)
+    float* atty               # (R, C)
+    float* proj               # (R, C) attproj, fcproj before they join the stream
+    float* fch                # (R, 4C) fch_gelu
+    float* logits             # (W, V)
+    float* scratch            # (nth, scratch_size) for the attention
+    Py_ssize_t scratch_size
+    Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16

@@ -1,0 +1,537 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""All arithmetic of the network, and the SPMD forward pass.
+
+How this file is built, from the inside out:
+  (a) microkernels: C, one source compiled for each instruction set (micro_body.h), chosen once at import;
+  (b) kernels: `cdef ... noexcept nogil`, one for each operation of GPT-2, which take (ith, nth) and do that worker's share;
+  (c) forward: one function that every worker runs, layer by layer and kernel by kernel, with a native barrier (sync.h)
+      where one kernel reads what another worker wrote;
+  (d) classes: validated Python objects that own memory and enter (c) without the GIL.
+
+Work is split over outputs, never inside a sum, so the bits do not depend on the number of workers. With one worker the
+barriers are empty and this is the serial program. Everything that can fail is checked before `nogil` begins: no worker can
+stop inside a step and leave the others waiting.
+
+Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of operations and the names.
+"""
+
+import os
+from operator import index
+
+from cpython.buffer cimport PyBUF_FORMAT
+from libc.math cimport sqrtf
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+from posix.stdlib cimport posix_memalign
+
+from .errors import ClosedError, InputError
+
+# ------------------------------------------------------------------------------------------------ (a) instruction set
+
+cdef const microkernels* micro = NULL
+
+
+def _available() -> dict:
+    """Map each instruction set that this build and this processor have to its table, best first."""
+    cdef const microkernels* found
+    names = {}
+    for address in (<size_t> micro_avx512(), <size_t> micro_avx2(), <size_t> micro_neon(), <size_t> micro_baseline()):
+        found = <const microkernels*> <size_t> address
+        if found != NULL:
+            names[found.isa.decode()] = address
+    return names
+
+
+def select_isa(name=None) -> None:
+    """Choose the microkernels: the best this processor has, or the named set. Raises InputError when it is not there."""
+    global micro
+    available = _available()
+    if name is None:
+        name = next(iter(available))
+    if name not in available:
+        raise InputError(f"instruction set {name!r} is not available: this processor and build have {', '.join(available)}")
+    micro = <const microkernels*> <size_t> available[name]
+
+
+def cpu_info() -> dict:
+    """Say which instruction set computes and why: keys isa, fused, available, reason."""
+    forced = os.environ.get("PYGPT_ISA")
+    return {
+        "isa": micro.isa.decode(),
+        "fused": bool(micro.fused),
+        "available": list(_available()),
+        "reason": f"PYGPT_ISA={forced}" if forced else "the widest that this processor and build have",
+    }
+
+
+select_isa(os.environ.get("PYGPT_ISA") or None)
+
+# ------------------------------------------------------------------------------------------------ (b) kernels
+
+cdef enum:
+    SPAN_ROWS = 16        # rows of one attention tile
+    BLOCK_BYTES = 1 << 20  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
+
+cdef enum Epilogue:
+    NOTHING
+    BIAS              # out += bias
+    BIAS_GELU         # out = gelu(out + bias)
+    BIAS_RESIDUAL     # residual += out + bias
+
+
+cdef inline void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:
+    """Worker ith's share [start, stop) of n items, in equal contiguous parts."""
+    start[0] = n * ith // nth
+    stop[0] = n * (ith + 1) // nth
+
+
+cdef inline const char* at(const Net* net, const char* tensor, Py_ssize_t index) noexcept nogil:
+    """The address of value `index` of a tensor."""
+    return tensor + index * (2 if net.bf16 else 4)
+
+
+cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """residual[r] = wte[token] + wpe[pos], (R, C). Rows are split over the workers."""
+    cdef Py_ssize_t r, start, stop, C = net.C
+    shard(s.R, ith, nth, &start, &stop)
+    for r in range(start, stop):
+        micro.encode(
+            s.residual + r * C, at(net, net.wte, s.rows[r].token * C), at(net, net.wpe, s.rows[r].pos * C), C, net.bf16
+        )
+
+
+cdef void layernorm(
+    const Net* net, State* s,
+    const char* weight,         # IN (C,)
+    const char* bias,           # IN (C,)
+    const Py_ssize_t* wanted,   # IN (rows,) which rows of the stream, or NULL for all in order
+    Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
+    """ln[i] = layernorm(residual[row i]), (rows, C). Rows are split over the workers. Source: Ba et al. 2016; eps 1e-5."""
+    cdef Py_ssize_t i, start, stop, C = net.C
+    shard(rows, ith, nth, &start, &stop)
+    for i in range(start, stop):
+        micro.layernorm(
+            s.ln + i * C, s.residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16
+        )
+
+
+cdef void matmul(
+    float* out,                 # OUT (rows, N)
+    const float* inp,           # IN  (rows, K)
+    const char* weight,         # IN  (N, K)
+    const char* bias,           # IN  (N,)
+    float* residual,            # IN/OUT (rows, N) for BIAS_RESIDUAL
+    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, int bf16, Epilogue epilogue,
+    Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
+    """out = inp weight^T, then the epilogue. Outputs are split over the workers, and each share is cut into blocks whose
+    weights stay in cache while all rows pass; the epilogue follows while the block's outputs are still near."""
+    cdef Py_ssize_t n, start, stop, width, r, step, size = 2 if bf16 else 4
+    shard(N, ith, nth, &start, &stop)
+    step = stop - start if rows == 1 else max(<Py_ssize_t> BLOCK_BYTES // (4 * K), 16)
+    n = start
+    while n < stop:
+        width = min(step, stop - n)
+        micro.gemm(out + n, N, inp, K, rows, weight + n * K * size, K, width, K, bf16)
+        for r in range(rows):
+            if epilogue == BIAS:
+                micro.add_bias(out + r * N + n, bias + n * size, width, bf16)
+            elif epilogue == BIAS_GELU:
+                micro.add_bias_gelu(out + r * N + n, bias + n * size, width, bf16)
+            elif epilogue == BIAS_RESIDUAL:
+                micro.add_bias_residual(residual + r * N + n, out + r * N + n, bias + n * size, width, bf16)
+        n += width
+
+
+cdef void store_keys_values(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """Copy this worker's outputs of qkv that are keys or values to the caches, head by head; its share is matmul's, so no
+    barrier lies between. The padding of a head is zero: it must add nothing to a dot."""
+    cdef Py_ssize_t start, stop, n, r, head, d, count, C = net.C, HS = net.HS
+    cdef float* cache
+    shard(3 * C, ith, nth, &start, &stop)
+    n = max(start, C)
+    while n < stop:
+        head, d = n % C // HS, n % HS
+        count = min(HS - d, stop - n)
+        for r in range(s.R):
+            cache = s.rows[r].keys if n < 2 * C else s.rows[r].values
+            cache += ((layer * net.NH + head) * s.rows[r].capacity + s.rows[r].pos) * net.HSp
+            memcpy(cache + d, s.qkv + r * 3 * C + n, count * sizeof(float))
+            if d + count == HS:
+                memset(cache + HS, 0, (net.HSp - HS) * sizeof(float))
+        n += count
+
+
+cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, const Span* span, float* scratch) noexcept nogil:
+    """One head of one span: atty = softmax(q keys^T / sqrt(HS)) values over the keys up to each row's own position."""
+    cdef Py_ssize_t i, rows = span.stop - span.start, C = net.C, HS = net.HS, HSp = net.HSp, ldp = s.ldp
+    cdef Row* first = s.rows + span.start
+    cdef Py_ssize_t common = first.pos + 1                              # keys that every row of the span sees
+    cdef Py_ssize_t offset = (layer * net.NH + head) * first.capacity * HSp
+    cdef const float* keys = first.keys + offset
+    cdef const float* values = first.values + offset
+    cdef float* q = scratch                                             # (SPAN_ROWS, HSp)
+    cdef float* acc = q + SPAN_ROWS * HSp                               # (SPAN_ROWS, HSp)
+    cdef float* att = acc + SPAN_ROWS * HSp                             # (SPAN_ROWS, ldp)
+    cdef float[SPAN_ROWS] total
+    memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
+    for i in range(rows):
+        memcpy(q + i * HSp, s.qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
+    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0)
+    for i in range(rows):
+        total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS))
+    micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
+    for i in range(rows):
+        micro.mix(acc + i * HSp, att + i * ldp, ldp, 1, values, HSp, common, common + i)
+        micro.store_scaled(s.atty + (span.start + i) * C + head * HS, acc + i * HSp, <float> 1 / total[i], HS)
+
+
+cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """Causal attention of all rows, (R, 3C) -> (R, C). Pairs of head and span are split over the workers so that each looks
+    at about the same number of keys: a later row costs more than an earlier one."""
+    cdef Py_ssize_t head, i, before, each = s.spans[s.n_spans - 1].cost, total = each * net.NH
+    cdef float* scratch = s.scratch + ith * s.scratch_size
+    for head in range(net.NH):
+        before = head * each
+        for i in range(s.n_spans):
+            if before * nth // total == ith:
+                attend(net, s, layer, head, s.spans + i, scratch)
+            before = head * each + s.spans[i].cost
+
+# ------------------------------------------------------------------------------------------------ (c) the forward pass
+
+
+cdef int forward(const Net* net, State* s, native_barrier* meet, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """Run the network over s.rows: worker ith's share of every kernel. Returns 1 when the step was aborted, else 0.
+
+    A barrier stands wherever the next kernel reads outputs of other workers."""
+    cdef Py_ssize_t l, R = s.R, C = net.C, NH = net.NH
+    encoder(net, s, ith, nth)                                                                          # residual (R, C)
+    if barrier_wait(meet):
+        return 1
+    for l in range(net.L):
+        layernorm(net, s, at(net, net.ln1w, l * C), at(net, net.ln1b, l * C), NULL, R, ith, nth)       # ln1 (R, C)
+        if barrier_wait(meet):
+            return 1
+        matmul(s.qkv, s.ln, at(net, net.qkvw, l * 3 * C * C), at(net, net.qkvb, l * 3 * C), NULL,
+               R, C, 3 * C, net.bf16, BIAS, ith, nth)                                                  # qkv (R, 3C)
+        store_keys_values(net, s, l, ith, nth)
+        if barrier_wait(meet):
+            return 1
+        attention(net, s, l, ith, nth)                                                                 # atty (R, C)
+        if barrier_wait(meet):
+            return 1
+        matmul(s.proj, s.atty, at(net, net.attprojw, l * C * C), at(net, net.attprojb, l * C), s.residual,
+               R, C, C, net.bf16, BIAS_RESIDUAL, ith, nth)                                             # residual2 (R, C)
+        if barrier_wait(meet):
+            return 1
+        layernorm(net, s, at(net, net.ln2w, l * C), at(net, net.ln2b, l * C), NULL, R, ith, nth)       # ln2 (R, C)
+        if barrier_wait(meet):
+            return 1
+        matmul(s.fch, s.ln, at(net, net.fcw, l * 4 * C * C), at(net, net.fcb, l * 4 * C), NULL,
+               R, C, 4 * C, net.bf16, BIAS_GELU, ith, nth)                                             # fch_gelu (R, 4C)
+        if barrier_wait(meet):
+            return 1
+        matmul(s.proj, s.fch, at(net, net.fcprojw, l * 4 * C * C), at(net, net.fcprojb, l * C), s.residual,
+               R, 4 * C, C, net.bf16, BIAS_RESIDUAL, ith, nth)                                         # residual3 (R, C)
+        if barrier_wait(meet):
+            return 1
+    if s.W == 0:
+        return 0
+    layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                                     # lnf (W, C)
+    if barrier_wait(meet):
+        return 1
+    matmul(s.logits, s.ln, net.wte, NULL, NULL, s.W, C, net.V, net.bf16, NOTHING, ith, nth)            # logits (W, V)
+    return 0
+
+# ------------------------------------------------------------------------------------------------ (d) classes
+
+
+def check_token(token, Py_ssize_t V) -> int:
+    """Return a token id as an int; raises InputError unless it is a whole number from 0 to V - 1."""
+    try:
+        number = index(token)
+    except TypeError:
+        number = -1
+    if not 0 <= number < V or token is True or token is False:
+        raise InputError(f"token {str(token)[:40]!r} is not a token id of this model: ids are whole numbers from 0 to {V - 1}")
+    return number
+
+
+cdef class Floats:
+    """A float32 array (rows, cols), C-contiguous, 64-byte aligned, not initialised. NumPy views it without a copy."""
+
+    cdef float* data
+    cdef Py_ssize_t[2] shape
+    cdef Py_ssize_t[2] strides
+
+    def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols):
+        cdef void* memory = NULL
+        if rows < 0 or cols < 0 or (rows and cols > (<Py_ssize_t> 1 << 60) // (4 * rows)):
+            raise MemoryError(f"no room for {rows} x {cols} float32 values")
+        if posix_memalign(&memory, 64, max(rows * cols, 1) * sizeof(float)):
+            raise MemoryError(f"no room for {rows} x {cols} float32 values ({rows * cols * 4} bytes)")
+        self.data = <float*> memory
+        self.shape[:] = [rows, cols]
+        self.strides[:] = [cols * <Py_ssize_t> sizeof(float), sizeof(float)]
+
+    def __dealloc__(self):
+        free(self.data)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        view.buf = self.data
+        view.obj = self
+        view.len = self.shape[0] * self.strides[0]
+        view.itemsize = sizeof(float)
+        view.readonly = 0
+        view.ndim = 2
+        view.format = NULL
+        if flags & PyBUF_FORMAT:
+            view.format = b"f"
+        view.shape = self.shape
+        view.strides = self.strides
+        view.suboffsets = NULL
+        view.internal = NULL
+
+
+cdef class Weights:
+    """Where the sixteen tensors lie in the mapped file. `values` is kept (and with it the map) until close()."""
+
+    cdef Net net
+    cdef const unsigned char[::1] view
+
+    def __init__(self, const unsigned char[::1] values not None, config, *, bint padded, bint bf16):
+        cdef Py_ssize_t width = 2 if bf16 else 4
+        cdef dict begin = {}
+        end = 0
+        for name, _, offset, size in config.tensors(padded=padded):
+            begin[name] = offset * width
+            end = (offset + size) * width
+        if values.shape[0] != end:
+            raise InputError(f"the tensors take {end} bytes, {values.shape[0]} bytes given")
+        self.view = values
+        cdef const char* base = <const char*> &values[0]
+        cdef Net* net = &self.net
+        net.L, net.NH, net.C, net.V, net.HS = config.L, config.NH, config.C, config.V, config.HS
+        net.HSp = (net.HS + 15) // 16 * 16
+        net.bf16 = bf16
+        net.wte = base + <Py_ssize_t> begin["wte"]
+        net.wpe = base + <Py_ssize_t> begin["wpe"]
+        net.ln1w = base + <Py_ssize_t> begin["ln1w"]
+        net.ln1b = base + <Py_ssize_t> begin["ln1b"]
+        net.qkvw = base + <Py_ssize_t> begin["qkvw"]
+        net.qkvb = base + <Py_ssize_t> begin["qkvb"]
+        net.attprojw = base + <Py_ssize_t> begin["attprojw"]
+        net.attprojb = base + <Py_ssize_t> begin["attprojb"]
+        net.ln2w = base + <Py_ssize_t> begin["ln2w"]
+        net.ln2b = base + <Py_ssize_t> begin["ln2b"]
+        net.fcw = base + <Py_ssize_t> begin["fcw"]
+        net.fcb = base + <Py_ssize_t> begin["fcb"]
+        net.fcprojw = base + <Py_ssize_t> begin["fcprojw"]
+        net.fcprojb = base + <Py_ssize_t> begin["fcprojb"]
+        net.lnfw = base + <Py_ssize_t> begin["lnfw"]
+        net.lnfb = base + <Py_ssize_t> begin["lnfb"]
+
+    def close(self) -> None:
+        """Give the map back. Steps are refused from now on."""
+        self.net.wte = NULL
+        self.view = None
+
+
+cdef class KeysValues:
+    """Keys and values of one sequence, (L, NH, capacity, HSp) float32 each. Untouched positions cost no memory: the system
+    hands out pages as they are written. Positions below `length` are committed."""
+
+    cdef Floats keys
+    cdef Floats values
+    cdef Weights weights
+    cdef readonly Py_ssize_t capacity
+    cdef readonly Py_ssize_t length
+    cdef Py_ssize_t ahead           # length plus the rows of the step being prepared
+
+    def __init__(self, Weights weights not None, Py_ssize_t capacity):
+        self.weights = weights
+        self.capacity = capacity
+        self.length = 0
+        rows = weights.net.L * weights.net.NH * capacity
+        self.keys = Floats(rows, weights.net.HSp)
+        self.values = Floats(rows, weights.net.HSp)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both arrays when every position is used."""
+        return 2 * self.keys.shape[0] * self.keys.strides[0]
+
+    def _truncate(self, Py_ssize_t length) -> None:
+        self.length = min(self.length, max(length, 0))
+
+
+cdef class Step:
+    """One step over ragged rows: prepare() it under the GIL, then let every worker call it.
+
+    Holds the activations between steps, so that a step of a known size allocates only its logits."""
+
+    cdef Weights weights
+    cdef State state
+    cdef native_barrier* meet
+    cdef Py_ssize_t nth
+    cdef uint32_t spins
+    cdef Floats workspace
+    cdef Floats scratch
+    cdef Py_ssize_t room            # rows that the arrays have room for
+    cdef list keep                  # caches of the current step: alive while the workers write to them
+    cdef readonly Floats logits     # (W, V) of the current step
+
+    def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins):
+        cdef void* memory = NULL
+        if posix_memalign(&memory, 64, sizeof(native_barrier)):
+            raise MemoryError("no room for a barrier")
+        memset(memory, 0, sizeof(native_barrier))
+        self.meet = <native_barrier*> memory
+        self.weights = weights
+        self.nth = nth
+        self.spins = spins
+        self.room = 0
+
+    def __dealloc__(self):
+        free(self.meet)
+        free(self.state.rows)
+        free(self.state.spans)
+        free(self.state.wanted)
+
+    def prepare(self, list rows not None) -> None:
+        """Check and take the rows of the next step: tuples (token, KeysValues, want_logits). Raises InputError for a token
+        outside [0, V), a full cache, or a cache of another model; ClosedError after close()."""
+        cdef Py_ssize_t r = 0, longest = 0
+        cdef Row* row
+        cdef KeysValues cache
+        cdef State* s = &self.state
+        if self.weights.net.wte == NULL:
+            raise ClosedError("the model is closed")
+        s.R = s.W = 0
+        self.keep = [entry[1] for entry in rows]
+        for cache in self.keep:
+            if cache.weights is not self.weights:
+                raise InputError("the cache belongs to another model: make one with this model's new_cache()")
+            cache.ahead = cache.length
+        self._reserve(len(rows))
+        for token, cache, want in rows:
+            if cache.ahead == cache.capacity:
+                raise InputError(
+                    f"the cache is full: it has room for {cache.capacity} tokens; truncate it, or make a larger one")
+            row = s.rows + r
+            row.token, row.pos, row.capacity = check_token(token, self.weights.net.V), cache.ahead, cache.capacity
+            row.keys, row.values = cache.keys.data, cache.values.data
+            cache.ahead += 1
+            if want:
+                s.wanted[s.W] = r
+                s.W += 1
+            longest = max(longest, cache.ahead)
+            r += 1
+        s.R = r
+        self._cut_spans()
+        self._reserve_scratch(longest)
+        self.logits = Floats(s.W, self.weights.net.V)
+        s.logits = self.logits.data
+        barrier_reset(self.meet, <uint32_t> self.nth, self.spins)
+
+    cdef _reserve(self, Py_ssize_t R):
+        """Make room for R rows of activations."""
+        cdef State* s = &self.state
+        cdef Py_ssize_t C = self.weights.net.C
+        if R <= self.room:
+            return
+        self.room = 0
+        workspace = Floats(R, 11 * C)
+        free(s.rows)
+        free(s.spans)
+        free(s.wanted)
+        s.rows = <Row*> malloc(R * sizeof(Row))
+        s.spans = <Span*> malloc(R * sizeof(Span))
+        s.wanted = <Py_ssize_t*> malloc(R * sizeof(Py_ssize_t))
+        if s.rows == NULL or s.spans == NULL or s.wanted == NULL:
+            raise MemoryError(f"no room for a step of {R} rows")
+        self.workspace = workspace
+        s.residual = self.workspace.data
+        s.ln = s.residual + R * C
+        s.qkv = s.ln + R * C
+        s.atty = s.qkv + R * 3 * C
+        s.proj = s.atty + R * C
+        s.fch = s.proj + R * C
+        self.room = R
+
+    cdef _reserve_scratch(self, Py_ssize_t longest):
+        """Make room for each worker's attention tile over `longest` keys."""
+        cdef State* s = &self.state
+        cdef Py_ssize_t ldp = (longest + 15) // 16 * 16
+        cdef Py_ssize_t size = SPAN_ROWS * (2 * self.weights.net.HSp + ldp)
+        if self.scratch is None or self.scratch.shape[1] < size:
+            self.scratch = Floats(self.nth, 2 * size)   # twice: a growing sequence asks rarely
+        s.scratch = self.scratch.data
+        s.scratch_size = self.scratch.shape[1]
+        s.ldp = ldp
+
+    cdef _cut_spans(self):
+        """Cut the rows into spans of neighbours in one cache, SPAN_ROWS at most."""
+        cdef State* s = &self.state
+        cdef Py_ssize_t r, cost = 0
+        cdef Row* row
+        s.n_spans = 0
+        for r in range(s.R):
+            row = s.rows + r
+            if (
+                r == 0 or row.keys != s.rows[r - 1].keys or row.pos != s.rows[r - 1].pos + 1
+                or r - s.spans[s.n_spans - 1].start == SPAN_ROWS
+            ):
+                s.spans[s.n_spans].start = r
+                s.n_spans += 1
+            cost += row.pos + 1
+            s.spans[s.n_spans - 1].stop = r + 1
+            s.spans[s.n_spans - 1].cost = cost
+
+    def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
+        """Run worker ith's share of the prepared step, without the GIL."""
+        if nth != self.nth or not 0 <= ith < nth:
+            raise InputError(f"worker {ith} of {nth}: this step was prepared for {self.nth} workers")
+        with nogil:
+            forward(&self.weights.net, &self.state, self.meet, ith, nth)
+
+    def abort(self) -> None:
+        """Let every worker out of the barriers: one of them cannot come. The step's results are void."""
+        barrier_abort(self.meet)
+
+    def finish(self) -> Floats:
+        """Commit the rows to their caches, all at once, and hand over the logits (W, V)."""
+        cdef KeysValues cache
+        for cache in self.keep:
+            cache.length = cache.ahead
+        logits, self.logits, self.keep = self.logits, None, None
+        return logits
+
+# ------------------------------------------------------------------------------------------------ (e) samplers
+
+
+def greedy(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
+    """The first id of the highest logit of a row of (rows, V), or -1 when a logit is NaN or the highest is not finite."""
+    if not 0 <= row < logits.shape[0]:
+        raise IndexError(f"row {row} of {logits.shape[0]}")
+    return greedy_id(&logits[row, 0], logits.shape[1])
+
+
+def median(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
+    """The median id of softmax(logits[row]) in id order: the first whose running sum exceeds 0.5 (sampler.h), or -1 when
+    the logits are not finite."""
+    if not 0 <= row < logits.shape[0]:
+        raise IndexError(f"row {row} of {logits.shape[0]}")
+    cdef Py_ssize_t V = logits.shape[1], token
+    cdef float* e = <float*> malloc(max(V, 1) * sizeof(float))
+    if e == NULL:
+        raise MemoryError(f"no room for {V} probabilities")
+    with nogil:
+        token = inverse_cdf_id(&logits[row, 0], e, V, 0.5)
+    free(e)
+    return token

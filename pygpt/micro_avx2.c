@@ -1,0 +1,31 @@
+/* Microkernels for x86-64 with AVX2 and FMA (Haswell 2013, Zen 2017, and later): 256-bit vectors. */
+#include "micro.h"
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#include <immintrin.h>
+#define ISA "avx2"
+#define W 8
+#define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
+#define FUSED 1
+#define MR 3
+#define NR 2
+#define STREAMS 4
+#define MIX_ROWS 3
+#define MIX_VECS 2
+#include "micro_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC reset_options
+#endif
+
+const microkernels *micro_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &table : NULL;
+}
+#else
+const microkernels *micro_avx2(void) { return NULL; }
+#endif

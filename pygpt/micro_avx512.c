@@ -1,0 +1,34 @@
+/* Microkernels for x86-64 with AVX-512 F, BW, VL and DQ (Skylake-X 2017, Zen 4 2022, and later): 512-bit vectors. */
+#include "micro.h"
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#endif
+#include <immintrin.h>
+#define ISA "avx512"
+#define W 16
+#define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
+#define FUSED 1
+#define MR 5
+#define NR 5
+#define STREAMS 4
+#define MIX_ROWS 4
+#define MIX_VECS 4
+#include "micro_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC reset_options
+#endif
+
+const microkernels *micro_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")
+               ? &table
+               : NULL;
+}
+#else
+const microkernels *micro_avx512(void) { return NULL; }
+#endif

@@ -1,0 +1,14 @@
+/* Microkernels for any processor: 128-bit vectors, product and sum rounded apart. Equal to itself for every thread count,
+ * batch and cache use, but not to the bits of the sets with FMA. */
+#define ISA "baseline"
+#define W 4
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define FUSED 0
+#define MR 1
+#define NR 2
+#define STREAMS 2
+#define MIX_ROWS 1
+#define MIX_VECS 2
+#include "micro_body.h"
+
+const microkernels *micro_baseline(void) { return &table; }

@@ -1,0 +1,391 @@
+/* The microkernels' one source. The including file sets, before it includes this:
+ *   ISA        the set's name          W           floats in one register (16, 8 or 4)
+ *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once
+ *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that gemv reads side by side
+ *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
+ * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. */
+#include "micro.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+#define NV (LANES / W)
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float vec __attribute__((vector_size(W * 4)));
+typedef float vec_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(W * 4)));
+typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+typedef uint16_t hvec __attribute__((vector_size(W * 2)));
+typedef uint16_t hvec_unaligned __attribute__((vector_size(W * 2), aligned(2), may_alias));
+#if W > 4
+typedef float vec8 __attribute__((vector_size(32)));
+#endif
+typedef float vec4 __attribute__((vector_size(16)));
+
+/* ---------------------------------------------------------------------------------------- 16 lanes */
+
+typedef struct {
+    vec v[NV];
+} lanes;
+
+INLINE vec broadcast(float x) { return x - (vec){0}; } /* x - 0 is x for every x; x + 0 would lose the sign of -0 */
+
+INLINE lanes splat(float x) {
+    lanes a;
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = broadcast(x);
+    return a;
+}
+
+INLINE lanes load(const float *p) {
+    lanes a;
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = *(const vec_unaligned *)(p + h * W);
+    return a;
+}
+
+INLINE void store(float *p, lanes a) {
+    UNROLL for (int h = 0; h < NV; h++) *(vec_unaligned *)(p + h * W) = a.v[h];
+}
+
+/* The first n < 16 values, then `fill`. */
+INLINE lanes load_tail(const float *p, ptrdiff_t n, float fill) {
+    float buffer[LANES];
+    for (int i = 0; i < LANES; i++) buffer[i] = fill;
+    memcpy(buffer, p, n * sizeof *p);
+    return load(buffer);
+}
+
+INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
+    float buffer[LANES];
+    store(buffer, a);
+    memcpy(p, buffer, n * sizeof *p);
+}
+
+/* Values i to i + 15 of float32 or bfloat16 weights; a bfloat16 is the upper half of its float32. */
+INLINE lanes load_weights(const void *w, ptrdiff_t i, int bf16) {
+    if (!bf16) return load((const float *)w + i);
+    lanes a;
+    UNROLL for (int h = 0; h < NV; h++) {
+        hvec narrow = *(const hvec_unaligned *)((const uint16_t *)w + i + h * W);
+        a.v[h] = (vec)(__builtin_convertvector(narrow, uvec) << 16);
+    }
+    return a;
+}
+
+INLINE lanes load_weights_tail(const void *w, ptrdiff_t i, ptrdiff_t n, int bf16) {
+    if (!bf16) return load_tail((const float *)w + i, n, 0.0f);
+    uint16_t buffer[LANES] = {0};
+    memcpy(buffer, (const uint16_t *)w + i, n * sizeof *buffer);
+    return load_weights(buffer, 0, 1);
+}
+
+INLINE lanes add(lanes a, lanes b) {
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] + b.v[h];
+    return a;
+}
+
+INLINE lanes sub(lanes a, lanes b) {
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] - b.v[h];
+    return a;
+}
+
+INLINE lanes mul(lanes a, lanes b) {
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] * b.v[h];
+    return a;
+}
+
+INLINE lanes divide(lanes a, lanes b) {
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] / b.v[h];
+    return a;
+}
+
+INLINE lanes fma16(lanes a, lanes b, lanes c) {
+    UNROLL for (int h = 0; h < NV; h++) c.v[h] = FMA(a.v[h], b.v[h], c.v[h]);
+    return c;
+}
+
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* a where a > b, else b: a NaN in a gives b. */
+INLINE lanes max16(lanes a, lanes b) {
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = choose(a.v[h] > b.v[h], a.v[h], b.v[h]);
+    return a;
+}
+
+/* The fixed fold: lane l with l + 8, then 4, 2, 1 apart. */
+INLINE vec4 fold4(lanes a) {
+#if W == 4
+    return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+#else
+#if W == 8
+    vec8 b = a.v[0] + a.v[1];
+#else
+    vec8 b = __builtin_shufflevector(a.v[0], a.v[0], 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(a.v[0], a.v[0], 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+    return __builtin_shufflevector(b, b, 0, 1, 2, 3) + __builtin_shufflevector(b, b, 4, 5, 6, 7);
+#endif
+}
+
+INLINE float fold(lanes a) {
+    vec4 c = fold4(a);
+    vec4 d = c + __builtin_shufflevector(c, c, 2, 3, 2, 3);
+    return d[0] + d[1];
+}
+
+INLINE float fold_max(lanes a) {
+    float buffer[LANES];
+    store(buffer, a);
+    float m = buffer[0];
+    for (int i = 1; i < LANES; i++) m = buffer[i] > m ? buffer[i] : m;
+    return m;
+}
+
+/* exp(x): 2^n p(r) with x = n ln 2 + r. Relative error below 1e-7 for -87 <= x <= 88, 0 below, exp(88) above, NaN for NaN.
+ * ln 2 is split so that n * LN2_HI is exact (Cody and Waite 1980); the polynomial is a least-maximum fit of
+ * (exp(r) - 1 - r) / r^2 on |r| <= 0.35, error 3.3e-9 relative to exp. */
+INLINE lanes exp16(lanes x) {
+    const float LOG2E = 1.44269504f, LN2_HI = 0.693359375f, LN2_LO = -2.12194440e-4f;
+    const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
+    lanes y;
+    UNROLL for (int h = 0; h < NV; h++) {
+        vec a = choose(x.v[h] > broadcast(88.0f), broadcast(88.0f), x.v[h]);
+        vec shifted = FMA(a, broadcast(LOG2E), broadcast(ROUND));
+        vec n = shifted - broadcast(ROUND);
+        vec r = FMA(n, broadcast(-LN2_LO), FMA(n, broadcast(-LN2_HI), a));
+        vec p = broadcast(1.38131448e-3f);
+        p = FMA(p, r, broadcast(8.36941879e-3f));
+        p = FMA(p, r, broadcast(4.1668456e-2f));
+        p = FMA(p, r, broadcast(1.66665152e-1f));
+        p = FMA(p, r, broadcast(4.9999994e-1f));
+        p = FMA(p, r * r, r) + broadcast(1.0f);
+        vec scaled = (vec)((uvec)p + ((uvec)shifted << 23)); /* times 2^n: n added to the exponent */
+        y.v[h] = (vec)((ivec)scaled & ~(a < broadcast(-87.0f)));
+    }
+    return y;
+}
+
+/* gelu(x) = 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3): one exp, no cancellation. */
+INLINE lanes gelu16(lanes x) {
+    const float A = -1.59576912f, B = -0.0713548163f; /* -2 sqrt(2 / pi), and that times 0.044715 */
+    lanes e = exp16(mul(x, fma16(mul(x, x), splat(B), splat(A))));
+    return divide(x, add(splat(1.0f), e));
+}
+
+/* ---------------------------------------------------------------------------------------- matrix products */
+
+/* One register tile of rows x outputs dots. Weight rows lie `wstep` values apart and their outputs `ostep`, so the same
+ * tile reads neighbours from cache (gemm) or far-apart streams from memory (gemv, with prefetch). */
+INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
+                 const float *inp, ptrdiff_t ldi, const void *w, ptrdiff_t wstep, ptrdiff_t K,
+                 const int bf16, const int prefetch) {
+    const ptrdiff_t bytes = bf16 ? 2 : 4;
+    const char *wrow[8];
+    lanes acc[MR > 5 ? MR : 5][8];
+    UNROLL for (int n = 0; n < outputs; n++) wrow[n] = (const char *)w + n * wstep * bytes;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int n = 0; n < outputs; n++) acc[r][n] = splat(0.0f);
+    ptrdiff_t k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        lanes b[8];
+        UNROLL for (int n = 0; n < outputs; n++) {
+            b[n] = load_weights(wrow[n], k, bf16);
+            if (prefetch) __builtin_prefetch(wrow[n] + k * bytes + 2048);
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            lanes a = load(inp + r * ldi + k);
+            UNROLL for (int n = 0; n < outputs; n++) acc[r][n] = fma16(a, b[n], acc[r][n]);
+        }
+    }
+    if (k < K) {
+        lanes b[8];
+        UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, bf16);
+        UNROLL for (int r = 0; r < rows; r++) {
+            lanes a = load_tail(inp + r * ldi + k, K - k, 0.0f);
+            UNROLL for (int n = 0; n < outputs; n++) acc[r][n] = fma16(a, b[n], acc[r][n]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int n = 0; n < outputs; n++) out[r * ldo + n * ostep] = fold(acc[r][n]);
+}
+
+/* All outputs of `rows` (a constant) input rows: full tiles, then the last outputs one by one. */
+INLINE void tile_row(const int rows, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
+                     const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+    ptrdiff_t n = 0;
+    for (; n + NR <= N; n += NR)
+        tile(rows, NR, out + n, ldo, 1, inp, ldi, (const char *)w + n * ldw * (bf16 ? 2 : 4), ldw, K, bf16, 0);
+    for (; n < N; n++)
+        tile(rows, 1, out + n, ldo, 1, inp, ldi, (const char *)w + n * ldw * (bf16 ? 2 : 4), ldw, K, bf16, 0);
+}
+
+INLINE void gemm_of(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
+                    const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+    while (rows >= MR) {
+        tile_row(MR, out, ldo, inp, ldi, w, ldw, N, K, bf16);
+        out += MR * ldo, inp += MR * ldi, rows -= MR;
+    }
+    switch (rows) { /* the last rows, fewer than MR */
+#if MR > 4
+    case 4: tile_row(4, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
+#endif
+#if MR > 3
+    case 3: tile_row(3, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
+#endif
+#if MR > 2
+    case 2: tile_row(2, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
+#endif
+    case 1: tile_row(1, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
+    }
+}
+
+/* One input row against all outputs: STREAMS weight rows from as many equal parts of w at a time. */
+INLINE void gemv_of(float *out, const float *inp, const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+    const ptrdiff_t part = N / STREAMS, bytes = bf16 ? 2 : 4;
+    for (ptrdiff_t n = 0; n < part; n++)
+        tile(1, STREAMS, out + n, 0, part, inp, 0, (const char *)w + n * ldw * bytes, part * ldw, K, bf16, 1);
+    for (ptrdiff_t n = part * STREAMS; n < N; n++)
+        tile(1, 1, out + n, 0, 1, inp, 0, (const char *)w + n * ldw * bytes, ldw, K, bf16, 1);
+}
+
+INLINE void gemm_or_gemv(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
+                         const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+    if (rows == 1)
+        gemv_of(out, inp, w, ldw, N, K, bf16);
+    else
+        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16);
+}
+
+static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
+                 const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, int bf16) {
+    if (bf16)
+        gemm_or_gemv(out, ldo, inp, ldi, rows, w, ldw, N, K, 1);
+    else
+        gemm_or_gemv(out, ldo, inp, ldi, rows, w, ldw, N, K, 0);
+}
+
+/* ---------------------------------------------------------------------------------------- row by row */
+
+/* Run `body` over i = 0, 16, ... with n = 16 values, then once with the ragged rest n = 1 to 15. */
+#define FOR_LANES(total, body)                                      \
+    do {                                                            \
+        ptrdiff_t i = 0;                                            \
+        for (; i + LANES <= (total); i += LANES) body(i, LANES);    \
+        if (i < (total)) body(i, (total) - i);                      \
+    } while (0)
+#define GET(p, i, n, fill) ((n) == LANES ? load((p) + (i)) : load_tail((p) + (i), (n), (fill)))
+#define GET_WEIGHTS(w, i, n, bf16) ((n) == LANES ? load_weights((w), (i), (bf16)) : load_weights_tail((w), (i), (n), (bf16)))
+#define PUT(p, i, n, a) ((n) == LANES ? store((p) + (i), (a)) : store_tail((p) + (i), (a), (n)))
+
+static void encode(float *out, const void *wte, const void *wpe, ptrdiff_t C, int bf16) {
+#define BODY(i, n) PUT(out, i, n, add(GET_WEIGHTS(wte, i, n, bf16), GET_WEIGHTS(wpe, i, n, bf16)))
+    FOR_LANES(C, BODY);
+#undef BODY
+}
+
+static void layernorm(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16) {
+    lanes acc = splat(0.0f);
+#define BODY(i, n) acc = add(acc, GET(inp, i, n, 0.0f))
+    FOR_LANES(C, BODY);
+#undef BODY
+    const float mean = fold(acc) / (float)C;
+    acc = splat(0.0f);
+#define BODY(i, n)                                              \
+    do {                                                        \
+        lanes d = sub(GET(inp, i, n, mean), splat(mean));       \
+        acc = fma16(d, d, acc);                                 \
+    } while (0)
+    FOR_LANES(C, BODY);
+#undef BODY
+    const float rstd = 1.0f / sqrtf(fold(acc) / (float)C + 1e-5f);
+#define BODY(i, n)                                                                              \
+    PUT(out, i, n, fma16(mul(sub(GET(inp, i, n, 0.0f), splat(mean)), splat(rstd)),              \
+                         GET_WEIGHTS(weight, i, n, bf16), GET_WEIGHTS(bias, i, n, bf16)))
+    FOR_LANES(C, BODY);
+#undef BODY
+}
+
+static void add_bias(float *out, const void *bias, ptrdiff_t N, int bf16) {
+#define BODY(i, n) PUT(out, i, n, add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16)))
+    FOR_LANES(N, BODY);
+#undef BODY
+}
+
+static void add_bias_gelu(float *out, const void *bias, ptrdiff_t N, int bf16) {
+#define BODY(i, n) PUT(out, i, n, gelu16(add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
+    FOR_LANES(N, BODY);
+#undef BODY
+}
+
+static void add_bias_residual(float *x, const float *out, const void *bias, ptrdiff_t N, int bf16) {
+#define BODY(i, n) PUT(x, i, n, add(GET(x, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
+    FOR_LANES(N, BODY);
+#undef BODY
+}
+
+/* ---------------------------------------------------------------------------------------- attention */
+
+static void store_scaled(float *out, const float *acc, float factor, ptrdiff_t N) {
+#define BODY(i, n) PUT(out, i, n, mul(load(acc + i), splat(factor)))
+    FOR_LANES(N, BODY);
+#undef BODY
+}
+
+static float softmax(float *s, ptrdiff_t T, float scale) {
+    const ptrdiff_t Tp = (T + LANES - 1) / LANES * LANES;
+    for (ptrdiff_t t = T; t < Tp; t++) s[t] = -INFINITY;
+    lanes highest = splat(-INFINITY);
+    for (ptrdiff_t t = 0; t < Tp; t += LANES) {
+        lanes scaled = mul(load(s + t), splat(scale));
+        store(s + t, scaled);
+        highest = max16(scaled, highest);
+    }
+    const float max = fold_max(highest);
+    lanes acc = splat(0.0f);
+    for (ptrdiff_t t = 0; t < Tp; t += LANES) {
+        lanes e = exp16(sub(load(s + t), splat(max)));
+        store(s + t, e);
+        acc = add(acc, e);
+    }
+    return fold(acc);
+}
+
+INLINE void mix_tile(const int rows, const int vecs, float *acc, const float *p, ptrdiff_t ldp,
+                     const float *v, ptrdiff_t HSp, ptrdiff_t t0, ptrdiff_t t1) {
+    lanes sum[MIX_ROWS][MIX_VECS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < vecs; c++) sum[r][c] = load(acc + r * HSp + c * LANES);
+    for (ptrdiff_t t = t0; t < t1; t++) {
+        lanes value[MIX_VECS];
+        UNROLL for (int c = 0; c < vecs; c++) value[c] = load(v + t * HSp + c * LANES);
+        UNROLL for (int r = 0; r < rows; r++) {
+            lanes weight = splat(p[r * ldp + t]);
+            UNROLL for (int c = 0; c < vecs; c++) sum[r][c] = fma16(weight, value[c], sum[r][c]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < vecs; c++) store(acc + r * HSp + c * LANES, sum[r][c]);
+}
+
+INLINE void mix_rows(const int rows, float *acc, const float *p, ptrdiff_t ldp,
+                     const float *v, ptrdiff_t HSp, ptrdiff_t t0, ptrdiff_t t1) {
+    ptrdiff_t d = 0;
+    for (; d + MIX_VECS * LANES <= HSp; d += MIX_VECS * LANES) mix_tile(rows, MIX_VECS, acc + d, p, ldp, v + d, HSp, t0, t1);
+    for (; d < HSp; d += LANES) mix_tile(rows, 1, acc + d, p, ldp, v + d, HSp, t0, t1);
+}
+
+static void mix(float *acc, const float *p, ptrdiff_t ldp, ptrdiff_t rows,
+                const float *v, ptrdiff_t HSp, ptrdiff_t t0, ptrdiff_t t1) {
+    ptrdiff_t r = 0;
+    for (; r + MIX_ROWS <= rows; r += MIX_ROWS) mix_rows(MIX_ROWS, acc + r * HSp, p + r * ldp, ldp, v, HSp, t0, t1);
+    for (; r < rows; r++) mix_rows(1, acc + r * HSp, p + r * ldp, ldp, v, HSp, t0, t1);
+}
+
+static const microkernels table = {
+    .isa = ISA, .fused = FUSED, .gemm = gemm, .encode = encode, .layernorm = layernorm,
+    .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
+    .softmax = softmax, .mix = mix, .store_scaled = store_scaled,
+};

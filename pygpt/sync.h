@@ -1,0 +1,95 @@
+/* The native barrier: where the workers of one step meet between phases, without the GIL.
+ *
+ * The last to arrive opens the next phase; the others spin for a bounded number of pauses, then sleep in the kernel, so a
+ * worker without a core of its own costs a wake-up and never a time slice. abort() lets everyone through, now and until
+ * reset(): a worker that cannot come must not hold the others. Memory written before wait() is visible after it. */
+#ifndef PYGPT_SYNC_H
+#define PYGPT_SYNC_H
+#include <stdatomic.h>
+#include <stdint.h>
+
+#if defined(__linux__)
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static inline void sleep_while(_Atomic uint32_t *word, uint32_t value) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static inline void wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+#else
+#include <pthread.h>
+
+static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER; /* one for all barriers: sleeping is the slow path */
+static pthread_cond_t sleep_cond = PTHREAD_COND_INITIALIZER;
+
+static inline void sleep_while(_Atomic uint32_t *word, uint32_t value) {
+    pthread_mutex_lock(&sleep_mutex);
+    if (atomic_load(word) == value) pthread_cond_wait(&sleep_cond, &sleep_mutex);
+    pthread_mutex_unlock(&sleep_mutex);
+}
+
+static inline void wake_all(_Atomic uint32_t *word) {
+    (void)word;
+    pthread_mutex_lock(&sleep_mutex);
+    pthread_cond_broadcast(&sleep_cond);
+    pthread_mutex_unlock(&sleep_mutex);
+}
+#endif
+
+static inline void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+typedef struct {
+    _Alignas(64) _Atomic uint32_t arrived;
+    _Alignas(64) _Atomic uint32_t phase; /* the word that waiters watch and sleep on */
+    _Atomic uint32_t sleepers;
+    _Atomic uint32_t aborted;
+    uint32_t parties, spins;
+} native_barrier;
+
+/* Only while nobody waits. */
+static inline void barrier_reset(native_barrier *b, uint32_t parties, uint32_t spins) {
+    atomic_store(&b->arrived, 0);
+    atomic_store(&b->sleepers, 0);
+    atomic_store(&b->aborted, 0);
+    b->parties = parties;
+    b->spins = spins;
+}
+
+static inline void barrier_open(native_barrier *b) {
+    atomic_fetch_add(&b->phase, 1);
+    if (atomic_load(&b->sleepers)) wake_all(&b->phase); /* a sleeper counts itself before it looks at phase */
+}
+
+static inline void barrier_abort(native_barrier *b) {
+    atomic_store(&b->aborted, 1);
+    barrier_open(b);
+}
+
+/* Returns 0 when all parties met, 1 when the step was aborted. */
+static inline int barrier_wait(native_barrier *b) {
+    uint32_t phase = atomic_load(&b->phase);
+    if (atomic_load(&b->aborted)) return 1; /* read after phase: a later abort moves phase on */
+    if (atomic_fetch_add(&b->arrived, 1) + 1 == b->parties) {
+        atomic_store(&b->arrived, 0);
+        barrier_open(b);
+        return (int)atomic_load(&b->aborted);
+    }
+    for (uint32_t i = 0; i < b->spins; i++) {
+        if (atomic_load_explicit(&b->phase, memory_order_acquire) != phase) return (int)atomic_load(&b->aborted);
+        pause_cpu();
+    }
+    atomic_fetch_add(&b->sleepers, 1);
+    while (atomic_load(&b->phase) == phase) sleep_while(&b->phase, phase);
+    atomic_fetch_sub(&b->sleepers, 1);
+    return (int)atomic_load(&b->aborted);
+}
+#endif
