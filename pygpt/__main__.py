@@ -1,0 +1,203 @@
+"""The `gpt` command: completes a sequence of GPT-2 token ids. `python -m pygpt --help` says how.
+
+stdout carries ids and nothing else. Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr;
+130 after Ctrl-C; 141 when the reader of stdout has gone.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import CheckpointError, InputError, PyGPTError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from .config import Config
+    from .generate import Request
+    from .model import GPT2
+    from .serial import SerialGPT2
+
+EXAMPLES = """\
+examples:
+  python -m pygpt 31373 612                     complete "hello there" to 10 tokens in all
+  python -m pygpt -m gpt2_124M.bin -n 64 31373  64 tokens in all, with the model in this file
+  python -m pygpt --sampler greedy 31373 612    the most probable token each time
+  python -m pygpt --reference 31373 612         the serial program, for comparison
+  echo 31373 612 | python -m pygpt -            serve requests: one a line, the model stays loaded
+  echo '{"tokens": [31373], "max_new_tokens": 5, "sampler": "greedy"}' | python -m pygpt -
+
+the model is MODEL, else $PYGPT_MODEL, else ./gpt2_124M.bin, else a small one that comes with the package
+"""
+
+LINE_LIMIT = 1 << 20  # bytes of one request: more than the longest sequence of any model needs
+REQUEST_KEYS = {"tokens", "total", "max_new_tokens", "sampler"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    try:
+        return run(build_parser().parse_args(arguments))
+    except (InputError, CheckpointError) as error:
+        return complain(error, 2)
+    except (PyGPTError, MemoryError) as error:
+        return complain(str(error) or "out of memory", 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
+        return 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return complain(error, 1)
+
+
+def complain(error: object, status: int) -> int:
+    """Print one line on stderr; return the status."""
+    print("pygpt: error:", " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line."""
+
+    def error(self, message: str) -> "NoReturn":
+        """Exit with status 2 and one line, without the usage block."""
+        raise InputError(f"{message}; see --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options and help."""
+    parser = Parser(
+        prog="pygpt",
+        usage="python -m pygpt [options] TOKEN... | -",
+        description="Complete a sequence of GPT-2 token ids; print each new id on a line of its own as soon as it is known.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to serve requests from stdin")
+    parser.add_argument("-m", "--model", metavar="PATH", help="an llm.c checkpoint (.bin, version 1, 3 or 5)")
+    parser.add_argument("-n", "--total", metavar="N", help="tokens in all, the given ones included (default 10)")
+    parser.add_argument("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
+    parser.add_argument("--sampler", metavar="NAME", default="median", help="median (default) or greedy")
+    parser.add_argument("--reference", action="store_true", help="compute as the serial program does; -t has no effect")
+    parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the arguments, open the model, complete or serve."""
+    if sys.stdout is None:
+        raise PyGPTError("stdout is closed: there is nowhere to print the ids")
+    serving = options.tokens == ["-"]
+    tokens = [] if serving else [parse_id(text) for text in options.tokens]
+    if not serving and not tokens:
+        raise InputError("no token was given: name at least one token id, as in `python -m pygpt 31373 612`")
+    total = None if options.total is None else parse_count("total (-n)", options.total)
+    threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
+    with load(options.model, threads, options.reference) as model:
+        if serving:
+            serve(model, total, options.sampler)
+        else:
+            for token in model.generate(tokens, total=total, sampler=options.sampler):
+                print(token, flush=True)
+    return 0
+
+
+def load(path: str | None, threads: int | None, reference: bool) -> "GPT2 | SerialGPT2":
+    """Open the model; say so when the small embedded one answers. Only what is used is imported."""
+    from .checkpoint import GPT2_FILE, find_model
+
+    path, origin = find_model(path)
+    model: GPT2 | SerialGPT2
+    if reference:
+        from .serial import SerialGPT2
+
+        model = SerialGPT2.load(path)
+    else:
+        from .model import GPT2
+
+        model = GPT2.load(path, threads=threads)
+    if origin == "embedded":
+        print(
+            f"pygpt: no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
+            f"{GPT2_FILE} into this folder, or name it with -m or PYGPT_MODEL",
+            file=sys.stderr,
+        )
+    return model
+
+
+def serve(model: "GPT2 | SerialGPT2", total: int | None, sampler: str) -> None:
+    """Answer requests from stdin, one a line, until it ends. Ctrl-C ends an answer's line; when idle, the process."""
+    from .generate import Request
+
+    Request(model.config, [0], total=total, sampler=sampler)  # bad options are refused before the first request
+    while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
+        try:
+            request = parse_request(line, model.config, total, sampler)
+            if request is not None:
+                for left, token in zip(range(request.new - 1, -1, -1), model.complete(request), strict=True):
+                    print(token, end=" " if left else "\n", flush=True)  # the space says at once that the id is whole
+            else:
+                print(flush=True)
+        except KeyboardInterrupt:
+            print(flush=True)
+
+
+def parse_request(line: bytes, config: "Config", total: int | None, sampler: str) -> "Request | None":
+    """One line of stdin -> what it asks for: ids, or a JSON object; None for a blank line."""
+    from .generate import Request
+
+    if len(line) > LINE_LIMIT:
+        raise InputError(f"a request is longer than {LINE_LIMIT} bytes: give one request a line")
+    text = line.strip()
+    if not text:
+        return None
+    if not text.startswith(b"{"):
+        ids = [parse_id(word.decode("utf-8", "replace")) for word in text.split()]
+        return Request(config, ids, total=total, sampler=sampler)
+    order = parse_json(text)
+    tokens = order.pop("tokens")
+    if not isinstance(tokens, list):
+        raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
+    if "max_new_tokens" not in order:
+        order.setdefault("total", total)
+    order.setdefault("sampler", sampler)
+    return Request(config, tokens, **order)
+
+
+def parse_json(text: bytes) -> "dict[str, Any]":
+    """A request's JSON object, its keys checked."""
+    import json
+
+    try:
+        request = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
+    if unknown := sorted(set(request) - REQUEST_KEYS):
+        raise InputError(f"request: unknown key {unknown[0]!r}: keys are {', '.join(sorted(REQUEST_KEYS))}")
+    if "tokens" not in request:
+        raise InputError('request: the key "tokens" is missing')
+    return dict(request)
+
+
+def parse_id(text: str) -> int:
+    """A token id: ASCII digits only."""
+    if not (text.isascii() and text.isdigit()):
+        raise InputError(f"token {text[:40]!r} is not a token id: ids are whole numbers written in digits, such as 31373")
+    return int(text[-20:]) if len(text.lstrip("0")) <= 19 else 10**19  # too many digits to be any id: out of range
+
+
+def parse_count(name: str, text: str) -> int:
+    """A count of an option: ASCII digits only."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+from collections.abc import Sequence
+
+from .config import Config
+
+class Reference:
+    def __init__(self, values: memoryview, config: Config, *, padded: bool, bf16: bool) -> None: ...
+    @property
+    def config(self) -> Config: ...
+    def forward(self, tokens: Sequence[int]) -> tuple[memoryview, memoryview]: ...

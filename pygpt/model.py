@@ -1,0 +1,160 @@
+"""GPT2: weights in the file, a pool of workers, and step(), the one way through the network.
+
+A row is one token of one sequence. All rows of a prompt are prefill; one row is decode; one row from each of B sequences is
+batched decode. The same forward pass serves them all, and every row's logits have the same bits whatever rows it runs with,
+however the prompt is cut, and however many workers there are.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from ._kernels import Floats, Step, Weights
+from .cache import KVCache
+from .checkpoint import Checkpoint, find_model
+from .config import Config
+from .errors import InputError
+from .generate import Request, check_tokens
+from .pool import ThreadPool, default_threads, resolve_threads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+CHUNK = 128  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
+
+# Pauses that a worker spins at a native barrier before it sleeps. A worker with a core of its own wins by spinning; workers
+# that share cores must give way at once.
+SPINS, SPINS_CROWDED = 4000, 200
+
+Row = tuple[int, KVCache, bool]
+
+
+class GPT2:
+    """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
+
+    Threads may share a model: their steps take turns. Arrays that it returns are fresh float32 arrays of the caller's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None) -> None:
+        self.config: Config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._weights = Weights(
+            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
+        )
+        self._pool = ThreadPool(resolve_threads(threads))
+        spins = SPINS if self.threads <= default_threads() else SPINS_CROWDED
+        self._work = Step(self._weights, self.threads, spins)
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "GPT2":
+        """Open a checkpoint: `path`, else as find_model() finds one. The file is mapped, not read.
+
+        threads: workers, 1 to 256; else PYGPT_THREADS, else as many as can run side by side here. Raises CheckpointError
+        for a file that is not a checkpoint, InputError for a bad thread count.
+        """
+        checkpoint = Checkpoint(find_model(path)[0])
+        try:
+            return cls(checkpoint, threads=threads)
+        except BaseException:
+            checkpoint.close()
+            raise
+
+    @property
+    def threads(self) -> int:
+        """The number of workers, the caller included."""
+        return self._pool.nth
+
+    def new_cache(self, capacity: int | None = None) -> KVCache:
+        """An empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
+        return KVCache(self._weights, self.config, capacity)
+
+    def step(self, rows: Iterable[Row]) -> "npt.NDArray[np.float32]":
+        """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
+
+        A row's position is its cache's length plus the earlier rows of that cache in the list. If anything fails, no cache
+        has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
+        """
+        return _array(self._step(list(rows)))
+
+    def _step(self, rows: list[Row]) -> Floats:
+        with self._pool.turn():
+            self._work.prepare(rows)
+            if rows:
+                self._pool.run(self._work, self._work.abort)
+            return self._work.finish()
+
+    def prefill(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """Append tokens to the cache; return the last one's logits (V,). Runs in chunks; all or nothing is appended."""
+        return _array(self._append(cache, list(tokens)))[0]
+
+    def decode(self, cache: KVCache, token: int) -> "npt.NDArray[np.float32]":
+        """Append one token to the cache; return its logits (V,)."""
+        return _array(self._append(cache, [token]))[0]
+
+    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """The logits of every position of a sequence, (T, V)."""
+        import numpy as np
+
+        tokens = check_tokens(self.config, tokens)
+        out = np.empty((len(tokens), self.config.V), np.float32)
+        cache = self.new_cache(len(tokens))
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            out[start : start + CHUNK] = self.step([(token, cache, True) for token in chunk])
+        return out
+
+    def generate(
+        self,
+        tokens: Iterable[int],
+        *,
+        total: int | None = None,
+        max_new_tokens: int | None = None,
+        sampler: str = "median",
+    ) -> Iterator[int]:
+        """Complete a sequence of token ids; yields each new id as soon as it is known.
+
+        total: tokens in all, the given ones included (default 10); or max_new_tokens: how many to add. sampler: "median",
+        the serial program's rule, or "greedy". Raises InputError before anything runs.
+        """
+        return self.complete(Request(self.config, tokens, total=total, max_new_tokens=max_new_tokens, sampler=sampler))
+
+    def complete(self, request: Request) -> Iterator[int]:
+        """Answer a checked request; yields each new id as soon as it is known."""
+        cache = self.new_cache(request.total)
+        return request.run(lambda new: self._append(cache, new))
+
+    def _append(self, cache: KVCache, tokens: list[int]) -> Floats:
+        """Append tokens in chunks; return the last one's logits (1, V). On failure the cache keeps its length."""
+        if not 1 <= len(tokens) <= cache.capacity - cache.length:
+            room = cache.capacity - cache.length
+            raise InputError(f"{len(tokens)} tokens were given: at least 1 is needed, and the cache has room for {room}")
+        before = cache.length
+        try:
+            for start in range(0, len(tokens), CHUNK):
+                chunk = tokens[start : start + CHUNK]
+                last = len(tokens) - start - 1
+                logits = self._step([(token, cache, i == last) for i, token in enumerate(chunk)])
+        except BaseException:
+            cache._truncate(before)
+            raise
+        return logits
+
+    def close(self) -> None:
+        """Stop the workers and unmap the file. May be called twice; a running step is finished first."""
+        with self._pool.turn():
+            self._pool.close()
+            self._weights.close()
+            self._checkpoint.close()
+
+    def __enter__(self) -> "GPT2":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _array(logits: Floats) -> "npt.NDArray[np.float32]":
+    import numpy as np
+
+    return np.asarray(logits)
