@@ -69,6 +69,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of one width on every terminal, as README shows it."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command's options and help."""
     parser = Parser(
@@ -76,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python -m pygpt [options] TOKEN... | -",
         description="Complete a sequence of GPT-2 token ids; print each new id on a line of its own as soon as it is known.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to serve requests from stdin")
@@ -113,15 +120,7 @@ def load(path: str | None, threads: int | None, reference: bool) -> "GPT2 | Seri
     from .checkpoint import GPT2_FILE, find_model
 
     path, origin = find_model(path)
-    model: GPT2 | SerialGPT2
-    if reference:
-        from .serial import SerialGPT2
-
-        model = SerialGPT2.load(path)
-    else:
-        from .model import GPT2
-
-        model = GPT2.load(path, threads=threads)
+    model = open_reference(path) if reference else open_model(path, threads)
     if origin == "embedded":
         print(
             f"pygpt: no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
@@ -129,6 +128,20 @@ def load(path: str | None, threads: int | None, reference: bool) -> "GPT2 | Seri
             file=sys.stderr,
         )
     return model
+
+
+def open_model(path: str, threads: int | None) -> "GPT2":
+    """The cached, parallel model."""
+    from .model import GPT2
+
+    return GPT2.load(path, threads=threads)
+
+
+def open_reference(path: str) -> "SerialGPT2":
+    """The serial reference."""
+    from .serial import SerialGPT2
+
+    return SerialGPT2.load(path)
 
 
 def serve(model: "GPT2 | SerialGPT2", total: int | None, sampler: str) -> None:

@@ -8,7 +8,8 @@ cdef extern from "micro.h" nogil:
     ctypedef struct microkernels:
         const char* isa
         int fused
-        void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+        void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
+                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
         void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*add_bias)(float*, const void*, ptrdiff_t, int) noexcept nogil

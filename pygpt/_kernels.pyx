@@ -16,7 +16,7 @@ Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of oper
 """
 
 import os
-from operator import index
+from operator import index as whole_number
 
 from cpython.buffer cimport PyBUF_FORMAT
 from libc.math cimport sqrtf
@@ -206,34 +206,34 @@ cdef int forward(const Net* net, State* s, native_barrier* meet, Py_ssize_t ith,
     """Run the network over s.rows: worker ith's share of every kernel. Returns 1 when the step was aborted, else 0.
 
     A barrier stands wherever the next kernel reads outputs of other workers."""
-    cdef Py_ssize_t l, R = s.R, C = net.C, NH = net.NH
+    cdef Py_ssize_t layer, R = s.R, C = net.C
     encoder(net, s, ith, nth)                                                                          # residual (R, C)
     if barrier_wait(meet):
         return 1
-    for l in range(net.L):
-        layernorm(net, s, at(net, net.ln1w, l * C), at(net, net.ln1b, l * C), NULL, R, ith, nth)       # ln1 (R, C)
+    for layer in range(net.L):
+        layernorm(net, s, at(net, net.ln1w, layerayer * C), at(net, net.ln1b, layer * C), NULL, R, ith, nth)       # ln1 (R, C)
         if barrier_wait(meet):
             return 1
-        matmul(s.qkv, s.ln, at(net, net.qkvw, l * 3 * C * C), at(net, net.qkvb, l * 3 * C), NULL,
+        matmul(s.qkv, s.ln, at(net, net.qkvw, layer * 3 * C * C), at(net, net.qkvb, layer * 3 * C), NULL,
                R, C, 3 * C, net.bf16, BIAS, ith, nth)                                                  # qkv (R, 3C)
-        store_keys_values(net, s, l, ith, nth)
+        store_keys_values(net, s, layer, ith, nth)
         if barrier_wait(meet):
             return 1
-        attention(net, s, l, ith, nth)                                                                 # atty (R, C)
+        attention(net, s, layer, ith, nth)                                                                 # atty (R, C)
         if barrier_wait(meet):
             return 1
-        matmul(s.proj, s.atty, at(net, net.attprojw, l * C * C), at(net, net.attprojb, l * C), s.residual,
+        matmul(s.proj, s.atty, at(net, net.attprojw, layer * C * C), at(net, net.attprojb, layer * C), s.residual,
                R, C, C, net.bf16, BIAS_RESIDUAL, ith, nth)                                             # residual2 (R, C)
         if barrier_wait(meet):
             return 1
-        layernorm(net, s, at(net, net.ln2w, l * C), at(net, net.ln2b, l * C), NULL, R, ith, nth)       # ln2 (R, C)
+        layernorm(net, s, at(net, net.ln2w, layer * C), at(net, net.ln2b, layer * C), NULL, R, ith, nth)       # ln2 (R, C)
         if barrier_wait(meet):
             return 1
-        matmul(s.fch, s.ln, at(net, net.fcw, l * 4 * C * C), at(net, net.fcb, l * 4 * C), NULL,
+        matmul(s.fch, s.ln, at(net, net.fcw, layer * 4 * C * C), at(net, net.fcb, layer * 4 * C), NULL,
                R, C, 4 * C, net.bf16, BIAS_GELU, ith, nth)                                             # fch_gelu (R, 4C)
         if barrier_wait(meet):
             return 1
-        matmul(s.proj, s.fch, at(net, net.fcprojw, l * 4 * C * C), at(net, net.fcprojb, l * C), s.residual,
+        matmul(s.proj, s.fch, at(net, net.fcprojw, layer * 4 * C * C), at(net, net.fcprojb, layer * C), s.residual,
                R, 4 * C, C, net.bf16, BIAS_RESIDUAL, ith, nth)                                         # residual3 (R, C)
         if barrier_wait(meet):
             return 1
@@ -251,7 +251,7 @@ cdef int forward(const Net* net, State* s, native_barrier* meet, Py_ssize_t ith,
 def check_token(token, Py_ssize_t V) -> int:
     """Return a token id as an int; raises InputError unless it is a whole number from 0 to V - 1."""
     try:
-        number = index(token)
+        number = whole_number(token)
     except TypeError:
         number = -1
     if not 0 <= number < V or token is True or token is False:

@@ -159,7 +159,7 @@ cdef class Reference:
 
     def forward(self, tokens) -> tuple:
         """Return (logits, probs), memoryviews of shape (T, V), for T token ids, each below V, T at most maxT."""
-        cdef Py_ssize_t T = len(tokens), C = self.config.C, NH = self.config.NH, V = self.config.V, l
+        cdef Py_ssize_t T = len(tokens), C = self.config.C, NH = self.config.NH, V = self.config.V, layer
         ids = memoryview(bytearray(4 * T)).cast("i")
         for t, token in enumerate(tokens):
             ids[t] = token
@@ -170,19 +170,19 @@ cdef class Reference:
         cdef float[::1] logits_view = memoryview(logits).cast("f"), probs_view = memoryview(probs).cast("f")
 
         encoder_forward(&residual[0], &token_ids[0], self.tensor("wte"), self.tensor("wpe"), T, C)
-        for l in range(self.config.L):
-            layernorm_forward(&ln[0], &residual[0], self.tensor("ln1w", l * C), self.tensor("ln1b", l * C), T, C)
+        for layer in range(self.config.L):
+            layernorm_forward(&ln[0], &residual[0], self.tensor("ln1w", layer * C), self.tensor("ln1b", layer * C), T, C)
             matmul_forward(
-                &qkv[0], &ln[0], self.tensor("qkvw", l * 3 * C * C), self.tensor("qkvb", l * 3 * C), T, C, 3 * C)
+                &qkv[0], &ln[0], self.tensor("qkvw", layer * 3 * C * C), self.tensor("qkvb", layer * 3 * C), T, C, 3 * C)
             attention_forward(&atty[0], &att[0], &qkv[0], T, C, NH)
             matmul_forward(
-                &proj[0], &atty[0], self.tensor("attprojw", l * C * C), self.tensor("attprojb", l * C), T, C, C)
+                &proj[0], &atty[0], self.tensor("attprojw", layer * C * C), self.tensor("attprojb", layer * C), T, C, C)
             residual_forward(&residual[0], &residual[0], &proj[0], T * C)
-            layernorm_forward(&ln[0], &residual[0], self.tensor("ln2w", l * C), self.tensor("ln2b", l * C), T, C)
-            matmul_forward(&fch[0], &ln[0], self.tensor("fcw", l * 4 * C * C), self.tensor("fcb", l * 4 * C), T, C, 4 * C)
+            layernorm_forward(&ln[0], &residual[0], self.tensor("ln2w", layer * C), self.tensor("ln2b", layer * C), T, C)
+            matmul_forward(&fch[0], &ln[0], self.tensor("fcw", layer * 4 * C * C), self.tensor("fcb", layer * 4 * C), T, C, 4 * C)
             gelu_forward(&fch_gelu[0], &fch[0], T * 4 * C)
             matmul_forward(
-                &proj[0], &fch_gelu[0], self.tensor("fcprojw", l * 4 * C * C), self.tensor("fcprojb", l * C), T, 4 * C, C)
+                &proj[0], &fch_gelu[0], self.tensor("fcprojw", layer * 4 * C * C), self.tensor("fcprojb", layer * C), T, 4 * C, C)
             residual_forward(&residual[0], &residual[0], &proj[0], T * C)
         layernorm_forward(&ln[0], &residual[0], self.tensor("lnfw"), self.tensor("lnfb"), T, C)
         matmul_forward(&logits_view[0], &ln[0], self.tensor("wte"), NULL, T, C, V)

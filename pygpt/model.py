@@ -39,9 +39,7 @@ class GPT2:
     def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None) -> None:
         self.config: Config = checkpoint.config
         self._checkpoint = checkpoint
-        self._weights = Weights(
-            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
-        )
+        self._weights = Weights(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
         self._pool = ThreadPool(resolve_threads(threads))
         spins = SPINS if self.threads <= default_threads() else SPINS_CROWDED
         self._work = Step(self._weights, self.threads, spins)
@@ -86,11 +84,11 @@ class GPT2:
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Append tokens to the cache; return the last one's logits (V,). Runs in chunks; all or nothing is appended."""
-        return _array(self._append(cache, list(tokens)))[0]
+        return _array(self._append(cache, list(tokens))).reshape(-1)
 
     def decode(self, cache: KVCache, token: int) -> "npt.NDArray[np.float32]":
         """Append one token to the cache; return its logits (V,)."""
-        return _array(self._append(cache, [token]))[0]
+        return _array(self._append(cache, [token])).reshape(-1)
 
     def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """The logits of every position of a sequence, (T, V)."""

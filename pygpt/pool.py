@@ -29,6 +29,10 @@ from .errors import ClosedError, InputError, PyGPTError
 
 MAX_THREADS = 256
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
 Job = Callable[[int, int], object]
 
 
@@ -83,7 +87,7 @@ class ThreadPool:
             raise
         crew.settle()
 
-    def turn(self) -> threading.RLock:  # type: ignore[valid-type]
+    def turn(self) -> "threading.RLock":
         """The lock that callers take turns by: hold it (`with`) to make several calls one turn."""
         return self._turn
 
@@ -216,7 +220,7 @@ def _defer_interrupt(action: Callable[[], None]) -> None:
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         action()
         return
-    held: list[tuple[int, object]] = []
+    held: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
     try:
         action()

@@ -7,7 +7,6 @@ greedy   the most probable id, the lowest of equals.
 The reference and the fast path call these same functions.
 """
 
-
 from ._kernels import greedy, median
 from .errors import InputError, NumericalError
 

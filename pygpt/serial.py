@@ -22,9 +22,7 @@ class SerialGPT2:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config: Config = checkpoint.config
         self._checkpoint = checkpoint
-        self._reference = Reference(
-            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
-        )
+        self._reference = Reference(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str] | None" = None) -> "SerialGPT2":
