@@ -61,6 +61,21 @@ cdef struct Net:              # what is fixed: dimensions, and where each tensor
     const char* lnfb          # (C,)
 
 
+cdef struct Layer:            # where the tensors of one layer begin
+    const char* ln1w          # (C,)
+    const char* ln1b          # (C,)
+    const char* qkvw          # (3C, C)
+    const char* qkvb          # (3C,)
+    const char* attprojw      # (C, C)
+    const char* attprojb      # (C,)
+    const char* ln2w          # (C,)
+    const char* ln2b          # (C,)
+    const char* fcw           # (4C, C)
+    const char* fcb           # (4C,)
+    const char* fcprojw       # (C, 4C)
+    const char* fcprojb       # (C,)
+
+
 cdef struct Row:              # one token of one sequence
     Py_ssize_t token
     Py_ssize_t pos            # its position: how many keys lie before it
@@ -81,7 +96,8 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     Span* spans               # (n_spans,)
     Py_ssize_t* wanted        # (W,) ascending row numbers
     float* residual           # (R, C) the residual stream: encoded, residual2, residual3
-    float* ln                 # (R, C) ln1, ln2, lnf
+    float* ln                 # (R, C) ln1, ln2, lnf, for every worker; or (R, C) for each where rows are few
+    Py_ssize_t ln_size        # values between one worker's ln and the next: 0 where all share one
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
     float* proj               # (R, C) attproj, fcproj before they join the stream

@@ -70,6 +70,7 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 
 cdef enum:
     SPAN_ROWS = 16        # rows of one attention tile
+    FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
     BLOCK_BYTES = 1 << 20  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
 
 cdef enum Epilogue:
@@ -100,20 +101,24 @@ cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noex
         )
 
 
-cdef void layernorm(
+cdef const float* layernorm(
     const Net* net, State* s,
     const char* weight,         # IN (C,)
     const char* bias,           # IN (C,)
     const Py_ssize_t* wanted,   # IN (rows,) which rows of the stream, or NULL for all in order
     Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
-    """ln[i] = layernorm(residual[row i]), (rows, C). Rows are split over the workers. Source: Ba et al. 2016; eps 1e-5."""
-    cdef Py_ssize_t i, start, stop, C = net.C
-    shard(rows, ith, nth, &start, &stop)
+    """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016; eps 1e-5.
+
+    Rows are split over the workers, who meet afterwards; or, where rows are few, every worker makes all of them for itself,
+    which costs less than a barrier. Returns the ln that this worker reads on."""
+    cdef Py_ssize_t i, start = 0, stop = rows, C = net.C
+    cdef float* ln = s.ln + ith * s.ln_size
+    if s.ln_size == 0:
+        shard(rows, ith, nth, &start, &stop)
     for i in range(start, stop):
-        micro.layernorm(
-            s.ln + i * C, s.residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16
-        )
+        micro.layernorm(ln + i * C, s.residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16)
+    return ln
 
 
 cdef void matmul(
@@ -202,47 +207,67 @@ cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, 
 # ------------------------------------------------------------------------------------------------ (c) the forward pass
 
 
+cdef inline Layer layer_of(const Net* net, Py_ssize_t layer) noexcept nogil:
+    """Where the tensors of one layer begin."""
+    cdef Py_ssize_t C = net.C
+    cdef Layer w
+    w.ln1w = at(net, net.ln1w, layer * C)
+    w.ln1b = at(net, net.ln1b, layer * C)
+    w.qkvw = at(net, net.qkvw, layer * 3 * C * C)
+    w.qkvb = at(net, net.qkvb, layer * 3 * C)
+    w.attprojw = at(net, net.attprojw, layer * C * C)
+    w.attprojb = at(net, net.attprojb, layer * C)
+    w.ln2w = at(net, net.ln2w, layer * C)
+    w.ln2b = at(net, net.ln2b, layer * C)
+    w.fcw = at(net, net.fcw, layer * 4 * C * C)
+    w.fcb = at(net, net.fcb, layer * 4 * C)
+    w.fcprojw = at(net, net.fcprojw, layer * 4 * C * C)
+    w.fcprojb = at(net, net.fcprojb, layer * C)
+    return w
+
+
 cdef int forward(const Net* net, State* s, native_barrier* meet, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """Run the network over s.rows: worker ith's share of every kernel. Returns 1 when the step was aborted, else 0.
 
     A barrier stands wherever the next kernel reads outputs of other workers."""
     cdef Py_ssize_t layer, R = s.R, C = net.C
-    encoder(net, s, ith, nth)                                                                          # residual (R, C)
+    cdef const float* ln
+    cdef Layer w
+    encoder(net, s, ith, nth)                                                                   # residual (R, C)
     if barrier_wait(meet):
         return 1
     for layer in range(net.L):
-        layernorm(net, s, at(net, net.ln1w, layerayer * C), at(net, net.ln1b, layer * C), NULL, R, ith, nth)       # ln1 (R, C)
-        if barrier_wait(meet):
+        w = layer_of(net, layer)
+        ln = layernorm(net, s, w.ln1w, w.ln1b, NULL, R, ith, nth)                               # ln1 (R, C)
+        if s.ln_size == 0 and barrier_wait(meet):
             return 1
-        matmul(s.qkv, s.ln, at(net, net.qkvw, layer * 3 * C * C), at(net, net.qkvb, layer * 3 * C), NULL,
-               R, C, 3 * C, net.bf16, BIAS, ith, nth)                                                  # qkv (R, 3C)
+        matmul(s.qkv, ln, w.qkvw, w.qkvb, NULL, R, C, 3 * C, net.bf16, BIAS, ith, nth)          # qkv (R, 3C)
         store_keys_values(net, s, layer, ith, nth)
         if barrier_wait(meet):
             return 1
-        attention(net, s, layer, ith, nth)                                                                 # atty (R, C)
+        attention(net, s, layer, ith, nth)                                                      # atty (R, C)
         if barrier_wait(meet):
             return 1
-        matmul(s.proj, s.atty, at(net, net.attprojw, layer * C * C), at(net, net.attprojb, layer * C), s.residual,
-               R, C, C, net.bf16, BIAS_RESIDUAL, ith, nth)                                             # residual2 (R, C)
+        matmul(s.proj, s.atty, w.attprojw, w.attprojb, s.residual, R, C, C, net.bf16,
+               BIAS_RESIDUAL, ith, nth)                                                         # residual2 (R, C)
         if barrier_wait(meet):
             return 1
-        layernorm(net, s, at(net, net.ln2w, layer * C), at(net, net.ln2b, layer * C), NULL, R, ith, nth)       # ln2 (R, C)
+        ln = layernorm(net, s, w.ln2w, w.ln2b, NULL, R, ith, nth)                               # ln2 (R, C)
+        if s.ln_size == 0 and barrier_wait(meet):
+            return 1
+        matmul(s.fch, ln, w.fcw, w.fcb, NULL, R, C, 4 * C, net.bf16, BIAS_GELU, ith, nth)       # fch_gelu (R, 4C)
         if barrier_wait(meet):
             return 1
-        matmul(s.fch, s.ln, at(net, net.fcw, layer * 4 * C * C), at(net, net.fcb, layer * 4 * C), NULL,
-               R, C, 4 * C, net.bf16, BIAS_GELU, ith, nth)                                             # fch_gelu (R, 4C)
-        if barrier_wait(meet):
-            return 1
-        matmul(s.proj, s.fch, at(net, net.fcprojw, layer * 4 * C * C), at(net, net.fcprojb, layer * C), s.residual,
-               R, 4 * C, C, net.bf16, BIAS_RESIDUAL, ith, nth)                                         # residual3 (R, C)
+        matmul(s.proj, s.fch, w.fcprojw, w.fcprojb, s.residual, R, 4 * C, C, net.bf16,
+               BIAS_RESIDUAL, ith, nth)                                                         # residual3 (R, C)
         if barrier_wait(meet):
             return 1
     if s.W == 0:
         return 0
-    layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                                     # lnf (W, C)
-    if barrier_wait(meet):
+    ln = layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                         # lnf (W, C)
+    if s.ln_size == 0 and barrier_wait(meet):
         return 1
-    matmul(s.logits, s.ln, net.wte, NULL, NULL, s.W, C, net.V, net.bf16, NOTHING, ith, nth)            # logits (W, V)
+    matmul(s.logits, ln, net.wte, NULL, NULL, s.W, C, net.V, net.bf16, NOTHING, ith, nth)       # logits (W, V)
     return 0
 
 # ------------------------------------------------------------------------------------------------ (d) classes
@@ -378,7 +403,8 @@ cdef class Step:
     cdef Weights weights
     cdef State state
     cdef native_barrier* meet
-    cdef Py_ssize_t nth
+    cdef Py_ssize_t nth             # workers of the pool
+    cdef Py_ssize_t active          # workers of the current step: the first so many
     cdef uint32_t spins
     cdef Floats workspace
     cdef Floats scratch
@@ -393,7 +419,7 @@ cdef class Step:
         memset(memory, 0, sizeof(native_barrier))
         self.meet = <native_barrier*> memory
         self.weights = weights
-        self.nth = nth
+        self.nth = self.active = nth
         self.spins = spins
         self.room = 0
 
@@ -403,15 +429,18 @@ cdef class Step:
         free(self.state.spans)
         free(self.state.wanted)
 
-    def prepare(self, list rows not None) -> None:
-        """Check and take the rows of the next step: tuples (token, KeysValues, want_logits). Raises InputError for a token
-        outside [0, V), a full cache, or a cache of another model; ClosedError after close()."""
+    def prepare(self, list rows not None, Py_ssize_t active) -> None:
+        """Check and take the rows of the next step: tuples (token, KeysValues, want_logits), for the first `active` workers.
+        Raises InputError for a token outside [0, V), a full cache, or another model's cache; ClosedError after close()."""
         cdef Py_ssize_t r = 0, longest = 0
         cdef Row* row
         cdef KeysValues cache
         cdef State* s = &self.state
         if self.weights.net.wte == NULL:
             raise ClosedError("the model is closed")
+        if not 1 <= active <= self.nth:
+            raise InputError(f"{active} workers: this step has 1 to {self.nth}")
+        self.active = active
         s.R = s.W = 0
         self.keep = [entry[1] for entry in rows]
         for cache in self.keep:
@@ -433,11 +462,12 @@ cdef class Step:
             longest = max(longest, cache.ahead)
             r += 1
         s.R = r
+        s.ln_size = FEW_ROWS * self.weights.net.C if r <= FEW_ROWS else 0
         self._cut_spans()
         self._reserve_scratch(longest)
         self.logits = Floats(s.W, self.weights.net.V)
         s.logits = self.logits.data
-        barrier_reset(self.meet, <uint32_t> self.nth, self.spins)
+        barrier_reset(self.meet, <uint32_t> active, self.spins)
 
     cdef _reserve(self, Py_ssize_t R):
         """Make room for R rows of activations."""
@@ -446,7 +476,7 @@ cdef class Step:
         if R <= self.room:
             return
         self.room = 0
-        workspace = Floats(R, 11 * C)
+        workspace = Floats(10 * R + max(R, self.nth * FEW_ROWS), C)
         free(s.rows)
         free(s.spans)
         free(s.wanted)
@@ -457,11 +487,11 @@ cdef class Step:
             raise MemoryError(f"no room for a step of {R} rows")
         self.workspace = workspace
         s.residual = self.workspace.data
-        s.ln = s.residual + R * C
-        s.qkv = s.ln + R * C
+        s.qkv = s.residual + R * C
         s.atty = s.qkv + R * 3 * C
         s.proj = s.atty + R * C
         s.fch = s.proj + R * C
+        s.ln = s.fch + R * 4 * C
         self.room = R
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
@@ -495,10 +525,11 @@ cdef class Step:
 
     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
         """Run worker ith's share of the prepared step, without the GIL."""
-        if nth != self.nth or not 0 <= ith < nth:
-            raise InputError(f"worker {ith} of {nth}: this step was prepared for {self.nth} workers")
-        with nogil:
-            forward(&self.weights.net, &self.state, self.meet, ith, nth)
+        if nth < self.active or ith < 0:
+            raise InputError(f"worker {ith} of {nth}: this step was prepared for {self.active} workers")
+        if ith < self.active and self.state.R:
+            with nogil:
+                forward(&self.weights.net, &self.state, self.meet, ith, self.active)
 
     def abort(self) -> None:
         """Let every worker out of the barriers: one of them cannot come. The step's results are void."""

@@ -173,16 +173,22 @@ cdef class Reference:
         for layer in range(self.config.L):
             layernorm_forward(&ln[0], &residual[0], self.tensor("ln1w", layer * C), self.tensor("ln1b", layer * C), T, C)
             matmul_forward(
-                &qkv[0], &ln[0], self.tensor("qkvw", layer * 3 * C * C), self.tensor("qkvb", layer * 3 * C), T, C, 3 * C)
+                &qkv[0], &ln[0], self.tensor("qkvw", layer * 3 * C * C), self.tensor("qkvb", layer * 3 * C), T, C, 3 * C
+            )
             attention_forward(&atty[0], &att[0], &qkv[0], T, C, NH)
             matmul_forward(
-                &proj[0], &atty[0], self.tensor("attprojw", layer * C * C), self.tensor("attprojb", layer * C), T, C, C)
+                &proj[0], &atty[0], self.tensor("attprojw", layer * C * C), self.tensor("attprojb", layer * C), T, C, C
+            )
             residual_forward(&residual[0], &residual[0], &proj[0], T * C)
             layernorm_forward(&ln[0], &residual[0], self.tensor("ln2w", layer * C), self.tensor("ln2b", layer * C), T, C)
-            matmul_forward(&fch[0], &ln[0], self.tensor("fcw", layer * 4 * C * C), self.tensor("fcb", layer * 4 * C), T, C, 4 * C)
+            matmul_forward(
+                &fch[0], &ln[0], self.tensor("fcw", layer * 4 * C * C), self.tensor("fcb", layer * 4 * C), T, C, 4 * C
+            )
             gelu_forward(&fch_gelu[0], &fch[0], T * 4 * C)
             matmul_forward(
-                &proj[0], &fch_gelu[0], self.tensor("fcprojw", layer * 4 * C * C), self.tensor("fcprojb", layer * C), T, 4 * C, C)
+                &proj[0], &fch_gelu[0], self.tensor("fcprojw", layer * 4 * C * C), self.tensor("fcprojb", layer * C),
+                T, 4 * C, C,
+            )
             residual_forward(&residual[0], &residual[0], &proj[0], T * C)
         layernorm_forward(&ln[0], &residual[0], self.tensor("lnfw"), self.tensor("lnfb"), T, C)
         matmul_forward(&logits_view[0], &ln[0], self.tensor("wte"), NULL, T, C, V)

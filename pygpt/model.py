@@ -27,6 +27,11 @@ CHUNK = 128  # rows of a prompt run in one step: Ctrl-C waits for one step, and 
 # that share cores must give way at once.
 SPINS, SPINS_CROWDED = 4000, 200
 
+# What decides whether a step is worth more than one worker: rough figures of one core, in cache, and of the meeting points.
+READ_BYTES_PER_US, FLOP_PER_US = 30_000, 100_000
+ROUND_US, BARRIER_US = 15, 1.2
+MEETING_WEIGHT = 1  # 0 makes every step use all workers, as tests of the bits do
+
 Row = tuple[int, KVCache, bool]
 
 
@@ -42,6 +47,8 @@ class GPT2:
         self._weights = Weights(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
         self._pool = ThreadPool(resolve_threads(threads))
         spins = SPINS if self.threads <= default_threads() else SPINS_CROWDED
+        self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that a row meets
+        self._value_bytes = 2 if checkpoint.bf16 else 4
         self._work = Step(self._weights, self.threads, spins)
 
     @classmethod
@@ -77,10 +84,19 @@ class GPT2:
 
     def _step(self, rows: list[Row]) -> Floats:
         with self._pool.turn():
-            self._work.prepare(rows)
-            if rows:
+            workers = self._workers(len(rows))
+            self._work.prepare(rows, workers)
+            if workers == 1:
+                self._work(0, 1)
+            else:
                 self._pool.run(self._work, self._work.abort)
             return self._work.finish()
+
+    def _workers(self, rows: int) -> int:
+        """How many workers a step of so many rows is worth: all, or one where meeting would cost more than it saves."""
+        alone_us = self._values * (self._value_bytes / READ_BYTES_PER_US + 2 * rows / FLOP_PER_US)
+        meeting_us = ROUND_US + BARRIER_US * (5 * self.config.L + 3)
+        return self.threads if alone_us * (1 - 1 / self.threads) > meeting_us * MEETING_WEIGHT else 1
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Append tokens to the cache; return the last one's logits (V,). Runs in chunks; all or nothing is appended."""
