@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off"]
 MICROKERNELS = [f"pygpt/micro_{isa}.c" for isa in ("baseline", "avx2", "avx512", "neon")]
-HEADERS = [f"pygpt/{name}.h" for name in ("micro", "micro_body", "sync", "sampler")]
+HEADERS = [f"pygpt/{name}.h" for name in ("micro", "micro_body", "sync", "trace", "sampler")]
 
 setup(
     ext_modules=cythonize(

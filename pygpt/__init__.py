@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._kernels import cpu_info
+    from ._kernels import Trace, cpu_info
     from .cache import KVCache
     from .checkpoint import Checkpoint, find_model, write_checkpoint
     from .config import Config
@@ -51,6 +51,7 @@ _HOME = {
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
     "Tokenizer": "tokenizer",
+    "Trace": "_kernels",
     "cpu_info": "_kernels",
     "default_threads": "pool",
     "find_model": "checkpoint",
@@ -71,6 +72,7 @@ __all__ = [
     "StreamDecoder",
     "ThreadPool",
     "Tokenizer",
+    "Trace",
     "__version__",
     "cpu_info",
     "default_threads",

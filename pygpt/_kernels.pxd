@@ -1,7 +1,7 @@
 """The structures that the forward pass moves through: what is fixed (Net), what moves (State), and who asks (Row)."""
 
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 
 
 cdef extern from "micro.h" nogil:
@@ -9,7 +9,7 @@ cdef extern from "micro.h" nogil:
         const char* isa
         int fused
         void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
-                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int, const void*, ptrdiff_t) noexcept nogil
         void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*add_bias)(float*, const void*, ptrdiff_t, int) noexcept nogil
@@ -31,7 +31,27 @@ cdef extern from "sync.h" nogil:
 
     void barrier_reset(native_barrier*, uint32_t parties, uint32_t spins)
     void barrier_abort(native_barrier*)
-    int barrier_wait(native_barrier*)
+
+
+cdef extern from "trace.h" nogil:
+    ctypedef struct trace_event:
+        int32_t phase, layer
+        int64_t begin_ns, end_ns, left_ns
+
+    ctypedef struct trace_log:
+        trace_event* events
+        int64_t capacity, count, dropped, mark_ns
+        int32_t stretched
+        double stretch
+
+    ctypedef struct trace_worker:
+        ptrdiff_t ith, nth
+        native_barrier* barrier
+        trace_log* log
+
+    void trace_begin(const trace_worker*)
+    void done(const trace_worker*, int32_t phase, int32_t layer)
+    int meet(const trace_worker*, int32_t phase, int32_t layer)
 
 
 cdef extern from "sampler.h" nogil:

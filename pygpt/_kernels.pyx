@@ -71,7 +71,7 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 cdef enum:
     SPAN_ROWS = 16        # rows of one attention tile
     FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
-    BLOCK_BYTES = 1 << 20  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
+    BLOCK_BYTES = 1 << 19  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
 
 cdef enum Epilogue:
     NOTHING
@@ -132,13 +132,15 @@ cdef void matmul(
 ) noexcept nogil:
     """out = inp weight^T, then the epilogue. Outputs are split over the workers, and each share is cut into blocks whose
     weights stay in cache while all rows pass; the epilogue follows while the block's outputs are still near."""
-    cdef Py_ssize_t n, start, stop, width, r, step, size = 2 if bf16 else 4
+    cdef Py_ssize_t n, start, stop, width, after, r, step, size = 2 if bf16 else 4
     shard(N, ith, nth, &start, &stop)
     step = stop - start if rows == 1 else max(<Py_ssize_t> BLOCK_BYTES // (4 * K), 16)
     n = start
     while n < stop:
         width = min(step, stop - n)
-        micro.gemm(out + n, N, inp, K, rows, weight + n * K * size, K, width, K, bf16)
+        after = min(step, stop - n - width)                     # outputs of the next block
+        micro.gemm(out + n, N, inp, K, rows, weight + n * K * size, K, width, K, bf16,
+                   weight + (n + width) * K * size, after * K * size)
         for r in range(rows):
             if epilogue == BIAS:
                 micro.add_bias(out + r * N + n, bias + n * size, width, bf16)
@@ -183,7 +185,7 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
     for i in range(rows):
         memcpy(q + i * HSp, s.qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
-    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0)
+    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0, NULL, 0)
     for i in range(rows):
         total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS))
     micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
@@ -226,48 +228,74 @@ cdef inline Layer layer_of(const Net* net, Py_ssize_t layer) noexcept nogil:
     return w
 
 
-cdef int forward(const Net* net, State* s, native_barrier* meet, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """Run the network over s.rows: worker ith's share of every kernel. Returns 1 when the step was aborted, else 0.
+PHASES = ("encoder", "ln1", "qkv", "attention", "attproj", "ln2", "fc", "fcproj", "lnf", "logits")
 
-    A barrier stands wherever the next kernel reads outputs of other workers."""
-    cdef Py_ssize_t layer, R = s.R, C = net.C
+cdef enum Phase:              # what a trace calls the parts of a step, in the order of PHASES
+    ENCODER
+    LN1
+    QKV
+    ATTENTION
+    ATTPROJ
+    LN2
+    FC
+    FCPROJ
+    LNF
+    LOGITS
+
+
+cdef int normalised(const State* s, const trace_worker* me, Phase phase, int layer) noexcept nogil:
+    """After a layernorm: wait for the others unless this worker made all rows itself."""
+    if s.ln_size == 0:
+        return meet(me, phase, layer)
+    done(me, phase, layer)
+    return 0
+
+
+cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil:
+    """Run the network over s.rows: this worker's share of every kernel. Returns 1 when the step was aborted, else 0.
+
+    The workers meet wherever the next kernel reads outputs of other workers."""
+    cdef Py_ssize_t R = s.R, C = net.C, ith = me.ith, nth = me.nth
+    cdef int layer, last = <int> net.L
     cdef const float* ln
     cdef Layer w
+    trace_begin(me)
     encoder(net, s, ith, nth)                                                                   # residual (R, C)
-    if barrier_wait(meet):
+    if meet(me, ENCODER, 0):
         return 1
-    for layer in range(net.L):
+    for layer in range(last):
         w = layer_of(net, layer)
         ln = layernorm(net, s, w.ln1w, w.ln1b, NULL, R, ith, nth)                               # ln1 (R, C)
-        if s.ln_size == 0 and barrier_wait(meet):
+        if normalised(s, me, LN1, layer):
             return 1
         matmul(s.qkv, ln, w.qkvw, w.qkvb, NULL, R, C, 3 * C, net.bf16, BIAS, ith, nth)          # qkv (R, 3C)
         store_keys_values(net, s, layer, ith, nth)
-        if barrier_wait(meet):
+        if meet(me, QKV, layer):
             return 1
         attention(net, s, layer, ith, nth)                                                      # atty (R, C)
-        if barrier_wait(meet):
+        if meet(me, ATTENTION, layer):
             return 1
         matmul(s.proj, s.atty, w.attprojw, w.attprojb, s.residual, R, C, C, net.bf16,
                BIAS_RESIDUAL, ith, nth)                                                         # residual2 (R, C)
-        if barrier_wait(meet):
+        if meet(me, ATTPROJ, layer):
             return 1
         ln = layernorm(net, s, w.ln2w, w.ln2b, NULL, R, ith, nth)                               # ln2 (R, C)
-        if s.ln_size == 0 and barrier_wait(meet):
+        if normalised(s, me, LN2, layer):
             return 1
         matmul(s.fch, ln, w.fcw, w.fcb, NULL, R, C, 4 * C, net.bf16, BIAS_GELU, ith, nth)       # fch_gelu (R, 4C)
-        if barrier_wait(meet):
+        if meet(me, FC, layer):
             return 1
         matmul(s.proj, s.fch, w.fcprojw, w.fcprojb, s.residual, R, 4 * C, C, net.bf16,
                BIAS_RESIDUAL, ith, nth)                                                         # residual3 (R, C)
-        if barrier_wait(meet):
+        if meet(me, FCPROJ, layer):
             return 1
     if s.W == 0:
         return 0
     ln = layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                         # lnf (W, C)
-    if s.ln_size == 0 and barrier_wait(meet):
+    if normalised(s, me, LNF, last):
         return 1
     matmul(s.logits, ln, net.wte, NULL, NULL, s.W, C, net.V, net.bf16, NOTHING, ith, nth)       # logits (W, V)
+    done(me, LOGITS, last)
     return 0
 
 # ------------------------------------------------------------------------------------------------ (d) classes
@@ -395,6 +423,69 @@ cdef class KeysValues:
         self.length = min(self.length, max(length, 0))
 
 
+cdef class Trace:
+    """What the workers of a step noted about its phases: `capacity` events for each, later ones counted and dropped."""
+
+    cdef trace_log* logs
+    cdef readonly Py_ssize_t nth
+    cdef readonly Py_ssize_t capacity
+
+    def __cinit__(self, Py_ssize_t nth, Py_ssize_t capacity):
+        cdef void* memory = NULL
+        cdef Py_ssize_t i
+        if nth < 1 or capacity < 1:
+            raise InputError(f"a trace of {capacity} events for {nth} workers: both must be at least 1")
+        if posix_memalign(&memory, 64, nth * sizeof(trace_log)):
+            raise MemoryError("no room for a trace")
+        memset(memory, 0, nth * sizeof(trace_log))
+        self.logs = <trace_log*> memory
+        self.nth, self.capacity = nth, capacity
+        for i in range(nth):
+            self.logs[i].capacity = capacity
+            self.logs[i].events = <trace_event*> malloc(capacity * sizeof(trace_event))
+            if self.logs[i].events == NULL:
+                raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
+            memset(self.logs[i].events, 0, capacity * sizeof(trace_event))   # touched now, not while it is timed
+
+    def __dealloc__(self):
+        if self.logs != NULL:
+            for i in range(self.nth):
+                free(self.logs[i].events)
+        free(self.logs)
+
+    cdef trace_log* log(self, Py_ssize_t ith) except NULL:
+        if not 0 <= ith < self.nth:
+            raise InputError(f"worker {ith}: this trace has {self.nth}")
+        return self.logs + ith
+
+    def events(self, Py_ssize_t ith) -> list:
+        """Worker ith's events in time order: (phase name, layer, begin_ns, end_ns, left_ns). Only while no step runs."""
+        cdef trace_log* log = self.log(ith)
+        cdef trace_event* e
+        cdef Py_ssize_t i
+        found = []
+        for i in range(log.count):
+            e = log.events + i
+            found.append((PHASES[e.phase], e.layer, e.begin_ns, e.end_ns, e.left_ns))
+        return found
+
+    def dropped(self, Py_ssize_t ith) -> int:
+        """How many events of worker ith found no room."""
+        return self.log(ith).dropped
+
+    def clear(self) -> None:
+        """Forget all events. Only while no step runs."""
+        cdef Py_ssize_t i
+        for i in range(self.nth):
+            self.logs[i].count = self.logs[i].dropped = 0
+
+    def stretch(self, Py_ssize_t ith, phase, double times) -> None:
+        """For debugging a report: make worker ith spend `times` as long in a phase (None: in every phase)."""
+        cdef trace_log* log = self.log(ith)
+        log.stretched = -1 if phase is None else PHASES.index(phase)
+        log.stretch = times
+
+
 cdef class Step:
     """One step over ragged rows: prepare() it under the GIL, then let every worker call it.
 
@@ -402,7 +493,7 @@ cdef class Step:
 
     cdef Weights weights
     cdef State state
-    cdef native_barrier* meet
+    cdef native_barrier* barrier
     cdef Py_ssize_t nth             # workers of the pool
     cdef Py_ssize_t active          # workers of the current step: the first so many
     cdef uint32_t spins
@@ -411,20 +502,21 @@ cdef class Step:
     cdef Py_ssize_t room            # rows that the arrays have room for
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step
+    cdef public Trace trace         # where the workers log their phases, or None
 
     def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins):
         cdef void* memory = NULL
         if posix_memalign(&memory, 64, sizeof(native_barrier)):
             raise MemoryError("no room for a barrier")
         memset(memory, 0, sizeof(native_barrier))
-        self.meet = <native_barrier*> memory
+        self.barrier = <native_barrier*> memory
         self.weights = weights
         self.nth = self.active = nth
         self.spins = spins
         self.room = 0
 
     def __dealloc__(self):
-        free(self.meet)
+        free(self.barrier)
         free(self.state.rows)
         free(self.state.spans)
         free(self.state.wanted)
@@ -467,7 +559,7 @@ cdef class Step:
         self._reserve_scratch(longest)
         self.logits = Floats(s.W, self.weights.net.V)
         s.logits = self.logits.data
-        barrier_reset(self.meet, <uint32_t> active, self.spins)
+        barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
     cdef _reserve(self, Py_ssize_t R):
         """Make room for R rows of activations."""
@@ -527,13 +619,16 @@ cdef class Step:
         """Run worker ith's share of the prepared step, without the GIL."""
         if nth < self.active or ith < 0:
             raise InputError(f"worker {ith} of {nth}: this step was prepared for {self.active} workers")
+        cdef trace_worker me
         if ith < self.active and self.state.R:
+            me.ith, me.nth, me.barrier = ith, self.active, self.barrier
+            me.log = NULL if self.trace is None else self.trace.log(ith)
             with nogil:
-                forward(&self.weights.net, &self.state, self.meet, ith, self.active)
+                forward(&self.weights.net, &self.state, &me)
 
     def abort(self) -> None:
         """Let every worker out of the barriers: one of them cannot come. The step's results are void."""
-        barrier_abort(self.meet)
+        barrier_abort(self.barrier)
 
     def finish(self) -> Floats:
         """Commit the rows to their caches, all at once, and hand over the logits (W, V)."""

@@ -19,9 +19,10 @@ typedef struct {
     int fused;       /* whether multiply-add rounds once */
 
     /* out[r * ldo + n] = dot(inp + r * ldi, w + n * ldw, K) for r < rows, n < N. Several rows share register tiles of
-     * weights; for one row the weights stream from memory once, in a few far-apart streams. */
-    void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                 const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, int bf16);
+     * weights; for one row the weights stream from memory once, in a few far-apart streams. `next` is what the caller will
+     * need afterwards: its bytes are prefetched meanwhile. */
+    void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
+                 ptrdiff_t N, ptrdiff_t K, int bf16, const void *next, ptrdiff_t next_bytes);
 
     /* out[i] = wte[i] + wpe[i] for i < C. */
     void (*encode)(float *out, const void *wte, const void *wpe, ptrdiff_t C, int bf16);

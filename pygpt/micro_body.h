@@ -64,14 +64,15 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
     memcpy(p, buffer, n * sizeof *p);
 }
 
-/* Values i to i + 15 of float32 or bfloat16 weights; a bfloat16 is the upper half of its float32. */
+/* W values from i on of float32 or bfloat16 weights; a bfloat16 is the upper half of its float32. */
+INLINE vec load_weight_vec(const void *w, ptrdiff_t i, int bf16) {
+    if (!bf16) return *(const vec_unaligned *)((const float *)w + i);
+    return (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16);
+}
+
 INLINE lanes load_weights(const void *w, ptrdiff_t i, int bf16) {
-    if (!bf16) return load((const float *)w + i);
     lanes a;
-    UNROLL for (int h = 0; h < NV; h++) {
-        hvec narrow = *(const hvec_unaligned *)((const uint16_t *)w + i + h * W);
-        a.v[h] = (vec)(__builtin_convertvector(narrow, uvec) << 16);
-    }
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = load_weight_vec(w, i + h * W, bf16);
     return a;
 }
 
@@ -136,6 +137,29 @@ INLINE float fold(lanes a) {
     return d[0] + d[1];
 }
 
+/* Four folds at once, lane by lane the same additions: their vectors are joined as they shrink. */
+INLINE vec4 fold_four(lanes a, lanes b, lanes c, lanes d) {
+#if W == 16
+#define HALVES(x, y, o) __builtin_shufflevector(x, y, o, o + 1, o + 2, o + 3, o + 4, o + 5, o + 6, o + 7, \
+                                                o + 16, o + 17, o + 18, o + 19, o + 20, o + 21, o + 22, o + 23)
+#define QUARTERS(x, y, o) __builtin_shufflevector(x, y, o, o + 1, o + 2, o + 3, o + 8, o + 9, o + 10, o + 11, \
+                                                  o + 16, o + 17, o + 18, o + 19, o + 24, o + 25, o + 26, o + 27)
+    vec ab = HALVES(a.v[0], b.v[0], 0) + HALVES(a.v[0], b.v[0], 8);
+    vec cd = HALVES(c.v[0], d.v[0], 0) + HALVES(c.v[0], d.v[0], 8);
+    vec four = QUARTERS(ab, cd, 0) + QUARTERS(ab, cd, 4);
+    vec two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    vec one = two + __builtin_shufflevector(two, two, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return __builtin_shufflevector(one, one, 0, 4, 8, 12);
+#undef HALVES
+#undef QUARTERS
+#else
+    vec4 p = fold4(a), q = fold4(b), r = fold4(c), s = fold4(d);
+    vec4 pq = __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
+    vec4 rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
+    return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
+#endif
+}
+
 INLINE float fold_max(lanes a) {
     float buffer[LANES];
     store(buffer, a);
@@ -177,27 +201,31 @@ INLINE lanes gelu16(lanes x) {
 
 /* ---------------------------------------------------------------------------------------- matrix products */
 
-/* One register tile of rows x outputs dots. Weight rows lie `wstep` values apart and their outputs `ostep`, so the same
- * tile reads neighbours from cache (gemm) or far-apart streams from memory (gemv, with prefetch). */
+/* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`, so
+ * the same tile reads neighbours from cache (gemm) or far-apart streams from memory (gemv, with prefetch). A long dot comes in
+ * pieces: `partial` (rows * outputs * 16 values) holds the lanes in between, taken up unless `first`, left unless `last`. */
 INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
                  const float *inp, ptrdiff_t ldi, const void *w, ptrdiff_t wstep, ptrdiff_t K,
-                 const int bf16, const int prefetch) {
+                 const int bf16, const int prefetch, float *partial, int first, int last) {
     const ptrdiff_t bytes = bf16 ? 2 : 4;
     const char *wrow[8];
-    lanes acc[MR > 5 ? MR : 5][8];
+    lanes acc[40];
     UNROLL for (int n = 0; n < outputs; n++) wrow[n] = (const char *)w + n * wstep * bytes;
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int n = 0; n < outputs; n++) acc[r][n] = splat(0.0f);
+    if (first)
+        _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
+    else
+        _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = load(partial + i * LANES);
     ptrdiff_t k = 0;
     for (; k + LANES <= K; k += LANES) {
-        lanes b[8];
-        UNROLL for (int n = 0; n < outputs; n++) {
-            b[n] = load_weights(wrow[n], k, bf16);
-            if (prefetch) __builtin_prefetch(wrow[n] + k * bytes + 2048);
-        }
-        UNROLL for (int r = 0; r < rows; r++) {
-            lanes a = load(inp + r * ldi + k);
-            UNROLL for (int n = 0; n < outputs; n++) acc[r][n] = fma16(a, b[n], acc[r][n]);
+        if (prefetch) UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + 2048);
+        UNROLL for (int h = 0; h < NV; h++) { /* one register of the 16 lanes at a time: narrow sets have few */
+            vec b[8];
+            UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weight_vec(wrow[n], k + h * W, bf16);
+            UNROLL for (int r = 0; r < rows; r++) {
+                vec a = *(const vec_unaligned *)(inp + r * ldi + k + h * W);
+                UNROLL for (int n = 0; n < outputs; n++)
+                    acc[r * outputs + n].v[h] = FMA(a, b[n], acc[r * outputs + n].v[h]);
+            }
         }
     }
     if (k < K) {
@@ -205,40 +233,96 @@ INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
         UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, bf16);
         UNROLL for (int r = 0; r < rows; r++) {
             lanes a = load_tail(inp + r * ldi + k, K - k, 0.0f);
-            UNROLL for (int n = 0; n < outputs; n++) acc[r][n] = fma16(a, b[n], acc[r][n]);
+            UNROLL for (int n = 0; n < outputs; n++) acc[r * outputs + n] = fma16(a, b[n], acc[r * outputs + n]);
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int n = 0; n < outputs; n++) out[r * ldo + n * ostep] = fold(acc[r][n]);
+    if (!last) {
+        _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) store(partial + i * LANES, acc[i]);
+        return;
+    }
+#define OUT(i) out[(i) / outputs * ldo + (i) % outputs * ostep]
+    _Pragma("GCC unroll 10") for (int i = 0; i + 4 <= rows * outputs; i += 4) {
+        vec4 four = fold_four(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+        OUT(i) = four[0], OUT(i + 1) = four[1], OUT(i + 2) = four[2], OUT(i + 3) = four[3];
+    }
+    UNROLL for (int i = rows * outputs / 4 * 4; i < rows * outputs; i++) OUT(i) = fold(acc[i]);
+#undef OUT
 }
 
-/* All outputs of `rows` (a constant) input rows: full tiles, then the last outputs one by one. */
-INLINE void tile_row(const int rows, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
-                     const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
-    ptrdiff_t n = 0;
-    for (; n + NR <= N; n += NR)
-        tile(rows, NR, out + n, ldo, 1, inp, ldi, (const char *)w + n * ldw * (bf16 ? 2 : 4), ldw, K, bf16, 0);
-    for (; n < N; n++)
-        tile(rows, 1, out + n, ldo, 1, inp, ldi, (const char *)w + n * ldw * (bf16 ? 2 : 4), ldw, K, bf16, 0);
+/* How gemm walks: GROUP rows at a time against all outputs, so that one tile of weights serves GROUP / MR row tiles from the
+ * first-level cache, and dots longer than PIECE in pieces, so that GROUP rows of a piece fit there too. */
+#define GROUP (2 * MR)
+#define PIECE 1024
+#define PIECE_OUTPUTS (8 * NR) /* outputs at a time while lanes of unfinished dots are kept */
+
+typedef struct { /* memory that the next block will need, brought into the second-level cache a bit with every tile */
+    const char *at, *stop;
+    ptrdiff_t step;
+} ahead;
+
+INLINE void fetch_ahead(ahead *a) {
+    const char *stop = a->stop - a->at < a->step ? a->stop : a->at + a->step;
+    for (; a->at < stop; a->at += 64) __builtin_prefetch(a->at, 0, 2);
+}
+
+typedef struct {
+    float *out;
+    ptrdiff_t ldo;
+    const float *inp;
+    ptrdiff_t ldi;
+    const char *w;
+    ptrdiff_t ldw, K; /* K: of this piece */
+    int first, last;
+} piece;
+
+/* One tile of a piece at row r, output n. */
+INLINE void piece_tile(const int rows, const int outputs, const piece *p, ptrdiff_t r, ptrdiff_t n, float *partial, const int bf16) {
+    tile(rows, outputs, p->out + r * p->ldo + n, p->ldo, 1, p->inp + r * p->ldi, p->ldi,
+         p->w + n * p->ldw * (bf16 ? 2 : 4), p->ldw, p->K, bf16, 0,
+         p->first && p->last ? NULL : partial + (r * PIECE_OUTPUTS + n * MR) * LANES, p->first, p->last);
+}
+
+/* The row tiles of one group against `outputs` (a constant) outputs from n on. */
+INLINE void piece_column(const int outputs, const piece *p, ptrdiff_t rows, ptrdiff_t n, float *partial, const int bf16) {
+    ptrdiff_t r = 0;
+    for (; r + MR <= rows; r += MR) piece_tile(MR, outputs, p, r, n, partial, bf16);
+    switch (rows - r) { /* the last rows, fewer than MR */
+#if MR > 4
+    case 4: piece_tile(4, outputs, p, r, n, partial, bf16); break;
+#endif
+#if MR > 3
+    case 3: piece_tile(3, outputs, p, r, n, partial, bf16); break;
+#endif
+#if MR > 2
+    case 2: piece_tile(2, outputs, p, r, n, partial, bf16); break;
+#endif
+#if MR > 1
+    case 1: piece_tile(1, outputs, p, r, n, partial, bf16); break;
+#endif
+    }
 }
 
 INLINE void gemm_of(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                    const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
-    while (rows >= MR) {
-        tile_row(MR, out, ldo, inp, ldi, w, ldw, N, K, bf16);
-        out += MR * ldo, inp += MR * ldi, rows -= MR;
-    }
-    switch (rows) { /* the last rows, fewer than MR */
-#if MR > 4
-    case 4: tile_row(4, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
-#endif
-#if MR > 3
-    case 3: tile_row(3, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
-#endif
-#if MR > 2
-    case 2: tile_row(2, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
-#endif
-    case 1: tile_row(1, out, ldo, inp, ldi, w, ldw, N, K, bf16); break;
+                    const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16, const void *next, ptrdiff_t next_bytes) {
+    const ptrdiff_t bytes = bf16 ? 2 : 4, width = K > PIECE ? PIECE_OUTPUTS : N;
+    const ptrdiff_t columns = (rows + GROUP - 1) / GROUP * (N / NR + 1) * ((K + PIECE - 1) / PIECE);
+    ahead later = {next, (const char *)next + next_bytes, next_bytes / (columns + 1) + 64};
+    float partial[GROUP * PIECE_OUTPUTS * LANES];
+    for (ptrdiff_t r = 0; r < rows; r += GROUP) {
+        const ptrdiff_t group = rows - r < GROUP ? rows - r : GROUP;
+        for (ptrdiff_t n0 = 0; n0 < N; n0 += width) {
+            const ptrdiff_t count = N - n0 < width ? N - n0 : width;
+            for (ptrdiff_t k = 0; k == 0 || k < K; k += PIECE) {
+                const piece p = {out + r * ldo + n0, ldo, inp + r * ldi + k, ldi, (const char *)w + (n0 * ldw + k) * bytes, ldw,
+                                 K - k < PIECE ? K - k : PIECE, k == 0, K - k <= PIECE};
+                ptrdiff_t n = 0;
+                for (; n + NR <= count; n += NR) {
+                    fetch_ahead(&later);
+                    piece_column(NR, &p, group, n, partial, bf16);
+                }
+                for (; n < count; n++) piece_column(1, &p, group, n, partial, bf16);
+            }
+        }
     }
 }
 
@@ -246,25 +330,19 @@ INLINE void gemm_of(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, 
 INLINE void gemv_of(float *out, const float *inp, const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
     const ptrdiff_t part = N / STREAMS, bytes = bf16 ? 2 : 4;
     for (ptrdiff_t n = 0; n < part; n++)
-        tile(1, STREAMS, out + n, 0, part, inp, 0, (const char *)w + n * ldw * bytes, part * ldw, K, bf16, 1);
+        tile(1, STREAMS, out + n, 0, part, inp, 0, (const char *)w + n * ldw * bytes, part * ldw, K, bf16, 1, NULL, 1, 1);
     for (ptrdiff_t n = part * STREAMS; n < N; n++)
-        tile(1, 1, out + n, 0, 1, inp, 0, (const char *)w + n * ldw * bytes, ldw, K, bf16, 1);
+        tile(1, 1, out + n, 0, 1, inp, 0, (const char *)w + n * ldw * bytes, ldw, K, bf16, 1, NULL, 1, 1);
 }
 
-INLINE void gemm_or_gemv(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                         const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
+                 ptrdiff_t N, ptrdiff_t K, int bf16, const void *next, ptrdiff_t next_bytes) {
     if (rows == 1)
-        gemv_of(out, inp, w, ldw, N, K, bf16);
+        bf16 ? gemv_of(out, inp, w, ldw, N, K, 1) : gemv_of(out, inp, w, ldw, N, K, 0);
+    else if (bf16)
+        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, 1, next, next_bytes);
     else
-        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16);
-}
-
-static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                 const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, int bf16) {
-    if (bf16)
-        gemm_or_gemv(out, ldo, inp, ldi, rows, w, ldw, N, K, 1);
-    else
-        gemm_or_gemv(out, ldo, inp, ldi, rows, w, ldw, N, K, 0);
+        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, 0, next, next_bytes);
 }
 
 /* ---------------------------------------------------------------------------------------- row by row */
