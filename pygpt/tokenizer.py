@@ -1,0 +1,169 @@
+"""GPT-2's tokenizer: text to ids and back, ids to text while they stream.
+
+The byte-pair merging is tiktoken's; the vocabulary is the carried data/vocab.bpe, so nothing is ever downloaded
+(tiktoken.get_encoding would). tiktoken is imported with the first Tokenizer, not with this module.
+
+Refuses: ids outside the vocabulary, and a vocabulary file that is not the published one. Text is never refused.
+Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`).
+"""
+
+import codecs
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable
+from functools import cache
+from operator import index
+
+from .errors import InputError, PyGPTError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import tiktoken
+
+VOCABULARY_FILE = os.path.join(os.path.dirname(__file__), "data", "vocab.bpe")
+VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+END_OF_TEXT = "<|endoftext|>"
+
+# How text is split before bytes are merged, as tiktoken writes it: the pieces of GPT-2's own pattern, found faster.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# All but the last character of a long run of white space that other text follows. `\s` is spelled out because Python
+# counts four control characters as white space that Unicode, and so the pattern above, does not.
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_SPACE}])")
+
+_loading = threading.Lock()
+
+
+class Tokenizer:
+    """GPT-2's byte-pair encoding of 50,257 ids. Cheap to make: the vocabulary is loaded once per process.
+
+    Any number of threads may use one Tokenizer. Raises PyGPTError when the installed vocabulary is missing or damaged.
+    """
+
+    def __init__(self) -> None:
+        with _loading:
+            self._bytes, self._encoding = _load()
+
+    @property
+    def V(self) -> int:
+        """The number of ids, `<|endoftext|>` included: 50257."""
+        return len(self._bytes)
+
+    @property
+    def eot(self) -> int:
+        """The id of `<|endoftext|>`, the last one: 50256."""
+        return len(self._bytes) - 1
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Turn any text into ids. A lone surrogate, which has no UTF-8 form, is read as U+FFFD.
+
+        `<|endoftext|>` in the text is ordinary text, as users may type anything; with `allow_special` it is id `eot`.
+        """
+        first, *others = text.split(END_OF_TEXT) if allow_special else [text]
+        ids = self._encode_ordinary(first)
+        for part in others:
+            ids.append(self.eot)
+            ids += self._encode_ordinary(part)
+        return ids
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """Encode text in which nothing is special.
+
+        The pattern takes a run of white space before other text but for its last character, by backtracking, and
+        tiktoken's stack overflows at about a million characters. A cut at that very place gives the same pieces: the
+        run is then at the end of its part, where it is taken without backtracking.
+        """
+        ids: list[int] = []
+        start = 0
+        for run in _LONG_SPACE.finditer(text):
+            ids += self._encoding.encode_ordinary(text[start : run.end()])
+            start = run.end()
+        return ids + self._encoding.encode_ordinary(text[start:])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into text. Bytes that are not UTF-8, such as a character cut at the end, become U+FFFD.
+
+        Raises InputError for an id outside the vocabulary.
+        """
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Turn ids into the exact bytes they stand for. Raises InputError for an id outside the vocabulary."""
+        return b"".join([self._bytes[self._checked(token)] for token in ids])
+
+    def _checked(self, token: int) -> int:
+        """Return an id as an int, NumPy's integers included, or raise InputError (a bool is no id)."""
+        try:
+            number = -1 if isinstance(token, bool) else index(token)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.V:
+            raise InputError(f"token id is {token!r}: it must be a whole number from 0 to {self.eot}")
+        return number
+
+
+class StreamDecoder:
+    """Decode ids one at a time, never showing half a character: the pieces join to what Tokenizer.decode gives."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """Take the next id and return the text that it completes, possibly "". Raises InputError as decode does."""
+        return self._utf8.decode(self._tokenizer.decode_bytes((token,)))
+
+    def finish(self) -> str:
+        """End the text: return U+FFFD for a character that stays cut, else "". The next push begins a new text."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+@cache
+def _load() -> "tuple[list[bytes], tiktoken.Encoding]":
+    """Load the vocabulary: the bytes of every id, and the encoder over them."""
+    import tiktoken
+
+    tokens = _read_tokens(VOCABULARY_FILE)
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=PATTERN,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={END_OF_TEXT: len(tokens)},
+    )
+    return [*tokens, END_OF_TEXT.encode()], encoding
+
+
+def _read_tokens(path: str) -> list[bytes]:
+    """Read vocab.bpe: the bytes of every ordinary token in the order of their ids.
+
+    First come the 256 single bytes, the 188 printable ones of Latin-1 before the other 68; then one token a line, the
+    two it is merged from. The file spells a byte as its Latin-1 character if printable, else as U+0100 and up.
+    """
+    text = _read_checked(path).decode("utf-8")
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    _version, *merges = text.splitlines()
+    return [bytes([byte]) for byte in printable + others] + [
+        bytes([byte_of[char] for char in merge.replace(" ", "")]) for merge in merges
+    ]
+
+
+def _read_checked(path: str) -> bytes:
+    """Read a file that must be the published vocabulary, byte for byte: one wrong merge would give wrong ids silently."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise PyGPTError(f"{path}: cannot read GPT-2's vocabulary: {error.strerror}; install pygpt again") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != VOCABULARY_SHA256:
+        raise PyGPTError(
+            f"{path}: GPT-2's vocabulary is damaged: sha256 {found}, expected {VOCABULARY_SHA256}; install pygpt again"
+        )
+    return content

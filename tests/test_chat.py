@@ -1,0 +1,937 @@
+"""chat.py as its users meet it: as a process, on pipes and on a terminal.
+
+Most tests give it a `pygpt` command of their own, a small package on PYTHONPATH that speaks the protocol and logs what
+it was asked; so a test decides every id, and every fault, that the chat meets. The last section runs the real command.
+No test depends on time: whoever waits, waits for a text, a line of the log or the end of a process.
+"""
+
+import importlib.util
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pygpt.tokenizer
+from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, write_checkpoint
+from pygpt.config import Config
+from pygpt.tokenizer import Tokenizer
+
+ROOT = Path(pygpt.tokenizer.__file__).parent.parent
+CHAT = ROOT / "chat.py"
+TOKENIZER = Tokenizer()
+PATIENCE = 60.0  # seconds; only a failing test waits so long
+
+# Runs a command as a shell would: Ctrl-C has its default effect, and a terminal on stdin is the controlling one.
+LAUNCHER = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if os.isatty(0):
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+# The fake command. A test's code may replace `start`, `answer` and `interrupted`.
+FAKE = """
+import json, os, signal, sys
+
+def log(**entry):
+    with open(os.environ["FAKE_LOG"], "a") as file:
+        file.write(json.dumps(entry) + "\\n")
+
+def put(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+def tell(text):
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+def put_ids(ids):
+    for i, token in enumerate(ids, start=1):
+        put(f"{token}" + (" " if i < len(ids) else "\\n"))
+
+def start():
+    pass
+
+def answer(tokens, new):  # by default: an echo
+    put_ids(tokens[:new])
+
+def interrupted():
+    put("\\n")
+
+#CODE#
+
+signal.alarm(120)  # none outlives its test for long, whatever it waits for
+try:
+    log(pid=os.getpid(), argv=sys.argv[1:], group=os.getpgrp())
+    start()
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        log(**request)
+        try:
+            answer(request["tokens"], request["max_new_tokens"])
+        except KeyboardInterrupt:
+            log(interrupted=True)
+            interrupted()
+    log(ended=True)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+# Some ids, and then nothing until Ctrl-C; the second time an echo.
+ENDLESS_ONCE = """
+def answer(tokens, new):
+    global answer
+    answer = put_ids_of
+    put("31373 612 ")
+    signal.pause()
+
+def put_ids_of(tokens, new):
+    put_ids(tokens)
+"""
+
+
+class Fake:
+    """The fake command's package, its log, and the environment in which chat.py finds it."""
+
+    def __init__(self, folder: Path, code: str = "") -> None:
+        self.cwd = folder / "cwd"  # empty: no ./gpt2_124M.bin here
+        self.cwd.mkdir()
+        self._log = folder / "log"
+        package = folder / "fake" / "pygpt"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        self._main = package / "__main__.py"
+        self.code(code)
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYGPT_", "PYTHON"))} | {
+            "FAKE_LOG": str(self._log),
+            "PYTHONPATH": str(package.parent),
+            "PYTHONUTF8": "1",
+            "TERM": "dumb",  # line editing without colours and bracketed paste
+        }
+
+    def code(self, code: str) -> None:
+        self._main.write_text(FAKE.replace("#CODE#", code))
+
+    def command(self, *words: str | bytes) -> list[str | bytes]:
+        return [sys.executable, "-c", LAUNCHER, sys.executable, str(CHAT), *words]
+
+    def run(self, *words: str | bytes, text: bytes | None = None, **environment: str) -> "subprocess.CompletedProcess[bytes]":
+        """Run chat.py to its end on pipes, `text` on its stdin."""
+        return subprocess.run(
+            self.command(*words),
+            input=text,
+            stdin=subprocess.DEVNULL if text is None else None,
+            capture_output=True,
+            cwd=self.cwd,
+            env=self.environment | environment,
+            timeout=PATIENCE,
+        )
+
+    def log(self, key: str) -> list[Any]:
+        """What the children logged under this key, in order."""
+        if not self._log.exists():
+            return []
+        entries = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [entry[key] for entry in entries if key in entry]
+
+    def wait_for(self, key: str) -> None:
+        """Wait until a child has logged this key."""
+        wait_until(lambda: bool(self.log(key)))
+
+    def model(self, maxT: int) -> str:
+        """Write a model file with this context, as small as can be."""
+        config = Config(maxT=maxT, V=8, L=1, NH=1, C=1)
+        path = self.cwd / f"context{maxT}.bin"
+        write_checkpoint(path, config, {name: np.zeros(shape) for name, shape, _, _ in config.tensors(padded=False)})
+        return path.name
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def state(pid: int) -> str:
+    """Whether a process runs (R), sleeps (S) or has ended (Z): Linux's letters, and an S where there is no /proc."""
+    path = Path(f"/proc/{pid}/stat")
+    return path.read_text().rpartition(")")[2].split()[0] if path.exists() else "S"
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def replying(text: str, *, cut: int = 0) -> str:
+    """Code of a fake that answers with this text, less its last `cut` ids."""
+    tokens = ids_of(text)
+    return f"def answer(tokens, new): put_ids({tokens[: len(tokens) - cut]})"
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Fake:
+    return Fake(tmp_path)
+
+
+def assert_one_line_error(result: "subprocess.CompletedProcess[bytes]", status: int, *parts: str) -> None:
+    """The run wrote nothing but one error line, and the prompt if it read a pipe."""
+    line = result.stderr.decode().removeprefix("Text: \n")
+    assert result.returncode == status, line
+    assert result.stdout == b""
+    assert line.count("\n") == 1
+    assert line.endswith("\n")
+    for part in parts:
+        assert part in line
+
+
+# ---------------------------------------------------------------- one text
+
+
+def test_words_are_one_text_answered_once(fake: Fake) -> None:
+    result = fake.run("Ladies", "and")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"Ladies and\n", b"")
+    assert fake.log("tokens") == [[43, 50192, 290]]
+    assert fake.log("max_new_tokens") == [40]
+    assert fake.log("argv") == [["-"]]
+    assert fake.log("ended") == [True]
+
+
+def test_quoted_text_keeps_its_spaces_and_lines(fake: Fake) -> None:
+    assert fake.run(" Ladies  and\n").stdout == b" Ladies  and\n\n"
+
+
+def test_text_after_two_dashes_may_look_like_an_option(fake: Fake) -> None:
+    assert fake.run("to", "-n", "7", "--", "-n", "--").stdout == b"to -n --\n"
+    assert fake.log("max_new_tokens") == [7]
+
+
+def test_piped_text_is_whole_but_for_its_last_newline(fake: Fake) -> None:
+    result = fake.run(text=b"one\n\ntwo\n\n")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"one\n\ntwo\n\n", b"Text: \n")
+    assert fake.log("tokens") == [ids_of("one\n\ntwo\n")]
+
+
+@pytest.mark.parametrize("text", [b"", b"\n"])
+def test_empty_piped_text_is_refused(fake: Fake, text: bytes) -> None:
+    assert_one_line_error(fake.run(text=text), 2, "chat.py: error: ", "empty")
+
+
+@pytest.mark.parametrize("words", [[""], ["", ""], ["--", ""]])
+def test_empty_words_are_refused_before_anything_starts(fake: Fake, words: list[str]) -> None:
+    assert_one_line_error(fake.run(*words), 2, "chat.py: error: ", "empty")
+    assert fake.log("pid") == []
+
+
+def test_end_of_text_typed_as_text_is_text(fake: Fake) -> None:
+    assert fake.run("<|endoftext|>").stdout == b"<|endoftext|>\n"
+    assert 50256 not in fake.log("tokens")[0]
+
+
+def test_invalid_utf8_is_accepted(fake: Fake) -> None:
+    assert fake.run(b"caf\xe9").stdout == "caf\ufffd\n".encode()
+    assert fake.run(text=b"caf\xe9").stdout == "caf\ufffd\n".encode()
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**6])
+def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
+    text = b"x" + b" y" * length  # at the most, many times what a pipe holds
+    assert fake.run("-m", "none", "-n", str(length + 1), text=text).stdout == text + b"\n"
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_options_of_the_command_are_passed_on_unjudged(fake: Fake) -> None:
+    fake.run("-m", "no such.bin", "hi", "--threads", "many", "--sampler=-x", "-t-1", "-n", "3")
+    assert fake.log("argv") == [["-mno such.bin", "--threads=many", "--sampler=-x", "-t-1", "-"]]
+    assert fake.log("max_new_tokens") == [3]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-n", "0"], ["-n", "-1"], ["-n", "1.5"], ["-n", "many"], ["-n", "9" * 5000], ["-n"], ["-m"], ["--fast"], ["--ne", "3"]],
+)
+def test_bad_usage_is_one_line(fake: Fake, words: list[str]) -> None:
+    assert_one_line_error(fake.run("hi", *words), 2, "chat.py: error: ", words[0])
+    assert fake.log("pid") == []
+
+
+def test_help_shows_the_examples(fake: Fake) -> None:
+    result = fake.run("--help")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b'python chat.py "Ladies and"' in result.stdout
+
+
+@pytest.mark.parametrize("how", ["option", "variable", "folder"])
+def test_long_text_keeps_its_last_tokens(fake: Fake, how: str) -> None:
+    words, environment, model = ["-n", "6"], {}, fake.model(16)
+    if how == "option":
+        words += ["-m", model]
+    elif how == "variable":
+        environment["PYGPT_MODEL"] = model
+    else:
+        (fake.cwd / model).rename(fake.cwd / "gpt2_124M.bin")
+    text = "".join(f" {digit}" for digit in range(10))
+    fits = fake.run(*words, text=text.encode(), **environment)
+    assert fits.stderr == b"Text: \n"
+    result = fake.run(*words, text=b"zero" + text.encode(), **environment)
+    assert fake.log("tokens") == [ids_of(text), ids_of(text)]
+    assert result.returncode == 0
+    assert result.stderr.count(b"\n") == 2
+    for number in (b"11 tokens", b"last 10", b"16", b"6"):
+        assert number in result.stderr
+
+
+def test_as_many_new_tokens_as_the_context_has_room_for(fake: Fake) -> None:
+    model = fake.model(16)
+    assert fake.run("-m", model, "-n", "15", "one").returncode == 0
+    assert_one_line_error(fake.run("-m", model, "-n", "16", "one"), 2, "chat.py: error: --new is 16", "15")
+    assert fake.run("-m", model, "one").returncode == 0
+    assert fake.log("max_new_tokens") == [15, 15]
+
+
+def test_nothing_is_cut_for_a_model_that_does_not_open(fake: Fake) -> None:
+    (fake.cwd / "bad.bin").write_bytes(b"no model")
+    text = " word" * 3000
+    fake.run("-m", "bad.bin", "-n", "2000", text)
+    assert fake.log("tokens") == [ids_of(text)]
+    assert fake.log("max_new_tokens") == [2000]
+
+
+# ---------------------------------------------------------------- the reply's text
+
+
+def test_characters_stay_whole_over_ids(fake: Fake) -> None:
+    text = "é☃🙂 中文"
+    assert len(ids_of(text)) > len(text)
+    fake.code(replying(text))
+    assert fake.run("hi").stdout.decode() == text + "\n"
+
+
+def test_character_cut_by_the_end_is_replaced(fake: Fake) -> None:
+    fake.code(replying("snow ☃", cut=1))
+    assert fake.run("hi").stdout.decode() == "snow \ufffd\n"
+
+
+def test_any_bytes_in_the_reply_are_shown(fake: Fake) -> None:
+    fake.code("def answer(tokens, new): put_ids([*range(256), 50256])")
+    assert fake.run("hi").stdout.decode() == TOKENIZER.decode([*range(256), 50256]) + "\n"
+
+
+def test_output_that_cannot_show_a_character_replaces_it(fake: Fake) -> None:
+    fake.code(replying("snow ☃!"))
+    result = fake.run("hi", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"snow ?!\n", b"")
+
+
+def test_reply_streams_and_half_a_character_waits(fake: Fake) -> None:
+    first, *rest = ids_of("☃")
+    fake.code(f"""
+def answer(tokens, new):
+    put("31373 {first} ")
+    with open("go"):  # a FIFO: blocks until the test opens it
+        put_ids({rest})
+""")
+    os.mkfifo(fake.cwd / "go")
+    with Piped(fake, "hi") as chat:
+        assert chat.read(len("hello")) == b"hello"
+        with open(fake.cwd / "go", "w"):
+            pass
+        assert chat.finish() == (0, "☃\n".encode(), b"")
+
+
+def test_ids_may_come_in_any_chunks(fake: Fake) -> None:
+    fake.code("""
+def answer(tokens, new):
+    for part in ("313", "73 6", "12", " 31373  612\\n"):
+        put(part)
+""")
+    assert fake.run("hi").stdout == b"hello therehello there\n"
+
+
+def test_empty_reply_is_an_empty_line(fake: Fake) -> None:
+    fake.code('def answer(tokens, new): put("\\n")')
+    assert fake.run("hi").stdout == b"\n"
+
+
+# ---------------------------------------------------------------- faults of the child
+
+BEGUN = "def answer(tokens, new):\n    put('31373 612')\n    "  # the second id is not ended, so it is none yet
+
+
+@pytest.mark.parametrize(
+    ("end", "line"),
+    [
+        ("tell('pygpt: error: out of luck\\n'); sys.exit(1)", "pygpt: error: out of luck"),
+        ("tell('pygpt: error: bad line\\n'); sys.exit(2)", "pygpt: error: bad line"),
+        ("tell('pygpt: error: no newline'); sys.exit(1)", "pygpt: error: no newline"),
+        ("raise LookupError('lost')", "chat.py: error: the pygpt command ended with status 1: LookupError: lost"),
+        ("sys.exit(0)", "chat.py: error: the pygpt command ended with status 0"),
+        ("sys.exit(130)", "chat.py: error: the pygpt command ended with status 130"),
+        ("os.kill(os.getpid(), 9)", "chat.py: error: the pygpt command was ended by signal 9"),
+        ("tell('dying\\n'); os._exit(70)", "chat.py: error: the pygpt command ended with status 70: dying"),
+        ("put(' foo 613\\n')", "chat.py: error: the pygpt command answered 'foo' where a token id was expected"),
+        ("put(' -1\\n')", "chat.py: error: the pygpt command answered '-1' where a token id was expected"),
+        ("put(' \\0\\n')", "chat.py: error: the pygpt command answered '\\x00' where a token id was expected"),
+        ("put(' 50257\\n')", "chat.py: error: token id is 50257: it must be a whole number from 0 to 50256"),
+    ],
+)
+def test_end_in_the_middle_of_a_reply_is_one_line(fake: Fake, end: str, line: str) -> None:
+    fake.code(BEGUN + end)
+    result = fake.run("hi")
+    shown = b"hello there\n" if end.startswith("put") else b"hello\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (1, shown, line + "\n")
+
+
+@pytest.mark.parametrize("text", [None, b"hi"])
+def test_end_before_any_reply_is_one_line(fake: Fake, text: bytes | None) -> None:
+    fake.code("def start():\n    tell('pygpt: error: bad option\\n')\n    sys.exit(2)")
+    assert_one_line_error(fake.run(*([] if text else ["hi"]), text=text), 1, "pygpt: error: bad option\n")
+
+
+def test_number_without_end_is_no_id(fake: Fake) -> None:
+    fake.code("def answer(tokens, new):\n    while True: put('1' * 1000)")
+    result = fake.run("hi")
+    assert_one_line_error(result, 1, "where a token id was expected")
+    assert gone(fake.log("pid")[0])
+
+
+def test_notice_is_shown_once_before_the_reply(fake: Fake) -> None:
+    fake.code("def start(): tell('pygpt: a small model answers\\n')")
+    result = fake.run("hi")
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"hi\n", b"pygpt: a small model answers\n")
+
+
+def test_notice_and_error_are_both_shown(fake: Fake) -> None:
+    fake.code("""
+def start(): tell("pygpt: a small model answers\\n")
+def answer(tokens, new):
+    tell("pygpt: error: out of luck\\n")
+    sys.exit(1)
+""")
+    result = fake.run("hi")
+    assert (result.returncode, result.stderr) == (1, b"pygpt: a small model answers\npygpt: error: out of luck\n")
+
+
+def test_floods_on_stderr_neither_block_nor_tear_the_reply(fake: Fake) -> None:
+    fake.code("""
+flood = "".join(f"line {i}\\n" for i in range(20000))
+def start(): tell(flood)
+def answer(tokens, new):
+    put("31373 ")
+    tell(flood.replace("line", "again"))
+    put("612\\n")
+""")
+    result = fake.run("-m", "none", text=b" y" * 100000)
+    assert (result.returncode, result.stdout) == (0, b"hello there\n")
+    lines = result.stderr.decode().splitlines()[1:]
+    assert lines[:20000] == [f"line {i}" for i in range(20000)]
+    assert lines[20000:] == [f"again {i}" for i in range(len(lines) - 20000)]
+
+
+# ---------------------------------------------------------------- processes, pipes and signals
+
+
+class Piped:
+    """chat.py running on pipes."""
+
+    def __init__(self, fake: Fake, *words: str) -> None:
+        self.process = subprocess.Popen(
+            fake.command(*words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=fake.cwd,
+            env=fake.environment,
+        )
+
+    def read(self, count: int) -> bytes:
+        """Read exactly so many bytes of the reply."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read(count)
+
+    def finish(self) -> tuple[int, bytes, bytes]:
+        """Read on to the end: status, stdout, stderr."""
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, out, err
+
+    def __enter__(self) -> "Piped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_child_has_a_process_group_of_its_own_and_ends_with_the_chat(fake: Fake) -> None:
+    fake.run("hi")
+    assert fake.log("group") == fake.log("pid")
+    assert gone(fake.log("pid")[0])
+
+
+def test_ctrl_c_stops_the_only_reply(fake: Fake) -> None:
+    fake.code(ENDLESS_ONCE)
+    with Piped(fake, "hi") as chat:
+        assert chat.read(len("hello there")) == b"hello there"
+        chat.process.send_signal(signal.SIGINT)
+        assert chat.finish() == (130, b"\n", b"")
+    assert fake.log("interrupted") == [True]
+    assert gone(fake.log("pid")[0])
+
+
+def test_ids_after_ctrl_c_are_not_shown(fake: Fake) -> None:
+    fake.code(ENDLESS_ONCE + "def interrupted(): put('31373 612\\n')")
+    with Piped(fake, "hi") as chat:
+        chat.read(len("hello there"))
+        chat.process.send_signal(signal.SIGINT)
+        assert chat.finish() == (130, b"\n", b"")
+
+
+def test_ctrl_c_before_the_first_id(fake: Fake) -> None:
+    fake.code("def answer(tokens, new): signal.pause()")
+    with Piped(fake, "hi") as chat:
+        fake.wait_for("tokens")
+        chat.process.send_signal(signal.SIGINT)
+        assert chat.finish() == (130, b"\n", b"")
+
+
+def test_broken_pipe_is_quiet(fake: Fake) -> None:
+    fake.code("def answer(tokens, new):\n    while True: put('31373 ')")
+    with Piped(fake, "hi") as chat:
+        chat.read(5)
+        assert chat.process.stdout is not None
+        chat.process.stdout.close()
+        assert chat.process.wait(PATIENCE) == 141
+        assert chat.process.stderr is not None
+        assert chat.process.stderr.read() == b""
+    assert gone(fake.log("pid")[0])
+
+
+def test_child_of_a_killed_chat_ends_by_itself(fake: Fake) -> None:
+    fake.code("def answer(tokens, new):\n    with open('go'): pass  # a FIFO: blocks until the test opens it")
+    os.mkfifo(fake.cwd / "go")
+    with Piped(fake, "hi") as chat:
+        fake.wait_for("tokens")
+        chat.process.kill()
+        chat.process.wait(PATIENCE)
+    with open(fake.cwd / "go", "w"):
+        pass
+    fake.wait_for("ended")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_is_one_line(fake: Fake) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            fake.command("hi"), stdout=full, stderr=subprocess.PIPE, cwd=fake.cwd, env=fake.environment, timeout=PATIENCE
+        )
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"chat.py: error: ")
+    assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(("closed", "out", "status"), [("2>&-", b"hi\n", 0), (">&-", b"", 0), ("<&-", b"hi\n", 0)])
+def test_closed_streams_are_as_the_null_device(fake: Fake, closed: str, out: bytes, status: int) -> None:
+    fake.code("def start(): tell('pygpt: a small model answers\\n')")
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, str(CHAT), "hi"]
+    result = subprocess.run(shell, capture_output=True, cwd=fake.cwd, env=fake.environment, timeout=PATIENCE)
+    assert (result.returncode, result.stdout) == (status, out)
+
+
+def test_closed_input_is_empty_text(fake: Fake) -> None:
+    shell = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, str(CHAT)]
+    result = subprocess.run(shell, capture_output=True, cwd=fake.cwd, env=fake.environment, timeout=PATIENCE)
+    assert_one_line_error(result, 2, "empty")
+
+
+# ---------------------------------------------------------------- on a terminal
+
+
+class Terminal:
+    """chat.py on a terminal of its own. With `piped`, only its stdin and stderr are the terminal."""
+
+    def __init__(self, fake: Fake, *words: str, piped: bool = False) -> None:
+        self._screen, terminal = pty.openpty()
+        self.process = subprocess.Popen(
+            fake.command(*words),
+            stdin=terminal,
+            stdout=subprocess.PIPE if piped else terminal,
+            stderr=terminal,
+            cwd=fake.cwd,
+            env=fake.environment,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self._unread = b""
+
+    def expect(self, text: str) -> str:
+        """Wait for this text and return all up to its end."""
+        wanted = text.encode()
+        while wanted not in self._unread:
+            ready, _, _ = select.select([self._screen], [], [], PATIENCE)
+            data = self._read() if ready else b""
+            assert data, f"{text!r} did not come after {self._unread!r}"
+            self._unread += data
+        before, found, self._unread = self._unread.partition(wanted)
+        return (before + found).decode(errors="replace").replace("\r\n", "\n")
+
+    def type(self, keys: str | bytes) -> None:
+        """Type these keys; Ctrl-C as people do, when the chat waits: input() only notices a signal once it does."""
+        if keys == CTRL_C:
+            wait_until(lambda: state(self.process.pid) == "S")
+        os.write(self._screen, keys if isinstance(keys, bytes) else keys.encode())
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the end: status, and what was still shown."""
+        while data := self._read():
+            self._unread += data
+        return self.process.wait(PATIENCE), self._unread.decode().replace("\r\n", "\n")
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self._screen, 65536)
+        except OSError:  # how Linux says that the last program on the terminal has gone
+            return b""
+
+    def __enter__(self) -> "Terminal":
+        self.expect("Text: ")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self._screen)
+
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+def test_terminal_asks_again_and_again(fake: Fake) -> None:
+    with Terminal(fake) as chat:
+        chat.type("Ladies and\n")
+        assert chat.expect("Text: ") == "Ladies and\nLadies and\nText: "
+        chat.type("é☃🙂\n")
+        assert chat.expect("Text: ") == "é☃🙂\né☃🙂\nText: "
+        chat.type("\n")
+        assert chat.finish() == (0, "\n")
+    assert fake.log("tokens") == [ids_of("Ladies and"), ids_of("é☃🙂")]
+    assert len(fake.log("pid")) == 1
+
+
+def test_ctrl_d_leaves(fake: Fake) -> None:
+    with Terminal(fake) as chat:
+        chat.type(CTRL_D)
+        assert chat.finish() == (0, "\n")
+    assert fake.log("ended") == [True]
+
+
+def test_ctrl_c_stops_the_reply_and_the_same_child_answers_on(fake: Fake) -> None:
+    fake.code(ENDLESS_ONCE)
+    with Terminal(fake) as chat:
+        chat.type("hi\n")
+        chat.expect("hello there")
+        chat.type(CTRL_C)
+        assert chat.expect("Text: ") == "^C\nText: "
+        chat.type("more\n")
+        assert chat.expect("Text: ") == "more\nmore\nText: "
+        chat.type(CTRL_D)
+        assert chat.finish() == (0, "\n")
+    assert len(fake.log("pid")) == 1
+
+
+def test_child_that_ctrl_c_found_idle_is_started_again(fake: Fake) -> None:
+    fake.code(f"""
+def start(): tell("pygpt: a small model answers\\n")
+{ENDLESS_ONCE}
+def interrupted():  # as if the reply had just ended when the signal came
+    put("\\n")
+    sys.exit(130)
+""")
+    with Terminal(fake) as chat:
+        for _ in range(2):
+            chat.type("hi\n")
+            chat.expect("hello there")
+            chat.type(CTRL_C)
+            assert chat.expect("Text: ") == "^C\nText: "
+        chat.type(CTRL_D)
+        assert chat.finish() == (0, "\n")
+    assert len(fake.log("pid")) == 2
+
+
+def test_notice_is_not_repeated_by_a_child_started_again(fake: Fake) -> None:
+    fake.code("def start(): tell('pygpt: a small model answers\\n')\n" + ENDLESS_ONCE + "def interrupted(): os._exit(130)")
+    with Terminal(fake) as chat:
+        chat.type("hi\n")
+        assert chat.expect("hello there") == "hi\npygpt: a small model answers\nhello there"
+        chat.type(CTRL_C)
+        chat.expect("Text: ")
+        chat.type("hi\n")
+        assert chat.expect("hello there") == "hi\nhello there"
+        chat.type(CTRL_C)
+        chat.expect("Text: ")
+
+
+def test_line_ended_twice_by_ctrl_c_does_not_end_the_next_reply(fake: Fake) -> None:
+    fake.code(ENDLESS_ONCE + "def interrupted():\n    put('\\n')\n    with open('go'): put('\\n')\n    log(twice=True)")
+    os.mkfifo(fake.cwd / "go")
+    with Terminal(fake) as chat:
+        chat.type("hi\n")
+        chat.expect("hello there")
+        chat.type(CTRL_C)
+        chat.expect("Text: ")
+        with open(fake.cwd / "go", "w"):
+            pass
+        fake.wait_for("twice")
+        chat.type("more\n")
+        assert chat.expect("Text: ") == "more\nmore\nText: "
+
+
+def test_second_ctrl_c_in_a_reply_leaves(fake: Fake) -> None:
+    fake.code("""
+def answer(tokens, new):
+    signal.signal(signal.SIGINT, lambda *_: tell("\\n") or log(deaf=True))
+    put("31373 ")
+    while True: signal.pause()
+""")
+    with Terminal(fake) as chat:
+        chat.type("hi\n")
+        chat.expect("hello")
+        chat.type(CTRL_C)
+        fake.wait_for("deaf")
+        chat.type(CTRL_C)
+        assert chat.finish()[0] == 130
+    assert gone(fake.log("pid")[0])
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves(fake: Fake) -> None:
+    with Terminal(fake) as chat:
+        chat.type("half a te")
+        chat.expect("half a te")
+        chat.type(CTRL_C)
+        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+        chat.type(CTRL_C)
+        status, shown = chat.finish()
+    assert status == 130
+    assert "Traceback" not in shown
+    assert fake.log("tokens") == []
+
+
+def test_text_between_two_ctrl_c_at_the_prompt_lets_the_chat_go_on(fake: Fake) -> None:
+    with Terminal(fake) as chat:
+        for _ in range(2):
+            chat.type(CTRL_C)
+            assert "Ctrl-C again leaves" in chat.expect("Text: ")
+            chat.type("hi\n")
+            assert chat.expect("Text: ") == "hi\nhi\nText: "
+
+
+def test_ctrl_c_in_a_reply_does_not_count_at_the_prompt(fake: Fake) -> None:
+    fake.code(ENDLESS_ONCE)
+    with Terminal(fake) as chat:
+        chat.type("hi\n")
+        chat.expect("hello there")
+        chat.type(CTRL_C)
+        chat.expect("Text: ")
+        chat.type(CTRL_C)
+        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+
+
+def test_error_in_the_child_leaves(fake: Fake) -> None:
+    fake.code("def answer(tokens, new):\n    tell('pygpt: error: out of luck\\n')\n    sys.exit(1)")
+    with Terminal(fake) as chat:
+        chat.type("hi\n")
+        assert chat.finish() == (1, "hi\npygpt: error: out of luck\n")
+
+
+def test_child_that_died_between_two_texts_is_reported(fake: Fake) -> None:
+    fake.code("def answer(tokens, new):\n    put('31373\\n')\n    os.kill(os.getpid(), 9)")
+    with Terminal(fake) as chat:
+        chat.type("hi\n")
+        chat.expect("hello\n".replace("\n", "\r\n"))
+        chat.type("again\n")  # if the end is noticed before the next prompt, nobody reads this
+        status, shown = chat.finish()
+    assert status == 1
+    assert shown.endswith("chat.py: error: the pygpt command was ended by signal 9\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see that a process has ended")
+def test_child_that_died_at_the_prompt_is_reported_before_the_next(fake: Fake) -> None:
+    with Terminal(fake) as chat:
+        fake.wait_for("pid")
+        pid = fake.log("pid")[0]
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: state(pid) == "Z")
+        chat.type(CTRL_C)  # the chat would ask anew
+        status, shown = chat.finish()
+    assert status == 1
+    assert "Text: " not in shown
+    assert shown.endswith("chat.py: error: the pygpt command was ended by signal 9\n")
+
+
+def test_prompt_keeps_off_a_stdout_that_is_not_the_terminal(fake: Fake) -> None:
+    with Terminal(fake, piped=True) as chat:
+        chat.type("hi\n")
+        chat.expect("Text: ")
+        chat.type(CTRL_C)
+        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+        chat.type(CTRL_D)
+        assert chat.finish()[0] == 0
+        assert chat.process.stdout is not None
+        assert chat.process.stdout.read() == b"hi\n"
+
+
+def test_invalid_utf8_typed_is_accepted(fake: Fake) -> None:
+    fake.environment["PYTHONIOENCODING"] = "utf-8:strict"
+    with Terminal(fake, piped=True) as chat:
+        chat.type(b"caf\xe9\n")
+        chat.expect("Text: ")
+    assert fake.log("tokens") == [ids_of("caf\ufffd")]
+
+
+# ---------------------------------------------------------------- where the child finds its package
+
+
+@pytest.fixture
+def chat_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chat", CHAT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_other_pygpt_on_the_path_is_left_alone(
+    chat_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pygpt").mkdir()
+    (tmp_path / "pygpt" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path)])
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert "PYTHONPATH" not in chat_module.child_environment()
+
+
+def test_folder_of_chat_comes_last_where_no_other_pygpt_is(
+    chat_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pygpt").mkdir()  # a mere folder, such as the clone of this project in its parent folder
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert chat_module.child_environment()["PYTHONPATH"] == f"{tmp_path}{os.pathsep}{ROOT}"
+
+
+def test_files_in_the_current_folder_do_not_stand_for_modules(fake: Fake) -> None:
+    for name in ("json", "random", "pygpt"):
+        (fake.cwd / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    assert fake.run("hi").stdout == b"hi\n"
+
+
+# ---------------------------------------------------------------- with the real command
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Fake:
+    """The real command, in a folder far from the project, with the small carried model."""
+    fake = Fake(tmp_path)
+    del fake.environment["PYTHONPATH"]
+    return fake
+
+
+def real_ids(fake: Fake, request: dict[str, Any] | str, *options: str) -> list[int]:
+    """The ids that the real command answers to one request."""
+    line = request if isinstance(request, str) else json.dumps(request)
+    result = subprocess.run(
+        [sys.executable, "-m", "pygpt", *options, "-"],
+        input=line.encode() + b"\n",
+        capture_output=True,
+        cwd=fake.cwd,
+        env=fake.environment | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=PATIENCE,
+    )
+    return [int(word) for word in result.stdout.split()]
+
+
+def test_real_reply_is_what_the_command_generates(real: Fake) -> None:
+    expected = real_ids(real, {"tokens": [31373, 612], "max_new_tokens": 12})
+    assert len(expected) == 12
+    result = real.run("-n", "12", "hello", "there")
+    assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
+    assert result.stderr.count(b"\n") == 1  # the notice of the small model
+
+
+def test_real_command_answers_text_after_text(real: Fake) -> None:
+    expected = [TOKENIZER.decode(real_ids(real, {"tokens": ids_of(text), "max_new_tokens": 5})) for text in ("Ladies and", "é")]
+    with Terminal(real, "-n", "5") as chat:
+        for text, reply in zip(("Ladies and", "é"), expected, strict=True):
+            chat.type(text + "\n")
+            assert chat.expect("Text: ").endswith(f"\n{reply}\nText: ")
+        chat.type(CTRL_D)
+        assert chat.finish() == (0, "\n")
+
+
+def test_real_command_survives_ctrl_c(real: Fake) -> None:
+    tokens = real_ids(real, {"tokens": ids_of("hi"), "max_new_tokens": 200})
+    first, whole = (TOKENIZER.decode(ids).replace("\n", "\r\n") for ids in (tokens[:1], tokens))
+    with Terminal(real, "-n", "200") as chat:
+        for _ in range(3):  # whether Ctrl-C comes in the reply, at its end or at the prompt after it
+            chat.type("hi\n")
+            chat.expect("hi\r\n")
+            chat.expect(first)
+            chat.type(CTRL_C)
+            chat.expect("Text: ")
+        chat.type("hi\n")
+        chat.expect(whole)
+
+
+def test_real_command_cuts_a_long_text(real: Fake) -> None:
+    with Checkpoint(EMBEDDED_MODEL) as checkpoint:
+        maxT = checkpoint.config.maxT
+    result = real.run("-n", "6", text=b" word" * (maxT + 1))
+    expected = real_ids(real, {"tokens": ids_of(" word" * (maxT - 6)), "max_new_tokens": 6})
+    assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
+    assert f"the last {maxT - 6} are used".encode() in result.stderr
+
+
+@pytest.mark.parametrize("options", [["-m", "no.bin"], ["-t", "0"], ["-t", "x"], ["--sampler", "dice", "-m", EMBEDDED_MODEL]])
+def test_real_error_is_one_line(real: Fake, options: list[str]) -> None:
+    assert_one_line_error(real.run(*options, "hi"), 1, "pygpt: ", options[1])
+
+
+def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> None:
+    (real.cwd / "mine.bin").symlink_to(EMBEDDED_MODEL)
+    result = real.run("-m", "mine.bin", "-n", "1", "hi")
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_damaged_vocabulary_is_one_line(real: Fake, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "pygpt", tmp_path / "copy" / "pygpt")
+    with open(tmp_path / "copy" / "pygpt" / "data" / "vocab.bpe", "ab") as file:
+        file.write(b"\n")
+    copy = shutil.copy(CHAT, tmp_path / "copy")
+    result = subprocess.run(
+        [sys.executable, copy, "hi"], capture_output=True, cwd=real.cwd, env=real.environment, timeout=PATIENCE
+    )
+    assert_one_line_error(result, 1, "chat.py: error: ", "damaged")
