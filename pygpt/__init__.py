@@ -29,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._kernels import Trace, cpu_info
     from .cache import KVCache
+    from .ceilings import Ceilings
     from .checkpoint import Checkpoint, find_model, write_checkpoint
     from .config import Config
     from .errors import CheckpointError, ClosedError, InputError, NumericalError, PyGPTError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .tokenizer import StreamDecoder, Tokenizer
 
 _HOME = {
+    "Ceilings": "ceilings",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "ClosedError": "errors",
@@ -60,6 +62,7 @@ _HOME = {
 
 __all__ = [
     "GPT2",
+    "Ceilings",
     "Checkpoint",
     "CheckpointError",
     "ClosedError",

@@ -18,6 +18,10 @@ cdef extern from "micro.h" nogil:
         float (*softmax)(float*, ptrdiff_t, float) noexcept nogil
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
+        int outputs
+        float (*probe_read)(const float*, ptrdiff_t, int) noexcept nogil
+        float (*probe_fma)(ptrdiff_t) noexcept nogil
+        double probe_flop
 
     const microkernels* micro_baseline()
     const microkernels* micro_avx2()
@@ -117,11 +121,12 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     Py_ssize_t* wanted        # (W,) ascending row numbers
     float* residual           # (R, C) the residual stream: encoded, residual2, residual3
     float* ln                 # (R, C) ln1, ln2, lnf, for every worker; or (R, C) for each where rows are few
+    Py_ssize_t fch_row        # values from one row of fch to the next: 4C and a bit, so that rows do not share cache sets
     Py_ssize_t ln_size        # values between one worker's ln and the next: 0 where all share one
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
     float* proj               # (R, C) attproj, fcproj before they join the stream
-    float* fch                # (R, 4C) fch_gelu
+    float* fch                # (R, 4C of fch_row) fch_gelu
     float* logits             # (W, V)
     float* scratch            # (nth, scratch_size) for the attention
     Py_ssize_t scratch_size

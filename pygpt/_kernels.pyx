@@ -71,7 +71,7 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 cdef enum:
     SPAN_ROWS = 16        # rows of one attention tile
     FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
-    BLOCK_BYTES = 1 << 19  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
+    BLOCK_BYTES = 1 << 18  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
 
 cdef enum Epilogue:
     NOTHING
@@ -122,11 +122,11 @@ cdef const float* layernorm(
 
 
 cdef void matmul(
-    float* out,                 # OUT (rows, N)
-    const float* inp,           # IN  (rows, K)
-    const char* weight,         # IN  (N, K)
-    const char* bias,           # IN  (N,)
-    float* residual,            # IN/OUT (rows, N) for BIAS_RESIDUAL
+    float* out, Py_ssize_t ldo,         # OUT (rows, N), a row every ldo values
+    const float* inp, Py_ssize_t ldi,   # IN  (rows, K), a row every ldi values
+    const char* weight,                 # IN  (N, K)
+    const char* bias,                   # IN  (N,)
+    float* residual,                    # IN/OUT (rows, N) for BIAS_RESIDUAL
     Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, int bf16, Epilogue epilogue,
     Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
@@ -134,20 +134,20 @@ cdef void matmul(
     weights stay in cache while all rows pass; the epilogue follows while the block's outputs are still near."""
     cdef Py_ssize_t n, start, stop, width, after, r, step, size = 2 if bf16 else 4
     shard(N, ith, nth, &start, &stop)
-    step = stop - start if rows == 1 else max(<Py_ssize_t> BLOCK_BYTES // (4 * K), 16)
+    step = stop - start if rows == 1 else max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
     n = start
     while n < stop:
         width = min(step, stop - n)
         after = min(step, stop - n - width)                     # outputs of the next block
-        micro.gemm(out + n, N, inp, K, rows, weight + n * K * size, K, width, K, bf16,
+        micro.gemm(out + n, ldo, inp, ldi, rows, weight + n * K * size, K, width, K, bf16,
                    weight + (n + width) * K * size, after * K * size)
         for r in range(rows):
             if epilogue == BIAS:
-                micro.add_bias(out + r * N + n, bias + n * size, width, bf16)
+                micro.add_bias(out + r * ldo + n, bias + n * size, width, bf16)
             elif epilogue == BIAS_GELU:
-                micro.add_bias_gelu(out + r * N + n, bias + n * size, width, bf16)
+                micro.add_bias_gelu(out + r * ldo + n, bias + n * size, width, bf16)
             elif epilogue == BIAS_RESIDUAL:
-                micro.add_bias_residual(residual + r * N + n, out + r * N + n, bias + n * size, width, bf16)
+                micro.add_bias_residual(residual + r * N + n, out + r * ldo + n, bias + n * size, width, bf16)
         n += width
 
 
@@ -268,24 +268,26 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
         ln = layernorm(net, s, w.ln1w, w.ln1b, NULL, R, ith, nth)                               # ln1 (R, C)
         if normalised(s, me, LN1, layer):
             return 1
-        matmul(s.qkv, ln, w.qkvw, w.qkvb, NULL, R, C, 3 * C, net.bf16, BIAS, ith, nth)          # qkv (R, 3C)
+        matmul(s.qkv, 3 * C, ln, C, w.qkvw, w.qkvb, NULL, R, C, 3 * C, net.bf16,
+               BIAS, ith, nth)                                                                  # qkv (R, 3C)
         store_keys_values(net, s, layer, ith, nth)
         if meet(me, QKV, layer):
             return 1
         attention(net, s, layer, ith, nth)                                                      # atty (R, C)
         if meet(me, ATTENTION, layer):
             return 1
-        matmul(s.proj, s.atty, w.attprojw, w.attprojb, s.residual, R, C, C, net.bf16,
+        matmul(s.proj, C, s.atty, C, w.attprojw, w.attprojb, s.residual, R, C, C, net.bf16,
                BIAS_RESIDUAL, ith, nth)                                                         # residual2 (R, C)
         if meet(me, ATTPROJ, layer):
             return 1
         ln = layernorm(net, s, w.ln2w, w.ln2b, NULL, R, ith, nth)                               # ln2 (R, C)
         if normalised(s, me, LN2, layer):
             return 1
-        matmul(s.fch, ln, w.fcw, w.fcb, NULL, R, C, 4 * C, net.bf16, BIAS_GELU, ith, nth)       # fch_gelu (R, 4C)
+        matmul(s.fch, s.fch_row, ln, C, w.fcw, w.fcb, NULL, R, C, 4 * C, net.bf16,
+               BIAS_GELU, ith, nth)                                                             # fch_gelu (R, 4C)
         if meet(me, FC, layer):
             return 1
-        matmul(s.proj, s.fch, w.fcprojw, w.fcprojb, s.residual, R, 4 * C, C, net.bf16,
+        matmul(s.proj, C, s.fch, s.fch_row, w.fcprojw, w.fcprojb, s.residual, R, 4 * C, C, net.bf16,
                BIAS_RESIDUAL, ith, nth)                                                         # residual3 (R, C)
         if meet(me, FCPROJ, layer):
             return 1
@@ -294,7 +296,7 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
     ln = layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                         # lnf (W, C)
     if normalised(s, me, LNF, last):
         return 1
-    matmul(s.logits, ln, net.wte, NULL, NULL, s.W, C, net.V, net.bf16, NOTHING, ith, nth)       # logits (W, V)
+    matmul(s.logits, net.V, ln, C, net.wte, NULL, NULL, s.W, C, net.V, net.bf16, NOTHING, ith, nth)  # logits (W, V)
     done(me, LOGITS, last)
     return 0
 
@@ -568,7 +570,8 @@ cdef class Step:
         if R <= self.room:
             return
         self.room = 0
-        workspace = Floats(10 * R + max(R, self.nth * FEW_ROWS), C)
+        s.fch_row = 4 * C + 16
+        workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C)
         free(s.rows)
         free(s.spans)
         free(s.wanted)
@@ -583,7 +586,7 @@ cdef class Step:
         s.atty = s.qkv + R * 3 * C
         s.proj = s.atty + R * C
         s.fch = s.proj + R * C
-        s.ln = s.fch + R * 4 * C
+        s.ln = s.fch + R * s.fch_row
         self.room = R
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
@@ -638,7 +641,33 @@ cdef class Step:
         logits, self.logits, self.keep = self.logits, None, None
         return logits
 
-# ------------------------------------------------------------------------------------------------ (e) samplers
+# ------------------------------------------------------------------------------------------------ (e) probes
+
+
+def probe_read(Floats memory not None, int streams, Py_ssize_t ith, Py_ssize_t nth) -> float:
+    """Read worker ith's share of the memory in 1, 2, 4 or 8 streams, without the GIL. Returns the sum, so that nothing can
+    be left out."""
+    cdef Py_ssize_t start, stop
+    cdef float total
+    shard(memory.shape[0] * memory.shape[1], ith, nth, &start, &stop)
+    with nogil:
+        total = micro.probe_read(memory.data + start, stop - start, streams)
+    return total
+
+
+def probe_fma(Py_ssize_t times) -> float:
+    """Multiply and add in registers, without the GIL. Returns the number of floating-point operations."""
+    cdef float total
+    with nogil:
+        total = micro.probe_fma(times)
+    return times * micro.probe_flop if total == total else 0.0
+
+
+def zero(Floats memory not None) -> None:
+    """Fill with zeros, so that every page is there."""
+    memset(memory.data, 0, memory.shape[0] * memory.strides[0])
+
+# ------------------------------------------------------------------------------------------------ (f) samplers
 
 
 def greedy(const float[:, ::1] logits not None, Py_ssize_t row) -> int:

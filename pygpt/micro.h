@@ -44,6 +44,13 @@ typedef struct {
 
     /* out[i] = acc[i] * factor for i < N; acc is readable up to a multiple of 16. */
     void (*store_scaled)(float *out, const float *acc, float factor, ptrdiff_t N);
+
+    int outputs; /* gemm's tiles are so many outputs wide: shares and blocks of a multiple have no ragged edge */
+
+    /* The machine's limits: read `count` floats in 1, 2, 4 or 8 streams; multiply and add, probe_flop operations each time. */
+    float (*probe_read)(const float *p, ptrdiff_t count, int streams);
+    float (*probe_fma)(ptrdiff_t times);
+    double probe_flop;
 } microkernels;
 
 /* Each returns NULL where the build or this processor lacks the instruction set. */

@@ -252,7 +252,7 @@ INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 /* How gemm walks: GROUP rows at a time against all outputs, so that one tile of weights serves GROUP / MR row tiles from the
  * first-level cache, and dots longer than PIECE in pieces, so that GROUP rows of a piece fit there too. */
 #define GROUP (2 * MR)
-#define PIECE 1024
+#define PIECE 768
 #define PIECE_OUTPUTS (8 * NR) /* outputs at a time while lanes of unfinished dots are kept */
 
 typedef struct { /* memory that the next block will need, brought into the second-level cache a bit with every tile */
@@ -462,8 +462,47 @@ static void mix(float *acc, const float *p, ptrdiff_t ldp, ptrdiff_t rows,
     for (; r < rows; r++) mix_rows(1, acc + r * HSp, p + r * ldp, ldp, v, HSp, t0, t1);
 }
 
+/* ---------------------------------------------------------------------------------------- the machine's own limits */
+
+INLINE float probe_read_of(const int streams, const float *p, ptrdiff_t count) {
+    const ptrdiff_t part = count / streams / (2 * LANES) * (2 * LANES);
+    lanes sum[8];
+    UNROLL for (int s = 0; s < streams; s++) sum[s] = splat(0.0f);
+    for (ptrdiff_t i = 0; i < part; i += 2 * LANES)
+        UNROLL for (int s = 0; s < streams; s++) {
+            const float *at = p + s * part + i;
+            __builtin_prefetch(at + 1024);
+            __builtin_prefetch(at + 1024 + LANES);
+            sum[s] = add(sum[s], add(load(at), load(at + LANES)));
+        }
+    float total = 0.0f;
+    UNROLL for (int s = 0; s < streams; s++) total += fold(sum[s]);
+    return total;
+}
+
+static float probe_read(const float *p, ptrdiff_t count, int streams) {
+    switch (streams) {
+    case 1: return probe_read_of(1, p, count);
+    case 2: return probe_read_of(2, p, count);
+    case 4: return probe_read_of(4, p, count);
+    default: return probe_read_of(8, p, count);
+    }
+}
+
+#define PROBE_CHAINS 12 /* independent sums: more than latency times width of any of these machines */
+
+static float probe_fma(ptrdiff_t times) {
+    vec sum[PROBE_CHAINS], a = broadcast(0.999999f), b = broadcast(1e-6f);
+    UNROLL for (int i = 0; i < PROBE_CHAINS; i++) sum[i] = broadcast((float)i);
+    for (ptrdiff_t t = 0; t < times; t++) UNROLL for (int i = 0; i < PROBE_CHAINS; i++) sum[i] = FMA(sum[i], a, b);
+    float total = 0.0f;
+    UNROLL for (int i = 0; i < PROBE_CHAINS; i++) total += sum[i][0];
+    return total;
+}
+
 static const microkernels table = {
     .isa = ISA, .fused = FUSED, .gemm = gemm, .encode = encode, .layernorm = layernorm,
     .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
     .softmax = softmax, .mix = mix, .store_scaled = store_scaled,
+    .outputs = NR, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
 };
