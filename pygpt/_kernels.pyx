@@ -69,7 +69,7 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 # ------------------------------------------------------------------------------------------------ (b) kernels
 
 cdef enum:
-    SPAN_ROWS = 16        # rows of one attention tile
+    SPAN_ROWS = 20        # rows of one attention tile
     FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
     BLOCK_BYTES = 1 << 18  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
 

@@ -250,9 +250,10 @@ INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 }
 
 /* How gemm walks: GROUP rows at a time against all outputs, so that one tile of weights serves GROUP / MR row tiles from the
- * first-level cache, and dots longer than PIECE in pieces, so that GROUP rows of a piece fit there too. */
+ * first-level cache, and dots longer than WHOLE in pieces, so that GROUP rows of a piece fit there too. */
 #define GROUP (2 * MR)
-#define PIECE 768
+#define WHOLE 1024
+#define PIECE 512
 #define PIECE_OUTPUTS (8 * NR) /* outputs at a time while lanes of unfinished dots are kept */
 
 typedef struct { /* memory that the next block will need, brought into the second-level cache a bit with every tile */
@@ -304,17 +305,17 @@ INLINE void piece_column(const int outputs, const piece *p, ptrdiff_t rows, ptrd
 
 INLINE void gemm_of(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
                     const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16, const void *next, ptrdiff_t next_bytes) {
-    const ptrdiff_t bytes = bf16 ? 2 : 4, width = K > PIECE ? PIECE_OUTPUTS : N;
-    const ptrdiff_t columns = (rows + GROUP - 1) / GROUP * (N / NR + 1) * ((K + PIECE - 1) / PIECE);
+    const ptrdiff_t bytes = bf16 ? 2 : 4, length = K > WHOLE ? PIECE : K, width = K > WHOLE ? PIECE_OUTPUTS : N;
+    const ptrdiff_t columns = (rows + GROUP - 1) / GROUP * (N / NR + 1) * (K / length + 1);
     ahead later = {next, (const char *)next + next_bytes, next_bytes / (columns + 1) + 64};
     float partial[GROUP * PIECE_OUTPUTS * LANES];
     for (ptrdiff_t r = 0; r < rows; r += GROUP) {
         const ptrdiff_t group = rows - r < GROUP ? rows - r : GROUP;
         for (ptrdiff_t n0 = 0; n0 < N; n0 += width) {
             const ptrdiff_t count = N - n0 < width ? N - n0 : width;
-            for (ptrdiff_t k = 0; k == 0 || k < K; k += PIECE) {
+            for (ptrdiff_t k = 0; k < K; k += length) {
                 const piece p = {out + r * ldo + n0, ldo, inp + r * ldi + k, ldi, (const char *)w + (n0 * ldw + k) * bytes, ldw,
-                                 K - k < PIECE ? K - k : PIECE, k == 0, K - k <= PIECE};
+                                 K - k < length ? K - k : length, k == 0, K - k <= length};
                 ptrdiff_t n = 0;
                 for (; n + NR <= count; n += NR) {
                     fetch_ahead(&later);
