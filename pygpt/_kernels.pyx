@@ -536,7 +536,11 @@ cdef class Step:
             raise InputError(f"{active} workers: this step has 1 to {self.nth}")
         self.active = active
         s.R = s.W = 0
-        self.keep = [entry[1] for entry in rows]
+        self.keep = []
+        for entry in rows:
+            if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
+                raise InputError(f"row {str(entry)[:60]} is not (token, cache, want_logits)")
+            self.keep.append(entry[1])
         for cache in self.keep:
             if cache.weights is not self.weights:
                 raise InputError("the cache belongs to another model: make one with this model's new_cache()")

@@ -29,3 +29,8 @@ class ClosedError(PyGPTError, RuntimeError):
 
 class NumericalError(PyGPTError, ArithmeticError):
     """The network's output is not finite: the weights are damaged or out of float32's range."""
+
+
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether a value is an int (not a bool) from low to high: the check behind most InputErrors."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

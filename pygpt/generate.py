@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ._kernels import check_token
 from .config import Config
-from .errors import InputError
+from .errors import InputError, is_whole
 from .sampling import check_sampler, sample
 
 TYPE_CHECKING = False
@@ -51,7 +51,7 @@ class Request:
             raise InputError("total and max_new_tokens were both given: they say the same thing, give one")
         if max_new_tokens is not None:
             room = config.maxT - count
-            if not _is_count(max_new_tokens) or max_new_tokens > room:
+            if not is_whole(max_new_tokens, 1, room):
                 raise InputError(
                     f"max_new_tokens is {max_new_tokens!r}: with {count} tokens given it must be a whole number "
                     f"from 1 to {room}, for the model takes {config.maxT} tokens"
@@ -59,7 +59,7 @@ class Request:
             self.total = count + max_new_tokens
             return
         self.total = DEFAULT_TOTAL if total is None else total
-        if not _is_count(self.total) or not 2 <= self.total <= config.maxT:
+        if not is_whole(self.total, 2, config.maxT):
             raise InputError(
                 f"total is {self.total!r}: it counts all tokens, those given included, and must be a whole number "
                 f"from 2 to the model's {config.maxT}"
@@ -83,7 +83,3 @@ class Request:
             token = sample(self.sampler, logits, len(logits) - 1)
             yield token
             new = [token]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -168,7 +168,7 @@ INLINE float fold_max(lanes a) {
     return m;
 }
 
-/* exp(x): 2^n p(r) with x = n ln 2 + r. Relative error below 1e-7 for -87 <= x <= 88, 0 below, exp(88) above, NaN for NaN.
+/* exp(x): 2^n p(r) with x = n ln 2 + r. Relative error below 1e-7 for -87 <= x <= 88, 0 below, infinity above, NaN for NaN.
  * ln 2 is split so that n * LN2_HI is exact (Cody and Waite 1980); the polynomial is a least-maximum fit of
  * (exp(r) - 1 - r) / r^2 on |r| <= 0.35, error 3.3e-9 relative to exp. */
 INLINE lanes exp16(lanes x) {
@@ -176,8 +176,7 @@ INLINE lanes exp16(lanes x) {
     const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
     lanes y;
     UNROLL for (int h = 0; h < NV; h++) {
-        vec a = choose(x.v[h] > broadcast(88.0f), broadcast(88.0f), x.v[h]);
-        vec shifted = FMA(a, broadcast(LOG2E), broadcast(ROUND));
+        vec a = x.v[h], shifted = FMA(a, broadcast(LOG2E), broadcast(ROUND));
         vec n = shifted - broadcast(ROUND);
         vec r = FMA(n, broadcast(-LN2_LO), FMA(n, broadcast(-LN2_HI), a));
         vec p = broadcast(1.38131448e-3f);
@@ -187,6 +186,7 @@ INLINE lanes exp16(lanes x) {
         p = FMA(p, r, broadcast(4.9999994e-1f));
         p = FMA(p, r * r, r) + broadcast(1.0f);
         vec scaled = (vec)((uvec)p + ((uvec)shifted << 23)); /* times 2^n: n added to the exponent */
+        scaled = choose(a <= broadcast(88.0f), scaled, a * broadcast(INFINITY)); /* a NaN stays one */
         y.v[h] = (vec)((ivec)scaled & ~(a < broadcast(-87.0f)));
     }
     return y;

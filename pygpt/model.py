@@ -85,14 +85,16 @@ class GPT2:
         return _array(self._step(list(rows)))
 
     def _step(self, rows: list[Row]) -> Floats:
-        with self._pool.turn():
-            workers = self._workers(len(rows))
-            self._work.prepare(rows, workers)
-            if workers == 1:
-                self._work(0, 1)
-            else:
-                self._pool.run(self._work, self._work.abort)
-            return self._work.finish()
+        workers = self._workers(len(rows))
+        logits = self._pool.run(
+            self._work,
+            abort=self._work.abort,
+            before=lambda: self._work.prepare(rows, workers),
+            after=self._work.finish,
+            alone=workers == 1,
+        )
+        assert logits is not None
+        return logits
 
     def _workers(self, rows: int) -> int:
         """How many workers a step of so many rows is worth: all, or one where meeting would cost more than it saves."""
@@ -160,21 +162,23 @@ class GPT2:
         """Let the workers of later steps note their phases in `trace`; None ends it. Costs about 0.1 us a phase."""
         if trace is not None and trace.nth < self.threads:
             raise InputError(f"the trace is for {trace.nth} workers, and this model has {self.threads}")
-        with self._pool.turn():
-            self._work.trace = trace
+        self._pool.run(_nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
 
     def close(self) -> None:
         """Stop the workers and unmap the file. May be called twice; a running step is finished first."""
-        with self._pool.turn():
-            self._pool.close()
-            self._weights.close()
-            self._checkpoint.close()
+        self._pool.close()  # from here on no step runs
+        self._weights.close()
+        self._checkpoint.close()
 
     def __enter__(self) -> "GPT2":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _nothing(ith: int, nth: int) -> None:
+    """A job that only takes its turn."""
 
 
 def _array(logits: Floats) -> "npt.NDArray[np.float32]":

@@ -8,7 +8,8 @@ What stands here for each primitive of thread.h and thread-sync.h:
     mutex               threading.RLock: one round's state; callers take turns
     spinlock            none in Python, where a spinning thread would hold the GIL; natively sync.h's bounded spin
     condition variable  threading.Condition: workers wait in a loop for a new round; broadcast wakes them all
-    semaphore P / V     threading.Barrier: a round's end is nth arrivals, which is P nth-1 times, in one object
+    semaphore P / V     threading.Barrier: a round's end is nth-1 arrivals, and its action one V for the caller, whose P is
+                        a threading.Lock
 
 A worker that waits at exit would hang thread.h's process; here it is told to stop first. Two levels of meeting: this pool
 wakes and gathers the workers once for each job (about 10 us), and a job that has phases synchronises them natively,
@@ -19,19 +20,22 @@ Refuses: nested jobs, more than MAX_THREADS workers, and guessing (a thread coun
 
 import atexit
 import os
-import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-from .errors import ClosedError, InputError, PyGPTError
+from .errors import ClosedError, InputError, PyGPTError, is_whole
 
 MAX_THREADS = 256
+OWN_POOL = "a job, or what interrupts it, cannot use its own pool: it would wait for itself"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import FrameType
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 Job = Callable[[int, int], object]
 
@@ -44,84 +48,89 @@ class ThreadPool:
     """
 
     def __init__(self, nth: int) -> None:
-        if not isinstance(nth, int) or not 1 <= nth <= MAX_THREADS:
+        if not is_whole(nth, 1, MAX_THREADS):
             raise InputError(f"threads is {nth!r}: it must be a whole number from 1 to {MAX_THREADS}")
         self.nth = nth
+        self._turn = threading.RLock()  # who holds it may use the fields below
+        self._busy = False
         self._closed = False
-        self._turn = threading.RLock()
         self._crew: _Crew | None = None
-        self._running = False
         self._hire()
         _pools.add(self)
 
-    def run(self, job: Job, abort: Callable[[], None] | None = None) -> None:
+    def run(
+        self,
+        job: Job,
+        abort: Callable[[], None] | None = None,
+        *,
+        before: Callable[[], object] | None = None,
+        after: "Callable[[], T] | None" = None,
+        alone: bool = False,
+    ) -> "T | None":
         """Call job(ith, nth) once on every worker, ith = 0 .. nth-1, and return when all of them have finished.
 
-        If the job raises on any worker, every worker comes to rest, then the first exception is raised here; `abort` is
-        called at once, so that workers which wait for the failed one inside the job can leave. Ctrl-C in the main thread
-        takes effect when the round is over.
+        before() is called first and after() last, by the caller, in the same turn; run() returns what after() returns. With
+        `alone` the caller does the whole job, as job(0, 1). If anything raises, after() is not called. If the job raises on
+        a worker, abort() is called at once, so that workers which wait for the failed one inside the job can leave; every
+        worker comes to rest; then the first exception is raised here. So is what a signal handler raises in between: Ctrl-C
+        never leaves a worker behind. Raises ClosedError after close(), PyGPTError inside a job of this pool.
         """
+        self._refuse_own_workers()
         with self._turn:
-            if self._closed:
-                raise ClosedError("the thread pool is closed")
-            if self._running:
-                raise PyGPTError("a job cannot run another job on its own pool")
-            self._running = True
+            self._refuse_nesting()
+            self._busy = True
             try:
-                if self.nth == 1:
+                if self._closed:
+                    raise ClosedError("the model or its thread pool is closed")
+                crew = self._hire()
+                crew.settle()
+                if before is not None:
+                    before()
+                if alone or self.nth == 1:
                     job(0, 1)
                 else:
-                    _defer_interrupt(lambda: self._round(job, abort or _nothing))
+                    crew.run(job, abort or _nothing)
+                return after() if after is not None else None
             finally:
-                self._running = False
-
-    def _round(self, job: Job, abort: Callable[[], None]) -> None:
-        crew = self._hire()
-        try:
-            crew.post(job, abort)
-            crew.work(0)
-            crew.rest.wait()
-        except BaseException:  # only a signal handler that raises gets here: this crew's state is unknown, so replace it
-            abort()
-            self._dismiss()
-            raise
-        crew.settle()
-
-    def turn(self) -> "threading.RLock":
-        """The lock that callers take turns by: hold it (`with`) to make several calls one turn."""
-        return self._turn
+                self._busy = False
 
     def close(self) -> None:
         """Stop the threads and wait for them in the order they were made. Waits for a running job; may be called twice."""
+        self._refuse_own_workers()
         with self._turn:
+            self._refuse_nesting()
             self._closed = True
             if self._crew is not None:
+                self._crew.settle()
                 self._crew.stop()
                 self._crew.join()
-            self._dismiss()
+                self._goodbye.detach()
+                self._crew = None
+
+    def _refuse_own_workers(self) -> None:
+        """A worker that waited for its turn would wait for its own job's end."""
+        if self._crew is not None and threading.current_thread() in self._crew.threads:
+            raise PyGPTError(OWN_POOL)
+
+    def _refuse_nesting(self) -> None:
+        """The same for the caller: in a job, in before() and after(), in a signal handler that interrupts them."""
+        if self._busy:
+            raise PyGPTError(OWN_POOL)
 
     def _hire(self) -> "_Crew":
-        """The threads, made now if there are none: at construction, after fork, after a dismissal."""
+        """The threads, made now if there are none: at construction, and after fork."""
         if self._crew is None:
             self._crew = _Crew(self.nth)
             self._goodbye = weakref.finalize(self, self._crew.stop)  # a forgotten pool's threads end by themselves
             self._goodbye.atexit = False
         return self._crew
 
-    def _dismiss(self) -> None:
-        """Let the threads go without waiting; the next run makes new ones."""
-        if self._crew is not None:
-            self._goodbye.detach()
-            self._crew.stop()
-            self._crew.rest.abort()
-            self._crew = None
-
     def _after_fork(self) -> None:
         """In a forked child: the threads do not exist here, and the locks may be held by threads that do not."""
         if self._crew is not None:
             self._goodbye.detach()
             self._crew = None
-        self._running = False
+        self._busy = False
         self._turn = threading.RLock()
 
     def __enter__(self) -> "ThreadPool":
@@ -132,51 +141,108 @@ class ThreadPool:
 
 
 class _Crew:
-    """The threads of one pool in one process, and what they share. Does not refer to the pool, which may be forgotten."""
+    """The threads of one pool in one process, and what they share. Does not refer to the pool, which may be forgotten.
+
+    The caller may be the main thread, where a signal handler can raise between any two steps. So its side of a round is a
+    sequence of stages, each safe to enter again, which settle() walks to the end; and it waits at a plain lock, which is
+    acquired or not, never half. The other workers are never interrupted: they wait at the Condition and the Barrier.
+    """
+
+    POST, WORK, ABANDONED, GATHER, REST = range(5)  # stages of a round, for the caller
 
     def __init__(self, nth: int) -> None:
         self.nth = nth
         self.lock = threading.RLock()  # guards the fields below; re-entrant: stop() may run in the garbage collector
-        self.wake = threading.Condition(self.lock)
-        self.job: Job = _nothing
-        self.abort: Callable[[], None] = _nothing
+        self.wake = threading.Condition(self.lock)  # a new round, or the end
         self.rounds = 0
         self.stopping = False
         self.failure: BaseException | None = None
-        self.rest = threading.Barrier(nth)
+        self.job: Job = _nothing
+        self.abort: Callable[[], None] = _nothing
+        self.stage = self.REST
+        self.round = 0  # the caller's current round
+        self.gathered = 0  # the last round that all other workers have finished
+        self.news = threading.Lock()  # released when they have
+        self.news.acquire()
+        self.rest = threading.Barrier(nth - 1, self.tell) if nth > 1 else None
         self.threads: list[threading.Thread] = []
-        for ith in range(1, nth):
-            thread = threading.Thread(target=self.serve, args=(ith,), name=f"pygpt-{ith}", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                self.stop()
-                self.join()
-                raise PyGPTError(f"the system refused thread {ith + 1} of {nth} ({error}): use fewer threads") from error
-            self.threads.append(thread)
+        try:
+            for ith in range(1, nth):
+                self.threads.append(threading.Thread(target=self.serve, args=(ith,), name=f"pygpt-{ith}", daemon=True))
+                self.threads[-1].start()
+        except BaseException as error:
+            self.stop()
+            self.join()
+            if isinstance(error, RuntimeError):
+                ith = len(self.threads) + 1
+                raise PyGPTError(f"the system refused thread {ith} of {nth} ({error}): use fewer threads") from error
+            raise
 
-    def post(self, job: Job, abort: Callable[[], None]) -> None:
-        """Wake the workers for a new round."""
-        with self.lock:
-            self.job, self.abort = job, abort
-            self.rounds += 1
-            self.wake.notify_all()
+    # ---- the caller
+
+    def run(self, job: Job, abort: Callable[[], None]) -> None:
+        """One round: every worker calls the job; the caller is worker 0."""
+        self.job, self.abort, self.failure = job, abort, None
+        self.round, self.stage = self.round + 1, self.POST
+        interruption = self.settle()
+        failure, self.job, self.abort, self.failure = interruption or self.failure, _nothing, _nothing, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure, interruption  # or their tracebacks would keep this frame alive in a cycle
+
+    def settle(self) -> BaseException | None:
+        """Bring the round to its end, whatever a signal handler raises meanwhile; return the first of that."""
+        interruption = None
+        while self.stage != self.REST:
+            try:
+                self.proceed()
+            except BaseException as error:
+                interruption = interruption or error
+        return interruption
+
+    def proceed(self) -> None:
+        """The caller's side of a round, from the stage that it has reached."""
+        if self.stage == self.POST:
+            with self.lock:
+                self.rounds = self.round
+                self.wake.notify_all()
+            self.stage = self.WORK
+        if self.stage == self.WORK:
+            self.stage = self.ABANDONED  # until the share is done
+            self.work(0)
+            self.stage = self.GATHER
+        if self.stage == self.ABANDONED:
+            self.abort()
+            self.stage = self.GATHER
+        while self.gathered != self.round:
+            self.news.acquire()
+        self.stage = self.REST
+
+    # ---- the other workers
 
     def serve(self, ith: int) -> None:
         """A worker's life: wait for a round, work, meet the others, again."""
+        assert self.rest is not None
         done = 0
         while True:
             with self.lock:
                 while self.rounds == done and not self.stopping:
                     self.wake.wait()
-                if self.stopping:
+                if self.rounds == done:
                     return
                 done = self.rounds
             self.work(ith)
-            try:
-                self.rest.wait()
-            except threading.BrokenBarrierError:  # dismissed
-                return
+            self.rest.wait()
+
+    def tell(self) -> None:
+        """The barrier's action: the last worker to finish lets the caller go on."""
+        self.gathered = self.rounds
+        if self.news.locked():  # it is not where the caller saw `gathered` before it had to wait
+            self.news.release()
+
+    # ---- both
 
     def work(self, ith: int) -> None:
         """Do worker ith's share of the job; keep the first failure for the caller."""
@@ -186,16 +252,8 @@ class _Crew:
             with self.lock:
                 if self.failure is None:
                     self.failure = error
-            self.abort()
-
-    def settle(self) -> None:
-        """After a round: forget the job, raise its first failure."""
-        failure, self.failure, self.job, self.abort = self.failure, None, _nothing, _nothing
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # or its traceback would keep this frame alive in a cycle
+            with suppress(BaseException):  # the job's failure is the one to report
+                self.abort()
 
     def stop(self) -> None:
         """Tell the workers to stop once they are idle."""
@@ -206,28 +264,12 @@ class _Crew:
     def join(self, deadline: float | None = None) -> None:
         """Wait for the workers in the order they were made, until time.monotonic() passes the deadline (None: for good)."""
         for thread in self.threads:
-            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if thread.ident is not None:  # else it was never started
+                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
 
 def _nothing(*_: object) -> None:
     """The job and the abort of a crew at rest."""
-
-
-def _defer_interrupt(action: Callable[[], None]) -> None:
-    """Run `action` so that Ctrl-C takes effect after it, not inside: an exception between two steps of the protocol would
-    leave workers waiting for a caller that has gone. Only the main thread is ever interrupted."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        action()
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        action()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            handler(*held[0])
 
 
 # ------------------------------------------------------------------------------------------------ fork and exit
@@ -241,11 +283,17 @@ def _after_fork_in_child() -> None:
 
 
 def _at_exit() -> None:
-    """Stop idle workers in good order; a worker that is still busy after a second dies with the process (daemon)."""
-    crews = [pool._crew for pool in list(_pools) if pool._crew is not None]
-    for crew in crews:
-        crew.stop()
+    """Stop idle workers in good order; a worker that is still busy after a second dies with the process (daemon). A pool
+    that is used even later makes new threads, where Python still allows it."""
     deadline = time.monotonic() + 1.0
+    crews = []
+    for pool in list(_pools):
+        if pool._crew is not None:
+            pool._crew.stop()
+            crews.append(pool._crew)
+            if not pool._busy:
+                pool._goodbye.detach()
+                pool._crew = None
     for crew in crews:
         crew.join(deadline)
 
@@ -288,16 +336,21 @@ def _cpu_quotas(root: str) -> Iterator[float]:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        base = f"{root}sys/fs/cgroup/{controllers}".rstrip("/")
         parts = [part for part in path.split("/") if part and part != ".."]
-        for depth in range(len(parts), -1, -1):
-            folder = "/".join([base, *parts[:depth]])
-            if controllers:
-                words = [_read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")]
-            else:
-                words = _read(f"{folder}/cpu.max").split()
-            if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # "max" and -1: no quota
-                yield int(words[0]) / int(words[1])
+        for mount in {controllers, "cpu"} if controllers else {""}:  # version 1: "cpu" is a link where names differ
+            for depth in range(len(parts), -1, -1):
+                folder = "/".join([f"{root}sys/fs/cgroup/{mount}".rstrip("/"), *parts[:depth]])
+                yield from _quota(folder, version=1 if controllers else 2)
+
+
+def _quota(folder: str, *, version: int) -> Iterator[float]:
+    """The CPU quota of one cgroup, if it has one."""
+    if version == 1:
+        words = [_read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")]
+    else:
+        words = _read(f"{folder}/cpu.max").split()
+    if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # "max" and -1: none
+        yield int(words[0]) / int(words[1])
 
 
 def _read(path: str) -> str:

@@ -77,14 +77,6 @@ def random_tensors(config: Config, seed: int) -> Tensors:
     return tensors
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _all_workers() -> Iterator[None]:
-    """Let every step use all its workers: a small model would rather run on one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pygpt.model, "MEETING_WEIGHT", 0)
-        yield
-
-
 class Files:
     """Checkpoints made to order in one folder, each written once."""
 
@@ -528,7 +520,8 @@ def exact_logits(path: Path, config: Config, tokens: Sequence[int]) -> tuple[ora
 
 def relative(exact: oracle.Array, part: float) -> oracle.Array:
     """A tolerance (T, 1): this part of each row's greatest logit."""
-    return part * np.abs(exact).max(axis=-1, keepdims=True)
+    scale: oracle.Array = np.abs(exact).max(axis=-1, keepdims=True)
+    return part * scale
 
 
 def assert_accurate(logits: Float32, exact: oracle.Array, tolerance: oracle.Array) -> None:

@@ -1,0 +1,406 @@
+"""Speed: prefill (pp) and decode (tg) in tokens a second, held against what the machine can do in the same minutes.
+
+    python tools/bench.py -m gpt2_124M.bin                     the table, for 1 and 2 threads
+    python tools/bench.py -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
+    python tools/bench.py -m gpt2_124M.bin --reference         and the serial reference, with the speed-up over it
+    python tools/bench.py -m gpt2_124M.bin --against all       and the installed peers on the same weights
+
+Names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
+sequences together, process the whole command `python -m pygpt 31373 612`. Every round runs each test once, then the next
+round: what a shared machine does in one minute touches all alike. Figures are medians; the spread is the middle half.
+
+Limits: a prefill does 2 operations for each weight and token (the head once) and 4 x position x C for each token and layer
+of attention, against the FMA peak; decode reads every weight but wpe once a step, and the keys and values of its context,
+against the read bandwidth. A process has no limit of this kind.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this checkout's pygpt; not tools/, whose names shadow others
+from pygpt import GPT2, Ceilings, Checkpoint, Config, PyGPTError, SerialGPT2, __version__, cpu_info, find_model
+
+BATCH = 8
+REFERENCE_TOKENS = 8
+
+
+class Test:
+    """One thing to time: run() returns seconds; the rest says what they mean."""
+
+    def __init__(
+        self, name: str, threads: int, tokens: int, run: Callable[[], float], *, flop: float = 0, read_bytes: float = 0, by: str
+    ) -> None:
+        self.name, self.threads, self.tokens, self.run, self.by = name, threads, tokens, run, by
+        self.flop, self.read_bytes = flop, read_bytes
+        self.seconds: list[float] = []
+        self.memory: dict[str, int] = {}
+
+    def result(self, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
+        """The test as one object of the JSON output."""
+        rates = sorted(self.tokens / seconds for seconds in self.seconds)
+        low, high = rates[len(rates) // 4], rates[-1 - len(rates) // 4]
+        seconds = statistics.median(self.seconds)
+        limit = None
+        if self.flop:
+            limit = self.flop / seconds / (ceilings[self.threads].fma_gflop_s * 1e9)
+        elif self.read_bytes:
+            limit = self.read_bytes / seconds / (ceilings[self.threads].read_gb_s * 1e9)
+        return {
+            "test": self.name,
+            "by": self.by,
+            "threads": self.threads,
+            "tokens_per_s": statistics.median(rates),
+            "tokens_per_s_middle_half": [low, high],
+            "seconds": seconds,
+            "rounds": len(rates),
+            "percent_of_limit": None if limit is None else 100 * limit,
+            **self.memory,
+        }
+
+
+# ------------------------------------------------------------------------------------------------ what is timed
+
+
+def prompt(config: Config, length: int) -> list[int]:
+    """Token ids of no meaning, spread over the vocabulary."""
+    return [(i * 7919 + 13) % config.V for i in range(length)]
+
+
+def prefill_flop(config: Config, length: int) -> float:
+    """Operations of a prompt, the head for its last token only."""
+    weights = 12 * config.L * config.C**2
+    attention = 4 * config.L * config.C * length * (length + 1) / 2
+    return 2.0 * weights * length + 2.0 * config.V * config.C + attention
+
+
+def decode_bytes(config: Config, value_bytes: int, depth: int, new: int, batch: int) -> float:
+    """Bytes that `new` decode steps read: the weights each time, and each sequence's keys and values so far."""
+    weights = (config.parameters(padded=False) - config.maxT * config.C) * value_bytes
+    context = sum(2 * 4 * config.L * config.C * (depth + i + 1) for i in range(new))
+    return float(new * weights + batch * context)
+
+
+def time_prefill(model: GPT2, length: int) -> float:
+    """Seconds for a prompt."""
+    tokens = prompt(model.config, length)
+    cache = model.new_cache(length)
+    start = time.perf_counter()
+    model.prefill(cache, tokens)
+    return time.perf_counter() - start
+
+
+def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
+    """Seconds for `new` tokens each of `batch` sequences after `depth` tokens that are not timed."""
+    caches = [model.new_cache(depth + new) for _ in range(batch)]
+    for cache in caches:
+        model.prefill(cache, prompt(model.config, depth))
+    rows = [(13 + i, cache, True) for i, cache in enumerate(caches)]
+    start = time.perf_counter()
+    for _ in range(new):
+        model.step(rows)
+    return time.perf_counter() - start
+
+
+def time_reference(model: SerialGPT2) -> float:
+    """Seconds of the serial program for its usual job: 2 tokens in, 8 new ones."""
+    start = time.perf_counter()
+    list(model.generate([1, 2], max_new_tokens=REFERENCE_TOKENS))
+    return time.perf_counter() - start
+
+
+def time_same_job(model: GPT2) -> float:
+    """Seconds of that job on the fast path."""
+    start = time.perf_counter()
+    list(model.generate([1, 2], max_new_tokens=REFERENCE_TOKENS))
+    return time.perf_counter() - start
+
+
+def time_process(path: str, *options: str) -> float:
+    """Seconds of the whole command, interpreter start included."""
+    command = [sys.executable, "-m", "pygpt", "-m", path, *options, "1", "2"]
+    start = time.perf_counter()
+    subprocess.run(command, cwd=sys.path[0], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def memory_of(path: str, threads: int, test: str, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
+    """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file."""
+    job = [path, threads, test, length, depth, new, batch]
+    command = [sys.executable, __file__, "--memory-of", json.dumps(job)]
+    found: dict[str, int] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return found
+
+
+def report_memory(job: list[Any]) -> None:
+    """The child of memory_of(): run the test once and print this process's resident memory."""
+    path, threads, test, length, depth, new, batch = job
+    with GPT2.load(path, threads=threads) as model:
+        before = _resident()
+        if test == "pp":
+            time_prefill(model, length)
+            cached = length
+        else:
+            time_decode(model, depth, new, batch)
+            cached = (depth + new) * batch
+        after = _resident()
+        cache = 2 * 4 * model.config.L * model.config.C * cached
+    anonymous = after["RssAnon"]
+    print(json.dumps({
+        "peak_anon_bytes": anonymous, "anon_before_bytes": before["RssAnon"], "cache_bytes": cache,
+        "mapped_bytes": after["RssFile"],
+    }))  # fmt: skip
+
+
+def _resident() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+# ------------------------------------------------------------------------------------------------ which tests
+
+
+def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: str) -> list[Test]:
+    """pygpt's tests for one thread count."""
+    config, threads, tests = model.config, model.threads, []
+    for length in options.prompts:
+        run = lambda length=length: time_prefill(model, length)  # noqa: E731
+        test = Test(f"pp{length}", threads, length, run, flop=prefill_flop(config, length), by="pygpt")
+        test.memory = memory_of(path, threads, "pp", length, 0, 0, 1) if options.memory else {}
+        tests.append(test)
+    for depth in options.depths:
+        for batch in options.batches:
+            name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
+            run = lambda depth=depth, batch=batch: time_decode(model, depth, options.new, batch)  # noqa: E731
+            amount = decode_bytes(config, value_bytes, depth, options.new, batch)
+            test = Test(name, threads, options.new * batch, run, read_bytes=amount, by="pygpt")
+            test.memory = memory_of(path, threads, "tg", 0, depth, options.new, batch) if options.memory else {}
+            tests.append(test)
+    if options.process:
+        tests.append(Test("process", threads, 8, lambda: time_process(path, "-t", str(threads)), by="pygpt"))
+    return tests
+
+
+def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: bool) -> list[Test]:
+    """The serial reference, and the same job on the fast path."""
+    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference(serial), by="reference")]
+    for model in models:
+        run = lambda model=model: time_same_job(model)  # noqa: E731
+        tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by="pygpt"))
+    if process:
+        tests.append(Test("process", 1, REFERENCE_TOKENS, lambda: time_process(path, "--reference"), by="reference"))
+    return tests
+
+
+def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list[Test]:
+    """The peers' tests: each peer in its own process, at the highest thread count."""
+    from bench_peers import Peer
+
+    threads, tests = max(options.threads), []
+    for name in options.against:
+        peer = stack.enter_context(Peer(name, path, threads))
+        for length in options.prompts:
+            run = lambda peer=peer, length=length: peer.prefill(length)  # noqa: E731
+            tests.append(Test(f"pp{length}", threads, length, run, by=name))
+        for depth in options.depths:
+            run = lambda peer=peer, depth=depth: peer.decode(options.new, depth)  # noqa: E731
+            tests.append(Test(f"tg{options.new}@d{depth}", threads, options.new, run, by=name))
+    return tests
+
+
+# ------------------------------------------------------------------------------------------------ running and printing
+
+
+def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[int, Ceilings]) -> None:
+    """Every test once a round, after one round that does not count; the ceilings between."""
+    for number in range(options.rounds + 1):
+        for ceiling in ceilings.values():
+            ceiling.measure(1)
+        for test in tests:
+            seconds = test.run()
+            if number:
+                test.seconds.append(seconds)
+        if sys.stderr.isatty():
+            print(f"\rround {number} of {options.rounds}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
+    """The object `ceilings` of the JSON output: the machine, the model, the limits."""
+    return {
+        "test": "ceilings",
+        "cpu": _cpu_name(),
+        "isa": cpu_info()["isa"],
+        "python": platform.python_version(),
+        "pygpt": __version__,
+        "commit": _commit(),
+        "model": {**{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}, "version": version},
+        "read_gb_s": {str(threads): found.read_gb_s for threads, found in ceilings.items()},
+        "fma_gflop_s": {str(threads): found.fma_gflop_s for threads, found in ceilings.items()},
+    }
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _commit() -> str:
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=sys.path[0], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """Add speed-up and efficiency over one thread, and over the reference, where both were run."""
+    rate = {(r["by"], r["test"], r["threads"]): r["tokens_per_s"] for r in results}
+    for r in results:
+        alone = rate.get((r["by"], r["test"], 1))
+        if r["by"] == "pygpt" and r["threads"] > 1 and alone:
+            r["speed_up"] = r["tokens_per_s"] / alone
+            limit = machine["fma_gflop_s" if r["test"].startswith("pp") else "read_gb_s"]
+            r["hardware_speed_up"] = limit[str(r["threads"])] / limit["1"]
+            r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
+        serial = rate.get(("reference", r["test"], 1))
+        if r["by"] == "pygpt" and serial:
+            r["speed_up_over_reference"] = r["tokens_per_s"] / serial
+            r["efficiency_over_reference"] = r["speed_up_over_reference"] / r["threads"]
+
+
+def print_markdown(machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """A table to read, and to paste into BENCHMARKS.md."""
+    print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}, pygpt {machine['pygpt']} {machine['commit']}")
+    for threads in machine["read_gb_s"]:
+        read, fma = machine["read_gb_s"][threads], machine["fma_gflop_s"][threads]
+        print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s")
+    print("\n| test | by | threads | tokens/s | middle half | % of limit | x 1 thread | x reference | anon MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for r in results:
+        low, high = r["tokens_per_s_middle_half"]
+        extra = f"{r['peak_anon_bytes'] / 1e6:.0f}" if "peak_anon_bytes" in r else ""
+        columns = [
+            r["test"], r["by"], r["threads"], f"{r['tokens_per_s']:.4g}", f"{low:.4g} to {high:.4g}",
+            "" if r["percent_of_limit"] is None else f"{r['percent_of_limit']:.0f}",
+            f"{r['speed_up']:.2f}" if "speed_up" in r else "",
+            f"{r['speed_up_over_reference']:.1f}" if "speed_up_over_reference" in r else "", extra,
+        ]  # fmt: skip
+        print("| " + " | ".join(str(column) for column in columns) + " |")
+
+
+def print_csv(machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """One line a test, the union of their fields as columns."""
+    fields = list(dict.fromkeys(name for r in results for name in r))
+    writer = csv.DictWriter(sys.stdout, fields)
+    writer.writeheader()
+    writer.writerows(results)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"bench.py: error: {message}; see --help\n")
+
+
+def numbers(text: str) -> list[int]:
+    """A list of positive whole numbers, such as 64,512,1000."""
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 10**6 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive whole numbers such as 64,512")
+    return [int(word) for word in words]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("-m", "--model", help="an llm.c checkpoint (default: as the command finds one)")
+    parser.add_argument("-p", "--prompts", type=numbers, default="64,512,1000", help="prompt lengths (64,512,1000)")
+    parser.add_argument("-n", "--new", type=numbers, default="64", help="new tokens of a decode test (64)")
+    parser.add_argument("-d", "--depths", type=numbers, default="8,512", help="tokens of context before them (8,512)")
+    parser.add_argument("-b", "--batches", type=numbers, default=f"1,{BATCH}", help=f"sequences decoded together (1,{BATCH})")
+    parser.add_argument("-t", "--threads", type=numbers, default="1,2", help="thread counts (1,2)")
+    parser.add_argument("-r", "--rounds", type=numbers, default="5", help="rounds (5)")
+    parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="md, json or csv")
+    parser.add_argument("--reference", action="store_true", help="the serial reference too (slow)")
+    parser.add_argument("--against", default="", help="peers, separated by commas, or all that are installed")
+    parser.add_argument("--no-process", dest="process", action="store_false", help="leave out the whole process")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the memory figures")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.new, options.rounds = options.new[0], options.rounds[0]
+    options.against = resolve_peers(parser, options.against)
+    return options
+
+
+def resolve_peers(parser: Parser, text: str) -> list[str]:
+    """The peers to run; refuses one that is unknown or not installed."""
+    if not text:
+        return []
+    sys.path.insert(1, str(Path(__file__).resolve().parent))
+    from bench_peers import available
+
+    installed = available()
+    wanted = installed if text == "all" else text.split(",")
+    for name in wanted:
+        if name not in installed:
+            parser.error(f"--against: {name!r} is not installed; installed are {', '.join(installed) or 'none'}")
+    return list(wanted)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = parse(arguments)
+    if options.memory_of:
+        report_memory(json.loads(options.memory_of))
+        return 0
+    try:
+        machine, results = measure(options, find_model(options.model)[0])
+    except (PyGPTError, RuntimeError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 2
+    scaling(results, machine)
+    if options.output == "json":
+        print(json.dumps([machine, *results], indent=1))
+    else:
+        {"md": print_markdown, "csv": print_csv}[options.output](machine, results)
+    return 0
+
+
+def measure(options: argparse.Namespace, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Open everything, run the rounds, return the machine's object and the tests' objects."""
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint(path))
+        config = checkpoint.config
+        options.prompts = [length for length in options.prompts if length <= config.maxT]
+        options.depths = [depth for depth in options.depths if depth + options.new <= config.maxT]
+        models = [stack.enter_context(GPT2.load(path, threads=threads)) for threads in options.threads]
+        ceilings = {threads: stack.enter_context(Ceilings(threads)) for threads in options.threads}
+        tests = [test for model in models for test in own_tests(options, model, 2 if checkpoint.bf16 else 4, path)]
+        if options.reference:
+            serial = stack.enter_context(SerialGPT2.load(path))
+            tests += reference_tests(serial, models, path, options.process)
+        if options.against:
+            tests += peer_tests(options, stack, path)
+        run_rounds(options, tests, ceilings)
+        return describe(config, checkpoint.version, ceilings), [test.result(ceilings) for test in tests]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,663 @@
+"""Other implementations of GPT-2 on the same checkpoint, each in its own process, for bench.py to alternate with pygpt.
+
+    with Peer("numpy", "gpt2_124M.bin", threads=2) as peer:
+        peer.prefill(512), peer.decode(64, 8)              # seconds
+
+A process each, because these libraries bring thread pools and allocators that disturb each other and pygpt, and read their
+thread counts when they are imported. The child (main()) answers JSON lines: {"call": "prefill", "n": 512} on its standard
+input, {"result": 0.41} or {"error": "..."} on its standard output.
+
+Each peer gets the best that its ordinary interface offers for one sequence in float32 (llama.cpp in bfloat16 where the file
+is): a key-value cache, the head for the last row only, weights in memory of its own, first calls not counted. Refuses to
+download anything: every weight comes from the checkpoint, and what is not installed is not run. The head is tied to wte,
+whose padding stays away.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from pygpt import Config
+
+    Weights = dict[str, npt.NDArray[np.float32]]
+
+# Names, and the packages that each needs.
+PEERS: dict[str, tuple[str, ...]] = {
+    "numpy": ("numpy",),
+    "torch": ("numpy", "torch"),
+    "torch-compile": ("numpy", "torch"),  # and a C++ compiler, which torch calls
+    "transformers": ("numpy", "torch", "transformers"),
+    "llama.cpp": ("numpy", "llama_cpp", "gguf"),
+    "ctranslate2": ("numpy", "ctranslate2"),
+}
+EPSILON = 1e-5
+CLOSE_SECONDS = 2.0  # what a child may take to end by itself
+SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: that is not the next test's load
+WARM_UP_TOKENS = 4
+
+
+# ------------------------------------------------------------------------------------------------ the parent's side
+
+
+def available() -> list[str]:
+    """The peers whose packages are installed; nothing is imported."""
+    return [name for name in PEERS if not _missing(name)]
+
+
+def _missing(name: str) -> list[str]:
+    return [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
+
+
+class Peer:
+    """A peer in a child process, with a checkpoint loaded. Use it in a `with` block, or close() it.
+
+    Every failure is a RuntimeError of one line: an unknown name, a missing package, a file that the child cannot load, a
+    request beyond the model's maxT, a child that died.
+    """
+
+    def __init__(self, name: str, model_path: str | os.PathLike[str], threads: int) -> None:
+        if name not in PEERS:
+            raise RuntimeError(f"{name!r} is not a peer; peers are {', '.join(PEERS)}")
+        if missing := _missing(name):
+            raise RuntimeError(f"peer {name}: not installed: {', '.join(missing)}")
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, name, os.fspath(model_path), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **child_environment(threads)},
+            text=True,
+        )
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def prefill(self, n: int) -> float:
+        """Seconds for a prompt of n tokens, up to the last one's logits."""
+        return float(self._ask("prefill", n=n))
+
+    def decode(self, n: int, depth: int) -> float:
+        """Seconds for n further tokens after a context of `depth`, which is not timed."""
+        return float(self._ask("decode", n=n, depth=depth))
+
+    def logits(self, tokens: Sequence[int]) -> list[float]:
+        """The last token's logits, (V,): they show that the peer computes the same network."""
+        return [float(value) for value in self._ask("logits", tokens=list(tokens))]
+
+    def peak_rss_bytes(self) -> int:
+        """The most memory that the child held so far, files that it maps included."""
+        return int(self._ask("peak"))
+
+    def close(self) -> None:
+        """End the child, by force when it is slow. May be called twice."""
+        stdin, stdout = _pipes(self.process)
+        with suppress(BrokenPipeError):
+            stdin.close()
+        try:
+            self.process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        stdout.close()
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _ask(self, call: str, **arguments: Any) -> Any:
+        """Send one request; return its result."""
+        stdin, _ = _pipes(self.process)
+        if stdin.closed:
+            raise RuntimeError(f"peer {self.name}: closed before this call")
+        with suppress(BrokenPipeError):  # of a child that died: _answer() tells how
+            stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+            stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        """Wait for one line of the child; return its result, raise its error, or tell how the child ended."""
+        line = _pipes(self.process)[1].readline()
+        if not line.endswith("\n"):
+            status = self.process.wait()
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            raise RuntimeError(f"peer {self.name}: its process died ({how})")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"peer {self.name}: {answer['error']}")
+        return answer["result"]
+
+
+def _pipes(process: "subprocess.Popen[str]") -> tuple[IO[str], IO[str]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """What the libraries read when they are imported: the thread count, and to stay away from the network."""
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    return {
+        **dict.fromkeys(pools, str(threads)),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile in the child: no compiler processes that stay
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the child's side
+
+
+class Engine:
+    """One implementation inside the child, with one sequence."""
+
+    config: "Config"
+    length = 0
+
+    def _run(self, tokens: list[int], start: int) -> Any:
+        """Run tokens at positions from `start` on: 0 forgets the sequence so far, else it is one token. The last logits."""
+        raise NotImplementedError
+
+    def prefill(self, tokens: list[int]) -> Any:
+        """Forget the sequence so far and run a prompt; return the last token's logits."""
+        self.length = len(tokens)
+        return self._run(tokens, 0)
+
+    def step(self, token: int) -> Any:
+        """Run one more token; return its logits."""
+        self.length += 1
+        return self._run([token], self.length - 1)
+
+    def logits(self, tokens: list[int]) -> list[float]:
+        """The last token's logits as floats, through both paths: a prompt, then the last token as a step."""
+        last = self.prefill(tokens[:-1] or tokens)
+        if len(tokens) > 1:
+            last = self.step(tokens[-1])
+        return [float(value) for value in last[: self.config.V]]
+
+    def time_prefill(self, tokens: list[int]) -> float:
+        """Seconds for a prompt."""
+        start = time.perf_counter()
+        self.prefill(tokens)
+        return time.perf_counter() - start
+
+    def time_decode(self, context: list[int], new: list[int]) -> float:
+        """Seconds for the tokens `new` one by one after a context."""
+        self.prefill(context)
+        start = time.perf_counter()
+        for token in new:
+            self.step(token)
+        return time.perf_counter() - start
+
+
+def read_weights(path: str) -> "tuple[Config, Weights]":
+    """The sixteen tensors as float32 arrays of this process, wte unpadded.
+
+    Copies, as a peer's own loader would make them; each through a map of its own, so that the file's pages do not count in
+    the peer's memory.
+    """
+    import numpy as np
+
+    from pygpt import Checkpoint
+    from pygpt.config import TENSORS
+
+    weights = {}
+    for name, _ in TENSORS:
+        with Checkpoint(path) as checkpoint:
+            weights[name] = np.array(checkpoint.tensor(name))
+    return checkpoint.config, weights
+
+
+class NumPyGPT2(Engine):
+    """NumPy and its BLAS, written by hand."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import numpy as np
+
+        self.np = np
+        self.config, self.weights = read_weights(path)
+        shape = (self.config.L, self.config.NH, self.config.maxT, self.config.HS)
+        self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
+
+    def _run(self, tokens: list[int], start: int) -> Any:
+        w, stop = self.weights, start + len(tokens)
+        x = w["wte"][tokens] + w["wpe"][start:stop]  # (T, C)
+        for i in range(self.config.L):
+            x += self._attention(i, self._layernorm(x, w["ln1w"][i], w["ln1b"][i]), start, stop)
+            fch = self._layernorm(x, w["ln2w"][i], w["ln2b"][i]) @ w["fcw"][i].T + w["fcb"][i]  # (T, 4C)
+            x += self._gelu(fch) @ w["fcprojw"][i].T + w["fcprojb"][i]
+        return (self._layernorm(x[-1:], w["lnfw"], w["lnfb"]) @ w["wte"].T)[0]
+
+    def _attention(self, i: int, x: Any, start: int, stop: int) -> Any:
+        """Causal attention of rows [start, stop) over all rows so far; several rows are a whole prompt."""
+        np, w, T = self.np, self.weights, stop - start
+        qkv = x @ w["qkvw"][i].T + w["qkvb"][i]  # (T, 3C)
+        q, k, v = qkv.reshape(T, 3, self.config.NH, self.config.HS).transpose(1, 2, 0, 3)  # (NH, T, HS) each
+        self.keys[i, :, start:stop], self.values[i, :, start:stop] = k, v
+        scores = (q * np.float32(self.config.HS**-0.5)) @ self.keys[i, :, :stop].swapaxes(1, 2)  # (NH, T, stop)
+        if T > 1:
+            scores += np.triu(np.full((T, T), -np.inf, np.float32), 1)
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(-1, keepdims=True)
+        atty = (scores @ self.values[i, :, :stop]).swapaxes(0, 1).reshape(T, -1)  # (T, C)
+        return atty @ w["attprojw"][i].T + w["attprojb"][i]
+
+    def _layernorm(self, x: Any, weight: Any, bias: Any) -> Any:
+        centred = x - x.mean(-1, keepdims=True)
+        variance = self.np.einsum("tc,tc->t", centred, centred)[:, None] / self.np.float32(x.shape[-1])
+        centred /= self.np.sqrt(variance + self.np.float32(EPSILON))
+        centred *= weight
+        centred += bias
+        return centred
+
+    def _gelu(self, x: Any) -> Any:
+        np = self.np
+        inner = x * x
+        inner *= np.float32(0.044715 * (2 / np.pi) ** 0.5)
+        inner += np.float32((2 / np.pi) ** 0.5)
+        inner *= x
+        np.tanh(inner, out=inner)
+        inner += 1
+        inner *= x
+        inner *= np.float32(0.5)
+        return inner
+
+
+class TorchGPT2(Engine):
+    """PyTorch, written by hand: fused attention, no autograd."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        self.torch: Any = importlib.import_module("torch")
+        self.functional: Any = importlib.import_module("torch.nn.functional")
+        self.torch.set_num_threads(threads)
+        self.config, arrays = read_weights(path)
+        self.weights = {name: self.torch.from_numpy(array) for name, array in arrays.items()}
+        shape = (self.config.NH, self.config.maxT, self.config.HS)
+        self.keys = [self.torch.zeros(shape) for _ in range(self.config.L)]
+        self.values = [self.torch.zeros(shape) for _ in range(self.config.L)]
+        self.run_prompt: Callable[[Any, int], Any] = self._forward
+        self.run_step: Callable[[Any, int], Any] = self._forward
+
+    def _run(self, tokens: list[int], start: int) -> Any:
+        with self.torch.inference_mode():
+            return (self.run_step if start else self.run_prompt)(self.torch.tensor(tokens), start)
+
+    def _forward(self, tokens: Any, start: int) -> Any:
+        """Logits (V,) of the last of the tokens (T,)."""
+        w, layer_norm, linear = self.weights, self.functional.layer_norm, self.functional.linear
+        C, stop = (self.config.C,), start + tokens.shape[0]
+        x = w["wte"][tokens] + w["wpe"][start:stop]  # (T, C)
+        for i in range(self.config.L):
+            x = x + self._attention(i, layer_norm(x, C, w["ln1w"][i], w["ln1b"][i], EPSILON), start, stop)
+            fch = linear(layer_norm(x, C, w["ln2w"][i], w["ln2b"][i], EPSILON), w["fcw"][i], w["fcb"][i])  # (T, 4C)
+            x = x + linear(self.functional.gelu(fch, approximate="tanh"), w["fcprojw"][i], w["fcprojb"][i])
+        return linear(layer_norm(x[-1:], C, w["lnfw"], w["lnfb"], EPSILON), w["wte"])[0]
+
+    def _attention(self, i: int, x: Any, start: int, stop: int) -> Any:
+        """Causal attention of rows [start, stop) over all rows so far; several rows are a whole prompt."""
+        w, linear, T = self.weights, self.functional.linear, x.shape[0]
+        qkv = linear(x, w["qkvw"][i], w["qkvb"][i]).view(T, 3, self.config.NH, self.config.HS)
+        q, k, v = qkv.permute(1, 2, 0, 3).unbind(0)  # (NH, T, HS) each
+        positions = self.torch.arange(start, stop)
+        self.keys[i].index_copy_(1, positions, k)  # not a slice: the compiler would copy the whole cache to assign one
+        self.values[i].index_copy_(1, positions, v)
+        keys, values = (k, v) if T > 1 else (self.keys[i][:, :stop], self.values[i][:, :stop])
+        atty = self.functional.scaled_dot_product_attention(q[None], keys[None], values[None], is_causal=T > 1)
+        return linear(atty[0].transpose(0, 1).reshape(T, -1), w["attprojw"][i], w["attprojb"][i])
+
+
+class CompiledGPT2(TorchGPT2):
+    """The same under torch.compile: once for each prompt length, once for steps at any position."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        super().__init__(path, threads)
+        importlib.import_module("torch._dynamo").config.recompile_limit = 64  # beyond it, lengths would run uncompiled
+        self.run_prompt = self.torch.compile(self._forward, dynamic=False)
+        self.run_step = self.torch.compile(self._forward, dynamic=True)
+
+
+class Transformers(Engine):
+    """Hugging Face's GPT2LMHeadModel with its default cache and fused attention."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        self.torch: Any = importlib.import_module("torch")
+        self.torch.set_num_threads(threads)
+        library: Any = importlib.import_module("transformers")
+        self.config, weights = read_weights(path)
+        c = self.config
+        options = {"vocab_size": c.V, "n_positions": c.maxT, "n_embd": c.C, "n_layer": c.L, "n_head": c.NH}
+        with self.torch.device("meta"):  # without memory: random values would take seconds
+            self.model = library.GPT2LMHeadModel(library.GPT2Config(**options, attn_implementation="sdpa")).eval()
+        self.model.load_state_dict(self._renamed(weights), strict=True, assign=True)
+        self.cache: Any = None
+
+    def _renamed(self, weights: "Weights") -> dict[str, Any]:
+        """Its names and layout: layer by layer, matrices as (in, out). Empties `weights`, to hold them once."""
+        names = {
+            "ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj",
+            "ln2": "ln_2", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj",
+        }  # fmt: skip
+        tensor = self.torch.from_numpy
+        state = {f"transformer.{name}.weight": tensor(weights.pop(name)) for name in ("wte", "wpe")}
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        for suffix, kind in (("w", "weight"), ("b", "bias")):
+            state[f"transformer.ln_f.{kind}"] = tensor(weights.pop("lnf" + suffix))
+            for ours, theirs in names.items():
+                for i, values in enumerate(weights.pop(ours + suffix)):
+                    state[f"transformer.h.{i}.{theirs}.{kind}"] = tensor(values.T.copy())
+        return state
+
+    def _run(self, tokens: list[int], start: int) -> Any:
+        cache = self.cache if start else None
+        with self.torch.inference_mode():
+            out = self.model(self.torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[0, -1]
+
+
+class LlamaCpp(Engine):
+    """llama.cpp through the C interface of llama-cpp-python: its Python class would keep every row's logits.
+
+    Its defaults, which are its fastest: keys, values and GELU's table in float16, so logits agree to 2e-3 of the largest.
+    """
+
+    def __init__(self, path: str, threads: int) -> None:
+        from pygpt import Checkpoint
+
+        with Checkpoint(path) as checkpoint:
+            self.config = checkpoint.config
+        self.lib: Any = importlib.import_module("llama_cpp")
+        self.lib.llama_backend_init()
+        options = self.lib.llama_context_default_params()
+        options.n_ctx = options.n_batch = self.config.maxT
+        options.n_threads = options.n_threads_batch = threads
+        with converted("llama.cpp", path) as folder:  # the file stays mapped when its name is gone
+            name = os.path.join(folder, "model.gguf").encode()
+            self.model = self.lib.llama_model_load_from_file(name, self.lib.llama_model_default_params())
+            self.context = self.model and self.lib.llama_init_from_model(self.model, options)
+        if not self.context:
+            raise RuntimeError("llama.cpp refuses the converted model")
+
+    def _run(self, tokens: list[int], start: int) -> Any:
+        """Logits of the last token only: that is what a batch made by llama_batch_get_one asks for."""
+        if not start:
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        ids = (self.lib.llama_token * len(tokens))(*tokens)  # the batch only points at them
+        if status := self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(tokens))):
+            raise RuntimeError(f"llama_decode failed with status {status}")
+        return self.lib.llama_get_logits(self.context)
+
+
+class CTranslate2(Engine):
+    """CTranslate2's Generator, greedy. It has no step of its own: tokens are timed as its callback reports them."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from pygpt import Checkpoint
+
+        with Checkpoint(path) as checkpoint:
+            self.config = checkpoint.config
+        library: Any = importlib.import_module("ctranslate2")
+        with converted("ctranslate2", path) as folder:
+            self.generator = library.Generator(
+                folder, device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
+            )
+
+    def _generate(self, tokens: list[int], new: int, callback: Callable[[Any], bool] | None = None, **options: Any) -> Any:
+        """Run a prompt, the head for its last token only, then new - 1 of the tokens that it chooses itself."""
+        return self.generator.generate_batch(
+            [[str(token) for token in tokens]],
+            max_length=new,
+            end_token=[],  # never stop early
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            callback=callback,
+            **options,
+        )[0]
+
+    def _run(self, tokens: list[int], start: int) -> Any:
+        self._generate(tokens, 1)
+
+    def time_decode(self, context: list[int], new: list[int]) -> float:
+        """Seconds from the first token that it chooses to the one len(new) later."""
+        times: list[float] = []
+
+        def note(_: Any) -> bool:
+            times.append(time.perf_counter())
+            return False  # go on
+
+        self._generate(context, len(new) + 1, note)
+        if len(times) != len(new) + 1:
+            raise RuntimeError(f"{len(times)} tokens came back, expected {len(new) + 1}")
+        return times[-1] - times[0]
+
+    def logits(self, tokens: list[int]) -> list[float]:
+        """The last token's logits."""
+        import numpy as np
+
+        return [float(value) for value in np.array(self._generate(tokens, 1, return_logits_vocab=True).logits[0][0])]
+
+
+ENGINES: dict[str, Callable[[str, int], Engine]] = {
+    "numpy": NumPyGPT2,
+    "torch": TorchGPT2,
+    "torch-compile": CompiledGPT2,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+    "ctranslate2": CTranslate2,
+}
+
+
+# ------------------------------------------------------------------------------------------------ other file formats
+
+
+@contextmanager
+def converted(name: str, path: str) -> Iterator[str]:
+    """A temporary folder with the model in a peer's own format, written by another process: its memory is not the peer's."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--convert", name, path, folder]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"conversion failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
+        yield folder
+
+
+def convert_to_gguf(path: str, folder: str) -> None:
+    """Write model.gguf: matrices in the checkpoint's precision, vectors and positions in float32, no vocabulary."""
+    gguf: Any = importlib.import_module("gguf")
+    from pygpt import Checkpoint
+
+    with Checkpoint(path) as checkpoint:
+        bf16 = checkpoint.bf16
+    config, weights = read_weights(path)
+    writer = gguf.GGUFWriter(os.path.join(folder, "model.gguf"), "gpt2")
+    writer.add_context_length(config.maxT)
+    writer.add_embedding_length(config.C)
+    writer.add_feed_forward_length(4 * config.C)
+    writer.add_block_count(config.L)
+    writer.add_head_count(config.NH)
+    writer.add_layer_norm_eps(EPSILON)
+    writer.add_vocab_size(config.V)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if bf16 else gguf.LlamaFileType.ALL_F32)
+    matrix = gguf.GGMLQuantizationType.BF16 if bf16 else gguf.GGMLQuantizationType.F32
+    for name, array in _gguf_tensors(config, weights):
+        kind = matrix if array.ndim == 2 and not name.startswith("position") else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_tensors(config: "Config", weights: "Weights") -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
+    """(name, array) as llama.cpp calls them; without output.weight it ties the head."""
+    names = {
+        "ln1": "attn_norm", "qkv": "attn_qkv", "attproj": "attn_output",
+        "ln2": "ffn_norm", "fc": "ffn_up", "fcproj": "ffn_down",
+    }  # fmt: skip
+    yield "token_embd.weight", weights["wte"]
+    yield "position_embd.weight", weights["wpe"]
+    for suffix, kind in (("w", "weight"), ("b", "bias")):
+        yield f"output_norm.{kind}", weights["lnf" + suffix]
+        for ours, theirs in names.items():
+            for i in range(config.L):
+                yield f"blk.{i}.{theirs}.{kind}", weights[ours + suffix][i]
+
+
+def convert_to_ctranslate2(path: str, folder: str) -> None:
+    """Write CTranslate2's model files from its own description of a decoder; the vocabulary is the ids in decimal.
+
+    What its converter for transformers does, without the need of that package and of a tokenizer.
+    """
+    library: Any = importlib.import_module("ctranslate2")
+    config, weights = read_weights(path)
+    spec = library.specs.TransformerDecoderModelSpec.from_config(
+        config.L, config.NH, pre_norm=True, activation=library.specs.Activation.GELUTanh
+    )
+
+    def fill(target: Any, name: str, *layer: int, weight: str = "weight", bias: str = "bias") -> None:
+        setattr(target, weight, weights[name + "w"][layer])
+        setattr(target, bias, weights[name + "b"][layer])
+
+    decoder = spec.decoder
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = decoder.projection.weight = weights["wte"]
+    decoder.position_encodings.encodings = weights["wpe"]
+    norm = {"weight": "gamma", "bias": "beta"}
+    fill(decoder.layer_norm, "lnf", **norm)
+    for i, layer in enumerate(decoder.layer):
+        fill(layer.self_attention.layer_norm, "ln1", i, **norm)
+        fill(layer.self_attention.linear[0], "qkv", i)
+        fill(layer.self_attention.linear[1], "attproj", i)
+        fill(layer.ffn.layer_norm, "ln2", i, **norm)
+        fill(layer.ffn.linear_0, "fc", i)
+        fill(layer.ffn.linear_1, "fcproj", i)
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = str(config.V - 1)
+    spec.register_vocabulary([str(token) for token in range(config.V)])
+    spec.validate()
+    spec.optimize()
+    spec.save(folder)
+
+
+CONVERTERS = {"llama.cpp": convert_to_gguf, "ctranslate2": convert_to_ctranslate2}
+
+
+# ------------------------------------------------------------------------------------------------ the child
+
+
+def prompt(config: "Config", start: int, stop: int) -> list[int]:
+    """Token ids of no meaning, spread over the vocabulary, for positions [start, stop)."""
+    if not 0 <= start < stop <= config.maxT:
+        raise ValueError(f"positions {start} to {stop} were asked for; the model has {config.maxT}")
+    return [(i * 7919 + 13) % config.V for i in range(start, stop)]
+
+
+def respond(engine: Engine, request: dict[str, Any], warm: set[str]) -> Any:
+    """Answer one request."""
+    call, config = request["call"], engine.config
+    if call == "peak":
+        return peak_rss_bytes()
+    if call == "logits":
+        tokens = request["tokens"]
+        if not 1 <= len(tokens) <= config.maxT or not all(0 <= token < config.V for token in tokens):
+            raise ValueError(f"tokens must be 1 to {config.maxT} ids from 0 to {config.V - 1}")
+        return engine.logits(tokens)
+    seconds = time_call(engine, call, request["n"], request.get("depth", 0), warm)
+    time.sleep(SETTLE_SECONDS)
+    return seconds
+
+
+def time_call(engine: Engine, call: str, n: int, depth: int, warm: set[str]) -> float:
+    """Seconds of a prefill or decode. A kind and size that is new runs once before it is timed."""
+    cold = (key := f"{call} {n} {depth}") not in warm
+    warm.add(key)
+    if call == "prefill":
+        tokens = prompt(engine.config, 0, n)
+        if cold:
+            engine.time_prefill(tokens)
+        return engine.time_prefill(tokens)
+    context, new = prompt(engine.config, 0, depth), prompt(engine.config, depth, depth + n)
+    if cold:
+        engine.time_decode(context, new[:WARM_UP_TOKENS])
+    return engine.time_decode(context, new)
+
+
+def peak_rss_bytes() -> int:
+    """This process's highest resident memory."""
+    with suppress(OSError):  # Linux; there getrusage would count the parent's memory at the fork, too
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str]) -> int:
+    """Load the model, say so, then answer requests until their end."""
+
+    def answer(work: Callable[[], Any]) -> bool:
+        try:
+            reply = {"result": work()}
+        except Exception as error:
+            reply = {"error": _one_line(error)}
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+        return "result" in reply
+
+    engines: list[Engine] = []
+    warm: set[str] = set()
+    if not answer(lambda: engines.append(ENGINES[name](path, threads))):
+        return 1
+    for line in requests:
+        answer(partial(respond, engines[0], json.loads(line), warm))
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """An error for a reader who does not see the traceback."""
+    if isinstance(error, ImportError):
+        return f"cannot import {error.name or 'a package'}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def main(arguments: list[str]) -> int:
+    """The child: NAME MODEL THREADS. Or its conversion: --convert NAME MODEL FOLDER."""
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this checkout's pygpt; not tools/, whose names shadow others
+    if arguments[:1] == ["--convert"] and len(arguments) == 4 and arguments[1] in CONVERTERS:
+        CONVERTERS[arguments[1]](arguments[2], arguments[3])
+        return 0
+    if len(arguments) != 3 or arguments[0] not in PEERS or not arguments[2].isdecimal() or int(arguments[2]) < 1:
+        print(f"usage: bench_peers.py {{{','.join(PEERS)}}} MODEL THREADS", file=sys.stderr)
+        return 2
+    name, path, threads = arguments[0], arguments[1], int(arguments[2])
+    os.environ.update(child_environment(threads))
+    with open(os.dup(0)) as requests, open(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what libraries print must not become an answer
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+        return serve(name, path, threads, requests, answers)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
