@@ -57,8 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def complain(error: object, status: int) -> int:
     """Print one line on stderr; return the status."""
-    print("pygpt: error:", " ".join(str(error).split()), file=sys.stderr)
+    say(f"error: {' '.join(str(error).split())}")
     return status
+
+
+def say(text: str) -> None:
+    """Print one line on stderr. Where there is none, print() would take stdout; where it is full, the ids still matter."""
+    if text and sys.stderr is not None:
+        try:
+            print("pygpt:", text, file=sys.stderr, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # or the interpreter would fail when it flushes stderr
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,28 +115,34 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("no token was given: name at least one token id, as in `python -m pygpt 31373 612`")
     total = None if options.total is None else parse_count("total (-n)", options.total)
     threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
-    with load(options.model, threads, options.reference) as model:
+    from .generate import Request
+    from .pool import check_threads
+
+    if threads is not None:
+        check_threads(threads)  # --reference does not use them, but a typing error is one
+    model, notice = load(options.model, threads, options.reference)
+    with model:
+        request = Request(model.config, tokens or [0], total=total, sampler=options.sampler)  # bad options are refused first
         if serving:
-            serve(model, total, options.sampler)
+            serve(model, total, options.sampler, notice)
         else:
-            for token in model.generate(tokens, total=total, sampler=options.sampler):
+            say(notice)
+            for token in model.complete(request):
                 print(token, flush=True)
     return 0
 
 
-def load(path: str | None, threads: int | None, reference: bool) -> "GPT2 | SerialGPT2":
-    """Open the model; say so when the small embedded one answers. Only what is used is imported."""
+def load(path: str | None, threads: int | None, reference: bool) -> "tuple[GPT2 | SerialGPT2, str]":
+    """Open the model; return it with what is to be said when it answers. Only what is used is imported."""
     from .checkpoint import GPT2_FILE, find_model
 
     path, origin = find_model(path)
     model = open_reference(path) if reference else open_model(path, threads)
-    if origin == "embedded":
-        print(
-            f"pygpt: no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
-            f"{GPT2_FILE} into this folder, or name it with -m or PYGPT_MODEL",
-            file=sys.stderr,
-        )
-    return model
+    notice = (
+        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
+        f"{GPT2_FILE} into this folder, or name it with -m or PYGPT_MODEL"
+    )
+    return model, notice if origin == "embedded" else ""
 
 
 def open_model(path: str, threads: int | None) -> "GPT2":
@@ -144,21 +159,24 @@ def open_reference(path: str) -> "SerialGPT2":
     return SerialGPT2.load(path)
 
 
-def serve(model: "GPT2 | SerialGPT2", total: int | None, sampler: str) -> None:
+def serve(model: "GPT2 | SerialGPT2", total: int | None, sampler: str, notice: str) -> None:
     """Answer requests from stdin, one a line, until it ends. Ctrl-C ends an answer's line; when idle, the process."""
-    from .generate import Request
-
-    Request(model.config, [0], total=total, sampler=sampler)  # bad options are refused before the first request
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
+        ended = False
         try:
             request = parse_request(line, model.config, total, sampler)
             if request is not None:
+                say(notice)
+                notice = ""
                 for left, token in zip(range(request.new - 1, -1, -1), model.complete(request), strict=True):
                     print(token, end=" " if left else "\n", flush=True)  # the space says at once that the id is whole
+                    ended = not left
             else:
                 print(flush=True)
+                ended = True
         except KeyboardInterrupt:
-            print(flush=True)
+            if not ended:  # a second newline would answer a request that nobody made
+                print(flush=True)
 
 
 def parse_request(line: bytes, config: "Config", total: int | None, sampler: str) -> "Request | None":
@@ -202,7 +220,9 @@ def parse_id(text: str) -> int:
     """A token id: ASCII digits only."""
     if not (text.isascii() and text.isdigit()):
         raise InputError(f"token {text[:40]!r} is not a token id: ids are whole numbers written in digits, such as 31373")
-    return int(text[-20:]) if len(text.lstrip("0")) <= 19 else 10**19  # too many digits to be any id: out of range
+    if len(text.lstrip("0")) > 18:
+        raise InputError(f"token {text[:40]!r} is not a token id: no vocabulary is that large")
+    return int(text[-18:])
 
 
 def parse_count(name: str, text: str) -> int:

@@ -541,6 +541,8 @@ cdef class Step:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
                 raise InputError(f"row {str(entry)[:60]} is not (token, cache, want_logits)")
             self.keep.append(entry[1])
+        # All that can run the caller's code (an index(), a truth value) comes before anything is noted in a cache.
+        rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
         for cache in self.keep:
             if cache.weights is not self.weights:
                 raise InputError("the cache belongs to another model: make one with this model's new_cache()")
@@ -551,7 +553,7 @@ cdef class Step:
                 raise InputError(
                     f"the cache is full: it has room for {cache.capacity} tokens; truncate it, or make a larger one")
             row = s.rows + r
-            row.token, row.pos, row.capacity = check_token(token, self.weights.net.V), cache.ahead, cache.capacity
+            row.token, row.pos, row.capacity = token, cache.ahead, cache.capacity
             row.keys, row.values = cache.keys.data, cache.values.data
             cache.ahead += 1
             if want:

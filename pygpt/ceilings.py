@@ -10,6 +10,7 @@ in the same run as whatever is held against them.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 from ._kernels import Floats, probe_fma, probe_read, zero
@@ -39,7 +40,7 @@ class Ceilings:
         nth = self._pool.nth
         for _ in range(rounds):
             for streams, found in self._read.items():
-                found.append(size / self._seconds(lambda i, n, s=streams: probe_read(self._memory, s, i, n)) / 1e9)
+                found.append(size / self._seconds(partial(probe_read, self._memory, streams)) / 1e9)
             self._fma.append(nth * probe_fma(1) * FMA_TIMES / self._seconds(lambda i, n: probe_fma(FMA_TIMES)) / 1e9)
         return self
 

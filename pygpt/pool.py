@@ -48,9 +48,7 @@ class ThreadPool:
     """
 
     def __init__(self, nth: int) -> None:
-        if not is_whole(nth, 1, MAX_THREADS):
-            raise InputError(f"threads is {nth!r}: it must be a whole number from 1 to {MAX_THREADS}")
-        self.nth = nth
+        self.nth = check_threads(nth)
         self._turn = threading.RLock()  # who holds it may use the fields below
         self._busy = False
         self._closed = False
@@ -302,6 +300,13 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)
 
 # ------------------------------------------------------------------------------------------------ how many threads
+
+
+def check_threads(threads: int) -> int:
+    """Return a number of workers; raises InputError unless it is a whole number from 1 to MAX_THREADS."""
+    if not is_whole(threads, 1, MAX_THREADS):
+        raise InputError(f"threads is {threads!r}: it must be a whole number from 1 to {MAX_THREADS}")
+    return threads
 
 
 def resolve_threads(threads: int | None = None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ._reference import Reference
 from .checkpoint import Checkpoint, find_model
 from .config import Config
+from .errors import ClosedError
 from .generate import Request, check_tokens
 
 TYPE_CHECKING = False
@@ -22,7 +23,9 @@ class SerialGPT2:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config: Config = checkpoint.config
         self._checkpoint = checkpoint
-        self._reference = Reference(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
+        self._reference: Reference | None = Reference(
+            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
+        )
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str] | None" = None) -> "SerialGPT2":
@@ -33,7 +36,7 @@ class SerialGPT2:
         """The logits of every position of a sequence, (T, V)."""
         import numpy as np
 
-        return np.asarray(self._reference.forward(check_tokens(self.config, tokens))[0])
+        return np.asarray(self._forward(check_tokens(self.config, tokens)))
 
     def generate(
         self,
@@ -52,13 +55,18 @@ class SerialGPT2:
 
         def append(new: list[int]) -> "Logits":
             sequence.extend(new)
-            logits, _ = self._reference.forward(sequence)
-            return logits
+            return self._forward(sequence)
 
         return request.run(append)
 
+    def _forward(self, tokens: Sequence[int]) -> "Logits":
+        if self._reference is None:
+            raise ClosedError("the model is closed")
+        return self._reference.forward(tokens)[0]
+
     def close(self) -> None:
-        """Let go of the file."""
+        """Unmap the file. May be called twice."""
+        self._reference = None
         self._checkpoint.close()
 
     def __enter__(self) -> "SerialGPT2":

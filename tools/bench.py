@@ -25,11 +25,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this checkout's pygpt; not tools/, whose names shadow others
-from pygpt import GPT2, Ceilings, Checkpoint, Config, PyGPTError, SerialGPT2, __version__, cpu_info, find_model
+# This checkout's pygpt; and not tools/ first, whose names shadow modules of the standard library.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from pygpt import GPT2, Ceilings, Checkpoint, Config, PyGPTError, SerialGPT2, __version__, cpu_info, find_model  # noqa: E402
 
 BATCH = 8
 REFERENCE_TOKENS = 8
@@ -175,14 +177,14 @@ def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: 
     """pygpt's tests for one thread count."""
     config, threads, tests = model.config, model.threads, []
     for length in options.prompts:
-        run = lambda length=length: time_prefill(model, length)  # noqa: E731
+        run = partial(time_prefill, model, length)
         test = Test(f"pp{length}", threads, length, run, flop=prefill_flop(config, length), by="pygpt")
         test.memory = memory_of(path, threads, "pp", length, 0, 0, 1) if options.memory else {}
         tests.append(test)
     for depth in options.depths:
         for batch in options.batches:
             name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
-            run = lambda depth=depth, batch=batch: time_decode(model, depth, options.new, batch)  # noqa: E731
+            run = partial(time_decode, model, depth, options.new, batch)
             amount = decode_bytes(config, value_bytes, depth, options.new, batch)
             test = Test(name, threads, options.new * batch, run, read_bytes=amount, by="pygpt")
             test.memory = memory_of(path, threads, "tg", 0, depth, options.new, batch) if options.memory else {}
@@ -196,7 +198,7 @@ def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: 
     """The serial reference, and the same job on the fast path."""
     tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference(serial), by="reference")]
     for model in models:
-        run = lambda model=model: time_same_job(model)  # noqa: E731
+        run = partial(time_same_job, model)
         tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by="pygpt"))
     if process:
         tests.append(Test("process", 1, REFERENCE_TOKENS, lambda: time_process(path, "--reference"), by="reference"))
@@ -211,10 +213,10 @@ def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list
     for name in options.against:
         peer = stack.enter_context(Peer(name, path, threads))
         for length in options.prompts:
-            run = lambda peer=peer, length=length: peer.prefill(length)  # noqa: E731
+            run = partial(peer.prefill, length)
             tests.append(Test(f"pp{length}", threads, length, run, by=name))
         for depth in options.depths:
-            run = lambda peer=peer, depth=depth: peer.decode(options.new, depth)  # noqa: E731
+            run = partial(peer.decode, options.new, depth)
             tests.append(Test(f"tg{options.new}@d{depth}", threads, options.new, run, by=name))
     return tests
 

@@ -1,0 +1,218 @@
+"""Everything that follows from a job's events: hotspots, layers, the serial fraction, predictions.
+
+Times of a kernel are means over the workers that took part in the step, so that a mode's rows add up to the time measured
+around its calls: self (computing) and wait (at the barrier after it) make total; what no kernel accounts for is a row of
+its own, "python, pool", and so is the sampler. Rates hold a kernel's work against its self time.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from pygpt import Config
+
+from .job import WAKE, Call, Step
+from .work import work
+
+OUTSIDE, SAMPLER = "python, pool", "sampler"
+PREDICTED = (2, 4, 8, 16, 112)
+
+Row = dict[str, Any]
+Ceiling = dict[str, float]  # threads, read_gb_s, fma_gflop_s
+
+
+class Tally:
+    """Sums over the instances of one kernel, or of one layer."""
+
+    def __init__(self, nth: int) -> None:
+        self.calls = 0
+        self.self_ns = self.wait_ns = 0.0  # means over the workers of the step
+        self.slowest_ns = 0.0  # the slowest worker of each instance
+        self.selves: list[float] = []
+        self.workers: list[Row] = [{"calls": 0, "self_ns": 0, "wait_ns": 0} for _ in range(nth)]
+
+    def add(self, times: Sequence[tuple[int, int, int]], present: int) -> None:
+        """Add one instance: (worker, self, wait) of those who noted it, of `present` in the step."""
+        mean = sum(busy for _, busy, _ in times) / present
+        self.calls += 1
+        self.self_ns += mean
+        self.wait_ns += sum(wait for _, _, wait in times) / present
+        self.slowest_ns += max(busy for _, busy, _ in times)
+        self.selves.append(mean)
+        for ith, busy, wait in times:
+            worker = self.workers[ith]
+            worker["calls"] += 1
+            worker["self_ns"] += busy
+            worker["wait_ns"] += wait
+
+    def row(self, wall_ns: int) -> Row:
+        """The sums as a row."""
+        total = self.self_ns + self.wait_ns
+        return {
+            "calls": self.calls,
+            "total_ns": total,
+            "self_ns": self.self_ns,
+            "wait_ns": self.wait_ns,
+            "median_ns": median(self.selves) if self.selves else 0.0,
+            "share": total / wall_ns,
+            "imbalance": self.slowest_ns / self.self_ns - 1 if self.self_ns else 0.0,
+            "workers": self.workers,
+        }
+
+
+def instances(step: Step) -> dict[tuple[str, int], list[tuple[int, int, int]]]:
+    """A step's phases by (phase, layer): (worker, self, wait) of each worker."""
+    found: dict[tuple[str, int], dict[int, tuple[int, int]]] = defaultdict(dict)
+    for ith, events in enumerate(step):
+        for event in events:
+            busy, wait = found[event.phase, event.layer].get(ith, (0, 0))
+            found[event.phase, event.layer][ith] = busy + event.end - event.begin, wait + event.left - event.end
+    return {key: [(ith, *times) for ith, times in by_worker.items()] for key, by_worker in found.items()}
+
+
+def wall_of(calls: Iterable[Call]) -> int:
+    """The time measured around calls, the choice of the next token included."""
+    return sum(call.done - call.begin for call in calls)
+
+
+def hotspots(config: Config, value_bytes: int, calls: list[Call], nth: int, ceiling: Ceiling | None) -> list[Row]:
+    """The rows of one mode, the longest total first, shares summing to 1."""
+    wall = wall_of(calls)
+    tallies: dict[str, Tally] = {}
+    for call in calls:
+        for step in call.steps:
+            present = sum(bool(events) for events in step)
+            for (phase, _), times in instances(step).items():
+                tallies.setdefault(phase, Tally(nth)).add(times, present)
+    need = work(config, value_bytes, calls)
+    rows = []
+    for name, tally in tallies.items():
+        row = {"name": name, "kind": "wait" if name == WAKE else "kernel", **tally.row(wall)}
+        rows.append(row | rates(*need.get(name, (0, 0)), tally.self_ns, ceiling))
+    sampler = sum(call.done - call.ran for call in calls)
+    rest = wall - sampler - sum(row["total_ns"] for row in rows)
+    rows.append(_outside(SAMPLER, len(calls), sampler, wall))
+    rows.append(_outside(OUTSIDE, len(calls), rest, wall))
+    rows.sort(key=lambda row: -row["total_ns"])
+    reached = 0.0
+    for row in rows:
+        reached += row["share"]
+        row["cumulative"] = reached
+    return rows
+
+
+def _outside(name: str, calls: int, total: float, wall: int) -> Row:
+    """A row of what happens outside the kernels, on the calling thread."""
+    times = {"calls": calls, "total_ns": total, "self_ns": total, "median_ns": total / calls, "share": total / wall}
+    return {"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(0, 0, 0, None)}
+
+
+def rates(flop: int, size: int, self_ns: float, ceiling: Ceiling | None) -> Row:
+    """Operations and bytes a second, and the share of what this machine allows (roofline): the nearer of two ceilings."""
+    row: Row = {"flop": flop, "bytes": size, "gflop_s": None, "gb_s": None, "roof": None, "bound": None}
+    if self_ns and flop:
+        row["gflop_s"], row["gb_s"] = flop / self_ns, size / self_ns
+        if ceiling:
+            fma, read = row["gflop_s"] / ceiling["fma_gflop_s"], row["gb_s"] / ceiling["read_gb_s"]
+            row["roof"], row["bound"] = max((fma, "fma"), (read, "read"))
+    return row
+
+
+def layers(calls: list[Call], nth: int, L: int) -> list[Row]:
+    """Total, self and wait by layer; what lies before and after the layers is named so."""
+    tallies: dict[str, Tally] = {}
+    for call in calls:
+        for step in call.steps:
+            present = sum(bool(events) for events in step)
+            for (phase, layer), times in instances(step).items():
+                name = phase if phase in (WAKE, "encoder") else "head" if layer == L else str(layer)
+                tallies.setdefault(name, Tally(nth)).add(times, present)
+    rows = [{"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies.items()]
+    for row in rows:
+        del row["median_ns"], row["calls"]  # of single kernels
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ serial fraction
+
+
+def computing(step: Step) -> dict[int, int]:
+    """How long exactly k workers compute in a step, by k (k = 0: none)."""
+    events = [event for noted in step for event in noted]
+    edges = sorted([(event.begin, 1) for event in events] + [(event.end, -1) for event in events])
+    found: dict[int, int] = defaultdict(int)
+    count, before = 0, edges[0][0]
+    for at, change in edges:
+        found[count] += at - before
+        count, before = count + change, at
+    return found
+
+
+def amdahl(serial: float, parallel: float, nth: int, floor: float | None) -> Row:
+    """Predictions from a run of nth workers with `serial` ns in which fewer compute and `parallel` ns in which all do.
+
+    amdahl: the parallel part shrinks as 1/n, and nothing else does. bandwidth: nor does it get shorter than `floor`, what its
+    bytes take at this machine's read ceiling. Both relative to one thread of the same kernels."""
+    alone = serial + nth * parallel
+    predictions = [
+        {
+            "threads": n,
+            "prediction": True,
+            "amdahl": alone / (serial + (alone - serial) / n),
+            "bandwidth": None if floor is None else alone / (serial + max((alone - serial) / n, floor)),
+        }
+        for n in PREDICTED
+    ]
+    return {
+        "serial_ns": serial,
+        "serial_share": serial / (serial + parallel),
+        "serial_fraction": serial / alone,
+        "one_thread_ns": alone,
+        "predictions": predictions,
+    }
+
+
+def bandwidth_floor(rows: list[Row], ceilings: Sequence[Ceiling]) -> float | None:
+    """The least time that the rows' bytes take with as many threads as this machine has; None where the ceiling is not
+    known, or where the bytes came faster than that and so out of a cache."""
+    if not ceilings:
+        return None
+    floor = sum(row["bytes"] for row in rows) / max(ceilings, key=lambda ceiling: ceiling["threads"])["read_gb_s"]
+    computing_ns = sum(row["self_ns"] for row in rows if row["kind"] == "kernel")
+    return float(floor) if floor < 1.2 * computing_ns else None
+
+
+def mode_report(
+    config: Config, value_bytes: int, calls: list[Call], untraced: list[Call], nth: int, ceilings: Sequence[Ceiling]
+) -> tuple[Row, list[Row]]:
+    """One mode's summary and its rows."""
+    wall = wall_of(calls)
+    steps = [step for call in calls for step in call.steps]
+    used = max((sum(bool(events) for events in step) for step in steps), default=nth)
+    rows = hotspots(config, value_bytes, calls, nth, next((c for c in ceilings if c["threads"] == used), None))
+    together = sum(computing(step)[nth] for step in steps)
+    summary = {
+        "wall_ns": wall,
+        "calls": len(calls),
+        "tokens": sum(call.rows for call in calls),
+        "steps": len(steps),
+        "workers_used": used,
+        "median_call_ns": median(call.done - call.begin for call in calls),
+        "untraced_median_call_ns": median(call.done - call.begin for call in untraced),
+        "wait_ns": sum(row["wait_ns"] for row in rows),
+        "flop": sum(row["flop"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "imbalance": _imbalance(rows, nth),
+        "layers": layers(calls, nth, config.L),
+        "amdahl": amdahl(wall - together, together, nth, bandwidth_floor(rows, ceilings)),
+    }
+    return summary, rows
+
+
+def _imbalance(rows: list[Row], nth: int) -> Row:
+    """How much longer the busiest worker computes than the mean of those who do, over the whole mode."""
+    busy = [sum(row["workers"][ith]["self_ns"] for row in rows if row["workers"]) for ith in range(nth)]
+    mean = sum(busy) / max(1, sum(ns > 0 for ns in busy))
+    worst = max(range(nth), key=busy.__getitem__)
+    return {"self_ns": busy, "slowest": worst, "excess": busy[worst] / mean - 1 if mean else 0.0}

@@ -1,0 +1,144 @@
+"""The same job seen by Linux perf: where the processor was found, 997 times a second, by symbol.
+
+perf attaches to this process once the model is warm, so that start-up is left out; it is told to begin and to stop through
+its control pipe. Its shares are of processor time, in which a worker that sleeps at a barrier has no share.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pygpt import GPT2, PyGPTError
+
+from .job import Job, clock, run, warm_up
+
+Row = dict[str, Any]
+SECONDS = 2.0  # at least so long, and at least one round
+PATIENCE = 20.0
+
+# Which symbols of the kernels do what; the first that matches counts.
+FAMILIES = (
+    ("layernorm", r"layernorm"),
+    ("sampler", r"inverse_cdf|median|greedy"),
+    ("encoder", r"encode"),
+    ("products, attention", r"gemm|gemv|tile|dot|matmul|bias|gelu|mix|softmax|exp|scaled|attend|attention|lanes"),
+)
+PHASES = {"ln1": "layernorm", "ln2": "layernorm", "lnf": "layernorm", "sampler": "sampler", "encoder": "encoder"}
+
+
+class PerfAbsent(PyGPTError):
+    """perf is not here, or not allowed; the message says which."""
+
+
+def look(path: str, job: Job, threads: int) -> Row:
+    """Run the job for about two seconds under perf: samples, symbols, and the kernels' symbols by what they do."""
+    perf = shutil.which("perf")
+    if not sys.platform.startswith("linux") or perf is None:
+        raise PerfAbsent("--sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)")
+    with tempfile.TemporaryDirectory() as folder, GPT2.load(path, threads=threads) as model:
+        data = os.path.join(folder, "perf.data")
+        warm_up(model, job)
+        _record(perf, data, model, job)
+        return _report(perf, data)
+
+
+def _record(perf: str, data: str, model: GPT2, job: Job) -> None:
+    """Let perf look on while the job runs."""
+    orders, order = os.pipe()  # perf reads orders, and answers each
+    answer, answers = os.pipe()
+    log = Path(f"{data}.log")
+    command = [
+        perf,
+        "record",
+        "-F",
+        "997",
+        "-D",
+        "-1",
+        "--control",
+        f"fd:{orders},{answers}",
+        "-p",
+        str(os.getpid()),
+        "-o",
+        data,
+    ]
+    try:
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, pass_fds=(orders, answers))
+    finally:
+        os.close(orders)
+        os.close(answers)
+    try:
+        _order(order, answer, b"enable\n", process, log)
+        until = clock() + int(SECONDS * 1e9)
+        run(model, job, digest=False)
+        while clock() < until:
+            run(model, job, digest=False)
+        _order(order, answer, b"stop\n", process, log)
+        process.wait(PATIENCE)
+    finally:
+        os.close(order)
+        os.close(answer)
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def _order(order: int, answer: int, word: bytes, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Give perf an order and wait until it has been carried out."""
+    try:
+        os.write(order, word)
+        answered = os.read(answer, 16)
+    except BrokenPipeError:
+        answered = b""
+    if not answered:
+        process.wait(PATIENCE)
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip(" :")]
+        telling = [line for line in lines if re.search("denied|permi|paranoid|not supported|unknown", line, re.IGNORECASE)]
+        reason = (telling or lines[-1:] or ["it does not say why"])[0]
+        raise PerfAbsent(f"--sample: perf is installed but cannot look on here: {reason}")
+
+
+def _report(perf: str, data: str) -> Row:
+    """perf's own summary, parsed."""
+    command = [perf, "report", "-i", data, "--stdio", "--no-children", "-g", "none", "-t", ";", "--sort", "symbol,dso", "-n"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    symbols: list[Row] = []
+    samples = 0
+    for line in done.stdout.splitlines():
+        share, count, symbol, binary, *_ = [*(part.strip() for part in line.split(";")), "", "", ""]
+        if re.fullmatch(r"[\d.]+%", share) and count.isdigit():
+            name = re.sub(r"^\[[.k]\] (__pyx_p[wf]_5pygpt_8_kernels_\d*|__pyx_f_5pygpt_8_kernels_)?", "", symbol)
+            symbols.append({"symbol": name, "object": os.path.basename(binary), "share": float(share[:-1]) / 100})
+            samples += int(count)
+    if not samples:
+        raise PerfAbsent("--sample: perf looked on but found no sample")
+    return {"samples": samples, "symbols": symbols, "families": families(symbols)}
+
+
+def families(symbols: list[Row]) -> dict[str, float]:
+    """The kernels' symbols by what they do, as shares of all computing; waiting and Python are left out."""
+    sums = {name: 0.0 for name, _ in FAMILIES}
+    for row in symbols:
+        family = next((name for name, pattern in FAMILIES if re.search(pattern, row["symbol"])), None)
+        if family and row["object"].startswith("_kernels"):
+            sums[family] += row["share"]
+    return _shares(sums)
+
+
+def reported(kernels: list[Row]) -> dict[str, float]:
+    """The same families out of the report's rows: processor time of all workers."""
+    sums = {name: 0.0 for name, _ in FAMILIES}
+    for row in kernels:
+        if row["kind"] == "kernel" or row["name"] == "sampler":
+            busy = sum(worker["self_ns"] for worker in row["workers"]) or row["self_ns"]
+            sums[PHASES.get(row["name"], "products, attention")] += busy
+    return _shares(sums)
+
+
+def _shares(sums: dict[str, float]) -> dict[str, float]:
+    total = sum(sums.values())
+    return {name: value / total if total else 0.0 for name, value in sums.items()}

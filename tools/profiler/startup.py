@@ -1,0 +1,59 @@
+"""A fresh process until its first token, part by part, with the page faults of each. Run as a script it is that process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def measure(path: str, prompt: list[int], threads: int, root: str) -> list[Row]:
+    """Start a process and report its parts: name, ns, minor and major page faults. `root` has pygpt if it is not installed."""
+    began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    order = {"path": os.path.abspath(path), "prompt": prompt, "threads": threads, "began": began, "root": root}
+    command = [sys.executable, os.path.abspath(__file__)]
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the start-up process failed: {done.stderr.strip().splitlines()[-1:]}")
+    parts: list[Row] = json.loads(done.stdout)
+    return parts
+
+
+def main() -> None:
+    """The fresh process."""
+    import resource
+
+    order = json.load(sys.stdin)
+    sys.path[:] = [*sys.path[1:], order["root"]]  # this folder's modules are not meant to be found by their bare names
+    parts: list[Row] = []
+    since, minor, major = order["began"], 0, 0
+
+    def part(name: str) -> None:
+        nonlocal since, minor, major
+        now, usage = time.clock_gettime_ns(time.CLOCK_MONOTONIC), resource.getrusage(resource.RUSAGE_SELF)
+        parts.append({"name": name, "ns": now - since, "minor": usage.ru_minflt - minor, "major": usage.ru_majflt - major})
+        since, minor, major = now, usage.ru_minflt, usage.ru_majflt
+
+    part("interpreter")
+    from pygpt import GPT2
+
+    part("import pygpt")
+    import numpy  # noqa: F401  (what a command that prints ids does without)
+
+    part("import numpy")
+    with GPT2.load(order["path"], threads=order["threads"]) as model:
+        cache = model.new_cache()
+        part("map the model, start the workers")
+        model.prefill(cache, order["prompt"])
+        part("first prefill, first touch of pages")
+        cache.truncate(0)
+        model.prefill(cache, order["prompt"])
+        part("the same again, pages there")
+    json.dump(parts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

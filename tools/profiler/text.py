@@ -1,0 +1,284 @@
+"""The report as text, at most 100 columns wide."""
+
+import textwrap
+from typing import Any
+
+WIDTH = 100
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+NOTES = """\
+Rows are means over the workers of a step: self is computing, wait is standing at the barrier after it, total is both; the \
+rows of a mode add up to the time measured around its calls. "wake-up": some workers are up and others still asleep. \
+"python, pool": checks, the Condition that wakes the workers, the Barrier that gathers them; nobody computes. ms and calls \
+are of one round of the job.
+GFLOP/s and GB/s hold the least work of a kernel (tools/profiler/work.py) against its self time; roof is the nearer of this \
+machine's two ceilings, f for fused multiply-add, r for reading memory, both measured before and after the job with as many \
+workers. Above 100% of r the data came from a cache.
+imbal: by how much the slowest worker of each instance computes longer than the mean; slow names the worker that computes \
+longest in sum.
+Serial: fewer than all workers compute (Python, pool, sampler and waits count). Amdahl: 1 / (f + (1 - f) / n) with f the \
+serial share of one thread's time (Amdahl 1967). With bandwidth, the parallel part takes no less than its bytes take at the \
+read ceiling; a dash where they came out of a cache. Both are predictions, for the machine's own threads too."""
+
+STRATEGY_NOTES = """\
+serial reference: one thread, scalar loops, no cache, as llm.c's train_gpt2.c; a token costs the whole sequence again.
+one worker: the same kernels as below, without any meeting.
+one round a kernel: fork-join, the pool is woken and gathered for every kernel, as llm.c's OpenMP parallel-for regions do.
+one round a step: the pool is woken once, and workers meet at native barriers between kernels, as ggml's graph threads do; \
+persistent workers and a static split of output channels, the only split that also helps at one token.
+speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
+token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 \
+cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
+
+
+def render(report: Report, *, by_layer: bool = False) -> str:
+    """The whole report."""
+    parts = [head(report)]
+    for mode in report["modes"]:
+        parts.append(mode_text(report, mode))
+        if by_layer:
+            parts.append(layer_text(report, mode))
+    parts.append(amdahl_text(report))
+    for name, section in (("strategies", strategies_text), ("startup", startup_text), ("perf", perf_text)):
+        if report[name]:
+            parts.append(section(report))
+    parts.append(wrap("NOTES\n" + NOTES))
+    return "\n\n".join(parts)
+
+
+def table(heads: list[str], rows: list[list[str]], widths: list[int]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right; trailing blanks cut."""
+    lines = []
+    for first, *rest in [heads, *rows]:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("".join(cells).rstrip())
+    return lines
+
+
+def ms(ns: float | None) -> str:
+    """Milliseconds with three significant figures or so."""
+    if ns is None:
+        return "-"
+    value = ns / 1e6
+    digits = 0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in per cent."""
+    return "-" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A figure, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def plural(n: int, thing: str) -> str:
+    """1 worker, 2 workers."""
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
+
+def wrap(text: str, indent: str = "") -> str:
+    """Fill each line of a text to the width."""
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) for line in text.splitlines())
+
+
+# ------------------------------------------------------------------------------------------------ what ran
+
+
+def head(report: Report) -> str:
+    """What ran on what, and what to mind."""
+    model, machine, job = report["model"], report["machine"], report["job"]
+    shape = f"L{model['L']} NH{model['NH']} C{model['C']} V{model['V']} maxT{model['maxT']}"
+    bits = "the same as unprofiled" if report["bits"]["same"] else "NOT the same as unprofiled"
+    lines = [
+        f"pygpt {report['pygpt']} on {machine['processor']}, {machine['isa']}",
+        f"model    {model['name']} ({shape}, {8 * model['value_bytes']}-bit values)",
+        f"job      {plural(job['prompt_tokens'], 'token')} in, {job['new_tokens']} decoded one by one ({job['sampler']} "
+        f"sampler); {plural(job['rounds'], 'round')}; {plural(machine['threads'], 'worker')}, "
+        f"{plural(machine['cores'], 'core')}",
+        f"bits     {bits} ({report['bits']['profiled']})",
+    ]
+    for ceiling in report["ceilings"]:
+        limits = f"{ceiling['fma_gflop_s']:.0f} GFLOP/s fused multiply-add, {ceiling['read_gb_s']:.1f} GB/s read"
+        lines.append(f"ceiling  {plural(ceiling['threads'], 'thread')}: {limits}")
+    lines += [f"MIND     {warning}" for warning in warnings(report)]
+    lines += [f"PLANTED  {text}" for text in job["planted"]]
+    return "\n".join(wrap(line, " " * 9) for line in lines)
+
+
+def warnings(report: Report) -> list[str]:
+    """What makes the figures worth less."""
+    found = []
+    if report["ceilings"]:
+        one, most = report["ceilings"][0], report["ceilings"][-1]
+        gain = most["fma_gflop_s"] / one["fma_gflop_s"]
+        if gain < 0.8 * most["threads"]:
+            found.append(
+                f"{plural(most['threads'], 'thread')} together reach {gain:.1f} times the arithmetic of one: the machine is "
+                "busy, or its processors share cores. Waiting is then no fault of the program."
+            )
+    trace = report["trace"]
+    if any(trace["dropped"]):
+        lost = ", ".join(f"worker {ith} {count}" for ith, count in enumerate(trace["dropped"]))
+        found.append(
+            f"the trace overflowed: {trace['capacity']} events fit a round; dropped: {lost}. Their time appears as "
+            '"python, pool". Raise --capacity.'
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ where the time goes
+
+
+def mode_text(report: Report, mode: str) -> str:
+    """The hotspots of one mode."""
+    summary, rounds = report["modes"][mode], report["job"]["rounds"]
+    rows = [row for row in report["kernels"] if row["mode"] == mode]
+    rate = summary["tokens"] / summary["wall_ns"] * 1e9
+    call = "prompt" if mode == "prefill" else "token"
+    title = (
+        f"{mode.upper()}  {ms(summary['median_call_ns'])} ms a {call}, median (untraced "
+        f"{ms(summary['untraced_median_call_ns'])}); {rate:.1f} tokens/s; "
+        f"{summary['workers_used']} of {plural(report['machine']['threads'], 'worker')} used"
+    )
+    heads = ["kernel", "calls", "total ms", "self ms", "wait ms", "share", "cum", "GFLOP/s", "GB/s", "roof", "imbal", "slow"]
+    widths = [13, 7, 10, 9, 9, 8, 8, 9, 7, 7, 8, 5]
+    total = [
+        "in all",
+        "",
+        ms(summary["wall_ns"] / rounds),
+        ms((summary["wall_ns"] - summary["wait_ns"]) / rounds),
+        ms(summary["wait_ns"] / rounds),
+        percent(sum(row["share"] for row in rows)),
+        "",
+        number(summary["flop"] / summary["wall_ns"]),
+        number(summary["bytes"] / summary["wall_ns"]),
+        *["", "", ""],
+    ]
+    lines = [title, *table(heads, [*(_hotspot(row, rounds) for row in rows), total], widths)]
+    return "\n".join([*lines, wrap(reading(summary, rows))])
+
+
+def _hotspot(row: Row, rounds: int) -> list[str]:
+    """One kernel's cells."""
+    roof = "-" if row["roof"] is None else f"{100 * row['roof']:.0f}%{row['bound'][0]}"
+    slow, imbalance = "-", "-"
+    if row["kind"] == "kernel" and sum(worker["calls"] > 0 for worker in row["workers"]) > 1:
+        slow = str(max(range(len(row["workers"])), key=lambda ith: row["workers"][ith]["self_ns"]))
+        imbalance = percent(row["imbalance"])
+    return [
+        row["name"],
+        f"{row['calls'] / rounds:.0f}",
+        ms(row["total_ns"] / rounds),
+        "-" if row["kind"] == "wait" else ms(row["self_ns"] / rounds),
+        "-" if row["kind"] == "outside" else ms(row["wait_ns"] / rounds),
+        percent(row["share"]),
+        percent(row["cumulative"]),
+        number(row["gflop_s"]),
+        number(row["gb_s"]),
+        roof,
+        imbalance,
+        slow,
+    ]
+
+
+def reading(summary: Row, rows: list[Row]) -> str:
+    """What the table says, in a line or two."""
+    most = rows[0]
+    outside = sum(row["share"] for row in rows if row["kind"] == "outside")
+    text = f"Most time: {most['name']}, {percent(most['share'])}"
+    if most["roof"] is not None:
+        ceiling = {"fma": "arithmetic", "read": "reading"}[most["bound"]]
+        text += f", computing at {percent(most['roof'], 0)} of this machine's {ceiling} ceiling"
+    text += f". Waiting: {percent(summary['wait_ns'] / summary['wall_ns'])}. Outside the kernels: {percent(outside)}."
+    imbalance = summary["imbalance"]
+    if summary["workers_used"] > 1 and imbalance["excess"] > 0.05:
+        text += f" IMBALANCE: worker {imbalance['slowest']} computes {percent(imbalance['excess'])} longer than the mean;"
+        text += " the others wait for it."
+    return text
+
+
+def layer_text(report: Report, mode: str) -> str:
+    """One mode by layer."""
+    rounds = report["job"]["rounds"]
+    rows = [
+        [row["layer"], *(ms(row[f"{key}_ns"] / rounds) for key in ("total", "self", "wait")), percent(row["share"])]
+        for row in report["modes"][mode]["layers"]
+    ]
+    heads = ["layer", "total ms", "self ms", "wait ms", "share"]
+    return "\n".join([f"{mode.upper()} BY LAYER", *table(heads, rows, [13, 10, 9, 9, 8])])
+
+
+# ------------------------------------------------------------------------------------------------ speed-up
+
+
+def amdahl_text(report: Report) -> str:
+    """The serial fraction, what it predicts, and what was measured."""
+    lines = ["SPEED-UP over one thread of the same kernels"]
+    workers = plural(report["machine"]["threads"], "worker")
+    for mode, summary in report["modes"].items():
+        found = summary["amdahl"]
+        lines.append(
+            f"{mode}: fewer than {workers} compute in {percent(found['serial_share'])} of the time, which is "
+            f"{percent(found['serial_fraction'])} of one thread's time"
+        )
+    group = ["", "prefill:", "predicted", "", "decode:", "predicted", "", ""]
+    heads = ["threads", "Amdahl", "+ bandwidth", "measured", "Amdahl", "+ bandwidth", "measured", ""]
+    measured = {row["threads"]: row for row in report["scaling"]}
+    predicted = {mode: {row["threads"]: row for row in s["amdahl"]["predictions"]} for mode, s in report["modes"].items()}
+    rows = []
+    for threads in sorted({*measured, *predicted["decode"]}):
+        row = [str(threads)]
+        for mode in ("prefill", "decode"):
+            guess, fact = predicted[mode].get(threads, {}), measured.get(threads, {})
+            row += [number(guess.get("amdahl"), 2), number(guess.get("bandwidth"), 2), number(fact.get(f"{mode}_speedup"), 2)]
+        rows.append([*row, "" if threads in measured else "prediction only"])
+    return "\n".join([*lines, *table(group, [heads, *rows], [8, 12, 13, 10, 14, 13, 10, 18])])
+
+
+def strategies_text(report: Report) -> str:
+    """The ways to dispatch, against each other."""
+    found = report["strategies"]
+    rows = []
+    for way in found["ways"]:
+        row = [way["name"], str(way["threads"]), str(way["rounds_a_step"]), str(way["meetings_a_step"])]
+        for name in ("prefill", "decode"):
+            row += [ms(way[f"{name}_ns"]), number(way[f"{name}_speedup"]), number(way[f"{name}_efficiency"])]
+        rows.append(row)
+    title = (
+        f"STRATEGIES  prefill of {plural(found['prompt_tokens'], 'token')}, then single tokens; medians, no sampler, untraced"
+    )
+    group = ["", "", "pool rounds", "native", "prefill", "speed-", "effi-", "a token", "speed-", "effi-"]
+    heads = ["strategy", "threads", "a step", "meetings", "ms", "up", "ciency", "ms", "up", "ciency"]
+    bits = "all but the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
+    tokens = "all choose the same tokens" if found["same_tokens"] else "the most probable tokens are NOT the same"
+    if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
+        tokens += "; steps too small for the pool ran on one worker (--all-workers)"
+    lines = [title, *table(group, [heads, *rows], [18, 8, 12, 9, 9, 9, 8, 9, 9, 8]), wrap(f"Bits: {bits}; {tokens}.")]
+    return "\n".join([*lines, wrap(STRATEGY_NOTES, "  ")])
+
+
+# ------------------------------------------------------------------------------------------------ other processes
+
+
+def startup_text(report: Report) -> str:
+    """A fresh process until its first token."""
+    rows = [[row["name"], ms(row["ns"]), str(row["minor"]), str(row["major"])] for row in report["startup"]]
+    rows.append(["in all", ms(sum(row["ns"] for row in report["startup"])), "", ""])
+    lines = table(["part", "ms", "minor faults", "major faults"], rows, [37, 10, 14, 14])
+    return "\n".join(["START-UP  a fresh process; page faults as the system counts them (getrusage)", *lines])
+
+
+def perf_text(report: Report) -> str:
+    """The hottest symbols that perf saw."""
+    found = report["perf"]
+    shown = [row for row in found["symbols"] if row["share"] >= 0.002][:16]
+    rows = [[row["symbol"][:44], row["object"][:44], percent(row["share"])] for row in shown]
+    lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
+    lines += table(["symbol", "object", "share"], rows, [44, 46, 8])
+    compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
+    lines += table(["of computing only", *found["families"]], compared, [20, 13, 13, 13, 22])
+    return "\n".join(lines)
