@@ -50,6 +50,7 @@ cdef extern from "trace.h" nogil:
 
     ctypedef struct trace_worker:
         ptrdiff_t ith, nth
+        ptrdiff_t first, last
         native_barrier* barrier
         trace_log* log
 

@@ -101,7 +101,7 @@ cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noex
         )
 
 
-cdef const float* layernorm(
+cdef void layernorm(
     const Net* net, State* s,
     const char* weight,         # IN (C,)
     const char* bias,           # IN (C,)
@@ -111,14 +111,13 @@ cdef const float* layernorm(
     """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016; eps 1e-5.
 
     Rows are split over the workers, who meet afterwards; or, where rows are few, every worker makes all of them for itself,
-    which costs less than a barrier. Returns the ln that this worker reads on."""
+    which costs less than a barrier."""
     cdef Py_ssize_t i, start = 0, stop = rows, C = net.C
     cdef float* ln = s.ln + ith * s.ln_size
     if s.ln_size == 0:
         shard(rows, ith, nth, &start, &stop)
     for i in range(start, stop):
         micro.layernorm(ln + i * C, s.residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16)
-    return ln
 
 
 cdef void matmul(
@@ -242,62 +241,69 @@ cdef enum Phase:              # what a trace calls the parts of a step, in the o
     LNF
     LOGITS
 
-
-cdef int normalised(const State* s, const trace_worker* me, Phase phase, int layer) noexcept nogil:
-    """After a layernorm: wait for the others unless this worker made all rows itself."""
-    if s.ln_size == 0:
-        return meet(me, phase, layer)
-    done(me, phase, layer)
-    return 0
+cdef enum:
+    LAYER_PHASES = LNF - LN1
 
 
-cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil:
-    """Run the network over s.rows: this worker's share of every kernel. Returns 1 when the step was aborted, else 0.
-
-    The workers meet wherever the next kernel reads outputs of other workers."""
-    cdef Py_ssize_t R = s.R, C = net.C, ith = me.ith, nth = me.nth
-    cdef int layer, last = <int> net.L
-    cdef const float* ln
-    cdef Layer w
-    trace_begin(me)
-    encoder(net, s, ith, nth)                                                                   # residual (R, C)
-    if meet(me, ENCODER, 0):
-        return 1
-    for layer in range(last):
-        w = layer_of(net, layer)
-        ln = layernorm(net, s, w.ln1w, w.ln1b, NULL, R, ith, nth)                               # ln1 (R, C)
-        if normalised(s, me, LN1, layer):
-            return 1
+cdef void run_phase(const Net* net, State* s, int phase, int layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """Worker ith's share of one phase: the network, line by line."""
+    cdef Py_ssize_t R = s.R, C = net.C
+    cdef const float* ln = s.ln + ith * s.ln_size
+    cdef Layer w = layer_of(net, layer)
+    if phase == ENCODER:
+        encoder(net, s, ith, nth)                                                               # residual (R, C)
+    elif phase == LN1:
+        layernorm(net, s, w.ln1w, w.ln1b, NULL, R, ith, nth)                                    # ln1 (R, C)
+    elif phase == QKV:
         matmul(s.qkv, 3 * C, ln, C, w.qkvw, w.qkvb, NULL, R, C, 3 * C, net.bf16,
                BIAS, ith, nth)                                                                  # qkv (R, 3C)
         store_keys_values(net, s, layer, ith, nth)
-        if meet(me, QKV, layer):
-            return 1
+    elif phase == ATTENTION:
         attention(net, s, layer, ith, nth)                                                      # atty (R, C)
-        if meet(me, ATTENTION, layer):
-            return 1
+    elif phase == ATTPROJ:
         matmul(s.proj, C, s.atty, C, w.attprojw, w.attprojb, s.residual, R, C, C, net.bf16,
                BIAS_RESIDUAL, ith, nth)                                                         # residual2 (R, C)
-        if meet(me, ATTPROJ, layer):
-            return 1
-        ln = layernorm(net, s, w.ln2w, w.ln2b, NULL, R, ith, nth)                               # ln2 (R, C)
-        if normalised(s, me, LN2, layer):
-            return 1
+    elif phase == LN2:
+        layernorm(net, s, w.ln2w, w.ln2b, NULL, R, ith, nth)                                    # ln2 (R, C)
+    elif phase == FC:
         matmul(s.fch, s.fch_row, ln, C, w.fcw, w.fcb, NULL, R, C, 4 * C, net.bf16,
                BIAS_GELU, ith, nth)                                                             # fch_gelu (R, 4C)
-        if meet(me, FC, layer):
-            return 1
+    elif phase == FCPROJ:
         matmul(s.proj, C, s.fch, s.fch_row, w.fcprojw, w.fcprojb, s.residual, R, 4 * C, C, net.bf16,
                BIAS_RESIDUAL, ith, nth)                                                         # residual3 (R, C)
-        if meet(me, FCPROJ, layer):
+    elif phase == LNF:
+        layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                          # lnf (W, C)
+    else:
+        matmul(s.logits, net.V, ln, C, net.wte, NULL, NULL, s.W, C, net.V, net.bf16,
+               NOTHING, ith, nth)                                                               # logits (W, V)
+
+
+cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
+    """How many phases a step has: the encoder, seven for each layer, the last layernorm and the logits if they are wanted."""
+    return 1 + LAYER_PHASES * net.L + (2 if s.W else 0)
+
+
+cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil:
+    """Run the network over s.rows: this worker's share of phases me.first to me.last - 1, all of them in most steps. Returns
+    1 when the step was aborted, else 0.
+
+    The workers meet wherever the next phase reads what others wrote: after every phase but a layernorm that each made for
+    itself, and the last."""
+    cdef Py_ssize_t i
+    cdef int phase, layer
+    trace_begin(me)
+    for i in range(me.first, me.last):
+        layer = <int> ((i - 1) // LAYER_PHASES)
+        phase = LN1 + <int> ((i - 1) % LAYER_PHASES)
+        if i == 0:
+            phase, layer = ENCODER, 0
+        elif layer == net.L:
+            phase = LNF if phase == LN1 else LOGITS
+        run_phase(net, s, phase, layer, me.ith, me.nth)
+        if phase == LOGITS or (s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)):
+            done(me, phase, layer)
+        elif meet(me, phase, layer):
             return 1
-    if s.W == 0:
-        return 0
-    ln = layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                         # lnf (W, C)
-    if normalised(s, me, LNF, last):
-        return 1
-    matmul(s.logits, net.V, ln, C, net.wte, NULL, NULL, s.W, C, net.V, net.bf16, NOTHING, ith, nth)  # logits (W, V)
-    done(me, LOGITS, last)
     return 0
 
 # ------------------------------------------------------------------------------------------------ (d) classes
@@ -505,6 +511,8 @@ cdef class Step:
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step
     cdef public Trace trace         # where the workers log their phases, or None
+    cdef public bint forked         # whether workers meet in the pool after every phase: a round is one phase, not all
+    cdef Py_ssize_t first, last     # the phases of the current round
 
     def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins):
         cdef void* memory = NULL
@@ -563,6 +571,7 @@ cdef class Step:
             r += 1
         s.R = r
         s.ln_size = FEW_ROWS * self.weights.net.C if r <= FEW_ROWS else 0
+        self.first, self.last = 0, 1 if self.forked and active > 1 else phases(&self.weights.net, s)
         self._cut_spans()
         self._reserve_scratch(longest)
         self.logits = Floats(s.W, self.weights.net.V)
@@ -624,13 +633,21 @@ cdef class Step:
             s.spans[s.n_spans - 1].stop = r + 1
             s.spans[s.n_spans - 1].cost = cost
 
+    def more(self) -> bool:
+        """After a round: whether the prepared step has phases left. The next round runs the next one."""
+        if self.last == phases(&self.weights.net, &self.state):
+            return False
+        self.first, self.last = self.last, self.last + 1
+        return True
+
     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
-        """Run worker ith's share of the prepared step, without the GIL."""
+        """Run worker ith's share of this round of the prepared step, without the GIL."""
         if nth < self.active or ith < 0:
             raise InputError(f"worker {ith} of {nth}: this step was prepared for {self.active} workers")
         cdef trace_worker me
         if ith < self.active and self.state.R:
             me.ith, me.nth, me.barrier = ith, self.active, self.barrier
+            me.first, me.last = self.first, self.last
             me.log = NULL if self.trace is None else self.trace.log(ith)
             with nogil:
                 forward(&self.weights.net, &self.state, &me)

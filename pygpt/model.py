@@ -90,6 +90,7 @@ class GPT2:
             self._work,
             abort=self._work.abort,
             before=lambda: self._work.prepare(rows, workers),
+            again=self._work.more,
             after=self._work.finish,
             alone=workers == 1,
         )
@@ -163,6 +164,11 @@ class GPT2:
         if trace is not None and trace.nth < self.threads:
             raise InputError(f"the trace is for {trace.nth} workers, and this model has {self.threads}")
         self._pool.run(_nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
+
+    def fork_join(self, on: bool) -> None:
+        """Let the pool run later steps as one round for each kernel, and not one for the step: the same kernels and bits, and
+        the price of that many rounds. For comparison; False ends it."""
+        self._pool.run(_nothing, before=lambda: setattr(self._work, "forked", on), alone=True)
 
     def close(self) -> None:
         """Stop the workers and unmap the file. May be called twice; a running step is finished first."""

@@ -62,16 +62,18 @@ class ThreadPool:
         abort: Callable[[], None] | None = None,
         *,
         before: Callable[[], object] | None = None,
+        again: Callable[[], bool] | None = None,
         after: "Callable[[], T] | None" = None,
         alone: bool = False,
     ) -> "T | None":
         """Call job(ith, nth) once on every worker, ith = 0 .. nth-1, and return when all of them have finished.
 
         before() is called first and after() last, by the caller, in the same turn; run() returns what after() returns. With
-        `alone` the caller does the whole job, as job(0, 1). If anything raises, after() is not called. If the job raises on
-        a worker, abort() is called at once, so that workers which wait for the failed one inside the job can leave; every
-        worker comes to rest; then the first exception is raised here. So is what a signal handler raises in between: Ctrl-C
-        never leaves a worker behind. Raises ClosedError after close(), PyGPTError inside a job of this pool.
+        `alone` the caller does the whole job, as job(0, 1). As long as again() says so after a round, the workers do one
+        more. If anything raises, after() is not called. If the job raises on a worker, abort() is called at once, so that
+        workers which wait for the failed one inside the job can leave; every worker comes to rest; then the first exception
+        is raised here. So is what a signal handler raises in between: Ctrl-C never leaves a worker behind. Raises
+        ClosedError after close(), PyGPTError inside a job of this pool.
         """
         self._refuse_own_workers()
         with self._turn:
@@ -88,6 +90,8 @@ class ThreadPool:
                     job(0, 1)
                 else:
                     crew.run(job, abort or _nothing)
+                    while again is not None and again():
+                        crew.run(job, abort or _nothing)
                 return after() if after is not None else None
             finally:
                 self._busy = False

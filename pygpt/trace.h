@@ -24,6 +24,7 @@ typedef struct {
 
 typedef struct {
     ptrdiff_t ith, nth;
+    ptrdiff_t first, last; /* the phases of this round: [first, last) */
     native_barrier *barrier;
     trace_log *log; /* or NULL */
 } trace_worker;
