@@ -18,7 +18,8 @@ cdef extern from "micro.h" nogil:
         float (*softmax)(float*, ptrdiff_t, float) noexcept nogil
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
-        int outputs
+        void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil
+        int narrow, outputs
         float (*probe_read)(const float*, ptrdiff_t, int) noexcept nogil
         float (*probe_fma)(ptrdiff_t) noexcept nogil
         double probe_flop
@@ -61,7 +62,10 @@ cdef extern from "trace.h" nogil:
 
 cdef extern from "sampler.h" nogil:
     ptrdiff_t greedy_id(const float* logits, ptrdiff_t V)
-    ptrdiff_t inverse_cdf_id(const float* logits, float* e, ptrdiff_t V, float coin)
+    ptrdiff_t inverse_cdf_id(
+        const float* logits, float* e, ptrdiff_t V, float coin,
+        void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil,
+    )
 
 
 cdef struct Net:              # what is fixed: dimensions, and where each tensor begins in the mapped file

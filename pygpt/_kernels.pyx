@@ -133,7 +133,7 @@ cdef void matmul(
     weights stay in cache while all rows pass; the epilogue follows while the block's outputs are still near."""
     cdef Py_ssize_t n, start, stop, width, after, r, step, size = 2 if bf16 else 4
     shard(N, ith, nth, &start, &stop)
-    step = stop - start if rows == 1 else max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
+    step = stop - start if rows <= micro.narrow else max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
     n = start
     while n < stop:
         width = min(step, stop - n)
@@ -710,6 +710,6 @@ def median(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
     if e == NULL:
         raise MemoryError(f"no room for {V} probabilities")
     with nogil:
-        token = inverse_cdf_id(&logits[row, 0], e, V, 0.5)
+        token = inverse_cdf_id(&logits[row, 0], e, V, 0.5, micro.exps)
     free(e)
     return token

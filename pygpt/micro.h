@@ -45,6 +45,10 @@ typedef struct {
     /* out[i] = acc[i] * factor for i < N; acc is readable up to a multiple of 16. */
     void (*store_scaled)(float *out, const float *acc, float factor, ptrdiff_t N);
 
+    /* e[i] = exp(logits[i] - max) for the samplers: the same bits in every set, the baseline included. */
+    void (*exps)(float *e, const float *logits, float max, ptrdiff_t V);
+
+    int narrow;  /* up to so many rows, gemm streams the weights: better all of them in one call than in blocks */
     int outputs; /* gemm's tiles are so many outputs wide: shares and blocks of a multiple have no ragged edge */
 
     /* The machine's limits: read `count` floats in 1, 2, 4 or 8 streams; multiply and add, probe_flop operations each time. */

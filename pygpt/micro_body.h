@@ -24,6 +24,10 @@ typedef uint16_t hvec_unaligned __attribute__((vector_size(W * 2), aligned(2), m
 #if W > 4
 typedef float vec8 __attribute__((vector_size(32)));
 #endif
+typedef float half_vec __attribute__((vector_size(W * 2)));
+typedef float half_vec_unaligned __attribute__((vector_size(W * 2), aligned(4), may_alias));
+typedef double double_vec __attribute__((vector_size(W * 4)));
+typedef int64_t long_vec __attribute__((vector_size(W * 4)));
 typedef float vec4 __attribute__((vector_size(16)));
 
 /* ---------------------------------------------------------------------------------------- 16 lanes */
@@ -252,6 +256,7 @@ INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 /* How gemm walks: GROUP rows at a time against all outputs, so that one tile of weights serves GROUP / MR row tiles from the
  * first-level cache, and dots longer than WHOLE in pieces, so that GROUP rows of a piece fit there too. */
 #define GROUP (2 * MR)
+#define NARROW 64 /* so few rows that reading the weights takes longer than computing with them */
 #define WHOLE 1024
 #define PIECE 512
 #define PIECE_OUTPUTS (8 * NR) /* outputs at a time while lanes of unfinished dots are kept */
@@ -327,23 +332,61 @@ INLINE void gemm_of(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, 
     }
 }
 
-/* One input row against all outputs: STREAMS weight rows from as many equal parts of w at a time. */
-INLINE void gemv_of(float *out, const float *inp, const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
-    const ptrdiff_t part = N / STREAMS, bytes = bf16 ? 2 : 4;
+/* The row tiles of a few rows against `outputs` (a constant) weight rows, `wstep` apart. The first tile brings in the weights
+ * that come next in each stream; the others find theirs in cache. */
+INLINE void narrow_column(const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp, ptrdiff_t ldi,
+                          ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int bf16) {
+#define ROWS(count, fetch) \
+    tile(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, bf16, fetch, NULL, 1, 1)
+    ptrdiff_t r = 0;
+    if (rows > MR) {
+        ROWS(MR, 1);
+        for (r = MR; r + MR <= rows; r += MR) ROWS(MR, 0);
+    }
+    switch (rows - r) {
+#if MR > 4
+    case 5: ROWS(5, 1); break;
+#endif
+#if MR > 3
+    case 4: ROWS(4, 1); break;
+#endif
+#if MR > 2
+    case 3: ROWS(3, 1); break;
+#endif
+#if MR > 1
+    case 2: ROWS(2, 1); break;
+#endif
+    case 1: ROWS(1, 1); break;
+    }
+#undef ROWS
+}
+
+/* Few rows: the weights stream from memory once, as `streams` (a constant) far-apart rows at a time, one from each of as many
+ * equal parts of w, which keeps more reads on their way than one stream can. */
+INLINE void narrow_of(const int streams, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
+                      const char *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+    const ptrdiff_t part = N / streams, row_bytes = ldw * (bf16 ? 2 : 4);
     for (ptrdiff_t n = 0; n < part; n++)
-        tile(1, STREAMS, out + n, 0, part, inp, 0, (const char *)w + n * ldw * bytes, part * ldw, K, bf16, 1, NULL, 1, 1);
-    for (ptrdiff_t n = part * STREAMS; n < N; n++)
-        tile(1, 1, out + n, 0, 1, inp, 0, (const char *)w + n * ldw * bytes, ldw, K, bf16, 1, NULL, 1, 1);
+        narrow_column(streams, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * ldw, K, bf16);
+    for (ptrdiff_t n = part * streams; n < N; n++) narrow_column(1, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, ldw, K, bf16);
+}
+
+INLINE void gemm_by_rows(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
+                         ptrdiff_t N, ptrdiff_t K, const int bf16, const void *next, ptrdiff_t next_bytes) {
+    if (rows == 1)
+        narrow_of(STREAMS, out, ldo, inp, ldi, 1, w, ldw, N, K, bf16);
+    else if (rows <= NARROW)
+        narrow_of(NR, out, ldo, inp, ldi, rows, w, ldw, N, K, bf16);
+    else
+        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16, next, next_bytes);
 }
 
 static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
                  ptrdiff_t N, ptrdiff_t K, int bf16, const void *next, ptrdiff_t next_bytes) {
-    if (rows == 1)
-        bf16 ? gemv_of(out, inp, w, ldw, N, K, 1) : gemv_of(out, inp, w, ldw, N, K, 0);
-    else if (bf16)
-        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, 1, next, next_bytes);
+    if (bf16)
+        gemm_by_rows(out, ldo, inp, ldi, rows, w, ldw, N, K, 1, next, next_bytes);
     else
-        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, 0, next, next_bytes);
+        gemm_by_rows(out, ldo, inp, ldi, rows, w, ldw, N, K, 0, next, next_bytes);
 }
 
 /* ---------------------------------------------------------------------------------------- row by row */
@@ -463,6 +506,45 @@ static void mix(float *acc, const float *p, ptrdiff_t ldp, ptrdiff_t rows,
     for (; r < rows; r++) mix_rows(1, acc + r * HSp, p + r * ldp, ldp, v, HSp, t0, t1);
 }
 
+/* ---------------------------------------------------------------------------------------- sampling */
+
+/* exp of a float32 x <= 0, rounded once from a float64 result with relative error below 1e-13: the correctly rounded value
+ * in all but about one case in a million, on every machine (no libm, no fused operation). 0 below -104, NaN for NaN. */
+INLINE half_vec exp_rounded(half_vec x) {
+    const double LOG2E = 1.4426950408889634, LN2_HI = 0x1.62e42fefap-1, LN2_LO = 0x1.cf79abc9e3b39p-40;
+    const double ROUND = 6755399441055744.0; /* 1.5 * 2^52: adding it rounds to an integer, left in the low bits */
+    double_vec a = __builtin_convertvector(x, double_vec);
+    long_vec below = a < -104.0;
+    a = (double_vec)((~below & (long_vec)a) | (below & (long_vec)(double_vec)(-104.0 - (double_vec){0})));
+    double_vec shifted = a * LOG2E + ROUND, n = shifted - ROUND;
+    double_vec r = (a - n * LN2_HI) - n * LN2_LO;
+    double_vec p = r * (1.0 / 39916800) + 1.0 / 3628800; /* Taylor's series to r^11: the rest is below 7e-15 for |r| <= 0.35 */
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 1.0 / 2;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    p = (double_vec)((long_vec)p + ((long_vec)shifted << 52)); /* times 2^n */
+    return __builtin_convertvector((double_vec)(~below & (long_vec)p), half_vec);
+}
+
+static void exps(float *e, const float *logits, float max, ptrdiff_t V) {
+    ptrdiff_t i = 0;
+    for (; i + W / 2 <= V; i += W / 2)
+        *(half_vec_unaligned *)(e + i) = exp_rounded(*(const half_vec_unaligned *)(logits + i) - max);
+    if (i < V) {
+        half_vec rest = {0};
+        memcpy(&rest, logits + i, (V - i) * sizeof *e);
+        rest = exp_rounded(rest - max);
+        memcpy(e + i, &rest, (V - i) * sizeof *e);
+    }
+}
+
 /* ---------------------------------------------------------------------------------------- the machine's own limits */
 
 INLINE float probe_read_of(const int streams, const float *p, ptrdiff_t count) {
@@ -504,6 +586,6 @@ static float probe_fma(ptrdiff_t times) {
 static const microkernels table = {
     .isa = ISA, .fused = FUSED, .gemm = gemm, .encode = encode, .layernorm = layernorm,
     .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
-    .softmax = softmax, .mix = mix, .store_scaled = store_scaled,
-    .outputs = NR, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
+    .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,
+    .outputs = NR, .narrow = NARROW, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
 };
