@@ -133,7 +133,9 @@ cdef void matmul(
     weights stay in cache while all rows pass; the epilogue follows while the block's outputs are still near."""
     cdef Py_ssize_t n, start, stop, width, after, r, step, size = 2 if bf16 else 4
     shard(N, ith, nth, &start, &stop)
-    step = stop - start if rows <= micro.narrow else max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
+    step = stop - start
+    if rows > micro.narrow:
+        step = max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
     n = start
     while n < stop:
         width = min(step, stop - n)

@@ -27,7 +27,7 @@ CHUNK = 256  # rows of a prompt run in one step: Ctrl-C waits for one step, and 
 
 # Pauses that a worker spins at a native barrier before it sleeps. A worker with a core of its own wins by spinning; workers
 # that share cores must give way at once.
-SPINS, SPINS_CROWDED = 4000, 200
+SPINS, SPINS_CROWDED = 4000, 50
 
 # What decides whether a step is worth more than one worker: rough figures of one core, in cache, and of the meeting points.
 READ_BYTES_PER_US, FLOP_PER_US = 30_000, 100_000
