@@ -5,16 +5,16 @@ stdout carries ids and nothing else. Exit status: 0; 1 for a failure at run time
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import CheckpointError, InputError, PyGPTError
+from .cli import HelpFormatter, Parser, say, status_of
+from .errors import InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import Any
 
     from .config import Config
     from .generate import Request
@@ -39,50 +39,7 @@ REQUEST_KEYS = {"tokens", "total", "max_new_tokens", "sampler"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    try:
-        return run(build_parser().parse_args(arguments))
-    except (InputError, CheckpointError) as error:
-        return complain(error, 2)
-    except (PyGPTError, MemoryError) as error:
-        return complain(str(error) or "out of memory", 1)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
-        return 141
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return complain(error, 1)
-
-
-def complain(error: object, status: int) -> int:
-    """Print one line on stderr; return the status."""
-    say(f"error: {' '.join(str(error).split())}")
-    return status
-
-
-def say(text: str) -> None:
-    """Print one line on stderr. Where there is none, print() would take stdout; where it is full, the ids still matter."""
-    if text and sys.stderr is not None:
-        try:
-            print("pygpt:", text, file=sys.stderr, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # or the interpreter would fail when it flushes stderr
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one line."""
-
-    def error(self, message: str) -> "NoReturn":
-        """Exit with status 2 and one line, without the usage block."""
-        raise InputError(f"{message}; see --help")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help of one width on every terminal, as README shows it."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=100)
+    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the model, complete or serve."""
     if sys.stdout is None:
         raise PyGPTError("stdout is closed: there is nowhere to print the ids")
@@ -129,7 +86,6 @@ def run(options: argparse.Namespace) -> int:
             say(notice)
             for token in model.complete(request):
                 print(token, flush=True)
-    return 0
 
 
 def load(path: str | None, threads: int | None, reference: bool) -> "tuple[GPT2 | SerialGPT2, str]":

@@ -22,7 +22,7 @@ from .errors import CheckpointError, ClosedError, InputError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO
+    from typing import IO, Any
 
     import numpy as np
     import numpy.typing as npt
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAGIC = 20240326
 HEADER_BYTES = 1024
 VALUE_BYTES = {1: 4, 3: 4, 5: 2}  # by version: float32, float32, bfloat16
+PIECE = 1 << 18  # values: so many are widened or rounded at a time
 GPT2_FILE = "gpt2_124M.bin"
 EMBEDDED_MODEL = os.path.join(os.path.dirname(__file__), "data", "shakespeare.bin")
 
@@ -118,6 +119,19 @@ class Checkpoint:
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
         """Return one tensor as float32, wte without padding: a read-only view of the file, or a widened copy of bfloat16."""
+        stored = self._stored(name)
+        return _from_bfloat16(stored) if self.bf16 else stored
+
+    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
+        """Yield the rows of tensor(name) in order, some at a time: a model larger than memory can be read so."""
+        stored = self._stored(name)
+        step = max(1, PIECE // stored[0].size)
+        for start in range(0, len(stored), step):
+            rows = stored[start : start + step]
+            yield _from_bfloat16(rows) if self.bf16 else rows
+
+    def _stored(self, name: str) -> "npt.NDArray[Any]":
+        """One tensor as it is in the file, wte without padding: a read-only view, float32 or the bits of bfloat16."""
         import numpy as np
 
         places = {found: (shape, offset, size) for found, shape, offset, size in self.config.tensors(padded=self.version != 1)}
@@ -129,10 +143,7 @@ class Checkpoint:
             data = self.values[offset * width : (offset + size) * width]
         except ValueError:
             raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
-        if self.bf16:
-            array = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
-        else:
-            array = np.frombuffer(data, "<f4").reshape(shape)
+        array = np.frombuffer(data, "<u2" if self.bf16 else "<f4").reshape(shape)
         return array[: self.config.V] if name == "wte" else array
 
     def close(self) -> None:
@@ -149,16 +160,19 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str], config: Config, tensors: Mapping[str, "npt.ArrayLike"], *, version: int = 3
+    path: str | os.PathLike[str],
+    config: Config,
+    tensors: "Mapping[str, npt.ArrayLike | Iterator[npt.ArrayLike]]",
+    *,
+    version: int = 3,
 ) -> None:
     """Write a checkpoint of version 1, 3 or 5: to a temporary file in the same folder, then renamed.
 
-    `tensors` maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows; values are rounded to float32,
-    and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when the file cannot be
-    written; the older file, if any, is intact then.
+    `tensors` maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows, or to iterators over their rows,
+    some at a time, as Checkpoint.pieces gives them: each is asked for when it is written, and dropped then. Values are
+    rounded to float32, and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when
+    the file cannot be written; the older file, if any, is intact then.
     """
-    import numpy as np
-
     if version not in VALUE_BYTES:
         raise InputError(f"version is {version}: it must be 1, 3 or 5")
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
@@ -168,13 +182,44 @@ def write_checkpoint(
     with atomic_file(path) as file:
         file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))
         for name, shape in wanted:
-            array = np.ascontiguousarray(tensors[name], dtype="<f4")
-            if array.shape != shape:
-                raise InputError(f"{name} has shape {array.shape}, expected {shape}")
-            values = _to_bfloat16(array) if version == 5 else array
-            file.write(values.data)
+            for rows in _checked(name, shape, tensors[name]):
+                _write_values(file, rows, version)
             if name == "wte" and version != 1:
                 file.write(bytes((config.Vp - config.V) * config.C * VALUE_BYTES[version]))
+
+
+def _checked(
+    name: str, shape: tuple[int, ...], tensor: "npt.ArrayLike | Iterator[npt.ArrayLike]"
+) -> "Iterator[npt.NDArray[np.float32]]":
+    """Yield a tensor's rows as contiguous float32, in as many pieces as it comes in."""
+    import numpy as np
+
+    found = 0
+    for piece in tensor if isinstance(tensor, Iterator) else [tensor]:
+        array = np.ascontiguousarray(piece, dtype="<f4")
+        found += len(array)
+        if array.shape[1:] != shape[1:] or found > shape[0]:
+            raise InputError(f"{name} has shape {(found, *array.shape[1:])}, expected {shape}")
+        yield array
+    if found < shape[0]:
+        raise InputError(f"{name} has shape {(found, *shape[1:])}, expected {shape}")
+
+
+def _write_values(file: "IO[bytes]", array: "npt.NDArray[np.float32]", version: int) -> None:
+    """Write contiguous float32 values as a file of this version holds them."""
+    if version != 5:
+        file.write(array.data)
+        return
+    values = array.reshape(-1)
+    for start in range(0, values.size, PIECE):
+        file.write(_to_bfloat16(values[start : start + PIECE]).data)
+
+
+def _from_bfloat16(bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.float32]":
+    """Widen the bits of bfloat16 to float32: exact, a NaN's bits included."""
+    wide = bits.astype("<u4")
+    wide <<= 16
+    return wide.view("<f4")
 
 
 def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":

@@ -28,6 +28,7 @@ typedef float half_vec __attribute__((vector_size(W * 2)));
 typedef float half_vec_unaligned __attribute__((vector_size(W * 2), aligned(4), may_alias));
 typedef double double_vec __attribute__((vector_size(W * 4)));
 typedef int64_t long_vec __attribute__((vector_size(W * 4)));
+typedef uint64_t ulong_vec __attribute__((vector_size(W * 4)));
 typedef float vec4 __attribute__((vector_size(16)));
 
 /* ---------------------------------------------------------------------------------------- 16 lanes */
@@ -529,7 +530,7 @@ INLINE half_vec exp_rounded(half_vec x) {
     p = p * r + 1.0 / 2;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    p = (double_vec)((long_vec)p + ((long_vec)shifted << 52)); /* times 2^n */
+    p = (double_vec)((ulong_vec)p + ((ulong_vec)shifted << 52)); /* times 2^n */
     return __builtin_convertvector((double_vec)(~below & (long_vec)p), half_vec);
 }
 

@@ -1,0 +1,64 @@
+"""What the package's commands share: one line for every error, exit statuses, help of one width.
+
+Exit status: 0; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C; 141 when the reader of stdout has gone.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from .errors import CheckpointError, InputError, PyGPTError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def status_of(job: Callable[[], object]) -> int:
+    """Do a command's job; return its exit status, an exception said in one line."""
+    try:
+        job()
+    except (InputError, CheckpointError) as error:
+        return complain(error, 2)
+    except (PyGPTError, MemoryError) as error:
+        return complain(str(error) or "out of memory", 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
+        return 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return complain(error, 1)
+    return 0
+
+
+def complain(error: object, status: int) -> int:
+    """Print one line on stderr; return the status."""
+    say(f"error: {error}")
+    return status
+
+
+def say(text: str) -> None:
+    """Print one line on stderr. Where there is none, print() would take stdout; where it is full, the job still matters."""
+    if text and sys.stderr is not None:
+        try:
+            print("pygpt:", " ".join(text.split()), file=sys.stderr, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # or the interpreter would fail when it flushes stderr
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line."""
+
+    def error(self, message: str) -> "NoReturn":
+        """Exit with status 2 and one line, without the usage block."""
+        raise InputError(f"{message}; see --help")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of one width on every terminal, as README shows it."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100)

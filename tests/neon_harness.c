@@ -1,0 +1,167 @@
+/* The kernels of one instruction set on fixed inputs, one line for each case: its name and a hash of its output's bits.
+ * test_neon.py compiles it for aarch64 and for this machine, and compares the lines. MICRO names the set: micro_neon, ...
+ *
+ * Inputs come from an integer generator and exact scaling alone, outputs are hashed with a margin on each side that must not
+ * change. NaNs are hashed as one value: IEEE 754 leaves their bits open, and processors differ in them. */
+#include "micro.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MARGIN 16
+
+static uint64_t state;
+
+static uint32_t next_random(void) { /* splitmix64 */
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)((z ^ (z >> 31)) >> 32);
+}
+
+/* From -1 to 1, times a power of two from 2^-spread to 2^spread: sums of such cancel, so that their order shows. */
+static float number(int spread) {
+    const float x = (float)((int32_t)next_random() >> 8) * 0x1p-23f;
+    const int shift = spread ? (int)(next_random() % (2 * spread + 1)) - spread : 0;
+    return ldexpf(x, shift);
+}
+
+static float *numbers(ptrdiff_t count, int spread) {
+    float *p = malloc((count + 2 * MARGIN) * sizeof *p);
+    if (!p) exit(1);
+    for (ptrdiff_t i = 0; i < count + 2 * MARGIN; i++) p[i] = number(spread);
+    return p + MARGIN;
+}
+
+static void release(void *p) { free((float *)p - MARGIN); }
+
+/* Weights: float32, or the upper halves of float32. */
+static void *weights(ptrdiff_t count, int spread, int bf16) {
+    float *p = numbers(count, spread);
+    if (bf16)
+        for (ptrdiff_t i = 0; i < count; i++) {
+            uint32_t bits;
+            memcpy(&bits, p + i, 4);
+            const uint16_t upper = bits >> 16;
+            memcpy((uint16_t *)p + i, &upper, 2);
+        }
+    return p;
+}
+
+static void report(const char *name, const float *values, ptrdiff_t count) {
+    uint64_t hash = 14695981039346656037u; /* FNV-1a over words */
+    for (ptrdiff_t i = -MARGIN; i < count + MARGIN; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, 4);
+        if (isnan(values[i])) bits = 0x7fc00000;
+        hash = (hash ^ bits) * 1099511628211u;
+    }
+    printf("%s %016llx\n", name, (unsigned long long)hash);
+}
+
+static void test_gemm(const microkernels *m, ptrdiff_t rows, ptrdiff_t N, ptrdiff_t K, int bf16) {
+    char name[80];
+    const ptrdiff_t ldo = N + 3, ldi = K + 5, ldw = K + 7;
+    float *inp = numbers(rows * ldi, 12), *out = numbers(rows * ldo, 0);
+    void *w = weights(N * ldw, 3, bf16);
+    m->gemm(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16, w, N * ldw * (bf16 ? 2 : 4));
+    snprintf(name, sizeof name, "gemm rows=%td N=%td K=%td bf16=%d", rows, N, K, bf16);
+    report(name, out, rows * ldo);
+    release(inp), release(out), release(w);
+}
+
+static void test_row(const microkernels *m, ptrdiff_t C, int bf16) {
+    char name[80];
+    float *inp = numbers(C, 4), *out = numbers(C, 2), *x = numbers(C, 2), *acc = numbers((C + 15) / 16 * 16, 6);
+    void *weight = weights(C, 1, bf16), *bias = weights(C, 3, bf16);
+#define REPORT(kernel, values)                                                            \
+    do {                                                                                  \
+        snprintf(name, sizeof name, kernel " C=%td bf16=%d", C, bf16);                    \
+        report(name, values, C);                                                          \
+    } while (0)
+    m->add_bias(out, bias, C, bf16);
+    REPORT("add_bias", out);
+    m->add_bias_residual(x, out, bias, C, bf16);
+    REPORT("add_bias_residual", x);
+    m->add_bias_gelu(out, bias, C, bf16);
+    REPORT("add_bias_gelu", out);
+    m->layernorm(out, inp, weight, bias, C, bf16);
+    REPORT("layernorm", out);
+    m->encode(out, weight, bias, C, bf16);
+    REPORT("encode", out);
+    m->store_scaled(out, acc, 0.3f, C);
+    REPORT("store_scaled", out);
+#undef REPORT
+    release(inp), release(out), release(x), release(acc), release(weight), release(bias);
+}
+
+static void test_attention(const microkernels *m, ptrdiff_t rows, ptrdiff_t HSp, ptrdiff_t T) {
+    char name[80];
+    const ptrdiff_t ldp = (T + 15) / 16 * 16;
+    float *p = numbers(rows * ldp, 5), *v = numbers(T * HSp, 5), *acc = numbers(rows * HSp, 0), *sums = numbers(rows, 0);
+    for (ptrdiff_t r = 0; r < rows; r++) sums[r] = m->softmax(p + r * ldp, T, 0.125f);
+    snprintf(name, sizeof name, "softmax rows=%td T=%td", rows, T);
+    report(name, p, rows * ldp);
+    strcat(name, " sums");
+    report(name, sums, rows);
+    m->mix(acc, p, ldp, rows, v, HSp, T / 3, T);
+    snprintf(name, sizeof name, "mix rows=%td HSp=%td T=%td", rows, HSp, T);
+    report(name, acc, rows * HSp);
+    release(p), release(v), release(acc), release(sums);
+}
+
+/* exp over its whole range and beyond, in each of its two forms, and the GELU made of the first. */
+static void test_exp(const microkernels *m) {
+    const ptrdiff_t count = 6007;
+    static const float edges[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 88.0f, 88.1f, -87.0f, -87.1f, -103.9f, -104.1f, 3e38f,
+                                  -3e38f, 1e-40f, -1e-40f, 1e-45f, 127.5f, -150.0f, 1e19f, -1e19f, 2e-20f, -0.34657359f};
+    const ptrdiff_t special = sizeof edges / sizeof *edges;
+    float *logits = numbers(count, 0), *out = numbers(count, 0), *zeros = numbers(count, 0), *scaled = numbers(count, 0);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        logits[i] = i % 50 == 7 ? edges[i / 50 % special] : ldexpf(logits[i], i % 3 ? 7 : -3);
+        zeros[i] = 0.0f;
+    }
+    for (ptrdiff_t i = 0; i < count; i++) out[i] = logits[i] > 3.7f ? -logits[i] : logits[i]; /* none above the greatest */
+    m->exps(scaled, out, 3.7f, count);
+    report("exps", scaled, count);
+    memcpy(out, logits, count * sizeof *out);
+    m->add_bias_gelu(out, zeros, count, 0);
+    report("gelu edges", out, count);
+    for (ptrdiff_t i = 0; i < count; i++) out[i] = logits[i] < 80.0f ? logits[i] : 80.0f; /* max(s) is 80: exp(-167 .. 0) */
+    ptrdiff_t padded = count;
+    padded -= padded % 16; /* the last block whole: softmax may write up to a multiple of 16 */
+    zeros[0] = m->softmax(out, padded, 1.0f);
+    report("softmax edges", out, padded);
+    report("softmax edges sum", zeros, 1);
+    release(logits), release(out), release(zeros), release(scaled);
+}
+
+int main(void) {
+    static const ptrdiff_t rows[] = {1, 2, 5, 20, 64, 65, 70}, outputs[] = {1, 4, 7, 33}, sizes[] = {1, 15, 16, 48, 87, 512};
+    static const ptrdiff_t channels[] = {1, 15, 16, 17, 87, 768};
+    const microkernels *m = MICRO();
+    if (!m || !m->fused) {
+        fprintf(stderr, "this processor lacks the instruction set\n");
+        return 1;
+    }
+    fprintf(stderr, "%s\n", m->isa);
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+            for (size_t n = 0; n < sizeof outputs / sizeof *outputs; n++)
+                for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) test_gemm(m, rows[r], outputs[n], sizes[k], bf16);
+            test_gemm(m, rows[r], 29, 1024, bf16); /* the longest dot in one piece, then dots in pieces */
+            test_gemm(m, rows[r], 29, 1025, bf16);
+            test_gemm(m, rows[r], 29, 1600, bf16);
+            test_gemm(m, rows[r], 53, 3072, bf16);
+        }
+        for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_row(m, channels[c], bf16);
+    }
+    for (ptrdiff_t r = 1; r < 8; r++)
+        for (ptrdiff_t HSp = 16; HSp <= 80; HSp += 16) test_attention(m, r, HSp, 1 + 13 * r + HSp);
+    test_attention(m, 4, 64, 1000);
+    test_exp(m);
+    return 0;
+}
