@@ -10,6 +10,7 @@ cdef extern from "micro.h" nogil:
         int fused
         void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
                      const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int, const void*, ptrdiff_t) noexcept nogil
+        void (*widen)(float*, const void*, ptrdiff_t) noexcept nogil
         void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*add_bias)(float*, const void*, ptrdiff_t, int) noexcept nogil
@@ -135,4 +136,6 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     float* logits             # (W, V)
     float* scratch            # (nth, scratch_size) for the attention
     Py_ssize_t scratch_size
+    float* wide               # (nth, wide_size) a block of bfloat16 weights as float32, or NULL
+    Py_ssize_t wide_size
     Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16

@@ -120,35 +120,45 @@ cdef void layernorm(
         micro.layernorm(ln + i * C, s.residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16)
 
 
+cdef inline Py_ssize_t block_outputs(Py_ssize_t K) noexcept nogil:
+    """How many outputs of K weights make a block: BLOCK_BYTES of float32, in whole tiles, 8 tiles at least."""
+    return max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
+
+
 cdef void matmul(
+    const Net* net, State* s,
     float* out, Py_ssize_t ldo,         # OUT (rows, N), a row every ldo values
     const float* inp, Py_ssize_t ldi,   # IN  (rows, K), a row every ldi values
     const char* weight,                 # IN  (N, K)
     const char* bias,                   # IN  (N,)
-    float* residual,                    # IN/OUT (rows, N) for BIAS_RESIDUAL
-    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, int bf16, Epilogue epilogue,
-    Py_ssize_t ith, Py_ssize_t nth,
+    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, Epilogue epilogue, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
     """out = inp weight^T, then the epilogue. Outputs are split over the workers, and each share is cut into blocks whose
-    weights stay in cache while all rows pass; the epilogue follows while the block's outputs are still near."""
-    cdef Py_ssize_t n, start, stop, width, after, r, step, size = 2 if bf16 else 4
+    weights stay in cache while all rows pass (bfloat16 is widened then, once for all rows); the epilogue follows while the
+    block's outputs are still near."""
+    cdef Py_ssize_t n, start, stop, step, width, after, r, size = 2 if net.bf16 else 4
+    cdef const char* w
+    cdef int bf16
     shard(N, ith, nth, &start, &stop)
-    step = stop - start
-    if rows > micro.narrow:
-        step = max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
+    step = stop - start if rows <= micro.narrow else block_outputs(K)
+    if net.bf16 and rows > micro.narrow:
+        step = min(step, s.wide_size // K)
     n = start
     while n < stop:
         width = min(step, stop - n)
         after = min(step, stop - n - width)                     # outputs of the next block
-        micro.gemm(out + n, ldo, inp, ldi, rows, weight + n * K * size, K, width, K, bf16,
-                   weight + (n + width) * K * size, after * K * size)
+        w, bf16 = weight + n * K * size, net.bf16
+        if bf16 and rows > micro.narrow:
+            micro.widen(s.wide + ith * s.wide_size, w, width * K)
+            w, bf16 = <const char*> (s.wide + ith * s.wide_size), 0
+        micro.gemm(out + n, ldo, inp, ldi, rows, w, K, width, K, bf16, weight + (n + width) * K * size, after * K * size)
         for r in range(rows):
             if epilogue == BIAS:
-                micro.add_bias(out + r * ldo + n, bias + n * size, width, bf16)
+                micro.add_bias(out + r * ldo + n, bias + n * size, width, net.bf16)
             elif epilogue == BIAS_GELU:
-                micro.add_bias_gelu(out + r * ldo + n, bias + n * size, width, bf16)
+                micro.add_bias_gelu(out + r * ldo + n, bias + n * size, width, net.bf16)
             elif epilogue == BIAS_RESIDUAL:
-                micro.add_bias_residual(residual + r * N + n, out + r * ldo + n, bias + n * size, width, bf16)
+                micro.add_bias_residual(s.residual + r * N + n, out + r * ldo + n, bias + n * size, width, net.bf16)
         n += width
 
 
@@ -257,26 +267,26 @@ cdef void run_phase(const Net* net, State* s, int phase, int layer, Py_ssize_t i
     elif phase == LN1:
         layernorm(net, s, w.ln1w, w.ln1b, NULL, R, ith, nth)                                    # ln1 (R, C)
     elif phase == QKV:
-        matmul(s.qkv, 3 * C, ln, C, w.qkvw, w.qkvb, NULL, R, C, 3 * C, net.bf16,
+        matmul(net, s, s.qkv, 3 * C, ln, C, w.qkvw, w.qkvb, R, C, 3 * C,
                BIAS, ith, nth)                                                                  # qkv (R, 3C)
         store_keys_values(net, s, layer, ith, nth)
     elif phase == ATTENTION:
         attention(net, s, layer, ith, nth)                                                      # atty (R, C)
     elif phase == ATTPROJ:
-        matmul(s.proj, C, s.atty, C, w.attprojw, w.attprojb, s.residual, R, C, C, net.bf16,
+        matmul(net, s, s.proj, C, s.atty, C, w.attprojw, w.attprojb, R, C, C,
                BIAS_RESIDUAL, ith, nth)                                                         # residual2 (R, C)
     elif phase == LN2:
         layernorm(net, s, w.ln2w, w.ln2b, NULL, R, ith, nth)                                    # ln2 (R, C)
     elif phase == FC:
-        matmul(s.fch, s.fch_row, ln, C, w.fcw, w.fcb, NULL, R, C, 4 * C, net.bf16,
+        matmul(net, s, s.fch, s.fch_row, ln, C, w.fcw, w.fcb, R, C, 4 * C,
                BIAS_GELU, ith, nth)                                                             # fch_gelu (R, 4C)
     elif phase == FCPROJ:
-        matmul(s.proj, C, s.fch, s.fch_row, w.fcprojw, w.fcprojb, s.residual, R, 4 * C, C, net.bf16,
+        matmul(net, s, s.proj, C, s.fch, s.fch_row, w.fcprojw, w.fcprojb, R, 4 * C, C,
                BIAS_RESIDUAL, ith, nth)                                                         # residual3 (R, C)
     elif phase == LNF:
         layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                          # lnf (W, C)
     else:
-        matmul(s.logits, net.V, ln, C, net.wte, NULL, NULL, s.W, C, net.V, net.bf16,
+        matmul(net, s, s.logits, net.V, ln, C, net.wte, NULL, s.W, C, net.V,
                NOTHING, ith, nth)                                                               # logits (W, V)
 
 
@@ -509,6 +519,7 @@ cdef class Step:
     cdef uint32_t spins
     cdef Floats workspace
     cdef Floats scratch
+    cdef Floats wide
     cdef Py_ssize_t room            # rows that the arrays have room for
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step
@@ -587,6 +598,10 @@ cdef class Step:
         if R <= self.room:
             return
         self.room = 0
+        if self.weights.net.bf16 and R > micro.narrow and self.wide is None:
+            s.wide_size = max(block_outputs(C) * C, block_outputs(4 * C) * 4 * C)
+            self.wide = Floats(self.nth, s.wide_size)
+            s.wide = self.wide.data
         s.fch_row = 4 * C + 16
         workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C)
         free(s.rows)

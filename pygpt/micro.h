@@ -24,6 +24,9 @@ typedef struct {
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
                  ptrdiff_t N, ptrdiff_t K, int bf16, const void *next, ptrdiff_t next_bytes);
 
+    /* out[i] = w[i] for i < count bfloat16 values: worth it where many rows meet the same weights. */
+    void (*widen)(float *out, const void *w, ptrdiff_t count);
+
     /* out[i] = wte[i] + wpe[i] for i < C. */
     void (*encode)(float *out, const void *wte, const void *wpe, ptrdiff_t C, int bf16);
 

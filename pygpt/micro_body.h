@@ -390,6 +390,12 @@ static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptr
         gemm_by_rows(out, ldo, inp, ldi, rows, w, ldw, N, K, 0, next, next_bytes);
 }
 
+static void widen(float *out, const void *w, ptrdiff_t count) {
+    ptrdiff_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(out + i, load_weights(w, i, 1));
+    if (i < count) store_tail(out + i, load_weights_tail(w, i, count - i, 1), count - i);
+}
+
 /* ---------------------------------------------------------------------------------------- row by row */
 
 /* Run `body` over i = 0, 16, ... with n = 16 values, then once with the ragged rest n = 1 to 15. */
@@ -585,7 +591,7 @@ static float probe_fma(ptrdiff_t times) {
 }
 
 static const microkernels table = {
-    .isa = ISA, .fused = FUSED, .gemm = gemm, .encode = encode, .layernorm = layernorm,
+    .isa = ISA, .fused = FUSED, .gemm = gemm, .widen = widen, .encode = encode, .layernorm = layernorm,
     .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
     .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,
     .outputs = NR, .narrow = NARROW, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
