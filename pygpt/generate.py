@@ -4,6 +4,7 @@ The loop sees the network as one function: given the tokens that are new since t
 row belongs to the last token. The cached network and the serial reference are two such functions.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 
 from ._kernels import check_token
@@ -83,3 +84,28 @@ class Request:
             token = sample(self.sampler, logits, len(logits) - 1)
             yield token
             new = [token]
+
+
+class Completer(ABC):
+    """What can answer a request: the cached network and the serial reference."""
+
+    config: Config
+
+    @abstractmethod
+    def complete(self, request: Request) -> Iterator[int]:
+        """Answer a checked request; yields each new id as soon as it is known."""
+
+    def generate(
+        self,
+        tokens: Iterable[int],
+        *,
+        total: int | None = None,
+        max_new_tokens: int | None = None,
+        sampler: str = "median",
+    ) -> Iterator[int]:
+        """Complete a sequence of token ids; yields each new id as soon as it is known.
+
+        total: tokens in all, the given ones included (default 10); or max_new_tokens: how many to add. sampler: "median",
+        the serial program's rule, or "greedy". Raises InputError before anything runs.
+        """
+        return self.complete(Request(self.config, tokens, total=total, max_new_tokens=max_new_tokens, sampler=sampler))

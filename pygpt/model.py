@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from ._kernels import Floats, Step, Weights
 from .cache import KVCache
 from .checkpoint import Checkpoint, find_model
-from .config import Config
 from .errors import InputError
-from .generate import Request, check_tokens
+from .generate import Completer, Request, check_tokens
 from .pool import ThreadPool, default_threads, resolve_threads
 
 TYPE_CHECKING = False
@@ -37,14 +36,14 @@ MEETING_WEIGHT = 1  # 0 makes every step use all workers, as tests of the bits d
 Row = tuple[int, KVCache, bool]
 
 
-class GPT2:
+class GPT2(Completer):
     """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
 
     Threads may share a model: their steps take turns. Arrays that it returns are fresh float32 arrays of the caller's.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None) -> None:
-        self.config: Config = checkpoint.config
+        self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._weights = Weights(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
         self._pool = ThreadPool(resolve_threads(threads))
@@ -122,21 +121,6 @@ class GPT2:
             chunk = tokens[start : start + CHUNK]
             out[start : start + CHUNK] = self.step([(token, cache, True) for token in chunk])
         return out
-
-    def generate(
-        self,
-        tokens: Iterable[int],
-        *,
-        total: int | None = None,
-        max_new_tokens: int | None = None,
-        sampler: str = "median",
-    ) -> Iterator[int]:
-        """Complete a sequence of token ids; yields each new id as soon as it is known.
-
-        total: tokens in all, the given ones included (default 10); or max_new_tokens: how many to add. sampler: "median",
-        the serial program's rule, or "greedy". Raises InputError before anything runs.
-        """
-        return self.complete(Request(self.config, tokens, total=total, max_new_tokens=max_new_tokens, sampler=sampler))
 
     def complete(self, request: Request) -> Iterator[int]:
         """Answer a checked request; yields each new id as soon as it is known."""

@@ -1,13 +1,12 @@
 """SerialGPT2: the serial reference behind the same interface as GPT2, for comparison in the command, tests and benchmarks."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ._reference import Reference
 from .checkpoint import Checkpoint, find_model
-from .config import Config
 from .errors import ClosedError
-from .generate import Request, check_tokens
+from .generate import Completer, Request, check_tokens
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
     from ._kernels import Logits
 
 
-class SerialGPT2:
+class SerialGPT2(Completer):
     """GPT-2 as the serial program runs it: one thread, scalar, no cache, the whole network again for every token."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.config: Config = checkpoint.config
+        self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._reference: Reference | None = Reference(
             checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
@@ -37,17 +36,6 @@ class SerialGPT2:
         import numpy as np
 
         return np.asarray(self._forward(check_tokens(self.config, tokens)))
-
-    def generate(
-        self,
-        tokens: Iterable[int],
-        *,
-        total: int | None = None,
-        max_new_tokens: int | None = None,
-        sampler: str = "median",
-    ) -> Iterator[int]:
-        """Complete a sequence of token ids, as GPT2.generate() does."""
-        return self.complete(Request(self.config, tokens, total=total, max_new_tokens=max_new_tokens, sampler=sampler))
 
     def complete(self, request: Request) -> Iterator[int]:
         """Answer a checked request, as GPT2.complete() does."""
