@@ -41,7 +41,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 TOOLS = Path(__file__).resolve().parent
 # This script's name is that of a module of the standard library, which cProfile imports: its folder goes to the path's end.
@@ -62,6 +62,7 @@ from pygpt import (  # noqa: E402
     default_threads,
     find_model,
 )
+from pygpt.cli import Parser  # noqa: E402
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
@@ -90,14 +91,6 @@ def complain(error: object, status: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse without the usage block."""
-        raise InputError(f"{message}; see --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
