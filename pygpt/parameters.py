@@ -52,6 +52,18 @@ class AdamW(NamedTuple):
     spans: list[tuple[int, int, float]]  # (start, stop, decay): all parameters in order, neighbours of equal decay together
 
 
+class LiveWeights(NamedTuple):
+    """Weights in memory, with what a model asks of an open Checkpoint. close() leaves them as they are."""
+
+    config: Config
+    values: memoryview  # bytes, as of a version 3 file from the first tensor on
+    version: int = 3
+    bf16: bool = False
+
+    def close(self) -> None:
+        """Do nothing: the memory is its owner's."""
+
+
 class Parameters:
     """A network's weights, their gradients and moments; all zeros at first. `threads` is for the engine derived from this.
 
@@ -123,10 +135,14 @@ class Parameters:
         """Write the parameters as a checkpoint of version 1, 3 or 5, which takes its name only once it is whole."""
         write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
 
+    def weights(self) -> "LiveWeights":
+        """The parameters in the place of an open checkpoint, for a model that computes with them while they change."""
+        return LiveWeights(self.config, self.parameters.data.cast("B"))
+
     def check_batch(
         self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike"
     ) -> "tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]":
-        """Return inputs and targets as contiguous int32 arrays (B, T), B at least 1, T from 1 to maxT, ids below V.
+        """Return inputs and targets as fresh contiguous int32 arrays (B, T), B at least 1, T from 1 to maxT, ids below V.
 
         Raises InputError, which names the first value that is wrong, for anything else.
         """
@@ -140,7 +156,7 @@ class Parameters:
         import numpy as np
 
         try:
-            array: npt.NDArray[Any] = np.asarray(ids)
+            array: npt.NDArray[Any] = np.array(ids)  # a copy: what is checked does not change any more
         except (ValueError, TypeError, OverflowError) as error:  # rows of unequal length, for one
             raise InputError(f"{name} is not an array (B, T) of token ids: {error}") from None
         if array.ndim != 2 or not array.size:
