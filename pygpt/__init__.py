@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .pool import ThreadPool, default_threads
     from .serial import SerialGPT2, SerialTrainableGPT2
     from .tokenizer import StreamDecoder, Tokenizer
+    from .trainable import TrainableGPT2
 
 _HOME = {
     "Ceilings": "ceilings",
@@ -55,6 +56,7 @@ _HOME = {
     "ThreadPool": "pool",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
+    "TrainableGPT2": "trainable",
     "cpu_info": "_kernels",
     "default_threads": "pool",
     "find_model": "checkpoint",
@@ -78,6 +80,7 @@ __all__ = [
     "ThreadPool",
     "Tokenizer",
     "Trace",
+    "TrainableGPT2",
     "__version__",
     "cpu_info",
     "default_threads",
