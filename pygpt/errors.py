@@ -20,7 +20,7 @@ class InputError(PyGPTError, ValueError):
 
 
 class CheckpointError(PyGPTError, ValueError):
-    """A model file is missing, truncated, oversized, or not an llm.c checkpoint."""
+    """A model file is missing, truncated, oversized, or not a GPT-2 in a format that is read."""
 
 
 class ClosedError(PyGPTError, RuntimeError):
