@@ -229,7 +229,7 @@ def tokens_in(subject: str, model: GPT2) -> npt.NDArray[np.integer[Any]]:
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
     tokenizer_of(model)
-    return tokens_of_text(read_text(sys.stdin.buffer if subject == "-" else subject), eot="none")
+    return tokens_of_text(read_text(subject), eot="none")
 
 
 def tokenizer_of(model: GPT2) -> Tokenizer:
