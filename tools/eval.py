@@ -157,8 +157,14 @@ def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses
     for start in range(0, len(targets), FLOAT64_ROWS):
         rows = logits[start : start + FLOAT64_ROWS].astype(np.float64)  # [16, V]
         chosen = rows[np.arange(len(rows)), targets[start : start + FLOAT64_ROWS]]  # [16]
-        top = rows.max(axis=1)  # [16]
-        out[start : start + FLOAT64_ROWS] = top + np.log(np.exp(rows - top[:, None]).sum(axis=1)) - chosen  # [16]
+        out[start : start + FLOAT64_ROWS] = log_sums(rows) - chosen  # [16]
+    return out
+
+
+def log_sums(rows: Losses) -> Losses:
+    """What turns logits into log-probabilities once it is subtracted: [rows, V] -> [rows]."""
+    top = rows.max(axis=1)  # [rows]
+    out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
         raise NumericalError("the network's logits are not finite: the model file's weights are damaged or out of range")
     return out
@@ -292,11 +298,11 @@ def following(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
     prompt = tokenizer.encode(options.subject)
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
-    logits = model.prefill(model.new_cache(), prompt)[None]  # [1, V]
-    best = np.argsort(-logits[0], kind="stable")[: options.top].tolist()  # the lowest id of equals first
+    logits = model.prefill(model.new_cache(), prompt).astype(np.float64)  # [V]
+    logprobs = logits - log_sums(logits[None])  # [V]
     choices = []
-    for token in best:
-        logprob = -float(losses_of(logits, [token])[0])
+    for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # the lowest id of equals first
+        logprob = float(logprobs[token])
         content = tokenizer.decode_bytes([token])
         choices.append(
             {
@@ -323,11 +329,12 @@ def table(choices: list[Result]) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     names = [repr(bytes.fromhex(choice["bytes"])) if choice["text"] is None else repr(choice["text"]) for choice in choices]
     names = [name.encode(encoding, "backslashreplace").decode(encoding) for name in names]
+    width = max(map(len, names))
     block = "█" if "█".encode(encoding, "ignore") else "#"
-    lines = [f"{'id':>6}  {'token':<{max(map(len, names))}}  {'%':>7}"]
+    lines = [f"{'id':>6}  {'token':<{width}}  {'%':>7}"]
     for choice, name in zip(choices, names, strict=True):
         bar = block * round(BAR * choice["probability"] / choices[0]["probability"])
-        lines.append(f"{choice['id']:>6}  {name:<{max(map(len, names))}}  {100 * choice['probability']:7.3f}  {bar}".rstrip())
+        lines.append(f"{choice['id']:>6}  {name:<{width}}  {100 * choice['probability']:7.3f}  {bar}".rstrip())
     return "\n".join(lines)
 
 
