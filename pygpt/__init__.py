@@ -16,6 +16,7 @@ How a token comes about, from the outside in:
     micro_*.c     the inner loops, one source for every instruction set
     checkpoint    llm.c's files, mapped and used in place; config holds the one table of tensors
 
+    data          what goes in: text and llm.c's token shards, in batches; llmc holds its other files
     serial        the same network and its training in plain scalar loops (_reference): the yardstick
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
@@ -32,7 +33,18 @@ if TYPE_CHECKING:
     from .ceilings import Ceilings
     from .checkpoint import Checkpoint, find_model, write_checkpoint
     from .config import Config
-    from .errors import CheckpointError, ClosedError, InputError, NumericalError, PyGPTError
+    from .data import DataLoader, encode_text, read_text, read_tokens, split, tokens_of_text, write_tokens
+    from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
+    from .llmc import (
+        DebugState,
+        Example,
+        read_debug_state,
+        read_examples,
+        read_tokenizer,
+        write_debug_state,
+        write_examples,
+        write_tokenizer,
+    )
     from .model import GPT2
     from .pool import ThreadPool, default_threads
     from .serial import SerialGPT2, SerialTrainableGPT2
@@ -45,6 +57,10 @@ _HOME = {
     "CheckpointError": "errors",
     "ClosedError": "errors",
     "Config": "config",
+    "DataError": "errors",
+    "DataLoader": "data",
+    "DebugState": "llmc",
+    "Example": "llmc",
     "GPT2": "model",
     "InputError": "errors",
     "KVCache": "cache",
@@ -59,8 +75,20 @@ _HOME = {
     "TrainableGPT2": "trainable",
     "cpu_info": "_kernels",
     "default_threads": "pool",
+    "encode_text": "data",
     "find_model": "checkpoint",
+    "read_debug_state": "llmc",
+    "read_examples": "llmc",
+    "read_text": "data",
+    "read_tokenizer": "llmc",
+    "read_tokens": "data",
+    "split": "data",
+    "tokens_of_text": "data",
     "write_checkpoint": "checkpoint",
+    "write_debug_state": "llmc",
+    "write_examples": "llmc",
+    "write_tokenizer": "llmc",
+    "write_tokens": "data",
 }
 
 __all__ = [
@@ -70,6 +98,10 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "Config",
+    "DataError",
+    "DataLoader",
+    "DebugState",
+    "Example",
     "InputError",
     "KVCache",
     "NumericalError",
@@ -84,8 +116,20 @@ __all__ = [
     "__version__",
     "cpu_info",
     "default_threads",
+    "encode_text",
     "find_model",
+    "read_debug_state",
+    "read_examples",
+    "read_text",
+    "read_tokenizer",
+    "read_tokens",
+    "split",
+    "tokens_of_text",
     "write_checkpoint",
+    "write_debug_state",
+    "write_examples",
+    "write_tokenizer",
+    "write_tokens",
 ]
 
 

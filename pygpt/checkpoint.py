@@ -15,11 +15,11 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from .config import Config
-from .errors import CheckpointError, ClosedError, InputError
+from .errors import CheckpointError, ClosedError, InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,26 +92,11 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path!r}: cannot open the model file: {_reason(error)}") from error
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{self.path}: not a regular file; a model is an llm.c checkpoint file")
-            self.config, self.version = self._check(os.read(fd, HEADER_BYTES), status.st_size)
-            self._map = mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
-            raise CheckpointError(f"{self.path}: cannot map the model file: {_reason(error)}") from error
-        finally:
-            os.close(fd)
+        self._map = map_file(self.path, "model file", CheckpointError, self._check)
         self.values = memoryview(self._map)[HEADER_BYTES:]
 
-    def _check(self, header: bytes, found: int) -> tuple[Config, int]:
-        """Check every field of the header, and the file's size against it."""
+    def _check(self, header: bytes, found: int) -> None:
+        """Check every field of the header, and the file's size against it; take config and version from it."""
         if len(header) < HEADER_BYTES:
             raise CheckpointError(f"{self.path}: {found} bytes, shorter than a checkpoint's header of {HEADER_BYTES} bytes")
         magic, version, maxT, V, L, NH, C, Vp, *reserved = struct.unpack("<256i", header)
@@ -134,7 +119,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: {kind}: {found} bytes, expected {expected} for version {version} with {config}; fetch it again"
             )
-        return config, version
+        self.config, self.version = config, version
 
     @property
     def bf16(self) -> bool:
@@ -181,6 +166,29 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None]) -> mmap.mmap:
+    """Map a file read-only once check(its first 1,024 bytes, its size) has raised nothing.
+
+    Raises `refusal` for what is no regular file or cannot be opened or mapped; `kind` says what it should be.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+    except (OSError, ValueError) as error:
+        raise refusal(f"{path!r}: cannot open the {kind}: {_reason(error)}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise refusal(f"{path}: not a regular file; a {kind} of llm.c is expected")
+        check(os.read(fd, HEADER_BYTES), status.st_size)
+        return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
+    except refusal:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+        raise refusal(f"{path}: cannot map the {kind}: {_reason(error)}") from error
+    finally:
+        os.close(fd)
 
 
 def write_checkpoint(
