@@ -64,7 +64,7 @@ RECIPE = {
     "-T": "256",
     "--accumulate": "8",
     "--steps": "2400",
-    "--lr": "3e-3",
+    "--lr": "2e-3",
     "--schedule": "cosine",
     "--warmup": "100",
     "--beta2": "0.99",
