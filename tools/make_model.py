@@ -63,7 +63,7 @@ RECIPE = {
     "-B": "1",
     "-T": "256",
     "--accumulate": "8",
-    "--steps": "2400",
+    "--steps": "3000",
     "--lr": "2e-3",
     "--schedule": "cosine",
     "--warmup": "100",
