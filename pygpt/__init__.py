@@ -9,8 +9,9 @@
 How a token comes about, from the outside in:
 
     __main__      the command: `python -m pygpt 31373 612`
-    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits
-    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind
+    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits, stop says when it ends
+    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind, and
+                  prefix knows which tokens they were
     pool          wakes the workers once a step (Condition), gathers them at its end (Barrier)
     _kernels      every worker runs the whole forward pass on its share of each kernel; native barriers between kernels
     micro_*.c     the inner loops, one source for every instruction set
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint, find_model, write_checkpoint
     from .config import Config
     from .errors import CheckpointError, ClosedError, InputError, NumericalError, PyGPTError
+    from .generate import Completion
+    from .logprobs import TokenInfo
     from .model import GPT2
     from .pool import ThreadPool, default_threads
+    from .prefix import PrefixCache
     from .serial import SerialGPT2
     from .tokenizer import StreamDecoder, Tokenizer
 
@@ -43,15 +47,18 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "ClosedError": "errors",
+    "Completion": "generate",
     "Config": "config",
     "GPT2": "model",
     "InputError": "errors",
     "KVCache": "cache",
     "NumericalError": "errors",
+    "PrefixCache": "prefix",
     "PyGPTError": "errors",
     "SerialGPT2": "serial",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
+    "TokenInfo": "logprobs",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
     "cpu_info": "_kernels",
@@ -66,14 +73,17 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ClosedError",
+    "Completion",
     "Config",
     "InputError",
     "KVCache",
     "NumericalError",
+    "PrefixCache",
     "PyGPTError",
     "SerialGPT2",
     "StreamDecoder",
     "ThreadPool",
+    "TokenInfo",
     "Tokenizer",
     "Trace",
     "__version__",

@@ -1,12 +1,12 @@
 """SerialGPT2: the serial reference behind the same interface as GPT2, for comparison in the command, tests and benchmarks."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ._reference import Reference
 from .checkpoint import Checkpoint, find_model
-from .errors import ClosedError
-from .generate import Completer, Request, check_tokens
+from .errors import ClosedError, InputError
+from .generate import Completer, Completion, check_tokens
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Logits
+    from .prefix import PrefixCache
 
 
 class SerialGPT2(Completer):
@@ -35,19 +36,20 @@ class SerialGPT2(Completer):
         """The logits of every position of a sequence, (T, V)."""
         import numpy as np
 
-        return np.asarray(self._forward(check_tokens(self.config, tokens)))
+        return np.asarray(self._run(check_tokens(self.config, tokens)))
 
-    def complete(self, request: Request) -> Iterator[int]:
-        """Answer a checked request, as GPT2.complete() does."""
-        sequence: list[int] = []
+    def _forward(self, live: list[Completion]) -> "list[tuple[Logits, int]]":
+        windows = [completion.window() for completion in live]
+        return [(self._run(window), len(window) - 1) for window in windows]
 
-        def append(new: list[int]) -> "Logits":
-            sequence.extend(new)
-            return self._forward(sequence)
+    def new_prefix_cache(self) -> None:
+        """None: the serial program runs everything again for every token."""
+        return
 
-        return request.run(append)
+    def _check_prefix(self, prefix: "PrefixCache") -> None:
+        raise InputError("the serial reference runs everything again for every token: it takes no cache")
 
-    def _forward(self, tokens: Sequence[int]) -> "Logits":
+    def _run(self, tokens: Sequence[int]) -> "Logits":
         if self._reference is None:
             raise ClosedError("the model is closed")
         return self._reference.forward(tokens)[0]
