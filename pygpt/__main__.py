@@ -26,7 +26,7 @@ examples:
   python -m pygpt 31373 612                     complete "hello there" to 10 tokens in all
   python -m pygpt -m gpt2_124M.bin -n 64 31373  64 tokens in all, with the model in this file
   python -m pygpt --sampler greedy 31373 612    the most probable token each time
-  python -m pygpt --temp 0.8 --top-k 40 -s 7 31373 612  at random, and the same again for the same seed
+  python -m pygpt --temp 0.8 -s 7 31373 612     at random, and the same again for the same seed
   python -m pygpt --reference 31373 612         the serial program, for comparison
   echo 31373 612 | python -m pygpt -            serve requests: one a line, the model stays loaded
   echo '{"tokens": [31373], "max_new_tokens": 5, "sampler": "greedy"}' | python -m pygpt -

@@ -287,6 +287,7 @@ class Completer(ABC):
         **options: "Unpack[Options]",
     ) -> Iterator[int]:
         """Complete a sequence of token ids; yields each new id as soon as it is known. Raises InputError before anything runs.
+        For several sequences, and for log-probabilities, see generate_batch().
 
         How much: total, tokens in all, the given ones included (default 10); or max_new_tokens, how many to add.
 
