@@ -9,8 +9,9 @@
 How a token comes about, from the outside in:
 
     __main__      the command: `python -m pygpt 31373 612`
-    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits
-    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind
+    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits, stop says when it ends
+    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind, and
+                  prefix knows which tokens they were
     pool          wakes the workers once a step (Condition), gathers them at its end (Barrier)
     _kernels      every worker runs the whole forward pass on its share of each kernel; native barriers between kernels
     micro_*.c     the inner loops, one source for every instruction set
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .data import DataLoader, encode_text, read_text, read_tokens, split, tokens_of_text, write_tokens
     from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
+    from .generate import Completion
     from .llmc import (
         DebugState,
         Example,
@@ -45,8 +47,10 @@ if TYPE_CHECKING:
         write_examples,
         write_tokenizer,
     )
+    from .logprobs import TokenInfo
     from .model import GPT2
     from .pool import ThreadPool, default_threads
+    from .prefix import PrefixCache
     from .serial import SerialGPT2, SerialTrainableGPT2
     from .tokenizer import StreamDecoder, Tokenizer
     from .trainable import TrainableGPT2
@@ -56,6 +60,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "ClosedError": "errors",
+    "Completion": "generate",
     "Config": "config",
     "DataError": "errors",
     "DataLoader": "data",
@@ -65,11 +70,13 @@ _HOME = {
     "InputError": "errors",
     "KVCache": "cache",
     "NumericalError": "errors",
+    "PrefixCache": "prefix",
     "PyGPTError": "errors",
     "SerialGPT2": "serial",
     "SerialTrainableGPT2": "serial",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
+    "TokenInfo": "logprobs",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
     "TrainableGPT2": "trainable",
@@ -97,6 +104,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ClosedError",
+    "Completion",
     "Config",
     "DataError",
     "DataLoader",
@@ -105,11 +113,13 @@ __all__ = [
     "InputError",
     "KVCache",
     "NumericalError",
+    "PrefixCache",
     "PyGPTError",
     "SerialGPT2",
     "SerialTrainableGPT2",
     "StreamDecoder",
     "ThreadPool",
+    "TokenInfo",
     "Tokenizer",
     "Trace",
     "TrainableGPT2",
