@@ -182,7 +182,7 @@ class Command:
         status = self._child.wait()
         self._listen()
         heard, _, last = self._unseen.decode("utf-8", "replace").rstrip().rpartition("\n")
-        if status in (1, 2) and last.startswith(NOTICE):  # an error, even if it should not say so
+        if status in (1, 2, -signal.SIGBUS) and last.startswith(NOTICE):  # an error, even if it should not say so
             self._unseen = heard.encode() + b"\n"
             line = last
         else:
@@ -429,7 +429,7 @@ def context_length(model: str | None) -> int | None:
     try:
         with Checkpoint(find_model(model)[0]) as checkpoint:
             return checkpoint.config.maxT
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         return None
 
 
@@ -488,9 +488,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         abandon_stdout()
         return 141
-    except (PyGPTError, ImportError, OSError) as error:
+    except (PyGPTError, ImportError, OSError, MemoryError) as error:
         abandon_stdout()
-        print(f"chat.py: error: {error}", file=sys.stderr)
+        print(f"chat.py: error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
 
 

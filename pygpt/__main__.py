@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overflow", metavar="HOW", help="past the model's context: stop, or slide to its latest half (default: refuse)"
     )
+    parser.add_argument("--no-mmap", action="store_true", help="read the model into memory: others may write to its file")
     parser.add_argument("--reference", action="store_true", help="compute as the serial program does; -t has no effect")
     parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
     return parser
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
 
     if threads is not None:
         check_threads(threads)  # --reference does not use them, but a typing error is one
-    model, notice = load(options.model, threads, options.reference)
+    model, notice = load(options.model, threads, reference=options.reference, mmap=not options.no_mmap)
     with model:
         request = Request(model.config, tokens or [0], **defaults)  # bad options are refused first
         if serving:
@@ -132,12 +133,12 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 
 
-def load(path: str | None, threads: int | None, reference: bool) -> "tuple[GPT2 | SerialGPT2, str]":
+def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) -> "tuple[GPT2 | SerialGPT2, str]":
     """Open the model; return it with what is to be said when it answers. Only what is used is imported."""
     from .checkpoint import GPT2_FILE, find_model
 
     path, origin = find_model(path)
-    model = open_reference(path) if reference else open_model(path, threads)
+    model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
         f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
         f"{GPT2_FILE} into this folder, or name it with -m or PYGPT_MODEL"
@@ -145,18 +146,18 @@ def load(path: str | None, threads: int | None, reference: bool) -> "tuple[GPT2 
     return model, notice if origin == "embedded" else ""
 
 
-def open_model(path: str, threads: int | None) -> "GPT2":
+def open_model(path: str, threads: int | None, *, mmap: bool) -> "GPT2":
     """The cached, parallel model."""
     from .model import GPT2
 
-    return GPT2.load(path, threads=threads)
+    return GPT2.load(path, threads=threads, mmap=mmap)
 
 
-def open_reference(path: str) -> "SerialGPT2":
+def open_reference(path: str, *, mmap: bool) -> "SerialGPT2":
     """The serial reference."""
     from .serial import SerialGPT2
 
-    return SerialGPT2.load(path)
+    return SerialGPT2.load(path, mmap=mmap)
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:

@@ -3,7 +3,8 @@
 A file is an int32[256] little-endian header (magic, version, maxT, V, L, NH, C, Vp, zeros), then the sixteen tensors of
 config.TENSORS, each for all layers. Version 1 holds float32 with V rows of wte, version 3 float32 with Vp rows, version 5
 bfloat16 with Vp rows. The reader trusts nothing: one size, computed from checked numbers on Python integers, must be the
-file's size, so no later offset can leave the map. The values stay in the file and are used in place.
+file's size, so no later offset can leave the map. The values stay in the file and are used in place, or are read into memory
+where others may write to the file meanwhile.
 
 Refuses: files of any other size, magic or version, and anything that would need code of the file to run.
 Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
@@ -47,6 +48,8 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     """
     if path is not None:
         name, origin, via = os.fspath(path), "given", ""
+        if not name:
+            raise CheckpointError(f"the model's name is empty: no such model file; give the path of one such as {GPT2_FILE}")
     elif os.environ.get("PYGPT_MODEL"):
         name, origin, via = os.environ["PYGPT_MODEL"], "PYGPT_MODEL", " (named by PYGPT_MODEL)"
     elif os.path.lexists(GPT2_FILE):
@@ -88,12 +91,16 @@ class Checkpoint:
 
     `config` and `version` are the checked header; `values` is the map from the first tensor on, as bytes. Raises
     CheckpointError, with the found and the expected figures, for any file that is not exactly a checkpoint.
+
+    A file that is replaced by a rename, or deleted, stays as it was for who has it open. One that another process cuts short
+    in place takes the mapped pages from under us, which ends the process (SIGBUS), and what is written over shows through;
+    with mmap=False the file is read at once into memory of its size, and nothing that happens to it later matters.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
-        self._map = map_file(self.path, "model file", CheckpointError, self._check)
-        self.values = memoryview(self._map)[HEADER_BYTES:]
+        self._map = map_file(self.path, "model file", CheckpointError, self._check, read=not mmap)
+        self.values = memoryview(self._map).toreadonly()[HEADER_BYTES:]
 
     def _check(self, header: bytes, found: int) -> None:
         """Check every field of the header, and the file's size against it; take config and version from it."""
@@ -168,10 +175,13 @@ class Checkpoint:
         self.close()
 
 
-def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None]) -> mmap.mmap:
-    """Map a file read-only once check(its first 1,024 bytes, its size) has raised nothing.
+def map_file(
+    path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None], *, read: bool = False
+) -> mmap.mmap:
+    """Map a file read-only once check(its first 1,024 bytes, its size) has raised nothing; or `read` it into memory.
 
-    Raises `refusal` for what is no regular file or cannot be opened or mapped; `kind` says what it should be.
+    Raises `refusal` for what is no regular file, cannot be opened or mapped, or changes while it is read; `kind` says what it
+    should be. Raises MemoryError where the address space has no room.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
@@ -181,14 +191,41 @@ def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[b
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise refusal(f"{path}: not a regular file; a {kind} of llm.c is expected")
-        check(os.read(fd, HEADER_BYTES), status.st_size)
-        return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
+        header = os.read(fd, HEADER_BYTES)
+        check(header, status.st_size)
+        if not read:
+            return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
+        memory = mmap.mmap(-1, status.st_size, flags=mmap.MAP_PRIVATE)
+        if not _read_into(memory, fd, status) or memory[:HEADER_BYTES] != header:
+            memory.close()
+            raise refusal(f"{path}: the {kind} has changed while it was read: try again when it is whole")
+        return memory
     except refusal:
         raise
     except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
-        raise refusal(f"{path}: cannot map the {kind}: {_reason(error)}") from error
+        raise map_failure(error, path, kind, refusal) from error
     finally:
         os.close(fd)
+
+
+def _read_into(memory: mmap.mmap, fd: int, status: os.stat_result) -> bool:
+    """Read an open file of which we know the status; return whether it has all its bytes, no more, and was left alone."""
+    done, count = 0, 1
+    with memoryview(memory) as view, os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
+        file.seek(0)
+        while count:
+            with view[done:] as rest:
+                count = file.readinto(rest) or 0
+            done += count
+        after = os.fstat(fd)
+    return done == after.st_size == status.st_size and after.st_mtime_ns == status.st_mtime_ns
+
+
+def map_failure(error: Exception, path: str, kind: str, refusal: type[PyGPTError]) -> Exception:
+    """What to raise for a file that cannot be mapped or read."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return MemoryError(f"{path}: no room in memory for the {kind}: raise the limit (ulimit -v), or take a smaller one")
+    return refusal(f"{path}: cannot map the {kind}: {_reason(error)}")
 
 
 def write_checkpoint(

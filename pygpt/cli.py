@@ -8,15 +8,31 @@ import os
 import sys
 from collections.abc import Callable
 
+from . import _sigbus
 from .errors import CheckpointError, InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+CUT_SHORT = (
+    b"pygpt: error: a file in use was cut short by another process, or its disk failed (SIGBUS): replace a file by renaming "
+    b"a new one over it; for models that are written in place there is --no-mmap\n"
+)
+
 
 def status_of(job: Callable[[], object]) -> int:
-    """Do a command's job; return its exit status, an exception said in one line."""
+    """Do a command's job; return its exit status, an exception said in one line. So is a mapped file that is cut short,
+    which ends the process by its signal."""
+    begun = _sigbus.begin(CUT_SHORT)
+    try:
+        return _status_of(job)
+    finally:
+        if begun:
+            _sigbus.end()
+
+
+def _status_of(job: Callable[[], object]) -> int:
     try:
         job()
     except (InputError, CheckpointError) as error:
@@ -50,11 +66,18 @@ def say(text: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one line."""
+    """An argument parser that complains in one line, also about a stdout that does not take the help."""
 
     def error(self, message: str) -> "NoReturn":
         """Exit with status 2 and one line, without the usage block."""
         raise InputError(f"{message}; see --help")
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Print the help or the version at once: argparse itself would keep a failure to itself."""
+        if sys.stdout is None:
+            raise PyGPTError("stdout is closed: there is nowhere to print the help")
+        sys.stdout.write(message)
+        sys.stdout.flush()
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -59,13 +59,15 @@ class GPT2(Completer):
         self._work = Step(self._weights, self.threads, spins_for(self.threads))
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "GPT2":
-        """Open a checkpoint: `path`, else as find_model() finds one. The file is mapped, not read.
+    def load(
+        cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, mmap: bool = True
+    ) -> "GPT2":
+        """Open a checkpoint: `path`, else as find_model() finds one. The file is mapped, not read, unless mmap is False.
 
         threads: workers, 1 to 256; else PYGPT_THREADS, else as many as can run side by side here. Raises CheckpointError
         for a file that is not a checkpoint, InputError for a bad thread count.
         """
-        checkpoint = Checkpoint(find_model(path)[0])
+        checkpoint = Checkpoint(find_model(path)[0], mmap=mmap)
         try:
             return cls(checkpoint, threads=threads)
         except BaseException:
@@ -91,14 +93,26 @@ class GPT2(Completer):
         A row's position is its cache's length plus the earlier rows of that cache in the list. If anything fails, no cache
         has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
         """
-        return _array(self._step(list(rows)))
+        lengths: dict[KVCache, int] = {}
+        try:
+            return _array(self._step(list(rows), lengths))
+        except BaseException:
+            _take_back(lengths)
+            raise
 
-    def _step(self, rows: list[Row]) -> Floats:
+    def _step(self, rows: list[Row], lengths: dict[KVCache, int]) -> Floats:
+        """One step; notes in `lengths` how long each cache was, unless an earlier step has."""
         workers = self._workers(len(rows))
+
+        def prepare() -> None:
+            self._work.prepare(rows, workers)
+            for _, cache, _ in rows:
+                lengths.setdefault(cache, cache.length)
+
         logits = self._pool.run(
             self._work,
             abort=self._work.abort,
-            before=lambda: self._work.prepare(rows, workers),
+            before=prepare,
             again=self._work.more,
             after=self._work.finish,
             alone=workers == 1,
@@ -114,11 +128,11 @@ class GPT2(Completer):
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Append tokens to the cache; return the last one's logits (V,). Runs in chunks; all or nothing is appended."""
-        return _array(self._append(cache, list(tokens))).reshape(-1)
+        return self._append(cache, list(tokens))
 
     def decode(self, cache: KVCache, token: int) -> "npt.NDArray[np.float32]":
         """Append one token to the cache; return its logits (V,)."""
-        return _array(self._append(cache, [token])).reshape(-1)
+        return self._append(cache, [token])
 
     def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """The logits of every position of a sequence, (T, V)."""
@@ -140,7 +154,7 @@ class GPT2(Completer):
         memories = [self._memory(completion) for completion in live]
         runs = [i for i in range(len(live)) if leader[i] == i]
         new = [(memories[i].cache, memories[i].recall(windows[i])) for i in runs]
-        found = dict(zip(runs, self._append_all(new), strict=True))
+        found = dict(zip(runs, self._append_all(new, {}), strict=True))  # what fails counts for nothing: no tokens are noted
         for i, (_, tokens) in zip(runs, new, strict=True):
             memories[i].tokens += tokens
         for i in range(len(live)):
@@ -160,28 +174,27 @@ class GPT2(Completer):
             raise InputError(f"cache is {prefix!r:.60}: generate() takes a PrefixCache")
         prefix.check(self)
 
-    def _append(self, cache: KVCache, tokens: list[int]) -> Floats:
-        """Append tokens in chunks; return the last one's logits (1, V). On failure the cache keeps its length."""
+    def _append(self, cache: KVCache, tokens: list[int]) -> "npt.NDArray[np.float32]":
+        """Append tokens in chunks; return the last one's logits (V,). On failure the cache keeps its length."""
         if not 1 <= len(tokens) <= cache.capacity - cache.length:
             room = cache.capacity - cache.length
             raise InputError(f"{len(tokens)} tokens were given: at least 1 is needed, and the cache has room for {room}")
-        [(logits, _)] = self._append_all([(cache, tokens)])
-        return logits
-
-    def _append_all(self, new: list[tuple[KVCache, list[int]]]) -> list[tuple[Floats, int]]:
-        """Append tokens to caches, in chunks of rows; return the logits of each cache's last token, as logits and a row. On
-        failure the caches keep their lengths."""
-        rows = [(token, cache, i == len(tokens)) for cache, tokens in new for i, token in enumerate(tokens, 1)]
-        before = [cache.length for cache, _ in new]
-        found = []
+        lengths: dict[KVCache, int] = {}
         try:
-            for start in range(0, len(rows), CHUNK):
-                logits = self._step(rows[start : start + CHUNK])
-                found += [(logits, row) for row in range(len(logits))]
+            [(logits, _)] = self._append_all([(cache, tokens)], lengths)
+            return _array(logits).reshape(-1)
         except BaseException:
-            for (cache, _), length in zip(new, before, strict=True):
-                cache._truncate(length)
+            _take_back(lengths)
             raise
+
+    def _append_all(self, new: list[tuple[KVCache, list[int]]], lengths: dict[KVCache, int]) -> list[tuple[Floats, int]]:
+        """Append tokens to caches, in chunks of rows; return the logits of each cache's last token, as logits and a row. Some
+        chunks may be in when one fails: `lengths` says how long the caches were."""
+        rows = [(token, cache, i == len(tokens)) for cache, tokens in new for i, token in enumerate(tokens, 1)]
+        found = []
+        for start in range(0, len(rows), CHUNK):
+            logits = self._step(rows[start : start + CHUNK], lengths)
+            found += [(logits, row) for row in range(len(logits))]
         return found
 
     def record(self, trace: "Trace | None") -> None:
@@ -206,6 +219,13 @@ class GPT2(Completer):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _take_back(lengths: dict[KVCache, int]) -> None:
+    """Give caches the lengths that they had. A step is undone so even after it was committed: Ctrl-C may come as late as on
+    the way back to the caller."""
+    for cache, length in lengths.items():
+        cache._truncate(length)
 
 
 def _nothing(ith: int, nth: int) -> None:

@@ -262,6 +262,16 @@ class _Crew:
         with self.lock:
             self.stopping = True
             self.wake.notify_all()
+        if threading.current_thread() in self.threads:
+            # The garbage collector runs this in a worker, which may have looked at `stopping` and be about to wait: it holds
+            # the lock then until it can be notified, and only another thread can tell when that is.
+            with suppress(RuntimeError):  # no more threads: it stays asleep, and dies with the process
+                threading.Thread(target=self.notify, daemon=True).start()
+
+    def notify(self) -> None:
+        """Wake all workers that wait."""
+        with self.lock:
+            self.wake.notify_all()
 
     def join(self, deadline: float | None = None) -> None:
         """Wait for the workers in the order they were made, until time.monotonic() passes the deadline (None: for good)."""

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from .checkpoint import _reason, _write_values
+from .checkpoint import _reason, _write_values, map_failure
 from .errors import CheckpointError, InputError, is_whole
 
 TYPE_CHECKING = False
@@ -59,7 +59,7 @@ class SafetensorsFile:
         except CheckpointError:
             raise
         except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
-            raise CheckpointError(f"{self.path}: cannot map the model file: {_reason(error)}") from error
+            raise map_failure(error, self.path, "model file", CheckpointError) from error
         finally:
             os.close(fd)
         try:

@@ -35,9 +35,9 @@ class SerialGPT2(Completer):
         )
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None) -> "SerialGPT2":
+    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
         """Open a checkpoint, found as GPT2.load() finds it."""
-        return cls(Checkpoint(find_model(path)[0]))
+        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
 
     def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """The logits of every position of a sequence, (T, V)."""

@@ -798,12 +798,18 @@ def test_the_embedded_model_is_whole(folder: Path) -> None:
         assert checkpoint.config.V == 50257
 
 
-@pytest.mark.parametrize("name", ["absent.bin", "", "folder/absent.bin"])
+@pytest.mark.parametrize("name", ["absent.bin", "folder/absent.bin"])
 def test_a_given_file_that_is_missing_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (folder / "gpt2_124M.bin").touch()
     monkeypatch.setenv("PYGPT_MODEL", "gpt2_124M.bin")  # neither stands in for a file that was asked for by name
     with pytest.raises(CheckpointError, match=f"^{name}: no such model file"):
         find_model(name)
+
+
+def test_an_empty_name_is_an_error(folder: Path) -> None:
+    (folder / "gpt2_124M.bin").touch()
+    with pytest.raises(CheckpointError, match="^the model's name is empty"):
+        find_model("")
 
 
 def test_a_file_named_by_the_environment_that_is_missing_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -644,9 +644,9 @@ from pygpt.__main__ import main
 
 step = model.GPT2._step
 
-def counting(self, rows):
+def counting(self, rows, lengths):
     print(len(rows), file=sys.stderr)
-    return step(self, rows)
+    return step(self, rows, lengths)
 
 model.GPT2._step = counting
 sys.exit(main(sys.argv[1:]))

@@ -58,9 +58,9 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     step = GPT2._step
 
-    def counting(self: GPT2, rows: Any) -> Any:
+    def counting(self: GPT2, rows: Any, lengths: Any) -> Any:
         counts.append(len(rows))
-        return step(self, rows)
+        return step(self, rows, lengths)
 
     monkeypatch.setattr(GPT2, "_step", counting)
     return counts
@@ -254,9 +254,9 @@ def test_an_interrupted_completion_leaves_a_sound_cache(model: GPT2, monkeypatch
     step = GPT2._step
     for before in (True, False):
 
-        def interrupted(self: GPT2, rows: Any, before: bool = before) -> Any:
+        def interrupted(self: GPT2, rows: Any, lengths: Any, before: bool = before) -> Any:
             if not before:
-                step(self, rows)
+                step(self, rows, lengths)
             raise KeyboardInterrupt
 
         monkeypatch.setattr(GPT2, "_step", interrupted)

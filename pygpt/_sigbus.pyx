@@ -1,0 +1,83 @@
+# cython: language_level=3, freethreading_compatible=True
+"""One line on stderr when a mapped file is cut short by another process: the system ends the process with SIGBUS then,
+without a word.
+
+For commands only: a library must not take a signal that is its program's. A handler in Python would come too late, for
+the fault is in the middle of an instruction that can never be completed.
+"""
+
+from libc.string cimport memcpy
+
+
+cdef extern from * nogil:
+    """
+    #include <signal.h>
+    #include <string.h>
+    #include <unistd.h>
+
+    static char bus_line[512];
+    static size_t bus_size = 0;
+    static volatile int bus_said = 0;
+    static struct sigaction bus_before;
+
+    /* Is the fault a page that a mapped file does not have (any more)? */
+    static int bus_of_file(const siginfo_t *info) {
+    #ifdef BUS_MCEERR_AR
+        if (info->si_code == BUS_MCEERR_AR)   /* broken memory */
+            return 0;
+    #endif
+        return info->si_code > 0 && info->si_code != SI_USER;
+    }
+
+    /* Async-signal-safe: write(), sigaction() and raise() are. Several workers may come here at once: one of them speaks. */
+    static void on_bus_error(int number, siginfo_t *info, void *context) {
+        (void) context;
+        if (!__sync_lock_test_and_set(&bus_said, 1)) {
+            if (bus_of_file(info) && write(2, bus_line, bus_size) < 0) {
+                /* there is no stderr: the exit status says it alone */
+            }
+            sigaction(SIGBUS, &bus_before, NULL);
+        }
+        raise(number);   /* it waits until this returns, and then has its usual effect */
+    }
+
+    static int bus_begin(void) {
+        struct sigaction action;
+        memset(&action, 0, sizeof action);
+        action.sa_sigaction = on_bus_error;
+        action.sa_flags = SA_SIGINFO;
+        sigemptyset(&action.sa_mask);
+        bus_said = 0;
+        return sigaction(SIGBUS, &action, &bus_before);
+    }
+
+    static int bus_end(void) {
+        return sigaction(SIGBUS, &bus_before, NULL);
+    }
+    """
+    char[512] bus_line
+    size_t bus_size
+    int bus_begin()
+    int bus_end()
+
+
+def begin(const unsigned char[::1] line not None) -> bool:
+    """From now on write this line, of at most 512 bytes, to descriptor 2 at a fault in a mapped file; then the signal has
+    the effect that it had before. Returns False, and changes nothing, where it has begun already."""
+    global bus_size
+    if bus_size:
+        return False
+    if not 0 < line.shape[0] <= 512:
+        raise ValueError(f"the line has {line.shape[0]} bytes: it must have 1 to 512")
+    memcpy(bus_line, &line[0], line.shape[0])
+    bus_size = line.shape[0]
+    bus_begin()
+    return True
+
+
+def end() -> None:
+    """Put back what there was before begin()."""
+    global bus_size
+    if bus_size:
+        bus_end()
+        bus_size = 0
