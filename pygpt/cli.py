@@ -37,7 +37,7 @@ def _status_of(job: Callable[[], object]) -> int:
         job()
     except (InputError, CheckpointError) as error:
         return complain(error, 2)
-    except (PyGPTError, MemoryError) as error:
+    except (PyGPTError, MemoryError, ImportError) as error:  # ImportError: no room to map a module, or it is not built
         return complain(str(error) or "out of memory", 1)
     except KeyboardInterrupt:
         return 130

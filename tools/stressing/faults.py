@@ -1,0 +1,517 @@
+"""faults: what a machine does to programs. Kill -9 while a file is written, full disks, no memory, no threads, streams that
+are closed or full, and model files that change under the one who uses them.
+
+Whatever happens, a file is whole, or absent, or the older one; an error is one line and the documented status; the object that
+raised works on. A killed program cannot tidy up: it may leave *.tmp files, and temporary folders beside its target, which the
+next run does not mind.
+"""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pygpt import GPT2, Checkpoint, Config, PyGPTError, read_tokens
+from pygpt.checkpoint import EMBEDDED_MODEL
+
+from .common import ROOT, Outcome, Tally, command, environment, finish, folder, make_model, run, send, start
+
+ROUNDS = 40
+BIG = Config(maxT=256, V=5000, L=4, NH=4, C=128)  # large enough that writing it takes a while
+LONG = Config(maxT=20000, V=211, L=2, NH=3, C=48)  # its cache takes 30 MB
+PYTHON = sys.executable
+
+
+class Files:
+    """What all scenarios use, made once."""
+
+    def __init__(self, place: Path) -> None:
+        self.model = make_model(place / "model.bin", BIG)
+        self.bf16 = make_model(place / "bf16.bin", BIG, version=5)
+        self.long = make_model(place / "long.bin", LONG, sharp=9)
+        self.small = make_model(place / "small.bin", sharp=9)
+        self.text = str(place / "text.txt")
+        Path(self.text).write_text("To be, or not to be.\n\n" * 9000)
+        self.hf = str(place / "hf")
+        outcome = run([PYTHON, "-m", "pygpt.convert", self.model, self.hf + "/"])
+        assert outcome.status == 0, outcome
+        with GPT2.load(self.small, threads=1) as model:
+            self.answer = list(model.generate([1, 2], total=10))
+
+
+def ids_of(outcome: Outcome) -> list[int]:
+    """The ids that a command has printed."""
+    return [int(word) for word in outcome.out.split()]
+
+
+# ------------------------------------------------------------------------------------------------ kill -9 while writing
+
+
+class Writer:
+    """A program that writes `target` in an empty folder, where an `older` one may be; sound() says whether it is whole."""
+
+    def __init__(self, name: str, argv: list[object], targets: list[str], sound: Callable[[Path], object], *, fresh: bool = False) -> None:
+        self.name, self.argv, self.targets, self.sound = name, argv, targets, sound
+        self.fresh = fresh  # it refuses to replace older files
+
+    def whole(self, place: Path) -> bool:
+        """Whether every target is absent or whole."""
+        for target in self.targets:
+            if (place / target).exists():
+                try:
+                    self.sound(place / target)
+                except (PyGPTError, OSError, AssertionError):
+                    return False
+        return True
+
+
+SAVES = """
+import sys
+from pygpt import TrainableGPT2
+with TrainableGPT2.load(sys.argv[1], threads=1) as model:
+    for version in (3, 5, 1, 3, 5, 1, 3):
+        model.save(sys.argv[2], version=version)
+"""
+
+
+def writers(files: Files, place: Path) -> list[Writer]:
+    """Every kind of write."""
+    convert = [PYTHON, "-m", "pygpt.convert"]
+    tools = ROOT / "tools"
+    return [
+        Writer("to bfloat16", [*convert, files.model, place / "m.bin"], ["m.bin"], sound_model),
+        Writer("to Hugging Face", [*convert, files.model, f"{place}/hf/"], ["hf"], sound_folder, fresh=True),
+        Writer("from Hugging Face", [*convert, files.hf, place / "m.bin"], ["m.bin"], sound_model),
+        Writer(
+            "shards",
+            [PYTHON, tools / "shards.py", files.text, "-o", place / "s", "--val-fraction", ".1"],
+            ["s_train.bin", "s_val.bin"],
+            read_tokens,
+            fresh=True,
+        ),
+        Writer("saved models", [PYTHON, "-c", SAVES, files.model, place / "m.bin"], ["m.bin"], sound_model),
+    ]
+
+
+def sound_model(path: Path) -> None:
+    """Raise an exception unless a file is a model."""
+    Checkpoint(path).close()
+
+
+def sound_folder(path: Path) -> None:
+    """Raise an exception unless a folder is a model that converts back."""
+    outcome = run([PYTHON, "-m", "pygpt.convert", path, f"{path}.back"])
+    os.unlink(f"{path}.back")
+    assert outcome.status == 0, outcome
+
+
+def leftovers(place: Path, writer: Writer) -> list[str]:
+    """What is in a folder beside the targets."""
+    return sorted({path.name for path in place.iterdir()} - set(writer.targets))
+
+
+def temporary(name: str, writer: Writer) -> bool:
+    """Whether a file or folder is what a killed writer may leave."""
+    return name.endswith(".tmp") or any(name.startswith(f".{target[:1]}") for target in writer.targets)
+
+
+def kills(tally: Tally, files: Files) -> None:
+    """Each writer is killed at a random moment, with an older file there and without; then it runs to its end."""
+    for older in (False, True):
+        with folder() as place:
+            for number in range(len(writers(files, place))):
+                here = place / str(number)
+                here.mkdir()
+                writer = writers(files, here)[number]
+                if older and not writer.fresh:
+                    for target in writer.targets:
+                        shutil.copy(files.small, here / target)
+                process = start(writer.argv)
+                began = time.monotonic()
+                moment = tally.random.random()
+                while process.poll() is None and not appeared(here, writer) and time.monotonic() - began < 60:
+                    time.sleep(0.001)
+                time.sleep(moment * 0.1)
+                send(process, signal.SIGKILL)
+                outcome = finish(process)
+                what = f"kill -9: {writer.name}"
+                tally.note(f"{what}, {'killed' if outcome.status == -signal.SIGKILL else 'ended before'}")
+                tally.check(what, writer.whole(here), outcome)
+                tally.check(what, not older or writer.fresh or (here / writer.targets[0]).exists(), "the older file is gone")
+                left = leftovers(here, writer)
+                tally.check(f"{what}: leftovers", all(temporary(name, writer) for name in left), left)
+                if writer.fresh:
+                    for target in writer.targets:
+                        remove(here / target)
+                again = run(writer.argv)
+                tally.check(f"{what}: the next run", again.status == 0 and writer.whole(here), again)
+                tally.check(f"{what}: the next run", set(leftovers(here, writer)) <= set(left), leftovers(here, writer))
+
+
+def appeared(place: Path, writer: Writer) -> bool:
+    """Whether the writer has begun to write."""
+    return bool(leftovers(place, writer))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ full disks
+
+
+def full_disks(tally: Tally, files: Files) -> None:
+    """Each writer on a disk that fills up: by a limit of the file's size, and on a small file system where one can be had."""
+    with folder() as place:
+        for number in range(len(writers(files, place))):
+            here = place / str(number)
+            here.mkdir()
+            writer = writers(files, here)[number]
+            if not writer.fresh:
+                for target in writer.targets:
+                    shutil.copy(files.small, here / target)
+            size = tally.random.randrange(2000, 100_000)
+            outcome = run(writer.argv, preexec_fn=lambda size=size: limit(resource.RLIMIT_FSIZE, size))
+            refused(tally, f"full disk: {writer.name}", outcome, writer, here)
+            for target in writer.targets:
+                same = writer.fresh or (here / target).read_bytes() == Path(files.small).read_bytes()
+                tally.check(f"full disk: {writer.name}", same, "the older file has changed")
+        with small_disk(place / "disk") as disk:
+            if disk is None:
+                tally.note("full disk: no small file system can be had here")
+                return
+            for writer in writers(files, disk):
+                refused(tally, f"full disk: {writer.name}", run(writer.argv), writer, disk)
+
+
+def refused(tally: Tally, what: str, outcome: Outcome, writer: Writer, place: Path) -> None:
+    """Status 1, one line (a program of the API: its exception), nothing half-written, nothing left."""
+    said = outcome.one_line or (writer.argv[1] == "-c" and "OSError" in outcome.err)
+    tally.check(what, outcome.status == 1 and said, outcome)
+    left = leftovers(place, writer)
+    tally.check(what, not left and writer.whole(place), left)
+
+
+def limit(which: int, value: int) -> None:
+    """Set a limit of this process; SIGXFSZ is ignored, as Python does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(which, (value, value))
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[Path | None]:
+    """A file system of 200 kB, where this user may mount one; else None."""
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
+    if os.geteuid() or shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def full_streams(tally: Tally, files: Files) -> None:
+    """stdin, stdout and stderr closed or full, for the command, for its serving and for the chat."""
+    chat = [PYTHON, ROOT / "chat.py", "-n", 4, "-m", EMBEDDED_MODEL, "hi"]
+    small = command("-m", files.small, 1, 2)
+    serving = command("-m", files.small, "-")
+    convert = [PYTHON, "-m", "pygpt.convert", files.small, "/dev/full"]
+    full = ">/dev/full" if os.path.exists("/dev/full") else ">&-"
+    for argv, streams, status in (
+        (small, full, 1),
+        (small, ">&-", 1),
+        (small, "2>&-", 0),
+        (small, "<&-", 0),
+        (serving, full, 1),
+        (serving, ">&-", 1),
+        (serving, "<&-", 0),
+        (command("--help"), full, 1),
+        (command("--version"), ">&-", 1),
+        (chat, full, 1),
+        (chat, "2>&-", 0),
+        (chat, "<&-", 0),
+        (convert, ">&-", 2),
+        (convert, "2>&-", 2),
+    ):
+        outcome = run(["/bin/sh", "-c", f'"$@" {streams}', "sh", *argv], b"1 2\n")
+        told = outcome.quiet if status == 0 or streams == "2>&-" else outcome.one_line
+        name = "chat.py" if argv is chat else " ".join(str(word) for word in argv[2:3])
+        tally.check("streams closed or full", outcome.status == status and told, f"{name} {streams}: {outcome}")
+
+
+# ------------------------------------------------------------------------------------------------ no memory, no threads
+
+
+def program(code: str, *arguments: object, **options: object) -> Outcome:
+    """Run a program of the API."""
+    return run([PYTHON, "-W", "error", "-c", textwrap.dedent(PREAMBLE) + textwrap.dedent(code), *arguments], **options)
+
+
+PREAMBLE = """
+import resource, sys, threading
+import numpy as np
+import pygpt.model
+from pygpt import GPT2, PyGPTError, TrainableGPT2
+pygpt.model.MEETING_WEIGHT = 0
+
+def used():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+class Scarce:
+    # In this block the address space may grow by `spare` bytes only.
+    def __init__(self, spare):
+        self.spare = spare
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used() + self.spare, self.before[1]))
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_AS, self.before)
+
+def fails(what, job, error=MemoryError):
+    try:
+        job()
+    except error as found:
+        assert str(found).isprintable(), found
+        return str(found)
+    raise SystemExit(f"{what}: no {error.__name__}")
+"""
+
+
+def no_memory(tally: Tally, files: Files) -> None:
+    """No room for the model, the cache, a long prompt, a batch in training: one line, and the object works on."""
+    if not os.path.exists("/proc/self/statm"):
+        tally.note("no memory: cannot be tried here")
+        return
+    outcome = program(
+        """
+        small, long, big = sys.argv[1:]
+        model = GPT2.load(long, threads=2)
+        wanted = model.logits([1, 2, 3])
+        tokens = [i % 211 for i in range(5000)]
+        with Scarce(1 << 20):
+            fails("load", lambda: GPT2.load(long, threads=1))
+            fails("load into memory", lambda: GPT2.load(long, threads=1, mmap=False))
+            fails("cache", model.new_cache)
+            fails("completion", lambda: list(model.generate(tokens, total=9000)))
+            fails("prefix cache", model.new_prefix_cache)
+            fails("logits", lambda: model.logits(tokens))
+        cache = model.new_cache()
+        first = model.prefill(cache, tokens[:7])
+        with Scarce(1 << 20):
+            fails("step", lambda: model.step([(t, cache, True) for t in tokens]))
+            assert cache.length == 7, cache.length
+        last = model.prefill(cache, tokens[7:400])
+        assert np.array_equal(model.logits([1, 2, 3]), wanted)
+        with GPT2.load(long, threads=1) as other:
+            again = other.new_cache()
+            assert np.array_equal(other.prefill(again, tokens[:400]), last)
+        model.close()
+        with GPT2.load(big, threads=2) as model:
+            cache = model.new_cache()
+            model.prefill(cache, tokens[:7])
+            with Scarce(1 << 18):
+                fails("prompt", lambda: model.prefill(cache, tokens[7:200]))
+            assert cache.length == 7, cache.length
+            last = model.prefill(cache, tokens[7:200])
+            assert np.array_equal(model.logits(tokens[:200])[-1], last)
+        with TrainableGPT2.load(small, threads=2) as training:
+            ids = np.arange(8 * 64).reshape(8, 64) % 211
+            losses = training.forward(ids, ids).copy()
+            training.backward()
+            gradients = training.gradients.copy()
+            many = np.zeros((400, 128), int)
+            with Scarce(1 << 20):
+                fails("batch", lambda: training.forward(many, many))
+                fails("training", lambda: TrainableGPT2.load(long, threads=2))
+            assert np.array_equal(training.forward(ids, ids), losses)
+            training.backward()
+            assert np.array_equal(training.gradients, gradients)
+        print("fine")
+        """,
+        files.small,
+        files.long,
+        files.model,
+    )
+    tally.check("no memory: objects work on", (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", ""), outcome)
+    for options, kind in (([], "the map"), (["--no-mmap"], "a copy")):
+        argv = [PYTHON, "-c", LIMITED, "30", "-m", files.bf16, *options, "-n", "200", "1"]
+        free = run(argv)
+        tally.check(f"no memory: {kind}", free.status == 0, free)
+        for megabytes in sorted(tally.random.sample(range(1, 24), 4)):
+            argv[3] = str(megabytes)
+            outcome = run(argv)
+            right = outcome.status == 0 and outcome.out == free.out
+            said = outcome.status == 1 and outcome.one_line and ids_of(free)[: len(ids_of(outcome))] == ids_of(outcome)
+            tally.check(f"no memory: {kind}", right or said, f"{megabytes} MB: {outcome}")
+
+
+LIMITED = """
+import resource, sys
+from pygpt.__main__ import main
+import pygpt.generate, pygpt.model, pygpt.sampling
+page = resource.getpagesize()
+limit = int(open("/proc/self/statm").read().split()[0]) * page + (int(sys.argv.pop(1)) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def no_threads(tally: Tally, files: Files) -> None:
+    """The system refuses a thread: an error that says so, nothing left behind, and fewer threads work."""
+    outcome = program(
+        """
+        import _thread
+        real, allowed = threading._start_new_thread, 0
+
+        def counted(*words, **more):
+            global allowed
+            allowed -= 1
+            if allowed < 0:
+                raise RuntimeError("can't start new thread")
+            return real(*words, **more)
+
+        def refused(job):
+            said = fails("threads", job, PyGPTError)
+            assert "refused thread" in said and "use fewer threads" in said, said
+            assert threading.active_count() == 1, threading.enumerate()
+
+        path = sys.argv[1]
+        threading._start_new_thread = threading._start_joinable_thread = counted
+        if hasattr(_thread, "start_joinable_thread"):
+            real = _thread.start_joinable_thread
+        for workers in (2, 3, 8):
+            for allowed_now in range(workers - 1):
+                allowed = allowed_now
+                refused(lambda: GPT2.load(path, threads=workers))
+                allowed = allowed_now
+                refused(lambda: TrainableGPT2.load(path, threads=workers))
+            allowed = workers - 1
+            with GPT2.load(path, threads=workers) as model:
+                assert list(model.generate([1, 2])) == eval(sys.argv[2])
+        print("fine")
+        """.replace("eval(sys.argv[2])", "[int(word) for word in sys.argv[2].split()]"),
+        files.small,
+        " ".join(map(str, files.answer)),
+    )
+    tally.check("no threads: in the library", (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", ""), outcome)
+    nobody = unprivileged()
+    if nobody is None:
+        tally.note("no threads: RLIMIT_NPROC cannot be tried by this user")
+        return
+    for workers in (2, 8):
+        argv = command("-m", files.small, "-t", workers, 1, 2)
+        outcome = run(argv, user=nobody, preexec_fn=lambda: limit(resource.RLIMIT_NPROC, 1))
+        refusal = outcome.status == 1 and outcome.one_line and "use fewer threads" in outcome.err and not outcome.out
+        tally.check("no threads: RLIMIT_NPROC", refusal, outcome)
+
+
+def unprivileged() -> int | None:
+    """A user who is not root, who can run Python and for whom the limit of processes counts; None if there is none."""
+    user = os.geteuid() or 65534
+    probe = "import threading; threading.Thread(target=print).start()"
+    try:
+        found = run([PYTHON, "-c", probe], user=user, preexec_fn=lambda: limit(resource.RLIMIT_NPROC, 1))
+        readable = run([PYTHON, "-c", "import pygpt.model"], user=user)
+    except (PermissionError, OSError):
+        return None
+    return user if "can't start new thread" in found.err and readable.status == 0 else None
+
+
+# ------------------------------------------------------------------------------------------------ files that change
+
+
+def changing_files(tally: Tally, files: Files) -> None:
+    """The model is cut short, deleted, replaced or written over while the command computes with it."""
+    wanted: list[int] | None = None
+    tokens = 3000
+    for change, options, status in (
+        ("nothing", [], 0),
+        ("deleted", [], 0),
+        ("renamed over", [], 0),
+        ("cut short", ["--no-mmap"], 0),
+        ("written over", ["--no-mmap"], 0),
+        ("cut short", ["-t", "1"], -signal.SIGBUS),
+        ("cut short", ["-t", "4"], -signal.SIGBUS),
+        ("cut short", ["--reference"], -signal.SIGBUS),
+    ):
+        with folder() as place:
+            path = place / "model.bin"
+            shutil.copy(files.long, path)
+            process = start(command("-m", path, *options, "-n", tokens, 1), stdin=subprocess.DEVNULL)
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            make_change(change, path, files.small)
+            outcome = finish(process)
+            found = [int(first), *ids_of(outcome)]
+        wanted = wanted or found
+        what = f"the model's file: {change}{' with --no-mmap' if '--no-mmap' in options else ''}"
+        tally.check(what, outcome.status == status, outcome)
+        tally.check(what, found == wanted if status == 0 else found == wanted[: len(found)], f"{len(found)} ids")
+        said = outcome.one_line and "SIGBUS" in outcome.err and "--no-mmap" in outcome.err
+        tally.check(what, outcome.quiet if status == 0 else said, outcome)
+
+
+def make_change(change: str, path: Path, other: str) -> None:
+    """Do to a file in use what its name says."""
+    if change == "deleted":
+        path.unlink()
+    elif change == "renamed over":
+        shutil.copy(other, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+    elif change == "cut short":
+        os.truncate(path, 1024)
+    elif change == "written over":
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def useless_files(tally: Tally, files: Files) -> None:
+    """Names under which there is no model: one line, status 2, no waiting."""
+    with folder() as place:
+        (place / "secret.bin").touch(0o000)
+        (place / "gone.bin").symlink_to("nowhere.bin")
+        os.mkfifo(place / "fifo.bin")
+        (place / "half.bin").write_bytes(Path(files.small).read_bytes()[:5000])
+        paths = ["", place, "/dev/zero", "nul\tl", *sorted(place.iterdir())]
+        for path in paths:
+            outcome = run(command("-m", path, 1))
+            tally.check("no model under this name", outcome.status == 2 and outcome.one_line, f"{path}: {outcome}")
+            outcome = run([PYTHON, "-m", "pygpt.convert", path, place / "out.bin"])
+            tally.check("no model under this name", outcome.status == 2 and outcome.one_line, f"convert {path}: {outcome}")
+
+
+SCENARIOS: list[Callable[[Tally, Files], None]] = [
+    kills,
+    full_disks,
+    full_streams,
+    no_memory,
+    no_threads,
+    changing_files,
+    useless_files,
+]
+
+
+def run_faults(tally: Tally, seconds: float | None) -> None:
+    """Every scenario once, then again as long as there is time: ROUNDS times if nothing else is said."""
+    end = None if seconds is None else time.monotonic() + seconds
+    with folder() as place:
+        files = Files(place)
+        for number in range(ROUNDS if end is None else 10**9):
+            for scenario in SCENARIOS:
+                if number == 0 or end is None or time.monotonic() < end:
+                    scenario(tally, files)
+            if end is not None and time.monotonic() >= end:
+                return
