@@ -17,7 +17,7 @@ How a token comes about, from the outside in:
     checkpoint    llm.c's files, mapped and used in place; config holds the one table of tensors
 
     data          what goes in: text and llm.c's token shards, in batches; llmc holds its other files
-    serial        the same network in plain scalar loops (_reference): the yardstick
+    serial        the same network and its training in plain scalar loops (_reference): the yardstick
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
 and instruction set (of those with fused multiply-add), so results are equal bit for bit. The modules are private but for
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     )
     from .model import GPT2
     from .pool import ThreadPool, default_threads
-    from .serial import SerialGPT2
+    from .serial import SerialGPT2, SerialTrainableGPT2
     from .tokenizer import StreamDecoder, Tokenizer
 
 _HOME = {
@@ -66,6 +66,7 @@ _HOME = {
     "NumericalError": "errors",
     "PyGPTError": "errors",
     "SerialGPT2": "serial",
+    "SerialTrainableGPT2": "serial",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
     "Tokenizer": "tokenizer",
@@ -104,6 +105,7 @@ __all__ = [
     "NumericalError",
     "PyGPTError",
     "SerialGPT2",
+    "SerialTrainableGPT2",
     "StreamDecoder",
     "ThreadPool",
     "Tokenizer",
