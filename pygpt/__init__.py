@@ -17,6 +17,8 @@ How a token comes about, from the outside in:
     checkpoint    llm.c's files, mapped and used in place; config holds the one table of tensors
 
     data          what goes in: text and llm.c's token shards, in batches; llmc holds its other files
+    trainer       one step after the other: batches, gradients, AdamW (optim); state saves and resumes it, bit for bit
+
     serial        the same network and its training in plain scalar loops (_reference): the yardstick
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
@@ -46,9 +48,13 @@ if TYPE_CHECKING:
         write_tokenizer,
     )
     from .model import GPT2
+    from .optim import TrainingOptions
     from .pool import ThreadPool, default_threads
     from .serial import SerialGPT2, SerialTrainableGPT2
+    from .state import TrainingState, open_state
     from .tokenizer import StreamDecoder, Tokenizer
+    from .trainable import TrainableGPT2
+    from .trainer import Record, Trainer
 
 _HOME = {
     "Ceilings": "ceilings",
@@ -65,16 +71,22 @@ _HOME = {
     "KVCache": "cache",
     "NumericalError": "errors",
     "PyGPTError": "errors",
+    "Record": "trainer",
     "SerialGPT2": "serial",
     "SerialTrainableGPT2": "serial",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
+    "TrainableGPT2": "trainable",
+    "Trainer": "trainer",
+    "TrainingOptions": "optim",
+    "TrainingState": "state",
     "cpu_info": "_kernels",
     "default_threads": "pool",
     "encode_text": "data",
     "find_model": "checkpoint",
+    "open_state": "state",
     "read_debug_state": "llmc",
     "read_examples": "llmc",
     "read_text": "data",
@@ -104,17 +116,23 @@ __all__ = [
     "KVCache",
     "NumericalError",
     "PyGPTError",
+    "Record",
     "SerialGPT2",
     "SerialTrainableGPT2",
     "StreamDecoder",
     "ThreadPool",
     "Tokenizer",
     "Trace",
+    "TrainableGPT2",
+    "Trainer",
+    "TrainingOptions",
+    "TrainingState",
     "__version__",
     "cpu_info",
     "default_threads",
     "encode_text",
     "find_model",
+    "open_state",
     "read_debug_state",
     "read_examples",
     "read_text",

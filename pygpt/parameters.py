@@ -219,7 +219,7 @@ class Parameters:
 def check_number(name: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless a value is a real number from low to high."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}: it must be a number from {low:g} to {high:g}")
+        raise InputError(f"{name} is {value!r}: it must be a number from {low:.7g} to {high:.7g}")
 
 
 def aligned_zeros(size: int) -> "npt.NDArray[np.float32]":

@@ -1,0 +1,175 @@
+"""What a run tells: lines on stdout, a progress bar on a terminal, a log of JSON lines, a picture of the loss."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+from profiler.plots import matplotlib
+
+from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
+from pygpt.checkpoint import atomic_file
+
+PICTURES = (".svg", ".png", ".pdf")
+TRAINING = {"color": "#4292c6", "lw": 1.2}
+VALIDATION = {"color": "#cb181d", "lw": 1.2, "marker": "o", "ms": 4}
+
+
+class Report:
+    """Prints what happens, and notes it for log and picture. Use it in a `with` block or close() it."""
+
+    def __init__(self, steps: int, done: int, log: "Log | None") -> None:
+        self._log = log
+        self._bar = progress_bar(steps, done)
+        self._val_loss: float | None = None
+
+    def step(self, record: Record) -> None:
+        """A step was made."""
+        self._line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s", refresh=False)
+            self._bar.update()
+        self._note(record._asdict())
+
+    def validated(self, step: int, loss: float) -> None:
+        """The weights before this step were evaluated: the step's line of the log says so."""
+        self._line(f"step {step}: val loss {loss:.6f}")
+        self._val_loss = loss
+
+    def sampled(self, step: int, text: str) -> None:
+        """The weights before this step made some text."""
+        self._line(f"step {step}: sample:\n---\n{text}\n---")
+
+    def finished(self, step: int) -> None:
+        """All steps were made: what was measured after the last one gets a line of its own in the log."""
+        if self._val_loss is not None:
+            self._note({"step": step})
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        if self._val_loss is not None:
+            entry["val_loss"] = self._val_loss
+        self._val_loss = None
+        if self._log is not None:
+            self._log.add(entry)
+
+    def _line(self, text: str) -> None:
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress_bar(steps: int, done: int) -> Any:
+    """tqdm's bar, where stderr is a terminal and tqdm is installed; else None."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    try:
+        tqdm = import_module("tqdm").tqdm
+    except ImportError:
+        return None
+    return tqdm(total=steps, initial=min(done, steps), unit="step", file=sys.stderr, dynamic_ncols=True)
+
+
+class Log:
+    """The entries of a run, one a step; with a path also as lines of JSON in a file.
+
+    A run that is resumed with `done` steps goes on behind the entries of those: later ones will be made again. Raises
+    InputError for an older file that is no such log.
+    """
+
+    def __init__(self, path: str | None, done: int) -> None:
+        self._path = path
+        self.entries = list(earlier(path, done)) if path is not None and done else []
+        self._file = None
+        if path is not None:
+            with atomic_file(path) as file:
+                file.writelines(encoded(entry) for entry in self.entries)
+            self._file = open(path, "ab")  # noqa: SIM115 (close() does)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Note an entry, which is in the file when this returns."""
+        self.entries.append(entry)
+        if self._file is not None:
+            try:
+                self._file.write(encoded(entry))
+                self._file.flush()
+            except OSError as error:
+                raise PyGPTError(f"{self._path}: cannot write the log: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def earlier(path: str, done: int) -> Iterable[dict[str, Any]]:
+    """Yield the entries of a log's first `done` steps. What a kill has left of a last line is left out."""
+    try:
+        with open(path, "rb") as file:
+            lines = file.readlines()
+    except FileNotFoundError:
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            entry = json.loads(line)
+            if entry["step"] < done and "loss" in entry:
+                yield entry
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path}: line {number} is not of a training log: give --log another name") from None
+
+
+def encoded(entry: dict[str, Any]) -> bytes:
+    """An entry as a line."""
+    return json.dumps(entry).encode() + b"\n"
+
+
+def sample(model: "GPT2 | SerialGPT2", tokens: int) -> str:
+    """Some text of the model's own, begun by the end of another; ids where its vocabulary is not GPT-2's. Always the same."""
+    tokenizer = Tokenizer()
+    text = model.config.V == tokenizer.V
+    made = model.generate([tokenizer.eot if text else 0], max_new_tokens=min(tokens, model.config.maxT - 1))
+    return tokenizer.decode(made) if text else " ".join(map(str, made))
+
+
+def draw(path: str, entries: list[dict[str, Any]]) -> list[str]:
+    """Draw the loss by step: to a picture of this name, or as loss.svg and loss.png in this folder. Returns the names."""
+    plt = matplotlib()
+    if path.endswith(PICTURES):
+        names = [path]
+    else:
+        os.makedirs(path, exist_ok=True)
+        names = [os.path.join(path, f"loss{suffix}") for suffix in PICTURES[:2]]
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for key, style, label in (("loss", TRAINING, "training"), ("val_loss", VALIDATION, "validation")):
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    axis.set_xlabel("step")
+    axis.set_ylabel("mean loss, nats a token")
+    axis.legend(frameon=False)
+    for name in names:
+        figure.savefig(name, dpi=120)
+    plt.close(figure)
+    return names
