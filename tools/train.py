@@ -75,6 +75,7 @@ from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
 
 MOST = 1 << 30
 RANDOM = "random"  # instead of a checkpoint's name
+NAMES = {"data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take a file's name
 Engine = TrainableGPT2 | SerialTrainableGPT2
 
 
@@ -182,6 +183,9 @@ class Stop:
 def run(options: argparse.Namespace, stop: Stop) -> None:
     """Check everything that can be checked, then train and save."""
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
+    for name in NAMES & {*given}:
+        if not given[name]:
+            raise InputError(f"{flag(name)} is empty: it must be a name")
     if options.check is not None:
         return run_check(given)
     if options.version == 4:
