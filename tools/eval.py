@@ -196,7 +196,7 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
             ids = tokens[begin:end].tolist()
             total += score(model, model.new_cache(len(ids) - 1), ids[:-1], ids[first - begin :]).tolist()
             rows += len(ids) - 1
-            progress.update(len(total), f", perplexity {math.exp(math.fsum(total) / len(total)):.3f}")
+            progress.update(len(total), f"perplexity {math.exp(math.fsum(total) / len(total)):.3f}")
     loss = math.fsum(total) / len(total)
     result = {
         "file": options.subject,
@@ -246,7 +246,7 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
             right += int(np.argmin([loss.sum() for loss in losses])) == example.label
             right_norm += int(np.argmin([loss.mean() for loss in losses])) == example.label
             rows += len(example.context) + sum(len(ending) - 1 for ending in example.endings)
-            progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
+            progress.update(done, f"acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
     result = {
         "file": options.subject,
         "examples": done,

@@ -39,6 +39,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
 from profiler.plots import matplotlib  # noqa: E402
+from progress import Progress  # noqa: E402
 from training import check, report  # noqa: E402
 from training.job import (  # noqa: E402
     Job,
@@ -294,7 +295,8 @@ class Run(NamedTuple):
         trainer, job, output = self.trainer, self.job, self.output
         saved = trainer.done  # the updates in the state on the disk, if there is one
         try:
-            with report.Report(trainer.options.steps, trainer.done, self.log) as lines:
+            with Progress("steps", trainer.options.steps, trainer.done) as progress:
+                lines = report.Report(progress, self.log)
                 while stop.signal is None and not self.look(lines):
                     lines.step(trainer.step())
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:

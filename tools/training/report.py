@@ -2,12 +2,11 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any
 
 from profiler.plots import matplotlib
+from progress import Progress
 
 from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
 from pygpt.checkpoint import atomic_file
@@ -18,29 +17,26 @@ VALIDATION = {"color": "#cb181d", "lw": 1.2, "marker": "o", "ms": 4}
 
 
 class Report:
-    """Prints what happens, and notes it for log and picture. Use it in a `with` block or close() it."""
+    """Prints what happens, and notes it for log and picture."""
 
-    def __init__(self, steps: int, done: int, log: "Log | None") -> None:
-        self._log = log
-        self._bar = progress_bar(steps, done)
+    def __init__(self, progress: Progress, log: "Log") -> None:
+        self._progress, self._log = progress, log
         self._val_loss: float | None = None
 
     def step(self, record: Record) -> None:
         """A step was made."""
-        self._line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s", refresh=False)
-            self._bar.update()
+        self._progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
+        self._progress.update(record.step + 1, f"loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
         self._note(record._asdict())
 
     def validated(self, step: int, loss: float) -> None:
         """The weights before this step were evaluated: the step's line of the log says so."""
-        self._line(f"step {step}: val loss {loss:.6f}")
+        self._progress.line(f"step {step}: val loss {loss:.6f}")
         self._val_loss = loss
 
     def sampled(self, step: int, text: str) -> None:
         """The weights before this step made some text."""
-        self._line(f"step {step}: sample:\n---\n{text}\n---")
+        self._progress.line(f"step {step}: sample:\n---\n{text}\n---")
 
     def finished(self, step: int) -> None:
         """All steps were made: what was measured after the last one gets a line of its own in the log."""
@@ -51,37 +47,7 @@ class Report:
         if self._val_loss is not None:
             entry["val_loss"] = self._val_loss
         self._val_loss = None
-        if self._log is not None:
-            self._log.add(entry)
-
-    def _line(self, text: str) -> None:
-        if self._bar is None:
-            print(text, flush=True)
-        else:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def progress_bar(steps: int, done: int) -> Any:
-    """tqdm's bar, where stderr is a terminal and tqdm is installed; else None."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        return None
-    try:
-        tqdm = import_module("tqdm").tqdm
-    except ImportError:
-        return None
-    return tqdm(total=steps, initial=min(done, steps), unit="step", file=sys.stderr, dynamic_ncols=True)
+        self._log.add(entry)
 
 
 class Log:
