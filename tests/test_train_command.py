@@ -9,12 +9,14 @@ import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,8 +323,7 @@ def test_kill_9_at_any_moment() -> None:
             for _, _line in zip(range(after), lines_of(process), strict=False):
                 pass
             if kills < KILLS:
-                for _ in range(chance.randrange(2000)):  # some moment within the step, its save or the next line
-                    pass
+                time.sleep(chance.uniform(0, 0.02))  # some moment of the next steps and their saves
                 process.kill()
                 kills += 1
                 process.communicate(timeout=60)
@@ -602,6 +603,8 @@ def files() -> dict[str, bytes]:
         (["--log", "missing/log"], "missing/log: cannot write into the folder"),
         (["--log", "same.bin", "--out", "same"], "two uses"),
         (["--log", "folder"], "folder: it exists already"),
+        (["--plot", "val.bin"], "val.bin/loss.svg: cannot write into the folder"),
+        (["--plot", "folder/x.svg"], "x.svg: not a regular file"),
         (["--check", "missing.bin"], "--check trains nothing: -B"),
         (["--speed", "9"], "--speed"),
         (["surplus"], "surplus"),
@@ -611,7 +614,7 @@ def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], arguments
     (folder / "latin.txt").write_bytes("ä".encode("latin-1"))
     (folder / "short.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
     (folder / "old.state.1").touch()
-    (folder / "folder").mkdir()
+    (folder / "folder" / "x.svg").mkdir(parents=True)
     shard(folder / "large.bin", [60, 61] * 100)
     shard(folder / "few.bin", range(10))
     before = files()
@@ -778,3 +781,16 @@ def test_a_reader_that_goes_away() -> None:
     result = command(*RUN, "--steps", "1000000000", shell='"$@" | head -n 2; exit 0')
     assert (result.returncode, len(result.stdout.splitlines())) == (0, 2)
     assert result.stderr == NOTHING_SAVED
+
+
+def test_commands_of_the_readme() -> None:
+    """Their options are there, and their values are accepted."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python tools/train\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for line in commands:
+        given = vars(train.build_parser().parse_args(shlex.split(line)))
+        if given["shape"] is not None:
+            train.shape_of(given["shape"])
+        if given["data"] is not None:
+            train.new({name: value for name, value in given.items() if value is not None})

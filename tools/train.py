@@ -214,11 +214,12 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             trainer.options = settings
         for change in changes:
             say(change)
-        log = stack.enter_context(report.Log(job.log, trainer.done))
+        log = stack.enter_context(report.Log(job.log, trainer.done, keep=job.plot is not None))
         Run(trainer, validation, job, output, log).train(stop)
         if job.plot is not None:
-            for name in report.draw(job.plot, log.entries):
-                say(f"wrote {name}")
+            names = report.pictures(job.plot)
+            report.draw(names, log.entries)
+            say(f"wrote {' and '.join(names)}")
     return None
 
 
@@ -242,6 +243,8 @@ def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, 
     """Find out before the work whether its results can be kept. `mine` are files of the run that is resumed."""
     if job.plot is not None:
         matplotlib()  # if it is missing, say so now
+        for path in report.pictures(job.plot):
+            check_writable(path, make_folder=True)
     written = [*(output or ()), *filter(None, [job.log])]
     check_distinct([*written, *filter(None, [job.data, job.val])])
     for path in written:

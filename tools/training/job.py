@@ -237,12 +237,14 @@ def check_new(path: str) -> None:
             raise InputError(f"{name}: it exists already: give another name, --force to replace it, or --resume to go on")
 
 
-def check_writable(path: str) -> None:
-    """Find out before the work whether a file can be written beside this one, and takes its place."""
+def check_writable(path: str, *, make_folder: bool = False) -> None:
+    """Find out before the work whether a file can be written to this folder and take this name."""
     if os.path.lexists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a regular file: it is not replaced")
     folder = os.path.dirname(os.path.realpath(path))
     try:
+        if make_folder:
+            os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 from profiler.plots import matplotlib
@@ -51,24 +51,29 @@ class Report:
 
 
 class Log:
-    """The entries of a run, one a step; with a path also as lines of JSON in a file.
+    """The entries of a run, one a step: with a path as lines of JSON in a file, with `keep` in `entries` too, for a picture.
 
     A run that is resumed with `done` steps goes on behind the entries of those: later ones will be made again. Raises
     InputError for an older file that is no such log.
     """
 
-    def __init__(self, path: str | None, done: int) -> None:
-        self._path = path
-        self.entries = list(earlier(path, done)) if path is not None and done else []
-        self._file = None
+    def __init__(self, path: str | None, done: int, *, keep: bool) -> None:
+        self._path, self._keep, self._file = path, keep, None
+        self.entries: list[dict[str, Any]] = []
         if path is not None:
             with atomic_file(path) as file:
-                file.writelines(encoded(entry) for entry in self.entries)
+                for entry in earlier(path, done):
+                    file.write(encoded(entry))
+                    self._kept(entry)
             self._file = open(path, "ab")  # noqa: SIM115 (close() does)
+
+    def _kept(self, entry: dict[str, Any]) -> None:
+        if self._keep:
+            self.entries.append(entry)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Note an entry, which is in the file when this returns."""
-        self.entries.append(entry)
+        self._kept(entry)
         if self._file is not None:
             try:
                 self._file.write(encoded(entry))
@@ -88,22 +93,20 @@ class Log:
         self.close()
 
 
-def earlier(path: str, done: int) -> Iterable[dict[str, Any]]:
+def earlier(path: str, done: int) -> Iterator[dict[str, Any]]:
     """Yield the entries of a log's first `done` steps. What a kill has left of a last line is left out."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.readlines()
-    except FileNotFoundError:
+    if not done or not os.path.exists(path):
         return
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            return
-        try:
-            entry = json.loads(line)
-            if entry["step"] < done and "loss" in entry:
-                yield entry
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f"{path}: line {number} is not of a training log: give --log another name") from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                entry = json.loads(line)
+                if entry["step"] < done and "loss" in entry:
+                    yield entry
+            except (ValueError, TypeError, KeyError):
+                raise InputError(f"{path}: line {number} is not of a training log: give --log another name") from None
 
 
 def encoded(entry: dict[str, Any]) -> bytes:
@@ -119,14 +122,14 @@ def sample(model: "GPT2 | SerialGPT2", tokens: int) -> str:
     return tokenizer.decode(made) if text else " ".join(map(str, made))
 
 
-def draw(path: str, entries: list[dict[str, Any]]) -> list[str]:
-    """Draw the loss by step: to a picture of this name, or as loss.svg and loss.png in this folder. Returns the names."""
+def pictures(path: str) -> list[str]:
+    """What --plot PATH writes: a picture of this name, or loss.svg and loss.png in this folder."""
+    return [path] if path.endswith(PICTURES) else [os.path.join(path, f"loss{suffix}") for suffix in PICTURES[:2]]
+
+
+def draw(names: list[str], entries: list[dict[str, Any]]) -> None:
+    """Draw the loss by step, as pictures of these names."""
     plt = matplotlib()
-    if path.endswith(PICTURES):
-        names = [path]
-    else:
-        os.makedirs(path, exist_ok=True)
-        names = [os.path.join(path, f"loss{suffix}") for suffix in PICTURES[:2]]
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for key, style, label in (("loss", TRAINING, "training"), ("val_loss", VALIDATION, "validation")):
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]
@@ -138,4 +141,3 @@ def draw(path: str, entries: list[dict[str, Any]]) -> list[str]:
     for name in names:
         figure.savefig(name, dpi=120)
     plt.close(figure)
-    return names
