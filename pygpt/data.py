@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -316,23 +317,25 @@ def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], 
 # ------------------------------------------------------------------------------------------------ text
 
 
-def read_text(source: "Path | IO[bytes]") -> Iterator[str]:
-    """Yield a UTF-8 file's text, or that of an open binary file, some at a time, exactly as it is.
+def read_text(path: "Path") -> Iterator[str]:
+    """Yield the text of a UTF-8 file, or of stdin for "-", some at a time, exactly as it is.
 
-    Raises DataError for a file that cannot be read, and for bytes that are not UTF-8, with their offset.
+    Raises DataError for what cannot be read, and for bytes that are not UTF-8, with their offset.
     """
-    if not isinstance(source, str | os.PathLike):
-        yield from _decoded(source, getattr(source, "name", "text"))
+    if path == "-":
+        if sys.stdin is None:
+            raise DataError("-: stdin is closed: there is no text to read")
+        yield from _decoded(sys.stdin.buffer, "stdin")
         return
     try:
-        file = open(source, "rb")  # noqa: SIM115 (its errors are not those of reading)
+        file = open(path, "rb")  # noqa: SIM115 (its errors are not those of reading)
     except (OSError, ValueError) as error:
-        raise DataError(f"{os.fspath(source)!r}: cannot open the text: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(f"{os.fspath(path)!r}: cannot open the text: {getattr(error, 'strerror', None) or error}") from error
     with file:
-        yield from _decoded(file, os.fspath(source))
+        yield from _decoded(file, os.fspath(path))
 
 
-def _decoded(file: "IO[bytes]", name: object) -> Iterator[str]:
+def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
     """Decode a binary file piece by piece."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     taken, piece = 0, b" "

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,7 @@ def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: DataLoader(path, 0, 4), "B is 0: it must be a whole number from 1"),
-        (lambda path: DataLoader(path, 1, 4.0), r"T is 4\.0"),
+        (lambda path: DataLoader(path, 1, -1), "T is -1"),
         (lambda path: DataLoader(path, True, 4), "B is True"),
         (lambda path: DataLoader(path, 1, 4, shuffle_seed=-1), "shuffle_seed is -1"),
         (lambda path: DataLoader(path, 1, 4, shuffle_seed=2**64), "shuffle_seed is 18446744073709551616"),
@@ -428,7 +429,8 @@ def test_reading_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: in
     text = "\ufeffné\r\n中🙂\x00\u2028 end"
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert "".join(read_text(tmp_path / "a.txt")) == text
-    assert "".join(read_text(io.BytesIO(text.encode()))) == text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert "".join(read_text("-")) == text
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 1000])
@@ -448,11 +450,15 @@ def test_bytes_that_are_no_text(
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=rf"a.txt: byte {byte:#x} at offset {offset} is not UTF-8 \(.*\): convert"):
         list(read_text(tmp_path / "a.txt"))
-    with pytest.raises(DataError, match=rf"text: byte {byte:#x} at offset {offset} is not UTF-8"):
-        list(read_text(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(DataError, match=rf"stdin: byte {byte:#x} at offset {offset} is not UTF-8"):
+        list(read_text("-"))
 
 
-def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
+def test_texts_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="-: stdin is closed"):
+        list(read_text("-"))
     with pytest.raises(DataError, match="absent': cannot open the text: No such file"):
         list(read_text(tmp_path / "absent"))
     with pytest.raises(DataError, match="Is a directory"):

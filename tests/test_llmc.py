@@ -188,7 +188,7 @@ IDS = st.lists(st.integers(0, 65534), min_size=1, max_size=20)
 EXAMPLES = st.lists(st.tuples(st.integers(0, 3), IDS, st.lists(IDS, min_size=4, max_size=4)), min_size=1, max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(EXAMPLES)
 def test_writing_examples(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, list[int], list[list[int]]]]
@@ -302,7 +302,7 @@ def test_gpt2s_vocabulary_is_llm_cs_file(tmp_path: Path) -> None:
     assert read_tokenizer(path) == (tokens, 50256)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.binary(max_size=255), min_size=1, max_size=20), st.data())
 def test_vocabularies(tmp_path_factory: pytest.TempPathFactory, tokens: list[bytes], drawn: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("vocabulary") / "a.bin"

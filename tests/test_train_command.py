@@ -280,20 +280,27 @@ def test_signals_finish_the_step_and_save(which: signal.Signals, status: int) ->
         assert np.array_equal(checkpoint.tensor("wte"), straight.engine.tensor("wte"))
 
 
-def test_a_signal_before_the_first_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = train.open_data
-
-    def interrupted(*arguments: Any) -> Any:
+def test_ctrl_c_before_the_first_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        return opened(*arguments)
+        raise AssertionError("it goes on")
 
     monkeypatch.setattr(train, "open_data", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    status, output, error = here(capsys, *LONG)
-    assert (status, output) == (130, "")
-    assert error == "pygpt: stopped by SIGINT after 0 steps; nothing was saved\n"
-    assert signal.getsignal(signal.SIGINT) is before
+    assert here(capsys, *LONG) == (130, "", "")
     assert not Path("run.state").exists()
+
+
+def test_a_signal_in_the_first_validation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 4.0
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    status, output, error = here(capsys, *LONG)
+    assert (status, [line[:8] for line in output.splitlines()]) == (143, ["step 0: ", "step 0: "])
+    assert error == "pygpt: stopped by SIGTERM after 1 steps; saved; to go on: python tools/train.py --resume run.state\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_ctrl_c_ends_it_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,8 +309,9 @@ def test_a_second_ctrl_c_ends_it_at_once(capsys: pytest.CaptureFixture[str], mon
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it goes on")
 
-    monkeypatch.setattr(train, "open_data", interrupted)
-    assert here(capsys, *LONG)[0] == 130
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    assert here(capsys, *LONG) == (130, "", "")
+    assert not Path("run.state").exists()
 
 
 KILLS = int(os.environ.get("TRAIN_KILLS", "10"))

@@ -186,7 +186,7 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
     stride = max(1, window // 2) if options.stride is None else options.stride
     if not 1 <= stride < window:
         raise InputError(f"--stride is {stride}: it must be from 1 to {window - 1}, one less than the window")
-    tokens = tokens_in(options.subject, model.config.V)[: options.limit]
+    tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
         raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, for the first one has no context")
     rows = 0
@@ -224,11 +224,20 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
             return
 
 
-def tokens_in(subject: str, V: int) -> npt.NDArray[np.integer[Any]]:
+def tokens_in(subject: str, model: GPT2) -> npt.NDArray[np.integer[Any]]:
     """The tokens of a token file (.bin), or of a text, to which nothing is added."""
     if subject.endswith(".bin"):
-        return read_tokens(subject, V=V)
-    return tokens_of_text(read_text(sys.stdin.buffer if subject == "-" else subject), eot="none")
+        return read_tokens(subject, V=model.config.V)
+    tokenizer_of(model)
+    return tokens_of_text(read_text(subject), eot="none")
+
+
+def tokenizer_of(model: GPT2) -> Tokenizer:
+    """GPT-2's tokenizer, if the model's ids are its ids."""
+    tokenizer = Tokenizer()
+    if model.config.V != tokenizer.V:
+        raise InputError(f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids are no text")
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------ HellaSwag
@@ -277,9 +286,7 @@ def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]
 
 def following(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """The result, the rows that ran, and the result as a table."""
-    tokenizer = Tokenizer()
-    if model.config.V != tokenizer.V:
-        raise InputError(f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids are no text")
+    tokenizer = tokenizer_of(model)
     if options.top > tokenizer.V:
         raise InputError(f"--top is {options.top}: the vocabulary has {tokenizer.V} ids")
     prompt = tokenizer.encode(options.subject)

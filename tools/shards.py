@@ -196,8 +196,7 @@ def tokenized(texts: Sequence[str], eot: str, progress: Progress) -> Iterator[To
             progress.update(done)
 
     for name in texts:
-        text = read_text(sys.stdin.buffer if name == STDIN else name)
-        yield from encode_text(watched(text), eot=eot)
+        yield from encode_text(watched(read_text(name)), eot=eot)
 
 
 def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[str]:

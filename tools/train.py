@@ -82,9 +82,8 @@ Engine = TrainableGPT2 | SerialTrainableGPT2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    with Stop() as stop:
-        status = status_of(lambda: run(build_parser().parse_args(arguments), stop))
-    return status or stop.status
+    stop = Stop()
+    return status_of(lambda: run(build_parser().parse_args(arguments), stop)) or stop.status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for the run's end; a second one takes effect at once. Use it in a `with` block."""
+    """In a `with` block, Ctrl-C and SIGTERM only ask for the end of the run; a second one takes effect at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -212,10 +211,12 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
         if state is not None:
             trainer.restore(state)
             trainer.options = settings
+            state.close()  # or the disk would have to keep it when a newer one has replaced it twice
         for change in changes:
             say(change)
         log = stack.enter_context(report.Log(job.log, trainer.done, keep=job.plot is not None))
-        Run(trainer, validation, job, output, log).train(stop)
+        with stop:
+            Run(trainer, validation, job, output, log).train(stop)
         if job.plot is not None:
             names = report.pictures(job.plot)
             report.draw(names, log.entries)
@@ -247,9 +248,10 @@ def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, 
             check_writable(path, make_folder=True)
     written = [*(output or ()), *filter(None, [job.log])]
     check_distinct([*written, *filter(None, [job.data, job.val])])
-    for path in written:
-        if not force and os.path.realpath(path) not in mine:
+    for path in () if force else (*written, *([] if output is None else [f"{output.state}.1"])):
+        if os.path.realpath(path) not in mine:
             check_new(path)
+    for path in written:
         check_writable(path)
         for left in leftovers(path):
             os.unlink(left)

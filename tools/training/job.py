@@ -219,7 +219,7 @@ def files_of(state: TrainingState) -> set[str]:
     """What the run of a state has written, links resolved: this may be replaced."""
     path = state.path.removesuffix(".1")  # the generation before it
     model, log = path.removesuffix(".state") + SHARD, state.progress.job.get("log")
-    return {os.path.realpath(name) for name in (path, model, log) if name}
+    return {os.path.realpath(name) for name in (path, f"{path}.1", model, log) if name}
 
 
 def check_distinct(paths: list[str]) -> None:
@@ -231,10 +231,9 @@ def check_distinct(paths: list[str]) -> None:
 
 
 def check_new(path: str) -> None:
-    """Refuse a file that exists already, or a state of which the generation before does."""
-    for name in (path, f"{path}.1"):
-        if os.path.lexists(name):
-            raise InputError(f"{name}: it exists already: give another name, --force to replace it, or --resume to go on")
+    """Refuse a file that exists already."""
+    if os.path.lexists(path):
+        raise InputError(f"{path}: it exists already: give another name, --force to replace it, or --resume to go on")
 
 
 def check_writable(path: str, *, make_folder: bool = False) -> None:
