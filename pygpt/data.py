@@ -127,7 +127,8 @@ def write_tokens(path: "Path", tokens: "npt.ArrayLike | Iterator[npt.ArrayLike]"
             if count > MOST_TOKENS:
                 raise InputError(f"{os.fspath(path)}: more than {MOST_TOKENS} tokens: write several shards")
             check_ids(ids, 1 << 16, os.fspath(path))
-            file.write(ids.astype(TOKEN).data)
+            for start in range(0, len(ids), PIECE):  # they may be a view of a file larger than memory
+                file.write(ids[start : start + PIECE].astype(TOKEN).data)
         if not count:
             raise InputError(f"{os.fspath(path)}: there are no tokens to write: a shard holds 1 or more")
         file.seek(0)
@@ -249,18 +250,13 @@ class DataLoader:
         for name, value in identity.items():
             if state[name] != value:
                 raise InputError(f"the loader's state is for {name} = {state[name]!r}, this loader has {value!r}")
-        epoch, shard, batch = state["epoch"], state["shard"], state["batch"]
-        for name, value, most in (
-            ("epoch", epoch, 2**63),
-            ("shard", shard, len(self._counts) - 1),
-            ("batch", batch, self.batches),
-        ):
-            if not is_whole(value, 0, most):
-                raise InputError(f"the loader's state has {name} = {value!r}: it must be a whole number from 0 to {most}")
-        assert epoch is not None
-        assert shard is not None
-        assert batch is not None
-        self._move(epoch, shard, batch)
+        place = []
+        for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
+            number = state[name]
+            if number is None or not is_whole(number, 0, most):
+                raise InputError(f"the loader's state has {name} = {number!r}: it must be a whole number from 0 to {most}")
+            place.append(number)
+        self._move(*place)
 
     def _identity(self) -> dict[str, int | None]:
         """What a position means something for."""

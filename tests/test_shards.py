@@ -108,11 +108,11 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
     shards.main(["in.txt", "-o", "first"])  # what is loaded once
     tracemalloc.start()
     try:
-        assert shards.main(["long.txt", "-o", "long", "--val-fraction", "0.1", "--shard-size", "50000"]) == 0
+        assert shards.main(["long.txt", "-o", "long", "--val-fraction", "0.1"]) == 0
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < Path("long.txt").stat().st_size / 2
+    assert peak < Path("long.txt").stat().st_size / 4  # less than the tokens take
     assert sum(path.stat().st_size - 1024 for path in folder.glob("long_*.bin")) == 2 * (
         1 + 50_000 * len(by_hand(line, "none"))
     )

@@ -7,9 +7,9 @@
     python tools/eval.py next "The capital of France is" -k 5
     python tools/eval.py next "To be, or not to" -o json
 
-Perplexity slides a window of `--window` tokens (default maxT) over the tokens by `--stride` (default half of it): a window
+Perplexity slides a window of `--window` tokens (default maxT) over the tokens by `--stride` (default half of it); a window
 scores the tokens that the one before did not reach, so that each token but the first is scored once, and those of later
-windows with window - stride tokens of context or more. --window T+1 --stride T is what training calls the validation loss.
+windows with window - stride tokens of context or more. --window T+1 --stride T is the loss of blocks of T, as a trainer validates.
 HellaSwag counts an example as right when its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
 
 JSON (-o json), one object: task, model, threads, seconds, tokens_per_s (of the rows that ran), and
@@ -180,10 +180,10 @@ def score(model: GPT2, cache: KVCache, tokens: Sequence[int], targets: Sequence[
 def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """The result, the rows that ran, and the result in words."""
     most = model.config.maxT + 1  # a window's last token is only predicted
-    window = min(options.window or model.config.maxT, most)
-    if options.window is not None and not 2 <= options.window <= most:
-        raise InputError(f"--window is {options.window}: it must be from 2 to maxT + 1 = {most}")
-    stride = max(1, window // 2) if options.stride is None else options.stride
+    window = max(2, model.config.maxT) if options.window is None else options.window
+    if not 2 <= window <= most:
+        raise InputError(f"--window is {window}: it must be from 2 to maxT + 1 = {most}")
+    stride = window // 2 if options.stride is None else options.stride
     if not 1 <= stride < window:
         raise InputError(f"--stride is {stride}: it must be from 1 to {window - 1}, one less than the window")
     tokens = tokens_in(options.subject, model)[: options.limit]

@@ -59,11 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
-    description = (__doc__ or "").replace("\n\n    python", "\n\nexamples:\n    python", 1)
     parser = Parser(
         prog="shards.py",
         usage="python tools/shards.py TEXT... -o DIR_OR_PREFIX [options]\n       python tools/shards.py --show FILE [-n N]",
-        description=description,
+        description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
