@@ -9,8 +9,12 @@ cdef extern from "micro.h" nogil:
         const char* isa
         int fused
         void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
-                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int, const void*, ptrdiff_t) noexcept nogil
-        void (*widen)(float*, const void*, ptrdiff_t) noexcept nogil
+                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+        void (*pack_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*product)(float*, ptrdiff_t, const float*, ptrdiff_t,
+                        const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*, const void*, ptrdiff_t) noexcept nogil
+        void (*outer)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
+                      ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*) noexcept nogil
         void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
         void (*add_bias)(float*, const void*, ptrdiff_t, int) noexcept nogil
@@ -20,7 +24,8 @@ cdef extern from "micro.h" nogil:
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
         void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil
-        int narrow, outputs
+        int narrow, panel
+        ptrdiff_t outer_room
         float (*probe_read)(const float*, ptrdiff_t, int) noexcept nogil
         float (*probe_fma)(ptrdiff_t) noexcept nogil
         double probe_flop
@@ -136,6 +141,6 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     float* logits             # (W, V)
     float* scratch            # (nth, scratch_size) for the attention
     Py_ssize_t scratch_size
-    float* wide               # (nth, wide_size) a block of bfloat16 weights as float32, or NULL
-    Py_ssize_t wide_size
+    float* room               # (nth, room_size) a packed block of weights and, from packed_at on, all packed rows; or NULL
+    Py_ssize_t room_size, packed_at
     Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16

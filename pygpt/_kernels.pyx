@@ -71,7 +71,7 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 cdef enum:
     SPAN_ROWS = 20        # rows of one attention tile
     FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
-    BLOCK_BYTES = 1 << 18  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
+    BLOCK_BYTES = 5 << 17  # of weights packed at a time: they stay in the second-level cache while rows stream by
 
 cdef enum Epilogue:
     NOTHING
@@ -121,8 +121,13 @@ cdef void layernorm(
 
 
 cdef inline Py_ssize_t block_outputs(Py_ssize_t K) noexcept nogil:
-    """How many outputs of K weights make a block: BLOCK_BYTES of float32, in whole tiles, 8 tiles at least."""
-    return max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
+    """How many outputs of K weights make a block: BLOCK_BYTES in whole panels, one at least."""
+    return max(<Py_ssize_t> BLOCK_BYTES // (4 * K * micro.panel), 1) * micro.panel
+
+
+cdef inline Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
+    """n rounded up to a multiple of 16."""
+    return (n + 15) // 16 * 16
 
 
 cdef void matmul(
@@ -133,25 +138,23 @@ cdef void matmul(
     const char* bias,                   # IN  (N,)
     Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, Epilogue epilogue, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
-    """out = inp weight^T, then the epilogue. Outputs are split over the workers, and each share is cut into blocks whose
-    weights stay in cache while all rows pass (bfloat16 is widened then, once for all rows); the epilogue follows while the
-    block's outputs are still near."""
+    """out = inp weight^T, then the epilogue. Outputs are split over the workers; where rows are many, each share is cut into
+    blocks whose packed weights stay in cache while all rows pass. The epilogue follows while a block's outputs are near."""
     cdef Py_ssize_t n, start, stop, step, width, after, r, size = 2 if net.bf16 else 4
-    cdef const char* w
-    cdef int bf16
+    cdef float* room = s.room + ith * s.room_size
     shard(N, ith, nth, &start, &stop)
     step = stop - start if rows <= micro.narrow else block_outputs(K)
-    if net.bf16 and rows > micro.narrow:
-        step = min(step, s.wide_size // K)
+    if rows > micro.narrow:
+        micro.pack_rows(room + s.packed_at, inp, ldi, rows, K)
     n = start
     while n < stop:
         width = min(step, stop - n)
-        after = min(step, stop - n - width)                     # outputs of the next block
-        w, bf16 = weight + n * K * size, net.bf16
-        if bf16 and rows > micro.narrow:
-            micro.widen(s.wide + ith * s.wide_size, w, width * K)
-            w, bf16 = <const char*> (s.wide + ith * s.wide_size), 0
-        micro.gemm(out + n, ldo, inp, ldi, rows, w, K, width, K, bf16, weight + (n + width) * K * size, after * K * size)
+        if rows <= micro.narrow:
+            micro.gemm(out + n, ldo, inp, ldi, rows, weight + n * K * size, K, width, K, net.bf16)
+        else:
+            after = min(step, stop - n - width)                     # outputs of the next block
+            micro.product(out + n, ldo, room + s.packed_at, rows, weight + n * K * size, K, width, K, net.bf16, room,
+                          weight + (n + width) * K * size, after * K * size)
         for r in range(rows):
             if epilogue == BIAS:
                 micro.add_bias(out + r * ldo + n, bias + n * size, width, net.bf16)
@@ -196,7 +199,7 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
     for i in range(rows):
         memcpy(q + i * HSp, s.qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
-    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0, NULL, 0)
+    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0)
     for i in range(rows):
         total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS))
     micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
@@ -519,7 +522,7 @@ cdef class Step:
     cdef uint32_t spins
     cdef Floats workspace
     cdef Floats scratch
-    cdef Floats wide
+    cdef Floats packed
     cdef Py_ssize_t room            # rows that the arrays have room for
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step
@@ -598,10 +601,11 @@ cdef class Step:
         if R <= self.room:
             return
         self.room = 0
-        if self.weights.net.bf16 and R > micro.narrow and self.wide is None:
-            s.wide_size = max(block_outputs(C) * C, block_outputs(4 * C) * 4 * C)
-            self.wide = Floats(self.nth, s.wide_size)
-            s.wide = self.wide.data
+        if R > micro.narrow:
+            s.packed_at = max(block_outputs(C) * padded(C), block_outputs(4 * C) * padded(4 * C))
+            s.room_size = s.packed_at + padded(R) * padded(4 * C)
+            self.packed = Floats(self.nth, s.room_size)
+            s.room = self.packed.data
         s.fch_row = 4 * C + 16
         workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C)
         free(s.rows)

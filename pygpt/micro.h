@@ -18,14 +18,22 @@ typedef struct {
     const char *isa; /* "baseline", "avx2", ... */
     int fused;       /* whether multiply-add rounds once */
 
-    /* out[r * ldo + n] = dot(inp + r * ldi, w + n * ldw, K) for r < rows, n < N. Several rows share register tiles of
-     * weights; for one row the weights stream from memory once, in a few far-apart streams. `next` is what the caller will
-     * need afterwards: its bytes are prefetched meanwhile. */
+    /* out[r * ldo + n] = dot(inp + r * ldi, w + n * ldw, K) for r < rows, n < N: for a few rows. The weights stream from memory
+     * once, from a few far-apart places. */
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
-                 ptrdiff_t N, ptrdiff_t K, int bf16, const void *next, ptrdiff_t next_bytes);
+                 ptrdiff_t N, ptrdiff_t K, int bf16);
 
-    /* out[i] = w[i] for i < count bfloat16 values: worth it where many rows meet the same weights. */
-    void (*widen)(float *out, const void *w, ptrdiff_t count);
+    /* The same, bit for bit, for many rows: they are packed once, (rows rounded up to 16) x (K rounded up to 16) values, and then
+     * serve any number of products. A product packs its weights into `room`, (N rounded up to panels) x (K rounded up to 16)
+     * values, and reads ahead what the next one will want: both should fit the second-level cache. */
+    void (*pack_rows)(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K);
+    void (*product)(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
+                    ptrdiff_t N, ptrdiff_t K, int bf16, float *room, const void *next, ptrdiff_t next_bytes);
+
+    /* out[m * ldo + n] = (add_to ? out[m * ldo + n] : 0) + sum over k < K, ascending, by FMA, of a[m * a_row + k * a_step] *
+     * b[k * ldb + n], for m < M, n < N. `room`: outer_room values. */
+    void (*outer)(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t ldb,
+                  ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add_to, float *room);
 
     /* out[i] = wte[i] + wpe[i] for i < C. */
     void (*encode)(float *out, const void *wte, const void *wpe, ptrdiff_t C, int bf16);
@@ -51,8 +59,9 @@ typedef struct {
     /* e[i] = exp(logits[i] - max) for the samplers: the same bits in every set, the baseline included. */
     void (*exps)(float *e, const float *logits, float max, ptrdiff_t V);
 
-    int narrow;  /* up to so many rows, gemm streams the weights: better all of them in one call than in blocks */
-    int outputs; /* gemm's tiles are so many outputs wide: shares and blocks of a multiple have no ragged edge */
+    int narrow;           /* up to so many rows gemm is the faster one, beyond them product */
+    int panel;            /* outputs of a panel: blocks of a multiple have no ragged edge */
+    ptrdiff_t outer_room; /* values */
 
     /* The machine's limits: read `count` floats in 1, 2, 4 or 8 streams; multiply and add, probe_flop operations each time. */
     float (*probe_read)(const float *p, ptrdiff_t count, int streams);

@@ -13,6 +13,8 @@
 #define FUSED 1
 #define MR 3
 #define NR 2
+#define TILE_ROWS 4
+#define TILE_VECS 1
 #define STREAMS 4
 #define MIX_ROWS 3
 #define MIX_VECS 2

@@ -13,6 +13,8 @@
 #define FUSED 1
 #define MR 5
 #define NR 5
+#define TILE_ROWS 8
+#define TILE_VECS 3
 #define STREAMS 4
 #define MIX_ROWS 4
 #define MIX_VECS 4

@@ -6,6 +6,8 @@
 #define FUSED 0
 #define MR 1
 #define NR 2
+#define TILE_ROWS 2
+#define TILE_VECS 1
 #define STREAMS 2
 #define MIX_ROWS 1
 #define MIX_VECS 2

@@ -8,6 +8,8 @@
 #define FUSED 1
 #define MR 2
 #define NR 3
+#define TILE_ROWS 4
+#define TILE_VECS 1
 #define STREAMS 4
 #define MIX_ROWS 2
 #define MIX_VECS 2
