@@ -48,8 +48,9 @@ class Trainer:
     def __init__(
         self, engine: "TrainableGPT2 | SerialTrainableGPT2", loader: "DataLoader", options: TrainingOptions | None = None
     ) -> None:
-        if not engine.config.maxT >= loader.T:
-            raise InputError(f"T is {loader.T}: the model takes sequences of at most {engine.config.maxT} tokens")
+        longest = engine.config.maxT
+        if longest < loader.T:
+            raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens")
         self.engine, self.loader = engine, loader
         self.options = options or TrainingOptions()
         self.done = 0

@@ -172,7 +172,7 @@ def test_from_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     make("tiny.bin", L=1, NH=2, C=8, V=V, maxT=16)
     begin = [word for word in RUN if word not in ("--shape", SHAPE)]
     status, output, error = here(capsys, *begin, "--init", "tiny.bin", "--steps", "1")
-    assert (status, error) == (0, NOTHING_SAVED + "pygpt: 1 steps; nothing was saved\n")
+    assert (status, error) == (0, NOTHING_SAVED + "pygpt: 1 step; nothing was saved\n")
     with TrainableGPT2.load("tiny.bin") as engine:
         losses = engine.forward(*DataLoader("train.bin", 2, 8).next_batch())
     assert numbers(output)[0] == pytest.approx((0, float(losses.mean())), abs=1e-6)
@@ -260,7 +260,8 @@ def test_signals_finish_the_step_and_save(which: signal.Signals, status: int) ->
             if line.startswith("step 2: train"):
                 process.send_signal(which)
                 break
-        output, error = process.communicate(timeout=60)
+        output = "".join(lines_of(process))  # not communicate(), which would lose what has been read ahead
+        error = process.communicate(timeout=60)[1]
     done = numbers(output)[-1][0] + 1 if numbers(output) else 3
     assert error == (
         f"pygpt: stopped by {which.name} after {done} steps; saved; to go on: python tools/train.py --resume run.state\n"
@@ -299,7 +300,7 @@ def test_a_signal_in_the_first_validation(capsys: pytest.CaptureFixture[str], mo
     before = signal.getsignal(signal.SIGTERM)
     status, output, error = here(capsys, *LONG)
     assert (status, [line[:8] for line in output.splitlines()]) == (143, ["step 0: ", "step 0: "])
-    assert error == "pygpt: stopped by SIGTERM after 1 steps; saved; to go on: python tools/train.py --resume run.state\n"
+    assert error == "pygpt: stopped by SIGTERM after 1 step; saved; to go on: python tools/train.py --resume run.state\n"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

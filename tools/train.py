@@ -310,9 +310,10 @@ class Run(NamedTuple):
                 saved = self.save(saved)
         except PyGPTError:
             if output is not None and saved:
-                say(f"{output.state} has the run after {saved} steps, saved before this:")
+                say(f"{output.state} has the run after {counted(saved)}, saved before this:")
             raise
-        ended = f"{trainer.done} steps" if stop.signal is None else f"stopped by {stop.signal.name} after {trainer.done} steps"
+        made = counted(trainer.done)
+        ended = made if stop.signal is None else f"stopped by {stop.signal.name} after {made}"
         if output is None or not saved:
             say(f"{ended}; nothing was saved")
         elif stop.signal is None:
@@ -344,6 +345,11 @@ class Run(NamedTuple):
         except OSError as error:
             raise PyGPTError(f"{self.output.model}: cannot write the model file: {error.strerror or error}") from error
         return self.trainer.done
+
+
+def counted(steps: int) -> str:
+    """A number of steps in words."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 if __name__ == "__main__":
