@@ -124,6 +124,15 @@ def test_the_validation_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["loss"] == pytest.approx(np.mean(blocks), abs=TOLERANCE)
 
 
+def test_a_perplexity_beyond_floats(capsys: pytest.CaptureFixture[str]) -> None:
+    make("sure.bin", peak=1e5, **SHAPE)  # sure of itself, and wrong
+    result = result_of(capsys, "perplexity", "tokens.bin", "-m", "sure.bin")
+    assert result["loss"] > 709
+    assert result["perplexity"] is None
+    assert evaluate.main(["perplexity", "tokens.bin", "-m", "sure.bin"]) == 0
+    assert capsys.readouterr().out.startswith("perplexity infinite, loss ")
+
+
 @pytest.mark.parametrize("subject", ["text.txt", "-"])
 def test_perplexity_of_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, subject: str) -> None:
     text = "To be, or not to be:\n\nthat is the question."

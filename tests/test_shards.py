@@ -247,6 +247,6 @@ def test_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert screen.getvalue() == ""  # no terminal
     monkeypatch.setattr(screen, "isatty", lambda: True)
     with progress.Progress("tokens", 200, 50) as bar:
-        bar.update(70, "so far")
+        bar.update(70, ", so far")
         bar.line("a line")
     assert re.search(r" 50/200 .* 70/200 .*tokens/s, so far", screen.getvalue().replace("\r", " "))

@@ -9,11 +9,11 @@
 
 Perplexity slides a window of `--window` tokens (default maxT) over the tokens by `--stride` (default half of it); a window
 scores the tokens that the one before did not reach, so that each token but the first is scored once, and those of later
-windows with window - stride tokens of context or more. --window T+1 --stride T is the loss of blocks of T, as a trainer validates.
+windows with window - stride tokens of context or more. --window T+1 --stride T scores blocks of T, as a trainer does.
 HellaSwag counts an example as right when its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
 
 JSON (-o json), one object: task, model, threads, seconds, tokens_per_s (of the rows that ran), and
-    perplexity    file, tokens, scored, window, stride, loss (nats a token), perplexity
+    perplexity    file, tokens, scored, window, stride, loss (nats a token), perplexity (null above 1e307)
     hellaswag     file, examples, right, right_norm, acc, acc_norm
     next          prompt [ids], next [id, text (null for a part of a character), bytes (hex), probability, logprob (nats)]
 
@@ -58,6 +58,7 @@ from pygpt.cli import HelpFormatter, Parser, status_of  # noqa: E402
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
+LARGEST_LOSS = 709  # nats: e to a higher power is no float
 BAR = 30  # columns
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
@@ -156,8 +157,14 @@ def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses
     for start in range(0, len(targets), FLOAT64_ROWS):
         rows = logits[start : start + FLOAT64_ROWS].astype(np.float64)  # [16, V]
         chosen = rows[np.arange(len(rows)), targets[start : start + FLOAT64_ROWS]]  # [16]
-        top = rows.max(axis=1)  # [16]
-        out[start : start + FLOAT64_ROWS] = top + np.log(np.exp(rows - top[:, None]).sum(axis=1)) - chosen  # [16]
+        out[start : start + FLOAT64_ROWS] = log_sums(rows) - chosen  # [16]
+    return out
+
+
+def log_sums(rows: Losses) -> Losses:
+    """What turns logits into log-probabilities once it is subtracted: [rows, V] -> [rows]."""
+    top = rows.max(axis=1)  # [rows]
+    out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
         raise NumericalError("the network's logits are not finite: the model file's weights are damaged or out of range")
     return out
@@ -189,28 +196,27 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
     tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
         raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, for the first one has no context")
-    rows = 0
-    total: list[float] = []
+    rows = scored = 0
+    sums: list[float] = []  # of the losses, by window
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
-            total += score(model, model.new_cache(len(ids) - 1), ids[:-1], ids[first - begin :]).tolist()
-            rows += len(ids) - 1
-            progress.update(len(total), f"perplexity {math.exp(math.fsum(total) / len(total)):.3f}")
-    loss = math.fsum(total) / len(total)
+            sums.append(math.fsum(score(model, model.new_cache(len(ids) - 1), ids[:-1], ids[first - begin :])))
+            rows, scored = rows + len(ids) - 1, scored + end - first
+            progress.update(scored, f", loss {sum(sums) / scored:.4f}")
+    loss = math.fsum(sums) / scored
+    power = math.exp(loss) if loss < LARGEST_LOSS else None
     result = {
         "file": options.subject,
         "tokens": len(tokens),
-        "scored": len(total),
+        "scored": scored,
         "window": window,
         "stride": stride,
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": power,
     }
-    text = (
-        f"perplexity {math.exp(loss):.4f}, loss {loss:.6f} nats a token, {len(total)} tokens, window {window}, stride {stride}"
-    )
-    return result, rows, text
+    shown = "infinite" if power is None else f"{power:.4f}"
+    return result, rows, f"perplexity {shown}, loss {loss:.6f} nats a token, {scored} tokens, window {window}, stride {stride}"
 
 
 def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -255,7 +261,7 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
             right += int(np.argmin([loss.sum() for loss in losses])) == example.label
             right_norm += int(np.argmin([loss.mean() for loss in losses])) == example.label
             rows += len(example.context) + sum(len(ending) - 1 for ending in example.endings)
-            progress.update(done, f"acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
+            progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
     result = {
         "file": options.subject,
         "examples": done,
@@ -292,11 +298,11 @@ def following(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
     prompt = tokenizer.encode(options.subject)
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
-    logits = model.prefill(model.new_cache(), prompt)[None]  # [1, V]
-    best = np.argsort(-logits[0], kind="stable")[: options.top].tolist()  # the lowest id of equals first
+    logits = model.prefill(model.new_cache(), prompt).astype(np.float64)  # [V]
+    logprobs = logits - log_sums(logits[None])  # [V]
     choices = []
-    for token in best:
-        logprob = -float(losses_of(logits, [token])[0])
+    for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # the lowest id of equals first
+        logprob = float(logprobs[token])
         content = tokenizer.decode_bytes([token])
         choices.append(
             {
@@ -323,11 +329,12 @@ def table(choices: list[Result]) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     names = [repr(bytes.fromhex(choice["bytes"])) if choice["text"] is None else repr(choice["text"]) for choice in choices]
     names = [name.encode(encoding, "backslashreplace").decode(encoding) for name in names]
+    width = max(map(len, names))
     block = "█" if "█".encode(encoding, "ignore") else "#"
-    lines = [f"{'id':>6}  {'token':<{max(map(len, names))}}  {'%':>7}"]
+    lines = [f"{'id':>6}  {'token':<{width}}  {'%':>7}"]
     for choice, name in zip(choices, names, strict=True):
         bar = block * round(BAR * choice["probability"] / choices[0]["probability"])
-        lines.append(f"{choice['id']:>6}  {name:<{max(map(len, names))}}  {100 * choice['probability']:7.3f}  {bar}".rstrip())
+        lines.append(f"{choice['id']:>6}  {name:<{width}}  {100 * choice['probability']:7.3f}  {bar}".rstrip())
     return "\n".join(lines)
 
 

@@ -21,9 +21,9 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit=f" {what}", leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def update(self, done: int, note: str = "") -> None:
-        """Show it, ten times a second at most."""
+        """Show it, ten times a second at most, and what else there is to note: ", loss 4.1"."""
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(note.removeprefix(", "), refresh=False)
             self._bar.update(done - self._bar.n)
 
     def line(self, text: str) -> None:

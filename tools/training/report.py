@@ -26,7 +26,7 @@ class Report:
     def step(self, record: Record) -> None:
         """A step was made."""
         self._progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
-        self._progress.update(record.step + 1, f"loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
+        self._progress.update(record.step + 1, f", loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
         self._note(record._asdict())
 
     def validated(self, step: int, loss: float) -> None:
