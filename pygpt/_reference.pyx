@@ -539,6 +539,7 @@ cdef class Activations:
         cdef Py_ssize_t C = config.C, V = config.V, N = B * T, layers = config.L if keep else 1
         self.shape = Shape(B, T, C, config.L, config.NH, V)
         self.keep = keep
+        # in the order of Acts
         of_layers = (N * C, N, N, N * 3 * C, N * C, N * config.NH * T, N * C, N * C, N, N, N * 4 * C, N * 4 * C, N * C)
         self.memory = point(
             <float**> &self.acts, (N * C, *(layers * size for size in of_layers), N * C, N * C, N * C, N, N)

@@ -13,7 +13,7 @@ from numbers import Real
 from typing import NamedTuple
 
 from .checkpoint import Checkpoint, find_model, write_checkpoint
-from .config import Config
+from .config import TENSORS, Config
 from .errors import InputError, is_whole
 
 TYPE_CHECKING = False
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction set
 STD = 0.02  # of GPT-2's initial weights
-MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
-RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L times in all
+MATRICES = tuple(name for name, dims in TENSORS if len([dim for dim in dims if dim != "L"]) == 2)  # the others are vectors
 GAINS = ("ln1w", "ln2w", "lnfw")
+RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L times in all
 PIECE = 1 << 16  # random numbers made at a time: they stay in the cache
 LARGEST_SEED = 2**64 - 1
 
@@ -219,7 +219,7 @@ class Parameters:
 def check_number(name: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless a value is a real number from low to high."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}: it must be a number from {low:.7g} to {high:.7g}")
+        raise InputError(f"{name} is {value!r}: it must be a number from {low:.9g} to {high:.9g}")
 
 
 def aligned_zeros(size: int) -> "npt.NDArray[np.float32]":

@@ -131,7 +131,7 @@ def test_oracle_against_finite_differences(network: tuple[Config, dict[str, Arra
                 return float(oracle_training.losses(moved, config, inputs, targets).mean())
 
             expected = float((grads[name] * step).sum())
-            assert slope(loss, 1e-3 / rstd) == pytest.approx(expected, rel=1e-7, abs=1e-8 * rstd), name
+            assert slope(loss, 3e-4 / rstd) == pytest.approx(expected, rel=1e-7, abs=1e-8 * rstd), name
 
 
 def steepness(weights: Mapping[str, Array], config: Config, inputs: Ids) -> float:
@@ -168,8 +168,9 @@ def test_oracle_adamw_by_hand() -> None:
 # How far float32 may be off depends on the numbers: LayerNorm over two nearly equal channels magnifies any rounding a hundred
 # times. So the tolerance is measured: how far the exact result moves when every array that a kernel reads moves by half a unit
 # of its last place, each array of each call by itself, as if it had been rounded once. Sums of float32 round at each term as
-# well, so that the error is of the same size times a few.
-SAFETY = 40
+# well, so that the error is of the same size: in random networks the ratio is 0.4 in the median and 2.3 at most. What is
+# allowed, about 1e-5 of a tensor's greatest gradient, is far below what a wrong formula or a lost term makes.
+SAFETY = 10
 NOISY = {
     oracle: ("encoder", "layernorm", "matmul", "attention", "gelu", "residual", "softmax"),
     oracle_training: (
@@ -646,9 +647,10 @@ def test_spans_cover_every_parameter_once() -> None:
     spans = model.check_update(lr=1, step=1, weight_decay=0.1, decay_matrices_only=True).spans
     assert [start for start, _, _ in spans[1:]] == [stop for _, stop, _ in spans[:-1]]
     assert (spans[0][0], spans[-1][1]) == (0, model.parameters.size)
+    assert MATRICES == ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
     for name, _, offset, size in SMALL.tensors(padded=True):
         (decay,) = [decay for start, stop, decay in spans if start <= offset and offset + size <= stop]
-        assert decay == (0.1 if name in ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw") else 0), name
+        assert decay == (0.1 if name in MATRICES else 0), name
 
 
 def test_adamw_numbers() -> None:
@@ -791,9 +793,8 @@ def test_bad_batches(engine: Engine, ids: Any, message: str) -> None:
         for run in (model.forward, model.evaluate):
             with pytest.raises(InputError, match=re.escape(message)):
                 run(ids, [[0]])
-            if isinstance(ids, np.ndarray | list) and np.ndim([0]) and "inputs" in message:
-                with pytest.raises(InputError, match=re.escape(message.replace("inputs", "targets"))):
-                    run([[0]], ids)
+            with pytest.raises(InputError, match=re.escape(message.replace("inputs", "targets"))):
+                run([[0]], ids)
         with pytest.raises(InputError, match=r"targets has shape \(2, 1\), inputs \(1, 2\): each input needs one target"):
             model.forward([[0, 1]], [[0], [1]])
 
@@ -811,15 +812,15 @@ def test_any_integers_are_token_ids(engine: Engine, dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "limits"),
     [
-        ("lr", -1e-9, "a number from 0 to 1e+06"),
-        ("lr", math.nan, "a number from 0 to 1e+06"),
-        ("lr", math.inf, "a number from 0 to 1e+06"),
-        ("lr", "1", "a number from 0 to 1e+06"),
-        ("lr", True, "a number from 0 to 1e+06"),
-        ("beta1", 1.0, "a number from 0 to 1"),
-        ("beta2", -0.1, "a number from 0 to 1"),
-        ("eps", 0.0, "a number from 1e-30 to 1e+06"),
-        ("weight_decay", -0.1, "a number from 0 to 1e+06"),
+        ("lr", -1e-9, "a number from 0 to 1000000"),
+        ("lr", math.nan, "a number from 0 to 1000000"),
+        ("lr", math.inf, "a number from 0 to 1000000"),
+        ("lr", "1", "a number from 0 to 1000000"),
+        ("lr", True, "a number from 0 to 1000000"),
+        ("beta1", 1.0, "a number from 0 to 0.9999999"),
+        ("beta2", -0.1, "a number from 0 to 0.9999999"),
+        ("eps", 0.0, "a number from 1e-30 to 1000000"),
+        ("weight_decay", -0.1, "a number from 0 to 1000000"),
         ("gradient_scale", math.inf, "a number from 0 to 1e+30"),
         ("step", 0, "a whole number from 1"),
         ("step", 1.0, "a whole number from 1"),
@@ -863,7 +864,7 @@ def test_a_closed_model_refuses(engine: Engine, tmp_path: Path) -> None:
         lambda: model.update(lr=0.1, step=1),
         model.model,
     ):
-        with pytest.raises(ClosedError, match="the model is closed"):
+        with pytest.raises(ClosedError, match="is closed"):
             run()
 
 
