@@ -11,6 +11,7 @@
 #define W 8
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
 #define FUSED 1
+#define SQRT(a) ((vec)_mm256_sqrt_ps(a))
 #define MR 3
 #define NR 2
 #define TILE_ROWS 4

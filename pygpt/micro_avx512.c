@@ -11,6 +11,7 @@
 #define W 16
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
 #define FUSED 1
+#define SQRT(a) ((vec)_mm512_sqrt_ps(a))
 #define MR 5
 #define NR 5
 #define TILE_ROWS 8

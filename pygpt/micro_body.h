@@ -1,6 +1,6 @@
 /* The microkernels' one source. The including file sets, before it includes this:
  *   ISA        the set's name          W           floats in one register (16, 8 or 4)
- *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once
+ *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
@@ -536,7 +536,7 @@ static void encode(float *out, const void *wte, const void *wpe, ptrdiff_t C, in
 #undef BODY
 }
 
-static void layernorm(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16) {
+static void layernorm(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16, float *stats) {
     lanes acc = splat(0.0f);
 #define BODY(i, n) acc = add(acc, GET(inp, i, n, 0.0f))
     FOR_LANES(C, BODY);
@@ -551,6 +551,7 @@ static void layernorm(float *out, const float *inp, const void *weight, const vo
     FOR_LANES(C, BODY);
 #undef BODY
     const float rstd = 1.0f / sqrtf(fold(acc) / (float)C + 1e-5f);
+    if (stats) stats[0] = mean, stats[1] = rstd;
 #define BODY(i, n)                                                                              \
     PUT(out, i, n, fma16(mul(sub(GET(inp, i, n, 0.0f), splat(mean)), splat(rstd)),              \
                          GET_WEIGHTS(weight, i, n, bf16), GET_WEIGHTS(bias, i, n, bf16)))
@@ -564,14 +565,19 @@ static void add_bias(float *out, const void *bias, ptrdiff_t N, int bf16) {
 #undef BODY
 }
 
-static void add_bias_gelu(float *out, const void *bias, ptrdiff_t N, int bf16) {
-#define BODY(i, n) PUT(out, i, n, gelu16(add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
+static void add_bias_gelu(float *gelu, float *out, const void *bias, ptrdiff_t N, int bf16) {
+#define BODY(i, n)                                                                      \
+    do {                                                                                \
+        lanes sum = add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16));           \
+        if (gelu != out) PUT(out, i, n, sum);                                           \
+        PUT(gelu, i, n, gelu16(sum));                                                   \
+    } while (0)
     FOR_LANES(N, BODY);
 #undef BODY
 }
 
-static void add_bias_residual(float *x, const float *out, const void *bias, ptrdiff_t N, int bf16) {
-#define BODY(i, n) PUT(x, i, n, add(GET(x, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
+static void add_bias_residual(float *after, const float *before, const float *out, const void *bias, ptrdiff_t N, int bf16) {
+#define BODY(i, n) PUT(after, i, n, add(GET(before, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
     FOR_LANES(N, BODY);
 #undef BODY
 }
@@ -584,7 +590,7 @@ static void store_scaled(float *out, const float *acc, float factor, ptrdiff_t N
 #undef BODY
 }
 
-static float softmax(float *s, ptrdiff_t T, float scale) {
+static float softmax(float *s, ptrdiff_t T, float scale, float *max_of) {
     const ptrdiff_t Tp = (T + LANES - 1) / LANES * LANES;
     for (ptrdiff_t t = T; t < Tp; t++) s[t] = -INFINITY;
     lanes highest = splat(-INFINITY);
@@ -594,6 +600,7 @@ static float softmax(float *s, ptrdiff_t T, float scale) {
         highest = max16(scaled, highest);
     }
     const float max = fold_max(highest);
+    if (max_of) *max_of = max;
     lanes acc = splat(0.0f);
     for (ptrdiff_t t = 0; t < Tp; t += LANES) {
         lanes e = exp16(sub(load(s + t), splat(max)));
@@ -711,10 +718,15 @@ static float probe_fma(ptrdiff_t times) {
     return total;
 }
 
+#include "micro_training.h"
+
 static const microkernels table = {
     .isa = ISA, .fused = FUSED, .gemm = gemm, .pack_rows = pack_rows, .product = product, .outer = outer, .encode = encode, .layernorm = layernorm,
     .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
     .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,
+    .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,
+    .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw, .square_sum = square_sum,
     .narrow = NARROW, .panel = PANEL,
     .outer_room = OUTER_STEPS * (OUTER_PANELS * PANEL + TILE_ROWS), .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
+    .probe_stream = probe_stream,
 };

@@ -172,6 +172,36 @@ class Parameters:
             raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it is no token id of this model, which are 0 to {limit}")
         return np.ascontiguousarray(array, np.int32)
 
+    def update(
+        self,
+        *,
+        lr: float,
+        step: int,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay_matrices_only: bool = False,
+        gradient_scale: float = 1.0,
+    ) -> None:
+        """Change the parameters by one step of AdamW; arguments and errors as check_update()."""
+        self._update(
+            self.check_update(
+                lr=lr,
+                step=step,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
+                decay_matrices_only=decay_matrices_only,
+                gradient_scale=gradient_scale,
+            )
+        )
+
+    def _update(self, numbers: AdamW) -> None:
+        """Apply a checked step: the engine's part."""
+        raise NotImplementedError
+
     def check_update(
         self,
         *,

@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint, find_model
 from .config import Config
 from .errors import ClosedError, InputError
 from .generate import Completer, Request, check_tokens
-from .parameters import Parameters, check_number
+from .parameters import AdamW, Parameters, check_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Logits
-    from .parameters import LiveWeights
+    from .parameters import AdamW, LiveWeights
 
 
 class SerialGPT2(Completer):
@@ -111,31 +111,8 @@ class SerialTrainableGPT2(Parameters):
         """The 2-norm of all gradients together, summed in float64 in ascending order."""
         return self._open().gradient_norm()
 
-    def update(
-        self,
-        *,
-        lr: float,
-        step: int,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decay_matrices_only: bool = False,
-        gradient_scale: float = 1.0,
-    ) -> None:
-        """Change the parameters by one step of AdamW; arguments and errors as check_update()."""
-        training = self._open()
-        numbers = self.check_update(
-            lr=lr,
-            step=step,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            decay_matrices_only=decay_matrices_only,
-            gradient_scale=gradient_scale,
-        )
-        training.update(self.first_moments, self.second_moments, numbers)
+    def _update(self, numbers: AdamW) -> None:
+        self._open().update(self.first_moments, self.second_moments, numbers)
 
     def model(self) -> SerialGPT2:
         """The model of the live weights, to complete sequences with."""

@@ -27,15 +27,15 @@ from hypothesis import strategies as st
 from make_checkpoint import make, parse
 from oracle import Array
 
-from pygpt import Checkpoint, CheckpointError, ClosedError, Config, InputError, SerialGPT2, SerialTrainableGPT2
+from pygpt import Checkpoint, CheckpointError, ClosedError, Config, InputError, SerialGPT2, SerialTrainableGPT2, TrainableGPT2
 from pygpt._reference import KERNELS
 from pygpt.parameters import MATRICES, AdamW, Parameters, aligned_zeros, normal
 
 Float32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
-ENGINES = [SerialTrainableGPT2]
-Engine = type[SerialTrainableGPT2]
+ENGINES = [SerialTrainableGPT2, TrainableGPT2]
+Engine = type[SerialTrainableGPT2] | type[TrainableGPT2]
 
 EPS = 2.0**-24  # half the distance of 1 to the next float32: the relative error of one operation
 CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "goldens_training.json").read_text())["cases"]
