@@ -206,7 +206,8 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             output = Output.named(options.out) if options.out else Output.beside(options.resume)
         prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
         train, validation = open_data(job, config.V)
-        engine = stack.enter_context(make_engine(config, init, job, options.threads))
+        engine = make_engine(config, init, job, options.threads)
+        stack.enter_context(engine)
         trainer = Trainer(engine, train, settings)
         if state is not None:
             trainer.restore(state)
