@@ -25,7 +25,7 @@ class DataError(InputError):
 
 
 class CheckpointError(PyGPTError, ValueError):
-    """A model file or training state is missing, truncated, oversized, damaged, or not of its format."""
+    """A model file or training state is missing, truncated, oversized, damaged, or not of a format that is read."""
 
 
 class ClosedError(PyGPTError, RuntimeError):
