@@ -97,7 +97,9 @@ cdef void cross_entropy_backward(const Net* net, State* s, const Back* b, Py_ssi
         row[s.targets[r]] -= b.dloss
 
 
-cdef inline void share(Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:
+cdef inline void share(
+    Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
+) noexcept nogil:
     """shard() of n items in whole units."""
     shard((n + unit - 1) // unit, ith, nth, start, stop)
     start[0] = min(start[0] * unit, n)
@@ -153,7 +155,9 @@ cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:
     return T * (2 * padded(T) + 4 * net.HSp)
 
 
-cdef void attend_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch) noexcept nogil:
+cdef void attend_backward(
+    const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch,
+) noexcept nogil:
     """One head of one sequence: dq, dk and dv from datty. The probabilities are computed again, as in the forward pass.
 
     With p = softmax(q k^T scale), out = p v:  dv = p^T dout,  dp = dout v^T,  ds = p (dp - dot(dout, out)) scale,
@@ -199,11 +203,14 @@ cdef void attend_backward(const Net* net, State* s, const Back* b, Py_ssize_t la
     while t0 < T:                                                       # earlier queries do not see these keys
         rows = min(<Py_ssize_t> SPAN_KEYS, T - t0)
         micro.outer(dqkv + C + t0 * 3 * C, 3 * C, ds + t0 * ldp + t0, 1, ldp, q + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
-        micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
+        micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0,
+                    room)
         t0 += rows
 
 
-cdef void attention_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+cdef void attention_backward(
+    const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
     """dqkv (R, 3C) from datty (R, C). Pairs of sequence and head are split."""
     cdef Py_ssize_t pair, start, stop
     shard(b.B * net.NH, ith, nth, &start, &stop)
@@ -227,7 +234,9 @@ cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t i
 # ------------------------------------------------------------------------------------------------ (b) the backward pass
 
 
-cdef void run_layer(const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+cdef void run_layer(
+    const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
     """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
     cdef Py_ssize_t R = s.R, C = net.C
     cdef const Gradients* d = &b.d
@@ -298,7 +307,9 @@ cdef void squares_of(const Flat* f, Py_ssize_t ith, Py_ssize_t nth) noexcept nog
         f.squares[i] = micro.square_sum(f.g + i * NORM_BLOCK, min(<Py_ssize_t> NORM_BLOCK, f.size - i * NORM_BLOCK))
 
 
-cdef void update(const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+cdef void update(
+    const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
     """One step of AdamW on this worker's share of all parameters. A span is (start, stop, decay)."""
     cdef Py_ssize_t i, start, stop, first, last
     share(f.size, 16, ith, nth, &start, &stop)
@@ -369,7 +380,9 @@ cdef class TrainStep(Step):
         self.back.maxT = config.maxT
         self.caches = []
 
-    def begin_forward(self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active) -> None:
+    def begin_forward(
+        self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active,
+    ) -> None:
         """Take a checked batch, (B, T) each, for the first `active` workers."""
         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
         self.ready = False
@@ -473,7 +486,7 @@ cdef class TrainStep(Step):
         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
 
     def begin_stream(self) -> None:
-        """Read and write what an update reads and writes, and compute next to nothing: a measurement, which spoils the arrays."""
+        """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
         self.task, self.active = STREAM, self.nth
 
     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
@@ -498,4 +511,5 @@ cdef class TrainStep(Step):
                 done(&me, UPDATE, 0)
             else:
                 share(self.flat.size, 16, me.ith, me.nth, &start, &stop)
-                micro.probe_stream(self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)
+                micro.probe_stream(
+                    self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)

@@ -29,7 +29,6 @@ from .errors import ClosedError, InputError
 # ------------------------------------------------------------------------------------------------ (a) instruction set
 
 
-
 def _available() -> dict:
     """Map each instruction set that this build and this processor have to its table, best first."""
     cdef const microkernels* found
@@ -362,6 +361,7 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
     itself, and the last."""
     cdef Py_ssize_t i
     cdef int phase, layer
+    cdef bint own
     trace_begin(me)
     for i in range(me.first, me.last):
         layer = <int> ((i - 1) // LAYER_PHASES)
@@ -371,7 +371,8 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
         elif layer == net.L:
             phase += LNF - LN1
         run_phase(net, s, phase, layer, me.ith, me.nth)
-        if phase == <int> (LOGITS if s.losses == NULL else LOSS) or (s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)):
+        own = s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)
+        if own or i == phases(net, s) - 1:
             done(me, phase, layer)
         elif meet(me, phase, layer):
             return 1

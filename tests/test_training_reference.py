@@ -35,6 +35,7 @@ Float32 = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 ENGINES = [SerialTrainableGPT2, TrainableGPT2]
+Trainee = SerialTrainableGPT2 | TrainableGPT2
 Engine = type[SerialTrainableGPT2] | type[TrainableGPT2]
 
 EPS = 2.0**-24  # half the distance of 1 to the next float32: the relative error of one operation
@@ -88,7 +89,7 @@ def lively(config: Config, rng: np.random.Generator) -> dict[str, Array]:
     return {name: array.astype(np.float32).astype(np.float64) for name, array in weights.items()}
 
 
-def filled(engine: Engine, config: Config, weights: Mapping[str, Array]) -> SerialTrainableGPT2:
+def filled(engine: Engine, config: Config, weights: Mapping[str, Array]) -> Trainee:
     """An engine with these weights."""
     model = engine(config, threads=2)
     for name, array in weights.items():
@@ -433,7 +434,7 @@ def test_every_kernel_is_tested() -> None:
 # The whole network
 
 
-def trained(model: SerialTrainableGPT2, inputs: Ids, targets: Ids) -> tuple[Float32, dict[str, Float32]]:
+def trained(model: Trainee, inputs: Ids, targets: Ids) -> tuple[Float32, dict[str, Float32]]:
     """The losses, and a copy of every gradient."""
     losses = model.forward(inputs, targets)
     model.backward()
