@@ -1784,7 +1784,7 @@ struct __pyx_t_5pygpt_8_kernels_Row;
 struct __pyx_t_5pygpt_8_kernels_Span;
 struct __pyx_t_5pygpt_8_kernels_State;
 
-/* "pygpt/_kernels.pxd":89
+/* "pygpt/_kernels.pxd":102
  * 
  * 
  * cdef struct Net:              # what is fixed: dimensions, and where each tensor begins in the mapped file             # <<<<<<<<<<<<<<
@@ -1817,7 +1817,7 @@ struct __pyx_t_5pygpt_8_kernels_Net {
   char const *lnfb;
 };
 
-/* "pygpt/_kernels.pxd":111
+/* "pygpt/_kernels.pxd":124
  * 
  * 
  * cdef struct Layer:            # where the tensors of one layer begin             # <<<<<<<<<<<<<<
@@ -1839,7 +1839,7 @@ struct __pyx_t_5pygpt_8_kernels_Layer {
   char const *fcprojb;
 };
 
-/* "pygpt/_kernels.pxd":126
+/* "pygpt/_kernels.pxd":139
  * 
  * 
  * cdef struct Row:              # one token of one sequence             # <<<<<<<<<<<<<<
@@ -1854,7 +1854,7 @@ struct __pyx_t_5pygpt_8_kernels_Row {
   float *values;
 };
 
-/* "pygpt/_kernels.pxd":134
+/* "pygpt/_kernels.pxd":147
  * 
  * 
  * cdef struct Span:             # neighbouring rows of one sequence: a tile of the attention             # <<<<<<<<<<<<<<
@@ -1867,7 +1867,7 @@ struct __pyx_t_5pygpt_8_kernels_Span {
   Py_ssize_t cost;
 };
 
-/* "pygpt/_kernels.pxd":139
+/* "pygpt/_kernels.pxd":152
  * 
  * 
  * cdef struct State:            # what moves: activations of R rows, named as llm.c names them             # <<<<<<<<<<<<<<
@@ -1933,7 +1933,7 @@ enum  {
   __pyx_e_5pygpt_9_backward_SPAN_KEYS = 64
 };
 
-/* "pygpt/_backward.pyx":314
+/* "pygpt/_backward.pyx":325
  * 
  * 
  * cdef enum Task:               # what a round of the workers is about             # <<<<<<<<<<<<<<
@@ -2012,7 +2012,7 @@ struct __pyx_t_5pygpt_9_backward_Flat {
   double *squares;
 };
 
-/* "pygpt/_kernels.pxd":178
+/* "pygpt/_kernels.pxd":191
  * 
  * 
  * cdef class Floats:             # <<<<<<<<<<<<<<
@@ -2027,7 +2027,7 @@ struct __pyx_obj_5pygpt_8_kernels_Floats {
 };
 
 
-/* "pygpt/_kernels.pxd":184
+/* "pygpt/_kernels.pxd":197
  * 
  * 
  * cdef class Weights:             # <<<<<<<<<<<<<<
@@ -2041,7 +2041,7 @@ struct __pyx_obj_5pygpt_8_kernels_Weights {
 };
 
 
-/* "pygpt/_kernels.pxd":189
+/* "pygpt/_kernels.pxd":202
  * 
  * 
  * cdef class KeysValues:             # <<<<<<<<<<<<<<
@@ -2059,7 +2059,7 @@ struct __pyx_obj_5pygpt_8_kernels_KeysValues {
 };
 
 
-/* "pygpt/_kernels.pxd":198
+/* "pygpt/_kernels.pxd":211
  * 
  * 
  * cdef class Trace:             # <<<<<<<<<<<<<<
@@ -2075,7 +2075,7 @@ struct __pyx_obj_5pygpt_8_kernels_Trace {
 };
 
 
-/* "pygpt/_kernels.pxd":205
+/* "pygpt/_kernels.pxd":218
  * 
  * 
  * cdef class Step:             # <<<<<<<<<<<<<<
@@ -2104,7 +2104,7 @@ struct __pyx_obj_5pygpt_8_kernels_Step {
 };
 
 
-/* "pygpt/_backward.pyx":322
+/* "pygpt/_backward.pyx":333
  * 
  * 
  * cdef class TrainStep(Step):             # <<<<<<<<<<<<<<
@@ -2210,7 +2210,7 @@ struct __pyx_memoryviewslice_obj {
 
 
 
-/* "pygpt/_kernels.pxd":198
+/* "pygpt/_kernels.pxd":211
  * 
  * 
  * cdef class Trace:             # <<<<<<<<<<<<<<
@@ -2224,7 +2224,7 @@ struct __pyx_vtabstruct_5pygpt_8_kernels_Trace {
 static struct __pyx_vtabstruct_5pygpt_8_kernels_Trace *__pyx_vtabptr_5pygpt_8_kernels_Trace;
 
 
-/* "pygpt/_kernels.pxd":205
+/* "pygpt/_kernels.pxd":218
  * 
  * 
  * cdef class Step:             # <<<<<<<<<<<<<<
@@ -2243,7 +2243,7 @@ struct __pyx_vtabstruct_5pygpt_8_kernels_Step {
 static struct __pyx_vtabstruct_5pygpt_8_kernels_Step *__pyx_vtabptr_5pygpt_8_kernels_Step;
 
 
-/* "pygpt/_backward.pyx":322
+/* "pygpt/_backward.pyx":333
  * 
  * 
  * cdef class TrainStep(Step):             # <<<<<<<<<<<<<<
@@ -4302,13 +4302,13 @@ static __pyx_mstatetype * const __pyx_mstate_global = &__pyx_mstate_global_stati
 #define __pyx_kp_b_Py_ssize_t_Py_ssize_t_int_struct __pyx_string_tab[198]
 #define __pyx_kp_b_microkernels_const_micro __pyx_string_tab[199]
 #define __pyx_kp_b_iso88591_Q __pyx_string_tab[200]
-#define __pyx_kp_b_iso88591_A_G4z_a __pyx_string_tab[201]
-#define __pyx_kp_b_iso88591_Q_A_E_as_4z_A_T_haq_t1A __pyx_string_tab[202]
-#define __pyx_kp_b_iso88591_a_G4z_Q __pyx_string_tab[203]
-#define __pyx_kp_b_iso88591_q_E_T_a_avWD_it6_Ba_HA_IT_q __pyx_string_tab[204]
-#define __pyx_kp_b_iso88591_q_4t1_AQ_IQ_HA_E_1_E_6_4vQ_Qd_K __pyx_string_tab[205]
-#define __pyx_kp_b_iso88591_LA_Q_G4y_IWD_a_axq_7_whgU_ddlls __pyx_string_tab[206]
-#define __pyx_kp_b_iso88591_B_B_C_axvV1A_IQ_4xt5_1_Qa_Cs_d __pyx_string_tab[207]
+#define __pyx_kp_b_iso88591_A_axvV1A_IQ_4xt5_1_Qa_Cs_d_t4uA __pyx_string_tab[201]
+#define __pyx_kp_b_iso88591_A_G4z_a __pyx_string_tab[202]
+#define __pyx_kp_b_iso88591_Q_A_E_as_4z_A_T_haq_t1A __pyx_string_tab[203]
+#define __pyx_kp_b_iso88591_a_G4z_Q __pyx_string_tab[204]
+#define __pyx_kp_b_iso88591_q_E_T_a_avWD_it6_Ba_HA_IT_q __pyx_string_tab[205]
+#define __pyx_kp_b_iso88591_q_4t1_AQ_IQ_HA_E_1_E_6_4vQ_Qd_K __pyx_string_tab[206]
+#define __pyx_kp_b_iso88591_LA_Q_G4y_IWD_a_axq_7_whgU_ddlls __pyx_string_tab[207]
 #define __pyx_int_0 __pyx_number_tab[0]
 #define __pyx_int_neg_1 __pyx_number_tab[1]
 #define __pyx_int_1 __pyx_number_tab[2]
@@ -18754,9 +18754,9 @@ static void __pyx_f_5pygpt_9_backward_cross_entropy_backward(struct __pyx_t_5pyg
 /* "pygpt/_backward.pyx":100
  * 
  * 
- * cdef inline void share(Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """shard() of n items in whole units."""
- *     shard((n + unit - 1) // unit, ith, nth, start, stop)
+ * cdef inline void share(             # <<<<<<<<<<<<<<
+ *     Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
+ * ) noexcept nogil:
 */
 
 static CYTHON_INLINE void __pyx_f_5pygpt_9_backward_share(Py_ssize_t __pyx_v_n, Py_ssize_t __pyx_v_unit, Py_ssize_t __pyx_v_ith, Py_ssize_t __pyx_v_nth, Py_ssize_t *__pyx_v_start, Py_ssize_t *__pyx_v_stop) {
@@ -18765,8 +18765,8 @@ static CYTHON_INLINE void __pyx_f_5pygpt_9_backward_share(Py_ssize_t __pyx_v_n, 
   Py_ssize_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "pygpt/_backward.pyx":102
- * cdef inline void share(Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:
+  /* "pygpt/_backward.pyx":104
+ * ) noexcept nogil:
  *     """shard() of n items in whole units."""
  *     shard((n + unit - 1) // unit, ith, nth, start, stop)             # <<<<<<<<<<<<<<
  *     start[0] = min(start[0] * unit, n)
@@ -18774,7 +18774,7 @@ static CYTHON_INLINE void __pyx_f_5pygpt_9_backward_share(Py_ssize_t __pyx_v_n, 
 */
   __pyx_f_5pygpt_8_kernels_shard((((__pyx_v_n + __pyx_v_unit) - 1) / __pyx_v_unit), __pyx_v_ith, __pyx_v_nth, __pyx_v_start, __pyx_v_stop);
 
-  /* "pygpt/_backward.pyx":103
+  /* "pygpt/_backward.pyx":105
  *     """shard() of n items in whole units."""
  *     shard((n + unit - 1) // unit, ith, nth, start, stop)
  *     start[0] = min(start[0] * unit, n)             # <<<<<<<<<<<<<<
@@ -18798,7 +18798,7 @@ static CYTHON_INLINE void __pyx_f_5pygpt_9_backward_share(Py_ssize_t __pyx_v_n, 
   (__pyx_v_start[0]) = __pyx_t_3;
 
 
-  /* "pygpt/_backward.pyx":104
+  /* "pygpt/_backward.pyx":106
  *     shard((n + unit - 1) // unit, ith, nth, start, stop)
  *     start[0] = min(start[0] * unit, n)
  *     stop[0] = min(stop[0] * unit, n)             # <<<<<<<<<<<<<<
@@ -18825,15 +18825,15 @@ static CYTHON_INLINE void __pyx_f_5pygpt_9_backward_share(Py_ssize_t __pyx_v_n, 
   /* "pygpt/_backward.pyx":100
  * 
  * 
- * cdef inline void share(Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """shard() of n items in whole units."""
- *     shard((n + unit - 1) // unit, ith, nth, start, stop)
+ * cdef inline void share(             # <<<<<<<<<<<<<<
+ *     Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
+ * ) noexcept nogil:
 */
 
   /* function exit code */
 }
 
-/* "pygpt/_backward.pyx":107
+/* "pygpt/_backward.pyx":109
  * 
  * 
  * cdef void matmul_backward(             # <<<<<<<<<<<<<<
@@ -18851,7 +18851,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
   Py_ssize_t __pyx_t_3;
   Py_ssize_t __pyx_t_4;
 
-  /* "pygpt/_backward.pyx":120
+  /* "pygpt/_backward.pyx":122
  *     """dinp = dout weight, split over its columns; dweight (+)= dout^T inp and dbias (+)= sum of dout's rows, over outputs."""
  *     cdef Py_ssize_t start, stop, r
  *     cdef float* scratch = b.scratch + ith * b.scratch_size             # <<<<<<<<<<<<<<
@@ -18860,7 +18860,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
   __pyx_v_scratch = (__pyx_v_b->scratch + (__pyx_v_ith * __pyx_v_b->scratch_size));
 
-  /* "pygpt/_backward.pyx":121
+  /* "pygpt/_backward.pyx":123
  *     cdef Py_ssize_t start, stop, r
  *     cdef float* scratch = b.scratch + ith * b.scratch_size
  *     share(K, micro.panel, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -18869,7 +18869,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
   __pyx_f_5pygpt_9_backward_share(__pyx_v_K, __pyx_v_5pygpt_8_kernels_micro->panel, __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":122
+  /* "pygpt/_backward.pyx":124
  *     cdef float* scratch = b.scratch + ith * b.scratch_size
  *     share(K, micro.panel, ith, nth, &start, &stop)
  *     micro.outer(dinp + start, ldi, dout, ldo, 1, weight + start, K, R, stop - start, N, 0, scratch)             # <<<<<<<<<<<<<<
@@ -18878,7 +18878,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
   __pyx_v_5pygpt_8_kernels_micro->outer((__pyx_v_dinp + __pyx_v_start), __pyx_v_ldi, __pyx_v_dout, __pyx_v_ldo, 1, (__pyx_v_weight + __pyx_v_start), __pyx_v_K, __pyx_v_R, (__pyx_v_stop - __pyx_v_start), __pyx_v_N, 0, __pyx_v_scratch);
 
-  /* "pygpt/_backward.pyx":123
+  /* "pygpt/_backward.pyx":125
  *     share(K, micro.panel, ith, nth, &start, &stop)
  *     micro.outer(dinp + start, ldi, dout, ldo, 1, weight + start, K, R, stop - start, N, 0, scratch)
  *     if gelu_of != NULL:             # <<<<<<<<<<<<<<
@@ -18890,7 +18890,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
   if (__pyx_t_1) {
 
 
-    /* "pygpt/_backward.pyx":124
+    /* "pygpt/_backward.pyx":126
  *     micro.outer(dinp + start, ldi, dout, ldo, 1, weight + start, K, R, stop - start, N, 0, scratch)
  *     if gelu_of != NULL:
  *         for r in range(R):             # <<<<<<<<<<<<<<
@@ -18904,7 +18904,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
     for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
       __pyx_v_r = __pyx_t_4;
 
-      /* "pygpt/_backward.pyx":125
+      /* "pygpt/_backward.pyx":127
  *     if gelu_of != NULL:
  *         for r in range(R):
  *             micro.gelu_backward(dinp + r * ldi + start, gelu_of + r * ldi + start, stop - start)             # <<<<<<<<<<<<<<
@@ -18915,7 +18915,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
     }
 
 
-    /* "pygpt/_backward.pyx":123
+    /* "pygpt/_backward.pyx":125
  *     share(K, micro.panel, ith, nth, &start, &stop)
  *     micro.outer(dinp + start, ldi, dout, ldo, 1, weight + start, K, R, stop - start, N, 0, scratch)
  *     if gelu_of != NULL:             # <<<<<<<<<<<<<<
@@ -18924,7 +18924,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
   }
 
-  /* "pygpt/_backward.pyx":126
+  /* "pygpt/_backward.pyx":128
  *         for r in range(R):
  *             micro.gelu_backward(dinp + r * ldi + start, gelu_of + r * ldi + start, stop - start)
  *     share(N, 16, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -18933,7 +18933,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
   __pyx_f_5pygpt_9_backward_share(__pyx_v_N, 16, __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":127
+  /* "pygpt/_backward.pyx":129
  *             micro.gelu_backward(dinp + r * ldi + start, gelu_of + r * ldi + start, stop - start)
  *     share(N, 16, ith, nth, &start, &stop)
  *     micro.outer(dweight + start * K, K, dout + start, 1, ldo, inp, lda, stop - start, K, R, b.add_to, scratch)             # <<<<<<<<<<<<<<
@@ -18942,7 +18942,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
   __pyx_v_5pygpt_8_kernels_micro->outer((__pyx_v_dweight + (__pyx_v_start * __pyx_v_K)), __pyx_v_K, (__pyx_v_dout + __pyx_v_start), 1, __pyx_v_ldo, __pyx_v_inp, __pyx_v_lda, (__pyx_v_stop - __pyx_v_start), __pyx_v_K, __pyx_v_R, __pyx_v_b->add_to, __pyx_v_scratch);
 
-  /* "pygpt/_backward.pyx":128
+  /* "pygpt/_backward.pyx":130
  *     share(N, 16, ith, nth, &start, &stop)
  *     micro.outer(dweight + start * K, K, dout + start, 1, ldo, inp, lda, stop - start, K, R, b.add_to, scratch)
  *     if dbias != NULL:             # <<<<<<<<<<<<<<
@@ -18954,7 +18954,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
   if (__pyx_t_1) {
 
 
-    /* "pygpt/_backward.pyx":129
+    /* "pygpt/_backward.pyx":131
  *     micro.outer(dweight + start * K, K, dout + start, 1, ldo, inp, lda, stop - start, K, R, b.add_to, scratch)
  *     if dbias != NULL:
  *         micro.add_rows(dbias + start, dout + start, ldo, R, stop - start, b.add_to)             # <<<<<<<<<<<<<<
@@ -18963,7 +18963,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
     __pyx_v_5pygpt_8_kernels_micro->add_rows((__pyx_v_dbias + __pyx_v_start), (__pyx_v_dout + __pyx_v_start), __pyx_v_ldo, __pyx_v_R, (__pyx_v_stop - __pyx_v_start), __pyx_v_b->add_to);
 
-    /* "pygpt/_backward.pyx":128
+    /* "pygpt/_backward.pyx":130
  *     share(N, 16, ith, nth, &start, &stop)
  *     micro.outer(dweight + start * K, K, dout + start, 1, ldo, inp, lda, stop - start, K, R, b.add_to, scratch)
  *     if dbias != NULL:             # <<<<<<<<<<<<<<
@@ -18972,7 +18972,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 */
   }
 
-  /* "pygpt/_backward.pyx":107
+  /* "pygpt/_backward.pyx":109
  * 
  * 
  * cdef void matmul_backward(             # <<<<<<<<<<<<<<
@@ -18987,7 +18987,7 @@ static void __pyx_f_5pygpt_9_backward_matmul_backward(struct __pyx_t_5pygpt_9_ba
 
 }
 
-/* "pygpt/_backward.pyx":132
+/* "pygpt/_backward.pyx":134
  * 
  * 
  * cdef void layernorm_backward(             # <<<<<<<<<<<<<<
@@ -19006,7 +19006,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "pygpt/_backward.pyx":141
+  /* "pygpt/_backward.pyx":143
  *     """dresidual += what dinp, the gradient of this layernorm's output, means for its input (rows are split); dweight and
  *     dbias (channels are split)."""
  *     cdef Py_ssize_t r, start, stop, C = net.C             # <<<<<<<<<<<<<<
@@ -19017,7 +19017,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 
   __pyx_v_C = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":142
+  /* "pygpt/_backward.pyx":144
  *     dbias (channels are split)."""
  *     cdef Py_ssize_t r, start, stop, C = net.C
  *     cdef const float* x = s.residual + index * s.residual_step             # <<<<<<<<<<<<<<
@@ -19026,7 +19026,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 */
   __pyx_v_x = (__pyx_v_s->residual + (__pyx_v_index * __pyx_v_s->residual_step));
 
-  /* "pygpt/_backward.pyx":143
+  /* "pygpt/_backward.pyx":145
  *     cdef Py_ssize_t r, start, stop, C = net.C
  *     cdef const float* x = s.residual + index * s.residual_step
  *     cdef const float* stats = s.stats + 2 * index * s.R             # <<<<<<<<<<<<<<
@@ -19035,7 +19035,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 */
   __pyx_v_stats = (__pyx_v_s->stats + ((2 * __pyx_v_index) * __pyx_v_s->R));
 
-  /* "pygpt/_backward.pyx":144
+  /* "pygpt/_backward.pyx":146
  *     cdef const float* x = s.residual + index * s.residual_step
  *     cdef const float* stats = s.stats + 2 * index * s.R
  *     shard(s.R, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -19044,7 +19044,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 */
   __pyx_f_5pygpt_8_kernels_shard(__pyx_v_s->R, __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":145
+  /* "pygpt/_backward.pyx":147
  *     cdef const float* stats = s.stats + 2 * index * s.R
  *     shard(s.R, ith, nth, &start, &stop)
  *     for r in range(start, stop):             # <<<<<<<<<<<<<<
@@ -19058,7 +19058,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
   for (__pyx_t_3 = __pyx_v_start; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_r = __pyx_t_3;
 
-    /* "pygpt/_backward.pyx":146
+    /* "pygpt/_backward.pyx":148
  *     shard(s.R, ith, nth, &start, &stop)
  *     for r in range(start, stop):
  *         micro.layernorm_backward(b.dresidual + r * C, b.dinp + r * C, x + r * C, weight, stats + 2 * r, C)             # <<<<<<<<<<<<<<
@@ -19069,7 +19069,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
   }
 
 
-  /* "pygpt/_backward.pyx":147
+  /* "pygpt/_backward.pyx":149
  *     for r in range(start, stop):
  *         micro.layernorm_backward(b.dresidual + r * C, b.dinp + r * C, x + r * C, weight, stats + 2 * r, C)
  *     share(C, 16, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -19078,7 +19078,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 */
   __pyx_f_5pygpt_9_backward_share(__pyx_v_C, 16, __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":148
+  /* "pygpt/_backward.pyx":150
  *         micro.layernorm_backward(b.dresidual + r * C, b.dinp + r * C, x + r * C, weight, stats + 2 * r, C)
  *     share(C, 16, ith, nth, &start, &stop)
  *     micro.layernorm_gains(dweight + start, dbias + start, b.dinp + start, x + start, stats, C, s.R, stop - start, b.add_to)             # <<<<<<<<<<<<<<
@@ -19087,7 +19087,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 */
   __pyx_v_5pygpt_8_kernels_micro->layernorm_gains((__pyx_v_dweight + __pyx_v_start), (__pyx_v_dbias + __pyx_v_start), (__pyx_v_b->dinp + __pyx_v_start), (__pyx_v_x + __pyx_v_start), __pyx_v_stats, __pyx_v_C, __pyx_v_s->R, (__pyx_v_stop - __pyx_v_start), __pyx_v_b->add_to);
 
-  /* "pygpt/_backward.pyx":132
+  /* "pygpt/_backward.pyx":134
  * 
  * 
  * cdef void layernorm_backward(             # <<<<<<<<<<<<<<
@@ -19104,7 +19104,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 
 }
 
-/* "pygpt/_backward.pyx":151
+/* "pygpt/_backward.pyx":153
  * 
  * 
  * cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19115,7 +19115,7 @@ static void __pyx_f_5pygpt_9_backward_layernorm_backward(struct __pyx_t_5pygpt_8
 static Py_ssize_t __pyx_f_5pygpt_9_backward_attention_scratch(struct __pyx_t_5pygpt_8_kernels_Net const *__pyx_v_net, Py_ssize_t __pyx_v_T) {
   Py_ssize_t __pyx_r;
 
-  /* "pygpt/_backward.pyx":153
+  /* "pygpt/_backward.pyx":155
  * cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:
  *     """Values that attend_backward() needs beside micro.outer's room."""
  *     return T * (2 * padded(T) + 4 * net.HSp)             # <<<<<<<<<<<<<<
@@ -19128,7 +19128,7 @@ static Py_ssize_t __pyx_f_5pygpt_9_backward_attention_scratch(struct __pyx_t_5py
   }
   goto __pyx_L0;
 
-  /* "pygpt/_backward.pyx":151
+  /* "pygpt/_backward.pyx":153
  * 
  * 
  * cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19141,12 +19141,12 @@ static Py_ssize_t __pyx_f_5pygpt_9_backward_attention_scratch(struct __pyx_t_5py
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":156
+/* "pygpt/_backward.pyx":158
  * 
  * 
- * cdef void attend_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """One head of one sequence: dq, dk and dv from datty. The probabilities are computed again, as in the forward pass.
- * 
+ * cdef void attend_backward(             # <<<<<<<<<<<<<<
+ *     const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch,
+ * ) noexcept nogil:
 */
 
 static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_kernels_Net const *__pyx_v_net, struct __pyx_t_5pygpt_8_kernels_State *__pyx_v_s, struct __pyx_t_5pygpt_9_backward_Back const *__pyx_v_b, Py_ssize_t __pyx_v_layer, Py_ssize_t __pyx_v_pair, float *__pyx_v_scratch) {
@@ -19183,7 +19183,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
   Py_ssize_t __pyx_t_3;
   int __pyx_t_4;
 
-  /* "pygpt/_backward.pyx":161
+  /* "pygpt/_backward.pyx":165
  *     With p = softmax(q k^T scale), out = p v:  dv = p^T dout,  dp = dout v^T,  ds = p (dp - dot(dout, out)) scale,
  *     dq = ds k,  dk = ds^T q. Every dq adds keys in ascending order, every dk and dv queries."""
  *     cdef Py_ssize_t batch = pair // net.NH, head = pair % net.NH, T = b.T, C = net.C, HS = net.HS, HSp = net.HSp             # <<<<<<<<<<<<<<
@@ -19205,7 +19205,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 
   __pyx_v_HSp = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":162
+  /* "pygpt/_backward.pyx":166
  *     dq = ds k,  dk = ds^T q. Every dq adds keys in ascending order, every dk and dv queries."""
  *     cdef Py_ssize_t batch = pair // net.NH, head = pair % net.NH, T = b.T, C = net.C, HS = net.HS, HSp = net.HSp
  *     cdef Py_ssize_t ldp = padded(T), first = batch * T, t, t0, rows             # <<<<<<<<<<<<<<
@@ -19215,7 +19215,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
   __pyx_v_ldp = __pyx_f_5pygpt_8_kernels_padded(__pyx_v_T);
   __pyx_v_first = (__pyx_v_batch * __pyx_v_T);
 
-  /* "pygpt/_backward.pyx":163
+  /* "pygpt/_backward.pyx":167
  *     cdef Py_ssize_t batch = pair // net.NH, head = pair % net.NH, T = b.T, C = net.C, HS = net.HS, HSp = net.HSp
  *     cdef Py_ssize_t ldp = padded(T), first = batch * T, t, t0, rows
  *     cdef Row* row = s.rows + first             # <<<<<<<<<<<<<<
@@ -19224,7 +19224,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_row = (__pyx_v_s->rows + __pyx_v_first);
 
-  /* "pygpt/_backward.pyx":164
+  /* "pygpt/_backward.pyx":168
  *     cdef Py_ssize_t ldp = padded(T), first = batch * T, t, t0, rows
  *     cdef Row* row = s.rows + first
  *     cdef const float* keys = row.keys + (layer * net.NH + head) * row.capacity * HSp             # <<<<<<<<<<<<<<
@@ -19233,7 +19233,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_keys = (__pyx_v_row->keys + ((((__pyx_v_layer * __pyx_v_net->NH) + __pyx_v_head) * __pyx_v_row->capacity) * __pyx_v_HSp));
 
-  /* "pygpt/_backward.pyx":165
+  /* "pygpt/_backward.pyx":169
  *     cdef Row* row = s.rows + first
  *     cdef const float* keys = row.keys + (layer * net.NH + head) * row.capacity * HSp
  *     cdef const float* values = row.values + (layer * net.NH + head) * row.capacity * HSp             # <<<<<<<<<<<<<<
@@ -19242,7 +19242,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_values = (__pyx_v_row->values + ((((__pyx_v_layer * __pyx_v_net->NH) + __pyx_v_head) * __pyx_v_row->capacity) * __pyx_v_HSp));
 
-  /* "pygpt/_backward.pyx":166
+  /* "pygpt/_backward.pyx":170
  *     cdef const float* keys = row.keys + (layer * net.NH + head) * row.capacity * HSp
  *     cdef const float* values = row.values + (layer * net.NH + head) * row.capacity * HSp
  *     cdef const float* qkv = s.qkv + layer * s.qkv_step + first * 3 * C + head * HS             # <<<<<<<<<<<<<<
@@ -19251,7 +19251,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_qkv = (((__pyx_v_s->qkv + (__pyx_v_layer * __pyx_v_s->qkv_step)) + ((__pyx_v_first * 3) * __pyx_v_C)) + (__pyx_v_head * __pyx_v_HS));
 
-  /* "pygpt/_backward.pyx":167
+  /* "pygpt/_backward.pyx":171
  *     cdef const float* values = row.values + (layer * net.NH + head) * row.capacity * HSp
  *     cdef const float* qkv = s.qkv + layer * s.qkv_step + first * 3 * C + head * HS
  *     cdef const float* atty = s.atty + layer * s.atty_step + first * C + head * HS             # <<<<<<<<<<<<<<
@@ -19260,7 +19260,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_atty = (((__pyx_v_s->atty + (__pyx_v_layer * __pyx_v_s->atty_step)) + (__pyx_v_first * __pyx_v_C)) + (__pyx_v_head * __pyx_v_HS));
 
-  /* "pygpt/_backward.pyx":168
+  /* "pygpt/_backward.pyx":172
  *     cdef const float* qkv = s.qkv + layer * s.qkv_step + first * 3 * C + head * HS
  *     cdef const float* atty = s.atty + layer * s.atty_step + first * C + head * HS
  *     cdef const float* datty = b.dinp + first * C + head * HS             # <<<<<<<<<<<<<<
@@ -19269,7 +19269,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_datty = ((__pyx_v_b->dinp + (__pyx_v_first * __pyx_v_C)) + (__pyx_v_head * __pyx_v_HS));
 
-  /* "pygpt/_backward.pyx":169
+  /* "pygpt/_backward.pyx":173
  *     cdef const float* atty = s.atty + layer * s.atty_step + first * C + head * HS
  *     cdef const float* datty = b.dinp + first * C + head * HS
  *     cdef float* dqkv = b.dqkv + first * 3 * C + head * HS             # <<<<<<<<<<<<<<
@@ -19278,7 +19278,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_dqkv = ((__pyx_v_b->dqkv + ((__pyx_v_first * 3) * __pyx_v_C)) + (__pyx_v_head * __pyx_v_HS));
 
-  /* "pygpt/_backward.pyx":170
+  /* "pygpt/_backward.pyx":174
  *     cdef const float* datty = b.dinp + first * C + head * HS
  *     cdef float* dqkv = b.dqkv + first * 3 * C + head * HS
  *     cdef float* room = scratch + attention_scratch(net, T)             # <<<<<<<<<<<<<<
@@ -19287,7 +19287,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_room = (__pyx_v_scratch + __pyx_f_5pygpt_9_backward_attention_scratch(__pyx_v_net, __pyx_v_T));
 
-  /* "pygpt/_backward.pyx":171
+  /* "pygpt/_backward.pyx":175
  *     cdef float* dqkv = b.dqkv + first * 3 * C + head * HS
  *     cdef float* room = scratch + attention_scratch(net, T)
  *     cdef float* p = scratch                                             # (T, ldp)             # <<<<<<<<<<<<<<
@@ -19296,7 +19296,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_p = __pyx_v_scratch;
 
-  /* "pygpt/_backward.pyx":172
+  /* "pygpt/_backward.pyx":176
  *     cdef float* room = scratch + attention_scratch(net, T)
  *     cdef float* p = scratch                                             # (T, ldp)
  *     cdef float* ds = p + T * ldp                                        # (T, ldp) dp, then ds             # <<<<<<<<<<<<<<
@@ -19305,7 +19305,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_ds = (__pyx_v_p + (__pyx_v_T * __pyx_v_ldp));
 
-  /* "pygpt/_backward.pyx":173
+  /* "pygpt/_backward.pyx":177
  *     cdef float* p = scratch                                             # (T, ldp)
  *     cdef float* ds = p + T * ldp                                        # (T, ldp) dp, then ds
  *     cdef float* q = ds + T * ldp                                        # (T, HSp)             # <<<<<<<<<<<<<<
@@ -19314,7 +19314,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_q = (__pyx_v_ds + (__pyx_v_T * __pyx_v_ldp));
 
-  /* "pygpt/_backward.pyx":174
+  /* "pygpt/_backward.pyx":178
  *     cdef float* ds = p + T * ldp                                        # (T, ldp) dp, then ds
  *     cdef float* q = ds + T * ldp                                        # (T, HSp)
  *     cdef float* dout = q + T * HSp                                      # (T, HSp)             # <<<<<<<<<<<<<<
@@ -19323,7 +19323,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_dout = (__pyx_v_q + (__pyx_v_T * __pyx_v_HSp));
 
-  /* "pygpt/_backward.pyx":175
+  /* "pygpt/_backward.pyx":179
  *     cdef float* q = ds + T * ldp                                        # (T, HSp)
  *     cdef float* dout = q + T * HSp                                      # (T, HSp)
  *     cdef float* out = dout + T * HSp                                    # (T, HSp)             # <<<<<<<<<<<<<<
@@ -19332,7 +19332,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_out = (__pyx_v_dout + (__pyx_v_T * __pyx_v_HSp));
 
-  /* "pygpt/_backward.pyx":176
+  /* "pygpt/_backward.pyx":180
  *     cdef float* dout = q + T * HSp                                      # (T, HSp)
  *     cdef float* out = dout + T * HSp                                    # (T, HSp)
  *     cdef float* dq = out + T * HSp                                      # (T, HSp)             # <<<<<<<<<<<<<<
@@ -19341,7 +19341,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_dq = (__pyx_v_out + (__pyx_v_T * __pyx_v_HSp));
 
-  /* "pygpt/_backward.pyx":177
+  /* "pygpt/_backward.pyx":181
  *     cdef float* out = dout + T * HSp                                    # (T, HSp)
  *     cdef float* dq = out + T * HSp                                      # (T, HSp)
  *     cdef float dot, total, scale = <float> 1 / sqrtf(<float> HS)             # <<<<<<<<<<<<<<
@@ -19350,7 +19350,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_scale = (((float)1) / sqrtf(((float)__pyx_v_HS)));
 
-  /* "pygpt/_backward.pyx":178
+  /* "pygpt/_backward.pyx":182
  *     cdef float* dq = out + T * HSp                                      # (T, HSp)
  *     cdef float dot, total, scale = <float> 1 / sqrtf(<float> HS)
  *     memset(q, 0, 4 * T * HSp * sizeof(float))             # <<<<<<<<<<<<<<
@@ -19359,7 +19359,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   (void)(memset(__pyx_v_q, 0, (((4 * __pyx_v_T) * __pyx_v_HSp) * (sizeof(float)))));
 
-  /* "pygpt/_backward.pyx":179
+  /* "pygpt/_backward.pyx":183
  *     cdef float dot, total, scale = <float> 1 / sqrtf(<float> HS)
  *     memset(q, 0, 4 * T * HSp * sizeof(float))
  *     for t in range(T):             # <<<<<<<<<<<<<<
@@ -19373,7 +19373,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_t = __pyx_t_3;
 
-    /* "pygpt/_backward.pyx":180
+    /* "pygpt/_backward.pyx":184
  *     memset(q, 0, 4 * T * HSp * sizeof(float))
  *     for t in range(T):
  *         memcpy(q + t * HSp, qkv + t * 3 * C, HS * sizeof(float))             # <<<<<<<<<<<<<<
@@ -19382,7 +19382,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
     (void)(memcpy((__pyx_v_q + (__pyx_v_t * __pyx_v_HSp)), (__pyx_v_qkv + ((__pyx_v_t * 3) * __pyx_v_C)), (__pyx_v_HS * (sizeof(float)))));
 
-    /* "pygpt/_backward.pyx":181
+    /* "pygpt/_backward.pyx":185
  *     for t in range(T):
  *         memcpy(q + t * HSp, qkv + t * 3 * C, HS * sizeof(float))
  *         memcpy(dout + t * HSp, datty + t * C, HS * sizeof(float))             # <<<<<<<<<<<<<<
@@ -19391,7 +19391,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
     (void)(memcpy((__pyx_v_dout + (__pyx_v_t * __pyx_v_HSp)), (__pyx_v_datty + (__pyx_v_t * __pyx_v_C)), (__pyx_v_HS * (sizeof(float)))));
 
-    /* "pygpt/_backward.pyx":182
+    /* "pygpt/_backward.pyx":186
  *         memcpy(q + t * HSp, qkv + t * 3 * C, HS * sizeof(float))
  *         memcpy(dout + t * HSp, datty + t * C, HS * sizeof(float))
  *         memcpy(out + t * HSp, atty + t * C, HS * sizeof(float))             # <<<<<<<<<<<<<<
@@ -19402,7 +19402,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
   }
 
 
-  /* "pygpt/_backward.pyx":183
+  /* "pygpt/_backward.pyx":187
  *         memcpy(dout + t * HSp, datty + t * C, HS * sizeof(float))
  *         memcpy(out + t * HSp, atty + t * C, HS * sizeof(float))
  *     t0 = 0             # <<<<<<<<<<<<<<
@@ -19411,7 +19411,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_t0 = 0;
 
-  /* "pygpt/_backward.pyx":184
+  /* "pygpt/_backward.pyx":188
  *         memcpy(out + t * HSp, atty + t * C, HS * sizeof(float))
  *     t0 = 0
  *     while t0 < T:             # <<<<<<<<<<<<<<
@@ -19424,7 +19424,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 
     if (!__pyx_t_4) break;
 
-    /* "pygpt/_backward.pyx":185
+    /* "pygpt/_backward.pyx":189
  *     t0 = 0
  *     while t0 < T:
  *         rows = min(<Py_ssize_t> SPAN_ROWS, T - t0)             # <<<<<<<<<<<<<<
@@ -19448,7 +19448,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
     __pyx_v_rows = __pyx_t_3;
 
 
-    /* "pygpt/_backward.pyx":186
+    /* "pygpt/_backward.pyx":190
  *     while t0 < T:
  *         rows = min(<Py_ssize_t> SPAN_ROWS, T - t0)
  *         micro.gemm(p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, HSp, t0 + rows, HSp, 0)             # <<<<<<<<<<<<<<
@@ -19457,7 +19457,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
     __pyx_v_5pygpt_8_kernels_micro->gemm((__pyx_v_p + (__pyx_v_t0 * __pyx_v_ldp)), __pyx_v_ldp, (__pyx_v_q + (__pyx_v_t0 * __pyx_v_HSp)), __pyx_v_HSp, __pyx_v_rows, __pyx_v_keys, __pyx_v_HSp, (__pyx_v_t0 + __pyx_v_rows), __pyx_v_HSp, 0);
 
-    /* "pygpt/_backward.pyx":187
+    /* "pygpt/_backward.pyx":191
  *         rows = min(<Py_ssize_t> SPAN_ROWS, T - t0)
  *         micro.gemm(p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, HSp, t0 + rows, HSp, 0)
  *         micro.gemm(ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, HSp, t0 + rows, HSp, 0)             # <<<<<<<<<<<<<<
@@ -19466,7 +19466,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
     __pyx_v_5pygpt_8_kernels_micro->gemm((__pyx_v_ds + (__pyx_v_t0 * __pyx_v_ldp)), __pyx_v_ldp, (__pyx_v_dout + (__pyx_v_t0 * __pyx_v_HSp)), __pyx_v_HSp, __pyx_v_rows, __pyx_v_values, __pyx_v_HSp, (__pyx_v_t0 + __pyx_v_rows), __pyx_v_HSp, 0);
 
-    /* "pygpt/_backward.pyx":188
+    /* "pygpt/_backward.pyx":192
  *         micro.gemm(p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, HSp, t0 + rows, HSp, 0)
  *         micro.gemm(ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, HSp, t0 + rows, HSp, 0)
  *         for t in range(t0, t0 + rows):             # <<<<<<<<<<<<<<
@@ -19480,7 +19480,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
     for (__pyx_t_2 = __pyx_v_t0; __pyx_t_2 < __pyx_t_1; __pyx_t_2+=1) {
       __pyx_v_t = __pyx_t_2;
 
-      /* "pygpt/_backward.pyx":189
+      /* "pygpt/_backward.pyx":193
  *         micro.gemm(ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, HSp, t0 + rows, HSp, 0)
  *         for t in range(t0, t0 + rows):
  *             total = micro.softmax(p + t * ldp, t + 1, scale, NULL)             # <<<<<<<<<<<<<<
@@ -19489,7 +19489,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
       __pyx_v_total = __pyx_v_5pygpt_8_kernels_micro->softmax((__pyx_v_p + (__pyx_v_t * __pyx_v_ldp)), (__pyx_v_t + 1), __pyx_v_scale, NULL);
 
-      /* "pygpt/_backward.pyx":190
+      /* "pygpt/_backward.pyx":194
  *         for t in range(t0, t0 + rows):
  *             total = micro.softmax(p + t * ldp, t + 1, scale, NULL)
  *             micro.store_scaled(p + t * ldp, p + t * ldp, <float> 1 / total, t + 1)             # <<<<<<<<<<<<<<
@@ -19498,7 +19498,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
       __pyx_v_5pygpt_8_kernels_micro->store_scaled((__pyx_v_p + (__pyx_v_t * __pyx_v_ldp)), (__pyx_v_p + (__pyx_v_t * __pyx_v_ldp)), (((float)1) / __pyx_v_total), (__pyx_v_t + 1));
 
-      /* "pygpt/_backward.pyx":191
+      /* "pygpt/_backward.pyx":195
  *             total = micro.softmax(p + t * ldp, t + 1, scale, NULL)
  *             micro.store_scaled(p + t * ldp, p + t * ldp, <float> 1 / total, t + 1)
  *             memset(p + t * ldp + t + 1, 0, (ldp - t - 1) * sizeof(float))             # <<<<<<<<<<<<<<
@@ -19507,7 +19507,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
       (void)(memset((((__pyx_v_p + (__pyx_v_t * __pyx_v_ldp)) + __pyx_v_t) + 1), 0, (((__pyx_v_ldp - __pyx_v_t) - 1) * (sizeof(float)))));
 
-      /* "pygpt/_backward.pyx":192
+      /* "pygpt/_backward.pyx":196
  *             micro.store_scaled(p + t * ldp, p + t * ldp, <float> 1 / total, t + 1)
  *             memset(p + t * ldp + t + 1, 0, (ldp - t - 1) * sizeof(float))
  *             micro.gemm(&dot, 1, dout + t * HSp, HSp, 1, out + t * HSp, HSp, 1, HSp, 0)             # <<<<<<<<<<<<<<
@@ -19516,7 +19516,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
       __pyx_v_5pygpt_8_kernels_micro->gemm((&__pyx_v_dot), 1, (__pyx_v_dout + (__pyx_v_t * __pyx_v_HSp)), __pyx_v_HSp, 1, (__pyx_v_out + (__pyx_v_t * __pyx_v_HSp)), __pyx_v_HSp, 1, __pyx_v_HSp, 0);
 
-      /* "pygpt/_backward.pyx":193
+      /* "pygpt/_backward.pyx":197
  *             memset(p + t * ldp + t + 1, 0, (ldp - t - 1) * sizeof(float))
  *             micro.gemm(&dot, 1, dout + t * HSp, HSp, 1, out + t * HSp, HSp, 1, HSp, 0)
  *             micro.softmax_backward(ds + t * ldp, p + t * ldp, dot, scale, t + 1, ldp)             # <<<<<<<<<<<<<<
@@ -19527,7 +19527,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
     }
 
 
-    /* "pygpt/_backward.pyx":194
+    /* "pygpt/_backward.pyx":198
  *             micro.gemm(&dot, 1, dout + t * HSp, HSp, 1, out + t * HSp, HSp, 1, HSp, 0)
  *             micro.softmax_backward(ds + t * ldp, p + t * ldp, dot, scale, t + 1, ldp)
  *         micro.mix(dq + t0 * HSp, ds + t0 * ldp, ldp, rows, keys, HSp, 0, t0 + rows)             # <<<<<<<<<<<<<<
@@ -19536,7 +19536,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
     __pyx_v_5pygpt_8_kernels_micro->mix((__pyx_v_dq + (__pyx_v_t0 * __pyx_v_HSp)), (__pyx_v_ds + (__pyx_v_t0 * __pyx_v_ldp)), __pyx_v_ldp, __pyx_v_rows, __pyx_v_keys, __pyx_v_HSp, 0, (__pyx_v_t0 + __pyx_v_rows));
 
-    /* "pygpt/_backward.pyx":195
+    /* "pygpt/_backward.pyx":199
  *             micro.softmax_backward(ds + t * ldp, p + t * ldp, dot, scale, t + 1, ldp)
  *         micro.mix(dq + t0 * HSp, ds + t0 * ldp, ldp, rows, keys, HSp, 0, t0 + rows)
  *         t0 += rows             # <<<<<<<<<<<<<<
@@ -19546,7 +19546,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
     __pyx_v_t0 = (__pyx_v_t0 + __pyx_v_rows);
   }
 
-  /* "pygpt/_backward.pyx":196
+  /* "pygpt/_backward.pyx":200
  *         micro.mix(dq + t0 * HSp, ds + t0 * ldp, ldp, rows, keys, HSp, 0, t0 + rows)
  *         t0 += rows
  *     for t in range(T):             # <<<<<<<<<<<<<<
@@ -19560,7 +19560,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
   for (__pyx_t_2 = 0; __pyx_t_2 < __pyx_t_1; __pyx_t_2+=1) {
     __pyx_v_t = __pyx_t_2;
 
-    /* "pygpt/_backward.pyx":197
+    /* "pygpt/_backward.pyx":201
  *         t0 += rows
  *     for t in range(T):
  *         memcpy(dqkv + t * 3 * C, dq + t * HSp, HS * sizeof(float))             # <<<<<<<<<<<<<<
@@ -19571,7 +19571,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
   }
 
 
-  /* "pygpt/_backward.pyx":198
+  /* "pygpt/_backward.pyx":202
  *     for t in range(T):
  *         memcpy(dqkv + t * 3 * C, dq + t * HSp, HS * sizeof(float))
  *     t0 = 0             # <<<<<<<<<<<<<<
@@ -19580,7 +19580,7 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 */
   __pyx_v_t0 = 0;
 
-  /* "pygpt/_backward.pyx":199
+  /* "pygpt/_backward.pyx":203
  *         memcpy(dqkv + t * 3 * C, dq + t * HSp, HS * sizeof(float))
  *     t0 = 0
  *     while t0 < T:                                                       # earlier queries do not see these keys             # <<<<<<<<<<<<<<
@@ -19593,12 +19593,12 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 
     if (!__pyx_t_4) break;
 
-    /* "pygpt/_backward.pyx":200
+    /* "pygpt/_backward.pyx":204
  *     t0 = 0
  *     while t0 < T:                                                       # earlier queries do not see these keys
  *         rows = min(<Py_ssize_t> SPAN_KEYS, T - t0)             # <<<<<<<<<<<<<<
  *         micro.outer(dqkv + C + t0 * 3 * C, 3 * C, ds + t0 * ldp + t0, 1, ldp, q + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
- *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
+ *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0,
 */
 
     __pyx_t_3 = (__pyx_v_T - __pyx_v_t0);
@@ -19617,27 +19617,27 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
     __pyx_v_rows = __pyx_t_2;
 
 
-    /* "pygpt/_backward.pyx":201
+    /* "pygpt/_backward.pyx":205
  *     while t0 < T:                                                       # earlier queries do not see these keys
  *         rows = min(<Py_ssize_t> SPAN_KEYS, T - t0)
  *         micro.outer(dqkv + C + t0 * 3 * C, 3 * C, ds + t0 * ldp + t0, 1, ldp, q + t0 * HSp, HSp, rows, HS, T - t0, 0, room)             # <<<<<<<<<<<<<<
- *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
- *         t0 += rows
+ *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0,
+ *                     room)
 */
     __pyx_v_5pygpt_8_kernels_micro->outer(((__pyx_v_dqkv + __pyx_v_C) + ((__pyx_v_t0 * 3) * __pyx_v_C)), (3 * __pyx_v_C), ((__pyx_v_ds + (__pyx_v_t0 * __pyx_v_ldp)) + __pyx_v_t0), 1, __pyx_v_ldp, (__pyx_v_q + (__pyx_v_t0 * __pyx_v_HSp)), __pyx_v_HSp, __pyx_v_rows, __pyx_v_HS, (__pyx_v_T - __pyx_v_t0), 0, __pyx_v_room);
 
-    /* "pygpt/_backward.pyx":202
+    /* "pygpt/_backward.pyx":206
  *         rows = min(<Py_ssize_t> SPAN_KEYS, T - t0)
  *         micro.outer(dqkv + C + t0 * 3 * C, 3 * C, ds + t0 * ldp + t0, 1, ldp, q + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
- *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0, room)             # <<<<<<<<<<<<<<
+ *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0,             # <<<<<<<<<<<<<<
+ *                     room)
  *         t0 += rows
- * 
 */
     __pyx_v_5pygpt_8_kernels_micro->outer(((__pyx_v_dqkv + (2 * __pyx_v_C)) + ((__pyx_v_t0 * 3) * __pyx_v_C)), (3 * __pyx_v_C), ((__pyx_v_p + (__pyx_v_t0 * __pyx_v_ldp)) + __pyx_v_t0), 1, __pyx_v_ldp, (__pyx_v_dout + (__pyx_v_t0 * __pyx_v_HSp)), __pyx_v_HSp, __pyx_v_rows, __pyx_v_HS, (__pyx_v_T - __pyx_v_t0), 0, __pyx_v_room);
 
-    /* "pygpt/_backward.pyx":203
- *         micro.outer(dqkv + C + t0 * 3 * C, 3 * C, ds + t0 * ldp + t0, 1, ldp, q + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
- *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
+    /* "pygpt/_backward.pyx":208
+ *         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0,
+ *                     room)
  *         t0 += rows             # <<<<<<<<<<<<<<
  * 
  * 
@@ -19645,12 +19645,12 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
     __pyx_v_t0 = (__pyx_v_t0 + __pyx_v_rows);
   }
 
-  /* "pygpt/_backward.pyx":156
+  /* "pygpt/_backward.pyx":158
  * 
  * 
- * cdef void attend_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """One head of one sequence: dq, dk and dv from datty. The probabilities are computed again, as in the forward pass.
- * 
+ * cdef void attend_backward(             # <<<<<<<<<<<<<<
+ *     const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch,
+ * ) noexcept nogil:
 */
 
   /* function exit code */
@@ -19684,12 +19684,12 @@ static void __pyx_f_5pygpt_9_backward_attend_backward(struct __pyx_t_5pygpt_8_ke
 
 }
 
-/* "pygpt/_backward.pyx":206
+/* "pygpt/_backward.pyx":211
  * 
  * 
- * cdef void attention_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """dqkv (R, 3C) from datty (R, C). Pairs of sequence and head are split."""
- *     cdef Py_ssize_t pair, start, stop
+ * cdef void attention_backward(             # <<<<<<<<<<<<<<
+ *     const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth,
+ * ) noexcept nogil:
 */
 
 static void __pyx_f_5pygpt_9_backward_attention_backward(struct __pyx_t_5pygpt_8_kernels_Net const *__pyx_v_net, struct __pyx_t_5pygpt_8_kernels_State *__pyx_v_s, struct __pyx_t_5pygpt_9_backward_Back const *__pyx_v_b, Py_ssize_t __pyx_v_layer, Py_ssize_t __pyx_v_ith, Py_ssize_t __pyx_v_nth) {
@@ -19700,7 +19700,7 @@ static void __pyx_f_5pygpt_9_backward_attention_backward(struct __pyx_t_5pygpt_8
   Py_ssize_t __pyx_t_2;
   Py_ssize_t __pyx_t_3;
 
-  /* "pygpt/_backward.pyx":209
+  /* "pygpt/_backward.pyx":216
  *     """dqkv (R, 3C) from datty (R, C). Pairs of sequence and head are split."""
  *     cdef Py_ssize_t pair, start, stop
  *     shard(b.B * net.NH, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -19709,7 +19709,7 @@ static void __pyx_f_5pygpt_9_backward_attention_backward(struct __pyx_t_5pygpt_8
 */
   __pyx_f_5pygpt_8_kernels_shard((__pyx_v_b->B * __pyx_v_net->NH), __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":210
+  /* "pygpt/_backward.pyx":217
  *     cdef Py_ssize_t pair, start, stop
  *     shard(b.B * net.NH, ith, nth, &start, &stop)
  *     for pair in range(start, stop):             # <<<<<<<<<<<<<<
@@ -19723,7 +19723,7 @@ static void __pyx_f_5pygpt_9_backward_attention_backward(struct __pyx_t_5pygpt_8
   for (__pyx_t_3 = __pyx_v_start; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_pair = __pyx_t_3;
 
-    /* "pygpt/_backward.pyx":211
+    /* "pygpt/_backward.pyx":218
  *     shard(b.B * net.NH, ith, nth, &start, &stop)
  *     for pair in range(start, stop):
  *         attend_backward(net, s, b, layer, pair, b.scratch + ith * b.scratch_size)             # <<<<<<<<<<<<<<
@@ -19734,12 +19734,12 @@ static void __pyx_f_5pygpt_9_backward_attention_backward(struct __pyx_t_5pygpt_8
   }
 
 
-  /* "pygpt/_backward.pyx":206
+  /* "pygpt/_backward.pyx":211
  * 
  * 
- * cdef void attention_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """dqkv (R, 3C) from datty (R, C). Pairs of sequence and head are split."""
- *     cdef Py_ssize_t pair, start, stop
+ * cdef void attention_backward(             # <<<<<<<<<<<<<<
+ *     const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth,
+ * ) noexcept nogil:
 */
 
   /* function exit code */
@@ -19748,7 +19748,7 @@ static void __pyx_f_5pygpt_9_backward_attention_backward(struct __pyx_t_5pygpt_8
 
 }
 
-/* "pygpt/_backward.pyx":214
+/* "pygpt/_backward.pyx":221
  * 
  * 
  * cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19768,7 +19768,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
   Py_ssize_t __pyx_t_3;
   Py_ssize_t __pyx_t_4;
 
-  /* "pygpt/_backward.pyx":216
+  /* "pygpt/_backward.pyx":223
  * cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
  *     """dwte[token] += dresidual[r] on top of the head's part; dwpe[pos] (+)= dresidual[r]. Channels are split."""
  *     cdef Py_ssize_t r, t, start, stop, C = net.C             # <<<<<<<<<<<<<<
@@ -19779,7 +19779,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
 
   __pyx_v_C = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":218
+  /* "pygpt/_backward.pyx":225
  *     cdef Py_ssize_t r, t, start, stop, C = net.C
  *     cdef const float* row
  *     share(C, 16, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -19788,7 +19788,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
 */
   __pyx_f_5pygpt_9_backward_share(__pyx_v_C, 16, __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":219
+  /* "pygpt/_backward.pyx":226
  *     cdef const float* row
  *     share(C, 16, ith, nth, &start, &stop)
  *     if not b.add_to:             # <<<<<<<<<<<<<<
@@ -19800,7 +19800,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":220
+    /* "pygpt/_backward.pyx":227
  *     share(C, 16, ith, nth, &start, &stop)
  *     if not b.add_to:
  *         for t in range(b.maxT):             # <<<<<<<<<<<<<<
@@ -19814,7 +19814,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
     for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
       __pyx_v_t = __pyx_t_4;
 
-      /* "pygpt/_backward.pyx":221
+      /* "pygpt/_backward.pyx":228
  *     if not b.add_to:
  *         for t in range(b.maxT):
  *             memset(b.d.wpe + t * C + start, 0, (stop - start) * sizeof(float))             # <<<<<<<<<<<<<<
@@ -19825,7 +19825,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
     }
 
 
-    /* "pygpt/_backward.pyx":219
+    /* "pygpt/_backward.pyx":226
  *     cdef const float* row
  *     share(C, 16, ith, nth, &start, &stop)
  *     if not b.add_to:             # <<<<<<<<<<<<<<
@@ -19834,7 +19834,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
 */
   }
 
-  /* "pygpt/_backward.pyx":222
+  /* "pygpt/_backward.pyx":229
  *         for t in range(b.maxT):
  *             memset(b.d.wpe + t * C + start, 0, (stop - start) * sizeof(float))
  *     for r in range(s.R):             # <<<<<<<<<<<<<<
@@ -19848,7 +19848,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_3; __pyx_t_4+=1) {
     __pyx_v_r = __pyx_t_4;
 
-    /* "pygpt/_backward.pyx":223
+    /* "pygpt/_backward.pyx":230
  *             memset(b.d.wpe + t * C + start, 0, (stop - start) * sizeof(float))
  *     for r in range(s.R):
  *         row = b.dresidual + r * C + start             # <<<<<<<<<<<<<<
@@ -19857,7 +19857,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
 */
     __pyx_v_row = ((__pyx_v_b->dresidual + (__pyx_v_r * __pyx_v_C)) + __pyx_v_start);
 
-    /* "pygpt/_backward.pyx":224
+    /* "pygpt/_backward.pyx":231
  *     for r in range(s.R):
  *         row = b.dresidual + r * C + start
  *         micro.add_rows(b.d.wte + s.rows[r].token * C + start, row, C, 1, stop - start, 1)             # <<<<<<<<<<<<<<
@@ -19866,7 +19866,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
 */
     __pyx_v_5pygpt_8_kernels_micro->add_rows(((__pyx_v_b->d.wte + ((__pyx_v_s->rows[__pyx_v_r]).token * __pyx_v_C)) + __pyx_v_start), __pyx_v_row, __pyx_v_C, 1, (__pyx_v_stop - __pyx_v_start), 1);
 
-    /* "pygpt/_backward.pyx":225
+    /* "pygpt/_backward.pyx":232
  *         row = b.dresidual + r * C + start
  *         micro.add_rows(b.d.wte + s.rows[r].token * C + start, row, C, 1, stop - start, 1)
  *         micro.add_rows(b.d.wpe + s.rows[r].pos * C + start, row, C, 1, stop - start, 1)             # <<<<<<<<<<<<<<
@@ -19877,7 +19877,7 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
   }
 
 
-  /* "pygpt/_backward.pyx":214
+  /* "pygpt/_backward.pyx":221
  * 
  * 
  * cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -19894,12 +19894,12 @@ static void __pyx_f_5pygpt_9_backward_encoder_backward(struct __pyx_t_5pygpt_8_k
 
 }
 
-/* "pygpt/_backward.pyx":230
+/* "pygpt/_backward.pyx":237
  * 
  * 
- * cdef void run_layer(const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
- *     cdef Py_ssize_t R = s.R, C = net.C
+ * cdef void run_layer(             # <<<<<<<<<<<<<<
+ *     const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth,
+ * ) noexcept nogil:
 */
 
 static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_Net const *__pyx_v_net, struct __pyx_t_5pygpt_8_kernels_State *__pyx_v_s, struct __pyx_t_5pygpt_9_backward_Back const *__pyx_v_b, int __pyx_v_phase, Py_ssize_t __pyx_v_l, Py_ssize_t __pyx_v_ith, Py_ssize_t __pyx_v_nth) {
@@ -19914,8 +19914,8 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   Py_ssize_t __pyx_t_1;
   int __pyx_t_2;
 
-  /* "pygpt/_backward.pyx":232
- * cdef void run_layer(const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+  /* "pygpt/_backward.pyx":241
+ * ) noexcept nogil:
  *     """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
  *     cdef Py_ssize_t R = s.R, C = net.C             # <<<<<<<<<<<<<<
  *     cdef const Gradients* d = &b.d
@@ -19928,7 +19928,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 
   __pyx_v_C = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":233
+  /* "pygpt/_backward.pyx":242
  *     """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
  *     cdef Py_ssize_t R = s.R, C = net.C
  *     cdef const Gradients* d = &b.d             # <<<<<<<<<<<<<<
@@ -19937,7 +19937,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
   __pyx_v_d = (&__pyx_v_b->d);
 
-  /* "pygpt/_backward.pyx":234
+  /* "pygpt/_backward.pyx":243
  *     cdef Py_ssize_t R = s.R, C = net.C
  *     cdef const Gradients* d = &b.d
  *     cdef const float* ln1 = s.ln + 2 * l * s.ln_step             # <<<<<<<<<<<<<<
@@ -19946,7 +19946,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
   __pyx_v_ln1 = (__pyx_v_s->ln + ((2 * __pyx_v_l) * __pyx_v_s->ln_step));
 
-  /* "pygpt/_backward.pyx":235
+  /* "pygpt/_backward.pyx":244
  *     cdef const Gradients* d = &b.d
  *     cdef const float* ln1 = s.ln + 2 * l * s.ln_step
  *     cdef const float* ln2 = ln1 + s.ln_step             # <<<<<<<<<<<<<<
@@ -19955,7 +19955,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
   __pyx_v_ln2 = (__pyx_v_ln1 + __pyx_v_s->ln_step);
 
-  /* "pygpt/_backward.pyx":236
+  /* "pygpt/_backward.pyx":245
  *     cdef const float* ln1 = s.ln + 2 * l * s.ln_step
  *     cdef const float* ln2 = ln1 + s.ln_step
  *     cdef const float* atty = s.atty + l * s.atty_step             # <<<<<<<<<<<<<<
@@ -19964,7 +19964,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
   __pyx_v_atty = (__pyx_v_s->atty + (__pyx_v_l * __pyx_v_s->atty_step));
 
-  /* "pygpt/_backward.pyx":237
+  /* "pygpt/_backward.pyx":246
  *     cdef const float* ln2 = ln1 + s.ln_step
  *     cdef const float* atty = s.atty + l * s.atty_step
  *     cdef const float* fch = s.fch + l * s.fch_step             # <<<<<<<<<<<<<<
@@ -19973,7 +19973,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
   __pyx_v_fch = (__pyx_v_s->fch + (__pyx_v_l * __pyx_v_s->fch_step));
 
-  /* "pygpt/_backward.pyx":238
+  /* "pygpt/_backward.pyx":247
  *     cdef const float* atty = s.atty + l * s.atty_step
  *     cdef const float* fch = s.fch + l * s.fch_step
  *     cdef const float* fch_gelu = s.fch_gelu + l * s.fch_step             # <<<<<<<<<<<<<<
@@ -19982,7 +19982,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
   __pyx_v_fch_gelu = (__pyx_v_s->fch_gelu + (__pyx_v_l * __pyx_v_s->fch_step));
 
-  /* "pygpt/_backward.pyx":239
+  /* "pygpt/_backward.pyx":248
  *     cdef const float* fch = s.fch + l * s.fch_step
  *     cdef const float* fch_gelu = s.fch_gelu + l * s.fch_step
  *     if phase == DFCPROJ:             # <<<<<<<<<<<<<<
@@ -19994,7 +19994,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":240
+    /* "pygpt/_backward.pyx":249
  *     cdef const float* fch_gelu = s.fch_gelu + l * s.fch_step
  *     if phase == DFCPROJ:
  *         matmul_backward(b, b.dfch, s.fch_row, d.fcprojw + l * 4 * C * C, d.fcprojb + l * C, b.dresidual, C,             # <<<<<<<<<<<<<<
@@ -20003,7 +20003,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
     __pyx_f_5pygpt_9_backward_matmul_backward(__pyx_v_b, __pyx_v_b->dfch, __pyx_v_s->fch_row, (__pyx_v_d->fcprojw + (((__pyx_v_l * 4) * __pyx_v_C) * __pyx_v_C)), (__pyx_v_d->fcprojb + (__pyx_v_l * __pyx_v_C)), __pyx_v_b->dresidual, __pyx_v_C, __pyx_v_fch_gelu, __pyx_v_s->fch_row, __pyx_f_5pygpt_9_backward_weights_of(__pyx_v_net->fcprojw, (((__pyx_v_l * 4) * __pyx_v_C) * __pyx_v_C)), __pyx_v_fch, __pyx_v_R, (4 * __pyx_v_C), __pyx_v_C, __pyx_v_ith, __pyx_v_nth);
 
-    /* "pygpt/_backward.pyx":239
+    /* "pygpt/_backward.pyx":248
  *     cdef const float* fch = s.fch + l * s.fch_step
  *     cdef const float* fch_gelu = s.fch_gelu + l * s.fch_step
  *     if phase == DFCPROJ:             # <<<<<<<<<<<<<<
@@ -20013,7 +20013,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
     goto __pyx_L3;
   }
 
-  /* "pygpt/_backward.pyx":242
+  /* "pygpt/_backward.pyx":251
  *         matmul_backward(b, b.dfch, s.fch_row, d.fcprojw + l * 4 * C * C, d.fcprojb + l * C, b.dresidual, C,
  *                         fch_gelu, s.fch_row, weights_of(net.fcprojw, l * 4 * C * C), fch, R, 4 * C, C, ith, nth)
  *     elif phase == DFC:             # <<<<<<<<<<<<<<
@@ -20025,7 +20025,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":243
+    /* "pygpt/_backward.pyx":252
  *                         fch_gelu, s.fch_row, weights_of(net.fcprojw, l * 4 * C * C), fch, R, 4 * C, C, ith, nth)
  *     elif phase == DFC:
  *         matmul_backward(b, b.dinp, C, d.fcw + l * 4 * C * C, d.fcb + l * 4 * C, b.dfch, s.fch_row,             # <<<<<<<<<<<<<<
@@ -20034,7 +20034,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
     __pyx_f_5pygpt_9_backward_matmul_backward(__pyx_v_b, __pyx_v_b->dinp, __pyx_v_C, (__pyx_v_d->fcw + (((__pyx_v_l * 4) * __pyx_v_C) * __pyx_v_C)), (__pyx_v_d->fcb + ((__pyx_v_l * 4) * __pyx_v_C)), __pyx_v_b->dfch, __pyx_v_s->fch_row, __pyx_v_ln2, __pyx_v_C, __pyx_f_5pygpt_9_backward_weights_of(__pyx_v_net->fcw, (((__pyx_v_l * 4) * __pyx_v_C) * __pyx_v_C)), NULL, __pyx_v_R, __pyx_v_C, (4 * __pyx_v_C), __pyx_v_ith, __pyx_v_nth);
 
-    /* "pygpt/_backward.pyx":242
+    /* "pygpt/_backward.pyx":251
  *         matmul_backward(b, b.dfch, s.fch_row, d.fcprojw + l * 4 * C * C, d.fcprojb + l * C, b.dresidual, C,
  *                         fch_gelu, s.fch_row, weights_of(net.fcprojw, l * 4 * C * C), fch, R, 4 * C, C, ith, nth)
  *     elif phase == DFC:             # <<<<<<<<<<<<<<
@@ -20044,7 +20044,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
     goto __pyx_L3;
   }
 
-  /* "pygpt/_backward.pyx":245
+  /* "pygpt/_backward.pyx":254
  *         matmul_backward(b, b.dinp, C, d.fcw + l * 4 * C * C, d.fcb + l * 4 * C, b.dfch, s.fch_row,
  *                         ln2, C, weights_of(net.fcw, l * 4 * C * C), NULL, R, C, 4 * C, ith, nth)
  *     elif phase == DLN2:             # <<<<<<<<<<<<<<
@@ -20056,7 +20056,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":246
+    /* "pygpt/_backward.pyx":255
  *                         ln2, C, weights_of(net.fcw, l * 4 * C * C), NULL, R, C, 4 * C, ith, nth)
  *     elif phase == DLN2:
  *         layernorm_backward(net, s, b, 2 * l + 1, d.ln2w + l * C, d.ln2b + l * C, weights_of(net.ln2w, l * C), ith, nth)             # <<<<<<<<<<<<<<
@@ -20065,7 +20065,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
     __pyx_f_5pygpt_9_backward_layernorm_backward(__pyx_v_net, __pyx_v_s, __pyx_v_b, ((2 * __pyx_v_l) + 1), (__pyx_v_d->ln2w + (__pyx_v_l * __pyx_v_C)), (__pyx_v_d->ln2b + (__pyx_v_l * __pyx_v_C)), __pyx_f_5pygpt_9_backward_weights_of(__pyx_v_net->ln2w, (__pyx_v_l * __pyx_v_C)), __pyx_v_ith, __pyx_v_nth);
 
-    /* "pygpt/_backward.pyx":245
+    /* "pygpt/_backward.pyx":254
  *         matmul_backward(b, b.dinp, C, d.fcw + l * 4 * C * C, d.fcb + l * 4 * C, b.dfch, s.fch_row,
  *                         ln2, C, weights_of(net.fcw, l * 4 * C * C), NULL, R, C, 4 * C, ith, nth)
  *     elif phase == DLN2:             # <<<<<<<<<<<<<<
@@ -20075,7 +20075,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
     goto __pyx_L3;
   }
 
-  /* "pygpt/_backward.pyx":247
+  /* "pygpt/_backward.pyx":256
  *     elif phase == DLN2:
  *         layernorm_backward(net, s, b, 2 * l + 1, d.ln2w + l * C, d.ln2b + l * C, weights_of(net.ln2w, l * C), ith, nth)
  *     elif phase == DATTPROJ:             # <<<<<<<<<<<<<<
@@ -20087,7 +20087,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":248
+    /* "pygpt/_backward.pyx":257
  *         layernorm_backward(net, s, b, 2 * l + 1, d.ln2w + l * C, d.ln2b + l * C, weights_of(net.ln2w, l * C), ith, nth)
  *     elif phase == DATTPROJ:
  *         matmul_backward(b, b.dinp, C, d.attprojw + l * C * C, d.attprojb + l * C, b.dresidual, C,             # <<<<<<<<<<<<<<
@@ -20096,7 +20096,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
     __pyx_f_5pygpt_9_backward_matmul_backward(__pyx_v_b, __pyx_v_b->dinp, __pyx_v_C, (__pyx_v_d->attprojw + ((__pyx_v_l * __pyx_v_C) * __pyx_v_C)), (__pyx_v_d->attprojb + (__pyx_v_l * __pyx_v_C)), __pyx_v_b->dresidual, __pyx_v_C, __pyx_v_atty, __pyx_v_C, __pyx_f_5pygpt_9_backward_weights_of(__pyx_v_net->attprojw, ((__pyx_v_l * __pyx_v_C) * __pyx_v_C)), NULL, __pyx_v_R, __pyx_v_C, __pyx_v_C, __pyx_v_ith, __pyx_v_nth);
 
-    /* "pygpt/_backward.pyx":247
+    /* "pygpt/_backward.pyx":256
  *     elif phase == DLN2:
  *         layernorm_backward(net, s, b, 2 * l + 1, d.ln2w + l * C, d.ln2b + l * C, weights_of(net.ln2w, l * C), ith, nth)
  *     elif phase == DATTPROJ:             # <<<<<<<<<<<<<<
@@ -20106,7 +20106,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
     goto __pyx_L3;
   }
 
-  /* "pygpt/_backward.pyx":250
+  /* "pygpt/_backward.pyx":259
  *         matmul_backward(b, b.dinp, C, d.attprojw + l * C * C, d.attprojb + l * C, b.dresidual, C,
  *                         atty, C, weights_of(net.attprojw, l * C * C), NULL, R, C, C, ith, nth)
  *     elif phase == DATTENTION:             # <<<<<<<<<<<<<<
@@ -20118,7 +20118,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":251
+    /* "pygpt/_backward.pyx":260
  *                         atty, C, weights_of(net.attprojw, l * C * C), NULL, R, C, C, ith, nth)
  *     elif phase == DATTENTION:
  *         attention_backward(net, s, b, l, ith, nth)             # <<<<<<<<<<<<<<
@@ -20127,7 +20127,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
     __pyx_f_5pygpt_9_backward_attention_backward(__pyx_v_net, __pyx_v_s, __pyx_v_b, __pyx_v_l, __pyx_v_ith, __pyx_v_nth);
 
-    /* "pygpt/_backward.pyx":250
+    /* "pygpt/_backward.pyx":259
  *         matmul_backward(b, b.dinp, C, d.attprojw + l * C * C, d.attprojb + l * C, b.dresidual, C,
  *                         atty, C, weights_of(net.attprojw, l * C * C), NULL, R, C, C, ith, nth)
  *     elif phase == DATTENTION:             # <<<<<<<<<<<<<<
@@ -20137,7 +20137,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
     goto __pyx_L3;
   }
 
-  /* "pygpt/_backward.pyx":252
+  /* "pygpt/_backward.pyx":261
  *     elif phase == DATTENTION:
  *         attention_backward(net, s, b, l, ith, nth)
  *     elif phase == DQKV:             # <<<<<<<<<<<<<<
@@ -20149,7 +20149,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":253
+    /* "pygpt/_backward.pyx":262
  *         attention_backward(net, s, b, l, ith, nth)
  *     elif phase == DQKV:
  *         matmul_backward(b, b.dinp, C, d.qkvw + l * 3 * C * C, d.qkvb + l * 3 * C, b.dqkv, 3 * C,             # <<<<<<<<<<<<<<
@@ -20158,7 +20158,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 */
     __pyx_f_5pygpt_9_backward_matmul_backward(__pyx_v_b, __pyx_v_b->dinp, __pyx_v_C, (__pyx_v_d->qkvw + (((__pyx_v_l * 3) * __pyx_v_C) * __pyx_v_C)), (__pyx_v_d->qkvb + ((__pyx_v_l * 3) * __pyx_v_C)), __pyx_v_b->dqkv, (3 * __pyx_v_C), __pyx_v_ln1, __pyx_v_C, __pyx_f_5pygpt_9_backward_weights_of(__pyx_v_net->qkvw, (((__pyx_v_l * 3) * __pyx_v_C) * __pyx_v_C)), NULL, __pyx_v_R, __pyx_v_C, (3 * __pyx_v_C), __pyx_v_ith, __pyx_v_nth);
 
-    /* "pygpt/_backward.pyx":252
+    /* "pygpt/_backward.pyx":261
  *     elif phase == DATTENTION:
  *         attention_backward(net, s, b, l, ith, nth)
  *     elif phase == DQKV:             # <<<<<<<<<<<<<<
@@ -20168,7 +20168,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
     goto __pyx_L3;
   }
 
-  /* "pygpt/_backward.pyx":256
+  /* "pygpt/_backward.pyx":265
  *                         ln1, C, weights_of(net.qkvw, l * 3 * C * C), NULL, R, C, 3 * C, ith, nth)
  *     else:
  *         layernorm_backward(net, s, b, 2 * l, d.ln1w + l * C, d.ln1b + l * C, weights_of(net.ln1w, l * C), ith, nth)             # <<<<<<<<<<<<<<
@@ -20180,12 +20180,12 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
   }
   __pyx_L3:;
 
-  /* "pygpt/_backward.pyx":230
+  /* "pygpt/_backward.pyx":237
  * 
  * 
- * cdef void run_layer(const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
- *     cdef Py_ssize_t R = s.R, C = net.C
+ * cdef void run_layer(             # <<<<<<<<<<<<<<
+ *     const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth,
+ * ) noexcept nogil:
 */
 
   /* function exit code */
@@ -20199,7 +20199,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 
 }
 
-/* "pygpt/_backward.pyx":259
+/* "pygpt/_backward.pyx":268
  * 
  * 
  * cdef inline const float* weights_of(const char* tensor, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20210,7 +20210,7 @@ static void __pyx_f_5pygpt_9_backward_run_layer(struct __pyx_t_5pygpt_8_kernels_
 static CYTHON_INLINE float const *__pyx_f_5pygpt_9_backward_weights_of(char const *__pyx_v_tensor, Py_ssize_t __pyx_v_index) {
   float const *__pyx_r;
 
-  /* "pygpt/_backward.pyx":261
+  /* "pygpt/_backward.pyx":270
  * cdef inline const float* weights_of(const char* tensor, Py_ssize_t index) noexcept nogil:
  *     """The address of value `index` of a float32 tensor."""
  *     return <const float*> tensor + index             # <<<<<<<<<<<<<<
@@ -20223,7 +20223,7 @@ static CYTHON_INLINE float const *__pyx_f_5pygpt_9_backward_weights_of(char cons
   }
   goto __pyx_L0;
 
-  /* "pygpt/_backward.pyx":259
+  /* "pygpt/_backward.pyx":268
  * 
  * 
  * cdef inline const float* weights_of(const char* tensor, Py_ssize_t index) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20236,7 +20236,7 @@ static CYTHON_INLINE float const *__pyx_f_5pygpt_9_backward_weights_of(char cons
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":264
+/* "pygpt/_backward.pyx":273
  * 
  * 
  * cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* me) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20259,7 +20259,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
   long __pyx_t_5;
   int __pyx_t_6;
 
-  /* "pygpt/_backward.pyx":266
+  /* "pygpt/_backward.pyx":275
  * cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* me) noexcept nogil:
  *     """Gradients of all tensors from the kept activations, worker me.ith's share. Returns 1 when the step was aborted."""
  *     cdef Py_ssize_t R = s.R, C = net.C, start, stop             # <<<<<<<<<<<<<<
@@ -20273,7 +20273,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 
   __pyx_v_C = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":268
+  /* "pygpt/_backward.pyx":277
  *     cdef Py_ssize_t R = s.R, C = net.C, start, stop
  *     cdef int layer, phase
  *     trace_begin(me)             # <<<<<<<<<<<<<<
@@ -20282,7 +20282,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   trace_begin(__pyx_v_me);
 
-  /* "pygpt/_backward.pyx":269
+  /* "pygpt/_backward.pyx":278
  *     cdef int layer, phase
  *     trace_begin(me)
  *     cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)             # <<<<<<<<<<<<<<
@@ -20291,7 +20291,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   __pyx_f_5pygpt_9_backward_cross_entropy_backward(__pyx_v_net, __pyx_v_s, __pyx_v_b, __pyx_v_me->ith, __pyx_v_me->nth);
 
-  /* "pygpt/_backward.pyx":270
+  /* "pygpt/_backward.pyx":279
  *     trace_begin(me)
  *     cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)
  *     if meet(me, DLOGITS, 0):             # <<<<<<<<<<<<<<
@@ -20303,7 +20303,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":271
+    /* "pygpt/_backward.pyx":280
  *     cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)
  *     if meet(me, DLOGITS, 0):
  *         return 1             # <<<<<<<<<<<<<<
@@ -20316,7 +20316,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
     }
     goto __pyx_L0;
 
-    /* "pygpt/_backward.pyx":270
+    /* "pygpt/_backward.pyx":279
  *     trace_begin(me)
  *     cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)
  *     if meet(me, DLOGITS, 0):             # <<<<<<<<<<<<<<
@@ -20325,7 +20325,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   }
 
-  /* "pygpt/_backward.pyx":272
+  /* "pygpt/_backward.pyx":281
  *     if meet(me, DLOGITS, 0):
  *         return 1
  *     shard(R * C, me.ith, me.nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -20334,7 +20334,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   __pyx_f_5pygpt_8_kernels_shard((__pyx_v_R * __pyx_v_C), __pyx_v_me->ith, __pyx_v_me->nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":273
+  /* "pygpt/_backward.pyx":282
  *         return 1
  *     shard(R * C, me.ith, me.nth, &start, &stop)
  *     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))             # <<<<<<<<<<<<<<
@@ -20343,7 +20343,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   (void)(memset((__pyx_v_b->dresidual + __pyx_v_start), 0, ((__pyx_v_stop - __pyx_v_start) * (sizeof(float)))));
 
-  /* "pygpt/_backward.pyx":274
+  /* "pygpt/_backward.pyx":283
  *     shard(R * C, me.ith, me.nth, &start, &stop)
  *     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
  *     matmul_backward(b, b.dinp, C, b.d.wte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,             # <<<<<<<<<<<<<<
@@ -20352,7 +20352,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   __pyx_f_5pygpt_9_backward_matmul_backward(__pyx_v_b, __pyx_v_b->dinp, __pyx_v_C, __pyx_v_b->d.wte, NULL, __pyx_v_s->logits, __pyx_v_s->logits_row, (__pyx_v_s->ln + ((2 * __pyx_v_net->L) * __pyx_v_s->ln_step)), __pyx_v_C, __pyx_f_5pygpt_9_backward_weights_of(__pyx_v_net->wte, 0), NULL, __pyx_v_R, __pyx_v_C, __pyx_v_net->V, __pyx_v_me->ith, __pyx_v_me->nth);
 
-  /* "pygpt/_backward.pyx":276
+  /* "pygpt/_backward.pyx":285
  *     matmul_backward(b, b.dinp, C, b.d.wte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
  *                     weights_of(net.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
  *     if meet(me, DHEAD, 0):             # <<<<<<<<<<<<<<
@@ -20364,7 +20364,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":277
+    /* "pygpt/_backward.pyx":286
  *                     weights_of(net.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
  *     if meet(me, DHEAD, 0):
  *         return 1             # <<<<<<<<<<<<<<
@@ -20377,7 +20377,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
     }
     goto __pyx_L0;
 
-    /* "pygpt/_backward.pyx":276
+    /* "pygpt/_backward.pyx":285
  *     matmul_backward(b, b.dinp, C, b.d.wte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
  *                     weights_of(net.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
  *     if meet(me, DHEAD, 0):             # <<<<<<<<<<<<<<
@@ -20386,7 +20386,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   }
 
-  /* "pygpt/_backward.pyx":278
+  /* "pygpt/_backward.pyx":287
  *     if meet(me, DHEAD, 0):
  *         return 1
  *     layernorm_backward(net, s, b, 2 * net.L, b.d.lnfw, b.d.lnfb, weights_of(net.lnfw, 0), me.ith, me.nth)             # <<<<<<<<<<<<<<
@@ -20395,7 +20395,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   __pyx_f_5pygpt_9_backward_layernorm_backward(__pyx_v_net, __pyx_v_s, __pyx_v_b, (2 * __pyx_v_net->L), __pyx_v_b->d.lnfw, __pyx_v_b->d.lnfb, __pyx_f_5pygpt_9_backward_weights_of(__pyx_v_net->lnfw, 0), __pyx_v_me->ith, __pyx_v_me->nth);
 
-  /* "pygpt/_backward.pyx":279
+  /* "pygpt/_backward.pyx":288
  *         return 1
  *     layernorm_backward(net, s, b, 2 * net.L, b.d.lnfw, b.d.lnfb, weights_of(net.lnfw, 0), me.ith, me.nth)
  *     if meet(me, DLNF, 0):             # <<<<<<<<<<<<<<
@@ -20407,7 +20407,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":280
+    /* "pygpt/_backward.pyx":289
  *     layernorm_backward(net, s, b, 2 * net.L, b.d.lnfw, b.d.lnfb, weights_of(net.lnfw, 0), me.ith, me.nth)
  *     if meet(me, DLNF, 0):
  *         return 1             # <<<<<<<<<<<<<<
@@ -20420,7 +20420,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
     }
     goto __pyx_L0;
 
-    /* "pygpt/_backward.pyx":279
+    /* "pygpt/_backward.pyx":288
  *         return 1
  *     layernorm_backward(net, s, b, 2 * net.L, b.d.lnfw, b.d.lnfb, weights_of(net.lnfw, 0), me.ith, me.nth)
  *     if meet(me, DLNF, 0):             # <<<<<<<<<<<<<<
@@ -20429,7 +20429,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   }
 
-  /* "pygpt/_backward.pyx":281
+  /* "pygpt/_backward.pyx":290
  *     if meet(me, DLNF, 0):
  *         return 1
  *     for layer in range(<int> net.L - 1, -1, -1):             # <<<<<<<<<<<<<<
@@ -20439,7 +20439,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
   for (__pyx_t_3 = (((int)__pyx_v_net->L) - 1); __pyx_t_3 > -1; __pyx_t_3-=1) {
     __pyx_v_layer = __pyx_t_3;
 
-    /* "pygpt/_backward.pyx":282
+    /* "pygpt/_backward.pyx":291
  *         return 1
  *     for layer in range(<int> net.L - 1, -1, -1):
  *         for phase in range(DFCPROJ, DLN1 + 1):             # <<<<<<<<<<<<<<
@@ -20453,7 +20453,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
     for (__pyx_t_6 = __pyx_v_5pygpt_9_backward_DFCPROJ; __pyx_t_6 < __pyx_t_5; __pyx_t_6+=1) {
       __pyx_v_phase = __pyx_t_6;
 
-      /* "pygpt/_backward.pyx":283
+      /* "pygpt/_backward.pyx":292
  *     for layer in range(<int> net.L - 1, -1, -1):
  *         for phase in range(DFCPROJ, DLN1 + 1):
  *             run_layer(net, s, b, phase, layer, me.ith, me.nth)             # <<<<<<<<<<<<<<
@@ -20462,7 +20462,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
       __pyx_f_5pygpt_9_backward_run_layer(__pyx_v_net, __pyx_v_s, __pyx_v_b, __pyx_v_phase, __pyx_v_layer, __pyx_v_me->ith, __pyx_v_me->nth);
 
-      /* "pygpt/_backward.pyx":284
+      /* "pygpt/_backward.pyx":293
  *         for phase in range(DFCPROJ, DLN1 + 1):
  *             run_layer(net, s, b, phase, layer, me.ith, me.nth)
  *             if meet(me, phase, layer):             # <<<<<<<<<<<<<<
@@ -20474,7 +20474,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
       if (__pyx_t_2) {
 
 
-        /* "pygpt/_backward.pyx":285
+        /* "pygpt/_backward.pyx":294
  *             run_layer(net, s, b, phase, layer, me.ith, me.nth)
  *             if meet(me, phase, layer):
  *                 return 1             # <<<<<<<<<<<<<<
@@ -20487,7 +20487,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
         }
         goto __pyx_L0;
 
-        /* "pygpt/_backward.pyx":284
+        /* "pygpt/_backward.pyx":293
  *         for phase in range(DFCPROJ, DLN1 + 1):
  *             run_layer(net, s, b, phase, layer, me.ith, me.nth)
  *             if meet(me, phase, layer):             # <<<<<<<<<<<<<<
@@ -20499,7 +20499,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 
   }
 
-  /* "pygpt/_backward.pyx":286
+  /* "pygpt/_backward.pyx":295
  *             if meet(me, phase, layer):
  *                 return 1
  *     encoder_backward(net, s, b, me.ith, me.nth)                                                 # dwte, dwpe             # <<<<<<<<<<<<<<
@@ -20508,7 +20508,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   __pyx_f_5pygpt_9_backward_encoder_backward(__pyx_v_net, __pyx_v_s, __pyx_v_b, __pyx_v_me->ith, __pyx_v_me->nth);
 
-  /* "pygpt/_backward.pyx":287
+  /* "pygpt/_backward.pyx":296
  *                 return 1
  *     encoder_backward(net, s, b, me.ith, me.nth)                                                 # dwte, dwpe
  *     done(me, DENCODER, 0)             # <<<<<<<<<<<<<<
@@ -20517,7 +20517,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
 */
   done(__pyx_v_me, __pyx_v_5pygpt_9_backward_DENCODER, 0);
 
-  /* "pygpt/_backward.pyx":288
+  /* "pygpt/_backward.pyx":297
  *     encoder_backward(net, s, b, me.ith, me.nth)                                                 # dwte, dwpe
  *     done(me, DENCODER, 0)
  *     return 0             # <<<<<<<<<<<<<<
@@ -20530,7 +20530,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
   }
   goto __pyx_L0;
 
-  /* "pygpt/_backward.pyx":264
+  /* "pygpt/_backward.pyx":273
  * 
  * 
  * cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* me) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20549,7 +20549,7 @@ static int __pyx_f_5pygpt_9_backward_backward(struct __pyx_t_5pygpt_8_kernels_Ne
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":293
+/* "pygpt/_backward.pyx":302
  * 
  * 
  * cdef void squares_of(const Flat* f, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20570,7 +20570,7 @@ static void __pyx_f_5pygpt_9_backward_squares_of(struct __pyx_t_5pygpt_9_backwar
   Py_ssize_t __pyx_t_6;
   int __pyx_t_7;
 
-  /* "pygpt/_backward.pyx":295
+  /* "pygpt/_backward.pyx":304
  * cdef void squares_of(const Flat* f, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
  *     """squares[i] = the sum of the squares of block i of the gradients."""
  *     cdef Py_ssize_t i, start, stop, blocks = (f.size + NORM_BLOCK - 1) // NORM_BLOCK             # <<<<<<<<<<<<<<
@@ -20579,7 +20579,7 @@ static void __pyx_f_5pygpt_9_backward_squares_of(struct __pyx_t_5pygpt_9_backwar
 */
   __pyx_v_blocks = (((__pyx_v_f->size + __pyx_e_5pygpt_9_backward_NORM_BLOCK) - 1) / __pyx_e_5pygpt_9_backward_NORM_BLOCK);
 
-  /* "pygpt/_backward.pyx":296
+  /* "pygpt/_backward.pyx":305
  *     """squares[i] = the sum of the squares of block i of the gradients."""
  *     cdef Py_ssize_t i, start, stop, blocks = (f.size + NORM_BLOCK - 1) // NORM_BLOCK
  *     shard(blocks, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -20588,7 +20588,7 @@ static void __pyx_f_5pygpt_9_backward_squares_of(struct __pyx_t_5pygpt_9_backwar
 */
   __pyx_f_5pygpt_8_kernels_shard(__pyx_v_blocks, __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":297
+  /* "pygpt/_backward.pyx":306
  *     cdef Py_ssize_t i, start, stop, blocks = (f.size + NORM_BLOCK - 1) // NORM_BLOCK
  *     shard(blocks, ith, nth, &start, &stop)
  *     for i in range(start, stop):             # <<<<<<<<<<<<<<
@@ -20602,7 +20602,7 @@ static void __pyx_f_5pygpt_9_backward_squares_of(struct __pyx_t_5pygpt_9_backwar
   for (__pyx_t_3 = __pyx_v_start; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "pygpt/_backward.pyx":298
+    /* "pygpt/_backward.pyx":307
  *     shard(blocks, ith, nth, &start, &stop)
  *     for i in range(start, stop):
  *         f.squares[i] = micro.square_sum(f.g + i * NORM_BLOCK, min(<Py_ssize_t> NORM_BLOCK, f.size - i * NORM_BLOCK))             # <<<<<<<<<<<<<<
@@ -20628,7 +20628,7 @@ static void __pyx_f_5pygpt_9_backward_squares_of(struct __pyx_t_5pygpt_9_backwar
   }
 
 
-  /* "pygpt/_backward.pyx":293
+  /* "pygpt/_backward.pyx":302
  * 
  * 
  * cdef void squares_of(const Flat* f, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
@@ -20643,12 +20643,12 @@ static void __pyx_f_5pygpt_9_backward_squares_of(struct __pyx_t_5pygpt_9_backwar
 
 }
 
-/* "pygpt/_backward.pyx":301
+/* "pygpt/_backward.pyx":310
  * 
  * 
- * cdef void update(const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """One step of AdamW on this worker's share of all parameters. A span is (start, stop, decay)."""
- *     cdef Py_ssize_t i, start, stop, first, last
+ * cdef void update(             # <<<<<<<<<<<<<<
+ *     const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth,
+ * ) noexcept nogil:
 */
 
 static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Flat const *__pyx_v_f, adamw_numbers __pyx_v_numbers, __Pyx_memviewslice __pyx_v_spans, Py_ssize_t __pyx_v_ith, Py_ssize_t __pyx_v_nth) {
@@ -20668,7 +20668,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
   int __pyx_t_9;
   Py_ssize_t __pyx_t_10;
 
-  /* "pygpt/_backward.pyx":304
+  /* "pygpt/_backward.pyx":315
  *     """One step of AdamW on this worker's share of all parameters. A span is (start, stop, decay)."""
  *     cdef Py_ssize_t i, start, stop, first, last
  *     share(f.size, 16, ith, nth, &start, &stop)             # <<<<<<<<<<<<<<
@@ -20677,7 +20677,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
 */
   __pyx_f_5pygpt_9_backward_share(__pyx_v_f->size, 16, __pyx_v_ith, __pyx_v_nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-  /* "pygpt/_backward.pyx":305
+  /* "pygpt/_backward.pyx":316
  *     cdef Py_ssize_t i, start, stop, first, last
  *     share(f.size, 16, ith, nth, &start, &stop)
  *     for i in range(spans.shape[0]):             # <<<<<<<<<<<<<<
@@ -20691,7 +20691,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
   for (__pyx_t_3 = 0; __pyx_t_3 < __pyx_t_2; __pyx_t_3+=1) {
     __pyx_v_i = __pyx_t_3;
 
-    /* "pygpt/_backward.pyx":306
+    /* "pygpt/_backward.pyx":317
  *     share(f.size, 16, ith, nth, &start, &stop)
  *     for i in range(spans.shape[0]):
  *         first, last = max(start, <Py_ssize_t> spans[i, 0]), min(stop, <Py_ssize_t> spans[i, 1])             # <<<<<<<<<<<<<<
@@ -20739,7 +20739,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
     __pyx_v_first = __pyx_t_6;
     __pyx_v_last = __pyx_t_8;
 
-    /* "pygpt/_backward.pyx":307
+    /* "pygpt/_backward.pyx":318
  *     for i in range(spans.shape[0]):
  *         first, last = max(start, <Py_ssize_t> spans[i, 0]), min(stop, <Py_ssize_t> spans[i, 1])
  *         numbers.decay = <float> spans[i, 2]             # <<<<<<<<<<<<<<
@@ -20750,7 +20750,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
     __pyx_t_5 = 2;
     __pyx_v_numbers.decay = ((float)(*((double const  *) ( /* dim=1 */ ((char *) (((double const  *) ( /* dim=0 */ (__pyx_v_spans.data + __pyx_t_4 * __pyx_v_spans.strides[0]) )) + __pyx_t_5)) ))));
 
-    /* "pygpt/_backward.pyx":308
+    /* "pygpt/_backward.pyx":319
  *         first, last = max(start, <Py_ssize_t> spans[i, 0]), min(stop, <Py_ssize_t> spans[i, 1])
  *         numbers.decay = <float> spans[i, 2]
  *         if first < last:             # <<<<<<<<<<<<<<
@@ -20762,7 +20762,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
     if (__pyx_t_9) {
 
 
-      /* "pygpt/_backward.pyx":309
+      /* "pygpt/_backward.pyx":320
  *         numbers.decay = <float> spans[i, 2]
  *         if first < last:
  *             micro.adamw(f.p + first, f.g + first, f.m + first, f.v + first, last - first, &numbers)             # <<<<<<<<<<<<<<
@@ -20771,7 +20771,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
 */
       __pyx_v_5pygpt_8_kernels_micro->adamw((__pyx_v_f->p + __pyx_v_first), (__pyx_v_f->g + __pyx_v_first), (__pyx_v_f->m + __pyx_v_first), (__pyx_v_f->v + __pyx_v_first), (__pyx_v_last - __pyx_v_first), (&__pyx_v_numbers));
 
-      /* "pygpt/_backward.pyx":308
+      /* "pygpt/_backward.pyx":319
  *         first, last = max(start, <Py_ssize_t> spans[i, 0]), min(stop, <Py_ssize_t> spans[i, 1])
  *         numbers.decay = <float> spans[i, 2]
  *         if first < last:             # <<<<<<<<<<<<<<
@@ -20782,12 +20782,12 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
   }
 
 
-  /* "pygpt/_backward.pyx":301
+  /* "pygpt/_backward.pyx":310
  * 
  * 
- * cdef void update(const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:             # <<<<<<<<<<<<<<
- *     """One step of AdamW on this worker's share of all parameters. A span is (start, stop, decay)."""
- *     cdef Py_ssize_t i, start, stop, first, last
+ * cdef void update(             # <<<<<<<<<<<<<<
+ *     const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth,
+ * ) noexcept nogil:
 */
 
   /* function exit code */
@@ -20798,7 +20798,7 @@ static void __pyx_f_5pygpt_9_backward_update(struct __pyx_t_5pygpt_9_backward_Fl
 
 }
 
-/* "pygpt/_backward.pyx":345
+/* "pygpt/_backward.pyx":356
  *     cdef readonly bint ready        # whether activations are there for backward()
  * 
  *     def __init__(             # <<<<<<<<<<<<<<
@@ -20836,70 +20836,70 @@ static int __pyx_pw_5pygpt_9_backward_9TrainStep_1__init__(PyObject *__pyx_v_sel
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_weights,&__pyx_mstate_global->__pyx_n_u_nth,&__pyx_mstate_global->__pyx_n_u_spins,&__pyx_mstate_global->__pyx_n_u_config,&__pyx_mstate_global->__pyx_n_u_parameters,&__pyx_mstate_global->__pyx_n_u_gradients,&__pyx_mstate_global->__pyx_n_u_first,&__pyx_mstate_global->__pyx_n_u_second,&__pyx_mstate_global->__pyx_n_u_keep,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 345, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 356, __pyx_L3_error)
     if (likely(__pyx_kwds_len > 0)) {
       switch (__pyx_nargs) {
         case  8:
         values[7] = __Pyx_ArgRef_VARARGS(__pyx_args, 7);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[7])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  7:
         values[6] = __Pyx_ArgRef_VARARGS(__pyx_args, 6);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[6])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  6:
         values[5] = __Pyx_ArgRef_VARARGS(__pyx_args, 5);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[5])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  5:
         values[4] = __Pyx_ArgRef_VARARGS(__pyx_args, 4);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[4])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  4:
         values[3] = __Pyx_ArgRef_VARARGS(__pyx_args, 3);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[3])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  3:
         values[2] = __Pyx_ArgRef_VARARGS(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 345, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 356, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__init__", 0) < (0)) __PYX_ERR(0, 345, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__init__", 0) < (0)) __PYX_ERR(0, 356, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 8; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__init__", 1, 8, 8, i); __PYX_ERR(0, 345, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__init__", 1, 8, 8, i); __PYX_ERR(0, 356, __pyx_L3_error) }
       }
       for (Py_ssize_t i = 8; i < 9; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("__init__", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 345, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseKeywordRequired("__init__", *(__pyx_pyargnames[i - 0])); __PYX_ERR(0, 356, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 8)) {
       goto __pyx_L5_argtuple_error;
     } else {
-      __Pyx_RaiseKeywordRequired("__init__", __pyx_mstate_global->__pyx_n_u_keep); __PYX_ERR(0, 345, __pyx_L3_error)
+      __Pyx_RaiseKeywordRequired("__init__", __pyx_mstate_global->__pyx_n_u_keep); __PYX_ERR(0, 356, __pyx_L3_error)
     }
     __pyx_v_weights = ((struct __pyx_obj_5pygpt_8_kernels_Weights *)values[0]);
-    __pyx_v_nth = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nth == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 346, __pyx_L3_error)
-    __pyx_v_spins = __Pyx_PyLong_As_uint32_t(values[2]); if (unlikely((__pyx_v_spins == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 346, __pyx_L3_error)
+    __pyx_v_nth = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nth == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L3_error)
+    __pyx_v_spins = __Pyx_PyLong_As_uint32_t(values[2]); if (unlikely((__pyx_v_spins == ((uint32_t)-1)) && PyErr_Occurred())) __PYX_ERR(0, 357, __pyx_L3_error)
     __pyx_v_config = values[3];
-    __pyx_v_parameters = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[4], PyBUF_WRITABLE); if (unlikely(!__pyx_v_parameters.memview)) __PYX_ERR(0, 347, __pyx_L3_error)
-    __pyx_v_gradients = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[5], PyBUF_WRITABLE); if (unlikely(!__pyx_v_gradients.memview)) __PYX_ERR(0, 347, __pyx_L3_error)
-    __pyx_v_first = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[6], PyBUF_WRITABLE); if (unlikely(!__pyx_v_first.memview)) __PYX_ERR(0, 347, __pyx_L3_error)
-    __pyx_v_second = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[7], PyBUF_WRITABLE); if (unlikely(!__pyx_v_second.memview)) __PYX_ERR(0, 347, __pyx_L3_error)
-    __pyx_v_keep = __Pyx_PyObject_IsTrue(values[8]); if (unlikely((__pyx_v_keep == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 348, __pyx_L3_error)
+    __pyx_v_parameters = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[4], PyBUF_WRITABLE); if (unlikely(!__pyx_v_parameters.memview)) __PYX_ERR(0, 358, __pyx_L3_error)
+    __pyx_v_gradients = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[5], PyBUF_WRITABLE); if (unlikely(!__pyx_v_gradients.memview)) __PYX_ERR(0, 358, __pyx_L3_error)
+    __pyx_v_first = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[6], PyBUF_WRITABLE); if (unlikely(!__pyx_v_first.memview)) __PYX_ERR(0, 358, __pyx_L3_error)
+    __pyx_v_second = __Pyx_PyObject_to_MemoryviewSlice_dc_float(values[7], PyBUF_WRITABLE); if (unlikely(!__pyx_v_second.memview)) __PYX_ERR(0, 358, __pyx_L3_error)
+    __pyx_v_keep = __Pyx_PyObject_IsTrue(values[8]); if (unlikely((__pyx_v_keep == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 359, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__init__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 345, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__init__", 1, 8, 8, __pyx_nargs); __PYX_ERR(0, 356, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -20914,18 +20914,18 @@ static int __pyx_pw_5pygpt_9_backward_9TrainStep_1__init__(PyObject *__pyx_v_sel
   __Pyx_RefNannyFinishContext();
   return -1;
   __pyx_L4_argument_unpacking_done:;
-  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_weights), __pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_Weights, 0, "weights", 0))) __PYX_ERR(0, 346, __pyx_L1_error)
+  if (unlikely(!__Pyx_ArgTypeTest(((PyObject *)__pyx_v_weights), __pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_Weights, 0, "weights", 0))) __PYX_ERR(0, 357, __pyx_L1_error)
   if (unlikely(((PyObject *)__pyx_v_parameters.memview) == Py_None)) {
-    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "parameters"); __PYX_ERR(0, 347, __pyx_L1_error)
+    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "parameters"); __PYX_ERR(0, 358, __pyx_L1_error)
   }
   if (unlikely(((PyObject *)__pyx_v_gradients.memview) == Py_None)) {
-    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "gradients"); __PYX_ERR(0, 347, __pyx_L1_error)
+    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "gradients"); __PYX_ERR(0, 358, __pyx_L1_error)
   }
   if (unlikely(((PyObject *)__pyx_v_first.memview) == Py_None)) {
-    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "first"); __PYX_ERR(0, 347, __pyx_L1_error)
+    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "first"); __PYX_ERR(0, 358, __pyx_L1_error)
   }
   if (unlikely(((PyObject *)__pyx_v_second.memview) == Py_None)) {
-    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "second"); __PYX_ERR(0, 347, __pyx_L1_error)
+    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "second"); __PYX_ERR(0, 358, __pyx_L1_error)
   }
   __pyx_r = __pyx_pf_5pygpt_9_backward_9TrainStep___init__(((struct __pyx_obj_5pygpt_9_backward_TrainStep *)__pyx_v_self), __pyx_v_weights, __pyx_v_nth, __pyx_v_spins, __pyx_v_config, __pyx_v_parameters, __pyx_v_gradients, __pyx_v_first, __pyx_v_second, __pyx_v_keep);
 
@@ -20986,7 +20986,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__init__", 0);
 
-  /* "pygpt/_backward.pyx":350
+  /* "pygpt/_backward.pyx":361
  *         *, bint keep,
  *     ):
  *         self.keeps = keep             # <<<<<<<<<<<<<<
@@ -20995,7 +20995,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
 */
   __pyx_v_self->keeps = __pyx_v_keep;
 
-  /* "pygpt/_backward.pyx":351
+  /* "pygpt/_backward.pyx":362
  *     ):
  *         self.keeps = keep
  *         self.config = config             # <<<<<<<<<<<<<<
@@ -21007,31 +21007,31 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __Pyx_GOTREF(__pyx_v_self->config);
   __Pyx_DECREF_SET(__pyx_v_self->config, __pyx_v_config);
 
-  /* "pygpt/_backward.pyx":352
+  /* "pygpt/_backward.pyx":363
  *         self.keeps = keep
  *         self.config = config
  *         self.views = (parameters, gradients, first, second)             # <<<<<<<<<<<<<<
  *         self.flat.p, self.flat.g, self.flat.m, self.flat.v = &parameters[0], &gradients[0], &first[0], &second[0]
  *         self.flat.size = parameters.shape[0]
 */
-  __pyx_t_1 = __pyx_memoryview_fromslice(__pyx_v_parameters, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_1 = __pyx_memoryview_fromslice(__pyx_v_parameters, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
-  __pyx_t_2 = __pyx_memoryview_fromslice(__pyx_v_gradients, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_2 = __pyx_memoryview_fromslice(__pyx_v_gradients, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_3 = __pyx_memoryview_fromslice(__pyx_v_first, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_3 = __pyx_memoryview_fromslice(__pyx_v_first, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = __pyx_memoryview_fromslice(__pyx_v_second, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_4 = __pyx_memoryview_fromslice(__pyx_v_second, 1, (PyObject *(*)(char *)) __pyx_memview_get_float, (int (*)(char *, PyObject *)) __pyx_memview_set_float, 0);; if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = PyTuple_New(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 352, __pyx_L1_error)
+  __pyx_t_5 = PyTuple_New(4); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 363, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_GIVEREF(__pyx_t_1);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 352, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 0, __pyx_t_1) != (0)) __PYX_ERR(0, 363, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_2);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 352, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 363, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_3);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 2, __pyx_t_3) != (0)) __PYX_ERR(0, 352, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 2, __pyx_t_3) != (0)) __PYX_ERR(0, 363, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_4);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 3, __pyx_t_4) != (0)) __PYX_ERR(0, 352, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_5, 3, __pyx_t_4) != (0)) __PYX_ERR(0, 363, __pyx_L1_error);
   __pyx_t_1 = 0;
   __pyx_t_2 = 0;
   __pyx_t_3 = 0;
@@ -21041,7 +21041,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __Pyx_DECREF_SET(__pyx_v_self->views, __pyx_t_5);
   __pyx_t_5 = 0;
 
-  /* "pygpt/_backward.pyx":353
+  /* "pygpt/_backward.pyx":364
  *         self.config = config
  *         self.views = (parameters, gradients, first, second)
  *         self.flat.p, self.flat.g, self.flat.m, self.flat.v = &parameters[0], &gradients[0], &first[0], &second[0]             # <<<<<<<<<<<<<<
@@ -21065,7 +21065,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_self->flat.m = __pyx_t_9;
   __pyx_v_self->flat.v = __pyx_t_10;
 
-  /* "pygpt/_backward.pyx":354
+  /* "pygpt/_backward.pyx":365
  *         self.views = (parameters, gradients, first, second)
  *         self.flat.p, self.flat.g, self.flat.m, self.flat.v = &parameters[0], &gradients[0], &first[0], &second[0]
  *         self.flat.size = parameters.shape[0]             # <<<<<<<<<<<<<<
@@ -21074,7 +21074,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
 */
   __pyx_v_self->flat.size = (__pyx_v_parameters.shape[0]);
 
-  /* "pygpt/_backward.pyx":355
+  /* "pygpt/_backward.pyx":366
  *         self.flat.p, self.flat.g, self.flat.m, self.flat.v = &parameters[0], &gradients[0], &first[0], &second[0]
  *         self.flat.size = parameters.shape[0]
  *         self.squares = bytearray(8 * ((self.flat.size + NORM_BLOCK - 1) // NORM_BLOCK))             # <<<<<<<<<<<<<<
@@ -21082,7 +21082,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
  *         self.flat.squares = &squares[0]
 */
   __pyx_t_4 = NULL;
-  __pyx_t_3 = PyLong_FromSsize_t((8 * (((__pyx_v_self->flat.size + __pyx_e_5pygpt_9_backward_NORM_BLOCK) - 1) / __pyx_e_5pygpt_9_backward_NORM_BLOCK))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 355, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t((8 * (((__pyx_v_self->flat.size + __pyx_e_5pygpt_9_backward_NORM_BLOCK) - 1) / __pyx_e_5pygpt_9_backward_NORM_BLOCK))); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 366, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __pyx_t_11 = 1;
   {
@@ -21090,7 +21090,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
     __pyx_t_5 = __Pyx_PyObject_FastCall((PyObject*)(&PyByteArray_Type), __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (__pyx_t_11*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 355, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 366, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
   __Pyx_GIVEREF(__pyx_t_5);
@@ -21098,14 +21098,14 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __Pyx_DECREF_SET(__pyx_v_self->squares, __pyx_t_5);
   __pyx_t_5 = 0;
 
-  /* "pygpt/_backward.pyx":356
+  /* "pygpt/_backward.pyx":367
  *         self.flat.size = parameters.shape[0]
  *         self.squares = bytearray(8 * ((self.flat.size + NORM_BLOCK - 1) // NORM_BLOCK))
  *         cdef double[::1] squares = memoryview(self.squares).cast("d")             # <<<<<<<<<<<<<<
  *         self.flat.squares = &squares[0]
  *         cdef dict at = {name: offset for name, _, offset, _ in config.tensors(padded=True)}
 */
-  __pyx_t_4 = PyMemoryView_FromObject(__pyx_v_self->squares); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 356, __pyx_L1_error)
+  __pyx_t_4 = PyMemoryView_FromObject(__pyx_v_self->squares); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_3 = __pyx_t_4;
   __Pyx_INCREF(__pyx_t_3);
@@ -21115,17 +21115,17 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
     __pyx_t_5 = __Pyx_PyObject_FastCallMethod((PyObject*)__pyx_mstate_global->__pyx_n_u_cast, __pyx_callargs+__pyx_t_11, (2-__pyx_t_11) | (1*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 356, __pyx_L1_error)
+    if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 367, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_5);
   }
-  if (!(likely(PyMemoryView_Check(__pyx_t_5))||((__pyx_t_5) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_5))) __PYX_ERR(0, 356, __pyx_L1_error)
-  __pyx_t_12 = __Pyx_PyObject_to_MemoryviewSlice_dc_double(__pyx_t_5, PyBUF_WRITABLE); if (unlikely(!__pyx_t_12.memview)) __PYX_ERR(0, 356, __pyx_L1_error)
+  if (!(likely(PyMemoryView_Check(__pyx_t_5))||((__pyx_t_5) == Py_None) || __Pyx_RaiseUnexpectedTypeError("memoryview", __pyx_t_5))) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_12 = __Pyx_PyObject_to_MemoryviewSlice_dc_double(__pyx_t_5, PyBUF_WRITABLE); if (unlikely(!__pyx_t_12.memview)) __PYX_ERR(0, 367, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_v_squares = __pyx_t_12;
   __pyx_t_12.memview = NULL;
   __pyx_t_12.data = NULL;
 
-  /* "pygpt/_backward.pyx":357
+  /* "pygpt/_backward.pyx":368
  *         self.squares = bytearray(8 * ((self.flat.size + NORM_BLOCK - 1) // NORM_BLOCK))
  *         cdef double[::1] squares = memoryview(self.squares).cast("d")
  *         self.flat.squares = &squares[0]             # <<<<<<<<<<<<<<
@@ -21135,7 +21135,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_t_6 = 0;
   __pyx_v_self->flat.squares = (&(*((double *) ( /* dim=0 */ ((char *) (((double *) __pyx_v_squares.data) + __pyx_t_6)) ))));
 
-  /* "pygpt/_backward.pyx":358
+  /* "pygpt/_backward.pyx":369
  *         cdef double[::1] squares = memoryview(self.squares).cast("d")
  *         self.flat.squares = &squares[0]
  *         cdef dict at = {name: offset for name, _, offset, _ in config.tensors(padded=True)}             # <<<<<<<<<<<<<<
@@ -21143,7 +21143,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
  *         cdef float* g = &gradients[0]
 */
   { /* enter inner scope */
-    __pyx_t_5 = PyDict_New(); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 358, __pyx_L5_error)
+    __pyx_t_5 = PyDict_New(); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 369, __pyx_L5_error)
     __Pyx_GOTREF(__pyx_t_5);
     __pyx_t_3 = __pyx_v_config;
     __Pyx_INCREF(__pyx_t_3);
@@ -21154,13 +21154,13 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
       PyObject *__pyx_callargs[2] = {__pyx_t_3, Py_True};
       #if CYTHON_VECTORCALL
       __pyx_t_2 = __pyx_mstate_global->__pyx_tuple[2];
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L5_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L5_error)
       __Pyx_INCREF(__pyx_t_2);
       #else
       {
         PyObject *__pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_padded};
         __pyx_t_2 = __Pyx_MakeKwargDict(__pyx_temp, __pyx_callargs+1, 1);
-        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L5_error)
+        if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_2);
       }
       #endif
@@ -21169,7 +21169,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
       #if CYTHON_VECTORCALL
       #endif
       __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 358, __pyx_L5_error)
+      if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 369, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_4);
     }
     if (likely(PyList_CheckExact(__pyx_t_4)) || PyTuple_CheckExact(__pyx_t_4)) {
@@ -21177,9 +21177,9 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
       __pyx_t_13 = 0;
       __pyx_t_14 = NULL;
     } else {
-      __pyx_t_13 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 358, __pyx_L5_error)
+      __pyx_t_13 = -1; __pyx_t_2 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 369, __pyx_L5_error)
       __Pyx_GOTREF(__pyx_t_2);
-      __pyx_t_14 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 358, __pyx_L5_error)
+      __pyx_t_14 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_2); if (unlikely(!__pyx_t_14)) __PYX_ERR(0, 369, __pyx_L5_error)
     }
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     for (;;) {
@@ -21188,7 +21188,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
           {
             Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_2);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 358, __pyx_L5_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 369, __pyx_L5_error)
             #endif
             if (__pyx_t_13 >= __pyx_temp) break;
           }
@@ -21198,7 +21198,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
           {
             Py_ssize_t __pyx_temp = __Pyx_PyTuple_GET_SIZE(__pyx_t_2);
             #if !CYTHON_ASSUME_SAFE_SIZE
-            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 358, __pyx_L5_error)
+            if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 369, __pyx_L5_error)
             #endif
             if (__pyx_t_13 >= __pyx_temp) break;
           }
@@ -21209,13 +21209,13 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
           #endif
           ++__pyx_t_13;
         }
-        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 358, __pyx_L5_error)
+        if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 369, __pyx_L5_error)
       } else {
         __pyx_t_4 = __pyx_t_14(__pyx_t_2);
         if (unlikely(!__pyx_t_4)) {
           PyObject* exc_type = PyErr_Occurred();
           if (exc_type) {
-            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 358, __pyx_L5_error)
+            if (unlikely(!__Pyx_PyErr_GivenExceptionMatches(exc_type, PyExc_StopIteration))) __PYX_ERR(0, 369, __pyx_L5_error)
             PyErr_Clear();
           }
           break;
@@ -21228,7 +21228,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
         if (unlikely(size != 4)) {
           if (size > 4) __Pyx_RaiseTooManyValuesError(4);
           else if (size >= 0) __Pyx_RaiseNeedMoreValuesError(size);
-          __PYX_ERR(0, 358, __pyx_L5_error)
+          __PYX_ERR(0, 369, __pyx_L5_error)
         }
         #if CYTHON_ASSUME_SAFE_MACROS && !CYTHON_AVOID_BORROWED_REFS
         if (likely(PyTuple_CheckExact(sequence))) {
@@ -21242,16 +21242,16 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
           __Pyx_INCREF(__pyx_t_16);
         } else {
           __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(sequence, 0, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 358, __pyx_L5_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 369, __pyx_L5_error)
           __Pyx_XGOTREF(__pyx_t_3);
           __pyx_t_1 = __Pyx_PyList_GET_ITEM_REF(sequence, 1, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 358, __pyx_L5_error)
+          if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 369, __pyx_L5_error)
           __Pyx_XGOTREF(__pyx_t_1);
           __pyx_t_15 = __Pyx_PyList_GET_ITEM_REF(sequence, 2, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 358, __pyx_L5_error)
+          if (unlikely(!__pyx_t_15)) __PYX_ERR(0, 369, __pyx_L5_error)
           __Pyx_XGOTREF(__pyx_t_15);
           __pyx_t_16 = __Pyx_PyList_GET_ITEM_REF(sequence, 3, __Pyx_ReferenceSharing_SharedReference);
-          if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 358, __pyx_L5_error)
+          if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 369, __pyx_L5_error)
           __Pyx_XGOTREF(__pyx_t_16);
         }
         #else
@@ -21259,7 +21259,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
           Py_ssize_t i;
           PyObject** temps[4] = {&__pyx_t_3,&__pyx_t_1,&__pyx_t_15,&__pyx_t_16};
           for (i=0; i < 4; i++) {
-            PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 358, __pyx_L5_error)
+            PyObject* item = __Pyx_PySequence_ITEM(sequence, i); if (unlikely(!item)) __PYX_ERR(0, 369, __pyx_L5_error)
             __Pyx_GOTREF(item);
             *(temps[i]) = item;
           }
@@ -21269,7 +21269,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
       } else {
         Py_ssize_t index = -1;
         PyObject** temps[4] = {&__pyx_t_3,&__pyx_t_1,&__pyx_t_15,&__pyx_t_16};
-        __pyx_t_17 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 358, __pyx_L5_error)
+        __pyx_t_17 = PyObject_GetIter(__pyx_t_4); if (unlikely(!__pyx_t_17)) __PYX_ERR(0, 369, __pyx_L5_error)
         __Pyx_GOTREF(__pyx_t_17);
         __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
         __pyx_t_18 = (CYTHON_COMPILING_IN_LIMITED_API) ? PyIter_Next : __Pyx_PyObject_GetIterNextFunc(__pyx_t_17);
@@ -21278,7 +21278,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
           __Pyx_GOTREF(item);
           *(temps[index]) = item;
         }
-        if (__Pyx_IternextUnpackEndCheck(__pyx_t_18(__pyx_t_17), 4) < (0)) __PYX_ERR(0, 358, __pyx_L5_error)
+        if (__Pyx_IternextUnpackEndCheck(__pyx_t_18(__pyx_t_17), 4) < (0)) __PYX_ERR(0, 369, __pyx_L5_error)
         __pyx_t_18 = NULL;
         __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
         goto __pyx_L9_unpacking_done;
@@ -21286,7 +21286,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
         __Pyx_DECREF(__pyx_t_17); __pyx_t_17 = 0;
         __pyx_t_18 = NULL;
         if (__Pyx_IterFinish() == 0) __Pyx_RaiseNeedMoreValuesError(index);
-        __PYX_ERR(0, 358, __pyx_L5_error)
+        __PYX_ERR(0, 369, __pyx_L5_error)
         __pyx_L9_unpacking_done:;
       }
       __Pyx_XDECREF_SET(__pyx_7genexpr__pyx_v_name, __pyx_t_3);
@@ -21297,7 +21297,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
       __pyx_t_15 = 0;
       __Pyx_DECREF_SET(__pyx_7genexpr__pyx_v__, __pyx_t_16);
       __pyx_t_16 = 0;
-      if (unlikely(PyDict_SetItem(__pyx_t_5, __pyx_7genexpr__pyx_v_name, __pyx_7genexpr__pyx_v_offset))) __PYX_ERR(0, 358, __pyx_L5_error)
+      if (unlikely(PyDict_SetItem(__pyx_t_5, __pyx_7genexpr__pyx_v_name, __pyx_7genexpr__pyx_v_offset))) __PYX_ERR(0, 369, __pyx_L5_error)
     }
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_XDECREF(__pyx_7genexpr__pyx_v__); __pyx_7genexpr__pyx_v__ = 0;
@@ -21314,7 +21314,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_at = ((PyObject*)__pyx_t_5);
   __pyx_t_5 = 0;
 
-  /* "pygpt/_backward.pyx":359
+  /* "pygpt/_backward.pyx":370
  *         self.flat.squares = &squares[0]
  *         cdef dict at = {name: offset for name, _, offset, _ in config.tensors(padded=True)}
  *         cdef Gradients* d = &self.back.d             # <<<<<<<<<<<<<<
@@ -21323,7 +21323,7 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
 */
   __pyx_v_d = (&__pyx_v_self->back.d);
 
-  /* "pygpt/_backward.pyx":360
+  /* "pygpt/_backward.pyx":371
  *         cdef dict at = {name: offset for name, _, offset, _ in config.tensors(padded=True)}
  *         cdef Gradients* d = &self.back.d
  *         cdef float* g = &gradients[0]             # <<<<<<<<<<<<<<
@@ -21333,23 +21333,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_t_6 = 0;
   __pyx_v_g = (&(*((float *) ( /* dim=0 */ ((char *) (((float *) __pyx_v_gradients.data) + __pyx_t_6)) ))));
 
-  /* "pygpt/_backward.pyx":361
+  /* "pygpt/_backward.pyx":372
  *         cdef Gradients* d = &self.back.d
  *         cdef float* g = &gradients[0]
  *         d.wte, d.wpe = g + <Py_ssize_t> at["wte"], g + <Py_ssize_t> at["wpe"]             # <<<<<<<<<<<<<<
  *         d.ln1w, d.ln1b = g + <Py_ssize_t> at["ln1w"], g + <Py_ssize_t> at["ln1b"]
  *         d.qkvw, d.qkvb = g + <Py_ssize_t> at["qkvw"], g + <Py_ssize_t> at["qkvb"]
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_wte); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_wte); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_wpe); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_wpe); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 361, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21357,23 +21357,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->wte = __pyx_t_10;
   __pyx_v_d->wpe = __pyx_t_9;
 
-  /* "pygpt/_backward.pyx":362
+  /* "pygpt/_backward.pyx":373
  *         cdef float* g = &gradients[0]
  *         d.wte, d.wpe = g + <Py_ssize_t> at["wte"], g + <Py_ssize_t> at["wpe"]
  *         d.ln1w, d.ln1b = g + <Py_ssize_t> at["ln1w"], g + <Py_ssize_t> at["ln1b"]             # <<<<<<<<<<<<<<
  *         d.qkvw, d.qkvb = g + <Py_ssize_t> at["qkvw"], g + <Py_ssize_t> at["qkvb"]
  *         d.attprojw, d.attprojb = g + <Py_ssize_t> at["attprojw"], g + <Py_ssize_t> at["attprojb"]
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln1w); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln1w); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 362, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln1b); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 362, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln1b); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 362, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 373, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21381,23 +21381,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->ln1w = __pyx_t_9;
   __pyx_v_d->ln1b = __pyx_t_10;
 
-  /* "pygpt/_backward.pyx":363
+  /* "pygpt/_backward.pyx":374
  *         d.wte, d.wpe = g + <Py_ssize_t> at["wte"], g + <Py_ssize_t> at["wpe"]
  *         d.ln1w, d.ln1b = g + <Py_ssize_t> at["ln1w"], g + <Py_ssize_t> at["ln1b"]
  *         d.qkvw, d.qkvb = g + <Py_ssize_t> at["qkvw"], g + <Py_ssize_t> at["qkvb"]             # <<<<<<<<<<<<<<
  *         d.attprojw, d.attprojb = g + <Py_ssize_t> at["attprojw"], g + <Py_ssize_t> at["attprojb"]
  *         d.ln2w, d.ln2b = g + <Py_ssize_t> at["ln2w"], g + <Py_ssize_t> at["ln2b"]
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_qkvw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_qkvw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_qkvb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_qkvb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 363, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 374, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21405,23 +21405,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->qkvw = __pyx_t_10;
   __pyx_v_d->qkvb = __pyx_t_9;
 
-  /* "pygpt/_backward.pyx":364
+  /* "pygpt/_backward.pyx":375
  *         d.ln1w, d.ln1b = g + <Py_ssize_t> at["ln1w"], g + <Py_ssize_t> at["ln1b"]
  *         d.qkvw, d.qkvb = g + <Py_ssize_t> at["qkvw"], g + <Py_ssize_t> at["qkvb"]
  *         d.attprojw, d.attprojb = g + <Py_ssize_t> at["attprojw"], g + <Py_ssize_t> at["attprojb"]             # <<<<<<<<<<<<<<
  *         d.ln2w, d.ln2b = g + <Py_ssize_t> at["ln2w"], g + <Py_ssize_t> at["ln2b"]
  *         d.fcw, d.fcb = g + <Py_ssize_t> at["fcw"], g + <Py_ssize_t> at["fcb"]
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_attprojw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 364, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_attprojw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 364, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_attprojb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 364, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_attprojb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 364, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 375, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21429,23 +21429,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->attprojw = __pyx_t_9;
   __pyx_v_d->attprojb = __pyx_t_10;
 
-  /* "pygpt/_backward.pyx":365
+  /* "pygpt/_backward.pyx":376
  *         d.qkvw, d.qkvb = g + <Py_ssize_t> at["qkvw"], g + <Py_ssize_t> at["qkvb"]
  *         d.attprojw, d.attprojb = g + <Py_ssize_t> at["attprojw"], g + <Py_ssize_t> at["attprojb"]
  *         d.ln2w, d.ln2b = g + <Py_ssize_t> at["ln2w"], g + <Py_ssize_t> at["ln2b"]             # <<<<<<<<<<<<<<
  *         d.fcw, d.fcb = g + <Py_ssize_t> at["fcw"], g + <Py_ssize_t> at["fcb"]
  *         d.fcprojw, d.fcprojb = g + <Py_ssize_t> at["fcprojw"], g + <Py_ssize_t> at["fcprojb"]
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln2w); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln2w); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln2b); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_ln2b); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 365, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 376, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21453,23 +21453,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->ln2w = __pyx_t_10;
   __pyx_v_d->ln2b = __pyx_t_9;
 
-  /* "pygpt/_backward.pyx":366
+  /* "pygpt/_backward.pyx":377
  *         d.attprojw, d.attprojb = g + <Py_ssize_t> at["attprojw"], g + <Py_ssize_t> at["attprojb"]
  *         d.ln2w, d.ln2b = g + <Py_ssize_t> at["ln2w"], g + <Py_ssize_t> at["ln2b"]
  *         d.fcw, d.fcb = g + <Py_ssize_t> at["fcw"], g + <Py_ssize_t> at["fcb"]             # <<<<<<<<<<<<<<
  *         d.fcprojw, d.fcprojb = g + <Py_ssize_t> at["fcprojw"], g + <Py_ssize_t> at["fcprojb"]
  *         d.lnfw, d.lnfb = g + <Py_ssize_t> at["lnfw"], g + <Py_ssize_t> at["lnfb"]
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 377, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 377, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 377, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 366, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 377, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21477,23 +21477,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->fcw = __pyx_t_9;
   __pyx_v_d->fcb = __pyx_t_10;
 
-  /* "pygpt/_backward.pyx":367
+  /* "pygpt/_backward.pyx":378
  *         d.ln2w, d.ln2b = g + <Py_ssize_t> at["ln2w"], g + <Py_ssize_t> at["ln2b"]
  *         d.fcw, d.fcb = g + <Py_ssize_t> at["fcw"], g + <Py_ssize_t> at["fcb"]
  *         d.fcprojw, d.fcprojb = g + <Py_ssize_t> at["fcprojw"], g + <Py_ssize_t> at["fcprojb"]             # <<<<<<<<<<<<<<
  *         d.lnfw, d.lnfb = g + <Py_ssize_t> at["lnfw"], g + <Py_ssize_t> at["lnfb"]
  *         self.back.maxT = config.maxT
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcprojw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcprojw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcprojb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_fcprojb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 367, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 378, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21501,23 +21501,23 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->fcprojw = __pyx_t_10;
   __pyx_v_d->fcprojb = __pyx_t_9;
 
-  /* "pygpt/_backward.pyx":368
+  /* "pygpt/_backward.pyx":379
  *         d.fcw, d.fcb = g + <Py_ssize_t> at["fcw"], g + <Py_ssize_t> at["fcb"]
  *         d.fcprojw, d.fcprojb = g + <Py_ssize_t> at["fcprojw"], g + <Py_ssize_t> at["fcprojb"]
  *         d.lnfw, d.lnfb = g + <Py_ssize_t> at["lnfw"], g + <Py_ssize_t> at["lnfb"]             # <<<<<<<<<<<<<<
  *         self.back.maxT = config.maxT
  *         self.caches = []
 */
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_lnfw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_lnfw); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_9 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
 
-  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_lnfb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_GetItem(__pyx_v_at, __pyx_mstate_global->__pyx_n_u_lnfb); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 368, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 379, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_t_10 = (__pyx_v_g + ((Py_ssize_t)__pyx_t_13));
 
@@ -21525,34 +21525,34 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   __pyx_v_d->lnfw = __pyx_t_9;
   __pyx_v_d->lnfb = __pyx_t_10;
 
-  /* "pygpt/_backward.pyx":369
+  /* "pygpt/_backward.pyx":380
  *         d.fcprojw, d.fcprojb = g + <Py_ssize_t> at["fcprojw"], g + <Py_ssize_t> at["fcprojb"]
  *         d.lnfw, d.lnfb = g + <Py_ssize_t> at["lnfw"], g + <Py_ssize_t> at["lnfb"]
  *         self.back.maxT = config.maxT             # <<<<<<<<<<<<<<
  *         self.caches = []
  * 
 */
-  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_config, __pyx_mstate_global->__pyx_n_u_maxT); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 369, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyObject_GetAttrStr(__pyx_v_config, __pyx_mstate_global->__pyx_n_u_maxT); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 380, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 369, __pyx_L1_error)
+  __pyx_t_13 = __Pyx_PyIndex_AsSsize_t(__pyx_t_5); if (unlikely((__pyx_t_13 == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 380, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
   __pyx_v_self->back.maxT = __pyx_t_13;
 
-  /* "pygpt/_backward.pyx":370
+  /* "pygpt/_backward.pyx":381
  *         d.lnfw, d.lnfb = g + <Py_ssize_t> at["lnfw"], g + <Py_ssize_t> at["lnfb"]
  *         self.back.maxT = config.maxT
  *         self.caches = []             # <<<<<<<<<<<<<<
  * 
- *     def begin_forward(self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active) -> None:
+ *     def begin_forward(
 */
-  __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 370, __pyx_L1_error)
+  __pyx_t_5 = PyList_New(0); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 381, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __Pyx_GIVEREF(__pyx_t_5);
   __Pyx_GOTREF(__pyx_v_self->caches);
   __Pyx_DECREF_SET(__pyx_v_self->caches, ((PyObject*)__pyx_t_5));
   __pyx_t_5 = 0;
 
-  /* "pygpt/_backward.pyx":345
+  /* "pygpt/_backward.pyx":356
  *     cdef readonly bint ready        # whether activations are there for backward()
  * 
  *     def __init__(             # <<<<<<<<<<<<<<
@@ -21588,12 +21588,12 @@ static int __pyx_pf_5pygpt_9_backward_9TrainStep___init__(struct __pyx_obj_5pygp
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":372
+/* "pygpt/_backward.pyx":383
  *         self.caches = []
  * 
- *     def begin_forward(self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active) -> None:             # <<<<<<<<<<<<<<
- *         """Take a checked batch, (B, T) each, for the first `active` workers."""
- *         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
+ *     def begin_forward(             # <<<<<<<<<<<<<<
+ *         self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active,
+ *     ) -> None:
 */
 
 /* Python wrapper */
@@ -21638,46 +21638,46 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_inputs,&__pyx_mstate_global->__pyx_n_u_targets,&__pyx_mstate_global->__pyx_n_u_active,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 372, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 383, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  3:
         values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 372, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 383, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 372, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 383, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 372, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 383, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "begin_forward", 0) < (0)) __PYX_ERR(0, 372, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "begin_forward", 0) < (0)) __PYX_ERR(0, 383, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 3; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("begin_forward", 1, 3, 3, i); __PYX_ERR(0, 372, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("begin_forward", 1, 3, 3, i); __PYX_ERR(0, 383, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 3)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 372, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 383, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 372, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 383, __pyx_L3_error)
       values[2] = __Pyx_ArgRef_FASTCALL(__pyx_args, 2);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 372, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[2])) __PYX_ERR(0, 383, __pyx_L3_error)
     }
-    __pyx_v_inputs = __Pyx_PyObject_to_MemoryviewSlice_d_dc_nn_int32_t__const__(values[0], 0); if (unlikely(!__pyx_v_inputs.memview)) __PYX_ERR(0, 372, __pyx_L3_error)
-    __pyx_v_targets = __Pyx_PyObject_to_MemoryviewSlice_d_dc_nn_int32_t__const__(values[1], 0); if (unlikely(!__pyx_v_targets.memview)) __PYX_ERR(0, 372, __pyx_L3_error)
-    __pyx_v_active = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_active == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 372, __pyx_L3_error)
+    __pyx_v_inputs = __Pyx_PyObject_to_MemoryviewSlice_d_dc_nn_int32_t__const__(values[0], 0); if (unlikely(!__pyx_v_inputs.memview)) __PYX_ERR(0, 384, __pyx_L3_error)
+    __pyx_v_targets = __Pyx_PyObject_to_MemoryviewSlice_d_dc_nn_int32_t__const__(values[1], 0); if (unlikely(!__pyx_v_targets.memview)) __PYX_ERR(0, 384, __pyx_L3_error)
+    __pyx_v_active = __Pyx_PyIndex_AsSsize_t(values[2]); if (unlikely((__pyx_v_active == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 384, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("begin_forward", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 372, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("begin_forward", 1, 3, 3, __pyx_nargs); __PYX_ERR(0, 383, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -21691,10 +21691,10 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return NULL;
   __pyx_L4_argument_unpacking_done:;
   if (unlikely(((PyObject *)__pyx_v_inputs.memview) == Py_None)) {
-    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "inputs"); __PYX_ERR(0, 372, __pyx_L1_error)
+    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "inputs"); __PYX_ERR(0, 384, __pyx_L1_error)
   }
   if (unlikely(((PyObject *)__pyx_v_targets.memview) == Py_None)) {
-    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "targets"); __PYX_ERR(0, 372, __pyx_L1_error)
+    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "targets"); __PYX_ERR(0, 384, __pyx_L1_error)
   }
   __pyx_r = __pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(((struct __pyx_obj_5pygpt_9_backward_TrainStep *)__pyx_v_self), __pyx_v_inputs, __pyx_v_targets, __pyx_v_active);
 
@@ -21748,8 +21748,8 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_forward", 0);
 
-  /* "pygpt/_backward.pyx":374
- *     def begin_forward(self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active) -> None:
+  /* "pygpt/_backward.pyx":387
+ *     ) -> None:
  *         """Take a checked batch, (B, T) each, for the first `active` workers."""
  *         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]             # <<<<<<<<<<<<<<
  *         self.ready = False
@@ -21758,7 +21758,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   __pyx_v_B = (__pyx_v_inputs.shape[0]);
   __pyx_v_T = (__pyx_v_inputs.shape[1]);
 
-  /* "pygpt/_backward.pyx":375
+  /* "pygpt/_backward.pyx":388
  *         """Take a checked batch, (B, T) each, for the first `active` workers."""
  *         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
  *         self.ready = False             # <<<<<<<<<<<<<<
@@ -21767,7 +21767,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
 */
   __pyx_v_self->ready = 0;
 
-  /* "pygpt/_backward.pyx":376
+  /* "pygpt/_backward.pyx":389
  *         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
  *         self.ready = False
  *         if self.weights.net.wte == NULL:             # <<<<<<<<<<<<<<
@@ -21779,7 +21779,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "pygpt/_backward.pyx":377
+    /* "pygpt/_backward.pyx":390
  *         self.ready = False
  *         if self.weights.net.wte == NULL:
  *             raise ClosedError("the model is closed")             # <<<<<<<<<<<<<<
@@ -21787,7 +21787,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
  *             self.caches = []
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 377, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_ClosedError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 390, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -21806,14 +21806,14 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 377, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 390, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 377, __pyx_L1_error)
+    __PYX_ERR(0, 390, __pyx_L1_error)
 
-    /* "pygpt/_backward.pyx":376
+    /* "pygpt/_backward.pyx":389
  *         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
  *         self.ready = False
  *         if self.weights.net.wte == NULL:             # <<<<<<<<<<<<<<
@@ -21822,58 +21822,58 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
 */
   }
 
-  /* "pygpt/_backward.pyx":378
+  /* "pygpt/_backward.pyx":391
  *         if self.weights.net.wte == NULL:
  *             raise ClosedError("the model is closed")
  *         if (B, T) != (self.back.B, self.back.T):             # <<<<<<<<<<<<<<
  *             self.caches = []
  *             self.back.B, self.back.T = B, T
 */
-  __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_B); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_B); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_T); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_T); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_3 = PyTuple_New(2); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_GIVEREF(__pyx_t_2);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 378, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 391, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_4);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, __pyx_t_4) != (0)) __PYX_ERR(0, 378, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_3, 1, __pyx_t_4) != (0)) __PYX_ERR(0, 391, __pyx_L1_error);
   __pyx_t_2 = 0;
   __pyx_t_4 = 0;
-  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_self->back.B); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_self->back.B); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->back.T); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_2 = PyLong_FromSsize_t(__pyx_v_self->back.T); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  __pyx_t_6 = PyTuple_New(2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_6 = PyTuple_New(2); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_6);
   __Pyx_GIVEREF(__pyx_t_4);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 0, __pyx_t_4) != (0)) __PYX_ERR(0, 378, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 0, __pyx_t_4) != (0)) __PYX_ERR(0, 391, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_t_2);
-  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 378, __pyx_L1_error);
+  if (__Pyx_PyTuple_SET_ITEM(__pyx_t_6, 1, __pyx_t_2) != (0)) __PYX_ERR(0, 391, __pyx_L1_error);
   __pyx_t_4 = 0;
   __pyx_t_2 = 0;
-  __pyx_t_1 = __Pyx_PyObject_RichCompareBool(__pyx_t_3, __pyx_t_6, Py_NE); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 378, __pyx_L1_error)
+  __pyx_t_1 = __Pyx_PyObject_RichCompareBool(__pyx_t_3, __pyx_t_6, Py_NE); if (unlikely((__pyx_t_1 < 0))) __PYX_ERR(0, 391, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
   if (__pyx_t_1) {
 
 
-    /* "pygpt/_backward.pyx":379
+    /* "pygpt/_backward.pyx":392
  *             raise ClosedError("the model is closed")
  *         if (B, T) != (self.back.B, self.back.T):
  *             self.caches = []             # <<<<<<<<<<<<<<
  *             self.back.B, self.back.T = B, T
  *         if not self.caches:
 */
-    __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 379, __pyx_L1_error)
+    __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 392, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
     __Pyx_GIVEREF(__pyx_t_6);
     __Pyx_GOTREF(__pyx_v_self->caches);
     __Pyx_DECREF_SET(__pyx_v_self->caches, ((PyObject*)__pyx_t_6));
     __pyx_t_6 = 0;
 
-    /* "pygpt/_backward.pyx":380
+    /* "pygpt/_backward.pyx":393
  *         if (B, T) != (self.back.B, self.back.T):
  *             self.caches = []
  *             self.back.B, self.back.T = B, T             # <<<<<<<<<<<<<<
@@ -21887,7 +21887,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
     __pyx_v_self->back.B = __pyx_t_7;
     __pyx_v_self->back.T = __pyx_t_8;
 
-    /* "pygpt/_backward.pyx":378
+    /* "pygpt/_backward.pyx":391
  *         if self.weights.net.wte == NULL:
  *             raise ClosedError("the model is closed")
  *         if (B, T) != (self.back.B, self.back.T):             # <<<<<<<<<<<<<<
@@ -21896,7 +21896,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
 */
   }
 
-  /* "pygpt/_backward.pyx":381
+  /* "pygpt/_backward.pyx":394
  *             self.caches = []
  *             self.back.B, self.back.T = B, T
  *         if not self.caches:             # <<<<<<<<<<<<<<
@@ -21907,7 +21907,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   else
   {
     Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_v_self->caches);
-    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 381, __pyx_L1_error)
+    if (unlikely(((!CYTHON_ASSUME_SAFE_SIZE) && __pyx_temp < 0))) __PYX_ERR(0, 394, __pyx_L1_error)
     __pyx_t_1 = (__pyx_temp != 0);
   }
 
@@ -21917,7 +21917,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   if (__pyx_t_9) {
 
 
-    /* "pygpt/_backward.pyx":382
+    /* "pygpt/_backward.pyx":395
  *             self.back.B, self.back.T = B, T
  *         if not self.caches:
  *             self.caches = [KeysValues(self.weights, T) for _ in range(B)]             # <<<<<<<<<<<<<<
@@ -21925,7 +21925,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
  *             (<KeysValues> cache).length = 0
 */
     { /* enter inner scope */
-      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 382, __pyx_L1_error)
+      __pyx_t_6 = PyList_New(0); if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 395, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_6);
 
       __pyx_t_8 = __pyx_v_B;
@@ -21934,7 +21934,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
       for (__pyx_t_10 = 0; __pyx_t_10 < __pyx_t_7; __pyx_t_10+=1) {
         __pyx_8genexpr1__pyx_v__ = __pyx_t_10;
         __pyx_t_2 = NULL;
-        __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_T); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 382, __pyx_L1_error)
+        __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_T); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 395, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_4);
         __pyx_t_5 = 1;
         {
@@ -21942,11 +21942,11 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
           __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_KeysValues, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
           __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
           __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 382, __pyx_L1_error)
+          if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 395, __pyx_L1_error)
           __Pyx_GOTREF((PyObject *)__pyx_t_3);
         }
         __Pyx_GIVEREF((PyObject *)__pyx_t_3);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, ((PyObject *)__pyx_t_3)))) __PYX_ERR(0, 382, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_6, ((PyObject *)__pyx_t_3)))) __PYX_ERR(0, 395, __pyx_L1_error)
         __pyx_t_3 = 0;
       }
 
@@ -21956,7 +21956,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
     __Pyx_DECREF_SET(__pyx_v_self->caches, ((PyObject*)__pyx_t_6));
     __pyx_t_6 = 0;
 
-    /* "pygpt/_backward.pyx":381
+    /* "pygpt/_backward.pyx":394
  *             self.caches = []
  *             self.back.B, self.back.T = B, T
  *         if not self.caches:             # <<<<<<<<<<<<<<
@@ -21965,7 +21965,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
 */
   }
 
-  /* "pygpt/_backward.pyx":383
+  /* "pygpt/_backward.pyx":396
  *         if not self.caches:
  *             self.caches = [KeysValues(self.weights, T) for _ in range(B)]
  *         for cache in self.caches:             # <<<<<<<<<<<<<<
@@ -21974,7 +21974,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
 */
   if (unlikely(__pyx_v_self->caches == Py_None)) {
     PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not iterable");
-    __PYX_ERR(0, 383, __pyx_L1_error)
+    __PYX_ERR(0, 396, __pyx_L1_error)
   }
   __pyx_t_6 = __pyx_v_self->caches; __Pyx_INCREF(__pyx_t_6);
   __pyx_t_8 = 0;
@@ -21982,18 +21982,18 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
     {
       Py_ssize_t __pyx_temp = __Pyx_PyList_GET_SIZE(__pyx_t_6);
       #if !CYTHON_ASSUME_SAFE_SIZE
-      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 383, __pyx_L1_error)
+      if (unlikely((__pyx_temp < 0))) __PYX_ERR(0, 396, __pyx_L1_error)
       #endif
       if (__pyx_t_8 >= __pyx_temp) break;
     }
     __pyx_t_3 = __Pyx_PyList_GET_ITEM_REF(__pyx_t_6, __pyx_t_8, __Pyx_ReferenceSharing_OwnStrongReference);
     ++__pyx_t_8;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 383, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 396, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_XDECREF_SET(__pyx_v_cache, __pyx_t_3);
     __pyx_t_3 = 0;
 
-    /* "pygpt/_backward.pyx":384
+    /* "pygpt/_backward.pyx":397
  *             self.caches = [KeysValues(self.weights, T) for _ in range(B)]
  *         for cache in self.caches:
  *             (<KeysValues> cache).length = 0             # <<<<<<<<<<<<<<
@@ -22002,7 +22002,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
 */
     ((struct __pyx_obj_5pygpt_8_kernels_KeysValues *)__pyx_v_cache)->length = 0;
 
-    /* "pygpt/_backward.pyx":383
+    /* "pygpt/_backward.pyx":396
  *         if not self.caches:
  *             self.caches = [KeysValues(self.weights, T) for _ in range(B)]
  *         for cache in self.caches:             # <<<<<<<<<<<<<<
@@ -22012,7 +22012,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   }
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-  /* "pygpt/_backward.pyx":385
+  /* "pygpt/_backward.pyx":398
  *         for cache in self.caches:
  *             (<KeysValues> cache).length = 0
  *         self.task = FORWARD             # <<<<<<<<<<<<<<
@@ -22021,7 +22021,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
 */
   __pyx_v_self->task = __pyx_e_5pygpt_9_backward_FORWARD;
 
-  /* "pygpt/_backward.pyx":386
+  /* "pygpt/_backward.pyx":399
  *             (<KeysValues> cache).length = 0
  *         self.task = FORWARD
  *         self.targets = targets             # <<<<<<<<<<<<<<
@@ -22032,7 +22032,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   __PYX_INC_MEMVIEW(&__pyx_v_targets, 1);
   __pyx_v_self->targets = __pyx_v_targets;
 
-  /* "pygpt/_backward.pyx":387
+  /* "pygpt/_backward.pyx":400
  *         self.task = FORWARD
  *         self.targets = targets
  *         self.state.targets = &targets[0, 0]             # <<<<<<<<<<<<<<
@@ -22043,7 +22043,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   __pyx_t_12 = 0;
   __pyx_v_self->__pyx_base.state.targets = (&(*((int32_t const  *) ( /* dim=1 */ ((char *) (((int32_t const  *) ( /* dim=0 */ (__pyx_v_targets.data + __pyx_t_11 * __pyx_v_targets.strides[0]) )) + __pyx_t_12)) ))));
 
-  /* "pygpt/_backward.pyx":388
+  /* "pygpt/_backward.pyx":401
  *         self.targets = targets
  *         self.state.targets = &targets[0, 0]
  *         self.prepare([(inputs[b, t], self.caches[b], True) for b in range(B) for t in range(T)], active)             # <<<<<<<<<<<<<<
@@ -22053,7 +22053,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   __pyx_t_3 = ((PyObject *)__pyx_v_self);
   __Pyx_INCREF(__pyx_t_3);
   { /* enter inner scope */
-    __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 388, __pyx_L1_error)
+    __pyx_t_4 = PyList_New(0); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 401, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
 
     __pyx_t_8 = __pyx_v_B;
@@ -22069,32 +22069,32 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
         __pyx_8genexpr2__pyx_v_t = __pyx_t_15;
         __pyx_t_12 = __pyx_8genexpr2__pyx_v_b;
         __pyx_t_11 = __pyx_8genexpr2__pyx_v_t;
-        __pyx_t_2 = __Pyx_PyLong_From_int32_t((*((int32_t const  *) ( /* dim=1 */ ((char *) (((int32_t const  *) ( /* dim=0 */ (__pyx_v_inputs.data + __pyx_t_12 * __pyx_v_inputs.strides[0]) )) + __pyx_t_11)) )))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 388, __pyx_L1_error)
+        __pyx_t_2 = __Pyx_PyLong_From_int32_t((*((int32_t const  *) ( /* dim=1 */ ((char *) (((int32_t const  *) ( /* dim=0 */ (__pyx_v_inputs.data + __pyx_t_12 * __pyx_v_inputs.strides[0]) )) + __pyx_t_11)) )))); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 401, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_2);
         if (unlikely(__pyx_v_self->caches == Py_None)) {
           PyErr_SetString(PyExc_TypeError, "\047NoneType\047 object is not subscriptable");
-          __PYX_ERR(0, 388, __pyx_L1_error)
+          __PYX_ERR(0, 401, __pyx_L1_error)
         }
-        __pyx_t_16 = PyTuple_New(3); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 388, __pyx_L1_error)
+        __pyx_t_16 = PyTuple_New(3); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 401, __pyx_L1_error)
         __Pyx_GOTREF(__pyx_t_16);
         __Pyx_GIVEREF(__pyx_t_2);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_16, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 388, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_16, 0, __pyx_t_2) != (0)) __PYX_ERR(0, 401, __pyx_L1_error);
         __Pyx_INCREF(__Pyx_PyList_GET_ITEM(__pyx_v_self->caches, __pyx_8genexpr2__pyx_v_b));
         __Pyx_GIVEREF(__Pyx_PyList_GET_ITEM(__pyx_v_self->caches, __pyx_8genexpr2__pyx_v_b));
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_16, 1, __Pyx_PyList_GET_ITEM(__pyx_v_self->caches, __pyx_8genexpr2__pyx_v_b)) != (0)) __PYX_ERR(0, 388, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_16, 1, __Pyx_PyList_GET_ITEM(__pyx_v_self->caches, __pyx_8genexpr2__pyx_v_b)) != (0)) __PYX_ERR(0, 401, __pyx_L1_error);
         __Pyx_INCREF(Py_True);
         __Pyx_GIVEREF(Py_True);
-        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_16, 2, Py_True) != (0)) __PYX_ERR(0, 388, __pyx_L1_error);
+        if (__Pyx_PyTuple_SET_ITEM(__pyx_t_16, 2, Py_True) != (0)) __PYX_ERR(0, 401, __pyx_L1_error);
         __pyx_t_2 = 0;
         __Pyx_GIVEREF(__pyx_t_16);
-        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_4, __pyx_t_16))) __PYX_ERR(0, 388, __pyx_L1_error)
+        if (unlikely(__Pyx_ListComp_AppendAndDecref(__pyx_t_4, __pyx_t_16))) __PYX_ERR(0, 401, __pyx_L1_error)
         __pyx_t_16 = 0;
       }
 
     }
 
   } /* exit inner scope */
-  __pyx_t_16 = PyLong_FromSsize_t(__pyx_v_active); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 388, __pyx_L1_error)
+  __pyx_t_16 = PyLong_FromSsize_t(__pyx_v_active); if (unlikely(!__pyx_t_16)) __PYX_ERR(0, 401, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_16);
   __pyx_t_5 = 0;
   {
@@ -22103,17 +22103,17 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_16); __pyx_t_16 = 0;
-    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 388, __pyx_L1_error)
+    if (unlikely(!__pyx_t_6)) __PYX_ERR(0, 401, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_6);
   }
   __Pyx_DECREF(__pyx_t_6); __pyx_t_6 = 0;
 
-  /* "pygpt/_backward.pyx":372
+  /* "pygpt/_backward.pyx":383
  *         self.caches = []
  * 
- *     def begin_forward(self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active) -> None:             # <<<<<<<<<<<<<<
- *         """Take a checked batch, (B, T) each, for the first `active` workers."""
- *         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
+ *     def begin_forward(             # <<<<<<<<<<<<<<
+ *         self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active,
+ *     ) -> None:
 */
 
   /* function exit code */
@@ -22139,7 +22139,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_2begin_forward(struct __p
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":390
+/* "pygpt/_backward.pyx":403
  *         self.prepare([(inputs[b, t], self.caches[b], True) for b in range(B) for t in range(T)], active)
  * 
  *     def finish_forward(self) -> Floats:             # <<<<<<<<<<<<<<
@@ -22205,7 +22205,7 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("finish_forward", 0);
 
-  /* "pygpt/_backward.pyx":392
+  /* "pygpt/_backward.pyx":405
  *     def finish_forward(self) -> Floats:
  *         """The losses, (B, T)."""
  *         losses = Floats(self.back.B, self.back.T)             # <<<<<<<<<<<<<<
@@ -22213,9 +22213,9 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
  *         self.keep = None
 */
   __pyx_t_2 = NULL;
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->back.B); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->back.B); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_self->back.T); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 392, __pyx_L1_error)
+  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_self->back.T); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 405, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5 = 1;
   {
@@ -22224,13 +22224,13 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
     __Pyx_XDECREF(__pyx_t_2); __pyx_t_2 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 392, __pyx_L1_error)
+    if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 405, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_1);
   }
   __pyx_v_losses = ((struct __pyx_obj_5pygpt_8_kernels_Floats *)__pyx_t_1);
   __pyx_t_1 = 0;
 
-  /* "pygpt/_backward.pyx":393
+  /* "pygpt/_backward.pyx":406
  *         """The losses, (B, T)."""
  *         losses = Floats(self.back.B, self.back.T)
  *         memcpy(losses.data, self.state.losses, self.state.R * sizeof(float))             # <<<<<<<<<<<<<<
@@ -22239,7 +22239,7 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
 */
   (void)(memcpy(__pyx_v_losses->data, __pyx_v_self->__pyx_base.state.losses, (__pyx_v_self->__pyx_base.state.R * (sizeof(float)))));
 
-  /* "pygpt/_backward.pyx":394
+  /* "pygpt/_backward.pyx":407
  *         losses = Floats(self.back.B, self.back.T)
  *         memcpy(losses.data, self.state.losses, self.state.R * sizeof(float))
  *         self.keep = None             # <<<<<<<<<<<<<<
@@ -22251,7 +22251,7 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
   __Pyx_GOTREF(__pyx_v_self->__pyx_base.keep);
   __Pyx_DECREF_SET(__pyx_v_self->__pyx_base.keep, ((PyObject*)Py_None));
 
-  /* "pygpt/_backward.pyx":395
+  /* "pygpt/_backward.pyx":408
  *         memcpy(losses.data, self.state.losses, self.state.R * sizeof(float))
  *         self.keep = None
  *         self.ready = self.keeps             # <<<<<<<<<<<<<<
@@ -22262,7 +22262,7 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
 
   __pyx_v_self->ready = __pyx_t_6;
 
-  /* "pygpt/_backward.pyx":396
+  /* "pygpt/_backward.pyx":409
  *         self.keep = None
  *         self.ready = self.keeps
  *         return losses             # <<<<<<<<<<<<<<
@@ -22280,7 +22280,7 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
   }
   goto __pyx_L0;
 
-  /* "pygpt/_backward.pyx":390
+  /* "pygpt/_backward.pyx":403
  *         self.prepare([(inputs[b, t], self.caches[b], True) for b in range(B) for t in range(T)], active)
  * 
  *     def finish_forward(self) -> Floats:             # <<<<<<<<<<<<<<
@@ -22303,7 +22303,7 @@ static struct __pyx_obj_5pygpt_8_kernels_Floats *__pyx_pf_5pygpt_9_backward_9Tra
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":398
+/* "pygpt/_backward.pyx":411
  *         return losses
  * 
  *     cdef _reserve(self, Py_ssize_t R):             # <<<<<<<<<<<<<<
@@ -22332,7 +22332,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_reserve", 0);
 
-  /* "pygpt/_backward.pyx":400
+  /* "pygpt/_backward.pyx":413
  *     cdef _reserve(self, Py_ssize_t R):
  *         """Make room for the activations of R rows: all layers', or one layer's where none are kept."""
  *         cdef State* s = &self.state             # <<<<<<<<<<<<<<
@@ -22341,7 +22341,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s = (&__pyx_v_self->__pyx_base.state);
 
-  /* "pygpt/_backward.pyx":401
+  /* "pygpt/_backward.pyx":414
  *         """Make room for the activations of R rows: all layers', or one layer's where none are kept."""
  *         cdef State* s = &self.state
  *         cdef Py_ssize_t C = self.weights.net.C, L = self.weights.net.L if self.keeps else 1             # <<<<<<<<<<<<<<
@@ -22360,7 +22360,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   }
   __pyx_v_L = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":402
+  /* "pygpt/_backward.pyx":415
  *         cdef State* s = &self.state
  *         cdef Py_ssize_t C = self.weights.net.C, L = self.weights.net.L if self.keeps else 1
  *         cdef Py_ssize_t norms = 2 * L + 1 if self.keeps else 1             # <<<<<<<<<<<<<<
@@ -22376,7 +22376,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   }
   __pyx_v_norms = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":403
+  /* "pygpt/_backward.pyx":416
  *         cdef Py_ssize_t C = self.weights.net.C, L = self.weights.net.L if self.keeps else 1
  *         cdef Py_ssize_t norms = 2 * L + 1 if self.keeps else 1
  *         if R == self.rows:             # <<<<<<<<<<<<<<
@@ -22388,7 +22388,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   if (__pyx_t_2) {
 
 
-    /* "pygpt/_backward.pyx":404
+    /* "pygpt/_backward.pyx":417
  *         cdef Py_ssize_t norms = 2 * L + 1 if self.keeps else 1
  *         if R == self.rows:
  *             return             # <<<<<<<<<<<<<<
@@ -22405,7 +22405,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
     }
     goto __pyx_L0;
 
-    /* "pygpt/_backward.pyx":403
+    /* "pygpt/_backward.pyx":416
  *         cdef Py_ssize_t C = self.weights.net.C, L = self.weights.net.L if self.keeps else 1
  *         cdef Py_ssize_t norms = 2 * L + 1 if self.keeps else 1
  *         if R == self.rows:             # <<<<<<<<<<<<<<
@@ -22414,7 +22414,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   }
 
-  /* "pygpt/_backward.pyx":405
+  /* "pygpt/_backward.pyx":418
  *         if R == self.rows:
  *             return
  *         self.rows = 0             # <<<<<<<<<<<<<<
@@ -22423,7 +22423,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_self->rows = 0;
 
-  /* "pygpt/_backward.pyx":406
+  /* "pygpt/_backward.pyx":419
  *             return
  *         self.rows = 0
  *         self.kept = self.moving = self.all_logits = self.backward_scratch = None   # the old ones go before the new ones come             # <<<<<<<<<<<<<<
@@ -22447,18 +22447,18 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   __Pyx_GOTREF((PyObject *)__pyx_v_self->backward_scratch);
   __Pyx_DECREF_SET(__pyx_v_self->backward_scratch, ((struct __pyx_obj_5pygpt_8_kernels_Floats *)Py_None));
 
-  /* "pygpt/_backward.pyx":407
+  /* "pygpt/_backward.pyx":420
  *         self.rows = 0
  *         self.kept = self.moving = self.all_logits = self.backward_scratch = None   # the old ones go before the new ones come
  *         self._reserve_rows(R)             # <<<<<<<<<<<<<<
  *         s.fch_row = 4 * C + 16
  *         self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2))
 */
-  __pyx_t_3 = ((struct __pyx_vtabstruct_5pygpt_9_backward_TrainStep *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base._reserve_rows(((struct __pyx_obj_5pygpt_8_kernels_Step *)__pyx_v_self), __pyx_v_R); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 407, __pyx_L1_error)
+  __pyx_t_3 = ((struct __pyx_vtabstruct_5pygpt_9_backward_TrainStep *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base._reserve_rows(((struct __pyx_obj_5pygpt_8_kernels_Step *)__pyx_v_self), __pyx_v_R); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
   __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-  /* "pygpt/_backward.pyx":408
+  /* "pygpt/_backward.pyx":421
  *         self.kept = self.moving = self.all_logits = self.backward_scratch = None   # the old ones go before the new ones come
  *         self._reserve_rows(R)
  *         s.fch_row = 4 * C + 16             # <<<<<<<<<<<<<<
@@ -22467,7 +22467,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->fch_row = ((4 * __pyx_v_C) + 16);
 
-  /* "pygpt/_backward.pyx":409
+  /* "pygpt/_backward.pyx":422
  *         self._reserve_rows(R)
  *         s.fch_row = 4 * C + 16
  *         self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2))             # <<<<<<<<<<<<<<
@@ -22475,7 +22475,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
  *         s.ln = s.residual + norms * R * C
 */
   __pyx_t_4 = NULL;
-  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_R * ((((((2 * __pyx_v_norms) * __pyx_v_C) + (__pyx_v_L * ((4 * __pyx_v_C) + (2 * __pyx_v_s->fch_row)))) + __pyx_v_C) + (2 * __pyx_v_norms)) + 2))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 409, __pyx_L1_error)
+  __pyx_t_5 = PyLong_FromSsize_t((__pyx_v_R * ((((((2 * __pyx_v_norms) * __pyx_v_C) + (__pyx_v_L * ((4 * __pyx_v_C) + (2 * __pyx_v_s->fch_row)))) + __pyx_v_C) + (2 * __pyx_v_norms)) + 2))); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 422, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   __pyx_t_6 = 1;
   {
@@ -22483,7 +22483,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
     __pyx_t_3 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_Floats, __pyx_callargs+__pyx_t_6, (3-__pyx_t_6) | (__pyx_t_6*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 409, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 422, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_3);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_3);
@@ -22491,7 +22491,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   __Pyx_DECREF_SET(__pyx_v_self->kept, ((struct __pyx_obj_5pygpt_8_kernels_Floats *)__pyx_t_3));
   __pyx_t_3 = 0;
 
-  /* "pygpt/_backward.pyx":410
+  /* "pygpt/_backward.pyx":423
  *         s.fch_row = 4 * C + 16
  *         self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2))
  *         s.residual = self.kept.data             # <<<<<<<<<<<<<<
@@ -22502,7 +22502,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 
   __pyx_v_s->residual = __pyx_t_7;
 
-  /* "pygpt/_backward.pyx":411
+  /* "pygpt/_backward.pyx":424
  *         self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2))
  *         s.residual = self.kept.data
  *         s.ln = s.residual + norms * R * C             # <<<<<<<<<<<<<<
@@ -22511,7 +22511,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->ln = (__pyx_v_s->residual + ((__pyx_v_norms * __pyx_v_R) * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":412
+  /* "pygpt/_backward.pyx":425
  *         s.residual = self.kept.data
  *         s.ln = s.residual + norms * R * C
  *         s.qkv = s.ln + norms * R * C             # <<<<<<<<<<<<<<
@@ -22520,7 +22520,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->qkv = (__pyx_v_s->ln + ((__pyx_v_norms * __pyx_v_R) * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":413
+  /* "pygpt/_backward.pyx":426
  *         s.ln = s.residual + norms * R * C
  *         s.qkv = s.ln + norms * R * C
  *         s.atty = s.qkv + L * R * 3 * C             # <<<<<<<<<<<<<<
@@ -22529,7 +22529,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->atty = (__pyx_v_s->qkv + (((__pyx_v_L * __pyx_v_R) * 3) * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":414
+  /* "pygpt/_backward.pyx":427
  *         s.qkv = s.ln + norms * R * C
  *         s.atty = s.qkv + L * R * 3 * C
  *         s.proj = s.atty + L * R * C             # <<<<<<<<<<<<<<
@@ -22538,7 +22538,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->proj = (__pyx_v_s->atty + ((__pyx_v_L * __pyx_v_R) * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":415
+  /* "pygpt/_backward.pyx":428
  *         s.atty = s.qkv + L * R * 3 * C
  *         s.proj = s.atty + L * R * C
  *         s.fch = s.proj + R * C             # <<<<<<<<<<<<<<
@@ -22547,7 +22547,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->fch = (__pyx_v_s->proj + (__pyx_v_R * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":416
+  /* "pygpt/_backward.pyx":429
  *         s.proj = s.atty + L * R * C
  *         s.fch = s.proj + R * C
  *         s.fch_gelu = s.fch + L * R * s.fch_row             # <<<<<<<<<<<<<<
@@ -22556,7 +22556,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->fch_gelu = (__pyx_v_s->fch + ((__pyx_v_L * __pyx_v_R) * __pyx_v_s->fch_row));
 
-  /* "pygpt/_backward.pyx":417
+  /* "pygpt/_backward.pyx":430
  *         s.fch = s.proj + R * C
  *         s.fch_gelu = s.fch + L * R * s.fch_row
  *         s.total = s.fch_gelu + L * R * s.fch_row             # <<<<<<<<<<<<<<
@@ -22565,7 +22565,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->total = (__pyx_v_s->fch_gelu + ((__pyx_v_L * __pyx_v_R) * __pyx_v_s->fch_row));
 
-  /* "pygpt/_backward.pyx":418
+  /* "pygpt/_backward.pyx":431
  *         s.fch_gelu = s.fch + L * R * s.fch_row
  *         s.total = s.fch_gelu + L * R * s.fch_row
  *         s.losses = s.total + R             # <<<<<<<<<<<<<<
@@ -22574,7 +22574,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->losses = (__pyx_v_s->total + __pyx_v_R);
 
-  /* "pygpt/_backward.pyx":419
+  /* "pygpt/_backward.pyx":432
  *         s.total = s.fch_gelu + L * R * s.fch_row
  *         s.losses = s.total + R
  *         s.logits_row = (self.weights.net.V + 127) // 128 * 128             # <<<<<<<<<<<<<<
@@ -22583,7 +22583,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_s->logits_row = (((__pyx_v_self->__pyx_base.weights->net.V + 0x7F) / 0x80) * 0x80);
 
-  /* "pygpt/_backward.pyx":420
+  /* "pygpt/_backward.pyx":433
  *         s.losses = s.total + R
  *         s.logits_row = (self.weights.net.V + 127) // 128 * 128
  *         self.all_logits = Floats(R, s.logits_row)             # <<<<<<<<<<<<<<
@@ -22591,9 +22591,9 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
  *         if self.keeps:
 */
   __pyx_t_5 = NULL;
-  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_R); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_4 = PyLong_FromSsize_t(__pyx_v_R); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_8 = PyLong_FromSsize_t(__pyx_v_s->logits_row); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 420, __pyx_L1_error)
+  __pyx_t_8 = PyLong_FromSsize_t(__pyx_v_s->logits_row); if (unlikely(!__pyx_t_8)) __PYX_ERR(0, 433, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_8);
   __pyx_t_6 = 1;
   {
@@ -22602,7 +22602,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
     __Pyx_XDECREF(__pyx_t_5); __pyx_t_5 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_8); __pyx_t_8 = 0;
-    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 420, __pyx_L1_error)
+    if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 433, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_3);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_3);
@@ -22610,7 +22610,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   __Pyx_DECREF_SET(__pyx_v_self->all_logits, ((struct __pyx_obj_5pygpt_8_kernels_Floats *)__pyx_t_3));
   __pyx_t_3 = 0;
 
-  /* "pygpt/_backward.pyx":421
+  /* "pygpt/_backward.pyx":434
  *         s.logits_row = (self.weights.net.V + 127) // 128 * 128
  *         self.all_logits = Floats(R, s.logits_row)
  *         s.logits = self.all_logits.data             # <<<<<<<<<<<<<<
@@ -22621,7 +22621,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 
   __pyx_v_s->logits = __pyx_t_7;
 
-  /* "pygpt/_backward.pyx":422
+  /* "pygpt/_backward.pyx":435
  *         self.all_logits = Floats(R, s.logits_row)
  *         s.logits = self.all_logits.data
  *         if self.keeps:             # <<<<<<<<<<<<<<
@@ -22630,7 +22630,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   if (__pyx_v_self->keeps) {
 
-    /* "pygpt/_backward.pyx":423
+    /* "pygpt/_backward.pyx":436
  *         s.logits = self.all_logits.data
  *         if self.keeps:
  *             s.stats = s.losses + R             # <<<<<<<<<<<<<<
@@ -22639,7 +22639,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
     __pyx_v_s->stats = (__pyx_v_s->losses + __pyx_v_R);
 
-    /* "pygpt/_backward.pyx":424
+    /* "pygpt/_backward.pyx":437
  *         if self.keeps:
  *             s.stats = s.losses + R
  *             s.residual_step = s.ln_step = s.atty_step = R * C             # <<<<<<<<<<<<<<
@@ -22653,7 +22653,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
     __pyx_v_s->atty_step = __pyx_t_1;
 
 
-    /* "pygpt/_backward.pyx":425
+    /* "pygpt/_backward.pyx":438
  *             s.stats = s.losses + R
  *             s.residual_step = s.ln_step = s.atty_step = R * C
  *             s.qkv_step, s.fch_step = R * 3 * C, R * s.fch_row             # <<<<<<<<<<<<<<
@@ -22667,18 +22667,18 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
     __pyx_v_s->qkv_step = __pyx_t_1;
     __pyx_v_s->fch_step = __pyx_t_9;
 
-    /* "pygpt/_backward.pyx":426
+    /* "pygpt/_backward.pyx":439
  *             s.residual_step = s.ln_step = s.atty_step = R * C
  *             s.qkv_step, s.fch_step = R * 3 * C, R * s.fch_row
  *             self._reserve_backward(R)             # <<<<<<<<<<<<<<
  *         self.rows = R
  * 
 */
-    __pyx_t_3 = ((struct __pyx_vtabstruct_5pygpt_9_backward_TrainStep *)__pyx_v_self->__pyx_base.__pyx_vtab)->_reserve_backward(__pyx_v_self, __pyx_v_R); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 426, __pyx_L1_error)
+    __pyx_t_3 = ((struct __pyx_vtabstruct_5pygpt_9_backward_TrainStep *)__pyx_v_self->__pyx_base.__pyx_vtab)->_reserve_backward(__pyx_v_self, __pyx_v_R); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_3);
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
 
-    /* "pygpt/_backward.pyx":422
+    /* "pygpt/_backward.pyx":435
  *         self.all_logits = Floats(R, s.logits_row)
  *         s.logits = self.all_logits.data
  *         if self.keeps:             # <<<<<<<<<<<<<<
@@ -22687,7 +22687,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   }
 
-  /* "pygpt/_backward.pyx":427
+  /* "pygpt/_backward.pyx":440
  *             s.qkv_step, s.fch_step = R * 3 * C, R * s.fch_row
  *             self._reserve_backward(R)
  *         self.rows = R             # <<<<<<<<<<<<<<
@@ -22696,7 +22696,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
 */
   __pyx_v_self->rows = __pyx_v_R;
 
-  /* "pygpt/_backward.pyx":398
+  /* "pygpt/_backward.pyx":411
  *         return losses
  * 
  *     cdef _reserve(self, Py_ssize_t R):             # <<<<<<<<<<<<<<
@@ -22724,7 +22724,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve(struct __pyx_obj_
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":429
+/* "pygpt/_backward.pyx":442
  *         self.rows = R
  * 
  *     cdef _reserve_backward(self, Py_ssize_t R):             # <<<<<<<<<<<<<<
@@ -22749,7 +22749,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("_reserve_backward", 0);
 
-  /* "pygpt/_backward.pyx":431
+  /* "pygpt/_backward.pyx":444
  *     cdef _reserve_backward(self, Py_ssize_t R):
  *         """Make room for what moves in the backward pass."""
  *         cdef State* s = &self.state             # <<<<<<<<<<<<<<
@@ -22758,7 +22758,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 */
   __pyx_v_s = (&__pyx_v_self->__pyx_base.state);
 
-  /* "pygpt/_backward.pyx":432
+  /* "pygpt/_backward.pyx":445
  *         """Make room for what moves in the backward pass."""
  *         cdef State* s = &self.state
  *         cdef Py_ssize_t C = self.weights.net.C             # <<<<<<<<<<<<<<
@@ -22769,7 +22769,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 
   __pyx_v_C = __pyx_t_1;
 
-  /* "pygpt/_backward.pyx":433
+  /* "pygpt/_backward.pyx":446
  *         cdef State* s = &self.state
  *         cdef Py_ssize_t C = self.weights.net.C
  *         self.moving = Floats(1, R * (5 * C + s.fch_row))             # <<<<<<<<<<<<<<
@@ -22777,7 +22777,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
  *         self.back.dinp = self.back.dresidual + R * C
 */
   __pyx_t_3 = NULL;
-  __pyx_t_4 = PyLong_FromSsize_t((__pyx_v_R * ((5 * __pyx_v_C) + __pyx_v_s->fch_row))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 433, __pyx_L1_error)
+  __pyx_t_4 = PyLong_FromSsize_t((__pyx_v_R * ((5 * __pyx_v_C) + __pyx_v_s->fch_row))); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 446, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
   __pyx_t_5 = 1;
   {
@@ -22785,7 +22785,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
     __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_Floats, __pyx_callargs+__pyx_t_5, (3-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
     __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 433, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 446, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_2);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_2);
@@ -22793,7 +22793,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
   __Pyx_DECREF_SET(__pyx_v_self->moving, ((struct __pyx_obj_5pygpt_8_kernels_Floats *)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "pygpt/_backward.pyx":434
+  /* "pygpt/_backward.pyx":447
  *         cdef Py_ssize_t C = self.weights.net.C
  *         self.moving = Floats(1, R * (5 * C + s.fch_row))
  *         self.back.dresidual = self.moving.data             # <<<<<<<<<<<<<<
@@ -22804,7 +22804,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 
   __pyx_v_self->back.dresidual = __pyx_t_6;
 
-  /* "pygpt/_backward.pyx":435
+  /* "pygpt/_backward.pyx":448
  *         self.moving = Floats(1, R * (5 * C + s.fch_row))
  *         self.back.dresidual = self.moving.data
  *         self.back.dinp = self.back.dresidual + R * C             # <<<<<<<<<<<<<<
@@ -22813,7 +22813,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 */
   __pyx_v_self->back.dinp = (__pyx_v_self->back.dresidual + (__pyx_v_R * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":436
+  /* "pygpt/_backward.pyx":449
  *         self.back.dresidual = self.moving.data
  *         self.back.dinp = self.back.dresidual + R * C
  *         self.back.dqkv = self.back.dinp + R * C             # <<<<<<<<<<<<<<
@@ -22822,7 +22822,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 */
   __pyx_v_self->back.dqkv = (__pyx_v_self->back.dinp + (__pyx_v_R * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":437
+  /* "pygpt/_backward.pyx":450
  *         self.back.dinp = self.back.dresidual + R * C
  *         self.back.dqkv = self.back.dinp + R * C
  *         self.back.dfch = self.back.dqkv + R * 3 * C             # <<<<<<<<<<<<<<
@@ -22831,7 +22831,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 */
   __pyx_v_self->back.dfch = (__pyx_v_self->back.dqkv + ((__pyx_v_R * 3) * __pyx_v_C));
 
-  /* "pygpt/_backward.pyx":438
+  /* "pygpt/_backward.pyx":451
  *         self.back.dqkv = self.back.dinp + R * C
  *         self.back.dfch = self.back.dqkv + R * 3 * C
  *         self.back.scratch_size = attention_scratch(&self.weights.net, self.back.T) + micro.outer_room             # <<<<<<<<<<<<<<
@@ -22840,7 +22840,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 */
   __pyx_v_self->back.scratch_size = (__pyx_f_5pygpt_9_backward_attention_scratch((&__pyx_v_self->__pyx_base.weights->net), __pyx_v_self->back.T) + __pyx_v_5pygpt_8_kernels_micro->outer_room);
 
-  /* "pygpt/_backward.pyx":439
+  /* "pygpt/_backward.pyx":452
  *         self.back.dfch = self.back.dqkv + R * 3 * C
  *         self.back.scratch_size = attention_scratch(&self.weights.net, self.back.T) + micro.outer_room
  *         self.backward_scratch = Floats(self.nth, self.back.scratch_size)             # <<<<<<<<<<<<<<
@@ -22848,9 +22848,9 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
  * 
 */
   __pyx_t_4 = NULL;
-  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->__pyx_base.nth); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_3 = PyLong_FromSsize_t(__pyx_v_self->__pyx_base.nth); if (unlikely(!__pyx_t_3)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_3);
-  __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_self->back.scratch_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 439, __pyx_L1_error)
+  __pyx_t_7 = PyLong_FromSsize_t(__pyx_v_self->back.scratch_size); if (unlikely(!__pyx_t_7)) __PYX_ERR(0, 452, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_7);
   __pyx_t_5 = 1;
   {
@@ -22859,7 +22859,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
     __Pyx_XDECREF(__pyx_t_4); __pyx_t_4 = 0;
     __Pyx_DECREF(__pyx_t_3); __pyx_t_3 = 0;
     __Pyx_DECREF(__pyx_t_7); __pyx_t_7 = 0;
-    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 439, __pyx_L1_error)
+    if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 452, __pyx_L1_error)
     __Pyx_GOTREF((PyObject *)__pyx_t_2);
   }
   __Pyx_GIVEREF((PyObject *)__pyx_t_2);
@@ -22867,7 +22867,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
   __Pyx_DECREF_SET(__pyx_v_self->backward_scratch, ((struct __pyx_obj_5pygpt_8_kernels_Floats *)__pyx_t_2));
   __pyx_t_2 = 0;
 
-  /* "pygpt/_backward.pyx":440
+  /* "pygpt/_backward.pyx":453
  *         self.back.scratch_size = attention_scratch(&self.weights.net, self.back.T) + micro.outer_room
  *         self.backward_scratch = Floats(self.nth, self.back.scratch_size)
  *         self.back.scratch = self.backward_scratch.data             # <<<<<<<<<<<<<<
@@ -22878,7 +22878,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
 
   __pyx_v_self->back.scratch = __pyx_t_6;
 
-  /* "pygpt/_backward.pyx":429
+  /* "pygpt/_backward.pyx":442
  *         self.rows = R
  * 
  *     cdef _reserve_backward(self, Py_ssize_t R):             # <<<<<<<<<<<<<<
@@ -22904,7 +22904,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward(struct _
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":442
+/* "pygpt/_backward.pyx":455
  *         self.back.scratch = self.backward_scratch.data
  * 
  *     cdef _reserve_logits(self):             # <<<<<<<<<<<<<<
@@ -22924,7 +22924,7 @@ static PyObject *__pyx_f_5pygpt_9_backward_9TrainStep__reserve_logits(CYTHON_UNU
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":445
+/* "pygpt/_backward.pyx":458
  *         """The logits are not the caller's here: their memory is used again."""
  * 
  *     def begin_backward(self, bint accumulate, double scale) -> None:             # <<<<<<<<<<<<<<
@@ -22973,39 +22973,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_accumulate,&__pyx_mstate_global->__pyx_n_u_scale,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 445, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 458, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 445, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "begin_backward", 0) < (0)) __PYX_ERR(0, 445, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "begin_backward", 0) < (0)) __PYX_ERR(0, 458, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("begin_backward", 1, 2, 2, i); __PYX_ERR(0, 445, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("begin_backward", 1, 2, 2, i); __PYX_ERR(0, 458, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 445, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 458, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 445, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 458, __pyx_L3_error)
     }
-    __pyx_v_accumulate = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_accumulate == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 445, __pyx_L3_error)
-    __pyx_v_scale = __Pyx_PyFloat_AsDouble(values[1]); if (unlikely((__pyx_v_scale == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 445, __pyx_L3_error)
+    __pyx_v_accumulate = __Pyx_PyObject_IsTrue(values[0]); if (unlikely((__pyx_v_accumulate == (int)-1) && PyErr_Occurred())) __PYX_ERR(0, 458, __pyx_L3_error)
+    __pyx_v_scale = __Pyx_PyFloat_AsDouble(values[1]); if (unlikely((__pyx_v_scale == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 458, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("begin_backward", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 445, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("begin_backward", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 458, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -23041,7 +23041,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_backward", 0);
 
-  /* "pygpt/_backward.pyx":447
+  /* "pygpt/_backward.pyx":460
  *     def begin_backward(self, bint accumulate, double scale) -> None:
  *         """Take the gradient of the last forward's mean loss, times scale."""
  *         if not self.ready:             # <<<<<<<<<<<<<<
@@ -23053,7 +23053,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
   if (unlikely(__pyx_t_1)) {
 
 
-    /* "pygpt/_backward.pyx":448
+    /* "pygpt/_backward.pyx":461
  *         """Take the gradient of the last forward's mean loss, times scale."""
  *         if not self.ready:
  *             raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")             # <<<<<<<<<<<<<<
@@ -23061,7 +23061,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
  *         self.task = BACKWARD
 */
     __pyx_t_3 = NULL;
-    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_InputError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 448, __pyx_L1_error)
+    __Pyx_GetModuleGlobalName(__pyx_t_4, __pyx_mstate_global->__pyx_n_u_InputError); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 461, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_t_4);
     __pyx_t_5 = 1;
     #if CYTHON_UNPACK_METHODS
@@ -23080,14 +23080,14 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
       __pyx_t_2 = __Pyx_PyObject_FastCall((PyObject*)__pyx_t_4, __pyx_callargs+__pyx_t_5, (2-__pyx_t_5) | (__pyx_t_5*__Pyx_PY_VECTORCALL_ARGUMENTS_OFFSET));
       __Pyx_XDECREF(__pyx_t_3); __pyx_t_3 = 0;
       __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 448, __pyx_L1_error)
+      if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 461, __pyx_L1_error)
       __Pyx_GOTREF(__pyx_t_2);
     }
     __Pyx_Raise(__pyx_t_2, 0, 0, 0);
     __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-    __PYX_ERR(0, 448, __pyx_L1_error)
+    __PYX_ERR(0, 461, __pyx_L1_error)
 
-    /* "pygpt/_backward.pyx":447
+    /* "pygpt/_backward.pyx":460
  *     def begin_backward(self, bint accumulate, double scale) -> None:
  *         """Take the gradient of the last forward's mean loss, times scale."""
  *         if not self.ready:             # <<<<<<<<<<<<<<
@@ -23096,7 +23096,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
 */
   }
 
-  /* "pygpt/_backward.pyx":449
+  /* "pygpt/_backward.pyx":462
  *         if not self.ready:
  *             raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
  *         self.ready = False             # <<<<<<<<<<<<<<
@@ -23105,7 +23105,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
 */
   __pyx_v_self->ready = 0;
 
-  /* "pygpt/_backward.pyx":450
+  /* "pygpt/_backward.pyx":463
  *             raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
  *         self.ready = False
  *         self.task = BACKWARD             # <<<<<<<<<<<<<<
@@ -23114,7 +23114,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
 */
   __pyx_v_self->task = __pyx_e_5pygpt_9_backward_BACKWARD;
 
-  /* "pygpt/_backward.pyx":451
+  /* "pygpt/_backward.pyx":464
  *         self.ready = False
  *         self.task = BACKWARD
  *         self.back.add_to = accumulate             # <<<<<<<<<<<<<<
@@ -23123,7 +23123,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
 */
   __pyx_v_self->back.add_to = __pyx_v_accumulate;
 
-  /* "pygpt/_backward.pyx":452
+  /* "pygpt/_backward.pyx":465
  *         self.task = BACKWARD
  *         self.back.add_to = accumulate
  *         self.back.dloss = <float> (scale / self.state.R)             # <<<<<<<<<<<<<<
@@ -23132,7 +23132,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
 */
   __pyx_v_self->back.dloss = ((float)(__pyx_v_scale / ((double)__pyx_v_self->__pyx_base.state.R)));
 
-  /* "pygpt/_backward.pyx":453
+  /* "pygpt/_backward.pyx":466
  *         self.back.add_to = accumulate
  *         self.back.dloss = <float> (scale / self.state.R)
  *         barrier_reset(self.barrier, <uint32_t> self.active, self.spins)             # <<<<<<<<<<<<<<
@@ -23141,7 +23141,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
 */
   barrier_reset(__pyx_v_self->__pyx_base.barrier, ((uint32_t)__pyx_v_self->__pyx_base.active), __pyx_v_self->__pyx_base.spins);
 
-  /* "pygpt/_backward.pyx":445
+  /* "pygpt/_backward.pyx":458
  *         """The logits are not the caller's here: their memory is used again."""
  * 
  *     def begin_backward(self, bint accumulate, double scale) -> None:             # <<<<<<<<<<<<<<
@@ -23164,7 +23164,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_6begin_backward(struct __
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":455
+/* "pygpt/_backward.pyx":468
  *         barrier_reset(self.barrier, <uint32_t> self.active, self.spins)
  * 
  *     def begin_norm(self) -> None:             # <<<<<<<<<<<<<<
@@ -23222,7 +23222,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_8begin_norm(struct __pyx_
   Py_ssize_t __pyx_t_2;
   __Pyx_RefNannySetupContext("begin_norm", 0);
 
-  /* "pygpt/_backward.pyx":457
+  /* "pygpt/_backward.pyx":470
  *     def begin_norm(self) -> None:
  *         """Take the gradients' norm."""
  *         self.task, self.active = SQUARES, self.nth             # <<<<<<<<<<<<<<
@@ -23236,7 +23236,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_8begin_norm(struct __pyx_
   __pyx_v_self->task = __pyx_t_1;
   __pyx_v_self->__pyx_base.active = __pyx_t_2;
 
-  /* "pygpt/_backward.pyx":455
+  /* "pygpt/_backward.pyx":468
  *         barrier_reset(self.barrier, <uint32_t> self.active, self.spins)
  * 
  *     def begin_norm(self) -> None:             # <<<<<<<<<<<<<<
@@ -23251,7 +23251,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_8begin_norm(struct __pyx_
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":459
+/* "pygpt/_backward.pyx":472
  *         self.task, self.active = SQUARES, self.nth
  * 
  *     def finish_norm(self) -> float:             # <<<<<<<<<<<<<<
@@ -23316,7 +23316,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_10finish_norm(struct __py
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("finish_norm", 0);
 
-  /* "pygpt/_backward.pyx":461
+  /* "pygpt/_backward.pyx":474
  *     def finish_norm(self) -> float:
  *         """The 2-norm: the blocks' sums of squares are added in ascending order."""
  *         cdef double total = 0             # <<<<<<<<<<<<<<
@@ -23325,7 +23325,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_10finish_norm(struct __py
 */
   __pyx_v_total = 0.0;
 
-  /* "pygpt/_backward.pyx":463
+  /* "pygpt/_backward.pyx":476
  *         cdef double total = 0
  *         cdef Py_ssize_t i
  *         for i in range(len(self.squares) // 8):             # <<<<<<<<<<<<<<
@@ -23334,7 +23334,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_10finish_norm(struct __py
 */
   __pyx_t_1 = __pyx_v_self->squares;
   __Pyx_INCREF(__pyx_t_1);
-  __pyx_t_2 = PyObject_Length(__pyx_t_1); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1))) __PYX_ERR(0, 463, __pyx_L1_error)
+  __pyx_t_2 = PyObject_Length(__pyx_t_1); if (unlikely(__pyx_t_2 == ((Py_ssize_t)-1))) __PYX_ERR(0, 476, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
 
   __pyx_t_3 = (__pyx_t_2 / 8);
@@ -23344,7 +23344,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_10finish_norm(struct __py
   for (__pyx_t_4 = 0; __pyx_t_4 < __pyx_t_2; __pyx_t_4+=1) {
     __pyx_v_i = __pyx_t_4;
 
-    /* "pygpt/_backward.pyx":464
+    /* "pygpt/_backward.pyx":477
  *         cdef Py_ssize_t i
  *         for i in range(len(self.squares) // 8):
  *             total += self.flat.squares[i]             # <<<<<<<<<<<<<<
@@ -23355,14 +23355,14 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_10finish_norm(struct __py
   }
 
 
-  /* "pygpt/_backward.pyx":465
+  /* "pygpt/_backward.pyx":478
  *         for i in range(len(self.squares) // 8):
  *             total += self.flat.squares[i]
  *         return sqrt(total)             # <<<<<<<<<<<<<<
  * 
  *     def begin_update(self, numbers, const double[:, ::1] spans not None) -> None:
 */
-  __pyx_t_1 = PyFloat_FromDouble(sqrt(__pyx_v_total)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 465, __pyx_L1_error)
+  __pyx_t_1 = PyFloat_FromDouble(sqrt(__pyx_v_total)); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 478, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   {
     PyObject *__pyx_temp;
@@ -23375,7 +23375,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_10finish_norm(struct __py
   __pyx_t_1 = 0;
   goto __pyx_L0;
 
-  /* "pygpt/_backward.pyx":459
+  /* "pygpt/_backward.pyx":472
  *         self.task, self.active = SQUARES, self.nth
  * 
  *     def finish_norm(self) -> float:             # <<<<<<<<<<<<<<
@@ -23396,7 +23396,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_10finish_norm(struct __py
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":467
+/* "pygpt/_backward.pyx":480
  *         return sqrt(total)
  * 
  *     def begin_update(self, numbers, const double[:, ::1] spans not None) -> None:             # <<<<<<<<<<<<<<
@@ -23445,39 +23445,39 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_numbers,&__pyx_mstate_global->__pyx_n_u_spans,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_FASTCALL(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 467, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 480, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 467, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "begin_update", 0) < (0)) __PYX_ERR(0, 467, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "begin_update", 0) < (0)) __PYX_ERR(0, 480, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("begin_update", 1, 2, 2, i); __PYX_ERR(0, 467, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("begin_update", 1, 2, 2, i); __PYX_ERR(0, 480, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_FASTCALL(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 467, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 480, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_FASTCALL(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 467, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 480, __pyx_L3_error)
     }
     __pyx_v_numbers = values[0];
-    __pyx_v_spans = __Pyx_PyObject_to_MemoryviewSlice_d_dc_double__const__(values[1], 0); if (unlikely(!__pyx_v_spans.memview)) __PYX_ERR(0, 467, __pyx_L3_error)
+    __pyx_v_spans = __Pyx_PyObject_to_MemoryviewSlice_d_dc_double__const__(values[1], 0); if (unlikely(!__pyx_v_spans.memview)) __PYX_ERR(0, 480, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("begin_update", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 467, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("begin_update", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 480, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -23490,7 +23490,7 @@ PyObject *__pyx_args, PyObject *__pyx_kwds
   return NULL;
   __pyx_L4_argument_unpacking_done:;
   if (unlikely(((PyObject *)__pyx_v_spans.memview) == Py_None)) {
-    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "spans"); __PYX_ERR(0, 467, __pyx_L1_error)
+    PyErr_Format(PyExc_TypeError, "Argument '%.200s' must not be None", "spans"); __PYX_ERR(0, 480, __pyx_L1_error)
   }
   __pyx_r = __pyx_pf_5pygpt_9_backward_9TrainStep_12begin_update(((struct __pyx_obj_5pygpt_9_backward_TrainStep *)__pyx_v_self), __pyx_v_numbers, __pyx_v_spans);
 
@@ -23533,7 +23533,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_12begin_update(struct __p
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("begin_update", 0);
 
-  /* "pygpt/_backward.pyx":469
+  /* "pygpt/_backward.pyx":482
  *     def begin_update(self, numbers, const double[:, ::1] spans not None) -> None:
  *         """Take one step of AdamW by checked numbers (parameters.AdamW); spans are rows (start, stop, decay)."""
  *         cdef adamw_numbers* n = &self.numbers             # <<<<<<<<<<<<<<
@@ -23542,7 +23542,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_12begin_update(struct __p
 */
   __pyx_v_n = (&__pyx_v_self->numbers);
 
-  /* "pygpt/_backward.pyx":470
+  /* "pygpt/_backward.pyx":483
  *         """Take one step of AdamW by checked numbers (parameters.AdamW); spans are rows (start, stop, decay)."""
  *         cdef adamw_numbers* n = &self.numbers
  *         self.task, self.active, self.spans = ADAMW, self.nth, spans             # <<<<<<<<<<<<<<
@@ -23562,32 +23562,32 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_12begin_update(struct __p
   __pyx_t_3.memview = NULL;
   __pyx_t_3.data = NULL;
 
-  /* "pygpt/_backward.pyx":471
+  /* "pygpt/_backward.pyx":484
  *         cdef adamw_numbers* n = &self.numbers
  *         self.task, self.active, self.spans = ADAMW, self.nth, spans
  *         n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2             # <<<<<<<<<<<<<<
  *         n.over_correction1, n.over_correction2 = 1 / <double> numbers.correction1, 1 / <double> numbers.correction2
  *         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
 */
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_lr); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_lr); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_5 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_5 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_5 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_beta1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_beta1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_6 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_6 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_6 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_6 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_beta2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_beta2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_7 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_7 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_7 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_7 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_rest1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_rest1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_8 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_8 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_8 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_rest2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_rest2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_9 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_9 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 471, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_9 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 484, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_v_n->lr = __pyx_t_5;
   __pyx_v_n->beta1 = __pyx_t_6;
@@ -23595,23 +23595,23 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_12begin_update(struct __p
   __pyx_v_n->rest1 = __pyx_t_8;
   __pyx_v_n->rest2 = __pyx_t_9;
 
-  /* "pygpt/_backward.pyx":472
+  /* "pygpt/_backward.pyx":485
  *         self.task, self.active, self.spans = ADAMW, self.nth, spans
  *         n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2
  *         n.over_correction1, n.over_correction2 = 1 / <double> numbers.correction1, 1 / <double> numbers.correction2             # <<<<<<<<<<<<<<
  *         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
  * 
 */
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_correction1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_correction1); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_10 = __Pyx_PyFloat_AsDouble(__pyx_t_4); if (unlikely((__pyx_t_10 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyFloat_AsDouble(__pyx_t_4); if (unlikely((__pyx_t_10 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_11 = (1.0 / ((double)__pyx_t_10));
 
 
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_correction2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_correction2); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_10 = __Pyx_PyFloat_AsDouble(__pyx_t_4); if (unlikely((__pyx_t_10 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_10 = __Pyx_PyFloat_AsDouble(__pyx_t_4); if (unlikely((__pyx_t_10 == (double)-1) && PyErr_Occurred())) __PYX_ERR(0, 485, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_t_12 = (1.0 / ((double)__pyx_t_10));
 
@@ -23619,25 +23619,25 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_12begin_update(struct __p
   __pyx_v_n->over_correction1 = __pyx_t_11;
   __pyx_v_n->over_correction2 = __pyx_t_12;
 
-  /* "pygpt/_backward.pyx":473
+  /* "pygpt/_backward.pyx":486
  *         n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2
  *         n.over_correction1, n.over_correction2 = 1 / <double> numbers.correction1, 1 / <double> numbers.correction2
  *         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale             # <<<<<<<<<<<<<<
  * 
  *     def begin_stream(self) -> None:
 */
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_eps); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 473, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_eps); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 486, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_9 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_9 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 473, __pyx_L1_error)
+  __pyx_t_9 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_9 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 486, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
-  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_gradient_scale); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 473, __pyx_L1_error)
+  __pyx_t_4 = __Pyx_PyObject_GetAttrStr(__pyx_v_numbers, __pyx_mstate_global->__pyx_n_u_gradient_scale); if (unlikely(!__pyx_t_4)) __PYX_ERR(0, 486, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_4);
-  __pyx_t_8 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_8 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 473, __pyx_L1_error)
+  __pyx_t_8 = __Pyx_PyFloat_AsFloat(__pyx_t_4); if (unlikely((__pyx_t_8 == (float)-1) && PyErr_Occurred())) __PYX_ERR(0, 486, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_4); __pyx_t_4 = 0;
   __pyx_v_n->eps = __pyx_t_9;
   __pyx_v_n->gradient_scale = __pyx_t_8;
 
-  /* "pygpt/_backward.pyx":467
+  /* "pygpt/_backward.pyx":480
  *         return sqrt(total)
  * 
  *     def begin_update(self, numbers, const double[:, ::1] spans not None) -> None:             # <<<<<<<<<<<<<<
@@ -23660,11 +23660,11 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_12begin_update(struct __p
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":475
+/* "pygpt/_backward.pyx":488
  *         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
  * 
  *     def begin_stream(self) -> None:             # <<<<<<<<<<<<<<
- *         """Read and write what an update reads and writes, and compute next to nothing: a measurement, which spoils the arrays."""
+ *         """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
  *         self.task, self.active = STREAM, self.nth
 */
 
@@ -23676,7 +23676,7 @@ PyObject *const *__pyx_args, Py_ssize_t __pyx_nargs, PyObject *__pyx_kwds
 PyObject *__pyx_args, PyObject *__pyx_kwds
 #endif
 ); /*proto*/
-PyDoc_STRVAR(__pyx_doc_5pygpt_9_backward_9TrainStep_14begin_stream, "Read and write what an update reads and writes, and compute next to nothing: a measurement, which spoils the arrays.");
+PyDoc_STRVAR(__pyx_doc_5pygpt_9_backward_9TrainStep_14begin_stream, "Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays.");
 static PyMethodDef __pyx_mdef_5pygpt_9_backward_9TrainStep_15begin_stream = {"begin_stream", (PyCFunction)(void(*)(void))(__Pyx_PyCFunction_FastCallWithKeywords)__pyx_pw_5pygpt_9_backward_9TrainStep_15begin_stream, __Pyx_METH_FASTCALL|METH_KEYWORDS, __pyx_doc_5pygpt_9_backward_9TrainStep_14begin_stream};
 static PyObject *__pyx_pw_5pygpt_9_backward_9TrainStep_15begin_stream(PyObject *__pyx_v_self, 
 #if CYTHON_VECTORCALL
@@ -23718,9 +23718,9 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_14begin_stream(struct __p
   Py_ssize_t __pyx_t_2;
   __Pyx_RefNannySetupContext("begin_stream", 0);
 
-  /* "pygpt/_backward.pyx":477
+  /* "pygpt/_backward.pyx":490
  *     def begin_stream(self) -> None:
- *         """Read and write what an update reads and writes, and compute next to nothing: a measurement, which spoils the arrays."""
+ *         """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
  *         self.task, self.active = STREAM, self.nth             # <<<<<<<<<<<<<<
  * 
  *     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
@@ -23732,11 +23732,11 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_14begin_stream(struct __p
   __pyx_v_self->task = __pyx_t_1;
   __pyx_v_self->__pyx_base.active = __pyx_t_2;
 
-  /* "pygpt/_backward.pyx":475
+  /* "pygpt/_backward.pyx":488
  *         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
  * 
  *     def begin_stream(self) -> None:             # <<<<<<<<<<<<<<
- *         """Read and write what an update reads and writes, and compute next to nothing: a measurement, which spoils the arrays."""
+ *         """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
  *         self.task, self.active = STREAM, self.nth
 */
 
@@ -23747,7 +23747,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_14begin_stream(struct __p
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":479
+/* "pygpt/_backward.pyx":492
  *         self.task, self.active = STREAM, self.nth
  * 
  *     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:             # <<<<<<<<<<<<<<
@@ -23782,39 +23782,39 @@ static PyObject *__pyx_pw_5pygpt_9_backward_9TrainStep_17__call__(PyObject *__py
   {
     PyObject ** const __pyx_pyargnames[] = {&__pyx_mstate_global->__pyx_n_u_ith,&__pyx_mstate_global->__pyx_n_u_nth,0};
     const Py_ssize_t __pyx_kwds_len = (__pyx_kwds) ? __Pyx_NumKwargs_VARARGS(__pyx_kwds) : 0;
-    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 479, __pyx_L3_error)
+    if (unlikely(__pyx_kwds_len < 0)) __PYX_ERR(0, 492, __pyx_L3_error)
     if (__pyx_kwds_len > 0) {
       switch (__pyx_nargs) {
         case  2:
         values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 492, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  1:
         values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
+        if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 492, __pyx_L3_error)
         CYTHON_FALLTHROUGH;
         case  0: break;
         default: goto __pyx_L5_argtuple_error;
       }
       const Py_ssize_t kwd_pos_args = __pyx_nargs;
-      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__call__", 0) < (0)) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (__Pyx_ParseKeywords(__pyx_kwds, __pyx_kwvalues, __pyx_pyargnames, 0, values, kwd_pos_args, __pyx_kwds_len, "__call__", 0) < (0)) __PYX_ERR(0, 492, __pyx_L3_error)
       for (Py_ssize_t i = __pyx_nargs; i < 2; i++) {
-        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__call__", 1, 2, 2, i); __PYX_ERR(0, 479, __pyx_L3_error) }
+        if (unlikely(!values[i])) { __Pyx_RaiseArgtupleInvalid("__call__", 1, 2, 2, i); __PYX_ERR(0, 492, __pyx_L3_error) }
       }
     } else if (unlikely(__pyx_nargs != 2)) {
       goto __pyx_L5_argtuple_error;
     } else {
       values[0] = __Pyx_ArgRef_VARARGS(__pyx_args, 0);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[0])) __PYX_ERR(0, 492, __pyx_L3_error)
       values[1] = __Pyx_ArgRef_VARARGS(__pyx_args, 1);
-      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 479, __pyx_L3_error)
+      if (!CYTHON_ASSUME_SAFE_MACROS && unlikely(!values[1])) __PYX_ERR(0, 492, __pyx_L3_error)
     }
-    __pyx_v_ith = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_ith == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 479, __pyx_L3_error)
-    __pyx_v_nth = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nth == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 479, __pyx_L3_error)
+    __pyx_v_ith = __Pyx_PyIndex_AsSsize_t(values[0]); if (unlikely((__pyx_v_ith == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 492, __pyx_L3_error)
+    __pyx_v_nth = __Pyx_PyIndex_AsSsize_t(values[1]); if (unlikely((__pyx_v_nth == (Py_ssize_t)-1) && PyErr_Occurred())) __PYX_ERR(0, 492, __pyx_L3_error)
   }
   goto __pyx_L6_skip;
   __pyx_L5_argtuple_error:;
-  __Pyx_RaiseArgtupleInvalid("__call__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 479, __pyx_L3_error)
+  __Pyx_RaiseArgtupleInvalid("__call__", 1, 2, 2, __pyx_nargs); __PYX_ERR(0, 492, __pyx_L3_error)
   __pyx_L6_skip:;
   goto __pyx_L4_argument_unpacking_done;
   __pyx_L3_error:;
@@ -23850,7 +23850,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
   int __pyx_clineno = 0;
   __Pyx_RefNannySetupContext("__call__", 0);
 
-  /* "pygpt/_backward.pyx":483
+  /* "pygpt/_backward.pyx":496
  *         cdef Py_ssize_t start, stop
  *         cdef trace_worker me
  *         if ith >= self.active:             # <<<<<<<<<<<<<<
@@ -23862,7 +23862,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
   if (__pyx_t_1) {
 
 
-    /* "pygpt/_backward.pyx":484
+    /* "pygpt/_backward.pyx":497
  *         cdef trace_worker me
  *         if ith >= self.active:
  *             return             # <<<<<<<<<<<<<<
@@ -23879,7 +23879,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
     }
     goto __pyx_L0;
 
-    /* "pygpt/_backward.pyx":483
+    /* "pygpt/_backward.pyx":496
  *         cdef Py_ssize_t start, stop
  *         cdef trace_worker me
  *         if ith >= self.active:             # <<<<<<<<<<<<<<
@@ -23888,17 +23888,17 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
   }
 
-  /* "pygpt/_backward.pyx":485
+  /* "pygpt/_backward.pyx":498
  *         if ith >= self.active:
  *             return
  *         me = self._worker(ith)             # <<<<<<<<<<<<<<
  *         with nogil:
  *             if self.task == FORWARD:
 */
-  __pyx_t_2 = ((struct __pyx_vtabstruct_5pygpt_9_backward_TrainStep *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base._worker(((struct __pyx_obj_5pygpt_8_kernels_Step *)__pyx_v_self), __pyx_v_ith); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 485, __pyx_L1_error)
+  __pyx_t_2 = ((struct __pyx_vtabstruct_5pygpt_9_backward_TrainStep *)__pyx_v_self->__pyx_base.__pyx_vtab)->__pyx_base._worker(((struct __pyx_obj_5pygpt_8_kernels_Step *)__pyx_v_self), __pyx_v_ith); if (unlikely(PyErr_Occurred())) __PYX_ERR(0, 498, __pyx_L1_error)
   __pyx_v_me = __pyx_t_2;
 
-  /* "pygpt/_backward.pyx":486
+  /* "pygpt/_backward.pyx":499
  *             return
  *         me = self._worker(ith)
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -23911,7 +23911,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
       __Pyx_FastGIL_Remember();
       /*try:*/ {
 
-        /* "pygpt/_backward.pyx":487
+        /* "pygpt/_backward.pyx":500
  *         me = self._worker(ith)
  *         with nogil:
  *             if self.task == FORWARD:             # <<<<<<<<<<<<<<
@@ -23921,7 +23921,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
         switch (__pyx_v_self->task) {
           case __pyx_e_5pygpt_9_backward_FORWARD:
 
-          /* "pygpt/_backward.pyx":488
+          /* "pygpt/_backward.pyx":501
  *         with nogil:
  *             if self.task == FORWARD:
  *                 forward(&self.weights.net, &self.state, &me)             # <<<<<<<<<<<<<<
@@ -23930,7 +23930,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           (void)(__pyx_f_5pygpt_8_kernels_forward((&__pyx_v_self->__pyx_base.weights->net), (&__pyx_v_self->__pyx_base.state), (&__pyx_v_me)));
 
-          /* "pygpt/_backward.pyx":487
+          /* "pygpt/_backward.pyx":500
  *         me = self._worker(ith)
  *         with nogil:
  *             if self.task == FORWARD:             # <<<<<<<<<<<<<<
@@ -23940,7 +23940,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
           break;
           case __pyx_e_5pygpt_9_backward_BACKWARD:
 
-          /* "pygpt/_backward.pyx":490
+          /* "pygpt/_backward.pyx":503
  *                 forward(&self.weights.net, &self.state, &me)
  *             elif self.task == BACKWARD:
  *                 backward(&self.weights.net, &self.state, &self.back, &me)             # <<<<<<<<<<<<<<
@@ -23949,7 +23949,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           (void)(__pyx_f_5pygpt_9_backward_backward((&__pyx_v_self->__pyx_base.weights->net), (&__pyx_v_self->__pyx_base.state), (&__pyx_v_self->back), (&__pyx_v_me)));
 
-          /* "pygpt/_backward.pyx":489
+          /* "pygpt/_backward.pyx":502
  *             if self.task == FORWARD:
  *                 forward(&self.weights.net, &self.state, &me)
  *             elif self.task == BACKWARD:             # <<<<<<<<<<<<<<
@@ -23959,7 +23959,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
           break;
           case __pyx_e_5pygpt_9_backward_SQUARES:
 
-          /* "pygpt/_backward.pyx":492
+          /* "pygpt/_backward.pyx":505
  *                 backward(&self.weights.net, &self.state, &self.back, &me)
  *             elif self.task == SQUARES:
  *                 trace_begin(&me)             # <<<<<<<<<<<<<<
@@ -23968,7 +23968,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           trace_begin((&__pyx_v_me));
 
-          /* "pygpt/_backward.pyx":493
+          /* "pygpt/_backward.pyx":506
  *             elif self.task == SQUARES:
  *                 trace_begin(&me)
  *                 squares_of(&self.flat, me.ith, me.nth)             # <<<<<<<<<<<<<<
@@ -23977,7 +23977,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           __pyx_f_5pygpt_9_backward_squares_of((&__pyx_v_self->flat), __pyx_v_me.ith, __pyx_v_me.nth);
 
-          /* "pygpt/_backward.pyx":494
+          /* "pygpt/_backward.pyx":507
  *                 trace_begin(&me)
  *                 squares_of(&self.flat, me.ith, me.nth)
  *                 done(&me, NORM, 0)             # <<<<<<<<<<<<<<
@@ -23986,7 +23986,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           done((&__pyx_v_me), __pyx_v_5pygpt_9_backward_NORM, 0);
 
-          /* "pygpt/_backward.pyx":491
+          /* "pygpt/_backward.pyx":504
  *             elif self.task == BACKWARD:
  *                 backward(&self.weights.net, &self.state, &self.back, &me)
  *             elif self.task == SQUARES:             # <<<<<<<<<<<<<<
@@ -23996,7 +23996,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
           break;
           case __pyx_e_5pygpt_9_backward_ADAMW:
 
-          /* "pygpt/_backward.pyx":496
+          /* "pygpt/_backward.pyx":509
  *                 done(&me, NORM, 0)
  *             elif self.task == ADAMW:
  *                 trace_begin(&me)             # <<<<<<<<<<<<<<
@@ -24005,7 +24005,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           trace_begin((&__pyx_v_me));
 
-          /* "pygpt/_backward.pyx":497
+          /* "pygpt/_backward.pyx":510
  *             elif self.task == ADAMW:
  *                 trace_begin(&me)
  *                 update(&self.flat, self.numbers, self.spans, me.ith, me.nth)             # <<<<<<<<<<<<<<
@@ -24014,7 +24014,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           __pyx_f_5pygpt_9_backward_update((&__pyx_v_self->flat), __pyx_v_self->numbers, __pyx_v_self->spans, __pyx_v_me.ith, __pyx_v_me.nth);
 
-          /* "pygpt/_backward.pyx":498
+          /* "pygpt/_backward.pyx":511
  *                 trace_begin(&me)
  *                 update(&self.flat, self.numbers, self.spans, me.ith, me.nth)
  *                 done(&me, UPDATE, 0)             # <<<<<<<<<<<<<<
@@ -24023,7 +24023,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
 */
           done((&__pyx_v_me), __pyx_v_5pygpt_9_backward_UPDATE, 0);
 
-          /* "pygpt/_backward.pyx":495
+          /* "pygpt/_backward.pyx":508
  *                 squares_of(&self.flat, me.ith, me.nth)
  *                 done(&me, NORM, 0)
  *             elif self.task == ADAMW:             # <<<<<<<<<<<<<<
@@ -24033,25 +24033,27 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
           break;
           default:
 
-          /* "pygpt/_backward.pyx":500
+          /* "pygpt/_backward.pyx":513
  *                 done(&me, UPDATE, 0)
  *             else:
  *                 share(self.flat.size, 16, me.ith, me.nth, &start, &stop)             # <<<<<<<<<<<<<<
- *                 micro.probe_stream(self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)
+ *                 micro.probe_stream(
+ *                     self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)
 */
           __pyx_f_5pygpt_9_backward_share(__pyx_v_self->flat.size, 16, __pyx_v_me.ith, __pyx_v_me.nth, (&__pyx_v_start), (&__pyx_v_stop));
 
-          /* "pygpt/_backward.pyx":501
+          /* "pygpt/_backward.pyx":514
  *             else:
  *                 share(self.flat.size, 16, me.ith, me.nth, &start, &stop)
- *                 micro.probe_stream(self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)             # <<<<<<<<<<<<<<
+ *                 micro.probe_stream(             # <<<<<<<<<<<<<<
+ *                     self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)
 */
           __pyx_v_5pygpt_8_kernels_micro->probe_stream((__pyx_v_self->flat.p + __pyx_v_start), (__pyx_v_self->flat.g + __pyx_v_start), (__pyx_v_self->flat.m + __pyx_v_start), (__pyx_v_self->flat.v + __pyx_v_start), (__pyx_v_stop - __pyx_v_start));
           break;
         }
       }
 
-      /* "pygpt/_backward.pyx":486
+      /* "pygpt/_backward.pyx":499
  *             return
  *         me = self._worker(ith)
  *         with nogil:             # <<<<<<<<<<<<<<
@@ -24068,7 +24070,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
       }
   }
 
-  /* "pygpt/_backward.pyx":479
+  /* "pygpt/_backward.pyx":492
  *         self.task, self.active = STREAM, self.nth
  * 
  *     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:             # <<<<<<<<<<<<<<
@@ -24091,7 +24093,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_16__call__(struct __pyx_o
   return __pyx_r;
 }
 
-/* "pygpt/_backward.pyx":343
+/* "pygpt/_backward.pyx":354
  *     cdef const double[:, ::1] spans
  *     cdef adamw_numbers numbers
  *     cdef readonly bint ready        # whether activations are there for backward()             # <<<<<<<<<<<<<<
@@ -24130,7 +24132,7 @@ static PyObject *__pyx_pf_5pygpt_9_backward_9TrainStep_5ready___get__(struct __p
       __Pyx_INCREF(__pyx_t_1);
       __Pyx_PyCriticalSection_Begin(&__pyx_cs, (PyObject*)__pyx_t_1);
       /*try:*/ {
-        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->ready); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 343, __pyx_L4_error)
+        __pyx_t_2 = __Pyx_PyBool_FromLong(__pyx_v_self->ready); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 354, __pyx_L4_error)
         __Pyx_GOTREF(__pyx_t_2);
         {
           PyObject *__pyx_temp;
@@ -25815,11 +25817,11 @@ static int __Pyx_modinit_Exttype___pyx_obj_5pygpt_9_backward_TrainStep(__pyx_mst
   __pyx_vtable_5pygpt_9_backward_TrainStep.__pyx_base._reserve_logits = (PyObject *(*)(struct __pyx_obj_5pygpt_8_kernels_Step *))__pyx_f_5pygpt_9_backward_9TrainStep__reserve_logits;
   __pyx_vtable_5pygpt_9_backward_TrainStep._reserve_backward = (PyObject *(*)(struct __pyx_obj_5pygpt_9_backward_TrainStep *, Py_ssize_t))__pyx_f_5pygpt_9_backward_9TrainStep__reserve_backward;
   #if CYTHON_USE_TYPE_SPECS
-  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_Step); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 322, __pyx_L1_error)
+  __pyx_t_1 = PyTuple_Pack(1, (PyObject *)__pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_Step); if (unlikely(!__pyx_t_1)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep = (PyTypeObject *) __Pyx_PyType_FromModuleAndSpec(__pyx_m, &__pyx_type_5pygpt_9_backward_TrainStep_spec, __pyx_t_1);
   __Pyx_XDECREF(__pyx_t_1); __pyx_t_1 = 0;
-  if (unlikely(!__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (unlikely(!__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep)) __PYX_ERR(0, 333, __pyx_L1_error)
   #else
   __pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep = &__pyx_type_5pygpt_9_backward_TrainStep;
   #endif
@@ -25827,7 +25829,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_5pygpt_9_backward_TrainStep(__pyx_mst
   __pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep->tp_base = __pyx_mstate_global->__pyx_ptype_5pygpt_8_kernels_Step;
   #endif
   #if !CYTHON_USE_TYPE_SPECS
-  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_PyType_Ready(__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
   #endif
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount((PyObject*)__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep);
@@ -25839,7 +25841,7 @@ static int __Pyx_modinit_Exttype___pyx_obj_5pygpt_9_backward_TrainStep(__pyx_mst
   #endif
   #if CYTHON_UPDATE_DESCRIPTOR_DOC
   {
-    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep, "__call__"); if (unlikely(!wrapper)) __PYX_ERR(0, 322, __pyx_L1_error)
+    PyObject *wrapper = PyObject_GetAttrString((PyObject *)__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep, "__call__"); if (unlikely(!wrapper)) __PYX_ERR(0, 333, __pyx_L1_error)
     if (Py_IS_TYPE(wrapper, &PyWrapperDescr_Type)) {
       __pyx_wrapperbase_5pygpt_9_backward_9TrainStep_16__call__ = *((PyWrapperDescrObject *)wrapper)->d_base;
       __pyx_wrapperbase_5pygpt_9_backward_9TrainStep_16__call__.doc = __pyx_doc_5pygpt_9_backward_9TrainStep_16__call__;
@@ -25847,9 +25849,9 @@ static int __Pyx_modinit_Exttype___pyx_obj_5pygpt_9_backward_TrainStep(__pyx_mst
     }
   }
   #endif
-  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_vtabptr_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
-  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_TrainStep, (PyObject *) __pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
-  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 322, __pyx_L1_error)
+  if (__Pyx_SetVtable(__pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_vtabptr_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (PyObject_SetAttr(__pyx_m, __pyx_mstate_global->__pyx_n_u_TrainStep, (PyObject *) __pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
+  if (__Pyx_setup_reduce((PyObject *) __pyx_mstate->__pyx_ptype_5pygpt_9_backward_TrainStep) < (0)) __PYX_ERR(0, 333, __pyx_L1_error)
   __Pyx_RefNannyFinishContext();
   return 0;
   __pyx_L1_error:;
@@ -26051,7 +26053,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   __Pyx_RefNannySetupContext("__Pyx_modinit_Type_import_code", 0);
   /*--- Type import code ---*/
-  __pyx_t_1 = PyImport_ImportModule("pygpt._kernels"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 178, __pyx_L1_error)
+  __pyx_t_1 = PyImport_ImportModule("pygpt._kernels"); if (unlikely(!__pyx_t_1)) __PYX_ERR(2, 191, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_1);
   __pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Floats = __Pyx_ImportType_3_3_1(__pyx_t_1, "pygpt._kernels", "Floats",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
@@ -26061,7 +26063,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_5pygpt_8_kernels_Floats), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_5pygpt_8_kernels_Floats),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Floats) __PYX_ERR(2, 178, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Floats) __PYX_ERR(2, 191, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Weights = __Pyx_ImportType_3_3_1(__pyx_t_1, "pygpt._kernels", "Weights",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_5pygpt_8_kernels_Weights), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_5pygpt_8_kernels_Weights),
@@ -26070,7 +26072,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_5pygpt_8_kernels_Weights), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_5pygpt_8_kernels_Weights),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Weights) __PYX_ERR(2, 184, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Weights) __PYX_ERR(2, 197, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_5pygpt_8_kernels_KeysValues = __Pyx_ImportType_3_3_1(__pyx_t_1, "pygpt._kernels", "KeysValues",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_5pygpt_8_kernels_KeysValues), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_5pygpt_8_kernels_KeysValues),
@@ -26079,7 +26081,7 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_5pygpt_8_kernels_KeysValues), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_5pygpt_8_kernels_KeysValues),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_KeysValues) __PYX_ERR(2, 189, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_KeysValues) __PYX_ERR(2, 202, __pyx_L1_error)
   __pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Trace = __Pyx_ImportType_3_3_1(__pyx_t_1, "pygpt._kernels", "Trace",
   #if defined(PYPY_VERSION_NUM) && PYPY_VERSION_NUM < 0x050B0000
   sizeof(struct __pyx_obj_5pygpt_8_kernels_Trace), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_5pygpt_8_kernels_Trace),
@@ -26088,8 +26090,8 @@ static int __Pyx_modinit_Type_import_code(__pyx_mstatetype *__pyx_mstate) {
   #else
   sizeof(struct __pyx_obj_5pygpt_8_kernels_Trace), __PYX_GET_STRUCT_ALIGNMENT_3_3_1(struct __pyx_obj_5pygpt_8_kernels_Trace),
   #endif
-  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Trace) __PYX_ERR(2, 198, __pyx_L1_error)
-  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Trace, (void**)&__pyx_vtabptr_5pygpt_8_kernels_Trace) != 1)) __PYX_ERR(2, 198, __pyx_L1_error)
+  __Pyx_ImportType_CheckSize_Warn_3_3_1); if (!__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Trace) __PYX_ERR(2, 211, __pyx_L1_error)
+  if (unlikely(__Pyx_GetVtable(__pyx_mstate->__pyx_ptype_5pygpt_8_kernels_Trace, (void**)&__pyx_vtabptr_5pygpt_8_kernels_Trace) != 1)) __PYX_ERR(2, 211, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_1); __pyx_t_1 = 0;
   __Pyx_RefNannyFinishContext();
   return 0;
@@ -27077,144 +27079,144 @@ __Pyx_RefNannySetupContext("PyInit__backward", 0);
   __pyx_t_10 = __pyx_f_5pygpt_9_backward__phase(__pyx_mstate_global->__pyx_n_u_update); if (unlikely(__pyx_t_10 == ((int)-1))) __PYX_ERR(0, 43, __pyx_L1_error)
   __pyx_v_5pygpt_9_backward_UPDATE = __pyx_t_10;
 
-  /* "pygpt/_backward.pyx":372
+  /* "pygpt/_backward.pyx":383
  *         self.caches = []
  * 
- *     def begin_forward(self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active) -> None:             # <<<<<<<<<<<<<<
- *         """Take a checked batch, (B, T) each, for the first `active` workers."""
- *         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
+ *     def begin_forward(             # <<<<<<<<<<<<<<
+ *         self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active,
+ *     ) -> None:
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 372, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_3begin_forward, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_forward, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 372, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 383, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_3begin_forward, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_forward, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[0])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetAnnotationsDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_forward, __pyx_t_5) < (0)) __PYX_ERR(0, 372, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_forward, __pyx_t_5) < (0)) __PYX_ERR(0, 383, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "pygpt/_backward.pyx":390
+  /* "pygpt/_backward.pyx":403
  *         self.prepare([(inputs[b, t], self.caches[b], True) for b in range(B) for t in range(T)], active)
  * 
  *     def finish_forward(self) -> Floats:             # <<<<<<<<<<<<<<
  *         """The losses, (B, T)."""
  *         losses = Floats(self.back.B, self.back.T)
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 390, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 403, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_Floats) < (0)) __PYX_ERR(0, 390, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_5finish_forward, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_finish_forward, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 390, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_Floats) < (0)) __PYX_ERR(0, 403, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_5finish_forward, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_finish_forward, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[1])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 403, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetAnnotationsDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_finish_forward, __pyx_t_2) < (0)) __PYX_ERR(0, 390, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_finish_forward, __pyx_t_2) < (0)) __PYX_ERR(0, 403, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "pygpt/_backward.pyx":445
+  /* "pygpt/_backward.pyx":458
  *         """The logits are not the caller's here: their memory is used again."""
  * 
  *     def begin_backward(self, bint accumulate, double scale) -> None:             # <<<<<<<<<<<<<<
  *         """Take the gradient of the last forward's mean loss, times scale."""
  *         if not self.ready:
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 445, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_7begin_backward, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_backward, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 445, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_7begin_backward, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_backward, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[2])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetAnnotationsDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_backward, __pyx_t_5) < (0)) __PYX_ERR(0, 445, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_backward, __pyx_t_5) < (0)) __PYX_ERR(0, 458, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "pygpt/_backward.pyx":455
+  /* "pygpt/_backward.pyx":468
  *         barrier_reset(self.barrier, <uint32_t> self.active, self.spins)
  * 
  *     def begin_norm(self) -> None:             # <<<<<<<<<<<<<<
  *         """Take the gradients' norm."""
  *         self.task, self.active = SQUARES, self.nth
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 455, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 455, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_9begin_norm, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_norm, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 455, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_9begin_norm, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_norm, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[3])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetAnnotationsDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 455, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_norm, __pyx_t_2) < (0)) __PYX_ERR(0, 468, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "pygpt/_backward.pyx":459
+  /* "pygpt/_backward.pyx":472
  *         self.task, self.active = SQUARES, self.nth
  * 
  *     def finish_norm(self) -> float:             # <<<<<<<<<<<<<<
  *         """The 2-norm: the blocks' sums of squares are added in ascending order."""
  *         cdef double total = 0
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 459, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_float) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_11finish_norm, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_finish_norm, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 459, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_float) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_11finish_norm, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_finish_norm, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[4])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetAnnotationsDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_finish_norm, __pyx_t_5) < (0)) __PYX_ERR(0, 459, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_finish_norm, __pyx_t_5) < (0)) __PYX_ERR(0, 472, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
-  /* "pygpt/_backward.pyx":467
+  /* "pygpt/_backward.pyx":480
  *         return sqrt(total)
  * 
  *     def begin_update(self, numbers, const double[:, ::1] spans not None) -> None:             # <<<<<<<<<<<<<<
  *         """Take one step of AdamW by checked numbers (parameters.AdamW); spans are rows (start, stop, decay)."""
  *         cdef adamw_numbers* n = &self.numbers
 */
-  __pyx_t_5 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 467, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
-  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 467, __pyx_L1_error)
-  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_13begin_update, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_update, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 467, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_5, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_13begin_update, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_update, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[5])); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_2);
   #endif
   __Pyx_CyFunction_SetAnnotationsDict(__pyx_t_2, __pyx_t_5);
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_update, __pyx_t_2) < (0)) __PYX_ERR(0, 467, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_update, __pyx_t_2) < (0)) __PYX_ERR(0, 480, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
 
-  /* "pygpt/_backward.pyx":475
+  /* "pygpt/_backward.pyx":488
  *         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
  * 
  *     def begin_stream(self) -> None:             # <<<<<<<<<<<<<<
- *         """Read and write what an update reads and writes, and compute next to nothing: a measurement, which spoils the arrays."""
+ *         """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
  *         self.task, self.active = STREAM, self.nth
 */
-  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 475, __pyx_L1_error)
+  __pyx_t_2 = __Pyx_PyDict_NewPresized(1); if (unlikely(!__pyx_t_2)) __PYX_ERR(0, 488, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_2);
-  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 475, __pyx_L1_error)
-  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_15begin_stream, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_stream, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 475, __pyx_L1_error)
+  if (PyDict_SetItem(__pyx_t_2, __pyx_mstate_global->__pyx_n_u_return, __pyx_mstate_global->__pyx_n_u_None) < (0)) __PYX_ERR(0, 488, __pyx_L1_error)
+  __pyx_t_5 = __Pyx_CyFunction_New(&__pyx_mdef_5pygpt_9_backward_9TrainStep_15begin_stream, __Pyx_CYFUNCTION_CCLASS, __pyx_mstate_global->__pyx_n_u_TrainStep_begin_stream, NULL, __pyx_mstate_global->__pyx_n_u_pygpt__backward, __pyx_mstate_global->__pyx_d, ((PyObject *)__pyx_mstate_global->__pyx_codeobj_tab[6])); if (unlikely(!__pyx_t_5)) __PYX_ERR(0, 488, __pyx_L1_error)
   __Pyx_GOTREF(__pyx_t_5);
   #if CYTHON_COMPILING_IN_CPYTHON && PY_VERSION_HEX >= 0x030E0000
   PyUnstable_Object_EnableDeferredRefcount(__pyx_t_5);
   #endif
   __Pyx_CyFunction_SetAnnotationsDict(__pyx_t_5, __pyx_t_2);
   __Pyx_DECREF(__pyx_t_2); __pyx_t_2 = 0;
-  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_stream, __pyx_t_5) < (0)) __PYX_ERR(0, 475, __pyx_L1_error)
+  if (__Pyx_SetItemOnTypeDict(__pyx_mstate_global->__pyx_ptype_5pygpt_9_backward_TrainStep, __pyx_mstate_global->__pyx_n_u_begin_stream, __pyx_t_5) < (0)) __PYX_ERR(0, 488, __pyx_L1_error)
   __Pyx_DECREF(__pyx_t_5); __pyx_t_5 = 0;
 
   /* "(tree fragment)":1
@@ -27359,7 +27361,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
   if (__Pyx_PyTuple_SET_ITEM(__pyx_mstate_global->__pyx_tuple[1], 0, __pyx_mstate_global->__pyx_slice[0]) != (0)) __PYX_ERR(1, 763, __pyx_L1_error);
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[1]);
 
-  /* "pygpt/_backward.pyx":358
+  /* "pygpt/_backward.pyx":369
  *         cdef double[::1] squares = memoryview(self.squares).cast("d")
  *         self.flat.squares = &squares[0]
  *         cdef dict at = {name: offset for name, _, offset, _ in config.tensors(padded=True)}             # <<<<<<<<<<<<<<
@@ -27368,7 +27370,7 @@ static int __Pyx_InitCachedConstants(__pyx_mstatetype *__pyx_mstate) {
 */
   {
     PyObject* __pyx_temp[1] = {__pyx_mstate_global->__pyx_n_u_padded};
-    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 358, __pyx_L1_error)
+    __pyx_mstate_global->__pyx_tuple[2] = __Pyx_PyTuple_FromArray(__pyx_temp, 1); if (unlikely(!__pyx_mstate_global->__pyx_tuple[2])) __PYX_ERR(0, 369, __pyx_L1_error)
     __Pyx_GOTREF(__pyx_mstate_global->__pyx_tuple[2]);
   }
   __Pyx_GIVEREF(__pyx_mstate_global->__pyx_tuple[2]);
@@ -27433,30 +27435,30 @@ static int __Pyx_InitConstants(__pyx_mstatetype *__pyx_mstate) {
   CYTHON_UNUSED_VAR(__pyx_mstate);
   {
     const struct { const unsigned int length: 8; } str_length_index[] = {{6},{8},{15},{1},{2},{15},{23},{25},{32},{20},{22},{1},{1},{37},{45},{22},{179},{8},{89},{15},{7},{6},{2},{9},{50},{14},{12},{19},{95},{19},{30},{37},{5},{1},{11},{8},{6},{10},{4},{6},{8},{1},{9},{27},{29},{24},{23},{20},{22},{22},{24},{21},{15},{1},{20},{12},{9},{17},{8},{8},{12},{10},{8},{10},{8},{7},{14},{11},{10},{19},{14},{12},{10},{17},{13},{12},{12},{19},{8},{13},{8},{3},{10},{6},{15},{18},{8},{8},{1},{4},{14},{13},{10},{12},{12},{5},{5},{1},{5},{4},{18},{6},{11},{11},{5},{1},{10},{8},{8},{3},{7},{5},{4},{4},{4},{7},{4},{15},{6},{9},{3},{5},{6},{3},{7},{7},{3},{14},{11},{5},{5},{5},{6},{7},{14},{9},{1},{2},{5},{6},{5},{8},{3},{4},{4},{4},{4},{4},{4},{4},{6},{2},{4},{7},{4},{1},{4},{4},{4},{3},{7},{3},{4},{6},{10},{3},{7},{15},{4},{4},{8},{5},{5},{6},{5},{6},{4},{10},{5},{4},{5},{5},{5},{4},{4},{6},{1},{7},{7},{5},{6},{6},{6},{7},{3},{3},{1}};
-    const struct { const unsigned int length: 8; } bytes_length_index[] = {{1},{227},{26},{9},{20},{53},{20},{70},{84},{135},{247}};
+    const struct { const unsigned int length: 8; } bytes_length_index[] = {{1},{227},{26},{9},{239},{20},{53},{20},{70},{84},{135}};
     #ifndef CYTHON_COMPRESS_STRINGS
       #define CYTHON_COMPRESS_STRINGS 90
     #endif
-    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1726 bytes) */
-static const char cstring[] = "x\332\205V\315s\334\266\025\227]\331\243\270n\0339\226\3631M\007N\342\310r\344m\244\221\323\324\223IF\226\327\211&\255\253\215dy:I\312\200\000\310E\304\005(\000\334\017\237z\334#\217<\362\310\343\036\367\270G\035y\324Q\177B\377\204<\200\334\017\333\231fG$\036\037\036\036~\357\207\367\036\204\260A\237\366\221\364\177f\304|y\327(\306P\240p\330a\302l4\036\242/\376\311:R\r\2169\353!\031\240/\210\024\206\207\211L4\302\202\"\312\225]\367\252\232\213\351\2046\212SF\027\214\221T\377w\376e\335\314\362\313\257\366\260\020\322 \2545\017\0052\022)\206\351})\242\001\3528\220]\000\271/\2728\342\024u$e\233\210\365cX\013\256\326\311\272\335w=\220\312(,\3267Q\010\256\246\306\272\215c\006[!\334\347\032=\225\206!\323\006b\366\006\246-\005\002\035e\021\367\231\302\206\301n\026\037xU\326H\240\203\346\301\375\235\317w\034Z\305,\215\032\351\304\047\021\000e\332\222\346\047<2\340\335\014b\246\033h?@\003\231 \301\000\027D\021\203\335\342\002\323f\002if\254\200\326]\314\330p)<X\316E\270^\323\304\273\314\256~\202#\315\032\230R\017\354\230\217\311I\017+zw\003\365\260F\004G\021l\322\343\020F\002\314!\010\277\236\366\031\310\020\263y\350\254\3463\233\025\200\005OR\020F$x\"\026\206n`\237P\256\261\0371&\354;$\\W\022\025\022\230\np\022\031\344y\212\321\2040\317C4qP\205\024\367\201\271.\307\021\314\022.\270\361\274x\020\306\246\341\2350%X\244\253/\246\224T\225\374Wo\n\244\021\017\372\232EA\303*6kI)\316T\365\021D\330T\222\006\276\030D\345\262\305\007I\212.S\246b\033\243\203\352P\253\214\267q\243\230\223\223\010\250\265\204\333\274\211\354\211\223Hj\010\300\305\345\026F\221$\3261l\212\007\210b\203\033\2772[\245\222\315\205*\213uc\367po\177\377\321\236s\327\264\2215\243\210\307\232\353\047\221\304F\357\21381N\377T\nv\360\315\356a\363\360\220\235&\014X?:R\230\213C\303\342\231\320\230\361J\\\034\236\2678\005i\343\242\377\225I\237\205\\\314\330|U_\037\377\253j!U\347U\035\304\305\360k\332$\006F\330\\\033\300\361\352\366\353~k\275ul{Jc\336^<\317;\030\364\341y\014\305\345=e}\363\035\013<\257.\000\310#\310""\031[\"s!d\206\033\326\261\nj\327\300/H\004\261c8%\002~\274\023C\325[\251\003(\334(i\022\2719\201;\325\350\366\207l\354{\244\315\310\211N:\325W\355\305\212\266|+)\021.e\230\327\024S\273\256\261\251`}\234&8\232\272\235\226\300k\2076S\260\276\375\200s\233A\321\013\320_;O\3173L\333X\270\366\210TP\325\\\260i\365@abB\222N\002\245\300\260k\021\323\274\364\374$\010\240\177\351\201 \\6fK56&V\362g\277\036{\276\2175{9W^\312\220y^,f\303b\016\370\314\340-\373\332&\000\007\310\304\332\220\310\302\004\023h\276\304u)(\312\200\207\200CUmek.n\023\231\010C\301\227\201K\010\024\264\006G\241&\240<\025\r\010\3749M\033\256\000\032\211-x\266\341\th$Cn4==\351Rw^\300SU\351\325Z\006\007\346\3328\213\265k3U\257\t\210_9\254\207^@z/g\360B\336\006\\i\003\355&\324\201\255`0\350\270\267\275XB\205)\007\324\236\206\256\312\246_\232s\n\027\031\353s[\354\332&m\375z\301\2407\237\000\032\210\301\207\247\007q\300\270\rc\000c\320\203\266\001\227B\004[\364\217\340\226\263W\234mQ\302f\013\\\215\035\013H\2306\204\005\327\223\206Pc 7\006R\030\215\261\002#\270\247t,\343X1\370fu\273\235\036-\320\344\303\323Sp~\032,\025$\327\226}m+f\022%\\\024\032\272\277\240\266\265B:\326\355\335\2659\013_\307Xh\r\027\223\206DU\220\255@\254\221\360\250\204\030\003*W\211Lh`\331@!GP;\260y\225*p\373&L\367\030\017\333F\367b\3263\254\377\257\203\201\247\255g\317\240\273syc\211\013PT~Q]\220\336\003\027\217\367\371\264\002\240m\030\333\357\265A\3676\321o\031\037\272\213\002\014]Vz=\251`f\272|c\251+\341_\203\005\010\233\350\267e\353m\361kc\251:\213\245:\215\226\2008E;\234(Y\243\230\356\267\344\224\377\275t\276|m\370I\332*\227\377\234\355^\254\\\037~\235\356\244/\362w\213\217\n\\.\277\237\265.V\352\211f\272\226\342Tg\267\263\235\354E\361V\261{~}-=\312\326\262v\216\363\323\363\225?\rM\272\225\356\226\313\177\311\360\334\321;\305\315\002\234\243\374\322\305\312jz+=\315\226\263f~3?*\326\n|\276\362\307!\036v\323\347\331\343\374j\316\0133\372l\374\326\370\321\030&\256\017\277Iw\355\260\017{\254Z\357\247\345\362W\343\323\213\225\337\017w\354N""\347\327o\244\367\262\335\254U\031\265\026\2264\323\367\262\255Jx7\333\310?+n\024;Ew\004&ki+\245\331\275\374[\330\352\357\343\307\223K\345\362?\316 :\200\007\230\234\017\013{\220/\347\373\305\363\321\343\361U\213\345\215\341\032\300\354\003\366\025\260{\247X-6F\177\033\337\031\367&\355\263\260|\366c\371#-iTF\272\324\006\254\3137\200\261\362\375\255\321\215\321\366\350\337\343p\362\237\362\360Y\371\354y\371\374\247\362\247\260\014\333\326\343-\210\347\315\017\362\365\342V\321\033\341\377--]yt\031\336\217.\357]\276X\371 \377\270\270Z\340\242?\352\216\217\047[\223\335Y\2146\370~j\262\007\371\357rG\301\047Y+st\355\ru\372\021\004w\0473\371N\236\330\343y3\275\226\335\266\303\025\340\360f\366,\277\223\353\342\366\371\234Ag\220=\314[9-\356\215\366Ff\374`re\322\232\3409\361\177x/\3738\277fW\315\350\3756=\265\303\023\267w\010\213I\261ZO\247\337\245]P\022w\300o\217.\215n\216\216\307;\343d\322<[=\373\360\354\250l\035\227\307\337\227\337\377P\376\200K\354\377\002\3556\274&";
-    PyObject *data = __Pyx_DecompressString(cstring, 1726, 1);
+    #if (CYTHON_COMPRESS_STRINGS) == 1 /* compression: zlib (1718 bytes) */
+static const char cstring[] = "x\332\205VKs\3346\022\226k\047.\331\353\335\215\034\313\233\2446[\310\303\221\345\310\223\214J\316f]\251\244\024YNT\311z5\221,\327V\222e@\242\311A\304\001(\000\234\207O9\316\221G\036y\344q\216s\234\243\216<\352\250\237\262\r\222\363\260\235\332L\211D\263\321h|\335\370\272!B\r\371d@\244\373\013x\346\213\273F\001\020_\321\240\013\302l6\037\222\317\377\005]\251\206\047\034\372D\372\344sO\n\303\203X\306\232P\301\010\343\312\256{Y\315\305lB\033\305\031\260%c\"\325\377\235\177Q7\267\374\342\313=*\2044\204j\315\003A\214$\n(\273/E8$\335\022d\017A\036\210\036\r9#]\311`\213\300 \302\265\350j\303\333\260\373n\370R\031E\305\306\026\t\320\325\314Xwh\004\270\025\241\003\256\311\023i\200\230\016&foh:R\020\3241\010\271\013\212\032\300\335,>\364\252\254\221 \207\373\207\367w>\333)\321*\260i\324D\307\256\027\"P\3206in\314C\203\336\3150\002\335$\007>\031\312\230\010@\\\030E\204v\313\013L\007\004\321`\254@6\312\230\251\341R8\270\234\213`\243N\023\357\201]\375\230\206\032\232\2241\007\355\300\245\336i\237*vw\223\364\251&\036\rC\334\244\3171\214\0303G0\374z\332\005\2241f\363\260\264Z\314lU\000\226<I\341\201\047\321\223ga\350&u=\3065uC\000a\337\201\307u%1!1S>\215CC\034G\001\213=p\034\302\342\022\252\220\342>f\256\307i\210\263\036\027\3348N4\014\"\323tNA\t\010u\365\005JIU\311\037;3 \315h8\320\020\372M\253\330\252%\2458\250\352\303\017\251\251$\215\371\002\214\252d\213\213\222\024=P\246\3126%\207\325\241V\214\267q\223\210{\247!\246\326&\334\362&\264\047\356\205Rc\000e\\\345\3020\224\236u\214\233\322!a\324\320\346o\314VT\262\\\250X\254\233\273G{\007\007_\355\225\356\366md\373a\310#\315\365\343PR\243\017D\024\233R\377D\n8\374f\367h\377\350\010\316b\300\254\037\037+\312\305\221\201h.4\347y\365\3128\034gy\niSF\377\033\223.\004\\\314\263\371\262\276>\376\227\325B\252\356\313:\214\013\350+\3328\302\214\300B\353\343\361\352\316\253~k\275ul{Js\321^\034\3079\034\016\360y\204\305\345<\201\201\371\036|\307\251\013\000y\204\234\261%\262\020\0020\334@\327*\230]\203\077\077\026\236\035\203Y\"\360\307""\273\021V\275\225\272\210\242\034%\213\303rN\320n5\226\373#\033\007\216\327\001\357T\307\335\352\253\366bE[\276\225\024\213\2222\340\354\213\231]\317X*X\037g1\rgng%\360\312\241\315\0250\260\037xns(z\t\372+\347\3518\006\264\215\205k\307\223\n\253\232\013\230U\017\026&\365\274\270\033c)\000-[\304\214\227\216\033\373>\366/=\024\036\227\315\371RM\215\211\224\374\305\255\307\276\353R\r/r\345\005\206,x\261\314\206e\016\270`h\313\276\266=\204\203\311\244\332x\241\205\211&\330|\275\262KaQ\372<@\034\252j+\255\205\270\355\311X\030\206\276\014^B\250`58\2065\201\345\251\230\357\341_\251\351\340\025\300B\321\302g\033\037\237\2052\340F\263\263\323\036+\317\013\363TUz\265\026\360\300\3126\016\221.\333L\325k|\317\255\034\326C\337\367\372/2x\211\267>W\332`\273\t\264o+\030\r\272\345\333^,\201\242\214#jGcW\205\331\227\346\234\341E\006\003n\213][\322\326\257\347\200\275\371\024\321`\014.>}\214\003\307m\034}\034\375>\266\r\274\024B\334bp\214\267\234\275\342l\213\022\226-x5v- a:\030\026^O\032C\2150\271\021&\005XD\025\032\341=\245#\031E\n\360\033\352v;;ZL\223\213O_\341\371i\264TH\256\226}m+0\261\022e\024\032\273\277`\266\265\"\035\353\366^\2669\013_GTh\215\027\223F\242*d+&\326H|T\354\031\203\252\262\022Ah\314\262\301B\016\261vp\363\212*x\373\306\240\373\300\203\216\321\375\010\372\006\006\377>\034:\332zv\014\271\273\2207W\270@E\345\227\324\005\351<(\343q>\233U\000\266\rc\373\2756\344\336\026\371=\343\243\362\242@\303\222\225N_*\234\231-\337\\\351I\374\327`\t\302\026\371}\331z[\376\332\\\251\316b\245\246\321\n&N\261.\367\224\254Q\314\366[)\225\277^\271h\\\037}\224\264\177\335\275\274v\375r\365\275\354\303\374jN\363\301\27079\231\266\246\273\027\2537F\007I\373b\365\217\243\235\321 1\351\203\354\017Y\353\342\306\315\344\243\264\235R;\2757\322\311\007\tK\357\244&\333\311\342|\367\342\306\353\311\365\364];\274\226\034\247\267\322\247\331\235L\347\357VNL\322\252\r\322\207Y;c\371\275\361\336\330L\036L_\233\266\247\264\332\3578]\273\370\323\333\351\207\331u\273\352\306\350\233\244\004\362mrf\207""\307\345\336\001.\366\362\265z:\371>\351\241\322\313ne\307\371_\307W\306\267\306\047\223\235I<\335?_;\177\377\374\270h\237\024\047?\024?\374X\374H\013\352\026\215\277\245\273\227\270\364\353d\047y\236\275\225\177\220\323\242\361N\332\276\\\255\047\366\223\365\204&\032Q\356\244\317\3637lT\353\210k=\355d4C\030\177\261\201$\273E\343\357)]8z3\277\225\267\213\006\311\256\\\256\256%\267\223\263\264\221\356\227\230\326s\214\355\317#:\352%\317\322G\331\325\214\347f\374\351\344\215\311W\023\272\024b\025;z?+\032_N\316.\027)\273\231\334Kw\323\366\374@\346K\366\223\267\323V%\274\225nf\237\3467\363\235\2747F\223\365\244\215\347r/\373\026\267\372\347\344\321\364J\321\370\356\034\243Cx\210\251\364aa\017\263Fv\220?\033?\232\\\265X\256\215\326\021\346\000\261\257\242\335\233\371Z\2769\376\307\344\316\244?\355\234\007\305\323\237\212\237X\301\302\"\324\2056h]\\\303\214\025\357\264\3067\307\333\343\377L\202\351\177\213\243\247\305\323g\305\263\237\213\237\203\"\350X\217\2671\236\327\337\3136\362\333y\177L\377\007&\013\273(";
+    PyObject *data = __Pyx_DecompressString(cstring, 1718, 1);
     #define __Pyx_DecompressString_LZSS_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2293 bytes) */
-static const char cstring[] = "\377 at 0x o\377bject>(t\377ree frag\377ment).: \377<MemoryV\377iew of <\377contiguo\377us and d\263ir4\001\007\rin\021\005s\277trided\"\010 7or \004\031><(\tA\006\377>?Cannot\377 assign \377to read-\277only m\240\002v\376\242\000Invalid\377 mode, esxp\324\000|\000\047c\047t\001\377\047fortran\317\047, gH\000%\005sh\367ape\222\000 axi\377s Note t\375h\226 Cython\375 \021\000delibe\317ratek\000\320\001ct\373er!\001n PEPo-484\212\"re\303!\177s subcl\246\000\373es\261!built\375i\260\000ypes. \377If you n\311e\224 \303\000p\316\000%\tth\277en set\200\000e\373 \047\357\002ation\377_typing\047\366\355$iv\242\000o Fa\377lse.add_\376\231 ebackwa\377rd() was\337 call\371 wi\312\304\000u\267  \374\000\030\004beL\210 \361\000t:!\002\020\007,t\001\373n ?\010oncec\365oG\000c\203\001s.ab\377cdisable{en\002\001gcis\004\003\377dno defa\377ult __re\377duce__ d\275u\246\002non-\213`v\367ial\033\000cini\377t__pygpt\377._kernel}s\010\003error\006\003\373/_\313\005.pyxs\257elf.\340\001,\003\004r\357rier\007\003fla\215t\021\003st\244@\371\000\251bb\377e conver\035t\350#a P\317C\354\204\003\216!? pickl\330 \367 z\263bl\356Aclos\276\000\330\335\002\351a\310 ocU\001ar\377ray data\303.u\014\017\305c\227\205\001\364\204\003s.\177ASCIIBCJ\002\375E\326\001Ellips\377isFloats\337Input\023\002No\377nePHASES\337Seque\363 TT\377rainStepj\000\006.\317&c\230\204\002__\017\t\364\264`\371\002_\013\017begi\301n\305&F\007\022\003\222d\007\rno\373rm\033\rstreaV\005\016up\217 e\235\007f\334@\207sh_G\016\021\004U\001\320\207\001.~\325\207\007___Pyx\001\000\377Dict_Nex?tRef__\372\204\004\305`\343__\317\205\002%\000\002\004get/item\r\001d0\001?\000\017func\035\001\030\000\203#S\000\337impor\350`__\371m\313 ;\001modulnM\002nam\002\003ewT\001\376\341`_checks\341uT\000\n\001?\004\025\001typ\275e\255\204\001x_un\256be7_En \005vt\215\205\001\230\001\017qualO\005\373\204\005\244N\225\205\006{ex\314\001set_\203\005\370\273F\216 \277N__tes\376\310\001is_coro\337utine\266\205\005ab\377caccumul\377ateactiv\375e\256\204""\005_buffe\377rasyncio\375.2\006sattpr\367ojb\001\004wbba\003se\236k\225j\301c\224a\313c\210c|\327c\376Cbeta1\001\001\3632c\214\000\312 astcyl\243\001\375`trac\241\210\002?config\300\000\274\213\001\357ion1\001\0072co\337untdd\230\000en\372\366\210\001d\236\004denco?derdfc\000\000\263\001\377dheaddln\3651\001\0002\005\000fdlo\377gitsdqkv!d\253B\245 \326\214\0036\003e\256@\302\212\002\347eps\342\207\002\346\207\003fcb\363fc\203\"\001\003wfcw\374\264\204\013\255\204\010firstf\337lagsf\276\206\001fo\357rmat\322\213\004gra\377dient_sc\367ale\006\005siid\277indexi\351\206\001s\374\261\204\001\000\002sizeit_hkeep\301\000b\305\000\257wln2\005\0002\005\000f\376\r\000fwlosse\373sl`\000xTmem\364\337\214\001\327\214\001n\265\204\001ndim\376\236\206\001nthnumb\377ersobjpa\377ckpadded\177paramet\024\000\277poppre\r\000e\350\350\211\004\240\213\005\244 b\250 wre\177gisterr\332`\3751\001\0012retur\375n\301\002second\216\370\211\001set\330\212\004\255\215\002\273\001s\177pansspi\002\000\357tartB\000pst}o\001\000ructt\020\000\336\205\206\002enso\262 otOalun\236\001\251\207\003v\014\000\377esweight\377swpewtex\337OPy_s\225!_t{ (\002\007)\000in\016\000\353stT\001 \201\206\003t_5\366\272\213\002_8\270\213\005_Net~\354\212\001st *, \r\035\361S\244\213\002&\000\221\204\002_wor\367ker7\005)\000vo\033idw\t, \221\007\000\t\014\t\\s\001\266\010*)\000\206C\000\363\215\004\377\000shardmi\247cro\354\214\004\247\005\000\020\002\200\377\001\330\004\n\210+\220Q\377\320\004\034\230A\340\010\014\377\210G\2204\220z\240\031\377\250$\250a\320\004\035\230\367Q\340\010\022\004E\220\025\220\377a\220s\230!\2304\230\377z\250\023\250A\330\014\025\377\220T\230\025\230h\240a\377\240q\330\010\017\210t\220\3771\220A\320\004\036\230a\336?\007\030\250\024\250Z\000 \240\377\001\340\010\021\220\026\220q\377\230\004\230E\240\024\240T\377\250\025\250a\330\010\016\210\377a\210v\220W\230D\240\377\006\240i\250t\2606\270\357\023\270B\270\026\000\014\210HW\220A\330\215\000Ia\000\021Z\001\377q\320\004?\270q\340\010\367\013""\2104f\001\330\014\022\220\037*\230A\230Q\037\003\002\002,\004\337E\220\032\23018\001E\220\377\031\230)\2406\250\022\250\3574\250v\260\047\000\025\220Q\277\220d\230*\240Kh\0009\377\270D\300\001\320\004L\310\340\364\000\234\000\221\000F\002\374\001y\240\004\377\240I\250W\260D\270\006\256\210\001\t\210\025\244\000x\271\000\010\377\240\001\240\030\250\021\250)\377\2607\270%\270w\300h\377\310g\320U]\320]d\377\320dl\320ls\320s\277t\330\010\t\320\t\310 \320\377\0351\260\022\2602\260Y\377\270g\300^\320SU\320\377UW\320W`\320`g\367\320gh!\000\210\026\210q\377\320\020\"\240\047\250\026\250\377w\260a\360\000\000\005B\375\002\003\000B\002C\002\340\010\377\"\240&\250\006\250a\250\377x\260v\270V\3001\300\371A\333\006\371\001x\220t\2305\357\240\003\2401\377\001+\230Q}\230\252\"C\210s\220$\332\000\177%\230t\2404\240u\233A\377\020\220\n\230!\330\014\020\373\220\005\245@\024\230U\240%\237\240s\250!\330\270\047\034\002\230\377:\240Q\240d\250*\260\377C\260t\2705\300\005\300\367Q\300a\357\047\r\032\230&\263\240\n2\001\211FK\220\353@\014\327\210F\220x\001g:\000c\250\274\236@\254B\220R\220v\216\000c\376\334B\027\260\001\260\024\260V\377\2704\270u\300E\310\021\377\310#\310T\320QV\320\377V[\320[\\\320\\a\007\320ab";
-    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2293, 3085);
+    #elif (CYTHON_COMPRESS_STRINGS) > 0 && (CYTHON_COMPRESS_STRINGS) <= 90 /* compression: lzss (2289 bytes) */
+static const char cstring[] = "\377 at 0x o\377bject>(t\377ree frag\377ment).: \377<MemoryV\377iew of <\377contiguo\377us and d\263ir4\001\007\rin\021\005s\277trided\"\010 7or \004\031><(\tA\006\377>?Cannot\377 assign \377to read-\277only m\240\002v\376\242\000Invalid\377 mode, esxp\324\000|\000\047c\047t\001\377\047fortran\317\047, gH\000%\005sh\367ape\222\000 axi\377s Note t\375h\226 Cython\375 \021\000delibe\317ratek\000\320\001ct\373er!\001n PEPo-484\212\"re\303!\177s subcl\246\000\373es\261!built\375i\260\000ypes. \377If you n\311e\224 \303\000p\316\000%\tth\277en set\200\000e\373 \047\357\002ation\377_typing\047\366\355$iv\242\000o Fa\377lse.add_\376\231 ebackwa\377rd() was\337 call\371 wi\312\304\000u\267  \374\000\030\004beL\210 \361\000t:!\002\020\007,t\001\373n ?\010oncec\365oG\000c\203\001s.ab\377cdisable{en\002\001gcis\004\003\377dno defa\377ult __re\377duce__ d\275u\246\002non-\213`v\367ial\033\000cini\377t__pygpt\377._kernel}s\010\003error\006\003\373/_\313\005.pyxs\257elf.\340\001,\003\004r\357rier\007\003fla\215t\021\003st\244@\371\000\251bb\377e conver\035t\350#a P\317C\354\204\003\216!? pickl\330 \367 z\263bl\356Aclos\276\000\330\335\002\351a\310 ocU\001ar\377ray data\303.u\014\017\305c\227\205\001\364\204\003s.\177ASCIIBCJ\002\375E\326\001Ellips\377isFloats\337Input\023\002No\377nePHASES\337Seque\363 TT\377rainStepj\000\006.\317&c\230\204\002__\017\t\364\264`\371\002_\013\017begi\301n\305&F\007\022\003\222d\007\rno\373rm\033\rstreaV\005\016up\217 e\235\007f\334@\207sh_G\016\021\004U\001\320\207\001.~\325\207\007___Pyx\001\000\377Dict_Nex?tRef__\372\204\004\305`\343__\317\205\002%\000\002\004get/item\r\001d0\001?\000\017func\035\001\030\000\203#S\000\337impor\350`__\371m\313 ;\001modulnM\002nam\002\003ewT\001\376\341`_checks\341uT\000\n\001?\004\025\001typ\275e\255\204\001x_un\256be7_En \005vt\215\205\001\230\001\017qualO\005\373\204\005\244N\225\205\006{ex\314\001set_\203\005\370\273F\216 \277N__tes\376\310\001is_coro\337utine\266\205\005ab\377caccumul\377ateactiv\375e\256\204""\005_buffe\377rasyncio\375.2\006sattpr\367ojb\001\004wbba\003se\236k\225j\301c\224a\313c\210c|\327c\376Cbeta1\001\001\3632c\214\000\312 astcyl\243\001\375`trac\241\210\002?config\300\000\274\213\001\357ion1\001\0072co\337untdd\230\000en\372\366\210\001d\236\004denco?derdfc\000\000\263\001\377dheaddln\3651\001\0002\005\000fdlo\377gitsdqkv!d\253B\245 \326\214\0036\003e\256@\302\212\002\347eps\342\207\002\346\207\003fcb\363fc\203\"\001\003wfcw\374\264\204\013\255\204\010firstf\337lagsf\276\206\001fo\357rmat\322\213\004gra\377dient_sc\367ale\006\005siid\277indexi\351\206\001s\374\261\204\001\000\002sizeit_hkeep\301\000b\305\000\257wln2\005\0002\005\000f\376\r\000fwlosse\373sl`\000xTmem\364\337\214\001\327\214\001n\265\204\001ndim\376\236\206\001nthnumb\377ersobjpa\377ckpadded\177paramet\024\000\277poppre\r\000e\350\350\211\004\240\213\005\244 b\250 wre\177gisterr\332`\3751\001\0012retur\375n\301\002second\216\370\211\001set\330\212\004\255\215\002\273\001s\177pansspi\002\000\357tartB\000pst}o\001\000ructt\020\000\336\205\206\002enso\262 otOalun\236\001\251\207\003v\014\000\377esweight\377swpewtex\337OPy_s\225!_t{ (\002\007)\000in\016\000\353stT\001 \201\206\003t_5\366\272\213\002_8\270\213\005_Net~\354\212\001st *, \r\035\361S\244\213\002&\000\221\204\002_wor\367ker7\005)\000vo\033idw\t, \221\007\000\t\014\t\\s\001\266\010*)\000\206C\000\363\215\004\377\000shardmi\247cro\354\214\004\247\005\000\020\002\200\377\001\330\004\n\210+\220Q\377\200A\340\t\n\340\010\"\377\240&\250\006\250a\250x\377\260v\270V\3001\300A\377\330\010\014\210I\220Q\330\377\010\013\2104\210x\220t\377\2305\240\003\2401\330\014\177\022\220+\230Q\230a\033\001\377C\210s\220$\220d\230\377%\230t\2404\240u\250\377A\330\014\020\220\n\230!\376\003\001\005\220T\230\024\230U\277\240%\240s\250!?\003t\373\2201\032\004\230:\240Q\240\377d\250*\260C\260t\270\2775\300\005\300Q\300L\002I\3762\000\021\330\r\032\230&\240\275\n2\001\014\210H\220\204\002K\253\220q\214\001Fw\002g:\000c\363\250\021\235\001\034\000\220R\220v""\376\216\000c\240\024\240T\250\027\377\260\001\260\024\260V\2704\377\270u\300E\310\021\310#\377\310T\320QV\320V[\377\320[\\\320\\a\320a\177b\320\004\034\230A\340\331\000\377G\2204\220z\240\031\250\377$\250a\320\004\035\230Q\373\340\010\022\004E\220\025\220a\377\220s\230!\2304\230z\353\250\023\322\001\025\312\000\025\230h\267\240a\240\204\000\017\210\306\000\220\277A\320\004\036\230a?\007\030\377\250\024\250Q\320\004 \240\377\001\340\010\021\220\026\220qo\230\004\230E\217\002\025\250\252 \377\016\210a\210v\220W\230\377D\240\006\240i\250t\260\1776\270\023\270B\270a\275\004\366\346#T\230\321\000\017\210q\320\237\004?\270q\340\363\"\256\"\022?\220*\230A\230Q\210F\215&\337E\220\032\2301\244AE\220\377\031\230)\2406\250\022\250\3574\250v\260\261@\025\220Q\356\225@*\240Kh\0009\270D?\300\001\320\004L\310\364\000\234\000\370\245 F\002\374\001y\240\004\240I\277\250W\260D\270\006\210\001\t\353\210\025\244\000x\271\000\010\240\001\377\240\030\250\021\250)\2607\377\270%\270w\300h\310g\377\320U]\320]d\320d\377l\320ls\320st\330\357\010\t\320\t\310 \320\0351\377\260\022\2602\260Y\270g\377\300^\320SU\320UW\377\320W`\320`g\320g\355h!\000\210\026\315\000\020\"\240\177\047\250\026\250w\260a";
+    PyObject *data = __Pyx_DecompressString_LZSS(cstring, 2289, 3077);
     #define __Pyx_DecompressString_UNUSED
     if (unlikely(!data)) __PYX_ERR(0, 1, __pyx_L1_error)
     const char* const bytes = __Pyx_PyBytes_AsString(data);
     #if !CYTHON_ASSUME_SAFE_MACROS
     if (likely(bytes)); else { Py_DECREF(data); __PYX_ERR(0, 1, __pyx_L1_error) }
     #endif
-    #else /* compression: none (3085 bytes) */
-static const char bytes[] = " at 0x object>(tree fragment).: <MemoryView of <contiguous and direct><contiguous and indirect><strided and direct or indirect><strided and direct><strided and indirect>>?Cannot assign to read-only memoryviewInvalid mode, expected \047c\047 or \047fortran\047, got Invalid shape in axis Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notebackward() was called without a forward() before it: call forward(), then backward() oncecollections.abcdisableenablegcisenabledno default __reduce__ due to non-trivial __cinit__pygpt._kernelspygpt.errorspygpt/_backward.pyxself.back,self.barrier,self.flat,self.state cannot be converted to a Python object for picklingthe model is closedunable to allocate array data.unable to allocate shape and strides.ASCIIBClosedErrorEllipsisFloatsInputErrorNonePHASESSequenceTTrainStepTrainStep.__reduce_cython__TrainStep.__setstate_cython__TrainStep.begin_backwardTrainStep.begin_forwardTrainStep.begin_normTrainStep.begin_streamTrainStep.begin_updateTrainStep.finish_forwardTrainStep.finish_normView.MemoryView___Pyx_PyDict_NextRef__annotate____class____class_getitem____dict____func____getstate____import____main____module____name____new____pyx_checksum__pyx_state__pyx_type__pyx_unpickle_Enum__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_kernelsabcaccumulateactiveallocate_bufferasyncio.coroutinesattprojbattprojwbbasebegin_backwardbegin_forwardbegin_normbegin_streambegin_updatebeta1beta2ccachecastcline_in_tracebackconfigcorrection1correction2countddattentiondattprojdencoderdfcdfcprojdheaddln1dln2dlnfdlogitsdqkvdtype_is_objectencodeenumerateepserrorerrorsfcbfcprojbfcprojwfcwfinish_forwardfinish_normfirstflagsfloatformatfortrangradient_scalegradientsiidindexinputsitemsitemsizeithkeepln1bln1wln2bln2wlnfblnfwlosseslrmaxTmemviewmodennamend""imnormnthnumbersobjpackpaddedparameterspoppreparepygpt._backwardqkvbqkvwregisterrest1rest2returnscalesecondselfsetdefaultshapesizespansspinsstartstepstopstructttargetstensorstotalunpackupdatevaluesweightswpewtexOPy_ssize_t (Py_ssize_t)\000int (struct __pyx_t_5pygpt_8_kernels_Net const *, struct __pyx_t_5pygpt_8_kernels_State *, trace_worker const *)\000void (Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t *, Py_ssize_t *)\000padded\000forward\000shardmicrokernels const *\000micro\200\001\330\004\n\210+\220Q\320\004\034\230A\340\010\014\210G\2204\220z\240\031\250$\250a\320\004\035\230Q\340\010\034\230A\340\010\014\210E\220\025\220a\220s\230!\2304\230z\250\023\250A\330\014\025\220T\230\025\230h\240a\240q\330\010\017\210t\2201\220A\320\004\036\230a\340\010\014\210G\2204\220z\240\030\250\024\250Q\320\004 \240\001\340\010\021\220\026\220q\230\004\230E\240\024\240T\250\025\250a\330\010\016\210a\210v\220W\230D\240\006\240i\250t\2606\270\023\270B\270a\330\010\014\210H\220A\330\010\014\210I\220T\230\021\330\010\017\210q\320\004?\270q\340\010\013\2104\210t\2201\330\014\022\220*\230A\230Q\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210E\220\032\2301\330\010\014\210E\220\031\230)\2406\250\022\2504\250v\260Q\330\010\025\220Q\220d\230*\240K\250t\2609\270D\300\001\320\004L\310A\340\010 \240\001\240\024\240Q\330\010\014\210G\2204\220y\240\004\240I\250W\260D\270\006\270a\330\010\t\210\025\210a\210x\220q\230\010\240\001\240\030\250\021\250)\2607\270%\270w\300h\310g\320U]\320]d\320dl\320ls\320st\330\010\t\320\t\034\230A\320\0351\260\022\2602\260Y\270g\300^\320SU\320UW\320W`\320`g\320gh\330\010\t\210\026\210q\320\020\"\240\047\250\026\250w\260a\360\000\000\005B\002\360\000\000B\002C\002\340\010\"\240&\250\006\250a\250x\260v\270V\3001\300A\330\010\014\210I\220Q\330\010\013\2104\210x\220t\2305\240\003\2401\330\014\022\220+\230Q\230a\330\010\014\210C\210s\220$\220d\230%\230t\2404\240u\250A\330\014\020\220\n\230!\330\014\020\220\005\220T\230\024\230U\240%\240s\250!\330\010\013""\2104\210t\2201\330\014\020\220\n\230!\230:\240Q\240d\250*\260C\260t\2705\300\005\300Q\300a\330\010\014\210I\220T\230\021\330\r\032\230&\240\n\250!\330\010\014\210H\220A\330\010\014\210K\220q\330\010\014\210F\220+\230Q\230g\240Q\240c\250\021\330\010\014\210H\220A\220R\220v\230Q\230c\240\024\240T\250\027\260\001\260\024\260V\2704\270u\300E\310\021\310#\310T\320QV\320V[\320[\\\320\\a\320ab";
+    #else /* compression: none (3077 bytes) */
+static const char bytes[] = " at 0x object>(tree fragment).: <MemoryView of <contiguous and direct><contiguous and indirect><strided and direct or indirect><strided and direct><strided and indirect>>?Cannot assign to read-only memoryviewInvalid mode, expected \047c\047 or \047fortran\047, got Invalid shape in axis Note that Cython is deliberately stricter than PEP-484 and rejects subclasses of builtin types. If you need to pass subclasses then set the \047annotation_typing\047 directive to False.add_notebackward() was called without a forward() before it: call forward(), then backward() oncecollections.abcdisableenablegcisenabledno default __reduce__ due to non-trivial __cinit__pygpt._kernelspygpt.errorspygpt/_backward.pyxself.back,self.barrier,self.flat,self.state cannot be converted to a Python object for picklingthe model is closedunable to allocate array data.unable to allocate shape and strides.ASCIIBClosedErrorEllipsisFloatsInputErrorNonePHASESSequenceTTrainStepTrainStep.__reduce_cython__TrainStep.__setstate_cython__TrainStep.begin_backwardTrainStep.begin_forwardTrainStep.begin_normTrainStep.begin_streamTrainStep.begin_updateTrainStep.finish_forwardTrainStep.finish_normView.MemoryView___Pyx_PyDict_NextRef__annotate____class____class_getitem____dict____func____getstate____import____main____module____name____new____pyx_checksum__pyx_state__pyx_type__pyx_unpickle_Enum__pyx_vtable____qualname____reduce____reduce_cython____reduce_ex____set_name____setstate____setstate_cython____test___is_coroutine_kernelsabcaccumulateactiveallocate_bufferasyncio.coroutinesattprojbattprojwbbasebegin_backwardbegin_forwardbegin_normbegin_streambegin_updatebeta1beta2ccachecastcline_in_tracebackconfigcorrection1correction2countddattentiondattprojdencoderdfcdfcprojdheaddln1dln2dlnfdlogitsdqkvdtype_is_objectencodeenumerateepserrorerrorsfcbfcprojbfcprojwfcwfinish_forwardfinish_normfirstflagsfloatformatfortrangradient_scalegradientsiidindexinputsitemsitemsizeithkeepln1bln1wln2bln2wlnfblnfwlosseslrmaxTmemviewmodennamend""imnormnthnumbersobjpackpaddedparameterspoppreparepygpt._backwardqkvbqkvwregisterrest1rest2returnscalesecondselfsetdefaultshapesizespansspinsstartstepstopstructttargetstensorstotalunpackupdatevaluesweightswpewtexOPy_ssize_t (Py_ssize_t)\000int (struct __pyx_t_5pygpt_8_kernels_Net const *, struct __pyx_t_5pygpt_8_kernels_State *, trace_worker const *)\000void (Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t *, Py_ssize_t *)\000padded\000forward\000shardmicrokernels const *\000micro\200\001\330\004\n\210+\220Q\200A\340\t\n\340\010\"\240&\250\006\250a\250x\260v\270V\3001\300A\330\010\014\210I\220Q\330\010\013\2104\210x\220t\2305\240\003\2401\330\014\022\220+\230Q\230a\330\010\014\210C\210s\220$\220d\230%\230t\2404\240u\250A\330\014\020\220\n\230!\330\014\020\220\005\220T\230\024\230U\240%\240s\250!\330\010\013\2104\210t\2201\330\014\020\220\n\230!\230:\240Q\240d\250*\260C\260t\2705\300\005\300Q\300a\330\010\014\210I\220T\230\021\330\r\032\230&\240\n\250!\330\010\014\210H\220A\330\010\014\210K\220q\330\010\014\210F\220+\230Q\230g\240Q\240c\250\021\330\010\014\210H\220A\220R\220v\230Q\230c\240\024\240T\250\027\260\001\260\024\260V\2704\270u\300E\310\021\310#\310T\320QV\320V[\320[\\\320\\a\320ab\320\004\034\230A\340\010\014\210G\2204\220z\240\031\250$\250a\320\004\035\230Q\340\010\034\230A\340\010\014\210E\220\025\220a\220s\230!\2304\230z\250\023\250A\330\014\025\220T\230\025\230h\240a\240q\330\010\017\210t\2201\220A\320\004\036\230a\340\010\014\210G\2204\220z\240\030\250\024\250Q\320\004 \240\001\340\010\021\220\026\220q\230\004\230E\240\024\240T\250\025\250a\330\010\016\210a\210v\220W\230D\240\006\240i\250t\2606\270\023\270B\270a\330\010\014\210H\220A\330\010\014\210I\220T\230\021\330\010\017\210q\320\004?\270q\340\010\013\2104\210t\2201\330\014\022\220*\230A\230Q\330\010\014\210I\220Q\330\010\014\210H\220A\330\010\014\210E\220\032\2301\330\010\014\210E\220\031\230)\2406\250\022\2504\250v\260Q\330\010\025\220Q\220d\230*\240K\250t\2609\270D\300\001\320\004L\310A\340\010 ""\240\001\240\024\240Q\330\010\014\210G\2204\220y\240\004\240I\250W\260D\270\006\270a\330\010\t\210\025\210a\210x\220q\230\010\240\001\240\030\250\021\250)\2607\270%\270w\300h\310g\320U]\320]d\320dl\320ls\320st\330\010\t\320\t\034\230A\320\0351\260\022\2602\260Y\270g\300^\320SU\320UW\320W`\320`g\320gh\330\010\t\210\026\210q\320\020\"\240\047\250\026\250w\260a";
     PyObject *data = NULL;
     #define __Pyx_DecompressString_UNUSED
     #define __Pyx_DecompressString_LZSS_UNUSED
@@ -27580,37 +27582,37 @@ static int __Pyx_CreateCodeObjects(__pyx_mstatetype *__pyx_mstate) {
   PyObject* tuple_dedup_map = PyDict_New();
   if (unlikely(!tuple_dedup_map)) return -1;
   {
-    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 372};
+    const __Pyx_PyCode_New_function_description descr = {4, 0, 0, 12, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 383};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_inputs, __pyx_mstate->__pyx_n_u_targets, __pyx_mstate->__pyx_n_u_active, __pyx_mstate->__pyx_n_u_b, __pyx_mstate->__pyx_n_u_t, __pyx_mstate->__pyx_n_u_B, __pyx_mstate->__pyx_n_u_T, __pyx_mstate->__pyx_n_u_cache, __pyx_mstate->__pyx_n_u__5, __pyx_mstate->__pyx_n_u_b, __pyx_mstate->__pyx_n_u_t};
-    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_begin_forward, __pyx_mstate->__pyx_kp_b_iso88591_B_B_C_axvV1A_IQ_4xt5_1_Qa_Cs_d, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
+    __pyx_mstate_global->__pyx_codeobj_tab[0] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_begin_forward, __pyx_mstate->__pyx_kp_b_iso88591_A_axvV1A_IQ_4xt5_1_Qa_Cs_d_t4uA, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[0])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 390};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 2, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 403};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_losses};
     __pyx_mstate_global->__pyx_codeobj_tab[1] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_finish_forward, __pyx_mstate->__pyx_kp_b_iso88591_q_E_T_a_avWD_it6_Ba_HA_IT_q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[1])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 445};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 458};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_accumulate, __pyx_mstate->__pyx_n_u_scale};
     __pyx_mstate_global->__pyx_codeobj_tab[2] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_begin_backward, __pyx_mstate->__pyx_kp_b_iso88591_q_4t1_AQ_IQ_HA_E_1_E_6_4vQ_Qd_K, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[2])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 455};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 468};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[3] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_begin_norm, __pyx_mstate->__pyx_kp_b_iso88591_A_G4z_a, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[3])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 459};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 3, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 472};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_total, __pyx_mstate->__pyx_n_u_i};
     __pyx_mstate_global->__pyx_codeobj_tab[4] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_finish_norm, __pyx_mstate->__pyx_kp_b_iso88591_Q_A_E_as_4z_A_T_haq_t1A, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[4])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 467};
+    const __Pyx_PyCode_New_function_description descr = {3, 0, 0, 4, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 480};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self, __pyx_mstate->__pyx_n_u_numbers, __pyx_mstate->__pyx_n_u_spans, __pyx_mstate->__pyx_n_u_n};
     __pyx_mstate_global->__pyx_codeobj_tab[5] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_begin_update, __pyx_mstate->__pyx_kp_b_iso88591_LA_Q_G4y_IWD_a_axq_7_whgU_ddlls, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[5])) goto bad;
   }
   {
-    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 475};
+    const __Pyx_PyCode_New_function_description descr = {1, 0, 0, 1, (unsigned int)(CO_OPTIMIZED|CO_NEWLOCALS), 488};
     PyObject* const varnames[] = {__pyx_mstate->__pyx_n_u_self};
     __pyx_mstate_global->__pyx_codeobj_tab[6] = __Pyx_PyCode_New(descr, varnames, __pyx_mstate->__pyx_kp_u_pygpt__backward_pyx, __pyx_mstate->__pyx_n_u_begin_stream, __pyx_mstate->__pyx_kp_b_iso88591_a_G4z_Q, tuple_dedup_map); if (unlikely(!__pyx_mstate_global->__pyx_codeobj_tab[6])) goto bad;
   }
