@@ -9,8 +9,9 @@
 How a token comes about, from the outside in:
 
     __main__      the command: `python -m pygpt 31373 612`
-    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits
-    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind
+    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits, stop says when it ends
+    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind, and
+                  prefix knows which tokens they were
     pool          wakes the workers once a step (Condition), gathers them at its end (Barrier)
     _kernels      every worker runs the whole forward pass on its share of each kernel; native barriers between kernels
     micro_*.c     the inner loops, one source for every instruction set
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .data import DataLoader, encode_text, read_text, read_tokens, split, tokens_of_text, write_tokens
     from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
+    from .generate import Completion
     from .llmc import (
         DebugState,
         Example,
@@ -47,9 +49,11 @@ if TYPE_CHECKING:
         write_examples,
         write_tokenizer,
     )
+    from .logprobs import TokenInfo
     from .model import GPT2
     from .optim import TrainingOptions
     from .pool import ThreadPool, default_threads
+    from .prefix import PrefixCache
     from .serial import SerialGPT2, SerialTrainableGPT2
     from .state import TrainingState, open_state
     from .tokenizer import StreamDecoder, Tokenizer
@@ -61,6 +65,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "ClosedError": "errors",
+    "Completion": "generate",
     "Config": "config",
     "DataError": "errors",
     "DataLoader": "data",
@@ -70,12 +75,14 @@ _HOME = {
     "InputError": "errors",
     "KVCache": "cache",
     "NumericalError": "errors",
+    "PrefixCache": "prefix",
     "PyGPTError": "errors",
     "Record": "trainer",
     "SerialGPT2": "serial",
     "SerialTrainableGPT2": "serial",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
+    "TokenInfo": "logprobs",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
     "TrainableGPT2": "trainable",
@@ -107,6 +114,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ClosedError",
+    "Completion",
     "Config",
     "DataError",
     "DataLoader",
@@ -115,12 +123,14 @@ __all__ = [
     "InputError",
     "KVCache",
     "NumericalError",
+    "PrefixCache",
     "PyGPTError",
     "Record",
     "SerialGPT2",
     "SerialTrainableGPT2",
     "StreamDecoder",
     "ThreadPool",
+    "TokenInfo",
     "Tokenizer",
     "Trace",
     "TrainableGPT2",
