@@ -12,8 +12,8 @@ run had never stopped, for any number of threads; the state before it is kept as
 damaged. Ctrl-C and SIGTERM finish the step and save; a second one ends at once. Files that exist are never replaced, but for
 those of the run that is resumed, and with --force.
 
-stdout has a line for each step and validation, and samples of text, begun by <|endoftext|>, between lines of ---. --log FILE
-has a line of JSON for each step:
+stdout has a line for each step and validation, and between lines of --- samples of text, begun by <|endoftext|> and drawn at
+random with the step as seed. --log FILE has a line of JSON for each step:
 
     step            from 0: updates made before it
     loss            of the step's batches, before the update; norm: of its gradient, before clipping
@@ -331,7 +331,7 @@ class Run(NamedTuple):
             lines.validated(done, trainer.evaluate(self.validation, batches))
         if job.sample_every and done and done % job.sample_every == 0:
             with trainer.engine.model() as model:
-                lines.sampled(done, report.sample(model, job.sample_tokens))
+                lines.sampled(done, report.sample(model, job.sample_tokens, seed=done))
         if last:
             lines.finished(done)
         return last

@@ -114,11 +114,13 @@ def encoded(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def sample(model: "GPT2 | SerialGPT2", tokens: int) -> str:
-    """Some text of the model's own, begun by the end of another; ids where its vocabulary is not GPT-2's. Always the same."""
+def sample(model: "GPT2 | SerialGPT2", tokens: int, seed: int) -> str:
+    """Some text of the model's own, drawn by its probabilities after the end of another text; ids where its vocabulary is not
+    GPT-2's. The same seed gives the same text."""
     tokenizer = Tokenizer()
     text = model.config.V == tokenizer.V
-    made = model.generate([tokenizer.eot if text else 0], max_new_tokens=min(tokens, model.config.maxT - 1))
+    begin = [tokenizer.eot if text else 0]
+    made = model.generate(begin, max_new_tokens=min(tokens, model.config.maxT - 1), seed=seed)
     return tokenizer.decode(made) if text else " ".join(map(str, made))
 
 
