@@ -190,7 +190,7 @@ def map_file(
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise refusal(f"{path}: not a regular file; a {kind} of llm.c is expected")
+            raise refusal(f"{path}: not a regular file; a {kind} is expected")
         header = os.read(fd, HEADER_BYTES)
         check(header, status.st_size)
         if not read:

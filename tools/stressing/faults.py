@@ -14,14 +14,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pygpt import GPT2, Checkpoint, Config, PyGPTError, read_tokens
+from pygpt import GPT2, Checkpoint, Config, PyGPTError, TrainingState, read_tokens, write_tokens
 from pygpt.checkpoint import EMBEDDED_MODEL
 
-from .common import ROOT, Outcome, Tally, command, environment, finish, folder, make_model, run, send, start
+from .common import ROOT, SHAPE, Outcome, Tally, command, environment, finish, folder, make_model, run, send, start
 
 ROUNDS = 40
 BIG = Config(maxT=256, V=5000, L=4, NH=4, C=128)  # large enough that writing it takes a while
@@ -39,6 +39,8 @@ class Files:
         self.small = make_model(place / "small.bin", sharp=9)
         self.text = str(place / "text.txt")
         Path(self.text).write_text("To be, or not to be.\n\n" * 9000)
+        self.tokens = str(place / "tokens.bin")
+        write_tokens(self.tokens, [i % SHAPE.V for i in range(500)])
         self.hf = str(place / "hf")
         outcome = run([PYTHON, "-m", "pygpt.convert", self.model, self.hf + "/"])
         assert outcome.status == 0, outcome
@@ -57,9 +59,19 @@ def ids_of(outcome: Outcome) -> list[int]:
 class Writer:
     """A program that writes `target` in an empty folder, where an `older` one may be; sound() says whether it is whole."""
 
-    def __init__(self, name: str, argv: list[object], targets: list[str], sound: Callable[[Path], object], *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: list[object],
+        targets: list[str],
+        sound: Callable[[Path], object],
+        *,
+        fresh: bool = False,
+        again: Sequence[object] = (),
+    ) -> None:
         self.name, self.argv, self.targets, self.sound = name, argv, targets, sound
-        self.fresh = fresh  # it refuses to replace older files
+        self.fresh = fresh or bool(again)  # it refuses to replace older files
+        self.again = [*argv, *again]  # what replaces them nevertheless
 
     def whole(self, place: Path) -> bool:
         """Whether every target is absent or whole."""
@@ -97,7 +109,25 @@ def writers(files: Files, place: Path) -> list[Writer]:
             fresh=True,
         ),
         Writer("saved models", [PYTHON, "-c", SAVES, files.model, place / "m.bin"], ["m.bin"], sound_model),
+        Writer(
+            "training",
+            [PYTHON, tools / "train.py", "--data", files.tokens, "--init", files.small, "--out", place / "m.bin", *TRAINING],
+            ["m.bin", "m.state", "m.state.1"],
+            sound_training,
+            again=["--force"],
+        ),
     ]
+
+
+TRAINING = ["-B", 1, "-T", 8, "--steps", 12, "--save-every", 1, "--sample-every", 0, "-t", 1]
+
+
+def sound_training(path: Path) -> None:
+    """Raise an exception unless a file is a model or a training state."""
+    if path.suffix == ".bin":
+        sound_model(path)
+    else:
+        TrainingState(path).close()
 
 
 def sound_model(path: Path) -> None:
@@ -147,10 +177,10 @@ def kills(tally: Tally, files: Files) -> None:
                 tally.check(what, not older or writer.fresh or (here / writer.targets[0]).exists(), "the older file is gone")
                 left = leftovers(here, writer)
                 tally.check(f"{what}: leftovers", all(temporary(name, writer) for name in left), left)
-                if writer.fresh:
+                if writer.argv == writer.again and writer.fresh:
                     for target in writer.targets:
                         remove(here / target)
-                again = run(writer.argv)
+                again = run(writer.again)
                 tally.check(f"{what}: the next run", again.status == 0 and writer.whole(here), again)
                 tally.check(f"{what}: the next run", set(leftovers(here, writer)) <= set(left), leftovers(here, writer))
 
@@ -201,6 +231,8 @@ def refused(tally: Tally, what: str, outcome: Outcome, writer: Writer, place: Pa
     tally.check(what, outcome.status == 1 and said, outcome)
     left = leftovers(place, writer)
     tally.check(what, not left and writer.whole(place), left)
+    for target in writer.targets if writer.fresh else ():
+        remove(place / target)
 
 
 def limit(which: int, value: int) -> None:
@@ -401,9 +433,9 @@ def no_threads(tally: Tally, files: Files) -> None:
                 refused(lambda: TrainableGPT2.load(path, threads=workers))
             allowed = workers - 1
             with GPT2.load(path, threads=workers) as model:
-                assert list(model.generate([1, 2])) == eval(sys.argv[2])
+                assert list(model.generate([1, 2])) == [int(word) for word in sys.argv[2].split()]
         print("fine")
-        """.replace("eval(sys.argv[2])", "[int(word) for word in sys.argv[2].split()]"),
+        """,
         files.small,
         " ".join(map(str, files.answer)),
     )
