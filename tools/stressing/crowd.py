@@ -1,0 +1,146 @@
+"""crowd: more workers than processors, and less than one processor for them: throughput must not collapse.
+
+Each number of workers decodes for a while in a process of its own, on all processors, on one, and under a quota of half a
+processor (a cgroup where one may be made, else the process is stopped for half of every tenth of a second). Each must reach
+FLOOR of the best in its setting. Needs a machine that has nothing else to do.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pygpt import Config
+
+from .common import Tally, finish, folder, make_model, send, start
+
+FLOOR = 0.7
+SECONDS = 90.0  # in all
+WORKERS = (1, 2, 8, 16)
+BUSY = Config(maxT=256, V=5000, L=6, NH=8, C=256)
+PERIOD_S = 0.1
+CGROUPS = Path("/sys/fs/cgroup")
+
+DECODE = """
+import sys, time
+from pygpt import GPT2
+with GPT2.load(sys.argv[1], threads=int(sys.argv[2])) as model:
+    cache, tokens = model.new_cache(), 0
+    model.prefill(cache, list(range(64)))
+    begin = time.monotonic()
+    while time.monotonic() - begin < float(sys.argv[3]):
+        model.decode(cache, tokens % 97)
+        tokens += 1
+        cache.truncate(64)
+    print(tokens / (time.monotonic() - begin))
+"""
+
+Governor = Callable[[int], None]  # takes a process in hand, by its id
+
+
+@contextmanager
+def at_will() -> Iterator[Governor]:
+    """All processors."""
+    yield lambda pid: None
+
+
+@contextmanager
+def one_processor() -> Iterator[Governor]:
+    """One processor."""
+    first = min(os.sched_getaffinity(0))
+    yield lambda pid: os.sched_setaffinity(pid, {first})
+
+
+@contextmanager
+def half_a_processor() -> Iterator[Governor]:
+    """A cgroup's quota, or stopping and going on."""
+    group = make_cgroup()
+    if group is not None:
+        try:
+            yield lambda pid: (group / "cgroup.procs").write_text(str(pid)) and None
+        finally:
+            while (group / "cgroup.procs").read_text().strip():
+                time.sleep(0.01)
+            group.rmdir()
+        return
+    over = threading.Event()
+
+    def duty(pid: int) -> None:
+        while not over.wait(PERIOD_S / 2):
+            try:
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(PERIOD_S / 2)
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                return
+
+    threads: list[threading.Thread] = []
+
+    def govern(pid: int) -> None:
+        threads.append(threading.Thread(target=duty, args=(pid,), daemon=True))
+        threads[-1].start()
+
+    try:
+        yield govern
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def make_cgroup() -> Path | None:
+    """A group with half a processor, version 1 or 2; None where none may be made."""
+    name = f"pygpt-stress-{os.getpid()}"
+    for base, settings in (
+        (CGROUPS / "cpu", {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "50000"}),
+        (CGROUPS, {"cpu.max": "50000 100000"}),
+    ):
+        group = base / name
+        try:
+            if not (base / "cgroup.procs").exists():
+                continue
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            for setting, value in settings.items():
+                (group / setting).write_text(value)
+        except OSError:
+            group.rmdir()
+            continue
+        return group
+    return None
+
+
+SETTINGS = {"all processors": at_will, "one processor": one_processor, "half a processor": half_a_processor}
+
+
+def measure(model: str, workers: int, seconds: float, govern: Governor) -> float:
+    """Tokens a second of so many workers; 0 where the program fails."""
+    process = start([sys.executable, "-c", DECODE, model, workers, seconds])
+    govern(process.pid)
+    outcome = finish(process)
+    send(process, signal.SIGCONT)
+    return float(outcome.out) if outcome.status == 0 else 0.0
+
+
+def run_crowd(tally: Tally, seconds: float | None) -> None:
+    """Measure every number of workers in every setting; print the table."""
+    each = (SECONDS if seconds is None else seconds) / len(SETTINGS) / len(WORKERS)
+    with folder() as place:
+        model = make_model(place / "model.bin", BUSY)
+        for name, setting in SETTINGS.items():
+            if name == "one processor" and not hasattr(os, "sched_setaffinity"):
+                tally.note(f"{name}: cannot be had here")
+                continue
+            with setting() as govern:
+                found = {workers: measure(model, workers, each, govern) for workers in WORKERS}
+            best = max(found.values())
+            for workers, rate in found.items():
+                print(f"{name:20} {workers:3} workers {rate:9.1f} tokens/s  {rate / best if best else 0:5.2f} of the best")
+                tally.check(f"{name}: runs", rate > 0, f"{workers} workers")
+                tally.check(f"{name}: at least {FLOOR} of the best", rate >= FLOOR * best, f"{workers} workers: {rate:.1f}, {best:.1f}")
