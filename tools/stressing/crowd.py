@@ -1,8 +1,8 @@
 """crowd: more workers than processors, and less than one processor for them: throughput must not collapse.
 
 Each number of workers decodes for a while in a process of its own, on all processors, on one, and under a quota of half a
-processor (a cgroup where one may be made, else the process is stopped for half of every tenth of a second). Each must reach
-FLOOR of the best in its setting. Needs a machine that has nothing else to do.
+processor (a cgroup where one may be made, else the process is stopped for half of every tenth of a second). A crowd must
+reach FLOOR of the best in its setting. Needs a machine that has nothing else to do.
 """
 
 import os
@@ -20,8 +20,8 @@ from .common import Tally, finish, folder, make_model, send, start
 
 FLOOR = 0.7
 SECONDS = 90.0  # in all
-WORKERS = (1, 2, 8, 16)
-BUSY = Config(maxT=256, V=5000, L=6, NH=8, C=256)
+WORKERS, CROWDS = (1, 2, 8, 16), (8, 16)
+BUSY = Config(maxT=128, V=8000, L=3, NH=12, C=768)  # each kernel takes as long as GPT-2's
 PERIOD_S = 0.1
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -143,4 +143,5 @@ def run_crowd(tally: Tally, seconds: float | None) -> None:
             for workers, rate in found.items():
                 print(f"{name:20} {workers:3} workers {rate:9.1f} tokens/s  {rate / best if best else 0:5.2f} of the best")
                 tally.check(f"{name}: runs", rate > 0, f"{workers} workers")
-                tally.check(f"{name}: at least {FLOOR} of the best", rate >= FLOOR * best, f"{workers} workers: {rate:.1f}, {best:.1f}")
+                if workers in CROWDS:
+                    tally.check(f"{name}: at least {FLOOR} of the best", rate >= FLOOR * best, f"{workers}: {rate:.1f}, {best:.1f}")
