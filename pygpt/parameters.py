@@ -231,7 +231,7 @@ class Parameters:
         ):
             check_number(name, value, low, high)
         spans = list(self._spans(weight_decay, decay_matrices_only))
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
         return AdamW(lr, beta1, beta2, 1 - beta1, 1 - beta2, correction1, correction2, eps, gradient_scale, spans)
 
     def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:
@@ -250,6 +250,17 @@ def check_number(name: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless a value is a real number from low to high."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise InputError(f"{name} is {value!r}: it must be a number from {low:.9g} to {high:.9g}")
+
+
+def power(base: float, exponent: int) -> float:
+    """base ** exponent by squaring, of multiplications only: a system's pow() may differ in the last bit."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
 
 
 def aligned_zeros(size: int) -> "npt.NDArray[np.float32]":
