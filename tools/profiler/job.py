@@ -177,8 +177,8 @@ class Training:
         with Checkpoint(self.path) as checkpoint:
             for name, _ in TENSORS:
                 model.tensor(name)[...] = checkpoint.tensor(name)
-        model.first_moments.fill(0)
-        model.second_moments.fill(0)
+        for array in (model.gradients, model.first_moments, model.second_moments):
+            array.fill(0)
 
     def warm_up(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
         """Touch every page of weights, gradients, moments and activations once."""
