@@ -795,6 +795,7 @@ def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().err.splitlines()
     assert {line.split()[0] for line in lines if line.startswith("/") and line[1] != "/"} == {"/set", *bench.chat._commands}
     assert max(map(len, lines)) <= 80
+    assert "\n".join(lines) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -1458,7 +1459,7 @@ def test_real_command_answers_text_after_text(real: Fake) -> None:
 
 def test_real_command_takes_every_option_of_a_completion(real: Fake) -> None:
     words = [word for flag, (_, value) in FLAGS.items() for word in (flag, str(value))]
-    request = {name: value for name, value in FLAGS.values()} | {"stop_strings": ["zzz", "\n\n\n"], "stop_token_ids": [7]}
+    request = dict(FLAGS.values()) | {"stop_strings": ["zzz", "\n\n\n"], "stop_token_ids": [7]}
     expected = real_ids(real, {"tokens": ids_of("hello there"), **request})
     result = real.run(*words, "--stop", "zzz", "--stop", "\n\n\n", "--stop-token", "7", "hello there")
     assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
@@ -1482,14 +1483,14 @@ def test_real_command_repeats_and_goes_on(real: Fake) -> None:
 def test_real_command_survives_a_full_context(real: Fake, overflow: str | None) -> None:
     with Checkpoint(EMBEDDED_MODEL) as checkpoint:
         maxT = checkpoint.config.maxT
-    with Terminal(real, "-n", str(maxT - 2), *([] if overflow is None else ["--overflow", overflow])) as chat:
-        chat.type("hello there\n")
+    with Terminal(real, "-n", "4", *([] if overflow is None else ["--overflow", overflow])) as chat:
+        chat.type("\u2603" + " word" * (maxT - 9) + "\n")  # all but seven of the context
         chat.expect("Text: ")
         for _ in range(2):
             chat.type("/more\n")
             shown = chat.expect("Text: ")
             assert "error" not in shown
-            assert ("chat.py: " in shown) == (overflow != "slide")
+        assert ("chat.py: " in shown) == (overflow != "slide")
         chat.type(CTRL_D)
         assert chat.finish() == (0, "\n")
 
