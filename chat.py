@@ -27,8 +27,6 @@ from pygpt.child import ChildError, Command
 from pygpt.cli import HelpFormatter, Parser
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
-from pygpt.generate import Request
-from pygpt.sampling import DEFAULT_SAMPLER, SEEDS
 from pygpt.tokenizer import StreamDecoder, Tokenizer
 
 PROMPT, CONTINUED = "Text: ", " ...  "
@@ -108,6 +106,8 @@ class Settings:
     def check(self, tokens: Sequence[int]) -> None:
         """Raise InputError for tokens that the child would refuse with these settings."""
         if self.config is not None:
+            from pygpt.generate import Request  # here, so that kernels that were not built are one line, too
+
             Request(self.config, tokens, **self.request)
 
     def change(self, name: str, value: str) -> None:
@@ -137,9 +137,12 @@ class Settings:
         elif key in self.request:
             value = self.request[key]
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        elif key == "sampler":
+            from pygpt.sampling import DEFAULT_SAMPLER
+
+            shown = f"default ({DEFAULT_SAMPLER if SAMPLING.isdisjoint(self._asked) else 'sample'})"
         else:
-            implied = DEFAULT_SAMPLER if SAMPLING.isdisjoint(self._asked) else "sample"
-            shown = f"default ({implied})" if key == "sampler" else "default"
+            shown = "default"
         return f"{name:<20} {shown}"
 
 
@@ -221,13 +224,13 @@ class Chat:
         return 0
 
     def take(self, text: str) -> None:
-        """Complete a text or obey a command. What cannot be is said in one line, and nothing has changed then."""
+        """Complete a text or obey a command. What cannot be is said in one line."""
         try:
             if text.startswith("/") and not text.startswith("//"):
                 self._obey(text)
             else:
                 self._complete(text[1:] if text.startswith("//") else text)
-        except InputError as error:
+        except (InputError, CheckpointError) as error:
             say(error)
 
     def _obey(self, line: str) -> None:
@@ -288,6 +291,8 @@ class Chat:
         self._settings.check(tokens)
         request = self._settings.request
         if "seed" in request:  # the same text again gets another reply, and the next session the same ones in this order
+            from pygpt.sampling import SEEDS
+
             request["seed"] = (request["seed"] + self._repeated) % SEEDS
         decoder = StreamDecoder(self._tokenizer)
         for token in self._reply[-3:]:  # a character that the last reply broke off is completed

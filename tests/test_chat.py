@@ -671,11 +671,11 @@ class Echo:
 class Bench:
     """A chat in this process, for a model of this context, and the Echo that answers in it."""
 
-    def __init__(self, module: ModuleType, *words: str, maxT: int = 64) -> None:
+    def __init__(self, module: ModuleType, *words: str, maxT: int = 64, model: str | None = None) -> None:
         self.echo = Echo()
         config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
         self.settings = module.Settings(module.parse(words), config)
-        self.chat = module.Chat(self.echo, self.settings)
+        self.chat = module.Chat(self.echo, self.settings, model=model)
 
     def take(self, *lines: str) -> None:
         for line in lines:
@@ -908,6 +908,21 @@ def test_probs_shows_what_the_network_expects(bench: Bench, capsys: pytest.Captu
     bars = [line.count("█") + line.count("#") for line in lines]
     assert bars[0] == 40
     assert bars == [round(40 * probabilities[token] / probabilities[best[0]]) for token in best.tolist()]
+
+
+def test_probs_of_a_model_file_that_has_gone_is_one_line(chat_module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(chat_module, model="gone.bin")
+    bench.take("hi", "/probs")
+    assert capsys.readouterr().err.startswith("chat.py: gone.bin: no such model file")
+
+
+def test_ctrl_c_stops_probs(bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT2, "generate_batch", interrupted)
+    bench.take("hi", "/probs", "hi")
+    assert capsys.readouterr() == ("hello there\n" * 2, "\n")
 
 
 def test_stats_go_to_stderr_on_request(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1529,12 +1544,27 @@ def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> Non
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_damaged_vocabulary_is_one_line(real: Fake, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "pygpt", tmp_path / "copy" / "pygpt")
-    with open(tmp_path / "copy" / "pygpt" / "data" / "vocab.bpe", "ab") as file:
-        file.write(b"\n")
-    copy = shutil.copy(CHAT, tmp_path / "copy")
-    result = subprocess.run(
+def copied_chat(folder: Path) -> Path:
+    """A chat.py with a package of its own beside it."""
+    shutil.copytree(ROOT / "pygpt", folder / "copy" / "pygpt")
+    return Path(shutil.copy(CHAT, folder / "copy"))
+
+
+def run_copy(real: Fake, copy: Path) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
         [sys.executable, copy, "hi"], capture_output=True, cwd=real.cwd, env=real.environment, timeout=PATIENCE
     )
-    assert_one_line_error(result, 1, "chat.py: error: ", "damaged")
+
+
+def test_damaged_vocabulary_is_one_line(real: Fake, tmp_path: Path) -> None:
+    copy = copied_chat(tmp_path)
+    with open(copy.parent / "pygpt" / "data" / "vocab.bpe", "ab") as file:
+        file.write(b"\n")
+    assert_one_line_error(run_copy(real, copy), 1, "chat.py: error: ", "damaged")
+
+
+def test_kernels_that_were_not_built_are_one_line(real: Fake, tmp_path: Path) -> None:
+    copy = copied_chat(tmp_path)
+    for built in (copy.parent / "pygpt").glob("*.so"):
+        built.unlink()
+    assert_one_line_error(run_copy(real, copy), 1, "chat.py: error: ", "_kernels")
