@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .checkpoint import Checkpoint, find_model, write_checkpoint
 from .config import TENSORS, Config
-from .errors import InputError, is_whole
+from .errors import InputError, is_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Parameters:
         import numpy as np
 
         if not is_whole(seed, 0, LARGEST_SEED):
-            raise InputError(f"seed is {seed!r}: it must be a whole number from 0 to {LARGEST_SEED}")
+            raise InputError(f"seed is {shown(seed)}: it must be a whole number from 0 to {LARGEST_SEED}")
         model = cls(config, threads=threads)
         source = np.random.PCG64(seed)
         for name in model._places:
@@ -220,7 +220,7 @@ class Parameters:
         decays, as in llm.c's CPU program.
         """
         if not is_whole(step, 1, 2**31 - 1):
-            raise InputError(f"step is {step!r}: it must be a whole number from 1, and counts the updates")
+            raise InputError(f"step is {shown(step)}: it must be a whole number from 1, and counts the updates")
         for name, value, low, high in (
             ("lr", lr, 0.0, 1e6),
             ("beta1", beta1, 0.0, 0.9999999),
@@ -249,7 +249,7 @@ class Parameters:
 def check_number(name: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless a value is a real number from low to high."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}: it must be a number from {low:.9g} to {high:.9g}")
+        raise InputError(f"{name} is {shown(value)}: it must be a number from {low:.9g} to {high:.9g}")
 
 
 def power(base: float, exponent: int) -> float:
