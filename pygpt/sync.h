@@ -10,9 +10,13 @@
 
 #if defined(__linux__)
 #include <limits.h>
-#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#ifndef FUTEX_WAIT_PRIVATE /* of <linux/futex.h>, which comes with the C library on some systems only; they never change */
+#define FUTEX_WAIT_PRIVATE 128
+#define FUTEX_WAKE_PRIVATE 129
+#endif
 
 static inline void sleep_while(_Atomic uint32_t *word, uint32_t value) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);

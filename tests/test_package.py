@@ -58,7 +58,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     """A command's stdout, in an environment without PYGPT_* and PYTHON*."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYGPT_", "PYTHON"))}
     done = subprocess.run(
-        command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -131,7 +131,7 @@ def metadata(folder: Path) -> Message:
 
 
 @builds
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_sdist_has_every_source_and_no_product(sdist: Path, tree: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
@@ -144,7 +144,7 @@ def test_the_sdist_has_every_source_and_no_product(sdist: Path, tree: Path) -> N
 
 
 @builds
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_wheel_has_what_runs_and_no_source(unpacked: Path) -> None:
     names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -158,7 +158,7 @@ def test_the_wheel_has_what_runs_and_no_source(unpacked: Path) -> None:
 
 
 @builds
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_wheel_says_what_it_is(unpacked: Path, wheel: Path) -> None:
     fields = metadata(unpacked)
     assert (fields["Name"], fields["Version"], fields["License-Expression"]) == ("pygpt", pygpt.__version__, "MIT")
@@ -170,11 +170,10 @@ def test_the_wheel_says_what_it_is(unpacked: Path, wheel: Path) -> None:
 
 
 @builds
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_wheel_has_every_instruction_set(unpacked: Path) -> None:
     sets = {
         "x86_64": (b"baseline", b"avx2", b"avx512"),
-        "AMD64": (),
         "aarch64": (b"baseline", b"neon"),
         "arm64": (b"baseline", b"neon"),
     }
@@ -188,7 +187,7 @@ def test_the_wheel_has_every_instruction_set(unpacked: Path) -> None:
 
 
 @builds
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_wheel_works_in_an_empty_environment(empty: Path, folder: Path) -> None:
     """The command needs neither NumPy nor tiktoken, nor anything to compile with; every instruction set computes."""
     bare = {"PATH": str(empty.parent)}
@@ -217,7 +216,7 @@ def furnished(empty: Path, folder: Path) -> Path:
 
 
 @builds
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_wheel_passes_recorded_tests(furnished: Path, folder: Path) -> None:
     place = run(str(furnished), "-c", "import pygpt; print(pygpt.__file__)", cwd=folder)
     assert Path(place).is_relative_to(folder)
@@ -229,7 +228,7 @@ def test_the_wheel_passes_recorded_tests(furnished: Path, folder: Path) -> None:
 
 @builds
 @types
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_types_reach_the_user(furnished: Path, folder: Path) -> None:
     """Under mypy --strict, README's examples are right and no public name is Any."""
     readme = (ROOT / "README.md").read_text()
