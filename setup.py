@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off"]
 MICROKERNELS = [f"pygpt/micro_{isa}.c" for isa in ("baseline", "avx2", "avx512", "neon")]
-HEADERS = [f"pygpt/{name}.h" for name in ("micro", "micro_body", "sync", "trace", "sampler")]
+HEADERS = [f"pygpt/{name}.h" for name in ("micro", "micro_body", "micro_training", "sync", "trace", "sampler")]
 
 setup(
     ext_modules=cythonize(
@@ -17,6 +17,13 @@ setup(
             Extension(
                 "pygpt._kernels",
                 ["pygpt/_kernels.pyx", *MICROKERNELS],
+                depends=[*HEADERS, "pygpt/_kernels.pxd"],
+                include_dirs=["pygpt"],
+                extra_compile_args=FLAGS,
+            ),
+            Extension(
+                "pygpt._backward",
+                ["pygpt/_backward.pyx"],
                 depends=[*HEADERS, "pygpt/_kernels.pxd"],
                 include_dirs=["pygpt"],
                 extra_compile_args=FLAGS,

@@ -16,7 +16,8 @@ How a token comes about, from the outside in:
     micro_*.c     the inner loops, one source for every instruction set
     checkpoint    llm.c's files, mapped and used in place; config holds the one table of tensors
 
-    serial        the same network in plain scalar loops (_reference): the yardstick
+    data          what goes in: text and llm.c's token shards, in batches; llmc holds its other files
+    serial        the same network and its training in plain scalar loops (_reference): the yardstick
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
 and instruction set (of those with fused multiply-add), so results are equal bit for bit. The modules are private but for
@@ -33,11 +34,23 @@ if TYPE_CHECKING:
     from .ceilings import Ceilings
     from .checkpoint import Checkpoint, find_model, write_checkpoint
     from .config import Config
-    from .errors import CheckpointError, ClosedError, InputError, NumericalError, PyGPTError
+    from .data import DataLoader, encode_text, read_text, read_tokens, split, tokens_of_text, write_tokens
+    from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
+    from .llmc import (
+        DebugState,
+        Example,
+        read_debug_state,
+        read_examples,
+        read_tokenizer,
+        write_debug_state,
+        write_examples,
+        write_tokenizer,
+    )
     from .model import GPT2
     from .pool import ThreadPool, default_threads
-    from .serial import SerialGPT2
+    from .serial import SerialGPT2, SerialTrainableGPT2
     from .tokenizer import StreamDecoder, Tokenizer
+    from .trainable import TrainableGPT2
 
 _HOME = {
     "Ceilings": "ceilings",
@@ -45,20 +58,38 @@ _HOME = {
     "CheckpointError": "errors",
     "ClosedError": "errors",
     "Config": "config",
+    "DataError": "errors",
+    "DataLoader": "data",
+    "DebugState": "llmc",
+    "Example": "llmc",
     "GPT2": "model",
     "InputError": "errors",
     "KVCache": "cache",
     "NumericalError": "errors",
     "PyGPTError": "errors",
     "SerialGPT2": "serial",
+    "SerialTrainableGPT2": "serial",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
+    "TrainableGPT2": "trainable",
     "cpu_info": "_kernels",
     "default_threads": "pool",
+    "encode_text": "data",
     "find_model": "checkpoint",
+    "read_debug_state": "llmc",
+    "read_examples": "llmc",
+    "read_text": "data",
+    "read_tokenizer": "llmc",
+    "read_tokens": "data",
+    "split": "data",
+    "tokens_of_text": "data",
     "write_checkpoint": "checkpoint",
+    "write_debug_state": "llmc",
+    "write_examples": "llmc",
+    "write_tokenizer": "llmc",
+    "write_tokens": "data",
 }
 
 __all__ = [
@@ -68,20 +99,38 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "Config",
+    "DataError",
+    "DataLoader",
+    "DebugState",
+    "Example",
     "InputError",
     "KVCache",
     "NumericalError",
     "PyGPTError",
     "SerialGPT2",
+    "SerialTrainableGPT2",
     "StreamDecoder",
     "ThreadPool",
     "Tokenizer",
     "Trace",
+    "TrainableGPT2",
     "__version__",
     "cpu_info",
     "default_threads",
+    "encode_text",
     "find_model",
+    "read_debug_state",
+    "read_examples",
+    "read_text",
+    "read_tokenizer",
+    "read_tokens",
+    "split",
+    "tokens_of_text",
     "write_checkpoint",
+    "write_debug_state",
+    "write_examples",
+    "write_tokenizer",
+    "write_tokens",
 ]
 
 

@@ -5,25 +5,42 @@ from libc.stdint cimport int32_t, int64_t, uint32_t
 
 
 cdef extern from "micro.h" nogil:
+    ctypedef struct adamw_numbers:
+        float lr, beta1, beta2, rest1, rest2, over_correction1, over_correction2, eps, decay, gradient_scale
+
     ctypedef struct microkernels:
         const char* isa
         int fused
         void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
-                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int, const void*, ptrdiff_t) noexcept nogil
-        void (*widen)(float*, const void*, ptrdiff_t) noexcept nogil
+                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+        void (*pack_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*product)(float*, ptrdiff_t, const float*, ptrdiff_t,
+                        const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*, const void*, ptrdiff_t) noexcept nogil
+        void (*outer)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
+                      ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*) noexcept nogil
         void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
-        void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
+        void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int, float*) noexcept nogil
         void (*add_bias)(float*, const void*, ptrdiff_t, int) noexcept nogil
-        void (*add_bias_gelu)(float*, const void*, ptrdiff_t, int) noexcept nogil
-        void (*add_bias_residual)(float*, const float*, const void*, ptrdiff_t, int) noexcept nogil
-        float (*softmax)(float*, ptrdiff_t, float) noexcept nogil
+        void (*add_bias_gelu)(float*, float*, const void*, ptrdiff_t, int) noexcept nogil
+        void (*add_bias_residual)(float*, const float*, const float*, const void*, ptrdiff_t, int) noexcept nogil
+        float (*softmax)(float*, ptrdiff_t, float, float*) noexcept nogil
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
         void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil
-        int narrow, outputs
+        void (*add_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+        void (*gelu_backward)(float*, const float*, ptrdiff_t) noexcept nogil
+        void (*layernorm_backward)(float*, const float*, const float*, const float*, const float*, ptrdiff_t) noexcept nogil
+        void (*layernorm_gains)(float*, float*, const float*, const float*, const float*,
+                                ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+        void (*softmax_backward)(float*, const float*, float, float, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*adamw)(float*, const float*, float*, float*, ptrdiff_t, const adamw_numbers*) noexcept nogil
+        double (*square_sum)(const float*, ptrdiff_t) noexcept nogil
+        int narrow, panel
+        ptrdiff_t outer_room
         float (*probe_read)(const float*, ptrdiff_t, int) noexcept nogil
         float (*probe_fma)(ptrdiff_t) noexcept nogil
         double probe_flop
+        void (*probe_stream)(float*, const float*, float*, float*, ptrdiff_t) noexcept nogil
 
     const microkernels* micro_baseline()
     const microkernels* micro_avx2()
@@ -132,10 +149,78 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
     float* proj               # (R, C) attproj, fcproj before they join the stream
-    float* fch                # (R, 4C of fch_row) fch_gelu
-    float* logits             # (W, V)
+    float* fch                # (R, 4C of fch_row) fch
+    float* fch_gelu           # (R, 4C of fch_row) fch itself, or, where activations are kept, an array of its own
+    Py_ssize_t logits_row     # values from one row of logits to the next
+    float* logits             # (W, V of logits_row)
     float* scratch            # (nth, scratch_size) for the attention
     Py_ssize_t scratch_size
-    float* wide               # (nth, wide_size) a block of bfloat16 weights as float32, or NULL
-    Py_ssize_t wide_size
+    float* room               # (nth, room_size) a packed block of weights and, from packed_at on, all packed rows; or NULL
+    Py_ssize_t room_size, packed_at
     Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16
+    # Where activations are kept for a backward pass; else every step is 0 (the next layer overwrites) and the rest NULL.
+    Py_ssize_t residual_step  # values from one version of the stream to the next, two a layer
+    Py_ssize_t ln_step        # from ln1 to ln2 to the next layer's ln1
+    Py_ssize_t qkv_step, atty_step, fch_step    # from one layer to the next
+    float* stats              # (2L + 1, R, 2) mean and rstd of every layernorm
+    const int32_t* targets    # (R,) the ids whose loss is wanted
+    float* total              # (R,) sum of exp(logits - max); the logits themselves become exp(logits - max)
+    float* losses             # (R,)
+
+
+cdef const microkernels* micro      # the chosen instruction set's
+
+cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil
+cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil
+cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
+
+
+cdef class Floats:
+    cdef float* data
+    cdef Py_ssize_t[2] shape
+    cdef Py_ssize_t[2] strides
+
+
+cdef class Weights:
+    cdef Net net
+    cdef const unsigned char[::1] view
+
+
+cdef class KeysValues:
+    cdef Floats keys
+    cdef Floats values
+    cdef Weights weights
+    cdef readonly Py_ssize_t capacity
+    cdef readonly Py_ssize_t length
+    cdef Py_ssize_t ahead           # length plus the rows of the step being prepared
+
+
+cdef class Trace:
+    cdef trace_log* logs
+    cdef readonly Py_ssize_t nth
+    cdef readonly Py_ssize_t capacity
+    cdef trace_log* log(self, Py_ssize_t ith) except NULL
+
+
+cdef class Step:
+    cdef Weights weights
+    cdef State state
+    cdef native_barrier* barrier
+    cdef Py_ssize_t nth             # workers of the pool
+    cdef Py_ssize_t active          # workers of the current step: the first so many
+    cdef uint32_t spins
+    cdef Floats workspace
+    cdef Floats scratch
+    cdef Floats packed
+    cdef Py_ssize_t room            # rows that the arrays have room for
+    cdef list keep                  # caches of the current step: alive while the workers write to them
+    cdef readonly Floats logits     # (W, V) of the current step
+    cdef public Trace trace         # where the workers log their phases, or None
+    cdef public bint forked         # whether workers meet in the pool after every phase: a round is one phase, not all
+    cdef Py_ssize_t first, last     # the phases of the current round
+    cdef _reserve(self, Py_ssize_t R)
+    cdef _reserve_rows(self, Py_ssize_t R)
+    cdef _reserve_logits(self)
+    cdef _reserve_scratch(self, Py_ssize_t longest)
+    cdef _cut_spans(self)
+    cdef trace_worker _worker(self, Py_ssize_t ith) except *

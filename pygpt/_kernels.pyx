@@ -19,7 +19,7 @@ import os
 from operator import index as whole_number
 
 from cpython.buffer cimport PyBUF_FORMAT
-from libc.math cimport sqrtf
+from libc.math cimport frexp, sqrtf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
@@ -27,8 +27,6 @@ from posix.stdlib cimport posix_memalign
 from .errors import ClosedError, InputError
 
 # ------------------------------------------------------------------------------------------------ (a) instruction set
-
-cdef const microkernels* micro = NULL
 
 
 def _available() -> dict:
@@ -71,16 +69,16 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 cdef enum:
     SPAN_ROWS = 20        # rows of one attention tile
     FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
-    BLOCK_BYTES = 1 << 18  # float32 weights of one block of outputs: stays in the second-level cache while rows stream by
+    BLOCK_BYTES = 5 << 17  # of weights packed at a time: they stay in the second-level cache while rows stream by
 
 cdef enum Epilogue:
     NOTHING
     BIAS              # out += bias
-    BIAS_GELU         # out = gelu(out + bias)
-    BIAS_RESIDUAL     # residual += out + bias
+    BIAS_GELU         # after = gelu(out + bias); where after is not out itself, out += bias
+    BIAS_RESIDUAL     # after = before + (out + bias)
 
 
-cdef inline void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:
+cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:
     """Worker ith's share [start, stop) of n items, in equal contiguous parts."""
     start[0] = n * ith // nth
     stop[0] = n * (ith + 1) // nth
@@ -103,6 +101,7 @@ cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noex
 
 cdef void layernorm(
     const Net* net, State* s,
+    Py_ssize_t index,           # of all layernorms of the network: 2 layer, 2 layer + 1, at last 2L
     const char* weight,         # IN (C,)
     const char* bias,           # IN (C,)
     const Py_ssize_t* wanted,   # IN (rows,) which rows of the stream, or NULL for all in order
@@ -113,16 +112,25 @@ cdef void layernorm(
     Rows are split over the workers, who meet afterwards; or, where rows are few, every worker makes all of them for itself,
     which costs less than a barrier."""
     cdef Py_ssize_t i, start = 0, stop = rows, C = net.C
-    cdef float* ln = s.ln + ith * s.ln_size
+    cdef const float* residual = s.residual + index * s.residual_step
+    cdef float* ln = s.ln + index * s.ln_step + ith * s.ln_size
+    cdef float* stats = NULL
     if s.ln_size == 0:
         shard(rows, ith, nth, &start, &stop)
     for i in range(start, stop):
-        micro.layernorm(ln + i * C, s.residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16)
+        if s.stats != NULL:
+            stats = s.stats + 2 * (index * s.R + i)
+        micro.layernorm(ln + i * C, residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16, stats)
 
 
 cdef inline Py_ssize_t block_outputs(Py_ssize_t K) noexcept nogil:
-    """How many outputs of K weights make a block: BLOCK_BYTES of float32, in whole tiles, 8 tiles at least."""
-    return max(<Py_ssize_t> BLOCK_BYTES // (4 * K) // micro.outputs, 8) * micro.outputs
+    """How many outputs of K weights make a block: BLOCK_BYTES in whole panels, one at least."""
+    return max(<Py_ssize_t> BLOCK_BYTES // (4 * K * micro.panel), 1) * micro.panel
+
+
+cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
+    """n rounded up to a multiple of 16."""
+    return (n + 15) // 16 * 16
 
 
 cdef void matmul(
@@ -131,34 +139,37 @@ cdef void matmul(
     const float* inp, Py_ssize_t ldi,   # IN  (rows, K), a row every ldi values
     const char* weight,                 # IN  (N, K)
     const char* bias,                   # IN  (N,)
-    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N, Epilogue epilogue, Py_ssize_t ith, Py_ssize_t nth,
+    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N,
+    Epilogue epilogue,
+    const float* before,                # IN  (rows, N) or NULL
+    float* after,                       # OUT (rows, N), rows as out's for a GELU, or NULL
+    Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
-    """out = inp weight^T, then the epilogue. Outputs are split over the workers, and each share is cut into blocks whose
-    weights stay in cache while all rows pass (bfloat16 is widened then, once for all rows); the epilogue follows while the
-    block's outputs are still near."""
-    cdef Py_ssize_t n, start, stop, step, width, after, r, size = 2 if net.bf16 else 4
-    cdef const char* w
-    cdef int bf16
+    """out = inp weight^T, then the epilogue. Outputs are split over the workers; where rows are many, each share is cut into
+    blocks whose packed weights stay in cache while all rows pass. The epilogue follows while a block's outputs are near."""
+    cdef Py_ssize_t n, start, stop, step, width, following, r, size = 2 if net.bf16 else 4
+    cdef float* room = s.room + ith * s.room_size
     shard(N, ith, nth, &start, &stop)
     step = stop - start if rows <= micro.narrow else block_outputs(K)
-    if net.bf16 and rows > micro.narrow:
-        step = min(step, s.wide_size // K)
+    if rows > micro.narrow:
+        micro.pack_rows(room + s.packed_at, inp, ldi, rows, K)
     n = start
     while n < stop:
         width = min(step, stop - n)
-        after = min(step, stop - n - width)                     # outputs of the next block
-        w, bf16 = weight + n * K * size, net.bf16
-        if bf16 and rows > micro.narrow:
-            micro.widen(s.wide + ith * s.wide_size, w, width * K)
-            w, bf16 = <const char*> (s.wide + ith * s.wide_size), 0
-        micro.gemm(out + n, ldo, inp, ldi, rows, w, K, width, K, bf16, weight + (n + width) * K * size, after * K * size)
+        if rows <= micro.narrow:
+            micro.gemm(out + n, ldo, inp, ldi, rows, weight + n * K * size, K, width, K, net.bf16)
+        else:
+            following = min(step, stop - n - width)                 # outputs of the next block
+            micro.product(out + n, ldo, room + s.packed_at, rows, weight + n * K * size, K, width, K, net.bf16, room,
+                          weight + (n + width) * K * size, following * K * size)
         for r in range(rows):
             if epilogue == BIAS:
                 micro.add_bias(out + r * ldo + n, bias + n * size, width, net.bf16)
             elif epilogue == BIAS_GELU:
-                micro.add_bias_gelu(out + r * ldo + n, bias + n * size, width, net.bf16)
+                micro.add_bias_gelu(after + r * ldo + n, out + r * ldo + n, bias + n * size, width, net.bf16)
             elif epilogue == BIAS_RESIDUAL:
-                micro.add_bias_residual(s.residual + r * N + n, out + r * ldo + n, bias + n * size, width, net.bf16)
+                micro.add_bias_residual(
+                    after + r * N + n, before + r * N + n, out + r * ldo + n, bias + n * size, width, net.bf16)
         n += width
 
 
@@ -166,6 +177,7 @@ cdef void store_keys_values(const Net* net, State* s, Py_ssize_t layer, Py_ssize
     """Copy this worker's outputs of qkv that are keys or values to the caches, head by head; its share is matmul's, so no
     barrier lies between. The padding of a head is zero: it must add nothing to a dot."""
     cdef Py_ssize_t start, stop, n, r, head, d, count, C = net.C, HS = net.HS
+    cdef const float* qkv = s.qkv + layer * s.qkv_step
     cdef float* cache
     shard(3 * C, ith, nth, &start, &stop)
     n = max(start, C)
@@ -175,7 +187,7 @@ cdef void store_keys_values(const Net* net, State* s, Py_ssize_t layer, Py_ssize
         for r in range(s.R):
             cache = s.rows[r].keys if n < 2 * C else s.rows[r].values
             cache += ((layer * net.NH + head) * s.rows[r].capacity + s.rows[r].pos) * net.HSp
-            memcpy(cache + d, s.qkv + r * 3 * C + n, count * sizeof(float))
+            memcpy(cache + d, qkv + r * 3 * C + n, count * sizeof(float))
             if d + count == HS:
                 memset(cache + HS, 0, (net.HSp - HS) * sizeof(float))
         n += count
@@ -189,20 +201,22 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     cdef Py_ssize_t offset = (layer * net.NH + head) * first.capacity * HSp
     cdef const float* keys = first.keys + offset
     cdef const float* values = first.values + offset
+    cdef const float* qkv = s.qkv + layer * s.qkv_step
+    cdef float* atty = s.atty + layer * s.atty_step
     cdef float* q = scratch                                             # (SPAN_ROWS, HSp)
     cdef float* acc = q + SPAN_ROWS * HSp                               # (SPAN_ROWS, HSp)
     cdef float* att = acc + SPAN_ROWS * HSp                             # (SPAN_ROWS, ldp)
     cdef float[SPAN_ROWS] total
     memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
     for i in range(rows):
-        memcpy(q + i * HSp, s.qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
-    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0, NULL, 0)
+        memcpy(q + i * HSp, qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
+    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0)
     for i in range(rows):
-        total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS))
+        total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS), NULL)
     micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
     for i in range(rows):
         micro.mix(acc + i * HSp, att + i * ldp, ldp, 1, values, HSp, common, common + i)
-        micro.store_scaled(s.atty + (span.start + i) * C + head * HS, acc + i * HSp, <float> 1 / total[i], HS)
+        micro.store_scaled(atty + (span.start + i) * C + head * HS, acc + i * HSp, <float> 1 / total[i], HS)
 
 
 cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
@@ -216,6 +230,34 @@ cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, 
             if before * nth // total == ith:
                 attend(net, s, layer, head, s.spans + i, scratch)
             before = head * each + s.spans[i].cost
+
+
+cdef double log_of(double x) noexcept nogil:
+    """The natural logarithm of a positive x, relative error below 1e-15 for x >= 2; a NaN stays one. Of plain float64
+    operations, so that the bits are the same on every machine: x = m 2^e with m within sqrt(2) of 1, and
+    log(m) = 2 artanh(s), s = (m - 1) / (m + 1), by its series."""
+    cdef int e = 0, k
+    cdef double m = frexp(x, &e), s, square, total = 0
+    if m < 0.7071067811865476:
+        m, e = 2 * m, e - 1
+    s = (m - 1) / (m + 1)
+    square = s * s
+    for k in range(21, 0, -2):
+        total = total * square + 2.0 / k
+    return e * 0.6931471805599453 + total * s
+
+
+cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """losses[r] = -log(softmax(logits[r])[target]); logits becomes exp(logits - max), total its sum. Rows are split."""
+    cdef Py_ssize_t r, start, stop
+    cdef float* row
+    cdef float target, highest
+    shard(s.R, ith, nth, &start, &stop)
+    for r in range(start, stop):
+        row = s.logits + r * s.logits_row
+        target = row[s.targets[r]]
+        s.total[r] = micro.softmax(row, net.V, 1, &highest)
+        s.losses[r] = <float> (log_of(s.total[r]) - (<double> target - highest))
 
 # ------------------------------------------------------------------------------------------------ (c) the forward pass
 
@@ -239,7 +281,11 @@ cdef inline Layer layer_of(const Net* net, Py_ssize_t layer) noexcept nogil:
     return w
 
 
-PHASES = ("encoder", "ln1", "qkv", "attention", "attproj", "ln2", "fc", "fcproj", "lnf", "logits")
+PHASES = (
+    "encoder", "ln1", "qkv", "attention", "attproj", "ln2", "fc", "fcproj", "lnf", "logits",  # forward
+    "loss", "dlogits", "dhead", "dlnf",                                                        # training, _backward.pyx
+    "dfcproj", "dfc", "dln2", "dattproj", "dattention", "dqkv", "dln1", "dencoder", "norm", "update",
+)
 
 cdef enum Phase:              # what a trace calls the parts of a step, in the order of PHASES
     ENCODER
@@ -252,6 +298,7 @@ cdef enum Phase:              # what a trace calls the parts of a step, in the o
     FCPROJ
     LNF
     LOGITS
+    LOSS
 
 cdef enum:
     LAYER_PHASES = LNF - LN1
@@ -260,39 +307,50 @@ cdef enum:
 cdef void run_phase(const Net* net, State* s, int phase, int layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """Worker ith's share of one phase: the network, line by line."""
     cdef Py_ssize_t R = s.R, C = net.C
-    cdef const float* ln = s.ln + ith * s.ln_size
+    cdef float* residual = s.residual + 2 * layer * s.residual_step     # the stream as it enters this layer ...
+    cdef float* residual2 = residual + s.residual_step                  # ... after its attention ...
+    cdef float* residual3 = residual2 + s.residual_step                 # ... and after its feed-forward
+    cdef const float* ln1 = s.ln + 2 * layer * s.ln_step + ith * s.ln_size
+    cdef const float* ln2 = ln1 + s.ln_step
+    cdef float* qkv = s.qkv + layer * s.qkv_step
+    cdef float* atty = s.atty + layer * s.atty_step
+    cdef float* fch = s.fch + layer * s.fch_step
+    cdef float* fch_gelu = s.fch_gelu + layer * s.fch_step
     cdef Layer w = layer_of(net, layer)
     if phase == ENCODER:
         encoder(net, s, ith, nth)                                                               # residual (R, C)
     elif phase == LN1:
-        layernorm(net, s, w.ln1w, w.ln1b, NULL, R, ith, nth)                                    # ln1 (R, C)
+        layernorm(net, s, 2 * layer, w.ln1w, w.ln1b, NULL, R, ith, nth)                         # ln1 (R, C)
     elif phase == QKV:
-        matmul(net, s, s.qkv, 3 * C, ln, C, w.qkvw, w.qkvb, R, C, 3 * C,
-               BIAS, ith, nth)                                                                  # qkv (R, 3C)
+        matmul(net, s, qkv, 3 * C, ln1, C, w.qkvw, w.qkvb, R, C, 3 * C,
+               BIAS, NULL, NULL, ith, nth)                                                      # qkv (R, 3C)
         store_keys_values(net, s, layer, ith, nth)
     elif phase == ATTENTION:
         attention(net, s, layer, ith, nth)                                                      # atty (R, C)
     elif phase == ATTPROJ:
-        matmul(net, s, s.proj, C, s.atty, C, w.attprojw, w.attprojb, R, C, C,
-               BIAS_RESIDUAL, ith, nth)                                                         # residual2 (R, C)
+        matmul(net, s, s.proj, C, atty, C, w.attprojw, w.attprojb, R, C, C,
+               BIAS_RESIDUAL, residual, residual2, ith, nth)                                    # residual2 (R, C)
     elif phase == LN2:
-        layernorm(net, s, w.ln2w, w.ln2b, NULL, R, ith, nth)                                    # ln2 (R, C)
+        layernorm(net, s, 2 * layer + 1, w.ln2w, w.ln2b, NULL, R, ith, nth)                     # ln2 (R, C)
     elif phase == FC:
-        matmul(net, s, s.fch, s.fch_row, ln, C, w.fcw, w.fcb, R, C, 4 * C,
-               BIAS_GELU, ith, nth)                                                             # fch_gelu (R, 4C)
+        matmul(net, s, fch, s.fch_row, ln2, C, w.fcw, w.fcb, R, C, 4 * C,
+               BIAS_GELU, NULL, fch_gelu, ith, nth)                                             # fch, fch_gelu (R, 4C)
     elif phase == FCPROJ:
-        matmul(net, s, s.proj, C, s.fch, s.fch_row, w.fcprojw, w.fcprojb, R, 4 * C, C,
-               BIAS_RESIDUAL, ith, nth)                                                         # residual3 (R, C)
+        matmul(net, s, s.proj, C, fch_gelu, s.fch_row, w.fcprojw, w.fcprojb, R, 4 * C, C,
+               BIAS_RESIDUAL, residual2, residual3, ith, nth)                                   # residual3 (R, C)
     elif phase == LNF:
-        layernorm(net, s, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)                          # lnf (W, C)
+        layernorm(net, s, 2 * layer, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)               # lnf (W, C)
+    elif phase == LOGITS:
+        matmul(net, s, s.logits, s.logits_row, ln1, C, net.wte, NULL, s.W, C, net.V,
+               NOTHING, NULL, NULL, ith, nth)                                                   # logits (W, V)
     else:
-        matmul(net, s, s.logits, net.V, ln, C, net.wte, NULL, s.W, C, net.V,
-               NOTHING, ith, nth)                                                               # logits (W, V)
+        cross_entropy(net, s, ith, nth)                                                         # losses (R,)
 
 
 cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
-    """How many phases a step has: the encoder, seven for each layer, the last layernorm and the logits if they are wanted."""
-    return 1 + LAYER_PHASES * net.L + (2 if s.W else 0)
+    """How many phases a step has: the encoder, seven for each layer, the last layernorm and the logits if they are wanted,
+    and the loss if that is."""
+    return 1 + LAYER_PHASES * net.L + (2 if s.W else 0) + (1 if s.losses != NULL else 0)
 
 
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil:
@@ -303,6 +361,7 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
     itself, and the last."""
     cdef Py_ssize_t i
     cdef int phase, layer
+    cdef bint own
     trace_begin(me)
     for i in range(me.first, me.last):
         layer = <int> ((i - 1) // LAYER_PHASES)
@@ -310,9 +369,10 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
         if i == 0:
             phase, layer = ENCODER, 0
         elif layer == net.L:
-            phase = LNF if phase == LN1 else LOGITS
+            phase += LNF - LN1
         run_phase(net, s, phase, layer, me.ith, me.nth)
-        if phase == LOGITS or (s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)):
+        own = s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)
+        if own or i == phases(net, s) - 1:
             done(me, phase, layer)
         elif meet(me, phase, layer):
             return 1
@@ -334,10 +394,6 @@ def check_token(token, Py_ssize_t V) -> int:
 
 cdef class Floats:
     """A float32 array (rows, cols), C-contiguous, 64-byte aligned, not initialised. NumPy views it without a copy."""
-
-    cdef float* data
-    cdef Py_ssize_t[2] shape
-    cdef Py_ssize_t[2] strides
 
     def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols):
         cdef void* memory = NULL
@@ -373,9 +429,6 @@ cdef class Floats:
 
 cdef class Weights:
     """Where the sixteen tensors lie in the mapped file. `values` is kept (and with it the map) until close()."""
-
-    cdef Net net
-    cdef const unsigned char[::1] view
 
     def __init__(self, const unsigned char[::1] values not None, config, *, bint padded, bint bf16):
         cdef Py_ssize_t width = 2 if bf16 else 4
@@ -419,13 +472,6 @@ cdef class KeysValues:
     """Keys and values of one sequence, (L, NH, capacity, HSp) float32 each. Untouched positions cost no memory: the system
     hands out pages as they are written. Positions below `length` are committed."""
 
-    cdef Floats keys
-    cdef Floats values
-    cdef Weights weights
-    cdef readonly Py_ssize_t capacity
-    cdef readonly Py_ssize_t length
-    cdef Py_ssize_t ahead           # length plus the rows of the step being prepared
-
     def __init__(self, Weights weights not None, Py_ssize_t capacity):
         self.weights = weights
         self.capacity = capacity
@@ -445,10 +491,6 @@ cdef class KeysValues:
 
 cdef class Trace:
     """What the workers of a step noted about its phases: `capacity` events for each, later ones counted and dropped."""
-
-    cdef trace_log* logs
-    cdef readonly Py_ssize_t nth
-    cdef readonly Py_ssize_t capacity
 
     def __cinit__(self, Py_ssize_t nth, Py_ssize_t capacity):
         cdef void* memory = NULL
@@ -511,23 +553,7 @@ cdef class Step:
 
     Holds the activations between steps, so that a step of a known size allocates only its logits."""
 
-    cdef Weights weights
-    cdef State state
-    cdef native_barrier* barrier
-    cdef Py_ssize_t nth             # workers of the pool
-    cdef Py_ssize_t active          # workers of the current step: the first so many
-    cdef uint32_t spins
-    cdef Floats workspace
-    cdef Floats scratch
-    cdef Floats wide
-    cdef Py_ssize_t room            # rows that the arrays have room for
-    cdef list keep                  # caches of the current step: alive while the workers write to them
-    cdef readonly Floats logits     # (W, V) of the current step
-    cdef public Trace trace         # where the workers log their phases, or None
-    cdef public bint forked         # whether workers meet in the pool after every phase: a round is one phase, not all
-    cdef Py_ssize_t first, last     # the phases of the current round
-
-    def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins):
+    def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins, *_, **__):
         cdef void* memory = NULL
         if posix_memalign(&memory, 64, sizeof(native_barrier)):
             raise MemoryError("no room for a barrier")
@@ -583,12 +609,11 @@ cdef class Step:
             longest = max(longest, cache.ahead)
             r += 1
         s.R = r
-        s.ln_size = FEW_ROWS * self.weights.net.C if r <= FEW_ROWS else 0
+        s.ln_size = FEW_ROWS * self.weights.net.C if r <= FEW_ROWS and s.losses == NULL else 0
         self.first, self.last = 0, 1 if self.forked and active > 1 else phases(&self.weights.net, s)
         self._cut_spans()
         self._reserve_scratch(longest)
-        self.logits = Floats(s.W, self.weights.net.V)
-        s.logits = self.logits.data
+        self._reserve_logits()
         barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
     cdef _reserve(self, Py_ssize_t R):
@@ -598,12 +623,32 @@ cdef class Step:
         if R <= self.room:
             return
         self.room = 0
-        if self.weights.net.bf16 and R > micro.narrow and self.wide is None:
-            s.wide_size = max(block_outputs(C) * C, block_outputs(4 * C) * 4 * C)
-            self.wide = Floats(self.nth, s.wide_size)
-            s.wide = self.wide.data
+        self._reserve_rows(R)
         s.fch_row = 4 * C + 16
-        workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C)
+        self.workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C)
+        s.residual = self.workspace.data
+        s.qkv = s.residual + R * C
+        s.atty = s.qkv + R * 3 * C
+        s.proj = s.atty + R * C
+        s.fch = s.fch_gelu = s.proj + R * C
+        s.ln = s.fch + R * s.fch_row
+        self.room = R
+
+    cdef _reserve_logits(self):
+        """Make room for the logits: fresh memory, for they are the caller's afterwards."""
+        cdef State* s = &self.state
+        self.logits = Floats(s.W, self.weights.net.V)
+        s.logits, s.logits_row = self.logits.data, self.weights.net.V
+
+    cdef _reserve_rows(self, Py_ssize_t R):
+        """Make room for what a step of R rows needs beside its activations."""
+        cdef State* s = &self.state
+        cdef Py_ssize_t C = self.weights.net.C
+        if R > micro.narrow:
+            s.packed_at = max(block_outputs(C) * padded(C), block_outputs(4 * C) * padded(4 * C))
+            s.room_size = s.packed_at + padded(R) * padded(4 * C)
+            self.packed = Floats(self.nth, s.room_size)
+            s.room = self.packed.data
         free(s.rows)
         free(s.spans)
         free(s.wanted)
@@ -612,14 +657,6 @@ cdef class Step:
         s.wanted = <Py_ssize_t*> malloc(R * sizeof(Py_ssize_t))
         if s.rows == NULL or s.spans == NULL or s.wanted == NULL:
             raise MemoryError(f"no room for a step of {R} rows")
-        self.workspace = workspace
-        s.residual = self.workspace.data
-        s.qkv = s.residual + R * C
-        s.atty = s.qkv + R * 3 * C
-        s.proj = s.atty + R * C
-        s.fch = s.proj + R * C
-        s.ln = s.fch + R * s.fch_row
-        self.room = R
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
         """Make room for each worker's attention tile over `longest` keys."""
@@ -663,11 +700,17 @@ cdef class Step:
             raise InputError(f"worker {ith} of {nth}: this step was prepared for {self.active} workers")
         cdef trace_worker me
         if ith < self.active and self.state.R:
-            me.ith, me.nth, me.barrier = ith, self.active, self.barrier
-            me.first, me.last = self.first, self.last
-            me.log = NULL if self.trace is None else self.trace.log(ith)
+            me = self._worker(ith)
             with nogil:
                 forward(&self.weights.net, &self.state, &me)
+
+    cdef trace_worker _worker(self, Py_ssize_t ith) except *:
+        """What worker ith needs to know about this round."""
+        cdef trace_worker me
+        me.ith, me.nth, me.barrier = ith, self.active, self.barrier
+        me.first, me.last = self.first, self.last
+        me.log = NULL if self.trace is None else self.trace.log(ith)
+        return me
 
     def abort(self) -> None:
         """Let every worker out of the barriers: one of them cannot come. The step's results are void."""

@@ -1,127 +1,514 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The serial program, kernel for kernel: the yardstick for correctness and for speed-up.
+"""The serial program, kernel for kernel: the yardstick for correctness and for speed-up, of inference and of training.
 
 Plain scalar loops over float32, one thread, no cache: every call runs the whole network over all tokens so far, with logits
 and probabilities for every row, as the serial `gpt` program does for each new token. Sums run in ascending index, a dot
-product starts from its bias, exp and tanh are libm's. Compiled with the same flags as the fast path; nothing here is tuned,
-and nothing is slowed down on purpose.
+product starts from its bias, exp, tanh, cosh and log are libm's. Compiled with the same flags as the fast path; nothing here
+is tuned, and nothing is slowed down on purpose. Every backward kernel adds to the gradients that it is given.
 
-Source: llm.c, train_gpt2.c, its forward functions without OpenMP.
+B sequences of T tokens, N = B * T rows. Less memory than llm.c takes, and the same numbers: the logits' place is taken by
+their probabilities and then by their gradients, activations that no backward kernel reads are those of one layer, and so are
+the gradients of activations. Ctrl-C takes effect between layers.
+
+Source: llm.c, train_gpt2.c, its functions without OpenMP.
 """
 
-from libc.math cimport INFINITY, expf, sqrtf, tanhf
+from cpython.exc cimport PyErr_CheckSignals
+from libc.math cimport INFINITY, coshf, expf, logf, sqrt, sqrtf, tanhf
 from libc.stdint cimport uint16_t, uint32_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels, forward
 
 
 cdef void encoder_forward(
-    float* out,                                       # OUT (T, C)
-    const int* tokens, const float* wte, const float* wpe,  # IN (T,), (V, C), (maxT, C)
-    Py_ssize_t T, Py_ssize_t C,
+    float* out,                                       # OUT (B, T, C)
+    const int* tokens, const float* wte, const float* wpe,  # IN (B, T), (V, C), (maxT, C)
+    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C,
 ) noexcept nogil:
-    cdef Py_ssize_t t, i
-    for t in range(T):
+    cdef Py_ssize_t n, i
+    for n in range(B * T):
         for i in range(C):
-            out[t * C + i] = wte[tokens[t] * C + i] + wpe[t * C + i]
+            out[n * C + i] = wte[tokens[n] * C + i] + wpe[n % T * C + i]
 
 
 cdef void layernorm_forward(
-    float* out, const float* inp,                     # OUT (T, C), IN (T, C)
+    float* out, float* means, float* rstds,           # OUT (N, C), (N,), (N,)
+    const float* inp,                                 # IN (N, C)
     const float* weight, const float* bias,           # IN (C,), (C,)
-    Py_ssize_t T, Py_ssize_t C,
+    Py_ssize_t N, Py_ssize_t C,
 ) noexcept nogil:
-    cdef Py_ssize_t t, i
+    cdef Py_ssize_t n, i
     cdef float mean, variance, shift, rstd
-    for t in range(T):
+    for n in range(N):
         mean = 0
         for i in range(C):
-            mean += inp[t * C + i]
+            mean += inp[n * C + i]
         mean /= C
         variance = 0
         for i in range(C):
-            shift = inp[t * C + i] - mean
+            shift = inp[n * C + i] - mean
             variance += shift * shift
         variance /= C
         rstd = <float> 1.0 / sqrtf(variance + <float> 1e-5)
         for i in range(C):
-            out[t * C + i] = (inp[t * C + i] - mean) * rstd * weight[i] + bias[i]
+            out[n * C + i] = (inp[n * C + i] - mean) * rstd * weight[i] + bias[i]
+        means[n] = mean
+        rstds[n] = rstd
 
 
 cdef void matmul_forward(
-    float* out, const float* inp,                     # OUT (T, OC), IN (T, C)
+    float* out, const float* inp,                     # OUT (N, OC), IN (N, C)
     const float* weight, const float* bias,           # IN (OC, C), (OC,) or NULL
-    Py_ssize_t T, Py_ssize_t C, Py_ssize_t OC,
+    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
 ) noexcept nogil:
-    cdef Py_ssize_t t, o, i
+    cdef Py_ssize_t n, o, i
     cdef float val
-    for t in range(T):
+    for n in range(N):
         for o in range(OC):
             val = bias[o] if bias != NULL else <float> 0
             for i in range(C):
-                val += inp[t * C + i] * weight[o * C + i]
-            out[t * OC + o] = val
+                val += inp[n * C + i] * weight[o * C + i]
+            out[n * OC + o] = val
 
 
 cdef void attention_forward(
-    float* out, float* att, const float* qkv,         # OUT (T, C), SCRATCH (T,), IN (T, 3C)
-    Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
+    float* out, float* att, const float* qkv,         # OUT (B, T, C), (B, NH, T, T), IN (B, T, 3C)
+    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
 ) noexcept nogil:
-    cdef Py_ssize_t t, h, t2, i, HS = C // NH
+    """What lies above the diagonal of att is neither written nor read."""
+    cdef Py_ssize_t b, t, h, t2, i, HS = C // NH
     cdef float scale = <float> 1.0 / sqrtf(<float> HS), maxval, expsum, val
     cdef const float* q
     cdef const float* k
-    for t in range(T):
-        for h in range(NH):
-            q = qkv + t * 3 * C + h * HS
-            maxval = -INFINITY
-            for t2 in range(t + 1):
-                k = qkv + t2 * 3 * C + C + h * HS
-                val = 0
+    cdef const float* v
+    cdef float* row
+    cdef float* out_row
+    for b in range(B):
+        for t in range(T):
+            for h in range(NH):
+                q = qkv + (b * T + t) * 3 * C + h * HS
+                row = att + ((b * NH + h) * T + t) * T
+                out_row = out + (b * T + t) * C + h * HS
+                maxval = -INFINITY
+                for t2 in range(t + 1):
+                    k = qkv + (b * T + t2) * 3 * C + C + h * HS
+                    val = 0
+                    for i in range(HS):
+                        val += q[i] * k[i]
+                    row[t2] = val * scale
+                    if row[t2] > maxval:
+                        maxval = row[t2]
+                expsum = 0
+                for t2 in range(t + 1):
+                    row[t2] = expf(row[t2] - maxval)
+                    expsum += row[t2]
                 for i in range(HS):
-                    val += q[i] * k[i]
-                att[t2] = val * scale
-                if att[t2] > maxval:
-                    maxval = att[t2]
-            expsum = 0
-            for t2 in range(t + 1):
-                att[t2] = expf(att[t2] - maxval)
-                expsum += att[t2]
-            for i in range(HS):
-                out[t * C + h * HS + i] = 0
-            for t2 in range(t + 1):
-                val = att[t2] / expsum
-                for i in range(HS):
-                    out[t * C + h * HS + i] += val * qkv[t2 * 3 * C + 2 * C + h * HS + i]
+                    out_row[i] = 0
+                for t2 in range(t + 1):
+                    v = qkv + (b * T + t2) * 3 * C + 2 * C + h * HS
+                    row[t2] /= expsum
+                    for i in range(HS):
+                        out_row[i] += row[t2] * v[i]
 
 
-cdef void gelu_forward(float* out, const float* inp, Py_ssize_t n) noexcept nogil:
+cdef void gelu_forward(float* out, const float* inp, Py_ssize_t size) noexcept nogil:
     cdef Py_ssize_t i
     cdef float x
-    for i in range(n):
+    for i in range(size):
         x = inp[i]
         out[i] = <float> 0.5 * x * (1 + tanhf(<float> 0.7978845608028654 * (x + <float> 0.044715 * x * x * x)))
 
 
-cdef void residual_forward(float* out, const float* inp1, const float* inp2, Py_ssize_t n) noexcept nogil:
+cdef void residual_forward(float* out, const float* inp1, const float* inp2, Py_ssize_t size) noexcept nogil:
     cdef Py_ssize_t i
-    for i in range(n):
+    for i in range(size):
         out[i] = inp1[i] + inp2[i]
 
 
-cdef void softmax_forward(float* probs, const float* logits, Py_ssize_t T, Py_ssize_t V) noexcept nogil:
-    cdef Py_ssize_t t, i
+cdef void softmax_forward(float* probs, const float* logits, Py_ssize_t N, Py_ssize_t V) noexcept nogil:
+    """probs and logits may be one array."""
+    cdef Py_ssize_t n, i
     cdef float maxval, expsum
-    for t in range(T):
+    for n in range(N):
         maxval = -INFINITY
         for i in range(V):
-            if logits[t * V + i] > maxval:
-                maxval = logits[t * V + i]
+            if logits[n * V + i] > maxval:
+                maxval = logits[n * V + i]
         expsum = 0
         for i in range(V):
-            probs[t * V + i] = expf(logits[t * V + i] - maxval)
-            expsum += probs[t * V + i]
+            probs[n * V + i] = expf(logits[n * V + i] - maxval)
+            expsum += probs[n * V + i]
         for i in range(V):
-            probs[t * V + i] /= expsum
+            probs[n * V + i] /= expsum
+
+
+cdef void crossentropy_forward(
+    float* losses,                                    # OUT (N,)
+    const float* probs, const int* targets,           # IN (N, V), (N,)
+    Py_ssize_t N, Py_ssize_t V,
+) noexcept nogil:
+    cdef Py_ssize_t n
+    for n in range(N):
+        losses[n] = -logf(probs[n * V + targets[n]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels, backward: d before a name is the loss's gradient with respect to it
+
+
+cdef void crossentropy_softmax_backward(
+    float* dlogits, float dloss,                      # OUT (N, V), IN the gradient of every loss
+    const float* probs, const int* targets,           # IN (N, V), (N,)
+    Py_ssize_t N, Py_ssize_t V,
+) noexcept nogil:
+    """dlogits and probs may be one array: of all backward kernels this one replaces and does not add."""
+    cdef Py_ssize_t n, i
+    cdef float indicator
+    for n in range(N):
+        for i in range(V):
+            indicator = 1 if i == targets[n] else 0
+            dlogits[n * V + i] = (probs[n * V + i] - indicator) * dloss
+
+
+cdef void residual_backward(float* dinp1, float* dinp2, const float* dout, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(size):
+        dinp1[i] += dout[i]
+        dinp2[i] += dout[i]
+
+
+cdef void gelu_backward(float* dinp, const float* inp, const float* dout, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float x, arg, tanh_out, cosh_out, sech_out, factor = <float> 0.7978845608028654
+    for i in range(size):
+        x = inp[i]
+        arg = factor * (x + <float> 0.044715 * x * x * x)
+        tanh_out = tanhf(arg)
+        cosh_out = coshf(arg)
+        sech_out = 1 / (cosh_out * cosh_out)  # tanh's slope at arg
+        dinp[i] += dout[i] * (
+            <float> 0.5 * (1 + tanh_out) + x * <float> 0.5 * sech_out * factor * (1 + 3 * <float> 0.044715 * x * x)
+        )
+
+
+cdef void attention_backward(
+    float* dqkv,                                      # OUT (B, T, 3C)
+    float* dpreatt, float* datt,                      # SCRATCH (T,), (T,): of the row in hand
+    const float* dout, const float* qkv, const float* att,  # IN (B, T, C), (B, T, 3C), (B, NH, T, T)
+    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
+) noexcept nogil:
+    cdef Py_ssize_t b, t, h, t2, t3, i, q, k, v, HS = C // NH
+    cdef float scale = <float> 1.0 / sqrtf(<float> HS), indicator
+    cdef const float* row
+    cdef const float* dout_row
+    for b in range(B):
+        for t in range(T):
+            for h in range(NH):
+                row = att + ((b * NH + h) * T + t) * T
+                dout_row = dout + (b * T + t) * C + h * HS
+                for t2 in range(t + 1):
+                    datt[t2] = dpreatt[t2] = 0
+                # through the sum of values
+                for t2 in range(t + 1):
+                    v = (b * T + t2) * 3 * C + 2 * C + h * HS
+                    for i in range(HS):
+                        datt[t2] += qkv[v + i] * dout_row[i]
+                        dqkv[v + i] += row[t2] * dout_row[i]
+                # through the softmax
+                for t2 in range(t + 1):
+                    for t3 in range(t + 1):
+                        indicator = 1 if t2 == t3 else 0
+                        dpreatt[t3] += row[t2] * (indicator - row[t3]) * datt[t2]
+                # through the scaled dot products of query and keys
+                q = (b * T + t) * 3 * C + h * HS
+                for t2 in range(t + 1):
+                    k = (b * T + t2) * 3 * C + C + h * HS
+                    for i in range(HS):
+                        dqkv[q + i] += qkv[k + i] * dpreatt[t2] * scale
+                        dqkv[k + i] += qkv[q + i] * dpreatt[t2] * scale
+
+
+cdef void matmul_backward(
+    float* dinp, float* dweight, float* dbias,        # OUT (N, C), (OC, C), (OC,) or NULL
+    const float* dout, const float* inp, const float* weight,  # IN (N, OC), (N, C), (OC, C)
+    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
+) noexcept nogil:
+    cdef Py_ssize_t n, o, i
+    cdef float d
+    for n in range(N):
+        for o in range(OC):
+            d = dout[n * OC + o]
+            for i in range(C):
+                dinp[n * C + i] += weight[o * C + i] * d
+    for o in range(OC):
+        for n in range(N):
+            d = dout[n * OC + o]
+            if dbias != NULL:
+                dbias[o] += d
+            for i in range(C):
+                dweight[o * C + i] += inp[n * C + i] * d
+
+
+cdef void layernorm_backward(
+    float* dinp, float* dweight, float* dbias,        # OUT (N, C), (C,), (C,)
+    const float* dout, const float* inp, const float* weight,  # IN (N, C), (N, C), (C,)
+    const float* means, const float* rstds,           # IN (N,), (N,)
+    Py_ssize_t N, Py_ssize_t C,
+) noexcept nogil:
+    cdef Py_ssize_t n, i
+    cdef float norm, dnorm, dnorm_mean, dnorm_norm_mean
+    for n in range(N):
+        dnorm_mean = 0
+        dnorm_norm_mean = 0
+        for i in range(C):
+            norm = (inp[n * C + i] - means[n]) * rstds[n]
+            dnorm = weight[i] * dout[n * C + i]
+            dnorm_mean += dnorm
+            dnorm_norm_mean += dnorm * norm
+        dnorm_mean /= C
+        dnorm_norm_mean /= C
+        for i in range(C):
+            norm = (inp[n * C + i] - means[n]) * rstds[n]
+            dnorm = weight[i] * dout[n * C + i]
+            dbias[i] += dout[n * C + i]
+            dweight[i] += norm * dout[n * C + i]
+            dinp[n * C + i] += (dnorm - dnorm_mean - norm * dnorm_norm_mean) * rstds[n]
+
+
+cdef void encoder_backward(
+    float* dwte, float* dwpe,                         # OUT (V, C), (maxT, C)
+    const float* dout, const int* tokens,             # IN (B, T, C), (B, T)
+    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C,
+) noexcept nogil:
+    cdef Py_ssize_t n, i
+    for n in range(B * T):
+        for i in range(C):
+            dwte[tokens[n] * C + i] += dout[n * C + i]
+            dwpe[n % T * C + i] += dout[n * C + i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimiser
+
+
+cdef struct Adam:  # parameters.AdamW in float32
+    float lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, gradient_scale, decay
+
+
+cdef void adamw_update(
+    float* parameters, const float* gradients,        # INOUT (size,), IN (size,)
+    float* first, float* second,                      # INOUT (size,), (size,)
+    Py_ssize_t size, const Adam* step,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float gradient
+    for i in range(size):
+        gradient = step.gradient_scale * gradients[i]
+        first[i] = step.beta1 * first[i] + step.rest1 * gradient
+        second[i] = step.beta2 * second[i] + step.rest2 * gradient * gradient
+        parameters[i] -= step.lr * (
+            first[i] / step.correction1 / (sqrtf(second[i] / step.correction2) + step.eps) + step.decay * parameters[i]
+        )
+
+
+cdef double sum_of_squares(const float* values, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef double total = 0
+    for i in range(size):
+        total += <double> values[i] * values[i]
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+cdef struct Shape:
+    Py_ssize_t B, T, C, L, NH, V
+
+
+cdef struct Tensors:  # pointers only, in file order: the weights, which are only read, or their gradients
+    float* wte
+    float* wpe
+    float* ln1w
+    float* ln1b
+    float* qkvw
+    float* qkvb
+    float* attprojw
+    float* attprojb
+    float* ln2w
+    float* ln2b
+    float* fcw
+    float* fcb
+    float* fcprojw
+    float* fcprojb
+    float* lnfw
+    float* lnfb
+
+
+cdef Tensors tensors_at(float* memory, config, bint padded) except *:
+    """Find the sixteen tensors in memory."""
+    cdef Tensors tensors
+    cdef float** fields = <float**> &tensors
+    for i, (_, _, offset, _) in enumerate(config.tensors(padded=padded)):
+        fields[<Py_ssize_t> i] = memory + <Py_ssize_t> offset
+    return tensors
+
+
+cdef Tensors tensors_of_layer(Tensors w, Shape s, Py_ssize_t layer) noexcept nogil:
+    """The same, each at the layer's part."""
+    w.ln1w += layer * s.C
+    w.ln1b += layer * s.C
+    w.qkvw += layer * 3 * s.C * s.C
+    w.qkvb += layer * 3 * s.C
+    w.attprojw += layer * s.C * s.C
+    w.attprojb += layer * s.C
+    w.ln2w += layer * s.C
+    w.ln2b += layer * s.C
+    w.fcw += layer * 4 * s.C * s.C
+    w.fcb += layer * 4 * s.C
+    w.fcprojw += layer * 4 * s.C * s.C
+    w.fcprojb += layer * s.C
+    return w
+
+
+cdef struct Acts:  # pointers only; Activations makes room for each
+    float* encoded
+    float* ln1
+    float* ln1_mean
+    float* ln1_rstd
+    float* qkv
+    float* atty
+    float* att
+    float* residual2
+    float* ln2
+    float* ln2_mean
+    float* ln2_rstd
+    float* fch
+    float* fch_gelu
+    float* residual3
+    float* attproj
+    float* fcproj
+    float* lnf
+    float* lnf_mean
+    float* lnf_rstd
+    float* logits
+
+
+cdef Acts acts_of_layer(Acts a, Shape s, Py_ssize_t layer) noexcept nogil:
+    """The activations of one layer, where those of all are kept."""
+    cdef Py_ssize_t N = s.B * s.T
+    a.ln1 += layer * N * s.C
+    a.ln1_mean += layer * N
+    a.ln1_rstd += layer * N
+    a.qkv += layer * N * 3 * s.C
+    a.atty += layer * N * s.C
+    a.att += layer * N * s.NH * s.T
+    a.residual2 += layer * N * s.C
+    a.ln2 += layer * N * s.C
+    a.ln2_mean += layer * N
+    a.ln2_rstd += layer * N
+    a.fch += layer * N * 4 * s.C
+    a.fch_gelu += layer * N * 4 * s.C
+    a.residual3 += layer * N * s.C
+    return a
+
+
+cdef struct Grads:  # gradients of activations, of the layer in hand; pointers only, room made by Training.backward
+    float* residual3
+    float* residual   # of the stream that enters the layer: residual3 of the one before
+    float* ln1
+    float* qkv
+    float* atty
+    float* attproj
+    float* residual2
+    float* ln2
+    float* fch
+    float* fch_gelu
+    float* fcproj
+    float* lnf
+    float* preatt
+    float* att
+
+
+cdef int stop_if_interrupted() except -1 with gil:
+    """Let Python's signal handlers run, so that Ctrl-C raises here."""
+    PyErr_CheckSignals()
+    return 0
+
+
+cdef int network_forward(Acts acts, Tensors weights, const int* tokens, Shape s, bint keep) except -1 nogil:
+    """Fill the activations up to the logits. `keep`: those of all layers; else each layer overwrites the one before."""
+    cdef Py_ssize_t N = s.B * s.T, C = s.C, layer
+    cdef const float* residual = acts.encoded
+    cdef Tensors w
+    cdef Acts a
+    encoder_forward(acts.encoded, tokens, weights.wte, weights.wpe, s.B, s.T, C)
+    for layer in range(s.L):
+        w = tensors_of_layer(weights, s, layer)
+        a = acts_of_layer(acts, s, layer if keep else 0)
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b, N, C)
+        matmul_forward(a.qkv, a.ln1, w.qkvw, w.qkvb, N, C, 3 * C)
+        attention_forward(a.atty, a.att, a.qkv, s.B, s.T, C, s.NH)
+        matmul_forward(a.attproj, a.atty, w.attprojw, w.attprojb, N, C, C)
+        residual_forward(a.residual2, residual, a.attproj, N * C)
+        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C)
+        matmul_forward(a.fch, a.ln2, w.fcw, w.fcb, N, C, 4 * C)
+        gelu_forward(a.fch_gelu, a.fch, N * 4 * C)
+        matmul_forward(a.fcproj, a.fch_gelu, w.fcprojw, w.fcprojb, N, 4 * C, C)
+        residual_forward(a.residual3, a.residual2, a.fcproj, N * C)
+        residual = a.residual3
+        stop_if_interrupted()
+    layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, weights.lnfw, weights.lnfb, N, C)
+    matmul_forward(acts.logits, acts.lnf, weights.wte, NULL, N, C, s.V)
+    stop_if_interrupted()
+    return 0
+
+
+cdef int network_backward(
+    Acts acts, Grads d, Tensors weights, Tensors gradients, const int* inputs, const int* targets, float dloss, Shape s,
+) except -1 nogil:
+    """Add every tensor's gradient, from activations that end in probabilities; those become gradients of the logits."""
+    cdef Py_ssize_t N = s.B * s.T, C = s.C, layer
+    cdef const float* residual = acts_of_layer(acts, s, s.L - 1).residual3
+    cdef size_t row_bytes = N * C * sizeof(float), other_bytes = <size_t> (<char*> d.preatt - <char*> d.residual)
+    cdef Tensors w, g
+    cdef Acts a
+    memset(d.residual3, 0, row_bytes)
+    memset(d.residual, 0, other_bytes)
+    crossentropy_softmax_backward(acts.logits, dloss, acts.logits, targets, N, s.V)
+    matmul_backward(d.lnf, gradients.wte, NULL, acts.logits, acts.lnf, weights.wte, N, C, s.V)
+    stop_if_interrupted()
+    layernorm_backward(
+        d.residual3, gradients.lnfw, gradients.lnfb, d.lnf, residual, weights.lnfw, acts.lnf_mean, acts.lnf_rstd, N, C
+    )
+    for layer in range(s.L - 1, -1, -1):
+        w = tensors_of_layer(weights, s, layer)
+        g = tensors_of_layer(gradients, s, layer)
+        a = acts_of_layer(acts, s, layer)
+        residual = acts_of_layer(acts, s, layer - 1).residual3 if layer else acts.encoded
+        memset(d.residual, 0, other_bytes)
+        residual_backward(d.residual2, d.fcproj, d.residual3, N * C)
+        matmul_backward(d.fch_gelu, g.fcprojw, g.fcprojb, d.fcproj, a.fch_gelu, w.fcprojw, N, 4 * C, C)
+        gelu_backward(d.fch, a.fch, d.fch_gelu, N * 4 * C)
+        matmul_backward(d.ln2, g.fcw, g.fcb, d.fch, a.ln2, w.fcw, N, C, 4 * C)
+        layernorm_backward(d.residual2, g.ln2w, g.ln2b, d.ln2, a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C)
+        residual_backward(d.residual, d.attproj, d.residual2, N * C)
+        matmul_backward(d.atty, g.attprojw, g.attprojb, d.attproj, a.atty, w.attprojw, N, C, C)
+        attention_backward(d.qkv, d.preatt, d.att, d.atty, a.qkv, a.att, s.B, s.T, C, s.NH)
+        matmul_backward(d.ln1, g.qkvw, g.qkvb, d.qkv, a.ln1, w.qkvw, N, C, 3 * C)
+        layernorm_backward(d.residual, g.ln1w, g.ln1b, d.ln1, residual, w.ln1w, a.ln1_mean, a.ln1_rstd, N, C)
+        memcpy(d.residual3, d.residual, row_bytes)
+        stop_if_interrupted()
+    encoder_backward(gradients.wte, gradients.wpe, d.residual3, inputs, s.B, s.T, C)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What Python sees
 
 
 def _floats(size):
@@ -129,18 +516,56 @@ def _floats(size):
     return memoryview(bytearray(4 * size)).cast("f")
 
 
+cdef float[::1] point(float** fields, sizes):
+    """Make room for arrays of the given sizes, one after another, and point each field to its own; keep what is returned."""
+    cdef float[::1] memory = _floats(sum(sizes))
+    cdef float* place = &memory[0]
+    for i, size in enumerate(sizes):
+        fields[<Py_ssize_t> i] = place
+        place += <Py_ssize_t> size
+    return memory
+
+
+cdef class Activations:
+    """What lies between the kernels for B sequences of T tokens: of every layer (`keep`), or of one after another."""
+
+    cdef Acts acts
+    cdef Shape shape
+    cdef bint keep
+    cdef float[::1] memory
+    cdef readonly object logits         # (N, V), apart from the others: it may outlive them
+
+    def __cinit__(self, config, Py_ssize_t B, Py_ssize_t T, *, bint keep):
+        cdef Py_ssize_t C = config.C, V = config.V, N = B * T, layers = config.L if keep else 1
+        self.shape = Shape(B, T, C, config.L, config.NH, V)
+        self.keep = keep
+        # in the order of Acts
+        of_layers = (N * C, N, N, N * 3 * C, N * C, N * config.NH * T, N * C, N * C, N, N, N * 4 * C, N * 4 * C, N * C)
+        self.memory = point(
+            <float**> &self.acts, (N * C, *(layers * size for size in of_layers), N * C, N * C, N * C, N, N)
+        )
+        self.logits = _floats(N * V)
+        cdef float[::1] logits = self.logits
+        self.acts.logits = &logits[0]
+
+    cdef void forward(self, Tensors weights, const int* tokens) except *:
+        """Run the network without the GIL, up to the logits."""
+        with nogil:
+            network_forward(self.acts, weights, tokens, self.shape, self.keep)
+
+
 cdef class Reference:
     """GPT-2 as the serial program computes it. forward(tokens) gives logits and probabilities of every row."""
 
     cdef readonly object config
-    cdef const float[::1] params        # the sixteen tensors in file order, float32
-    cdef dict begin                     # name -> offset of its first value
+    cdef const float[::1] values        # the sixteen tensors in file order, float32
+    cdef Tensors weights
 
     def __init__(self, values, config, *, bint padded, bint bf16):
         """`values`: the tensors' bytes as the checkpoint stores them; bfloat16 is widened once, float32 used in place."""
         self.config = config
-        self.params = self._widen(values) if bf16 else values.cast("f")
-        self.begin = {name: offset for name, _, offset, _ in config.tensors(padded=padded)}
+        self.values = self._widen(values) if bf16 else values.cast("f")
+        self.weights = tensors_at(<float*> &self.values[0], config, padded)
 
     @staticmethod
     def _widen(values):
@@ -154,43 +579,126 @@ cdef class Reference:
             memcpy(&out[i], &bits, sizeof(bits))
         return wide
 
-    cdef const float* tensor(self, name, Py_ssize_t index=0) except NULL:
-        return &self.params[<Py_ssize_t> self.begin[name] + index]
-
     def forward(self, tokens) -> tuple:
         """Return (logits, probs), memoryviews of shape (T, V), for T token ids, each below V, T at most maxT."""
-        cdef Py_ssize_t T = len(tokens), C = self.config.C, NH = self.config.NH, V = self.config.V, layer
+        cdef Py_ssize_t T = len(tokens), V = self.config.V
+        cdef Activations activations = Activations(self.config, 1, T, keep=False)
         ids = memoryview(bytearray(4 * T)).cast("i")
         for t, token in enumerate(tokens):
             ids[t] = token
         cdef const int[::1] token_ids = ids
-        cdef float[::1] residual = _floats(T * C), ln = _floats(T * C), qkv = _floats(T * 3 * C), att = _floats(T)
-        cdef float[::1] atty = _floats(T * C), proj = _floats(T * C), fch = _floats(T * 4 * C), fch_gelu = _floats(T * 4 * C)
-        logits, probs = bytearray(4 * T * V), bytearray(4 * T * V)
-        cdef float[::1] logits_view = memoryview(logits).cast("f"), probs_view = memoryview(probs).cast("f")
+        probs = _floats(T * V)
+        cdef float[::1] probs_view = probs
+        activations.forward(self.weights, &token_ids[0])
+        with nogil:
+            softmax_forward(&probs_view[0], activations.acts.logits, T, V)
+        return tuple(flat.cast("B").cast("f", [T, V]) for flat in (activations.logits, probs))
 
-        encoder_forward(&residual[0], &token_ids[0], self.tensor("wte"), self.tensor("wpe"), T, C)
-        for layer in range(self.config.L):
-            layernorm_forward(&ln[0], &residual[0], self.tensor("ln1w", layer * C), self.tensor("ln1b", layer * C), T, C)
-            matmul_forward(
-                &qkv[0], &ln[0], self.tensor("qkvw", layer * 3 * C * C), self.tensor("qkvb", layer * 3 * C), T, C, 3 * C
-            )
-            attention_forward(&atty[0], &att[0], &qkv[0], T, C, NH)
-            matmul_forward(
-                &proj[0], &atty[0], self.tensor("attprojw", layer * C * C), self.tensor("attprojb", layer * C), T, C, C
-            )
-            residual_forward(&residual[0], &residual[0], &proj[0], T * C)
-            layernorm_forward(&ln[0], &residual[0], self.tensor("ln2w", layer * C), self.tensor("ln2b", layer * C), T, C)
-            matmul_forward(
-                &fch[0], &ln[0], self.tensor("fcw", layer * 4 * C * C), self.tensor("fcb", layer * 4 * C), T, C, 4 * C
-            )
-            gelu_forward(&fch_gelu[0], &fch[0], T * 4 * C)
-            matmul_forward(
-                &proj[0], &fch_gelu[0], self.tensor("fcprojw", layer * 4 * C * C), self.tensor("fcprojb", layer * C),
-                T, 4 * C, C,
-            )
-            residual_forward(&residual[0], &residual[0], &proj[0], T * C)
-        layernorm_forward(&ln[0], &residual[0], self.tensor("lnfw"), self.tensor("lnfb"), T, C)
-        matmul_forward(&logits_view[0], &ln[0], self.tensor("wte"), NULL, T, C, V)
-        softmax_forward(&probs_view[0], &logits_view[0], T, V)
-        return memoryview(logits).cast("f", [T, V]), memoryview(probs).cast("f", [T, V])
+
+cdef class Training:
+    """GPT-2's training as the serial program computes it, over flat arrays of its caller in a version 3 file's layout.
+
+    Inputs and targets are int32 arrays (B, T), ids below V, T at most maxT: whoever calls has checked that.
+    """
+
+    cdef readonly object config
+    cdef float[::1] parameters
+    cdef float[::1] gradients
+    cdef Tensors weights, dweights
+    cdef Activations activations        # of the last forward(), until backward() has spent them
+    cdef const int[:, ::1] inputs       # of the same
+    cdef const int[:, ::1] targets
+
+    def __init__(self, float[::1] parameters, float[::1] gradients, config):
+        self.config = config
+        self.parameters, self.gradients = parameters, gradients
+        self.weights = tensors_at(&parameters[0], config, True)
+        self.dweights = tensors_at(&gradients[0], config, True)
+
+    def forward(self, const int[:, ::1] inputs, const int[:, ::1] targets):
+        """Return the losses, a memoryview (B, T), and keep the activations for backward()."""
+        self.activations = None
+        activations = Activations(self.config, inputs.shape[0], inputs.shape[1], keep=True)
+        losses = self.losses(activations, inputs, targets)
+        self.activations, self.inputs, self.targets = activations, inputs, targets
+        return losses
+
+    def evaluate(self, const int[:, ::1] inputs, const int[:, ::1] targets):
+        """Return the losses, a memoryview (B, T); what forward() kept stays."""
+        return self.losses(Activations(self.config, inputs.shape[0], inputs.shape[1], keep=False), inputs, targets)
+
+    cdef losses(self, Activations activations, const int[:, ::1] inputs, const int[:, ::1] targets):
+        """Run the network, turn its logits into probabilities in their place, and return the losses."""
+        cdef Shape s = activations.shape
+        cdef float* logits = activations.acts.logits
+        losses = _floats(s.B * s.T)
+        cdef float[::1] out = losses
+        activations.forward(self.weights, &inputs[0, 0])
+        with nogil:
+            softmax_forward(logits, logits, s.B * s.T, s.V)
+            crossentropy_forward(&out[0], logits, &targets[0, 0], s.B * s.T, s.V)
+        return losses.cast("B").cast("f", [s.B, s.T])
+
+    @property
+    def ready(self) -> bool:
+        """Whether forward() has left activations that backward() has not spent."""
+        return self.activations is not None
+
+    def backward(self, *, bint accumulate, double scale) -> None:
+        """Add the gradients of scale * mean loss, to zeros unless `accumulate`. Needs ready, and ends it."""
+        cdef Activations activations = self.activations
+        cdef const int[:, ::1] inputs = self.inputs, targets = self.targets
+        self.activations = None  # from here on the probabilities are overwritten
+        cdef Shape s = activations.shape
+        cdef Py_ssize_t NC = s.B * s.T * s.C
+        cdef float dloss = <float> (scale / (s.B * s.T))
+        cdef Grads d
+        cdef float[::1] _memory = point(  # named, so that it lives as long as `d`
+            <float**> &d, (NC, NC, NC, 3 * NC, NC, NC, NC, NC, 4 * NC, 4 * NC, NC, NC, s.T, s.T)
+        )
+        with nogil:
+            if not accumulate:
+                memset(&self.gradients[0], 0, self.gradients.shape[0] * sizeof(float))
+            network_backward(activations.acts, d, self.weights, self.dweights, &inputs[0, 0], &targets[0, 0], dloss, s)
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of all gradients, summed in float64 in ascending order."""
+        cdef double total
+        with nogil:
+            total = sum_of_squares(&self.gradients[0], self.gradients.shape[0])
+        return sqrt(total)
+
+    def update(self, float[::1] first_moments, float[::1] second_moments, numbers) -> None:
+        """Change the parameters by one step of AdamW; `numbers` is a parameters.AdamW."""
+        cdef Py_ssize_t begin, size
+        cdef Adam step = Adam(
+            numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2,
+            numbers.correction1, numbers.correction2, numbers.eps, numbers.gradient_scale, 0,
+        )
+        for start, stop, decay in numbers.spans:
+            step.decay = decay
+            begin, size = start, stop - start
+            with nogil:
+                adamw_update(
+                    &self.parameters[begin], &self.gradients[begin], &first_moments[begin], &second_moments[begin], size, &step
+                )
+
+
+# The kernels' addresses, for tests that call one alone through ctypes.
+KERNELS = {
+    "encoder_forward": <size_t> &encoder_forward,
+    "layernorm_forward": <size_t> &layernorm_forward,
+    "matmul_forward": <size_t> &matmul_forward,
+    "attention_forward": <size_t> &attention_forward,
+    "gelu_forward": <size_t> &gelu_forward,
+    "residual_forward": <size_t> &residual_forward,
+    "softmax_forward": <size_t> &softmax_forward,
+    "crossentropy_forward": <size_t> &crossentropy_forward,
+    "crossentropy_softmax_backward": <size_t> &crossentropy_softmax_backward,
+    "residual_backward": <size_t> &residual_backward,
+    "gelu_backward": <size_t> &gelu_backward,
+    "attention_backward": <size_t> &attention_backward,
+    "matmul_backward": <size_t> &matmul_backward,
+    "layernorm_backward": <size_t> &layernorm_backward,
+    "encoder_backward": <size_t> &encoder_backward,
+}

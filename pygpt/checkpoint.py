@@ -14,11 +14,12 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from .config import Config
-from .errors import CheckpointError, ClosedError, InputError
+from .errors import CheckpointError, ClosedError, InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,12 +35,15 @@ PIECE = 1 << 18  # values: so many are widened or rounded at a time
 GPT2_FILE = "gpt2_124M.bin"
 EMBEDDED_MODEL = os.path.join(os.path.dirname(__file__), "data", "shakespeare.bin")
 
+# The names by which `python -m pygpt.download` fetches models; where no file is called so, they mean the fetched ones.
+MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2_124M", "gpt2_124M_bf16")
+
 
 def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     """Say which model answers: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the small embedded model.
 
-    Returns (path, origin) with origin "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises
-    CheckpointError when the named file does not exist.
+    A path may also be one of MODELS. Returns (path, origin) with origin "given", "PYGPT_MODEL", "folder" or "embedded". The
+    file is not opened. Raises CheckpointError when the named file does not exist.
     """
     if path is not None:
         name, origin, via = os.fspath(path), "given", ""
@@ -49,9 +53,29 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
         name, origin, via = GPT2_FILE, "folder", ""
     else:
         return EMBEDDED_MODEL, "embedded"
+    if name in MODELS and not os.path.isfile(name):
+        fetched = cached_model(name)
+        if not os.path.exists(fetched):
+            raise CheckpointError(f"{name}{via}: not fetched yet: `python -m pygpt.download {name}` does")
+        return fetched, origin
     if not os.path.exists(name):
         raise CheckpointError(f"{name}{via}: no such model file; give the path of an llm.c checkpoint such as {GPT2_FILE}")
     return name, origin
+
+
+def cached_model(name: str) -> str:
+    """Where a model of this name is once it was fetched."""
+    return os.path.join(cache_folder(), f"{name}.bin")
+
+
+def cache_folder() -> str:
+    """Where fetched models are: PYGPT_HOME, else pygpt in the user's folder for caches on this system."""
+    if home := os.environ.get("PYGPT_HOME"):
+        return home
+    if sys.platform == "darwin":
+        return os.path.expanduser("~/Library/Caches/pygpt")
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(caches if os.path.isabs(caches) else os.path.expanduser("~/.cache"), "pygpt")
 
 
 def file_bytes(config: Config, version: int) -> int:
@@ -68,26 +92,11 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path!r}: cannot open the model file: {_reason(error)}") from error
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{self.path}: not a regular file; a model is an llm.c checkpoint file")
-            self.config, self.version = self._check(os.read(fd, HEADER_BYTES), status.st_size)
-            self._map = mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
-            raise CheckpointError(f"{self.path}: cannot map the model file: {_reason(error)}") from error
-        finally:
-            os.close(fd)
+        self._map = map_file(self.path, "model file", CheckpointError, self._check)
         self.values = memoryview(self._map)[HEADER_BYTES:]
 
-    def _check(self, header: bytes, found: int) -> tuple[Config, int]:
-        """Check every field of the header, and the file's size against it."""
+    def _check(self, header: bytes, found: int) -> None:
+        """Check every field of the header, and the file's size against it; take config and version from it."""
         if len(header) < HEADER_BYTES:
             raise CheckpointError(f"{self.path}: {found} bytes, shorter than a checkpoint's header of {HEADER_BYTES} bytes")
         magic, version, maxT, V, L, NH, C, Vp, *reserved = struct.unpack("<256i", header)
@@ -110,7 +119,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: {kind}: {found} bytes, expected {expected} for version {version} with {config}; fetch it again"
             )
-        return config, version
+        self.config, self.version = config, version
 
     @property
     def bf16(self) -> bool:
@@ -157,6 +166,29 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None]) -> mmap.mmap:
+    """Map a file read-only once check(its first 1,024 bytes, its size) has raised nothing.
+
+    Raises `refusal` for what is no regular file or cannot be opened or mapped; `kind` says what it should be.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+    except (OSError, ValueError) as error:
+        raise refusal(f"{path!r}: cannot open the {kind}: {_reason(error)}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise refusal(f"{path}: not a regular file; a {kind} of llm.c is expected")
+        check(os.read(fd, HEADER_BYTES), status.st_size)
+        return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
+    except refusal:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+        raise refusal(f"{path}: cannot map the {kind}: {_reason(error)}") from error
+    finally:
+        os.close(fd)
 
 
 def write_checkpoint(

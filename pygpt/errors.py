@@ -2,6 +2,7 @@
 
     PyGPTError
     ├── InputError (ValueError)             an argument is out of its range: token, length, thread count, sampler
+    │   └── DataError                       a data file is missing, damaged or of another format
     ├── CheckpointError (ValueError)        a model file is missing, damaged or not a model
     ├── ClosedError (RuntimeError)          a model, cache or pool is used after close()
     └── NumericalError (ArithmeticError)    the network produced numbers that are not finite
@@ -19,8 +20,12 @@ class InputError(PyGPTError, ValueError):
     """An argument is out of its range. Nothing was computed and no cache has changed."""
 
 
+class DataError(InputError):
+    """A file of tokens, text or examples is missing, truncated, oversized, or not of its format."""
+
+
 class CheckpointError(PyGPTError, ValueError):
-    """A model file is missing, truncated, oversized, or not an llm.c checkpoint."""
+    """A model file is missing, truncated, oversized, or not a GPT-2 in a format that is read."""
 
 
 class ClosedError(PyGPTError, RuntimeError):

@@ -14,32 +14,48 @@
 #define PYGPT_MICRO_H
 #include <stddef.h>
 
+typedef struct { /* one step of AdamW; corrections are 1 / (1 - beta^step) */
+    float lr, beta1, beta2, rest1, rest2, over_correction1, over_correction2, eps, decay, gradient_scale;
+} adamw_numbers;
+
 typedef struct {
     const char *isa; /* "baseline", "avx2", ... */
     int fused;       /* whether multiply-add rounds once */
 
-    /* out[r * ldo + n] = dot(inp + r * ldi, w + n * ldw, K) for r < rows, n < N. Several rows share register tiles of
-     * weights; for one row the weights stream from memory once, in a few far-apart streams. `next` is what the caller will
-     * need afterwards: its bytes are prefetched meanwhile. */
+    /* out[r * ldo + n] = dot(inp + r * ldi, w + n * ldw, K) for r < rows, n < N: for a few rows. The weights stream from memory
+     * once, from a few far-apart places. */
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
-                 ptrdiff_t N, ptrdiff_t K, int bf16, const void *next, ptrdiff_t next_bytes);
+                 ptrdiff_t N, ptrdiff_t K, int bf16);
 
-    /* out[i] = w[i] for i < count bfloat16 values: worth it where many rows meet the same weights. */
-    void (*widen)(float *out, const void *w, ptrdiff_t count);
+    /* The same, bit for bit, for many rows: they are packed once, (rows rounded up to 16) x (K rounded up to 16) values, and then
+     * serve any number of products. A product packs its weights into `room`, (N rounded up to panels) x (K rounded up to 16)
+     * values, and reads ahead what the next one will want: both should fit the second-level cache. */
+    void (*pack_rows)(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K);
+    void (*product)(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
+                    ptrdiff_t N, ptrdiff_t K, int bf16, float *room, const void *next, ptrdiff_t next_bytes);
+
+    /* out[m * ldo + n] = (add_to ? out[m * ldo + n] : 0) + sum over k < K, ascending, by FMA, of a[m * a_row + k * a_step] *
+     * b[k * ldb + n], for m < M, n < N. `room`: outer_room values. */
+    void (*outer)(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t ldb,
+                  ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add_to, float *room);
 
     /* out[i] = wte[i] + wpe[i] for i < C. */
     void (*encode)(float *out, const void *wte, const void *wpe, ptrdiff_t C, int bf16);
 
-    /* out = (inp - mean) / sqrt(variance + 1e-5) * weight + bias over one row of C. */
-    void (*layernorm)(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16);
+    /* out = (inp - mean) * rstd * weight + bias over one row of C, rstd = 1 / sqrt(variance + 1e-5); stats (mean, rstd), or NULL. */
+    void (*layernorm)(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16,
+                      float *stats);
 
     /* Epilogues of a matrix product, in place on N values of one row. */
-    void (*add_bias)(float *out, const void *bias, ptrdiff_t N, int bf16);                           /* out += bias */
-    void (*add_bias_gelu)(float *out, const void *bias, ptrdiff_t N, int bf16);                      /* gelu(out + bias) */
-    void (*add_bias_residual)(float *x, const float *out, const void *bias, ptrdiff_t N, int bf16);  /* x += out + bias */
+    void (*add_bias)(float *out, const void *bias, ptrdiff_t N, int bf16); /* out += bias */
+    /* gelu = gelu(out + bias); where gelu is not out itself, out += bias */
+    void (*add_bias_gelu)(float *gelu, float *out, const void *bias, ptrdiff_t N, int bf16);
+    /* after = before + (out + bias) */
+    void (*add_bias_residual)(float *after, const float *before, const float *out, const void *bias, ptrdiff_t N, int bf16);
 
-    /* s[t] = exp(scale * s[t] - max) for t < T, 0 for the padding up to a multiple of 16; returns the sum in 16 lanes. */
-    float (*softmax)(float *s, ptrdiff_t T, float scale);
+    /* s[t] = exp(scale * s[t] - max) for t < T, 0 for the padding up to a multiple of 16; returns the sum in 16 lanes, and in
+     * max_of, unless it is NULL, the max. */
+    float (*softmax)(float *s, ptrdiff_t T, float scale, float *max_of);
 
     /* acc[r * HSp + d] += sum over t in [t0, t1), ascending, of p[r * ldp + t] * v[t * HSp + d]; HSp a multiple of 16. */
     void (*mix)(float *acc, const float *p, ptrdiff_t ldp, ptrdiff_t rows,
@@ -51,13 +67,25 @@ typedef struct {
     /* e[i] = exp(logits[i] - max) for the samplers: the same bits in every set, the baseline included. */
     void (*exps)(float *e, const float *logits, float max, ptrdiff_t V);
 
-    int narrow;  /* up to so many rows, gemm streams the weights: better all of them in one call than in blocks */
-    int outputs; /* gemm's tiles are so many outputs wide: shares and blocks of a multiple have no ragged edge */
+    /* The backward pass and AdamW: micro_training.h says what each computes. */
+    void (*add_rows)(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to);
+    void (*gelu_backward)(float *d, const float *x, ptrdiff_t N);
+    void (*layernorm_backward)(float *dx, const float *dout, const float *x, const float *weight, const float *stats, ptrdiff_t C);
+    void (*layernorm_gains)(float *dweight, float *dbias, const float *dout, const float *x, const float *stats, ptrdiff_t ld,
+                            ptrdiff_t rows, ptrdiff_t N, int add_to);
+    void (*softmax_backward)(float *d, const float *p, float dot, float scale, ptrdiff_t T, ptrdiff_t Tp);
+    void (*adamw)(float *p, const float *g, float *m, float *v, ptrdiff_t count, const adamw_numbers *numbers);
+    double (*square_sum)(const float *g, ptrdiff_t count);
+
+    int narrow;           /* up to so many rows gemm is the faster one, beyond them product */
+    int panel;            /* outputs of a panel: blocks of a multiple have no ragged edge */
+    ptrdiff_t outer_room; /* values */
 
     /* The machine's limits: read `count` floats in 1, 2, 4 or 8 streams; multiply and add, probe_flop operations each time. */
     float (*probe_read)(const float *p, ptrdiff_t count, int streams);
     float (*probe_fma)(ptrdiff_t times);
     double probe_flop;
+    void (*probe_stream)(float *p, const float *g, float *m, float *v, ptrdiff_t count); /* AdamW's reads and writes alone */
 } microkernels;
 
 /* Each returns NULL where the build or this processor lacks the instruction set. */

@@ -11,8 +11,11 @@
 #define W 8
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
 #define FUSED 1
+#define SQRT(a) ((vec)_mm256_sqrt_ps(a))
 #define MR 3
 #define NR 2
+#define TILE_ROWS 4
+#define TILE_VECS 1
 #define STREAMS 4
 #define MIX_ROWS 3
 #define MIX_VECS 2

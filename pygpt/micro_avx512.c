@@ -11,8 +11,11 @@
 #define W 16
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
 #define FUSED 1
+#define SQRT(a) ((vec)_mm512_sqrt_ps(a))
 #define MR 5
 #define NR 5
+#define TILE_ROWS 8
+#define TILE_VECS 3
 #define STREAMS 4
 #define MIX_ROWS 4
 #define MIX_VECS 4

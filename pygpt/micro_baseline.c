@@ -4,8 +4,11 @@
 #define W 4
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define FUSED 0
+#define SQRT(a) ((vec){sqrtf((a)[0]), sqrtf((a)[1]), sqrtf((a)[2]), sqrtf((a)[3])})
 #define MR 1
 #define NR 2
+#define TILE_ROWS 2
+#define TILE_VECS 1
 #define STREAMS 2
 #define MIX_ROWS 1
 #define MIX_VECS 2

@@ -1,7 +1,8 @@
 /* The microkernels' one source. The including file sets, before it includes this:
  *   ISA        the set's name          W           floats in one register (16, 8 or 4)
- *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once
- *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that gemv reads side by side
+ *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
+ *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
+ *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
  * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. */
 #include "micro.h"
@@ -206,20 +207,15 @@ INLINE lanes gelu16(lanes x) {
 
 /* ---------------------------------------------------------------------------------------- matrix products */
 
-/* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`, so
- * the same tile reads neighbours from cache (gemm) or far-apart streams from memory (gemv, with prefetch). A long dot comes in
- * pieces: `partial` (rows * outputs * 16 values) holds the lanes in between, taken up unless `first`, left unless `last`. */
-INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
-                 const float *inp, ptrdiff_t ldi, const void *w, ptrdiff_t wstep, ptrdiff_t K,
-                 const int bf16, const int prefetch, float *partial, int first, int last) {
+/* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`: as far
+ * apart as streams from memory want to be, which `prefetch` brings in ahead of use. */
+INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
+                 const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int bf16, const int prefetch) {
     const ptrdiff_t bytes = bf16 ? 2 : 4;
     const char *wrow[8];
     lanes acc[40];
-    UNROLL for (int n = 0; n < outputs; n++) wrow[n] = (const char *)w + n * wstep * bytes;
-    if (first)
-        _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
-    else
-        _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = load(partial + i * LANES);
+    UNROLL for (int n = 0; n < outputs; n++) wrow[n] = w + n * wstep * bytes;
+    _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
     ptrdiff_t k = 0;
     for (; k + LANES <= K; k += LANES) {
         if (prefetch) UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + 2048);
@@ -241,10 +237,6 @@ INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
             UNROLL for (int n = 0; n < outputs; n++) acc[r * outputs + n] = fma16(a, b[n], acc[r * outputs + n]);
         }
     }
-    if (!last) {
-        _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) store(partial + i * LANES, acc[i]);
-        return;
-    }
 #define OUT(i) out[(i) / outputs * ldo + (i) % outputs * ostep]
     _Pragma("GCC unroll 10") for (int i = 0; i + 4 <= rows * outputs; i += 4) {
         vec4 four = fold_four(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
@@ -254,91 +246,11 @@ INLINE void tile(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 #undef OUT
 }
 
-/* How gemm walks: GROUP rows at a time against all outputs, so that one tile of weights serves GROUP / MR row tiles from the
- * first-level cache, and dots longer than WHOLE in pieces, so that GROUP rows of a piece fit there too. */
-#define GROUP (2 * MR)
-#define NARROW 64 /* so few rows that reading the weights takes longer than computing with them */
-#define WHOLE 1024
-#define PIECE 512
-#define PIECE_OUTPUTS (8 * NR) /* outputs at a time while lanes of unfinished dots are kept */
-
-typedef struct { /* memory that the next block will need, brought into the second-level cache a bit with every tile */
-    const char *at, *stop;
-    ptrdiff_t step;
-} ahead;
-
-INLINE void fetch_ahead(ahead *a) {
-    const char *stop = a->stop - a->at < a->step ? a->stop : a->at + a->step;
-    for (; a->at < stop; a->at += 64) __builtin_prefetch(a->at, 0, 2);
-}
-
-typedef struct {
-    float *out;
-    ptrdiff_t ldo;
-    const float *inp;
-    ptrdiff_t ldi;
-    const char *w;
-    ptrdiff_t ldw, K; /* K: of this piece */
-    int first, last;
-} piece;
-
-/* One tile of a piece at row r, output n. */
-INLINE void piece_tile(const int rows, const int outputs, const piece *p, ptrdiff_t r, ptrdiff_t n, float *partial, const int bf16) {
-    tile(rows, outputs, p->out + r * p->ldo + n, p->ldo, 1, p->inp + r * p->ldi, p->ldi,
-         p->w + n * p->ldw * (bf16 ? 2 : 4), p->ldw, p->K, bf16, 0,
-         p->first && p->last ? NULL : partial + (r * PIECE_OUTPUTS + n * MR) * LANES, p->first, p->last);
-}
-
-/* The row tiles of one group against `outputs` (a constant) outputs from n on. */
-INLINE void piece_column(const int outputs, const piece *p, ptrdiff_t rows, ptrdiff_t n, float *partial, const int bf16) {
-    ptrdiff_t r = 0;
-    for (; r + MR <= rows; r += MR) piece_tile(MR, outputs, p, r, n, partial, bf16);
-    switch (rows - r) { /* the last rows, fewer than MR */
-#if MR > 4
-    case 4: piece_tile(4, outputs, p, r, n, partial, bf16); break;
-#endif
-#if MR > 3
-    case 3: piece_tile(3, outputs, p, r, n, partial, bf16); break;
-#endif
-#if MR > 2
-    case 2: piece_tile(2, outputs, p, r, n, partial, bf16); break;
-#endif
-#if MR > 1
-    case 1: piece_tile(1, outputs, p, r, n, partial, bf16); break;
-#endif
-    }
-}
-
-INLINE void gemm_of(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                    const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16, const void *next, ptrdiff_t next_bytes) {
-    const ptrdiff_t bytes = bf16 ? 2 : 4, length = K > WHOLE ? PIECE : K, width = K > WHOLE ? PIECE_OUTPUTS : N;
-    const ptrdiff_t columns = (rows + GROUP - 1) / GROUP * (N / NR + 1) * (K / length + 1);
-    ahead later = {next, (const char *)next + next_bytes, next_bytes / (columns + 1) + 64};
-    float partial[GROUP * PIECE_OUTPUTS * LANES];
-    for (ptrdiff_t r = 0; r < rows; r += GROUP) {
-        const ptrdiff_t group = rows - r < GROUP ? rows - r : GROUP;
-        for (ptrdiff_t n0 = 0; n0 < N; n0 += width) {
-            const ptrdiff_t count = N - n0 < width ? N - n0 : width;
-            for (ptrdiff_t k = 0; k < K; k += length) {
-                const piece p = {out + r * ldo + n0, ldo, inp + r * ldi + k, ldi, (const char *)w + (n0 * ldw + k) * bytes, ldw,
-                                 K - k < length ? K - k : length, k == 0, K - k <= length};
-                ptrdiff_t n = 0;
-                for (; n + NR <= count; n += NR) {
-                    fetch_ahead(&later);
-                    piece_column(NR, &p, group, n, partial, bf16);
-                }
-                for (; n < count; n++) piece_column(1, &p, group, n, partial, bf16);
-            }
-        }
-    }
-}
-
 /* The row tiles of a few rows against `outputs` (a constant) weight rows, `wstep` apart. The first tile brings in the weights
  * that come next in each stream; the others find theirs in cache. */
-INLINE void narrow_column(const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp, ptrdiff_t ldi,
-                          ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int bf16) {
-#define ROWS(count, fetch) \
-    tile(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, bf16, fetch, NULL, 1, 1)
+INLINE void dots_column(const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp, ptrdiff_t ldi,
+                        ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int bf16) {
+#define ROWS(count, fetch) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, bf16, fetch)
     ptrdiff_t r = 0;
     if (rows > MR) {
         ROWS(MR, 1);
@@ -362,38 +274,247 @@ INLINE void narrow_column(const int outputs, float *out, ptrdiff_t ldo, ptrdiff_
 #undef ROWS
 }
 
-/* Few rows: the weights stream from memory once, as `streams` (a constant) far-apart rows at a time, one from each of as many
- * equal parts of w, which keeps more reads on their way than one stream can. */
-INLINE void narrow_of(const int streams, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                      const char *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+/* The weights stream from memory once, as `streams` (a constant) far-apart rows at a time, one from each of as many equal parts
+ * of w, which keeps more reads on their way than one stream can. */
+INLINE void gemm_of(const int streams, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
+                    const char *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
     const ptrdiff_t part = N / streams, row_bytes = ldw * (bf16 ? 2 : 4);
     for (ptrdiff_t n = 0; n < part; n++)
-        narrow_column(streams, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * ldw, K, bf16);
-    for (ptrdiff_t n = part * streams; n < N; n++) narrow_column(1, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, ldw, K, bf16);
-}
-
-INLINE void gemm_by_rows(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
-                         ptrdiff_t N, ptrdiff_t K, const int bf16, const void *next, ptrdiff_t next_bytes) {
-    if (rows == 1)
-        narrow_of(STREAMS, out, ldo, inp, ldi, 1, w, ldw, N, K, bf16);
-    else if (rows <= NARROW)
-        narrow_of(NR, out, ldo, inp, ldi, rows, w, ldw, N, K, bf16);
-    else
-        gemm_of(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16, next, next_bytes);
+        dots_column(streams, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * ldw, K, bf16);
+    for (ptrdiff_t n = part * streams; n < N; n++) dots_column(1, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, ldw, K, bf16);
 }
 
 static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
-                 ptrdiff_t N, ptrdiff_t K, int bf16, const void *next, ptrdiff_t next_bytes) {
-    if (bf16)
-        gemm_by_rows(out, ldo, inp, ldi, rows, w, ldw, N, K, 1, next, next_bytes);
+                 ptrdiff_t N, ptrdiff_t K, int bf16) {
+    if (rows == 1 && bf16)
+        gemm_of(STREAMS, out, ldo, inp, ldi, 1, w, ldw, N, K, 1);
+    else if (rows == 1)
+        gemm_of(STREAMS, out, ldo, inp, ldi, 1, w, ldw, N, K, 0);
+    else if (bf16)
+        gemm_of(NR, out, ldo, inp, ldi, rows, w, ldw, N, K, 1);
     else
-        gemm_by_rows(out, ldo, inp, ldi, rows, w, ldw, N, K, 0, next, next_bytes);
+        gemm_of(NR, out, ldo, inp, ldi, rows, w, ldw, N, K, 0);
 }
 
-static void widen(float *out, const void *w, ptrdiff_t count) {
-    ptrdiff_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(out + i, load_weights(w, i, 1));
-    if (i < count) store_tail(out + i, load_weights_tail(w, i, count - i, 1), count - i);
+/* ---------------------------------------------------------------------------------------- packed matrix products
+ *
+ * One register tile serves them all: TILE_ROWS x PANEL sums, to which every step of k adds TILE_ROWS values times PANEL values,
+ * a panel's values lying one after another in memory. Nothing is folded across a register. */
+
+#define PANEL (TILE_VECS * LANES)
+#define NARROW 64            /* so few rows that packing the weights costs more than it brings */
+#define OUTER_STEPS 256      /* steps of k whose panels are packed together ... */
+#define OUTER_PANELS 16      /* ... and how many: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
+
+typedef struct {
+    lanes v[TILE_ROWS][TILE_VECS];
+} sums;
+
+#define EACH_SUM                                       \
+    UNROLL for (int r = 0; r < TILE_ROWS; r++)         \
+        UNROLL for (int c = 0; c < TILE_VECS; c++)
+
+/* sum[r][n] += a[r * a_row + k * a_step] * b[k * PANEL + n], k ascending. */
+INLINE void tile(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t steps) {
+    const float *row[TILE_ROWS];
+    UNROLL for (int r = 0; r < TILE_ROWS; r++) row[r] = a + r * a_row;
+    _Pragma("GCC unroll 4") for (ptrdiff_t k = 0; k < steps; k++)
+        UNROLL for (int h = 0; h < NV; h++) {
+            vec value[TILE_VECS];
+            UNROLL for (int c = 0; c < TILE_VECS; c++) value[c] = *(const vec_unaligned *)(b + k * PANEL + c * LANES + h * W);
+            UNROLL for (int r = 0; r < TILE_ROWS; r++) {
+                vec weight = broadcast(row[r][k * a_step]);
+                UNROLL for (int c = 0; c < TILE_VECS; c++) sum->v[r][c].v[h] = FMA(weight, value[c], sum->v[r][c].v[h]);
+            }
+        }
+}
+
+/* A tile of `rows` x `count` sums goes out; what is beyond them is not stored. */
+INLINE void store_tile(float *out, ptrdiff_t ldo, const sums *sum, ptrdiff_t rows, ptrdiff_t count) {
+    if (rows >= TILE_ROWS && count >= PANEL) {
+        EACH_SUM store(out + r * ldo + c * LANES, sum->v[r][c]);
+        return;
+    }
+    float whole[TILE_ROWS * PANEL];
+    EACH_SUM store(whole + r * PANEL + c * LANES, sum->v[r][c]);
+    if (rows > TILE_ROWS) rows = TILE_ROWS;
+    if (count > PANEL) count = PANEL;
+    for (ptrdiff_t r = 0; r < rows; r++) memcpy(out + r * ldo, whole + r * PANEL, count * sizeof *out);
+}
+
+INLINE void load_tile(sums *sum, const float *out, ptrdiff_t ldo, ptrdiff_t rows, ptrdiff_t count) {
+    if (rows >= TILE_ROWS && count >= PANEL) {
+        EACH_SUM sum->v[r][c] = load(out + r * ldo + c * LANES);
+        return;
+    }
+    float whole[TILE_ROWS * PANEL] = {0};
+    if (rows > TILE_ROWS) rows = TILE_ROWS;
+    if (count > PANEL) count = PANEL;
+    for (ptrdiff_t r = 0; r < rows; r++) memcpy(whole + r * PANEL, out + r * ldo, count * sizeof *out);
+    EACH_SUM sum->v[r][c] = load(whole + r * PANEL + c * LANES);
+}
+
+/* Transpose W vectors of W values: stage s swaps the halves of neighbours s apart. */
+#if W == 16
+#define EACH_LANE(f, s) \
+    f(s, 0), f(s, 1), f(s, 2), f(s, 3), f(s, 4), f(s, 5), f(s, 6), f(s, 7), f(s, 8), f(s, 9), f(s, 10), f(s, 11), f(s, 12), \
+        f(s, 13), f(s, 14), f(s, 15)
+#elif W == 8
+#define EACH_LANE(f, s) f(s, 0), f(s, 1), f(s, 2), f(s, 3), f(s, 4), f(s, 5), f(s, 6), f(s, 7)
+#else
+#define EACH_LANE(f, s) f(s, 0), f(s, 1), f(s, 2), f(s, 3)
+#endif
+#define LOWER(s, j) ((j) & (s) ? W + (j) - (s) : (j))
+#define UPPER(s, j) ((j) & (s) ? W + (j) : (j) + (s))
+#define STAGE(s)                                                              \
+    UNROLL for (int i = 0; i < W; i++) if (!(i & (s))) {                      \
+        vec a = x[i], b = x[i + (s)];                                         \
+        x[i] = __builtin_shufflevector(a, b, EACH_LANE(LOWER, s));            \
+        x[i + (s)] = __builtin_shufflevector(a, b, EACH_LANE(UPPER, s));      \
+    }
+
+INLINE void transpose(vec x[W]) {
+    STAGE(1)
+    STAGE(2)
+#if W > 4
+    STAGE(4)
+#endif
+#if W > 8
+    STAGE(8)
+#endif
+}
+
+/* 16 values of each of 16 rows change places: out[lane * lane_step + row] = row[lane]. */
+INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdiff_t ld, const int bf16) {
+    UNROLL for (int r = 0; r < LANES; r += W)
+        UNROLL for (int h = 0; h < NV; h++) {
+            vec x[W];
+            UNROLL for (int j = 0; j < W; j++) x[j] = load_weight_vec(from, (r + j) * ld + h * W, bf16);
+            transpose(x);
+            UNROLL for (int j = 0; j < W; j++) *(vec_unaligned *)(out + (h * W + j) * lane_step + r) = x[j];
+        }
+}
+
+/* Up to 16 rows of K values go, lane by lane of the dot, to out[(lane * steps + i) * width + row] with k = 16i + lane and
+ * steps = K / 16 rounded up; rows and values that are not there are zeros, as in a dot. */
+INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t K, const int bf16) {
+    const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = rows < LANES ? 0 : K / LANES;
+    for (ptrdiff_t i = 0; i < whole; i++) pack_square(out + i * width, steps * width, from + i * LANES * (bf16 ? 2 : 4), ld, bf16);
+    for (ptrdiff_t i = whole; i < steps; i++) {
+        float square[LANES * LANES] = {0};
+        const ptrdiff_t n = K - i * LANES < LANES ? K - i * LANES : LANES;
+        for (ptrdiff_t r = 0; r < rows && r < LANES; r++) store(square + r * LANES, load_weights_tail(from, r * ld + i * LANES, n, bf16));
+        pack_square(out + i * width, steps * width, square, LANES, 0);
+    }
+}
+
+/* TILE_ROWS x PANEL dots at once, each with the operations of dots(): the tile runs once for each of the 16 lanes, and the folds
+ * 8+8, 4+4, 2+2, 1+1 add whole tiles. In this order of lanes a fold's two halves follow each other, so that a stack of at most
+ * four tiles keeps what waits for its other half. */
+INLINE void dot_tile(float *out, ptrdiff_t ldo, const float *a, const float *b, ptrdiff_t steps, ptrdiff_t rows, ptrdiff_t count) {
+    static const unsigned char order[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+    float waiting[4][TILE_ROWS * PANEL] __attribute__((aligned(64)));
+    int top = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        sums sum;
+        EACH_SUM sum.v[r][c] = splat(0.0f);
+        tile(&sum, a + order[lane] * steps * LANES, 1, LANES, b + order[lane] * steps * PANEL, steps);
+        for (int halves = lane; halves & 1; halves >>= 1) {
+            top--;
+            EACH_SUM sum.v[r][c] = add(load(waiting[top] + (r * TILE_VECS + c) * LANES), sum.v[r][c]);
+        }
+        if (lane == LANES - 1)
+            store_tile(out, ldo, &sum, rows, count);
+        else {
+            EACH_SUM store(waiting[top] + (r * TILE_VECS + c) * LANES, sum.v[r][c]);
+            top++;
+        }
+    }
+}
+
+static void pack_rows(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
+    const ptrdiff_t panel = (K + LANES - 1) / LANES * LANES * LANES;
+    for (ptrdiff_t r = 0; r < rows; r += LANES) pack_lanes(packed + r / LANES * panel, LANES, (const char *)(inp + r * ldi), ldi, rows - r, K, 0);
+}
+
+typedef struct { /* memory that the next product will need, brought into the second-level cache a bit with every tile */
+    const char *at, *stop;
+    ptrdiff_t step;
+} ahead;
+
+INLINE void fetch_ahead(ahead *a) {
+    const char *stop = a->stop - a->at < a->step ? a->stop : a->at + a->step;
+    for (; a->at < stop; a->at += 64) __builtin_prefetch(a->at, 0, 2);
+}
+
+INLINE void product_of(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const char *w, ptrdiff_t ldw,
+                       ptrdiff_t N, ptrdiff_t K, const int bf16, float *room, const char *next, ptrdiff_t next_bytes) {
+    const ptrdiff_t steps = (K + LANES - 1) / LANES, tiles = (rows / TILE_ROWS + 1) * (N / PANEL + 1);
+    ahead later = {next, next + next_bytes, next_bytes / tiles + 64};
+    for (ptrdiff_t n = 0; n < N; n += LANES)
+        pack_lanes(room + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, w + n * ldw * (bf16 ? 2 : 4), ldw, N - n, K, bf16);
+    for (ptrdiff_t n = (N + LANES - 1) / LANES * LANES; n % PANEL; n += LANES) /* zeros for what the last panel lacks */
+        pack_lanes(room + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, w, ldw, 0, K, bf16);
+    for (ptrdiff_t r = 0; r < rows; r += TILE_ROWS) {
+        const float *a = packed_rows + r / LANES * (steps * LANES * LANES) + r % LANES;
+        for (ptrdiff_t n = 0; n < N; n += PANEL) {
+            fetch_ahead(&later);
+            dot_tile(out + r * ldo + n, ldo, a, room + n / PANEL * (steps * LANES * PANEL), steps, rows - r, N - n);
+        }
+    }
+}
+
+static void product(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
+                    ptrdiff_t N, ptrdiff_t K, int bf16, float *room, const void *next, ptrdiff_t next_bytes) {
+    if (bf16)
+        product_of(out, ldo, packed_rows, rows, w, ldw, N, K, 1, room, next, next_bytes);
+    else
+        product_of(out, ldo, packed_rows, rows, w, ldw, N, K, 0, room, next, next_bytes);
+}
+
+/* Panels of b: values k0 to k0 + steps of every column, zeros beyond the last. */
+INLINE void pack_panels(float *out, const float *b, ptrdiff_t ldb, ptrdiff_t steps, ptrdiff_t N) {
+    for (ptrdiff_t n = 0; n < N; n += PANEL, out += OUTER_STEPS * PANEL)
+        for (ptrdiff_t k = 0; k < steps; k++)
+            UNROLL for (int c = 0; c < TILE_VECS; c++) {
+                const ptrdiff_t left = N - n - c * LANES;
+                const float *from = b + k * ldb + n + c * LANES;
+                store(out + k * PANEL + c * LANES, left >= LANES ? load(from) : left > 0 ? load_tail(from, left, 0.0f) : splat(0.0f));
+            }
+}
+
+static void outer(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t ldb,
+                  ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add_to, float *room) {
+    float *rows = room + OUTER_STEPS * OUTER_PANELS * PANEL; /* (steps, TILE_ROWS) of a, where they are not in one line anyway */
+    for (ptrdiff_t n0 = 0; n0 < N; n0 += OUTER_PANELS * PANEL)
+        for (ptrdiff_t k0 = 0; k0 < K; k0 += OUTER_STEPS) {
+            const ptrdiff_t width = N - n0 < OUTER_PANELS * PANEL ? N - n0 : OUTER_PANELS * PANEL;
+            const ptrdiff_t steps = K - k0 < OUTER_STEPS ? K - k0 : OUTER_STEPS;
+            pack_panels(room, b + k0 * ldb + n0, ldb, steps, width);
+            for (ptrdiff_t m = 0; m < M; m += TILE_ROWS) {
+                const ptrdiff_t count = M - m < TILE_ROWS ? M - m : TILE_ROWS;
+                const float *from = a + m * a_row + k0 * a_step;
+                const int in_place = a_step == 1 && count == TILE_ROWS;
+                if (!in_place)
+                    for (ptrdiff_t k = 0; k < steps; k++)
+                        for (ptrdiff_t r = 0; r < TILE_ROWS; r++)
+                            rows[k * TILE_ROWS + r] = r < count ? from[r * a_row + k * a_step] : 0.0f;
+                for (ptrdiff_t n = 0; n < width; n += PANEL) {
+                    float *to = out + m * ldo + n0 + n;
+                    const float *panel = room + n / PANEL * (OUTER_STEPS * PANEL);
+                    sums sum;
+                    if (add_to || k0)
+                        load_tile(&sum, to, ldo, count, width - n);
+                    else
+                        EACH_SUM sum.v[r][c] = splat(0.0f);
+                    if (in_place)
+                        tile(&sum, from, a_row, 1, panel, steps);
+                    else
+                        tile(&sum, rows, 1, TILE_ROWS, panel, steps);
+                    store_tile(to, ldo, &sum, count, width - n);
+                }
+            }
+        }
 }
 
 /* ---------------------------------------------------------------------------------------- row by row */
@@ -415,7 +536,7 @@ static void encode(float *out, const void *wte, const void *wpe, ptrdiff_t C, in
 #undef BODY
 }
 
-static void layernorm(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16) {
+static void layernorm(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16, float *stats) {
     lanes acc = splat(0.0f);
 #define BODY(i, n) acc = add(acc, GET(inp, i, n, 0.0f))
     FOR_LANES(C, BODY);
@@ -430,6 +551,7 @@ static void layernorm(float *out, const float *inp, const void *weight, const vo
     FOR_LANES(C, BODY);
 #undef BODY
     const float rstd = 1.0f / sqrtf(fold(acc) / (float)C + 1e-5f);
+    if (stats) stats[0] = mean, stats[1] = rstd;
 #define BODY(i, n)                                                                              \
     PUT(out, i, n, fma16(mul(sub(GET(inp, i, n, 0.0f), splat(mean)), splat(rstd)),              \
                          GET_WEIGHTS(weight, i, n, bf16), GET_WEIGHTS(bias, i, n, bf16)))
@@ -443,14 +565,19 @@ static void add_bias(float *out, const void *bias, ptrdiff_t N, int bf16) {
 #undef BODY
 }
 
-static void add_bias_gelu(float *out, const void *bias, ptrdiff_t N, int bf16) {
-#define BODY(i, n) PUT(out, i, n, gelu16(add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
+static void add_bias_gelu(float *gelu, float *out, const void *bias, ptrdiff_t N, int bf16) {
+#define BODY(i, n)                                                                      \
+    do {                                                                                \
+        lanes sum = add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16));           \
+        if (gelu != out) PUT(out, i, n, sum);                                           \
+        PUT(gelu, i, n, gelu16(sum));                                                   \
+    } while (0)
     FOR_LANES(N, BODY);
 #undef BODY
 }
 
-static void add_bias_residual(float *x, const float *out, const void *bias, ptrdiff_t N, int bf16) {
-#define BODY(i, n) PUT(x, i, n, add(GET(x, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
+static void add_bias_residual(float *after, const float *before, const float *out, const void *bias, ptrdiff_t N, int bf16) {
+#define BODY(i, n) PUT(after, i, n, add(GET(before, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
     FOR_LANES(N, BODY);
 #undef BODY
 }
@@ -463,7 +590,7 @@ static void store_scaled(float *out, const float *acc, float factor, ptrdiff_t N
 #undef BODY
 }
 
-static float softmax(float *s, ptrdiff_t T, float scale) {
+static float softmax(float *s, ptrdiff_t T, float scale, float *max_of) {
     const ptrdiff_t Tp = (T + LANES - 1) / LANES * LANES;
     for (ptrdiff_t t = T; t < Tp; t++) s[t] = -INFINITY;
     lanes highest = splat(-INFINITY);
@@ -473,6 +600,7 @@ static float softmax(float *s, ptrdiff_t T, float scale) {
         highest = max16(scaled, highest);
     }
     const float max = fold_max(highest);
+    if (max_of) *max_of = max;
     lanes acc = splat(0.0f);
     for (ptrdiff_t t = 0; t < Tp; t += LANES) {
         lanes e = exp16(sub(load(s + t), splat(max)));
@@ -590,9 +718,15 @@ static float probe_fma(ptrdiff_t times) {
     return total;
 }
 
+#include "micro_training.h"
+
 static const microkernels table = {
-    .isa = ISA, .fused = FUSED, .gemm = gemm, .widen = widen, .encode = encode, .layernorm = layernorm,
+    .isa = ISA, .fused = FUSED, .gemm = gemm, .pack_rows = pack_rows, .product = product, .outer = outer, .encode = encode, .layernorm = layernorm,
     .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
     .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,
-    .outputs = NR, .narrow = NARROW, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
+    .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,
+    .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw, .square_sum = square_sum,
+    .narrow = NARROW, .panel = PANEL,
+    .outer_room = OUTER_STEPS * (OUTER_PANELS * PANEL + TILE_ROWS), .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
+    .probe_stream = probe_stream,
 };

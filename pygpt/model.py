@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Trace
+    from .parameters import LiveWeights
 
 CHUNK = 256  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
 
@@ -36,21 +37,25 @@ MEETING_WEIGHT = 1  # 0 makes every step use all workers, as tests of the bits d
 Row = tuple[int, KVCache, bool]
 
 
+def spins_for(threads: int) -> int:
+    """How many pauses so many workers spin at a barrier."""
+    return SPINS if threads <= default_threads() else SPINS_CROWDED
+
+
 class GPT2(Completer):
     """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
 
     Threads may share a model: their steps take turns. Arrays that it returns are fresh float32 arrays of the caller's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, threads: int | None = None) -> None:
+    def __init__(self, checkpoint: "Checkpoint | LiveWeights", *, threads: int | None = None) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._weights = Weights(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
         self._pool = ThreadPool(resolve_threads(threads))
-        spins = SPINS if self.threads <= default_threads() else SPINS_CROWDED
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that a row meets
         self._value_bytes = 2 if checkpoint.bf16 else 4
-        self._work = Step(self._weights, self.threads, spins)
+        self._work = Step(self._weights, self.threads, spins_for(self.threads))
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "GPT2":

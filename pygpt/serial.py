@@ -1,12 +1,18 @@
-"""SerialGPT2: the serial reference behind the same interface as GPT2, for comparison in the command, tests and benchmarks."""
+"""The serial reference behind the interfaces of the fast path: SerialGPT2 of GPT2, SerialTrainableGPT2 of TrainableGPT2.
+
+For comparison in commands, tests and benchmarks: what they compute, scalar and one thing after another, is what the fast path
+is measured against.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
 
-from ._reference import Reference
+from ._reference import Reference, Training
 from .checkpoint import Checkpoint, find_model
-from .errors import ClosedError
+from .config import Config
+from .errors import ClosedError, InputError
 from .generate import Completer, Request, check_tokens
+from .parameters import AdamW, Parameters, check_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,12 +20,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Logits
+    from .parameters import AdamW, LiveWeights
 
 
 class SerialGPT2(Completer):
     """GPT-2 as the serial program runs it: one thread, scalar, no cache, the whole network again for every token."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._reference: Reference | None = Reference(
@@ -58,6 +65,70 @@ class SerialGPT2(Completer):
         self._checkpoint.close()
 
     def __enter__(self) -> "SerialGPT2":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SerialTrainableGPT2(Parameters):
+    """GPT-2's training as the serial program runs it: one thread, scalar; `threads` is taken for the interface's sake only.
+
+    Use it in a `with` block or close() it. Ctrl-C takes effect between layers; gradients that backward() was about are
+    incomplete then, and weights and moments unchanged.
+    """
+
+    threads = 1
+
+    def __init__(self, config: Config, *, threads: int | None = None) -> None:
+        super().__init__(config, threads=threads)
+        self._training: Training | None = Training(self.parameters, self.gradients, config)
+
+    def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
+        """The loss of predicting each target, (B, T), from token ids (B, T); the activations are kept for backward().
+
+        Raises InputError for ids that are not the model's, shapes that differ, or more than maxT tokens in a sequence.
+        """
+        import numpy as np
+
+        return np.asarray(self._open().forward(*self.check_batch(inputs, targets)))
+
+    def evaluate(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
+        """The losses as forward() gives them, (B, T); nothing is kept, and what an earlier forward() kept stays."""
+        import numpy as np
+
+        return np.asarray(self._open().evaluate(*self.check_batch(inputs, targets)))
+
+    def backward(self, *, accumulate: bool = False, scale: float = 1.0) -> None:
+        """Set `gradients` to those of scale * mean loss of the last forward(), or add these to them; once a forward()."""
+        training = self._open()
+        check_number("scale", scale, -1e30, 1e30)
+        if not training.ready:
+            raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
+        training.backward(accumulate=accumulate, scale=scale)
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of all gradients together, summed in float64 in ascending order."""
+        return self._open().gradient_norm()
+
+    def _update(self, numbers: AdamW) -> None:
+        self._open().update(self.first_moments, self.second_moments, numbers)
+
+    def model(self) -> SerialGPT2:
+        """The model of the live weights, to complete sequences with."""
+        self._open()
+        return SerialGPT2(self.weights())
+
+    def _open(self) -> Training:
+        if self._training is None:
+            raise ClosedError("the model is closed")
+        return self._training
+
+    def close(self) -> None:
+        """Give back the activations. The arrays of parameters, gradients and moments stay. May be called twice."""
+        self._training = None
+
+    def __enter__(self) -> "SerialTrainableGPT2":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -36,6 +36,13 @@ static float *numbers(ptrdiff_t count, int spread) {
     return p + MARGIN;
 }
 
+static float *scratch(ptrdiff_t count) { /* its size differs by set, and must not move the generator on */
+    const uint64_t before = state;
+    float *p = numbers(count, 0);
+    state = before;
+    return p;
+}
+
 static void release(void *p) { free((float *)p - MARGIN); }
 
 /* Weights: float32, or the upper halves of float32. */
@@ -62,15 +69,43 @@ static void report(const char *name, const float *values, ptrdiff_t count) {
     printf("%s %016llx\n", name, (unsigned long long)hash);
 }
 
-static void test_gemm(const microkernels *m, ptrdiff_t rows, ptrdiff_t N, ptrdiff_t K, int bf16) {
+/* The way for few rows and the packed one, which must give the same bits. */
+static void test_products(const microkernels *m, ptrdiff_t rows, ptrdiff_t N, ptrdiff_t K, int bf16) {
     char name[80];
-    const ptrdiff_t ldo = N + 3, ldi = K + 5, ldw = K + 7;
-    float *inp = numbers(rows * ldi, 12), *out = numbers(rows * ldo, 0);
+    const ptrdiff_t ldo = N + 3, ldi = K + 5, ldw = K + 7, Kp = (K + 15) / 16 * 16, Np = (N + m->panel - 1) / m->panel * m->panel;
+    float *inp = numbers(rows * ldi, 12), *out = numbers(rows * ldo, 0), *same = numbers(rows * ldo, 0);
+    float *packed = scratch((rows + 15) / 16 * 16 * Kp), *room = scratch(Np * Kp);
     void *w = weights(N * ldw, 3, bf16);
-    m->gemm(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16, w, N * ldw * (bf16 ? 2 : 4));
+    memcpy(same - MARGIN, out - MARGIN, (rows * ldo + 2 * MARGIN) * sizeof *out);
+    m->gemm(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16);
     snprintf(name, sizeof name, "gemm rows=%td N=%td K=%td bf16=%d", rows, N, K, bf16);
     report(name, out, rows * ldo);
-    release(inp), release(out), release(w);
+    m->pack_rows(packed, inp, ldi, rows, K);
+    m->product(same, ldo, packed, rows, w, ldw, N, K, bf16, room, w, N * ldw * (bf16 ? 2 : 4));
+    snprintf(name, sizeof name, "product rows=%td N=%td K=%td bf16=%d", rows, N, K, bf16);
+    report(name, same, rows * ldo);
+    if (memcmp(same - MARGIN, out - MARGIN, (rows * ldo + 2 * MARGIN) * sizeof *out)) fprintf(stderr, "%s: not gemm's bits\n", name);
+    release(inp), release(out), release(same), release(packed), release(room), release(w);
+}
+
+/* Sums of outer products against the plain loop that defines them. */
+static void test_outer(const microkernels *m, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int across, int add_to) {
+    char name[80];
+    const ptrdiff_t ldo = N + 3, ldb = N + 5, a_row = across ? 1 : K + 2, a_step = across ? M + 1 : 1;
+    float *a = numbers(M * (K + 2) + K * (M + 1), 8), *b = numbers(K * ldb, 8), *out = numbers(M * ldo, 4);
+    float *plain = numbers(M * ldo, 0), *room = scratch(m->outer_room);
+    memcpy(plain - MARGIN, out - MARGIN, (M * ldo + 2 * MARGIN) * sizeof *out);
+    m->outer(out, ldo, a, a_row, a_step, b, ldb, M, N, K, add_to, room);
+    for (ptrdiff_t i = 0; i < M; i++)
+        for (ptrdiff_t n = 0; n < N; n++) {
+            float sum = add_to ? plain[i * ldo + n] : 0.0f;
+            for (ptrdiff_t k = 0; k < K; k++) sum = fmaf(a[i * a_row + k * a_step], b[k * ldb + n], sum);
+            plain[i * ldo + n] = sum;
+        }
+    snprintf(name, sizeof name, "outer M=%td N=%td K=%td across=%d add_to=%d", M, N, K, across, add_to);
+    report(name, out, M * ldo);
+    if (memcmp(plain - MARGIN, out - MARGIN, (M * ldo + 2 * MARGIN) * sizeof *out)) fprintf(stderr, "%s: not the plain loop's bits\n", name);
+    release(a), release(b), release(out), release(plain), release(room);
 }
 
 static void test_row(const microkernels *m, ptrdiff_t C, int bf16) {
@@ -140,7 +175,7 @@ static void test_exp(const microkernels *m) {
 }
 
 int main(void) {
-    static const ptrdiff_t rows[] = {1, 2, 5, 20, 64, 65, 70}, outputs[] = {1, 4, 7, 33}, sizes[] = {1, 15, 16, 48, 87, 512};
+    static const ptrdiff_t rows[] = {1, 2, 5, 20, 64, 65, 70}, outputs[] = {1, 4, 7, 33, 48}, sizes[] = {1, 15, 16, 48, 87, 512};
     static const ptrdiff_t channels[] = {1, 15, 16, 17, 87, 768};
     const microkernels *m = MICRO();
     if (!m || !m->fused) {
@@ -151,13 +186,16 @@ int main(void) {
     for (int bf16 = 0; bf16 < 2; bf16++) {
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             for (size_t n = 0; n < sizeof outputs / sizeof *outputs; n++)
-                for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) test_gemm(m, rows[r], outputs[n], sizes[k], bf16);
-            test_gemm(m, rows[r], 29, 1024, bf16); /* the longest dot in one piece, then dots in pieces */
-            test_gemm(m, rows[r], 29, 1025, bf16);
-            test_gemm(m, rows[r], 29, 1600, bf16);
-            test_gemm(m, rows[r], 53, 3072, bf16);
+                for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) test_products(m, rows[r], outputs[n], sizes[k], bf16);
+            test_products(m, rows[r], 101, 1600, bf16);
         }
         for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_row(m, channels[c], bf16);
+    }
+    for (int way = 0; way < 4; way++) {
+        test_outer(m, 1, 1, 1, way & 1, way >> 1);
+        test_outer(m, 8, 48, 16, way & 1, way >> 1);
+        test_outer(m, 19, 61, 33, way & 1, way >> 1);
+        test_outer(m, 17, 801, 300, way & 1, way >> 1); /* several blocks of columns and of steps */
     }
     for (ptrdiff_t r = 1; r < 8; r++)
         for (ptrdiff_t HSp = 16; HSp <= 80; HSp += 16) test_attention(m, r, HSp, 1 + 13 * r + HSp);

@@ -217,7 +217,7 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["absent.bin", "b.bin"], ["absent.bin"]),
         (["text.txt", "b.bin"], ["text.txt", "header"]),
         (["cut.bin", "b.bin"], ["cut.bin", "truncated"]),
-        (["sub", "b.bin"], ["sub", "not a regular file"]),
+        (["sub", "b.bin"], ["sub", "no config.json"]),
         (["", "b.bin"], ["''"]),
         (["a.bin", ""], ["DST"]),
         (["a.bin", "a.bin"], ["a.bin", "same file"]),
@@ -340,10 +340,10 @@ def test_examples_of_the_help_run(folder: Path, capsys: pytest.CaptureFixture[st
     assert EXAMPLES in capsys.readouterr().out
     make("gpt2_124M.bin", version=3, **SMALL)
     commands = re.findall(r"^  python -m pygpt\.convert (.*?)  ", EXAMPLES, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 5
     for command in commands:
         assert main(shlex.split(command)) == 0, command
-    assert len(os.listdir()) == 4
+    assert len(os.listdir()) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
     kernels = {name.split()[0] for name in neon}
     assert kernels >= {
         "gemm",
+        "product",
+        "outer",
         "layernorm",
         "add_bias",
         "add_bias_gelu",
@@ -57,7 +59,8 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
         "encode",
         "exps",
     }
-    assert len(set(neon.values())) > 0.95 * len(neon)  # the cases are different ones
+    cases = {name: value for name, value in neon.items() if not name.startswith("product")}  # product has gemm's bits
+    assert len(set(cases.values())) > 0.95 * len(cases)  # the cases are different ones
     for isa in FUSED:
         expected = results(tmp_path, isa)
         assert list(neon) == list(expected)

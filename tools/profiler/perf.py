@@ -26,7 +26,7 @@ FAMILIES = (
     ("layernorm", r"layernorm"),
     ("sampler", r"inverse_cdf|median|greedy"),
     ("encoder", r"encode"),
-    ("products, attention", r"gemm|gemv|tile|dot|matmul|bias|gelu|mix|softmax|exp|scaled|attend|attention|lanes"),
+    ("products, attention", r"gemm|product|pack|outer|tile|dot|matmul|bias|gelu|mix|softmax|exp|scaled|attend|attention|lanes"),
 )
 PHASES = {"ln1": "layernorm", "ln2": "layernorm", "lnf": "layernorm", "sampler": "sampler", "encoder": "encoder"}
 

@@ -1,0 +1,33 @@
+import numpy as np
+import numpy.typing as npt
+
+from ._kernels import Floats, Step, Weights
+from .config import Config
+from .parameters import AdamW
+
+Array = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
+
+class TrainStep(Step):
+    def __init__(
+        self,
+        weights: Weights,
+        nth: int,
+        spins: int,
+        config: Config,
+        parameters: Array,
+        gradients: Array,
+        first: Array,
+        second: Array,
+        *,
+        keep: bool,
+    ) -> None: ...
+    @property
+    def ready(self) -> bool: ...
+    def begin_forward(self, inputs: Ids, targets: Ids, active: int) -> None: ...
+    def finish_forward(self) -> Floats: ...
+    def begin_backward(self, accumulate: bool, scale: float) -> None: ...
+    def begin_norm(self) -> None: ...
+    def finish_norm(self) -> float: ...
+    def begin_update(self, numbers: AdamW, spans: npt.NDArray[np.float64]) -> None: ...
+    def begin_stream(self) -> None: ...

@@ -1,0 +1,515 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Training: the backward pass, AdamW and the gradient's norm, on the workers, kernels and activations of the forward pass.
+
+How this file is built:
+  (a) kernels: each mirrors one of _kernels.pyx, in reverse order, with `d` names for gradients; (ith, nth) as there;
+  (b) backward: one function that every worker runs, layer by layer from the last, with native barriers between kernels;
+  (c) update and norm: one pass over flat arrays;
+  (d) TrainStep: a Step that keeps its activations, and what the workers do with them.
+
+The order of every sum. A gradient of weights is a sum over rows, in ascending order (batch by batch, position by position),
+that begins at zero or, when it is accumulated, at the gradient that is there: split over outputs, so no worker adds to
+another's numbers, and the bits do not depend on the number of workers. A gradient of inputs is a sum over outputs, ascending.
+Both add by fused multiply-add, one after another. Sums within a row (layernorm, softmax) have 16 lanes. wte's gradient is the
+head's part first; then, row by row, the encoder's.
+
+Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update.
+"""
+
+from libc.math cimport sqrt, sqrtf
+from libc.stdint cimport int32_t, uint32_t
+from libc.string cimport memcpy, memset
+
+from pygpt._kernels cimport (
+    Floats, KeysValues, Net, Row, State, Step, Weights, adamw_numbers, barrier_reset, done, forward, meet, micro, padded, shard,
+    trace_begin, trace_worker,
+)
+
+from ._kernels import PHASES
+from .errors import ClosedError, InputError
+
+cdef enum:
+    NORM_BLOCK = 1 << 16      # values whose squares one worker sums
+    SPAN_ROWS = 16            # queries of one tile of the attention
+    SPAN_KEYS = 64            # keys whose gradients are summed together
+
+
+cdef int _phase(name) except -1:
+    return PHASES.index(name)
+
+cdef int DLOGITS = _phase("dlogits"), DHEAD = _phase("dhead"), DLNF = _phase("dlnf"), DFCPROJ = _phase("dfcproj")
+cdef int DFC = _phase("dfc"), DLN2 = _phase("dln2"), DATTPROJ = _phase("dattproj"), DATTENTION = _phase("dattention")
+cdef int DQKV = _phase("dqkv"), DLN1 = _phase("dln1"), DENCODER = _phase("dencoder")
+cdef int NORM = _phase("norm"), UPDATE = _phase("update")
+
+
+cdef struct Gradients:        # where each tensor's gradient begins
+    float* wte                # (V, C)
+    float* wpe                # (maxT, C)
+    float* ln1w               # (L, C)
+    float* ln1b               # (L, C)
+    float* qkvw               # (L, 3C, C)
+    float* qkvb               # (L, 3C)
+    float* attprojw           # (L, C, C)
+    float* attprojb           # (L, C)
+    float* ln2w               # (L, C)
+    float* ln2b               # (L, C)
+    float* fcw                # (L, 4C, C)
+    float* fcb                # (L, 4C)
+    float* fcprojw            # (L, C, 4C)
+    float* fcprojb            # (L, C)
+    float* lnfw               # (C,)
+    float* lnfb               # (C,)
+
+
+cdef struct Back:             # what moves in the backward pass
+    Gradients d
+    int add_to                # whether gradients are added to what is there
+    float dloss               # the gradient of every row's loss
+    Py_ssize_t B, T, maxT
+    float* dresidual          # (R, C) of the residual stream
+    float* dinp               # (R, C) dlnf, dln2, datty, dln1 in turn
+    float* dqkv               # (R, 3C)
+    float* dfch               # (R, 4C of fch_row)
+    float* scratch            # (nth, scratch_size) for micro.outer and the attention
+    Py_ssize_t scratch_size
+
+
+cdef struct Flat:             # the update: parameters and what belongs to each
+    float* p
+    float* g
+    float* m
+    float* v
+    Py_ssize_t size
+    double* squares           # a sum for each block of NORM_BLOCK
+
+# ------------------------------------------------------------------------------------------------ (a) kernels
+
+
+cdef void cross_entropy_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """dlogits = (softmax(logits) - [target]) dloss, in place of exp(logits - max), (R, V). Rows are split."""
+    cdef Py_ssize_t r, start, stop
+    cdef float* row
+    shard(s.R, ith, nth, &start, &stop)
+    for r in range(start, stop):
+        row = s.logits + r * s.logits_row
+        micro.store_scaled(row, row, b.dloss / s.total[r], net.V)
+        row[s.targets[r]] -= b.dloss
+
+
+cdef inline void share(
+    Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
+) noexcept nogil:
+    """shard() of n items in whole units."""
+    shard((n + unit - 1) // unit, ith, nth, start, stop)
+    start[0] = min(start[0] * unit, n)
+    stop[0] = min(stop[0] * unit, n)
+
+
+cdef void matmul_backward(
+    const Back* b,
+    float* dinp, Py_ssize_t ldi,            # OUT (R, K), a row every ldi values
+    float* dweight,                         # OUT (N, K)
+    float* dbias,                           # OUT (N,), or NULL
+    const float* dout, Py_ssize_t ldo,      # IN  (R, N), a row every ldo values
+    const float* inp, Py_ssize_t lda,       # IN  (R, K), a row every lda values
+    const float* weight,                    # IN  (N, K)
+    const float* gelu_of,                   # IN  (R, K) rows as dinp's: the inputs are gelu() of these; or NULL
+    Py_ssize_t R, Py_ssize_t K, Py_ssize_t N, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
+    """dinp = dout weight, split over its columns; dweight (+)= dout^T inp and dbias (+)= sum of dout's rows, over outputs."""
+    cdef Py_ssize_t start, stop, r
+    cdef float* scratch = b.scratch + ith * b.scratch_size
+    share(K, micro.panel, ith, nth, &start, &stop)
+    micro.outer(dinp + start, ldi, dout, ldo, 1, weight + start, K, R, stop - start, N, 0, scratch)
+    if gelu_of != NULL:
+        for r in range(R):
+            micro.gelu_backward(dinp + r * ldi + start, gelu_of + r * ldi + start, stop - start)
+    share(N, 16, ith, nth, &start, &stop)
+    micro.outer(dweight + start * K, K, dout + start, 1, ldo, inp, lda, stop - start, K, R, b.add_to, scratch)
+    if dbias != NULL:
+        micro.add_rows(dbias + start, dout + start, ldo, R, stop - start, b.add_to)
+
+
+cdef void layernorm_backward(
+    const Net* net, State* s, const Back* b,
+    Py_ssize_t index,                       # of all layernorms, as in the forward pass
+    float* dweight, float* dbias,           # OUT (C,), (C,)
+    const float* weight,                    # IN  (C,)
+    Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
+    """dresidual += what dinp, the gradient of this layernorm's output, means for its input (rows are split); dweight and
+    dbias (channels are split)."""
+    cdef Py_ssize_t r, start, stop, C = net.C
+    cdef const float* x = s.residual + index * s.residual_step
+    cdef const float* stats = s.stats + 2 * index * s.R
+    shard(s.R, ith, nth, &start, &stop)
+    for r in range(start, stop):
+        micro.layernorm_backward(b.dresidual + r * C, b.dinp + r * C, x + r * C, weight, stats + 2 * r, C)
+    share(C, 16, ith, nth, &start, &stop)
+    micro.layernorm_gains(dweight + start, dbias + start, b.dinp + start, x + start, stats, C, s.R, stop - start, b.add_to)
+
+
+cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:
+    """Values that attend_backward() needs beside micro.outer's room."""
+    return T * (2 * padded(T) + 4 * net.HSp)
+
+
+cdef void attend_backward(
+    const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch,
+) noexcept nogil:
+    """One head of one sequence: dq, dk and dv from datty. The probabilities are computed again, as in the forward pass.
+
+    With p = softmax(q k^T scale), out = p v:  dv = p^T dout,  dp = dout v^T,  ds = p (dp - dot(dout, out)) scale,
+    dq = ds k,  dk = ds^T q. Every dq adds keys in ascending order, every dk and dv queries."""
+    cdef Py_ssize_t batch = pair // net.NH, head = pair % net.NH, T = b.T, C = net.C, HS = net.HS, HSp = net.HSp
+    cdef Py_ssize_t ldp = padded(T), first = batch * T, t, t0, rows
+    cdef Row* row = s.rows + first
+    cdef const float* keys = row.keys + (layer * net.NH + head) * row.capacity * HSp
+    cdef const float* values = row.values + (layer * net.NH + head) * row.capacity * HSp
+    cdef const float* qkv = s.qkv + layer * s.qkv_step + first * 3 * C + head * HS
+    cdef const float* atty = s.atty + layer * s.atty_step + first * C + head * HS
+    cdef const float* datty = b.dinp + first * C + head * HS
+    cdef float* dqkv = b.dqkv + first * 3 * C + head * HS
+    cdef float* room = scratch + attention_scratch(net, T)
+    cdef float* p = scratch                                             # (T, ldp)
+    cdef float* ds = p + T * ldp                                        # (T, ldp) dp, then ds
+    cdef float* q = ds + T * ldp                                        # (T, HSp)
+    cdef float* dout = q + T * HSp                                      # (T, HSp)
+    cdef float* out = dout + T * HSp                                    # (T, HSp)
+    cdef float* dq = out + T * HSp                                      # (T, HSp)
+    cdef float dot, total, scale = <float> 1 / sqrtf(<float> HS)
+    memset(q, 0, 4 * T * HSp * sizeof(float))
+    for t in range(T):
+        memcpy(q + t * HSp, qkv + t * 3 * C, HS * sizeof(float))
+        memcpy(dout + t * HSp, datty + t * C, HS * sizeof(float))
+        memcpy(out + t * HSp, atty + t * C, HS * sizeof(float))
+    t0 = 0
+    while t0 < T:
+        rows = min(<Py_ssize_t> SPAN_ROWS, T - t0)
+        micro.gemm(p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, HSp, t0 + rows, HSp, 0)
+        micro.gemm(ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, HSp, t0 + rows, HSp, 0)
+        for t in range(t0, t0 + rows):
+            total = micro.softmax(p + t * ldp, t + 1, scale, NULL)
+            micro.store_scaled(p + t * ldp, p + t * ldp, <float> 1 / total, t + 1)
+            memset(p + t * ldp + t + 1, 0, (ldp - t - 1) * sizeof(float))
+            micro.gemm(&dot, 1, dout + t * HSp, HSp, 1, out + t * HSp, HSp, 1, HSp, 0)
+            micro.softmax_backward(ds + t * ldp, p + t * ldp, dot, scale, t + 1, ldp)
+        micro.mix(dq + t0 * HSp, ds + t0 * ldp, ldp, rows, keys, HSp, 0, t0 + rows)
+        t0 += rows
+    for t in range(T):
+        memcpy(dqkv + t * 3 * C, dq + t * HSp, HS * sizeof(float))
+    t0 = 0
+    while t0 < T:                                                       # earlier queries do not see these keys
+        rows = min(<Py_ssize_t> SPAN_KEYS, T - t0)
+        micro.outer(dqkv + C + t0 * 3 * C, 3 * C, ds + t0 * ldp + t0, 1, ldp, q + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
+        micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0,
+                    room)
+        t0 += rows
+
+
+cdef void attention_backward(
+    const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
+    """dqkv (R, 3C) from datty (R, C). Pairs of sequence and head are split."""
+    cdef Py_ssize_t pair, start, stop
+    shard(b.B * net.NH, ith, nth, &start, &stop)
+    for pair in range(start, stop):
+        attend_backward(net, s, b, layer, pair, b.scratch + ith * b.scratch_size)
+
+
+cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """dwte[token] += dresidual[r] on top of the head's part; dwpe[pos] (+)= dresidual[r]. Channels are split."""
+    cdef Py_ssize_t r, t, start, stop, C = net.C
+    cdef const float* row
+    share(C, 16, ith, nth, &start, &stop)
+    if not b.add_to:
+        for t in range(b.maxT):
+            memset(b.d.wpe + t * C + start, 0, (stop - start) * sizeof(float))
+    for r in range(s.R):
+        row = b.dresidual + r * C + start
+        micro.add_rows(b.d.wte + s.rows[r].token * C + start, row, C, 1, stop - start, 1)
+        micro.add_rows(b.d.wpe + s.rows[r].pos * C + start, row, C, 1, stop - start, 1)
+
+# ------------------------------------------------------------------------------------------------ (b) the backward pass
+
+
+cdef void run_layer(
+    const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
+    """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
+    cdef Py_ssize_t R = s.R, C = net.C
+    cdef const Gradients* d = &b.d
+    cdef const float* ln1 = s.ln + 2 * l * s.ln_step
+    cdef const float* ln2 = ln1 + s.ln_step
+    cdef const float* atty = s.atty + l * s.atty_step
+    cdef const float* fch = s.fch + l * s.fch_step
+    cdef const float* fch_gelu = s.fch_gelu + l * s.fch_step
+    if phase == DFCPROJ:
+        matmul_backward(b, b.dfch, s.fch_row, d.fcprojw + l * 4 * C * C, d.fcprojb + l * C, b.dresidual, C,
+                        fch_gelu, s.fch_row, weights_of(net.fcprojw, l * 4 * C * C), fch, R, 4 * C, C, ith, nth)
+    elif phase == DFC:
+        matmul_backward(b, b.dinp, C, d.fcw + l * 4 * C * C, d.fcb + l * 4 * C, b.dfch, s.fch_row,
+                        ln2, C, weights_of(net.fcw, l * 4 * C * C), NULL, R, C, 4 * C, ith, nth)
+    elif phase == DLN2:
+        layernorm_backward(net, s, b, 2 * l + 1, d.ln2w + l * C, d.ln2b + l * C, weights_of(net.ln2w, l * C), ith, nth)
+    elif phase == DATTPROJ:
+        matmul_backward(b, b.dinp, C, d.attprojw + l * C * C, d.attprojb + l * C, b.dresidual, C,
+                        atty, C, weights_of(net.attprojw, l * C * C), NULL, R, C, C, ith, nth)
+    elif phase == DATTENTION:
+        attention_backward(net, s, b, l, ith, nth)
+    elif phase == DQKV:
+        matmul_backward(b, b.dinp, C, d.qkvw + l * 3 * C * C, d.qkvb + l * 3 * C, b.dqkv, 3 * C,
+                        ln1, C, weights_of(net.qkvw, l * 3 * C * C), NULL, R, C, 3 * C, ith, nth)
+    else:
+        layernorm_backward(net, s, b, 2 * l, d.ln1w + l * C, d.ln1b + l * C, weights_of(net.ln1w, l * C), ith, nth)
+
+
+cdef inline const float* weights_of(const char* tensor, Py_ssize_t index) noexcept nogil:
+    """The address of value `index` of a float32 tensor."""
+    return <const float*> tensor + index
+
+
+cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* me) noexcept nogil:
+    """Gradients of all tensors from the kept activations, worker me.ith's share. Returns 1 when the step was aborted."""
+    cdef Py_ssize_t R = s.R, C = net.C, start, stop
+    cdef int layer, phase
+    trace_begin(me)
+    cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)
+    if meet(me, DLOGITS, 0):
+        return 1
+    shard(R * C, me.ith, me.nth, &start, &stop)
+    memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
+    matmul_backward(b, b.dinp, C, b.d.wte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
+                    weights_of(net.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
+    if meet(me, DHEAD, 0):
+        return 1
+    layernorm_backward(net, s, b, 2 * net.L, b.d.lnfw, b.d.lnfb, weights_of(net.lnfw, 0), me.ith, me.nth)
+    if meet(me, DLNF, 0):
+        return 1
+    for layer in range(<int> net.L - 1, -1, -1):
+        for phase in range(DFCPROJ, DLN1 + 1):
+            run_layer(net, s, b, phase, layer, me.ith, me.nth)
+            if meet(me, phase, layer):
+                return 1
+    encoder_backward(net, s, b, me.ith, me.nth)                                                 # dwte, dwpe
+    done(me, DENCODER, 0)
+    return 0
+
+# ------------------------------------------------------------------------------------------------ (c) norm and update
+
+
+cdef void squares_of(const Flat* f, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
+    """squares[i] = the sum of the squares of block i of the gradients."""
+    cdef Py_ssize_t i, start, stop, blocks = (f.size + NORM_BLOCK - 1) // NORM_BLOCK
+    shard(blocks, ith, nth, &start, &stop)
+    for i in range(start, stop):
+        f.squares[i] = micro.square_sum(f.g + i * NORM_BLOCK, min(<Py_ssize_t> NORM_BLOCK, f.size - i * NORM_BLOCK))
+
+
+cdef void update(
+    const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth,
+) noexcept nogil:
+    """One step of AdamW on this worker's share of all parameters. A span is (start, stop, decay)."""
+    cdef Py_ssize_t i, start, stop, first, last
+    share(f.size, 16, ith, nth, &start, &stop)
+    for i in range(spans.shape[0]):
+        first, last = max(start, <Py_ssize_t> spans[i, 0]), min(stop, <Py_ssize_t> spans[i, 1])
+        numbers.decay = <float> spans[i, 2]
+        if first < last:
+            micro.adamw(f.p + first, f.g + first, f.m + first, f.v + first, last - first, &numbers)
+
+# ------------------------------------------------------------------------------------------------ (d) the step
+
+
+cdef enum Task:               # what a round of the workers is about
+    FORWARD
+    BACKWARD
+    SQUARES
+    ADAMW
+    STREAM
+
+
+cdef class TrainStep(Step):
+    """A batch forward to its losses; backward, if everything that needs is kept; and the update of all parameters.
+
+    Each begin_...() is for the caller of a round, under the GIL, before it; then every worker calls the step."""
+
+    cdef Back back
+    cdef Flat flat
+    cdef Task task
+    cdef bint keeps                 # whether the activations of every layer are kept for backward()
+    cdef Floats kept                # they, or the room of one layer's
+    cdef Floats moving              # what moves backwards
+    cdef Floats backward_scratch
+    cdef Floats all_logits
+    cdef Py_ssize_t rows            # R that they are for
+    cdef list caches                # of the batch's sequences: their keys and values
+    cdef object config
+    cdef object views               # the four flat arrays, kept alive
+    cdef object squares
+    cdef const int32_t[:, ::1] targets
+    cdef const double[:, ::1] spans
+    cdef adamw_numbers numbers
+    cdef readonly bint ready        # whether activations are there for backward()
+
+    def __init__(
+        self, Weights weights not None, Py_ssize_t nth, uint32_t spins, config,
+        float[::1] parameters not None, float[::1] gradients not None, float[::1] first not None, float[::1] second not None,
+        *, bint keep,
+    ):
+        self.keeps = keep
+        self.config = config
+        self.views = (parameters, gradients, first, second)
+        self.flat.p, self.flat.g, self.flat.m, self.flat.v = &parameters[0], &gradients[0], &first[0], &second[0]
+        self.flat.size = parameters.shape[0]
+        self.squares = bytearray(8 * ((self.flat.size + NORM_BLOCK - 1) // NORM_BLOCK))
+        cdef double[::1] squares = memoryview(self.squares).cast("d")
+        self.flat.squares = &squares[0]
+        cdef dict at = {name: offset for name, _, offset, _ in config.tensors(padded=True)}
+        cdef Gradients* d = &self.back.d
+        cdef float* g = &gradients[0]
+        d.wte, d.wpe = g + <Py_ssize_t> at["wte"], g + <Py_ssize_t> at["wpe"]
+        d.ln1w, d.ln1b = g + <Py_ssize_t> at["ln1w"], g + <Py_ssize_t> at["ln1b"]
+        d.qkvw, d.qkvb = g + <Py_ssize_t> at["qkvw"], g + <Py_ssize_t> at["qkvb"]
+        d.attprojw, d.attprojb = g + <Py_ssize_t> at["attprojw"], g + <Py_ssize_t> at["attprojb"]
+        d.ln2w, d.ln2b = g + <Py_ssize_t> at["ln2w"], g + <Py_ssize_t> at["ln2b"]
+        d.fcw, d.fcb = g + <Py_ssize_t> at["fcw"], g + <Py_ssize_t> at["fcb"]
+        d.fcprojw, d.fcprojb = g + <Py_ssize_t> at["fcprojw"], g + <Py_ssize_t> at["fcprojb"]
+        d.lnfw, d.lnfb = g + <Py_ssize_t> at["lnfw"], g + <Py_ssize_t> at["lnfb"]
+        self.back.maxT = config.maxT
+        self.caches = []
+
+    def begin_forward(
+        self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active,
+    ) -> None:
+        """Take a checked batch, (B, T) each, for the first `active` workers."""
+        cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
+        self.ready = False
+        if self.weights.net.wte == NULL:
+            raise ClosedError("the model is closed")
+        if (B, T) != (self.back.B, self.back.T):
+            self.caches = []
+            self.back.B, self.back.T = B, T
+        if not self.caches:
+            self.caches = [KeysValues(self.weights, T) for _ in range(B)]
+        for cache in self.caches:
+            (<KeysValues> cache).length = 0
+        self.task = FORWARD
+        self.targets = targets
+        self.state.targets = &targets[0, 0]
+        self.prepare([(inputs[b, t], self.caches[b], True) for b in range(B) for t in range(T)], active)
+
+    def finish_forward(self) -> Floats:
+        """The losses, (B, T)."""
+        losses = Floats(self.back.B, self.back.T)
+        memcpy(losses.data, self.state.losses, self.state.R * sizeof(float))
+        self.keep = None
+        self.ready = self.keeps
+        return losses
+
+    cdef _reserve(self, Py_ssize_t R):
+        """Make room for the activations of R rows: all layers', or one layer's where none are kept."""
+        cdef State* s = &self.state
+        cdef Py_ssize_t C = self.weights.net.C, L = self.weights.net.L if self.keeps else 1
+        cdef Py_ssize_t norms = 2 * L + 1 if self.keeps else 1
+        if R == self.rows:
+            return
+        self.rows = 0
+        self.kept = self.moving = self.all_logits = self.backward_scratch = None   # the old ones go before the new ones come
+        self._reserve_rows(R)
+        s.fch_row = 4 * C + 16
+        self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2))
+        s.residual = self.kept.data
+        s.ln = s.residual + norms * R * C
+        s.qkv = s.ln + norms * R * C
+        s.atty = s.qkv + L * R * 3 * C
+        s.proj = s.atty + L * R * C
+        s.fch = s.proj + R * C
+        s.fch_gelu = s.fch + L * R * s.fch_row
+        s.total = s.fch_gelu + L * R * s.fch_row
+        s.losses = s.total + R
+        s.logits_row = (self.weights.net.V + 127) // 128 * 128
+        self.all_logits = Floats(R, s.logits_row)
+        s.logits = self.all_logits.data
+        if self.keeps:
+            s.stats = s.losses + R
+            s.residual_step = s.ln_step = s.atty_step = R * C
+            s.qkv_step, s.fch_step = R * 3 * C, R * s.fch_row
+            self._reserve_backward(R)
+        self.rows = R
+
+    cdef _reserve_backward(self, Py_ssize_t R):
+        """Make room for what moves in the backward pass."""
+        cdef State* s = &self.state
+        cdef Py_ssize_t C = self.weights.net.C
+        self.moving = Floats(1, R * (5 * C + s.fch_row))
+        self.back.dresidual = self.moving.data
+        self.back.dinp = self.back.dresidual + R * C
+        self.back.dqkv = self.back.dinp + R * C
+        self.back.dfch = self.back.dqkv + R * 3 * C
+        self.back.scratch_size = attention_scratch(&self.weights.net, self.back.T) + micro.outer_room
+        self.backward_scratch = Floats(self.nth, self.back.scratch_size)
+        self.back.scratch = self.backward_scratch.data
+
+    cdef _reserve_logits(self):
+        """The logits are not the caller's here: their memory is used again."""
+
+    def begin_backward(self, bint accumulate, double scale) -> None:
+        """Take the gradient of the last forward's mean loss, times scale."""
+        if not self.ready:
+            raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
+        self.ready = False
+        self.task = BACKWARD
+        self.back.add_to = accumulate
+        self.back.dloss = <float> (scale / self.state.R)
+        barrier_reset(self.barrier, <uint32_t> self.active, self.spins)
+
+    def begin_norm(self) -> None:
+        """Take the gradients' norm."""
+        self.task, self.active = SQUARES, self.nth
+
+    def finish_norm(self) -> float:
+        """The 2-norm: the blocks' sums of squares are added in ascending order."""
+        cdef double total = 0
+        cdef Py_ssize_t i
+        for i in range(len(self.squares) // 8):
+            total += self.flat.squares[i]
+        return sqrt(total)
+
+    def begin_update(self, numbers, const double[:, ::1] spans not None) -> None:
+        """Take one step of AdamW by checked numbers (parameters.AdamW); spans are rows (start, stop, decay)."""
+        cdef adamw_numbers* n = &self.numbers
+        self.task, self.active, self.spans = ADAMW, self.nth, spans
+        n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2
+        n.over_correction1, n.over_correction2 = 1 / <double> numbers.correction1, 1 / <double> numbers.correction2
+        n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
+
+    def begin_stream(self) -> None:
+        """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
+        self.task, self.active = STREAM, self.nth
+
+    def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
+        """Run worker ith's share of this round, without the GIL."""
+        cdef Py_ssize_t start, stop
+        cdef trace_worker me
+        if ith >= self.active:
+            return
+        me = self._worker(ith)
+        with nogil:
+            if self.task == FORWARD:
+                forward(&self.weights.net, &self.state, &me)
+            elif self.task == BACKWARD:
+                backward(&self.weights.net, &self.state, &self.back, &me)
+            elif self.task == SQUARES:
+                trace_begin(&me)
+                squares_of(&self.flat, me.ith, me.nth)
+                done(&me, NORM, 0)
+            elif self.task == ADAMW:
+                trace_begin(&me)
+                update(&self.flat, self.numbers, self.spans, me.ith, me.nth)
+                done(&me, UPDATE, 0)
+            else:
+                share(self.flat.size, 16, me.ith, me.nth, &start, &stop)
+                micro.probe_stream(
+                    self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)

@@ -1,0 +1,134 @@
+/* The microkernels of the backward pass and of AdamW; part of micro_body.h, which defines the lanes. All values are float32.
+ * Names and formulas: llm.c, train_gpt2.c. Sums over rows run in ascending order, a sum within a row in 16 lanes. */
+
+/* out[n] = (add_to ? out[n] : 0) + sum over r < rows, ascending, of inp[r * ld + n]. */
+static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
+#define BODY(i, n)                                                                                 \
+    do {                                                                                           \
+        lanes sum = add_to ? GET(out, i, n, 0.0f) : splat(0.0f);                                   \
+        for (ptrdiff_t r = 0; r < rows; r++) sum = add(sum, GET(inp + r * ld, i, n, 0.0f));        \
+        PUT(out, i, n, sum);                                                                       \
+    } while (0)
+    FOR_LANES(N, BODY);
+#undef BODY
+}
+
+/* The derivative of gelu(x) = x s(x), s = 1 / (1 + exp(-2u)): s + x s (1 - s) 2u', u = sqrt(2 / pi) (x + 0.044715 x^3). Beyond 16
+ * s is 0 or 1 to the last bit, and so is the derivative. */
+static void gelu_backward(float *d, const float *x, ptrdiff_t N) {
+    const float A = -1.59576912f, B = -0.0713548163f; /* as in gelu16 */
+#define BODY(i, n)                                                                                 \
+    do {                                                                                           \
+        lanes given = GET(x, i, n, 0.0f), inside;                                                  \
+        UNROLL for (int h = 0; h < NV; h++) {                                                      \
+            vec v = given.v[h];                                                                    \
+            v = choose(v > broadcast(16.0f), broadcast(16.0f), v);                                 \
+            inside.v[h] = choose(v < broadcast(-16.0f), broadcast(-16.0f), v);                     \
+        }                                                                                          \
+        lanes square = mul(inside, inside), one = splat(1.0f);                                     \
+        lanes s = divide(one, add(one, exp16(mul(inside, fma16(square, splat(B), splat(A))))));    \
+        lanes slope = fma16(square, splat(-3.0f * B), splat(-A)); /* 2u' */                        \
+        lanes bent = mul(mul(mul(inside, s), sub(one, s)), slope);                                 \
+        PUT(d, i, n, mul(GET(d, i, n, 0.0f), add(s, bent)));                                       \
+    } while (0)
+    FOR_LANES(N, BODY);
+#undef BODY
+}
+
+/* One row: dx += (dn - mean(dn) - norm * mean(dn * norm)) * rstd, with norm = (x - mean) * rstd and dn = dout * weight. */
+static void layernorm_backward(float *dx, const float *dout, const float *x, const float *weight, const float *stats, ptrdiff_t C) {
+    const lanes mean = splat(stats[0]), rstd = splat(stats[1]);
+    lanes sum = splat(0.0f), product_sum = splat(0.0f);
+#define NORM(i, n) mul(sub(GET(x, i, n, stats[0]), mean), rstd)
+#define DNORM(i, n) mul(GET(dout, i, n, 0.0f), GET(weight, i, n, 0.0f))
+#define BODY(i, n)                                                     \
+    do {                                                               \
+        lanes dnorm = DNORM(i, n);                                     \
+        sum = add(sum, dnorm);                                         \
+        product_sum = fma16(dnorm, NORM(i, n), product_sum);           \
+    } while (0)
+    FOR_LANES(C, BODY);
+#undef BODY
+    const lanes a = splat(fold(sum) / (float)C), b = splat(fold(product_sum) / (float)C);
+#define BODY(i, n)                                                                             \
+    PUT(dx, i, n, fma16(sub(sub(DNORM(i, n), a), mul(NORM(i, n), b)), rstd, GET(dx, i, n, 0.0f)))
+    FOR_LANES(C, BODY);
+#undef BODY
+#undef DNORM
+#undef NORM
+}
+
+/* dweight[n] (+)= sum over rows of dout * norm, dbias[n] (+)= sum of dout, for N channels; stats (rows, 2) are mean and rstd. */
+static void layernorm_gains(float *dweight, float *dbias, const float *dout, const float *x, const float *stats,
+                            ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
+#define BODY(i, n)                                                                                                 \
+    do {                                                                                                           \
+        lanes weight = add_to ? GET(dweight, i, n, 0.0f) : splat(0.0f);                                            \
+        lanes bias = add_to ? GET(dbias, i, n, 0.0f) : splat(0.0f);                                                \
+        for (ptrdiff_t r = 0; r < rows; r++) {                                                                     \
+            lanes d = GET(dout + r * ld, i, n, 0.0f);                                                              \
+            lanes norm = mul(sub(GET(x + r * ld, i, n, 0.0f), splat(stats[2 * r])), splat(stats[2 * r + 1]));      \
+            weight = fma16(d, norm, weight);                                                                       \
+            bias = add(bias, d);                                                                                   \
+        }                                                                                                          \
+        PUT(dweight, i, n, weight);                                                                                \
+        PUT(dbias, i, n, bias);                                                                                    \
+    } while (0)
+    FOR_LANES(N, BODY);
+#undef BODY
+}
+
+/* One row of attention: d[t] = p[t] * (d[t] - dot) * scale for t < T, 0 up to Tp. */
+static void softmax_backward(float *d, const float *p, float dot, float scale, ptrdiff_t T, ptrdiff_t Tp) {
+#define BODY(i, n) PUT(d, i, n, mul(mul(GET(p, i, n, 0.0f), sub(GET(d, i, n, 0.0f), splat(dot))), splat(scale)))
+    FOR_LANES(T, BODY);
+#undef BODY
+    for (ptrdiff_t t = T; t < Tp; t++) d[t] = 0.0f;
+}
+
+/* AdamW on count values: m and v are running means of g and g^2, corrected for their start at zero; the decay is decoupled.
+ * Source: Loshchilov and Hutter 2019. */
+static void adamw(float *p, const float *g, float *m, float *v, ptrdiff_t count, const adamw_numbers *c) {
+#define BODY(i, n)                                                                                                   \
+    do {                                                                                                             \
+        lanes grad = mul(GET(g, i, n, 0.0f), splat(c->gradient_scale)), old = GET(p, i, n, 0.0f), root;              \
+        lanes first = fma16(splat(c->beta1), GET(m, i, n, 0.0f), mul(splat(c->rest1), grad));                        \
+        lanes second = fma16(splat(c->beta2), GET(v, i, n, 0.0f), mul(mul(splat(c->rest2), grad), grad));            \
+        lanes corrected = mul(second, splat(c->over_correction2));                                                   \
+        UNROLL for (int h = 0; h < NV; h++) root.v[h] = SQRT(corrected.v[h]);                                        \
+        lanes change = divide(mul(first, splat(c->over_correction1)), add(root, splat(c->eps)));                     \
+        change = fma16(splat(c->decay), old, change);                                                                \
+        PUT(m, i, n, first);                                                                                         \
+        PUT(v, i, n, second);                                                                                        \
+        PUT(p, i, n, fma16(splat(-c->lr), change, old));                                                             \
+    } while (0)
+    FOR_LANES(count, BODY);
+#undef BODY
+}
+
+/* The sum of squares in float64: the products of float32 values are exact there; 16 lanes, folded like a dot's. */
+static double square_sum(const float *g, ptrdiff_t count) {
+    double lane[LANES] = {0};
+    double_vec sum[2 * NV] = {{0}};
+    ptrdiff_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        UNROLL for (int h = 0; h < 2 * NV; h++) {
+            const double_vec x = __builtin_convertvector(*(const half_vec_unaligned *)(g + i + h * (W / 2)), double_vec);
+            sum[h] += x * x;
+        }
+    memcpy(lane, sum, sizeof lane);
+    for (ptrdiff_t j = 0; i + j < count; j++) lane[j] += (double)g[i + j] * (double)g[i + j];
+    for (int apart = LANES / 2; apart; apart /= 2)
+        for (int j = 0; j < apart; j++) lane[j] += lane[j + apart];
+    return lane[0];
+}
+
+/* What AdamW could reach at most: four arrays read, three written, hardly anything computed. */
+static void probe_stream(float *p, const float *g, float *m, float *v, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i + LANES <= count; i += LANES) {
+        const lanes grad = load(g + i);
+        store(p + i, add(load(p + i), grad));
+        store(m + i, add(load(m + i), grad));
+        store(v + i, add(load(v + i), grad));
+    }
+}

@@ -1,0 +1,202 @@
+"""safetensors files: read strictly and in place, written as a stream.
+
+A file is the length of a header (uint64, little-endian), the header (a JSON object: name -> dtype, shape, data_offsets),
+and the tensors' bytes, which follow each other without a gap up to the file's end. The reader trusts none of it: every name
+comes once, every range has its shape's size, and the ranges fill the file, so no view can leave the map.
+
+Why not the `safetensors` package: its NumPy interface has no bfloat16, it can write only tensors that are all in memory at
+once, and of two tensors of one name it silently takes the last. Source: the format's description in its repository.
+"""
+
+import json
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from .checkpoint import _reason, _write_values
+from .errors import CheckpointError, InputError, is_whole
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
+
+    import numpy as np
+    import numpy.typing as npt
+
+LENGTH_BYTES = 8
+HEADER_LIMIT = 100_000_000  # bytes: the format's own limit
+MEMBERS = {"dtype", "shape", "data_offsets"}
+DTYPES = {1: "BOOL U8 I8 F8_E5M2 F8_E4M3", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64"}
+DTYPE_BYTES = {dtype: width for width, dtypes in DTYPES.items() for dtype in dtypes.split()}
+VIEWS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # what can be read; bfloat16 as its bits
+WRITERS = {"F32": 3, "BF16": 5}  # the checkpoint version that holds such values
+
+Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
+
+
+class SafetensorsFile:
+    """An open file, mapped read-only. Use it in a `with` block or close() it.
+
+    `tensors` maps each name to (dtype, shape, offset). Raises CheckpointError for any file that is not exactly in the format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path!r}: cannot open the model file: {_reason(error)}") from error
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{self.path}: not a regular file")
+            self.size = status.st_size
+            if self.size < LENGTH_BYTES:
+                raise self._bad(f"{self.size} bytes, shorter than the length of a header")
+            self._map = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+            raise CheckpointError(f"{self.path}: cannot map the model file: {_reason(error)}") from error
+        finally:
+            os.close(fd)
+        try:
+            self.tensors = self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a sound safetensors file: {what}")
+
+    def _check(self) -> dict[str, Stored]:
+        """Check the header and every range in it."""
+        length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
+        if length > HEADER_LIMIT:
+            raise self._bad(f"its header has {length} bytes, at most {HEADER_LIMIT} are allowed")
+        start = LENGTH_BYTES + length
+        if start > self.size:
+            raise self._bad(f"truncated: {self.size} bytes, and its header alone has {length}")
+        text = self._map[LENGTH_BYTES:start]
+        if not text.startswith(b"{"):
+            raise self._bad("its header does not begin with {")
+        header = parse_object(text, f"{self.path}: not a sound safetensors file: its header")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._bad("__metadata__ is not an object of strings")
+        ranges = sorted(self._range(name, entry) for name, entry in header.items())
+        end = 0
+        for begin, stop, name in ranges:
+            if begin != end:
+                raise self._bad(f"tensor {name!r} begins at {begin}, expected {end}: there is {_flaw(begin, end)}")
+            end = stop
+        if start + end != self.size:
+            kind = "truncated" if self.size < start + end else "too long"
+            raise self._bad(f"{kind}: {self.size} bytes, expected {start + end}; fetch it again")
+        return {name: (header[name]["dtype"], tuple(header[name]["shape"]), start + begin) for begin, _, name in ranges}
+
+    def _range(self, name: str, entry: "Any") -> tuple[int, int, str]:
+        """A tensor's place, (begin, end, name), its entry checked."""
+        if not isinstance(entry, dict) or set(entry) != MEMBERS:
+            raise self._bad(f"tensor {name!r} has no dtype, shape and data_offsets, or has more than these")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            raise self._bad(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+        if not isinstance(shape, list) or len(shape) > 8 or not all(is_whole(extent, 0, 1 << 48) for extent in shape):
+            raise self._bad(f"tensor {name!r} has a shape that is not a short list of whole numbers")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at, 0, 1 << 62) for at in offsets):
+            raise self._bad(f"tensor {name!r} has data_offsets that are not two whole numbers")
+        size = DTYPE_BYTES[dtype]
+        for extent in shape:
+            size *= extent
+        if offsets[1] - offsets[0] != size:
+            raise self._bad(f"tensor {name!r} takes {offsets[1] - offsets[0]} bytes, expected {size} for {dtype} {shape}")
+        return offsets[0], offsets[1], name
+
+    def stored(self, name: str) -> "npt.NDArray[Any]":
+        """One tensor as it is in the file, a read-only view: float32, float16, or the bits of bfloat16.
+
+        Raises CheckpointError for a tensor of another dtype.
+        """
+        import numpy as np
+
+        dtype, shape, offset = self.tensors[name]
+        if dtype not in VIEWS:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
+        count = 1
+        for extent in shape:
+            count *= extent
+        return np.frombuffer(self._map, VIEWS[dtype], count, offset).reshape(shape)
+
+    def close(self) -> None:
+        """Unmap the file once no array views it any more. May be called twice."""
+        with suppress(BufferError):  # an array of stored() may still view the map: it is unmapped with the last of them
+            self._map.close()
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_safetensors(
+    file: "IO[bytes]",
+    dtype: str,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    values: "Iterable[npt.NDArray[np.float32]]",
+) -> None:
+    """Write tensors (name, shape) of one dtype, F32 or BF16 (nearest even), to an open file.
+
+    `values` are their float32 values in the same order, in pieces of any shape: each is dropped once it is written. Raises
+    InputError when they are more or fewer than the shapes say.
+    """
+    import numpy as np
+
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    expected = end = 0
+    for name, shape in tensors:
+        size = 1
+        for extent in shape:
+            size *= extent
+        begin, end = end, end + size * DTYPE_BYTES[dtype]
+        expected += size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)  # so that the values are aligned
+    file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    found = 0
+    for piece in values:
+        _write_values(file, np.ascontiguousarray(piece, "<f4"), WRITERS[dtype])
+        found += piece.size
+    if found != expected:
+        raise InputError(f"{found} values were given, and the shapes have {expected}")
+
+
+def parse_object(text: bytes, what: str) -> "dict[str, Any]":
+    """A JSON object from outside, no name in it given twice. `what` names it in the CheckpointError for anything else."""
+    try:
+        found = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} is not a JSON object")
+    return found
+
+
+def _unique(pairs: "list[tuple[str, Any]] | str") -> "dict[str, Any]":
+    """A JSON object's members; refuses a name given twice, and the numbers that JSON does not have (NaN, Infinity)."""
+    if isinstance(pairs, str):
+        raise ValueError(f"{pairs} is no number")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:80]!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _flaw(begin: int, end: int) -> str:
+    return "a hole" if begin > end else "an overlap"
