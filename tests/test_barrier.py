@@ -46,32 +46,31 @@ STATEMENTS = [  # C, Python; what none of them matches whole is refused
     (r"(.+);", r"\1"),
 ]
 EXPRESSIONS = [
-    (r"atomic_load(?:_explicit)?\((?:&b->)?(\w+)(?:, memory_order_acquire)?\)", r'(yield "load", "\1", 0)'),
+    (r"atomic_load\(&b->(\w+)\)", r'(yield "load", "\1", 0)'),
+    (r"atomic_load_explicit\(&b->(\w+), memory_order_acquire\)", r'(yield "load", "\1", 0)'),
     (r"atomic_store\(&b->(\w+), (\w+)\)", r'(yield "store", "\1", \2)'),
     (r"atomic_fetch_add\(&b->(\w+), (\w+)\)", r'(yield "add", "\1", \2)'),
     (r"atomic_fetch_sub\(&b->(\w+), (\w+)\)", r'(yield "add", "\1", -\2)'),
-    (r"sleep_while\(&b->phase, (\w+)\)", r"(yield from sleep_while(\1))"),
-    (r"wake_all\(&b->phase\)", r"(yield from wake_all())"),
+    (r"sleep_while\(b, (\w+)\)", r"(yield from sleep_while(\1))"),
+    (r"wake_all\(b\)", r"(yield from wake_all())"),
     (r"(barrier_\w+)\(b\)", r"(yield from \1())"),
-    (r"pthread_mutex_(lock|unlock)\(&sleep_mutex\)", r'(yield "\1", "", 0)'),
-    (r"pthread_cond_wait\(&sleep_cond, &sleep_mutex\)", r'((yield "wait", "", 0), (yield "lock", "", 0))'),
-    (r"pthread_cond_broadcast\(&sleep_cond\)", r'(yield "wake", "", 2**31 - 1)'),
-    (r"pthread_cond_signal\(&sleep_cond\)", r'(yield "wake", "", 1)'),
-    (r"syscall\(SYS_futex, word, FUTEX_WAIT_PRIVATE, (.+), NULL, NULL, 0\)", r'(yield "futex", "", \1)'),
-    (r"syscall\(SYS_futex, word, FUTEX_WAKE_PRIVATE, (\w+), NULL, NULL, 0\)", r'(yield "wake", "", \1)'),
+    (r"pthread_mutex_(lock|unlock)\(&b->mutex\)", r'(yield "\1", "", 0)'),
+    (r"pthread_cond_wait\(&b->cond, &b->mutex\)", r'((yield "wait", "", 0), (yield "lock", "", 0))'),
+    (r"pthread_cond_broadcast\(&b->cond\)", r'(yield "wake", "", 2**31 - 1)'),
+    (r"pthread_cond_signal\(&b->cond\)", r'(yield "wake", "", 1)'),
+    (r"syscall\(SYS_futex, &b->phase, FUTEX_WAIT_PRIVATE, (.+), NULL, NULL, 0\)", r'(yield "futex", "", \1)'),
+    (r"syscall\(SYS_futex, &b->phase, FUTEX_WAKE_PRIVATE, (\w+), NULL, NULL, 0\)", r'(yield "wake", "", \1)'),
     (r"INT_MAX", r"2**31 - 1"),
     (r"pause_cpu\(\)", "None"),
-    (r"\(void\)word", "None"),
     (r"b->parties", "parties"),
 ]
-SIGNATURES = {"sleep_while": "value", "wake_all": "", "barrier_open": "", "barrier_abort": "", "barrier_wait": ""}
+SIGNATURES = {"sleep_while": "phase", "wake_all": "", "barrier_open": "", "barrier_abort": "", "barrier_wait": ""}
 
 
 def expression(c: str) -> str:
-    """A C expression of sync.h as Python; `word`, what sleep_while() is given, is always the phase."""
+    """A C expression of sync.h as Python."""
     for pattern, python in EXPRESSIONS:
         c = re.sub(pattern, python, c)
-    c = c.replace('"word"', '"phase"')
     assert not re.search(r"->|&|(?<!yield from )\b\w+\(", c), f"no translation for {c}"
     return c
 
@@ -134,7 +133,7 @@ Run = Generator[tuple[str, str, int], int, int | None]
 
 def program(text: str, sleep: str, **constants: int) -> dict[str, Callable[[], Run]]:
     """What each kind of process does: a worker of a step, and one who aborts the step from outside."""
-    platforms = re.search(r"#if defined\(__linux__\)\n(.*?)\n#else\n(.*?)\n#endif\n", text, re.DOTALL)
+    platforms = re.search(r"#if defined\(__linux__\)\n(static.*?)\n#else\n(.*?)\n#endif\n", text, re.DOTALL)
     assert platforms
     sleeping = platforms[1 if sleep == FUTEX else 2]
     source = [function(name, sleeping) for name in ("sleep_while", "wake_all")]
@@ -394,11 +393,11 @@ MISTAKES = [
     Mistake("one too few", "== b->parties", "== b->parties - 1", EARLY),
     Mistake(
         "sleepers read before phase moves",
-        "    atomic_fetch_add(&b->phase, 1);\n    if (atomic_load(&b->sleepers)) wake_all(&b->phase);",
+        "    atomic_fetch_add(&b->phase, 1);\n    if (atomic_load(&b->sleepers)) wake_all(b);",
         """\
     uint32_t sleepers = atomic_load(&b->sleepers);
     atomic_fetch_add(&b->phase, 1);
-    if (sleepers) wake_all(&b->phase);
+    if (sleepers) wake_all(b);
 """,
         "deadlock",
     ),
@@ -412,22 +411,22 @@ MISTAKES = [
     ),
     Mistake(
         "spins for ever",
-        "    while (atomic_load(&b->phase) == phase) sleep_while(&b->phase, phase);",
+        "    while (atomic_load(&b->phase) == phase) sleep_while(b, phase);",
         "    while (atomic_load(&b->phase) == phase) pause_cpu();",
         "endless loop",
     ),
     Mistake("only one is woken", "FUTEX_WAKE_PRIVATE, INT_MAX", "FUTEX_WAKE_PRIVATE, 1", "deadlock", [FUTEX]),
     Mistake("only one is woken", "pthread_cond_broadcast", "pthread_cond_signal", "deadlock", [CONDITION]),
-    Mistake("sleeps on any phase", "WAIT_PRIVATE, value", "WAIT_PRIVATE, atomic_load(word)", "deadlock", [FUTEX]),
-    Mistake("sleeps on any phase", "    if (atomic_load(word) == value) pthread", "    pthread", "deadlock", [CONDITION]),
+    Mistake("sleeps on any phase", "WAIT_PRIVATE, phase", "WAIT_PRIVATE, atomic_load(&b->phase)", "deadlock", [FUTEX]),
+    Mistake("sleeps on any phase", "    if (atomic_load(&b->phase) == phase) pthread", "    pthread", "deadlock", [CONDITION]),
     Mistake(
         "wakes without the mutex",
         """\
-    pthread_mutex_lock(&sleep_mutex);
-    pthread_cond_broadcast(&sleep_cond);
-    pthread_mutex_unlock(&sleep_mutex);
+    pthread_mutex_lock(&b->mutex);
+    pthread_cond_broadcast(&b->cond);
+    pthread_mutex_unlock(&b->mutex);
 """,
-        "    pthread_cond_broadcast(&sleep_cond);\n",
+        "    pthread_cond_broadcast(&b->cond);\n",
         "deadlock",
         [CONDITION],
     ),
