@@ -9,14 +9,17 @@
 How a token comes about, from the outside in:
 
     __main__      the command: `python -m pygpt 31373 612`
-    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits
-    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind
+    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits, stop says when it ends
+    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind, and
+                  prefix knows which tokens they were
     pool          wakes the workers once a step (Condition), gathers them at its end (Barrier)
     _kernels      every worker runs the whole forward pass on its share of each kernel; native barriers between kernels
     micro_*.c     the inner loops, one source for every instruction set
     checkpoint    llm.c's files, mapped and used in place; config holds the one table of tensors
 
     data          what goes in: text and llm.c's token shards, in batches; llmc holds its other files
+    trainer       one step after the other: batches, gradients, AdamW (optim); state saves and resumes it, bit for bit
+
     serial        the same network and its training in plain scalar loops (_reference): the yardstick
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .data import DataLoader, encode_text, read_text, read_tokens, split, tokens_of_text, write_tokens
     from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
+    from .generate import Completion
     from .llmc import (
         DebugState,
         Example,
@@ -46,17 +50,23 @@ if TYPE_CHECKING:
         write_examples,
         write_tokenizer,
     )
+    from .logprobs import TokenInfo
     from .model import GPT2
+    from .optim import TrainingOptions
     from .pool import ThreadPool, default_threads
+    from .prefix import PrefixCache
     from .serial import SerialGPT2, SerialTrainableGPT2
+    from .state import TrainingState, open_state
     from .tokenizer import StreamDecoder, Tokenizer
     from .trainable import TrainableGPT2
+    from .trainer import Record, Trainer
 
 _HOME = {
     "Ceilings": "ceilings",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "ClosedError": "errors",
+    "Completion": "generate",
     "Config": "config",
     "DataError": "errors",
     "DataLoader": "data",
@@ -66,18 +76,25 @@ _HOME = {
     "InputError": "errors",
     "KVCache": "cache",
     "NumericalError": "errors",
+    "PrefixCache": "prefix",
     "PyGPTError": "errors",
+    "Record": "trainer",
     "SerialGPT2": "serial",
     "SerialTrainableGPT2": "serial",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
+    "TokenInfo": "logprobs",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
     "TrainableGPT2": "trainable",
+    "Trainer": "trainer",
+    "TrainingOptions": "optim",
+    "TrainingState": "state",
     "cpu_info": "_kernels",
     "default_threads": "pool",
     "encode_text": "data",
     "find_model": "checkpoint",
+    "open_state": "state",
     "read_debug_state": "llmc",
     "read_examples": "llmc",
     "read_text": "data",
@@ -98,6 +115,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ClosedError",
+    "Completion",
     "Config",
     "DataError",
     "DataLoader",
@@ -106,19 +124,26 @@ __all__ = [
     "InputError",
     "KVCache",
     "NumericalError",
+    "PrefixCache",
     "PyGPTError",
+    "Record",
     "SerialGPT2",
     "SerialTrainableGPT2",
     "StreamDecoder",
     "ThreadPool",
+    "TokenInfo",
     "Tokenizer",
     "Trace",
     "TrainableGPT2",
+    "Trainer",
+    "TrainingOptions",
+    "TrainingState",
     "__version__",
     "cpu_info",
     "default_threads",
     "encode_text",
     "find_model",
+    "open_state",
     "read_debug_state",
     "read_examples",
     "read_text",

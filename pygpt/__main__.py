@@ -26,6 +26,7 @@ examples:
   python -m pygpt 31373 612                     complete "hello there" to 10 tokens in all
   python -m pygpt -m gpt2_124M.bin -n 64 31373  64 tokens in all, with the model in this file
   python -m pygpt --sampler greedy 31373 612    the most probable token each time
+  python -m pygpt --temp 0.8 -s 7 31373 612     at random, and the same again for the same seed
   python -m pygpt --reference 31373 612         the serial program, for comparison
   echo 31373 612 | python -m pygpt -            serve requests: one a line, the model stays loaded
   echo '{"tokens": [31373], "max_new_tokens": 5, "sampler": "greedy"}' | python -m pygpt -
@@ -34,7 +35,10 @@ the model is MODEL, else $PYGPT_MODEL, else ./gpt2_124M.bin, else a small one th
 """
 
 LINE_LIMIT = 1 << 20  # bytes of one request: more than the longest sequence of any model needs
-REQUEST_KEYS = {"tokens", "total", "max_new_tokens", "sampler"}
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}  # options of --sampler sample
+LENGTH = {"total", "max_new_tokens"}
+REQUEST_KEYS = {"tokens", "sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING}
+END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: an id like any other unless --stop-at-eot is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,8 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to serve requests from stdin")
     parser.add_argument("-m", "--model", metavar="PATH", help="an llm.c checkpoint (.bin, version 1, 3 or 5)")
     parser.add_argument("-n", "--total", metavar="N", help="tokens in all, the given ones included (default 10)")
+    parser.add_argument("--max-new-tokens", metavar="N", help="new tokens, instead of --total")
     parser.add_argument("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
-    parser.add_argument("--sampler", metavar="NAME", default="median", help="median (default) or greedy")
+    parser.add_argument("--sampler", metavar="NAME", help="median (default), greedy or sample, which the next six imply")
+    parser.add_argument("--temp", dest="temperature", metavar="X", help="divide the logits by this (default 1)")
+    parser.add_argument("--top-k", metavar="K", help="only the K most probable tokens (default 0: all)")
+    parser.add_argument("--top-p", metavar="P", help="only the most probable tokens that hold this share (default 1: all)")
+    parser.add_argument("--min-p", metavar="P", help="only tokens at least P times as probable as the first (default 0)")
+    parser.add_argument(
+        "--repeat-penalty", dest="repetition_penalty", metavar="X", help="make tokens of the sequence less probable (default 1)"
+    )
+    parser.add_argument("-s", "--seed", metavar="N", help="the same tokens for the same seed (default: a random one)")
+    parser.add_argument(
+        "--stop", dest="stop_strings", action="append", metavar="TEXT", help="end after this text; may be given again"
+    )
+    parser.add_argument(
+        "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="end after this token; may be given again"
+    )
+    parser.add_argument("--stop-at-eot", action="store_true", help=f"end after <|endoftext|>, token {END_OF_TEXT}")
+    parser.add_argument(
+        "--overflow", metavar="HOW", help="past the model's context: stop, or slide to its latest half (default: refuse)"
+    )
     parser.add_argument("--reference", action="store_true", help="compute as the serial program does; -t has no effect")
     parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
     return parser
@@ -70,22 +93,43 @@ def run(options: argparse.Namespace) -> None:
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:
         raise InputError("no token was given: name at least one token id, as in `python -m pygpt 31373 612`")
-    total = None if options.total is None else parse_count("total (-n)", options.total)
     threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
-    from .generate import Request
+    defaults = read_options(options)
+    from .generate import Completion, Request
     from .pool import check_threads
 
     if threads is not None:
         check_threads(threads)  # --reference does not use them, but a typing error is one
     model, notice = load(options.model, threads, options.reference)
     with model:
-        request = Request(model.config, tokens or [0], total=total, sampler=options.sampler)  # bad options are refused first
+        request = Request(model.config, tokens or [0], **defaults)  # bad options are refused first
         if serving:
-            serve(model, total, options.sampler, notice)
+            serve(model, defaults, notice)
         else:
             say(notice)
-            for token in model.complete(request):
+            for token in model.complete(Completion(request)):
                 print(token, flush=True)
+
+
+def read_options(options: argparse.Namespace) -> "dict[str, Any]":
+    """What the options ask of every completion, in the words of a request; only those that were given."""
+    asked: dict[str, Any] = {}
+    for name, flag in ("total", "-n"), ("max_new_tokens", "--max-new-tokens"), ("top_k", "--top-k"), ("seed", "--seed"):
+        if (text := getattr(options, name)) is not None:
+            asked[name] = parse_count(f"{name} ({flag})", text)
+    for name, flag in (
+        ("temperature", "--temp"),
+        ("top_p", "--top-p"),
+        ("min_p", "--min-p"),
+        ("repetition_penalty", "--repeat-penalty"),
+    ):
+        if (text := getattr(options, name)) is not None:
+            asked[name] = parse_number(f"{name} ({flag})", text)
+    for name in "sampler", "stop_strings", "overflow":
+        if (text := getattr(options, name)) is not None:
+            asked[name] = text
+    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * options.stop_at_eot
+    return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 
 
 def load(path: str | None, threads: int | None, reference: bool) -> "tuple[GPT2 | SerialGPT2, str]":
@@ -115,18 +159,23 @@ def open_reference(path: str) -> "SerialGPT2":
     return SerialGPT2.load(path)
 
 
-def serve(model: "GPT2 | SerialGPT2", total: int | None, sampler: str, notice: str) -> None:
+def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:
     """Answer requests from stdin, one a line, until it ends. Ctrl-C ends an answer's line; when idle, the process."""
+    from .generate import Completion
+
+    prefix = model.new_prefix_cache()
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
         ended = False
         try:
-            request = parse_request(line, model.config, total, sampler)
+            request = parse_request(line, model.config, defaults)
             if request is not None:
                 say(notice)
                 notice = ""
-                for left, token in zip(range(request.new - 1, -1, -1), model.complete(request), strict=True):
-                    print(token, end=" " if left else "\n", flush=True)  # the space says at once that the id is whole
-                    ended = not left
+                completion = Completion(request, prefix=prefix)
+                for count, token in enumerate(model.complete(completion), 1):
+                    last = count == request.new or completion.finish_reason is not None
+                    print(token, end="\n" if last else " ", flush=True)  # the space says at once that the id is whole
+                    ended = last
             else:
                 print(flush=True)
                 ended = True
@@ -135,7 +184,7 @@ def serve(model: "GPT2 | SerialGPT2", total: int | None, sampler: str, notice: s
                 print(flush=True)
 
 
-def parse_request(line: bytes, config: "Config", total: int | None, sampler: str) -> "Request | None":
+def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
     """One line of stdin -> what it asks for: ids, or a JSON object; None for a blank line."""
     from .generate import Request
 
@@ -145,16 +194,25 @@ def parse_request(line: bytes, config: "Config", total: int | None, sampler: str
     if not text:
         return None
     if not text.startswith(b"{"):
-        ids = [parse_id(word.decode("utf-8", "replace")) for word in text.split()]
-        return Request(config, ids, total=total, sampler=sampler)
+        return Request(config, [parse_id(word.decode("utf-8", "replace")) for word in text.split()], **defaults)
     order = parse_json(text)
     tokens = order.pop("tokens")
     if not isinstance(tokens, list):
         raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
-    if "max_new_tokens" not in order:
-        order.setdefault("total", total)
-    order.setdefault("sampler", sampler)
-    return Request(config, tokens, **order)
+    return Request(config, tokens, **complete_order(order, defaults))
+
+
+def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict[str, Any]":
+    """A request's own options, and of the command's those that they do not replace or rule out."""
+    ruled_out: set[str] = set()
+    if not LENGTH.isdisjoint(order):
+        ruled_out |= LENGTH
+    if "sampler" in order:
+        if order["sampler"] != "sample":
+            ruled_out |= SAMPLING
+    elif not SAMPLING.isdisjoint(order):
+        ruled_out.add("sampler")
+    return {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
 
 
 def parse_json(text: bytes) -> "dict[str, Any]":
@@ -169,6 +227,9 @@ def parse_json(text: bytes) -> "dict[str, Any]":
         raise InputError(f"request: unknown key {unknown[0]!r}: keys are {', '.join(sorted(REQUEST_KEYS))}")
     if "tokens" not in request:
         raise InputError('request: the key "tokens" is missing')
+    for key, value in request.items():
+        if value is None:
+            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
     return dict(request)
 
 
@@ -183,9 +244,17 @@ def parse_id(text: str) -> int:
 
 def parse_count(name: str, text: str) -> int:
     """A count of an option: ASCII digits only."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
         raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
     return int(text)
+
+
+def parse_number(name: str, text: str) -> float:
+    """A number of an option, in any form that a computer prints one."""
+    try:
+        return float("" if "_" in text or not text.isascii() or text != text.strip() else text)
+    except ValueError:
+        raise InputError(f"{name} is {text[:40]!r}: it must be a number") from None
 
 
 if __name__ == "__main__":

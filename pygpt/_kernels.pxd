@@ -1,7 +1,7 @@
 """The structures that the forward pass moves through: what is fixed (Net), what moves (State), and who asks (Row)."""
 
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport int32_t, int64_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 
 cdef extern from "micro.h" nogil:
@@ -80,10 +80,23 @@ cdef extern from "trace.h" nogil:
 
 cdef extern from "sampler.h" nogil:
     ptrdiff_t greedy_id(const float* logits, ptrdiff_t V)
-    ptrdiff_t inverse_cdf_id(
-        const float* logits, float* e, ptrdiff_t V, float coin,
-        void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil,
+    ctypedef void exps_function(float*, const float*, float, ptrdiff_t) noexcept nogil
+    ctypedef struct sample_options:
+        double temperature, top_p, min_p, repetition_penalty
+        ptrdiff_t top_k
+    ctypedef struct ranked:
+        uint32_t id
+
+    ptrdiff_t inverse_cdf_id(const float* logits, float* e, ptrdiff_t V, float coin, exps_function* exps)
+    int sample_weights_of(
+        float* e, const float* logits, ptrdiff_t V, const unsigned char* seen, const sample_options*,
+        float* x, ranked* order, ranked* spare, exps_function* exps,
     )
+    ptrdiff_t weighted_id(const float* e, ptrdiff_t V, double coin)
+    double uniform_of(uint64_t seed, uint64_t stream, uint64_t step)
+    float highest(const float* logits, ptrdiff_t V)
+    double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)
+    void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V, int low)
 
 
 cdef struct Net:              # what is fixed: dimensions, and where each tensor begins in the mapped file

@@ -753,23 +753,94 @@ def zero(Floats memory not None) -> None:
 # ------------------------------------------------------------------------------------------------ (f) samplers
 
 
-def greedy(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
-    """The first id of the highest logit of a row of (rows, V), or -1 when a logit is NaN or the highest is not finite."""
+cdef const float* row_of(const float[:, ::1] logits, Py_ssize_t row) except NULL:
+    """The values of one row of (rows, V)."""
     if not 0 <= row < logits.shape[0]:
         raise IndexError(f"row {row} of {logits.shape[0]}")
-    return greedy_id(&logits[row, 0], logits.shape[1])
+    return &logits[row, 0]
+
+
+def greedy(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
+    """The first id of the highest logit of a row of (rows, V), or -1 when a logit is NaN or the highest is not finite."""
+    return greedy_id(row_of(logits, row), logits.shape[1])
 
 
 def median(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
     """The median id of softmax(logits[row]) in id order: the first whose running sum exceeds 0.5 (sampler.h), or -1 when
     the logits are not finite."""
-    if not 0 <= row < logits.shape[0]:
-        raise IndexError(f"row {row} of {logits.shape[0]}")
+    cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1], token
-    cdef float* e = <float*> malloc(max(V, 1) * sizeof(float))
-    if e == NULL:
-        raise MemoryError(f"no room for {V} probabilities")
+    cdef Floats e = Floats(1, V)
     with nogil:
-        token = inverse_cdf_id(&logits[row, 0], e, V, 0.5, micro.exps)
-    free(e)
+        token = inverse_cdf_id(values, e.data, V, 0.5, micro.exps)
     return token
+
+
+def sample_weights(
+    const float[:, ::1] logits not None, Py_ssize_t row,
+    *, double temperature, Py_ssize_t top_k, double top_p, double min_p, double repetition_penalty,
+    const unsigned char[::1] seen=None,
+):
+    """By which weights (1, V) random sampling chooses from a row of (rows, V), not normalised: 1 for the most probable id, 0
+    for those left out (sampler.h). None when the logits are not finite. Options are checked by the caller; `seen` (V,)
+    marks the ids that the repetition penalty meets."""
+    cdef const float* values = row_of(logits, row)
+    cdef Py_ssize_t V = logits.shape[1]
+    cdef const unsigned char* marks = NULL
+    cdef sample_options options
+    cdef int finite
+    if seen is not None:
+        if seen.shape[0] != V:
+            raise ValueError(f"seen has {seen.shape[0]} marks for {V} ids")
+        marks = &seen[0] if V else NULL
+    options.temperature, options.top_k, options.top_p = temperature, top_k, top_p
+    options.min_p, options.repetition_penalty = min_p, repetition_penalty
+    cdef Floats e = Floats(1, V), x = Floats(1, V), room = Floats(4, V)
+    cdef ranked* order = <ranked*> room.data
+    with nogil:
+        finite = sample_weights_of(e.data, values, V, marks, &options, x.data, order, order + V, micro.exps)
+    return e if finite else None
+
+
+def pick(Floats weights not None, double coin) -> int:
+    """The first id at which the running sum of weights (1, V) exceeds `coin`, 0 <= coin < 1, of their sum."""
+    return weighted_id(weights.data, weights.shape[1], coin)
+
+
+def uniform(uint64_t seed, uint64_t stream, uint64_t step) -> float:
+    """Random number `step` of a seed's stream, in [0, 1): any one without those before it (Philox, sampler.h)."""
+    return uniform_of(seed, stream, step)
+
+
+def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ssize_t token, Py_ssize_t count):
+    """Natural logarithms of softmax(logits[row]): that of `token`, and (id, that of the id) for the `count` most probable
+    ids, the lowest of equals first. None when the logits are not finite."""
+    cdef const float* values = row_of(logits, row)
+    cdef Py_ssize_t V = logits.shape[1], i
+    cdef float max_logit = highest(values, V)
+    cdef double total
+    cdef Floats e = Floats(1, V), room = Floats(4 if count else 0, V)
+    cdef ranked* order = <ranked*> room.data
+    if not 0 <= token < V:
+        raise IndexError(f"token {token} of {V}")
+    with nogil:
+        total = log_sum(values, max_logit, e.data, V, micro.exps)
+        if count and total == total:
+            rank_ids(order, order + V, values, V, 1)
+    if total != total:
+        return None
+    top = [(order[i].id, (<double> values[order[i].id] - max_logit) - total) for i in range(min(count, V))]
+    return (<double> values[token] - max_logit) - total, top
+
+
+def copy_keys_values(KeysValues to not None, KeysValues source not None) -> None:
+    """Make an empty cache hold what another one of the same model does, so that two sequences share a beginning."""
+    cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
+    cdef Py_ssize_t size = source.length * width * sizeof(float)
+    if to.weights is not source.weights or to.length or to.capacity < source.length:
+        raise InputError("a cache can be copied to an empty one of the same model that has room for it")
+    with nogil:
+        for i in range(rows):
+            memcpy(to.keys.data + i * to.capacity * width, source.keys.data + i * source.capacity * width, size)
+            memcpy(to.values.data + i * to.capacity * width, source.values.data + i * source.capacity * width, size)
+    to.length = source.length

@@ -3,7 +3,7 @@
     PyGPTError
     ├── InputError (ValueError)             an argument is out of its range: token, length, thread count, sampler
     │   └── DataError                       a data file is missing, damaged or of another format
-    ├── CheckpointError (ValueError)        a model file is missing, damaged or not a model
+    ├── CheckpointError (ValueError)        a model file or training state is missing, damaged or something else
     ├── ClosedError (RuntimeError)          a model, cache or pool is used after close()
     └── NumericalError (ArithmeticError)    the network produced numbers that are not finite
 
@@ -25,7 +25,7 @@ class DataError(InputError):
 
 
 class CheckpointError(PyGPTError, ValueError):
-    """A model file is missing, truncated, oversized, or not a GPT-2 in a format that is read."""
+    """A model file or training state is missing, truncated, oversized, damaged, or not of a format that is read."""
 
 
 class ClosedError(PyGPTError, RuntimeError):

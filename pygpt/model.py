@@ -6,21 +6,22 @@ however the prompt is cut, and however many workers there are.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from ._kernels import Floats, Step, Weights
 from .cache import KVCache
 from .checkpoint import Checkpoint, find_model
 from .errors import InputError
-from .generate import Completer, Request, check_tokens
+from .generate import Completer, Completion, check_tokens
 from .pool import ThreadPool, default_threads, resolve_threads
+from .prefix import Memory, PrefixCache
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ._kernels import Trace
+    from ._kernels import Logits, Trace
     from .parameters import LiveWeights
 
 CHUNK = 256  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
@@ -80,6 +81,10 @@ class GPT2(Completer):
         """An empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return KVCache(self._weights, self.config, capacity)
 
+    def new_prefix_cache(self) -> PrefixCache:
+        """A cache for generate() that remembers what was run: a later prompt is run from where it parts from it."""
+        return PrefixCache(self)
+
     def step(self, rows: Iterable[Row]) -> "npt.NDArray[np.float32]":
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
@@ -127,26 +132,57 @@ class GPT2(Completer):
             out[start : start + CHUNK] = self.step([(token, cache, True) for token in chunk])
         return out
 
-    def complete(self, request: Request) -> Iterator[int]:
-        """Answer a checked request; yields each new id as soon as it is known."""
-        cache = self.new_cache(request.total)
-        return request.run(lambda new: self._append(cache, new))
+    def _forward(self, live: list[Completion]) -> "list[tuple[Logits, int]]":
+        """Run what is new in each completion's window. Of those that begin with the same tokens one is run, the others copy."""
+        windows = [completion.window() for completion in live]
+        first: dict[tuple[int, ...], int] = {}
+        leader = [i if live[i].memory else first.setdefault(tuple(window), i) for i, window in enumerate(windows)]
+        memories = [self._memory(completion) for completion in live]
+        runs = [i for i in range(len(live)) if leader[i] == i]
+        new = [(memories[i].cache, memories[i].recall(windows[i])) for i in runs]
+        found = dict(zip(runs, self._append_all(new), strict=True))
+        for i, (_, tokens) in zip(runs, new, strict=True):
+            memories[i].tokens += tokens
+        for i in range(len(live)):
+            if leader[i] != i:
+                memories[i].become(memories[leader[i]])
+        return [found[i] for i in leader]
+
+    def _memory(self, completion: Completion) -> Memory:
+        """What the network has run of a completion; at first what its prefix cache remembers, or nothing."""
+        if completion.memory is None:
+            prefix = completion.prefix
+            completion.memory = prefix.lend() if prefix else Memory(self.new_cache(completion.longest))
+        return completion.memory
+
+    def _check_prefix(self, prefix: PrefixCache) -> None:
+        if not isinstance(prefix, PrefixCache):
+            raise InputError(f"cache is {prefix!r:.60}: generate() takes a PrefixCache")
+        prefix.check(self)
 
     def _append(self, cache: KVCache, tokens: list[int]) -> Floats:
         """Append tokens in chunks; return the last one's logits (1, V). On failure the cache keeps its length."""
         if not 1 <= len(tokens) <= cache.capacity - cache.length:
             room = cache.capacity - cache.length
             raise InputError(f"{len(tokens)} tokens were given: at least 1 is needed, and the cache has room for {room}")
-        before = cache.length
-        try:
-            for start in range(0, len(tokens), CHUNK):
-                chunk = tokens[start : start + CHUNK]
-                last = len(tokens) - start - 1
-                logits = self._step([(token, cache, i == last) for i, token in enumerate(chunk)])
-        except BaseException:
-            cache._truncate(before)
-            raise
+        [(logits, _)] = self._append_all([(cache, tokens)])
         return logits
+
+    def _append_all(self, new: list[tuple[KVCache, list[int]]]) -> list[tuple[Floats, int]]:
+        """Append tokens to caches, in chunks of rows; return the logits of each cache's last token, as logits and a row. On
+        failure the caches keep their lengths."""
+        rows = [(token, cache, i == len(tokens)) for cache, tokens in new for i, token in enumerate(tokens, 1)]
+        before = [cache.length for cache, _ in new]
+        found = []
+        try:
+            for start in range(0, len(rows), CHUNK):
+                logits = self._step(rows[start : start + CHUNK])
+                found += [(logits, row) for row in range(len(logits))]
+        except BaseException:
+            for (cache, _), length in zip(new, before, strict=True):
+                cache._truncate(length)
+            raise
+        return found
 
     def record(self, trace: "Trace | None") -> None:
         """Let the workers of later steps note their phases in `trace`; None ends it. Costs about 0.1 us a phase."""

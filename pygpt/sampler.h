@@ -1,9 +1,17 @@
-/* The samplers' arithmetic: float32, one after another in ascending id, as the serial program does it. The order matters:
- * with thousands of nearly equal tiny probabilities another order, or float64 sums, picks another id now and then. */
+/* The samplers' arithmetic, each sum in one fixed order and no libm, so that every machine and build chooses alike.
+ *
+ * The median is float32 throughout, one after another in ascending id, as the serial program does it: with thousands of
+ * nearly equal tiny probabilities another order, or float64 sums, picks another id now and then. Random sampling and
+ * log-probabilities take the same exponentials and sum them in float64. */
 #ifndef PYGPT_SAMPLER_H
 #define PYGPT_SAMPLER_H
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef void exps_function(float *e, const float *logits, float max, ptrdiff_t V); /* micro.h */
 
 /* The highest logit; NaN when a logit is NaN. Sixteen searches side by side: a maximum is exact in any order. */
 static inline float highest(const float *logits, ptrdiff_t V) {
@@ -35,8 +43,7 @@ static inline ptrdiff_t greedy_id(const float *logits, ptrdiff_t V) {
 /* The first id whose running sum of softmax(logits) exceeds `coin`, V - 1 if rounding leaves none; -1 when the logits are
  * not finite. `e` is room for V values; `exps` fills it with exp(logit - max), each correctly rounded but for about one case
  * in a million (micro.h). */
-static inline ptrdiff_t inverse_cdf_id(const float *logits, float *e, ptrdiff_t V, float coin,
-                                       void (*exps)(float *e, const float *logits, float max, ptrdiff_t V)) {
+static inline ptrdiff_t inverse_cdf_id(const float *logits, float *e, ptrdiff_t V, float coin, exps_function *exps) {
     const float max = highest(logits, V);
     if (!isfinite(max)) return -1;
     float sum = 0.0f, running = 0.0f;
@@ -47,5 +54,152 @@ static inline ptrdiff_t inverse_cdf_id(const float *logits, float *e, ptrdiff_t 
         if (running > coin) return i;
     }
     return V - 1;
+}
+
+/* ---------------------------------------------------------------------------------------- an order of ids */
+
+typedef struct {
+    uint32_t key, id; /* the lower the key, the higher the value */
+} ranked;
+
+/* All ids by falling value; of equal values the lower id first if `low`, else the higher one. A radix sort, byte by byte: its
+ * time does not depend on the values. No value is NaN. */
+static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdiff_t V, int low) {
+    for (ptrdiff_t i = 0; i < V; i++) {
+        const uint32_t id = (uint32_t)(low ? i : V - 1 - i);
+        const float value = x[id] + 0.0f; /* -0 equals 0 */
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        order[i] = (ranked){bits >> 31 ? bits : bits ^ 0x7FFFFFFF, id};
+    }
+    for (int shift = 0; shift < 32; shift += 8) {
+        ptrdiff_t next[257] = {0};
+        for (ptrdiff_t i = 0; i < V; i++) next[(order[i].key >> shift & 255) + 1]++;
+        for (int byte = 0; byte < 256; byte++) next[byte + 1] += next[byte];
+        for (ptrdiff_t i = 0; i < V; i++) spare[next[order[i].key >> shift & 255]++] = order[i];
+        ranked *const sorted = spare;
+        spare = order;
+        order = sorted;
+    } /* four times: what the caller calls `order` is sorted */
+}
+
+/* ---------------------------------------------------------------------------------------- random sampling */
+
+typedef struct {
+    double temperature, top_p, min_p, repetition_penalty; /* 1, 1, 0, 1 change nothing */
+    ptrdiff_t top_k;                                      /* 0: all */
+} sample_options;
+
+/* Logits of ids already seen move towards the improbable: positive ones are divided by the penalty, the others multiplied.
+ * A result beyond float32 becomes its largest number. Source: Keskar et al. 2019 (CTRL), as Hugging Face signs it. */
+static inline void penalise(float *x, const unsigned char *seen, ptrdiff_t V, double penalty) {
+    for (ptrdiff_t i = 0; i < V; i++)
+        if (seen[i] && isfinite(x[i])) {
+            const double y = x[i] < 0.0f ? x[i] * penalty : x[i] / penalty;
+            x[i] = y > FLT_MAX ? FLT_MAX : y < -FLT_MAX ? -FLT_MAX : (float)y;
+        }
+}
+
+static inline double sum_of(const float *e, ptrdiff_t V) {
+    double sum = 0.0;
+    for (ptrdiff_t i = 0; i < V; i++) sum += e[i];
+    return sum;
+}
+
+/* Keep the k highest logits and all that equal the k-th: the others get weight 0. Returns how many are kept. */
+static inline ptrdiff_t keep_top_k(float *e, const ranked *order, ptrdiff_t V, ptrdiff_t k) {
+    ptrdiff_t n = k < V ? k : V;
+    while (n < V && order[n].key == order[n - 1].key) n++;
+    for (ptrdiff_t i = n; i < V; i++) e[order[i].id] = 0.0f;
+    return n;
+}
+
+/* Of the n most probable ids keep the first that hold the share top_p of the weight, one at least: an id stays while those
+ * before it hold less. */
+static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdiff_t V, double top_p) {
+    const double share = top_p * sum_of(e, V);
+    double before = 0.0;
+    ptrdiff_t i = 0;
+    do before += e[order[i].id];
+    while (++i < n && before < share);
+    for (; i < n; i++) e[order[i].id] = 0.0f;
+}
+
+/* The weights (V,) by which sampling chooses: exp of the logits after repetition penalty and temperature, 1 for the highest, 0
+ * for those that top_k, top_p and min_p in turn leave out. Of equal logits top_p takes the higher id first, as where Hugging
+ * Face sorts. Returns 0 when the logits are not finite. `x` is room for V values, `order` and `spare` for V ids.
+ * Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
+static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, const unsigned char *seen, const sample_options *o,
+                                    float *x, ranked *order, ranked *spare, exps_function *exps) {
+    if (!isfinite(highest(logits, V))) return 0;
+    memcpy(x, logits, V * sizeof *x);
+    if (seen) penalise(x, seen, V, o->repetition_penalty);
+    const double max = highest(x, V);
+    for (ptrdiff_t i = 0; i < V; i++) e[i] = (float)((x[i] - max) / o->temperature);
+    exps(e, e, 0.0f, V);
+    if (o->top_k > 0 || o->top_p < 1.0) {
+        rank_ids(order, spare, x, V, 0);
+        const ptrdiff_t n = o->top_k > 0 ? keep_top_k(e, order, V, o->top_k) : V;
+        if (o->top_p < 1.0) keep_top_p(e, order, n, V, o->top_p);
+    }
+    for (ptrdiff_t i = 0; i < V; i++) e[i] = e[i] < o->min_p ? 0.0f : e[i];
+    return 1;
+}
+
+/* The first id, in id order, at which the running sum of the weights exceeds `coin` (0 <= coin < 1) of their sum. */
+static inline ptrdiff_t weighted_id(const float *e, ptrdiff_t V, double coin) {
+    const double target = coin * sum_of(e, V);
+    double running = 0.0;
+    ptrdiff_t last = -1;
+    for (ptrdiff_t i = 0; i < V; i++)
+        if (e[i] > 0.0f) {
+            running += e[i];
+            last = i;
+            if (running > target) break;
+        }
+    return last;
+}
+
+/* Philox4x32-10: a bijection that stirs a 128-bit counter under a 64-bit key, so that any number of any stream is had without
+ * those before it. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
+static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
+    for (int round = 0; round < 10; round++) {
+        const uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
+        c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0;
+        c[1] = (uint32_t)b;
+        c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1;
+        c[3] = (uint32_t)a;
+        k0 += 0x9E3779B9;
+        k1 += 0xBB67AE85;
+    }
+}
+
+/* Number `step` of stream `stream` of a seed: uniform over the multiples of 2^-53 in [0, 1). */
+static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
+    uint32_t c[4] = {(uint32_t)step, (uint32_t)(step >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
+    philox(c, (uint32_t)seed, (uint32_t)(seed >> 32));
+    return (((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
+}
+
+/* ---------------------------------------------------------------------------------------- log-probabilities */
+
+/* ln(x) of a normal float64 x > 0, to a few units of the last place: x = m 2^k with sqrt(1/2) <= m < sqrt(2), and
+ * ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. No libm. */
+static inline double natural_log(double x) {
+    const double LN2 = 0.6931471805599453;
+    int k;
+    double m = frexp(x, &k); /* exact */
+    if (m < 0.7071067811865476) m *= 2, k--;
+    const double s = (m - 1) / (m + 1), t = s * s;
+    double p = 1.0 / 21;
+    for (int n = 19; n > 0; n -= 2) p = p * t + 1.0 / n;
+    return k * LN2 + 2 * s * p;
+}
+
+/* ln of the sum of exp(logit - max); NaN when the logits are not finite. `e` is room for V. */
+static inline double log_sum(const float *logits, float max, float *e, ptrdiff_t V, exps_function *exps) {
+    if (!isfinite(max)) return NAN;
+    exps(e, logits, max, V);
+    return natural_log(sum_of(e, V));
 }
 #endif

@@ -5,13 +5,13 @@ is measured against.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ._reference import Reference, Training
 from .checkpoint import Checkpoint, find_model
 from .config import Config
 from .errors import ClosedError, InputError
-from .generate import Completer, Request, check_tokens
+from .generate import Completer, Completion, check_tokens
 from .parameters import AdamW, Parameters, check_number
 
 TYPE_CHECKING = False
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Logits
-    from .parameters import AdamW, LiveWeights
+    from .parameters import LiveWeights
+    from .prefix import PrefixCache
 
 
 class SerialGPT2(Completer):
@@ -42,19 +43,20 @@ class SerialGPT2(Completer):
         """The logits of every position of a sequence, (T, V)."""
         import numpy as np
 
-        return np.asarray(self._forward(check_tokens(self.config, tokens)))
+        return np.asarray(self._run(check_tokens(self.config, tokens)))
 
-    def complete(self, request: Request) -> Iterator[int]:
-        """Answer a checked request, as GPT2.complete() does."""
-        sequence: list[int] = []
+    def _forward(self, live: list[Completion]) -> "list[tuple[Logits, int]]":
+        windows = [completion.window() for completion in live]
+        return [(self._run(window), len(window) - 1) for window in windows]
 
-        def append(new: list[int]) -> "Logits":
-            sequence.extend(new)
-            return self._forward(sequence)
+    def new_prefix_cache(self) -> None:
+        """None: the serial program runs everything again for every token."""
+        return
 
-        return request.run(append)
+    def _check_prefix(self, prefix: "PrefixCache") -> None:
+        raise InputError("the serial reference runs everything again for every token: it takes no cache")
 
-    def _forward(self, tokens: Sequence[int]) -> "Logits":
+    def _run(self, tokens: Sequence[int]) -> "Logits":
         if self._reference is None:
             raise ClosedError("the model is closed")
         return self._reference.forward(tokens)[0]

@@ -439,7 +439,7 @@ def test_the_embedded_model_serves() -> None:
         (b"{'tokens': [1]}", ["JSON"]),
         (b"{}", ["tokens"]),
         (b'{"total": 5}', ["tokens"]),
-        (b'{"tokens": [1], "temperature": 1}', ["'temperature'"]),
+        (b'{"tokens": [1], "temp": 1}', ["'temp'", "temperature"]),
         (b'{"tokens": 1}', ["tokens"]),
         (b'{"tokens": "1"}', ["tokens"]),
         (b'{"tokens": null}', ["tokens"]),
@@ -468,6 +468,23 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": [1], "total": 5, "max_new_tokens": 4}', ["total", "max_new_tokens"]),
         (b'{"tokens": [1], "sampler": "best"}', ["'best'"]),
         (b'{"tokens": [1], "sampler": null}', ["None"]),
+        (b'{"tokens": [1], "seed": null}', ["'seed'", "null"]),
+        (b'{"tokens": [1], "total": null}', ["'total'", "null"]),
+        (b'{"tokens": [1], "temperature": "1"}', ["temperature", "'1'"]),
+        (b'{"tokens": [1], "temperature": NaN}', ["temperature", "nan"]),
+        (b'{"tokens": [1], "temperature": 0}', ["temperature", "0"]),
+        (b'{"tokens": [1], "top_k": 5.0}', ["top_k", "5.0"]),
+        (b'{"tokens": [1], "top_p": [1]}', ["top_p", "[1]"]),
+        (b'{"tokens": [1], "min_p": true}', ["min_p", "True"]),
+        (b'{"tokens": [1], "seed": -1}', ["seed", "-1"]),
+        (b'{"tokens": [1], "repetition_penalty": 0}', ["repetition_penalty", "0"]),
+        (b'{"tokens": [1], "sampler": "greedy", "seed": 1}', ["seed", "greedy"]),
+        (b'{"tokens": [1], "stop_token_ids": [211]}', ["211", "210"]),
+        (b'{"tokens": [1], "stop_token_ids": "5"}', ["stop_token_ids", "'5'"]),
+        (b'{"tokens": [1], "stop_strings": [""]}', ["empty"]),
+        (b'{"tokens": [1], "stop_strings": {"a": 1}}', ["stop_strings"]),
+        (b'{"tokens": [1], "overflow": true}', ["overflow", "True"]),
+        (b'{"tokens": [1], "do_sample": true}', ["'do_sample'"]),
         (b'{"tokens": [1], "sampler": ["greedy"]}', ["greedy"]),
         (b'{"tokens": [1]} {"tokens": [2]}', ["JSON"]),
         (b'{"tokens": [1], "\xff": 1}', ["JSON"]),
@@ -485,6 +502,174 @@ def test_bad_requests(small: str, line: bytes, named: list[str]) -> None:
 def test_a_bad_first_request_to_the_embedded_model() -> None:
     """It has answered nothing, so that there is nothing to say about it."""
     refused(command("-", stdin="foo\n"), "'foo'")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling, stops, overflow
+
+# The command's words, and the same as generate() takes it.
+CHOICES: list[tuple[list[str], dict[str, Any]]] = [
+    (["--sampler", "sample", "-s", "3"], {"sampler": "sample", "seed": 3}),
+    (["--seed=18446744073709551615"], {"seed": 2**64 - 1}),
+    (["--temp", "0.7", "-s0"], {"temperature": 0.7, "seed": 0}),
+    (["--temp", "1e1", "--top-k", "0", "--seed", "1"], {"temperature": 10, "seed": 1}),
+    (["--top-k", "5", "--top-p", ".9", "--min-p", "0.05", "-s", "9"], {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "seed": 9}),
+    (["--repeat-penalty", "1.5", "--top-k", "1"], {"repetition_penalty": 1.5, "top_k": 1}),
+    (["--max-new-tokens", "30", "-s", "4"], {"max_new_tokens": 30, "seed": 4}),
+    (["--overflow", "slide", "-n", "150"], {"overflow": "slide", "total": 150}),
+    (["--overflow", "stop", "--max-new-tokens", "900", "-s", "5"], {"overflow": "stop", "max_new_tokens": 900, "seed": 5}),
+]
+
+
+@pytest.mark.parametrize(("words", "keywords"), CHOICES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_options_of_generation(small: str, words: list[str], keywords: dict[str, Any]) -> None:
+    """On the command line, in a request, as a default of requests; with any number of workers, and by the reference."""
+    expected = generate(small, [1, 2], **keywords)
+    assert ids("-m", small, *words, "1", "2") == expected
+    assert ids("-m", small, "-t", "3", *words, "1", "2") == expected
+    if len(expected) < 100:  # every token of the reference runs the whole sequence
+        assert ids("-m", small, "--reference", *words, "1", "2") == expected
+    line = " ".join(map(str, expected)) + "\n"
+    assert succeed("-m", small, *words, "-", stdin="1 2\n1 2\n") == line * 2
+    assert succeed("-m", small, "-", stdin=json.dumps({"tokens": [1, 2], **keywords}) + "\n") == line
+
+
+def test_stop_tokens(small: str) -> None:
+    whole = generate(small, [1, 2], total=40)
+    first = whole[5]
+    expected = whole[: whole.index(first) + 1]
+    assert ids("-m", small, "-n", "40", "--stop-token", str(first), "1", "2") == expected
+    assert ids("-m", small, "-n", "40", "--stop-token", "0" + str(first), "--stop-token", str(whole[-1]), "1", "2") == [
+        token for i, token in enumerate(whole) if not {first, whole[-1]} & set(whole[:i])
+    ]
+    line = " ".join(map(str, expected)) + "\n"
+    for stops in (first, [first]):
+        request = json.dumps({"tokens": [1, 2], "total": 40, "stop_token_ids": stops})
+        assert succeed("-m", small, "-", stdin=request + "\n1 2\n") == line + answer(small, [1, 2])
+    assert succeed("-m", small, "-n", "40", "--stop-token", str(first), "-", stdin="1 2\n") == line
+
+
+def test_stop_strings_and_end_of_text() -> None:
+    """The embedded model speaks GPT-2's vocabulary, and its answer to the main job holds 50256."""
+    end = MAIN_JOB.index(50256) + 1
+    assert numbers(command("--stop-at-eot", "31373", "612").stdout) == MAIN_JOB[:end]
+    assert numbers(command("--stop", "<|endoftext|>", "31373", "612").stdout) == MAIN_JOB[:end]
+    assert (
+        numbers(command("--stop", "no such text", "--stop", "of|", "--stop", "text|", "31373", "612").stdout) == MAIN_JOB[:end]
+    )
+    assert numbers(command("--stop-at-eot", "--stop-token", "994", "31373", "612").stdout) == MAIN_JOB[:3]
+    request = json.dumps({"tokens": [31373, 612], "stop_strings": ["oftext"]})
+    line = " ".join(map(str, MAIN_JOB))
+    result = command("--reference", "-", stdin=f"{request}\n31373 612\n")
+    assert result.stdout == " ".join(map(str, MAIN_JOB[:end])) + f"\n{line}\n"
+
+
+def test_requests_complete_the_commands_options(small: str) -> None:
+    """What a request says goes first, and rules out what goes against it."""
+    words = ["-n", "30", "--temp", "0.7", "--top-k", "20", "-s", "8"]
+    options: dict[str, Any] = {"total": 30, "temperature": 0.7, "top_k": 20, "seed": 8}
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, options),
+        ({"seed": 9}, {**options, "seed": 9}),
+        ({"top_k": 0, "top_p": 0.5}, {**options, "top_k": 0, "top_p": 0.5}),
+        ({"sampler": "greedy"}, {"total": 30, "sampler": "greedy"}),
+        ({"sampler": "median"}, {"total": 30}),
+        ({"sampler": "sample"}, options),
+        ({"max_new_tokens": 3}, {"max_new_tokens": 3, "temperature": 0.7, "top_k": 20, "seed": 8}),
+    ]
+    stdin = "".join(json.dumps({"tokens": [1, 2], **asked}) + "\n" for asked, _ in cases)
+    assert succeed("-m", small, *words, "-", stdin=stdin) == "".join(answer(small, [1, 2], **meant) for _, meant in cases)
+    stdin = '{"tokens": [1], "seed": 3}\n{"tokens": [1]}\n{"tokens": [1], "total": 5}\n'
+    expected = answer(small, [1], max_new_tokens=6, seed=3) + answer(small, [1], max_new_tokens=6, sampler="greedy")
+    expected += answer(small, [1], total=5, sampler="greedy")
+    assert succeed("-m", small, "--sampler", "greedy", "--max-new-tokens", "6", "-", stdin=stdin) == expected
+
+
+def test_unseeded_answers_are_random(small: str) -> None:
+    lines = succeed("-m", small, "--temp", "5", "-n", "60", "-", stdin="1\n" * 5).splitlines()
+    assert len(set(lines)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--temp", "0"], ["temperature", "0", "greedy"]),
+        (["--temp", "-1"], ["temperature", "-1"]),
+        (["--temp", "nan"], ["temperature", "nan"]),
+        (["--temp", "inf"], ["temperature", "inf"]),
+        (["--temp", "1e999"], ["temperature", "inf"]),
+        (["--temp", "hot"], ["temperature (--temp)", "'hot'"]),
+        (["--temp", "1_0"], ["'1_0'"]),
+        (["--temp", " 1"], ["' 1'"]),
+        (["--temp", ""], ["''"]),
+        (["--temp", HUGE], ["temperature", "inf"]),
+        (["--top-k", "-1"], ["top_k (--top-k)", "'-1'"]),
+        (["--top-k", "1.5"], ["'1.5'"]),
+        (["--top-k", HUGE], [NINES]),
+        (["--top-p", "1.1"], ["top_p", "1.1"]),
+        (["--top-p", "-0.1"], ["top_p", "-0.1"]),
+        (["--min-p", "2"], ["min_p", "2"]),
+        (["--repeat-penalty", "0"], ["repetition_penalty", "0"]),
+        (["--seed", "-1"], ["seed (--seed)", "'-1'"]),
+        (["-s", "18446744073709551616"], ["seed", "18446744073709551616"]),
+        (["-s", "x"], ["'x'"]),
+        (["--sampler", "greedy", "--temp", "1"], ["temperature", "greedy"]),
+        (["--sampler", "median", "-s", "1"], ["seed", "median"]),
+        (["--stop", ""], ["stop string", "empty"]),
+        (["--stop-token", "50257"], ["50257", "50256"]),
+        (["--stop-token", "x"], ["'x'"]),
+        (["--overflow", "wrap"], ["'wrap'", "stop", "slide"]),
+        (["--overflow", ""], ["''"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens", "0"]),
+        (["--max-new-tokens", "256"], ["max_new_tokens", "256", "255"]),
+        (["--max-new-tokens", "5", "-n", "6"], ["total", "max_new_tokens"]),
+        (["--max-new-tokens", "5", "--overflow", "stop", *["7"] * 255], ["256 tokens", "256", "slide"]),
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)
+def test_bad_options_of_generation(arguments: list[str], named: list[str]) -> None:
+    refused(command(*arguments, "5"), *named)
+
+
+def test_what_the_vocabulary_lacks(small: str) -> None:
+    refused(command("-m", small, "--stop-at-eot", "5"), "50256", "210")
+    refused(command("-m", small, "--stop", "a", "5"), "50257", "211")
+    refused(command("-m", small, "--stop", "a", "-"), "50257", "211")
+
+
+COUNTING = """
+import sys
+from pygpt import model
+from pygpt.__main__ import main
+
+step = model.GPT2._step
+
+def counting(self, rows):
+    print(len(rows), file=sys.stderr)
+    return step(self, rows)
+
+model.GPT2._step = counting
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_requests_go_on_from_where_they_part(small: str) -> None:
+    """What the answer before has run is not run again."""
+    start = generate(small, [1, 2, 3], max_new_tokens=3)
+    talk = [1, 2, 3, *start, 9, 9]
+    requests = [[1, 2, 3], talk, talk[:4], [5, 2]]
+    stdin = "".join(json.dumps({"tokens": tokens, "max_new_tokens": 3}) + "\n" for tokens in requests)
+    result = subprocess.run(
+        [sys.executable, "-c", COUNTING, "-m", small, "-"],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env=clean_environment(),
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, answer(small, *requests, max_new_tokens=3))
+    assert result.stderr.split() == [*"311", *"311", *"111", *"211"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -802,7 +987,16 @@ def test_examples_of_the_help_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["1", "2"], ["--reference", "1", "2"], ["-t", "2", "--sampler", "greedy", "1"], ["-"], ["foo"], ["--help"]]
+    "arguments",
+    [
+        ["1", "2"],
+        ["--reference", "1", "2"],
+        ["-t", "2", "--sampler", "greedy", "1"],
+        ["--temp", "2", "1"],
+        ["-"],
+        ["foo"],
+        ["--help"],
+    ],
 )
 def test_light_imports(small: str, arguments: list[str]) -> None:
     """The command starts fast: what the job does not need is not imported."""
