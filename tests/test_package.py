@@ -28,7 +28,7 @@ import pygpt
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTENSIONS = sorted(path.stem for path in (ROOT / "pygpt").glob("*.pyx"))
-SOURCES = ("pygpt", "tests", "tools", ".ci", *(path.name for path in ROOT.iterdir() if path.is_file() and path.name[0] != "."))
+METADATA = {"PKG-INFO", "setup.cfg"}  # what an sdist has besides sources
 HELLO = ("-m", "pygpt", "31373", "612")
 
 
@@ -42,7 +42,8 @@ def installed(name: str, oldest: tuple[int, ...] = (0,)) -> bool:
 
 
 builds = pytest.mark.skipif(
-    not (installed("setuptools", (77,)) and installed("cython", (3, 1))), reason="needs setuptools>=77 and cython>=3.1"
+    not (installed("setuptools", (77,)) and installed("cython", (3, 1)) and installed("pip", (22, 3))),
+    reason="needs setuptools>=77, cython>=3.1 and pip>=22.3",
 )
 types = pytest.mark.skipif(not installed("mypy"), reason="needs mypy")
 
@@ -73,17 +74,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("package")
 
 
+def sources() -> list[str]:
+    """The project's files: those that git knows, or in an unpacked sdist all that no build has made."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        names = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
+        return [name for name in names if (ROOT / name).is_file() and name != ".gitignore"]
+    names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+    return [name for name in names if not is_made(name) and name not in METADATA]
+
+
 @pytest.fixture(scope="module")
 def tree(folder: Path) -> Path:
     """A copy of the project's folder in which somebody has worked."""
     copy = folder / "tree"
-    copy.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_*.c"))
-        elif not name.endswith(".bin"):
-            shutil.copy(source, copy)
+    for name in sources():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
     for dirt in ("pygpt/_kernels.c", "pygpt/_kernels.cpython-311.so", "tests/__pycache__/x.pyc", "build/lib/pygpt/x.py"):
         (copy / dirt).parent.mkdir(parents=True, exist_ok=True)
         (copy / dirt).write_bytes(b"")
@@ -140,7 +146,7 @@ def test_the_sdist_has_every_source_and_no_product(sdist: Path, tree: Path) -> N
     wanted = {name for name in files if not is_made(name)}
     assert {"pygpt/micro_body.h", "pygpt/_kernels.pxd", "pygpt/py.typed", "tools/check", "tests/data/goldens.json"} <= wanted
     assert wanted - names == set()
-    assert {name for name in names - wanted if not name.startswith("pygpt.egg-info/")} == {"PKG-INFO", "setup.cfg"}
+    assert {name for name in names - wanted if not name.startswith("pygpt.egg-info/")} == METADATA
 
 
 @builds
