@@ -24,7 +24,8 @@ How a token comes about, from the outside in:
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
 and instruction set (of those with fused multiply-add), so results are equal bit for bit. The modules are private but for
-the names below; they are imported when first asked for, so that the command starts without NumPy.
+the names below, which change incompatibly only with a new minor version before 1.0 and a new major version from then on
+(README, Stability); they are imported when first asked for, so that the command starts without NumPy.
 """
 
 __version__ = "0.1.0"
