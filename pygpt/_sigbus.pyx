@@ -1,4 +1,4 @@
-# cython: language_level=3, freethreading_compatible=True
+# cython: language_level=3
 """One line on stderr when a mapped file is cut short by another process: the system ends the process with SIGBUS then,
 without a word.
 
