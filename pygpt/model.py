@@ -59,9 +59,7 @@ class GPT2(Completer):
         self._work = Step(self._weights, self.threads, spins_for(self.threads))
 
     @classmethod
-    def load(
-        cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, mmap: bool = True
-    ) -> "GPT2":
+    def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, mmap: bool = True) -> "GPT2":
         """Open a checkpoint: `path`, else as find_model() finds one. The file is mapped, not read, unless mmap is False.
 
         threads: workers, 1 to 256; else PYGPT_THREADS, else as many as can run side by side here. Raises CheckpointError

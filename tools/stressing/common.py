@@ -99,7 +99,7 @@ def command(*words: object) -> list[str]:
 
 def start(argv: Sequence[object], **options: Any) -> "subprocess.Popen[bytes]":
     """Start a program, all its streams pipes unless `options` say otherwise."""
-    streams: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([str(word) for word in argv], **{**streams, "env": environment(), "cwd": "/", **options})
 
 

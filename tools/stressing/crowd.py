@@ -144,4 +144,6 @@ def run_crowd(tally: Tally, seconds: float | None) -> None:
                 print(f"{name:20} {workers:3} workers {rate:9.1f} tokens/s  {rate / best if best else 0:5.2f} of the best")
                 tally.check(f"{name}: runs", rate > 0, f"{workers} workers")
                 if workers in CROWDS:
-                    tally.check(f"{name}: at least {FLOOR} of the best", rate >= FLOOR * best, f"{workers}: {rate:.1f}, {best:.1f}")
+                    tally.check(
+                        f"{name}: at least {FLOOR} of the best", rate >= FLOOR * best, f"{workers}: {rate:.1f}, {best:.1f}"
+                    )

@@ -21,7 +21,7 @@ from pathlib import Path
 from pygpt import GPT2, Checkpoint, Config, PyGPTError, TrainingState, read_tokens, write_tokens
 from pygpt.checkpoint import EMBEDDED_MODEL
 
-from .common import ROOT, SHAPE, Outcome, Tally, command, environment, finish, folder, make_model, run, send, start
+from .common import ROOT, SHAPE, Outcome, Tally, command, finish, folder, make_model, run, send, start
 
 ROUNDS = 40
 BIG = Config(maxT=256, V=5000, L=4, NH=4, C=128)  # large enough that writing it takes a while

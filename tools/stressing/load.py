@@ -24,7 +24,6 @@ from pygpt import (
     GPT2,
     Checkpoint,
     ClosedError,
-    Config,
     DataLoader,
     InputError,
     SerialGPT2,
@@ -65,7 +64,9 @@ class Known:
             with GPT2.load(file, threads=1) as model:
                 self.logits[version] = model.logits(TOKENS)
                 self.answers[version] = {
-                    (p, o): list(model.generate(PROMPTS[p], **OPTIONS[o])) for p in range(len(PROMPTS)) for o in range(len(OPTIONS))
+                    (p, o): list(model.generate(PROMPTS[p], **OPTIONS[o]))
+                    for p in range(len(PROMPTS))
+                    for o in range(len(OPTIONS))
                 }
         with GPT2.load(self.other, threads=1) as model:
             self.other_ids = list(model.generate([1, 2, 3], total=40))
@@ -99,7 +100,10 @@ class Load:
 
     def __init__(self, tally: Tally, known: Known) -> None:
         self.tally, self.known = tally, known
-        self.shared = {version: GPT2.load(file, threads=threads) for (version, file), threads in zip(known.files.items(), (1, 2, 3), strict=True)}
+        self.shared = {
+            version: GPT2.load(file, threads=threads)
+            for (version, file), threads in zip(known.files.items(), (1, 2, 3), strict=True)
+        }
         self.prefixes = {version: model.new_prefix_cache() for version, model in self.shared.items()}
         self.tokenizer = Tokenizer()
         self.text_ids = self.tokenizer.encode(TEXT)
@@ -173,7 +177,10 @@ class Load:
             if rng.random() < 0.5:
                 found, rows = model.prefill(cache, TOKENS[start : start + count])[None], wanted[start + count - 1][None]
             else:
-                found, rows = model.step([(t, cache, True) for t in TOKENS[start : start + count]]), wanted[start : start + count]
+                found, rows = (
+                    model.step([(t, cache, True) for t in TOKENS[start : start + count]]),
+                    wanted[start : start + count],
+                )
             self.tally.check("steps of growing caches", np.array_equal(found, rows), (version, start, count))
 
     def train(self, rng: random.Random) -> None:
@@ -194,7 +201,9 @@ class Load:
             gains = checkpoint.tensor("lnfw")
         self.tally.check("tensors after close()", bool((gains == 9).all()))
         batches = list(self.known._some(self.known.loader()))
-        same = [np.array_equal(a, b) for x, y in zip(batches, self.known.batches, strict=True) for a, b in zip(x, y, strict=True)]
+        same = [
+            np.array_equal(a, b) for x, y in zip(batches, self.known.batches, strict=True) for a, b in zip(x, y, strict=True)
+        ]
         self.tally.check("batches of a loader", all(same))
 
     def misuse(self, rng: random.Random) -> None:

@@ -6,13 +6,11 @@ traceback; no hang; no process is left. Moments begin when the program's own cod
 interpreter itself ends that in its own way.
 """
 
-import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from pathlib import Path
 from pygpt import GPT2, Config, Tokenizer
 from pygpt.checkpoint import EMBEDDED_MODEL
 
-from .common import ROOT, Outcome, Tally, alive, children_of, command, finish, folder, make_model, send, start, wait_until
+from .common import ROOT, Tally, alive, children_of, finish, folder, make_model, send, start, wait_until
 
 RUNS = 1000
 LONG = Config(maxT=1000, V=211, L=3, NH=4, C=96)
@@ -47,9 +45,7 @@ class Setting:
 class Target:
     """A program under signals: its words, what it is given, how long its computation takes about, and who judges its output."""
 
-    def __init__(
-        self, name: str, argv: list[object], given: bytes, seconds: float, right: Callable[[bytes], object]
-    ) -> None:
+    def __init__(self, name: str, argv: list[object], given: bytes, seconds: float, right: Callable[[bytes], object]) -> None:
         self.name, self.argv, self.given, self.seconds, self.right = name, argv, given, seconds, right
 
 
@@ -176,7 +172,9 @@ def whole_lines(out: bytes, lines: bytes) -> bool:
 def prefixes(out: bytes, answers: list[list[int]]) -> bool:
     """Whether each line of output is the beginning of an answer; the last line may be unfinished."""
     lines = [[int(word) for word in line.split()] for line in out.split(b"\n")]
-    return len(lines) <= len(answers) + 1 and all(line == answer[: len(line)] for line, answer in zip(lines, answers, strict=False))
+    return len(lines) <= len(answers) + 1 and all(
+        line == answer[: len(line)] for line, answer in zip(lines, answers, strict=False)
+    )
 
 
 def one(tally: Tally, target: Target, kind: str, rng: random.Random) -> None:
