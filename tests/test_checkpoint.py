@@ -808,7 +808,7 @@ def test_a_given_file_that_is_missing_is_an_error(folder: Path, monkeypatch: pyt
 
 def test_an_empty_name_is_an_error(folder: Path) -> None:
     (folder / "gpt2_124M.bin").touch()
-    with pytest.raises(CheckpointError, match="^the model's name is empty"):
+    with pytest.raises(CheckpointError, match=r"^the model's name is empty"):
         find_model("")
 
 

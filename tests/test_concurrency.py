@@ -96,7 +96,8 @@ def test_one_cache_in_two_threads_holds_every_row_once(model: GPT2) -> None:
         found = together(4, lambda i, cache=cache: [model.step([(10 * i + k, cache, True)] * 2) for k in range(4)])  # type: ignore[misc]
         assert cache.length == 32
         rows = {step.tobytes() for steps in found for step in steps}
-        again, seen = model.new_cache(), set()
+        again = model.new_cache()
+        seen: set[bytes] = set()
         todo = {i: list(range(4)) for i in range(4)}
         while any(todo.values()):  # find the order out: each next step must be one that continues some thread's
             for i, rest in todo.items():
@@ -133,7 +134,7 @@ def test_what_another_thread_appended_survives_a_refusal(path: str) -> None:
                 assert go.wait(DEADLINE)
             return run(*words, **more)
 
-        model._pool.run = delayed  # type: ignore[method-assign,assignment]
+        model._pool.run = delayed  # type: ignore[method-assign]
         failed: list[BaseException] = []
 
         def late() -> None:
@@ -162,7 +163,7 @@ def test_a_prefix_cache_serves_one_and_the_others_go_without(model: GPT2) -> Non
     assert known[:20] == TOKENS[:20]
 
 
-def test_an_iterator_is_one_threads_at_a_time(model: GPT2) -> None:
+def test_an_iterator_is_one_threads_at_a_time(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python itself refuses a second thread inside it; no token is lost or given twice."""
     wanted = list(model.generate(TOKENS[:5], total=100))
     iterator = model.generate(TOKENS[:5], total=100)
@@ -185,7 +186,7 @@ def test_an_iterator_is_one_threads_at_a_time(model: GPT2) -> None:
         assert "already executing" in str(found)
         return step(*words)
 
-    model._step = intruding  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "_step", intruding)
     busy = model.generate(TOKENS[:5], total=8)
     assert list(busy) == wanted[:3]
 
@@ -335,7 +336,7 @@ def test_a_stop_in_a_worker_about_to_wait() -> None:
     crew = pool._crew
     assert crew is not None
     wait = crew.wake.wait
-    stopped = []
+    stopped: list[threading.Thread] = []
 
     def stop_then_wait(timeout: float | None = None) -> bool:
         if not stopped:

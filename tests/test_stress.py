@@ -111,8 +111,11 @@ def test_a_half_written_file_is_told(tmp_path: Path) -> None:
     assert not writer.whole(tmp_path)
 
 
-def test_crowd_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The tool works; its verdict needs a machine that has nothing else to do."""
+@pytest.mark.parametrize("cgroups", [True, False])
+def test_crowd_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cgroups: bool) -> None:
+    """The tool works, with cgroups and without; its verdict needs a machine that has nothing else to do."""
+    if not cgroups:
+        monkeypatch.setattr(crowd, "make_cgroup", lambda: None)
     monkeypatch.setattr(crowd, "WORKERS", (1, 8))
     monkeypatch.setattr(crowd, "BUSY", faults.BIG)
     tally = Tally(1)

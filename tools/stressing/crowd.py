@@ -7,6 +7,7 @@ reach FLOOR of the best in its setting. Needs a machine that has nothing else to
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -39,20 +40,20 @@ with GPT2.load(sys.argv[1], threads=int(sys.argv[2])) as model:
     print(tokens / (time.monotonic() - begin))
 """
 
-Governor = Callable[[int], None]  # takes a process in hand, by its id
+Governor = Callable[["subprocess.Popen[bytes]"], object]  # takes a process in hand
 
 
 @contextmanager
 def at_will() -> Iterator[Governor]:
     """All processors."""
-    yield lambda pid: None
+    yield lambda process: None
 
 
 @contextmanager
 def one_processor() -> Iterator[Governor]:
     """One processor."""
     first = min(os.sched_getaffinity(0))
-    yield lambda pid: os.sched_setaffinity(pid, {first})
+    yield lambda process: os.sched_setaffinity(process.pid, {first})
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def half_a_processor() -> Iterator[Governor]:
     group = make_cgroup()
     if group is not None:
         try:
-            yield lambda pid: (group / "cgroup.procs").write_text(str(pid)) and None
+            yield lambda process: (group / "cgroup.procs").write_text(str(process.pid))
         finally:
             while (group / "cgroup.procs").read_text().strip():
                 time.sleep(0.01)
@@ -69,19 +70,16 @@ def half_a_processor() -> Iterator[Governor]:
         return
     over = threading.Event()
 
-    def duty(pid: int) -> None:
-        while not over.wait(PERIOD_S / 2):
-            try:
-                os.kill(pid, signal.SIGSTOP)
-                time.sleep(PERIOD_S / 2)
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                return
+    def duty(process: "subprocess.Popen[bytes]") -> None:
+        while not over.wait(PERIOD_S / 2) and process.returncode is None:
+            send(process, signal.SIGSTOP)
+            time.sleep(PERIOD_S / 2)
+            send(process, signal.SIGCONT)
 
     threads: list[threading.Thread] = []
 
-    def govern(pid: int) -> None:
-        threads.append(threading.Thread(target=duty, args=(pid,), daemon=True))
+    def govern(process: "subprocess.Popen[bytes]") -> None:
+        threads.append(threading.Thread(target=duty, args=(process,), daemon=True))
         threads[-1].start()
 
     try:
@@ -122,9 +120,8 @@ SETTINGS = {"all processors": at_will, "one processor": one_processor, "half a p
 def measure(model: str, workers: int, seconds: float, govern: Governor) -> float:
     """Tokens a second of so many workers; 0 where the program fails."""
     process = start([sys.executable, "-c", DECODE, model, workers, seconds])
-    govern(process.pid)
+    govern(process)
     outcome = finish(process)
-    send(process, signal.SIGCONT)
     return float(outcome.out) if outcome.status == 0 else 0.0
 
 

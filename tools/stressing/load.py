@@ -36,7 +36,7 @@ from .common import DEADLINE, OTHER, SHAPE, Tally, folder, make_model
 SECONDS = 3600.0
 THREADS = 6
 TOKENS = [(17 * i + 3) % SHAPE.V for i in range(SHAPE.maxT)]
-PROMPTS = [TOKENS[:5], TOKENS[:40], TOKENS[:39] + [7], [1], TOKENS[50:120]]
+PROMPTS = [TOKENS[:5], TOKENS[:40], [*TOKENS[:39], 7], [1], TOKENS[50:120]]
 OPTIONS: list[dict[str, Any]] = [
     {"max_new_tokens": 8},
     {"max_new_tokens": 8, "sampler": "greedy"},
