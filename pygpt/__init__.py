@@ -18,11 +18,14 @@ How a token comes about, from the outside in:
     checkpoint    llm.c's files, mapped and used in place; config holds the one table of tensors
 
     data          what goes in: text and llm.c's token shards, in batches; llmc holds its other files
+    trainer       one step after the other: batches, gradients, AdamW (optim); state saves and resumes it, bit for bit
+
     serial        the same network and its training in plain scalar loops (_reference): the yardstick
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
 and instruction set (of those with fused multiply-add), so results are equal bit for bit. The modules are private but for
-the names below; they are imported when first asked for, so that the command starts without NumPy.
+the names below, which change incompatibly only with a new minor version before 1.0 and a new major version from then on
+(README, Stability); they are imported when first asked for, so that the command starts without NumPy.
 """
 
 __version__ = "0.1.0"
@@ -49,11 +52,14 @@ if TYPE_CHECKING:
     )
     from .logprobs import TokenInfo
     from .model import GPT2
+    from .optim import TrainingOptions
     from .pool import ThreadPool, default_threads
     from .prefix import PrefixCache
     from .serial import SerialGPT2, SerialTrainableGPT2
+    from .state import TrainingState, open_state
     from .tokenizer import StreamDecoder, Tokenizer
     from .trainable import TrainableGPT2
+    from .trainer import Record, Trainer
 
 _HOME = {
     "Ceilings": "ceilings",
@@ -72,6 +78,7 @@ _HOME = {
     "NumericalError": "errors",
     "PrefixCache": "prefix",
     "PyGPTError": "errors",
+    "Record": "trainer",
     "SerialGPT2": "serial",
     "SerialTrainableGPT2": "serial",
     "StreamDecoder": "tokenizer",
@@ -80,10 +87,14 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
     "TrainableGPT2": "trainable",
+    "Trainer": "trainer",
+    "TrainingOptions": "optim",
+    "TrainingState": "state",
     "cpu_info": "_kernels",
     "default_threads": "pool",
     "encode_text": "data",
     "find_model": "checkpoint",
+    "open_state": "state",
     "read_debug_state": "llmc",
     "read_examples": "llmc",
     "read_text": "data",
@@ -115,6 +126,7 @@ __all__ = [
     "NumericalError",
     "PrefixCache",
     "PyGPTError",
+    "Record",
     "SerialGPT2",
     "SerialTrainableGPT2",
     "StreamDecoder",
@@ -123,11 +135,15 @@ __all__ = [
     "Tokenizer",
     "Trace",
     "TrainableGPT2",
+    "Trainer",
+    "TrainingOptions",
+    "TrainingState",
     "__version__",
     "cpu_info",
     "default_threads",
     "encode_text",
     "find_model",
+    "open_state",
     "read_debug_state",
     "read_examples",
     "read_text",

@@ -180,7 +180,7 @@ def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[b
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise refusal(f"{path}: not a regular file; a {kind} of llm.c is expected")
+            raise refusal(f"{path}: not a regular file; a {kind} is expected")
         check(os.read(fd, HEADER_BYTES), status.st_size)
         return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
     except refusal:

@@ -3,7 +3,7 @@
     PyGPTError
     ├── InputError (ValueError)             an argument is out of its range: token, length, thread count, sampler
     │   └── DataError                       a data file is missing, damaged or of another format
-    ├── CheckpointError (ValueError)        a model file is missing, damaged or not a model
+    ├── CheckpointError (ValueError)        a model file or training state is missing, damaged or something else
     ├── ClosedError (RuntimeError)          a model, cache or pool is used after close()
     └── NumericalError (ArithmeticError)    the network produced numbers that are not finite
 
@@ -25,7 +25,7 @@ class DataError(InputError):
 
 
 class CheckpointError(PyGPTError, ValueError):
-    """A model file is missing, truncated, oversized, or not a GPT-2 in a format that is read."""
+    """A model file or training state is missing, truncated, oversized, damaged, or not of a format that is read."""
 
 
 class ClosedError(PyGPTError, RuntimeError):
@@ -39,3 +39,12 @@ class NumericalError(PyGPTError, ArithmeticError):
 def is_whole(value: object, low: int, high: int) -> bool:
     """Whether a value is an int (not a bool) from low to high: the check behind most InputErrors."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def shown(value: object) -> str:
+    """A value for a message: the beginning of its repr, in one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return " ".join(text.split())[:60]

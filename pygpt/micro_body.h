@@ -472,46 +472,64 @@ static void product(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff
         product_of(out, ldo, packed_rows, rows, w, ldw, N, K, 0, room, next, next_bytes);
 }
 
-/* Panels of b: values k0 to k0 + steps of every column, zeros beyond the last. */
+#define OUTER_PANEL (OUTER_STEPS * PANEL + LANES) /* from one packed panel to the next: not a multiple of a cache way */
+
+/* Rows of b, N values each, are cut into panels; zeros beyond the last value. */
 INLINE void pack_panels(float *out, const float *b, ptrdiff_t ldb, ptrdiff_t steps, ptrdiff_t N) {
-    for (ptrdiff_t n = 0; n < N; n += PANEL, out += OUTER_STEPS * PANEL)
-        for (ptrdiff_t k = 0; k < steps; k++)
-            UNROLL for (int c = 0; c < TILE_VECS; c++) {
-                const ptrdiff_t left = N - n - c * LANES;
-                const float *from = b + k * ldb + n + c * LANES;
-                store(out + k * PANEL + c * LANES, left >= LANES ? load(from) : left > 0 ? load_tail(from, left, 0.0f) : splat(0.0f));
-            }
+    for (ptrdiff_t k = 0; k < steps; k++, out += PANEL, b += ldb) {
+        ptrdiff_t n = 0;
+        for (; n + PANEL <= N; n += PANEL)
+            UNROLL for (int c = 0; c < TILE_VECS; c++) store(out + n / PANEL * OUTER_PANEL + c * LANES, load(b + n + c * LANES));
+        if (n < N) {
+            float rest[PANEL] = {0};
+            memcpy(rest, b + n, (N - n) * sizeof *rest);
+            memcpy(out + n / PANEL * OUTER_PANEL, rest, sizeof rest);
+        }
+    }
+}
+
+/* TILE_ROWS values for every step, those of `count` rows and zeros. */
+INLINE void pack_columns(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, ptrdiff_t count) {
+    if (a_row == 1 && count >= TILE_ROWS) {
+        for (ptrdiff_t k = 0; k < steps; k++) memcpy(out + k * TILE_ROWS, a + k * a_step, TILE_ROWS * sizeof *out);
+        return;
+    }
+    for (ptrdiff_t k = 0; k < steps; k++)
+        for (ptrdiff_t r = 0; r < TILE_ROWS; r++) out[k * TILE_ROWS + r] = r < count ? a[r * a_row + k * a_step] : 0.0f;
+}
+
+/* A row of tiles: rows of `a` against all panels of a block. */
+INLINE void outer_row(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *panels,
+                      ptrdiff_t steps, ptrdiff_t count, ptrdiff_t width, int add_to) {
+    for (ptrdiff_t n = 0; n < width; n += PANEL, panels += OUTER_PANEL) {
+        sums sum;
+        if (add_to)
+            load_tile(&sum, out + n, ldo, count, width - n);
+        else
+            EACH_SUM sum.v[r][c] = splat(0.0f);
+        tile(&sum, a, a_row, a_step, panels, steps);
+        store_tile(out + n, ldo, &sum, count, width - n);
+    }
 }
 
 static void outer(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t ldb,
                   ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add_to, float *room) {
-    float *rows = room + OUTER_STEPS * OUTER_PANELS * PANEL; /* (steps, TILE_ROWS) of a, where they are not in one line anyway */
-    for (ptrdiff_t n0 = 0; n0 < N; n0 += OUTER_PANELS * PANEL)
-        for (ptrdiff_t k0 = 0; k0 < K; k0 += OUTER_STEPS) {
-            const ptrdiff_t width = N - n0 < OUTER_PANELS * PANEL ? N - n0 : OUTER_PANELS * PANEL;
-            const ptrdiff_t steps = K - k0 < OUTER_STEPS ? K - k0 : OUTER_STEPS;
-            pack_panels(room, b + k0 * ldb + n0, ldb, steps, width);
+    float *columns = room + OUTER_PANELS * OUTER_PANEL; /* (steps, TILE_ROWS) of a, where a's rows are not in one line anyway */
+    for (ptrdiff_t n = 0; n < N; n += OUTER_PANELS * PANEL)
+        for (ptrdiff_t k = 0; k < K; k += OUTER_STEPS) {
+            const ptrdiff_t width = N - n < OUTER_PANELS * PANEL ? N - n : OUTER_PANELS * PANEL;
+            const ptrdiff_t steps = K - k < OUTER_STEPS ? K - k : OUTER_STEPS, following = K - k - steps;
+            pack_panels(room, b + k * ldb + n, ldb, steps, width);
             for (ptrdiff_t m = 0; m < M; m += TILE_ROWS) {
-                const ptrdiff_t count = M - m < TILE_ROWS ? M - m : TILE_ROWS;
-                const float *from = a + m * a_row + k0 * a_step;
-                const int in_place = a_step == 1 && count == TILE_ROWS;
-                if (!in_place)
-                    for (ptrdiff_t k = 0; k < steps; k++)
-                        for (ptrdiff_t r = 0; r < TILE_ROWS; r++)
-                            rows[k * TILE_ROWS + r] = r < count ? from[r * a_row + k * a_step] : 0.0f;
-                for (ptrdiff_t n = 0; n < width; n += PANEL) {
-                    float *to = out + m * ldo + n0 + n;
-                    const float *panel = room + n / PANEL * (OUTER_STEPS * PANEL);
-                    sums sum;
-                    if (add_to || k0)
-                        load_tile(&sum, to, ldo, count, width - n);
-                    else
-                        EACH_SUM sum.v[r][c] = splat(0.0f);
-                    if (in_place)
-                        tile(&sum, from, a_row, 1, panel, steps);
-                    else
-                        tile(&sum, rows, 1, TILE_ROWS, panel, steps);
-                    store_tile(to, ldo, &sum, count, width - n);
+                const ptrdiff_t count = M - m;
+                const float *from = a + m * a_row + k * a_step;
+                for (ptrdiff_t next = m * OUTER_STEPS / M; next < (m + TILE_ROWS) * OUTER_STEPS / M && next < following; next++)
+                    for (ptrdiff_t i = 0; i < width; i += LANES) __builtin_prefetch(b + (k + steps + next) * ldb + n + i, 0, 2);
+                if (a_step == 1 && count >= TILE_ROWS)
+                    outer_row(out + m * ldo + n, ldo, from, a_row, 1, room, steps, count, width, add_to || k);
+                else {
+                    pack_columns(columns, from, a_row, a_step, steps, count);
+                    outer_row(out + m * ldo + n, ldo, columns, 1, TILE_ROWS, room, steps, count, width, add_to || k);
                 }
             }
         }
@@ -727,6 +745,6 @@ static const microkernels table = {
     .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,
     .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw, .square_sum = square_sum,
     .narrow = NARROW, .panel = PANEL,
-    .outer_room = OUTER_STEPS * (OUTER_PANELS * PANEL + TILE_ROWS), .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
+    .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * TILE_ROWS, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
     .probe_stream = probe_stream,
 };

@@ -6,36 +6,61 @@
 #ifndef PYGPT_SYNC_H
 #define PYGPT_SYNC_H
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <unistd.h>
 
 #if defined(__linux__)
 #include <limits.h>
-#include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 
-static inline void sleep_while(_Atomic uint32_t *word, uint32_t value) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
-}
-
-static inline void wake_all(_Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+#ifndef FUTEX_WAIT_PRIVATE /* of <linux/futex.h>, which comes with the C library on some systems only; they never change */
+#define FUTEX_WAIT_PRIVATE 128
+#define FUTEX_WAKE_PRIVATE 129
+#endif
 #else
 #include <pthread.h>
+#endif
 
-static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER; /* one for all barriers: sleeping is the slow path */
-static pthread_cond_t sleep_cond = PTHREAD_COND_INITIALIZER;
+typedef struct {
+    _Alignas(64) _Atomic uint32_t arrived;
+    _Alignas(64) _Atomic uint32_t phase; /* the word that waiters watch and sleep on */
+    _Atomic uint32_t sleepers;
+    _Atomic uint32_t aborted;
+    uint32_t parties, spins;
+#if !defined(__linux__)
+    pthread_mutex_t mutex; /* the barrier's own: the modules that include this file share barriers, not variables */
+    pthread_cond_t cond;
+    pid_t made_in; /* the process that made them: a child of fork() may have got a mutex that nobody will unlock */
+#endif
+} native_barrier;
 
-static inline void sleep_while(_Atomic uint32_t *word, uint32_t value) {
-    pthread_mutex_lock(&sleep_mutex);
-    if (atomic_load(word) == value) pthread_cond_wait(&sleep_cond, &sleep_mutex);
-    pthread_mutex_unlock(&sleep_mutex);
+#if defined(__linux__)
+static inline void prepare_sleep(native_barrier *b) { (void)b; }
+
+static inline void sleep_while(native_barrier *b, uint32_t phase) {
+    syscall(SYS_futex, &b->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
 }
 
-static inline void wake_all(_Atomic uint32_t *word) {
-    (void)word;
-    pthread_mutex_lock(&sleep_mutex);
-    pthread_cond_broadcast(&sleep_cond);
-    pthread_mutex_unlock(&sleep_mutex);
+static inline void wake_all(native_barrier *b) { syscall(SYS_futex, &b->phase, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+#else
+static inline void prepare_sleep(native_barrier *b) {
+    if (b->made_in == getpid()) return;
+    pthread_mutex_init(&b->mutex, NULL);
+    pthread_cond_init(&b->cond, NULL);
+    b->made_in = getpid();
+}
+
+static inline void sleep_while(native_barrier *b, uint32_t phase) {
+    pthread_mutex_lock(&b->mutex);
+    if (atomic_load(&b->phase) == phase) pthread_cond_wait(&b->cond, &b->mutex);
+    pthread_mutex_unlock(&b->mutex);
+}
+
+static inline void wake_all(native_barrier *b) {
+    pthread_mutex_lock(&b->mutex);
+    pthread_cond_broadcast(&b->cond);
+    pthread_mutex_unlock(&b->mutex);
 }
 #endif
 
@@ -47,26 +72,19 @@ static inline void pause_cpu(void) {
 #endif
 }
 
-typedef struct {
-    _Alignas(64) _Atomic uint32_t arrived;
-    _Alignas(64) _Atomic uint32_t phase; /* the word that waiters watch and sleep on */
-    _Atomic uint32_t sleepers;
-    _Atomic uint32_t aborted;
-    uint32_t parties, spins;
-} native_barrier;
-
-/* Only while nobody waits. */
+/* Before the first use, of zeroed memory, and before each step; only while nobody waits. */
 static inline void barrier_reset(native_barrier *b, uint32_t parties, uint32_t spins) {
     atomic_store(&b->arrived, 0);
     atomic_store(&b->sleepers, 0);
     atomic_store(&b->aborted, 0);
     b->parties = parties;
     b->spins = spins;
+    prepare_sleep(b);
 }
 
 static inline void barrier_open(native_barrier *b) {
     atomic_fetch_add(&b->phase, 1);
-    if (atomic_load(&b->sleepers)) wake_all(&b->phase); /* a sleeper counts itself before it looks at phase */
+    if (atomic_load(&b->sleepers)) wake_all(b); /* a sleeper counts itself before it looks at phase */
 }
 
 static inline void barrier_abort(native_barrier *b) {
@@ -88,7 +106,7 @@ static __attribute__((noinline)) int barrier_wait(native_barrier *b) {
         pause_cpu();
     }
     atomic_fetch_add(&b->sleepers, 1);
-    while (atomic_load(&b->phase) == phase) sleep_while(&b->phase, phase);
+    while (atomic_load(&b->phase) == phase) sleep_while(b, phase);
     atomic_fetch_sub(&b->sleepers, 1);
     return (int)atomic_load(&b->aborted);
 }

@@ -4,6 +4,7 @@
  * barrier after it (if there is one) opens. A full log counts what it drops. */
 #ifndef PYGPT_TRACE_H
 #define PYGPT_TRACE_H
+#include <stddef.h>
 #include <stdint.h>
 #include <time.h>
 

@@ -26,11 +26,11 @@ class TrainableGPT2(Parameters):
     """
 
     def __init__(self, config: Config, *, threads: int | None = None) -> None:
-        count = resolve_threads(threads)
+        self._pool = ThreadPool(resolve_threads(threads))
+        count = self._pool.nth
         super().__init__(config, threads=count)
         self._weights = Weights(self.weights().values, config, padded=True, bf16=False)
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
-        self._pool = ThreadPool(count)
 
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments

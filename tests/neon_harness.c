@@ -119,12 +119,16 @@ static void test_row(const microkernels *m, ptrdiff_t C, int bf16) {
     } while (0)
     m->add_bias(out, bias, C, bf16);
     REPORT("add_bias", out);
-    m->add_bias_residual(x, out, bias, C, bf16);
+    m->add_bias_residual(x, x, out, bias, C, bf16);
     REPORT("add_bias_residual", x);
-    m->add_bias_gelu(out, bias, C, bf16);
-    REPORT("add_bias_gelu", out);
-    m->layernorm(out, inp, weight, bias, C, bf16);
+    m->add_bias_gelu(x, out, bias, C, bf16);
+    REPORT("add_bias_gelu kept", out);
+    REPORT("add_bias_gelu", x);
+    m->add_bias_gelu(out, out, bias, C, bf16);
+    REPORT("add_bias_gelu in place", out);
+    m->layernorm(out, inp, weight, bias, C, bf16, x);
     REPORT("layernorm", out);
+    report("layernorm stats", x, C > 1 ? 2 : 1);
     m->encode(out, weight, bias, C, bf16);
     REPORT("encode", out);
     m->store_scaled(out, acc, 0.3f, C);
@@ -137,15 +141,18 @@ static void test_attention(const microkernels *m, ptrdiff_t rows, ptrdiff_t HSp,
     char name[80];
     const ptrdiff_t ldp = (T + 15) / 16 * 16;
     float *p = numbers(rows * ldp, 5), *v = numbers(T * HSp, 5), *acc = numbers(rows * HSp, 0), *sums = numbers(rows, 0);
-    for (ptrdiff_t r = 0; r < rows; r++) sums[r] = m->softmax(p + r * ldp, T, 0.125f);
+    float *highest = numbers(rows, 0);
+    for (ptrdiff_t r = 0; r < rows; r++) sums[r] = m->softmax(p + r * ldp, T, 0.125f, highest + r);
     snprintf(name, sizeof name, "softmax rows=%td T=%td", rows, T);
     report(name, p, rows * ldp);
     strcat(name, " sums");
     report(name, sums, rows);
+    strcat(name, " highest");
+    report(name, highest, rows);
     m->mix(acc, p, ldp, rows, v, HSp, T / 3, T);
     snprintf(name, sizeof name, "mix rows=%td HSp=%td T=%td", rows, HSp, T);
     report(name, acc, rows * HSp);
-    release(p), release(v), release(acc), release(sums);
+    release(p), release(v), release(acc), release(sums), release(highest);
 }
 
 /* exp over its whole range and beyond, in each of its two forms, and the GELU made of the first. */
@@ -163,19 +170,55 @@ static void test_exp(const microkernels *m) {
     m->exps(scaled, out, 3.7f, count);
     report("exps", scaled, count);
     memcpy(out, logits, count * sizeof *out);
-    m->add_bias_gelu(out, zeros, count, 0);
+    m->add_bias_gelu(out, out, zeros, count, 0);
     report("gelu edges", out, count);
     for (ptrdiff_t i = 0; i < count; i++) out[i] = logits[i] < 80.0f ? logits[i] : 80.0f; /* max(s) is 80: exp(-167 .. 0) */
     ptrdiff_t padded = count;
     padded -= padded % 16; /* the last block whole: softmax may write up to a multiple of 16 */
-    zeros[0] = m->softmax(out, padded, 1.0f);
+    zeros[0] = m->softmax(out, padded, 1.0f, NULL);
     report("softmax edges", out, padded);
     report("softmax edges sum", zeros, 1);
     release(logits), release(out), release(zeros), release(scaled);
 }
 
+/* The row-by-row kernels of the backward pass, and AdamW. */
+static void test_training(const microkernels *m, ptrdiff_t N, ptrdiff_t rows, int add_to) {
+    char name[80];
+    const ptrdiff_t ld = N + 3, Tp = (N + 15) / 16 * 16;
+    float *out = numbers(Tp, 2), *second = numbers(N, 2), *inp = numbers(rows * ld, 3), *x = numbers(rows * ld, 3);
+    float *weight = numbers(N, 1), *stats = numbers(2 * rows, 1), *v = numbers(N, 2);
+    const adamw_numbers adam = {1e-3f, 0.9f, 0.99f, 0.1f, 0.01f, 1.7f, 2.3f, 1e-8f, 0.1f, 0.7f};
+    double squares;
+#define REPORT(kernel, values, count)                                                                     \
+    do {                                                                                                  \
+        snprintf(name, sizeof name, kernel " N=%td rows=%td add_to=%d", N, rows, add_to);                 \
+        report(name, values, count);                                                                      \
+    } while (0)
+    m->add_rows(out, inp, ld, rows, N, add_to);
+    REPORT("add_rows", out, N);
+    m->layernorm_gains(out, second, inp, x, stats, ld, rows, N, add_to);
+    REPORT("layernorm_gains weight", out, N);
+    REPORT("layernorm_gains bias", second, N);
+    m->layernorm_backward(out, inp, x, weight, stats, N);
+    REPORT("layernorm_backward", out, N);
+    m->gelu_backward(out, x, N);
+    REPORT("gelu_backward", out, N);
+    m->softmax_backward(out, x, 0.3f, 0.125f, N, Tp);
+    REPORT("softmax_backward", out, Tp);
+    squares = m->square_sum(inp, N);
+    memcpy(second, &squares, N > 1 ? sizeof squares : sizeof *second);
+    REPORT("square_sum", second, N);
+    for (ptrdiff_t i = 0; i < N; i++) v[i] = fabsf(v[i]);
+    m->adamw(weight, inp, x, v, N, &adam);
+    REPORT("adamw p", weight, N);
+    REPORT("adamw m", x, N);
+    REPORT("adamw v", v, N);
+#undef REPORT
+    release(out), release(second), release(inp), release(x), release(weight), release(stats), release(v);
+}
+
 int main(void) {
-    static const ptrdiff_t rows[] = {1, 2, 5, 20, 64, 65, 70}, outputs[] = {1, 4, 7, 33, 48}, sizes[] = {1, 15, 16, 48, 87, 512};
+    static const ptrdiff_t rows[] = {1, 2, 5, 20, 70}, outputs[] = {1, 7, 33, 48}, sizes[] = {1, 15, 16, 48, 87, 512};
     static const ptrdiff_t channels[] = {1, 15, 16, 17, 87, 768};
     const microkernels *m = MICRO();
     if (!m || !m->fused) {
@@ -187,7 +230,7 @@ int main(void) {
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             for (size_t n = 0; n < sizeof outputs / sizeof *outputs; n++)
                 for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) test_products(m, rows[r], outputs[n], sizes[k], bf16);
-            test_products(m, rows[r], 101, 1600, bf16);
+            test_products(m, rows[r], 101, 700, bf16);
         }
         for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_row(m, channels[c], bf16);
     }
@@ -197,6 +240,8 @@ int main(void) {
         test_outer(m, 19, 61, 33, way & 1, way >> 1);
         test_outer(m, 17, 801, 300, way & 1, way >> 1); /* several blocks of columns and of steps */
     }
+    for (size_t c = 0; c < sizeof channels / sizeof *channels; c++)
+        for (int way = 0; way < 4; way++) test_training(m, channels[c], way & 1 ? 1 : 7, way >> 1);
     for (ptrdiff_t r = 1; r < 8; r++)
         for (ptrdiff_t HSp = 16; HSp <= 80; HSp += 16) test_attention(m, r, HSp, 1 + 13 * r + HSp);
     test_attention(m, 4, 64, 1000);

@@ -75,7 +75,7 @@ def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes, message: st
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
-        with pytest.raises(DataError, match=r"not a regular file; a token file of llm\.c is expected"):
+        with pytest.raises(DataError, match=r"not a regular file; a token file is expected"):
             read_tokens(tmp_path / name)
     with pytest.raises(DataError, match=r"absent\.bin': cannot open the token file: No such file"):
         read_tokens(tmp_path / "absent.bin")

@@ -58,8 +58,15 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
         "mix",
         "encode",
         "exps",
+        "add_rows",
+        "gelu_backward",
+        "layernorm_backward",
+        "layernorm_gains",
+        "softmax_backward",
+        "adamw",
+        "square_sum",
     }
-    cases = {name: value for name, value in neon.items() if not name.startswith("product")}  # product has gemm's bits
+    cases = {name: value for name, value in neon.items() if not name.startswith("product") and "in place" not in name}
     assert len(set(cases.values())) > 0.95 * len(cases)  # the cases are different ones
     for isa in FUSED:
         expected = results(tmp_path, isa)

@@ -1,34 +1,42 @@
-"""A line on stderr that says how far a tool has come. It is written over and over, and nothing is where no terminal is."""
+"""A bar on stderr that says how far a tool has come: tqdm's (the extra `tools`); nothing without it, or without a terminal."""
 
 import sys
-import time
-
-EVERY_S = 0.1
+from importlib import import_module
+from typing import Any
 
 
 class Progress:
-    """`total` things to do, of which update() says how many are done; use it in a `with` block, whose end wipes the line."""
+    """`total` things to do, of which update() says how many are done; use it in a `with` block, whose end wipes the bar.
 
-    def __init__(self, what: str, total: int | None = None) -> None:
-        self._what, self._total = what, total
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._start = self._shown = time.monotonic()
+    done: how many are done already.
+    """
+
+    def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
+        self._bar: Any = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            try:
+                tqdm = import_module("tqdm").tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, initial=done, unit=f" {what}", leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def update(self, done: int, note: str = "") -> None:
-        """Show it, ten times a second at most."""
-        now = time.monotonic()
-        if self._terminal and now - self._shown >= EVERY_S:
-            self._shown = now
-            share = f"{100 * done / self._total:.0f} %, " if self._total else ""
-            self._write(f"{share}{done:,} {self._what}, {done / (now - self._start):,.0f}/s{note}")
+        """Show it, ten times a second at most, and what else there is to note: ", loss 4.1"."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note.removeprefix(", "), refresh=False)
+            self._bar.update(done - self._bar.n)
 
-    def _write(self, text: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
+    def line(self, text: str) -> None:
+        """Print to stdout, above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._terminal:
-            self._write("")
+        if self._bar is not None:
+            self._bar.close()

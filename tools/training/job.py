@@ -1,0 +1,265 @@
+"""What a training run is: its options, where its files are, and what of it a training state remembers."""
+
+import argparse
+import dataclasses
+import glob
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pygpt import (
+    Config,
+    DataError,
+    DataLoader,
+    InputError,
+    PyGPTError,
+    TrainingOptions,
+    TrainingState,
+    read_text,
+    read_tokens,
+    split,
+    tokens_of_text,
+)
+
+SHAPES = {
+    "gpt2": {"L": 12, "NH": 12, "C": 768},
+    "gpt2-medium": {"L": 24, "NH": 16, "C": 1024},
+    "gpt2-large": {"L": 36, "NH": 20, "C": 1280},
+    "gpt2-xl": {"L": 48, "NH": 25, "C": 1600},
+}
+GPT2_V, GPT2_MAXT = 50257, 1024
+SHARD = ".bin"  # what is no shard is text
+VALUE_BYTES = {3: 4, 5: 2}
+FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader's position means nothing with others
+
+
+# ------------------------------------------------------------------------------------------------ the job
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """All options of a run that a training state remembers beside TrainingOptions, so that --resume needs no others."""
+
+    data: str
+    val: str | None = None
+    val_tokens: int | None = None
+    val_fraction: float | None = None
+    B: int = 4
+    T: int = 64
+    seed: int = 1
+    shuffle: bool = False
+    reference: bool = False
+    val_every: int = 10
+    val_batches: int = 5
+    sample_every: int = 20
+    sample_tokens: int = 64
+    save_every: int = 100
+    version: int = 3
+    log: str | None = None
+    plot: str | None = None
+
+
+JOB = {field.name for field in dataclasses.fields(Job)}
+OPTIMIZER = {field.name for field in dataclasses.fields(TrainingOptions)}
+PATHS = ("data", "val", "log", "plot")  # remembered as absolute ones: a run may be resumed from another folder
+
+
+def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
+    """A new run of the options that were given."""
+    if "data" not in given:
+        raise InputError("--data is missing: name a text file, or llm.c's token shards (.bin)")
+    if sum(name in given for name in ("val", "val_tokens", "val_fraction")) > 1:
+        raise InputError("--val, --val-tokens and --val-fraction: give one of them at most")
+    return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
+
+
+def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
+    """The run of a training state, options that were given taking the place of its own; and what changes, in words."""
+    for name in ("init", "shape"):
+        if name in given:
+            raise InputError(f"--{name} and --resume were both given: the state has the weights already")
+    try:
+        job = Job(**state.progress.job)
+    except TypeError:
+        raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
+    part, old = _job_part(given), vars(job)
+    for name in FIXED:
+        if name in part and part[name] != old[name]:
+            raise InputError(f"{flag(name)} is {part[name]}, and the state's is {old[name]}: leave it out, or begin anew")
+    if part.get("val") and (job.val_tokens or job.val_fraction):
+        raise InputError("--val: the state's run validates on a part of --data: leave it out, or begin anew")
+    settings = {name: given[name] for name in OPTIMIZER & set(given)}
+    before = state.progress.options
+    changes = [(name, old[name], value) for name, value in part.items()]
+    changes += [(name, getattr(before, name), value) for name, value in settings.items()]
+    said = [f"{flag(name)} is {value} from here on, it was {was}" for name, was, value in changes if value != was]
+    return dataclasses.replace(job, **part), dataclasses.replace(before, **settings), said
+
+
+def _job_part(given: dict[str, Any]) -> dict[str, Any]:
+    part = {name: given[name] for name in JOB & set(given)}
+    return part | {name: _absolute(part[name]) for name in PATHS if name in part}
+
+
+def _absolute(path: str) -> str:
+    """A file's or pattern's name for use from any folder."""
+    here = os.getcwd()
+    return os.path.join(here if os.path.lexists(path) else glob.escape(here), path)
+
+
+def flag(name: str) -> str:
+    """An option as users write it."""
+    return f"-{name}" if name in ("B", "T") else f"--{name.replace('_', '-')}"
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number in these limits."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 21 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def number(text: str) -> float:
+    """A type for argparse: any number; whoever uses it knows the limits."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4") from None
+
+
+# ------------------------------------------------------------------------------------------------ the model's shape
+
+
+def shape_of(text: str) -> Config:
+    """--shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]."""
+    if text in SHAPES:
+        return Config(V=GPT2_V, maxT=GPT2_MAXT, **SHAPES[text])
+    parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]
+    found = {part[1]: int(part[2]) for part in parts if part}
+    if None in parts or len(found) < len(parts) or {"L", "NH", "C", "maxT"} - set(found):
+        raise InputError(f"--shape is {text[:60]!r}: it must be one of {', '.join(SHAPES)}, or like L=4,NH=4,C=128,maxT=256")
+    return Config(**{"V": GPT2_V, **found})
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
+    """The loaders of training and validation data; every id is checked against V."""
+    seed = job.seed if job.shuffle else None
+    if job.val_tokens is None and job.val_fraction is None:
+        train = DataLoader(_source(job.data), job.B, job.T, shuffle_seed=seed, V=V)
+        return train, None if job.val is None else _validation(job, _source(job.val), V)
+    tokens = _source(job.data)
+    if isinstance(tokens, list):
+        if len(tokens) > 1:
+            raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name the one that validates with --val")
+        tokens = read_tokens(tokens[0], V=V)
+    left, right = split(tokens, val_tokens=job.val_tokens, val_fraction=job.val_fraction)
+    return DataLoader(left, job.B, job.T, shuffle_seed=seed, V=V), _validation(job, right, V)
+
+
+def _validation(job: Job, source: "list[str] | npt.NDArray[Any]", V: int) -> DataLoader:
+    try:
+        return DataLoader(source, job.B, job.T, V=V)  # never shuffled: every evaluation sees the same batches
+    except DataError as error:
+        raise DataError(f"validation: {error}") from None
+
+
+def _source(pattern: str) -> "list[str] | npt.NDArray[np.uint16]":
+    """A file or pattern as a list of shards, or as the tokens of text."""
+    names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
+    if not names:
+        raise DataError(f"{pattern!r}: no such file, and as a pattern it matches none")
+    shards = [name for name in names if name.endswith(SHARD)]
+    if len(shards) == len(names):
+        return shards
+    if shards:
+        raise DataError(f"{pattern!r}: {shards[0]} holds tokens and {min({*names} - {*shards})} is text: train on one kind")
+    return np.concatenate([tokens_of_text(read_text(name)) for name in names])
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+class Output(NamedTuple):
+    """Where a run saves: the model, and the training state."""
+
+    model: str
+    state: str
+
+    @classmethod
+    def named(cls, name: str) -> "Output":
+        """--out STEM or --out STEM.bin."""
+        stem = name.removesuffix(SHARD)
+        if not os.path.basename(stem) or os.path.isdir(name):
+            raise InputError(f"--out is {name!r}: it must be the name of a file, such as run.bin")
+        return cls(f"{stem}{SHARD}", f"{stem}.state")
+
+    @classmethod
+    def beside(cls, state: str) -> "Output":
+        """Where the run of a state saved before."""
+        stem = re.fullmatch(r"(.*[^/])\.state(\.1)?", state, re.DOTALL)
+        if not stem:
+            raise InputError(f"--resume is {state!r}, which does not end in .state: say with --out where the run saves")
+        return cls.named(stem[1])
+
+
+def files_of(state: TrainingState) -> set[str]:
+    """What the run of a state has written, links resolved: this may be replaced."""
+    path = state.path.removesuffix(".1")  # the generation before it
+    model, log = path.removesuffix(".state") + SHARD, state.progress.job.get("log")
+    return {os.path.realpath(name) for name in (path, f"{path}.1", model, log) if name}
+
+
+def check_distinct(paths: list[str]) -> None:
+    """Refuse one file for two uses."""
+    names = [os.path.realpath(path) for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"{path}: it was given for two uses: data, --out and --log need files of their own")
+
+
+def check_new(path: str) -> None:
+    """Refuse a file that exists already."""
+    if os.path.lexists(path):
+        raise InputError(f"{path}: it exists already: give another name, --force to replace it, or --resume to go on")
+
+
+def check_writable(path: str, *, make_folder: bool = False) -> None:
+    """Find out before the work whether a file can be written to this folder and take this name."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a regular file: it is not replaced")
+    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        if make_folder:
+            os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
+
+
+def check_room(output: Output, config: Config, version: int) -> None:
+    """Refuse to begin what could not be saved once."""
+    P = config.parameters(padded=True)
+    needed = (3 * 4 + VALUE_BYTES[version]) * P
+    folder = os.path.dirname(os.path.realpath(output.state))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PyGPTError(f"{folder}: {free} bytes are free, and state and model take {needed}: make room, or save elsewhere")
+
+
+def leftovers(path: str) -> list[str]:
+    """Temporary files of this one that a killed run has left behind (atomic_file's names)."""
+    path = os.path.realpath(path)
+    return [name for name in glob.glob(f"{glob.escape(path)}.*.tmp") if re.fullmatch(r"\.[0-9a-f]{8}\.tmp", name[len(path) :])]
