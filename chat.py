@@ -1,358 +1,435 @@
 """Chat with GPT-2: a text goes in, the model's continuation comes out while it is generated.
 
-The `pygpt` command does the work, as one child process for all texts; this program is its user interface. It turns text
-into ids and ids into text, never half a character. Standard output carries the replies and nothing else: where it is
-not the terminal, prompts go to standard error, as notices and errors always do.
+The `pygpt` command does the work, as one child process for all texts (pygpt/child.py); this program is its user interface. It
+turns text into ids and ids into text, never half a character. Standard output carries the replies and nothing else: where it
+is not the terminal, prompts and what commands show go to standard error, as notices and errors always do.
 
-Refuses to judge the model file, the thread count and the sampler: the child does, and its one-line error is shown.
+Refuses to judge the model file and the thread count: the child does, and its one-line error is shown. GPT-2 completes texts;
+each is completed on its own, and there are no roles.
 """
 
 import argparse
 import io
 import json
 import os
-import selectors
-import signal
-import subprocess
+import select
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
-from importlib.machinery import PathFinder
-from types import FrameType
-from typing import Any, NoReturn, TextIO
+from math import exp
+from time import perf_counter
+from typing import Any, TextIO
 
+from pygpt.__main__ import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
 from pygpt.checkpoint import Checkpoint, find_model
-from pygpt.errors import CheckpointError, PyGPTError
+from pygpt.child import ChildError, Command
+from pygpt.cli import HelpFormatter, Parser
+from pygpt.config import Config
+from pygpt.errors import CheckpointError, InputError, PyGPTError
 from pygpt.tokenizer import StreamDecoder, Tokenizer
 
-PROMPT = "Text: "
+PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
-NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # how the child's own lines on its standard error begin
-LONGEST_ID = 7  # digits: no vocabulary has more than 2^20 ids
-GRACE_SECONDS = 5.0  # for the child to end once its input has ended
-INTERRUPTED = (130, -signal.SIGINT)  # how Ctrl-C ends a child: by its own rule, or before it could set one up
+MOST_TOKENS = LINE_LIMIT // 8  # of a request: a line of the child's input holds them, whatever their ids
+PROBABLE = 10  # tokens that /probs shows
+BAR = 40  # columns of the longest bar
 
 EXAMPLES = """\
 examples:
-  python chat.py                            ask for texts until Ctrl-D or an empty line
+  python chat.py                            ask for texts until Ctrl-D or an empty line; /help lists the commands
   python chat.py "Ladies and"               answer once
-  python chat.py -n 100 -m gpt2_124M.bin Ladies and
+  python chat.py -n 100 -m gpt2_124M.bin --temp 0.8 --top-p 0.95 Ladies and
   python chat.py < letter.txt > reply.txt   the whole input is one text
 
+A text too long for the model's context loses its beginning, unless --overflow says otherwise.
 Ctrl-C stops a reply; pressed twice, it leaves.
 """
 
+HELP = """\
+/set               list the settings
+/set NAME VALUE    change one, as in /set temperature 0.8; "default" undoes that
+/again             another completion of the last text
+/more              go on with the last reply
+/tokens            ids and pieces of the last text and reply
+/probs             the most probable tokens after the last text, by the network
+/help              this list
+/quit              leave, as Ctrl-D and an empty line do
 
-class Failure(Exception):
-    """Ends the chat: one line for standard error, and the exit status."""
-
-    def __init__(self, line: str, status: int = 1) -> None:
-        super().__init__(line)
-        self.status = status
-
-
-def usage_error(message: str) -> Failure:
-    """Make the failure for something that the user asked for and cannot have."""
-    return Failure(f"chat.py: error: {message}", status=2)
-
-
-# ---------------------------------------------------------------- the child
+//text             a text that begins with a slash
+text\\              goes on in the next line; \\\\ at the end is a backslash
+"""
 
 
-class Command:
-    """The `pygpt` command as a long-lived child process. Use it in a `with` block.
+def say(text: object) -> None:
+    """Print one line on standard error."""
+    print("chat.py:", " ".join(str(text).split()), file=sys.stderr)
 
-    Its protocol: a JSON object a line on its input; on its output the new ids, each written when it is known, separated
-    by spaces and ended by a newline. SIGINT ends a reply early, and ends the child when it is idle.
 
-    The child gets a process group of its own, so that the terminal's Ctrl-C reaches the chat alone, which passes it on.
-    If the chat is killed, the child finds its input ended and ends too.
+# ---------------------------------------------------------------- settings
+
+# What /set knows: a setting's name, its other names, and what the `pygpt` command's requests call it.
+SETTINGS = {
+    "new": (("n", "max_new_tokens"), "max_new_tokens"),
+    "sampler": ((), "sampler"),
+    "temperature": (("temp",), "temperature"),
+    "top_k": ((), "top_k"),
+    "top_p": ((), "top_p"),
+    "min_p": ((), "min_p"),
+    "repetition_penalty": (("repeat_penalty",), "repetition_penalty"),
+    "seed": ((), "seed"),
+    "stop": (("stop_strings",), "stop_strings"),
+    "stop_token": (("stop_token_ids",), "stop_token_ids"),
+    "overflow": ((), "overflow"),
+    "stats": ((), "stats"),
+}
+
+
+class Settings:
+    """How replies are made: options of the command line, which /set changes. Raises InputError for one that cannot be.
+
+    config: the dimensions of the model that will answer; None for a model that does not open, as the child will say.
     """
 
-    def __init__(self, options: Sequence[str]) -> None:
-        self.stopped = False  # whether Ctrl-C stopped the latest reply
-        self._argv = [sys.executable, "-m", "pygpt", *options, "-"]
-        self._shown: set[str] = set()  # notices, which a child that was started again repeats
-        self._start()
+    def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
+        self.config = config
+        self.stats: bool = options.stats
+        self._defaults = {"max_new_tokens": NEW_TOKENS if config is None else min(NEW_TOKENS, config.maxT - 1)}
+        self._asked = read_options(options)  # in a request's words
+        self.check([0])
 
-    def _start(self) -> None:
-        self._child = subprocess.Popen(
-            self._argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env=child_environment(),
-            start_new_session=True,
-        )
-        pipes = self._child.stdin, self._child.stdout, self._child.stderr
-        self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # there are three, as asked
-        for pipe in self._stdin, self._stdout, self._stderr:
-            os.set_blocking(pipe.fileno(), False)
-        self._unseen = b""  # what it wrote to its standard error and nobody has seen yet
-        self._signalled = False  # whether this child ever got a Ctrl-C
+    @property
+    def request(self) -> dict[str, Any]:
+        """What a request says beside its tokens."""
+        return self._defaults | self._asked
 
-    def ask(self, tokens: Sequence[int], new: int) -> Iterator[int]:
-        """Yield up to `new` ids that continue `tokens`, each as soon as it is there, and none after stop().
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raise InputError for tokens that the child would refuse with these settings."""
+        if self.config is not None:
+            from pygpt.generate import Request  # here, so that kernels that were not built are one line, too
 
-        Raises Failure when the child ends in between or says anything but ids.
-        """
-        if self.stopped:
+            Request(self.config, tokens, **self.request)
+
+    def change(self, name: str, value: str) -> None:
+        """Set one from what the user has typed. Raises InputError, and changes nothing, for what cannot be."""
+        name, key = find_setting(name)
+        if key == "stats":
+            if value not in ("on", "off", "default"):
+                raise InputError(f"stats is {value!r:.40}: it must be on or off")
+            self.stats = value == "on"
             return
-        self._stdout.read(1 << 20)  # what a Ctrl-C made the child say after the end of an earlier reply
-        request = json.dumps({"tokens": tokens, "max_new_tokens": new}).encode() + b"\n"
-        silent = True
-        try:
-            for token in read_ids(self._exchange(request)):
-                if silent:
-                    self.show_notices()  # before the reply, as the child wrote them
-                silent = False
-                if not self.stopped:
-                    yield token
-        except EOFError:
-            if not self._ended_by_ctrl_c():
-                raise self._failure() from None
-            if silent and not self.stopped:  # the Ctrl-C for an earlier reply came when that was complete
-                self._end()
-                self._start()
-                yield from self.ask(tokens, new)
-
-    def _exchange(self, request: bytes) -> Iterator[bytes]:
-        """Send the request and yield what the child answers, until it closes its output.
-
-        All three pipes are served in one loop, so that neither process ever waits for the other to empty a full one.
-        """
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._stdin, selectors.EVENT_WRITE)
-            selector.register(self._stdout, selectors.EVENT_READ)
-            selector.register(self._stderr, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if self._stdin in ready and not (request := self._send(request)):
-                    selector.unregister(self._stdin)
-                if self._stderr in ready and not self._listen():
-                    selector.unregister(self._stderr)
-                if self._stdout in ready:
-                    data = self._stdout.read(65536)
-                    self._listen()  # a notice written before this data must not be seen after it
-                    if not data:
-                        return
-                    yield data
-
-    def _send(self, request: bytes) -> bytes:
-        """Write what the pipe takes and return the rest: nothing when the child has ended, as its output will tell."""
-        try:
-            return request[self._stdin.write(request) or 0 :]
-        except BrokenPipeError:
-            return b""
-
-    def _listen(self) -> bool:
-        """Keep what the child has written to its standard error. False at the end of it."""
-        data = self._stderr.read(1 << 20)  # None when there is nothing now
-        self._unseen += data or b""
-        return data != b""
-
-    def show_notices(self, *, others: bool = False) -> None:
-        """Show the child's notices, each once, and the `others` of its whole lines if wanted: all but its errors.
-
-        Those others could be the beginning of a traceback, so they wait until it is clear that the child goes on.
-        """
-        kept = b""
-        for raw in self._unseen.splitlines(keepends=True):
-            line = raw.decode("utf-8", "replace").rstrip()
-            if line.startswith(ERROR) or not raw.endswith(b"\n") or not (others or line.startswith(NOTICE)):
-                kept += raw
-            elif line not in self._shown:
-                self._shown.add(line)
-                print(line, file=sys.stderr)
-        self._unseen = kept
-
-    def check(self) -> None:
-        """Raise Failure if the child has ended unasked, as it does for a bad option: no text need be typed for it."""
-        if self._child.poll() is not None and not self._ended_by_ctrl_c():
-            raise self._failure()
-
-    def _ended_by_ctrl_c(self) -> bool:
-        """Whether the child, whose output has ended, was ended by a Ctrl-C that was passed on to it."""
-        return self._child.wait() in INTERRUPTED and self._signalled
-
-    def _failure(self) -> Failure:
-        """Say in one line why the child has ended: in its own words if it left an error line, else in ours."""
-        status = self._child.wait()
-        self._listen()
-        heard, _, last = self._unseen.decode("utf-8", "replace").rstrip().rpartition("\n")
-        if status in (1, 2) and last.startswith(NOTICE):  # an error, even if it should not say so
-            self._unseen = heard.encode() + b"\n"
-            line = last
+        before = self._asked
+        if value == "default":
+            self._asked = {other: kept for other, kept in before.items() if other != key}
         else:
-            how = f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}"
-            line = f"chat.py: error: the pygpt command {how}"
-            if last and not last.startswith(NOTICE):
-                line += f": {last.strip()}"
-        self.show_notices()
-        return Failure(line)
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """In this block Ctrl-C stops the reply, without an exception; only a second one raises KeyboardInterrupt."""
-
-        def on_ctrl_c(_signal: int, _frame: FrameType | None) -> None:
-            if self.stopped:
-                raise KeyboardInterrupt
-            self.stop()
-
-        self.stopped = False
-        before = signal.signal(signal.SIGINT, on_ctrl_c)
+            self._asked = complete_order(read_setting(name, key, value), before)  # drops what the new one rules out
         try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+            self.check([0])
+        except InputError:
+            self._asked = before
+            raise
 
-    def stop(self) -> None:
-        """Stop the reply: pass Ctrl-C on to the child, which then ends its line."""
-        self.stopped = self._signalled = True
-        self._child.send_signal(signal.SIGINT)
+    def show(self, name: str) -> str:
+        """One of them as a line."""
+        name, key = find_setting(name)
+        if key == "stats":
+            shown = "on" if self.stats else "off"
+        elif key in self.request:
+            value = self.request[key]
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        elif key == "sampler":
+            from pygpt.sampling import DEFAULT_SAMPLER
 
-    def _end(self) -> None:
-        """End the child by ending its input, by force if that does not help."""
-        self._stdin.close()
+            shown = f"default ({DEFAULT_SAMPLER if SAMPLING.isdisjoint(self._asked) else 'sample'})"
+        else:
+            shown = "default"
+        return f"{name:<20} {shown}"
+
+
+def find_setting(name: str) -> tuple[str, str]:
+    """A setting as its user calls it (top-k, --top-k, TOP_K) -> its name, and a request's. Raises InputError."""
+    wanted = name.lower().lstrip("-").replace("-", "_")
+    for known, (others, key) in SETTINGS.items():
+        if wanted == known or wanted in others:
+            return known, key
+    raise InputError(f"{name!r:.40} is no setting: there are {', '.join(SETTINGS)}")
+
+
+def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
+    """Read a value as the command line would. A stop string may be quoted as in JSON, for its spaces and newlines."""
+    given: str | list[str] = value
+    if key == "stop_strings" and value.startswith('"'):
         try:
-            self._child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        self._stdout.close()
-        self._stderr.close()
-
-    def __enter__(self) -> "Command":
-        return self
-
-    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if exception is not None:  # it may be deep in a computation that nobody wants any more
-            self._child.kill()
-        self._end()
-
-
-def child_environment() -> dict[str, str]:
-    """Return the child's environment, by which it finds the pygpt beside this file where no other is installed.
-
-    Python puts the folder of this script on the path here, but not in the child. For `-m` it would put the current
-    folder there, and any file in it could take the place of a module: PYTHONSAFEPATH leaves it out.
-    """
-    here = os.path.dirname(os.path.realpath(__file__))
-    spec = PathFinder.find_spec("pygpt", [entry for entry in sys.path if os.path.realpath(entry) != here])
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    if spec is None or spec.origin is None:  # no origin: a mere folder of that name
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
-    return environment
-
-
-def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
-    """Read one line of ids, each as soon as the space or newline after it has come. EOFError if the line never ends."""
-    rest = b""
-    for chunk in chunks:
-        line, newline, _ = (rest + chunk).partition(b"\n")
-        *words, rest = line.split(b" ")
-        if newline or len(rest) > LONGEST_ID:
-            words.append(rest)
-        for word in filter(None, words):
-            yield read_id(word)
-        if newline:
-            return
-    raise EOFError
-
-
-def read_id(word: bytes) -> int:
-    """Read one id, or raise Failure."""
-    if not word.isdigit() or len(word) > LONGEST_ID:
-        found = word[:40].decode("utf-8", "replace")
-        raise Failure(f"chat.py: error: the pygpt command answered {found!r} where a token id was expected")
-    return int(word)
+            given = str(json.loads(value))
+        except ValueError:
+            raise InputError(f'{name} is {value!r:.40}: quotes must enclose it all, as in "\\n\\n"') from None
+    blank = build_parser().parse_args([])
+    setattr(blank, key, [given] if key in ("stop_strings", "stop_token_ids") else given)
+    return read_options(blank)
 
 
 # ---------------------------------------------------------------- the conversation
 
 
 class Chat:
-    """A conversation of independent texts and replies of `new` tokens; `maxT` is the model's context if known."""
+    """A conversation of independent texts and replies, and the commands between them.
 
-    def __init__(self, command: Command, new: int, maxT: int | None) -> None:
-        self._command, self._new, self._maxT = command, new, maxT
+    model, threads: as the command line gave them, for the one thing that the child cannot tell (/probs).
+    """
+
+    def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
+        self._command, self._settings = command, settings
+        self._model, self._threads = model, threads
         self._tokenizer = Tokenizer()
+        self._text: list[int] = []  # the latest, as ids; empty: there was none
+        self._reply: list[int] = []  # to it, as far as it was shown
+        self._repeated = 0  # times that this text was completed again
+        self._leaving = False
+        self._commands: dict[str, Callable[[], None]] = {
+            "/again": self._again,
+            "/more": self._more,
+            "/tokens": self._show_tokens,
+            "/probs": self._show_probabilities,
+            "/help": lambda: show(HELP.rstrip()),
+            "/quit": self._leave,
+        }
 
     def answer(self, text: str) -> int:
         """Print the reply to one text and return the exit status: 130 when Ctrl-C stopped it."""
-        self._reply(text)
+        self._complete(text)
         return 130 if self._command.stopped else 0
 
     def converse(self) -> int:
         """Ask on the terminal for text after text, until Ctrl-D, an empty line, or Ctrl-C twice (KeyboardInterrupt)."""
+        ask = line_reader()
         hinted = False
-        while True:
+        while not self._leaving:
             self._command.check()
             try:
-                text = ask_user()
+                text = ask_text(ask)
             except KeyboardInterrupt:
                 if hinted:
                     raise
                 hinted = True
-                print("\n(Ctrl-C again leaves, and so does Ctrl-D)", file=prompt_stream())
+                show("\n(Ctrl-C again leaves, and so does Ctrl-D)")
                 continue
             except EOFError:
-                print(file=prompt_stream())
-                return 0
-            if not text:
+                show("")
                 return 0
             hinted = False
-            self._reply(text)
+            if text:
+                self.take(text)
+            elif not input_waits():
+                return 0
+        return 0
 
-    def _reply(self, text: str) -> None:
-        """Print the reply to a text as it comes. An error ends a begun line first, and so gets a line to itself."""
-        begun = False
+    def take(self, text: str) -> None:
+        """Complete a text or obey a command. What cannot be is said in one line."""
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                self._obey(text)
+            else:
+                self._complete(text[1:] if text.startswith("//") else text)
+        except (InputError, CheckpointError) as error:
+            say(error)
+
+    def _obey(self, line: str) -> None:
+        """Do what a command says. Raises InputError for one that is none."""
+        name, *rest = line.split(maxsplit=1)
+        if name == "/set":
+            self._set(rest[0].strip() if rest else "")
+        elif name not in self._commands:
+            raise InputError(f"{name!r:.40} is no command: /help lists them; to send a text with a slash in front, type //")
+        elif rest:
+            raise InputError(f"{name} takes nothing after it, and there is {rest[0]!r:.40}; to send this as a text, type //")
+        else:
+            self._commands[name]()
+
+    def _set(self, wish: str) -> None:
+        """/set, /set NAME or /set NAME VALUE."""
+        name, *value = wish.split(maxsplit=1)[:2] if wish else ("",)
+        before = self._settings.request
+        if value:
+            self._settings.change(name, value[0])
+        lines = [self._settings.show(known) for known in ([name] if name else SETTINGS)]
+        dropped = [name for name, (_, key) in SETTINGS.items() if key in before and key not in self._settings.request]
+        if value and value[0] != "default" and dropped:
+            lines[0] += f" (and no more {', '.join(dropped)})"
+        show("\n".join(lines))
+
+    def _complete(self, text: str) -> None:
+        """Print the reply to a text."""
+        self._text, self._reply, self._repeated = self._tokenizer.encode(text), [], 0
+        self._go_on()
+
+    def _again(self) -> None:
+        """Print another reply to the last text."""
+        self._require_text()
+        self._reply = []
+        self._repeated += 1
+        self._go_on()
+
+    def _more(self) -> None:
+        """Print what follows the last reply."""
+        self._require_text()
+        self._go_on()
+
+    def _require_text(self) -> None:
+        """Raise InputError if there was no text yet."""
+        if not self._text:
+            raise InputError("there is no text yet: type one first")
+
+    def _leave(self) -> None:
+        self._leaving = True
+
+    def _go_on(self) -> None:
+        """Print what follows the text and the reply so far, as it comes. Raises InputError before, ChildError meanwhile.
+
+        An error ends a begun line first, and so gets a line to itself.
+        """
+        tokens = self._fitting(self._text + self._reply)
+        self._settings.check(tokens)
+        request = self._settings.request
+        if "seed" in request:  # the same text again gets another reply, and the next session the same ones in this order
+            from pygpt.sampling import SEEDS
+
+            request["seed"] = (request["seed"] + self._repeated) % SEEDS
+        decoder = StreamDecoder(self._tokenizer)
+        for token in self._reply[-3:]:  # a character that the last reply broke off is completed
+            decoder.push(token)
+        times = [perf_counter()]
         with self._command.interruptible():
             try:
-                for piece in self._pieces(text):
-                    write(piece)
-                    begun = True
-            except (Failure, PyGPTError):
-                if begun:
+                for token in self._command.ask(tokens, request):
+                    write(decoder.push(token))
+                    self._reply.append(token)
+                    times.append(perf_counter())
+                write(decoder.finish() + "\n")
+            except (ChildError, InputError) as error:
+                if len(times) > 1:
                     write("\n")
-                raise
+                raise error if isinstance(error, ChildError) else ChildError(str(error)) from None
         self._command.show_notices(others=True)
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        """Yield the reply's text, token by token, and the newline after it."""
-        decoder = StreamDecoder(self._tokenizer)
-        for token in self._command.ask(self._fitting(self._tokenizer.encode(text)), self._new):
-            yield decoder.push(token)
-        yield decoder.finish() + "\n"
+        if self._settings.stats:
+            say(speed(times))
 
     def _fitting(self, tokens: list[int]) -> list[int]:
-        """Return the last tokens that leave room for the reply in the context; say so if that is not all."""
-        if self._maxT is None or len(tokens) <= (room := self._maxT - self._new):
+        """Return the last tokens that leave room for the reply in the context, or all if --overflow deals with them; say so
+        if that is not all."""
+        config, request = self._settings.config, self._settings.request
+        if config is None or request.get("overflow") == "stop":
             return tokens
-        print(
-            f"chat.py: the text has {len(tokens)} tokens, of which the last {room} are used: "
-            f"the context holds {self._maxT}, {self._new} of them new",
-            file=sys.stderr,
-        )
+        if "overflow" in request:  # slide
+            room, rule = MOST_TOKENS, f"a request holds {MOST_TOKENS}"
+        else:
+            new = request["max_new_tokens"]
+            room, rule = config.maxT - new, f"the context holds {config.maxT}, {new} of them new"
+        if len(tokens) <= room:
+            return tokens
+        what = "text and the reply so far have" if self._reply else "text has"
+        say(f"the {what} {len(tokens)} tokens, of which the last {room} are used: {rule}")
         return tokens[-room:]
 
+    def _show_tokens(self) -> None:
+        """Show the ids of text and reply with the pieces that they stand for."""
+        self._require_text()
+        for name, tokens in ("text", self._text), ("reply", self._reply):
+            show("\n".join([f"{name}: {len(tokens)} tokens", *(f"{token:>7}  {self._piece(token)}" for token in tokens)]))
 
-def ask_user() -> str:
-    """Ask for a line on the terminal: by input()'s own prompt if standard output is the terminal, too."""
-    if sys.stdout.isatty():
-        with suppress(ImportError):
-            import_module("readline")  # gives input() line editing; without a terminal, importing it may write to stdout
-        return input(PROMPT)
-    print(PROMPT, end="", file=sys.stderr, flush=True)
+    def _show_probabilities(self) -> None:
+        """Show the most probable tokens after the text, with bars. The child tells ids only, so the model is opened here."""
+        self._require_text()
+        from pygpt.model import GPT2
+
+        threads = None if self._threads is None else parse_count("threads (-t)", self._threads)
+        tokens = self._fitting(self._text)
+        overflow = self._settings.request.get("overflow")
+        try:
+            with GPT2.load(self._model, threads=threads) as model:
+                [completion] = model.generate_batch(
+                    [tokens], max_new_tokens=1, overflow=overflow, top_logprobs=min(PROBABLE, model.config.V)
+                )
+        except KeyboardInterrupt:
+            show("")
+            return
+        [info] = completion.infos or []
+        pieces = [self._piece(token) for token, _ in info.top]
+        width = max(map(len, pieces))
+        block = "█" if "█".encode(prompt_stream().encoding, "ignore") else "#"
+        for piece, (token, logprob) in zip(pieces, info.top, strict=True):
+            bar = block * round(BAR * exp(logprob - info.top[0][1]))
+            show(f"{token:>7}  {piece:<{width}}  {100 * exp(logprob):6.2f} %  {bar}".rstrip())
+
+    def _piece(self, token: int) -> str:
+        """What an id stands for, in quotes: text, or the bytes of a part of a character."""
+        content = self._tokenizer.decode_bytes([token])
+        try:
+            return repr(content.decode())
+        except UnicodeDecodeError:
+            return repr(content)
+
+
+def speed(times: Sequence[float]) -> str:
+    """When a reply was asked for and when each token came, in seconds, as a sentence."""
+    begin, *tokens = times
+    if not tokens:
+        return "no token"
+    told = f"{len(tokens)} tokens, the first after {tokens[0] - begin:.2f} s"
+    if tokens[-1] > tokens[0]:
+        told += f", then {(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s"
+    return told
+
+
+# ---------------------------------------------------------------- terminal and pipes
+
+
+def line_reader() -> Callable[[str], str]:
+    """How to ask for a line on the terminal: with history, editing and pasting by prompt_toolkit if it is installed and the
+    terminal can, else by readline if Python has it, else plainly. A pasted text of several lines may come as one line."""
+    if not sys.stdout.isatty():
+        return ask_plainly
+    readline = None
+    with suppress(ImportError):
+        readline = import_module("readline")  # for input(); without a terminal, importing it may write to stdout
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return input
+    bold = not os.environ.get("NO_COLOR")
+    with suppress(ImportError):
+        session = import_module("prompt_toolkit").PromptSession(enable_suspend=True)
+        return lambda prompt: str(session.prompt([("bold" if bold else "", prompt)]))
+    if readline is None:
+        return input
+    readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off; libedit has none
+    return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
+
+
+def ask_plainly(prompt: str) -> str:
+    """Ask for a line where standard output is not the terminal."""
+    print(prompt, end="", file=sys.stderr, flush=True)
     return input()
+
+
+def ask_text(ask: Callable[[str], str]) -> str:
+    """Ask for a text: a line, and the next if it ends in a backslash; two of them are one, and the end."""
+    text = ask(PROMPT)
+    while text.endswith("\\") and not text.endswith("\\\\"):
+        text = text[:-1] + "\n" + ask(CONTINUED)
+    return text[:-1] if text.endswith("\\\\") else text
+
+
+def input_waits() -> bool:
+    """Whether more was typed: an empty line is then one of several that were pasted, and the shell must not get the rest."""
+    return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def prompt_stream() -> TextIO:
     """The stream that shows the prompt, for what belongs to it."""
     return sys.stdout if sys.stdout.isatty() else sys.stderr
+
+
+def show(text: str) -> None:
+    """Show what is no reply: what commands answer."""
+    print(text, file=prompt_stream())
 
 
 def read_piped() -> str:
@@ -361,7 +438,7 @@ def read_piped() -> str:
     text = sys.stdin.buffer.read().removesuffix(b"\n").decode("utf-8", "replace")
     print(file=sys.stderr)
     if not text:
-        raise usage_error("the text on standard input is empty")
+        raise InputError("the text on standard input is empty")
     return text
 
 
@@ -372,14 +449,6 @@ def write(text: str) -> None:
 
 
 # ---------------------------------------------------------------- the command line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the usage error."""
-        raise usage_error(message)
 
 
 class PassOn(argparse.Action):
@@ -395,61 +464,58 @@ class PassOn(argparse.Action):
         namespace.passed = [*namespace.passed, f"{option_string}={values}" if long else option_string + values]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line into words, new, model and passed."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options and the help. How a reply is made is the `pygpt` command's to say."""
     parser = Parser(
         prog="chat.py",
+        usage="python chat.py [options] [TEXT ...]",
         description="Chat with GPT-2 on the CPU.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(passed=[])
+    parser.set_defaults(passed=[], total=None)
     parser.add_argument("words", nargs="*", metavar="TEXT", help="answer this text once; without it, ask for texts")
-    parser.add_argument("-n", "--new", type=positive, metavar="N", help=f"new tokens in a reply (default {NEW_TOKENS})")
+    parser.add_argument(
+        "-n",
+        "--new",
+        "--max-new-tokens",
+        dest="max_new_tokens",
+        metavar="N",
+        help=f"new tokens in a reply (default {NEW_TOKENS})",
+    )
     parser.add_argument("-m", "--model", action=PassOn, metavar="FILE", help="llm.c checkpoint, as for the pygpt command")
     parser.add_argument("-t", "--threads", action=PassOn, metavar="N", help="worker threads, as for the pygpt command")
-    parser.add_argument("--sampler", action=PassOn, metavar="NAME", help="how tokens are chosen, as for the pygpt command")
+    add_completion_options(parser)
+    parser.add_argument("--stats", action="store_true", help="after each reply its speed, on standard error")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. Raises InputError for what is none."""
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)  # argparse itself loses it between words
-    options = parser.parse_intermixed_args(argv[:cut])
+    options = build_parser().parse_intermixed_args(argv[:cut])
     options.words += argv[cut + 1 :]
     return options
 
 
-def positive(text: str) -> int:
-    """Read a number of tokens."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def context_length(model: str | None) -> int | None:
-    """Return the context of the model that will answer, or None if it does not open: the child then says why."""
+def model_config(model: str | None) -> Config | None:
+    """Return the dimensions of the model that will answer, or None if it does not open: the child then says why."""
     try:
         with Checkpoint(find_model(model)[0]) as checkpoint:
-            return checkpoint.config.maxT
+            return checkpoint.config
     except CheckpointError:
         return None
-
-
-def new_tokens(wanted: int | None, maxT: int | None) -> int:
-    """Return how many tokens a reply gets. At least one token of the context is the text's."""
-    if maxT is None:
-        return wanted or NEW_TOKENS
-    if wanted is not None and wanted >= maxT:
-        raise usage_error(f"--new is {wanted}: it must be at most {maxT - 1}, the model's context of {maxT} less one")
-    return wanted or min(NEW_TOKENS, maxT - 1)
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer the text given in words or through a pipe, or else converse. Returns the exit status."""
     if options.words and not any(options.words):
-        raise usage_error("the text is empty")
-    maxT = context_length(options.model)
-    new = new_tokens(options.new, maxT)
+        raise InputError("the text is empty")
+    settings = Settings(options, model_config(options.model))
     with Command(options.passed) as command:  # first, so that it gets ready meanwhile
-        chat = Chat(command, new, maxT)
+        chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
             return chat.answer(" ".join(options.words))
         if sys.stdin.isatty():
@@ -478,9 +544,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     try:
         return run(parse(argv))
-    except Failure as failure:
-        print(failure, file=sys.stderr)
-        return failure.status
     except KeyboardInterrupt:
         abandon_stdout()
         print(file=sys.stderr)
@@ -490,8 +553,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (PyGPTError, ImportError, OSError) as error:
         abandon_stdout()
-        print(f"chat.py: error: {error}", file=sys.stderr)
-        return 1
+        if isinstance(error, ChildError) and error.quoted:
+            print(error, file=sys.stderr)
+        else:
+            say(f"error: {error}")
+        return 2 if isinstance(error, InputError) else 1
 
 
 if __name__ == "__main__":

@@ -61,6 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-n", "--total", metavar="N", help="tokens in all, the given ones included (default 10)")
     parser.add_argument("--max-new-tokens", metavar="N", help="new tokens, instead of --total")
     parser.add_argument("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
+    add_completion_options(parser)
+    parser.add_argument("--reference", action="store_true", help="compute as the serial program does; -t has no effect")
+    parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
+    return parser
+
+
+def add_completion_options(parser: argparse.ArgumentParser) -> None:
+    """The options that read_options() reads, but for the lengths: what chat.py takes, too."""
     parser.add_argument("--sampler", metavar="NAME", help="median (default), greedy or sample, which the next six imply")
     parser.add_argument("--temp", dest="temperature", metavar="X", help="divide the logits by this (default 1)")
     parser.add_argument("--top-k", metavar="K", help="only the K most probable tokens (default 0: all)")
@@ -80,9 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overflow", metavar="HOW", help="past the model's context: stop, or slide to its latest half (default: refuse)"
     )
-    parser.add_argument("--reference", action="store_true", help="compute as the serial program does; -t has no effect")
-    parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

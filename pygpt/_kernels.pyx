@@ -24,7 +24,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
-from .errors import ClosedError, InputError
+from .errors import ClosedError, InputError, shown
 
 # ------------------------------------------------------------------------------------------------ (a) instruction set
 
@@ -388,7 +388,8 @@ def check_token(token, Py_ssize_t V) -> int:
     except TypeError:
         number = -1
     if not 0 <= number < V or token is True or token is False:
-        raise InputError(f"token {str(token)[:40]!r} is not a token id of this model: ids are whole numbers from 0 to {V - 1}")
+        text = token[:40] if isinstance(token, str) else shown(token if number < 0 else number)
+        raise InputError(f"token {text!r} is not a token id of this model: ids are whole numbers from 0 to {V - 1}")
     return number
 
 
@@ -586,7 +587,7 @@ cdef class Step:
         self.keep = []
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
-                raise InputError(f"row {str(entry)[:60]} is not (token, cache, want_logits)")
+                raise InputError(f"row {shown(entry)} is not (token, cache, want_logits)")
             self.keep.append(entry[1])
         # All that can run the caller's code (an index(), a truth value) comes before anything is noted in a cache.
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]

@@ -5,7 +5,7 @@ Refuses: caches longer than the model's maxT, and use with another model than th
 
 from ._kernels import KeysValues, Weights
 from .config import Config
-from .errors import InputError, is_whole
+from .errors import InputError, is_whole, shown
 
 
 class KVCache(KeysValues):
@@ -18,13 +18,13 @@ class KVCache(KeysValues):
     def __init__(self, weights: Weights, config: Config, capacity: int | None = None) -> None:
         capacity = config.maxT if capacity is None else capacity
         if not is_whole(capacity, 1, config.maxT):
-            raise InputError(f"capacity is {capacity!r}: it must be a whole number from 1 to maxT = {config.maxT}")
+            raise InputError(f"capacity is {shown(capacity)}: it must be a whole number from 1 to maxT = {config.maxT}")
         super().__init__(weights, capacity)
 
     def truncate(self, length: int) -> None:
         """Take rows back: keep the first `length` tokens. Raises InputError unless 0 <= length <= self.length."""
         if not is_whole(length, 0, self.length):
-            raise InputError(f"cannot truncate to {length!r}: the cache holds {self.length} tokens")
+            raise InputError(f"cannot truncate to {shown(length)}: the cache holds {self.length} tokens")
         self._truncate(length)
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ Source of names and order: llm.c, train_gpt2.c.
 
 from collections.abc import Iterator
 
-from .errors import InputError, is_whole
+from .errors import InputError, is_whole, shown
 
 # Upper limits of a sane model: far above GPT-2 XL, low enough that no product of them overflows 64 bits.
 LIMITS = {"maxT": 65536, "V": 1 << 20, "L": 256, "NH": 1024, "C": 16384}
@@ -46,7 +46,7 @@ class Config:
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             if not is_whole(value, 1, limit):
-                raise InputError(f"{name} is {value!r}: it must be a whole number from 1 to {limit}")
+                raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {limit}")
         if C % NH:
             raise InputError(f"C is {C}, which is not a multiple of NH = {NH}: every head needs the same size")
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .checkpoint import HEADER_BYTES, atomic_file, map_file
 from .config import LIMITS
-from .errors import DataError, InputError, is_whole
+from .errors import DataError, InputError, is_whole, shown
 from .tokenizer import Tokenizer
 
 TYPE_CHECKING = False
@@ -160,11 +160,13 @@ def split(tokens: "Tokens", *, val_tokens: int | None = None, val_fraction: floa
         raise InputError("give either val_tokens, the first so many, or val_fraction, the last part")
     if val_tokens is not None:
         if not is_whole(val_tokens, 1, count - 1):
-            raise InputError(f"val_tokens is {val_tokens!r}: of {count} tokens it must be a whole number from 1 to {count - 1}")
+            raise InputError(
+                f"val_tokens is {shown(val_tokens)}: of {count} tokens it must be a whole number from 1 to {count - 1}"
+            )
         return tokens[val_tokens:], tokens[:val_tokens]
     if not isinstance(val_fraction, float) or not 0 < val_fraction < 1 or not 0 < round(count * val_fraction) < count:
         raise InputError(
-            f"val_fraction is {val_fraction!r}: it must be between 0 and 1, and leave some of {count} tokens on both sides"
+            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and leave some of {count} tokens on both sides"
         )
     train = count - round(count * val_fraction)
     return tokens[:train], tokens[train:]
@@ -196,11 +198,11 @@ class DataLoader:
     ) -> None:
         for name, value in (("B", B), ("T", T)):
             if not is_whole(value, 1, 1 << 30):
-                raise InputError(f"{name} is {value!r}: it must be a whole number from 1 to {1 << 30}")
+                raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {1 << 30}")
         if V is not None and not is_whole(V, 1, LIMITS["V"]):
             raise InputError(f"V is {V!r}: it must be None or a whole number from 1 to {LIMITS['V']}")
         if shuffle_seed is not None and not is_whole(shuffle_seed, 0, 2**64 - 1):
-            raise InputError(f"shuffle_seed is {shuffle_seed!r}: it must be None or a whole number from 0 to 2**64 - 1")
+            raise InputError(f"shuffle_seed is {shown(shuffle_seed)}: it must be None or a whole number from 0 to 2**64 - 1")
         self.B, self.T, self.shuffle_seed, self._V = B, T, shuffle_seed, V
         self._files, tokens = _find(source)
         if tokens is not None:
@@ -249,12 +251,12 @@ class DataLoader:
             raise InputError(f"the loader's state has the fields {sorted(state)}, expected {sorted(self.state())}")
         for name, value in identity.items():
             if state[name] != value:
-                raise InputError(f"the loader's state is for {name} = {state[name]!r}, this loader has {value!r}")
+                raise InputError(f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}")
         place = []
         for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
             number = state[name]
             if number is None or not is_whole(number, 0, most):
-                raise InputError(f"the loader's state has {name} = {number!r}: it must be a whole number from 0 to {most}")
+                raise InputError(f"the loader's state has {name} = {shown(number)}: it must be a whole number from 0 to {most}")
             place.append(number)
         self._move(*place)
 
@@ -365,8 +367,8 @@ def encode_text(text: Iterable[str], *, eot: str = "paragraph") -> "Iterator[Sha
     follows other text is where pieces are encoded apart: a longer run of either has to fit in memory. Raises InputError
     for another `eot`.
     """
-    if eot not in EOT_MODES:
-        raise InputError(f"eot is {eot!r}: it must be one of {', '.join(EOT_MODES)}")
+    if not isinstance(eot, str) or eot not in EOT_MODES:
+        raise InputError(f"eot is {shown(eot)}: it must be one of {', '.join(EOT_MODES)}")
     return _encoded(text, Tokenizer(), eot)
 
 

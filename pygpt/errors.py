@@ -39,3 +39,12 @@ class NumericalError(PyGPTError, ArithmeticError):
 def is_whole(value: object, low: int, high: int) -> bool:
     """Whether a value is an int (not a bool) from low to high: the check behind most InputErrors."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def shown(value: object) -> str:
+    """A value for a message: the beginning of its repr, in one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return " ".join(text.split())[:60]

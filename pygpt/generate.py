@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ._kernels import check_token
 from .config import Config
-from .errors import InputError, is_whole
+from .errors import InputError, is_whole, shown
 from .sampling import Sampler
 from .stop import Stop, Watch
 
@@ -57,8 +57,10 @@ LIVE = 64  # sequences decoded together: more of them gain little, and each take
 
 def check_ids(config: Config, tokens: Iterable[int]) -> list[int]:
     """Return token ids as a list of at least one int below V; raises InputError for anything else."""
-    if not isinstance(tokens, Iterable):
-        raise InputError(f"tokens are {tokens!r:.40}: give a list of token ids")
+    try:
+        tokens = iter(tokens)
+    except TypeError:
+        raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
     checked = [check_token(token, config.V) for token in tokens]
     if not checked:
         raise InputError("no token was given: at least one token id is needed to continue from")
@@ -94,8 +96,8 @@ class Request:
         top_logprobs: int | None = None,
         **sampling: "Any",
     ) -> None:
-        if overflow is not None and overflow not in OVERFLOWS:
-            raise InputError(f"overflow is {overflow!r:.40}: it must be one of {', '.join(OVERFLOWS)}")
+        if overflow is not None and not (isinstance(overflow, str) and overflow in OVERFLOWS):
+            raise InputError(f"overflow is {shown(overflow)}: it must be one of {', '.join(OVERFLOWS)}")
         self.config, self.overflow = config, overflow
         self.tokens = check_ids(config, tokens) if overflow == "slide" else check_tokens(config, tokens)
         self.sampler = Sampler(sampling.pop("sampler", None), **sampling)
@@ -103,7 +105,7 @@ class Request:
         self.slide_to = self._check_slide_to(slide_to)
         self.top_logprobs = top_logprobs
         if top_logprobs is not None and not is_whole(top_logprobs, 0, config.V):
-            raise InputError(f"top_logprobs is {top_logprobs!r:.40}: it must be a whole number from 0 to {config.V}")
+            raise InputError(f"top_logprobs is {shown(top_logprobs)}: it must be a whole number from 0 to {config.V}")
         self.total = self._check_total(total, max_new_tokens)
 
     def _check_slide_to(self, slide_to: int | None) -> int:
@@ -112,9 +114,9 @@ class Request:
         if slide_to is None:
             return max(maxT // 2, 1)
         if self.overflow != "slide":
-            raise InputError(f'slide_to is {slide_to!r:.40}, and nothing slides: it goes with overflow="slide"')
+            raise InputError(f'slide_to is {shown(slide_to)}, and nothing slides: it goes with overflow="slide"')
         if not is_whole(slide_to, 1, maxT):
-            raise InputError(f"slide_to is {slide_to!r:.40}: it must be a whole number from 1 to the model's {maxT}")
+            raise InputError(f"slide_to is {shown(slide_to)}: it must be a whole number from 1 to the model's {maxT}")
         return slide_to
 
     def _check_total(self, total: int | None, max_new_tokens: int | None) -> int:
@@ -126,7 +128,7 @@ class Request:
         if max_new_tokens is not None:
             if not is_whole(max_new_tokens, 1, longest - count):
                 raise InputError(
-                    f"max_new_tokens is {max_new_tokens!r}: with {count} tokens given it must be a whole number "
+                    f"max_new_tokens is {shown(max_new_tokens)}: with {count} tokens given it must be a whole number "
                     f"from 1 to {longest - count}" + (f", for the model takes {maxT} tokens" if longest == maxT else "")
                 )
             total = count + max_new_tokens
@@ -134,7 +136,7 @@ class Request:
             total = DEFAULT_TOTAL
         if not is_whole(total, 2, longest):
             raise InputError(
-                f"total is {total!r}: it counts all tokens, those given included, and must be a whole number "
+                f"total is {shown(total)}: it counts all tokens, those given included, and must be a whole number "
                 f"from 2 to " + (f"the model's {maxT}" if longest == maxT else str(longest))
             )
         if count >= total:
@@ -339,7 +341,7 @@ class Completer(ABC):
         top_logprobs: keep each new token's log-probability and so many most probable tokens, in Completion.infos.
         """
         if not is_whole(num_return_sequences, 1, UNBOUNDED):
-            raise InputError(f"num_return_sequences is {num_return_sequences!r:.40}: it must be a whole number of at least 1")
+            raise InputError(f"num_return_sequences is {shown(num_return_sequences)}: it must be a whole number of at least 1")
         prompts = list(prompts)
         seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
         if len(seeds) != len(prompts):

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .checkpoint import HEADER_BYTES, atomic_file
 from .config import Config
 from .data import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
-from .errors import DataError, InputError, is_whole
+from .errors import DataError, InputError, is_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
 def write_tokenizer(path: "Path", tokens: Sequence[bytes], eot: int) -> None:
     """Write a vocabulary (version 2), all or nothing. Raises InputError for what the format cannot hold, OSError."""
     if not is_whole(eot, 0, len(tokens) - 1):
-        raise InputError(f"eot is {eot!r}: of {len(tokens)} tokens it must be a whole number from 0 to {len(tokens) - 1}")
+        raise InputError(f"eot is {shown(eot)}: of {len(tokens)} tokens it must be a whole number from 0 to {len(tokens) - 1}")
     for token, content in enumerate(tokens):
         if len(content) > 255:
             raise InputError(f"token {token} has {len(content)} bytes: the format holds up to 255")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from ._kernels import Floats, Step, Weights
 from .cache import KVCache
 from .checkpoint import Checkpoint, find_model
-from .errors import InputError
+from .errors import InputError, shown
 from .generate import Completer, Completion, check_tokens
 from .pool import ThreadPool, default_threads, resolve_threads
 from .prefix import Memory, PrefixCache
@@ -157,7 +157,7 @@ class GPT2(Completer):
 
     def _check_prefix(self, prefix: PrefixCache) -> None:
         if not isinstance(prefix, PrefixCache):
-            raise InputError(f"cache is {prefix!r:.60}: generate() takes a PrefixCache")
+            raise InputError(f"cache is {shown(prefix)}: generate() takes a PrefixCache")
         prefix.check(self)
 
     def _append(self, cache: KVCache, tokens: list[int]) -> Floats:

@@ -11,7 +11,7 @@ Defaults are those of llm.c's CPU program. Sources: Loshchilov & Hutter 2019 (Ad
 import math
 from dataclasses import asdict, dataclass
 
-from .errors import InputError, is_whole
+from .errors import InputError, is_whole, shown
 from .parameters import check_number
 
 TYPE_CHECKING = False
@@ -68,9 +68,9 @@ class TrainingOptions:
             check_number(name, getattr(self, name), low, high)
             object.__setattr__(self, name, float(getattr(self, name)))  # a NumPy scalar would compute, and be saved, otherwise
         if not isinstance(self.decay_matrices_only, bool):
-            raise InputError(f"decay_matrices_only is {self.decay_matrices_only!r}: it must be True or False")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"schedule is {self.schedule!r}: it must be one of {', '.join(SCHEDULES)}")
+            raise InputError(f"decay_matrices_only is {shown(self.decay_matrices_only)}: it must be True or False")
+        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
+            raise InputError(f"schedule is {shown(self.schedule)}: it must be one of {', '.join(SCHEDULES)}")
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: warm-up, then constant, or cosine to min_lr."""
@@ -105,4 +105,4 @@ def cos_pi(x: float) -> float:
 
 def _check_whole(name: str, value: object, low: int, high: int) -> None:
     if not is_whole(value, low, high):
-        raise InputError(f"{name} is {value!r}: it must be a whole number from {low} to {high}")
+        raise InputError(f"{name} is {shown(value)}: it must be a whole number from {low} to {high}")

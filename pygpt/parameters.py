@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .checkpoint import Checkpoint, find_model, write_checkpoint
 from .config import TENSORS, Config
-from .errors import InputError, is_whole
+from .errors import InputError, is_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Parameters:
         import numpy as np
 
         if not is_whole(seed, 0, LARGEST_SEED):
-            raise InputError(f"seed is {seed!r}: it must be a whole number from 0 to {LARGEST_SEED}")
+            raise InputError(f"seed is {shown(seed)}: it must be a whole number from 0 to {LARGEST_SEED}")
         model = cls(config, threads=threads)
         source = np.random.PCG64(seed)
         for name in model._places:
@@ -220,7 +220,7 @@ class Parameters:
         decays, as in llm.c's CPU program.
         """
         if not is_whole(step, 1, 2**31 - 1):
-            raise InputError(f"step is {step!r}: it must be a whole number from 1, and counts the updates")
+            raise InputError(f"step is {shown(step)}: it must be a whole number from 1, and counts the updates")
         for name, value, low, high in (
             ("lr", lr, 0.0, 1e6),
             ("beta1", beta1, 0.0, 0.9999999),
@@ -231,7 +231,7 @@ class Parameters:
         ):
             check_number(name, value, low, high)
         spans = list(self._spans(weight_decay, decay_matrices_only))
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
         return AdamW(lr, beta1, beta2, 1 - beta1, 1 - beta2, correction1, correction2, eps, gradient_scale, spans)
 
     def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:
@@ -249,7 +249,18 @@ class Parameters:
 def check_number(name: str, value: float, low: float, high: float) -> None:
     """Raise InputError unless a value is a real number from low to high."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}: it must be a number from {low:.9g} to {high:.9g}")
+        raise InputError(f"{name} is {shown(value)}: it must be a number from {low:.9g} to {high:.9g}")
+
+
+def power(base: float, exponent: int) -> float:
+    """base ** exponent by squaring, of multiplications only: a system's pow() may differ in the last bit."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
 
 
 def aligned_zeros(size: int) -> "npt.NDArray[np.float32]":

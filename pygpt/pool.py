@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from .errors import ClosedError, InputError, PyGPTError, is_whole
+from .errors import ClosedError, InputError, PyGPTError, is_whole, shown
 
 MAX_THREADS = 256
 OWN_POOL = "a job, or what interrupts it, cannot use its own pool: it would wait for itself"
@@ -309,14 +309,14 @@ atexit.register(_at_exit)
 def check_threads(threads: int) -> int:
     """Return a number of workers; raises InputError unless it is a whole number from 1 to MAX_THREADS."""
     if not is_whole(threads, 1, MAX_THREADS):
-        raise InputError(f"threads is {threads!r}: it must be a whole number from 1 to {MAX_THREADS}")
+        raise InputError(f"threads is {shown(threads)}: it must be a whole number from 1 to {MAX_THREADS}")
     return threads
 
 
 def resolve_threads(threads: int | None = None) -> int:
     """The number of workers to use: `threads`, else PYGPT_THREADS, else default_threads(). Raises InputError."""
     if threads is not None:
-        return threads
+        return check_threads(threads)
     text = os.environ.get("PYGPT_THREADS")
     if not text:
         return default_threads()

@@ -14,7 +14,7 @@ import os
 from operator import index
 
 from ._kernels import greedy, median, pick, sample_weights, uniform
-from .errors import InputError, NumericalError
+from .errors import InputError, NumericalError, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,11 +124,11 @@ class Sampler:
 
 def _name(name: str | None, do_sample: bool | None, option: str | None) -> str:
     """The sampler that is meant; `option` is one of "sample" that was given, if any."""
-    if name is not None and name not in SAMPLERS:
-        raise InputError(f"sampler is {name!r:.40}: it must be one of {', '.join(SAMPLERS)}")
+    if name is not None and not (isinstance(name, str) and name in SAMPLERS):
+        raise InputError(f"sampler is {shown(name)}: it must be one of {', '.join(SAMPLERS)}")
     if do_sample is not None:
         if not isinstance(do_sample, bool):
-            raise InputError(f"do_sample is {do_sample!r}: it must be True (sampler sample) or False (sampler greedy)")
+            raise InputError(f"do_sample is {shown(do_sample)}: it must be True (sampler sample) or False (sampler greedy)")
         meant = "sample" if do_sample else "greedy"
         if name not in (None, meant):
             raise InputError(
@@ -158,7 +158,7 @@ def _positive(name: str, value: "SupportsFloat", way_out: str = "") -> float:
     """A finite number above 0."""
     number = _number(value)
     if not 0 < number < INFINITY:
-        raise InputError(f"{name} is {value!r:.40}: it must be a finite number above 0{way_out}")
+        raise InputError(f"{name} is {shown(value)}: it must be a finite number above 0{way_out}")
     return number
 
 
@@ -172,7 +172,7 @@ def _share(name: str, value: "SupportsFloat") -> float:
     """A number from 0 to 1."""
     number = _number(value)
     if not 0 <= number <= 1:
-        raise InputError(f"{name} is {value!r:.40}: it must be a number from 0 to 1")
+        raise InputError(f"{name} is {shown(value)}: it must be a number from 0 to 1")
     return number
 
 
@@ -183,5 +183,5 @@ def _whole(name: str, value: "SupportsIndex", high: float, rule: str) -> int:
     except TypeError:
         number = -1
     if not 0 <= number <= high:
-        raise InputError(f"{name} is {value!r:.40}: it must be a whole number, {rule}")
+        raise InputError(f"{name} is {shown(value)}: it must be a whole number, {rule}")
     return number

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from .checkpoint import HEADER_BYTES, atomic_file, map_file
 from .config import Config
-from .errors import CheckpointError, ClosedError, InputError, is_whole
+from .errors import CheckpointError, ClosedError, InputError, is_whole, shown
 from .optim import TrainingOptions
 
 TYPE_CHECKING = False
@@ -66,7 +66,7 @@ class Progress:
         if not isinstance(found, dict) or set(found) != set(cls.__dataclass_fields__):
             raise ValueError("bad JSON: not the object of a training state")
         if not is_whole(found["step"], 0, 1 << 62):
-            raise ValueError(f"bad JSON: step is {found['step']!r}")
+            raise ValueError(f"bad JSON: step is {shown(found['step'])}")
         if not all(isinstance(found[name], dict) for name in ("options", "loader", "job")):
             raise ValueError("bad JSON: options, loader and job must be objects")
         try:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from ._kernels import check_token
 from .config import Config
-from .errors import InputError
+from .errors import InputError, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,17 +80,17 @@ def _several(name: str, values: object, kind: type) -> "Iterable[object]":
     if isinstance(values, kind):
         return (values,)
     if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
-        raise InputError(f"{name} is {values!r:.40}: it must be a list of {kind.__name__}")
+        raise InputError(f"{name} is {shown(values)}: it must be a list of {kind.__name__}")
     return values
 
 
 def _encoded(text: object) -> bytes:
     """A stop string's bytes. What the command line could not decode is given back as it was."""
     if not isinstance(text, str):
-        raise InputError(f"stop string {text!r:.40} is not a string")
+        raise InputError(f"stop string {shown(text)} is not a string")
     if not text:
         raise InputError("a stop string is empty: it would be found everywhere; leave it out")
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise InputError(f"stop string {text!r:.40} has no UTF-8 form: it holds half a surrogate pair") from None
+        raise InputError(f"stop string {shown(text)} has no UTF-8 form: it holds half a surrogate pair") from None

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from functools import cache
 from operator import index
 
-from .errors import InputError, PyGPTError
+from .errors import InputError, PyGPTError, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Tokenizer:
         except TypeError:
             number = -1
         if not 0 <= number < self.V:
-            raise InputError(f"token id is {token!r}: it must be a whole number from 0 to {self.eot}")
+            raise InputError(f"token id is {shown(token)}: it must be a whole number from 0 to {self.eot}")
         return number
 
 

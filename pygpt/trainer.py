@@ -12,7 +12,7 @@ import os
 import time
 from typing import NamedTuple
 
-from .errors import InputError, NumericalError, PyGPTError, is_whole
+from .errors import InputError, NumericalError, PyGPTError, is_whole, shown
 from .optim import TrainingOptions
 from .state import Progress, TrainingState, open_state, write_state
 
@@ -116,7 +116,7 @@ class Trainer:
         Raises InputError for a bad number of batches, NumericalError when a loss is not finite.
         """
         if not is_whole(batches, 1, 1 << 30):
-            raise InputError(f"batches is {batches!r}: it must be a whole number from 1 to {1 << 30}")
+            raise InputError(f"batches is {shown(batches)}: it must be a whole number from 1 to {1 << 30}")
         start = loader.state()
         try:
             return math.fsum(self._loss(loader, validation=True) for _ in range(batches)) / batches

@@ -9,22 +9,28 @@ import importlib.util
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pygpt.tokenizer
+from pygpt import GPT2
 from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, write_checkpoint
+from pygpt.child import child_environment
 from pygpt.config import Config
 from pygpt.tokenizer import Tokenizer
 
@@ -65,7 +71,7 @@ def put_ids(ids):
 def start():
     pass
 
-def answer(tokens, new):  # by default: an echo
+def answer(tokens, new):  # by default: an echo; more of the request is in `request`
     put_ids(tokens[:new])
 
 def interrupted():
@@ -152,8 +158,8 @@ class Fake:
         wait_until(lambda: bool(self.log(key)))
 
     def model(self, maxT: int) -> str:
-        """Write a model file with this context, as small as can be."""
-        config = Config(maxT=maxT, V=8, L=1, NH=1, C=1)
+        """Write a model file with this context and GPT-2's ids, as small as can be."""
+        config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
         path = self.cwd / f"context{maxT}.bin"
         write_checkpoint(path, config, {name: np.zeros(shape) for name, shape, _, _ in config.tensors(padded=False)})
         return path.name
@@ -264,17 +270,65 @@ def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
 
 
 def test_options_of_the_command_are_passed_on_unjudged(fake: Fake) -> None:
-    fake.run("-m", "no such.bin", "hi", "--threads", "many", "--sampler=-x", "-t-1", "-n", "3")
-    assert fake.log("argv") == [["-mno such.bin", "--threads=many", "--sampler=-x", "-t-1", "-"]]
+    fake.run("-m", "no such.bin", "hi", "--threads", "many", "-t-1", "-n", "3")
+    assert fake.log("argv") == [["-mno such.bin", "--threads=many", "-t-1", "-"]]
     assert fake.log("max_new_tokens") == [3]
 
 
+SAMPLING_FLAGS = {
+    "--temp": ("temperature", 0.8),
+    "--top-k": ("top_k", 5),
+    "--top-p": ("top_p", 0.9),
+    "--min-p": ("min_p", 0.01),
+    "--repeat-penalty": ("repetition_penalty", 1.1),
+    "-s": ("seed", 2**64 - 1),
+}
+FLAGS = {**SAMPLING_FLAGS, "--sampler": ("sampler", "sample"), "--overflow": ("overflow", "slide"), "-n": ("max_new_tokens", 3)}
+
+
+def test_options_of_a_completion_are_in_the_request(fake: Fake) -> None:
+    words = [word for flag, (_, value) in FLAGS.items() for word in (flag, str(value))]
+    fake.run("hi", *words, "--stop", "\n\n", "--stop", "é", "--stop-token", "7", "--stop-at-eot")
+    for name, value in FLAGS.values():
+        assert fake.log(name) == [value]
+    assert fake.log("stop_strings") == [["\n\n", "é"]]
+    assert fake.log("stop_token_ids") == [[7, 50256]]
+    assert fake.log("argv") == [["-"]]
+
+
+@pytest.mark.parametrize("flag", ["-n", "--new", "--max-new-tokens"])
+def test_new_tokens_have_three_names(fake: Fake, flag: str) -> None:
+    fake.run("hi", flag, "7")
+    assert fake.log("max_new_tokens") == [7]
+
+
 @pytest.mark.parametrize(
-    "words",
-    [["-n", "0"], ["-n", "-1"], ["-n", "1.5"], ["-n", "many"], ["-n", "9" * 5000], ["-n"], ["-m"], ["--fast"], ["--ne", "3"]],
+    ("words", "part"),
+    [
+        (["-n", "0"], "max_new_tokens is 0"),
+        (["-n", "-1"], "-n"),
+        (["-n", "1.5"], "'1.5'"),
+        (["-n", "many"], "'many'"),
+        (["-n", "9" * 5000], "whole number"),
+        (["-n"], "-n"),
+        (["-m"], "-m"),
+        (["--fast"], "--fast"),
+        (["--ne", "3"], "--ne"),
+        (["--sampler", "dice"], "'dice'"),
+        (["--temp", "0"], "temperature is 0"),
+        (["--temp", "warm"], "'warm'"),
+        (["--top-p", "2"], "top_p is 2"),
+        (["--min-p=-1"], "min_p is -1"),
+        (["-s", "-1"], "-s"),
+        (["--seed", str(2**64)], "seed is"),
+        (["--temp", "1", "--sampler", "greedy"], "greedy"),
+        (["--stop", ""], "stop string is empty"),
+        (["--stop-token", "50257"], "50257"),
+        (["--overflow", "sideways"], "'sideways'"),
+    ],
 )
-def test_bad_usage_is_one_line(fake: Fake, words: list[str]) -> None:
-    assert_one_line_error(fake.run("hi", *words), 2, "chat.py: error: ", words[0])
+def test_bad_usage_is_one_line(fake: Fake, words: list[str], part: str) -> None:
+    assert_one_line_error(fake.run("hi", *words), 2, "chat.py: error: ", part)
     assert fake.log("pid") == []
 
 
@@ -304,10 +358,26 @@ def test_long_text_keeps_its_last_tokens(fake: Fake, how: str) -> None:
         assert number in result.stderr
 
 
+def test_text_that_fills_the_context_is_refused_where_the_end_of_it_is_the_end(fake: Fake) -> None:
+    words = ["-m", fake.model(16), "-n", "100", "--overflow", "stop"]
+    assert fake.run(*words, text=b" y" * 15).stdout == b" y" * 15 + b"\n"
+    assert_one_line_error(fake.run(*words, text=b" y" * 16), 2, "chat.py: error: 16 tokens", "slide")
+    assert len(fake.log("tokens")) == 1
+
+
+def test_text_of_any_length_slides(fake: Fake) -> None:
+    words = ["-m", fake.model(16), "-n", "1", "--overflow", "slide"]
+    assert fake.run(*words, text=b" y" * 100).stderr == b"Text: \n"
+    result = fake.run(*words, text=b" y" * 140000)  # more ids than a line of the real command's input takes
+    assert (result.returncode, result.stdout) == (0, b" y\n")
+    assert b"140000 tokens, of which the last 131072" in result.stderr
+    assert [len(tokens) for tokens in fake.log("tokens")] == [100, 131072]
+
+
 def test_as_many_new_tokens_as_the_context_has_room_for(fake: Fake) -> None:
     model = fake.model(16)
     assert fake.run("-m", model, "-n", "15", "one").returncode == 0
-    assert_one_line_error(fake.run("-m", model, "-n", "16", "one"), 2, "chat.py: error: --new is 16", "15")
+    assert_one_line_error(fake.run("-m", model, "-n", "16", "one"), 2, "chat.py: error: max_new_tokens is 16", "from 1 to 15")
     assert fake.run("-m", model, "one").returncode == 0
     assert fake.log("max_new_tokens") == [15, 15]
 
@@ -566,13 +636,371 @@ def test_closed_input_is_empty_text(fake: Fake) -> None:
     assert_one_line_error(result, 2, "empty")
 
 
+# ---------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def chat_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chat", CHAT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Echo:
+    """Stands for the child: answers with the ids in `reply`, and keeps what it was asked."""
+
+    def __init__(self, reply: str = "hello there") -> None:
+        self.reply = ids_of(reply)
+        self.asked: list[tuple[list[int], dict[str, Any]]] = []
+        self.stopped = False
+
+    def ask(self, tokens: list[int], options: dict[str, Any]) -> Iterator[int]:
+        self.asked.append((tokens, dict(options)))
+        yield from self.reply
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def show_notices(self, *, others: bool = False) -> None:
+        pass
+
+
+class Bench:
+    """A chat in this process, for a model of this context, and the Echo that answers in it."""
+
+    def __init__(self, module: ModuleType, *words: str, maxT: int = 64, model: str | None = None) -> None:
+        self.echo = Echo()
+        config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
+        self.settings = module.Settings(module.parse(words), config)
+        self.chat = module.Chat(self.echo, self.settings, model=model)
+
+    def take(self, *lines: str) -> None:
+        for line in lines:
+            self.chat.take(line)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return dict(self.settings.request)
+
+
+@pytest.fixture
+def bench(chat_module: ModuleType) -> Bench:
+    return Bench(chat_module)
+
+
+@pytest.mark.parametrize(
+    ("wish", "key", "value"),
+    [
+        ("temperature 0.8", "temperature", 0.8),
+        ("temp 1e-3", "temperature", 0.001),
+        ("--top-k   40 ", "top_k", 40),
+        ("TOP_P .5", "top_p", 0.5),
+        ("min_p 0", "min_p", 0.0),
+        ("repeat-penalty 1.2", "repetition_penalty", 1.2),
+        ("repetition_penalty 2", "repetition_penalty", 2.0),
+        ("seed 18446744073709551615", "seed", 2**64 - 1),
+        ("sampler greedy", "sampler", "greedy"),
+        ("n 63", "max_new_tokens", 63),
+        ("new 1", "max_new_tokens", 1),
+        ("stop the  end", "stop_strings", ["the  end"]),
+        ('stop "\\n \\u00e9 "', "stop_strings", ["\n é "]),
+        ("stop_token 50256", "stop_token_ids", [50256]),
+        ("overflow slide", "overflow", "slide"),
+    ],
+)
+def test_set_changes_the_next_requests(
+    bench: Bench, capsys: pytest.CaptureFixture[str], wish: str, key: str, value: Any
+) -> None:
+    bench.take(f"/set {wish}", "hi", "/again")
+    assert [request[key] for _, request in bench.echo.asked][:1] == [value]
+    shown = capsys.readouterr()
+    assert shown.out == "hello there\n" * 2
+    assert shown.err.count("\n") == 1
+    bench.take(f"/set {wish.split()[0]} default")
+    assert bench.request == {"max_new_tokens": 40}
+
+
+@pytest.mark.parametrize(
+    ("wish", "part"),
+    [
+        ("temperature 0", "sampler greedy"),
+        ("temperature hot", "'hot'"),
+        ("temperature 1 2", "'1 2'"),
+        ("temperature nan", "nan"),
+        ("top_k -1", "'-1'"),
+        ("top_p 1.1", "1.1"),
+        ("min_p x", "'x'"),
+        ("repetition_penalty 0", "0"),
+        ("seed 18446744073709551616", "2^64"),
+        ("sampler dice", "'dice'"),
+        ("n 0", "max_new_tokens is 0"),
+        ("n 64", "from 1 to 63"),
+        ('stop "', "'\"'"),
+        ('stop "a" b', "quotes"),
+        ('stop ""', "empty"),
+        ("stop_token 50257", "50257"),
+        ("overflow sideways", "'sideways'"),
+        ("stats maybe", "'maybe'"),
+        ("speed 3", "'speed'"),
+        ("model x", "'model'"),
+        ("-", "'-'"),
+    ],
+)
+def test_what_cannot_be_set_is_one_line_and_changes_nothing(
+    bench: Bench, capsys: pytest.CaptureFixture[str], wish: str, part: str
+) -> None:
+    bench.take("/set temperature 0.7", "/set stats on")
+    before = bench.request
+    capsys.readouterr()
+    bench.take(f"/set {wish}")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert shown.err.startswith("chat.py: ")
+    assert part in shown.err
+    assert (bench.request, bench.settings.stats) == (before, True)
+
+
+def test_newer_setting_replaces_what_it_rules_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.take("/set temp 0.8", "/set seed 3", "/set sampler greedy")
+    assert bench.request == {"max_new_tokens": 40, "sampler": "greedy"}
+    assert capsys.readouterr().err.splitlines()[-1].split(None, 1) == ["sampler", "greedy (and no more temperature, seed)"]
+    bench.take("/set top_k 3")
+    assert bench.request == {"max_new_tokens": 40, "top_k": 3}
+    assert "(and no more sampler)" in capsys.readouterr().err
+
+
+def test_set_alone_lists_everything(chat_module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(chat_module, "-n", "9", "--temp", "0.5", "--stop", "\n", "--stats")
+    bench.take("/set")
+    listed = dict(line.split(None, 1) for line in capsys.readouterr().err.splitlines())
+    assert list(listed) == list(chat_module.SETTINGS)
+    told = {
+        "new": "9",
+        "temperature": "0.5",
+        "stop": '["\\n"]',
+        "stats": "on",
+        "sampler": "default (sample)",
+        "seed": "default",
+    }
+    assert told.items() <= listed.items()
+    bench.take("/set temp default", "/set sampler")
+    assert capsys.readouterr().err.splitlines()[-1].split(None, 1) == ["sampler", "default (median)"]
+
+
+def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.take("/help")
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.split()[0] for line in lines if line.startswith("/") and line[1] != "/"} == {"/set", *bench.chat._commands}
+    assert max(map(len, lines)) <= 80
+    assert "\n".join(lines) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/", "'/' is no command"),
+        ("/foo", "'/foo' is no command"),
+        ("/SET n 3", "'/SET' is no command"),
+        ("/ help", "'/' is no command"),
+        ("/a\n\nb", "'/a' is no command"),
+        ("/help me", "/help takes nothing after it, and there is 'me'"),
+        ("/quit\nnow", "/quit takes nothing after it, and there is 'now'"),
+        ("/again 2", "/again takes nothing after it, and there is '2'"),
+        ("/" + "x" * 500, "'/xxx"),
+    ],
+)
+def test_what_is_no_command_is_one_line(bench: Bench, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
+    bench.take("hi")
+    capsys.readouterr()
+    bench.take(line)
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert shown.err.startswith(f"chat.py: {told}")
+    assert len(shown.err) < 150
+    assert len(bench.echo.asked) == 1
+
+
+@pytest.mark.parametrize("line", ["/again", "/more", "/tokens", "/probs"])
+def test_commands_about_the_last_text_want_one(bench: Bench, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    bench.take(line)
+    assert capsys.readouterr() == ("", "chat.py: there is no text yet: type one first\n")
+    assert bench.echo.asked == []
+
+
+def test_two_slashes_begin_a_text_with_one(bench: Bench) -> None:
+    bench.take("//set n 3", "///", " /set n 3")
+    assert [TOKENIZER.decode(tokens) for tokens, _ in bench.echo.asked] == ["/set n 3", "//", " /set n 3"]
+
+
+def test_again_and_more_send_the_whole_text(bench: Bench) -> None:
+    bench.take("hi", "/more", "/more", "/again", "/more", "new")
+    text, reply = ids_of("hi"), bench.echo.reply
+    expected = [text, text + reply, text + reply * 2, text, text + reply, ids_of("new")]
+    assert [tokens for tokens, _ in bench.echo.asked] == expected
+
+
+def test_seed_of_a_repeated_text_is_another_one_each_time(chat_module: ModuleType) -> None:
+    bench = Bench(chat_module, "-s", str(2**64 - 2))
+    bench.take("hi", "/again", "/again", "/more", "hi")
+    assert [request["seed"] for _, request in bench.echo.asked] == [2**64 - 2, 2**64 - 1, 0, 0, 2**64 - 2]
+
+
+def test_more_completes_a_character_that_was_broken_off(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    snow = ids_of(" ☃")
+    bench.echo.reply = snow[:-1]
+    bench.take("hi")
+    bench.echo.reply = [*snow[-1:], *ids_of("!")]
+    bench.take("/more")
+    assert capsys.readouterr().out == " \ufffd\n☃!\n"
+    assert bench.echo.asked[1][0] == ids_of("hi") + snow[:-1]
+
+
+def test_long_conversation_keeps_its_last_tokens_slides_or_stops(
+    chat_module: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for overflow, lengths in (None, [1, 3, 5, 6, 6]), ("slide", [1, 3, 5, 7, 9]), ("stop", [1, 3, 5, 7]):
+        bench = Bench(chat_module, "-n", "2", *(["--overflow", overflow] if overflow else []), maxT=8)
+        bench.take("hi", *["/more"] * 4)
+        assert [len(tokens) for tokens, _ in bench.echo.asked] == lengths
+        told = capsys.readouterr().err
+        if overflow is None:
+            assert "text and the reply so far have 7 tokens, of which the last 6 are used" in told
+        elif overflow == "stop":
+            assert told.startswith("chat.py: 9 tokens were given")
+            assert told.count("\n") == 1
+        else:
+            assert told == ""
+
+
+def test_tokens_shows_ids_and_pieces(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.echo.reply = [*ids_of(" ☃"), 50256, 198]
+    bench.take("hello there")
+    capsys.readouterr()
+    bench.take("/tokens")
+    assert [line.split(None, 1) for line in capsys.readouterr().err.splitlines()] == [
+        ["text:", "2 tokens"],
+        ["31373", "'hello'"],
+        ["612", "' there'"],
+        ["reply:", "4 tokens"],
+        ["34719", "b' \\xe2\\x98'"],
+        ["225", "b'\\x83'"],
+        ["50256", "'<|endoftext|>'"],
+        ["198", "'\\n'"],
+    ]
+
+
+def test_probs_shows_what_the_network_expects(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.take("/set sampler greedy", "hello there")
+    capsys.readouterr()
+    bench.take("/probs")
+    with GPT2.load(EMBEDDED_MODEL) as model:
+        logits = model.logits(ids_of("hello there"))[-1].astype(np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    best = np.argsort(-probabilities)[:10]
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(line.split()[0]) for line in lines] == best.tolist()
+    for line, token in zip(lines, best.tolist(), strict=True):
+        assert repr(TOKENIZER.decode([token])) in line
+        assert f"{100 * probabilities[token]:.2f} %" in line
+    bars = [line.count("█") + line.count("#") for line in lines]
+    assert bars[0] == 40
+    assert bars == [round(40 * probabilities[token] / probabilities[best[0]]) for token in best.tolist()]
+
+
+def test_probs_of_a_model_file_that_has_gone_is_one_line(chat_module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(chat_module, model="gone.bin")
+    bench.take("hi", "/probs")
+    assert capsys.readouterr().err.startswith("chat.py: gone.bin: no such model file")
+
+
+def test_ctrl_c_stops_probs(bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT2, "generate_batch", interrupted)
+    bench.take("hi", "/probs", "hi")
+    assert capsys.readouterr() == ("hello there\n" * 2, "\n")
+
+
+def test_stats_go_to_stderr_on_request(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.take("hi")
+    assert capsys.readouterr() == ("hello there\n", "")
+    bench.take("/set stats on", "hi")
+    shown = capsys.readouterr()
+    assert shown.out == "hello there\n"
+    assert re.fullmatch(r"chat\.py: 2 tokens, the first after \d+\.\d\d s(, then \d+\.\d tokens/s)?", shown.err.splitlines()[1])
+    bench.echo.reply = []
+    bench.take("hi", "/set stats off", "hi")
+    assert capsys.readouterr().err.splitlines()[0] == "chat.py: no token"
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ([5.0], "no token"),
+        ([5.0, 5.25], "1 tokens, the first after 0.25 s"),
+        ([5.0, 5.0, 5.0], "2 tokens, the first after 0.00 s"),
+        ([5.0, 6.0, 6.5, 7.0], "3 tokens, the first after 1.00 s, then 2.0 tokens/s"),
+    ],
+)
+def test_speed_counts_from_the_first_token(chat_module: ModuleType, times: list[float], told: str) -> None:
+    assert chat_module.speed(times) == told
+
+
+def test_stats_flag(fake: Fake) -> None:
+    result = fake.run("--stats", "hi")
+    assert result.stdout == b"hi\n"
+    assert result.stderr.startswith(b"chat.py: 1 tokens, the first after ")
+
+
+COMMANDS = ["/set", "/again", "/more", "/tokens", "/help", "/quit", "/", "//"]
+SETTING_NAMES = ["n", "temp", "top_k", "top-p", "min_p", "repeat_penalty", "seed", "sampler", "stop", "stop_token", "overflow"]
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.floats().map(str),
+    st.integers().map(str),
+    st.sampled_from(
+        ["default", "greedy", "median", "sample", "slide", "stop", "on", "off", '"', '"\\n"', '"\\ud800"', "1e999"]
+    ),
+)
+LINES = st.one_of(
+    st.text(),
+    st.text().map("/".__add__),
+    st.tuples(st.sampled_from(COMMANDS), st.sampled_from(["", " ", "\n"]), st.text(max_size=5)).map("".join),
+    st.tuples(st.just("/set"), st.sampled_from([*SETTING_NAMES, "stats", "x"]), VALUES).map(" ".join),
+)
+
+
+@given(lines=st.lists(LINES.filter(lambda line: line.split()[:1] != ["/probs"]), max_size=8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_lines_are_answered_or_refused_in_one(
+    chat_module: ModuleType, capsys: pytest.CaptureFixture[str], lines: list[str]
+) -> None:
+    bench = Bench(chat_module)
+    for line in lines:
+        before, asked = bench.request, len(bench.echo.asked)
+        capsys.readouterr()
+        bench.take(line)
+        refusals = [told for told in capsys.readouterr().err.split("\n") if told.startswith("chat.py: ")]
+        refusals = [told for told in refusals if not re.match(r"chat\.py: (\d+ tokens, the first|no token|the text )", told)]
+        assert len(refusals) <= 1
+        if refusals:
+            assert (bench.request, len(bench.echo.asked)) == (before, asked)
+        json.dumps(bench.request)  # it can be sent, and the child takes it
+        bench.settings.check([0])
+
+
 # ---------------------------------------------------------------- on a terminal
 
 
 class Terminal:
     """chat.py on a terminal of its own. With `piped`, only its stdin and stderr are the terminal."""
 
-    def __init__(self, fake: Fake, *words: str, piped: bool = False) -> None:
+    def __init__(self, fake: Fake, *words: str, piped: bool = False, prompt: str = "Text: ") -> None:
+        self._prompt = prompt
         self._screen, terminal = pty.openpty()
         self.process = subprocess.Popen(
             fake.command(*words),
@@ -616,7 +1044,7 @@ class Terminal:
             return b""
 
     def __enter__(self) -> "Terminal":
-        self.expect("Text: ")
+        self.expect(self._prompt)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -810,36 +1238,188 @@ def test_invalid_utf8_typed_is_accepted(fake: Fake) -> None:
     assert fake.log("tokens") == [ids_of("caf\ufffd")]
 
 
+def test_commands_on_the_terminal(fake: Fake) -> None:
+    fake.code("def answer(tokens, new): put_ids([31373])")
+    with Terminal(fake, "-n", "9") as chat:
+        for keys in "/set n 7\n", "hi\n", "/more\n", "/nonsense\n", "/again\n", "//x\n":
+            chat.type(keys)
+            assert chat.expect("Text: ").count("\n") == 2  # what was typed, and one line
+        chat.type("/quit\n")
+        assert chat.finish() == (0, "/quit\n")
+    assert fake.log("tokens") == [ids_of("hi"), [*ids_of("hi"), 31373], ids_of("hi"), ids_of("/x")]
+    assert fake.log("max_new_tokens") == [7] * 4
+    assert fake.log("ended") == [True]
+
+
+def test_commands_answer_beside_a_stdout_that_is_not_the_terminal(fake: Fake) -> None:
+    with Terminal(fake, piped=True) as chat:
+        for keys in "hi\n", "/set n\n", "/tokens\n", "/probs\n", "/help\n":
+            chat.type(keys)
+            chat.expect("Text: ")
+        chat.type(CTRL_D)
+        assert chat.finish()[0] == 0
+        assert chat.process.stdout is not None
+        assert chat.process.stdout.read() == b"hi\n"
+
+
+def test_commands_are_texts_where_nobody_types(fake: Fake) -> None:
+    assert fake.run("/quit").stdout == b"/quit\n"
+    assert fake.run(text=b"/help\n").stdout == b"/help\n"
+    assert fake.run("//").stdout == b"//\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ("one\\\ntwo\n", "one\ntwo"),
+        ("one\\\n\\\n\n", "one\n\n"),
+        ("C:\\\\\n", "C:\\"),
+        ("\\ a\n", "\\ a"),
+        ("/set \\\nn\\\n 3\nhi\n", "hi"),
+    ],
+)
+def test_line_that_ends_in_a_backslash_goes_on(fake: Fake, keys: str, text: str) -> None:
+    with Terminal(fake) as chat:
+        chat.type(keys)
+        fake.wait_for("tokens")
+    assert fake.log("tokens") == [ids_of(text)]
+
+
+def test_ctrl_c_and_ctrl_d_in_a_text_of_several_lines(fake: Fake) -> None:
+    with Terminal(fake) as chat:
+        chat.type("one\\\n")
+        chat.expect(" ...  ")
+        chat.type(CTRL_C)
+        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+        chat.type("two\\\n")
+        chat.expect(" ...  ")
+        chat.type(CTRL_D)
+        assert chat.finish()[0] == 0
+    assert fake.log("tokens") == []
+
+
+def test_empty_line_among_pasted_ones_does_not_leave(fake: Fake) -> None:
+    with Terminal(fake) as chat:
+        chat.type("one\n\ntwo\n")
+        chat.expect("two\r\n")
+        chat.expect("Text: ")
+        chat.type("\n")
+        assert chat.finish()[0] == 0
+    assert fake.log("tokens") == [ids_of("one"), ids_of("two")]
+
+
+def test_ctrl_c_while_leaving_ends_the_child(fake: Fake) -> None:
+    fake.code("""
+import atexit
+def linger():
+    log(lingering=True)
+    while True: signal.pause()
+atexit.register(linger)
+""")
+    with Terminal(fake) as chat:
+        chat.type(CTRL_D)
+        fake.wait_for("lingering")
+        chat.type(CTRL_C)
+        assert "Traceback" not in chat.finish()[1]
+    assert gone(fake.log("pid")[0])
+
+
+EDITORS = pytest.mark.parametrize("editor", ["readline", "prompt_toolkit"])
+
+
+GREET = "def answer(tokens, new): put_ids([31373, 612])"
+
+
+def editing(fake: Fake, editor: str, code: str = GREET) -> Terminal:
+    """The chat with this line editor, on a terminal that can do more than a dumb one."""
+    pytest.importorskip(editor)
+    if editor == "readline":
+        if "libedit" in (importlib.import_module(editor).__doc__ or ""):
+            pytest.skip("this Python has libedit for readline, which knows no bracketed paste")
+        Path(fake.environment["PYTHONPATH"], "prompt_toolkit.py").write_text("raise ImportError")
+    fake.environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "INPUTRC": os.devnull}
+    fake.code(code)
+    return Terminal(fake, prompt="Text:")  # prompt_toolkit moves the cursor instead of writing the space
+
+
+def type_text(chat: Terminal, keys: str) -> None:
+    """Type a text and wait for the prompt after its reply."""
+    chat.type(keys + "\r")
+    chat.expect("hello there\r\n")
+    chat.expect("Text:")
+
+
+@EDITORS
+def test_pasted_lines_are_one_text(fake: Fake, editor: str) -> None:
+    with editing(fake, editor) as chat:
+        type_text(chat, "\x1b[200~one\r\rtwo\x1b[201~")
+        chat.type(CTRL_D)
+        assert chat.finish()[0] == 0
+    assert fake.log("tokens") == [ids_of("one\n\ntwo")]
+
+
+@EDITORS
+def test_history_and_editing(fake: Fake, editor: str) -> None:
+    with editing(fake, editor) as chat:
+        type_text(chat, "first")
+        type_text(chat, "\x1b[A\x1b[D\x1b[DX")  # up, left, left
+        chat.type(CTRL_D)
+        assert chat.finish()[0] == 0
+    assert fake.log("tokens") == [ids_of("first"), ids_of("firXst")]
+
+
+@EDITORS
+def test_ctrl_c_with_an_editor(fake: Fake, editor: str) -> None:
+    with editing(fake, editor, ENDLESS_ONCE) as chat:
+        chat.type("hi\r")
+        chat.expect("hello there")
+        chat.type(CTRL_C)
+        chat.expect("Text:")
+        chat.type(CTRL_C)
+        chat.expect("Ctrl-C again leaves")
+        chat.expect("Text:")
+        chat.type(CTRL_C)
+        status, shown = chat.finish()
+    assert (status, "Traceback" in shown) == (130, False)
+    assert gone(fake.log("pid")[0])
+
+
+@EDITORS
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_prompt_is_bold_unless_no_color_is_set(fake: Fake, editor: str, no_color: str) -> None:
+    fake.environment["NO_COLOR"] = no_color
+    chat = editing(fake, editor)
+    try:
+        shown = chat.expect("Text:")
+    finally:
+        chat.__exit__()
+    assert bool(re.search(r"\x1b\[(0;)?1m", shown)) == (not no_color)
+
+
+def test_prompt_is_plain_on_a_dumb_terminal(fake: Fake) -> None:
+    chat = Terminal(fake)
+    try:
+        assert chat.expect("Text: ") == "Text: "
+    finally:
+        chat.__exit__()
+
+
 # ---------------------------------------------------------------- where the child finds its package
 
 
-@pytest.fixture
-def chat_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chat", CHAT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_other_pygpt_on_the_path_is_left_alone(
-    chat_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_pygpt_on_the_path_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pygpt").mkdir()
     (tmp_path / "pygpt" / "__init__.py").touch()
     monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path)])
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert "PYTHONPATH" not in chat_module.child_environment()
+    assert "PYTHONPATH" not in child_environment()
 
 
-def test_folder_of_chat_comes_last_where_no_other_pygpt_is(
-    chat_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_of_chat_comes_last_where_no_other_pygpt_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pygpt").mkdir()  # a mere folder, such as the clone of this project in its parent folder
     monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path)])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert chat_module.child_environment()["PYTHONPATH"] == f"{tmp_path}{os.pathsep}{ROOT}"
+    assert child_environment()["PYTHONPATH"] == f"{tmp_path}{os.pathsep}{ROOT}"
 
 
 def test_files_in_the_current_folder_do_not_stand_for_modules(fake: Fake) -> None:
@@ -892,6 +1472,44 @@ def test_real_command_answers_text_after_text(real: Fake) -> None:
         assert chat.finish() == (0, "\n")
 
 
+def test_real_command_takes_every_option_of_a_completion(real: Fake) -> None:
+    words = [word for flag, (_, value) in FLAGS.items() for word in (flag, str(value))]
+    request = dict(FLAGS.values()) | {"stop_strings": ["zzz", "\n\n\n"], "stop_token_ids": [7]}
+    expected = real_ids(real, {"tokens": ids_of("hello there"), **request})
+    result = real.run(*words, "--stop", "zzz", "--stop", "\n\n\n", "--stop-token", "7", "hello there")
+    assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
+
+
+def test_real_command_repeats_and_goes_on(real: Fake) -> None:
+    text, request = ids_of("hello there"), {"max_new_tokens": 6, "temperature": 0.9}
+    first = real_ids(real, {"tokens": text, **request, "seed": 5})
+    second = real_ids(real, {"tokens": text, **request, "seed": 6})
+    more = real_ids(real, {"tokens": text + second, **request, "seed": 6})
+    assert first != second
+    with Terminal(real, "-n", "6", "-s", "5") as chat:
+        chat.type("/set temperature 0.9\n")
+        chat.expect("Text: ")
+        for keys, reply in ("hello there", first), ("/again", second), ("/more", more):
+            chat.type(keys + "\n")
+            assert chat.expect("Text: ").endswith(f"\n{TOKENIZER.decode(reply)}\nText: ")
+
+
+@pytest.mark.parametrize("overflow", ["slide", "stop", None])
+def test_real_command_survives_a_full_context(real: Fake, overflow: str | None) -> None:
+    with Checkpoint(EMBEDDED_MODEL) as checkpoint:
+        maxT = checkpoint.config.maxT
+    with Terminal(real, "-n", "4", *([] if overflow is None else ["--overflow", overflow])) as chat:
+        chat.type("\u2603" + " word" * (maxT - 9) + "\n")  # all but seven of the context
+        chat.expect("Text: ")
+        for _ in range(2):
+            chat.type("/more\n")
+            shown = chat.expect("Text: ")
+            assert "error" not in shown
+        assert ("chat.py: " in shown) == (overflow != "slide")
+        chat.type(CTRL_D)
+        assert chat.finish() == (0, "\n")
+
+
 def test_real_command_survives_ctrl_c(real: Fake) -> None:
     tokens = real_ids(real, {"tokens": ids_of("hi"), "max_new_tokens": 200})
     first, whole = (TOKENIZER.decode(ids).replace("\n", "\r\n") for ids in (tokens[:1], tokens))
@@ -915,7 +1533,7 @@ def test_real_command_cuts_a_long_text(real: Fake) -> None:
     assert f"the last {maxT - 6} are used".encode() in result.stderr
 
 
-@pytest.mark.parametrize("options", [["-m", "no.bin"], ["-t", "0"], ["-t", "x"], ["--sampler", "dice", "-m", EMBEDDED_MODEL]])
+@pytest.mark.parametrize("options", [["-m", "no.bin"], ["-t", "0"], ["-t", "x"]])
 def test_real_error_is_one_line(real: Fake, options: list[str]) -> None:
     assert_one_line_error(real.run(*options, "hi"), 1, "pygpt: ", options[1])
 
@@ -926,12 +1544,27 @@ def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> Non
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_damaged_vocabulary_is_one_line(real: Fake, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "pygpt", tmp_path / "copy" / "pygpt")
-    with open(tmp_path / "copy" / "pygpt" / "data" / "vocab.bpe", "ab") as file:
-        file.write(b"\n")
-    copy = shutil.copy(CHAT, tmp_path / "copy")
-    result = subprocess.run(
+def copied_chat(folder: Path) -> Path:
+    """A chat.py with a package of its own beside it."""
+    shutil.copytree(ROOT / "pygpt", folder / "copy" / "pygpt")
+    return Path(shutil.copy(CHAT, folder / "copy"))
+
+
+def run_copy(real: Fake, copy: Path) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
         [sys.executable, copy, "hi"], capture_output=True, cwd=real.cwd, env=real.environment, timeout=PATIENCE
     )
-    assert_one_line_error(result, 1, "chat.py: error: ", "damaged")
+
+
+def test_damaged_vocabulary_is_one_line(real: Fake, tmp_path: Path) -> None:
+    copy = copied_chat(tmp_path)
+    with open(copy.parent / "pygpt" / "data" / "vocab.bpe", "ab") as file:
+        file.write(b"\n")
+    assert_one_line_error(run_copy(real, copy), 1, "chat.py: error: ", "damaged")
+
+
+def test_kernels_that_were_not_built_are_one_line(real: Fake, tmp_path: Path) -> None:
+    copy = copied_chat(tmp_path)
+    for built in (copy.parent / "pygpt").glob("*.so"):
+        built.unlink()
+    assert_one_line_error(run_copy(real, copy), 1, "chat.py: error: ", "_kernels")

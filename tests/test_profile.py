@@ -17,10 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
+from make_checkpoint import make, tensors
 
 import pygpt.model
-from pygpt import GPT2
+from pygpt import GPT2, Config, TrainableGPT2
 from pygpt.checkpoint import EMBEDDED_MODEL
 from pygpt.sampling import sample
 
@@ -30,9 +32,13 @@ sys.path.append(str(ROOT / "tools"))
 job: Any = importlib.import_module("profiler.job")
 numbers: Any = importlib.import_module("profiler.numbers")
 perf: Any = importlib.import_module("profiler.perf")
+text: Any = importlib.import_module("profiler.text")
 
 Report = dict[str, Any]
 SMALL = ("-m", EMBEDDED_MODEL, "-t", "2", "--all-workers", "--skip", "all", "--prompt-length", "40", "-n", "5", "-r", "2")
+TRAIN = ("--train", "-t", "2", "--skip", "all", "-B", "2", "-T", "16", "-n", "3", "-r", "2")
+CONFIG = Config(maxT=64, V=300, L=2, NH=4, C=64)
+STAGES = ("forward", "backward", "norm", "update")
 DOCUMENTATION = SCRIPT.read_text().split('"""')[1]
 
 
@@ -49,16 +55,47 @@ def report_of(*arguments: str, **variables: str) -> Report:
     return report
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+def traced_report(folder: Path, *arguments: str) -> tuple[Report, Path]:
     """A report with both kinds of traces: the folder has out.json and out.prv, .pcf, .row."""
-    folder = tmp_path_factory.mktemp("traces")
-    return report_of(*SMALL, "--trace", str(folder / "out.json"), "--paraver", str(folder / "out")), folder
+    return report_of(*arguments, "--trace", str(folder / "out.json"), "--paraver", str(folder / "out")), folder
 
 
 @pytest.fixture(scope="module")
-def base(traced: tuple[Report, Path]) -> Report:
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "small.bin"
+    make(path, **{name: getattr(CONFIG, name) for name in ("L", "NH", "C", "V", "maxT")})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def generation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    return traced_report(tmp_path_factory.mktemp("traces"), *SMALL)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory, small: str) -> tuple[Report, Path]:
+    return traced_report(tmp_path_factory.mktemp("traces"), *TRAIN, "-m", small)
+
+
+@pytest.fixture(scope="module", params=["generation", "training"])
+def traced(request: pytest.FixtureRequest) -> tuple[Report, Path]:
+    found: tuple[Report, Path] = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def any_report(traced: tuple[Report, Path]) -> Report:
     return traced[0]
+
+
+@pytest.fixture(scope="module")
+def base(generation: tuple[Report, Path]) -> Report:
+    return generation[0]
+
+
+@pytest.fixture(scope="module")
+def trained(training: tuple[Report, Path]) -> Report:
+    return training[0]
 
 
 @pytest.fixture
@@ -72,10 +109,10 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPT2]:
 # The figures agree with each other
 
 
-def test_rows_add_up_to_the_wall_time(base: Report) -> None:
-    assert base["wall_ns"] == sum(mode["wall_ns"] for mode in base["modes"].values())
-    for mode, summary in base["modes"].items():
-        rows = [row for row in base["kernels"] if row["mode"] == mode]
+def test_rows_add_up_to_the_wall_time(any_report: Report) -> None:
+    assert any_report["wall_ns"] == sum(mode["wall_ns"] for mode in any_report["modes"].values())
+    for mode, summary in any_report["modes"].items():
+        rows = [row for row in any_report["kernels"] if row["mode"] == mode]
         assert sum(row["total_ns"] for row in rows) == pytest.approx(summary["wall_ns"], rel=0.02)
         assert sum(row["share"] for row in rows) == pytest.approx(1, abs=0.02)
         assert rows[-1]["cumulative"] == pytest.approx(1, abs=0.02)
@@ -114,12 +151,12 @@ def test_work_is_the_networks(base: Report) -> None:
 
 
 def test_times_agree_with_the_time_around_the_calls(model: GPT2) -> None:
-    task = job.Job(list(range(40)), 5)
-    job.warm_up(model, task)
+    task = job.Generation(list(range(40)), 5)
+    task.warm_up(model)
     covered = []
     for _ in range(5):
         begin = time.perf_counter_ns()
-        calls, _ = job.run(model, task, digest=False)
+        calls, _ = task.run(model, digest=False)
         elapsed = time.perf_counter_ns() - begin
         inside = sum(call.done - call.begin for call in calls)
         assert inside <= elapsed
@@ -127,7 +164,7 @@ def test_times_agree_with_the_time_around_the_calls(model: GPT2) -> None:
     assert max(covered) > 0.95
 
 
-def test_the_schema_is_documented(base: Report) -> None:
+def test_the_schema_is_documented(any_report: Report) -> None:
     def keys(value: Any) -> Iterator[str]:
         if isinstance(value, dict):
             for key, inner in value.items():
@@ -137,14 +174,15 @@ def test_the_schema_is_documented(base: Report) -> None:
             for inner in value:
                 yield from keys(inner)
 
-    assert base["schema"] == 1
-    missing = {key for key in keys(base) if not re.search(rf"\b{key}\b", DOCUMENTATION)}
+    assert any_report["schema"] == 1
+    missing = {key for key in keys(any_report) if not re.search(rf"\b{key}\b", DOCUMENTATION)}
     assert not missing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Traces, read by other eyes
 
+APART = ("encoder", "wake-up", "dencoder", "norm", "update")  # what is in no layer
 Sums = dict[tuple[int, str], int]  # (worker, phase) -> ns
 
 
@@ -165,6 +203,8 @@ def test_chrome_trace(traced: tuple[Report, Path]) -> None:
     selves: Sums = defaultdict(int)
     waits: Sums = defaultdict(int)
     outside = {"call": 0, "sampler": 0}
+    stages: dict[str, int] = defaultdict(int)
+    within = ["call", "stage"] if "train" in report["modes"] else ["call"]
     for tid in tracks:
         open_: list[tuple[int, int, str]] = []  # begin, end, category
         spans = [event for event in events if event["ph"] == "X" and event["tid"] == tid]
@@ -181,11 +221,14 @@ def test_chrome_trace(traced: tuple[Report, Path]) -> None:
                 assert "wait" not in around
                 (selves if category == "phase" else waits)[tid, event["args"].get("after", event["name"])] += end - begin
                 assert "step" in around
-                assert ("layer" in around) == (event["args"].get("after", event["name"]) not in ("encoder", "wake-up"))
+                assert ("layer" in around) == (event["args"].get("after", event["name"]) not in APART)
             elif category == "layer":
                 assert around[-1] == "step"
             elif category == "step":
-                assert around == (["call"] if tid == 0 else [])
+                assert around == (within if tid == 0 else [])
+            elif category == "stage":
+                assert around == ["call"]
+                stages[event["name"]] += end - begin
             else:
                 assert around == []
                 outside[category] += end - begin
@@ -193,6 +236,7 @@ def test_chrome_trace(traced: tuple[Report, Path]) -> None:
     assert selves == sums_of(report, "self_ns")
     assert waits == sums_of(report, "wait_ns")
     assert outside["call"] + outside["sampler"] == report["wall_ns"]
+    assert stages == {row["name"]: row["wall_ns"] for mode in report["modes"].values() for row in mode["stages"]}
 
 
 def parse_pcf(text: str) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
@@ -257,7 +301,7 @@ def test_paraver_trace(traced: tuple[Report, Path]) -> None:
                 selves[thread - 1, name] += moment - begin
     assert not current
     sampler = sum(row["total_ns"] for row in report["kernels"] if row["name"] == "sampler")
-    assert selves.pop((0, "sampler")) == sampler
+    assert selves.pop((0, "sampler"), 0) == sampler
     assert selves == sums_of(report, "self_ns")
     for ith, states_ in intervals.items():
         assert [begin for begin, _, _ in states_] == [0, *(until for _, until, _ in states_[:-1])], "gaps or overlaps"
@@ -297,12 +341,184 @@ def test_profiling_changes_no_bit(base: Report, model: GPT2) -> None:
 
 
 def test_one_round_a_kernel_gives_the_same_bits(model: GPT2) -> None:
-    task = job.Job(list(range(300, 320)), 3)
-    _, together = job.run(model, task)
+    task = job.Generation(list(range(300, 320)), 3)
+    _, together = task.run(model)
     model.fork_join(True)
-    _, apart = job.run(model, task)
+    _, apart = task.run(model)
     model.fork_join(False)
-    assert together == apart == job.run(model, task)[1]
+    assert together == apart == task.run(model)[1]
+
+
+def test_profiling_training_changes_no_bit(trained: Report, small: str) -> None:
+    bits = hashlib.blake2b(digest_size=16)
+    ids = [(13 + 7919 * i) % 300 for i in range(33)]
+    with TrainableGPT2.load(small, threads=1) as model:
+        for step in (1, 2, 3):
+            losses = model.forward(np.array(ids[:32]).reshape(2, 16), np.array(ids[1:]).reshape(2, 16))
+            model.backward()
+            bits.update(losses.tobytes() + np.float64(model.gradient_norm()).tobytes())
+            model.update(lr=1e-4, step=step)
+        bits.update(model.parameters.tobytes())
+    assert trained["bits"] == {"profiled": bits.hexdigest(), "unprofiled": bits.hexdigest(), "same": True}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_iterations_are_counted(trained: Report) -> None:
+    calls = {row["name"]: row["calls"] for row in trained["kernels"]}
+    iterations, L, summary = 2 * 3, trained["model"]["L"], trained["modes"]["train"]
+    assert (summary["calls"], summary["steps"], summary["tokens"]) == (iterations, 4 * iterations, 32 * iterations)
+    in_layers = ("ln1", "qkv", "attention", "attproj", "ln2", "fc", "fcproj")
+    for name in in_layers:
+        assert (calls[name], calls[f"d{name}"]) == (iterations * L, iterations * L)
+    for name in ("encoder", "lnf", "logits", "loss", "dlogits", "dhead", "dlnf", "dencoder", "norm", "update", "python, pool"):
+        assert calls[name] == iterations
+    assert calls.keys() - {"wake-up"} == {
+        *in_layers, *(f"d{name}" for name in in_layers), "encoder", "lnf", "logits", "loss", "dlogits", "dhead", "dlnf",
+        "dencoder", "norm", "update", "python, pool",
+    }  # fmt: skip
+    assert {row["layer"] for row in summary["layers"]} - {"wake-up"} == {"encoder", "0", "1", "head", "norm", "update"}
+
+
+def test_stages_are_the_iteration(trained: Report) -> None:
+    summary = trained["modes"]["train"]
+    assert [row["name"] for row in summary["stages"]] == list(STAGES)
+    assert sum(row["wall_ns"] for row in summary["stages"]) == summary["wall_ns"]
+    assert sum(row["share"] for row in summary["stages"]) == pytest.approx(1)
+    totals = {row["name"]: row["total_ns"] for row in trained["kernels"]}
+    walls = {row["name"]: row["wall_ns"] for row in summary["stages"]}
+    backward = {name for name in totals if name.startswith("d")}
+    assert 0 < sum(totals[name] for name in backward) <= walls["backward"]
+    for name in ("norm", "update"):
+        assert 0 < totals[name] <= walls[name]
+    forward = totals.keys() - backward - {"norm", "update", "wake-up", "python, pool"}
+    assert 0 < sum(totals[name] for name in forward) <= walls["forward"]
+
+
+def test_work_of_training_is_the_networks(trained: Report) -> None:
+    shape, iterations, B, T = trained["model"], 6, 2, 16
+    C, L, V, R = shape["C"], shape["L"], shape["V"], 32
+    flop = {row["name"]: row["flop"] / iterations for row in trained["kernels"]}
+    size = {row["name"]: row["bytes"] / iterations for row in trained["kernels"]}
+    weights = 12 * L * C * C + V * C
+    forward = ("qkv", "attproj", "fc", "fcproj", "logits")
+    backward = ("dqkv", "dattproj", "dfc", "dfcproj", "dhead")
+    assert sum(flop[name] for name in forward) == 2 * R * weights
+    assert sum(flop[name] for name in backward) == 4 * R * weights
+    assert flop["attention"] == L * B * 4 * C * sum(range(1, T + 1))
+    assert flop["dattention"] == 2 * flop["attention"]
+    assert sum(size[name] for name in forward) > 4 * weights
+    assert sum(size[name] for name in backward) > 8 * weights
+    parameters = sum(tensor.size for _, tensor in tensors(L, C, 384, shape["maxT"], 1, 1.0))  # V padded to 384 rows
+    assert (size["norm"], size["update"]) == (4 * parameters, 28 * parameters)
+
+
+def test_slowness_planted_in_training_is_found(small: str) -> None:
+    report = report_of(*TRAIN, "-m", small, "--stretch", "dattention=1000")
+    rows = [row for row in report["kernels"] if row["kind"] == "kernel"]
+    assert max(rows, key=lambda row: row["self_ns"])["name"] == "dattention"
+    assert report["job"]["planted"] == ["dattention takes 1000 times as long"]
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_slow_worker_is_imbalance_in_training(small: str, worker: int) -> None:
+    done = run(*TRAIN, "-m", small, "--stretch", f"{worker}:all=50")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"IMBALANCE: worker (\d) computes", " ".join(done.stdout.split())) == [str(worker)]
+
+
+def events_of(*phases: tuple[str, int, int]) -> list[Any]:
+    return [job.Event(phase, 0, begin, end, end) for phase, begin, end in phases]
+
+
+def test_a_worker_may_finish_before_worker_0_begins() -> None:
+    """Norm and update have no meeting: the pool wakes the others first, and worker 0 may come late."""
+    mine = events_of(("norm", 50, 60), ("update", 100, 140))
+    theirs = events_of(("norm", 20, 30), ("update", 70, 90))
+    calls = [job.Call("train", 0, 1, 0, 150, 150, (5, 10, 65, 150))]
+    (call,) = job.assign(calls, [mine, theirs])
+    found = [[[event.phase for event in worker] for worker in step] for step in call.steps]
+    assert found == [[["wake-up", "norm"], ["norm"]], [["wake-up", "update"], ["update"]]]
+    rows = {row["name"]: row for row in numbers.hotspots(CONFIG, 4, [call], 2, None)}
+    assert sum(row["total_ns"] for row in rows.values()) == 150
+    assert rows["update"]["self_ns"] == (40 + 20) / 2
+
+
+def test_every_part_of_training(small: str) -> None:
+    arguments = [argument if argument != "all" else "ceilings" for argument in TRAIN]
+    report = report_of(*arguments, "-m", small, "--serial-tokens", "2")
+    ways = {way["name"]: way for way in report["strategies"]["ways"]}
+    assert list(ways) == ["serial reference", "one worker", "one round a stage"]
+    assert (report["strategies"]["B"], report["strategies"]["T"]) == (1, 2)
+    assert report["strategies"]["same_bits"]
+    assert report["strategies"]["same_losses"]
+    for way in ways.values():
+        for name in ("train", *STAGES):
+            assert way[f"{name}_speedup"] == pytest.approx(ways["serial reference"][f"{name}_ns"] / way[f"{name}_ns"])
+            assert way[f"{name}_efficiency"] == pytest.approx(way[f"{name}_speedup"] / way["threads"])
+    alone = next(row for row in report["scaling"] if row["threads"] == 1)
+    for row in report["scaling"]:
+        for name in ("train", *STAGES):
+            assert row[f"{name}_speedup"] == pytest.approx(alone[f"{name}_ns"] / row[f"{name}_ns"])
+    f = report["modes"]["train"]["amdahl"]["serial_fraction"]
+    for row in report["modes"]["train"]["amdahl"]["predictions"]:
+        assert row["amdahl"] == pytest.approx(1 / (f + (1 - f) / row["threads"]))
+    assert [row["name"].split()[0] for row in report["startup"]] == ["interpreter", "import", "import", "read", "first", "the"]
+    lines = text.render(report).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "Bits: all but the reference give the same bits; all end at the same loss." in lines
+    assert any(line.startswith("START-UP") for line in lines)
+
+
+def test_the_roof_of_the_update_is_its_own_traffic() -> None:
+    ceiling = {"threads": 2, "fma_gflop_s": 1000.0, "read_gb_s": 10.0, "stream_gb_s": 40.0}
+    row = numbers.rates("update", 17, 28, 1.0, ceiling)
+    assert (row["bound"], row["roof"]) == ("stream", pytest.approx(28 / 40))
+    row = numbers.rates("norm", 2, 4, 1.0, ceiling)
+    assert (row["bound"], row["roof"]) == ("read", pytest.approx(4 / 10))
+    rows = [
+        {"name": "update", "bytes": 28, "self_ns": 1, "kind": "kernel"},
+        {"name": "norm", "bytes": 4, "self_ns": 1, "kind": "kernel"},
+    ]
+    assert numbers.bandwidth_floor(rows, [ceiling]) == pytest.approx(28 / 40 + 4 / 10)
+
+
+def test_the_text_of_training_fits_and_reads(small: str) -> None:
+    arguments = [argument if argument != "all" else "scaling,strategies,startup" for argument in TRAIN]
+    done = run(*arguments, "-m", small, "--by-layer")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    for title in ("TRAIN", "TRAIN BY LAYER", "SPEED-UP", "NOTES"):
+        assert f"\n{title}" in done.stdout
+    assert "3 iterations of training on 2 x 16 tokens" in done.stdout
+    assert re.search(r"^ceiling  2 threads: .* AdamW's traffic$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Stages: forward [\d.]+ ms \([\d.]+%\), backward ", done.stdout, re.MULTILINE)
+    assert re.search(r"^112 .* prediction only$", done.stdout, re.MULTILINE)
+    assert re.search(r"^in all .* 100.0%", done.stdout, re.MULTILINE)
+
+
+def test_training_overflow_is_reported(small: str) -> None:
+    report = report_of(*TRAIN, "-m", small, "--capacity", "50")
+    noted = 3 * (14 * 2 + 10)  # iterations of encoder, loss, head, layers, update
+    assert report["trace"]["dropped"] == [2 * (noted - 50)] * 2
+
+
+def test_compare_training(trained: Report, base: Report, tmp_path: Path) -> None:
+    moved = json.loads(json.dumps(trained))
+    for row in moved["kernels"]:
+        if row["name"] == "update":
+            row["self_ns"] = 3 * row["self_ns"] + 1e9
+    for name, report in (("a", trained), ("b", moved), ("c", base)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    lines = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("TRAIN") and "ms an iteration" in line)
+    assert lines[at + 2].startswith("update ")
+    done = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
+    assert (done.returncode, done.stdout) == (2, "")
+    wrong = "a.json is of train, c.json is of prefill and decode: give two reports of the same kind of job"
+    assert done.stderr == f"profile: error: --compare: {wrong}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +535,7 @@ def median_of(model: GPT2, task: Any, planted: list[Any]) -> float:
 
 @pytest.mark.parametrize("times", [2.0, 4.0])
 def test_a_repeated_kernel_moves_its_own_row(model: GPT2, times: float) -> None:
-    task = job.Job([(7 * i) % model.config.V for i in range(200)], 1)
+    task = job.Generation([(7 * i) % model.config.V for i in range(200)], 1)
     ratios = []
     for _ in range(6):  # a shared machine changes speed between two runs: they take turns, and a bad minute is tried again
         plain, slow = [], []
@@ -475,9 +691,10 @@ def test_without_matplotlib(tmp_path: Path) -> None:
     assert done.stderr == "profile: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
 
 
-def test_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [SMALL, (*TRAIN, "-m", "{small}")], ids=["generation", "training"])
+def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> None:
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(SCRIPT), *SMALL, "--plot", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), *(word.format(small=small) for word in arguments), "--plot", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     for name in ("hotspots", "timeline", "speedup"):
@@ -515,6 +732,16 @@ def test_pictures(tmp_path: Path) -> None:
         (["-m", "missing.bin"], "missing.bin"),
         (["--compare", "missing.json", "missing.json"], "missing.json"),
         (["--compare", str(SCRIPT), str(SCRIPT)], "profile.py"),
+        (["-B", "2"], "-B has no meaning without --train"),
+        (["-T", "2"], "-T has no meaning without --train"),
+        (["--train", "--tokens", "1"], "--tokens has no meaning with --train"),
+        (["--train", "--prompt-length", "1"], "--prompt-length has no meaning with --train"),
+        (["--train", "--sampler", "greedy"], "--sampler has no meaning with --train"),
+        (["--train", "--all-workers"], "--all-workers"),
+        (["--train", "-B", "0"], "-B"),
+        (["--train", "-T", "257"], "256"),
+        (["--train", "-n", "0"], "-n"),
+        (["--train", "--stretch", "dfd=2"], "dattention"),
         (["--what"], "--what"),
         (["surplus"], "surplus"),
     ],

@@ -4,6 +4,7 @@
     python tools/bench.py -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
     python tools/bench.py -m gpt2_124M.bin --reference         and the serial reference, with the speed-up over it
     python tools/bench.py -m gpt2_124M.bin --against all       and the installed peers on the same weights
+    python tools/bench.py -m gpt2_124M.bin --train -B 4 -T 64  training, with --reference and --against too (bench_train.py)
 
 Names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
 sequences together, process the whole command `python -m pygpt 31373 612`. Every round runs each test once, then the next
@@ -23,15 +24,33 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-# This checkout's pygpt; and not tools/ first, whose names shadow modules of the standard library.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from pygpt import GPT2, Ceilings, Checkpoint, Config, PyGPTError, SerialGPT2, __version__, cpu_info, find_model  # noqa: E402
+TOOLS = Path(__file__).resolve().parent
+# This checkout's pygpt; and tools/ last, for its names shadow modules of the standard library.
+sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
+
+import bench_peers  # noqa: E402
+import bench_train  # noqa: E402
+
+from pygpt import (  # noqa: E402
+    GPT2,
+    Ceilings,
+    Checkpoint,
+    Config,
+    InputError,
+    PyGPTError,
+    SerialGPT2,
+    TrainableGPT2,
+    __version__,
+    cpu_info,
+    find_model,
+)
+from pygpt.cli import HelpFormatter, Parser, status_of  # noqa: E402
 
 BATCH = 8
 REFERENCE_TOKENS = 8
@@ -132,21 +151,39 @@ def time_process(path: str, *options: str) -> float:
     """Seconds of the whole command, interpreter start included."""
     command = [sys.executable, "-m", "pygpt", "-m", path, *options, "1", "2"]
     start = time.perf_counter()
-    subprocess.run(command, cwd=sys.path[0], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, cwd=TOOLS.parent, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
 
 
-def memory_of(path: str, threads: int, test: str, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
-    """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file."""
-    job = [path, threads, test, length, depth, new, batch]
-    command = [sys.executable, __file__, "--memory-of", json.dumps(job)]
+def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]:
+    """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file; of
+    training, the most there was."""
+    command = [sys.executable, __file__, "--memory-of", json.dumps([test, path, threads, *sizes])]
     found: dict[str, int] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return found
 
 
-def report_memory(job: list[Any]) -> None:
+def report_memory(test: str, path: str, threads: int, *sizes: int) -> None:
     """The child of memory_of(): run the test once and print this process's resident memory."""
-    path, threads, test, length, depth, new, batch = job
+    print(json.dumps((memory_of_training if test == "train" else memory_of_step)(test, path, threads, *sizes)))
+
+
+def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> dict[str, int]:
+    """After two iterations."""
+    with TrainableGPT2.load(path, threads=threads) as model:
+        for step in (1, 2):
+            bench_train.iterate(model, bench_train.batch_of(model.config, B, T), step)
+        peak, anonymous = bench_peers.peak_rss_bytes(), _resident()["RssAnon"]
+        arrays = model.parameters, model.gradients, model.first_moments, model.second_moments
+        return {
+            "peak_rss_bytes": peak,
+            "peak_anon_bytes": anonymous,
+            "parameter_bytes": sum(array.nbytes for array in arrays),
+        }
+
+
+def memory_of_step(test: str, path: str, threads: int, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
+    """After a prefill or a decode."""
     with GPT2.load(path, threads=threads) as model:
         before = _resident()
         if test == "pp":
@@ -157,11 +194,12 @@ def report_memory(job: list[Any]) -> None:
             cached = (depth + new) * batch
         after = _resident()
         cache = 2 * 4 * model.config.L * model.config.C * cached
-    anonymous = after["RssAnon"]
-    print(json.dumps({
-        "peak_anon_bytes": anonymous, "anon_before_bytes": before["RssAnon"], "cache_bytes": cache,
+    return {
+        "peak_anon_bytes": after["RssAnon"],
+        "anon_before_bytes": before["RssAnon"],
+        "cache_bytes": cache,
         "mapped_bytes": after["RssFile"],
-    }))  # fmt: skip
+    }
 
 
 def _resident() -> dict[str, int]:
@@ -179,7 +217,7 @@ def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: 
     for length in options.prompts:
         run = partial(time_prefill, model, length)
         test = Test(f"pp{length}", threads, length, run, flop=prefill_flop(config, length), by="pygpt")
-        test.memory = memory_of(path, threads, "pp", length, 0, 0, 1) if options.memory else {}
+        test.memory = memory_of("pp", path, threads, length, 0, 0, 1) if options.memory else {}
         tests.append(test)
     for depth in options.depths:
         for batch in options.batches:
@@ -187,7 +225,7 @@ def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: 
             run = partial(time_decode, model, depth, options.new, batch)
             amount = decode_bytes(config, value_bytes, depth, options.new, batch)
             test = Test(name, threads, options.new * batch, run, read_bytes=amount, by="pygpt")
-            test.memory = memory_of(path, threads, "tg", 0, depth, options.new, batch) if options.memory else {}
+            test.memory = memory_of("tg", path, threads, 0, depth, options.new, batch) if options.memory else {}
             tests.append(test)
     if options.process:
         tests.append(Test("process", threads, 8, lambda: time_process(path, "-t", str(threads)), by="pygpt"))
@@ -207,11 +245,9 @@ def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: 
 
 def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list[Test]:
     """The peers' tests: each peer in its own process, at the highest thread count."""
-    from bench_peers import Peer
-
     threads, tests = max(options.threads), []
     for name in options.against:
-        peer = stack.enter_context(Peer(name, path, threads))
+        peer = stack.enter_context(bench_peers.Peer(name, path, threads))
         for length in options.prompts:
             run = partial(peer.prefill, length)
             tests.append(Test(f"pp{length}", threads, length, run, by=name))
@@ -233,10 +269,13 @@ def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[in
             seconds = test.run()
             if number:
                 test.seconds.append(seconds)
-        if sys.stderr.isatty():
-            print(f"\rround {number} of {options.rounds}", end="", file=sys.stderr, flush=True)
+        progress(options.rounds, number)
+
+
+def progress(rounds: int, number: int) -> None:
+    """Say how far it is."""
     if sys.stderr.isatty():
-        print(file=sys.stderr)
+        print(f"\rround {number} of {rounds}", end="\n" if number == rounds else "", file=sys.stderr, flush=True)
 
 
 def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
@@ -251,7 +290,14 @@ def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dic
         "model": {**{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}, "version": version},
         "read_gb_s": {str(threads): found.read_gb_s for threads, found in ceilings.items()},
         "fma_gflop_s": {str(threads): found.fma_gflop_s for threads, found in ceilings.items()},
+        **({"stream_gb_s": streams} if (streams := _streams(ceilings)) else {}),
     }
+
+
+def _streams(ceilings: dict[int, Ceilings]) -> dict[str, float]:
+    """What an update of parameters could reach, where it was measured."""
+    found = {str(threads): ceiling.stream_gb_s for threads, ceiling in ceilings.items()}
+    return {threads: rate for threads, rate in found.items() if rate == rate}
 
 
 def _cpu_name() -> str:
@@ -262,7 +308,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=sys.path[0], capture_output=True, text=True)
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TOOLS.parent, capture_output=True, text=True)
     return result.stdout.strip()
 
 
@@ -282,13 +328,19 @@ def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
             r["efficiency_over_reference"] = r["speed_up_over_reference"] / r["threads"]
 
 
-def print_markdown(machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """A table to read, and to paste into BENCHMARKS.md."""
+def print_machine(machine: dict[str, Any]) -> None:
+    """What ran on what, and the limits."""
     print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}, pygpt {machine['pygpt']} {machine['commit']}")
     for threads in machine["read_gb_s"]:
         read, fma = machine["read_gb_s"][threads], machine["fma_gflop_s"][threads]
-        print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s")
-    print("\n| test | by | threads | tokens/s | middle half | % of limit | x 1 thread | x reference | anon MB |")
+        update = f", update's traffic {machine['stream_gb_s'][threads]:.1f} GB/s" if "stream_gb_s" in machine else ""
+        print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s{update}")
+    print()
+
+
+def print_markdown(results: list[dict[str, Any]]) -> None:
+    """A table to read, and to paste into BENCHMARKS.md."""
+    print("| test | by | threads | tokens/s | middle half | % of limit | x 1 thread | x reference | anon MB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in results:
         low, high = r["tokens_per_s_middle_half"]
@@ -302,7 +354,7 @@ def print_markdown(machine: dict[str, Any], results: list[dict[str, Any]]) -> No
         print("| " + " | ".join(str(column) for column in columns) + " |")
 
 
-def print_csv(machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def print_csv(results: list[dict[str, Any]]) -> None:
     """One line a test, the union of their fields as columns."""
     fields = list(dict.fromkeys(name for r in results for name in r))
     writer = csv.DictWriter(sys.stdout, fields)
@@ -313,14 +365,6 @@ def print_csv(machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"bench.py: error: {message}; see --help\n")
-
-
 def numbers(text: str) -> list[int]:
     """A list of positive whole numbers, such as 64,512,1000."""
     words = text.split(",")
@@ -329,71 +373,120 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def one_number(text: str) -> int:
+    """A positive whole number."""
+    found = numbers(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is a list: one whole number is wanted")
+    return found[0]
+
+
+GENERATION = {"prompts": [64, 512, 1000], "new": 64, "depths": [8, 512], "batches": [1, BATCH]}
+TRAINING = {"B": 4, "T": 64}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options and their help."""
+    parser = Parser(
+        prog="bench",
+        usage="python tools/bench.py [options]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-m", "--model", help="an llm.c checkpoint (default: as the command finds one)")
+    add("-p", "--prompts", type=numbers, help="prompt lengths (64,512,1000)")
+    add("-n", "--new", type=one_number, help="new tokens of a decode test (64)")
+    add("-d", "--depths", type=numbers, help="tokens of context before them (8,512)")
+    add("-b", "--batches", type=numbers, help=f"sequences decoded together (1,{BATCH})")
+    add("--train", action="store_true", help="training instead: forward, backward, norm, update")
+    add("-B", type=one_number, help="its sequences in a batch (4)")
+    add("-T", type=one_number, help="its tokens in a sequence (64)")
+    add("-t", "--threads", type=numbers, default="1,2", help="thread counts (1,2)")
+    add("-r", "--rounds", type=one_number, default="5", help="rounds (5)")
+    add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md, json or csv")
+    add("--reference", action="store_true", help="the serial reference too (slow)")
+    add("--against", default="", help="peers, separated by commas, or all that are installed")
+    add("--no-process", dest="process", action="store_false", help="leave out the whole process")
+    add("--no-memory", dest="memory", action="store_false", help="leave out the memory figures")
+    add(
+        "--limit-megabytes",
+        type=one_number,
+        default="512",
+        help="memory that the limits are measured in: no cache holds it (512)",
+    )
+    add("--memory-of", help=argparse.SUPPRESS)
+    return parser
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("-m", "--model", help="an llm.c checkpoint (default: as the command finds one)")
-    parser.add_argument("-p", "--prompts", type=numbers, default="64,512,1000", help="prompt lengths (64,512,1000)")
-    parser.add_argument("-n", "--new", type=numbers, default="64", help="new tokens of a decode test (64)")
-    parser.add_argument("-d", "--depths", type=numbers, default="8,512", help="tokens of context before them (8,512)")
-    parser.add_argument("-b", "--batches", type=numbers, default=f"1,{BATCH}", help=f"sequences decoded together (1,{BATCH})")
-    parser.add_argument("-t", "--threads", type=numbers, default="1,2", help="thread counts (1,2)")
-    parser.add_argument("-r", "--rounds", type=numbers, default="5", help="rounds (5)")
-    parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md", help="md, json or csv")
-    parser.add_argument("--reference", action="store_true", help="the serial reference too (slow)")
-    parser.add_argument("--against", default="", help="peers, separated by commas, or all that are installed")
-    parser.add_argument("--no-process", dest="process", action="store_false", help="leave out the whole process")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the memory figures")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.new, options.rounds = options.new[0], options.rounds[0]
-    options.against = resolve_peers(parser, options.against)
+    options = build_parser().parse_args(arguments)
+    mine, others = (TRAINING, GENERATION) if options.train else (GENERATION, TRAINING)
+    for name in others:
+        if getattr(options, name) is not None:
+            flag = f"-{name[0]}"
+            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
+    for name, usual in mine.items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    options.threads = sorted({*options.threads})
+    options.against = resolve_peers(options.against, bench_peers.TRAINING if options.train else bench_peers.PEERS)
     return options
 
 
-def resolve_peers(parser: Parser, text: str) -> list[str]:
-    """The peers to run; refuses one that is unknown or not installed."""
-    if not text:
-        return []
-    sys.path.insert(1, str(Path(__file__).resolve().parent))
-    from bench_peers import available
-
-    installed = available()
-    wanted = installed if text == "all" else text.split(",")
+def resolve_peers(text: str, known: Iterable[str]) -> list[str]:
+    """The peers to run; raises InputError for one that is unknown or not installed."""
+    installed = [name for name in bench_peers.available() if name in known]
+    wanted = installed if text == "all" else [*filter(None, text.split(","))]
     for name in wanted:
+        if name not in known:
+            raise InputError(f"--against: {name!r} is not a peer here; peers are {', '.join(known)}")
         if name not in installed:
-            parser.error(f"--against: {name!r} is not installed; installed are {', '.join(installed) or 'none'}")
-    return list(wanted)
+            raise InputError(f"--against: {name!r} is not installed; installed are {', '.join(installed) or 'none'}")
+    return wanted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
-    options = parse(arguments)
+    """Run the benchmark; return the exit status."""
+    return status_of(lambda: run(parse(arguments)))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and print."""
     if options.memory_of:
-        report_memory(json.loads(options.memory_of))
-        return 0
+        report_memory(*json.loads(options.memory_of))
+        return
     try:
-        machine, results = measure(options, find_model(options.model)[0])
-    except (PyGPTError, RuntimeError) as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
-        return 2
-    scaling(results, machine)
+        machine, results = (measure_training if options.train else measure)(options, find_model(options.model)[0])
+    except RuntimeError as error:  # a peer's
+        raise PyGPTError(str(error)) from None
+    if options.train:
+        bench_train.scaling(results)
+    else:
+        scaling(results, machine)
     if options.output == "json":
         print(json.dumps([machine, *results], indent=1))
+    elif options.output == "csv":
+        print_csv(results)
     else:
-        {"md": print_markdown, "csv": print_csv}[options.output](machine, results)
-    return 0
+        print_machine(machine)
+        (bench_train.print_markdown if options.train else print_markdown)(results)
 
 
-def measure(options: argparse.Namespace, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Open everything, run the rounds, return the machine's object and the tests' objects."""
+Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # the machine's object, the tests' objects
+
+
+def measure(options: argparse.Namespace, path: str) -> Measured:
+    """Open everything and run the rounds."""
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(path))
         config = checkpoint.config
         options.prompts = [length for length in options.prompts if length <= config.maxT]
         options.depths = [depth for depth in options.depths if depth + options.new <= config.maxT]
         models = [stack.enter_context(GPT2.load(path, threads=threads)) for threads in options.threads]
-        ceilings = {threads: stack.enter_context(Ceilings(threads)) for threads in options.threads}
+        ceilings = open_ceilings(options, stack)
         tests = [test for model in models for test in own_tests(options, model, 2 if checkpoint.bf16 else 4, path)]
         if options.reference:
             serial = stack.enter_context(SerialGPT2.load(path))
@@ -402,6 +495,33 @@ def measure(options: argparse.Namespace, path: str) -> tuple[dict[str, Any], lis
             tests += peer_tests(options, stack, path)
         run_rounds(options, tests, ceilings)
         return describe(config, checkpoint.version, ceilings), [test.result(ceilings) for test in tests]
+
+
+def open_ceilings(options: argparse.Namespace, stack: ExitStack) -> dict[int, Ceilings]:
+    """The machine's limits, yet to be measured, by thread count."""
+    size = options.limit_megabytes
+    return {n: stack.enter_context(Ceilings(n, megabytes=size, stream=options.train)) for n in options.threads}
+
+
+def measure_training(options: argparse.Namespace, path: str) -> Measured:
+    """The same for training."""
+    with Checkpoint(path) as checkpoint:
+        config, version = checkpoint.config, checkpoint.version
+    batch = bench_train.batch_of(config, options.B, options.T)
+    with ExitStack() as stack:
+        ceilings = open_ceilings(options, stack)
+        results = bench_train.measure(
+            path,
+            config,
+            batch,
+            options.rounds,
+            ceilings,
+            memory_of=(lambda threads: memory_of("train", path, threads, options.B, options.T)) if options.memory else None,
+            peers=options.against,
+            reference=options.reference,
+            progress=partial(progress, options.rounds),
+        )
+        return describe(config, version, ceilings), results
 
 
 if __name__ == "__main__":

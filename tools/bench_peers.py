@@ -2,6 +2,8 @@
 
     with Peer("numpy", "gpt2_124M.bin", threads=2) as peer:
         peer.prefill(512), peer.decode(64, 8)              # seconds
+    with Peer("torch", "gpt2_124M.bin", threads=2) as peer:
+        peer.train(inputs, targets, lr=1e-4, ...)          # a loss, and seconds
 
 A process each, because these libraries bring thread pools and allocators that disturb each other and pygpt, and read their
 thread counts when they are imported. The child (main()) answers JSON lines: {"call": "prefill", "n": 512} on its standard
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -46,6 +49,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "llama.cpp": ("numpy", "llama_cpp", "gguf"),
     "ctranslate2": ("numpy", "ctranslate2"),
 }
+TRAINING = ("torch", "transformers")  # those that train, too
 EPSILON = 1e-5
 CLOSE_SECONDS = 2.0  # what a child may take to end by itself
 SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: that is not the next test's load
@@ -102,6 +106,11 @@ class Peer:
     def logits(self, tokens: Sequence[int]) -> list[float]:
         """The last token's logits, (V,): they show that the peer computes the same network."""
         return [float(value) for value in self._ask("logits", tokens=list(tokens))]
+
+    def train(self, inputs: list[list[int]], targets: list[list[int]], **adamw: float) -> dict[str, float]:
+        """One iteration of training on a batch (B, T), AdamW's lr, beta1, beta2 and eps given: the mean `loss` before it, and
+        the seconds of `forward`, `backward`, `norm` (the gradient's, not used) and `update`."""
+        return {name: float(value) for name, value in self._ask("train", inputs=inputs, targets=targets, adamw=adamw).items()}
 
     def peak_rss_bytes(self) -> int:
         """The most memory that the child held so far, files that it maps included."""
@@ -194,6 +203,10 @@ class Engine:
             last = self.step(tokens[-1])
         return [float(value) for value in last[: self.config.V]]
 
+    def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
+        """One iteration of training, as Peer.train() promises."""
+        raise NotImplementedError("it does not train here")
+
     def time_prefill(self, tokens: list[int]) -> float:
         """Seconds for a prompt."""
         start = time.perf_counter()
@@ -283,13 +296,54 @@ class NumPyGPT2(Engine):
         return inner
 
 
-class TorchGPT2(Engine):
-    """PyTorch, written by hand: fused attention, no autograd."""
+class Torch(Engine):
+    """What the peers of PyTorch share: how they train, with its fused AdamW, all weights decayed by nothing."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, threads: int) -> None:
         self.torch: Any = importlib.import_module("torch")
         self.functional: Any = importlib.import_module("torch.nn.functional")
         self.torch.set_num_threads(threads)
+        self.optimizer: Any = None
+
+    def _parameters(self) -> list[Any]:
+        """The network's weights, each once."""
+        raise NotImplementedError
+
+    def _batch(self, inputs: Any) -> Any:
+        """Logits (B, T, V) of a batch (B, T), in a graph for autograd."""
+        raise NotImplementedError
+
+    def _optimizer(self, lr: float, beta1: float, beta2: float, eps: float) -> Any:
+        parameters = [parameter.requires_grad_() for parameter in self._parameters()]
+        return self.torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0, fused=True)
+
+    def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
+        """One iteration; forgetting the gradients is part of the update."""
+        torch = self.torch
+        if self.optimizer is None:
+            self.optimizer = self._optimizer(**adamw)
+        x, y = torch.tensor(inputs), torch.tensor(targets)
+        times = [time.perf_counter()]
+        loss = self.functional.cross_entropy(self._batch(x).flatten(0, 1), y.flatten())
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        gradients = [parameter.grad for parameter in self.optimizer.param_groups[0]["params"]]
+        torch.stack(torch._foreach_norm(gradients)).norm().item()
+        del gradients
+        times.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        times.append(time.perf_counter())
+        seconds = [end - begin for begin, end in pairwise(times)]
+        return {"loss": loss.item(), **dict(zip(("forward", "backward", "norm", "update"), seconds, strict=True))}
+
+
+class TorchGPT2(Torch):
+    """PyTorch, written by hand: fused attention; tokens without autograd."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        super().__init__(threads)
         self.config, arrays = read_weights(path)
         self.weights = {name: self.torch.from_numpy(array) for name, array in arrays.items()}
         shape = (self.config.NH, self.config.maxT, self.config.HS)
@@ -325,6 +379,22 @@ class TorchGPT2(Engine):
         atty = self.functional.scaled_dot_product_attention(q[None], keys[None], values[None], is_causal=T > 1)
         return linear(atty[0].transpose(0, 1).reshape(T, -1), w["attprojw"][i], w["attprojb"][i])
 
+    def _parameters(self) -> list[Any]:
+        return list(self.weights.values())
+
+    def _batch(self, inputs: Any) -> Any:
+        w, layer_norm, linear = self.weights, self.functional.layer_norm, self.functional.linear
+        (B, T), C, NH = inputs.shape, (self.config.C,), self.config.NH
+        x = w["wte"][inputs] + w["wpe"][:T]  # (B, T, C)
+        for i in range(self.config.L):
+            qkv = linear(layer_norm(x, C, w["ln1w"][i], w["ln1b"][i], EPSILON), w["qkvw"][i], w["qkvb"][i])
+            q, k, v = qkv.view(B, T, 3, NH, self.config.HS).permute(2, 0, 3, 1, 4).unbind(0)  # (B, NH, T, HS) each
+            atty = self.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + linear(atty.transpose(1, 2).reshape(B, T, -1), w["attprojw"][i], w["attprojb"][i])
+            fch = linear(layer_norm(x, C, w["ln2w"][i], w["ln2b"][i], EPSILON), w["fcw"][i], w["fcb"][i])  # (B, T, 4C)
+            x = x + linear(self.functional.gelu(fch, approximate="tanh"), w["fcprojw"][i], w["fcprojb"][i])
+        return linear(layer_norm(x, C, w["lnfw"], w["lnfb"], EPSILON), w["wte"])
+
 
 class CompiledGPT2(TorchGPT2):
     """The same under torch.compile: once for each prompt length, once for steps at any position."""
@@ -336,12 +406,11 @@ class CompiledGPT2(TorchGPT2):
         self.run_step = self.torch.compile(self._forward, dynamic=True)
 
 
-class Transformers(Engine):
+class Transformers(Torch):
     """Hugging Face's GPT2LMHeadModel with its default cache and fused attention."""
 
     def __init__(self, path: str, threads: int) -> None:
-        self.torch: Any = importlib.import_module("torch")
-        self.torch.set_num_threads(threads)
+        super().__init__(threads)
         library: Any = importlib.import_module("transformers")
         self.config, weights = read_weights(path)
         c = self.config
@@ -349,6 +418,7 @@ class Transformers(Engine):
         with self.torch.device("meta"):  # without memory: random values would take seconds
             self.model = library.GPT2LMHeadModel(library.GPT2Config(**options, attn_implementation="sdpa")).eval()
         self.model.load_state_dict(self._renamed(weights), strict=True, assign=True)
+        self.model.tie_weights()  # assigned apart, wte and the head would be two parameters
         self.cache: Any = None
 
     def _renamed(self, weights: "Weights") -> dict[str, Any]:
@@ -373,6 +443,12 @@ class Transformers(Engine):
             out = self.model(self.torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         return out.logits[0, -1]
+
+    def _parameters(self) -> list[Any]:
+        return list(self.model.parameters())
+
+    def _batch(self, inputs: Any) -> Any:
+        return self.model(inputs, use_cache=False).logits  # without dropout: eval() is in force
 
 
 class LlamaCpp(Engine):
@@ -582,9 +658,12 @@ def respond(engine: Engine, request: dict[str, Any], warm: set[str]) -> Any:
         if not 1 <= len(tokens) <= config.maxT or not all(0 <= token < config.V for token in tokens):
             raise ValueError(f"tokens must be 1 to {config.maxT} ids from 0 to {config.V - 1}")
         return engine.logits(tokens)
-    seconds = time_call(engine, call, request["n"], request.get("depth", 0), warm)
+    if call == "train":
+        answer: Any = engine.train(request["inputs"], request["targets"], request["adamw"])
+    else:
+        answer = time_call(engine, call, request["n"], request.get("depth", 0), warm)
     time.sleep(SETTLE_SECONDS)
-    return seconds
+    return answer
 
 
 def time_call(engine: Engine, call: str, n: int, depth: int, warm: set[str]) -> float:

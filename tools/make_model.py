@@ -63,7 +63,7 @@ RECIPE = {
     "-B": "1",
     "-T": "256",
     "--accumulate": "8",
-    "--steps": "3000",
+    "--steps": "2200",
     "--lr": "2e-3",
     "--schedule": "cosine",
     "--warmup": "100",

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Where the time goes: a hotspot report of a prompt and of the tokens after it.
+"""Where the time goes: a hotspot report of a prompt and of the tokens after it, or of an iteration of training.
 
     python tools/profile.py                                   the model that the command would use, two tokens in, 32 out
     python tools/profile.py -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
+    python tools/profile.py --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
     python tools/profile.py --skip all                        hotspots only, in a second
     python tools/profile.py -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
     python tools/profile.py --stretch fc=3 --stretch 1:all=2  plant slowness, to see whether the report finds it
@@ -12,22 +13,29 @@ JSON, schema 1 (all times in ns, summed over the rounds unless they are called m
     schema, pygpt           1, and the package's version
     model                   path, name, L, NH, C, V, maxT, version, value_bytes
     machine                 processor, isa, cores, threads (workers)
-    job                     prompt_tokens, new_tokens, rounds, sampler, all_workers, planted [text]
-    bits                    profiled, unprofiled: digests of all logits; same
+    job                     prompt_tokens, new_tokens, sampler, or B, T, iterations; rounds, all_workers, planted [text]
+    bits                    profiled, unprofiled: digests of all logits (of losses, norms and weights); same
     trace                   capacity, dropped [events that found no room, by worker]
-    ceilings                [threads, read_gb_s, fma_gflop_s]
+    ceilings                [threads, read_gb_s, fma_gflop_s, stream_gb_s (AdamW's traffic)]
     wall_ns                 time around all profiled calls
     kernels                 [mode, name, kind (kernel, wait or outside), calls, total_ns = self_ns + wait_ns, median_ns (self,
                             of one call), share (of the mode's wall_ns), cumulative, imbalance, flop, bytes, gflop_s, gb_s,
-                            roof, bound (fma or read), workers [calls, self_ns, wait_ns]]; a mode's total_ns add up to its
-                            wall_ns
-    modes.prefill, .decode  wall_ns, calls, tokens, steps, workers_used, median_call_ns, untraced_median_call_ns, wait_ns,
+                            roof, bound (fma, read or stream), workers [calls, self_ns, wait_ns]]; a mode's total_ns add up to
+                            its wall_ns
+    modes.prefill, .decode; .train
+                            wall_ns, calls, tokens, steps, workers_used, median_call_ns, untraced_median_call_ns, wait_ns,
                             flop, bytes, imbalance {self_ns [by worker], slowest, excess}, layers [layer, else as kernels],
-                            amdahl {serial_ns, serial_share, serial_fraction, one_thread_ns, predictions [threads,
-                            prediction, amdahl, bandwidth]}
-    scaling                 [threads, prediction (false), prefill_ns, prefill_speedup, decode_ns, decode_speedup]
+                            stages [name (forward, backward, norm, update), wall_ns, median_ns, untraced_median_ns, share] of
+                            an iteration, amdahl {serial_ns, serial_share, serial_fraction, one_thread_ns, predictions
+                            [threads, prediction, amdahl, bandwidth]}
+    scaling                 [threads, prediction (false), prefill_ns, prefill_speedup, decode_ns, decode_speedup]; of training
+                            train_ns, train_speedup and the same of forward, backward, norm and update: forward_ns,
+                            forward_speedup, backward_ns, backward_speedup, norm_ns, norm_speedup, update_ns, update_speedup
     strategies              prompt_tokens, same_bits, same_tokens, ways [name, threads, rounds_a_step, meetings_a_step,
-                            prefill_ns, prefill_speedup, prefill_efficiency, decode_ns, decode_speedup, decode_efficiency]
+                            prefill_ns, prefill_speedup, prefill_efficiency, decode_ns, decode_speedup, decode_efficiency];
+                            of training B, T, same_bits, same_losses, and in a way (whose step is an iteration) train_ns,
+                            train_speedup, train_efficiency and the same of its stages: forward_efficiency,
+                            backward_efficiency, norm_efficiency, update_efficiency
     startup                 [name, ns, minor, major (page faults)]
     perf                    samples, symbols [symbol, object, share], families {name: share of computing}, reported {the
                             same from the kernels}
@@ -40,6 +48,7 @@ import json
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +60,6 @@ from profiler import compare, job, numbers, perf, plots, startup, strategies, te
 
 import pygpt.model  # noqa: E402
 from pygpt import (  # noqa: E402
-    GPT2,
     Checkpoint,
     CheckpointError,
     InputError,
@@ -66,6 +74,8 @@ from pygpt.cli import Parser  # noqa: E402
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
+GENERATION = {"tokens": "--tokens", "prompt_length": "--prompt-length", "sampler": "--sampler"}  # options of one kind of job
+TRAINING = {"B": "-B", "T": "-T"}
 Report = dict[str, Any]
 
 
@@ -98,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="profile",
         usage="python tools/profile.py [options]",
-        description="Where the time goes: a hotspot report of a prompt and of the tokens decoded after it.",
+        description="Where the time goes: a hotspot report of a prompt and of the tokens decoded after it, or of training.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
         allow_abbrev=False,
     )
@@ -106,13 +116,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that `python -m pygpt` would use)")
     add("--tokens", metavar="IDS", help="the prompt, as in 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="a made-up prompt of so many tokens instead")
-    add("-n", "--new", metavar="N", default="32", help="tokens to decode after the prompt, one by one (default 32)")
+    add(
+        "-n", "--new", metavar="N", help="tokens to decode after the prompt, one by one (default 32); or iterations (default 3)"
+    )
+    add("--train", action="store_true", help="training instead: forward, backward, gradient's norm, AdamW")
+    add("-B", metavar="N", help="its sequences in a batch (default 4)")
+    add("-T", metavar="N", help="its tokens in a sequence (default 64)")
     add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
     add("-r", "--rounds", metavar="N", default="3", help="rounds of the job, untraced and traced in turn (default 3)")
-    add("--sampler", metavar="NAME", default="median", help="median (default) or greedy")
+    add("--sampler", metavar="NAME", help="median (default) or greedy")
     add("--by-layer", action="store_true", help="add a table by layer")
     add("--skip", metavar="LIST", default="", help=f"leave out parts: all, or some of {','.join(PARTS)}")
-    add("--serial-tokens", metavar="N", default="8", help="prompt of the strategies: the serial reference is slow (default 8)")
+    add("--serial-tokens", metavar="N", default="8", help="tokens of the strategies: the serial reference is slow (default 8)")
     add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib, the extra `tools`)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
@@ -129,7 +144,14 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Check all that can be checked without the model."""
     options = build_parser().parse_args(arguments)
-    options.new = count("-n", options.new, 1, 1 << 20)
+    for name, flag in (GENERATION if options.train else TRAINING).items():
+        if getattr(options, name) is not None:
+            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
+    if options.train and options.all_workers:
+        raise InputError("--all-workers has no meaning with --train, which always uses all: leave it out")
+    options.new = count("-n", options.new or ("3" if options.train else "32"), 1, 1 << 20)
+    options.B, options.T = count("-B", options.B or "4", 1, 1 << 16), count("-T", options.T or "64", 1, 1 << 16)
+    options.sampler = options.sampler or "median"
     options.rounds = count("-r", options.rounds, 1, 1000)
     options.serial_tokens = count("--serial-tokens", options.serial_tokens, 1, 1 << 20)
     options.threads = None if options.threads is None else count("-t", options.threads, 1, 256)
@@ -168,9 +190,12 @@ def planted(given: str) -> job.Planted:
     return job.Planted(None if phase == "all" else phase, factor, int(worker) if colon else None)
 
 
-def make_job(options: argparse.Namespace, model: GPT2) -> job.Job:
-    """The prompt and what to decode after it; raises InputError for what does not fit the model."""
-    V, maxT = model.config.V, model.config.maxT
+def make_job(options: argparse.Namespace, path: str) -> job.Job:
+    """What is to be run; raises InputError for what does not fit the model."""
+    if options.train:
+        return job.Training.of(path, options.B, options.T, options.new)
+    with Checkpoint(path) as checkpoint:
+        V, maxT = checkpoint.config.V, checkpoint.config.maxT
     if options.prompt_length is not None:
         length = count("--prompt-length", options.prompt_length, 1, maxT)
         prompt = [(PROMPT[0] + 7919 * i) % V for i in range(length)]
@@ -180,7 +205,7 @@ def make_job(options: argparse.Namespace, model: GPT2) -> job.Job:
         prompt = [token % V for token in PROMPT]
     if len(prompt) + options.new > maxT:
         raise InputError(f"a prompt of {len(prompt)} and {options.new} new tokens exceed the model's {maxT} tokens")
-    return job.Job(prompt, options.new, options.sampler)
+    return job.Generation(prompt, options.new, options.sampler)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -226,31 +251,44 @@ def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) ->
 def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recording, job.Job]:
     """Run all parts that are wanted: the report, what was noted, and the job."""
     cores, parts = default_threads(), options.parts
-    with GPT2.load(path, threads=options.threads) as model:
-        task, nth, config = make_job(options, model), model.threads, model.config
+    task = make_job(options, path)
+    with task.open(path, options.threads) as model:
+        nth = model.threads
         job.plant(Trace(nth, 1), options.stretch)  # refused before anything runs
         counts = sorted({*strategies.thread_counts(cores), nth})
-        ceilings = strategies.ceilings(counts, 2) if "ceilings" in parts else []
+        limits = partial(strategies.ceilings, counts, stream=options.train)
+        ceilings = limits(2) if "ceilings" in parts else []
         recording = job.record(model, task, options.rounds, options.capacity, options.stretch)
-        ceilings = strategies.best(ceilings, strategies.ceilings(counts, 1) if ceilings else [])
-    report = facts(options, path, task, recording) | hotspots(path, recording, ceilings)
+        ceilings = strategies.best(ceilings, limits(1) if ceilings else [])
+    report = facts(options, path, task, recording) | hotspots(path, task, recording, ceilings)
     report |= {"ceilings": ceilings, "scaling": [], "strategies": None, "startup": None, "perf": None}
     if "scaling" in parts:
         report["scaling"] = strategies.scaling(path, task, counts, options.rounds)
     if "strategies" in parts:
-        prompt = task.prompt[: max(1, min(options.serial_tokens, config.maxT - strategies.DECODES))]
-        report["strategies"] = strategies.compare(path, prompt, nth, options.rounds, with_serial="serial" in parts)
+        report["strategies"] = ways(options, path, task, nth)
     if "startup" in parts:
-        report["startup"] = startup.measure(path, task.prompt, nth, str(TOOLS.parent))
+        report["startup"] = startup.measure(path, task, nth, str(TOOLS.parent))
     return report, recording, task
 
 
-def hotspots(path: str, recording: job.Recording, ceilings: list[dict[str, float]]) -> Report:
+def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Report:
+    """The ways to dispatch a smaller job."""
+    with Checkpoint(path) as checkpoint:
+        maxT = checkpoint.config.maxT
+    tokens, serial = options.serial_tokens, "serial" in options.parts
+    if isinstance(task, job.Training):
+        small = job.Training.of(path, 1, min(tokens, maxT), 1)
+        return strategies.compare_training(small, nth, options.rounds, with_serial=serial)
+    prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
+    return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial)
+
+
+def hotspots(path: str, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
     """The figures of the job itself: wall_ns, kernels, modes."""
     with Checkpoint(path) as checkpoint:
         config, value_bytes = checkpoint.config, 2 if checkpoint.bf16 else 4
     modes, kernels = {}, []
-    for mode in job.MODES:
+    for mode in task.modes:
         calls, untraced = ([call for call in found if call.mode == mode] for found in (recording.calls, recording.untraced))
         nth = len(recording.dropped)
         modes[mode], rows = numbers.mode_report(config, value_bytes, calls, untraced, nth, ceilings)
@@ -275,10 +313,8 @@ def facts(options: argparse.Namespace, path: str, task: job.Job, recording: job.
         "model": {"path": path, "name": os.path.basename(path), **shape, **values},
         "machine": machine,
         "job": {
-            "prompt_tokens": len(task.prompt),
-            "new_tokens": task.new,
+            **task.describe(),
             "rounds": options.rounds,
-            "sampler": task.sampler,
             "all_workers": options.all_workers,
             "planted": described,
         },

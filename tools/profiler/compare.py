@@ -6,8 +6,7 @@ from typing import Any
 
 from pygpt import InputError
 
-from .job import MODES
-from .text import WIDTH, ms, table
+from .text import CALLS, WIDTH, ms, table
 
 SCHEMA = 1
 Report = dict[str, Any]
@@ -28,8 +27,13 @@ def load(path: str) -> Report:
 def compare(path_a: str, path_b: str) -> str:
     """What moved, as text."""
     a, b = load(path_a), load(path_b)
+    if a["modes"].keys() != b["modes"].keys():
+        jobs = (
+            f"{os.path.basename(path)} is of {' and '.join(report['modes'])}" for path, report in ((path_a, a), (path_b, b))
+        )
+        raise InputError(f"--compare: {', '.join(jobs)}: give two reports of the same kind of job")
     lines = [f"a  {os.path.basename(path_a)}", f"b  {os.path.basename(path_b)}", *differences(a, b)]
-    for mode in MODES:
+    for mode in a["modes"]:
         lines += ["", *_mode(a, b, mode)]
     return "\n".join(lines)
 
@@ -53,7 +57,7 @@ def differences(a: Report, b: Report) -> list[str]:
 
 
 def _mode(a: Report, b: Report, mode: str) -> list[str]:
-    """One mode's rows in ms a call (a prompt, a token), the largest change first."""
+    """One mode's rows in ms a call (a prompt, a token, an iteration), the largest change first."""
     times = [_times(report, mode) for report in (a, b)]
     wall_a, wall_b = (report["modes"][mode]["wall_ns"] / report["modes"][mode]["calls"] for report in (a, b))
     found = []
@@ -65,8 +69,7 @@ def _mode(a: Report, b: Report, mode: str) -> list[str]:
         ratio = f"{self_b / self_a:.2f}x" if self_a > 0 else "-"
         change = [f"{moved / 1e6:+.3f}", f"{moved / wall_a:+.1%}"]
         rows.append([name, ms(self_a), ms(self_b), ratio, ms(wait_a), ms(wait_b), *change])
-    call = "prompt" if mode == "prefill" else "token"
-    title = f"{mode.upper()}  {ms(wall_a)} -> {ms(wall_b)} ms a {call} ({wall_b / wall_a - 1:+.1%})"
+    title = f"{mode.upper()}  {ms(wall_a)} -> {ms(wall_b)} ms {CALLS[mode]} ({wall_b / wall_a - 1:+.1%})"
     heads = ["ms", "self a", "self b", "b / a", "wait a", "wait b", "moved", "of wall a"]
     return [title, *table(heads, rows, [13, 11, 11, 9, 11, 11, 11, 11])]
 

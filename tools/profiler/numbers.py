@@ -2,7 +2,7 @@
 
 Times of a kernel are means over the workers that took part in the step, so that a mode's rows add up to the time measured
 around its calls: self (computing) and wait (at the barrier after it) make total; what no kernel accounts for is a row of
-its own, "python, pool", and so is the sampler. Rates hold a kernel's work against its self time.
+its own, "python, pool", and so is the sampler, where there is one. Rates hold a kernel's work against its self time.
 """
 
 from collections import defaultdict
@@ -12,14 +12,14 @@ from typing import Any
 
 from pygpt import Config
 
-from .job import WAKE, Call, Step
+from .job import STAGES, WAKE, Call, Step, place
 from .work import work
 
 OUTSIDE, SAMPLER = "python, pool", "sampler"
 PREDICTED = (2, 4, 8, 16, 112)
 
 Row = dict[str, Any]
-Ceiling = dict[str, float]  # threads, read_gb_s, fma_gflop_s
+Ceiling = dict[str, Any]  # threads, read_gb_s, fma_gflop_s, stream_gb_s or None
 
 
 class Tally:
@@ -89,10 +89,11 @@ def hotspots(config: Config, value_bytes: int, calls: list[Call], nth: int, ceil
     rows = []
     for name, tally in tallies.items():
         row = {"name": name, "kind": "wait" if name == WAKE else "kernel", **tally.row(wall)}
-        rows.append(row | rates(*need.get(name, (0, 0)), tally.self_ns, ceiling))
+        rows.append(row | rates(name, *need.get(name, (0, 0)), tally.self_ns, ceiling))
     sampler = sum(call.done - call.ran for call in calls)
     rest = wall - sampler - sum(row["total_ns"] for row in rows)
-    rows.append(_outside(SAMPLER, len(calls), sampler, wall))
+    if not calls[0].stages:
+        rows.append(_outside(SAMPLER, len(calls), sampler, wall))
     rows.append(_outside(OUTSIDE, len(calls), rest, wall))
     rows.sort(key=lambda row: -row["total_ns"])
     reached = 0.0
@@ -105,29 +106,33 @@ def hotspots(config: Config, value_bytes: int, calls: list[Call], nth: int, ceil
 def _outside(name: str, calls: int, total: float, wall: int) -> Row:
     """A row of what happens outside the kernels, on the calling thread."""
     times = {"calls": calls, "total_ns": total, "self_ns": total, "median_ns": total / calls, "share": total / wall}
-    return {"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(0, 0, 0, None)}
+    return {"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(name, 0, 0, 0, None)}
 
 
-def rates(flop: int, size: int, self_ns: float, ceiling: Ceiling | None) -> Row:
+def moved_by(name: str) -> str:
+    """Which of a machine's ceilings holds for the bytes of a kernel: AdamW writes nearly as much as it reads."""
+    return "stream" if name == "update" else "read"
+
+
+def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | None) -> Row:
     """Operations and bytes a second, and the share of what this machine allows (roofline): the nearer of two ceilings."""
     row: Row = {"flop": flop, "bytes": size, "gflop_s": None, "gb_s": None, "roof": None, "bound": None}
     if self_ns and flop:
         row["gflop_s"], row["gb_s"] = flop / self_ns, size / self_ns
         if ceiling:
-            fma, read = row["gflop_s"] / ceiling["fma_gflop_s"], row["gb_s"] / ceiling["read_gb_s"]
-            row["roof"], row["bound"] = max((fma, "fma"), (read, "read"))
+            fma, moved = row["gflop_s"] / ceiling["fma_gflop_s"], row["gb_s"] / ceiling[f"{moved_by(name)}_gb_s"]
+            row["roof"], row["bound"] = max((fma, "fma"), (moved, moved_by(name)))
     return row
 
 
-def layers(calls: list[Call], nth: int, L: int) -> list[Row]:
-    """Total, self and wait by layer; what lies before and after the layers is named so."""
+def layers(calls: list[Call], nth: int) -> list[Row]:
+    """Total, self and wait by layer, its backward pass included; what lies before and after the layers is named so."""
     tallies: dict[str, Tally] = {}
     for call in calls:
         for step in call.steps:
             present = sum(bool(events) for events in step)
             for (phase, layer), times in instances(step).items():
-                name = phase if phase in (WAKE, "encoder") else "head" if layer == L else str(layer)
-                tallies.setdefault(name, Tally(nth)).add(times, present)
+                tallies.setdefault(place(phase, layer), Tally(nth)).add(times, present)
     rows = [{"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies.items()]
     for row in rows:
         del row["median_ns"], row["calls"]  # of single kernels
@@ -178,7 +183,8 @@ def bandwidth_floor(rows: list[Row], ceilings: Sequence[Ceiling]) -> float | Non
     known, or where the bytes came faster than that and so out of a cache."""
     if not ceilings:
         return None
-    floor = sum(row["bytes"] for row in rows) / max(ceilings, key=lambda ceiling: ceiling["threads"])["read_gb_s"]
+    most = max(ceilings, key=lambda ceiling: int(ceiling["threads"]))
+    floor = sum(row["bytes"] / most[f"{moved_by(row['name'])}_gb_s"] for row in rows if row["bytes"])
     computing_ns = sum(row["self_ns"] for row in rows if row["kind"] == "kernel")
     return float(floor) if floor < 1.2 * computing_ns else None
 
@@ -204,10 +210,26 @@ def mode_report(
         "flop": sum(row["flop"] for row in rows),
         "bytes": sum(row["bytes"] for row in rows),
         "imbalance": _imbalance(rows, nth),
-        "layers": layers(calls, nth, config.L),
+        "layers": layers(calls, nth),
+        "stages": stages(calls, untraced),
         "amdahl": amdahl(wall - together, together, nth, bandwidth_floor(rows, ceilings)),
     }
     return summary, rows
+
+
+def stages(calls: list[Call], untraced: list[Call]) -> list[Row]:
+    """The stages of an iteration of training, whose wall_ns add up to the mode's; none of other calls."""
+    times, plain = ([dict(call.times()) for call in found if call.stages] for found in (calls, untraced))
+    return [
+        {
+            "name": name,
+            "wall_ns": sum(found[name] for found in times),
+            "median_ns": median(found[name] for found in times),
+            "untraced_median_ns": median(found[name] for found in plain),
+            "share": sum(found[name] for found in times) / wall_of(calls),
+        }
+        for name in (STAGES if times else ())
+    ]
 
 
 def _imbalance(rows: list[Row], nth: int) -> Row:

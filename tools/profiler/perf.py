@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pygpt import GPT2, PyGPTError
+from pygpt import PyGPTError
 
-from .job import Job, clock, run, warm_up
+from .job import Job, clock
 
 Row = dict[str, Any]
 SECONDS = 2.0  # at least so long, and at least one round
@@ -26,9 +26,18 @@ FAMILIES = (
     ("layernorm", r"layernorm"),
     ("sampler", r"inverse_cdf|median|greedy"),
     ("encoder", r"encode"),
-    ("products, attention", r"gemm|product|pack|outer|tile|dot|matmul|bias|gelu|mix|softmax|exp|scaled|attend|attention|lanes"),
+    ("update, norm", r"adamw|update|square"),
+    (
+        "products, attention",
+        r"gemm|product|pack|outer|tile|dot|matmul|bias|gelu|mix|softmax|exp|scaled|attend|attention|lanes|add_rows|entropy",
+    ),
 )
-PHASES = {"ln1": "layernorm", "ln2": "layernorm", "lnf": "layernorm", "sampler": "sampler", "encoder": "encoder"}
+PHASES = {
+    **dict.fromkeys(("ln1", "ln2", "lnf", "dln1", "dln2", "dlnf"), "layernorm"),
+    **dict.fromkeys(("encoder", "dencoder"), "encoder"),
+    **dict.fromkeys(("update", "norm"), "update, norm"),
+    "sampler": "sampler",
+}
 
 
 class PerfAbsent(PyGPTError):
@@ -40,14 +49,19 @@ def look(path: str, job: Job, threads: int) -> Row:
     perf = shutil.which("perf")
     if not sys.platform.startswith("linux") or perf is None:
         raise PerfAbsent("--sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)")
-    with tempfile.TemporaryDirectory() as folder, GPT2.load(path, threads=threads) as model:
+    with tempfile.TemporaryDirectory() as folder, _opened(path, job, threads) as model:
         data = os.path.join(folder, "perf.data")
-        warm_up(model, job)
+        job.warm_up(model)
         _record(perf, data, model, job)
         return _report(perf, data)
 
 
-def _record(perf: str, data: str, model: GPT2, job: Job) -> None:
+def _opened(path: str, job: Job, threads: int) -> Any:
+    """The model that runs the job: one kind for each kind of job."""
+    return job.open(path, threads)
+
+
+def _record(perf: str, data: str, model: Any, job: Job) -> None:
     """Let perf look on while the job runs."""
     orders, order = os.pipe()  # perf reads orders, and answers each
     answer, answers = os.pipe()
@@ -75,9 +89,9 @@ def _record(perf: str, data: str, model: GPT2, job: Job) -> None:
     try:
         _order(order, answer, b"enable\n", process, log)
         until = clock() + int(SECONDS * 1e9)
-        run(model, job, digest=False)
+        job.run(model, digest=False)
         while clock() < until:
-            run(model, job, digest=False)
+            job.run(model, digest=False)
         _order(order, answer, b"stop\n", process, log)
         process.wait(PATIENCE)
     finally:
@@ -111,7 +125,7 @@ def _report(perf: str, data: str) -> Row:
     for line in done.stdout.splitlines():
         share, count, symbol, binary, *_ = [*(part.strip() for part in line.split(";")), "", "", ""]
         if re.fullmatch(r"[\d.]+%", share) and count.isdigit():
-            name = re.sub(r"^\[[.k]\] (__pyx_p[wf]_5pygpt_8_kernels_\d*|__pyx_f_5pygpt_8_kernels_)?", "", symbol)
+            name = re.sub(r"^\[[.k]\] (__pyx_(?:p[wf]|f)_5pygpt_(?:8_kernels|9_backward)_\d*)?", "", symbol)
             symbols.append({"symbol": name, "object": os.path.basename(binary), "share": float(share[:-1]) / 100})
             samples += int(count)
     if not samples:
@@ -124,7 +138,7 @@ def families(symbols: list[Row]) -> dict[str, float]:
     sums = {name: 0.0 for name, _ in FAMILIES}
     for row in symbols:
         family = next((name for name, pattern in FAMILIES if re.search(pattern, row["symbol"])), None)
-        if family and row["object"].startswith("_kernels"):
+        if family and row["object"].startswith(("_kernels", "_backward")):
             sums[family] += row["share"]
     return _shares(sums)
 

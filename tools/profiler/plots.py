@@ -5,11 +5,12 @@ from typing import Any
 
 from pygpt import PyGPTError
 
-from .job import MODES, WAKE, Call, Event
+from .job import WAKE, Call, Event
 
 Report = dict[str, Any]
 
-# One colour for each kernel wherever it appears: products in blues, attention orange, small kernels in greens.
+# One colour for each kernel wherever it appears: products in blues, attention orange, small kernels in greens; backwards the
+# same a shade away; what training alone does in browns.
 COLOURS = {
     "qkv": "#4292c6",
     "attproj": "#9ecae1",
@@ -21,6 +22,20 @@ COLOURS = {
     "ln2": "#41ab5d",
     "lnf": "#238b45",
     "encoder": "#a1d99b",
+    "dqkv": "#6baed6",
+    "dattproj": "#c6dbef",
+    "dfc": "#08306b",
+    "dfcproj": "#2c7fb8",
+    "dhead": "#9e9ac8",
+    "dattention": "#e6550d",
+    "dln1": "#98df8a",
+    "dln2": "#31a354",
+    "dlnf": "#006d2c",
+    "dencoder": "#c7e9c0",
+    "loss": "#d8b365",
+    "dlogits": "#a6761d",
+    "norm": "#8c6d31",
+    "update": "#7f3b08",
     "sampler": "#e7298a",
     "python, pool": "#969696",
     WAKE: "#d9d9d9",
@@ -62,9 +77,12 @@ def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
 
 def hotspots(plt: Any, report: Report) -> Any:
     """Bars of self and wait for every row of each mode."""
-    figure, axes = plt.subplots(1, len(MODES), figsize=(5.5 * len(MODES), 5), layout="constrained")
-    for axis, mode in zip(axes, MODES, strict=True):
-        rows = [row for row in report["kernels"] if row["mode"] == mode][::-1]
+    modes, rows_of_all = list(report["modes"]), report["kernels"]
+    longest = max(sum(row["mode"] == mode for row in rows_of_all) for mode in modes)
+    size = (5.5 * len(modes) if len(modes) > 1 else 8, max(5, 0.27 * longest))
+    figure, axes = plt.subplots(1, len(modes), figsize=size, layout="constrained", squeeze=False)
+    for axis, mode in zip(axes[0], modes, strict=True):
+        rows = [row for row in rows_of_all if row["mode"] == mode][::-1]
         wall = report["modes"][mode]["wall_ns"]
         names = [row["name"] for row in rows]
         selves = [100 * row["self_ns"] / wall for row in rows]
@@ -82,17 +100,17 @@ def hotspots(plt: Any, report: Report) -> Any:
 
 
 def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
-    """The workers of the last prefill and of the last token, phase by phase; waiting is red, Python and pool are blank."""
+    """The workers of the last call of each mode, phase by phase; waiting is red, Python and pool are blank."""
     from matplotlib.patches import Patch
 
-    shown = [[call for call in calls if call.mode == mode][-1] for mode in MODES]
+    shown = [*{call.mode: call for call in calls}.values()]
     height = 1.4 + len(shown) * (1 + 0.45 * nth)
-    figure, axes = plt.subplots(len(shown), 1, figsize=(11, height), layout="constrained")
+    figure, axes = plt.subplots(len(shown), 1, figsize=(11, height), layout="constrained", squeeze=False)
     seen: set[str] = set()
-    for axis, call in zip(axes, shown, strict=True):
+    for axis, call in zip(axes[:, 0], shown, strict=True):
         for ith in range(nth):
             bars = [bar for step in call.steps for event in step[ith] for bar in _bars(event)]
-            if ith == 0:
+            if ith == 0 and not call.stages:
                 bars.append(("sampler", call.ran, call.done))
             seen.update(name for name, _, _ in bars)
             spans = [((begin - call.begin) / 1e6, (end - begin) / 1e6) for _, begin, end in bars]
@@ -101,11 +119,16 @@ def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
         axis.set_ylim(nth - 0.5, -0.5)
         axis.set_xlim(0, (call.done - call.begin) / 1e6)
         axis.set_xlabel("ms")
-        what = f"prefill, tokens: {call.rows}" if call.mode == "prefill" else f"one token at position {call.position}"
-        axis.set_title(what, loc="left")
+        axis.set_title(_title(call), loc="left")
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return figure
+
+
+def _title(call: Call) -> str:
+    if call.stages:
+        return f"an iteration of training, sequences: {call.sequences}, tokens: {call.rows}"
+    return f"prefill, tokens: {call.rows}" if call.mode == "prefill" else f"one token at position {call.position}"
 
 
 def _bars(event: Event) -> list[tuple[str, int, int]]:
@@ -117,8 +140,9 @@ def _bars(event: Event) -> list[tuple[str, int, int]]:
 
 def speedup(plt: Any, report: Report) -> Any:
     """Speed-up over one thread against the ideal: measured points, and the two predictions."""
-    figure, axes = plt.subplots(1, len(MODES), figsize=(5.5 * len(MODES), 4.6), layout="constrained")
-    for axis, mode in zip(axes, MODES, strict=True):
+    modes = list(report["modes"])
+    figure, axes = plt.subplots(1, len(modes), figsize=(5.5 * len(modes), 4.6), layout="constrained", squeeze=False)
+    for axis, mode in zip(axes[0], modes, strict=True):
         found = report["modes"][mode]["amdahl"]["predictions"]
         threads = [1, *(row["threads"] for row in found)]
         axis.plot(threads, threads, color="#969696", linestyle=":", label="ideal")

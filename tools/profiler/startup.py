@@ -1,19 +1,24 @@
-"""A fresh process until its first token, part by part, with the page faults of each. Run as a script it is that process."""
+"""A fresh process until its first token, or its first iteration of training, part by part, with the page faults of each. Run
+as a script it is that process."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .job import Job
 
 Row = dict[str, Any]
 
 
-def measure(path: str, prompt: list[int], threads: int, root: str) -> list[Row]:
+def measure(path: str, job: "Job", threads: int, root: str) -> list[Row]:
     """Start a process and report its parts: name, ns, minor and major page faults. `root` has pygpt if it is not installed."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-    order = {"path": os.path.abspath(path), "prompt": prompt, "threads": threads, "began": began, "root": root}
+    given = {name: value for name, value in vars(job).items() if name in ("prompt", "inputs", "targets")}
+    order = {"path": os.path.abspath(path), **given, "threads": threads, "began": began, "root": root}
     command = [sys.executable, os.path.abspath(__file__)]
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
     if done.returncode:
@@ -38,20 +43,33 @@ def main() -> None:
         since, minor, major = now, usage.ru_minflt, usage.ru_majflt
 
     part("interpreter")
-    from pygpt import GPT2
+    if training := "inputs" in order:
+        from pygpt import TrainableGPT2
+    else:
+        from pygpt import GPT2
 
     part("import pygpt")
     import numpy  # noqa: F401  (what a command that prints ids does without)
 
     part("import numpy")
-    with GPT2.load(order["path"], threads=order["threads"]) as model:
-        cache = model.new_cache()
-        part("map the model, start the workers")
-        model.prefill(cache, order["prompt"])
-        part("first prefill, first touch of pages")
-        cache.truncate(0)
-        model.prefill(cache, order["prompt"])
-        part("the same again, pages there")
+    if training:
+        with TrainableGPT2.load(order["path"], threads=order["threads"]) as network:
+            part("read the weights, start the workers")
+            for step, name in enumerate(("first iteration, first touch of pages", "the same again, pages there"), 1):
+                network.forward(order["inputs"], order["targets"])
+                network.backward()
+                network.gradient_norm()
+                network.update(lr=1e-4, step=step)
+                part(name)
+    else:
+        with GPT2.load(order["path"], threads=order["threads"]) as model:
+            cache = model.new_cache()
+            part("map the model, start the workers")
+            model.prefill(cache, order["prompt"])
+            part("first prefill, first touch of pages")
+            cache.truncate(0)
+            model.prefill(cache, order["prompt"])
+            part("the same again, pages there")
     json.dump(parts, sys.stdout)
 
 

@@ -7,14 +7,18 @@ WIDTH = 100
 Report = dict[str, Any]
 Row = dict[str, Any]
 
+CALLS = {"prefill": "a prompt", "decode": "a token", "train": "an iteration"}
+TIMED = {"train": ("train", "forward", "backward", "norm", "update")}  # what else is compared beside a mode itself
+
 NOTES = """\
 Rows are means over the workers of a step: self is computing, wait is standing at the barrier after it, total is both; the \
 rows of a mode add up to the time measured around its calls. "wake-up": some workers are up and others still asleep. \
 "python, pool": checks, the Condition that wakes the workers, the Barrier that gathers them; nobody computes. ms and calls \
 are of one round of the job.
 GFLOP/s and GB/s hold the least work of a kernel (tools/profiler/work.py) against its self time; roof is the nearer of this \
-machine's two ceilings, f for fused multiply-add, r for reading memory, both measured before and after the job with as many \
-workers. Above 100% of r the data came from a cache.
+machine's two ceilings, f for fused multiply-add, r for reading memory (for AdamW, which writes too, s: its own traffic \
+without its arithmetic), measured before and after the job with as many workers. Above 100% of r or s the data came from a \
+cache.
 imbal: by how much the slowest worker of each instance computes longer than the mean; slow names the worker that computes \
 longest in sum.
 Serial: fewer than all workers compute (Python, pool, sampler and waits count). Amdahl: 1 / (f + (1 - f) / n) with f the \
@@ -30,6 +34,15 @@ persistent workers and a static split of output channels, the only split that al
 speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
 token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 \
 cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
+
+
+TRAINING_NOTES = """\
+serial reference: one thread, scalar loops, as llm.c's train_gpt2.c.
+one worker: the same kernels as below, without any meeting.
+one round a stage: the pool is woken for forward, backward, norm and update, and workers meet at native barriers between \
+kernels; outputs are split, rows and channels of gradients alike, so nobody adds to another's sums.
+speed-up = T_serial / T_parallel, efficiency = speed-up / threads, both of the small batch above. A published run of llm.c's \
+training on 112 cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
 
 
 def render(report: Report, *, by_layer: bool = False) -> str:
@@ -92,17 +105,22 @@ def head(report: Report) -> str:
     """What ran on what, and what to mind."""
     model, machine, job = report["model"], report["machine"], report["job"]
     shape = f"L{model['L']} NH{model['NH']} C{model['C']} V{model['V']} maxT{model['maxT']}"
+    if "train" in report["modes"]:
+        what = f"{plural(job['iterations'], 'iteration')} of training on {job['B']} x {job['T']} tokens"
+    else:
+        what = f"{plural(job['prompt_tokens'], 'token')} in, {job['new_tokens']} decoded one by one ({job['sampler']} sampler)"
     bits = "the same as unprofiled" if report["bits"]["same"] else "NOT the same as unprofiled"
     lines = [
         f"pygpt {report['pygpt']} on {machine['processor']}, {machine['isa']}",
         f"model    {model['name']} ({shape}, {8 * model['value_bytes']}-bit values)",
-        f"job      {plural(job['prompt_tokens'], 'token')} in, {job['new_tokens']} decoded one by one ({job['sampler']} "
-        f"sampler); {plural(job['rounds'], 'round')}; {plural(machine['threads'], 'worker')}, "
+        f"job      {what}; {plural(job['rounds'], 'round')}; {plural(machine['threads'], 'worker')}, "
         f"{plural(machine['cores'], 'core')}",
         f"bits     {bits} ({report['bits']['profiled']})",
     ]
     for ceiling in report["ceilings"]:
         limits = f"{ceiling['fma_gflop_s']:.0f} GFLOP/s fused multiply-add, {ceiling['read_gb_s']:.1f} GB/s read"
+        if ceiling["stream_gb_s"]:
+            limits += f", {ceiling['stream_gb_s']:.1f} GB/s of AdamW's traffic"
         lines.append(f"ceiling  {plural(ceiling['threads'], 'thread')}: {limits}")
     lines += [f"MIND     {warning}" for warning in warnings(report)]
     lines += [f"PLANTED  {text}" for text in job["planted"]]
@@ -138,9 +156,8 @@ def mode_text(report: Report, mode: str) -> str:
     summary, rounds = report["modes"][mode], report["job"]["rounds"]
     rows = [row for row in report["kernels"] if row["mode"] == mode]
     rate = summary["tokens"] / summary["wall_ns"] * 1e9
-    call = "prompt" if mode == "prefill" else "token"
     title = (
-        f"{mode.upper()}  {ms(summary['median_call_ns'])} ms a {call}, median (untraced "
+        f"{mode.upper()}  {ms(summary['median_call_ns'])} ms {CALLS[mode]}, median (untraced "
         f"{ms(summary['untraced_median_call_ns'])}); {rate:.1f} tokens/s; "
         f"{summary['workers_used']} of {plural(report['machine']['threads'], 'worker')} used"
     )
@@ -159,7 +176,13 @@ def mode_text(report: Report, mode: str) -> str:
         *["", "", ""],
     ]
     lines = [title, *table(heads, [*(_hotspot(row, rounds) for row in rows), total], widths)]
-    return "\n".join([*lines, wrap(reading(summary, rows))])
+    return "\n".join([*lines, *stage_lines(summary), wrap(reading(summary, rows))])
+
+
+def stage_lines(summary: Row) -> list[str]:
+    """The stages of an iteration of training."""
+    found = [f"{row['name']} {ms(row['median_ns'])} ms ({percent(row['share'])})" for row in summary["stages"]]
+    return [wrap(f"Stages: {', '.join(found)}.")] if found else []
 
 
 def _hotspot(row: Row, rounds: int) -> list[str]:
@@ -191,7 +214,7 @@ def reading(summary: Row, rows: list[Row]) -> str:
     outside = sum(row["share"] for row in rows if row["kind"] == "outside")
     text = f"Most time: {most['name']}, {percent(most['share'])}"
     if most["roof"] is not None:
-        ceiling = {"fma": "arithmetic", "read": "reading"}[most["bound"]]
+        ceiling = {"fma": "arithmetic", "read": "reading", "stream": "traffic"}[most["bound"]]
         text += f", computing at {percent(most['roof'], 0)} of this machine's {ceiling} ceiling"
     text += f". Waiting: {percent(summary['wait_ns'] / summary['wall_ns'])}. Outside the kernels: {percent(outside)}."
     imbalance = summary["imbalance"]
@@ -225,47 +248,63 @@ def amdahl_text(report: Report) -> str:
             f"{mode}: fewer than {workers} compute in {percent(found['serial_share'])} of the time, which is "
             f"{percent(found['serial_fraction'])} of one thread's time"
         )
-    group = ["", "prefill:", "predicted", "", "decode:", "predicted", "", ""]
-    heads = ["threads", "Amdahl", "+ bandwidth", "measured", "Amdahl", "+ bandwidth", "measured", ""]
+    modes = list(report["modes"])
+    timed = [name for mode in modes for name in TIMED.get(mode, ())[1:]]
+    group = ["", *(cell for mode in modes for cell in (f"{mode}:", "predicted", "")), *timed, ""]
+    heads = ["threads", *["Amdahl", "+ bandwidth", "measured"] * len(modes), *["measured"] * len(timed), ""]
+    widths = [8, *(width for number in range(len(modes)) for width in (14 if number else 12, 13, 10)), *[10] * len(timed), 17]
     measured = {row["threads"]: row for row in report["scaling"]}
     predicted = {mode: {row["threads"]: row for row in s["amdahl"]["predictions"]} for mode, s in report["modes"].items()}
     rows = []
-    for threads in sorted({*measured, *predicted["decode"]}):
+    for threads in sorted({*measured, *predicted[modes[0]]}):
         row = [str(threads)]
-        for mode in ("prefill", "decode"):
-            guess, fact = predicted[mode].get(threads, {}), measured.get(threads, {})
+        fact = measured.get(threads, {})
+        for mode in modes:
+            guess = predicted[mode].get(threads, {})
             row += [number(guess.get("amdahl"), 2), number(guess.get("bandwidth"), 2), number(fact.get(f"{mode}_speedup"), 2)]
+        row += [number(fact.get(f"{name}_speedup"), 2) for name in timed]
         rows.append([*row, "" if threads in measured else "prediction only"])
-    return "\n".join([*lines, *table(group, [heads, *rows], [8, 12, 13, 10, 14, 13, 10, 18])])
+    return "\n".join([*lines, *table(group, [heads, *rows], widths)])
 
 
 def strategies_text(report: Report) -> str:
     """The ways to dispatch, against each other."""
-    found = report["strategies"]
+    found, training = report["strategies"], "train" in report["modes"]
+    timed = TIMED["train"] if training else ("prefill", "decode")
     rows = []
     for way in found["ways"]:
         row = [way["name"], str(way["threads"]), str(way["rounds_a_step"]), str(way["meetings_a_step"])]
-        for name in ("prefill", "decode"):
-            row += [ms(way[f"{name}_ns"]), number(way[f"{name}_speedup"]), number(way[f"{name}_efficiency"])]
+        for name in timed:
+            if name in report["modes"]:
+                row += [ms(way[f"{name}_ns"]), number(way[f"{name}_speedup"]), number(way[f"{name}_efficiency"])]
+            else:
+                row.append(number(way[f"{name}_speedup"]))
         rows.append(row)
-    title = (
-        f"STRATEGIES  prefill of {plural(found['prompt_tokens'], 'token')}, then single tokens; medians, no sampler, untraced"
-    )
-    group = ["", "", "pool rounds", "native", "prefill", "speed-", "effi-", "a token", "speed-", "effi-"]
-    heads = ["strategy", "threads", "a step", "meetings", "ms", "up", "ciency", "ms", "up", "ciency"]
     bits = "all but the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
-    tokens = "all choose the same tokens" if found["same_tokens"] else "the most probable tokens are NOT the same"
+    if training:
+        title = f"STRATEGIES  an iteration of training on {found['B']} x {found['T']} tokens; medians, untraced"
+        results = "all end at the same loss" if found["same_losses"] else "the losses after it are NOT the same"
+        group = ["", "", "pool", "native", "in all", "speed-", "effi-", *timed[1:]]
+        heads = ["strategy", "threads", "rounds", "meetings", "ms", "up", "ciency", *["speed-up"] * 4]
+        widths = [17, 8, 7, 9, 9, 7, 7, *[9] * 4]
+    else:
+        prompt = plural(found["prompt_tokens"], "token")
+        title = f"STRATEGIES  prefill of {prompt}, then single tokens; medians, no sampler, untraced"
+        results = "all choose the same tokens" if found["same_tokens"] else "the most probable tokens are NOT the same"
+        group = ["", "", "pool rounds", "native", "prefill", "speed-", "effi-", "a token", "speed-", "effi-"]
+        heads = ["strategy", "threads", "a step", "meetings", "ms", "up", "ciency", "ms", "up", "ciency"]
+        widths = [18, 8, 12, 9, 9, 9, 8, 9, 9, 8]
     if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
-        tokens += "; steps too small for the pool ran on one worker (--all-workers)"
-    lines = [title, *table(group, [heads, *rows], [18, 8, 12, 9, 9, 9, 8, 9, 9, 8]), wrap(f"Bits: {bits}; {tokens}.")]
-    return "\n".join([*lines, wrap(STRATEGY_NOTES, "  ")])
+        results += "; steps too small for the pool ran on one worker (--all-workers)"
+    lines = [title, *table(group, [heads, *rows], widths), wrap(f"Bits: {bits}; {results}.")]
+    return "\n".join([*lines, wrap(TRAINING_NOTES if training else STRATEGY_NOTES, "  ")])
 
 
 # ------------------------------------------------------------------------------------------------ other processes
 
 
 def startup_text(report: Report) -> str:
-    """A fresh process until its first token."""
+    """A fresh process until its first result."""
     rows = [[row["name"], ms(row["ns"]), str(row["minor"]), str(row["major"])] for row in report["startup"]]
     rows.append(["in all", ms(sum(row["ns"] for row in report["startup"])), "", ""])
     lines = table(["part", "ms", "minor faults", "major faults"], rows, [37, 10, 14, 14])
@@ -280,5 +319,5 @@ def perf_text(report: Report) -> str:
     lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
     lines += table(["symbol", "object", "share"], rows, [44, 46, 8])
     compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
-    lines += table(["of computing only", *found["families"]], compared, [20, 13, 13, 13, 22])
+    lines += table(["of computing only", *found["families"]], compared, [20, 11, 10, 10, 14, 22])
     return "\n".join(lines)

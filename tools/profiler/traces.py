@@ -8,27 +8,31 @@ import json
 import os
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .job import MODES, WAKE, Call, Event
+from .job import STAGES, WAKE, Call, Event, place
 
 # ------------------------------------------------------------------------------------------------ Chrome
 
 
 def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str) -> None:
-    """Write trace events: one track a worker; worker 0's holds the calls and the sampler too. A call holds steps, a step
-    holds layers, a layer holds phases and the waits after them."""
+    """Write trace events: one track a worker; worker 0's holds the calls and the sampler too. A call holds steps (an iteration
+    of training its stages, and these the steps), a step holds layers, a layer holds phases and the waits after them."""
     zero = calls[0].begin
     events: list[dict[str, Any]] = [_meta("process_name", 0, name=title)]
     events += [_meta("thread_name", ith, name=f"worker {ith}") for ith in range(nth)]
     events += [_meta("thread_sort_index", ith, sort_index=ith) for ith in range(nth)]
     for number, call in enumerate(calls):
         events.append(_span(0, f"{call.mode} {number}", "call", call.begin - zero, call.ran - zero, rows=call.rows))
+        for name, (begin, end) in zip(STAGES, pairwise((call.begin, *call.stages)), strict=False):
+            events.append(_span(0, name, "stage", begin - zero, end - zero))
         for step in call.steps:
             for ith, noted in enumerate(step):
                 events += _nested(ith, noted, zero)
-        events.append(_span(0, "sampler", "sampler", call.ran - zero, call.done - zero))
+        if not call.stages:
+            events.append(_span(0, "sampler", "sampler", call.ran - zero, call.done - zero))
     with open(path, "w") as file:
         json.dump({"traceEvents": events, "displayTimeUnit": "ns"}, file, separators=(",", ":"))
 
@@ -39,10 +43,8 @@ def _nested(ith: int, noted: list[Event], zero: int) -> Iterator[dict[str, Any]]
         return
     yield _span(ith, "step", "step", noted[0].begin - zero, noted[-1].left - zero)
     for part in _by_layer(noted):
-        first = part[0]
-        if first.phase not in (WAKE, "encoder"):
-            name = "head" if first.phase in ("lnf", "logits") else f"layer {first.layer}"
-            yield _span(ith, name, "layer", first.begin - zero, part[-1].left - zero)
+        if where := _layer(part[0]):
+            yield _span(ith, where, "layer", part[0].begin - zero, part[-1].left - zero)
         for event in part:
             if event.end > event.begin:
                 yield _span(ith, event.phase, "phase", event.begin - zero, event.end - zero, layer=event.layer)
@@ -52,18 +54,20 @@ def _nested(ith: int, noted: list[Event], zero: int) -> Iterator[dict[str, Any]]
 
 
 def _by_layer(noted: list[Event]) -> Iterator[list[Event]]:
-    """Cut a worker's step into the encoder with the wake-up, each layer, and the head."""
+    """Cut a worker's step into the layers, the head, and what belongs to neither."""
     part: list[Event] = []
     for event in noted:
-        if part and _group(event) != _group(part[0]):
+        if part and _layer(event) != _layer(part[0]):
             yield part
             part = []
         part.append(event)
     yield part
 
 
-def _group(event: Event) -> int:
-    return -1 if event.phase in (WAKE, "encoder") else event.layer
+def _layer(event: Event) -> str:
+    """The layer's name, or the head's; empty for what belongs to neither."""
+    where = place(event.phase, event.layer)
+    return f"layer {where}" if where.isdigit() else where if where == "head" else ""
 
 
 def _span(ith: int, name: str, category: str, begin: int, end: int, **args: object) -> dict[str, Any]:
@@ -109,35 +113,44 @@ THREAD_FUNC         State As Is
 
 """
 
-Interval = tuple[int, int, int, str, int]  # begin, end, state, phase or "", layer
+Interval = tuple[int, int, int, str, str]  # begin, end, state, phase and place, or ""
 
 
 def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[str]:
     """Write STEM.prv, STEM.pcf and STEM.row; returns their names. Every worker is in one state at every time."""
     events = [event for call in calls for step in call.steps for noted in step for event in noted]
-    phases = [*dict.fromkeys(event.phase for event in events if event.phase != WAKE), SAMPLER]
-    depth = max((event.layer for event in events), default=0)
-    texts = {".prv": _prv(calls, nth, phases), ".pcf": _pcf(phases, depth), ".row": _row(nth)}
+    names = {
+        MODE: [*dict.fromkeys(call.mode for call in calls)],
+        PHASE: [*dict.fromkeys(event.phase for event in events if event.phase != WAKE), SAMPLER],
+        LAYER: [*dict.fromkeys(_place(event) for event in events if event.phase != WAKE), SAMPLER],
+    }
+    texts = {".prv": _prv(calls, nth, names), ".pcf": _pcf(names), ".row": _row(nth)}
     for suffix, text in texts.items():
         Path(f"{os.fspath(stem)}{suffix}").write_text(text)
     return [f"{os.fspath(stem)}{suffix}" for suffix in texts]
 
 
-def _prv(calls: list[Call], nth: int, phases: list[str]) -> str:
+def _place(event: Event) -> str:
+    """Where in the network."""
+    return _layer(event) or place(event.phase, event.layer)
+
+
+def _prv(calls: list[Call], nth: int, names: dict[int, list[str]]) -> str:
     """The records, sorted by time; at equal times states come first, then events that end, then those that begin."""
     zero, end = calls[0].begin, calls[-1].done
     records: list[tuple[int, int, int, str]] = []  # time, rank, worker, text
     for ith in range(nth):
         who = f"{ith + 1}:1:1:{ith + 1}"
-        for begin, until, state, phase, layer in _intervals(calls, ith):
+        for begin, until, state, phase, where in _intervals(calls, ith):
             b, u = begin - zero, until - zero
             records.append((b, 1, ith, f"1:{who}:{b}:{u}:{state}"))
             if phase:
-                records.append((b, 3, ith, f"2:{who}:{b}:{PHASE}:{phases.index(phase) + 1}:{LAYER}:{layer + 1}"))
+                values = f"{PHASE}:{names[PHASE].index(phase) + 1}:{LAYER}:{names[LAYER].index(where) + 1}"
+                records.append((b, 3, ith, f"2:{who}:{b}:{values}"))
                 records.append((u, 2, ith, f"2:{who}:{u}:{PHASE}:0:{LAYER}:0"))
     for call in calls:
         b, u = call.begin - zero, call.done - zero
-        records.append((b, 3, 0, f"2:1:1:1:1:{b}:{MODE}:{MODES.index(call.mode) + 1}"))
+        records.append((b, 3, 0, f"2:1:1:1:1:{b}:{MODE}:{names[MODE].index(call.mode) + 1}"))
         records.append((u, 2, 0, f"2:1:1:1:1:{u}:{MODE}:0"))
     records.sort()
     date = datetime.now().strftime("%d/%m/%Y at %H:%M")
@@ -154,31 +167,28 @@ def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
         for step in call.steps:
             for event in step[ith]:
                 if event.begin > at:
-                    yield at, event.begin, between, "", 0
+                    yield at, event.begin, between, "", ""
                 if event.end > event.begin:
-                    yield event.begin, event.end, RUNNING, event.phase, event.layer
+                    yield event.begin, event.end, RUNNING, event.phase, _place(event)
                 if event.left > event.end:
-                    yield event.end, event.left, SYNCHRONISATION, "", 0
+                    yield event.end, event.left, SYNCHRONISATION, "", ""
                 at = event.left
         if ith == 0:
-            yield at, call.ran, between, "", 0
-            yield call.ran, call.done, RUNNING, SAMPLER, 0
+            yield at, call.ran, between, "", ""
+            if not call.stages:
+                yield call.ran, call.done, RUNNING, SAMPLER, SAMPLER
             at = call.done
     if calls[-1].done > at:
-        yield at, calls[-1].done, between, "", 0
+        yield at, calls[-1].done, between, "", ""
 
 
-def _pcf(phases: list[str], depth: int) -> str:
-    """What the numbers of the .prv mean, and their colours. Layer `depth` is the head."""
+def _pcf(names: dict[int, list[str]]) -> str:
+    """What the numbers of the .prv mean, and their colours."""
     lines = ["STATES", *(f"{number}    {name}" for number, (name, _) in STATES.items())]
     lines += ["", "", "STATES_COLOR", *(f"{number}    {{{colour}}}" for number, (_, colour) in STATES.items())]
-    for number, label, values in (
-        (MODE, "Call", MODES),
-        (PHASE, "Phase", phases),
-        (LAYER, "Layer", [*(f"layer {layer}" for layer in range(depth)), "head"]),
-    ):
+    for number, label in ((MODE, "Call"), (PHASE, "Phase"), (LAYER, "Layer")):
         lines += ["", "", "EVENT_TYPE", f"0    {number}    {label}", "VALUES", "0    End"]
-        lines += [f"{value}    {name}" for value, name in enumerate(values, 1)]
+        lines += [f"{value}    {name}" for value, name in enumerate(names[number], 1)]
     return PCF_HEAD + "\n".join(lines) + "\n"
 
 

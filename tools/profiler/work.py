@@ -3,6 +3,11 @@
 Products count 2 operations for each weight and row, attention 4 for each channel of a visible key; layernorm 8, encoder 1 a
 value. GELU, exp and biases are left out. Bytes are compulsory traffic: every weight once a step, keys and values that a step
 sees once, activations in and out; a kernel that reads weights again for more rows is not credited for it.
+
+Backwards a product counts twice what it does forwards (the gradients of its inputs and of its weights), and so does attention,
+whose scores computed again are not credited; layernorm 16 a value, the loss 2 and its gradient 1 a logit. Weights are read
+and their gradients written once. The norm counts 2 operations and 4 bytes a parameter, AdamW 17 (a root and a division among
+them) and 28: parameter, gradient and two moments in, all but the gradient out.
 """
 
 from collections.abc import Iterable
@@ -18,7 +23,11 @@ def work(config: Config, value_bytes: int, calls: Iterable[Call]) -> Work:
     """The work of all calls by kernel."""
     total: Work = {}
     for call in calls:
-        for name, (flop, size) in _call(config, value_bytes, call.rows, call.position, max(1, len(call.steps))).items():
+        if call.stages:
+            found = _iteration(config, call.sequences, call.rows // call.sequences)
+        else:
+            found = _call(config, value_bytes, call.rows, call.position, max(1, len(call.steps)))
+        for name, (flop, size) in found.items():
             before = total.get(name, (0, 0))
             total[name] = before[0] + flop, before[1] + size
     return total
@@ -47,4 +56,47 @@ def _call(config: Config, value_bytes: int, T: int, position: int, steps: int) -
         "fcproj": layers(product(C, 4 * C, T, steps, extra=2 * C)),
         "lnf": (8 * C, 8 * C),
         "logits": product(V, C, 1, 1),
+    }
+
+
+def _iteration(config: Config, B: int, T: int) -> Work:
+    """The work of one iteration of training on B x T tokens, in float32."""
+    L, C, V, P = config.L, config.C, config.V, config.parameters(padded=True)
+    R, pairs = B * T, B * T * (T + 1) // 2
+
+    def product(N: int, K: int, extra: int = 0) -> tuple[int, int]:
+        return 2 * R * N * K, 4 * (N * K + R * (N + K + extra))
+
+    def dproduct(N: int, K: int, extra: int = 0) -> tuple[int, int]:  # dout (R, N) and inp (R, K) in, dinp out
+        return 4 * R * N * K, 4 * (2 * N * K + R * (N + 2 * K + extra))
+
+    norm, dnorm = (8 * R * C, 8 * R * C), (16 * R * C, 16 * R * C)  # dnorm: dout, x and dresidual in, dresidual out
+    layer = {
+        "ln1": norm,
+        "qkv": product(3 * C, C, extra=2 * C),  # keys and values go to the cache as well
+        "attention": (4 * C * pairs, 4 * 4 * R * C),
+        "attproj": product(C, C, extra=2 * C),  # the residual stream is read and written
+        "ln2": norm,
+        "fc": product(4 * C, C, extra=4 * C),  # fch is kept beside fch_gelu
+        "fcproj": product(C, 4 * C, extra=2 * C),
+        "dfcproj": dproduct(C, 4 * C, extra=4 * C),  # GELU's derivative wants fch
+        "dfc": dproduct(4 * C, C),
+        "dln2": dnorm,
+        "dattproj": dproduct(C, C),
+        "dattention": (8 * C * pairs, 4 * 8 * R * C),  # q, k, v, atty and datty in, dq, dk, dv out
+        "dqkv": dproduct(3 * C, C),
+        "dln1": dnorm,
+    }
+    return {
+        "encoder": (R * C, 12 * R * C),
+        **{name: (L * flop, L * size) for name, (flop, size) in layer.items()},
+        "lnf": norm,
+        "logits": product(V, C),
+        "loss": (2 * R * V, 8 * R * V),
+        "dlogits": (R * V, 8 * R * V),
+        "dhead": dproduct(V, C),
+        "dlnf": dnorm,
+        "dencoder": (2 * R * C, 4 * (3 * R * C + config.maxT * C)),  # rows of dwte in and out, all of dwpe out
+        "norm": (2 * P, 4 * P),
+        "update": (17 * P, 28 * P),
     }

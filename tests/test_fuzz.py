@@ -1,0 +1,262 @@
+"""Every target of tools/fuzz.py for a fixed number of inputs, tests/corpus/ first; and the fuzzer, by planted defects."""
+
+import importlib
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import make_checkpoint
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pygpt import CheckpointError, PyGPTError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+fuzz: Any = importlib.import_module("fuzz")
+target: Any = importlib.import_module("fuzzing.target")
+mutate: Any = importlib.import_module("fuzzing.mutate")
+reference: Any = importlib.import_module("fuzzing.reference")
+commands: Any = importlib.import_module("fuzzing.commands")
+
+HERE = [name for name in fuzz.NAMES if fuzz.available(name)]
+MUTATED = 120  # inputs beside the stored ones
+FEW = {"process": 3, "chat": 0, "serve": 60, "calls": 80, "text": 60}
+IN_PROCESS = [
+    name for name in HERE if name not in ("process", "chat", "command", "serve", "convert")
+]  # no streams are replaced
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_no_finding(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = len(fuzz.stored(name)) + len(fuzz.new_target(name, tmp_path).seeds())
+    count = first + FEW.get(name, MUTATED)
+    with fuzz.Fuzzer(name, 1, 110, tmp_path / "findings") as fuzzer:
+        result = fuzzer.run(None, count)
+    assert [(found.text, found.path.read_bytes()[:200]) for found in result.findings] == []
+    assert result.executions == count
+    assert result.corpus >= first
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(IN_PROCESS), st.randoms(use_true_random=False), st.integers(1, 3))
+def test_no_finding_where_hypothesis_chooses(name: str, random: Random, times: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "work").mkdir()
+        one = fuzz.new_target(name, Path(folder) / "work")
+        seeds = one.seeds()
+        one.open()
+        try:
+            data = random.choice(seeds)
+            for _ in range(times):
+                data = one.mutate(random, data, random.choice(seeds))
+            kind, text = target.attempt(one, data)
+        finally:
+            one.close()
+        assert kind != "finding", text
+
+
+def test_the_corpus_is_small_and_of_known_targets() -> None:
+    folders = {path.name for path in fuzz.CORPUS.iterdir()}
+    assert folders <= set(fuzz.NAMES)
+    files = [path for path in fuzz.CORPUS.rglob("*") if path.is_file()]
+    assert len(files) >= 50
+    assert sum(path.stat().st_size for path in files) < 300_000
+
+
+def test_equal_seeds_give_equal_runs(tmp_path: Path) -> None:
+    results = []
+    for _ in range(2):
+        with fuzz.Fuzzer("examples", 7, 110, tmp_path) as fuzzer:
+            results.append(fuzzer.run(None, 150)._replace(seconds=0.0))
+    assert results[0] == results[1]
+    assert results[0].behaviours > 0
+
+
+# ------------------------------------------------------------------------------------------------ planted defects
+
+
+class Planted(target.Target):  # type: ignore[misc]
+    """Does what a test says."""
+
+    name = "planted"
+
+    def seeds(self) -> list[bytes]:
+        return [b"seed"]
+
+    def run(self, data: bytes) -> str:
+        if data == b"half":
+            (self.folder / "x.0123abcd.tmp").write_bytes(b"")
+        if data == b"refused":
+            raise CheckpointError(f"{self.folder}/x: magic number 7, expected 20240326: not an llm.c checkpoint")
+        if data == b"two lines":
+            raise CheckpointError("one\ntwo")
+        if data == b"endless":
+            raise PyGPTError("x" * 100_000)
+        if data == b"other":
+            return str(1 // 0)
+        if data == b"accepted":
+            with target.agreeing(False, "file"):
+                pass
+        if data == b"sound":
+            with target.agreeing(True, "file"):
+                raise PyGPTError("no")
+        return "label"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "text"),
+    [
+        (b"", "ok", "label"),
+        (b"refused", "refused", "CheckpointError: /x: magic number _, expected _: not an llm.c checkpoint"),
+        (b"half", "finding", "left half-written: ['x.0123abcd.tmp']"),
+        (b"two lines", "finding", "not a clear line"),
+        (b"endless", "finding", "not a clear line"),
+        (b"other", "finding", "ZeroDivisionError"),
+        (b"accepted", "finding", "accepted, and it is no sound file"),
+        (b"sound", "finding", "a sound file is refused: no"),
+    ],
+)
+def test_an_attempt_judges(data: bytes, kind: str, text: str, tmp_path: Path) -> None:
+    found = target.attempt(Planted(tmp_path), data)
+    assert found[0] == kind
+    assert text in found[1]
+
+
+CHILD = """
+import os, signal, struct, sys, time
+print("ready 9", flush=True)
+while head := sys.stdin.buffer.read(4):
+    data = sys.stdin.buffer.read(struct.unpack("<I", head)[0])
+    if data == b"crash": os.kill(os.getpid(), signal.SIGBUS)
+    if data == b"leave": print("last words", file=sys.stderr); sys.exit(3)
+    if data == b"hang": time.sleep(10000)
+    print('["ok", "", []]', flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [(b"crash", "signal SIGBUS"), (b"leave", "status 3: last words"), (b"hang", "no end after 3 seconds")],
+)
+def test_a_child_that_dies_or_hangs_is_a_finding_and_is_replaced(data: bytes, text: str) -> None:
+    with fuzz.Child("planted", 110, command=[sys.executable, "-c", CHILD]) as child:
+        assert child.attempt(b"x") == ("ok", "", [])
+        child._limit = 3 if data == b"hang" else 110
+        kind, found, _ = child.attempt(data)
+        assert kind == "finding"
+        assert text in found
+        child._limit = 110
+        assert child.attempt(b"x") == ("ok", "", [])
+
+
+@pytest.mark.parametrize(
+    ("status", "err", "text"),
+    [
+        (3, "", "exit status 3"),
+        (0, "pygpt: one\npygpt: two\n", "stderr"),
+        (1, "Traceback (most recent call last):\n", "stderr"),
+        (2, "", "without an error line"),
+        (2, f"pygpt: error: {'x' * 10_000}\n", "characters"),
+        (0, "anything\n", "stderr"),
+    ],
+)
+def test_a_command_is_judged(status: int, err: str, text: str) -> None:
+    commands.judge(commands.Outcome(2, b"", "pygpt: error: bad\n"), ["x"])
+    with pytest.raises(target.Finding, match=text):
+        commands.judge(commands.Outcome(status, b"", err), ["x"])
+
+
+def test_a_command_whose_reader_goes(tmp_path: Path) -> None:
+    def endless(_: Any) -> int:
+        try:
+            while True:
+                print("12345", flush=True)
+        except BrokenPipeError:
+            return 141
+
+    outcome = commands.run_main(endless, [])
+    assert outcome.status == 141
+    assert outcome.out.startswith(b"12345\n12345\n")
+
+
+def test_findings_are_saved_once_and_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzzer = fuzz.Fuzzer("examples", 1, 110, tmp_path)
+    for data in (b"one", b"two"):
+        fuzzer._save(data, f"the process ended with signal SIGSEGV: {len(data)}")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"one"]
+    assert fuzz.main(["examples", "--repeat", str(next(tmp_path.iterdir()))]) == 0  # no finding of the real target
+
+
+# ------------------------------------------------------------------------------------------------ its parts
+
+
+@pytest.mark.parametrize("version", [1, 3, 5])
+def test_the_second_parser_reads_what_the_third_program_writes(version: int, tmp_path: Path) -> None:
+    make_checkpoint.make(tmp_path / "x.bin", L=2, NH=2, C=4, V=130, maxT=3, version=version)
+    data = (tmp_path / "x.bin").read_bytes()
+    found = reference.checkpoint(data)
+    assert found is not None
+    assert found[:2] == (version, {"maxT": 3, "V": 130, "L": 2, "NH": 2, "C": 4, "Vp": 256})
+    assert b"".join(found[2].values()) == data[1024:]
+    assert reference.checkpoint(data[:-1]) is None
+    assert reference.checkpoint(data + b"x") is None
+
+
+@given(st.binary(max_size=400), st.binary(max_size=400), st.randoms(use_true_random=False))
+def test_mutations_of_any_bytes(data: bytes, other: bytes, random: Random) -> None:
+    assert isinstance(mutate.mutate_bytes(random, data, other), bytes)
+    assert isinstance(mutate.mutate_json_text(random, data, other), bytes)
+
+
+def test_mutations_reach_every_field_and_boundary() -> None:
+    random, data = Random(1), bytes(1024)
+    found = [mutate.mutate_bytes(random, data, data, fields=8) for _ in range(20_000)]
+    numbers = np.array([np.frombuffer(one[:32], "<i4") for one in found if len(one) >= 32])
+    for field in range(8):
+        assert {-1, 1, 2**31 - 1, -(2**31), 46341} <= set(numbers[:, field].tolist())
+    assert len({len(one) for one in found}) > 500
+
+
+def test_several_files_in_one_input() -> None:
+    files = {"a.json": b"{}", "b-1.safetensors": b"\x00\n7 x\n", "empty": b""}
+    assert target.unpack(target.pack(files)) == files
+    assert target.unpack(b"nonsense") == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nothing"], "target 'nothing' is unknown"),
+        (["--seconds", "1", "--executions", "1"], "both given"),
+        (["--executions", "x"], "--executions is 'x'"),
+        (["--repeat", "nothing"], "take one TARGET"),
+        (["shard", "--repeat", "nothing"], "cannot read it"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert text in err
+
+
+def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        fuzz.Child, "attempt", lambda self, data: fuzz.Reply("finding" if data[:1] != b"\x00" else "ok", "what", [])
+    )
+    monkeypatch.setattr(fuzz.Child, "end", lambda self: None)
+    assert fuzz.main(["shard", "--executions", "9", "--seed", "5", "-o", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^shard +\d+ executions  seed 5  corpus +\d+  new behaviours +\d+  findings 1", out)
+    path = Path(out.split("--repeat ")[1].strip())
+    assert path.parent == tmp_path
+    assert path.read_bytes()[:4] == (20240520).to_bytes(4, "little")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
