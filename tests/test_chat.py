@@ -270,8 +270,8 @@ def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
 
 
 def test_options_of_the_command_are_passed_on_unjudged(fake: Fake) -> None:
-    fake.run("-m", "no such.bin", "hi", "--threads", "many", "-t-1", "-n", "3")
-    assert fake.log("argv") == [["-mno such.bin", "--threads=many", "-t-1", "-"]]
+    fake.run("-m", "no such.bin", "hi", "--threads", "many", "--no-mmap", "-t-1", "-n", "3")
+    assert fake.log("argv") == [["-mno such.bin", "--threads=many", "--no-mmap", "-t-1", "-"]]
     assert fake.log("max_new_tokens") == [3]
 
 
@@ -1531,6 +1531,17 @@ def test_real_command_cuts_a_long_text(real: Fake) -> None:
     expected = real_ids(real, {"tokens": ids_of(" word" * (maxT - 6)), "max_new_tokens": 6})
     assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
     assert f"the last {maxT - 6} are used".encode() in result.stderr
+
+
+def test_words_before_a_bus_error_are_shown(fake: Fake) -> None:
+    """The command says why before a model file that was cut short ends it."""
+    fake.code("""
+import signal
+def answer(tokens, new):
+    tell("pygpt: error: a file in use was cut short\\n")
+    os.kill(os.getpid(), signal.SIGBUS)
+""")
+    assert_one_line_error(fake.run("hi"), 1, "pygpt: error: a file in use was cut short")
 
 
 @pytest.mark.parametrize("options", [["-m", "no.bin"], ["-t", "0"], ["-t", "x"]])

@@ -1,5 +1,6 @@
 """Checkpoints: which file is chosen, what the strict reader refuses, what the writer leaves behind."""
 
+import errno
 import math
 import mmap
 import os
@@ -27,6 +28,7 @@ from make_checkpoint import make, to_bfloat16
 from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, file_bytes, find_model, write_checkpoint
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
+from pygpt.safetensors_file import SafetensorsFile
 
 VERSIONS = (1, 3, 5)
 MAGIC, HEADER_BYTES = 20240326, 1024  # the tests' own words for the format: nothing here is taken from the code under test
@@ -344,6 +346,66 @@ def test_a_file_that_shrinks_while_it_is_opened_is_refused(tmp_path: Path, monke
 
     monkeypatch.setattr(mmap, "mmap", shrink_then_map)
     assert "cannot map the model file" in refusal(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading instead of mapping
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_file_that_was_read_is_the_same_and_nobodys_any_more(tmp_path: Path, version: int) -> None:
+    path = small_model(tmp_path, version=version)
+    with Checkpoint(path) as mapped, Checkpoint(path, mmap=False) as read:
+        assert (read.config, read.version, bytes(read.values)) == (mapped.config, mapped.version, bytes(mapped.values))
+        assert read.values.readonly
+        kept, copy = read.tensor("wte"), mapped.tensor("wte").copy()
+        os.truncate(path, 10)
+        assert np.array_equal(read.tensor("wte"), copy)
+    assert np.array_equal(kept, copy)
+    with pytest.raises(ClosedError):
+        read.tensor("wte")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: os.truncate(path, path.stat().st_size + 1),
+        lambda path: os.truncate(path, 0),
+        lambda path: os.utime(path, ns=(1, 1)),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    ],
+    ids=["shorter", "longer", "empty", "touched", "other bytes"],
+)
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> None:
+    path = small_model(tmp_path)
+    real = mmap.mmap
+
+    def change_then_reserve(fd: int, length: int, flags: int) -> Any:
+        assert fd == -1
+        change(path)
+        return real(fd, length, flags=flags)
+
+    monkeypatch.setattr(mmap, "mmap", change_then_reserve)
+    with pytest.raises(CheckpointError, match=f"^{path}: the model file has changed while"):
+        Checkpoint(path, mmap=False)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_no_room_for_a_file_is_a_memory_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
+    path = small_model(tmp_path)
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match=f"^{path}: no room in memory for the model file"):
+        Checkpoint(path, mmap=mapped)
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    with pytest.raises(MemoryError, match="no room in memory for the model file"):
+        SafetensorsFile(tmp_path / "model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -146,6 +146,26 @@ def test_the_main_job_on_every_instruction_set(isa: str) -> None:
     assert numbers(command("31373", "612", PYGPT_ISA=isa).stdout) == MAIN_JOB
 
 
+@pytest.mark.parametrize("options", [[], ["--reference"], ["-t", "3"]], ids=" ".join)
+def test_a_model_read_into_memory_answers_the_same(small: str, options: list[str]) -> None:
+    expected = generate(small, [1, 2])
+    assert ids("-m", small, "--no-mmap", *options, "1", "2") == expected
+    assert succeed("-m", small, "--no-mmap", *options, "-", stdin="1 2\n") == " ".join(map(str, expected)) + "\n"
+
+
+def test_a_module_that_cannot_be_loaded_is_one_line(small: str) -> None:
+    """As where the memory limit leaves no room to map it."""
+    program = """
+import sys
+sys.modules["pygpt._reference"] = None
+from pygpt.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    words = [sys.executable, "-c", program, "-m", small, "--reference", "1"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, env=clean_environment(), check=False)
+    refused(result, "pygpt._reference", status=1)
+
+
 def test_a_named_model_answers_in_silence(small: str) -> None:
     expected = generate(small, [1, 2])
     assert len(expected) == 8
@@ -906,6 +926,15 @@ def test_a_reader_that_leaves_early(small: str) -> None:
 
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@needs_full
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]], ids=" ".join)
+def test_help_that_nobody_gets(arguments: list[str], unbuffered: str) -> None:
+    result = command(*arguments, shell='"$@" > /dev/full', PYTHONUNBUFFERED=unbuffered)
+    refused(result, "No space left on device", status=1)
+    refused(command(*arguments, shell='"$@" >&-'), "stdout is closed", status=1)
 
 
 @needs_full

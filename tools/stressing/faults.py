@@ -407,8 +407,8 @@ def no_threads(tally: Tally, files: Files) -> None:
     """The system refuses a thread: an error that says so, nothing left behind, and fewer threads work."""
     outcome = program(
         """
-        import _thread
-        real, allowed = threading._start_new_thread, 0
+        name = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+        real, allowed = getattr(threading, name), 0
 
         def counted(*words, **more):
             global allowed
@@ -423,9 +423,7 @@ def no_threads(tally: Tally, files: Files) -> None:
             assert threading.active_count() == 1, threading.enumerate()
 
         path = sys.argv[1]
-        threading._start_new_thread = threading._start_joinable_thread = counted
-        if hasattr(_thread, "start_joinable_thread"):
-            real = _thread.start_joinable_thread
+        setattr(threading, name, counted)
         for workers in (2, 3, 8):
             for allowed_now in range(workers - 1):
                 allowed = allowed_now
