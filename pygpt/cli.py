@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 
-from . import _sigbus
 from .errors import CheckpointError, InputError, PyGPTError
 
 TYPE_CHECKING = False
@@ -24,17 +23,8 @@ CUT_SHORT = (
 def status_of(job: Callable[[], object]) -> int:
     """Do a command's job; return its exit status, an exception said in one line. So is a mapped file that is cut short,
     which ends the process by its signal."""
-    begun = _sigbus.begin(CUT_SHORT)
     try:
-        return _status_of(job)
-    finally:
-        if begun:
-            _sigbus.end()
-
-
-def _status_of(job: Callable[[], object]) -> int:
-    try:
-        job()
+        explained(job)
     except (InputError, CheckpointError) as error:
         return complain(error, 2)
     except (PyGPTError, MemoryError, ImportError) as error:  # ImportError: no room to map a module, or it is not built
@@ -48,6 +38,18 @@ def _status_of(job: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return complain(error, 1)
     return 0
+
+
+def explained(job: Callable[[], object]) -> None:
+    """Do a job in which a mapped file that is cut short does not end the process without a word."""
+    from . import _sigbus  # here, so that kernels that were not built are one line, too
+
+    begun = _sigbus.begin(CUT_SHORT)
+    try:
+        job()
+    finally:
+        if begun:
+            _sigbus.end()
 
 
 def complain(error: object, status: int) -> int:
