@@ -12,7 +12,7 @@ from .errors import CheckpointError, InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 
 def status_of(job: Callable[[], object]) -> int:
@@ -54,7 +54,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> "NoReturn":
         """Exit with status 2 and one line, without the usage block."""
-        raise InputError(f"{message}; see --help")
+        raise InputError(f"{message[:200]}; see --help")  # it may repeat all of a long command line
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> "Any":
+        """Refuse -- as a value, as in -t=--, which Python before 3.13 turns into an empty list."""
+        values = super()._get_values(action, arg_strings)
+        if action.nargs is None and values == []:
+            self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: -- is no value")
+        return values
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
