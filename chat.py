@@ -352,7 +352,7 @@ class Chat:
         except KeyboardInterrupt:
             show("")
             return
-        [info] = completion.infos or []
+        [info] = completion.infos
         pieces = [self._piece(token) for token, _ in info.top]
         width = max(map(len, pieces))
         block = "█" if "█".encode(prompt_stream().encoding, "ignore") else "#"

@@ -388,7 +388,7 @@ def check_token(token, Py_ssize_t V) -> int:
     except TypeError:
         number = -1
     if not 0 <= number < V or token is True or token is False:
-        text = token[:40] if isinstance(token, str) else shown(token if number < 0 else number)
+        text = token[:40] if isinstance(token, str) else shown(token if number < 0 or isinstance(token, bool) else number)
         raise InputError(f"token {text!r} is not a token id of this model: ids are whole numbers from 0 to {V - 1}")
     return number
 

@@ -12,7 +12,7 @@ from .errors import CheckpointError, InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 CUT_SHORT = (
     b"pygpt: error: a file in use was cut short by another process, or its disk failed (SIGBUS): replace a file by renaming "
@@ -72,7 +72,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> "NoReturn":
         """Exit with status 2 and one line, without the usage block."""
-        raise InputError(f"{message}; see --help")
+        raise InputError(f"{message[:200]}; see --help")  # it may repeat all of a long command line
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> "Any":
+        """Refuse -- as a value, as in -t=--, which Python before 3.13 turns into an empty list."""
+        values = super()._get_values(action, arg_strings)
+        if action.nargs is None and values == []:
+            self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: -- is no value")
+        return values
 
     def _print_message(self, message: str, file: object = None) -> None:
         """Print the help or the version at once: argparse itself would keep a failure to itself."""

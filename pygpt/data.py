@@ -248,7 +248,7 @@ class DataLoader:
         """Go to the position of a state(). Raises InputError for the state of a loader with other data, B, T or seed."""
         identity = self._identity()
         if set(state) != {"epoch", "shard", "batch", *identity}:
-            raise InputError(f"the loader's state has the fields {sorted(state)}, expected {sorted(self.state())}")
+            raise InputError(f"the loader's state has the fields {shown(sorted(state))}, expected {sorted(self.state())}")
         for name, value in identity.items():
             if state[name] != value:
                 raise InputError(f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}")

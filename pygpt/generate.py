@@ -162,7 +162,7 @@ class Completion:
 
     prompt and tokens: the ids given and the new ones. finish_reason: None while it goes on; "stop" after a stop token or a
     stop string, else "length". seed: with it, and the same options, the tokens come again; None where nothing is random.
-    infos: one TokenInfo for each new token where top_logprobs were asked for, else None.
+    infos: one TokenInfo for each new token where top_logprobs were asked for, else none.
     """
 
     __slots__ = (
@@ -196,7 +196,7 @@ class Completion:
                 self._seen[token] = 1
         self.seed = request.sampler.start() if seed is None else seed
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.infos: list[TokenInfo] | None = None if request.top_logprobs is None else []
+        self.infos: list[TokenInfo] = []
         self.prefix = prefix
         self.memory: Memory | None = None  # what the network has run of it: the network's own
 
@@ -230,7 +230,7 @@ class Completion:
         """Add the token that row `row` of logits (rows, V) leads to; return it."""
         request, step = self._request, len(self._sequence) - len(self._request.tokens)
         token = request.sampler.choose(logits, row, self.seed, self._stream, step, self._seen)
-        if self.infos is not None and request.top_logprobs is not None:
+        if request.top_logprobs is not None:
             from .logprobs import token_info
 
             self.infos.append(token_info(logits, row, token, request.top_logprobs))

@@ -69,6 +69,8 @@ class Progress:
             raise ValueError(f"bad JSON: step is {shown(found['step'])}")
         if not all(isinstance(found[name], dict) for name in ("options", "loader", "job")):
             raise ValueError("bad JSON: options, loader and job must be objects")
+        if unknown := sorted(found["options"].keys() - TrainingOptions.__dataclass_fields__.keys()):
+            raise ValueError(f"bad options: {shown(unknown[0])} is none")
         try:
             return cls(**{**found, "options": TrainingOptions(**found["options"])})
         except (TypeError, ValueError) as error:

@@ -175,7 +175,12 @@ def report(name: str, seed: int, result: Result) -> None:
         flush=True,
     )
     for found in result.findings:
-        print(f"  finding: {found.text}\n  again: python tools/fuzz.py {name} --repeat {found.path}", flush=True)
+        print(f"  finding: {shortened(found.text)}\n  again: python tools/fuzz.py {name} --repeat {found.path}", flush=True)
+
+
+def shortened(text: str) -> str:
+    """A finding's text without the middle of a long one; --repeat says it all."""
+    return text if len(text) <= 800 else f"{text[:200]} [...] {text[-600:]}"
 
 
 def repeat(name: str, path: Path, limit: int) -> int:
@@ -244,7 +249,7 @@ class Fuzzer:
         if kept or ((new_label or new_ways) and reply.kind != "finding" and len(self._corpus) < 5000):
             self._corpus.append(data)
         if self._keep and (new_label or new_ways) and not kept and reply.kind != "finding":
-            self._store(data, reply)
+            self._store(self._shortened(data, reply) if new_label else data)
 
     def _save(self, data: bytes, text: str) -> None:
         """Save a finding's input, the first of its kind."""
@@ -256,8 +261,8 @@ class Fuzzer:
         path.write_bytes(data)
         self._findings[kind] = Found(text, path)
 
-    def _store(self, data: bytes, reply: Reply) -> None:
-        """Put an input into tests/corpus/, made short as long as it is answered alike."""
+    def _shortened(self, data: bytes, reply: Reply) -> bytes:
+        """What is left of an input when pieces are taken out as long as it is answered alike."""
         size = len(data)
         while size > 1:
             size //= 2
@@ -269,8 +274,12 @@ class Fuzzer:
                     data = shorter
                 else:
                     at += size
-            if len(data) // max(size, 1) > 300:
+            if len(data) > 300 * size:
                 break
+        return data
+
+    def _store(self, data: bytes) -> None:
+        """Put an input into tests/corpus/."""
         folder = CORPUS / self.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
@@ -281,7 +290,7 @@ def kind_of(text: str) -> str:
     from fuzzing.target import skeleton
 
     places = re.findall(r'pygpt/(\w+\.\w+)", line \d+, in (\w+)', text)
-    return f"{places[-1:]} {skeleton(text.strip().splitlines()[-1][:200])}"
+    return f"{places[-1:]} {skeleton(text.strip().splitlines()[-1])[:60]}"
 
 
 def stored(name: str) -> list[bytes]:

@@ -244,9 +244,9 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str]:
 def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, force: bool) -> None:
     """Find out before the work whether its results can be kept. `mine` are files of the run that is resumed."""
     if job.plot is not None:
-        matplotlib()  # if it is missing, say so now
         for path in report.pictures(job.plot):
             check_writable(path, make_folder=True)
+        matplotlib()  # if it is missing, say so now
     written = [*(output or ()), *filter(None, [job.log])]
     check_distinct([*written, *filter(None, [job.data, job.val])])
     for path in () if force else (*written, *([] if output is None else [f"{output.state}.1"])):

@@ -92,7 +92,7 @@ def skeleton(text: str) -> str:
     """What is left of a message without the values in it: messages of one kind have the same."""
     text = re.sub(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"", "_", text)
     text = re.sub(r"\b(example|token|tensor|field|row) \S+", r"\1 _", text)
-    return re.sub(r"[-+.\w]*\d[-+.\w]*", "_", text)[:160]
+    return re.sub(r"[-+.\w]*\d[-+.\w]*", "_", text)[:80]
 
 
 @contextmanager
