@@ -4,6 +4,7 @@ Nothing depends on how fast the machine is. Where the moment matters (streaming,
 by the test: it makes a token only when a byte comes through a pipe.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -92,6 +94,7 @@ def refused(result: subprocess.CompletedProcess[str], *named: str, status: int =
     assert result.stderr.startswith("pygpt: error: ")
     assert result.stderr.count("\n") == 1
     assert result.stderr.endswith("\n")
+    assert len(result.stderr) < 600
     assert result.stderr.isprintable() or result.stderr[:-1].isprintable()
     for word in named:
         assert word in result.stderr
@@ -151,6 +154,28 @@ def test_a_model_read_into_memory_answers_the_same(small: str, options: list[str
     expected = generate(small, [1, 2])
     assert ids("-m", small, "--no-mmap", *options, "1", "2") == expected
     assert succeed("-m", small, "--no-mmap", *options, "-", stdin="1 2\n") == " ".join(map(str, expected)) + "\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--reference"]], ids=" ".join)
+def test_a_model_read_into_memory_may_be_written_over(small: str, tmp_path: Path, options: list[str]) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(Path(small).read_bytes())
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pygpt", "-m", str(path), "--no-mmap", *options, "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=clean_environment(),
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(b"\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == b"\n"  # it has opened the model
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    out, err = child.communicate(b"1 2\n", timeout=DEADLINE)
+    assert (child.returncode, out.decode(), err) == (0, answer(small, [1, 2]), b"")
 
 
 def test_a_module_that_cannot_be_loaded_is_one_line(small: str) -> None:
@@ -510,6 +535,7 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": [1], "\xff": 1}', ["JSON"]),
         (b'{"tokens": ' + b"[" * 100_000, ["JSON"]),
         (b"1 " * 600_000, ["longer", str(1 << 20)]),
+        (b'{"tokens": [1], "' + b"k" * 10_000 + b'": 1}', ["unknown key 'kkk", "tokens"]),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -704,9 +730,11 @@ from pygpt.__main__ import main
 # A model that makes a token when a byte comes through the pipe: 'g' go on, 'i' be interrupted once the tokens are out.
 gate = int(sys.argv[1])
 
-def complete(self, request):
-    for token in range(request.new):
+def complete(self, completion):
+    for token in range(completion.new):
         os.read(gate, 1)
+        if token == completion.new - 1:
+            completion.finish_reason = "length"
         yield 10 + token
     if os.read(gate, 1) == b"i":
         raise KeyboardInterrupt
@@ -824,6 +852,36 @@ def test_interrupt_just_after_an_answer(stepped: Stepped) -> None:
         stepped.step()
     assert stepped.read(9) == b"10 11 12\n"
     assert stepped.end() == (0, b"", b"")
+
+
+def test_interrupt_while_nobody_reads(small: str) -> None:
+    """The command is about to end a line and waits for a full pipe: the line ends once, not twice."""
+    if not hasattr(fcntl, "F_SETPIPE_SZ"):
+        pytest.skip("needs pipes of a given size")
+    read, write = os.pipe()
+    room = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    lines = b"\n" * (room + 10)
+    with subprocess.Popen(
+        [sys.executable, "-m", "pygpt", "-m", small, "-t", "1", "-"],
+        stdin=subprocess.PIPE,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=clean_environment(),
+    ) as child:
+        os.close(write)
+        assert child.stdin is not None
+        assert child.stderr is not None
+        child.stdin.write(lines + b"1 2\n")
+        child.stdin.close()
+        deadline = time.monotonic() + DEADLINE
+        while struct.unpack("i", fcntl.ioctl(read, termios.FIONREAD, bytes(4))) != (room,):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        wait_until_asleep(child.pid)
+        child.send_signal(signal.SIGINT)
+        with open(read, "rb") as stdout:
+            assert stdout.read() == lines + answer(small, [1, 2]).encode()
+        assert (child.wait(DEADLINE), child.stderr.read()) == (0, b"")
 
 
 def wait_until_asleep(pid: int) -> None:

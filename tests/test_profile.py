@@ -22,7 +22,7 @@ import pytest
 from make_checkpoint import make, tensors
 
 import pygpt.model
-from pygpt import GPT2, Config, TrainableGPT2
+from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2
 from pygpt.checkpoint import EMBEDDED_MODEL
 from pygpt.sampling import sample
 
@@ -338,6 +338,28 @@ def test_profiling_changes_no_bit(base: Report, model: GPT2) -> None:
         logits = model.decode(cache, sample("median", logits.reshape(1, -1).data, 0))
         digest.update(logits.data)
     assert base["bits"]["profiled"] == base["bits"]["unprofiled"] == digest.hexdigest()
+
+
+def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
+    with pytest.raises(InputError, match="the trace is for 1 workers, and this model has 2"):
+        model.record(Trace(1, 8))
+    with pytest.raises(InputError, match="worker 2: this trace has 2"):
+        Trace(2, 8).events(2)
+    for nth, capacity in ((0, 1), (1, 0), (-1, 1)):
+        with pytest.raises(InputError, match="both must be at least 1"):
+            Trace(nth, capacity)
+    for nth, capacity in ((1 << 60, 1), (1 << 58, 1), (1, 1 << 61), (1, 1 << 62)):  # sizes that wrap around in 64 bits
+        with pytest.raises(MemoryError, match="no room for a trace"):
+            Trace(nth, capacity)
+
+
+def test_a_step_that_is_too_small_is_one_workers(small: str) -> None:
+    trace = Trace(2, 64)
+    with GPT2.load(small, threads=2) as model:
+        model.record(trace)
+        model.decode(model.new_cache(), 1)
+    assert trace.events(0)
+    assert not trace.events(1)
 
 
 def test_one_round_a_kernel_gives_the_same_bits(model: GPT2) -> None:
