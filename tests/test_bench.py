@@ -18,7 +18,8 @@ import pytest
 from make_checkpoint import make, tensors
 
 import pygpt
-from pygpt import GPT2, KVCache
+from pygpt import GPT2, Ceilings, KVCache
+from pygpt._kernels import probe_fma
 
 ROOT = Path(pygpt.__file__).parent.parent
 SCRIPT = ROOT / "tools" / "bench.py"
@@ -138,6 +139,27 @@ def test_memory_is_of_a_process_of_its_own(found: list[Result]) -> None:
         if sys.platform == "linux":
             assert 0 < r["anon_before_bytes"] <= r["peak_anon_bytes"] < 400e6
             assert 0 < r["mapped_bytes"] < 400e6
+
+
+def test_ceilings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every measurement took two seconds, and the reading in 4 streams one: the best of them counts."""
+    with Ceilings(2, megabytes=3, stream=True) as ceilings:
+        assert all(math.isnan(rate) for rate in (ceilings.read_gb_s, ceilings.fma_gflop_s, ceilings.stream_gb_s))
+
+        def seconds(job: Any, before: Any = None) -> float:
+            return 1.0 if 4 in getattr(job, "args", ()) else 2.0
+
+        monkeypatch.setattr(ceilings, "_seconds", seconds)
+        ceilings.measure(2)
+        assert ceilings.read_gb_s == pytest.approx(3 * 2**20 / 1e9)
+        assert ceilings.fma_gflop_s == pytest.approx(2 * probe_fma(2_000_000) / 2 / 1e9)
+        assert ceilings.stream_gb_s == pytest.approx(7 * 4 * (3 * 2**16) / 2 / 1e9)  # 7 values of 4 bytes for each parameter
+
+
+def test_ceilings_of_no_sensible_size() -> None:
+    for megabytes in (1 << 62, 1 << 45, -1):
+        with pytest.raises(MemoryError, match="no room for"):
+            Ceilings(1, megabytes=megabytes)
 
 
 def test_it_times_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -516,6 +516,7 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": [1], "seed": null}', ["'seed'", "null"]),
         (b'{"tokens": [1], "total": null}', ["'total'", "null"]),
         (b'{"tokens": [1], "temperature": "1"}', ["temperature", "'1'"]),
+        (b'{"tokens": [1], "temperature": "' + b"9" * 10_000 + b'"}', ["temperature is '999"]),
         (b'{"tokens": [1], "temperature": NaN}', ["temperature", "nan"]),
         (b'{"tokens": [1], "temperature": 0}', ["temperature", "0"]),
         (b'{"tokens": [1], "top_k": 5.0}', ["top_k", "5.0"]),
