@@ -135,6 +135,27 @@ def test_calls_are_counted(base: Report) -> None:
             assert calls[mode, name] == times
 
 
+def test_computing_together_by_hand() -> None:
+    """How long none, one and two of two workers compute, with a gap between and a wait that does not count."""
+    step = [
+        [job.Event("fc", 0, 0, 10, 12), job.Event("fcproj", 0, 12, 20, 25)],
+        [job.Event("fc", 0, 4, 6, 12), job.Event("fcproj", 0, 12, 14, 25)],
+    ]
+    assert numbers.computing(step) == {0: 2, 1: 14, 2: 4}
+
+
+def test_a_tally_by_hand() -> None:
+    """Two instances of a kernel: two workers, of which the second is the slower one, and then one of them alone."""
+    tally = numbers.Tally(2)
+    tally.add([(0, 10, 20), (1, 30, 0)], 2)
+    tally.add([(0, 40, 6)], 2)
+    row = tally.row(200)
+    assert (row["calls"], row["self_ns"], row["wait_ns"], row["total_ns"]) == (2, 20 + 20, 10 + 3, 53)
+    assert (row["median_ns"], row["share"]) == (20, 53 / 200)
+    assert row["imbalance"] == (30 + 40) / 40 - 1
+    assert row["workers"] == [{"calls": 2, "self_ns": 50, "wait_ns": 26}, {"calls": 1, "self_ns": 30, "wait_ns": 0}]
+
+
 def test_work_is_the_networks(base: Report) -> None:
     shape = base["model"]
     C, L, V = shape["C"], shape["L"], shape["V"]
