@@ -374,13 +374,15 @@ def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
             Trace(nth, capacity)
 
 
-def test_a_step_that_is_too_small_is_one_workers(small: str) -> None:
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_step_that_is_too_small_is_one_workers(small: str, monkeypatch: pytest.MonkeyPatch, weight: int) -> None:
+    """Unless the price of meeting is left out of account."""
+    monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", weight)
     trace = Trace(2, 64)
     with GPT2.load(small, threads=2) as model:
         model.record(trace)
         model.decode(model.new_cache(), 1)
-    assert trace.events(0)
-    assert not trace.events(1)
+    assert [bool(trace.events(ith)) for ith in range(2)] == [True, weight == 0]
 
 
 def test_one_round_a_kernel_gives_the_same_bits(model: GPT2) -> None:
