@@ -1003,6 +1003,23 @@ def test_full_disk(small: str, arguments: list[str]) -> None:
     refused(result, "No space left on device", status=1)
 
 
+@needs_full
+def test_output_that_is_still_buffered_when_the_job_is_done() -> None:
+    """As a report's is, which is not printed line by line."""
+    program = "import sys; from pygpt.cli import status_of; sys.exit(status_of(lambda: print('a report')))"
+    words = [sys.executable, "-c", program]
+    read, write = os.pipe()
+    os.close(read)
+    gone = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=clean_environment(), timeout=DEADLINE, check=False)
+    os.close(write)
+    assert (gone.returncode, gone.stderr) == (141, b"")
+    with open("/dev/full", "wb") as full:
+        told = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, env=clean_environment(), timeout=DEADLINE, check=False
+        )
+    assert (told.returncode, told.stderr) == (1, b"pygpt: error: [Errno 28] No space left on device\n")
+
+
 def test_closed_stdout(small: str) -> None:
     for arguments in (["1"], ["-"]):
         refused(command("-m", small, *arguments, stdin="1\n", shell='"$@" >&-'), "stdout", status=1)

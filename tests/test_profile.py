@@ -763,6 +763,7 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["--prompt-length", "250", "-n", "7"], "256"),
         (["-n", "0"], "-n"),
         (["-n", "-1"], "-n"),
+        (["-n", ""], "-n"),
         (["-t", "0"], "-t"),
         (["-t", "two"], "-t"),
         (["-r", "1.5"], "-r"),

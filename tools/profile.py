@@ -131,9 +131,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
     if options.train and options.all_workers:
         raise InputError("--all-workers has no meaning with --train, which always uses all: leave it out")
-    options.new = count("-n", options.new or ("3" if options.train else "32"), 1, 1 << 20)
-    options.B, options.T = count("-B", options.B or "4", 1, 1 << 16), count("-T", options.T or "64", 1, 1 << 16)
-    options.sampler = "median" if options.sampler is None else options.sampler
+    for name, usual in ("new", "3" if options.train else "32"), ("B", "4"), ("T", "64"), ("sampler", "median"):
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    options.new = count("-n", options.new, 1, 1 << 20)
+    options.B, options.T = count("-B", options.B, 1, 1 << 16), count("-T", options.T, 1, 1 << 16)
     options.rounds = count("-r", options.rounds, 1, 1000)
     options.serial_tokens = count("--serial-tokens", options.serial_tokens, 1, 1 << 20)
     options.threads = None if options.threads is None else count("-t", options.threads, 1, 256)
