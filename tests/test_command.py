@@ -72,6 +72,13 @@ def command(
     )
 
 
+def serving(*arguments: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
+    """The command as it serves requests, still running."""
+    words = [sys.executable, "-m", "pygpt", *arguments, "-"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=stdout, stderr=pipe, env=clean_environment())
+
+
 def succeed(*arguments: str, stdin: str | bytes = "", **variables: str) -> str:
     """Run it; it must succeed in silence. Return its output."""
     result = command(*arguments, stdin=stdin, **variables)
@@ -160,13 +167,7 @@ def test_a_model_read_into_memory_answers_the_same(small: str, options: list[str
 def test_a_model_read_into_memory_may_be_written_over(small: str, tmp_path: Path, options: list[str]) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(Path(small).read_bytes())
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pygpt", "-m", str(path), "--no-mmap", *options, "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=clean_environment(),
-    )
+    child = serving("-m", str(path), "--no-mmap", *options)
     assert child.stdin is not None
     assert child.stdout is not None
     child.stdin.write(b"\n")
@@ -862,13 +863,7 @@ def test_interrupt_while_nobody_reads(small: str) -> None:
     read, write = os.pipe()
     room = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     lines = b"\n" * (room + 10)
-    with subprocess.Popen(
-        [sys.executable, "-m", "pygpt", "-m", small, "-t", "1", "-"],
-        stdin=subprocess.PIPE,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        env=clean_environment(),
-    ) as child:
+    with serving("-m", small, "-t", "1", stdout=write) as child:
         os.close(write)
         assert child.stdin is not None
         assert child.stderr is not None
@@ -922,13 +917,7 @@ def test_interrupt_of_a_real_answer(tmp_path: Path, threads: str) -> None:
     """Thousands of tokens are under way; the line ends early, and the same process answers the next request in full."""
     path = str(tmp_path / "long.bin")
     make(path, **{**SHAPE, "maxT": 20000})
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pygpt", "-m", path, "-t", threads, "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=clean_environment(),
-    )
+    child = serving("-m", path, "-t", threads)
     assert child.stdin is not None
     assert child.stdout is not None
     for _ in range(3):
