@@ -594,9 +594,11 @@ def test_a_repeated_kernel_moves_its_own_row(model: GPT2, times: float) -> None:
 
 
 def test_the_planted_bottleneck_is_named() -> None:
+    """By its median: a loaded system may hold up one call of another kernel for longer than all of these take."""
     report = report_of(*SMALL, "--stretch", "attproj=200")
     for mode in ("prefill", "decode"):
-        assert next(row["name"] for row in report["kernels"] if row["mode"] == mode) == "attproj"
+        kernels = [row for row in report["kernels"] if (row["mode"], row["kind"]) == (mode, "kernel")]
+        assert max(kernels, key=lambda row: row["median_ns"])["name"] == "attproj"
     assert report["job"]["planted"] == ["attproj takes 200 times as long"]
 
 
