@@ -98,6 +98,7 @@ cdef extern from "sampler.h" nogil:
         float* x, ranked* order, ranked* spare, exps_function* exps,
     )
     ptrdiff_t weighted_id(const float* e, ptrdiff_t V, double coin)
+    double natural_log(double x)
     double uniform_of(uint64_t seed, uint64_t stream, uint64_t step)
     float highest(const float* logits, ptrdiff_t V)
     double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)

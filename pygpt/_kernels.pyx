@@ -19,7 +19,7 @@ import os
 from operator import index as whole_number
 
 from cpython.buffer cimport PyBUF_FORMAT
-from libc.math cimport frexp, sqrtf
+from libc.math cimport sqrtf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
@@ -295,21 +295,6 @@ cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, 
             before = head * each + s.spans[i].cost
 
 
-cdef double log_of(double x) noexcept nogil:
-    """The natural logarithm of a positive x, relative error below 1e-15 for x >= 2; a NaN stays one. Of plain float64
-    operations, so that the bits are the same on every machine: x = m 2^e with m within sqrt(2) of 1, and
-    log(m) = 2 artanh(s), s = (m - 1) / (m + 1), by its series."""
-    cdef int e = 0, k
-    cdef double m = frexp(x, &e), s, square, total = 0
-    if m < 0.7071067811865476:
-        m, e = 2 * m, e - 1
-    s = (m - 1) / (m + 1)
-    square = s * s
-    for k in range(21, 0, -2):
-        total = total * square + 2.0 / k
-    return e * 0.6931471805599453 + total * s
-
-
 cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """losses[r] = -log(softmax(logits[r])[target]); logits becomes exp(logits - max), total its sum. Rows are split."""
     cdef Py_ssize_t r, start, stop
@@ -320,7 +305,7 @@ cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth
         row = s.logits + r * s.logits_row
         target = row[s.targets[r]]
         s.total[r] = micro.softmax(row, net.V, 1, &highest)
-        s.losses[r] = <float> (log_of(s.total[r]) - (<double> target - highest))
+        s.losses[r] = <float> (natural_log(s.total[r]) - (<double> target - highest))
 
 # ------------------------------------------------------------------------------------------------ (c) the forward pass
 
@@ -441,7 +426,7 @@ cdef class Floats:
 
     def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols):
         cdef void* memory = NULL
-        if rows < 0 or cols < 0 or (rows and cols > (<Py_ssize_t> 1 << 60) // (4 * rows)):
+        if rows < 0 or cols < 0 or (cols and rows > (<Py_ssize_t> 1 << 58) // cols):
             raise MemoryError(f"no room for {rows} x {cols} float32 values")
         if posix_memalign(&memory, 64, max(rows * cols, 1) * sizeof(float)):
             raise MemoryError(f"no room for {rows} x {cols} float32 values ({rows * cols * 4} bytes)")
@@ -541,8 +526,11 @@ cdef class Trace:
         cdef Py_ssize_t i
         if nth < 1 or capacity < 1:
             raise InputError(f"a trace of {capacity} events for {nth} workers: both must be at least 1")
-        if posix_memalign(&memory, 64, nth * sizeof(trace_log)):
-            raise MemoryError("no room for a trace")
+        if (
+            nth > (<Py_ssize_t> 1 << 50) or capacity > (<Py_ssize_t> 1 << 50)   # or the sizes would wrap around
+            or posix_memalign(&memory, 64, nth * sizeof(trace_log))
+        ):
+            raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
         memset(memory, 0, nth * sizeof(trace_log))
         self.logs = <trace_log*> memory
         self.nth, self.capacity = nth, capacity
@@ -586,7 +574,8 @@ cdef class Trace:
             self.logs[i].count = self.logs[i].dropped = 0
 
     def stretch(self, Py_ssize_t ith, phase, double times) -> None:
-        """For debugging a report: make worker ith spend `times` as long in a phase (None: in every phase)."""
+        """For debugging a report: make worker ith spend `times` as long in a phase (None: in every phase). Raises InputError
+        for a worker that is not there, ValueError for a phase that is none of PHASES."""
         cdef trace_log* log = self.log(ith)
         log.stretched = -1 if phase is None else PHASES.index(phase)
         log.stretch = times
@@ -631,13 +620,13 @@ cdef class Step:
             raise InputError(f"{active} workers: this step has 1 to {self.nth}")
         self.active = active
         s.R = s.W = 0
-        self.keep = []
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
                 raise InputError(f"row {shown(entry)} is not (token, cache, want_logits)")
-            self.keep.append(entry[1])
-        # All that can run the caller's code (an index(), a truth value) comes before anything is noted in a cache.
+        # All that can run the caller's code (an index(), a truth value) comes before anything is noted in a cache, and the
+        # caches are checked after it: it may have changed the caller's rows.
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
+        self.keep = [cache for _, cache, _ in rows]
         for cache in self.keep:
             if cache.weights is not self.weights:
                 raise InputError("the cache belongs to another model: make one with this model's new_cache()")

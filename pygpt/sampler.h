@@ -181,13 +181,13 @@ static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
     return (((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
 }
 
-/* ---------------------------------------------------------------------------------------- log-probabilities */
+/* ---------------------------------------------------------------------------------------- log-probabilities, losses */
 
-/* ln(x) of a normal float64 x > 0, to a few units of the last place: x = m 2^k with sqrt(1/2) <= m < sqrt(2), and
- * ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. No libm. */
+/* ln(x) of a normal float64 x > 0, to a few units of the last place; a NaN stays one. x = m 2^k with sqrt(1/2) <= m < sqrt(2),
+ * and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. No libm. */
 static inline double natural_log(double x) {
     const double LN2 = 0.6931471805599453;
-    int k;
+    int k = 0;
     double m = frexp(x, &k); /* exact */
     if (m < 0.7071067811865476) m *= 2, k--;
     const double s = (m - 1) / (m + 1), t = s * s;

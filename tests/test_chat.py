@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 import pygpt.tokenizer
 from pygpt import GPT2
 from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, write_checkpoint
-from pygpt.child import child_environment
+from pygpt.child import ChildError, child_environment, read_ids
 from pygpt.config import Config
 from pygpt.tokenizer import Tokenizer
 
@@ -559,6 +559,25 @@ def test_child_has_a_process_group_of_its_own_and_ends_with_the_chat(fake: Fake)
     fake.run("hi")
     assert fake.log("group") == fake.log("pid")
     assert gone(fake.log("pid")[0])
+
+
+@given(ids=st.lists(st.integers(0, (1 << 20) - 1), max_size=6), size=st.integers(1, 20), ends=st.sampled_from([b"", b" "]))
+def test_ids_are_read_in_any_pieces(ids: list[int], size: int, ends: bytes) -> None:
+    line = b" ".join(b"%d" % number for number in ids) + ends + b"\n"
+    assert list(read_ids(line[at : at + size] for at in range(0, len(line), size))) == ids
+    with pytest.raises(EOFError):
+        list(read_ids([line[:-1]]))
+
+
+def test_a_number_too_long_for_an_id_is_not_waited_for() -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"5 12345678"
+        pytest.fail("it has asked for more")
+
+    found = read_ids(chunks())
+    assert next(found) == 5
+    with pytest.raises(ChildError, match="'12345678' where a token id was expected"):
+        next(found)
 
 
 def test_ctrl_c_stops_the_only_reply(fake: Fake) -> None:
