@@ -18,8 +18,8 @@ JSON: a list. First the object with test "ceilings": cpu, isa, python, pygpt, co
 read_gb_s and fma_gflop_s by threads. Then one for each test, by whom and for how many threads it was run: test, by, threads,
 tokens_per_s (median), tokens_per_s_middle_half [low, high], seconds (median), rounds, percent_of_limit (null: it has none),
 peak_anon_bytes (null: not measured): resident memory that is not the file's after the test, in a process of its own, of which
-anon_before_bytes were there before it and cache_bytes are the keys and values; mapped_bytes of files beside it; with one
-thread in the same run speed_up, hardware_speed_up, percent_of_hardware_scaling, and with --reference
+anon_before_bytes were there before it, without the keys and values, which take cache_bytes; mapped_bytes of files beside it;
+with one thread in the same run speed_up, hardware_speed_up, percent_of_hardware_scaling, and with --reference
 speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench_train.py.)
 """
 
@@ -51,7 +51,6 @@ from pygpt import (  # noqa: E402
     Checkpoint,
     Config,
     InputError,
-    KVCache,
     PyGPTError,
     SerialGPT2,
     TrainableGPT2,
@@ -122,31 +121,25 @@ def decode_bytes(config: Config, value_bytes: int, depth: int, new: int, batch: 
     return float(new * weights + batch * context)
 
 
-def time_prefill(model: GPT2, length: int, caches: list[KVCache] | None = None) -> float:
-    """Seconds for a prompt. `caches` gets the cache, where it is to outlive the test."""
+def time_prefill(model: GPT2, length: int) -> float:
+    """Seconds for a prompt."""
     tokens = prompt(model.config, length)
     cache = model.new_cache(length)
     start = time.perf_counter()
     model.prefill(cache, tokens)
-    seconds = time.perf_counter() - start
-    if caches is not None:
-        caches.append(cache)
-    return seconds
+    return time.perf_counter() - start
 
 
-def time_decode(model: GPT2, depth: int, new: int, batch: int, caches: list[KVCache] | None = None) -> float:
-    """Seconds for `new` tokens each of `batch` sequences after `depth` tokens that are not timed. `caches` as above."""
-    used = [model.new_cache(depth + new) for _ in range(batch)]
-    for cache in used:
+def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
+    """Seconds for `new` tokens each of `batch` sequences after `depth` tokens that are not timed."""
+    caches = [model.new_cache(depth + new) for _ in range(batch)]
+    for cache in caches:
         model.prefill(cache, prompt(model.config, depth))
-    rows = [((13 + i) % model.config.V, cache, True) for i, cache in enumerate(used)]
+    rows = [((13 + i) % model.config.V, cache, True) for i, cache in enumerate(caches)]
     start = time.perf_counter()
     for _ in range(new):
         model.step(rows)
-    seconds = time.perf_counter() - start
-    if caches is not None:
-        caches += used
-    return seconds
+    return time.perf_counter() - start
 
 
 def time_usual_job(model: GPT2 | SerialGPT2) -> float:
@@ -165,8 +158,8 @@ def time_process(path: str, *options: str) -> float:
 
 
 def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]:
-    """Resident memory after a test, in a process of its own: anonymous and mapped from the file; of training, the most
-    there was."""
+    """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file; of
+    training, the most there was."""
     command = [sys.executable, __file__, "--memory-of", json.dumps([test, path, threads, *sizes])]
     found: dict[str, int] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return found
@@ -192,15 +185,14 @@ def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> di
 
 
 def memory_of_step(test: str, path: str, threads: int, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
-    """After a prefill or a decode."""
-    caches: list[KVCache] = []
+    """After a prefill or a decode, when its caches are gone."""
     with GPT2.load(path, threads=threads) as model:
         before = _resident()
         if test == "pp":
-            time_prefill(model, length, caches)
+            time_prefill(model, length)
             cached = length
         else:
-            time_decode(model, depth, new, batch, caches)
+            time_decode(model, depth, new, batch)
             cached = (depth + new) * batch
         after = _resident()
         cache = 2 * 4 * model.config.L * model.config.C * cached
