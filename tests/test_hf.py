@@ -5,6 +5,8 @@ import os
 import re
 import resource
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from pygpt.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
 from pygpt.safetensors_file import HEADER_LIMIT, SafetensorsFile, write_safetensors
 
 Tensors = dict[str, Raw]
+ROOT = Path(__file__).resolve().parent.parent
 MB = 1 << 20
 
 
@@ -666,3 +669,25 @@ def test_it_needs_little_memory(folder: Path, dtype: str) -> None:
         tracemalloc.stop()
     assert os.path.getsize("model/model.safetensors") > size - 100_000
     assert peak < 8 * MB < size / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
+def test_it_needs_less_room_than_the_file(folder: Path) -> None:
+    """Nor are more than some rows or a layer of it mapped at a time: neither ulimit -v nor a container's limit minds."""
+    shape = {"maxT": 64, "V": 20000, "L": 60, "NH": 1, "C": 128}
+    sparse(Path("m.safetensors"), "F32", **shape)
+    assert os.path.getsize("m.safetensors") > 54 * MB
+    limited = """
+import os, resource
+from pygpt.convert import main
+import numpy
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + (24 << 20),) * 2)
+assert main(["m.safetensors", "a.bin", "--heads", "1"]) == 0
+assert main(["a.bin", "model/"]) == 0
+assert main(["a.bin", "b.bin"]) == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", limited], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
