@@ -160,16 +160,16 @@ class Checkpoint:
         import numpy as np
 
         width, row = VALUE_BYTES[self.version], prod(shape[1:])
-        try:
-            data = self._bytes((offset + start * row) * width, (offset + stop * row) * width)
-        except ValueError:
-            raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
+        data = self._bytes((offset + start * row) * width, (offset + stop * row) * width)
         array: npt.NDArray[Any] = np.frombuffer(data, "<u2" if self.bf16 else "<f4").reshape(-1, *shape[1:])
         return _from_bfloat16(array) if self.bf16 else array
 
     def _bytes(self, start: int, stop: int) -> memoryview:
-        """Bytes of the values. Raises ValueError when the checkpoint is closed."""
-        return self.values[start:stop]
+        """Bytes of the values. Raises ClosedError."""
+        try:
+            return self.values[start:stop]
+        except ValueError:
+            raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
 
     def close(self) -> None:
         """Unmap the file once no array views it any more. May be called twice."""
@@ -202,7 +202,7 @@ class StreamedCheckpoint(Checkpoint):
 class Windows:
     """An open file, looked at through read-only maps of some bytes each, which last as long as what views them.
 
-    `size`: of the file, in bytes. Raises what map_file() does, and when the file has become shorter since.
+    `size`: of the file, in bytes. Raises what map_file() does, also later, when the file has become shorter.
     """
 
     def __init__(
@@ -219,9 +219,9 @@ class Windows:
             raise
 
     def view(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop) of the file. Raises ValueError after close()."""
+        """Bytes [start, stop) of the file. Raises ClosedError."""
         if self._fd < 0:
-            raise ValueError("the file is closed")
+            raise ClosedError(f"{self._path}: the {self._kind} is closed; read its tensors before close()")
         if start == stop:
             return memoryview(b"")
         first = start - start % mmap.ALLOCATIONGRANULARITY
