@@ -185,7 +185,7 @@ class Checkpoint:
 
 
 class StreamedCheckpoint(Checkpoint):
-    """An open checkpoint of which no more is mapped than is being looked at: it passes through any memory. It has no `values`."""
+    """An open checkpoint of which no more is mapped than is being looked at: it fits any memory. It has no `values`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)

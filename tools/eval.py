@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     shared = Parser(add_help=False)
     add = shared.add_argument
-    add("-m", "--model", metavar="MODEL", help="a checkpoint, or a downloaded model's name (default: as `python -m pygpt` finds one)")
+    add("-m", "--model", metavar="MODEL", help="a checkpoint, or a downloaded model's name (default: as the command finds one)")
     add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
