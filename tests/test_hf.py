@@ -677,7 +677,7 @@ def test_a_source_that_is_cut_short_meanwhile(
 ) -> None:
     make("a.bin", **SHAPE)
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
-    write = safetensors_file._write_values
+    write = checkpoint._write_values
 
     def write_and_cut(*arguments: Any) -> None:
         write(*arguments)
