@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to serve requests from stdin")
-    parser.add_argument("-m", "--model", metavar="PATH", help="an llm.c checkpoint (.bin, version 1, 3 or 5)")
+    parser.add_argument(
+        "-m", "--model", metavar="MODEL", help="an llm.c checkpoint (version 1, 3 or 5), or the name of a downloaded model"
+    )
     parser.add_argument("-n", "--total", metavar="N", help="tokens in all, the given ones included (default 10)")
     parser.add_argument("--max-new-tokens", metavar="N", help="new tokens, instead of --total")
     parser.add_argument("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
@@ -145,8 +147,8 @@ def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) 
     path, origin = find_model(path)
     model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
-        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
-        f"{GPT2_FILE} into this folder, or name it with -m or PYGPT_MODEL"
+        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 run `python -m pygpt.download gpt2`, "
+        "then name it with -m gpt2 or PYGPT_MODEL=gpt2"
     )
     return model, notice if origin == "embedded" else ""
 

@@ -126,8 +126,8 @@ static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdif
 }
 
 /* The weights (V,) by which sampling chooses: exp of the logits after repetition penalty and temperature, 1 for the highest, 0
- * for those that top_k, top_p and min_p in turn leave out. Of equal logits top_p takes the higher id first, as where Hugging
- * Face sorts. Returns 0 when the logits are not finite. `x` is room for V values, `order` and `spare` for V ids.
+ * for those that top_k, top_p and min_p in turn leave out. Of equal logits top_p takes the higher id first, a choice
+ * that Hugging Face leaves to the sort. Returns 0 when the logits are not finite. `x` is room for V values, `order` and `spare` for V ids.
  * Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
 static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, const unsigned char *seen, const sample_options *o,
                                     float *x, ranked *order, ranked *spare, exps_function *exps) {

@@ -142,7 +142,7 @@ def test_the_main_job() -> None:
     assert result.returncode == 0
     assert result.stdout == "".join(f"{token}\n" for token in MAIN_JOB)
     assert result.stderr.count("\n") == 1
-    for word in ("embedded", "gpt2_124M.bin", "-m", "PYGPT_MODEL"):
+    for word in ("embedded", "gpt2_124M.bin", "`python -m pygpt.download gpt2`", "-m gpt2", "PYGPT_MODEL=gpt2"):
         assert word in result.stderr
 
 
