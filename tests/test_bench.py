@@ -163,24 +163,25 @@ def test_ceilings_of_no_sensible_size() -> None:
 
 
 def test_it_times_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of each pass through the network, and the caches afterwards."""
+    """The rows of each pass through the network, and the lengths of the caches afterwards."""
     passes: list[dict[int, int]] = []
+    caches: dict[int, KVCache] = {}
     step = GPT2._step
 
     def spy(self: GPT2, rows: Any, lengths: Any) -> Any:
         passes.append(dict(Counter(id(cache) for _, cache, _ in rows)))
+        caches.update((id(cache), cache) for _, cache, _ in rows)
         return step(self, rows, lengths)
 
     monkeypatch.setattr(GPT2, "_step", spy)
     with GPT2.load(path, threads=1) as model:
-        caches: list[KVCache] = []
-        assert bench.time_prefill(model, 9, caches) > 0
-        assert ([list(rows.values()) for rows in passes], [cache.length for cache in caches]) == ([[9]], [9])
+        assert bench.time_prefill(model, 9) > 0
+        assert ([list(rows.values()) for rows in passes], [cache.length for cache in caches.values()]) == ([[9]], [9])
         passes.clear()
         caches.clear()
-        assert bench.time_decode(model, 4, 3, 2, caches) > 0
+        assert bench.time_decode(model, 4, 3, 2) > 0
         assert [list(rows.values()) for rows in passes] == [[4], [4], [1, 1], [1, 1], [1, 1]]
-        assert [cache.length for cache in caches] == [7, 7]
+        assert [cache.length for cache in caches.values()] == [7, 7]
         passes.clear()
         assert bench.time_usual_job(model) > 0
         assert [list(rows.values()) for rows in passes] == [[2], *[[1]] * 7]
