@@ -102,7 +102,7 @@ class Trainer:
         self._check_finite("validation loss" if validation else "loss", loss, place)
         return loss
 
-    def _check_finite(self, what: str, value: float, place: "dict[str, int | None]") -> None:
+    def _check_finite(self, what: str, value: float, place: "dict[str, int | str | None]") -> None:
         if not math.isfinite(value):
             where = ", ".join(f"{name} {place[name]}" for name in ("epoch", "shard", "batch"))
             raise NumericalError(

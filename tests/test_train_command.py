@@ -657,6 +657,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["--shuffle"], "--shuffle is True"),
         (["--val-tokens", "30"], "--val-tokens is 30, and the state's is None"),
         (["--data", "val.bin"], "tokens = 400"),
+        (["--data", "other.bin"], "state is for fingerprint = "),
         (["--out", "taken"], "taken.bin: it exists already"),
         (["--log", "taken.bin"], "taken.bin: it exists already"),
         (["--warmup", "3"], "warmup is 3: it must be a whole number from 0 to 2"),
@@ -665,6 +666,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_a_resumed_run_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run")
     Path("taken.bin").touch()
+    shard(Path("other.bin"), np.arange(400) % V)
     before = files()
     status, output, error = here(capsys, "--resume", "run.state", *arguments)
     assert (status, output) == (2, "")
