@@ -50,7 +50,7 @@ class Trainer:
     ) -> None:
         longest = engine.config.maxT
         if longest < loader.T:
-            raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens")
+            raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens; make T smaller")
         self.engine, self.loader = engine, loader
         self.options = options or TrainingOptions()
         self.done = 0

@@ -302,7 +302,10 @@ def test_the_loader_refuses(tmp_path: Path, make: Callable[[str], Any], message:
         ({"T": 1}, "state is for T = 1, this loader has 2"),
         ({"tokens": 8}, "state is for tokens = 8, this loader has 9"),
         ({"shards": 2}, "state is for shards = 2, this loader has 1"),
-        ({"fingerprint": "0" * 32}, "state is for fingerprint = '0{32}', this loader has '[0-9a-f]{32}': give it the same data"),
+        (
+            {"fingerprint": "0" * 32},
+            "state is for fingerprint = '0{32}', this loader has '[0-9a-f]{32}': give it the same data",
+        ),
         ({"shuffle_seed": None}, "state is for shuffle_seed = None, this loader has 5"),
         ({"shard": 1}, "shard = 1: it must be a whole number from 0 to 0"),
         ({"batch": 3}, "batch = 3: it must be a whole number from 0 to 2"),
@@ -338,7 +341,7 @@ def test_data_have_a_fingerprint(
             folder = tmp_path_factory.mktemp("shards")
             return DataLoader([shard(folder, ids, f"{i}.bin") for i, ids in enumerate(shards)], 1, 1).fingerprint
 
-        digest, seen = hashlib.sha256(), set()
+        digest, seen = hashlib.sha256(), set[tuple[int, int]]()
         for s, ids in enumerate(shards):
             digest.update(struct.pack("<q", len(ids)))
             places = [[*range(len(ids))]]
