@@ -163,16 +163,17 @@ def test_a_sequence_has_its_losses_in_any_batch() -> None:
         assert np.array_equal(model.forward(inputs[:, :9], targets[:, :9]), together[:, :9])
 
 
-def test_accumulated_halves_have_the_bits_of_the_whole_but_for_wte() -> None:
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_have_the_bits_of_the_whole_but_for_wte(parts: int) -> None:
     """Rows are added in the same order either way. Only wte has two parts, the head's and the encoder's, batch by batch."""
     inputs, targets = batch(SHAPE, 4, 20)
     with TrainableGPT2.random(SHAPE, seed=6, threads=2) as model:
         model.forward(inputs, targets)
         model.backward()
         whole = {name: model.gradient(name).copy() for name, _, _, _ in SHAPE.tensors(padded=True)}
-        for half in (slice(0, 2), slice(2, 4)):
-            model.forward(inputs[half], targets[half])
-            model.backward(accumulate=half.start > 0, scale=0.5)
+        for some in np.split(np.arange(4), parts):
+            model.forward(inputs[some], targets[some])
+            model.backward(accumulate=some[0] > 0, scale=1 / parts)
         for name, gradient in whole.items():
             if name != "wte":
                 assert np.array_equal(model.gradient(name), gradient), name

@@ -21,7 +21,8 @@ random with the step as seed. --log FILE has a line of JSON for each step:
     val_loss        of the same weights, where they were validated; a last line has only this and step
 
 Exit status: 0; 1 for a failure at run time, such as a loss that is not finite, and for differences found by --check; 2 for bad
-input; 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
+input; 130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of stdout has gone, with everything saved. What a run that ends
+by an error has made is saved too, unless it made a loss that is not finite and there is an earlier save.
 """
 
 import argparse
