@@ -107,7 +107,8 @@ def test_a_tiny_network_takes_one_worker_and_a_larger_one_all(monkeypatch: pytes
             model.gradient_norm()
             model.update(lr=0.1, step=1)
         phases = [{name for name, *_ in trace.events(ith)} for ith in range(3)]
-        assert phases == [set(PHASES) if ith < working else set() for ith in range(3)]
+        assert phases[0] >= {"qkv", "loss", "dlogits", "dqkv", "dencoder", "norm", "update"}
+        assert phases == [phases[0] if ith < working else set() for ith in range(3)]
 
 
 PROGRAM = """
