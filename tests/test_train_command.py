@@ -834,6 +834,33 @@ def test_a_run_that_diverges_leaves_the_last_save(capsys: pytest.CaptureFixture[
     assert state_of("run.state.1").progress.step == done - 1
 
 
+def test_a_resumed_run_that_diverges_replaces_no_state(capsys: pytest.CaptureFixture[str]) -> None:
+    here(capsys, *RUN, "--steps", "4", "--save-every", "2", "--out", "run")
+    before = files()
+    for state in ("run.state", "run.state.1"):
+        assert here(capsys, "--resume", state, *DIVERGING[:-3], "--steps", "40", "--save-every", "0")[0] == 1
+        assert files() == before
+
+
+def test_a_signal_before_a_resumed_run_made_a_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    here(capsys, *RUN, "--steps", "4", "--save-every", "2", "--val", "val.bin", "--out", "run")
+    before = files()
+
+    def interrupted(*_: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr(train.Run, "look", interrupted)
+    for arguments, said in (
+        (["run.state"], "saved; to go on: python tools/train.py --resume run.state\n"),
+        (["run.state.1"], "nothing was saved\n"),
+        (["run.state", "--out", "new"], "nothing was saved\n"),
+    ):
+        status, _, error = here(capsys, "--resume", *arguments)
+        assert (status, error.endswith(said)) == (130, True), error
+        assert files() == before
+
+
 def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
     """They are never saved; the last saved state stays, and it is said which one it is."""
     here(capsys, *RUN, "--steps", "3", "--out", "run")

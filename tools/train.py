@@ -312,8 +312,9 @@ class Run:
         state: TrainingState | None,
     ) -> None:
         self.trainer, self.validation, self.job, self.output, self.log = trainer, validation, job, output, log
+        self.begun = trainer.done  # updates that the run began with
         here = output is not None and state is not None and state.path == os.path.realpath(output.state)
-        self.saved = trainer.done if here else 0  # updates in the state on the disk, if there is one
+        self.saved = self.begun if here else 0  # those in its own state on the disk, if there is one
         self.saving = False
 
     def train(self, stop: Stop) -> None:
@@ -326,7 +327,7 @@ class Run:
                     lines.step(trainer.step())
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:
                         self.save()
-            if stop.signal is None or trainer.done > self.saved:
+            if stop.signal is None or trainer.done > max(self.saved, self.begun):
                 self.save()
         except Exception as error:
             self.rescue(error)
@@ -375,16 +376,18 @@ class Run:
         """
         if self.output is None:
             return
-        suspect = isinstance(error, NumericalError)
-        if self.trainer.done > self.saved and not self.saving and not (suspect and self.saved) and finite(self.trainer.engine):
+        suspect, older = isinstance(error, NumericalError), max(self.saved, self.begun)
+        worth = self.trainer.done > older and not (suspect and older) and finite(self.trainer.engine)
+        if worth and not self.saving:
             try:
                 self.save()
             except PyGPTError as second:
                 say(str(second))
         if self.saved and not isinstance(error, BrokenPipeError):
-            older = f"{self.output.state}.1"
-            earlier = f" ({older} after fewer)" if suspect and self.saved == self.trainer.done and os.path.exists(older) else ""
-            say(f"{self.output.state} has the run after {counted(self.saved)}{earlier}, until this:")
+            state, other = self.output.state, ""
+            if suspect and self.saved == self.trainer.done and os.path.exists(f"{state}.1"):
+                other = f" ({state}.1 after fewer)"
+            say(f"{state} has the run after {counted(self.saved)}{other}, until this:")
 
 
 def finite(engine: Engine) -> bool:
