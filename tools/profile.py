@@ -147,8 +147,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, flag in (GENERATION if options.train else TRAINING).items():
         if getattr(options, name) is not None:
             raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
-    if options.train and options.all_workers:
-        raise InputError("--all-workers has no meaning with --train, which always uses all: leave it out")
     options.new = count("-n", options.new or ("3" if options.train else "32"), 1, 1 << 20)
     options.B, options.T = count("-B", options.B or "4", 1, 1 << 16), count("-T", options.T or "64", 1, 1 << 16)
     options.sampler = options.sampler or "median"
