@@ -36,7 +36,7 @@ text: Any = importlib.import_module("profiler.text")
 
 Report = dict[str, Any]
 SMALL = ("-m", EMBEDDED_MODEL, "-t", "2", "--all-workers", "--skip", "all", "--prompt-length", "40", "-n", "5", "-r", "2")
-TRAIN = ("--train", "-t", "2", "--skip", "all", "-B", "2", "-T", "16", "-n", "3", "-r", "2")
+TRAIN = ("--train", "-t", "2", "--all-workers", "--skip", "all", "-B", "2", "-T", "16", "-n", "3", "-r", "2")
 CONFIG = Config(maxT=64, V=300, L=2, NH=4, C=64)
 STAGES = ("forward", "backward", "norm", "update")
 DOCUMENTATION = SCRIPT.read_text().split('"""')[1]
@@ -789,7 +789,6 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["--train", "--tokens", "1"], "--tokens has no meaning with --train"),
         (["--train", "--prompt-length", "1"], "--prompt-length has no meaning with --train"),
         (["--train", "--sampler", "greedy"], "--sampler has no meaning with --train"),
-        (["--train", "--all-workers"], "--all-workers"),
         (["--train", "-B", "0"], "-B"),
         (["--train", "-T", "257"], "256"),
         (["--train", "-n", "0"], "-n"),

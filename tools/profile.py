@@ -129,8 +129,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, flag in (GENERATION if options.train else TRAINING).items():
         if getattr(options, name) is not None:
             raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
-    if options.train and options.all_workers:
-        raise InputError("--all-workers has no meaning with --train, which always uses all: leave it out")
     for name, usual in ("new", "3" if options.train else "32"), ("B", "4"), ("T", "64"), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)
