@@ -594,12 +594,17 @@ def test_a_repeated_kernel_moves_its_own_row(model: GPT2, times: float) -> None:
 
 
 def test_the_planted_bottleneck_is_named() -> None:
-    """By its median: a loaded system may hold up one call of another kernel for longer than all of these take."""
-    report = report_of(*SMALL, "--stretch", "attproj=200")
-    for mode in ("prefill", "decode"):
-        kernels = [row for row in report["kernels"] if (row["mode"], row["kind"]) == (mode, "kernel")]
-        assert max(kernels, key=lambda row: row["median_ns"])["name"] == "attproj"
-    assert report["job"]["planted"] == ["attproj takes 200 times as long"]
+    """By its median, and tried again: a loaded system may hold up another kernel for longer than all of these take."""
+    named = []
+    for _ in range(6):
+        report = report_of(*SMALL, "--stretch", "attproj=200")
+        assert report["job"]["planted"] == ["attproj takes 200 times as long"]
+        kernels = [row for row in report["kernels"] if row["kind"] == "kernel"]
+        modes = [[row for row in kernels if row["mode"] == mode] for mode in ("prefill", "decode")]
+        named.append([max(rows, key=lambda row: row["median_ns"])["name"] for rows in modes])
+        if named[-1] == ["attproj", "attproj"]:
+            return
+    pytest.fail(f"attproj was made 200 times as long, the longest were {named}")
 
 
 @pytest.mark.parametrize("worker", [0, 1])
