@@ -459,7 +459,8 @@ def run(options: argparse.Namespace) -> None:
         report_memory(*json.loads(options.memory_of))
         return
     try:
-        machine, results = (measure_training if options.train else measure)(options, find_model(options.model)[0])
+        path = os.path.abspath(find_model(options.model)[0])  # children run in another folder
+        machine, results = (measure_training if options.train else measure)(options, path)
     except RuntimeError as error:  # a peer's
         raise PyGPTError(str(error)) from None
     if options.train:
