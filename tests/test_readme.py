@@ -76,7 +76,7 @@ ELSEWHERE = {
 
 # What makes a command short: the last of two options counts.
 SHORTENED = {
-    "python tools/train.py --data": "--steps 2 --warmup 0",
+    "python tools/train.py --data": "--steps 1 --warmup 0 --val-batches 1",
     "python tools/train.py --resume": "--steps 2",
     "python tools/bench.py": "--rounds 1 --prompts 64 --limit-megabytes 8 --no-memory",
     "python tools/profile.py": "--rounds 1 --skip all",
