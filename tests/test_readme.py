@@ -120,7 +120,7 @@ def runs_elsewhere(command: str) -> bool:
 
 @pytest.mark.parametrize("command", [command for command in commands() if not runs_elsewhere(command)])
 def test_commands_run_as_written(place: Path, command: str) -> None:
-    for name in outputs(command):
+    for name in outputs(command):  # which may stand there as another's input
         for old in place.glob(f"{name.removesuffix('.bin').rstrip('/')}*"):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     more = [options for beginning, options in SHORTENED.items() if command.startswith(beginning)]
