@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._kernels import Logits, Trace
     from .parameters import LiveWeights
 
-CHUNK = 256  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
+CHUNK = 512  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
 
 # Pauses that a worker spins at a native barrier before it sleeps. A worker with a core of its own wins by spinning; workers
 # that share cores must give way at once.

@@ -249,7 +249,7 @@ def test_the_trace_names_every_phase() -> None:
     with TrainableGPT2.random(SHAPE, seed=1, threads=2) as model:
         trace = Trace(2, 1000)
         model.record(trace)
-        model.forward(*batch(SHAPE, 1, 5))
+        model.forward(*batch(SHAPE, 2, 40))  # rows enough to be packed
         model.backward()
         model.gradient_norm()
         model.update(lr=0.1, step=1)
