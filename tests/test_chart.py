@@ -90,7 +90,7 @@ def test_bars_are_as_long_as_rates(tmp_path: Path) -> None:
     shown = texts(picture)
     assert shown[0] == "GPT-2 124M in float32, 2 threads"
     assert shown[1:3] == ["peer <1>", "pygpt"]
-    assert {"prefill, 512 tokens", "decode after 8 tokens", "300", "100", "40", "limit 400"} <= set(shown)
+    assert {"prefill, 512 tokens", "decode after 8 tokens", "300", "100", "40.0", "limit 400"} <= set(shown)
     assert shown[-1].endswith("2 x <CPU> & Co, avx2")
     assert len(by_length) == 3
     assert whole > 4 * hundred - 0.4  # a column without a limit is as wide as its best

@@ -189,7 +189,7 @@ def title_of(test: str) -> str:
 
 def figure(rate: float) -> str:
     """Three significant figures."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}"
 
 
 def text(
