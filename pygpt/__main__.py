@@ -145,8 +145,8 @@ def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) 
     path, origin = find_model(path)
     model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
-        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; `python -m pygpt.download gpt2` brings GPT-2, "
-        "which -m gpt2 or PYGPT_MODEL=gpt2 then names"
+        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
+        f"{GPT2_FILE} into this folder, or name it with -m or PYGPT_MODEL"
     )
     return model, notice if origin == "embedded" else ""
 
