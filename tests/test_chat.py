@@ -911,7 +911,10 @@ def test_tokens_shows_ids_and_pieces(bench: Bench, capsys: pytest.CaptureFixture
     ]
 
 
-def test_probs_shows_what_the_network_expects(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probs_shows_what_the_network_expects(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     bench.take("/set sampler greedy", "hello there")
     capsys.readouterr()
     bench.take("/probs")
@@ -927,6 +930,21 @@ def test_probs_shows_what_the_network_expects(bench: Bench, capsys: pytest.Captu
     bars = [line.count("█") + line.count("#") for line in lines]
     assert bars[0] == 40
     assert bars == [round(40 * probabilities[token] / probabilities[best[0]]) for token in best.tolist()]
+
+
+@pytest.mark.parametrize(("columns", "longest"), [(300, 40), (50, None), (10, 1)])
+def test_probs_fits_the_terminal(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int, longest: int | None
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    bench.take("hi")
+    capsys.readouterr()
+    bench.take("/probs")
+    lines = capsys.readouterr().err.splitlines()
+    if longest is None:
+        assert max(map(len, lines)) == columns
+    else:
+        assert lines[0].count("█") + lines[0].count("#") == longest
 
 
 def test_probs_of_a_model_file_that_has_gone_is_one_line(chat_module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
