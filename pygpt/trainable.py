@@ -41,6 +41,11 @@ class TrainableGPT2(Parameters):
         """The number of workers, the caller included."""
         return self._pool.nth
 
+    @property
+    def updates(self) -> int:
+        """How many updates were made: one that Ctrl-C interrupts was made by all workers, and counts, or by none."""
+        return self._step.updates
+
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
         """The loss of predicting each target, (B, T), from token ids (B, T); the activations are kept for backward().
 
@@ -74,8 +79,9 @@ class TrainableGPT2(Parameters):
     def _update(self, numbers: AdamW) -> None:
         import numpy as np
 
-        spans = np.array(numbers.spans, np.float64)
-        self._pool.run(self._step, before=lambda: self._step.begin_update(numbers, spans))
+        step, spans = self._step, np.array(numbers.spans, np.float64)
+        rest = lambda: step(0, self.threads)  # noqa: E731 (what an interrupted caller has left out)
+        self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans))
 
     def record(self, trace: "Trace | None") -> None:
         """Let the workers note their phases in `trace`, as GPT2.record() does; None ends it."""
