@@ -126,7 +126,7 @@ class Load:
     """The run: jobs that any thread does at any time, on models that all threads share."""
 
     def __init__(self, tally: Tally, known: Known) -> None:
-        self.tally, self.known = tally, known
+        self.tally, self.known, self.alarm = tally, known, Alarm()
         self.shared = {
             version: GPT2.load(file, threads=threads)
             for (version, file), threads in zip(known.files.items(), (1, 2, 3), strict=True)
@@ -289,7 +289,7 @@ class Load:
         cache = self.shared[version].new_cache()
         done = before = 0
         try:
-            with alarm(moment):
+            with self.alarm.after(moment):
                 for token in self.shared[version].generate(PROMPTS[p], cache=self.prefixes[version], **OPTIONS[o]):
                     ids.append(token)
                 while cache.length < len(TOKENS):
@@ -306,7 +306,7 @@ class Load:
         if self.trainer.done == STEPS:
             self.trainer.restore(self.start)
         try:
-            with alarm(rng.random() * 0.02):
+            with self.alarm.after(rng.random() * 0.02):
                 while self.trainer.done < STEPS:
                     self.trainer.step()
         except Interrupted:
@@ -335,21 +335,30 @@ def finalizers(tally: Tally) -> Iterator[None]:
         sys.unraisablehook = before
 
 
-@contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise Interrupted in the main thread after so long, if the block has not ended."""
+class Alarm:
+    """Interrupts the main thread. There is one for a whole run: a handler that is taken away while its signal is on the way
+    would be missed."""
 
-    def ring(*_: object) -> None:
-        raise Interrupted
+    def __init__(self) -> None:
+        self.armed = False
+        signal.signal(signal.SIGALRM, self.ring)
 
-    before = signal.signal(signal.SIGALRM, ring)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
-        yield
-    finally:
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def ring(self, *_: object) -> None:
+        """The signal's handler."""
+        if self.armed:
+            self.armed = False
+            raise Interrupted
+
+    @contextmanager
+    def after(self, seconds: float) -> Iterator[None]:
+        """Raise Interrupted after so long, if the block has not ended."""
+        self.armed = True
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+            yield
+        finally:
+            self.armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def resident() -> int:
