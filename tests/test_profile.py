@@ -518,7 +518,7 @@ def test_compare_training(trained: Report, base: Report, tmp_path: Path) -> None
     done = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
     assert (done.returncode, done.stdout) == (2, "")
     wrong = "a.json is of train, c.json is of prefill and decode: give two reports of the same kind of job"
-    assert done.stderr == f"profile: error: --compare: {wrong}\n"
+    assert done.stderr == f"pygpt: error: --compare: {wrong}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -657,7 +657,7 @@ def test_without_perf(tmp_path: Path) -> None:
     done = run(*SMALL, "--sample", PATH=str(tmp_path))
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "profile: --sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)"
+        "pygpt: --sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)"
     ]
     assert "DECODE" in done.stdout
 
@@ -688,7 +688,7 @@ def test_without_matplotlib(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')\n")
     done = run(*SMALL, "--plot", str(tmp_path / "pictures"), PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "profile: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
+    assert done.stderr == "pygpt: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
 
 
 @pytest.mark.parametrize("arguments", [SMALL, (*TRAIN, "-m", "{small}")], ids=["generation", "training"])
@@ -751,7 +751,7 @@ def test_bad_arguments_are_refused_in_one_line(arguments: list[str], named: str)
     threads = [] if "-t" in arguments else ["-t", "2"]
     done = run("--skip", "ceilings,scaling,strategies,startup", *model, *threads, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"profile: error: .+\n", done.stderr)
+    assert re.fullmatch(r"pygpt: error: .+\n", done.stderr)
     assert named in done.stderr
 
 

@@ -40,7 +40,7 @@ JSON, schema 1 (all times in ns, summed over the rounds unless they are called m
     perf                    samples, symbols [symbol, object, share], families {name: share of computing}, reported {the
                             same from the kernels}
 
-Exit status: 0; 1 for a failure at run time; 2 for bad arguments, with one line on stderr.
+Exit status: 0; 1 for a failure at run time; 2 for bad arguments, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse
@@ -61,16 +61,14 @@ from profiler import compare, job, numbers, perf, plots, startup, strategies, te
 import pygpt.model  # noqa: E402
 from pygpt import (  # noqa: E402
     Checkpoint,
-    CheckpointError,
     InputError,
-    PyGPTError,
     Trace,
     __version__,
     cpu_info,
     default_threads,
     find_model,
 )
-from pygpt.cli import Parser  # noqa: E402
+from pygpt.cli import Parser, check_stdout, say, status_of  # noqa: E402
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
@@ -81,23 +79,7 @@ Report = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    try:
-        return run(parse(arguments))
-    except (InputError, CheckpointError) as error:
-        return complain(error, 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
-        return 141
-    except (PyGPTError, OSError, MemoryError, RuntimeError) as error:
-        return complain(str(error) or "out of memory", 1)
-
-
-def complain(error: object, status: int) -> int:
-    """Print one line on stderr; return the status."""
-    print("profile: error:", " ".join(str(error).split()), file=sys.stderr)
-    return status
+    return status_of(lambda: run(parse(arguments)))
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -211,11 +193,12 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Profile, print the report, write the files that were asked for."""
+    check_stdout("the report")
     if options.compare:
         print(compare.compare(*options.compare))
-        return 0
+        return
     if options.plot:
         plots.matplotlib()  # if it is missing, say so now
     if options.all_workers:
@@ -227,11 +210,10 @@ def run(options: argparse.Namespace) -> int:
             report["perf"] = perf.look(path, task, report["machine"]["threads"])
             report["perf"]["reported"] = perf.reported(report["kernels"])
         except perf.PerfAbsent as error:
-            print("profile:", error, file=sys.stderr)
+            say(str(error))
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
     for name in write(options, report, recording.calls):
-        print("profile: wrote", name, file=sys.stderr)
-    return 0
+        say(f"wrote {name}")
 
 
 def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) -> list[str]:

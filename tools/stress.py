@@ -65,7 +65,11 @@ def run(options: argparse.Namespace) -> int:
     pygpt.model.MEETING_WEIGHT = 0  # the models are small: every step uses all workers nevertheless
     tally = Tally(seed)
     kinds = {"faults": faults.run_faults, "signals": signals.run_signals, "load": load.run_load, "crowd": crowd.run_crowd}
-    kinds[options.kind](tally, seconds)
+    try:
+        kinds[options.kind](tally, seconds)
+    except KeyboardInterrupt:
+        tally.report()  # what was counted so far
+        raise
     return tally.report()
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class Load:
     """The run: jobs that any thread does at any time, on models that all threads share."""
 
     def __init__(self, tally: Tally, known: Known) -> None:
-        self.tally, self.known, self.alarm = tally, known, Alarm()
+        self.tally, self.known = tally, known
         self.shared = {
             version: GPT2.load(file, threads=threads)
             for (version, file), threads in zip(known.files.items(), (1, 2, 3), strict=True)
@@ -282,14 +282,14 @@ class Load:
         ids = self.tokenizer.encode(TEXT)
         self.tally.check("texts", ids == self.text_ids and self.tokenizer.decode(ids) == TEXT)
 
-    def interrupted(self, rng: random.Random) -> None:
+    def interrupted(self, rng: random.Random, alarm: "Alarm") -> None:
         """In the main thread: a completion that a signal ends at any moment."""
         version, p, o = self._pick(rng)
         wanted, ids, moment = self.known.answers[version][p, o], [], rng.random() * 0.01
         cache = self.shared[version].new_cache()
         done = before = 0
         try:
-            with self.alarm.after(moment):
+            with alarm.after(moment):
                 for token in self.shared[version].generate(PROMPTS[p], cache=self.prefixes[version], **OPTIONS[o]):
                     ids.append(token)
                 while cache.length < len(TOKENS):
@@ -301,12 +301,12 @@ class Load:
         self.tally.check("interrupted completions", ids == wanted[: len(ids)], (version, p, o, ids))
         self.tally.check("interrupted steps", cache.length in (before, done, before + 1), (cache.length, before, done))
 
-    def interrupted_training(self, rng: random.Random) -> None:
+    def interrupted_training(self, rng: random.Random, alarm: "Alarm") -> None:
         """In the main thread: steps of training that a signal ends at any moment, each made wholly or not at all."""
         if self.trainer.done == STEPS:
             self.trainer.restore(self.start)
         try:
-            with self.alarm.after(rng.random() * 0.02):
+            with alarm.after(rng.random() * 0.02):
                 while self.trainer.done < STEPS:
                     self.trainer.step()
         except Interrupted:
@@ -316,9 +316,9 @@ class Load:
 
     def close(self) -> None:
         """Close what is shared."""
-        with ExitStack() as stack:
-            for model in (*self.shared.values(), self.learner, self.trainee):
-                stack.enter_context(model)
+        shared: list[GPT2 | TrainableGPT2] = [*self.shared.values(), self.learner, self.trainee]
+        for model in shared:
+            model.close()
 
 
 @contextmanager
@@ -388,7 +388,12 @@ def run_load(tally: Tally, seconds: float | None) -> None:
         workers = [threading.Thread(target=work, args=(load, tally.seed * 1000 + i, over), daemon=True) for i in range(THREADS)]
         for worker in workers:
             worker.start()
-        samples = supervise(load, tally.random, seconds)
+        samples: list[tuple[int, int, int]] = []
+        stopped = False
+        try:
+            supervise(load, tally.random, seconds, samples)
+        except KeyboardInterrupt:
+            stopped = True  # an early end: what was counted so far
         over.set()
         for _ in patience(0.5):
             for worker in workers:
@@ -400,6 +405,8 @@ def run_load(tally: Tally, seconds: float | None) -> None:
         judge(tally, samples)
         tally.check("descriptors at the end", descriptors() == files, (descriptors(), files))
         tally.check("threads at the end", threading.active_count() == threads, threading.enumerate())
+        if stopped:
+            raise KeyboardInterrupt
 
 
 def work(load: Load, seed: int, over: threading.Event) -> None:
@@ -414,20 +421,21 @@ def work(load: Load, seed: int, over: threading.Event) -> None:
             load.tally.check(job.__name__, False, repr(error))
 
 
-def supervise(load: Load, rng: random.Random, seconds: float) -> list[tuple[int, int, int]]:
-    """The main thread: interruptions, and now and then a look at memory, descriptors and threads."""
-    samples = []
+def supervise(load: Load, rng: random.Random, seconds: float, samples: list[tuple[int, int, int]]) -> None:
+    """The main thread: interruptions, and now and then a look at memory, descriptors and threads, noted in `samples`."""
+    alarm = Alarm()
     begin = before = time.monotonic()
     lived = looked = 0.0
-    while lived < seconds:
-        rng.choice((load.interrupted, load.interrupted_training))(rng)
-        now = time.monotonic()
-        lived, before = lived + min(now - before, PIECE_S), now
-        if lived - looked > 0.25:
-            looked = lived
-            samples.append((resident(), descriptors(), threading.active_count()))
-    print(f"seconds: {lived:.0f} of work, {before - begin:.0f} by the clock, {time.process_time():.0f} of processors")
-    return samples
+    try:
+        while lived < seconds:
+            rng.choice((load.interrupted, load.interrupted_training))(rng, alarm)
+            now = time.monotonic()
+            lived, before = lived + min(now - before, PIECE_S), now
+            if lived - looked > 0.25:
+                looked = lived
+                samples.append((resident(), descriptors(), threading.active_count()))
+    finally:
+        print(f"seconds: {lived:.0f} of work, {before - begin:.0f} by the clock, {time.process_time():.0f} of processors")
 
 
 def judge(tally: Tally, samples: list[tuple[int, int, int]]) -> None:
