@@ -17,16 +17,16 @@ import pygpt
 ROOT = Path(pygpt.__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
 
-from stressing import crowd, faults, load, signals  # noqa: E402
+from stressing import crowd, faults, load, signals, writers  # noqa: E402
 from stressing.common import Tally, folder, run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
-def files() -> Iterator[faults.Files]:
-    with folder() as place:
-        yield faults.Files(place)
+def files() -> Iterator[writers.Files]:
+    with folder() as place, writers.Files(place) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def setting() -> Iterator[signals.Setting]:
 
 
 @pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_faults(files: faults.Files, scenario: "type[object]") -> None:
+def test_faults(files: writers.Files, scenario: "type[object]") -> None:
     tally = Tally(3)
     scenario(tally, files)  # type: ignore[call-arg]
     assert tally.counts
@@ -104,7 +104,7 @@ def test_a_leak_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_half_written_file_is_told(tmp_path: Path) -> None:
-    writer = faults.Writer("half", ["sh", "-c", f"head -c 2000 /dev/zero > {tmp_path}/m.bin"], ["m.bin"], faults.sound_model)
+    writer = writers.Writer("half", ["sh", "-c", f"head -c 2000 /dev/zero > {tmp_path}/m.bin"], ["m.bin"], writers.sound_model)
     assert writer.whole(tmp_path)
     assert run(writer.argv).status == 0
     assert not writer.whole(tmp_path)
@@ -116,7 +116,7 @@ def test_crowd_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     if not cgroups:
         monkeypatch.setattr(crowd, "make_cgroup", lambda: None)
     monkeypatch.setattr(crowd, "WORKERS", (1, 8))
-    monkeypatch.setattr(crowd, "BUSY", faults.BIG)
+    monkeypatch.setattr(crowd, "BUSY", writers.BIG)
     tally = Tally(1)
     crowd.run_crowd(tally, 1)
     assert sum(count for what, count in tally.counts.items() if what.endswith("runs")) == 2 * len(crowd.SETTINGS)

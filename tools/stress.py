@@ -12,6 +12,7 @@ what was counted. Exit status: 0; 1 when anything failed, each failure said on s
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     from stressing import crowd, faults, load, signals
     from stressing.common import Tally
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all that they start, ignore it
     pygpt.model.MEETING_WEIGHT = 0  # the models are small: every step uses all workers nevertheless
     tally = Tally(seed)
     kinds = {"faults": faults.run_faults, "signals": signals.run_signals, "load": load.run_load, "crowd": crowd.run_crowd}

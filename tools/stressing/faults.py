@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pygpt import GPT2
 from pygpt.checkpoint import EMBEDDED_MODEL
 
-from .common import ROOT, Outcome, Tally, command, finish, folder, run, send, start, wait_until
+from .common import ROOT, Outcome, Tally, command, environment, finish, folder, run, send, start, wait_until
 from .writers import PYTHON, TOOLS, TRAINING, Files, Writer, ids_of, put_older, writers
 
 ROUNDS = 10
@@ -69,24 +70,29 @@ def killed(tally: Tally, files: Files, place: Path, writer: Writer, *, older: bo
 def training_goes_on(tally: Tally, files: Files) -> None:
     """A run of training that is killed again and again ends with the bytes of one that nobody disturbed."""
     with folder() as place:
-        argv = [PYTHON, TOOLS / "train.py", "--data", files.tokens, "--init", files.small, "--shuffle", "--clip", 1, *TRAINING]
+        train: list[object] = [PYTHON, TOOLS / "train.py"]
+        options = ["--data", files.tokens, "--init", files.small, "--shuffle", "--clip", 1, *TRAINING, "--steps", STEPS]
         names = ("m.bin", "m.state")
         for run_of in ("one", "two"):
             (place / run_of).mkdir()
-        begin = [*argv, "--steps", STEPS, "--out"]
-        outcome = run([*begin, place / "one" / "m.bin"])
+        outcome = run([*train, *options, "--out", place / "one" / "m.bin"])
         tally.check("kill -9: training goes on", outcome.status == 0, outcome)
         state = place / "two" / "m.state"
+
+        def words() -> list[object]:
+            if state.exists() or Path(f"{state}.1").exists():
+                return [*train, "--resume", state]
+            return [*train, *options, "--out", place / "two" / "m.bin", "--force"]
+
         for _ in range(8):
-            there = state.exists() or Path(f"{state}.1").exists()
-            process = start([*argv[:2], "--resume", state] if there else [*begin, place / "two" / "m.bin", "--force"])
+            process = start(words())
             assert process.stdout is not None
             process.stdout.readline()
             time.sleep(tally.random.random() * 0.1)
             send(process, signal.SIGKILL)
             outcome = finish(process)
             tally.check("kill -9: training goes on", outcome.status in (0, -signal.SIGKILL), outcome)
-        outcome = run([*argv[:2], "--resume", state])
+        outcome = run(words())
         tally.check("kill -9: training goes on", outcome.status == 0, outcome)
         same = all((place / "one" / name).read_bytes() == (place / "two" / name).read_bytes() for name in names)
         tally.check("kill -9: training ends with the same bytes", same, "they differ")
@@ -175,7 +181,7 @@ def full_streams(tally: Tally, files: Files) -> None:
     serving = command("-m", files.small, "-")
     convert = [PYTHON, "-m", "pygpt.convert", files.small, "/dev/full"]
     full = ">/dev/full" if os.path.exists("/dev/full") else ">&-"
-    for argv, streams, status in (
+    cases: list[tuple[list[Any], str, int]] = [
         (small, full, 1),
         (small, ">&-", 1),
         (small, "2>&-", 0),
@@ -195,7 +201,8 @@ def full_streams(tally: Tally, files: Files) -> None:
         (train, ">&-", 0),  # what it makes is in files
         *((tool, "2>&-", 0) for tool in (evaluate, bench, profile, train, show)),
         (train, "<&-", 0),
-    ):
+    ]
+    for argv, streams, status in cases:
         outcome = run(["/bin/sh", "-c", f'"$@" {streams}', "sh", *argv], b"1 2\n")
         if argv is train:  # it says that nothing will be saved
             outcome.err = outcome.err.removeprefix("pygpt: nothing will be saved: --out names the model to write\n")
@@ -301,22 +308,18 @@ def no_memory(tally: Tally, files: Files) -> None:
     )
     tally.check("no memory: objects work on", (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", ""), outcome)
     for options, kind in (([], "the map"), (["--no-mmap"], "a copy")):
-        argv = [PYTHON, "-c", LIMITED, "30", "-m", files.bf16, *options, "-n", "200", "1"]
-        free = run(argv)
+        limited: list[object] = [PYTHON, "-c", LIMITED]
+        argv = ["-m", files.bf16, *options, "-n", 200, 1]
+        free = run([*limited, 30, *argv])
         tally.check(f"no memory: {kind}", free.status == 0, free)
         for megabytes in sorted(tally.random.sample(range(1, 24), 4)):
-            argv[3] = str(megabytes)
-            outcome = run(argv)
+            outcome = run([*limited, megabytes, *argv])
             right = outcome.status == 0 and outcome.out == free.out
             said = outcome.status == 1 and outcome.one_line and ids_of(free)[: len(ids_of(outcome))] == ids_of(outcome)
             tally.check(f"no memory: {kind}", right or said, f"{megabytes} MB: {outcome}")
     with folder() as place:
-        argv = [
-            PYTHON,
-            "-c",
-            LIMITED_TRAINING,
-            TOOLS,
-            "999",
+        train: list[object] = [PYTHON, "-c", LIMITED_TRAINING, TOOLS]
+        options: list[object] = [
             "--data",
             files.tokens,
             "--init",
@@ -324,13 +327,16 @@ def no_memory(tally: Tally, files: Files) -> None:
             "--steps",
             3,
             *TRAINING,
+            "-T",
+            128,
+            "--out",
+            place / "m.bin",
         ]
-        free = run([*argv, "-T", 128, "--out", place / "m.bin"])
+        free = run([*train, 999, *options])
         tally.check("no memory: training", free.status == 0, free)
         whole = (place / "m.bin").read_bytes()
         for megabytes in sorted(tally.random.sample(range(1, 32), 6)):
-            argv[4] = str(megabytes)
-            outcome = run([*argv, "-T", 128, "--out", place / "m.bin", "--force"])
+            outcome = run([*train, megabytes, *options, "--force"])
             said = outcome.status == 1 and outcome.err.splitlines()[-1].startswith("pygpt: error: ")
             tally.check("no memory: training", outcome.status == 0 or said, f"{megabytes} MB: {outcome}")
             tally.check("no memory: training", (place / "m.bin").read_bytes() == whole, f"{megabytes} MB: another model")
@@ -399,6 +405,7 @@ def no_threads(tally: Tally, files: Files) -> None:
         return
     what = "no threads: RLIMIT_NPROC"
     train = [PYTHON, TOOLS / "train.py", "--data", files.tokens, "--init", files.small, "--steps", 2, *TRAINING]
+    blas = environment(OPENBLAS_NUM_THREADS="1")  # NumPy's BLAS starts threads at import, and ends the process else
     for workers in (2, 4, 8):
         for some in range(1, workers + 1):
             scarce[1] = f"--nproc={some}"
@@ -406,12 +413,12 @@ def no_threads(tally: Tally, files: Files) -> None:
             if some == workers:
                 tally.check(what, outcome.status == 0 and ids_of(outcome) == files.answer, outcome)
                 continue
-            refusal = f"refused thread {some} of {workers}" in outcome.err and "use fewer threads" in outcome.err
+            refusal = f"refused thread {some + 1} of {workers}" in outcome.err and "use fewer threads" in outcome.err
             tally.check(what, outcome.status == 1 and outcome.one_line and refusal and not outcome.out, outcome)
-            outcome = run([*scarce, *train, "-t", workers])
+            outcome = run([*scarce, *train, "-t", workers], env=blas)
             tally.check(f"{what}, training", outcome.status == 1 and "refused thread" in outcome.err.splitlines()[-1], outcome)
     scarce[1] = "--nproc=1"
-    outcome = run([*scarce, *train])
+    outcome = run([*scarce, *train], env=blas)
     tally.check(f"{what}, training", outcome.status == 0, outcome)
     outcome = run([*scarce, PYTHON, ROOT / "chat.py", "-m", EMBEDDED_MODEL, "-t", 1, "-n", 2, "hi"])  # it starts a process
     tally.check(f"{what}, chat.py", outcome.status == 1 and outcome.one_line, outcome)
