@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pygpt import GPT2
+from pygpt import GPT2, TrainingState
 from pygpt.checkpoint import EMBEDDED_MODEL
 
 from .common import ROOT, Outcome, Tally, command, environment, finish, folder, run, send, start, wait_until
@@ -159,22 +159,8 @@ def full_streams(tally: Tally, files: Files) -> None:
     chat = [PYTHON, ROOT / "chat.py", "-n", 4, "-m", EMBEDDED_MODEL, "hi"]
     evaluate = [PYTHON, TOOLS / "eval.py", "perplexity", files.tokens, "-m", files.small, "-n", 99, "-o", "json"]
     bench = [PYTHON, TOOLS / "bench.py", "-m", files.small, "-p", 4, "-n", 2, "-d", 2, "-t", 1, "-r", 1, "-o", "json"]
-    profile = [
-        PYTHON,
-        TOOLS / "profile.py",
-        "-m",
-        files.small,
-        "--tokens",
-        "1",
-        "-n",
-        2,
-        "-r",
-        1,
-        "--skip",
-        "all",
-        "-o",
-        "json",
-    ]
+    job = ["-m", files.small, "--tokens", 1, "-n", 2, "-r", 1, "--skip", "all", "-o", "json"]
+    profile = [PYTHON, TOOLS / "profile.py", *job]
     train = [PYTHON, TOOLS / "train.py", "--data", files.tokens, "--init", files.small, "--steps", 2, *TRAINING]
     show = [PYTHON, TOOLS / "shards.py", "--show", files.tokens]
     small = command("-m", files.small, 1, 2)
@@ -319,27 +305,16 @@ def no_memory(tally: Tally, files: Files) -> None:
             tally.check(f"no memory: {kind}", right or said, f"{megabytes} MB: {outcome}")
     with folder() as place:
         train: list[object] = [PYTHON, "-c", LIMITED_TRAINING, TOOLS]
-        options: list[object] = [
-            "--data",
-            files.tokens,
-            "--init",
-            files.small,
-            "--steps",
-            3,
-            *TRAINING,
-            "-T",
-            128,
-            "--out",
-            place / "m.bin",
-        ]
-        free = run([*train, 999, *options])
+        made = place / "m.bin"
+        run_of = ["--data", files.tokens, "--init", files.small, "--steps", 3, *TRAINING, "-T", 128, "--out", made]
+        free = run([*train, 999, *run_of])
         tally.check("no memory: training", free.status == 0, free)
-        whole = (place / "m.bin").read_bytes()
+        whole = made.read_bytes()
         for megabytes in sorted(tally.random.sample(range(1, 32), 6)):
-            outcome = run([*train, megabytes, *options, "--force"])
+            outcome = run([*train, megabytes, *run_of, "--force"])
             said = outcome.status == 1 and outcome.err.splitlines()[-1].startswith("pygpt: error: ")
             tally.check("no memory: training", outcome.status == 0 or said, f"{megabytes} MB: {outcome}")
-            tally.check("no memory: training", (place / "m.bin").read_bytes() == whole, f"{megabytes} MB: another model")
+            tally.check("no memory: training", made.read_bytes() == whole, f"{megabytes} MB: another model")
 
 
 LIMITED = """
@@ -482,6 +457,27 @@ def changing_files(tally: Tally, files: Files) -> None:
         tally.check(what, outcome.quiet if status == 0 else said, outcome)
 
 
+def changing_data(tally: Tally, files: Files) -> None:
+    """The token file is cut short while a run of training reads it: one line, and what was saved can be resumed."""
+    what = "the training's data: cut short"
+    with folder() as place:
+        data, state = place / "data.bin", place / "m.state"
+        shutil.copy(files.tokens, data)
+        options = ["--data", data, "--init", files.small, *TRAINING, "--steps", 10**6, "--out", place / "m.bin"]
+        process = start([PYTHON, TOOLS / "train.py", *options])
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        os.truncate(data, 0)
+        outcome = finish(process)
+        tally.check(what, outcome.status == -signal.SIGBUS and outcome.one_line and "SIGBUS" in outcome.err, outcome)
+        shutil.copy(files.tokens, data)
+        with TrainingState(state) as found:
+            done = found.progress.step
+        outcome = run([PYTHON, TOOLS / "train.py", "--resume", state, "--steps", done + 2])
+        tally.check(what, outcome.status == 0, outcome)
+
+
 def make_change(change: str, path: Path, other: str) -> None:
     """Do to a file in use what its name says."""
     if change == "deleted":
@@ -518,6 +514,7 @@ SCENARIOS: list[Callable[[Tally, Files], None]] = [
     no_memory,
     no_threads,
     changing_files,
+    changing_data,
     useless_files,
 ]
 
