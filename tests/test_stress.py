@@ -4,6 +4,7 @@ No outcome depends on how fast the machine is; what the long forms need an idle 
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,8 +32,8 @@ def files() -> Iterator[writers.Files]:
 
 @pytest.fixture(scope="module")
 def setting() -> Iterator[signals.Setting]:
-    with folder() as place:
-        yield signals.Setting(place)
+    with folder() as place, signals.Setting(place) as found:
+        yield found
 
 
 @pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda scenario: scenario.__name__)
@@ -74,7 +75,7 @@ def test_load() -> None:
     assert (result.returncode, result.stderr) == (0, "")
     for job in ("completions on shared models", "batches", "training steps", "models opened and closed", "interrupted steps"):
         assert job in result.stdout
-    assert result.stdout.endswith("0 failed, seed 1\n")
+    assert re.search(r"^ *\d+  in all, 0 failed; 3 seconds, seed 1\n\Z", result.stdout, re.MULTILINE)
 
 
 def test_load_finds_a_wrong_bit() -> None:
@@ -118,8 +119,8 @@ def test_crowd_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(crowd, "WORKERS", (1, 8))
     monkeypatch.setattr(crowd, "BUSY", writers.BIG)
     tally = Tally(1)
-    crowd.run_crowd(tally, 1)
-    assert sum(count for what, count in tally.counts.items() if what.endswith("runs")) == 2 * len(crowd.SETTINGS)
+    crowd.run_crowd(tally, 1, 2)
+    assert sum(count for what, count in tally.counts.items() if what.endswith("runs")) == 4 * len(crowd.SETTINGS)
     assert all("of the best" in failure for failure in tally.failures)
     assert "half a processor" in capsys.readouterr().out
 
@@ -131,6 +132,8 @@ def test_crowd_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["floods"], "KIND is 'floods': it must be one of faults, signals, load, crowd"),
         (["load", "--seconds", "soon"], "--seconds is 'soon': it must be a whole number from 1"),
         (["load", "--seed", "-1"], "--seed"),
+        (["faults", "--count", "0"], "--count is '0': it must be a whole number from 1"),
+        (["load", "--count", "3"], "--count has no meaning for load"),
     ],
 )
 def test_bad_arguments(words: list[str], said: str) -> None:

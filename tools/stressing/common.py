@@ -26,11 +26,12 @@ SHOWN = 20  # failures that are told in full
 class Tally:
     """Counts what was checked, by name, and keeps what failed. Threads may share it."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, unit: str = "runs") -> None:
+        self.seed, self.unit = seed, unit
         self.random = random.Random(seed)  # of the main thread
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.runs = 0  # of the stress's `unit`: rounds, seconds, ...
         self._lock = Lock()
 
     def check(self, what: str, right: object, detail: object = "") -> bool:
@@ -66,7 +67,8 @@ class Tally:
         """Print the counts; return the exit status."""
         for what, count in sorted(self.counts.items()):
             print(f"{count:8}  {what}")
-        print(f"{sum(self.counts.values()):8}  in all, {len(self.failures)} failed, seed {self.seed}", flush=True)
+        total = sum(self.counts.values())
+        print(f"{total:8}  in all, {len(self.failures)} failed; {self.runs} {self.unit}, seed {self.seed}", flush=True)
         return 1 if self.failures else 0
 
 

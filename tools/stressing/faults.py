@@ -24,7 +24,7 @@ from pygpt.checkpoint import EMBEDDED_MODEL
 from .common import ROOT, Outcome, Tally, command, environment, finish, folder, run, send, start, wait_until
 from .writers import PYTHON, TOOLS, TRAINING, Files, Writer, ids_of, put_older, writers
 
-ROUNDS = 10
+ROUNDS = 3
 TOTAL = 3000  # tokens of an answer during which a file changes
 STEPS = 40  # of a run of training that is killed again and again
 
@@ -519,14 +519,15 @@ SCENARIOS: list[Callable[[Tally, Files], None]] = [
 ]
 
 
-def run_faults(tally: Tally, seconds: float | None) -> None:
-    """Every scenario once, then again as long as there is time: ROUNDS times if nothing else is said."""
+def run_faults(tally: Tally, seconds: float | None, count: int | None) -> None:
+    """Every scenario once, then again: `count` rounds, as many as there is time for, or ROUNDS."""
     end = None if seconds is None else time.monotonic() + seconds
-    with folder() as place:
-        files = Files(place)
-        for number in range(ROUNDS if end is None else 10**9):
+    rounds = count or (ROUNDS if seconds is None else 10**9)
+    with folder() as place, Files(place) as files:
+        for number in range(rounds):
             for scenario in SCENARIOS:
                 if number == 0 or end is None or time.monotonic() < end:
                     scenario(tally, files)
+            tally.runs += 1
             if end is not None and time.monotonic() >= end:
                 return

@@ -435,6 +435,7 @@ def supervise(load: Load, rng: random.Random, seconds: float, samples: list[tupl
                 looked = lived
                 samples.append((resident(), descriptors(), threading.active_count()))
     finally:
+        load.tally.runs = round(lived)
         print(f"seconds: {lived:.0f} of work, {before - begin:.0f} by the clock, {time.process_time():.0f} of processors")
 
 

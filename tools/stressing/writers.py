@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Self
 
 from pygpt import (
     GPT2,
@@ -56,7 +57,7 @@ class Files:
             self.answer = list(model.generate([1, 2], total=10))
         self.site = Site(Path(self.model).read_bytes())
 
-    def __enter__(self) -> "Files":
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *_: object) -> None:
