@@ -36,7 +36,7 @@ def kills(tally: Tally, files: Files) -> None:
     """Each writer is killed at a random moment, with an older file there and without; then it runs to its end."""
     for older in (False, True):
         with folder() as place:
-            for number in range(len(writers(files, place))):
+            for number in files.some(range(len(writers(files, place))), tally.random):
                 here = place / str(number)
                 here.mkdir()
                 killed(tally, files, here, writers(files, here)[number], older=older)
@@ -84,7 +84,7 @@ def training_goes_on(tally: Tally, files: Files) -> None:
                 return [*train, "--resume", state]
             return [*train, *options, "--out", place / "two" / "m.bin", "--force"]
 
-        for _ in range(8):
+        for _ in files.some(range(8), tally.random):
             process = start(words())
             assert process.stdout is not None
             process.stdout.readline()
@@ -104,7 +104,7 @@ def training_goes_on(tally: Tally, files: Files) -> None:
 def full_disks(tally: Tally, files: Files) -> None:
     """Each writer on a disk that fills up: by a limit of the file's size, and on a small file system where one can be had."""
     with folder() as place:
-        for number in range(len(writers(files, place))):
+        for number in files.some(range(len(writers(files, place))), tally.random):
             here = place / str(number)
             here.mkdir()
             writer = writers(files, here)[number]
@@ -115,7 +115,7 @@ def full_disks(tally: Tally, files: Files) -> None:
             for target in writer.targets:
                 same = writer.fresh or (here / target).read_bytes() == Path(files.small).read_bytes()
                 tally.check(f"full disk: {writer.name}", same, "the older file has changed")
-        for number in range(len(writers(files, place))):
+        for number in files.some(range(len(writers(files, place))), tally.random):
             with small_disk(place / f"disk{number}", tally.random.randrange(2, 8) * 4096) as disk:
                 if disk is None:
                     tally.note("full disk: no small file system can be had here")
@@ -188,7 +188,7 @@ def full_streams(tally: Tally, files: Files) -> None:
         *((tool, "2>&-", 0) for tool in (evaluate, bench, profile, train, show)),
         (train, "<&-", 0),
     ]
-    for argv, streams, status in cases:
+    for argv, streams, status in files.some(cases, tally.random):
         outcome = run(["/bin/sh", "-c", f'"$@" {streams}', "sh", *argv], b"1 2\n")
         if argv is train:  # it says that nothing will be saved
             outcome.err = outcome.err.removeprefix("pygpt: nothing will be saved: --out names the model to write\n")
@@ -298,7 +298,7 @@ def no_memory(tally: Tally, files: Files) -> None:
         argv = ["-m", files.bf16, *options, "-n", 200, 1]
         free = run([*limited, 30, *argv])
         tally.check(f"no memory: {kind}", free.status == 0, free)
-        for megabytes in sorted(tally.random.sample(range(1, 24), 4)):
+        for megabytes in files.some(sorted(tally.random.sample(range(1, 24), 4)), tally.random):
             outcome = run([*limited, megabytes, *argv])
             right = outcome.status == 0 and outcome.out == free.out
             said = outcome.status == 1 and outcome.one_line and ids_of(free)[: len(ids_of(outcome))] == ids_of(outcome)
@@ -310,7 +310,7 @@ def no_memory(tally: Tally, files: Files) -> None:
         free = run([*train, 999, *run_of])
         tally.check("no memory: training", free.status == 0, free)
         whole = made.read_bytes()
-        for megabytes in sorted(tally.random.sample(range(1, 32), 6)):
+        for megabytes in files.some(sorted(tally.random.sample(range(1, 32), 6)), tally.random):
             outcome = run([*train, megabytes, *run_of, "--force"])
             said = outcome.status == 1 and outcome.err.splitlines()[-1].startswith("pygpt: error: ")
             tally.check("no memory: training", outcome.status == 0 or said, f"{megabytes} MB: {outcome}")
@@ -381,17 +381,17 @@ def no_threads(tally: Tally, files: Files) -> None:
     what = "no threads: RLIMIT_NPROC"
     train = [PYTHON, TOOLS / "train.py", "--data", files.tokens, "--init", files.small, "--steps", 2, *TRAINING]
     blas = environment(OPENBLAS_NUM_THREADS="1")  # NumPy's BLAS starts threads at import, and ends the process else
-    for workers in (2, 4, 8):
-        for some in range(1, workers + 1):
-            scarce[1] = f"--nproc={some}"
-            outcome = run([*scarce, *command("-m", files.small, "-t", workers, 1, 2)])
-            if some == workers:
-                tally.check(what, outcome.status == 0 and ids_of(outcome) == files.answer, outcome)
-                continue
-            refusal = f"refused thread {some + 1} of {workers}" in outcome.err and "use fewer threads" in outcome.err
-            tally.check(what, outcome.status == 1 and outcome.one_line and refusal and not outcome.out, outcome)
-            outcome = run([*scarce, *train, "-t", workers], env=blas)
-            tally.check(f"{what}, training", outcome.status == 1 and "refused thread" in outcome.err.splitlines()[-1], outcome)
+    counts = [(workers, some) for workers in (2, 4, 8) for some in range(1, workers + 1)]
+    for workers, some in files.some(counts, tally.random):
+        scarce[1] = f"--nproc={some}"
+        outcome = run([*scarce, *command("-m", files.small, "-t", workers, 1, 2)])
+        if some == workers:
+            tally.check(what, outcome.status == 0 and ids_of(outcome) == files.answer, outcome)
+            continue
+        refusal = f"refused thread {some + 1} of {workers}" in outcome.err and "use fewer threads" in outcome.err
+        tally.check(what, outcome.status == 1 and outcome.one_line and refusal and not outcome.out, outcome)
+        outcome = run([*scarce, *train, "-t", workers], env=blas)
+        tally.check(f"{what}, training", outcome.status == 1 and "refused thread" in outcome.err.splitlines()[-1], outcome)
     scarce[1] = "--nproc=1"
     outcome = run([*scarce, *train], env=blas)
     tally.check(f"{what}, training", outcome.status == 0, outcome)
@@ -430,7 +430,7 @@ def changing_files(tally: Tally, files: Files) -> None:
         answers = [list(model.generate([1], total=TOTAL)), list(model.generate([2]))]
     whole = b"".join(b" ".join(b"%d" % token for token in answer) + b"\n" for answer in answers)
     requests = b'{"tokens": [1], "total": %d}\n2\n' % TOTAL
-    for change, options, status in (
+    cases: list[tuple[str, list[str], int]] = [
         ("nothing", [], 0),
         ("deleted", [], 0),
         ("renamed over", [], 0),
@@ -438,7 +438,8 @@ def changing_files(tally: Tally, files: Files) -> None:
         ("written over", ["--no-mmap"], 0),
         ("cut short", ["-t", "1"], -signal.SIGBUS),
         ("cut short", ["-t", "4"], -signal.SIGBUS),
-    ):
+    ]
+    for change, options, status in files.some(cases, tally.random):
         with folder() as place:
             path = place / "model.bin"
             shutil.copy(files.long, path)

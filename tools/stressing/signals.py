@@ -8,6 +8,7 @@ is left. Moments begin when the program's own code runs: a Ctrl-C during the sta
 own way.
 """
 
+import dataclasses
 import random
 import re
 import signal
@@ -41,8 +42,15 @@ LONG = Config(maxT=1000, V=211, L=3, NH=4, C=96)
 TOTAL = 120  # tokens of a completion
 TEXT = "Ladies and"
 PYTHON = sys.executable
-# What comes (gone: the reader of stdout), and the statuses that are documented for it; 0 where it came too late.
-ALLOWED = {"SIGINT": {0, 130}, "SIGTERM": {0, -signal.SIGTERM}, "SIGSTOP": {0}, "gone": {0, 141}, "nothing": {0}}
+# What comes (gone: the reader of stdout), and the statuses that are documented for it; 0 where it came too late; -SIGINT, which
+# shells call 130 too, where all was done and the interpreter, about to end, had given the signal back to the system.
+ALLOWED = {
+    "SIGINT": {0, 130, -signal.SIGINT},
+    "SIGTERM": {0, -signal.SIGTERM},
+    "SIGSTOP": {0},
+    "gone": {0, 141},
+    "nothing": {0},
+}
 
 
 class Setting(Files):
@@ -69,8 +77,12 @@ class Setting(Files):
 
 
 def training_of(place: Path) -> list[bytes]:
-    """The files of a run of training that is at its end."""
-    return [(place / name).read_bytes() for name in ("m.bin", "m.state")]
+    """What a run of training has come to: the model, and what its state has beside names of files."""
+    with TrainingState(place / "m.state") as state:
+        job = {name: value for name, value in state.progress.job.items() if name != "log"}
+        rest = repr(dataclasses.replace(state.progress, job=job)).encode()
+        values = 3 * 4 * state.config.parameters(padded=True)
+    return [(place / "m.bin").read_bytes(), (place / "m.state").read_bytes()[-values - 32 : -32], rest]
 
 
 class Target:
@@ -80,11 +92,6 @@ class Target:
         self.name, self.argv, self.given, self.seconds, self.right = name, argv, given, seconds, right
 
 
-READY = """
-import sys
-sys.stderr.write("ready\\n")   # the program's own code runs from here on
-sys.stderr.flush()
-"""
 COMMAND = """
 import sys
 from pygpt import model
@@ -180,17 +187,19 @@ def targets(setting: Setting) -> list[Target]:
     for threads in (2, 8):
         argv = [PYTHON, "-c", API, setting.sharp, threads, TOTAL]
         found.append(Target("the API", argv, b"", 0.15, lambda out: whole_lines(out, lines)))
-    chat = [PYTHON, "-c", READY + CHAT, ROOT, "-m", EMBEDDED_MODEL, "-t", 2, "-n", 20, TEXT]
+    chat = [PYTHON, "-c", CHAT, ROOT, "-m", EMBEDDED_MODEL, "-t", 2, "-n", 20, TEXT]
     found.append(Target("chat.py", chat, b"", 0.8, lambda out: setting.reply.encode().startswith(out.removesuffix(b"\n"))))
     return found
 
 
 CHAT = """
-import runpy
+import sys
 folder = sys.argv.pop(1)
 sys.path.insert(0, folder)
 sys.argv[0] = folder + "/chat.py"
 import chat
+sys.stderr.write("ready\\n")
+sys.stderr.flush()
 sys.exit(chat.main())
 """
 

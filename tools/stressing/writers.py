@@ -5,6 +5,7 @@ NAME.part, with which the next one goes on. Nothing else may be left, and the ta
 """
 
 import json
+import random
 import shutil
 import sys
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from pygpt import (
     GPT2,
@@ -30,6 +31,7 @@ from pygpt import (
 
 from .common import ROOT, SHAPE, Outcome, make_model, run
 
+T = TypeVar("T")
 BIG = Config(maxT=256, V=5000, L=4, NH=4, C=128)  # large enough that writing it takes a while
 LONG = Config(maxT=20000, V=211, L=2, NH=3, C=48)  # its cache takes 30 MB
 PYTHON = sys.executable
@@ -39,9 +41,13 @@ PIECE_BYTES, PIECE_S = 1 << 16, 0.001  # how the server of downloads sends
 
 
 class Files:
-    """What all scenarios use, made once, and a server that has the model for downloads. Use it in a `with` block."""
+    """What all scenarios use, made once, and a server that has the model for downloads. Use it in a `with` block.
 
-    def __init__(self, place: Path) -> None:
+    few: try so many cases of each kind only, chosen at random (default: all).
+    """
+
+    def __init__(self, place: Path, *, few: int | None = None) -> None:
+        self.few = few
         self.model = make_model(place / "model.bin", BIG)
         self.bf16 = make_model(place / "bf16.bin", BIG, version=5)
         self.long = make_model(place / "long.bin", LONG, sharp=9)
@@ -56,6 +62,12 @@ class Files:
         with GPT2.load(self.small, threads=1) as model:
             self.answer = list(model.generate([1, 2], total=10))
         self.site = Site(Path(self.model).read_bytes())
+
+    def some(self, cases: Sequence[T], rng: random.Random) -> Sequence[T]:
+        """The cases, or a few of them in their order."""
+        if self.few is None or self.few >= len(cases):
+            return cases
+        return [cases[i] for i in sorted(rng.sample(range(len(cases)), self.few))]
 
     def __enter__(self) -> "Self":
         return self
