@@ -36,6 +36,7 @@ from pygpt import (
     TrainingOptions,
     TrainingState,
 )
+from pygpt.checkpoint import atomic_file
 
 ROOT = Path(pygpt.__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -382,6 +383,21 @@ def test_ctrl_c_at_every_moment_of_a_step_of_training(
                 assert state_of(trainer) == after
             trainer.restore(state)
         assert {*seen} == {before, after}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that was open is closed, with a word
+def test_ctrl_c_at_every_moment_of_a_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"new")
+
+    (tmp_path / "file").write_text("old")
+    count = 0
+    for _ in moments(write):
+        count += 1
+        assert os.listdir(tmp_path) == ["file"]
+        assert (tmp_path / "file").read_text() in ("old", "new")
+    assert count > 10
 
 
 def test_updates_are_counted(path: str) -> None:
