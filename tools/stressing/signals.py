@@ -274,12 +274,12 @@ def written(tally: Tally, setting: Setting, number: int, kind: str, rng: random.
             tally.note("interrupts that were lost while NumPy was imported")
             outcome.status = 130
         training = writer.name == "training"
-        allowed = {0, 143} if training and kind == "SIGTERM" else ALLOWED[kind]
+        allowed = ALLOWED[kind] | ({143} if training and kind == "SIGTERM" else set())
         tally.check(what, outcome.status in allowed, f"{writer.name}: {outcome}")
         tally.check(what, "Traceback" not in outcome.err and "Exception" not in outcome.err, f"{writer.name}: {outcome}")
         tally.check(what, writer.whole(place), f"{writer.name}: a file is damaged: {outcome}")
         left = [name for name in writer.leftovers(place) if ".part" not in name]  # with which a download goes on
-        if kind == "SIGTERM" and not training:  # which ends a program as kill -9 does
+        if outcome.status == -signal.SIGTERM:  # which ends a program as kill -9 does, training before its first step
             left = [name for name in left if not writer.temporary(name)]
         tally.check(what, not left, f"{writer.name}: {left} is left: {outcome}")
         if training:
