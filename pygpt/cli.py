@@ -31,6 +31,10 @@ def status_of(job: Callable[[], object]) -> int:
         return complain(str(error) or "out of memory", 1)
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # in the body of a class that was being imported
+            return 130
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
         return 141

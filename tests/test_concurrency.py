@@ -37,6 +37,7 @@ from pygpt import (
     TrainingState,
 )
 from pygpt.checkpoint import atomic_file
+from pygpt.cli import status_of
 
 ROOT = Path(pygpt.__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -398,6 +399,21 @@ def test_ctrl_c_at_every_moment_of_a_write_leaves_no_temporary_file(tmp_path: Pa
         assert os.listdir(tmp_path) == ["file"]
         assert (tmp_path / "file").read_text() in ("old", "new")
     assert count > 10
+
+
+def test_ctrl_c_in_the_body_of_a_class_is_ctrl_c() -> None:
+    """Python before 3.12 makes a RuntimeError of it, as where another module is imported: commands know it nevertheless."""
+
+    class Interrupted:
+        def __set_name__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    def imported() -> None:
+        type("Encoding", (), {"cached": Interrupted()})
+
+    assert status_of(imported) == 130
+    with pytest.raises(RuntimeError, match="another"):
+        status_of(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_updates_are_counted(path: str) -> None:
