@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .cli import HelpFormatter, Parser, say, status_of
-from .errors import InputError, PyGPTError, shown
+from .cli import HelpFormatter, Parser, check_stdout, say, status_of
+from .errors import InputError, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the model, complete or serve."""
-    if sys.stdout is None:
-        raise PyGPTError("stdout is closed: there is nowhere to print the ids")
+    check_stdout("the ids")
     serving = options.tokens == ["-"]
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:

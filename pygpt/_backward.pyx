@@ -351,6 +351,9 @@ cdef class TrainStep(Step):
     cdef const int32_t[:, ::1] targets
     cdef const double[:, ::1] spans
     cdef adamw_numbers numbers
+    cdef bint owed                  # whether worker 0 has not begun its share of the update
+    cdef Py_ssize_t unfinished      # shares of the update
+    cdef readonly Py_ssize_t updates   # wholly made
     cdef readonly bint ready        # whether activations are there for backward()
 
     def __init__(
@@ -485,17 +488,23 @@ cdef class TrainStep(Step):
         n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2
         n.over_correction1, n.over_correction2 = 1 / <double> numbers.correction1, 1 / <double> numbers.correction2
         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale
+        self.owed, self.unfinished = True, active
 
     def begin_stream(self) -> None:
         """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
         self.task, self.active = STREAM, self.nth
 
     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
-        """Run worker ith's share of this round, without the GIL."""
+        """Run worker ith's share of this round, without the GIL. Worker 0's share of an update is made once, however often it is
+        called for."""
         cdef Py_ssize_t start, stop
         cdef trace_worker me
         if ith >= self.active:
             return
+        if self.task == ADAMW and ith == 0:
+            if not self.owed:
+                return
+            self.owed = False   # nothing interrupts what follows
         me = self._worker(ith)
         with nogil:
             if self.task == FORWARD:
@@ -514,3 +523,7 @@ cdef class TrainStep(Step):
                 share(self.flat.size, 16, me.ith, me.nth, &start, &stop)
                 micro.probe_stream(
                     self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)
+        if self.task == ADAMW:
+            self.unfinished -= 1   # under the GIL
+            if self.unfinished == 0:
+                self.updates += 1

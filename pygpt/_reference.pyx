@@ -608,6 +608,7 @@ cdef class Training:
     cdef Activations activations        # of the last forward(), until backward() has spent them
     cdef const int[:, ::1] inputs       # of the same
     cdef const int[:, ::1] targets
+    cdef readonly Py_ssize_t updates    # made
 
     def __init__(self, float[::1] parameters, float[::1] gradients, config):
         self.config = config
@@ -682,6 +683,7 @@ cdef class Training:
                 adamw_update(
                     &self.parameters[begin], &self.gradients[begin], &first_moments[begin], &second_moments[begin], size, &step
                 )
+        self.updates += 1
 
 
 # The kernels' addresses, for tests that call one alone through ctypes.

@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """One line on stderr when a mapped file is cut short by another process: the system ends the process with SIGBUS then,
 without a word.
 

@@ -377,16 +377,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
     if os.path.exists(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "not a regular file: it is not replaced", path)  # /dev/null must survive
     temporary = f"{path}.{os.urandom(4).hex()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with os.fdopen(fd, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+    except BaseException as error:
+        if not (isinstance(error, FileExistsError) and error.filename == temporary):  # else it is not ours
+            with suppress(OSError):
+                os.unlink(temporary)
         raise
 
 

@@ -33,6 +33,10 @@ def status_of(job: Callable[[], object]) -> int:
         return complain(str(error) or "out of memory", 1)
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # in the body of a class that was being imported
+            return 130
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
         return 141
@@ -69,6 +73,12 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # or the interpreter would fail when it flushes stderr
 
 
+def check_stdout(what: str) -> None:
+    """Refuse to begin what would be printed nowhere: print() says nothing where stdout is closed."""
+    if sys.stdout is None:
+        raise PyGPTError(f"stdout is closed: there is nowhere to print {what}")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that complains in one line, also about a stdout that does not take the help."""
 
@@ -85,8 +95,7 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: object = None) -> None:
         """Print the help or the version at once: argparse itself would keep a failure to itself."""
-        if sys.stdout is None:
-            raise PyGPTError("stdout is closed: there is nowhere to print the help")
+        check_stdout("the help")
         sys.stdout.write(message)
         sys.stdout.flush()
 

@@ -72,7 +72,8 @@ class ThreadPool:
         `alone` the caller does the whole job, as job(0, 1). As long as again() says so after a round, the workers do one
         more. If anything raises, after() is not called. If the job raises on a worker, abort() is called at once, so that
         workers which wait for the failed one inside the job can leave; every worker comes to rest; then the first exception
-        is raised here. So is what a signal handler raises in between: Ctrl-C never leaves a worker behind. Raises
+        is raised here. So is what a signal handler raises in between: Ctrl-C never leaves a worker behind. If it takes the
+        place of the caller's own share, which nobody knows to have begun, abort() may do that share instead. Raises
         ClosedError after close(), PyGPTError inside a job of this pool.
         """
         self._refuse_own_workers()
@@ -186,8 +187,7 @@ class _Crew:
     def run(self, job: Job, abort: Callable[[], None]) -> None:
         """One round: every worker calls the job; the caller is worker 0."""
         self.job, self.abort, self.failure = job, abort, None
-        self.round, self.stage = self.round + 1, self.POST
-        interruption = self.settle()
+        interruption = self.settle(begin=True)
         failure, self.job, self.abort, self.failure = interruption or self.failure, _nothing, _nothing, None
         if failure is not None:
             try:
@@ -195,9 +195,11 @@ class _Crew:
             finally:
                 del failure, interruption  # or their tracebacks would keep this frame alive in a cycle
 
-    def settle(self) -> BaseException | None:
-        """Bring the round to its end, whatever a signal handler raises meanwhile; return the first of that."""
+    def settle(self, *, begin: bool = False) -> BaseException | None:
+        """Bring the round, or a new one, to its end, whatever a signal handler raises meanwhile; return the first of that."""
         interruption = None
+        if begin:  # from here to `try` there is no call and no jump back, where Python runs handlers: none raises past it
+            self.round, self.stage = self.round + 1, self.POST
         while self.stage != self.REST:
             try:
                 self.proceed()

@@ -113,6 +113,11 @@ class SerialTrainableGPT2(Parameters):
         """The 2-norm of all gradients together, summed in float64 in ascending order."""
         return self._open().gradient_norm()
 
+    @property
+    def updates(self) -> int:
+        """How many updates were made: one that Ctrl-C interrupts was made wholly, and counts, or not at all."""
+        return self._open().updates
+
     def _update(self, numbers: AdamW) -> None:
         self._open().update(self.first_moments, self.second_moments, numbers)
 

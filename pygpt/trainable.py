@@ -42,6 +42,11 @@ class TrainableGPT2(Parameters):
         """The number of workers, the caller included."""
         return self._pool.nth
 
+    @property
+    def updates(self) -> int:
+        """How many updates were made: one that Ctrl-C interrupts was made by all workers, and counts, or by none."""
+        return self._step.updates
+
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
         """The loss of predicting each target, (B, T), from token ids (B, T); the activations are kept for backward().
 
@@ -83,9 +88,10 @@ class TrainableGPT2(Parameters):
     def _update(self, numbers: AdamW) -> None:
         import numpy as np
 
-        spans = np.array(numbers.spans, np.float64)
-        step, workers = self._step, self._workers_for_arrays(7)  # four are read, three written
-        self._pool.run(step, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)
+        step, spans = self._step, np.array(numbers.spans, np.float64)
+        workers = self._workers_for_arrays(7)  # four are read, three written
+        rest = lambda: step(0, workers)  # noqa: E731 (what an interrupted caller has left out)
+        self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)
 
     def _workers(self, rows: int) -> int:
         """How many workers a pass over so many rows is worth."""

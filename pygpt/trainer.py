@@ -55,33 +55,39 @@ class Trainer:
         self.options = options or TrainingOptions()
         self.done = 0
         self._file: str | None = None  # what this run last wrote or read, known to be whole
+        self._whole = True  # but while a state is taken over
 
     def step(self) -> Record:
-        """Make one update. If it raises InputError or NumericalError, neither weights nor the loader's position have changed.
+        """Make one update. If it raises, Ctrl-C included, either nothing has changed, or the whole step was made and `done`
+        counts it: training goes on from there, or is saved.
 
-        Raises NumericalError when the loss or the gradient's norm is not finite.
+        Raises NumericalError when the loss or the gradient's norm is not finite; PyGPTError after a restore() that failed.
         """
+        self._check_whole()
         begin = time.perf_counter()
-        options, place = self.options, self.loader.state()
+        options, place, made, step = self.options, self.loader.state(), self.engine.updates, self.done + 1
         try:
             loss = self._gradients()
             norm = self.engine.gradient_norm()
             self._check_finite("gradient's norm", norm, place)
+            lr = options.learning_rate(self.done)
+            self.engine.update(
+                lr=lr,
+                step=step,
+                beta1=options.beta1,
+                beta2=options.beta2,
+                eps=options.eps,
+                weight_decay=options.weight_decay,
+                decay_matrices_only=options.decay_matrices_only,
+                gradient_scale=options.gradient_scale(norm),
+            )
+            self.done = step
         except BaseException:
-            self.loader.restore(place)
+            if self.engine.updates == made:
+                self.loader.restore(place)
+            else:
+                self.done = step
             raise
-        lr = options.learning_rate(self.done)
-        self.engine.update(
-            lr=lr,
-            step=self.done + 1,
-            beta1=options.beta1,
-            beta2=options.beta2,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            decay_matrices_only=options.decay_matrices_only,
-            gradient_scale=options.gradient_scale(norm),
-        )
-        self.done += 1
         seconds = time.perf_counter() - begin
         tokens = self.loader.B * self.loader.T * options.accumulate
         return Record(self.done - 1, loss, lr, norm, 1000 * seconds, tokens / seconds)
@@ -127,8 +133,9 @@ class Trainer:
         """Write the whole training state to a file, and keep the one before it as PATH.1 (write_state).
 
         job: JSON that the caller wants to find again. Raises PyGPTError when the file cannot be written; the older state, if
-        any, is intact then.
+        any, is intact then; and after a restore() that failed halfway.
         """
+        self._check_whole()
         progress = Progress(self.done, self.options, self.loader.state(), job or {})
         try:
             self._file = write_state(path, self.engine.config, progress, self._buffers(), after=self._file)
@@ -148,9 +155,15 @@ class Trainer:
         if state.config != self.engine.config:
             raise InputError(f"{state.path}: the state of a model of {state.config}; this one is {self.engine.config}")
         self.loader.restore(state.progress.loader)
+        self._whole = False
         state.read_into(self._buffers())
         self.done, self.options, self._file = state.progress.step, state.progress.options, state.path
+        self._whole = True
         return ""
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise PyGPTError("restore() was interrupted and has left a mixture of two states: call it again first")
 
     def _buffers(self) -> "list[npt.NDArray[np.float32]]":
         return [self.engine.parameters, self.engine.first_moments, self.engine.second_moments]

@@ -323,13 +323,23 @@ def check_loops(edges: Sequence[Sequence[int]]) -> None:
 SLEEPS = (FUTEX, CONDITION)
 
 
+@pytest.fixture(scope="module")
+def searched(request: pytest.FixtureRequest) -> Iterator[list[int]]:
+    """How many states each search has reached; said at the end."""
+    found: list[int] = []
+    yield found
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nbarrier: {sum(found)} states reached in {len(found)} searches, all there are (no seed)")
+
+
 @pytest.mark.parametrize("sleep", SLEEPS)
 @pytest.mark.parametrize("spins", [0, 1])  # one look stands for many: a look that finds nothing new is a pause
 @pytest.mark.parametrize("outsider", [False, True])
 @pytest.mark.parametrize("parties", [2, 3])
-def test_every_interleaving(parties: int, outsider: bool, spins: int, sleep: str) -> None:
+def test_every_interleaving(searched: list[int], parties: int, outsider: bool, spins: int, sleep: str) -> None:
     search = Search(sleep=sleep, parties=parties, spins=spins, barriers=5 - parties, failures=True, outsider=outsider)
     states = search.run()
+    searched.append(states)
     assert states > 500
     reached = search.locals
     assert any(local.passed == search.barriers for local in reached)

@@ -23,15 +23,27 @@ from pygpt import (
     GPT2,
     Checkpoint,
     ClosedError,
+    Config,
     DataLoader,
     InputError,
+    PyGPTError,
+    SerialTrainableGPT2,
     StreamDecoder,
     ThreadPool,
     Tokenizer,
     TrainableGPT2,
+    Trainer,
+    TrainingOptions,
+    TrainingState,
 )
+from pygpt.checkpoint import atomic_file
+from pygpt.cli import status_of
 
 ROOT = Path(pygpt.__file__).parent.parent
+sys.path.append(str(ROOT / "tools"))
+
+from stressing.moments import moments  # noqa: E402
+
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
 TOKENS = [(17 * i + 3) % 211 for i in range(128)]
 DEADLINE = 60
@@ -324,6 +336,117 @@ def test_a_chunk_that_fails_takes_the_whole_prompt_back(path: str, monkeypatch: 
             model.prefill(cache, [*TOKENS[7:40], 211])
         assert cache.length == 7
         assert np.array_equal(model.prefill(cache, TOKENS[7:20]), model.logits(TOKENS[:20])[-1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ctrl_c_at_every_moment_of_a_step(path: str, threads: int) -> None:
+    with GPT2.load(path, threads=threads) as model:
+        wanted = model.logits(TOKENS[:4])
+        cache = model.new_cache()
+        model.prefill(cache, TOKENS[:1])
+        count = 0
+        for came in moments(lambda: model.prefill(cache, TOKENS[1:4])):
+            count += came
+            assert cache.length == 1 or not came
+            cache.truncate(1)
+            assert np.array_equal(model.prefill(cache, TOKENS[1:4]), wanted[-1])
+            cache.truncate(1)
+        assert count > 30
+
+
+def state_of(trainer: Trainer) -> tuple[Any, ...]:
+    engine = trainer.engine
+    arrays = engine.parameters, engine.first_moments, engine.second_moments
+    return trainer.done, str(trainer.loader.state()), *(array.tobytes() for array in arrays)
+
+
+@pytest.mark.parametrize(("engine", "threads"), [(TrainableGPT2, 1), (TrainableGPT2, 3), (SerialTrainableGPT2, 1)])
+def test_ctrl_c_at_every_moment_of_a_step_of_training(
+    tmp_path: Path, engine: "type[TrainableGPT2 | SerialTrainableGPT2]", threads: int
+) -> None:
+    """Each step was made by all workers and is counted, or by none; and the next one makes the bits that it must."""
+    state = tmp_path / "before.state"
+    with engine.random(Config(maxT=16, V=50, L=1, NH=1, C=16), seed=1, threads=threads) as model:
+        loader = DataLoader(np.arange(3000) * 31 % 50, 1, 8, shuffle_seed=1)
+        trainer = Trainer(model, loader, TrainingOptions(lr=1e-2, clip=1.0))
+        trainer.step()
+        before = state_of(trainer)
+        trainer.save(state)
+        trainer.step()
+        after = state_of(trainer)
+        trainer.restore(state)
+        seen = []
+        for came in moments(trainer.step):
+            assert came
+            seen.append(state_of(trainer))
+            if seen[-1] == before:
+                trainer.step()
+                assert state_of(trainer) == after
+            trainer.restore(state)
+        assert {*seen} == {before, after}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that was open is closed, with a word
+def test_ctrl_c_at_every_moment_of_a_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"new")
+
+    (tmp_path / "file").write_text("old")
+    count = 0
+    for _ in moments(write):
+        count += 1
+        assert os.listdir(tmp_path) == ["file"]
+        assert (tmp_path / "file").read_text() in ("old", "new")
+    assert count > 10
+
+
+def test_ctrl_c_in_the_body_of_a_class_is_ctrl_c() -> None:
+    """Python before 3.12 makes a RuntimeError of it, as where another module is imported: commands know it nevertheless."""
+
+    class Interrupted:
+        def __set_name__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    def imported() -> None:
+        type("Encoding", (), {"cached": Interrupted()})
+
+    assert status_of(imported) == 130
+    with pytest.raises(RuntimeError, match="another"):
+        status_of(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+def test_updates_are_counted(path: str) -> None:
+    with TrainableGPT2.load(path, threads=2) as model, SerialTrainableGPT2.load(path) as serial:
+        for step in (1, 2):
+            for engine in (model, serial):
+                engine.update(lr=1e-3, step=step)
+                assert engine.updates == step
+        with pytest.raises(InputError):
+            model.update(lr=1e-3, step=0)
+        assert model.updates == 2
+
+
+def test_a_restore_that_was_interrupted_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are a mixture of two states: neither a step nor a save is made of it, until restore() has succeeded."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with TrainableGPT2.random(Config(maxT=16, V=50, L=1, NH=1, C=16), seed=1, threads=1) as model:
+        trainer = Trainer(model, DataLoader(np.arange(300) % 50, 1, 8), TrainingOptions())
+        trainer.save(tmp_path / "run.state")
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingState, "read_into", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.restore(tmp_path / "run.state")
+        for use in (trainer.step, lambda: trainer.save(tmp_path / "other.state")):
+            with pytest.raises(PyGPTError, match=r"restore\(\) was interrupted .* call it again"):
+                use()
+        assert not (tmp_path / "other.state").exists()
+        trainer.restore(tmp_path / "run.state")
+        trainer.step()
+        assert trainer.done == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

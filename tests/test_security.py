@@ -4,8 +4,10 @@ Python has; and a hostile folder or environment gives no more than its owner has
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,19 @@ def test_a_prompt_is_data(tmp_path: Path) -> None:
             timeout=60,
         )
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), request
+
+
+def test_dependencies_are_of_known_versions() -> None:
+    """What comes with the package has a range with both ends; what the project is developed with, one version each."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in project["dependencies"]:
+        assert re.fullmatch(r"[a-z]+>=[0-9.]+,<[0-9]+", wanted), wanted
+    lines = [line for line in (ROOT / "requirements-dev.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    extras = [wanted for extra in project["optional-dependencies"].values() for wanted in extra]
+    names = {re.split(r"[<>=\[]", wanted)[0].lower().replace("_", "-") for wanted in [*project["dependencies"], *extras]}
+    assert names - {"pygpt"} <= locked
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])

@@ -4,6 +4,7 @@ No outcome depends on how fast the machine is; what the long forms need an idle 
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,26 +18,26 @@ import pygpt
 ROOT = Path(pygpt.__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
 
-from stressing import crowd, faults, load, signals  # noqa: E402
+from stressing import crowd, faults, load, signals, writers  # noqa: E402
 from stressing.common import Tally, folder, run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
-def files() -> Iterator[faults.Files]:
-    with folder() as place:
-        yield faults.Files(place)
+def files() -> Iterator[writers.Files]:
+    with folder() as place, writers.Files(place, few=2) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def setting() -> Iterator[signals.Setting]:
-    with folder() as place:
-        yield signals.Setting(place)
+    with folder() as place, signals.Setting(place) as found:
+        yield found
 
 
 @pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_faults(files: faults.Files, scenario: "type[object]") -> None:
+def test_faults(files: writers.Files, scenario: "type[object]") -> None:
     tally = Tally(3)
     scenario(tally, files)  # type: ignore[call-arg]
     assert tally.counts
@@ -44,13 +45,16 @@ def test_faults(files: faults.Files, scenario: "type[object]") -> None:
 
 
 def test_signals(setting: signals.Setting) -> None:
-    """Every program once under every kind of signal."""
+    """Every program once under some kind of signal."""
     tally = Tally(4)
     rng = random.Random(4)
     for target in signals.targets(setting):
-        for kind in rng.sample(sorted(signals.ALLOWED), 2):
-            signals.one(tally, target, kind, rng)
-    assert len(tally.counts) > 10
+        signals.one(tally, target, rng.choice(sorted(signals.ALLOWED)), rng)
+    for number, writer in enumerate(writers.writers(setting, Path())):
+        if writer.name in ("saved models", "training", "download"):
+            signals.written(tally, setting, number, "SIGTERM" if writer.name == "training" else "SIGINT", rng)
+    assert len(tally.counts) > 6
+    assert "training ends with the same bytes" in tally.counts
     assert not tally.failures
 
 
@@ -74,7 +78,7 @@ def test_load() -> None:
     assert (result.returncode, result.stderr) == (0, "")
     for job in ("completions on shared models", "batches", "training steps", "models opened and closed", "interrupted steps"):
         assert job in result.stdout
-    assert result.stdout.endswith("0 failed, seed 1\n")
+    assert re.search(r"^ *\d+  in all, 0 failed; 3 seconds, seed 1\n\Z", result.stdout, re.MULTILINE)
 
 
 def test_load_finds_a_wrong_bit() -> None:
@@ -103,8 +107,25 @@ def test_a_leak_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(tally.failures) == 3
 
 
+def test_every_writer_is_whole_when_nothing_happens(tmp_path: Path, files: writers.Files) -> None:
+    """The other side of the checks: what is whole is found to be, and what is cut off is told."""
+    for number in (0, 8, 9, 10):  # a model, llm.c's other files, training, traces
+        place = tmp_path / str(number)
+        place.mkdir()
+        writer = writers.writers(files, place)[number]
+        assert run(writer.argv).status == 0
+        assert writer.whole(place)
+        assert writer.leftovers(place) == []
+        for target in writer.targets:
+            content = (place / target).read_bytes()
+            (place / target).write_bytes(content[: len(content) * 2 // 3])
+            if target not in ("m.jsonl", "p.pcf", "p.row", "p.prv"):  # text without a mark at its end
+                assert not writer.whole(place), target
+            (place / target).write_bytes(content)
+
+
 def test_a_half_written_file_is_told(tmp_path: Path) -> None:
-    writer = faults.Writer("half", ["sh", "-c", f"head -c 2000 /dev/zero > {tmp_path}/m.bin"], ["m.bin"], faults.sound_model)
+    writer = writers.Writer("half", ["sh", "-c", f"head -c 2000 /dev/zero > {tmp_path}/m.bin"], ["m.bin"], writers.sound_model)
     assert writer.whole(tmp_path)
     assert run(writer.argv).status == 0
     assert not writer.whole(tmp_path)
@@ -116,10 +137,10 @@ def test_crowd_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     if not cgroups:
         monkeypatch.setattr(crowd, "make_cgroup", lambda: None)
     monkeypatch.setattr(crowd, "WORKERS", (1, 8))
-    monkeypatch.setattr(crowd, "BUSY", faults.BIG)
+    monkeypatch.setattr(crowd, "BUSY", writers.BIG)
     tally = Tally(1)
-    crowd.run_crowd(tally, 1)
-    assert sum(count for what, count in tally.counts.items() if what.endswith("runs")) == 2 * len(crowd.SETTINGS)
+    crowd.run_crowd(tally, 1, 2)
+    assert sum(count for what, count in tally.counts.items() if what.endswith("runs")) == 4 * len(crowd.SETTINGS)
     assert all("of the best" in failure for failure in tally.failures)
     assert "half a processor" in capsys.readouterr().out
 
@@ -131,6 +152,8 @@ def test_crowd_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["floods"], "KIND is 'floods': it must be one of faults, signals, load, crowd"),
         (["load", "--seconds", "soon"], "--seconds is 'soon': it must be a whole number from 1"),
         (["load", "--seed", "-1"], "--seed"),
+        (["faults", "--count", "0"], "--count is '0': it must be a whole number from 1"),
+        (["load", "--count", "3"], "--count has no meaning for load"),
     ],
 )
 def test_bad_arguments(words: list[str], said: str) -> None:

@@ -58,7 +58,7 @@ from pygpt import (  # noqa: E402
     cpu_info,
     find_model,
 )
-from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, check_stdout, say, status_of  # noqa: E402
 
 BATCH = 8
 REFERENCE_TOKENS = 8  # new ones in the serial program's usual job, after two
@@ -153,7 +153,9 @@ def time_process(path: str, *options: str) -> float:
     """Seconds of the whole command for that job, interpreter start included."""
     command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
     start = time.perf_counter()
-    subprocess.run(command, cwd=TOOLS.parent, stdout=subprocess.DEVNULL, check=True)
+    status = subprocess.run(command, cwd=TOOLS.parent, stdout=subprocess.DEVNULL).returncode
+    if status:
+        raise PyGPTError(f"the command that is measured ended with status {status}")
     return time.perf_counter() - start
 
 
@@ -276,7 +278,7 @@ def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[in
 
 def progress(rounds: int, number: int) -> None:
     """Say how far it is."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print(f"\rround {number} of {rounds}", end="\n" if number == rounds else "", file=sys.stderr, flush=True)
 
 
@@ -463,8 +465,9 @@ def run(options: argparse.Namespace) -> None:
     if options.memory_of:
         report_memory(*json.loads(options.memory_of))
         return
+    check_stdout("the results")
+    path = os.path.abspath(find_model(options.model)[0])  # the processes that are measured have another current folder
     try:
-        path = os.path.abspath(find_model(options.model)[0])  # a child may run in another folder
         machine, results = (measure_training if options.train else measure)(options, path)
     except (RuntimeError, subprocess.SubprocessError) as error:  # a peer's, a child's
         raise PyGPTError(str(error)) from None

@@ -47,7 +47,6 @@ from pygpt import (  # noqa: E402
     InputError,
     KVCache,
     NumericalError,
-    PyGPTError,
     Tokenizer,
     find_model,
     read_examples,
@@ -55,7 +54,7 @@ from pygpt import (  # noqa: E402
     read_tokens,
     tokens_of_text,
 )
-from pygpt.cli import HelpFormatter, Parser, status_of  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, check_stdout, status_of  # noqa: E402
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
@@ -119,8 +118,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("no task was given: perplexity, hellaswag or next; see --help")
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
-    if sys.stdout is None:
-        raise PyGPTError("stdout is closed: there is nowhere to print the result")
+    check_stdout("the result")
     for name in ("threads", "window", "stride", "limit", "top"):
         if getattr(options, name, None) is not None:
             setattr(options, name, whole(name, getattr(options, name)))

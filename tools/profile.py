@@ -40,7 +40,7 @@ JSON, schema 1 (all times in ns, summed over the rounds unless they are called m
     perf                    samples, symbols [symbol, object, share], families {name: share of computing}, reported {the
                             same from the kernels}
 
-Exit status: 0; 1 for a failure at run time; 2 for bad arguments, with one line on stderr.
+Exit status: 0; 1 for a failure at run time; 2 for bad arguments, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse
@@ -68,7 +68,7 @@ from pygpt import (  # noqa: E402
     default_threads,
     find_model,
 )
-from pygpt.cli import Parser, say, status_of  # noqa: E402
+from pygpt.cli import Parser, check_stdout, say, status_of  # noqa: E402
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
@@ -198,6 +198,7 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
 
 def run(options: argparse.Namespace) -> None:
     """Profile, print the report, write the files that were asked for."""
+    check_stdout("the report")
     if options.compare:
         print(compare.compare(*options.compare))
         return

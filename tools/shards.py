@@ -46,7 +46,7 @@ from pygpt import (  # noqa: E402
     split,
     write_tokens,
 )
-from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, check_stdout, say, status_of  # noqa: E402
 
 EOT = ("document", "paragraph", "none")
 STDIN = "-"
@@ -225,8 +225,7 @@ def described(first: str, files: int, tokens: int) -> str:
 
 def show(path: str, count: int) -> None:
     """Print a shard's size, its first ids, and the text that they are."""
-    if sys.stdout is None:
-        raise PyGPTError("stdout is closed: there is nowhere to print the tokens")
+    check_stdout("the tokens")
     tokenizer = Tokenizer()
     tokens = read_tokens(path, V=tokenizer.V)
     ids = tokens[:count].tolist()

@@ -7,11 +7,14 @@
     python tools/stress.py crowd                   more workers than processors, and a quota of half a processor
     python tools/stress.py load --seconds 60 --seed 7
 
---seconds bounds the time; --seed repeats a choice of moments and jobs (the machine's own timing it cannot repeat). stdout has
-what was counted. Exit status: 0; 1 when anything failed, each failure said on stderr; 2 for bad arguments; 130 after Ctrl-C.
+--seconds bounds the time, --count the rounds (of faults and crowd) or runs (of signals); --seed repeats a choice of moments and
+jobs (the machine's own timing it cannot repeat). stdout has what was counted, its last line the sum, the
+failures and the seed. Exit status: 0; 1 when anything failed, each failure said on stderr; 2 for bad arguments; 130 after
+Ctrl-C.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,13 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
         prog="stress.py",
-        usage="python tools/stress.py KIND [--seconds N] [--seed S]",
+        usage="python tools/stress.py KIND [--seconds N] [--count N] [--seed S]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("kind", metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--seconds", metavar="N", help="end after about so long (default: the long form)")
+    parser.add_argument("--count", metavar="N", help="so many rounds or runs (default: 3, 1,000 and 5)")
     parser.add_argument("--seed", metavar="S", default="1", help="of the choice of moments and jobs (default 1)")
     return parser
 
@@ -58,14 +62,25 @@ def run(options: argparse.Namespace) -> int:
     if options.kind not in KINDS:
         raise InputError(f"KIND is {options.kind[:40]!r}: it must be one of {', '.join(KINDS)}")
     seconds = None if options.seconds is None else whole("--seconds", options.seconds)
+    rounds = None if options.count is None else whole("--count", options.count)
+    if options.kind == "load" and rounds is not None:
+        raise InputError("--count has no meaning for load: --seconds says how long it is")
     seed = whole("--seed", options.seed)
     from stressing import crowd, faults, load, signals
     from stressing.common import Tally
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all that they start, ignore it
     pygpt.model.MEETING_WEIGHT = 0  # the models are small: every step uses all workers nevertheless
-    tally = Tally(seed)
-    kinds = {"faults": faults.run_faults, "signals": signals.run_signals, "load": load.run_load, "crowd": crowd.run_crowd}
-    kinds[options.kind](tally, seconds)
+    tally = Tally(seed, {"faults": "rounds", "signals": "runs", "load": "seconds", "crowd": "rounds"}[options.kind])
+    try:
+        if options.kind == "load":
+            load.run_load(tally, seconds)
+        else:
+            kinds = {"faults": faults.run_faults, "signals": signals.run_signals, "crowd": crowd.run_crowd}
+            kinds[options.kind](tally, seconds, rounds)
+    except KeyboardInterrupt:
+        tally.report()  # what was counted so far
+        raise
     return tally.report()
 
 

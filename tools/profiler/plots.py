@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from pygpt import PyGPTError
+from pygpt.checkpoint import atomic_file
 
 from .job import WAKE, Call, Event
 
@@ -70,9 +71,15 @@ def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
     for name, figure in figures.items():
         for suffix in ("svg", "png"):
             written.append(os.path.join(folder, f"{name}.{suffix}"))
-            figure.savefig(written[-1], dpi=120)
+            save(figure, written[-1])
         plt.close(figure)
     return written
+
+
+def save(figure: Any, name: str) -> None:
+    """Write a picture, which takes its name once it is whole; the kind is the name's ending."""
+    with atomic_file(name) as file:
+        figure.savefig(file, format=name.rpartition(".")[2], dpi=120)
 
 
 def hotspots(plt: Any, report: Report) -> Any:

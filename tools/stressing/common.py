@@ -17,7 +17,7 @@ from typing import Any
 from pygpt import Config, TrainableGPT2
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEADLINE = 120.0  # seconds for what takes one or two, also on a busy machine: reached only by a hang
+DEADLINE_S = 120.0  # of our own life, for what takes one or two seconds, also on a busy machine: reached only by a hang
 SHAPE = Config(maxT=128, V=211, L=2, NH=3, C=48)
 OTHER = Config(maxT=64, V=97, L=1, NH=2, C=32)
 SHOWN = 20  # failures that are told in full
@@ -26,11 +26,12 @@ SHOWN = 20  # failures that are told in full
 class Tally:
     """Counts what was checked, by name, and keeps what failed. Threads may share it."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, unit: str = "runs") -> None:
+        self.seed, self.unit = seed, unit
         self.random = random.Random(seed)  # of the main thread
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.runs = 0  # of the stress's `unit`: rounds, seconds, ...
         self._lock = Lock()
 
     def check(self, what: str, right: object, detail: object = "") -> bool:
@@ -66,7 +67,8 @@ class Tally:
         """Print the counts; return the exit status."""
         for what, count in sorted(self.counts.items()):
             print(f"{count:8}  {what}")
-        print(f"{sum(self.counts.values()):8}  in all, {len(self.failures)} failed, seed {self.seed}", flush=True)
+        total = sum(self.counts.values())
+        print(f"{total:8}  in all, {len(self.failures)} failed; {self.runs} {self.unit}, seed {self.seed}", flush=True)
         return 1 if self.failures else 0
 
 
@@ -123,11 +125,21 @@ class Outcome:
         return f"status {self.status}, stdout {self.out[-200:]!r}, stderr {self.err[-1200:]!r}"
 
 
+def patience(pause_s: float) -> Iterator[None]:
+    """Yield as often as there is time for what cannot take so long: each time the caller waits for `pause_s` at most. Counting
+    is no clock: a machine that stands still for minutes, and we with it, is no hang."""
+    yield from [None] * round(DEADLINE_S / pause_s)
+
+
 def finish(process: "subprocess.Popen[bytes]", given: bytes | None = None) -> Outcome:
     """Wait for a program's end; one that hangs is ended, and has status -SIGKILL."""
-    try:
-        out, err = process.communicate(given, timeout=DEADLINE)
-    except subprocess.TimeoutExpired:
+    for _ in patience(0.5):
+        try:
+            out, err = process.communicate(given, timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            given = None  # it is on its way
+    else:
         process.kill()
         out, err = process.communicate()
         err = b"HANGS\n" + (err or b"")
@@ -141,12 +153,11 @@ def run(argv: Sequence[object], given: bytes = b"", **options: Any) -> Outcome:
 
 def wait_until(condition: Callable[[], object]) -> bool:
     """Wait for something that is about to happen; False when it does not."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
+    for _ in patience(0.002):
+        if condition():
+            return True
         time.sleep(0.002)
-    return True
+    return False
 
 
 def alive(pid: int) -> bool:

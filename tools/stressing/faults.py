@@ -11,192 +11,91 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pygpt import GPT2, Checkpoint, Config, PyGPTError, TrainingState, read_tokens, write_tokens
+from pygpt import GPT2, TrainingState
 from pygpt.checkpoint import EMBEDDED_MODEL
 
-from .common import ROOT, SHAPE, Outcome, Tally, command, finish, folder, make_model, run, send, start
+from .common import ROOT, Outcome, Tally, command, environment, finish, folder, run, send, start, wait_until
+from .writers import PYTHON, TOOLS, TRAINING, Files, Writer, ids_of, put_older, writers
 
-ROUNDS = 40
-BIG = Config(maxT=256, V=5000, L=4, NH=4, C=128)  # large enough that writing it takes a while
-LONG = Config(maxT=20000, V=211, L=2, NH=3, C=48)  # its cache takes 30 MB
+ROUNDS = 3
 TOTAL = 3000  # tokens of an answer during which a file changes
-PYTHON = sys.executable
-
-
-class Files:
-    """What all scenarios use, made once."""
-
-    def __init__(self, place: Path) -> None:
-        self.model = make_model(place / "model.bin", BIG)
-        self.bf16 = make_model(place / "bf16.bin", BIG, version=5)
-        self.long = make_model(place / "long.bin", LONG, sharp=9)
-        self.small = make_model(place / "small.bin", sharp=9)
-        self.text = str(place / "text.txt")
-        Path(self.text).write_text("To be, or not to be.\n\n" * 9000)
-        self.tokens = str(place / "tokens.bin")
-        write_tokens(self.tokens, [i % SHAPE.V for i in range(500)])
-        self.hf = str(place / "hf")
-        outcome = run([PYTHON, "-m", "pygpt.convert", self.model, self.hf + "/"])
-        assert outcome.status == 0, outcome
-        with GPT2.load(self.small, threads=1) as model:
-            self.answer = list(model.generate([1, 2], total=10))
-
-
-def ids_of(outcome: Outcome) -> list[int]:
-    """The ids that a command has printed."""
-    return [int(word) for word in outcome.out.split()]
+STEPS = 40  # of a run of training that is killed again and again
 
 
 # ------------------------------------------------------------------------------------------------ kill -9 while writing
-
-
-class Writer:
-    """A program that writes `target` in an empty folder, where an `older` one may be; sound() says whether it is whole."""
-
-    def __init__(
-        self,
-        name: str,
-        argv: list[object],
-        targets: list[str],
-        sound: Callable[[Path], object],
-        *,
-        fresh: bool = False,
-        again: Sequence[object] = (),
-    ) -> None:
-        self.name, self.argv, self.targets, self.sound = name, argv, targets, sound
-        self.fresh = fresh or bool(again)  # it refuses to replace older files
-        self.again = [*argv, *again]  # what replaces them nevertheless
-
-    def whole(self, place: Path) -> bool:
-        """Whether every target is absent or whole."""
-        for target in self.targets:
-            if (place / target).exists():
-                try:
-                    self.sound(place / target)
-                except (PyGPTError, OSError, AssertionError):
-                    return False
-        return True
-
-
-SAVES = """
-import sys
-from pygpt import TrainableGPT2
-with TrainableGPT2.load(sys.argv[1], threads=1) as model:
-    for version in (3, 5, 1, 3, 5, 1, 3):
-        model.save(sys.argv[2], version=version)
-"""
-
-
-def writers(files: Files, place: Path) -> list[Writer]:
-    """Every kind of write."""
-    convert = [PYTHON, "-m", "pygpt.convert"]
-    tools = ROOT / "tools"
-    return [
-        Writer("to bfloat16", [*convert, files.model, place / "m.bin"], ["m.bin"], sound_model),
-        Writer("to Hugging Face", [*convert, files.model, f"{place}/hf/"], ["hf"], sound_folder, fresh=True),
-        Writer("from Hugging Face", [*convert, files.hf, place / "m.bin"], ["m.bin"], sound_model),
-        Writer(
-            "shards",
-            [PYTHON, tools / "shards.py", files.text, "-o", place / "s", "--val-fraction", ".1"],
-            ["s_train.bin", "s_val.bin"],
-            read_tokens,
-            fresh=True,
-        ),
-        Writer("saved models", [PYTHON, "-c", SAVES, files.model, place / "m.bin"], ["m.bin"], sound_model),
-        Writer(
-            "training",
-            [PYTHON, tools / "train.py", "--data", files.tokens, "--init", files.small, "--out", place / "m.bin", *TRAINING],
-            ["m.bin", "m.state", "m.state.1"],
-            sound_training,
-            again=["--force"],
-        ),
-    ]
-
-
-TRAINING = ["-B", 1, "-T", 8, "--steps", 12, "--save-every", 1, "--sample-every", 0, "-t", 1]
-
-
-def sound_training(path: Path) -> None:
-    """Raise an exception unless a file is a model or a training state."""
-    if path.suffix == ".bin":
-        sound_model(path)
-    else:
-        TrainingState(path).close()
-
-
-def sound_model(path: Path) -> None:
-    """Raise an exception unless a file is a model."""
-    Checkpoint(path).close()
-
-
-def sound_folder(path: Path) -> None:
-    """Raise an exception unless a folder is a model that converts back."""
-    outcome = run([PYTHON, "-m", "pygpt.convert", path, f"{path}.back"])
-    os.unlink(f"{path}.back")
-    assert outcome.status == 0, outcome
-
-
-def leftovers(place: Path, writer: Writer) -> list[str]:
-    """What is in a folder beside the targets."""
-    return sorted({path.name for path in place.iterdir()} - set(writer.targets))
-
-
-def temporary(name: str, writer: Writer) -> bool:
-    """Whether a file or folder is what a killed writer may leave."""
-    return name.endswith(".tmp") or any(name.startswith(f".{target[:1]}") for target in writer.targets)
 
 
 def kills(tally: Tally, files: Files) -> None:
     """Each writer is killed at a random moment, with an older file there and without; then it runs to its end."""
     for older in (False, True):
         with folder() as place:
-            for number in range(len(writers(files, place))):
+            for number in files.some(range(len(writers(files, place))), tally.random):
                 here = place / str(number)
                 here.mkdir()
-                writer = writers(files, here)[number]
-                if older and not writer.fresh:
-                    for target in writer.targets:
-                        shutil.copy(files.small, here / target)
-                process = start(writer.argv)
-                began = time.monotonic()
-                moment = tally.random.random()
-                while process.poll() is None and not appeared(here, writer) and time.monotonic() - began < 60:
-                    time.sleep(0.001)
-                time.sleep(moment * 0.1)
-                send(process, signal.SIGKILL)
-                outcome = finish(process)
-                what = f"kill -9: {writer.name}"
-                tally.note(f"{what}, {'killed' if outcome.status == -signal.SIGKILL else 'ended before'}")
-                tally.check(what, writer.whole(here), outcome)
-                tally.check(what, not older or writer.fresh or (here / writer.targets[0]).exists(), "the older file is gone")
-                left = leftovers(here, writer)
-                tally.check(f"{what}: leftovers", all(temporary(name, writer) for name in left), left)
-                if writer.argv == writer.again and writer.fresh:
-                    for target in writer.targets:
-                        remove(here / target)
-                again = run(writer.again)
-                tally.check(f"{what}: the next run", again.status == 0 and writer.whole(here), again)
-                tally.check(f"{what}: the next run", set(leftovers(here, writer)) <= set(left), leftovers(here, writer))
+                killed(tally, files, here, writers(files, here)[number], older=older)
 
 
-def appeared(place: Path, writer: Writer) -> bool:
-    """Whether the writer has begun to write."""
-    return bool(leftovers(place, writer))
+def killed(tally: Tally, files: Files, place: Path, writer: Writer, *, older: bool) -> None:
+    """One writer, killed and begun again."""
+    if older:
+        put_older(files, place, writer)
+    process = start(writer.argv)
+    moment = tally.random.random() * writer.over_s
+    wait_until(lambda: process.poll() is not None or writer.begun(place))
+    time.sleep(moment)
+    send(process, signal.SIGKILL)
+    outcome = finish(process)
+    what = f"kill -9: {writer.name}"
+    tally.note(f"{what}, {'killed' if outcome.status == -signal.SIGKILL else 'ended before'}")
+    tally.check(what, writer.whole(place), outcome)
+    there = not older or writer.fresh or all((place / target).exists() for target in writer.targets)
+    tally.check(what, there, "an older file is gone")
+    left = writer.leftovers(place)
+    tally.check(f"{what}: leftovers", all(writer.temporary(name) for name in left), left)
+    if writer.argv == writer.again and writer.fresh and not any(name.endswith(".part") for name in left):
+        writer.clear(place)
+    again = run(writer.again)
+    tally.check(f"{what}: the next run", again.status == 0 and writer.whole(place), again)
+    tally.check(f"{what}: the next run", set(writer.leftovers(place)) <= set(left), writer.leftovers(place))
+    tally.check(f"{what}: the next run", all((place / target).exists() for target in writer.targets), "a target is missing")
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def training_goes_on(tally: Tally, files: Files) -> None:
+    """A run of training that is killed again and again ends with the bytes of one that nobody disturbed."""
+    with folder() as place:
+        train: list[object] = [PYTHON, TOOLS / "train.py"]
+        options = ["--data", files.tokens, "--init", files.small, "--shuffle", "--clip", 1, *TRAINING, "--steps", STEPS]
+        names = ("m.bin", "m.state")
+        for run_of in ("one", "two"):
+            (place / run_of).mkdir()
+        outcome = run([*train, *options, "--out", place / "one" / "m.bin"])
+        tally.check("kill -9: training goes on", outcome.status == 0, outcome)
+        state = place / "two" / "m.state"
+
+        def words() -> list[object]:
+            if state.exists() or Path(f"{state}.1").exists():
+                return [*train, "--resume", state]
+            return [*train, *options, "--out", place / "two" / "m.bin", "--force"]
+
+        for _ in files.some(range(8), tally.random):
+            process = start(words())
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(tally.random.random() * 0.1)
+            send(process, signal.SIGKILL)
+            outcome = finish(process)
+            tally.check("kill -9: training goes on", outcome.status in (0, -signal.SIGKILL), outcome)
+        outcome = run(words())
+        tally.check("kill -9: training goes on", outcome.status == 0, outcome)
+        same = all((place / "one" / name).read_bytes() == (place / "two" / name).read_bytes() for name in names)
+        tally.check("kill -9: training ends with the same bytes", same, "they differ")
 
 
 # ------------------------------------------------------------------------------------------------ full disks
@@ -205,35 +104,34 @@ def remove(path: Path) -> None:
 def full_disks(tally: Tally, files: Files) -> None:
     """Each writer on a disk that fills up: by a limit of the file's size, and on a small file system where one can be had."""
     with folder() as place:
-        for number in range(len(writers(files, place))):
+        for number in files.some(range(len(writers(files, place))), tally.random):
             here = place / str(number)
             here.mkdir()
             writer = writers(files, here)[number]
-            if not writer.fresh:
-                for target in writer.targets:
-                    shutil.copy(files.small, here / target)
-            size = tally.random.randrange(2000, 100_000)
+            put_older(files, here, writer)
+            size = tally.random.randrange(1000, writer.least)
             outcome = run(writer.argv, preexec_fn=lambda size=size: limit(resource.RLIMIT_FSIZE, size))
             refused(tally, f"full disk: {writer.name}", outcome, writer, here)
             for target in writer.targets:
                 same = writer.fresh or (here / target).read_bytes() == Path(files.small).read_bytes()
                 tally.check(f"full disk: {writer.name}", same, "the older file has changed")
-        with small_disk(place / "disk") as disk:
-            if disk is None:
-                tally.note("full disk: no small file system can be had here")
-                return
-            for writer in writers(files, disk):
-                refused(tally, f"full disk: {writer.name}", run(writer.argv), writer, disk)
+        for number in files.some(range(len(writers(files, place))), tally.random):
+            with small_disk(place / f"disk{number}", tally.random.randrange(2, 8) * 4096) as disk:
+                if disk is None:
+                    tally.note("full disk: no small file system can be had here")
+                    return
+                writer = writers(files, disk)[number]
+                outcome = run(writer.argv)
+                refused(tally, f"full disk: {writer.name}", outcome, writer, disk)
 
 
 def refused(tally: Tally, what: str, outcome: Outcome, writer: Writer, place: Path) -> None:
     """Status 1, one line (a program of the API: its exception), nothing half-written, nothing left."""
-    said = outcome.one_line or (writer.argv[1] == "-c" and "OSError" in outcome.err)
-    tally.check(what, outcome.status == 1 and said, outcome)
-    left = leftovers(place, writer)
+    tally.check(what, outcome.status == 1 and outcome.one_line, outcome)
+    left = [name for name in writer.leftovers(place) if ".part" not in name]  # with which a download goes on
     tally.check(what, not left and writer.whole(place), left)
-    for target in writer.targets if writer.fresh else ():
-        remove(place / target)
+    if writer.fresh:
+        writer.clear(place)
 
 
 def limit(which: int, value: int) -> None:
@@ -243,10 +141,10 @@ def limit(which: int, value: int) -> None:
 
 
 @contextmanager
-def small_disk(place: Path) -> Iterator[Path | None]:
-    """A file system of 200 kB, where this user may mount one; else None."""
+def small_disk(place: Path, size: int) -> Iterator[Path | None]:
+    """A file system of `size` bytes, where this user may mount one; else None."""
     place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     if os.geteuid() or shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
         yield None
         return
@@ -259,11 +157,17 @@ def small_disk(place: Path) -> Iterator[Path | None]:
 def full_streams(tally: Tally, files: Files) -> None:
     """stdin, stdout and stderr closed or full, for the command, for its serving and for the chat."""
     chat = [PYTHON, ROOT / "chat.py", "-n", 4, "-m", EMBEDDED_MODEL, "hi"]
+    evaluate = [PYTHON, TOOLS / "eval.py", "perplexity", files.tokens, "-m", files.small, "-n", 99, "-o", "json"]
+    bench = [PYTHON, TOOLS / "bench.py", "-m", files.small, "-p", 4, "-n", 2, "-d", 2, "-t", 1, "-r", 1, "-o", "json"]
+    job = ["-m", files.small, "--tokens", 1, "-n", 2, "-r", 1, "--skip", "all", "-o", "json"]
+    profile = [PYTHON, TOOLS / "profile.py", *job]
+    train = [PYTHON, TOOLS / "train.py", "--data", files.tokens, "--init", files.small, "--steps", 2, *TRAINING]
+    show = [PYTHON, TOOLS / "shards.py", "--show", files.tokens]
     small = command("-m", files.small, 1, 2)
     serving = command("-m", files.small, "-")
     convert = [PYTHON, "-m", "pygpt.convert", files.small, "/dev/full"]
     full = ">/dev/full" if os.path.exists("/dev/full") else ">&-"
-    for argv, streams, status in (
+    cases: list[tuple[list[Any], str, int]] = [
         (small, full, 1),
         (small, ">&-", 1),
         (small, "2>&-", 0),
@@ -278,10 +182,19 @@ def full_streams(tally: Tally, files: Files) -> None:
         (chat, "<&-", 0),
         (convert, ">&-", 2),
         (convert, "2>&-", 2),
-    ):
+        *((tool, streams, 1) for tool in (evaluate, bench, profile, show) for streams in (full, ">&-")),
+        (train, full, 1),
+        (train, ">&-", 0),  # what it makes is in files
+        *((tool, "2>&-", 0) for tool in (evaluate, bench, profile, train, show)),
+        (train, "<&-", 0),
+    ]
+    for argv, streams, status in files.some(cases, tally.random):
         outcome = run(["/bin/sh", "-c", f'"$@" {streams}', "sh", *argv], b"1 2\n")
+        if argv is train:  # it says that nothing will be saved
+            outcome.err = outcome.err.removeprefix("pygpt: nothing will be saved: --out names the model to write\n")
+            outcome.err = outcome.err.removeprefix("pygpt: 2 steps; nothing was saved\n")
         told = outcome.quiet if status == 0 or streams == "2>&-" else outcome.one_line
-        name = "chat.py" if argv is chat else " ".join(str(word) for word in argv[2:3])
+        name = " ".join(str(word).rpartition("/")[2] for word in argv[1:4])
         tally.check("streams closed or full", outcome.status == status and told, f"{name} {streams}: {outcome}")
 
 
@@ -381,15 +294,27 @@ def no_memory(tally: Tally, files: Files) -> None:
     )
     tally.check("no memory: objects work on", (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", ""), outcome)
     for options, kind in (([], "the map"), (["--no-mmap"], "a copy")):
-        argv = [PYTHON, "-c", LIMITED, "30", "-m", files.bf16, *options, "-n", "200", "1"]
-        free = run(argv)
+        limited: list[object] = [PYTHON, "-c", LIMITED]
+        argv = ["-m", files.bf16, *options, "-n", 200, 1]
+        free = run([*limited, 30, *argv])
         tally.check(f"no memory: {kind}", free.status == 0, free)
-        for megabytes in sorted(tally.random.sample(range(1, 24), 4)):
-            argv[3] = str(megabytes)
-            outcome = run(argv)
+        for megabytes in files.some(sorted(tally.random.sample(range(1, 24), 4)), tally.random):
+            outcome = run([*limited, megabytes, *argv])
             right = outcome.status == 0 and outcome.out == free.out
             said = outcome.status == 1 and outcome.one_line and ids_of(free)[: len(ids_of(outcome))] == ids_of(outcome)
             tally.check(f"no memory: {kind}", right or said, f"{megabytes} MB: {outcome}")
+    with folder() as place:
+        train: list[object] = [PYTHON, "-c", LIMITED_TRAINING, TOOLS]
+        made = place / "m.bin"
+        run_of = ["--data", files.tokens, "--init", files.small, "--steps", 3, *TRAINING, "-T", 128, "--out", made]
+        free = run([*train, 999, *run_of])
+        tally.check("no memory: training", free.status == 0, free)
+        whole = made.read_bytes()
+        for megabytes in files.some(sorted(tally.random.sample(range(1, 32), 6)), tally.random):
+            outcome = run([*train, megabytes, *run_of, "--force"])
+            said = outcome.status == 1 and outcome.err.splitlines()[-1].startswith("pygpt: error: ")
+            tally.check("no memory: training", outcome.status == 0 or said, f"{megabytes} MB: {outcome}")
+            tally.check("no memory: training", made.read_bytes() == whole, f"{megabytes} MB: another model")
 
 
 LIMITED = """
@@ -400,6 +325,16 @@ page = resource.getpagesize()
 limit = int(open("/proc/self/statm").read().split()[0]) * page + (int(sys.argv.pop(1)) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.exit(main(sys.argv[1:]))
+"""
+LIMITED_TRAINING = """
+import resource, sys
+sys.path.append(sys.argv.pop(1))
+import train
+import numpy, pygpt.trainable, pygpt.generate, pygpt.sampling, pygpt.tokenizer
+page = resource.getpagesize()
+limit = int(open("/proc/self/statm").read().split()[0]) * page + (int(sys.argv.pop(1)) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(train.main(sys.argv[1:]))
 """
 
 
@@ -443,28 +378,46 @@ def no_threads(tally: Tally, files: Files) -> None:
     if scarce is None:
         tally.note("no threads: RLIMIT_NPROC cannot be tried by this user")
         return
-    for workers in (2, 8):
+    what = "no threads: RLIMIT_NPROC"
+    train = [PYTHON, TOOLS / "train.py", "--data", files.tokens, "--init", files.small, "--steps", 2, *TRAINING]
+    blas = environment(OPENBLAS_NUM_THREADS="1")  # NumPy's BLAS starts threads at import, and ends the process else
+    counts = [(workers, some) for workers in (2, 4, 8) for some in range(1, workers + 1)]
+    for workers, some in files.some(counts, tally.random):
+        scarce[1] = f"--nproc={some}"
         outcome = run([*scarce, *command("-m", files.small, "-t", workers, 1, 2)])
-        refusal = outcome.status == 1 and outcome.one_line and "use fewer threads" in outcome.err and not outcome.out
-        tally.check("no threads: RLIMIT_NPROC", refusal, outcome)
-    outcome = run([*scarce, *command("-m", files.small, "-t", 1, 1, 2)])
-    tally.check("no threads: RLIMIT_NPROC", ids_of(outcome) == files.answer, outcome)
+        if some == workers:
+            tally.check(what, outcome.status == 0 and ids_of(outcome) == files.answer, outcome)
+            continue
+        refusal = f"refused thread {some + 1} of {workers}" in outcome.err and "use fewer threads" in outcome.err
+        tally.check(what, outcome.status == 1 and outcome.one_line and refusal and not outcome.out, outcome)
+        outcome = run([*scarce, *train, "-t", workers], env=blas)
+        tally.check(f"{what}, training", outcome.status == 1 and "refused thread" in outcome.err.splitlines()[-1], outcome)
+    scarce[1] = "--nproc=1"
+    outcome = run([*scarce, *train], env=blas)
+    tally.check(f"{what}, training", outcome.status == 0, outcome)
+    outcome = run([*scarce, PYTHON, ROOT / "chat.py", "-m", EMBEDDED_MODEL, "-t", 1, "-n", 2, "hi"])  # it starts a process
+    tally.check(f"{what}, chat.py", outcome.status == 1 and outcome.one_line, outcome)
 
 
 def without_threads() -> list[str] | None:
-    """What to put before a command that is to get no threads: root, for whom the limit does not count, becomes a user who may
-    read root's files. None where this cannot be had."""
+    """What to put before a command that is to get so many threads only (word 1 says how many): root, for whom the limit does
+    not count, becomes a user who may read root's files. None where this cannot be had."""
     words = ["prlimit", "--nproc=1"]
     if not os.geteuid():
         one = "-all,+dac_override"
-        words = ["setpriv", "--reuid=65534", "--clear-groups", f"--inh-caps={one}", f"--ambient-caps={one}", *words]
-        words.insert(1, f"--bounding-set={one}")
+        caps = [f"--{kind}={one}" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
+        words += ["setpriv", f"--reuid={random_user()}", "--clear-groups", *caps]
     probe = "import threading; threading.Thread(target=print).start()"
     try:
         found = run([*words, PYTHON, "-c", probe])
     except OSError:
         return None
     return words if "can't start new thread" in found.err else None
+
+
+def random_user() -> int:
+    """The number of a user who has no processes, so that a limit of threads is this program's alone."""
+    return 1_000_000 + os.getpid() % 1_000_000
 
 
 # ------------------------------------------------------------------------------------------------ files that change
@@ -477,7 +430,7 @@ def changing_files(tally: Tally, files: Files) -> None:
         answers = [list(model.generate([1], total=TOTAL)), list(model.generate([2]))]
     whole = b"".join(b" ".join(b"%d" % token for token in answer) + b"\n" for answer in answers)
     requests = b'{"tokens": [1], "total": %d}\n2\n' % TOTAL
-    for change, options, status in (
+    cases: list[tuple[str, list[str], int]] = [
         ("nothing", [], 0),
         ("deleted", [], 0),
         ("renamed over", [], 0),
@@ -485,7 +438,8 @@ def changing_files(tally: Tally, files: Files) -> None:
         ("written over", ["--no-mmap"], 0),
         ("cut short", ["-t", "1"], -signal.SIGBUS),
         ("cut short", ["-t", "4"], -signal.SIGBUS),
-    ):
+    ]
+    for change, options, status in files.some(cases, tally.random):
         with folder() as place:
             path = place / "model.bin"
             shutil.copy(files.long, path)
@@ -502,6 +456,27 @@ def changing_files(tally: Tally, files: Files) -> None:
         tally.check(what, found == whole if status == 0 else whole.startswith(found), found[-200:])
         said = outcome.one_line and "SIGBUS" in outcome.err and "--no-mmap" in outcome.err
         tally.check(what, outcome.quiet if status == 0 else said, outcome)
+
+
+def changing_data(tally: Tally, files: Files) -> None:
+    """The token file is cut short while a run of training reads it: one line, and what was saved can be resumed."""
+    what = "the training's data: cut short"
+    with folder() as place:
+        data, state = place / "data.bin", place / "m.state"
+        shutil.copy(files.tokens, data)
+        options = ["--data", data, "--init", files.small, *TRAINING, "--steps", 10**6, "--out", place / "m.bin"]
+        process = start([PYTHON, TOOLS / "train.py", *options])
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        os.truncate(data, 0)
+        outcome = finish(process)
+        tally.check(what, outcome.status == -signal.SIGBUS and outcome.one_line and "SIGBUS" in outcome.err, outcome)
+        shutil.copy(files.tokens, data)
+        with TrainingState(state) as found:
+            done = found.progress.step
+        outcome = run([PYTHON, TOOLS / "train.py", "--resume", state, "--steps", done + 2])
+        tally.check(what, outcome.status == 0, outcome)
 
 
 def make_change(change: str, path: Path, other: str) -> None:
@@ -534,23 +509,26 @@ def useless_files(tally: Tally, files: Files) -> None:
 
 SCENARIOS: list[Callable[[Tally, Files], None]] = [
     kills,
+    training_goes_on,
     full_disks,
     full_streams,
     no_memory,
     no_threads,
     changing_files,
+    changing_data,
     useless_files,
 ]
 
 
-def run_faults(tally: Tally, seconds: float | None) -> None:
-    """Every scenario once, then again as long as there is time: ROUNDS times if nothing else is said."""
+def run_faults(tally: Tally, seconds: float | None, count: int | None) -> None:
+    """Every scenario once, then again: `count` rounds, as many as there is time for, or ROUNDS."""
     end = None if seconds is None else time.monotonic() + seconds
-    with folder() as place:
-        files = Files(place)
-        for number in range(ROUNDS if end is None else 10**9):
+    rounds = count or (ROUNDS if seconds is None else 10**9)
+    with folder() as place, Files(place) as files:
+        for number in range(rounds):
             for scenario in SCENARIOS:
                 if number == 0 or end is None or time.monotonic() < end:
                     scenario(tally, files)
+            tally.runs += 1
             if end is not None and time.monotonic() >= end:
                 return

@@ -1,8 +1,9 @@
 """load: everything at once in one process for a long time, every result compared with its known bits.
 
 Threads generate on shared models and on their own, alone and in batches, with prefix caches and without, cancel by closing
-iterators, open and close models, let caches grow and shrink, evaluate and train; the main thread is interrupted all the time.
-Meanwhile resident memory, descriptors and threads must stay what they were after the first part of the run.
+iterators, open and close models, let caches grow and shrink, evaluate, train, save and resume; the main thread, which completes
+and trains, is interrupted all the time. Meanwhile resident memory, descriptors and threads must stay what they were after the
+first part of the run.
 """
 
 import gc
@@ -29,13 +30,17 @@ from pygpt import (
     SerialGPT2,
     Tokenizer,
     TrainableGPT2,
+    Trainer,
+    TrainingOptions,
 )
 
-from .common import DEADLINE, OTHER, SHAPE, Tally, folder, make_model
+from .common import OTHER, SHAPE, Tally, folder, make_model, patience
 
-SECONDS = 3600.0
+SECONDS = 3600.0  # of this process's life: what the machine, or who stops us, takes away in one piece does not count
+PIECE_S = 1.0
 THREADS = 6
 TOKENS = [(17 * i + 3) % SHAPE.V for i in range(SHAPE.maxT)]
+STEPS = 4  # of a run of training
 PROMPTS = [TOKENS[:5], TOKENS[:40], [*TOKENS[:39], 7], [1], TOKENS[50:120]]
 OPTIONS: list[dict[str, Any]] = [
     {"max_new_tokens": 8},
@@ -56,6 +61,7 @@ class Known:
     """The files, and what must come out."""
 
     def __init__(self, place: Path) -> None:
+        self.place = place
         self.files = {version: make_model(place / f"{version}.bin", version=version, sharp=9) for version in (1, 3, 5)}
         self.other = make_model(place / "other.bin", OTHER, sharp=9)
         self.logits: dict[int, Any] = {}
@@ -73,10 +79,24 @@ class Known:
         self.data = np.array([(31 * i + i // 7) % SHAPE.V for i in range(2000)], np.uint16)
         self.batches = [[part.copy() for part in batch] for batch in self._some(self.loader())]
         self.trained, self.losses = self.train(1)
+        with TrainableGPT2.load(self.files[3], threads=1) as engine:
+            trainer = self.trainer(engine)
+            self.states = [state_of(trainer)]
+            for _ in range(STEPS):
+                trainer.step()
+                self.states.append(state_of(trainer))
 
     def loader(self) -> DataLoader:
         """Batches of the data."""
         return DataLoader(self.data, B=2, T=16, shuffle_seed=3)
+
+    def losses_of(self, engine: TrainableGPT2) -> bytes:
+        """An evaluation."""
+        return engine.evaluate(*self.batches[3]).tobytes()
+
+    def trainer(self, engine: TrainableGPT2) -> Trainer:
+        """A run of STEPS steps."""
+        return Trainer(engine, self.loader(), TrainingOptions(lr=1e-2, clip=1.0, steps=STEPS))
 
     @staticmethod
     def _some(loader: DataLoader) -> Iterator[Any]:
@@ -91,8 +111,15 @@ class Known:
                 model.backward()
                 model.gradient_norm()
                 model.update(lr=1e-3, step=step, weight_decay=0.1)
-            losses = model.evaluate(*self.batches[3]).tobytes()
+            losses = self.losses_of(model)
             return hashlib.sha256(model.parameters.tobytes()).hexdigest(), losses
+
+
+def state_of(trainer: Trainer) -> tuple[int, object, str]:
+    """All that a run is: updates made, place in the data, digest of weights and moments."""
+    engine = trainer.engine
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in (engine.parameters, engine.first_moments, engine.second_moments)))
+    return trainer.done, trainer.loader.state()["batch"], digest.hexdigest()
 
 
 class Load:
@@ -105,6 +132,12 @@ class Load:
             for (version, file), threads in zip(known.files.items(), (1, 2, 3), strict=True)
         }
         self.prefixes = {version: model.new_prefix_cache() for version, model in self.shared.items()}
+        self.learner = TrainableGPT2.load(known.files[3], threads=2)  # evaluates in all threads; the main one trains another
+        self.learned = known.losses_of(self.learner)
+        self.trainee = TrainableGPT2.load(known.files[3], threads=3)
+        self.trainer = known.trainer(self.trainee)
+        self.start = str(known.place / "start.state")
+        self.trainer.save(self.start)
         self.tokenizer = Tokenizer()
         self.text_ids = self.tokenizer.encode(TEXT)
         self.jobs: list[Callable[[random.Random], None]] = [
@@ -115,6 +148,8 @@ class Load:
             self.own_model,
             self.grow,
             self.train,
+            self.evaluate,
+            self.resume,
             self.serial,
             self.read,
             self.misuse,
@@ -189,6 +224,23 @@ class Load:
         self.tally.check("training steps", digest == self.known.trained)
         self.tally.check("evaluations", losses == self.known.losses)
 
+    def evaluate(self, rng: random.Random) -> None:
+        """Losses of an engine that all threads share."""
+        self.tally.check("evaluations of a shared engine", self.known.losses_of(self.learner) == self.learned)
+
+    def resume(self, rng: random.Random) -> None:
+        """A run that is saved after some steps and goes on in another object."""
+        path, stop = self.known.place / f"{threading.get_ident()}.state", rng.randrange(STEPS)
+        for end in (stop, STEPS):
+            with TrainableGPT2.load(self.known.files[3], threads=rng.randrange(1, 4)) as engine:
+                trainer = self.known.trainer(engine)
+                if end == STEPS:
+                    trainer.restore(path)
+                while trainer.done < end:
+                    trainer.step()
+                self.tally.check("runs saved and resumed", state_of(trainer) == self.known.states[end], (stop, end))
+                trainer.save(path)
+
     def serial(self, rng: random.Random) -> None:
         """The serial reference beside all that."""
         with SerialGPT2.load(self.known.files[3], mmap=rng.random() < 0.5) as model:
@@ -230,14 +282,14 @@ class Load:
         ids = self.tokenizer.encode(TEXT)
         self.tally.check("texts", ids == self.text_ids and self.tokenizer.decode(ids) == TEXT)
 
-    def interrupted(self, rng: random.Random) -> None:
+    def interrupted(self, rng: random.Random, alarm: "Alarm") -> None:
         """In the main thread: a completion that a signal ends at any moment."""
         version, p, o = self._pick(rng)
         wanted, ids, moment = self.known.answers[version][p, o], [], rng.random() * 0.01
         cache = self.shared[version].new_cache()
         done = before = 0
         try:
-            with alarm(moment):
+            with alarm.after(moment):
                 for token in self.shared[version].generate(PROMPTS[p], cache=self.prefixes[version], **OPTIONS[o]):
                     ids.append(token)
                 while cache.length < len(TOKENS):
@@ -249,9 +301,23 @@ class Load:
         self.tally.check("interrupted completions", ids == wanted[: len(ids)], (version, p, o, ids))
         self.tally.check("interrupted steps", cache.length in (before, done, before + 1), (cache.length, before, done))
 
+    def interrupted_training(self, rng: random.Random, alarm: "Alarm") -> None:
+        """In the main thread: steps of training that a signal ends at any moment, each made wholly or not at all."""
+        if self.trainer.done == STEPS:
+            self.trainer.restore(self.start)
+        try:
+            with alarm.after(rng.random() * 0.02):
+                while self.trainer.done < STEPS:
+                    self.trainer.step()
+        except Interrupted:
+            self.tally.note("interruptions of training")
+        found = state_of(self.trainer)
+        self.tally.check("interrupted training", found == self.known.states[self.trainer.done], found)
+
     def close(self) -> None:
-        """Close the shared models."""
-        for model in self.shared.values():
+        """Close what is shared."""
+        shared: list[GPT2 | TrainableGPT2] = [*self.shared.values(), self.learner, self.trainee]
+        for model in shared:
             model.close()
 
 
@@ -269,21 +335,30 @@ def finalizers(tally: Tally) -> Iterator[None]:
         sys.unraisablehook = before
 
 
-@contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise Interrupted in the main thread after so long, if the block has not ended."""
+class Alarm:
+    """Interrupts the main thread. There is one for a whole run: a handler that is taken away while its signal is on the way
+    would be missed."""
 
-    def ring(*_: object) -> None:
-        raise Interrupted
+    def __init__(self) -> None:
+        self.armed = False
+        signal.signal(signal.SIGALRM, self.ring)
 
-    before = signal.signal(signal.SIGALRM, ring)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
-        yield
-    finally:
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def ring(self, *_: object) -> None:
+        """The signal's handler."""
+        if self.armed:
+            self.armed = False
+            raise Interrupted
+
+    @contextmanager
+    def after(self, seconds: float) -> Iterator[None]:
+        """Raise Interrupted after so long, if the block has not ended."""
+        self.armed = True
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+            yield
+        finally:
+            self.armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def resident() -> int:
@@ -309,13 +384,20 @@ def run_load(tally: Tally, seconds: float | None) -> None:
         files, threads = descriptors(), threading.active_count()
         known = Known(place)
         load = Load(tally, known)
-        end = time.monotonic() + seconds
-        workers = [threading.Thread(target=work, args=(load, tally.seed * 1000 + i, end), daemon=True) for i in range(THREADS)]
+        over = threading.Event()
+        workers = [threading.Thread(target=work, args=(load, tally.seed * 1000 + i, over), daemon=True) for i in range(THREADS)]
         for worker in workers:
             worker.start()
-        samples = supervise(load, tally.random, end)
-        for worker in workers:
-            worker.join(DEADLINE)
+        samples: list[tuple[int, int, int]] = []
+        stopped = False
+        try:
+            supervise(load, tally.random, seconds, samples)
+        except KeyboardInterrupt:
+            stopped = True  # an early end: what was counted so far
+        over.set()
+        for _ in patience(0.5):
+            for worker in workers:
+                worker.join(0.5 / THREADS)
         tally.check("threads that end", not any(worker.is_alive() for worker in workers), "a thread hangs")
         load.close()
         del load
@@ -323,13 +405,15 @@ def run_load(tally: Tally, seconds: float | None) -> None:
         judge(tally, samples)
         tally.check("descriptors at the end", descriptors() == files, (descriptors(), files))
         tally.check("threads at the end", threading.active_count() == threads, threading.enumerate())
+        if stopped:
+            raise KeyboardInterrupt
 
 
-def work(load: Load, seed: int, end: float) -> None:
+def work(load: Load, seed: int, over: threading.Event) -> None:
     """A thread: one job after another, at least one of each."""
     rng = random.Random(seed)
     waiting = rng.sample(load.jobs, len(load.jobs))
-    while waiting or time.monotonic() < end:
+    while waiting or not over.is_set():
         job = waiting.pop() if waiting else rng.choice(load.jobs)
         try:
             job(rng)
@@ -337,16 +421,22 @@ def work(load: Load, seed: int, end: float) -> None:
             load.tally.check(job.__name__, False, repr(error))
 
 
-def supervise(load: Load, rng: random.Random, end: float) -> list[tuple[int, int, int]]:
-    """The main thread: interruptions, and now and then a look at memory, descriptors and threads."""
-    samples = []
-    last = 0.0
-    while (now := time.monotonic()) < end:
-        load.interrupted(rng)
-        if now - last > 0.25:
-            last = now
-            samples.append((resident(), descriptors(), threading.active_count()))
-    return samples
+def supervise(load: Load, rng: random.Random, seconds: float, samples: list[tuple[int, int, int]]) -> None:
+    """The main thread: interruptions, and now and then a look at memory, descriptors and threads, noted in `samples`."""
+    alarm = Alarm()
+    begin = before = time.monotonic()
+    lived = looked = 0.0
+    try:
+        while lived < seconds:
+            rng.choice((load.interrupted, load.interrupted_training))(rng, alarm)
+            now = time.monotonic()
+            lived, before = lived + min(now - before, PIECE_S), now
+            if lived - looked > 0.25:
+                looked = lived
+                samples.append((resident(), descriptors(), threading.active_count()))
+    finally:
+        load.tally.runs = round(lived)
+        print(f"seconds: {lived:.0f} of work, {before - begin:.0f} by the clock, {time.process_time():.0f} of processors")
 
 
 def judge(tally: Tally, samples: list[tuple[int, int, int]]) -> None:

@@ -1,11 +1,14 @@
 """signals: SIGINT, SIGTERM, SIGSTOP and SIGCONT, and a reader that goes away, at random moments of the command, of its serving,
-of the chat, and of programs of the API with few and many workers; forks while workers are busy; ends at random moments.
+of the chat, of programs of the API with few and many workers, and of every program that writes files; forks while workers are
+busy; ends at random moments; and, without chance, Ctrl-C at every moment of a step, of a step of training, and of its saving.
 
-Checked each time: the status is one that is documented for what came; stdout is a prefix of the right ids, in whole lines; no
-traceback; no hang; no process is left. Moments begin when the program's own code runs: a Ctrl-C during the start of the
-interpreter itself ends that in its own way.
+Checked each time: the status is one that is documented for what came; stdout is a prefix of the right ids, in whole lines;
+files are whole, absent or the older ones, and training goes on from them to the same bytes; no traceback; no hang; no process
+is left. Moments begin when the program's own code runs: a Ctrl-C during the start of the interpreter itself ends that in its
+own way.
 """
 
+import dataclasses
 import random
 import re
 import signal
@@ -15,31 +18,71 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pygpt import GPT2, Config, Tokenizer
+from pygpt import (
+    GPT2,
+    Config,
+    DataLoader,
+    SerialTrainableGPT2,
+    Tokenizer,
+    TrainableGPT2,
+    Trainer,
+    TrainingOptions,
+    TrainingState,
+    read_tokens,
+)
 from pygpt.checkpoint import EMBEDDED_MODEL
 
-from .common import ROOT, Tally, alive, children_of, finish, folder, make_model, send, start, wait_until
+from .common import OTHER, ROOT, Tally, alive, children_of, finish, folder, make_model, run, send, start, wait_until
+from .load import state_of
+from .moments import moments
+from .writers import TOOLS, Files, Writer, put_older, writers
 
 RUNS = 1000
 LONG = Config(maxT=1000, V=211, L=3, NH=4, C=96)
 TOTAL = 120  # tokens of a completion
 TEXT = "Ladies and"
 PYTHON = sys.executable
-# What comes (gone: the reader of stdout), and the statuses that are documented for it; 0 where it came too late.
-ALLOWED = {"SIGINT": {0, 130}, "SIGTERM": {0, -signal.SIGTERM}, "SIGSTOP": {0}, "gone": {0, 141}, "nothing": {0}}
+# What comes (gone: the reader of stdout), and the statuses that are documented for it; 0 where it came too late; -SIGINT, which
+# shells call 130 too, where all was done and the interpreter, about to end, had given the signal back to the system.
+ALLOWED = {
+    "SIGINT": {0, 130, -signal.SIGINT},
+    "SIGTERM": {0, -signal.SIGTERM},
+    "SIGSTOP": {0},
+    "gone": {0, 141},
+    "nothing": {0},
+}
 
 
-class Setting:
-    """The model, and what must come out."""
+class Setting(Files):
+    """The files, and what must come out. Use it in a `with` block."""
 
     def __init__(self, place: Path) -> None:
-        self.model = make_model(place / "model.bin", LONG, sharp=9)
-        with GPT2.load(self.model, threads=1) as model:
+        super().__init__(place)
+        self.trained = self.training(place)
+        self.sharp = make_model(place / "sharp.bin", LONG, sharp=9)
+        with GPT2.load(self.sharp, threads=1) as model:
             self.ids = list(model.generate([1, 2], total=TOTAL))
             self.answers = [list(model.generate([1, 2, i], total=40)) for i in range(3)]
         tokenizer = Tokenizer()
         with GPT2.load(EMBEDDED_MODEL, threads=1) as model:
             self.reply = tokenizer.decode(list(model.generate(tokenizer.encode(TEXT), max_new_tokens=20)))
+
+    def training(self, place: Path) -> list[bytes]:
+        """What a run of training that nobody disturbs writes."""
+        (place / "trained").mkdir()
+        [writer] = [writer for writer in writers(self, place / "trained") if writer.name == "training"]
+        outcome = run(writer.argv)
+        assert outcome.status == 0, outcome
+        return training_of(place / "trained")
+
+
+def training_of(place: Path) -> list[bytes]:
+    """What a run of training has come to: the model, and what its state has beside names of files."""
+    with TrainingState(place / "m.state") as state:
+        job = {name: value for name, value in state.progress.job.items() if name != "log"}
+        rest = repr(dataclasses.replace(state.progress, job=job)).encode()
+        values = 3 * 4 * state.config.parameters(padded=True)
+    return [(place / "m.bin").read_bytes(), (place / "m.state").read_bytes()[-values - 32 : -32], rest]
 
 
 class Target:
@@ -49,11 +92,6 @@ class Target:
         self.name, self.argv, self.given, self.seconds, self.right = name, argv, given, seconds, right
 
 
-READY = """
-import sys
-sys.stderr.write("ready\\n")   # the program's own code runs from here on
-sys.stderr.flush()
-"""
 COMMAND = """
 import sys
 from pygpt import model
@@ -143,23 +181,25 @@ def targets(setting: Setting) -> list[Target]:
     requests = b"".join(b'{"tokens": [1, 2, %d], "total": 40}\n' % i for i in range(3))
     found = []
     for threads in (1, 2, 8):
-        words = [PYTHON, "-c", COMMAND, "-m", setting.model, "-t", threads]
+        words = [PYTHON, "-c", COMMAND, "-m", setting.sharp, "-t", threads]
         found.append(Target("the command", [*words, "-n", TOTAL, 1, 2], b"", 0.15, lambda out: whole_lines(out, lines)))
         found.append(Target("serving", [*words, "-"], requests, 0.15, lambda out: prefixes(out, setting.answers)))
     for threads in (2, 8):
-        argv = [PYTHON, "-c", API, setting.model, threads, TOTAL]
+        argv = [PYTHON, "-c", API, setting.sharp, threads, TOTAL]
         found.append(Target("the API", argv, b"", 0.15, lambda out: whole_lines(out, lines)))
-    chat = [PYTHON, "-c", READY + CHAT, ROOT, "-m", EMBEDDED_MODEL, "-t", 2, "-n", 20, TEXT]
+    chat = [PYTHON, "-c", CHAT, ROOT, "-m", EMBEDDED_MODEL, "-t", 2, "-n", 20, TEXT]
     found.append(Target("chat.py", chat, b"", 0.8, lambda out: setting.reply.encode().startswith(out.removesuffix(b"\n"))))
     return found
 
 
 CHAT = """
-import runpy
+import sys
 folder = sys.argv.pop(1)
 sys.path.insert(0, folder)
 sys.argv[0] = folder + "/chat.py"
 import chat
+sys.stderr.write("ready\\n")
+sys.stderr.flush()
 sys.exit(chat.main())
 """
 
@@ -218,18 +258,113 @@ def strike(process: "subprocess.Popen[bytes]", kind: str, rng: random.Random) ->
         send(process, signal.Signals[kind])
 
 
+def written(tally: Tally, setting: Setting, number: int, kind: str, rng: random.Random) -> None:
+    """One run of a program that writes, and a signal that comes to it."""
+    with folder() as place:
+        writer = writers(setting, place)[number]
+        if rng.random() < 0.5:
+            put_older(setting, place, writer)
+        process = start(writer.argv)
+        wait_until(lambda: process.poll() is not None or writer.begun(place))
+        time.sleep(rng.random() * writer.over_s)
+        strike(process, kind, rng)
+        outcome = finish(process)
+        what = f"writing: {kind}"
+        if kind == "SIGINT" and "PyCapsule_Import" in outcome.err:  # NumPy's import makes an ImportError of an interrupt
+            tally.note("interrupts that were lost while NumPy was imported")
+            outcome.status = 130
+        training = writer.name == "training"
+        allowed = ALLOWED[kind] | ({143} if training and kind == "SIGTERM" else set())
+        tally.check(what, outcome.status in allowed, f"{writer.name}: {outcome}")
+        tally.check(what, "Traceback" not in outcome.err and "Exception" not in outcome.err, f"{writer.name}: {outcome}")
+        tally.check(what, writer.whole(place), f"{writer.name}: a file is damaged: {outcome}")
+        left = [name for name in writer.leftovers(place) if ".part" not in name]  # with which a download goes on
+        if outcome.status == -signal.SIGTERM:  # which ends a program as kill -9 does, training before its first step
+            left = [name for name in left if not writer.temporary(name)]
+        tally.check(what, not left, f"{writer.name}: {left} is left: {outcome}")
+        if training:
+            goes_on(tally, writer, place, setting)
+
+
+def goes_on(tally: Tally, writer: Writer, place: Path, setting: Setting) -> None:
+    """A run of training that was interrupted is resumed, and ends as one that was not."""
+    state = place / "m.state"
+    outcome = run([PYTHON, TOOLS / "train.py", "--resume", state] if state.exists() else writer.again)
+    tally.check("training goes on", outcome.status == 0, outcome)
+    tally.check("training ends with the same bytes", training_of(place) == setting.trained, "they differ")
+
+
 def random_signals(tally: Tally, setting: Setting, runs: int) -> None:
     """So many runs of random programs under random kinds."""
     rng = tally.random
-    found = targets(setting)
+    found: list[Target | int] = [*targets(setting), *range(len(writers(setting, Path())))]
     for _ in range(runs):
-        one(tally, rng.choice(found), rng.choice(sorted(ALLOWED)), rng)
+        target = rng.choice(found)
+        if isinstance(target, Target):
+            one(tally, target, rng.choice(sorted(ALLOWED)), rng)
+        else:
+            written(tally, setting, target, rng.choice(("SIGINT", "SIGTERM", "SIGSTOP")), rng)
+
+
+def every_moment(tally: Tally, setting: Setting) -> None:
+    """Ctrl-C at each moment of a step, of a step of training and of saving it: nothing is done, or all."""
+    for threads in (1, 3):
+        with GPT2.load(setting.small, threads=threads) as model:
+            steps_at_every_moment(tally, model)
+        with TrainableGPT2.random(OTHER, seed=1, threads=threads) as engine:
+            training_at_every_moment(tally, setting, engine, save=threads == 1)
+    with SerialTrainableGPT2.random(OTHER, seed=1) as serial:
+        training_at_every_moment(tally, setting, serial)
+
+
+def steps_at_every_moment(tally: Tally, model: GPT2) -> None:
+    """A step that raises has changed no cache; the one after it has the right bits."""
+    wanted = model.logits([1, 2, 3, 4])
+    for count in (1, 3):
+        cache = model.new_cache()
+        model.prefill(cache, [1])
+        for came in moments(lambda cache=cache, count=count: model.prefill(cache, [2, 3, 4][:count])):  # type: ignore[misc]
+            tally.check("every moment of a step", cache.length == 1 or not came, cache.length)
+            cache.truncate(1)
+            right = (model.prefill(cache, [2, 3, 4]) == wanted[-1]).all()
+            tally.check("every moment of a step", right, "the next step is wrong")
+            cache.truncate(1)
+
+
+def training_at_every_moment(
+    tally: Tally, setting: Files, engine: TrainableGPT2 | SerialTrainableGPT2, *, save: bool = False
+) -> None:
+    """A step of training that raises was made by all workers and counted, or by none; a state is the older or the newer one."""
+    loader = DataLoader(read_tokens(setting.tokens) % OTHER.V, 1, 8, shuffle_seed=1)
+    trainer = Trainer(engine, loader, TrainingOptions(lr=1e-2, clip=1.0, accumulate=2))
+    with folder() as place:
+        path = place / "run.state"
+        trainer.step()
+        before = state_of(trainer)
+        trainer.save(path)
+        trainer.step()
+        after = state_of(trainer)
+        trainer.restore(path)
+        for _ in moments(trainer.step):
+            found = state_of(trainer)
+            tally.check("every moment of training", found in (before, after), found)
+            if found == before:
+                trainer.step()
+                tally.check("every moment of training", state_of(trainer) == after, "the next step is wrong")
+            trainer.restore(path)
+        trainer.restore(path)
+        saved = trainer.done
+        for _ in moments(lambda: trainer.save(path)) if save else ():
+            with TrainingState(path) as state:
+                tally.check("every moment of saving", state.progress.step in (saved, trainer.done), state.progress.step)
+            saved = state.progress.step
+            trainer.step()
 
 
 def forks(tally: Tally, setting: Setting) -> None:
     """Children of a process whose workers are busy compute on their own."""
     for workers in (2, 8):
-        words = [PYTHON, "-W", "ignore::DeprecationWarning", "-c", FORK, setting.model, workers]
+        words = [PYTHON, "-W", "ignore::DeprecationWarning", "-c", FORK, setting.sharp, workers]
         outcome = finish(start([*words, " ".join(map(str, setting.ids))]))
         tally.check("forks", (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", "ready\n"), outcome)
 
@@ -237,7 +372,7 @@ def forks(tally: Tally, setting: Setting) -> None:
 def ends(tally: Tally, setting: Setting) -> None:
     """The interpreter ends while threads compute."""
     for workers in (1, 2, 8):
-        outcome = finish(start([PYTHON, "-c", EXIT, setting.model, workers, tally.random.randrange(10**6)]))
+        outcome = finish(start([PYTHON, "-c", EXIT, setting.sharp, workers, tally.random.randrange(10**6)]))
         tally.check("ends", (outcome.status, outcome.out, outcome.err) == (0, b"", "ready\n"), outcome)
 
 
@@ -260,7 +395,7 @@ print("fine")
 
 def clocks(tally: Tally, setting: Setting) -> None:
     """The clock of the day jumps: what waits, waits by the monotonic one."""
-    outcome = finish(start([PYTHON, "-c", CLOCK, setting.model, " ".join(map(str, setting.ids))]))
+    outcome = finish(start([PYTHON, "-c", CLOCK, setting.sharp, " ".join(map(str, setting.ids))]))
     tally.check("clocks: a program", (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", ""), outcome)
     sources = [*(ROOT / "pygpt").glob("*.py*"), *(ROOT / "pygpt").glob("*.h"), ROOT / "chat.py"]
     for source in sources:
@@ -268,15 +403,17 @@ def clocks(tally: Tally, setting: Setting) -> None:
         tally.check("clocks: sources", not wall or source.name == "download.py", f"{source.name} reads the time of day")
 
 
-def run_signals(tally: Tally, seconds: float | None) -> None:
-    """RUNS runs under signals, and the others between them; or as many as there is time for."""
+def run_signals(tally: Tally, seconds: float | None, count: int | None) -> None:
+    """`count` runs under signals (RUNS if nothing else is said), and the others between them; or those there is time for."""
     end = None if seconds is None else time.monotonic() + seconds
-    with folder() as place:
-        setting = Setting(place)
+    left = RUNS if count is None else count
+    with folder() as place, Setting(place) as setting:
         clocks(tally, setting)
-        for _ in range(RUNS // 20):
-            random_signals(tally, setting, 20)
+        every_moment(tally, setting)
+        while left and (end is None or time.monotonic() < end):
+            runs = min(left, 20)
+            random_signals(tally, setting, runs)
+            left -= runs
+            tally.runs += runs
             forks(tally, setting)
             ends(tally, setting)
-            if end is not None and time.monotonic() >= end:
-                return

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from profiler.plots import matplotlib
+from profiler.plots import matplotlib, save
 from progress import Progress
 
 from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
@@ -141,5 +141,5 @@ def draw(names: list[str], entries: list[dict[str, Any]]) -> None:
     axis.set_ylabel("mean loss, nats a token")
     axis.legend(frameon=False)
     for name in names:
-        figure.savefig(name, dpi=120)
+        save(figure, name)
     plt.close(figure)
