@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from pygpt.__main__ import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
 from pygpt.checkpoint import Checkpoint, find_model
 from pygpt.child import ChildError, Command
-from pygpt.cli import HelpFormatter, Parser
+from pygpt.cli import HelpFormatter, Parser, one_line
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
 from pygpt.tokenizer import StreamDecoder, Tokenizer
@@ -63,7 +63,7 @@ text\\              goes on in the next line; \\\\ at the end is a backslash
 
 def say(text: object) -> None:
     """Print one line on standard error."""
-    print("chat.py:", " ".join(str(text).split()), file=sys.stderr)
+    print("chat.py:", one_line(str(text)), file=sys.stderr)
 
 
 # ---------------------------------------------------------------- settings

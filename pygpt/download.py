@@ -284,6 +284,7 @@ class Redirects(HTTPRedirectHandler):
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if after not in ("http", "https") or (before == "https" and after == "http"):
             raise PyGPTError(f"{req.full_url}: leads to {newurl[:200]}: it must be https, or http from http")
+        fp.close()  # or urllib would read all of it, however much a server sends
         assert isinstance(req, Ask)
         req.trail.append((req.full_url, headers))
         ask = Ask(newurl, dict(req.headers), req.trail)

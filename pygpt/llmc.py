@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import HEADER_BYTES, atomic_file
-from .config import Config
+from .config import LIMITS, Config
 from .data import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
 from .errors import DataError, InputError, is_whole, shown
 
@@ -220,18 +220,19 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
         if V != GPT2_V or eot:
             raise DataError(f"{name}: bad header: V is {V} and field 3 is {eot}, expected {GPT2_V} and 0 in version 1")
         eot = GPT2_EOT
-    if not 0 <= eot < V:
-        raise DataError(f"{name}: bad header: the end of text is {eot}, and V is {V}: it must be an id below V")
-    content = mapped[HEADER_BYTES:]
+    if not 0 <= eot < V <= LIMITS["V"]:
+        raise DataError(
+            f"{name}: bad header: the end of text is {eot}, and V is {V}: it must be an id below V, and V at most {LIMITS['V']}"
+        )
     tokens: list[bytes] = []
-    start = 0
+    start = HEADER_BYTES
     for token in range(V):
-        end = start + 1 + content[start] if start < len(content) else start + 1
-        if end > len(content):
-            raise DataError(f"{name}: truncated: token {token} of {V} would end at byte {HEADER_BYTES + end} of {len(mapped)}")
-        tokens.append(content[start + 1 : end])
+        end = start + 1 + mapped[start] if start < len(mapped) else start + 1
+        if end > len(mapped):
+            raise DataError(f"{name}: truncated: token {token} of {V} would end at byte {end} of {len(mapped)}")
+        tokens.append(mapped[start + 1 : end])
         start = end
-    check_size(name, len(mapped), HEADER_BYTES + start, f"{V} tokens")
+    check_size(name, len(mapped), start, f"{V} tokens")
     return tokens, eot
 
 

@@ -462,7 +462,7 @@ SOUND = hf.file_of(json.dumps(hf.header_of(GOOD)).encode(), GOOD_DATA)
         (b"", "0 bytes, shorter than the length of a header"),
         (bytes(7), "7 bytes, shorter"),
         (bytes(8), "its header does not begin with {"),
-        (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "header has 100000001 bytes, at most 100000000 are allowed"),
+        (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "header has 4194305 bytes, at most 4194304 are allowed"),
         (struct.pack("<Q", 2**64 - 1) + b"{}", "header has 18446744073709551615 bytes"),
         (struct.pack("<Q", 3) + b"{}", "truncated: 10 bytes, and its header alone has 3"),
         (hf.file_of(b"[]", b""), "does not begin with {"),

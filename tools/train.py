@@ -51,6 +51,7 @@ from training.job import (  # noqa: E402
     files_of,
     flag,
     leftovers,
+    model_version,
     new,
     number,
     open_data,
@@ -134,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("saving").add_argument
     add("--out", metavar="FILE", help="save the model as FILE.bin and the state as FILE.state (default: nothing is saved)")
-    add("--version", metavar="N", type=whole(3, 5), help="of the model file: 3, float32 (default), or 5, bfloat16")
+    add("--version", metavar="N", type=model_version, help="of the model file: 3, float32 (default), or 5, bfloat16")
     add("--save-every", metavar="N", type=whole(0, MOST), help="steps between saves (default 100; 0: only at the end)")
     add("--resume", metavar="STATE", help="continue the run of this state; other options may be left out")
     add("--force", action="store_true", help="replace files that exist")
@@ -188,8 +189,6 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             raise InputError(f"{flag(name)} is empty: it must be a name")
     if options.check is not None:
         return run_check(given)
-    if options.version == 4:
-        raise InputError("--version is 4: it must be 3 (float32) or 5 (bfloat16)")
     with ExitStack() as stack:
         state: TrainingState | None = None
         changes: list[str] = []
@@ -201,7 +200,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             state, notice = open_state(options.resume)
             stack.enter_context(state)
             say(notice)
-            job, settings, changes = resumed(given, state)
+            job, settings, changes = resumed(given, state, build_parser().parse_args)
             config, init = state.config, None
             output = Output.named(options.out) if options.out else Output.beside(options.resume)
         prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
@@ -215,7 +214,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             state.close()  # or the disk would have to keep it when a newer one has replaced it twice
         for change in changes:
             say(change)
-        log = stack.enter_context(report.Log(job.log, trainer.done, keep=job.plot is not None))
+        log = stack.enter_context(report.Log(job.log, None if state is None else trainer.done, keep=job.plot is not None))
         with stop:
             Run(trainer, validation, job, output, log).train(stop)
         if job.plot is not None:

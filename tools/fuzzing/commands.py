@@ -1,14 +1,15 @@
-"""Targets: the commands. What they print, their exit statuses and what they leave behind are held against their promises.
+"""Targets: the package's commands. What they print, their exit statuses and what they leave behind are held against their
+promises.
 
-Most run in this process, with streams of its own: `run_main` tries some hundred command lines a second. `process` and `chat`
-start real processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes.
+They run in this process, with streams of its own: `run_main` tries some hundred command lines a second. `process` starts real
+processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes. The tools'
+command lines and the chat are in programs.py, downloads in network.py.
 """
 
+import argparse
 import io
 import os
-import pty
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STATUSES = (0, 1, 2, 130, 141)
 MOST_OUTPUT = 4000  # bytes: then the reader of stdout goes
 PATIENCE = 120  # seconds for a process, on a machine that others use, too
-LONGEST_LINE = 6000  # characters on stderr: a path may have 4,096
+LONGEST_LINE = 5100  # characters on stderr: a path may have 4,096
 
 WORDS = (
     "", "-", "--", "0", "1", "2", "3", "4", "5", "6", "10", "-1", "00", "007", "1e3", "0x10", "\uff11\uff12", "\u0663",
@@ -41,9 +42,8 @@ WORDS = (
     "=", "a" * 300, "a" * 5000, "%s", "%(prog)s", "2147483648", "9223372036854775808", "18446744073709551615",
     "18446744073709551616", "0.5", ".5", "5.", "1e-320", "1e38", "1e400", "median", "greedy", "sample", "stop", "slide",
     "<|endoftext|>", "\x1b[31m", "\u2028", "--x", "-q", "-n5", "tiny.bin", "./tiny.bin", ".", "/", "/dev/null", "nothing.bin",
-    "gpt2", "out.bin", "out/", "half.bin",
+    "gpt2", "out.bin", "out/", "half.bin", "0" * 8 + "1" * 5000, "1" + "0" * 400,
 )  # fmt: skip
-OPTIONS = [option for action in build_parser()._actions for option in action.option_strings if option != "--reference"]
 
 
 class Outcome(NamedTuple):
@@ -98,16 +98,18 @@ def run_main(command: Callable[[Sequence[str]], int], argv: Sequence[str], stdin
     return Outcome(status, pipe.content, errors)
 
 
-def judge(outcome: Outcome, argv: Sequence[str], *, lines: int = 1) -> None:
+def judge(outcome: Outcome, argv: Sequence[str], *, lines: int = 1, statuses: Sequence[int] = STATUSES) -> None:
     """Hold a command's status and stderr against what all commands promise."""
     status, _, err = outcome
-    if status not in STATUSES:
+    if status not in statuses:
         raise Finding(f"exit status {status} for {argv!r:.300}; stderr: {err[-2000:]}")
     found = err.splitlines()
     if len(found) > lines or "Traceback" in err or not all(line.startswith("pygpt: ") for line in found):
         raise Finding(f"stderr of {argv!r:.300} is {err[-3000:]!r}")
     if status in (1, 2) and not (found and found[-1].startswith("pygpt: error: ")):
         raise Finding(f"status {status} without an error line for {argv!r:.300}: {err!r:.300}")
+    if unprintable := [char for line in found for char in line if not char.isprintable()]:
+        raise Finding(f"stderr of {argv!r:.300} has {unprintable[0]!r} in it: {err[-2000:]!r}")
     if any(len(line) > LONGEST_LINE for line in found):
         raise Finding(f"a line of {max(map(len, found))} characters on stderr for {argv!r:.300}")
 
@@ -138,11 +140,66 @@ def _other_surrogates(text: str) -> bool:
     return re.search("[\ud800-\udc7f\udd00-\udfff]", text) is not None
 
 
-class CommandTarget(Target):
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a parser and of the parsers in it."""
+    found = [option for action in parser._actions for option in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [option for inner in action.choices.values() for option in options_of(inner)]
+    return list(dict.fromkeys(found))
+
+
+class LineTarget(Target):
+    """A command line. `options` and `words` are what mutations put into it, `lines` what they begin from."""
+
+    batch = 300  # a reader that goes costs a descriptor
+    options: tuple[str, ...] = ()
+    words: tuple[str, ...] = WORDS
+    lines: tuple[str, ...] = ()
+
+    def seeds(self) -> list[bytes]:
+        """Every option as it is meant."""
+        return [dump({"argv": line.split(), "stdin": ""}) for line in self.lines]
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change words, and put options in."""
+        argv, stdin = parse_input(data)
+        more, _ = parse_input(other)
+        for _ in range(random.choice((1, 1, 2, 3))):
+            argv = self.change(random, argv, more)
+        return dump({"argv": argv[:40], "stdin": os.fsdecode(stdin)})
+
+    def change(self, random: Random, argv: list[str], more: list[str]) -> list[str]:
+        """One change to a command line."""
+        at, word = random.randrange(len(argv) + 1), random.choice(self.words)
+        kind = random.randrange(7)
+        if kind <= 1:
+            return [*argv[:at], word, *argv[at:]]
+        if kind == 2:
+            return [*argv[:at], random.choice(self.options), word, *argv[at:]]
+        if kind == 3:
+            return [*argv[:at], f"{random.choice(self.options)}={word}", *argv[at:]]
+        if kind == 4:
+            return [*argv[:at], word, *argv[at + 1 :]]
+        if kind == 5:
+            return [*argv[:at], *argv[at + 1 :]]
+        return [*argv, *more[: random.randrange(4)]]
+
+
+class CommandTarget(LineTarget):
     """`python -m pygpt TOKEN...`, in this process, over a tiny model."""
 
     name = "command"
-    batch = 300  # a reader that goes costs a descriptor
+    options = tuple(option for option in options_of(build_parser()) if option != "--reference")
+    lines = (
+        "0", "0 1 -n 3", "0 --max-new-tokens 1 -t 2", "4 --sampler greedy -n 2",
+        "1 --temp 0.8 --top-k 2 --top-p 0.5 -s 7 -n 3",
+        "1 --min-p 0.1 --repeat-penalty 1.3 --seed 1 -n 3", "1 --stop-token 2 --stop-token 3 -n 3",
+        "0 --overflow stop",
+        "0 --overflow slide -n 9", "0 -n 3 -m tiny.bin", "0 --stop x -n 3", "0 --stop-at-eot -n 3", "--help",
+        "--version",
+        "0 --reference -n 3", "0 0 0", "-", "0 -n 3 --no-mmap",
+    )  # fmt: skip
 
     def open(self) -> None:
         """Make a model; no setting of the user's counts."""
@@ -152,44 +209,6 @@ class CommandTarget(Target):
         for name in [name for name in os.environ if name.startswith("PYGPT_")]:
             del os.environ[name]
         os.environ["PYGPT_MODEL"], os.environ["PYGPT_HOME"] = str(self.model), str(folder)
-
-    def seeds(self) -> list[bytes]:
-        """Every option."""
-        words = (
-            "0", "0 1 -n 3", "0 --max-new-tokens 1 -t 2", "4 --sampler greedy -n 2",
-            "1 --temp 0.8 --top-k 2 --top-p 0.5 -s 7 -n 3",
-            "1 --min-p 0.1 --repeat-penalty 1.3 --seed 1 -n 3", "1 --stop-token 2 --stop-token 3 -n 3",
-            "0 --overflow stop",
-            "0 --overflow slide -n 9", "0 -n 3 -m tiny.bin", "0 --stop x -n 3", "0 --stop-at-eot -n 3", "--help",
-            "--version",
-            "0 --reference -n 3", "0 0 0", "-",
-        )  # fmt: skip
-        return [dump({"argv": line.split(), "stdin": ""}) for line in words]
-
-    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change words, and put options in."""
-        argv, stdin = parse_input(data)
-        more, _ = parse_input(other)
-        for _ in range(random.choice((1, 1, 2, 3))):
-            at = random.randrange(len(argv) + 1)
-            kind = random.randrange(7)
-            if kind <= 1:
-                argv.insert(at, self.word(random))
-            elif kind == 2:
-                argv[at:at] = [random.choice(OPTIONS), self.word(random)]
-            elif kind == 3:
-                argv.insert(at, f"{random.choice(OPTIONS)}={self.word(random)}")
-            elif kind == 4:
-                argv[at : at + 1] = [self.word(random)]
-            elif kind == 5:
-                del argv[at : at + 1]
-            else:
-                argv += more[: random.randrange(4)]
-        return dump({"argv": argv[:40], "stdin": os.fsdecode(stdin)})
-
-    def word(self, random: Random) -> str:
-        """Something to type."""
-        return random.choice(WORDS)
 
     def run(self, data: bytes) -> str:
         """Run the command; where the words are ids and -n alone, say first what must come of them."""
@@ -342,7 +361,7 @@ class ServeTarget(Target):
         if not line.startswith(b"{"):
             words = line.split()
             return {"tokens": list(map(int, words))} if all(re.fullmatch(rb"0*[0-9]{1,18}", word) for word in words) else None
-        found = load_json(line)
+        found = reference.strict_json(line)
         keys = {"tokens", "total", "max_new_tokens", "sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
         keys |= {"seed", "stop_token_ids", "stop_strings", "overflow"}
         if not isinstance(found, dict) or not keys.issuperset(found) or not isinstance(found.get("tokens"), list):
@@ -528,104 +547,4 @@ def _equal(source: reference.Floats | None, found: reference.Floats, bf16: bool)
     return np.array_equal(source[~nan].view("<u4"), found[~nan].view("<u4"))
 
 
-# ------------------------------------------------------------------------------------------------ chat
-
-# What people type: texts, and whatever else the chat may come to understand.
-TYPED = (
-    "", " ", "Ladies and", "é", "\udcff\udcfe", "中文 🙂", "<|endoftext|>", "/", "//", "/help", "/quit", "/reset", "/n 3",
-    "/temp x", "/seed 1", "/nothing", "/model x", "/save x", "/load x", "/" + "x" * 300, "\t", "\x1b[A", "a" * 900,
-    "word " * 300, "--", "-n", "\\",
-)  # fmt: skip
-CHAT_OPTIONS = ("-n", "--new", "-m", "--model", "-t", "--threads", "--sampler", "-h", "--help", "--")
-
-
-class ChatTarget(Target):
-    """chat.py as a process: words, a piped text, or lines typed on a terminal.
-
-    Inputs are {"argv": [words], "stdin": text, "typed": [lines]}; where there is "typed", "stdin" does not count. What the chat
-    learns to understand goes into TYPED and CHAT_OPTIONS.
-    """
-
-    name = "chat"
-    batch = 50
-
-    def seeds(self) -> list[bytes]:
-        """The three ways to use it."""
-        argvs: tuple[dict[str, Any], ...] = (
-            {"argv": ["-n", "2", "Ladies", "and"]},
-            {"argv": ["-n2", "-t1", "--sampler=greedy"], "stdin": "Ladies and\n"},
-            {"argv": ["-n", "1", "-t1"], "typed": ["Ladies and", "/help", "x"]},
-        )
-        return [dump(one) for one in argvs]
-
-    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change words and lines."""
-        found, more = load_json(data), load_json(other)
-        if not isinstance(found, dict) or not isinstance(more, dict):
-            return other
-        for _ in range(random.choice((1, 2, 3))):
-            kind = random.randrange(6)
-            lines = [line for line in found.get("typed") or [] if isinstance(line, str)]
-            argv = [word for word in found.get("argv") or [] if isinstance(word, str)]
-            at = random.randrange(len(argv) + 1)
-            if kind <= 2 and "typed" in found:
-                lines.insert(random.randrange(len(lines) + 1), random.choice(TYPED))
-                found["typed"] = lines[:6]
-            elif kind == 3:
-                argv[at:at] = [random.choice(CHAT_OPTIONS), random.choice((*WORDS[:8], *WORDS, *TYPED))]
-            elif kind == 4:
-                argv[at : at + 1] = [random.choice((*WORDS, *TYPED))]
-            elif "stdin" in found:
-                found["stdin"] = "".join(random.choice(TYPED) for _ in range(random.randrange(4)))
-            else:
-                found = {**more, "argv": argv}
-            found["argv"] = argv
-        return dump(found)
-
-    def run(self, data: bytes) -> str:
-        """Start it; stdout has the reply, stderr no traceback."""
-        found = load_json(data)
-        argv, stdin = parse_input(data)
-        typed = found.get("typed") if isinstance(found, dict) else None
-        limited = ["-n2", *argv] if not any(word.startswith(("-n", "--new", "-h", "--help")) for word in argv) else argv
-        command = [sys.executable, str(ROOT / "chat.py"), *limited]
-        os.chdir(self.folder)
-        if isinstance(typed, list):
-            lines = "".join(f"{line}\n" for line in typed if isinstance(line, str) and not _other_surrogates(line))
-            status, _, err = run_on_terminal(command, lines.encode("utf-8", "surrogateescape"))
-        else:
-            status, _, err = run_process(command, stdin)
-        if status not in STATUSES or "Traceback" in err:
-            raise Finding(f"chat.py {limited!r:.300} ends with status {status}; stderr: {err[-3000:]}")
-        errors = [line for line in err.replace("Text: ", "").splitlines() if "error" in line]
-        if status in (1, 2) and len(errors) != 1:
-            raise Finding(f"chat.py {limited!r:.300}: status {status} and not one line of error: {err[-3000:]!r}")
-        return f"status {status} {' '.join(skeleton(line) for line in errors)}"
-
-
-def run_on_terminal(command: list[str], typed: bytes) -> Outcome:
-    """Run a program whose stdin is a terminal, type, then Ctrl-D."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "TERM": "dumb"}
-    try:
-        with subprocess.Popen(
-            command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, start_new_session=True
-        ) as process:
-            os.close(theirs)
-            os.set_blocking(ours, False)
-            for line in [*typed[:3000].split(b"\n"), b"\x04", b"\x04"]:
-                with suppress(BlockingIOError, OSError):
-                    os.write(
-                        ours, line.replace(b"\x03", b"").replace(b"\x1c", b"")[:1000] + (b"" if line == b"\x04" else b"\n")
-                    )
-            try:
-                out, err = process.communicate(timeout=PATIENCE)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-            return Outcome(process.returncode, out, err.decode("utf-8", "replace"))
-    finally:
-        os.close(ours)
-
-
-COMMANDS = (CommandTarget, ServeTarget, ConvertTarget, ProcessTarget, ChatTarget)
+COMMANDS = (CommandTarget, ServeTarget, ConvertTarget, ProcessTarget)

@@ -79,15 +79,15 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
-def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
-    """The run of a training state, options that were given taking the place of its own; and what changes, in words."""
+def resumed(
+    given: dict[str, Any], state: TrainingState, read: Callable[[list[str]], argparse.Namespace]
+) -> tuple[Job, TrainingOptions, list[str]]:
+    """The run of a training state, options that were given taking the place of its own; and what changes, in words. `read`
+    reads options as the command line's are read: a state comes from outside, too."""
     for name in ("init", "shape"):
         if name in given:
             raise InputError(f"--{name} and --resume were both given: the state has the weights already")
-    try:
-        job = Job(**state.progress.job)
-    except TypeError:
-        raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
+    job = _job_of(state, read)
     part, old = _job_part(given), vars(job)
     for name in FIXED:
         if name in part and part[name] != old[name]:
@@ -100,6 +100,19 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
     changes += [(name, getattr(before, name), value) for name, value in settings.items()]
     said = [f"{flag(name)} is {value} from here on, it was {was}" for name, was, value in changes if value != was]
     return dataclasses.replace(job, **part), dataclasses.replace(before, **settings), said
+
+
+def _job_of(state: TrainingState, read: Callable[[list[str]], argparse.Namespace]) -> Job:
+    """The job of a training state, each of its options checked as if it had been given."""
+    said = {name: value for name, value in state.progress.job.items() if value is not None and value is not False}
+    words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in said.items()]
+    try:
+        found = vars(read(words))
+        if "" in said.values() or any(found[name] != value or type(found[name]) is not type(value) for name, value in said.items()):
+            raise InputError("not as they are written")
+        return Job(**said)
+    except (InputError, KeyError, TypeError):
+        raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
 
 
 def _job_part(given: dict[str, Any]) -> dict[str, Any]:
@@ -129,10 +142,17 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def model_version(text: str) -> int:
+    """A type for argparse: the version of a model file."""
+    if text not in map(str, VALUE_BYTES):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be 3 (float32) or 5 (bfloat16)")
+    return int(text)
+
+
 def number(text: str) -> float:
     """A type for argparse: any number; whoever uses it knows the limits."""
     try:
-        return float(text)
+        return float("" if "_" in text or not text.isascii() else text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4") from None
 
