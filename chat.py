@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -443,7 +444,9 @@ def read_piped() -> str:
 
 
 def write(text: str) -> None:
-    """Write reply text, at once."""
+    """Write reply text, at once. To a terminal it is text only: whoever made the model does not command the terminal."""
+    if sys.stdout.isatty():
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
     sys.stdout.write(text)
     sys.stdout.flush()
 

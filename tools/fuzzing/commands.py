@@ -186,8 +186,12 @@ class LineTarget(Target):
         return [*argv, *more[: random.randrange(4)]]
 
 
+VARIABLES = ("PYGPT_MODEL", "PYGPT_THREADS", "PYGPT_HOME", "XDG_CACHE_HOME")
+
+
 class CommandTarget(LineTarget):
-    """`python -m pygpt TOKEN...`, in this process, over a tiny model."""
+    """`python -m pygpt TOKEN...`, in this process, over a tiny model. Beside "argv" and "stdin" an input may have "env", values
+    of VARIABLES, "" for one that is not set; and "here", a model in the current folder."""
 
     name = "command"
     options = tuple(option for option in options_of(build_parser()) if option != "--reference")
@@ -209,18 +213,55 @@ class CommandTarget(LineTarget):
         for name in [name for name in os.environ if name.startswith("PYGPT_")]:
             del os.environ[name]
         os.environ["PYGPT_MODEL"], os.environ["PYGPT_HOME"] = str(self.model), str(folder)
+        self.usual = {name: os.environ.get(name, "") for name in VARIABLES}
+
+    def seeds(self) -> list[bytes]:
+        """Every option, and every variable."""
+        variables: tuple[dict[str, str], ...] = (
+            {"PYGPT_THREADS": "2"}, {"PYGPT_MODEL": "tiny.bin"}, {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "."}, {"PYGPT_MODEL": ""},
+            {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "", "XDG_CACHE_HOME": "x"},
+        )  # fmt: skip
+        more = [{"argv": ["0", "-n", "3"], "env": one, "here": here} for one in variables for here in (True, False)]
+        return [*super().seeds(), *map(dump, more)]
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change words; now and then a variable."""
+        changed = load_json(super().mutate(random, data, other))
+        before = load_json(data)
+        assert isinstance(changed, dict)
+        if isinstance(before, dict):
+            changed |= {name: before[name] for name in ("env", "here") if name in before}
+        if random.random() < 0.15:
+            changed["env"] = {random.choice(VARIABLES): random.choice(self.words)}
+            changed["here"] = random.random() < 0.5
+        return dump(changed)
+
+    def surroundings(self, data: bytes) -> dict[str, str]:
+        """Set the variables and make the files that an input asks for; return those variables."""
+        found = load_json(data)
+        found = found if isinstance(found, dict) else {}
+        wanted = found.get("env")
+        wanted = wanted if isinstance(wanted, dict) else {}
+        texts = {name: text for name, text in wanted.items() if name in VARIABLES and isinstance(text, str) and "\0" not in text}
+        for name, text in (self.usual | texts).items():
+            if _other_surrogates(text) or not text:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = text
+        for name, size in (("tiny.bin", None), ("half.bin", -1), *([("gpt2_124M.bin", None)] if found.get("here") is True else [])):
+            (self.folder / name).write_bytes(self.model.read_bytes()[:size])
+        return texts
 
     def run(self, data: bytes) -> str:
         """Run the command; where the words are ids and -n alone, say first what must come of them."""
         argv, stdin = parse_input(data)
         os.chdir(self.folder)
-        (self.folder / "tiny.bin").write_bytes(self.model.read_bytes())
-        (self.folder / "half.bin").write_bytes(self.model.read_bytes()[:-1])
+        variables = self.surroundings(data)
+        before = sorted(os.listdir(self.folder))
         outcome = self.start(argv, stdin)
-        judge(outcome, argv)
-        self.judge_output(outcome, argv)
-        left = sorted(os.listdir(self.folder))
-        same("files", left, ["half.bin", "tiny.bin"])
+        judge(outcome, argv, lines=2)  # a notice about the embedded model
+        self.judge_output(outcome, [*argv, *(["and variables"] if variables else [])])
+        same("files", sorted(os.listdir(self.folder)), before)
         return label_of(outcome)
 
     def start(self, argv: list[str], stdin: bytes) -> Outcome:
