@@ -225,10 +225,8 @@ def parse_json(text: bytes) -> "dict[str, Any]":
     """A request's JSON object, its keys checked."""
     import json
 
-    from .safetensors_file import unique
-
     try:
-        request = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
+        request = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
     if unknown := sorted(set(request) - REQUEST_KEYS):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from .config import Config
-from .errors import CheckpointError, ClosedError, InputError, PyGPTError
+from .errors import CheckpointError, ClosedError, InputError, PyGPTError, is_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -242,8 +242,8 @@ def write_checkpoint(
     rounded to float32, and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when
     the file cannot be written; the older file, if any, is intact then.
     """
-    if version not in VALUE_BYTES:
-        raise InputError(f"version is {version}: it must be 1, 3 or 5")
+    if not is_whole(version, 1, 5) or version not in VALUE_BYTES:
+        raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
         raise InputError(f"tensors are {sorted(tensors)}, expected {sorted(name for name, _ in wanted)}")

@@ -414,9 +414,9 @@ class Client:
 
         reached: how far it has come; TRIES attempts in a row that come no further are the last. Raises PyGPTError.
         """
-        failures, best = 0, -1
-        for tries in range(1, MOST_TRIES + 1):
-            wait = None
+        tries, failures, best = 0, 0, -1
+        while True:
+            tries, wait = tries + 1, None
             try:
                 return attempt()
             except PyGPTError:

@@ -190,9 +190,12 @@ def write_examples(path: "Path", examples: Iterable[Example]) -> int:
     with atomic_file(path) as file:
         file.write(bytes(HEADER_BYTES))
         for example in examples:
+            if not is_whole(example.label, 0, ENDINGS - 1):
+                raise InputError(f"example {count}: its label is {shown(example.label)}, expected 0 to {ENDINGS - 1}")
             values = [count, example.label, len(example.endings)]
             for ids in (example.context, *example.endings):
-                values += [len(ids), *ids]
+                tokens = as_tokens(ids).tolist()
+                values += [len(tokens), *tokens]
             size = 2 * (2 + len(values))
             if count >= START or size > START:
                 raise InputError(f"example {count} of {size} bytes: the format holds {START} examples of up to {START} bytes")

@@ -553,6 +553,29 @@ def test_a_redirect_without_end(site: Site, capsys: pytest.CaptureFixture[str]) 
     assert os.listdir() == []
 
 
+def test_what_a_redirect_carries_is_not_read(site: Site, waits: list[float]) -> None:
+    """However much it is: the connection would break off here if it were."""
+    site.plans[PATH] = [web.moved(site.url + PATH, Content_Length=1 << 40)]
+    assert fetch(site) == 0
+    assert fetched()
+    assert (len(site.requests), waits) == (2, [])
+
+
+def test_a_server_does_not_command_the_terminal(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    def hostile(handler: web.Handler, data: bytes) -> None:
+        handler.wfile.write(b"HTTP/1.1 404 \x1b]0;title\x07\x9b31m\r\nContent-Length: 0\r\n\r\n")
+
+    def busy(handler: web.Handler, data: bytes) -> None:
+        handler.wfile.write(b"HTTP/1.1 503 \x1b[2J" + b"x" * 60_000 + b"\r\nContent-Length: 0\r\n\r\n")
+
+    site.plans[PATH] = [busy, hostile]
+    assert fetch(site) == 1
+    error = capsys.readouterr().err
+    assert error.replace("\n", "").isprintable()
+    assert "503 (\\x1b[2Jxxx" in error
+    assert max(map(len, error.splitlines())) < 6000
+
+
 def test_redirects_that_wander_without_end(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(100):
         site.plans[f"/{number}.bin"] = [web.moved(f"/{number + 1}.bin")]

@@ -696,6 +696,36 @@ def test_a_state_of_another_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not of tools/train.py" in error
 
 
+@pytest.mark.parametrize(
+    "job",
+    [{"data": 0}, {"data": ["train.bin"]}, {"data": ""}, {"B": "2"}, {"B": True}, {"B": 0}, {"val_every": 0}, {"version": 4},
+     {"save_every": -1}, {"log": False, "plot": 7}, {"log": {}}, {"reference": 1}, {"val_fraction": "0.1"}, {"resume": "x"},
+     {"sample_every": 1.0}, {"data": None}],
+    ids=repr,
+)  # fmt: skip
+def test_a_state_that_asks_for_nonsense(capsys: pytest.CaptureFixture[str], job: dict[str, Any]) -> None:
+    """What a state says of its run is checked as the command line is, for the file may be anybody's."""
+    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
+    known = vars(train.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8))
+    trainer.save("x.state", known | job)
+    before = files()
+    status, output, error = here(capsys, "--resume", "x.state", "--force")
+    assert (status, output) == (2, "")
+    assert re.fullmatch(r"pygpt: error: [^\n]+not of tools/train\.py[^\n]+\n", error)
+    assert files() == before
+
+
+def test_a_state_does_not_replace_what_is_no_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Even one that was saved before the first step: which file is its log says the state."""
+    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
+    Path("diary").write_text("dear diary\n")
+    trainer.save("x.state", vars(train.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8, log=f"{os.getcwd()}/diary")))
+    status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
+    assert status == 2
+    assert "line 1 is not of a training log" in error
+    assert Path("diary").read_text() == "dear diary\n"
+
+
 def test_a_log_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run", "--log", "log")
     Path("log").write_text("dear diary\n")

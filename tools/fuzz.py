@@ -59,7 +59,17 @@ NAMES = (
     "calls", "process", "terminal",
 )  # fmt: skip
 NEEDS = {"state": "pygpt.state"}  # a target is left out where its module is not there
-SLOW = {"process": 100, "terminal": 250, "calls": 2, "serve": 2, "train": 4, "eval": 4, "shards": 4, "download": 2, "chat": 2}  # executions of the others to one of these
+SLOW = {
+    "process": 100,
+    "terminal": 250,
+    "calls": 2,
+    "serve": 2,
+    "train": 4,
+    "eval": 4,
+    "shards": 4,
+    "download": 2,
+    "chat": 2,
+}  # executions of the others to one of these
 EXECUTIONS = 1000
 MEMORY_BYTES = 3 << 30  # beyond what a child has when it is ready
 READERS = (
@@ -553,7 +563,18 @@ def report_coverage(path: Path) -> int:
     fuzzed = measured_branches(path, [path.parent])
     tests = [str(ROOT / "tests" / f"{name}.py") for name in READERS_TESTS]
     environment = {**os.environ, "COVERAGE_FILE": str(path.parent / "coverage.tests")}
-    command = ["-m", "coverage", "run", "--branch", f"--source={ROOT / 'pygpt'}", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [
+        "-m",
+        "coverage",
+        "run",
+        "--branch",
+        f"--source={ROOT / 'pygpt'}",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     subprocess.run([sys.executable, *command, *tests], cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
     together = measured_branches(path, [path.parent])
     print(f"{'reader':18} {'branches':>8} {'by the fuzzer':>14} {'with its tests':>14}  not taken")

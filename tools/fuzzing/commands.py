@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pygpt import GPT2, Checkpoint, PyGPTError, write_checkpoint
-from pygpt.__main__ import build_parser, main
+from pygpt.__main__ import LINE_LIMIT, build_parser, main
 from pygpt.convert import main as convert_main
 from pygpt.huggingface import write_model
 
@@ -79,13 +79,17 @@ class Piped(io.TextIOWrapper):
         super().__init__(io.BufferedWriter(pipe, 1), "utf-8", "strict", write_through=True)
 
 
-def run_main(command: Callable[[Sequence[str]], int], argv: Sequence[str], stdin: bytes = b"") -> Outcome:
-    """Run a command's main() here, with streams of its own."""
+def run_main(
+    command: Callable[[Sequence[str]], int], argv: Sequence[str], stdin: bytes = b"", closed: Sequence[str] = ()
+) -> Outcome:
+    """Run a command's main() here, with streams of its own. closed: those of "stdin" and "stdout" that are not there."""
     before = sys.stdin, sys.stdout, sys.stderr
     pipe, err = Pipe(), io.BytesIO()
     out = Piped(pipe)
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
     sys.stdout, sys.stderr = out, io.TextIOWrapper(err, "utf-8", "backslashreplace", write_through=True)
+    for name in closed:
+        setattr(sys, name, None)
     try:
         status = command(argv)
     except SystemExit as end:
@@ -149,6 +153,13 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def closed_streams(data: bytes) -> list[str]:
+    """Which streams an input wants to be closed."""
+    found = load_json(data)
+    names = found.get("closed") if isinstance(found, dict) else None
+    return [name for name in ("stdin", "stdout") if isinstance(names, list) and name in names]
+
+
 class LineTarget(Target):
     """A command line. `options` and `words` are what mutations put into it, `lines` what they begin from."""
 
@@ -158,8 +169,10 @@ class LineTarget(Target):
     lines: tuple[str, ...] = ()
 
     def seeds(self) -> list[bytes]:
-        """Every option as it is meant."""
-        return [dump({"argv": line.split(), "stdin": ""}) for line in self.lines]
+        """Every option as it is meant; and where a stream is closed."""
+        lines = [line.split() for line in self.lines]
+        closed = [{"argv": argv, "closed": [name]} for argv in (lines[0], ["--help"], ["-"]) for name in ("stdin", "stdout")]
+        return [*(dump({"argv": argv, "stdin": ""}) for argv in lines), *map(dump, closed)]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         """Change words, and put options in."""
@@ -167,7 +180,8 @@ class LineTarget(Target):
         more, _ = parse_input(other)
         for _ in range(random.choice((1, 1, 2, 3))):
             argv = self.change(random, argv, more)
-        return dump({"argv": argv[:40], "stdin": os.fsdecode(stdin)})
+        closed = {"closed": names} if (names := closed_streams(data)) else {}
+        return dump({"argv": argv[:40], "stdin": os.fsdecode(stdin), **closed})
 
     def change(self, random: Random, argv: list[str], more: list[str]) -> list[str]:
         """One change to a command line."""
@@ -218,7 +232,8 @@ class CommandTarget(LineTarget):
     def seeds(self) -> list[bytes]:
         """Every option, and every variable."""
         variables: tuple[dict[str, str], ...] = (
-            {"PYGPT_THREADS": "2"}, {"PYGPT_MODEL": "tiny.bin"}, {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "."}, {"PYGPT_MODEL": ""},
+            {"PYGPT_THREADS": "2"}, {"PYGPT_MODEL": "tiny.bin"}, {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "."},
+            {"PYGPT_MODEL": ""},
             {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "", "XDG_CACHE_HOME": "x"},
         )  # fmt: skip
         more = [{"argv": ["0", "-n", "3"], "env": one, "here": here} for one in variables for here in (True, False)]
@@ -242,13 +257,19 @@ class CommandTarget(LineTarget):
         found = found if isinstance(found, dict) else {}
         wanted = found.get("env")
         wanted = wanted if isinstance(wanted, dict) else {}
-        texts = {name: text for name, text in wanted.items() if name in VARIABLES and isinstance(text, str) and "\0" not in text}
+        texts = {
+            name: text for name, text in wanted.items() if name in VARIABLES and isinstance(text, str) and "\0" not in text
+        }
         for name, text in (self.usual | texts).items():
             if _other_surrogates(text) or not text:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = text
-        for name, size in (("tiny.bin", None), ("half.bin", -1), *([("gpt2_124M.bin", None)] if found.get("here") is True else [])):
+        for name, size in (
+            ("tiny.bin", None),
+            ("half.bin", -1),
+            *([("gpt2_124M.bin", None)] if found.get("here") is True else []),
+        ):
             (self.folder / name).write_bytes(self.model.read_bytes()[:size])
         return texts
 
@@ -258,15 +279,16 @@ class CommandTarget(LineTarget):
         os.chdir(self.folder)
         variables = self.surroundings(data)
         before = sorted(os.listdir(self.folder))
-        outcome = self.start(argv, stdin)
+        closed = closed_streams(data)
+        outcome = self.start(argv, stdin, closed)
         judge(outcome, argv, lines=2)  # a notice about the embedded model
-        self.judge_output(outcome, [*argv, *(["and variables"] if variables else [])])
+        self.judge_output(outcome, [*argv, *(["and what is not usual"] if variables or closed else [])])
         same("files", sorted(os.listdir(self.folder)), before)
         return label_of(outcome)
 
-    def start(self, argv: list[str], stdin: bytes) -> Outcome:
+    def start(self, argv: list[str], stdin: bytes, closed: list[str]) -> Outcome:
         """Run it."""
-        return run_main(main, argv, stdin)
+        return run_main(main, argv, stdin, closed)
 
     def judge_output(self, outcome: Outcome, argv: list[str]) -> None:
         """Ids, one a line, and as many as were asked for."""
@@ -288,7 +310,7 @@ class ProcessTarget(CommandTarget):
 
     name = "process"
 
-    def start(self, argv: list[str], stdin: bytes) -> Outcome:
+    def start(self, argv: list[str], stdin: bytes, closed: list[str]) -> Outcome:
         """Run it; the reader of stdout goes after a while."""
         return run_process([sys.executable, "-m", "pygpt", *argv], stdin)
 
@@ -342,6 +364,7 @@ class ServeTarget(Target):
             b'{"tokens": [5], "overflow": "slide", "max_new_tokens": 9, "stop_strings": []}\n',
             b'\n \n{"tokens": [129], "total": 6, "stop_token_ids": 3}\n',
             b"1 2 3\n",
+            b"1 2 3\n4\0pad",
         ]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
@@ -356,9 +379,8 @@ class ServeTarget(Target):
         return b"\n".join(lines)[: 1 << 21]
 
     def run(self, data: bytes) -> str:
-        """Serve the lines, and answer them once more by the API."""
-        if len(data) > 1 << 20:
-            data = data[:100] + b" " * (len(data) - 200) + data[-100:]
+        """Serve the lines, and answer them once more by the API. "pad" after a zero makes a line as long as may be."""
+        data = data[: 1 << 20].replace(b"\0pad", b" " * LINE_LIMIT, 1)
         expected, ended = self.expect(data)
         outcome = run_main(main, ["-m", str(self.path), "-t", "2", "-"], data)
         judge(outcome, ["-"])
@@ -379,7 +401,7 @@ class ServeTarget(Target):
         expected: list[list[int] | int] = []
         for line in io.BytesIO(data):
             request = self.understand(line.strip())
-            if request is None:
+            if request is None or len(line) > LINE_LIMIT:
                 return expected, 2
             if not request:
                 expected.append([])
@@ -402,7 +424,7 @@ class ServeTarget(Target):
         if not line.startswith(b"{"):
             words = line.split()
             return {"tokens": list(map(int, words))} if all(re.fullmatch(rb"0*[0-9]{1,18}", word) for word in words) else None
-        found = reference.strict_json(line)
+        found = load_json(line)
         keys = {"tokens", "total", "max_new_tokens", "sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
         keys |= {"seed", "stop_token_ids", "stop_strings", "overflow"}
         if not isinstance(found, dict) or not keys.issuperset(found) or not isinstance(found.get("tokens"), list):
@@ -441,7 +463,39 @@ class ConvertTarget(Target):
         files = found[2]
         found.append({**files, "model.safetensors": self.halved(files["model.safetensors"])})
         found.append({"argv": b'["hf", "out.bin"]', "config.json": files["config.json"], "pytorch_model.bin": b"PK\x03\x04"})
+        model, single = found[0]["a.bin"], {"x.safetensors": files["model.safetensors"]}
+        lines = (
+            "a.bin a.bin", "a.bin full/", "a.bin empty/", "a.bin hf", "a.bin x.safetensors", "--version 5 a.bin out/",
+            "a.bin no/out.bin", "--heads 2 a.bin out.bin", "a.bin full/old.bin", "dir.safetensors out.bin", "full out.bin",
+            "--version 3 a.bin out.bin", "--help",
+        )  # fmt: skip
+        found += [{"argv": dump(line.split()), "a.bin": model} for line in lines]
+        whole = {name: files[name] for name in ("config.json", "model.safetensors")}
+        found += [{"argv": dump(line.split()), **whole} for line in ("--heads 2 hf x", "hf out/", "hf hf/config.json")]
+        found.append({"argv": b'["hf/x.safetensors", "out.bin"]', **single})
+        found.append({"argv": b'["a.bin", "out.bin"]', "a.bin": b"PK\x03\x04"})
+        found += [{**whole, "argv": files["argv"], "model.safetensors": file} for file in self.odd(whole["model.safetensors"])]
+        found.append({"argv": b'["hf/x.safetensors", "out.bin"]', "x.safetensors": self.of_known_size()})
         return [pack(files) for files in found]
+
+    def odd(self, file: bytes) -> list[bytes]:
+        """A model's tensors with one too many, too few, twice, of another shape or dtype, and with another head."""
+        tensors = reference.safetensors(file)
+        assert tensors is not None
+        name, (dtype, shape, data) = "transformer.wte.weight", tensors["transformer.wte.weight"]
+        changes: tuple[dict[str, tuple[str, tuple[int, ...], bytes]], ...] = (
+            {"x": ("F32", (1,), bytes(4))}, {"wte.weight": tensors[name]}, {name: (dtype, shape[::-1], data)},
+            {name: ("I32", shape, data)}, {"lm_head.weight": (dtype, shape, bytes(len(data)))},
+            {"lm_head.weight": ("F32", (1,), bytes(4))},
+        )  # fmt: skip
+        files = [reference.safetensors_bytes({**tensors, **change}) for change in changes]
+        return [*files, reference.safetensors_bytes({other: tensors[other] for other in tensors if other != name})]
+
+    def of_known_size(self) -> bytes:
+        """The layers and channels of GPT-2, and little else of it."""
+        zeros = bytes(4 * 768)
+        names = ("wte.weight", "wpe.weight", "h.11.ln_1.weight")
+        return reference.safetensors_bytes(dict.fromkeys(names, ("F32", (1, 768), zeros)))
 
     def sharded(self, files: dict[str, bytes]) -> dict[str, bytes]:
         """A model in two shards."""
@@ -505,7 +559,9 @@ class ConvertTarget(Target):
     def run(self, data: bytes) -> str:
         """Convert; compare the result with what another parser finds in the source."""
         files = unpack(data)
-        (self.folder / "hf").mkdir()
+        for name in ("hf", "dir.safetensors", "empty", "full"):
+            (self.folder / name).mkdir()
+        (self.folder / "full" / "old.bin").write_bytes(b"old")
         argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
         argv = [word for word in argv if ".." not in word and not os.path.isabs(word)]
         for name, content in files.items():

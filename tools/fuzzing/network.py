@@ -1,13 +1,14 @@
 """Target: downloads from a server in this process that answers with any bytes. No other host is ever asked.
 
 An input is several files: the words, the server's answers in their order as the bytes of HTTP, and what an earlier download
-may have left. In words and answers @ stands for the server's address.
+may have left. In words and answers @/ stands for the server's address, and %/ for the same one by another name.
 """
 
 import hashlib
 import os
 import re
 import socket
+import ssl
 import threading
 from contextlib import suppress
 from random import Random
@@ -27,17 +28,19 @@ RETRIES = 40  # lines on stderr: one for each attempt, and the error
 ANSWERS = [str(i) for i in range(4)]
 HEADERS = (
     b"Content-Length: 5", b"Content-Length: -1", b"Content-Length: 99999999999999999999", b"Content-Length: x",
-    b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Location: @/m/a.bin", b"Location: file:///etc/passwd",
-    b"Location: http://[", b"Location: //", b"Location: ftp://x/", b"Location: \x1b[31m", b"Retry-After: 0", b"Retry-After: 1e9",
-    b"Retry-After: Fri, 31 Dec 9999 23:59:59 GMT", b"Retry-After: Fri, 99 Foo 0000", b'ETag: "x"', b'ETag: W/"x"', b"ETag: \xff",
-    b"ETag: a\r\n b", b"Content-Range: bytes 3-9/10", b"Content-Range: bytes 0-0/0", b"Content-Range: bytes */5",
+    b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Location: @/m/a.bin", b"Location: %/m/a.bin",
+    b"Location: file:///etc/passwd",
+    b"Location: http://[", b"Location: //", b"Location: ftp://x/", b"Location: \x1b[31m", b"Retry-After: 0",
+    b"Retry-After: 1e9", b"Retry-After: Fri, 31 Dec 9999 23:59:59 GMT", b"Retry-After: Fri, 99 Foo 0000", b'ETag: "x"',
+    b'ETag: W/"x"', b"ETag: \xff", b"ETag: a\r\n b", b"Content-Range: bytes 3-9/10", b"Content-Range: bytes 0-0/0", b"Content-Range: bytes */5",
     b"Content-Range: bytes 100-9999/999999", b"X-Linked-Size: 7", b"X-Linked-Etag: " + b'"' + b"0" * 64 + b'"', b"x" * 70000,
     b": ", b"a\x00b: c",
 )  # fmt: skip
+DATES = (b"Fri, 31 Dec 9999 23:59:59 GMT", b"Fri, 99 Foo 0000", b"0", b"soon")
 STATUS_LINES = (
     b"HTTP/1.1 200 OK", b"HTTP/1.1 206 Partial", b"HTTP/1.1 302 Found", b"HTTP/1.1 308 Moved", b"HTTP/1.1 404 Not Found",
-    b"HTTP/1.1 401 \x1b]0;x\x07", b"HTTP/1.1 416 Range", b"HTTP/1.1 429 Slow", b"HTTP/1.1 503 \x9b31m", b"HTTP/1.1 100 Continue",
-    b"HTTP/1.0 200", b"HTTP/9 200", b"HTTP/1.1 999 x", b"HTTP/1.1 204 None", b"ICY 200 OK", b"", b"HTTP/1.1 -1 x",
+    b"HTTP/1.1 401 \x1b]0;x\x07", b"HTTP/1.1 416 Range", b"HTTP/1.1 429 Slow", b"HTTP/1.1 503 \x9b31m",
+    b"HTTP/1.1 100 Continue", b"HTTP/1.0 200", b"HTTP/9 200", b"HTTP/1.1 999 x", b"HTTP/1.1 204 None", b"ICY 200 OK", b"", b"HTTP/1.1 -1 x",
 )  # fmt: skip
 
 
@@ -46,6 +49,7 @@ class Server:
 
     def __init__(self) -> None:
         self.answers: list[bytes] = []
+        self.leaked = False  # whether the token came to the other name
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
@@ -60,6 +64,8 @@ class Server:
                 request = b""
                 while b"\r\n\r\n" not in request and (piece := connection.recv(1 << 16)):
                     request += piece
+                if b"Host: localhost" in request and b"Authorization" in request:
+                    self.leaked = True
                 connection.sendall(self.answers.pop(0) if self.answers else b"")
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(1 << 16):
@@ -83,7 +89,7 @@ class DownloadTarget(LineTarget):
     options = tuple(options_of(download.build_parser()))
     words = (*WORDS, "@/m/a.bin", "@/m/model.safetensors", "@", "@/x.bin?a=b#c", "http://", "https://x/..bin", "ftp://x/a.bin",
              "http://u:p@x/a.bin", "@/pytorch_model.bin", "file:///etc/passwd", "http://[::1", "@/m/%2e%2e%2f.bin", "gpt2-xl",
-             "gpt2_124M", "5", "1")  # fmt: skip
+             "gpt2_124M", "5", "1", "two-words", "https://cert/a.bin", "https://nowhere/a.bin")  # fmt: skip
 
     def open(self) -> None:
         """Start the server; no waiting, no other host, no setting of the user's."""
@@ -93,15 +99,17 @@ class DownloadTarget(LineTarget):
                 del os.environ[name]
         self.url = f"http://127.0.0.1:{self.server.port}"
         os.environ |= {"HF_ENDPOINT": self.url, "HF_TOKEN": "secret", "PYGPT_HOME": str(self.folder), "no_proxy": "*"}
-        download.sleep = lambda _: None
+        vars(download)["sleep"] = lambda _: None
         connect = socket.create_connection
 
         def only_here(address: Any, *arguments: Any, **options: Any) -> socket.socket:
-            if address != ("127.0.0.1", self.server.port):
+            if address[0] == "cert":
+                raise ssl.SSLCertVerificationError("this certificate is nobody's")
+            if address not in (("127.0.0.1", self.server.port), ("localhost", self.server.port)):
                 raise socket.gaierror(f"{address[0]} is not this fuzzer's server")
-            return connect(address, *arguments, **options)
+            return connect(("127.0.0.1", self.server.port), *arguments, **options)
 
-        socket.create_connection = only_here  # type: ignore[assignment]
+        socket.create_connection = only_here
 
     def close(self) -> None:
         """Stop the server."""
@@ -119,6 +127,8 @@ class DownloadTarget(LineTarget):
         rest = b"Content-Range: bytes %d-%d/%d" % (half, len(model) - 1, len(model))
         facts = {"url": f"@{BIN}", "size": len(model), "validator": '"x"', "sha256": None}
         whole, tag = answer(model), b'ETag: "x"'
+        words = ("https://cert/a.bin", "https://nowhere/a.bin", "@/pytorch_model.bin", "@/x.pt", "x:/y")
+        all_there = {"a.bin.part": model, "a.bin.part.json": dump(facts)}
         second = answer(model[half:], rest, tag, status=b"HTTP/1.1 206 Partial")
         moved = answer(b"", b"Location: @/x", status=b"HTTP/1.1 302 Found")
         chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(model), model)
@@ -133,7 +143,7 @@ class DownloadTarget(LineTarget):
             ([f"@{BIN}"], [moved, whole], {}),
             ([f"@{BIN}"], [answer(b"", b"Retry-After: 3", status=b"HTTP/1.1 503 Busy"), whole], {}),
             ([f"@{BIN}"], [answer(b"", status=b"HTTP/1.1 404 None")], {}),
-            ([f"@{BIN}"], [answer(b"", status=b"HTTP/1.1 416 Range"), whole], {"a.bin.part": model, "a.bin.part.json": dump(facts)}),
+            ([f"@{BIN}"], [answer(b"", status=b"HTTP/1.1 416 Range"), whole], all_there),
             ([f"@{BIN}"], [answer(model, b"Content-Encoding: gzip")], {}),
             ([f"@{FOLDER}"], [answer(config), answer(tensors)], {}),
             ([f"@{FOLDER}", "--version", "1"], [answer(config)[:-9], answer(config), answer(tensors, tag)], {}),
@@ -141,6 +151,12 @@ class DownloadTarget(LineTarget):
             (["gpt2_124M"], [whole], {}),
             ([f"@{BIN}"], [], {"a.bin": model}),
             ([f"@{BIN}", "--version", "5"], [], {"a.bin": model}),
+            ([f"@{BIN}"], [answer(b"", b"Location: %/m/a.bin", status=b"HTTP/1.1 307 Moved"), whole], {}),
+            ([f"@{BIN}"], [answer(b"", b"Location: ftp://x/a.bin", status=b"HTTP/1.1 302 Moved")], {}),
+            ([f"@{BIN}"], [answer(model, b"X-Linked-Size: 7")], {}),
+            ([f"@{BIN}"], [answer(b"", b"Retry-After: " + date, status=b"HTTP/1.1 429 Slow") for date in DATES], {}),
+            *(([word], [], {}) for word in words),
+            *(([f"@{BIN}", "-o", word], [whole], {}) for word in ("x/", "no/x.bin", "there.bin", "two-words")),
             (["--help"], [], {}),
         ]  # fmt: skip
         return [
@@ -186,21 +202,25 @@ class DownloadTarget(LineTarget):
             del lines[at]
         return b"\r\n".join(lines) + gap + body
 
+    def placed(self, content: bytes) -> bytes:
+        """An input's bytes with the server's address in them, and the same by another name, to which no token may go."""
+        return content.replace(b"@/", self.url.encode() + b"/").replace(b"%/", b"http://localhost:%d/" % self.server.port)
+
     def run(self, data: bytes) -> str:
         """Fetch; what has the model's name afterwards is whole, and nothing else is there than what was kept of it."""
         files = unpack(data)
-        here = self.url.encode()
         argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
         argv = [word.replace("@", self.url, 1) if word.startswith("@") else word for word in argv]
         argv = [word for word in argv if ".." not in word and not re.search(r"(^|=|-o)\s*[/~]\S", word)]
-        self.server.answers = [files.pop(name).replace(b"@/", here + b"/") for name in ANSWERS if name in files]
+        self.server.answers = [self.placed(files.pop(name)) for name in ANSWERS if name in files]
         os.chdir(self.folder)
-        before = {name.replace("..", "_"): content.replace(b"@/", here + b"/") for name, content in files.items()}
+        before = {name.replace("..", "_"): self.placed(content) for name, content in files.items()} | {"there.bin": b"no model"}
         for name, content in before.items():
             (self.folder / name).write_bytes(content)
+        os.environ["HF_TOKEN"] = "two words" if "two-words" in argv else "secret"
         outcome = run_main(download.main, argv)
         judge(outcome, argv, lines=RETRIES)
-        if "secret" in outcome.err:
+        if "secret" in outcome.err or self.server.leaked:
             raise Finding(f"the token is shown: {outcome.err[-1000:]!r}")
         after = {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
         made = [name for name in after if after[name] != before.get(name) and not name.endswith((".part", ".part.json"))]

@@ -16,13 +16,13 @@ from contextlib import contextmanager, suppress
 from random import Random
 from typing import Any
 
-import chat
 import eval as evaluation
 import numpy as np
 import shards
 import train
 
-from pygpt import GPT2, Config, DataLoader, Example, Trainer, read_tokens, write_checkpoint, write_examples, write_tokens
+import chat
+from pygpt import GPT2, Config, DataLoader, Example, Trainer, write_checkpoint, write_examples, write_tokens
 from pygpt.child import ChildError, read_ids
 from pygpt.errors import InputError
 from pygpt.generate import Completion, Request
@@ -36,6 +36,7 @@ from .commands import (
     LineTarget,
     Outcome,
     _other_surrogates,
+    closed_streams,
     judge,
     label_of,
     options_of,
@@ -44,8 +45,8 @@ from .commands import (
     run_process,
 )
 from .files import TINY, weights
-from .mutate import dump, mutate_bytes, mutate_json, mutate_json_text
-from .target import Finding, LeftOut, Target, load_json, pack, same, skeleton, unpack
+from .mutate import dump, mutate_bytes, mutate_json_text
+from .target import Finding, LeftOut, load_json, pack, same, skeleton, unpack
 
 TEXT = "First line\n\nto be, or not to be\n" * 4
 GPT2_IDS = Config(maxT=8, V=50257, L=1, NH=1, C=2)  # a model whose ids are GPT-2's, so that they are text
@@ -73,19 +74,17 @@ class ToolTarget(LineTarget):
     def run(self, data: bytes) -> str:
         """Run the tool; look at what it wrote."""
         argv, stdin = parse_input(data)
-        return self.try_line(argv, stdin, self.files)
+        return self.try_line(argv, stdin, self.files, closed_streams(data))
 
-    def try_line(self, argv: list[str], stdin: bytes, files: dict[str, bytes]) -> str:
+    def try_line(self, argv: list[str], stdin: bytes, files: dict[str, bytes], closed: Sequence[str] = ()) -> str:
         """The same, with these files."""
         argv = [word for word in argv if stays(word)]
         os.chdir(self.folder)
         for name, content in files.items():
             (self.folder / name).write_bytes(content)
-        outcome = run_main(self.tool.main, argv, stdin)
+        outcome = run_main(self.tool.main, argv, stdin, closed)
         judge(outcome, argv, lines=LINES, statuses=self.statuses)
-        after = {
-            str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()
-        }
+        after = {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
         self.check(outcome, argv, {name: content for name, content in after.items() if files.get(name) != content})
         if lost := sorted(files.keys() - after.keys()):
             raise Finding(f"{argv!r:.300}: {lost} went away")
@@ -110,11 +109,28 @@ class ShardsTarget(ToolTarget):
     name = "shards"
     tool = shards
     options = tuple(options_of(shards.build_parser()))
-    words = (*WORDS, "a.txt", "*.txt", "bad.txt", "empty.txt", "t.bin", "data", "data/", "data/x", "paragraph", "document", "none")
+    words = (
+        *WORDS,
+        "a.txt",
+        "*.txt",
+        "bad.txt",
+        "empty.txt",
+        "t.bin",
+        "data",
+        "data/",
+        "data/x",
+        "paragraph",
+        "document",
+        "none",
+    )
     lines = (
         "a.txt -o data", "a.txt -o x --val-tokens 3", "a.txt b.txt -o data/x --val-fraction 0.2 --eot none", "--show t.bin -n 2",
         "*.txt -o data --shard-size 4 --eot document", "- -o data", "bad.txt -o x", "empty.txt -o x --eot none", "--help",
     )  # fmt: skip
+
+    def seeds(self) -> list[bytes]:
+        """And a text from a stdin that is closed."""
+        return [*super().seeds(), dump({"argv": ["-", "-o", "data"], "closed": ["stdin"]})]
 
     def made(self) -> dict[str, bytes]:
         """Texts and a shard."""
@@ -376,7 +392,9 @@ class ChatTarget(LineTarget):
         elif kind == 6:
             lines += [line for line in more.get("typed") or [] if isinstance(line, str)][:4]
         else:
-            found["lie"] = random.choice(("12 13\n", "12 x\n", "12", "\n", " \n", "99999999\n", "50257\n", "é\n", "1 2 3", "1\n2\n"))
+            found["lie"] = random.choice(
+                ("12 13\n", "12 x\n", "12", "\n", " \n", "99999999\n", "50257\n", "é\n", "1 2 3", "1\n2\n")
+            )
         return dump({**found, "typed": lines[:12]})
 
     def run(self, data: bytes) -> str:

@@ -108,7 +108,9 @@ def _job_of(state: TrainingState, read: Callable[[list[str]], argparse.Namespace
     words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in said.items()]
     try:
         found = vars(read(words))
-        if "" in said.values() or any(found[name] != value or type(found[name]) is not type(value) for name, value in said.items()):
+        if "" in said.values() or any(
+            found[name] != value or type(found[name]) is not type(value) for name, value in said.items()
+        ):
             raise InputError("not as they are written")
         return Job(**said)
     except (InputError, KeyError, TypeError):
