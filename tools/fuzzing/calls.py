@@ -84,7 +84,7 @@ def value_of(value: Any) -> Any:
 
 def zeros(shape: Any) -> Floats | None:
     """An array of a sane shape."""
-    sizes = shape if isinstance(shape, list) else [None]
+    sizes: list[Any] = shape if isinstance(shape, list) else [None]
     if all(type(size) is int and 0 <= size <= 200 for size in sizes) and 0 <= len(sizes) <= 4 and math.prod(sizes) < 1 << 16:
         return np.zeros(sizes, np.float32)
     return None

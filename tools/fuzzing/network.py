@@ -32,7 +32,8 @@ HEADERS = (
     b"Location: file:///etc/passwd",
     b"Location: http://[", b"Location: //", b"Location: ftp://x/", b"Location: \x1b[31m", b"Retry-After: 0",
     b"Retry-After: 1e9", b"Retry-After: Fri, 31 Dec 9999 23:59:59 GMT", b"Retry-After: Fri, 99 Foo 0000", b'ETag: "x"',
-    b'ETag: W/"x"', b"ETag: \xff", b"ETag: a\r\n b", b"Content-Range: bytes 3-9/10", b"Content-Range: bytes 0-0/0", b"Content-Range: bytes */5",
+    b'ETag: W/"x"', b"ETag: \xff", b"ETag: a\r\n b", b"Content-Range: bytes 3-9/10", b"Content-Range: bytes 0-0/0",
+    b"Content-Range: bytes */5",
     b"Content-Range: bytes 100-9999/999999", b"X-Linked-Size: 7", b"X-Linked-Etag: " + b'"' + b"0" * 64 + b'"', b"x" * 70000,
     b": ", b"a\x00b: c",
 )  # fmt: skip
@@ -40,7 +41,8 @@ DATES = (b"Fri, 31 Dec 9999 23:59:59 GMT", b"Fri, 99 Foo 0000", b"0", b"soon")
 STATUS_LINES = (
     b"HTTP/1.1 200 OK", b"HTTP/1.1 206 Partial", b"HTTP/1.1 302 Found", b"HTTP/1.1 308 Moved", b"HTTP/1.1 404 Not Found",
     b"HTTP/1.1 401 \x1b]0;x\x07", b"HTTP/1.1 416 Range", b"HTTP/1.1 429 Slow", b"HTTP/1.1 503 \x9b31m",
-    b"HTTP/1.1 100 Continue", b"HTTP/1.0 200", b"HTTP/9 200", b"HTTP/1.1 999 x", b"HTTP/1.1 204 None", b"ICY 200 OK", b"", b"HTTP/1.1 -1 x",
+    b"HTTP/1.1 100 Continue", b"HTTP/1.0 200", b"HTTP/9 200", b"HTTP/1.1 999 x", b"HTTP/1.1 204 None",
+    b"ICY 200 OK", b"", b"HTTP/1.1 -1 x",
 )  # fmt: skip
 
 

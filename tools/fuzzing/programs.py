@@ -20,6 +20,8 @@ import eval as evaluation
 import numpy as np
 import shards
 import train
+from training import report
+from training.job import Job
 
 import chat
 from pygpt import GPT2, Config, DataLoader, Example, Trainer, write_checkpoint, write_examples, write_tokens
@@ -58,7 +60,7 @@ class ToolTarget(LineTarget):
     """A tool's main(), over files that are made anew each time. Words that lead out of the folder are left out."""
 
     tool: Any
-    statuses = STATUSES
+    statuses: tuple[int, ...] = STATUSES
 
     def open(self) -> None:
         """No setting of the user's counts."""
@@ -124,7 +126,8 @@ class ShardsTarget(ToolTarget):
         "none",
     )
     lines = (
-        "a.txt -o data", "a.txt -o x --val-tokens 3", "a.txt b.txt -o data/x --val-fraction 0.2 --eot none", "--show t.bin -n 2",
+        "a.txt -o data", "a.txt -o x --val-tokens 3", "a.txt b.txt -o data/x --val-fraction 0.2 --eot none",
+        "--show t.bin -n 2",
         "*.txt -o data --shard-size 4 --eot document", "- -o data", "bad.txt -o x", "empty.txt -o x --eot none", "--help",
     )  # fmt: skip
 
@@ -215,7 +218,8 @@ class TrainTarget(ToolTarget):
         f"{small} --steps 2 --out new.bin --log log.json", f"{small} --val v.bin --val-every 1 --sample-every 1 --steps 2",
         f"{small} --val-tokens 9 --schedule cosine --warmup 1 --min-lr 0 --steps 3 --clip 1 --accumulate 2 --weight-decay 0.1",
         "--init tiny.bin --data t.bin -B 2 -T 3 --steps 1 --out new --version 5 --save-every 1 --decay-matrices-only --shuffle",
-        "--resume run.state", "--resume run.state --steps 9 --lr 1e-3 --log log.json --force", "--check debug.bin --init tiny.bin",
+        "--resume run.state", "--resume run.state --steps 9 --lr 1e-3 --log log.json --force",
+        "--check debug.bin --init tiny.bin",
         f"{small} --val-fraction 0.3 --reference --steps 1 --plot p.svg", "--data a.txt --init random --shape gpt2", "--help",
     )  # fmt: skip
 
@@ -226,7 +230,7 @@ class TrainTarget(ToolTarget):
         replaced: dict[str, Any] = {"Trainer": BoundedTrainer, "make_engine": self.make_engine, "matplotlib": lambda: None}
         for name, value in replaced.items():
             setattr(train, name, value)
-        train.report.draw = lambda *_: None
+        vars(report)["draw"] = lambda *_: None
 
     def make_engine(self, config: Config, init: str | None, job: Any, threads: int | None) -> Any:
         """An engine of a small model."""
@@ -245,7 +249,7 @@ class TrainTarget(ToolTarget):
 
     def seeds(self) -> list[bytes]:
         """Command lines, each with a sound state."""
-        job = dump(vars(train.Job(data="t.bin", B=1, T=2, sample_every=0, log="log.json", val_tokens=9, plot="p.png")))
+        job = dump(vars(Job(data="t.bin", B=1, T=2, sample_every=0, log="log.json", val_tokens=9, plot="p.png")))
         place = {"step": 3, "options": {"steps": 5, "lr": 0.01}, "loader": self.place()}
         return [pack({"argv": dump(line.split()), "job": job, "place": dump(place)}) for line in self.lines]
 
@@ -307,8 +311,8 @@ TYPED = (
     "word " * 300, "--", "-n", "\\", "\\\\", "text\\", "/set", "/set new 3", "/set temperature 0.5", "/set temp default",
     "/set stop \"\\n\"", "/set stop \"", "/set stop x", "/set stop \"\\ud800\"", "/set stop_token 5", "/set overflow slide",
     "/set overflow stop", "/set sampler greedy", "/set sampler nothing", "/set top-k 5", "/set TOP_P 0.9", "/set seed 7",
-    "/set stats on", "/set stats x", "/set nothing 1", "/set n 0", "/set n 99999999999999999999", "/set -- x", "/again", "/more",
-    "/tokens", "/probs", "/again x", "//slash", "/set min_p 2", "/set seed 18446744073709551615",
+    "/set stats on", "/set stats x", "/set nothing 1", "/set n 0", "/set n 99999999999999999999", "/set -- x", "/again",
+    "/more", "/tokens", "/probs", "/again x", "//slash", "/set min_p 2", "/set seed 18446744073709551615",
 )  # fmt: skip
 CHAT_OPTIONS = tuple(option for option in options_of(chat.build_parser()) if option != "--reference")
 
@@ -428,7 +432,8 @@ class ChatTarget(LineTarget):
             if options.words:
                 raise LeftOut
             settings = chat.Settings(options, self.model.config)
-            return chat.Chat(Answers(self.model, lie), settings, model=str(self.path), threads="1").converse()
+            answers: Any = Answers(self.model, lie)
+            return chat.Chat(answers, settings, model=str(self.path), threads="1").converse()
         except InputError as error:
             chat.say(f"error: {error}")
             return 2
