@@ -726,6 +726,19 @@ def test_a_state_does_not_replace_what_is_no_log(capsys: pytest.CaptureFixture[s
     assert Path("diary").read_text() == "dear diary\n"
 
 
+def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "photos").mkdir()
+    photo = folder / "photos" / "me.png"
+    photo.write_bytes(b"me")
+    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
+    trainer.save("x.state", vars(train.Job(data=f"{folder}/train.bin", B=2, T=8, plot=str(photo))))
+    status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
+    assert (status, photo.read_bytes()) == (2, b"me")
+    assert error.endswith("it exists already, and the state names it as the picture of its run: give --plot again\n")
+    assert here(capsys, "--resume", "x.state", "--steps", "1", "--plot", str(photo))[0] == 0
+    assert photo.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_log_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run", "--log", "log")
     Path("log").write_text("dear diary\n")

@@ -71,6 +71,7 @@ SLOW = {
     "chat": 2,
 }  # executions of the others to one of these
 EXECUTIONS = 1000
+LONGEST_INPUT = 10.0  # seconds of one that count: a machine may be stopped meanwhile
 MEMORY_BYTES = 3 << 30  # beyond what a child has when it is ready
 READERS = (
     "checkpoint", "safetensors_file", "huggingface", "data", "llmc", "tokenizer", "state", "convert", "download", "__main__",
@@ -249,20 +250,22 @@ class Fuzzer:
 
     def run(self, seconds: float | None, executions: int) -> Result:
         """Try the seeds, the corpus, then mutations, until the time or the number of executions is up."""
-        begin = time.monotonic()
+        spent, last = 0.0, time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             target = new_target(self.name, Path(folder))
             first = [*target.seeds(), *stored(self.name)]
             for data in first:
                 self._try(data, kept=True)
             known = len(self._labels) + len(self._ways)
-            while (time.monotonic() - begin < seconds) if seconds is not None else (self.executions < executions):
+            while (spent < seconds) if seconds is not None else (self.executions < executions):
                 newest = max(self._random.randrange(len(self._corpus)), self._random.randrange(len(self._corpus)))
                 other = self._random.choice(self._corpus)
                 self._try(target.mutate(self._random, self._corpus[newest], other))
+                now = time.monotonic()
+                spent, last = spent + min(now - last, LONGEST_INPUT), now
         new = len(self._labels) + len(self._ways) - known
         findings = list(self._findings.values())
-        return Result(self.executions, len(self._corpus), new, findings, time.monotonic() - begin)
+        return Result(self.executions, len(self._corpus), new, findings, spent)
 
     def _try(self, data: bytes, *, kept: bool = False) -> None:
         reply = self._child.attempt(data)
