@@ -566,19 +566,9 @@ def report_coverage(path: Path) -> int:
     fuzzed = measured_branches(path, [path.parent])
     tests = [str(ROOT / "tests" / f"{name}.py") for name in READERS_TESTS]
     environment = {**os.environ, "COVERAGE_FILE": str(path.parent / "coverage.tests")}
-    command = [
-        "-m",
-        "coverage",
-        "run",
-        "--branch",
-        f"--source={ROOT / 'pygpt'}",
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    subprocess.run([sys.executable, *command, *tests], cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
+    measured = ["-m", "coverage", "run", "--branch", f"--source={ROOT / 'pygpt'}"]
+    command = [sys.executable, *measured, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
     together = measured_branches(path, [path.parent])
     print(f"{'reader':18} {'branches':>8} {'by the fuzzer':>14} {'with its tests':>14}  not taken")
     low = []
