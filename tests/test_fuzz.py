@@ -163,6 +163,7 @@ def test_a_child_that_dies_or_hangs_is_a_finding_and_is_replaced(data: bytes, te
         (2, "", "without an error line"),
         (2, f"pygpt: error: {'x' * 10_000}\n", "characters"),
         (0, "anything\n", "stderr"),
+        (2, "pygpt: error: \x1b[31mred\n", "x1b' in it"),
     ],
 )
 def test_a_command_is_judged(status: int, err: str, text: str) -> None:

@@ -108,10 +108,9 @@ def _job_of(state: TrainingState, read: Callable[[list[str]], argparse.Namespace
     words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in said.items()]
     try:
         found = vars(read(words))
-        if "" in said.values() or any(
-            found[name] != value or type(found[name]) is not type(value) for name, value in said.items()
-        ):
-            raise InputError("not as they are written")
+        for name, value in said.items():
+            if value == "" or "\0" in str(value) or found[name] != value or type(found[name]) is not type(value):
+                raise InputError(f"{flag(name)} is not as it is given")
         return Job(**said)
     except (InputError, KeyError, TypeError):
         raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
