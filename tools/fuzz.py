@@ -240,7 +240,7 @@ class Fuzzer:
         self._labels: dict[str, int] = {}
         self._corpus: list[bytes] = []
         self._findings: dict[str, Found] = {}
-        self.executions = 0
+        self.executions, self.seconds = 0, 0.0  # what was tried, and how long that took
 
     def __enter__(self) -> "Fuzzer":
         return self
@@ -250,25 +250,24 @@ class Fuzzer:
 
     def run(self, seconds: float | None, executions: int) -> Result:
         """Try the seeds, the corpus, then mutations, until the time or the number of executions is up."""
-        spent, last = 0.0, time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             target = new_target(self.name, Path(folder))
             first = [*target.seeds(), *stored(self.name)]
             for data in first:
                 self._try(data, kept=True)
             known = len(self._labels) + len(self._ways)
-            while (spent < seconds) if seconds is not None else (self.executions < executions):
+            while (self.seconds < seconds) if seconds is not None else (self.executions < executions):
                 newest = max(self._random.randrange(len(self._corpus)), self._random.randrange(len(self._corpus)))
                 other = self._random.choice(self._corpus)
                 self._try(target.mutate(self._random, self._corpus[newest], other))
-                now = time.monotonic()
-                spent, last = spent + min(now - last, LONGEST_INPUT), now
         new = len(self._labels) + len(self._ways) - known
         findings = list(self._findings.values())
-        return Result(self.executions, len(self._corpus), new, findings, spent)
+        return Result(self.executions, len(self._corpus), new, findings, self.seconds)
 
     def _try(self, data: bytes, *, kept: bool = False) -> None:
+        begin = time.monotonic()
         reply = self._child.attempt(data)
+        self.seconds += min(time.monotonic() - begin, LONGEST_INPUT)
         self.executions += 1
         if reply.kind == "finding":
             self._save(data, reply.text)
