@@ -169,6 +169,7 @@ class CallsTarget(Target):
             ],
             [["encode", "a<|endoftext|>b", True], ["encode", "a", False], ["foreign_prefix", [1]]],
             [["generate", [1], {"stop_strings": 5}], ["generate", [1], {"stop_strings": ["a"]}]],
+            [["write_onto", [1]], ["generate", [1], {"stop_strings": [""]}], ["write_tokenizer", [{"bytes": "x" * 256}], 0]],
             [["generate", [1], {"stop_strings": [5]}], ["generate", [1], {"stop_token_ids": "x", "total": 4}]],
         ]
         return [dump(program) for program in programs]
@@ -405,6 +406,14 @@ class CallsTarget(Target):
     def do_write_tokens(self, tokens: Any) -> None:
         """write_tokens."""
         write_tokens(self.folder / "tokens.bin", tokens)
+
+    def do_write_onto(self, tokens: Any) -> None:
+        """write_tokens onto a folder."""
+        try:
+            write_tokens(self.folder, tokens)
+        except FileExistsError:
+            return
+        raise Finding("a folder was replaced")
 
     def do_write_tokenizer(self, tokens: Any, eot: Any) -> None:
         """write_tokenizer."""

@@ -8,6 +8,7 @@ command lines and the chat are in programs.py, downloads in network.py.
 
 import argparse
 import io
+import json
 import os
 import re
 import subprocess
@@ -153,6 +154,11 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def stays(path: str) -> bool:
+    """Whether a word, as a path or an option with one, stays in the current folder."""
+    return ".." not in path and not re.search(r"(^(-\w)?|[=\s~*\[])[/~]", path)
+
+
 def closed_streams(data: bytes) -> list[str]:
     """Which streams an input wants to be closed."""
     found = load_json(data)
@@ -265,12 +271,12 @@ class CommandTarget(LineTarget):
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = text
-        for name, size in (
-            ("tiny.bin", None),
-            ("half.bin", -1),
-            *([("gpt2_124M.bin", None)] if found.get("here") is True else []),
-        ):
-            (self.folder / name).write_bytes(self.model.read_bytes()[:size])
+        model = self.model.read_bytes()
+        files = {"tiny.bin": model, "half.bin": model[:-1]}
+        if found.get("here") is True:
+            files |= {"gpt2_124M.bin": model, "gpt2.bin": model}  # as if fetched, where the cache folder is this one
+        for name, content in files.items():
+            (self.folder / name).write_bytes(content)
         return texts
 
     def run(self, data: bytes) -> str:
@@ -476,6 +482,16 @@ class ConvertTarget(Target):
         found.append({"argv": b'["a.bin", "out.bin"]', "a.bin": b"PK\x03\x04"})
         found += [{**whole, "argv": files["argv"], "model.safetensors": file} for file in self.odd(whole["model.safetensors"])]
         found.append({"argv": b'["hf/x.safetensors", "out.bin"]', "x.safetensors": self.of_known_size()})
+        found.append({"argv": b'["hf/x.safetensors", "out.bin"]', "x.safetensors": reference.safetensors_bytes({})})
+        found += [{"argv": dump(argv), "a.bin": model} for argv in (["a.bin", ""], ["fifo.safetensors", "out.bin"])]
+        found.append(
+            {**whole, "argv": files["argv"], "config.json": whole["config.json"].replace(b'"n_inner": null', b'"n_inner": 5')}
+        )
+        shards, index = self.sharded(whole), "model.safetensors.index.json"
+        places = json.loads(shards[index])["weight_map"]
+        fewer = dict(list(places.items())[1:])
+        for changed in ({}, fewer, {**places, "x": "model-0.safetensors"}, {**fewer, "x": "../x.safetensors"}):
+            found.append({**shards, index: dump({"weight_map": changed})})
         return [pack(files) for files in found]
 
     def odd(self, file: bytes) -> list[bytes]:
@@ -562,8 +578,9 @@ class ConvertTarget(Target):
         for name in ("hf", "dir.safetensors", "empty", "full"):
             (self.folder / name).mkdir()
         (self.folder / "full" / "old.bin").write_bytes(b"old")
+        os.mkfifo(self.folder / "fifo.safetensors")
         argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
-        argv = [word for word in argv if ".." not in word and not os.path.isabs(word)]
+        argv = [word for word in argv if stays(word)]
         for name, content in files.items():
             (self.folder / ("" if name == "a.bin" else "hf") / name.replace("..", "_")).write_bytes(content)
         os.chdir(self.folder)

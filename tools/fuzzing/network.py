@@ -6,7 +6,6 @@ may have left. In words and answers @/ stands for the server's address, and %/ f
 
 import hashlib
 import os
-import re
 import socket
 import ssl
 import threading
@@ -18,7 +17,7 @@ from pygpt import Checkpoint, download, write_checkpoint
 from pygpt.huggingface import write_model
 
 from . import reference
-from .commands import WORDS, LineTarget, judge, label_of, options_of, parse_input, run_main
+from .commands import WORDS, LineTarget, judge, label_of, options_of, parse_input, run_main, stays
 from .files import TINY, weights
 from .mutate import dump, mutate_bytes, mutate_json_text
 from .target import Finding, pack, same, unpack
@@ -130,6 +129,8 @@ class DownloadTarget(LineTarget):
         facts = {"url": f"@{BIN}", "size": len(model), "validator": '"x"', "sha256": None}
         whole, tag = answer(model), b'ETag: "x"'
         words = ("https://cert/a.bin", "https://nowhere/a.bin", "@/pytorch_model.bin", "@/x.pt", "x:/y")
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+        known = {"a.bin.part": model[:half], "a.bin.part.json": dump(facts)}
         all_there = {"a.bin.part": model, "a.bin.part.json": dump(facts)}
         second = answer(model[half:], rest, tag, status=b"HTTP/1.1 206 Partial")
         moved = answer(b"", b"Location: @/x", status=b"HTTP/1.1 302 Found")
@@ -138,9 +139,9 @@ class DownloadTarget(LineTarget):
             ([f"@{BIN}"], [whole], {}),
             ([f"@{BIN}", "--version", "5"], [answer(model, b"X-Linked-Etag: " + digest)], {}),
             ([f"@{BIN}", "-o", "x.bin"], [answer(model, b'ETag: "' + digest + b'"')], {}),
-            ([f"@{BIN}"], [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks], {}),
+            ([f"@{BIN}"], [chunked + b"\r\n" + chunks], {}),
             ([f"@{BIN}"], [b"HTTP/1.0 200 OK\r\n\r\n" + model], {}),
-            ([f"@{BIN}"], [second], {"a.bin.part": model[:half], "a.bin.part.json": dump(facts)}),
+            ([f"@{BIN}"], [second], known),
             ([f"@{BIN}"], [answer(model, tag)[: -len(model) + half], second], {}),
             ([f"@{BIN}"], [moved, whole], {}),
             ([f"@{BIN}"], [answer(b"", b"Retry-After: 3", status=b"HTTP/1.1 503 Busy"), whole], {}),
@@ -156,6 +157,10 @@ class DownloadTarget(LineTarget):
             ([f"@{BIN}"], [answer(b"", b"Location: %/m/a.bin", status=b"HTTP/1.1 307 Moved"), whole], {}),
             ([f"@{BIN}"], [answer(b"", b"Location: ftp://x/a.bin", status=b"HTTP/1.1 302 Moved")], {}),
             ([f"@{BIN}"], [answer(model, b"X-Linked-Size: 7")], {}),
+            ([f"@{BIN}"], [whole], {"a.bin.part": model[:half]}),
+            ([f"@{BIN}"], [answer(model, tag)[: -len(model) + half]], {}),
+            ([f"@{BIN}"], [chunked + b"\r\n" + chunks[:-90]], {}),
+            ([f"@{BIN}"], [chunked.replace(b"200", b"206") + rest + b"\r\n\r\n" + chunks], known),
             ([f"@{BIN}"], [answer(b"", b"Retry-After: " + date, status=b"HTTP/1.1 429 Slow") for date in DATES], {}),
             *(([word], [], {}) for word in words),
             *(([f"@{BIN}", "-o", word], [whole], {}) for word in ("x/", "no/x.bin", "there.bin", "two-words")),
@@ -213,7 +218,7 @@ class DownloadTarget(LineTarget):
         files = unpack(data)
         argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
         argv = [word.replace("@", self.url, 1) if word.startswith("@") else word for word in argv]
-        argv = [word for word in argv if ".." not in word and not re.search(r"(^|=|-o)\s*[/~]\S", word)]
+        argv = [word for word in argv if stays(word)]
         self.server.answers = [self.placed(files.pop(name)) for name in ANSWERS if name in files]
         os.chdir(self.folder)
         before = {name.replace("..", "_"): self.placed(content) for name, content in files.items()} | {"there.bin": b"no model"}

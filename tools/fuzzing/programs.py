@@ -45,6 +45,7 @@ from .commands import (
     parse_input,
     run_main,
     run_process,
+    stays,
 )
 from .files import TINY, weights
 from .mutate import dump, mutate_bytes, mutate_json_text
@@ -95,11 +96,6 @@ class ToolTarget(LineTarget):
     def check(self, outcome: Outcome, argv: list[str], written: dict[str, bytes]) -> None:
         """Judge stdout and the files that were written."""
         same("files written", sorted(written), [])
-
-
-def stays(path: object) -> bool:
-    """Whether a word, as a path, stays in the current folder."""
-    return isinstance(path, str) and ".." not in path and not re.search(r"(^|[=\s~*\[])[/~]\S", path)
 
 
 # ------------------------------------------------------------------------------------------------ tools
