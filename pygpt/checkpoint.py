@@ -246,7 +246,8 @@ def write_checkpoint(
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
-        raise InputError(f"tensors are {sorted(tensors)}, expected {sorted(name for name, _ in wanted)}")
+        odd = sorted(map(str, set(tensors) ^ {name for name, _ in wanted}))
+        raise InputError(f"tensors are not the sixteen of a checkpoint: {shown(odd)} are missing or unknown")
     header = [MAGIC, version, config.maxT, config.V, config.L, config.NH, config.C, config.Vp if version != 1 else 0]
     with atomic_file(path) as file:
         file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))

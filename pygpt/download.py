@@ -190,7 +190,7 @@ class Part:
             size, validator, sha256 = facts["size"], facts["validator"], facts["sha256"]
             known = facts["url"] == self.url and (size is None or (isinstance(size, int) and found <= size))
             known = known and all(text is None or isinstance(text, str) for text in (validator, sha256))
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             known = False
         if known:
             self.have, self.size, self.validator, self.sha256 = found, size, validator, sha256

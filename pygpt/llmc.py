@@ -82,7 +82,8 @@ def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
     shape = inputs.shape
     wanted = [(tensor, extents) for tensor, extents, _, _ in config.tensors(padded=False)]
     if set(state.gradients) != {tensor for tensor, _ in wanted}:
-        raise InputError(f"gradients are {sorted(state.gradients)}, expected {sorted(tensor for tensor, _ in wanted)}")
+        odd = sorted(map(str, set(state.gradients) ^ {tensor for tensor, _ in wanted}))
+        raise InputError(f"gradients are not those of the sixteen tensors: {shown(odd)} are missing or unknown")
     arrays = [("inputs", inputs, shape), ("targets", targets, shape), ("logits", state.logits, (*shape, config.V))]
     for what, array, expected in [
         *arrays,

@@ -300,6 +300,7 @@ def test_ctrl_c_and_on_again(site: Site, monkeypatch: pytest.MonkeyPatch, capsys
         (b"", False),
         (b"[]", False),
         (b"5", False),
+        (b"[" * 60_000, False),
         (b'{"url": 1}', False),
         (None, False),
     ],

@@ -698,7 +698,8 @@ def test_a_state_of_another_program(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "job",
-    [{"data": 0}, {"data": ["train.bin"]}, {"data": ""}, {"val": "\0"}, {"B": "2"}, {"B": True}, {"B": 0},
+    [{"data": 0}, {"data": ["train.bin"]}, {"data": ""}, {"val": "\0"}, {"val": "\ud800"}, {"B": "2"}, {"B": True},
+     {"B": 0},
      {"val_every": 0}, {"version": 4},
      {"save_every": -1}, {"log": False, "plot": 7}, {"log": {}}, {"reference": 1}, {"val_fraction": "0.1"}, {"resume": "x"},
      {"sample_every": 1.0}, {"data": None}],

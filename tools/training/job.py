@@ -109,10 +109,10 @@ def _job_of(state: TrainingState, read: Callable[[list[str]], argparse.Namespace
     try:
         found = vars(read(words))
         for name, value in said.items():
-            if value == "" or "\0" in str(value) or found[name] != value or type(found[name]) is not type(value):
+            if value == "" or b"\0" in os.fsencode(str(value)) or found[name] != value or type(found[name]) is not type(value):
                 raise InputError(f"{flag(name)} is not as it is given")
         return Job(**said)
-    except (InputError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
 
 
