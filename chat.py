@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from math import exp
+from shutil import get_terminal_size
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -34,7 +35,7 @@ PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: a line of the child's input holds them, whatever their ids
 PROBABLE = 10  # tokens that /probs shows
-BAR = 40  # columns of the longest bar
+BAR = 40  # columns of the longest bar, where the terminal has them
 
 EXAMPLES = """\
 examples:
@@ -356,9 +357,10 @@ class Chat:
         [info] = completion.infos
         pieces = [self._piece(token) for token, _ in info.top]
         width = max(map(len, pieces))
+        longest = max(1, min(BAR, get_terminal_size().columns - width - 21))  # all in one line
         block = "█" if "█".encode(prompt_stream().encoding, "ignore") else "#"
         for piece, (token, logprob) in zip(pieces, info.top, strict=True):
-            bar = block * round(BAR * exp(logprob - info.top[0][1]))
+            bar = block * round(longest * exp(logprob - info.top[0][1]))
             show(f"{token:>7}  {piece:<{width}}  {100 * exp(logprob):6.2f} %  {bar}".rstrip())
 
     def _piece(self, token: int) -> str:

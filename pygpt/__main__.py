@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .cli import HelpFormatter, Parser, say, status_of
-from .errors import InputError, PyGPTError
+from .errors import InputError, PyGPTError, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to serve requests from stdin")
-    parser.add_argument("-m", "--model", metavar="PATH", help="an llm.c checkpoint (.bin, version 1, 3 or 5)")
+    parser.add_argument(
+        "-m", "--model", metavar="MODEL", help="an llm.c checkpoint (version 1, 3 or 5), or the name of a downloaded model"
+    )
     parser.add_argument("-n", "--total", metavar="N", help="tokens in all, the given ones included (default 10)")
     parser.add_argument("--max-new-tokens", metavar="N", help="new tokens, instead of --total")
     parser.add_argument("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
@@ -145,8 +147,8 @@ def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) 
     path, origin = find_model(path)
     model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
-        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 124M put llm.c's "
-        f"{GPT2_FILE} into this folder, or name it with -m or PYGPT_MODEL"
+        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 run `python -m pygpt.download gpt2`, "
+        "then name it with -m gpt2 or PYGPT_MODEL=gpt2"
     )
     return model, notice if origin == "embedded" else ""
 
@@ -178,16 +180,14 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -
                 say(notice)
                 notice = ""
                 completion = Completion(request, prefix=prefix)
-                for count, token in enumerate(model.complete(completion), 1):
-                    last = count == request.new or completion.finish_reason is not None
-                    print(token, end="\n" if last else " ", flush=True)  # the space says at once that the id is whole
-                    ended = last
+                for token in model.complete(completion):
+                    ended = completion.finish_reason is not None
+                    print(token, end="\n" if ended else " ", flush=True)  # the space says at once that the id is whole
             else:
-                print(flush=True)
                 ended = True
-        except KeyboardInterrupt:
-            if not ended:  # a second newline would answer a request that nobody made
                 print(flush=True)
+        except KeyboardInterrupt:  # print() leaves nothing half-done: what a full pipe did not take is in stdout's buffer
+            print(end="" if ended else "\n", flush=True)  # a second newline would answer a request that nobody made
 
 
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
@@ -230,7 +230,7 @@ def parse_json(text: bytes) -> "dict[str, Any]":
     except (ValueError, RecursionError) as error:
         raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
     if unknown := sorted(set(request) - REQUEST_KEYS):
-        raise InputError(f"request: unknown key {unknown[0]!r}: keys are {', '.join(sorted(REQUEST_KEYS))}")
+        raise InputError(f"request: unknown key {shown(unknown[0])}: keys are {', '.join(sorted(REQUEST_KEYS))}")
     if "tokens" not in request:
         raise InputError('request: the key "tokens" is missing')
     for key, value in request.items():

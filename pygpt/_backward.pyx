@@ -343,7 +343,7 @@ cdef class TrainStep(Step):
     cdef Floats moving              # what moves backwards
     cdef Floats backward_scratch
     cdef Floats all_logits
-    cdef Py_ssize_t rows            # R that they are for
+    cdef readonly Py_ssize_t rows   # R that they are for
     cdef list caches                # of the batch's sequences: their keys and values
     cdef object config
     cdef object views               # the four flat arrays, kept alive
@@ -455,19 +455,19 @@ cdef class TrainStep(Step):
     cdef _reserve_logits(self):
         """The logits are not the caller's here: their memory is used again."""
 
-    def begin_backward(self, bint accumulate, double scale) -> None:
-        """Take the gradient of the last forward's mean loss, times scale."""
+    def begin_backward(self, bint accumulate, double scale, Py_ssize_t active) -> None:
+        """Take the gradient of the last forward's mean loss, times scale, by the first `active` workers."""
         if not self.ready:
             raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
         self.ready = False
-        self.task = BACKWARD
+        self.task, self.active = BACKWARD, active
         self.back.add_to = accumulate
         self.back.dloss = <float> (scale / self.state.R)
-        barrier_reset(self.barrier, <uint32_t> self.active, self.spins)
+        barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
-    def begin_norm(self) -> None:
-        """Take the gradients' norm."""
-        self.task, self.active = SQUARES, self.nth
+    def begin_norm(self, Py_ssize_t active) -> None:
+        """Take the gradients' norm, by the first `active` workers."""
+        self.task, self.active = SQUARES, active
 
     def finish_norm(self) -> float:
         """The 2-norm: the blocks' sums of squares are added in ascending order."""
@@ -477,10 +477,11 @@ cdef class TrainStep(Step):
             total += self.flat.squares[i]
         return sqrt(total)
 
-    def begin_update(self, numbers, const double[:, ::1] spans not None) -> None:
-        """Take one step of AdamW by checked numbers (parameters.AdamW); spans are rows (start, stop, decay)."""
+    def begin_update(self, numbers, const double[:, ::1] spans not None, Py_ssize_t active) -> None:
+        """Take one step of AdamW by checked numbers (parameters.AdamW), by the first `active` workers; spans are rows (start,
+        stop, decay)."""
         cdef adamw_numbers* n = &self.numbers
-        self.task, self.active, self.spans = ADAMW, self.nth, spans
+        self.task, self.active, self.spans = ADAMW, active, spans
         n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2
         n.over_correction1, n.over_correction2 = 1 / <double> numbers.correction1, 1 / <double> numbers.correction2
         n.eps, n.gradient_scale = numbers.eps, numbers.gradient_scale

@@ -14,8 +14,8 @@ cdef extern from "micro.h" nogil:
         void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
                      const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
         void (*pack_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*product)(float*, ptrdiff_t, const float*, ptrdiff_t,
-                        const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*, const void*, ptrdiff_t) noexcept nogil
+        void (*pack_weights)(float*, const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
+        void (*product)(float*, ptrdiff_t, const float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*outer)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
                       ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*) noexcept nogil
         void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
@@ -55,6 +55,11 @@ cdef extern from "sync.h" nogil:
     void barrier_reset(native_barrier*, uint32_t parties, uint32_t spins)
     void barrier_abort(native_barrier*)
 
+    ctypedef struct work_pile:
+        pass
+
+    uint32_t take(work_pile*)
+
 
 cdef extern from "trace.h" nogil:
     ctypedef struct trace_event:
@@ -93,6 +98,7 @@ cdef extern from "sampler.h" nogil:
         float* x, ranked* order, ranked* spare, exps_function* exps,
     )
     ptrdiff_t weighted_id(const float* e, ptrdiff_t V, double coin)
+    double natural_log(double x)
     double uniform_of(uint64_t seed, uint64_t stream, uint64_t step)
     float highest(const float* logits, ptrdiff_t V)
     double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)
@@ -168,8 +174,10 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     float* logits             # (W, V of logits_row)
     float* scratch            # (nth, scratch_size) for the attention
     Py_ssize_t scratch_size
-    float* room               # (nth, room_size) a packed block of weights and, from packed_at on, all packed rows; or NULL
-    Py_ssize_t room_size, packed_at
+    float* packed             # (R, 4C) and padding: the rows of a product, packed; or NULL
+    float* blocks             # (nth, block_size) each worker's packed weights; or NULL
+    Py_ssize_t block_size
+    work_pile* piles          # (L + 2, LAYER_PHASES) the blocks of each product that are not taken yet
     Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16
     # Where activations are kept for a backward pass; else every step is 0 (the next layer overwrites) and the rest NULL.
     Py_ssize_t residual_step  # values from one version of the stream to the next, two a layer
@@ -234,6 +242,7 @@ cdef class Step:
     cdef _reserve(self, Py_ssize_t R)
     cdef _reserve_rows(self, Py_ssize_t R)
     cdef _reserve_logits(self)
+    cdef size_t _piles(self)
     cdef _reserve_scratch(self, Py_ssize_t longest)
     cdef _cut_spans(self)
     cdef trace_worker _worker(self, Py_ssize_t ith) except *

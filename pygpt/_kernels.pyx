@@ -19,7 +19,7 @@ import os
 from operator import index as whole_number
 
 from cpython.buffer cimport PyBUF_FORMAT
-from libc.math cimport frexp, sqrtf
+from libc.math cimport sqrtf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
@@ -70,12 +70,52 @@ cdef enum:
     SPAN_ROWS = 20        # rows of one attention tile
     FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
     BLOCK_BYTES = 5 << 17  # of weights packed at a time: they stay in the second-level cache while rows stream by
+    BAND_ROWS = 16        # of a product, whose outputs are still near when the epilogue takes them
+    SHARES = 4            # parts of a large product for each worker: who is held up takes fewer
 
 cdef enum Epilogue:
     NOTHING
-    BIAS              # out += bias
+    BIAS_KEYS_VALUES  # out += bias; keys and values go to the caches
     BIAS_GELU         # after = gelu(out + bias); where after is not out itself, out += bias
     BIAS_RESIDUAL     # after = before + (out + bias)
+
+cdef struct Product:      # out = inp weight^T, and what follows
+    float* out            # OUT (rows, N), a row every ldo values
+    Py_ssize_t ldo
+    const float* inp      # IN  (rows, K), a row every ldi values
+    Py_ssize_t ldi
+    const char* weight    # IN  (N, K)
+    const char* bias      # IN  (N,) or NULL
+    Py_ssize_t rows, K, N
+    Epilogue epilogue
+    const float* before   # IN  (rows, N) or NULL
+    float* after          # OUT (rows, N) or NULL; for a GELU a row every ldo values
+    Py_ssize_t layer
+
+
+PHASES = (
+    "encoder", "ln1", "qkv", "attention", "attproj", "ln2", "fc", "fcproj", "lnf", "logits",  # forward
+    "loss", "pack",                                                                            # "pack": a part of products
+    "dlogits", "dhead", "dlnf",                                                                # training, _backward.pyx
+    "dfcproj", "dfc", "dln2", "dattproj", "dattention", "dqkv", "dln1", "dencoder", "norm", "update",
+)
+
+cdef enum Phase:              # what a trace calls the parts of a step, in the order of PHASES
+    ENCODER
+    LN1
+    QKV
+    ATTENTION
+    ATTPROJ
+    LN2
+    FC
+    FCPROJ
+    LNF
+    LOGITS
+    LOSS
+    PACK
+
+cdef enum:
+    LAYER_PHASES = LNF - LN1
 
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:
@@ -133,64 +173,87 @@ cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
     return (n + 15) // 16 * 16
 
 
-cdef void matmul(
-    const Net* net, State* s,
-    float* out, Py_ssize_t ldo,         # OUT (rows, N), a row every ldo values
-    const float* inp, Py_ssize_t ldi,   # IN  (rows, K), a row every ldi values
-    const char* weight,                 # IN  (N, K)
-    const char* bias,                   # IN  (N,)
-    Py_ssize_t rows, Py_ssize_t K, Py_ssize_t N,
-    Epilogue epilogue,
-    const float* before,                # IN  (rows, N) or NULL
-    float* after,                       # OUT (rows, N), rows as out's for a GELU, or NULL
-    Py_ssize_t ith, Py_ssize_t nth,
+cdef void store_keys_values(
+    const Net* net, State* s, Py_ssize_t layer,
+    Py_ssize_t row, Py_ssize_t rows, Py_ssize_t start, Py_ssize_t stop,
 ) noexcept nogil:
-    """out = inp weight^T, then the epilogue. Outputs are split over the workers; where rows are many, each share is cut into
-    blocks whose packed weights stay in cache while all rows pass. The epilogue follows while a block's outputs are near."""
-    cdef Py_ssize_t n, start, stop, step, width, following, r, size = 2 if net.bf16 else 4
-    cdef float* room = s.room + ith * s.room_size
-    shard(N, ith, nth, &start, &stop)
-    step = stop - start if rows <= micro.narrow else block_outputs(K)
-    if rows > micro.narrow:
-        micro.pack_rows(room + s.packed_at, inp, ldi, rows, K)
-    n = start
-    while n < stop:
-        width = min(step, stop - n)
-        if rows <= micro.narrow:
-            micro.gemm(out + n, ldo, inp, ldi, rows, weight + n * K * size, K, width, K, net.bf16)
-        else:
-            following = min(step, stop - n - width)                 # outputs of the next block
-            micro.product(out + n, ldo, room + s.packed_at, rows, weight + n * K * size, K, width, K, net.bf16, room,
-                          weight + (n + width) * K * size, following * K * size)
-        for r in range(rows):
-            if epilogue == BIAS:
-                micro.add_bias(out + r * ldo + n, bias + n * size, width, net.bf16)
-            elif epilogue == BIAS_GELU:
-                micro.add_bias_gelu(after + r * ldo + n, out + r * ldo + n, bias + n * size, width, net.bf16)
-            elif epilogue == BIAS_RESIDUAL:
-                micro.add_bias_residual(
-                    after + r * N + n, before + r * N + n, out + r * ldo + n, bias + n * size, width, net.bf16)
-        n += width
-
-
-cdef void store_keys_values(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """Copy this worker's outputs of qkv that are keys or values to the caches, head by head; its share is matmul's, so no
-    barrier lies between. The padding of a head is zero: it must add nothing to a dot."""
-    cdef Py_ssize_t start, stop, n, r, head, d, count, C = net.C, HS = net.HS
+    """Copy the outputs [start, stop) of qkv that are keys or values to the caches of `rows` rows, head by head. The padding of
+    a head is zero: it must add nothing to a dot."""
+    cdef Py_ssize_t n = max(start, net.C), r, head, d, count, C = net.C, HS = net.HS
     cdef const float* qkv = s.qkv + layer * s.qkv_step
     cdef float* cache
-    shard(3 * C, ith, nth, &start, &stop)
-    n = max(start, C)
     while n < stop:
         head, d = n % C // HS, n % HS
         count = min(HS - d, stop - n)
-        for r in range(s.R):
+        for r in range(row, row + rows):
             cache = s.rows[r].keys if n < 2 * C else s.rows[r].values
             cache += ((layer * net.NH + head) * s.rows[r].capacity + s.rows[r].pos) * net.HSp
             memcpy(cache + d, qkv + r * 3 * C + n, count * sizeof(float))
             if d + count == HS:
                 memset(cache + HS, 0, (net.HSp - HS) * sizeof(float))
         n += count
+
+
+cdef void finish(
+    const Net* net, State* s, const Product* p, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t n, Py_ssize_t count,
+) noexcept nogil:
+    """The epilogue of `rows` rows and `count` outputs of a product, from (row, n) on."""
+    cdef Py_ssize_t r
+    cdef float* out
+    cdef const char* bias
+    if p.epilogue == NOTHING:
+        return
+    bias = at(net, p.bias, n)
+    for r in range(row, row + rows):
+        out = p.out + r * p.ldo + n
+        if p.epilogue == BIAS_KEYS_VALUES:
+            micro.add_bias(out, bias, count, net.bf16)
+        elif p.epilogue == BIAS_GELU:
+            micro.add_bias_gelu(p.after + r * p.ldo + n, out, bias, count, net.bf16)
+        else:
+            micro.add_bias_residual(p.after + r * p.N + n, p.before + r * p.N + n, out, bias, count, net.bf16)
+    if p.epilogue == BIAS_KEYS_VALUES:
+        store_keys_values(net, s, p.layer, row, rows, n, n + count)
+
+
+cdef void block_of_outputs(
+    const Net* net, State* s, const Product* p, float* block, Py_ssize_t n, Py_ssize_t width,
+) noexcept nogil:
+    """The outputs [n, n + width) of all rows of a large product: the weights are packed, all rows pass, the epilogue follows
+    on every few of them."""
+    cdef Py_ssize_t r = 0, rows
+    micro.pack_weights(block, at(net, p.weight, n * p.K), p.K, width, p.K, net.bf16)
+    while r < p.rows:
+        rows = min(<Py_ssize_t> BAND_ROWS, p.rows - r)
+        micro.product(p.out + r * p.ldo + n, p.ldo, s.packed + r * padded(p.K), rows, block, width, p.K)
+        finish(net, s, p, r, rows, n, width)
+        r += rows
+
+
+cdef int matmul(const Net* net, State* s, const Product* p, int phase, const trace_worker* me) noexcept nogil:
+    """out = inp weight^T, then the epilogue. Returns 1 when the step was aborted, else 0.
+
+    A few rows: each worker streams its share of the weights. Many: the workers pack the rows together, meet, and take blocks
+    of outputs, as large as stay in cache, until none is left."""
+    cdef Py_ssize_t n, start, stop, width
+    if p.rows <= micro.narrow:
+        shard(p.N, me.ith, me.nth, &start, &stop)
+        micro.gemm(p.out + start, p.ldo, p.inp, p.ldi, p.rows, at(net, p.weight, start * p.K), p.K, stop - start, p.K, net.bf16)
+        finish(net, s, p, 0, p.rows, start, stop - start)
+        return 0
+    shard((p.rows + 15) // 16, me.ith, me.nth, &start, &stop)
+    start, stop = 16 * start, min(16 * stop, p.rows)
+    if start < stop:
+        micro.pack_rows(s.packed + start * padded(p.K), p.inp + start * p.ldi, p.ldi, stop - start, p.K)
+    if meet(me, PACK, <int32_t> p.layer):
+        return 1
+    width = min(p.N // (SHARES * me.nth) // micro.panel * micro.panel, block_outputs(p.K))
+    width = max(width, <Py_ssize_t> micro.panel)
+    while True:
+        n = take(s.piles + p.layer * LAYER_PHASES + phase) * width
+        if n >= p.N:
+            return 0
+        block_of_outputs(net, s, p, s.blocks + me.ith * s.block_size, n, min(width, p.N - n))
 
 
 cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, const Span* span, float* scratch) noexcept nogil:
@@ -232,21 +295,6 @@ cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, 
             before = head * each + s.spans[i].cost
 
 
-cdef double log_of(double x) noexcept nogil:
-    """The natural logarithm of a positive x, relative error below 1e-15 for x >= 2; a NaN stays one. Of plain float64
-    operations, so that the bits are the same on every machine: x = m 2^e with m within sqrt(2) of 1, and
-    log(m) = 2 artanh(s), s = (m - 1) / (m + 1), by its series."""
-    cdef int e = 0, k
-    cdef double m = frexp(x, &e), s, square, total = 0
-    if m < 0.7071067811865476:
-        m, e = 2 * m, e - 1
-    s = (m - 1) / (m + 1)
-    square = s * s
-    for k in range(21, 0, -2):
-        total = total * square + 2.0 / k
-    return e * 0.6931471805599453 + total * s
-
-
 cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """losses[r] = -log(softmax(logits[r])[target]); logits becomes exp(logits - max), total its sum. Rows are split."""
     cdef Py_ssize_t r, start, stop
@@ -257,7 +305,7 @@ cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth
         row = s.logits + r * s.logits_row
         target = row[s.targets[r]]
         s.total[r] = micro.softmax(row, net.V, 1, &highest)
-        s.losses[r] = <float> (log_of(s.total[r]) - (<double> target - highest))
+        s.losses[r] = <float> (natural_log(s.total[r]) - (<double> target - highest))
 
 # ------------------------------------------------------------------------------------------------ (c) the forward pass
 
@@ -281,32 +329,9 @@ cdef inline Layer layer_of(const Net* net, Py_ssize_t layer) noexcept nogil:
     return w
 
 
-PHASES = (
-    "encoder", "ln1", "qkv", "attention", "attproj", "ln2", "fc", "fcproj", "lnf", "logits",  # forward
-    "loss", "dlogits", "dhead", "dlnf",                                                        # training, _backward.pyx
-    "dfcproj", "dfc", "dln2", "dattproj", "dattention", "dqkv", "dln1", "dencoder", "norm", "update",
-)
-
-cdef enum Phase:              # what a trace calls the parts of a step, in the order of PHASES
-    ENCODER
-    LN1
-    QKV
-    ATTENTION
-    ATTPROJ
-    LN2
-    FC
-    FCPROJ
-    LNF
-    LOGITS
-    LOSS
-
-cdef enum:
-    LAYER_PHASES = LNF - LN1
-
-
-cdef void run_phase(const Net* net, State* s, int phase, int layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """Worker ith's share of one phase: the network, line by line."""
-    cdef Py_ssize_t R = s.R, C = net.C
+cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_worker* me) noexcept nogil:
+    """This worker's share of one phase: the network, line by line. Returns 1 when the step was aborted, else 0."""
+    cdef Py_ssize_t R = s.R, C = net.C, ith = me.ith, nth = me.nth
     cdef float* residual = s.residual + 2 * layer * s.residual_step     # the stream as it enters this layer ...
     cdef float* residual2 = residual + s.residual_step                  # ... after its attention ...
     cdef float* residual3 = residual2 + s.residual_step                 # ... and after its feed-forward
@@ -317,34 +342,36 @@ cdef void run_phase(const Net* net, State* s, int phase, int layer, Py_ssize_t i
     cdef float* fch = s.fch + layer * s.fch_step
     cdef float* fch_gelu = s.fch_gelu + layer * s.fch_step
     cdef Layer w = layer_of(net, layer)
+    cdef Product p
     if phase == ENCODER:
         encoder(net, s, ith, nth)                                                               # residual (R, C)
     elif phase == LN1:
         layernorm(net, s, 2 * layer, w.ln1w, w.ln1b, NULL, R, ith, nth)                         # ln1 (R, C)
     elif phase == QKV:
-        matmul(net, s, qkv, 3 * C, ln1, C, w.qkvw, w.qkvb, R, C, 3 * C,
-               BIAS, NULL, NULL, ith, nth)                                                      # qkv (R, 3C)
-        store_keys_values(net, s, layer, ith, nth)
+        p = Product(qkv, 3 * C, ln1, C, w.qkvw, w.qkvb, R, C, 3 * C, BIAS_KEYS_VALUES, NULL, NULL, layer)
+        return matmul(net, s, &p, phase, me)                                                    # qkv (R, 3C)
     elif phase == ATTENTION:
         attention(net, s, layer, ith, nth)                                                      # atty (R, C)
     elif phase == ATTPROJ:
-        matmul(net, s, s.proj, C, atty, C, w.attprojw, w.attprojb, R, C, C,
-               BIAS_RESIDUAL, residual, residual2, ith, nth)                                    # residual2 (R, C)
+        p = Product(s.proj, C, atty, C, w.attprojw, w.attprojb, R, C, C, BIAS_RESIDUAL, residual, residual2, layer)
+        return matmul(net, s, &p, phase, me)                                                    # residual2 (R, C)
     elif phase == LN2:
         layernorm(net, s, 2 * layer + 1, w.ln2w, w.ln2b, NULL, R, ith, nth)                     # ln2 (R, C)
     elif phase == FC:
-        matmul(net, s, fch, s.fch_row, ln2, C, w.fcw, w.fcb, R, C, 4 * C,
-               BIAS_GELU, NULL, fch_gelu, ith, nth)                                             # fch, fch_gelu (R, 4C)
+        p = Product(fch, s.fch_row, ln2, C, w.fcw, w.fcb, R, C, 4 * C, BIAS_GELU, NULL, fch_gelu, layer)
+        return matmul(net, s, &p, phase, me)                                                    # fch, fch_gelu (R, 4C)
     elif phase == FCPROJ:
-        matmul(net, s, s.proj, C, fch_gelu, s.fch_row, w.fcprojw, w.fcprojb, R, 4 * C, C,
-               BIAS_RESIDUAL, residual2, residual3, ith, nth)                                   # residual3 (R, C)
+        p = Product(s.proj, C, fch_gelu, s.fch_row, w.fcprojw, w.fcprojb, R, 4 * C, C,
+                    BIAS_RESIDUAL, residual2, residual3, layer)
+        return matmul(net, s, &p, phase, me)                                                    # residual3 (R, C)
     elif phase == LNF:
         layernorm(net, s, 2 * layer, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)               # lnf (W, C)
     elif phase == LOGITS:
-        matmul(net, s, s.logits, s.logits_row, ln1, C, net.wte, NULL, s.W, C, net.V,
-               NOTHING, NULL, NULL, ith, nth)                                                   # logits (W, V)
+        p = Product(s.logits, s.logits_row, ln1, C, net.wte, NULL, s.W, C, net.V, NOTHING, NULL, NULL, layer)
+        return matmul(net, s, &p, phase, me)                                                    # logits (W, V)
     else:
         cross_entropy(net, s, ith, nth)                                                         # losses (R,)
+    return 0
 
 
 cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
@@ -370,7 +397,8 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
             phase, layer = ENCODER, 0
         elif layer == net.L:
             phase += LNF - LN1
-        run_phase(net, s, phase, layer, me.ith, me.nth)
+        if run_phase(net, s, phase, layer, me):
+            return 1
         own = s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)
         if own or i == phases(net, s) - 1:
             done(me, phase, layer)
@@ -398,7 +426,7 @@ cdef class Floats:
 
     def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols):
         cdef void* memory = NULL
-        if rows < 0 or cols < 0 or (rows and cols > (<Py_ssize_t> 1 << 60) // (4 * rows)):
+        if rows < 0 or cols < 0 or (cols and rows > (<Py_ssize_t> 1 << 58) // cols):
             raise MemoryError(f"no room for {rows} x {cols} float32 values")
         if posix_memalign(&memory, 64, max(rows * cols, 1) * sizeof(float)):
             raise MemoryError(f"no room for {rows} x {cols} float32 values ({rows * cols * 4} bytes)")
@@ -498,8 +526,11 @@ cdef class Trace:
         cdef Py_ssize_t i
         if nth < 1 or capacity < 1:
             raise InputError(f"a trace of {capacity} events for {nth} workers: both must be at least 1")
-        if posix_memalign(&memory, 64, nth * sizeof(trace_log)):
-            raise MemoryError("no room for a trace")
+        if (
+            nth > (<Py_ssize_t> 1 << 50) or capacity > (<Py_ssize_t> 1 << 50)   # or the sizes would wrap around
+            or posix_memalign(&memory, 64, nth * sizeof(trace_log))
+        ):
+            raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
         memset(memory, 0, nth * sizeof(trace_log))
         self.logs = <trace_log*> memory
         self.nth, self.capacity = nth, capacity
@@ -543,7 +574,8 @@ cdef class Trace:
             self.logs[i].count = self.logs[i].dropped = 0
 
     def stretch(self, Py_ssize_t ith, phase, double times) -> None:
-        """For debugging a report: make worker ith spend `times` as long in a phase (None: in every phase)."""
+        """For debugging a report: make worker ith spend `times` as long in a phase (None: in every phase). Raises InputError
+        for a worker that is not there, ValueError for a phase that is none of PHASES."""
         cdef trace_log* log = self.log(ith)
         log.stretched = -1 if phase is None else PHASES.index(phase)
         log.stretch = times
@@ -561,6 +593,9 @@ cdef class Step:
         memset(memory, 0, sizeof(native_barrier))
         self.barrier = <native_barrier*> memory
         self.weights = weights
+        self.state.piles = <work_pile*> malloc(self._piles())
+        if self.state.piles == NULL:
+            raise MemoryError("no room for a step")
         self.nth = self.active = nth
         self.spins = spins
         self.room = 0
@@ -570,6 +605,7 @@ cdef class Step:
         free(self.state.rows)
         free(self.state.spans)
         free(self.state.wanted)
+        free(self.state.piles)
 
     def prepare(self, list rows not None, Py_ssize_t active) -> None:
         """Check and take the rows of the next step: tuples (token, KeysValues, want_logits), for the first `active` workers.
@@ -584,13 +620,13 @@ cdef class Step:
             raise InputError(f"{active} workers: this step has 1 to {self.nth}")
         self.active = active
         s.R = s.W = 0
-        self.keep = []
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
                 raise InputError(f"row {shown(entry)} is not (token, cache, want_logits)")
-            self.keep.append(entry[1])
-        # All that can run the caller's code (an index(), a truth value) comes before anything is noted in a cache.
+        # All that can run the caller's code (an index(), a truth value) comes before anything is noted in a cache, and the
+        # caches are checked after it: it may have changed the caller's rows.
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
+        self.keep = [cache for _, cache, _ in rows]
         for cache in self.keep:
             if cache.weights is not self.weights:
                 raise InputError("the cache belongs to another model: make one with this model's new_cache()")
@@ -615,6 +651,7 @@ cdef class Step:
         self._cut_spans()
         self._reserve_scratch(longest)
         self._reserve_logits()
+        memset(s.piles, 0, self._piles())
         barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
     cdef _reserve(self, Py_ssize_t R):
@@ -646,10 +683,10 @@ cdef class Step:
         cdef State* s = &self.state
         cdef Py_ssize_t C = self.weights.net.C
         if R > micro.narrow:
-            s.packed_at = max(block_outputs(C) * padded(C), block_outputs(4 * C) * padded(4 * C))
-            s.room_size = s.packed_at + padded(R) * padded(4 * C)
-            self.packed = Floats(self.nth, s.room_size)
-            s.room = self.packed.data
+            s.block_size = max(block_outputs(C) * padded(C), block_outputs(4 * C) * padded(4 * C))
+            self.packed = Floats(1, padded(R) * padded(4 * C) + self.nth * s.block_size)
+            s.packed = self.packed.data
+            s.blocks = s.packed + padded(R) * padded(4 * C)
         free(s.rows)
         free(s.spans)
         free(s.wanted)
@@ -658,6 +695,10 @@ cdef class Step:
         s.wanted = <Py_ssize_t*> malloc(R * sizeof(Py_ssize_t))
         if s.rows == NULL or s.spans == NULL or s.wanted == NULL:
             raise MemoryError(f"no room for a step of {R} rows")
+
+    cdef size_t _piles(self):
+        """Bytes of s.piles: one for each phase that may be a product, the head's among them."""
+        return (self.weights.net.L + 2) * LAYER_PHASES * sizeof(work_pile)
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
         """Make room for each worker's attention tile over `longest` keys."""

@@ -11,8 +11,9 @@ from .errors import InputError, is_whole, shown
 class KVCache(KeysValues):
     """Keys and values of one sequence; make it with GPT2.new_cache(). `length` tokens are in it, `capacity` fit.
 
-    GPT2.step() appends to it. Memory is taken as positions are first used: L * 2 * C float32 values a position. Raises
-    InputError for a capacity outside 1 .. maxT and MemoryError when the address space has no room.
+    GPT2.step() appends to it. Memory is taken as positions are first used: L * 2 * C float32 values a position, each head
+    rounded up to 16 channels. Raises InputError for a capacity outside 1 .. maxT and MemoryError when the address space has
+    no room.
     """
 
     def __init__(self, weights: Weights, config: Config, capacity: int | None = None) -> None:

@@ -18,6 +18,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import prod
 
 from .config import Config
 from .errors import CheckpointError, ClosedError, InputError, PyGPTError, is_whole, shown
@@ -34,6 +35,7 @@ HEADER_BYTES = 1024
 VALUE_BYTES = {1: 4, 3: 4, 5: 2}  # by version: float32, float32, bfloat16
 PIECE = 1 << 18  # values: so many are widened or rounded at a time
 GPT2_FILE = "gpt2_124M.bin"
+MODEL_KIND = "model file"  # in messages
 EMBEDDED_MODEL = os.path.join(os.path.dirname(__file__), "data", "shakespeare.bin")
 
 # The names by which `python -m pygpt.download` fetches models; where no file is called so, they mean the fetched ones.
@@ -99,7 +101,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
-        self._map = map_file(self.path, "model file", CheckpointError, self._check, read=not mmap)
+        self._map = map_file(self.path, MODEL_KIND, CheckpointError, self._check, read=not mmap)
         self.values = memoryview(self._map).toreadonly()[HEADER_BYTES:]
 
     def _check(self, header: bytes, found: int) -> None:
@@ -135,32 +137,39 @@ class Checkpoint:
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
         """Return one tensor as float32, wte without padding: a read-only view of the file, or a widened copy of bfloat16."""
-        stored = self._stored(name)
-        return _from_bfloat16(stored) if self.bf16 else stored
+        shape, offset = self._place(name)
+        return self._rows(shape, offset, 0, shape[0])
 
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
         """Yield the rows of tensor(name) in order, some at a time: a model larger than memory can be read so."""
-        stored = self._stored(name)
-        step = max(1, PIECE // stored[0].size)
-        for start in range(0, len(stored), step):
-            rows = stored[start : start + step]
-            yield _from_bfloat16(rows) if self.bf16 else rows
+        shape, offset = self._place(name)
+        step = max(1, PIECE // prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            yield self._rows(shape, offset, start, min(start + step, shape[0]))
 
-    def _stored(self, name: str) -> "npt.NDArray[Any]":
-        """One tensor as it is in the file, wte without padding: a read-only view, float32 or the bits of bfloat16."""
-        import numpy as np
-
-        places = {found: (shape, offset, size) for found, shape, offset, size in self.config.tensors(padded=self.version != 1)}
+    def _place(self, name: str) -> tuple[tuple[int, ...], int]:
+        """A tensor's shape, wte without padding, and where in the values it begins."""
+        places = {found: (shape, offset) for found, shape, offset, _ in self.config.tensors(padded=self.version != 1)}
         if name not in places:
             raise InputError(f"no tensor is named {name!r}")
-        shape, offset, size = places[name]
-        width = VALUE_BYTES[self.version]
+        shape, offset = places[name]
+        return (self.config.V, *shape[1:]) if name == "wte" else shape, offset
+
+    def _rows(self, shape: tuple[int, ...], offset: int, start: int, stop: int) -> "npt.NDArray[np.float32]":
+        """Rows [start, stop) of the tensor of this shape at this offset, as tensor() gives them."""
+        import numpy as np
+
+        width, row = VALUE_BYTES[self.version], prod(shape[1:])
+        data = self._bytes((offset + start * row) * width, (offset + stop * row) * width)
+        array: npt.NDArray[Any] = np.frombuffer(data, "<u2" if self.bf16 else "<f4").reshape(-1, *shape[1:])
+        return _from_bfloat16(array) if self.bf16 else array
+
+    def _bytes(self, start: int, stop: int) -> memoryview:
+        """Bytes of the values. Raises ClosedError."""
         try:
-            data = self.values[offset * width : (offset + size) * width]
+            return self.values[start:stop]
         except ValueError:
             raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
-        array = np.frombuffer(data, "<u2" if self.bf16 else "<f4").reshape(shape)
-        return array[: self.config.V] if name == "wte" else array
 
     def close(self) -> None:
         """Unmap the file once no array views it any more. May be called twice."""
@@ -175,6 +184,73 @@ class Checkpoint:
         self.close()
 
 
+class StreamedCheckpoint(Checkpoint):
+    """An open checkpoint of which no more is mapped than is being looked at: it fits any memory. It has no `values`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._file = Windows(self.path, MODEL_KIND, CheckpointError, self._check)
+
+    def _bytes(self, start: int, stop: int) -> memoryview:
+        return self._file.view(HEADER_BYTES + start, HEADER_BYTES + stop)
+
+    def close(self) -> None:
+        """Close the file; arrays of it stay. May be called twice."""
+        self._file.close()
+
+
+class Windows:
+    """An open file, looked at through read-only maps of some bytes each, which last as long as what views them.
+
+    `size`: of the file, in bytes. Raises what map_file() does, also later, when the file has become shorter.
+    """
+
+    def __init__(
+        self, path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None] | None = None
+    ) -> None:
+        self._path, self._kind, self._refusal = path, kind, refusal
+        self._fd, status = _open_regular(path, kind, refusal)
+        self.size = status.st_size
+        try:
+            if check is not None:
+                check(bytes(self.view(0, min(HEADER_BYTES, self.size))), self.size)
+        except BaseException:
+            self.close()
+            raise
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of the file. Raises ClosedError."""
+        if self._fd < 0:
+            raise ClosedError(f"{self._path}: the {self._kind} is closed; read its tensors before close()")
+        if start == stop:
+            return memoryview(b"")
+        first = start - start % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_READ, offset=first)
+        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+            raise map_failure(error, self._path, self._kind, self._refusal) from error
+        return memoryview(mapped)[start - first :]
+
+    def close(self) -> None:
+        """Close the file; what views it stays. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading; return its descriptor and status. Raises `refusal` for anything else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+    except (OSError, ValueError) as error:
+        raise refusal(f"{path!r}: cannot open the {kind}: {_reason(error)}") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise refusal(f"{path}: not a regular file; a {kind} is expected")
+    return fd, status
+
+
 def map_file(
     path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None], *, read: bool = False
 ) -> mmap.mmap:
@@ -183,14 +259,8 @@ def map_file(
     Raises `refusal` for what is no regular file, cannot be opened or mapped, or changes while it is read; `kind` says what it
     should be. Raises MemoryError where the address space has no room.
     """
+    fd, status = _open_regular(path, kind, refusal)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
-    except (OSError, ValueError) as error:
-        raise refusal(f"{path!r}: cannot open the {kind}: {_reason(error)}") from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise refusal(f"{path}: not a regular file; a {kind} is expected")
         header = os.read(fd, HEADER_BYTES)
         check(header, status.st_size)
         if not read:

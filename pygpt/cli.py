@@ -26,6 +26,8 @@ def status_of(job: Callable[[], object]) -> int:
     which ends the process by its signal."""
     try:
         explained(job)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # now, for the interpreter would fail in its own words
     except (InputError, CheckpointError) as error:
         return complain(error, 2)
     except (PyGPTError, MemoryError, ImportError) as error:  # ImportError: no room to map a module, or it is not built

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from .checkpoint import VALUE_BYTES, Checkpoint, file_bytes, write_checkpoint
+from .checkpoint import VALUE_BYTES, Checkpoint, StreamedCheckpoint, file_bytes, write_checkpoint
 from .cli import HelpFormatter, Parser, say, status_of
 from .config import LIMITS
 from .errors import InputError, PyGPTError, is_whole
@@ -113,7 +113,7 @@ def open_model(source: str, heads: int | None) -> Checkpoint | HuggingFaceModel:
         with open(source, "rb") as file:
             if file.read(4).startswith(PICKLES):
                 raise pickle_error(source)
-    return Checkpoint(source)
+    return StreamedCheckpoint(source)
 
 
 def default_version(model: Checkpoint | HuggingFaceModel) -> int:

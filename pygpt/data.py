@@ -10,6 +10,7 @@ Sources: llm.c, dev/data/data_common.py (write_datafile), dev/data/tinyshakespea
 
 import codecs
 import glob
+import hashlib
 import mmap
 import os
 import re
@@ -39,6 +40,11 @@ TOKEN = np.dtype("<u2")
 MOST_TOKENS = 2**31 - 1  # the header's count is an int32
 PIECE = 1 << 20  # bytes of text, or tokens to check, at a time
 EOT_MODES = ("document", "paragraph", "none")
+
+# What the fingerprint of a data set is made of: all tokens, or where there are more than WHOLE some of every shard, for
+# reading a hundred gigabytes takes minutes.
+WHOLE = 1 << 24
+SAMPLES, SAMPLE = 16, 1 << 12  # places of a shard, evenly spaced from its first token to its last, and tokens of each
 
 
 # ------------------------------------------------------------------------------------------------ llm.c's data files
@@ -183,8 +189,8 @@ class DataLoader:
     every epoch has an order of its own of the shards and of the batches in each, a function of seed and epoch alone: the
     same on every machine. V: the vocabulary; every id is checked against it as its shard is opened.
 
-    `batches` is their number in an epoch, `tokens` that in all shards. Raises InputError for a bad B, T or seed, DataError
-    for a shard that is none or is too small for one batch.
+    `batches` is their number in an epoch, `tokens` that in all shards, `fingerprint` a hash by which state() tells other data
+    from these. Raises InputError for a bad B, T or seed, DataError for a shard that is none or is too small for one batch.
     """
 
     def __init__(
@@ -217,6 +223,7 @@ class DataLoader:
                     f"make B or T smaller"
                 )
         self.batches, self.tokens = sum(self._batches), sum(self._counts)
+        self.fingerprint = _fingerprint(map(read_tokens, self._files) if tokens is None else [tokens], self.tokens)
         self.reset()
 
     def next_batch(self) -> "tuple[Batch, Batch]":
@@ -240,33 +247,38 @@ class DataLoader:
         """The epoch of the batch that came last, from 0."""
         return self._epoch
 
-    def state(self) -> dict[str, int | None]:
-        """The position, as numbers that fit into JSON: restore() continues there, with the very same batches."""
+    def state(self) -> dict[str, int | str | None]:
+        """The position, and what it is a position in, for JSON: restore() continues there, with the very same batches."""
         return {"epoch": self._epoch, "shard": self._shard, "batch": self._batch, **self._identity()}
 
-    def restore(self, state: Mapping[str, int | None]) -> None:
+    def restore(self, state: Mapping[str, int | str | None]) -> None:
         """Go to the position of a state(). Raises InputError for the state of a loader with other data, B, T or seed."""
         identity = self._identity()
+        state = {"fingerprint": self.fingerprint, **state}  # the first states had none
         if set(state) != {"epoch", "shard", "batch", *identity}:
             raise InputError(f"the loader's state has the fields {shown(sorted(state))}, expected {sorted(self.state())}")
         for name, value in identity.items():
             if state[name] != value:
-                raise InputError(f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}")
+                raise InputError(
+                    f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}: give it the same "
+                    "data, B, T and seed, or begin anew"
+                )
         place = []
         for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
             number = state[name]
-            if number is None or not is_whole(number, 0, most):
+            if not isinstance(number, int) or not is_whole(number, 0, most):
                 raise InputError(f"the loader's state has {name} = {shown(number)}: it must be a whole number from 0 to {most}")
             place.append(number)
         self._move(*place)
 
-    def _identity(self) -> dict[str, int | None]:
+    def _identity(self) -> dict[str, int | str | None]:
         """What a position means something for."""
         return {
             "B": self.B,
             "T": self.T,
             "shards": len(self._counts),
             "tokens": self.tokens,
+            "fingerprint": self.fingerprint,
             "shuffle_seed": self.shuffle_seed,
         }
 
@@ -310,6 +322,21 @@ def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], 
             raise DataError("the list of token files is empty: name at least one")
         return [os.fspath(item) for item in source], None
     return [], as_tokens(source)  # type: ignore[arg-type]
+
+
+def _fingerprint(shards: "Iterable[Tokens]", total: int) -> str:
+    """32 hexadecimal digits that tell a data set of `total` tokens from another of as many, wherever its files are."""
+    digest = hashlib.sha256()
+    for tokens in shards:
+        count = len(tokens)
+        digest.update(struct.pack("<q", count))
+        if total <= WHOLE:
+            pieces = [(start, PIECE) for start in range(0, count, PIECE)]
+        else:
+            pieces = [(max(0, count - SAMPLE) * i // (SAMPLES - 1), SAMPLE) for i in range(SAMPLES)]
+        for start, size in pieces:
+            digest.update(tokens[start : start + size].astype("<u4").data)
+    return digest.hexdigest()[:32]
 
 
 # ------------------------------------------------------------------------------------------------ text

@@ -5,7 +5,9 @@ converted when they have arrived. What has arrived of a file is kept beside it (
 said of it) until it is whole and checked, so that a download that broke off goes on where it stopped, now or in a later run.
 
 Refuses every scheme but http and https, a redirect from https to http, and to show HF_TOKEN to any host but that of
-HF_ENDPOINT. The standard library does the talking: proxies (HTTPS_PROXY, ...) and certificates are urllib's.
+HF_ENDPOINT. The standard library does the talking: proxies (HTTPS_PROXY, ...) and certificates are urllib's. Why not the
+`huggingface_hub` package: it would keep the safetensors file for good beside the model made of it, and llm.c's mirrors and
+plain addresses need all of this anyway: there would be two ways to break off and go on.
 
 stdout stays empty; a progress bar is for terminals. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2
 for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file.
@@ -77,6 +79,7 @@ MOST_TRIES = 1000  # in all: a server that gives a byte at a time ends too
 BACKOFF_LIMIT, RETRY_AFTER_LIMIT = 30.0, 120.0  # seconds
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # statuses after which trying again helps
 READ_BYTES = 1 << 18
+PROXY_PASSWORD = "Proxy-authorization"  # as urllib spells the header
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,9 +153,9 @@ def fetch_model(part: "Part", client: "Client", target: str, version: int | None
                     os.replace(part.path, target)
             else:
                 convert(part.path, target, version)
-    except CheckpointError:
+    except CheckpointError as error:
         part.discard()  # whole, and no model: it never will be
-        raise
+        raise CheckpointError(f"{part.url}: what came is no model that is read, and deleted: {error}") from None
     part.discard()
     with Checkpoint(target) as written:
         return f"{part.url} -> {describe(target, written)}"
@@ -287,7 +290,8 @@ class Redirects(HTTPRedirectHandler):
         fp.close()  # or urllib would read all of it, however much a server sends
         assert isinstance(req, Ask)
         req.trail.append((req.full_url, headers))
-        ask = Ask(newurl, dict(req.headers), req.trail)
+        kept = {name: value for name, value in req.headers.items() if name != PROXY_PASSWORD}  # its own proxy adds its own
+        ask = Ask(newurl, kept, req.trail)
         self._client.authorise(ask)
         return ask
 

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from math import prod
 
 from . import checkpoint as _checkpoint
 from .checkpoint import Checkpoint, _from_bfloat16, _reason
@@ -183,7 +184,8 @@ class HuggingFaceModel:
             yield from _rows(*self._tensors[theirs])
             return
         for layer in range(self.config.L):
-            array = _widened(*self._tensors[theirs.format(layer)])
+            file, full = self._tensors[theirs.format(layer)]
+            array = _widen(file.stored(full))
             yield (array.T if transposed else array)[None]
 
     def close(self) -> None:
@@ -241,14 +243,10 @@ def _theirs(name: str, shape: tuple[int, ...]) -> "dict[str, tuple[int, ...]]":
 
 def _rows(file: SafetensorsFile, name: str) -> "Iterator[npt.NDArray[np.float32]]":
     """Yield a tensor's rows as float32, some at a time."""
-    stored = file.stored(name)
-    step = max(1, _checkpoint.PIECE // stored[0].size)
-    for start in range(0, len(stored), step):
-        yield _widen(stored[start : start + step])
-
-
-def _widened(file: SafetensorsFile, name: str) -> "npt.NDArray[np.float32]":
-    return _widen(file.stored(name))
+    _, shape, _ = file.tensors[name]
+    step = max(1, _checkpoint.PIECE // prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        yield _widen(file.stored(name, slice(start, start + step)))
 
 
 def _widen(stored: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":

@@ -27,12 +27,13 @@ typedef struct {
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
                  ptrdiff_t N, ptrdiff_t K, int bf16);
 
-    /* The same, bit for bit, for many rows: they are packed once, (rows rounded up to 16) x (K rounded up to 16) values, and then
-     * serve any number of products. A product packs its weights into `room`, (N rounded up to panels) x (K rounded up to 16)
-     * values, and reads ahead what the next one will want: both should fit the second-level cache. */
+    /* The same, bit for bit, for many rows and their weights, both packed before: (rows rounded up to 16) x (K rounded up to 16)
+     * values, and (N rounded up to panels) x (K rounded up to 16), which should fit the second-level cache. Rows from a multiple
+     * of 16 on may be taken alone: packed_rows + r * (K rounded up to 16). */
     void (*pack_rows)(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K);
-    void (*product)(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
-                    ptrdiff_t N, ptrdiff_t K, int bf16, float *room, const void *next, ptrdiff_t next_bytes);
+    void (*pack_weights)(float *packed, const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, int bf16);
+    void (*product)(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const float *packed_weights,
+                    ptrdiff_t N, ptrdiff_t K);
 
     /* out[m * ldo + n] = (add_to ? out[m * ldo + n] : 0) + sum over k < K, ascending, by FMA, of a[m * a_row + k * a_step] *
      * b[k * ldb + n], for m < M, n < N. `room`: outer_room values. */

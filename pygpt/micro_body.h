@@ -384,19 +384,23 @@ INLINE void transpose(vec x[W]) {
 #endif
 }
 
-/* 16 values of each of 16 rows change places: out[lane * lane_step + row] = row[lane]. */
+/* The order in which a dot's 16 lanes are summed: after every second of them two halves of a fold are there, so that a stack of
+ * four sums holds whatever waits for its other half. Bits read backwards, and so its own inverse. */
+static const unsigned char fold_order[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+
+/* 16 values of each of 16 rows change places: out[i * lane_step + row] = row[fold_order[i]]. */
 INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdiff_t ld, const int bf16) {
     UNROLL for (int r = 0; r < LANES; r += W)
         UNROLL for (int h = 0; h < NV; h++) {
             vec x[W];
             UNROLL for (int j = 0; j < W; j++) x[j] = load_weight_vec(from, (r + j) * ld + h * W, bf16);
             transpose(x);
-            UNROLL for (int j = 0; j < W; j++) *(vec_unaligned *)(out + (h * W + j) * lane_step + r) = x[j];
+            UNROLL for (int j = 0; j < W; j++) *(vec_unaligned *)(out + fold_order[h * W + j] * lane_step + r) = x[j];
         }
 }
 
-/* Up to 16 rows of K values go, lane by lane of the dot, to out[(lane * steps + i) * width + row] with k = 16i + lane and
- * steps = K / 16 rounded up; rows and values that are not there are zeros, as in a dot. */
+/* Up to 16 rows of K values go, lane by lane of the dot, to out[(j * steps + i) * width + row] with k = 16i + fold_order[j] and
+ * steps = K / 16 rounded up; rows and values that are not there are zeros, as in a dot. A tile reads them from end to end. */
 INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t K, const int bf16) {
     const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = rows < LANES ? 0 : K / LANES;
     for (ptrdiff_t i = 0; i < whole; i++) pack_square(out + i * width, steps * width, from + i * LANES * (bf16 ? 2 : 4), ld, bf16);
@@ -409,16 +413,14 @@ INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t 
 }
 
 /* TILE_ROWS x PANEL dots at once, each with the operations of dots(): the tile runs once for each of the 16 lanes, and the folds
- * 8+8, 4+4, 2+2, 1+1 add whole tiles. In this order of lanes a fold's two halves follow each other, so that a stack of at most
- * four tiles keeps what waits for its other half. */
+ * 8+8, 4+4, 2+2, 1+1 add whole tiles. */
 INLINE void dot_tile(float *out, ptrdiff_t ldo, const float *a, const float *b, ptrdiff_t steps, ptrdiff_t rows, ptrdiff_t count) {
-    static const unsigned char order[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
     float waiting[4][TILE_ROWS * PANEL] __attribute__((aligned(64)));
     int top = 0;
     for (int lane = 0; lane < LANES; lane++) {
         sums sum;
         EACH_SUM sum.v[r][c] = splat(0.0f);
-        tile(&sum, a + order[lane] * steps * LANES, 1, LANES, b + order[lane] * steps * PANEL, steps);
+        tile(&sum, a + lane * steps * LANES, 1, LANES, b + lane * steps * PANEL, steps);
         for (int halves = lane; halves & 1; halves >>= 1) {
             top--;
             EACH_SUM sum.v[r][c] = add(load(waiting[top] + (r * TILE_VECS + c) * LANES), sum.v[r][c]);
@@ -437,39 +439,28 @@ static void pack_rows(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t 
     for (ptrdiff_t r = 0; r < rows; r += LANES) pack_lanes(packed + r / LANES * panel, LANES, (const char *)(inp + r * ldi), ldi, rows - r, K, 0);
 }
 
-typedef struct { /* memory that the next product will need, brought into the second-level cache a bit with every tile */
-    const char *at, *stop;
-    ptrdiff_t step;
-} ahead;
-
-INLINE void fetch_ahead(ahead *a) {
-    const char *stop = a->stop - a->at < a->step ? a->stop : a->at + a->step;
-    for (; a->at < stop; a->at += 64) __builtin_prefetch(a->at, 0, 2);
+INLINE void pack_weights_of(float *packed, const char *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+    const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = (N + PANEL - 1) / PANEL * PANEL; /* the last panel ends in zeros */
+    for (ptrdiff_t n = 0; n < whole; n += LANES)
+        pack_lanes(packed + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, n < N ? w + n * ldw * (bf16 ? 2 : 4) : w, ldw,
+                   n < N ? N - n : 0, K, bf16);
 }
 
-INLINE void product_of(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const char *w, ptrdiff_t ldw,
-                       ptrdiff_t N, ptrdiff_t K, const int bf16, float *room, const char *next, ptrdiff_t next_bytes) {
-    const ptrdiff_t steps = (K + LANES - 1) / LANES, tiles = (rows / TILE_ROWS + 1) * (N / PANEL + 1);
-    ahead later = {next, next + next_bytes, next_bytes / tiles + 64};
-    for (ptrdiff_t n = 0; n < N; n += LANES)
-        pack_lanes(room + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, w + n * ldw * (bf16 ? 2 : 4), ldw, N - n, K, bf16);
-    for (ptrdiff_t n = (N + LANES - 1) / LANES * LANES; n % PANEL; n += LANES) /* zeros for what the last panel lacks */
-        pack_lanes(room + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, w, ldw, 0, K, bf16);
+static void pack_weights(float *packed, const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, int bf16) {
+    if (bf16)
+        pack_weights_of(packed, w, ldw, N, K, 1);
+    else
+        pack_weights_of(packed, w, ldw, N, K, 0);
+}
+
+static void product(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const float *packed_weights,
+                    ptrdiff_t N, ptrdiff_t K) {
+    const ptrdiff_t steps = (K + LANES - 1) / LANES;
     for (ptrdiff_t r = 0; r < rows; r += TILE_ROWS) {
         const float *a = packed_rows + r / LANES * (steps * LANES * LANES) + r % LANES;
-        for (ptrdiff_t n = 0; n < N; n += PANEL) {
-            fetch_ahead(&later);
-            dot_tile(out + r * ldo + n, ldo, a, room + n / PANEL * (steps * LANES * PANEL), steps, rows - r, N - n);
-        }
+        for (ptrdiff_t n = 0; n < N; n += PANEL)
+            dot_tile(out + r * ldo + n, ldo, a, packed_weights + n * steps * LANES, steps, rows - r, N - n);
     }
-}
-
-static void product(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
-                    ptrdiff_t N, ptrdiff_t K, int bf16, float *room, const void *next, ptrdiff_t next_bytes) {
-    if (bf16)
-        product_of(out, ldo, packed_rows, rows, w, ldw, N, K, 1, room, next, next_bytes);
-    else
-        product_of(out, ldo, packed_rows, rows, w, ldw, N, K, 0, room, next, next_bytes);
 }
 
 #define OUTER_PANEL (OUTER_STEPS * PANEL + LANES) /* from one packed panel to the next: not a multiple of a cache way */
@@ -518,13 +509,11 @@ static void outer(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, pt
     for (ptrdiff_t n = 0; n < N; n += OUTER_PANELS * PANEL)
         for (ptrdiff_t k = 0; k < K; k += OUTER_STEPS) {
             const ptrdiff_t width = N - n < OUTER_PANELS * PANEL ? N - n : OUTER_PANELS * PANEL;
-            const ptrdiff_t steps = K - k < OUTER_STEPS ? K - k : OUTER_STEPS, following = K - k - steps;
+            const ptrdiff_t steps = K - k < OUTER_STEPS ? K - k : OUTER_STEPS;
             pack_panels(room, b + k * ldb + n, ldb, steps, width);
             for (ptrdiff_t m = 0; m < M; m += TILE_ROWS) {
                 const ptrdiff_t count = M - m;
                 const float *from = a + m * a_row + k * a_step;
-                for (ptrdiff_t next = m * OUTER_STEPS / M; next < (m + TILE_ROWS) * OUTER_STEPS / M && next < following; next++)
-                    for (ptrdiff_t i = 0; i < width; i += LANES) __builtin_prefetch(b + (k + steps + next) * ldb + n + i, 0, 2);
                 if (a_step == 1 && count >= TILE_ROWS)
                     outer_row(out + m * ldo + n, ldo, from, a_row, 1, room, steps, count, width, add_to || k);
                 else {
@@ -739,7 +728,7 @@ static float probe_fma(ptrdiff_t times) {
 #include "micro_training.h"
 
 static const microkernels table = {
-    .isa = ISA, .fused = FUSED, .gemm = gemm, .pack_rows = pack_rows, .product = product, .outer = outer, .encode = encode, .layernorm = layernorm,
+    .isa = ISA, .fused = FUSED, .gemm = gemm, .pack_rows = pack_rows, .pack_weights = pack_weights, .product = product, .outer = outer, .encode = encode, .layernorm = layernorm,
     .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
     .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,
     .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._kernels import Logits, Trace
     from .parameters import LiveWeights
 
-CHUNK = 256  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
+CHUNK = 512  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
 
 # Pauses that a worker spins at a native barrier before it sleeps. A worker with a core of its own wins by spinning; workers
 # that share cores must give way at once.
@@ -41,6 +41,13 @@ Row = tuple[int, KVCache, bool]
 def spins_for(threads: int) -> int:
     """How many pauses so many workers spin at a barrier."""
     return SPINS if threads <= default_threads() else SPINS_CROWDED
+
+
+def workers_for(threads: int, alone_us: float, meetings: int = 0) -> int:
+    """How many workers are worth what takes one of them `alone_us`: all, or one where meeting, that often within the round
+    and once at its end, would cost more than it saves. No result depends on it."""
+    meeting_us = ROUND_US + BARRIER_US * meetings
+    return threads if alone_us * (1 - 1 / threads) > meeting_us * MEETING_WEIGHT else 1
 
 
 class GPT2(Completer):
@@ -119,10 +126,9 @@ class GPT2(Completer):
         return logits
 
     def _workers(self, rows: int) -> int:
-        """How many workers a step of so many rows is worth: all, or one where meeting would cost more than it saves."""
+        """How many workers a step of so many rows is worth."""
         alone_us = self._values * (self._value_bytes / READ_BYTES_PER_US + 2 * rows / FLOP_PER_US)
-        meeting_us = ROUND_US + BARRIER_US * (5 * self.config.L + 3)
-        return self.threads if alone_us * (1 - 1 / self.threads) > meeting_us * MEETING_WEIGHT else 1
+        return workers_for(self.threads, alone_us, 5 * self.config.L + 3)
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Append tokens to the cache; return the last one's logits (V,). Runs in chunks; all or nothing is appended."""

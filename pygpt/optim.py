@@ -33,7 +33,8 @@ class TrainingOptions:
     weight_decay            pulls weights towards zero, apart from the gradient; on every tensor, as llm.c does
     decay_matrices_only     only on matrices: not on biases and LayerNorms
     clip                    the largest global norm of the gradient, which is scaled down to it; 0: as it is
-    accumulate              micro-batches of one step, their gradients averaged
+    accumulate              micro-batches of one step, their gradients averaged; a power of two of them gives the gradients of
+                            one large batch, bit for bit but for wte's
     warmup                  steps in which the learning rate rises from lr / warmup to lr
     schedule                "constant" after the warm-up, or "cosine": half a wave from lr down to min_lr
     min_lr                  where the cosine ends

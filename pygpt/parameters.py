@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .checkpoint import Checkpoint, find_model, write_checkpoint
 from .config import TENSORS, Config
-from .errors import InputError, is_whole, shown
+from .errors import CheckpointError, InputError, is_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,13 +81,19 @@ class Parameters:
     def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "Self":
         """Begin from a checkpoint of any version, widened to float32: `path`, else as find_model() finds one.
 
-        Raises CheckpointError for a file that is not a checkpoint, InputError for a bad thread count.
+        Raises CheckpointError for a file that is not a checkpoint or holds weights that are not finite, InputError for a bad
+        thread count.
         """
+        import numpy as np
+
         with Checkpoint(find_model(path)[0]) as checkpoint:
             model = cls(checkpoint.config, threads=threads)
             for name in model._places:
                 start = 0
                 for rows in checkpoint.pieces(name):
+                    if not np.isfinite(rows).all():
+                        value = rows[~np.isfinite(rows)][0]
+                        raise CheckpointError(f"{checkpoint.path}: {name} holds {value}: weights to train must be finite")
                     model.tensor(name)[start : start + len(rows)] = rows
                     start += len(rows)
         return model

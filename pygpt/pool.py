@@ -111,7 +111,8 @@ class ThreadPool:
 
     def _refuse_own_workers(self) -> None:
         """A worker that waited for its turn would wait for its own job's end."""
-        if self._crew is not None and threading.current_thread() in self._crew.threads:
+        crew = self._crew  # once: close() on another thread may take it away between two looks
+        if crew is not None and threading.current_thread() in crew.threads:
             raise PyGPTError(OWN_POOL)
 
     def _refuse_nesting(self) -> None:
@@ -375,7 +376,7 @@ def _quota(folder: str, *, version: int) -> Iterator[float]:
 def _read(path: str) -> str:
     """A small text file of the system without its newline; empty where there is none."""
     try:
-        with open(path) as file:
+        with open(path, errors="surrogateescape") as file:  # a cgroup's name may be any bytes
             return file.read().strip()
     except OSError:
         return ""

@@ -9,13 +9,11 @@ once, and of two tensors of one name it silently takes the last. Source: the for
 """
 
 import json
-import mmap
 import os
-import stat
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from math import prod
 
-from .checkpoint import _reason, _write_values, map_failure
+from .checkpoint import MODEL_KIND, Windows, _write_values
 from .errors import CheckpointError, InputError, is_whole
 
 TYPE_CHECKING = False
@@ -37,31 +35,15 @@ Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 
 
 class SafetensorsFile:
-    """An open file, mapped read-only. Use it in a `with` block or close() it.
+    """An open file, of which no more is mapped than is being looked at. Use it in a `with` block or close() it.
 
     `tensors` maps each name to (dtype, shape, offset). Raises CheckpointError for any file that is not exactly in the format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path!r}: cannot open the model file: {_reason(error)}") from error
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{self.path}: not a regular file")
-            self.size = status.st_size
-            if self.size < LENGTH_BYTES:
-                raise self._bad(f"{self.size} bytes, shorter than the length of a header")
-            self._map = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
-            raise map_failure(error, self.path, "model file", CheckpointError) from error
-        finally:
-            os.close(fd)
+        self._file = Windows(self.path, MODEL_KIND, CheckpointError)
+        self.size = self._file.size
         try:
             self.tensors = self._check()
         except BaseException:
@@ -73,13 +55,15 @@ class SafetensorsFile:
 
     def _check(self) -> dict[str, Stored]:
         """Check the header and every range in it."""
-        length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
+        if self.size < LENGTH_BYTES:
+            raise self._bad(f"{self.size} bytes, shorter than the length of a header")
+        length = int.from_bytes(self._file.view(0, LENGTH_BYTES), "little")
         if length > HEADER_LIMIT:
             raise self._bad(f"its header has {length} bytes, at most {HEADER_LIMIT} are allowed")
         start = LENGTH_BYTES + length
         if start > self.size:
             raise self._bad(f"truncated: {self.size} bytes, and its header alone has {length}")
-        text = self._map[LENGTH_BYTES:start]
+        text = bytes(self._file.view(LENGTH_BYTES, start))
         if not text.startswith(b"{"):
             raise self._bad("its header does not begin with {")
         header = parse_object(text, f"{self.path}: not a sound safetensors file: its header")
@@ -108,15 +92,13 @@ class SafetensorsFile:
             raise self._bad(f"tensor {name!r} has a shape that is not a short list of whole numbers")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at, 0, 1 << 62) for at in offsets):
             raise self._bad(f"tensor {name!r} has data_offsets that are not two whole numbers")
-        size = DTYPE_BYTES[dtype]
-        for extent in shape:
-            size *= extent
+        size = DTYPE_BYTES[dtype] * prod(shape)
         if offsets[1] - offsets[0] != size:
             raise self._bad(f"tensor {name!r} takes {offsets[1] - offsets[0]} bytes, expected {size} for {dtype} {shape}")
         return offsets[0], offsets[1], name
 
-    def stored(self, name: str) -> "npt.NDArray[Any]":
-        """One tensor as it is in the file, a read-only view: float32, float16, or the bits of bfloat16.
+    def stored(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[Any]":
+        """One tensor, or some of its rows, as it is in the file, a read-only view: float32, float16, or the bits of bfloat16.
 
         Raises CheckpointError for a tensor of another dtype.
         """
@@ -125,15 +107,16 @@ class SafetensorsFile:
         dtype, shape, offset = self.tensors[name]
         if dtype not in VIEWS:
             raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
-        count = 1
-        for extent in shape:
-            count *= extent
-        return np.frombuffer(self._map, VIEWS[dtype], count, offset).reshape(shape)
+        width = DTYPE_BYTES[dtype]
+        if rows != slice(None):
+            start, stop, _ = rows.indices(shape[0])
+            offset += start * prod(shape[1:]) * width
+            shape = (stop - start, *shape[1:])
+        return np.frombuffer(self._file.view(offset, offset + prod(shape) * width), VIEWS[dtype]).reshape(shape)
 
     def close(self) -> None:
-        """Unmap the file once no array views it any more. May be called twice."""
-        with suppress(BufferError):  # an array of stored() may still view the map: it is unmapped with the last of them
-            self._map.close()
+        """Close the file; arrays of it stay. May be called twice."""
+        self._file.close()
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -158,9 +141,7 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     expected = end = 0
     for name, shape in tensors:
-        size = 1
-        for extent in shape:
-            size *= extent
+        size = prod(shape)
         begin, end = end, end + size * DTYPE_BYTES[dtype]
         expected += size
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}

@@ -126,8 +126,8 @@ static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdif
 }
 
 /* The weights (V,) by which sampling chooses: exp of the logits after repetition penalty and temperature, 1 for the highest, 0
- * for those that top_k, top_p and min_p in turn leave out. Of equal logits top_p takes the higher id first, as where Hugging
- * Face sorts. Returns 0 when the logits are not finite. `x` is room for V values, `order` and `spare` for V ids.
+ * for those that top_k, top_p and min_p in turn leave out. Of equal logits top_p takes the higher id first, a choice
+ * that Hugging Face leaves to the sort. Returns 0 when the logits are not finite. `x` is room for V values, `order` and `spare` for V ids.
  * Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
 static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, const unsigned char *seen, const sample_options *o,
                                     float *x, ranked *order, ranked *spare, exps_function *exps) {
@@ -181,13 +181,13 @@ static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
     return (((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
 }
 
-/* ---------------------------------------------------------------------------------------- log-probabilities */
+/* ---------------------------------------------------------------------------------------- log-probabilities, losses */
 
-/* ln(x) of a normal float64 x > 0, to a few units of the last place: x = m 2^k with sqrt(1/2) <= m < sqrt(2), and
- * ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. No libm. */
+/* ln(x) of a normal float64 x > 0, to a few units of the last place; a NaN stays one. x = m 2^k with sqrt(1/2) <= m < sqrt(2),
+ * and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. No libm. */
 static inline double natural_log(double x) {
     const double LN2 = 0.6931471805599453;
-    int k;
+    int k = 0;
     double m = frexp(x, &k); /* exact */
     if (m < 0.7071067811865476) m *= 2, k--;
     const double s = (m - 1) / (m + 1), t = s * s;

@@ -110,4 +110,11 @@ static __attribute__((noinline)) int barrier_wait(native_barrier *b) {
     atomic_fetch_sub(&b->sleepers, 1);
     return (int)atomic_load(&b->aborted);
 }
+
+/* Work that is taken part by part, 0, 1, 2, ..., each by one worker. All zeros before the first; one begins between barriers. */
+typedef struct {
+    _Atomic uint32_t taken;
+} work_pile;
+
+static inline uint32_t take(work_pile *pile) { return atomic_fetch_add_explicit(&pile->taken, 1, memory_order_relaxed); }
 #endif

@@ -7,7 +7,7 @@ gradients and updated weights have the same bits for every number of workers and
 from ._backward import TrainStep
 from ._kernels import Weights
 from .config import Config
-from .model import CHUNK, GPT2, spins_for
+from .model import CHUNK, FLOP_PER_US, GPT2, READ_BYTES_PER_US, spins_for, workers_for
 from .parameters import AdamW, Parameters, check_number
 from .pool import ThreadPool, resolve_threads
 
@@ -31,6 +31,7 @@ class TrainableGPT2(Parameters):
         super().__init__(config, threads=count)
         self._weights = Weights(self.weights().values, config, padded=True, bf16=False)
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
+        self._values = config.parameters(padded=False) - config.maxT * config.C  # weights that a row meets
 
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments
@@ -63,11 +64,19 @@ class TrainableGPT2(Parameters):
     def backward(self, *, accumulate: bool = False, scale: float = 1.0) -> None:
         """Set `gradients` to those of scale * mean loss of the last forward(), or add these to them; once a forward()."""
         check_number("scale", scale, -1e30, 1e30)
-        self._pool.run(self._step, abort=self._step.abort, before=lambda: self._step.begin_backward(accumulate, scale))
+        step = self._step
+        workers = self._workers(2 * step.rows)  # there are two products for each of the forward pass
+        self._pool.run(
+            step,
+            abort=step.abort,
+            before=lambda: step.begin_backward(accumulate, scale, workers),
+            alone=workers == 1,
+        )
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients together, summed in float64 in a fixed order."""
-        norm = self._pool.run(self._step, before=self._step.begin_norm, after=self._step.finish_norm)
+        step, workers = self._step, self._workers_for_arrays(1)
+        norm = self._pool.run(step, before=lambda: step.begin_norm(workers), after=step.finish_norm, alone=workers == 1)
         assert norm is not None
         return norm
 
@@ -75,7 +84,17 @@ class TrainableGPT2(Parameters):
         import numpy as np
 
         spans = np.array(numbers.spans, np.float64)
-        self._pool.run(self._step, before=lambda: self._step.begin_update(numbers, spans))
+        step, workers = self._step, self._workers_for_arrays(7)  # four are read, three written
+        self._pool.run(step, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)
+
+    def _workers(self, rows: int) -> int:
+        """How many workers a pass over so many rows is worth."""
+        alone_us = self._values * (4 / READ_BYTES_PER_US + 2 * rows / FLOP_PER_US)
+        return workers_for(self.threads, alone_us, 7 * self.config.L + 3)
+
+    def _workers_for_arrays(self, count: int) -> int:
+        """How many workers going through so many of the flat arrays is worth."""
+        return workers_for(self.threads, count * self.parameters.nbytes / READ_BYTES_PER_US)
 
     def record(self, trace: "Trace | None") -> None:
         """Let the workers note their phases in `trace`, as GPT2.record() does; None ends it."""
@@ -88,11 +107,13 @@ class TrainableGPT2(Parameters):
 
     def _losses(self, step: TrainStep, inputs: "npt.NDArray[np.int32]", targets: "npt.NDArray[np.int32]") -> "Floats":
         """One forward pass over a checked batch."""
+        workers = self._workers(inputs.size)
         losses = self._pool.run(
             step,
             abort=step.abort,
-            before=lambda: step.begin_forward(inputs, targets, self.threads),
+            before=lambda: step.begin_forward(inputs, targets, workers),
             after=step.finish_forward,
+            alone=workers == 1,
         )
         assert losses is not None
         return losses

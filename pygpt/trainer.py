@@ -50,7 +50,7 @@ class Trainer:
     ) -> None:
         longest = engine.config.maxT
         if longest < loader.T:
-            raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens")
+            raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens; make T smaller")
         self.engine, self.loader = engine, loader
         self.options = options or TrainingOptions()
         self.done = 0
@@ -102,7 +102,7 @@ class Trainer:
         self._check_finite("validation loss" if validation else "loss", loss, place)
         return loss
 
-    def _check_finite(self, what: str, value: float, place: "dict[str, int | None]") -> None:
+    def _check_finite(self, what: str, value: float, place: "dict[str, int | str | None]") -> None:
         if not math.isfinite(value):
             where = ", ".join(f"{name} {place[name]}" for name in ("epoch", "shard", "batch"))
             raise NumericalError(

@@ -81,7 +81,9 @@ static void test_products(const microkernels *m, ptrdiff_t rows, ptrdiff_t N, pt
     snprintf(name, sizeof name, "gemm rows=%td N=%td K=%td bf16=%d", rows, N, K, bf16);
     report(name, out, rows * ldo);
     m->pack_rows(packed, inp, ldi, rows, K);
-    m->product(same, ldo, packed, rows, w, ldw, N, K, bf16, room, w, N * ldw * (bf16 ? 2 : 4));
+    m->pack_weights(room, w, ldw, N, K, bf16);
+    for (ptrdiff_t r = 0; r < rows; r += 48) /* in parts */
+        m->product(same + r * ldo, ldo, packed + r * Kp, rows - r < 48 ? rows - r : 48, room, N, K);
     snprintf(name, sizeof name, "product rows=%td N=%td K=%td bf16=%d", rows, N, K, bf16);
     report(name, same, rows * ldo);
     if (memcmp(same - MARGIN, out - MARGIN, (rows * ldo + 2 * MARGIN) * sizeof *out)) fprintf(stderr, "%s: not gemm's bits\n", name);

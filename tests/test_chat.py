@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 import pygpt.tokenizer
 from pygpt import GPT2
 from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, write_checkpoint
-from pygpt.child import child_environment
+from pygpt.child import ChildError, child_environment, read_ids
 from pygpt.config import Config
 from pygpt.tokenizer import Tokenizer
 
@@ -561,6 +561,25 @@ def test_child_has_a_process_group_of_its_own_and_ends_with_the_chat(fake: Fake)
     assert gone(fake.log("pid")[0])
 
 
+@given(ids=st.lists(st.integers(0, (1 << 20) - 1), max_size=6), size=st.integers(1, 20), ends=st.sampled_from([b"", b" "]))
+def test_ids_are_read_in_any_pieces(ids: list[int], size: int, ends: bytes) -> None:
+    line = b" ".join(b"%d" % number for number in ids) + ends + b"\n"
+    assert list(read_ids(line[at : at + size] for at in range(0, len(line), size))) == ids
+    with pytest.raises(EOFError):
+        list(read_ids([line[:-1]]))
+
+
+def test_a_number_too_long_for_an_id_is_not_waited_for() -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"5 12345678"
+        pytest.fail("it has asked for more")
+
+    found = read_ids(chunks())
+    assert next(found) == 5
+    with pytest.raises(ChildError, match="'12345678' where a token id was expected"):
+        next(found)
+
+
 def test_ctrl_c_stops_the_only_reply(fake: Fake) -> None:
     fake.code(ENDLESS_ONCE)
     with Piped(fake, "hi") as chat:
@@ -892,7 +911,10 @@ def test_tokens_shows_ids_and_pieces(bench: Bench, capsys: pytest.CaptureFixture
     ]
 
 
-def test_probs_shows_what_the_network_expects(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probs_shows_what_the_network_expects(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     bench.take("/set sampler greedy", "hello there")
     capsys.readouterr()
     bench.take("/probs")
@@ -908,6 +930,21 @@ def test_probs_shows_what_the_network_expects(bench: Bench, capsys: pytest.Captu
     bars = [line.count("█") + line.count("#") for line in lines]
     assert bars[0] == 40
     assert bars == [round(40 * probabilities[token] / probabilities[best[0]]) for token in best.tolist()]
+
+
+@pytest.mark.parametrize(("columns", "longest"), [(300, 40), (50, None), (10, 1)])
+def test_probs_fits_the_terminal(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int, longest: int | None
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    bench.take("hi")
+    capsys.readouterr()
+    bench.take("/probs")
+    lines = capsys.readouterr().err.splitlines()
+    if longest is None:
+        assert max(map(len, lines)) == columns
+    else:
+        assert lines[0].count("█") + lines[0].count("#") == longest
 
 
 def test_probs_of_a_model_file_that_has_gone_is_one_line(chat_module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -740,6 +740,25 @@ def test_an_exception_midway_leaves_the_folder_as_it_was(tmp_path: Path, error: 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a crash of the machine could leave the name without its content."""
+    path, synced = small_model(tmp_path), []
+    old, fsync, replace = path.read_bytes(), os.fsync, os.replace
+
+    def spy(fd: int) -> None:
+        fsync(fd)
+        synced.append(os.fstat(fd).st_size)
+
+    def late(source: str, target: str) -> None:
+        assert synced == [len(old)]
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(os, "replace", late)
+    write_checkpoint(path, Config(**SMALL), Interrupted(lambda: None))
+    assert synced == [len(old)]
+
+
 def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
     path = small_model(tmp_path)
     old = path.read_bytes()

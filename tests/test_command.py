@@ -4,6 +4,7 @@ Nothing depends on how fast the machine is. Where the moment matters (streaming,
 by the test: it makes a token only when a byte comes through a pipe.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,6 +72,13 @@ def command(
     )
 
 
+def serving(*arguments: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
+    """The command as it serves requests, still running."""
+    words = [sys.executable, "-m", "pygpt", *arguments, "-"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=stdout, stderr=pipe, env=clean_environment())
+
+
 def succeed(*arguments: str, stdin: str | bytes = "", **variables: str) -> str:
     """Run it; it must succeed in silence. Return its output."""
     result = command(*arguments, stdin=stdin, **variables)
@@ -92,6 +101,7 @@ def refused(result: subprocess.CompletedProcess[str], *named: str, status: int =
     assert result.stderr.startswith("pygpt: error: ")
     assert result.stderr.count("\n") == 1
     assert result.stderr.endswith("\n")
+    assert len(result.stderr) < 600
     assert result.stderr.isprintable() or result.stderr[:-1].isprintable()
     for word in named:
         assert word in result.stderr
@@ -132,7 +142,7 @@ def test_the_main_job() -> None:
     assert result.returncode == 0
     assert result.stdout == "".join(f"{token}\n" for token in MAIN_JOB)
     assert result.stderr.count("\n") == 1
-    for word in ("embedded", "gpt2_124M.bin", "-m", "PYGPT_MODEL"):
+    for word in ("embedded", "gpt2_124M.bin", "`python -m pygpt.download gpt2`", "-m gpt2", "PYGPT_MODEL=gpt2"):
         assert word in result.stderr
 
 
@@ -151,6 +161,22 @@ def test_a_model_read_into_memory_answers_the_same(small: str, options: list[str
     expected = generate(small, [1, 2])
     assert ids("-m", small, "--no-mmap", *options, "1", "2") == expected
     assert succeed("-m", small, "--no-mmap", *options, "-", stdin="1 2\n") == " ".join(map(str, expected)) + "\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--reference"]], ids=" ".join)
+def test_a_model_read_into_memory_may_be_written_over(small: str, tmp_path: Path, options: list[str]) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(Path(small).read_bytes())
+    child = serving("-m", str(path), "--no-mmap", *options)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(b"\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == b"\n"  # it has opened the model
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    out, err = child.communicate(b"1 2\n", timeout=DEADLINE)
+    assert (child.returncode, out.decode(), err) == (0, answer(small, [1, 2]), b"")
 
 
 def test_a_module_that_cannot_be_loaded_is_one_line(small: str) -> None:
@@ -491,6 +517,7 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": [1], "seed": null}', ["'seed'", "null"]),
         (b'{"tokens": [1], "total": null}', ["'total'", "null"]),
         (b'{"tokens": [1], "temperature": "1"}', ["temperature", "'1'"]),
+        (b'{"tokens": [1], "temperature": "' + b"9" * 10_000 + b'"}', ["temperature is '999"]),
         (b'{"tokens": [1], "temperature": NaN}', ["temperature", "nan"]),
         (b'{"tokens": [1], "temperature": 0}', ["temperature", "0"]),
         (b'{"tokens": [1], "top_k": 5.0}', ["top_k", "5.0"]),
@@ -510,6 +537,7 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": [1], "\xff": 1}', ["JSON"]),
         (b'{"tokens": ' + b"[" * 100_000, ["JSON"]),
         (b"1 " * 600_000, ["longer", str(1 << 20)]),
+        (b'{"tokens": [1], "' + b"k" * 10_000 + b'": 1}', ["unknown key 'kkk", "tokens"]),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -704,9 +732,11 @@ from pygpt.__main__ import main
 # A model that makes a token when a byte comes through the pipe: 'g' go on, 'i' be interrupted once the tokens are out.
 gate = int(sys.argv[1])
 
-def complete(self, request):
-    for token in range(request.new):
+def complete(self, completion):
+    for token in range(completion.new):
         os.read(gate, 1)
+        if token == completion.new - 1:
+            completion.finish_reason = "length"
         yield 10 + token
     if os.read(gate, 1) == b"i":
         raise KeyboardInterrupt
@@ -826,6 +856,30 @@ def test_interrupt_just_after_an_answer(stepped: Stepped) -> None:
     assert stepped.end() == (0, b"", b"")
 
 
+def test_interrupt_while_nobody_reads(small: str) -> None:
+    """The command is about to end a line and waits for a full pipe: the line ends once, not twice."""
+    if not hasattr(fcntl, "F_SETPIPE_SZ"):
+        pytest.skip("needs pipes of a given size")
+    read, write = os.pipe()
+    room = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    lines = b"\n" * (room + 10)
+    with serving("-m", small, "-t", "1", stdout=write) as child:
+        os.close(write)
+        assert child.stdin is not None
+        assert child.stderr is not None
+        child.stdin.write(lines + b"1 2\n")
+        child.stdin.close()
+        deadline = time.monotonic() + DEADLINE
+        while struct.unpack("i", fcntl.ioctl(read, termios.FIONREAD, bytes(4))) != (room,):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        wait_until_asleep(child.pid)
+        child.send_signal(signal.SIGINT)
+        with open(read, "rb") as stdout:
+            assert stdout.read() == lines + answer(small, [1, 2]).encode()
+        assert (child.wait(DEADLINE), child.stderr.read()) == (0, b"")
+
+
 def wait_until_asleep(pid: int) -> None:
     """Until the process waits in a system call: for a token, or for a request."""
     stat = Path(f"/proc/{pid}/stat")
@@ -863,13 +917,7 @@ def test_interrupt_of_a_real_answer(tmp_path: Path, threads: str) -> None:
     """Thousands of tokens are under way; the line ends early, and the same process answers the next request in full."""
     path = str(tmp_path / "long.bin")
     make(path, **{**SHAPE, "maxT": 20000})
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pygpt", "-m", path, "-t", threads, "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=clean_environment(),
-    )
+    child = serving("-m", path, "-t", threads)
     assert child.stdin is not None
     assert child.stdout is not None
     for _ in range(3):
@@ -942,6 +990,23 @@ def test_help_that_nobody_gets(arguments: list[str], unbuffered: str) -> None:
 def test_full_disk(small: str, arguments: list[str]) -> None:
     result = command("-m", small, *arguments, stdin="1\n", shell='"$@" > /dev/full')
     refused(result, "No space left on device", status=1)
+
+
+@needs_full
+def test_output_that_is_still_buffered_when_the_job_is_done() -> None:
+    """As a report's is, which is not printed line by line."""
+    program = "import sys; from pygpt.cli import status_of; sys.exit(status_of(lambda: print('a report')))"
+    words = [sys.executable, "-c", program]
+    read, write = os.pipe()
+    os.close(read)
+    gone = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=clean_environment(), timeout=DEADLINE, check=False)
+    os.close(write)
+    assert (gone.returncode, gone.stderr) == (141, b"")
+    with open("/dev/full", "wb") as full:
+        told = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, env=clean_environment(), timeout=DEADLINE, check=False
+        )
+    assert (told.returncode, told.stderr) == (1, b"pygpt: error: [Errno 28] No space left on device\n")
 
 
 def test_closed_stdout(small: str) -> None:

@@ -1,5 +1,6 @@
 """Training data against hand-made bytes, llm.c's rules written down a second time, and a generator of the tests' own."""
 
+import hashlib
 import io
 import json
 import os
@@ -301,21 +302,72 @@ def test_the_loader_refuses(tmp_path: Path, make: Callable[[str], Any], message:
         ({"T": 1}, "state is for T = 1, this loader has 2"),
         ({"tokens": 8}, "state is for tokens = 8, this loader has 9"),
         ({"shards": 2}, "state is for shards = 2, this loader has 1"),
+        (
+            {"fingerprint": "0" * 32},
+            "state is for fingerprint = '0{32}', this loader has '[0-9a-f]{32}': give it the same data",
+        ),
         ({"shuffle_seed": None}, "state is for shuffle_seed = None, this loader has 5"),
         ({"shard": 1}, "shard = 1: it must be a whole number from 0 to 0"),
         ({"batch": 3}, "batch = 3: it must be a whole number from 0 to 2"),
         ({"epoch": -1}, "epoch = -1"),
         ({"epoch": None}, "epoch = None"),
+        ({"epoch": "1"}, "epoch = '1'"),
         ({"more": 0}, "state has the fields .*more"),
     ],
 )
-def test_states_of_other_loaders_are_refused(change: dict[str, int | None], message: str) -> None:
+def test_states_of_other_loaders_are_refused(change: dict[str, int | str | None], message: str) -> None:
     loader = DataLoader(np.arange(9), 2, 2, shuffle_seed=5)
     loader.next_batch()
     before = loader.state()
     with pytest.raises(InputError, match=message):
         loader.restore({**before, **change})
     assert loader.state() == before
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 99), min_size=2, max_size=12), min_size=1, max_size=3), st.booleans(), st.data())
+def test_data_have_a_fingerprint(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], large: bool, drawn: st.DataObject
+) -> None:
+    """It is a function of the tokens and of how they are cut. Of a large data set some places of every shard are looked at."""
+    samples, sample = 3, 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SAMPLES", samples)
+        patch.setattr(data, "SAMPLE", sample)
+        patch.setattr(data, "PIECE", 5)
+        patch.setattr(data, "WHOLE", sum(map(len, shards)) - large)
+
+        def fingerprint(shards: list[list[int]]) -> str:
+            folder = tmp_path_factory.mktemp("shards")
+            return DataLoader([shard(folder, ids, f"{i}.bin") for i, ids in enumerate(shards)], 1, 1).fingerprint
+
+        digest, seen = hashlib.sha256(), set[tuple[int, int]]()
+        for s, ids in enumerate(shards):
+            digest.update(struct.pack("<q", len(ids)))
+            places = [[*range(len(ids))]]
+            if large:
+                starts = [(len(ids) - sample) * i // (samples - 1) for i in range(samples)]
+                places = [[*range(start, start + sample)] for start in starts]
+            for place in places:
+                digest.update(struct.pack(f"<{len(place)}I", *(ids[i] for i in place)))
+                seen.update((s, i) for i in place)
+        assert fingerprint(shards) == digest.hexdigest()[:32]
+        if len(shards) == 1:
+            assert DataLoader(np.array(shards[0], np.int64), 1, 1).fingerprint == digest.hexdigest()[:32]
+
+        s, i = drawn.draw(st.sampled_from([(s, i) for s, ids in enumerate(shards) for i in range(len(ids))]))
+        other = [list(ids) for ids in shards]
+        other[s][i] += 1
+        assert (fingerprint(other) != fingerprint(shards)) == ((s, i) in seen)
+
+
+def test_the_first_states_had_no_fingerprint() -> None:
+    loader = DataLoader(np.arange(9), 1, 2)
+    state = loader.state()
+    expected = loader.next_batch()[0].tolist()
+    del state["fingerprint"]
+    loader.restore(state)
+    assert loader.next_batch()[0].tolist() == expected
 
 
 def test_a_batch_that_its_shard_has_not(tmp_path: Path) -> None:

@@ -531,7 +531,9 @@ def test_more_than_was_announced(site: Site, capsys: pytest.CaptureFixture[str])
 def test_something_else_than_a_model(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.files[PATH] = b"<html>" + b" please log in " * 100
     assert fetch(site) == 2
-    assert "not an llm.c checkpoint" in error_of(capsys)
+    line = error_of(capsys)
+    assert f"{site.url}{PATH}: what came is no model that is read, and deleted: " in line
+    assert "not an llm.c checkpoint" in line
     assert os.listdir() == []
 
 
@@ -652,6 +654,19 @@ def test_a_proxy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([f"http://models.invalid{PATH}"]) == 0
     assert fetched()
     assert site.asked(PATH)[0]["Host"] == "models.invalid"
+
+
+def test_the_proxys_password_stays_with_the_proxy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", site.url.replace("//", "//me:secret@"))
+    monkeypatch.setenv("no_proxy", "localhost")
+    with Site() as other:
+        other.files[PATH] = MODEL
+        site.plans[PATH] = [web.moved("http://models.invalid/again.bin")]
+        site.plans["/again.bin"] = [web.moved(f"http://localhost:{other.server_port}{PATH}")]
+        assert main([f"http://models.invalid{PATH}"]) == 0
+        assert [headers["Proxy-Authorization"] for _, headers in site.requests] == ["Basic bWU6c2VjcmV0"] * 2
+        assert "Proxy-Authorization" not in other.asked(PATH)[0]
+    assert fetched()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -311,6 +311,18 @@ def test_a_closed_model(path: str) -> None:
         model.generate_batch([[1]])
 
 
+def test_a_closed_serial_model(path: str) -> None:
+    serial = SerialGPT2.load(path)
+    running = serial.generate([1])
+    next(running)
+    serial.close()
+    serial.close()
+    with pytest.raises(ClosedError):
+        next(running)
+    with pytest.raises(ClosedError):
+        serial.logits([1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Past the context
 

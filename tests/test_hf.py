@@ -5,6 +5,8 @@ import os
 import re
 import resource
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +20,16 @@ from hypothesis import strategies as st
 from make_checkpoint import make
 from make_huggingface import SHAPE, Raw
 
-from pygpt import checkpoint
+from pygpt import checkpoint, safetensors_file
 from pygpt.checkpoint import Checkpoint
 from pygpt.config import Config
 from pygpt.convert import main
-from pygpt.errors import CheckpointError, InputError
+from pygpt.errors import CheckpointError, ClosedError, InputError
 from pygpt.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
 from pygpt.safetensors_file import HEADER_LIMIT, SafetensorsFile, write_safetensors
 
 Tensors = dict[str, Raw]
+ROOT = Path(__file__).resolve().parent.parent
 MB = 1 << 20
 
 
@@ -673,3 +676,55 @@ def test_it_needs_little_memory(folder: Path, dtype: str) -> None:
         tracemalloc.stop()
     assert os.path.getsize("model/model.safetensors") > size - 100_000
     assert peak < 8 * MB < size / 2
+
+
+@pytest.mark.parametrize("source", ["a.bin", "model/model.safetensors"])
+def test_a_source_that_is_cut_short_meanwhile(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    make("a.bin", **SHAPE)
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    write = checkpoint._write_values
+
+    def write_and_cut(*arguments: Any) -> None:
+        write(*arguments)
+        os.truncate(source, 100)
+
+    for module in checkpoint, safetensors_file:
+        monkeypatch.setattr(module, "_write_values", write_and_cut)
+    assert main([source, "new/" if source == "a.bin" else "b.bin"]) == 2
+    assert re.fullmatch(rf"pygpt: error: {source}: cannot map the model file: [^\n]+\n", capsys.readouterr().err)
+    assert sorted(os.listdir()) == ["a.bin", "model"]
+
+
+def test_a_closed_file(folder: Path) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    with SafetensorsFile("model/model.safetensors") as file:
+        kept = file.stored("wpe.weight")
+        copy = kept.copy()
+    file.close()
+    np.testing.assert_array_equal(kept, copy)
+    with pytest.raises(ClosedError, match=r"model\.safetensors: the model file is closed"):
+        file.stored("wpe.weight")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
+def test_it_needs_less_room_than_the_file(folder: Path) -> None:
+    """Nor are more than some rows or a layer of it mapped at a time: neither ulimit -v nor a container's limit minds."""
+    shape = {"maxT": 64, "V": 20000, "L": 60, "NH": 1, "C": 128}
+    sparse(Path("m.safetensors"), "F32", **shape)
+    assert os.path.getsize("m.safetensors") > 54 * MB
+    limited = """
+import os, resource
+from pygpt.convert import main
+import numpy
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + (24 << 20),) * 2)
+assert main(["m.safetensors", "a.bin", "--heads", "1"]) == 0
+assert main(["a.bin", "model/"]) == 0
+assert main(["a.bin", "b.bin"]) == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", limited], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

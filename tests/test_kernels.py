@@ -951,6 +951,25 @@ def test_cache_of_another_model(files: Files, plain: GPT2) -> None:
         assert (mine.length, theirs.length) == (0, 0)
 
 
+@pytest.mark.parametrize("swapped", ["theirs", "no cache"])
+def test_rows_that_change_while_they_are_checked(files: Files, plain: GPT2, swapped: str) -> None:
+    """A token's __index__ may be anybody's code: what it puts into a later row is checked like the rest."""
+    with GPT2.load(files.random(PLAIN, 1)) as twin:
+        mine, theirs = plain.new_cache(), twin.new_cache()
+        later: list[Any] = [1, mine, True]
+
+        class Swapping:
+            def __index__(self) -> int:
+                later[1] = theirs if swapped == "theirs" else "cache"
+                return 1
+
+        rows: Any = [(Swapping(), mine, True), later]
+        with pytest.raises((InputError, TypeError), match=r"another model|KeysValues"):
+            plain.step(rows)
+        assert (mine.length, theirs.length) == (0, 0)
+        assert same(plain.decode(mine, 3), plain.logits([3])[-1])
+
+
 @pytest.mark.parametrize("row", [(1,), (1, None, True), (1, "cache", True), 5])
 def test_row_of_another_shape(plain: GPT2, row: Any) -> None:
     cache = plain.new_cache()

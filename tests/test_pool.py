@@ -1087,6 +1087,22 @@ def test_exit(path: Path, end: str) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_idle_workers_are_told_to_stop_at_exit(path: Path) -> None:
+    """A handler that was registered before pygpt's runs after it, and finds them gone."""
+    program = f"""
+import atexit, sys, threading
+atexit.register(lambda: print(threading.active_count()))
+sys.path.insert(0, {str(ROOT)!r})
+from pygpt import GPT2
+model = GPT2.load(sys.argv[1], threads=3)
+print(threading.active_count())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "3\n1\n", "")
+
+
 def test_exit_handlers_may_use_models(path: Path) -> None:
     """One that was registered before pygpt's runs after it, when the workers have been told to stop. Nothing may hang; newer
     Pythons start no thread that late, and then the error says so."""
@@ -1208,6 +1224,15 @@ def test_default_keeps_to_the_least_of_nested_quotas(machine: Machine) -> None:
     assert machine.threads() == 2
     machine.write("sys/fs/cgroup/a/b/other/cpu.max", "100000 100000")  # not above this process
     assert machine.threads() == 2
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_default_in_a_cgroup_of_any_name(machine: Machine) -> None:
+    name = b"\xff\xc3".decode("utf-8", "surrogateescape")
+    machine.write("proc/self/cgroup", "")
+    (machine.root / "proc/self/cgroup").write_bytes(b"0::/\xff\xc3\n")
+    machine.write(f"sys/fs/cgroup/{name}/cpu.max", "300000 100000")
+    assert machine.threads() == 3
 
 
 def test_default_in_a_container_that_sees_its_own_root(machine: Machine) -> None:

@@ -22,7 +22,7 @@ import pytest
 from make_checkpoint import make, tensors
 
 import pygpt.model
-from pygpt import GPT2, Config, TrainableGPT2
+from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2
 from pygpt.checkpoint import EMBEDDED_MODEL
 from pygpt.sampling import sample
 
@@ -36,7 +36,7 @@ text: Any = importlib.import_module("profiler.text")
 
 Report = dict[str, Any]
 SMALL = ("-m", EMBEDDED_MODEL, "-t", "2", "--all-workers", "--skip", "all", "--prompt-length", "40", "-n", "5", "-r", "2")
-TRAIN = ("--train", "-t", "2", "--skip", "all", "-B", "2", "-T", "16", "-n", "3", "-r", "2")
+TRAIN = ("--train", "-t", "2", "--all-workers", "--skip", "all", "-B", "2", "-T", "16", "-n", "3", "-r", "2")
 CONFIG = Config(maxT=64, V=300, L=2, NH=4, C=64)
 STAGES = ("forward", "backward", "norm", "update")
 DOCUMENTATION = SCRIPT.read_text().split('"""')[1]
@@ -133,6 +133,27 @@ def test_calls_are_counted(base: Report) -> None:
             assert calls[mode, name] == times * base["model"]["L"]
         for name in ("encoder", "lnf", "logits", "sampler"):
             assert calls[mode, name] == times
+
+
+def test_computing_together_by_hand() -> None:
+    """How long none, one and two of two workers compute, with a gap between and a wait that does not count."""
+    step = [
+        [job.Event("fc", 0, 0, 10, 12), job.Event("fcproj", 0, 12, 20, 25)],
+        [job.Event("fc", 0, 4, 6, 12), job.Event("fcproj", 0, 12, 14, 25)],
+    ]
+    assert numbers.computing(step) == {0: 2, 1: 14, 2: 4}
+
+
+def test_a_tally_by_hand() -> None:
+    """Two instances of a kernel: two workers, of which the second is the slower one, and then one of them alone."""
+    tally = numbers.Tally(2)
+    tally.add([(0, 10, 20), (1, 30, 0)], 2)
+    tally.add([(0, 40, 6)], 2)
+    row = tally.row(200)
+    assert (row["calls"], row["self_ns"], row["wait_ns"], row["total_ns"]) == (2, 20 + 20, 10 + 3, 53)
+    assert (row["median_ns"], row["share"]) == (20, 53 / 200)
+    assert row["imbalance"] == (30 + 40) / 40 - 1
+    assert row["workers"] == [{"calls": 2, "self_ns": 50, "wait_ns": 26}, {"calls": 1, "self_ns": 30, "wait_ns": 0}]
 
 
 def test_work_is_the_networks(base: Report) -> None:
@@ -340,6 +361,30 @@ def test_profiling_changes_no_bit(base: Report, model: GPT2) -> None:
     assert base["bits"]["profiled"] == base["bits"]["unprofiled"] == digest.hexdigest()
 
 
+def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
+    with pytest.raises(InputError, match="the trace is for 1 workers, and this model has 2"):
+        model.record(Trace(1, 8))
+    with pytest.raises(InputError, match="worker 2: this trace has 2"):
+        Trace(2, 8).events(2)
+    for nth, capacity in ((0, 1), (1, 0), (-1, 1)):
+        with pytest.raises(InputError, match="both must be at least 1"):
+            Trace(nth, capacity)
+    for nth, capacity in ((1 << 60, 1), (1 << 58, 1), (1, 1 << 61), (1, 1 << 62)):  # sizes that wrap around in 64 bits
+        with pytest.raises(MemoryError, match="no room for a trace"):
+            Trace(nth, capacity)
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_step_that_is_too_small_is_one_workers(small: str, monkeypatch: pytest.MonkeyPatch, weight: int) -> None:
+    """Unless the price of meeting is left out of account."""
+    monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", weight)
+    trace = Trace(2, 64)
+    with GPT2.load(small, threads=2) as model:
+        model.record(trace)
+        model.decode(model.new_cache(), 1)
+    assert [bool(trace.events(ith)) for ith in range(2)] == [True, weight == 0]
+
+
 def test_one_round_a_kernel_gives_the_same_bits(model: GPT2) -> None:
     task = job.Generation(list(range(300, 320)), 3)
     _, together = task.run(model)
@@ -518,7 +563,7 @@ def test_compare_training(trained: Report, base: Report, tmp_path: Path) -> None
     done = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
     assert (done.returncode, done.stdout) == (2, "")
     wrong = "a.json is of train, c.json is of prefill and decode: give two reports of the same kind of job"
-    assert done.stderr == f"profile: error: --compare: {wrong}\n"
+    assert done.stderr == f"pygpt: error: --compare: {wrong}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,10 +594,17 @@ def test_a_repeated_kernel_moves_its_own_row(model: GPT2, times: float) -> None:
 
 
 def test_the_planted_bottleneck_is_named() -> None:
-    report = report_of(*SMALL, "--stretch", "attproj=200")
-    for mode in ("prefill", "decode"):
-        assert next(row["name"] for row in report["kernels"] if row["mode"] == mode) == "attproj"
-    assert report["job"]["planted"] == ["attproj takes 200 times as long"]
+    """By its median, and tried again: a loaded system may hold up another kernel for longer than all of these take."""
+    named = []
+    for _ in range(6):
+        report = report_of(*SMALL, "--stretch", "attproj=200")
+        assert report["job"]["planted"] == ["attproj takes 200 times as long"]
+        kernels = [row for row in report["kernels"] if row["kind"] == "kernel"]
+        modes = [[row for row in kernels if row["mode"] == mode] for mode in ("prefill", "decode")]
+        named.append([max(rows, key=lambda row: row["median_ns"])["name"] for rows in modes])
+        if named[-1] == ["attproj", "attproj"]:
+            return
+    pytest.fail(f"attproj was made 200 times as long, the longest were {named}")
 
 
 @pytest.mark.parametrize("worker", [0, 1])
@@ -657,7 +709,7 @@ def test_without_perf(tmp_path: Path) -> None:
     done = run(*SMALL, "--sample", PATH=str(tmp_path))
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "profile: --sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)"
+        "pygpt: --sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)"
     ]
     assert "DECODE" in done.stdout
 
@@ -688,7 +740,7 @@ def test_without_matplotlib(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')\n")
     done = run(*SMALL, "--plot", str(tmp_path / "pictures"), PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "profile: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
+    assert done.stderr == "pygpt: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
 
 
 @pytest.mark.parametrize("arguments", [SMALL, (*TRAIN, "-m", "{small}")], ids=["generation", "training"])
@@ -718,11 +770,15 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["--prompt-length", "250", "-n", "7"], "256"),
         (["-n", "0"], "-n"),
         (["-n", "-1"], "-n"),
+        (["-n", ""], "-n"),
         (["-t", "0"], "-t"),
         (["-t", "two"], "-t"),
         (["-r", "1.5"], "-r"),
         (["-o", "xml"], "xml"),
         (["--sampler", "best"], "best"),
+        (["--sampler", ""], "--sampler"),
+        (["--trace", "missing/out.json"], "'missing'"),
+        (["--paraver", "missing/out"], "'missing'"),
         (["--skip", "lunch"], "lunch"),
         (["--stretch", "fc"], "fc"),
         (["--stretch", "fc=0.5"], "fc=0.5"),
@@ -732,12 +788,12 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["-m", "missing.bin"], "missing.bin"),
         (["--compare", "missing.json", "missing.json"], "missing.json"),
         (["--compare", str(SCRIPT), str(SCRIPT)], "profile.py"),
+        (["--compare", "{half}", "{half}"], "not a report of this program"),
         (["-B", "2"], "-B has no meaning without --train"),
         (["-T", "2"], "-T has no meaning without --train"),
         (["--train", "--tokens", "1"], "--tokens has no meaning with --train"),
         (["--train", "--prompt-length", "1"], "--prompt-length has no meaning with --train"),
         (["--train", "--sampler", "greedy"], "--sampler has no meaning with --train"),
-        (["--train", "--all-workers"], "--all-workers"),
         (["--train", "-B", "0"], "-B"),
         (["--train", "-T", "257"], "256"),
         (["--train", "-n", "0"], "-n"),
@@ -746,12 +802,15 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["surplus"], "surplus"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(arguments: list[str], named: str) -> None:
+def test_bad_arguments_are_refused_in_one_line(tmp_path: Path, arguments: list[str], named: str) -> None:
+    half = tmp_path / "half.json"
+    half.write_text('{"schema": 1, "modes": {}}')
+    arguments = [word.replace("{half}", str(half)) for word in arguments]
     model = [] if "-m" in arguments else ["-m", EMBEDDED_MODEL]
     threads = [] if "-t" in arguments else ["-t", "2"]
     done = run("--skip", "ceilings,scaling,strategies,startup", *model, *threads, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"profile: error: .+\n", done.stderr)
+    assert re.fullmatch(r"pygpt: error: .+\n", done.stderr)
     assert named in done.stderr
 
 

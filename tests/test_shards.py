@@ -141,7 +141,8 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
         ("*.text -o b", ["'*.text'", "it matches none"]),
         ("- - -o b", ["stdin can be read once"]),
         ("in.txt -o absent/b", ["there is no folder 'absent'"]),
-        ("in.txt -o absent/", ["there is no folder 'absent'"]),
+        ("in.txt -o absent/more/", ["there is no folder 'absent/more'"]),
+        ("in.txt -o in.txt/", ["there is no folder 'in.txt'"]),
         ("in.txt -o in.txt/b", ["there is no folder 'in.txt'"]),
         ("empty.txt -o b --eot none", ["the texts are empty"]),
         ("latin.txt -o b", ["latin.txt: byte 0xe9 at offset 4 is not UTF-8"]),
@@ -165,6 +166,13 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], arguments: 
     assert shards.main(arguments.split()) == 2
     refused(capsys, *named)
     assert made(folder) == before
+
+
+def test_a_folder_is_made_where_a_slash_asks_for_it(folder: Path) -> None:
+    for _ in range(2):
+        assert shards.main(["in.txt", "-o", "new/"]) == 0
+        Path("new/in_train.bin").unlink()
+    assert list(Path("new").iterdir()) == []
 
 
 def test_other_files_are_no_hindrance(folder: Path) -> None:

@@ -50,6 +50,7 @@ train: Any = importlib.import_module("train")
 
 V = 61
 SHAPE = "L=1,NH=2,C=8,maxT=16,V=61"
+TEXT_SHAPE = "L=1,NH=2,C=8,maxT=16"
 CONFIG = Config(maxT=16, V=V, L=1, NH=2, C=8)
 BATCH = ("-B", "2", "-T", "8")
 RUN = ("--data", "train.bin", "--shape", SHAPE, *BATCH, "-t", "1", "--lr", "0.01", "--sample-every", "0")
@@ -149,9 +150,9 @@ def test_a_run() -> None:
     assert sorted(os.listdir()) == ["run.bin", "run.jsonl", "run.state", "run.state.1", "train.bin", "val.bin"]
 
 
-def test_threads_change_nothing() -> None:
+def test_threads_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for threads in ("1", "3"):
-        succeed(*RUN, "--steps", "3", "-t", threads, "--out", threads)
+        assert here(capsys, *RUN, "--steps", "3", "-t", threads, "--out", threads)[0] == 0
     assert Path("1.state").read_bytes() == Path("3.state").read_bytes()
     assert Path("1.bin").read_bytes() == Path("3.bin").read_bytes()
 
@@ -545,7 +546,12 @@ def files() -> dict[str, bytes]:
         (["--data", "missing.bin"], "missing.bin"),
         (["--data", "missing*.txt"], "missing*.txt"),
         (["--data", "*.*"], "train on one kind"),
-        (["--data", "latin.txt"], "latin.txt: byte 0xe4"),
+        (["--data", "latin.txt", "--shape", TEXT_SHAPE], "latin.txt: byte 0xe4"),
+        (["--data", "empty.txt", "--shape", TEXT_SHAPE], "empty.txt: tokens: 1 tokens are too few for one batch"),
+        (["--data", "few.txt", "--shape", TEXT_SHAPE], "few.txt: tokens: 9 tokens are too few for one batch"),
+        (["--data", "few.txt"], "few.txt: text becomes GPT-2's tokens, 50257 ids, and the model has V = 61"),
+        (["--val", "few.txt"], "few.txt: text becomes GPT-2's tokens"),
+        (["--val-tokens", "9"], "validation: {folder}/train.bin: tokens: 9 tokens are too few"),
         (["--data", "short.bin"], "short.bin: truncated"),
         (["--data", "large.bin"], "token id 61 at position 1: it must be below the vocabulary of 61"),
         (["--data", "few.bin"], "few.bin: 10 tokens are too few"),
@@ -560,7 +566,7 @@ def files() -> dict[str, bytes]:
         (["-B", "0"], "-B: '0': it must be a whole number from 1"),
         (["-B", "x"], "'x'"),
         (["-T", "-1"], "-T"),
-        (["-T", "17"], "T is 17"),
+        (["-T", "17"], "T is 17: the model takes sequences of at most 16 tokens; make T smaller"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**64)], str(2**64)),
         (["--init", "missing.bin", "--shape", ""], "--shape"),
@@ -621,6 +627,8 @@ def files() -> dict[str, bytes]:
 )
 def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
     (folder / "latin.txt").write_bytes("ä".encode("latin-1"))
+    (folder / "empty.txt").touch()
+    (folder / "few.txt").write_text(" a" * 8)
     (folder / "short.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
     (folder / "old.state.1").touch()
     (folder / "folder" / "x.svg").mkdir(parents=True)
@@ -628,10 +636,9 @@ def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], arguments
     shard(folder / "few.bin", range(10))
     before = files()
     status, output, error = here(capsys, *RUN, *arguments)
-    error = error.removeprefix(NOTHING_SAVED)
     assert (status, output) == (2, "")
     assert re.fullmatch(r"pygpt: error: [^\n]+\n", error)
-    assert named in error
+    assert named.replace("{folder}", str(folder)) in error
     assert files() == before
 
 
@@ -657,6 +664,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["--shuffle"], "--shuffle is True"),
         (["--val-tokens", "30"], "--val-tokens is 30, and the state's is None"),
         (["--data", "val.bin"], "tokens = 400"),
+        (["--data", "other.bin"], "state is for fingerprint = "),
         (["--out", "taken"], "taken.bin: it exists already"),
         (["--log", "taken.bin"], "taken.bin: it exists already"),
         (["--warmup", "3"], "warmup is 3: it must be a whole number from 0 to 2"),
@@ -665,6 +673,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_a_resumed_run_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run")
     Path("taken.bin").touch()
+    shard(Path("other.bin"), np.arange(400) % V)
     before = files()
     status, output, error = here(capsys, "--resume", "run.state", *arguments)
     assert (status, output) == (2, "")
@@ -697,38 +706,42 @@ def test_a_state_of_another_program(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "job",
-    [{"data": 0}, {"data": ["train.bin"]}, {"data": ""}, {"val": "\0"}, {"val": "\ud800"}, {"B": "2"}, {"B": True},
-     {"B": 0},
-     {"val_every": 0}, {"version": 4},
-     {"save_every": -1}, {"log": False, "plot": 7}, {"log": {}}, {"reference": 1}, {"val_fraction": "0.1"}, {"resume": "x"},
-     {"sample_every": 1.0}, {"data": None}],
-    ids=repr,
-)  # fmt: skip
-def test_a_state_that_asks_for_nonsense(capsys: pytest.CaptureFixture[str], job: dict[str, Any]) -> None:
-    """What a state says of its run is checked as the command line is, for the file may be anybody's."""
-    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
-    known = vars(train.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8))
-    trainer.save("x.state", known | job)
-    before = files()
-    status, output, error = here(capsys, "--resume", "x.state", "--force")
+    "change",
+    [
+        {"data": 5},
+        {"val": ""},
+        {"val": "\0"},
+        {"val": "\ud800"},
+        {"B": "2"},
+        {"B": 0},
+        {"val_every": 0},
+        {"save_every": -1},
+        {"version": 4},
+        {"seed": True},
+        {"more": 1},
+    ],
+)
+def test_a_state_with_nonsense_for_options(capsys: pytest.CaptureFixture[str], change: dict[str, Any]) -> None:
+    here(capsys, *RUN, "--steps", "2", "--out", "run")
+    with TrainingState("run.state") as state:
+        found = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
+        found.restore(state)
+        found.save("x.state", {**state.progress.job, **change})
+    status, output, error = here(capsys, "--resume", "x.state", "--steps", "3")
     assert (status, output) == (2, "")
-    assert re.fullmatch(r"pygpt: error: [^\n]+not of tools/train\.py[^\n]+\n", error)
-    assert files() == before
+    assert re.fullmatch(r"pygpt: error: [^\n]+x\.state: this state is not of tools/train\.py[^\n]+\n", error)
 
 
-def test_a_state_does_not_replace_what_is_no_log(capsys: pytest.CaptureFixture[str]) -> None:
-    """Even one that was saved before the first step: which file is its log says the state."""
-    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
-    trainer.save("x.state", vars(train.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8, log=f"{os.getcwd()}/diary")))
-    for content in ("dear diary\n", "dear diary", "{"):
-        Path("diary").write_text(content)
-        status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
-        if content != "{":  # this is half a line, as a kill may leave it
-            assert status == 2
-            assert "line 1 is not of a training log" in error
-            assert Path("diary").read_text() == content
-    assert (status, len(log_of("diary"))) == (0, 1)
+def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    here(capsys, *RUN, "--steps", "2", "--out", "run", "--log", "log")
+    Path("log").write_text("dear diary\n")
+    with TrainingState("run.state") as state:
+        job = state.progress.job
+    Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8)).save("x.state", job)
+    status, _, error = here(capsys, "--resume", "x.state")
+    assert status == 2
+    assert "log: line 1 is not of a training log" in error
+    assert Path("log").read_text() == "dear diary\n"
 
 
 def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -740,8 +753,14 @@ def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pyte
     status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
     assert (status, photo.read_bytes()) == (2, b"me")
     assert error.endswith("it exists already, and the state names it as the picture of its run: give --plot again\n")
-    assert here(capsys, "--resume", "x.state", "--steps", "1", "--plot", str(photo))[0] == 0
-    assert photo.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("diary").write_text("dear diary")
+    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
+    trainer.save("x.state", vars(train.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8, log=f"{os.getcwd()}/diary")))
+    assert here(capsys, "--resume", "x.state", "--steps", "1")[0] == 2
+    assert Path("diary").read_text() == "dear diary"
 
 
 def test_a_log_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -792,7 +811,7 @@ def test_a_disk_that_fills_up() -> None:
     before = files()
     result = command("--resume", "run.state", "--steps", "5", shell='ulimit -f 8; exec "$@"')
     assert result.returncode == 1
-    assert re.search(r"^pygpt: run\.state has the run after 2 steps, saved before this:$", result.stderr, re.MULTILINE)
+    assert re.search(r"^pygpt: run\.state has the run after 2 steps, until this:$", result.stderr, re.MULTILINE)
     assert result.stderr.splitlines()[-1] == "pygpt: error: run.state: cannot write the training state: File too large"
     assert files() == before
     succeed("--resume", "run.state", "--steps", "5")
@@ -803,13 +822,78 @@ def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None
         tensors = {name: np.full(shape, value) for name, shape, _, _ in CONFIG.tensors(padded=False)}
         write_checkpoint("nan.bin", CONFIG, tensors)
         status, output, error = here(capsys, "--data", "train.bin", "--init", "nan.bin", *BATCH, "--out", "run")
-        assert (status, output) == (1, "")
-        assert re.fullmatch(r"pygpt: error: step 0: the loss is nan at the loader's epoch 0, shard 0, batch 0: [^\n]+\n", error)
+        assert (status, output) == (2, "")
+        assert error == f"pygpt: error: nan.bin: wte holds {value}: weights to train must be finite\n"
         assert not Path("run.state").exists()
 
 
-def test_a_run_that_diverges(capsys: pytest.CaptureFixture[str]) -> None:
-    """The last saved state stays, and it is said which one it is."""
+def test_a_loss_that_is_not_finite_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint("large.bin", CONFIG, {name: np.full(shape, 1e30) for name, shape, _, _ in CONFIG.tensors(padded=False)})
+    status, output, error = here(capsys, "--data", "train.bin", "--init", "large.bin", *BATCH, "--out", "run")
+    assert (status, output) == (1, "")
+    assert re.fullmatch(r"pygpt: error: step 0: the loss is nan at the loader's epoch 0, shard 0, batch 0: [^\n]+\n", error)
+    assert not Path("run.state").exists()
+
+
+DIVERGING = ("--lr", "1", "--weight-decay", "1000", "--out", "run", "--steps")  # each step multiplies the weights by -999
+
+
+def test_a_run_that_diverges_before_the_first_save(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it has made until then is saved, for there is nothing better."""
+    status, output, error = here(capsys, *RUN, *DIVERGING, "40")
+    done = len(numbers(output))
+    assert (status, done > 0) == (1, True)
+    assert re.fullmatch(
+        rf"pygpt: run\.state has the run after {done} steps, until this:\n"
+        rf"pygpt: error: step {done}: the loss is nan at the loader's epoch 0, shard 0, batch {done}: [^\n]+\n",
+        error,
+    )
+    assert state_of("run.state").progress.step == done
+    here(capsys, *RUN, *DIVERGING, str(done), "--force")
+    assert state_of("run.state").progress.step == done
+
+
+def test_a_run_that_diverges_leaves_the_last_save(capsys: pytest.CaptureFixture[str]) -> None:
+    done = len(numbers(here(capsys, *RUN, *DIVERGING, "40")[1]))
+    status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", str(done - 1))
+    assert status == 1
+    assert f"pygpt: run.state has the run after {done - 1} steps, until this:\n" in error
+    assert state_of("run.state").progress.step == done - 1
+    status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", "1")
+    assert status == 1
+    assert f"pygpt: run.state has the run after {done} steps (run.state.1 after fewer), until this:\n" in error
+    assert state_of("run.state.1").progress.step == done - 1
+
+
+def test_a_resumed_run_that_diverges_replaces_no_state(capsys: pytest.CaptureFixture[str]) -> None:
+    here(capsys, *RUN, "--steps", "4", "--save-every", "2", "--out", "run")
+    before = files()
+    for state in ("run.state", "run.state.1"):
+        assert here(capsys, "--resume", state, *DIVERGING[:-3], "--steps", "40", "--save-every", "0")[0] == 1
+        assert files() == before
+
+
+def test_a_signal_before_a_resumed_run_made_a_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    here(capsys, *RUN, "--steps", "4", "--save-every", "2", "--val", "val.bin", "--out", "run")
+    before = files()
+
+    def interrupted(*_: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr(train.Run, "look", interrupted)
+    for arguments, said in (
+        (["run.state"], "saved; to go on: python tools/train.py --resume run.state\n"),
+        (["run.state.1"], "nothing was saved\n"),
+        (["run.state", "--out", "new"], "nothing was saved\n"),
+    ):
+        status, _, error = here(capsys, "--resume", *arguments)
+        assert (status, error.endswith(said)) == (130, True), error
+        assert files() == before
+
+
+def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are never saved; the last saved state stays, and it is said which one it is."""
     here(capsys, *RUN, "--steps", "3", "--out", "run")
     with TrainingState("run.state") as state:
         engine = TrainableGPT2(CONFIG)
@@ -820,8 +904,11 @@ def test_a_run_that_diverges(capsys: pytest.CaptureFixture[str]) -> None:
     before = files()
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9")
     assert status == 1
-    assert "pygpt: nan.state has the run after 3 steps, saved before this:\n" in error
+    assert "pygpt: nan.state has the run after 3 steps, until this:\n" in error
     assert "step 3: the loss is nan at the loader's epoch 0, shard 0, batch 3" in error
+    assert files() == before
+    status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9", "--out", "new")
+    assert (status, "new.state" in error) == (1, False)  # there is none
     assert files() == before
 
 
@@ -830,14 +917,18 @@ def test_a_shard_that_goes_bad_within_the_run(folder: Path, capsys: pytest.Captu
     status, output, error = here(capsys, *RUN, "--data", "train*.bin", "--steps", "40", "--save-every", "10", "--out", "run")
     assert status == 2
     assert len(numbers(output)) == 24  # floor(399 / 16)
+    assert "pygpt: run.state has the run after 24 steps, until this:\n" in error
     assert "train_2.bin: token id 61 at position 40" in error
-    assert state_of("run.state").progress.step == 20
+    assert (state_of("run.state").progress.step, state_of("run.state.1").progress.step) == (24, 20)
 
 
 def test_a_reader_that_goes_away() -> None:
     result = command(*RUN, "--steps", "1000000000", shell='"$@" | head -n 2; exit 0')
     assert (result.returncode, len(result.stdout.splitlines())) == (0, 2)
     assert result.stderr == NOTHING_SAVED
+    result = command(*RUN, "--steps", "1000000000", "--out", "run", shell='("$@"; echo $? >&2) | head -n 2; exit 0')
+    assert (len(result.stdout.splitlines()), result.stderr) == (2, "141\n")
+    assert state_of("run.state").progress.step >= 2  # what it had made was saved
 
 
 def test_commands_of_the_readme() -> None:

@@ -337,6 +337,7 @@ def test_the_files_of_a_resumed_run_are_the_same(tmp_path: Path) -> None:
         ({}, {"T": 4}, "T = 8"),
         ({}, {"shuffle_seed": 6}, "shuffle_seed = 5"),
         ({}, {"source": TOKENS[1:]}, "tokens = 200"),
+        ({}, {"source": TOKENS[::-1]}, "fingerprint = "),
     ],
 )
 def test_states_of_other_runs(tmp_path: Path, config: dict[str, int], loader: dict[str, Any], named: str) -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pygpt.model
 from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpu_info
 from pygpt._kernels import PHASES
 
@@ -77,10 +78,45 @@ def test_any_shape(HS: int, NH: int, L: int, V: int, B: int, T: int, threads: in
     assert run(config, threads, steps=2, B=B, T=T, seed=seed) == one
 
 
+def test_choice_of_workers_changes_no_bit(
+    alone: tuple[list[bytes], bytes, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All workers for one call, one for the next, and as the engine finds best."""
+    weights = iter([0, 1e9, 1, 1e9, 0, 0.1] * 100)
+    workers_for = pygpt.model.workers_for
+
+    def changing(*arguments: Any) -> int:
+        monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", next(weights))
+        return workers_for(*arguments)
+
+    monkeypatch.setattr("pygpt.trainable.workers_for", changing)
+    assert run(SHAPE, 3, steps=20, B=3, T=31) == alone
+
+
+def test_a_tiny_network_takes_one_worker_and_a_larger_one_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", 1)
+    for config, B, T, working in (
+        (Config(maxT=8, V=50, L=1, NH=1, C=8), 1, 4, 1),
+        (Config(maxT=64, V=5000, L=2, NH=4, C=64), 2, 64, 3),
+    ):
+        with TrainableGPT2.random(config, seed=1, threads=3) as model:
+            trace = Trace(3, 1000)
+            model.record(trace)
+            model.forward(*batch(config, B, T))
+            model.backward()
+            model.gradient_norm()
+            model.update(lr=0.1, step=1)
+        phases = [{name for name, *_ in trace.events(ith)} for ith in range(3)]
+        assert phases[0] >= {"qkv", "loss", "dlogits", "dqkv", "dencoder", "norm", "update"}
+        assert phases == [phases[0] if ith < working else set() for ith in range(3)]
+
+
 PROGRAM = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import hashlib
+import pygpt.model
+pygpt.model.MEETING_WEIGHT = 0
 from test_training import SHAPE, run
 losses, arrays, norms = run(SHAPE, 2, steps=20, B=3, T=31)
 print(hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest())
@@ -128,16 +164,17 @@ def test_a_sequence_has_its_losses_in_any_batch() -> None:
         assert np.array_equal(model.forward(inputs[:, :9], targets[:, :9]), together[:, :9])
 
 
-def test_accumulated_halves_have_the_bits_of_the_whole_but_for_wte() -> None:
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_have_the_bits_of_the_whole_but_for_wte(parts: int) -> None:
     """Rows are added in the same order either way. Only wte has two parts, the head's and the encoder's, batch by batch."""
     inputs, targets = batch(SHAPE, 4, 20)
     with TrainableGPT2.random(SHAPE, seed=6, threads=2) as model:
         model.forward(inputs, targets)
         model.backward()
         whole = {name: model.gradient(name).copy() for name, _, _, _ in SHAPE.tensors(padded=True)}
-        for half in (slice(0, 2), slice(2, 4)):
-            model.forward(inputs[half], targets[half])
-            model.backward(accumulate=half.start > 0, scale=0.5)
+        for some in np.split(np.arange(4), parts):
+            model.forward(inputs[some], targets[some])
+            model.backward(accumulate=some[0] > 0, scale=1 / parts)
         for name, gradient in whole.items():
             if name != "wte":
                 assert np.array_equal(model.gradient(name), gradient), name
@@ -203,8 +240,10 @@ INTERRUPTED = """
 import os, random, signal, sys, threading, time
 sys.path[:0] = sys.argv[1:3]
 import numpy as np
+import pygpt.model
 from pygpt import InputError, TrainableGPT2
 from test_training import SHAPE, batch
+pygpt.model.MEETING_WEIGHT = 0
 class Now(Exception): pass
 def handler(*_): raise Now
 signal.signal(signal.SIGUSR1, handler)
@@ -249,7 +288,7 @@ def test_the_trace_names_every_phase() -> None:
     with TrainableGPT2.random(SHAPE, seed=1, threads=2) as model:
         trace = Trace(2, 1000)
         model.record(trace)
-        model.forward(*batch(SHAPE, 1, 5))
+        model.forward(*batch(SHAPE, 2, 40))  # rows enough to be packed
         model.backward()
         model.gradient_norm()
         model.update(lr=0.1, step=1)

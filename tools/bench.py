@@ -7,12 +7,20 @@
     python tools/bench.py -m gpt2_124M.bin --train -B 4 -T 64  training, with --reference and --against too (bench_train.py)
 
 Names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
-sequences together, process the whole command `python -m pygpt 31373 612`. Every round runs each test once, then the next
+sequences together, process the whole command, two tokens in and eight new ones. Every round runs each test once, then the next
 round: what a shared machine does in one minute touches all alike. Figures are medians; the spread is the middle half.
 
 Limits: a prefill does 2 operations for each weight and token (the head once) and 4 x position x C for each token and layer
 of attention, against the FMA peak; decode reads every weight but wpe once a step, and the keys and values of its context,
 against the read bandwidth. A process has no limit of this kind.
+
+JSON: a list. First the object with test "ceilings": cpu, isa, python, pygpt, commit, model {L, NH, C, V, maxT, version},
+read_gb_s and fma_gflop_s by threads. Then one for each test, by whom and for how many threads it was run: test, by, threads,
+tokens_per_s (median), tokens_per_s_middle_half [low, high], seconds (median), rounds, percent_of_limit (null: it has none),
+peak_anon_bytes (null: not measured): resident memory that is not the file's after the test, in a process of its own, of which
+anon_before_bytes were there before it, without the keys and values, which take cache_bytes; mapped_bytes of files beside it;
+with one thread in the same run speed_up, hardware_speed_up, percent_of_hardware_scaling, and with --reference
+speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench_train.py.)
 """
 
 import argparse
@@ -50,10 +58,10 @@ from pygpt import (  # noqa: E402
     cpu_info,
     find_model,
 )
-from pygpt.cli import HelpFormatter, Parser, status_of  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
 
 BATCH = 8
-REFERENCE_TOKENS = 8
+REFERENCE_TOKENS = 8  # new ones in the serial program's usual job, after two
 
 
 class Test:
@@ -86,6 +94,7 @@ class Test:
             "seconds": seconds,
             "rounds": len(rates),
             "percent_of_limit": None if limit is None else 100 * limit,
+            "peak_anon_bytes": None,
             **self.memory,
         }
 
@@ -126,30 +135,23 @@ def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
     caches = [model.new_cache(depth + new) for _ in range(batch)]
     for cache in caches:
         model.prefill(cache, prompt(model.config, depth))
-    rows = [(13 + i, cache, True) for i, cache in enumerate(caches)]
+    rows = [((13 + i) % model.config.V, cache, True) for i, cache in enumerate(caches)]
     start = time.perf_counter()
     for _ in range(new):
         model.step(rows)
     return time.perf_counter() - start
 
 
-def time_reference(model: SerialGPT2) -> float:
-    """Seconds of the serial program for its usual job: 2 tokens in, 8 new ones."""
+def time_usual_job(model: GPT2 | SerialGPT2) -> float:
+    """Seconds of the serial program's usual job: 2 tokens in, 8 new ones."""
     start = time.perf_counter()
-    list(model.generate([1, 2], max_new_tokens=REFERENCE_TOKENS))
-    return time.perf_counter() - start
-
-
-def time_same_job(model: GPT2) -> float:
-    """Seconds of that job on the fast path."""
-    start = time.perf_counter()
-    list(model.generate([1, 2], max_new_tokens=REFERENCE_TOKENS))
+    list(model.generate([0, 0], max_new_tokens=REFERENCE_TOKENS))
     return time.perf_counter() - start
 
 
 def time_process(path: str, *options: str) -> float:
-    """Seconds of the whole command, interpreter start included."""
-    command = [sys.executable, "-m", "pygpt", "-m", path, *options, "1", "2"]
+    """Seconds of the whole command for that job, interpreter start included."""
+    command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
     start = time.perf_counter()
     subprocess.run(command, cwd=TOOLS.parent, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
@@ -183,7 +185,7 @@ def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> di
 
 
 def memory_of_step(test: str, path: str, threads: int, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
-    """After a prefill or a decode."""
+    """After a prefill or a decode, when its caches are gone."""
     with GPT2.load(path, threads=threads) as model:
         before = _resident()
         if test == "pp":
@@ -228,15 +230,15 @@ def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: 
             test.memory = memory_of("tg", path, threads, 0, depth, options.new, batch) if options.memory else {}
             tests.append(test)
     if options.process:
-        tests.append(Test("process", threads, 8, lambda: time_process(path, "-t", str(threads)), by="pygpt"))
+        tests.append(Test("process", threads, REFERENCE_TOKENS, lambda: time_process(path, "-t", str(threads)), by="pygpt"))
     return tests
 
 
 def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: bool) -> list[Test]:
     """The serial reference, and the same job on the fast path."""
-    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference(serial), by="reference")]
+    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_usual_job(serial), by="reference")]
     for model in models:
-        run = partial(time_same_job, model)
+        run = partial(time_usual_job, model)
         tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by="pygpt"))
     if process:
         tests.append(Test("process", 1, REFERENCE_TOKENS, lambda: time_process(path, "--reference"), by="reference"))
@@ -308,7 +310,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TOOLS.parent, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TOOLS.parent, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return ""
     return result.stdout.strip()
 
 
@@ -344,7 +349,7 @@ def print_markdown(results: list[dict[str, Any]]) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for r in results:
         low, high = r["tokens_per_s_middle_half"]
-        extra = f"{r['peak_anon_bytes'] / 1e6:.0f}" if "peak_anon_bytes" in r else ""
+        extra = "" if r["peak_anon_bytes"] is None else f"{r['peak_anon_bytes'] / 1e6:.0f}"
         columns = [
             r["test"], r["by"], r["threads"], f"{r['tokens_per_s']:.4g}", f"{low:.4g} to {high:.4g}",
             "" if r["percent_of_limit"] is None else f"{r['percent_of_limit']:.0f}",
@@ -459,8 +464,9 @@ def run(options: argparse.Namespace) -> None:
         report_memory(*json.loads(options.memory_of))
         return
     try:
-        machine, results = (measure_training if options.train else measure)(options, find_model(options.model)[0])
-    except RuntimeError as error:  # a peer's
+        path = os.path.abspath(find_model(options.model)[0])  # a child may run in another folder
+        machine, results = (measure_training if options.train else measure)(options, path)
+    except (RuntimeError, subprocess.SubprocessError) as error:  # a peer's, a child's
         raise PyGPTError(str(error)) from None
     if options.train:
         bench_train.scaling(results)
@@ -483,10 +489,9 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(path))
         config = checkpoint.config
-        options.prompts = [length for length in options.prompts if length <= config.maxT]
-        options.depths = [depth for depth in options.depths if depth + options.new <= config.maxT]
         models = [stack.enter_context(GPT2.load(path, threads=threads)) for threads in options.threads]
         ceilings = open_ceilings(options, stack)
+        leave_out(options, config.maxT)
         tests = [test for model in models for test in own_tests(options, model, 2 if checkpoint.bf16 else 4, path)]
         if options.reference:
             serial = stack.enter_context(SerialGPT2.load(path))
@@ -495,6 +500,19 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
             tests += peer_tests(options, stack, path)
         run_rounds(options, tests, ceilings)
         return describe(config, checkpoint.version, ceilings), [test.result(ceilings) for test in tests]
+
+
+def leave_out(options: argparse.Namespace, maxT: int) -> None:
+    """Take out of the options what the model's context has no room for, and say so."""
+    names = [f"pp{length}" for length in options.prompts if length > maxT]
+    names += [f"tg{options.new}@d{depth}" for depth in options.depths if depth + options.new > maxT]
+    options.prompts = [length for length in options.prompts if length <= maxT]
+    options.depths = [depth for depth in options.depths if depth + options.new <= maxT]
+    if maxT < 2 + REFERENCE_TOKENS:
+        names += ["process"] * options.process + ["the reference"] * options.reference
+        options.process = options.reference = False
+    if names:
+        say(f"left out, for the model takes {maxT} tokens: {', '.join(names)}")
 
 
 def open_ceilings(options: argparse.Namespace, stack: ExitStack) -> dict[int, Ceilings]:

@@ -9,7 +9,8 @@
 
 Perplexity slides a window of `--window` tokens (default maxT) over the tokens by `--stride` (default half of it); a window
 scores the tokens that the one before did not reach, so that each token but the first is scored once, and those of later
-windows with window - stride tokens of context or more. --window T+1 --stride T scores blocks of T, as a trainer does.
+windows with window - stride tokens of context or more. --window T+1 --stride T scores blocks of T, as a trainer does;
+--stride W, the whole window, leaves out the first token of each: nothing comes before it.
 HellaSwag counts an example as right when its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
 
 JSON (-o json), one object: task, model, threads, seconds, tokens_per_s (of the rows that ran), and
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     shared = Parser(add_help=False)
     add = shared.add_argument
-    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that `python -m pygpt` would use)")
+    add("-m", "--model", metavar="MODEL", help="a checkpoint, or a downloaded model's name (default: as the command finds one)")
     add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
@@ -191,8 +192,8 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
     if not 2 <= window <= most:
         raise InputError(f"--window is {window}: it must be from 2 to maxT + 1 = {most}")
     stride = window // 2 if options.stride is None else options.stride
-    if not 1 <= stride < window:
-        raise InputError(f"--stride is {stride}: it must be from 1 to {window - 1}, one less than the window")
+    if not 1 <= stride <= window:
+        raise InputError(f"--stride is {stride}: it must be from 1 to the window's {window}")
     tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
         raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, for the first one has no context")
@@ -220,11 +221,11 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
 
 
 def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, first, end): a window [begin, end) scores the tokens [first, end)."""
+    """Yield (begin, first, end): a window [begin, end) scores the tokens [first, end), one at least."""
     first = 1
-    for begin in range(0, count, stride):
+    for begin in range(0, count - 1, stride):
         end = min(begin + window, count)
-        yield begin, first, end
+        yield begin, max(first, begin + 1), end
         first = end
         if end == count:
             return

@@ -61,16 +61,14 @@ from profiler import compare, job, numbers, perf, plots, startup, strategies, te
 import pygpt.model  # noqa: E402
 from pygpt import (  # noqa: E402
     Checkpoint,
-    CheckpointError,
     InputError,
-    PyGPTError,
     Trace,
     __version__,
     cpu_info,
     default_threads,
     find_model,
 )
-from pygpt.cli import Parser  # noqa: E402
+from pygpt.cli import Parser, say, status_of  # noqa: E402
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
@@ -81,23 +79,7 @@ Report = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    try:
-        return run(parse(arguments))
-    except (InputError, CheckpointError) as error:
-        return complain(error, 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
-        return 141
-    except (PyGPTError, OSError, MemoryError, RuntimeError) as error:
-        return complain(str(error) or "out of memory", 1)
-
-
-def complain(error: object, status: int) -> int:
-    """Print one line on stderr; return the status."""
-    print("profile: error:", " ".join(str(error).split()), file=sys.stderr)
-    return status
+    return status_of(lambda: run(parse(arguments)))
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -147,11 +129,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, flag in (GENERATION if options.train else TRAINING).items():
         if getattr(options, name) is not None:
             raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
-    if options.train and options.all_workers:
-        raise InputError("--all-workers has no meaning with --train, which always uses all: leave it out")
-    options.new = count("-n", options.new or ("3" if options.train else "32"), 1, 1 << 20)
-    options.B, options.T = count("-B", options.B or "4", 1, 1 << 16), count("-T", options.T or "64", 1, 1 << 16)
-    options.sampler = options.sampler or "median"
+    for name, usual in ("new", "3" if options.train else "32"), ("B", "4"), ("T", "64"), ("sampler", "median"):
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    options.new = count("-n", options.new, 1, 1 << 20)
+    options.B, options.T = count("-B", options.B, 1, 1 << 16), count("-T", options.T, 1, 1 << 16)
     options.rounds = count("-r", options.rounds, 1, 1000)
     options.serial_tokens = count("--serial-tokens", options.serial_tokens, 1, 1 << 20)
     options.threads = None if options.threads is None else count("-t", options.threads, 1, 256)
@@ -167,6 +149,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--skip: no part {unknown[0][:40]!r}: parts are {', '.join(PARTS)}, or all")
     options.parts = set() if "all" in skipped else {*PARTS} - skipped
     options.stretch = [planted(given) for given in options.stretch]
+    for flag, path in ("--trace", options.trace), ("--paraver", options.paraver):
+        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"{flag}: {path}: there is no folder {os.path.dirname(path)!r}: make it first")
     return options
 
 
@@ -211,11 +196,11 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Profile, print the report, write the files that were asked for."""
     if options.compare:
         print(compare.compare(*options.compare))
-        return 0
+        return
     if options.plot:
         plots.matplotlib()  # if it is missing, say so now
     if options.all_workers:
@@ -227,11 +212,10 @@ def run(options: argparse.Namespace) -> int:
             report["perf"] = perf.look(path, task, report["machine"]["threads"])
             report["perf"]["reported"] = perf.reported(report["kernels"])
         except perf.PerfAbsent as error:
-            print("profile:", error, file=sys.stderr)
+            say(str(error))
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
     for name in write(options, report, recording.calls):
-        print("profile: wrote", name, file=sys.stderr)
-    return 0
+        say(f"wrote {name}")
 
 
 def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) -> list[str]:

@@ -8,7 +8,8 @@
 
 Texts are UTF-8 and may be larger than memory. Tokens are GPT-2's; --eot says where `<|endoftext|>` goes: before each text
 and after every blank line (paragraph, as llm.c prepares tinyshakespeare), before each text only (document), or nowhere.
-Files are called NAME_train.bin and NAME_val.bin, with --shard-size NAME_train_000001.bin and so on.
+Files are called NAME_train.bin and NAME_val.bin, with --shard-size NAME_train_000001.bin and so on; a NAME that ends in / is a
+folder, which is made where there is none.
 
 All files appear together once they are whole; until then they, and all tokens once more, are in a folder beside them that
 vanishes whatever happens. Refuses to write beside older files of the same name: a pattern would take both for one data set.
@@ -131,10 +132,14 @@ def expand(given: str) -> list[str]:
 
 
 def target(output: str, first: str) -> str:
-    """How the files' names begin; raises InputError where there is no folder, or where older files would be among them."""
-    if os.path.isdir(output) or output.endswith("/"):
+    """How the files' names begin; makes the folder that a slash asks for. Raises InputError where there is no other folder, or
+    where older files would be among them."""
+    asked = output.endswith("/")
+    if os.path.isdir(output) or asked:
         output = os.path.join(output, "stdin" if first == STDIN else Path(first).stem)
     folder, name = os.path.split(output)
+    if asked and not os.path.lexists(folder) and os.path.isdir(os.path.dirname(folder) or "."):
+        os.mkdir(folder)
     if not name or not os.path.isdir(folder or "."):
         raise InputError(f"-o is {output!r}: there is no folder {folder!r}")
     pattern = re.compile(rf"{re.escape(name)}_(train|val)(_[0-9]+)?\.bin")

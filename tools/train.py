@@ -21,7 +21,8 @@ random with the step as seed. --log FILE has a line of JSON for each step:
     val_loss        of the same weights, where they were validated; a last line has only this and step
 
 Exit status: 0; 1 for a failure at run time, such as a loss that is not finite, and for differences found by --check; 2 for bad
-input; 130 after Ctrl-C, 143 after SIGTERM, with everything saved.
+input; 130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of stdout has gone, with everything saved. What a run that ends
+by an error has made is saved too, unless it made a loss that is not finite and there is an earlier save.
 """
 
 import argparse
@@ -32,7 +33,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 # This checkout's pygpt; and tools/ last, whose names shadow modules of the standard library.
 TOOLS = Path(__file__).resolve().parent
@@ -42,6 +45,7 @@ from profiler.plots import matplotlib  # noqa: E402
 from progress import Progress  # noqa: E402
 from training import check, report  # noqa: E402
 from training.job import (  # noqa: E402
+    WHOLE,
     Job,
     Output,
     check_distinct,
@@ -51,7 +55,6 @@ from training.job import (  # noqa: E402
     files_of,
     flag,
     leftovers,
-    model_version,
     new,
     number,
     open_data,
@@ -65,6 +68,7 @@ from pygpt import (  # noqa: E402
     Config,
     DataLoader,
     InputError,
+    NumericalError,
     PyGPTError,
     SerialTrainableGPT2,
     TrainableGPT2,
@@ -75,7 +79,6 @@ from pygpt import (  # noqa: E402
 )
 from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
 
-MOST = 1 << 30
 RANDOM = "random"  # instead of a checkpoint's name
 NAMES = {"data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take a file's name
 Engine = TrainableGPT2 | SerialTrainableGPT2
@@ -100,12 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="FILE", help="UTF-8 text, or llm.c's token shards (.bin); a file, or a pattern in quotes")
     add("--val", metavar="FILE", help="the same for validation")
-    add("--val-tokens", metavar="N", type=whole(1, MOST), help="validate on the first N tokens of --data instead")
+    add("--val-tokens", metavar="N", type=whole(*WHOLE["val_tokens"]), help="validate on the first N tokens of --data instead")
     add("--val-fraction", metavar="F", type=number, help="validate on the last part of --data instead, as in 0.1")
-    add("-B", metavar="N", type=whole(1, MOST), help="sequences of a batch (default 4)")
-    add("-T", metavar="N", type=whole(1, MOST), help="tokens of a sequence (default 64)")
+    add("-B", metavar="N", type=whole(*WHOLE["B"]), help="sequences of a batch (default 4)")
+    add("-T", metavar="N", type=whole(*WHOLE["T"]), help="tokens of a sequence (default 64)")
     add("--shuffle", action="store_true", default=None, help="another order of the batches in every epoch")
-    add("--seed", metavar="N", type=whole(0, 2**64 - 1), help="of random weights and of --shuffle (default 1)")
+    add("--seed", metavar="N", type=whole(*WHOLE["seed"]), help="of random weights and of --shuffle (default 1)")
 
     add = parser.add_argument_group("model").add_argument
     add("--init", metavar="FILE", help="begin from this checkpoint, or with `random` weights (default: as -m of the command)")
@@ -135,16 +138,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("saving").add_argument
     add("--out", metavar="FILE", help="save the model as FILE.bin and the state as FILE.state (default: nothing is saved)")
-    add("--version", metavar="N", type=model_version, help="of the model file: 3, float32 (default), or 5, bfloat16")
-    add("--save-every", metavar="N", type=whole(0, MOST), help="steps between saves (default 100; 0: only at the end)")
+    add("--version", metavar="N", type=whole(*WHOLE["version"]), help="of the model file: 3, float32 (default), or 5, bfloat16")
+    add(
+        "--save-every",
+        metavar="N",
+        type=whole(*WHOLE["save_every"]),
+        help="steps between saves (default 100; 0: only at the end)",
+    )
     add("--resume", metavar="STATE", help="continue the run of this state; other options may be left out")
     add("--force", action="store_true", help="replace files that exist")
 
     add = parser.add_argument_group("reports").add_argument
-    add("--val-every", metavar="N", type=whole(1, MOST), help="steps between validations (default 10)")
-    add("--val-batches", metavar="N", type=whole(1, MOST), help="batches of a validation (default 5)")
-    add("--sample-every", metavar="N", type=whole(0, MOST), help="steps between samples of text (default 20; 0: none)")
-    add("--sample-tokens", metavar="N", type=whole(1, MOST), help="tokens of a sample (default 64)")
+    add("--val-every", metavar="N", type=whole(*WHOLE["val_every"]), help="steps between validations (default 10)")
+    add("--val-batches", metavar="N", type=whole(*WHOLE["val_batches"]), help="batches of a validation (default 5)")
+    add(
+        "--sample-every",
+        metavar="N",
+        type=whole(*WHOLE["sample_every"]),
+        help="steps between samples of text (default 20; 0: none)",
+    )
+    add("--sample-tokens", metavar="N", type=whole(*WHOLE["sample_tokens"]), help="tokens of a sample (default 64)")
     add("--log", metavar="FILE", help="write a line of JSON for each step")
     add("--plot", metavar="PATH", help="draw the loss: a .svg, .png or .pdf, or a folder (needs matplotlib)")
     add("--check", metavar="STATE", help="compare with llm.c's debug state, and train nothing")
@@ -200,7 +213,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             state, notice = open_state(options.resume)
             stack.enter_context(state)
             say(notice)
-            job, settings, changes = resumed(given, state, build_parser().parse_args)
+            job, settings, changes = resumed(given, state)
             config, init = state.config, None
             output = Output.named(options.out) if options.out else Output.beside(options.resume)
             if job.plot is not None and "plot" not in given:
@@ -216,9 +229,11 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             state.close()  # or the disk would have to keep it when a newer one has replaced it twice
         for change in changes:
             say(change)
+        if output is None:
+            say("nothing will be saved: --out names the model to write")
         log = stack.enter_context(report.Log(job.log, None if state is None else trainer.done, keep=job.plot is not None))
         with stop:
-            Run(trainer, validation, job, output, log).train(stop)
+            Run(trainer, validation, job, output, log, state).train(stop)
         if job.plot is not None:
             names = report.pictures(job.plot)
             report.draw(names, log.entries)
@@ -265,9 +280,7 @@ def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, 
         for left in leftovers(path):
             os.unlink(left)
             say(f"removed {left}, which a killed run has left")
-    if output is None:
-        say("nothing will be saved: --out names the model to write")
-    else:
+    if output is not None:
         check_room(output, config, job.version)
 
 
@@ -295,35 +308,42 @@ def run_check(given: dict[str, Any]) -> None:
             raise PyGPTError(f"{given['check']}: the engine differs from it by more than the tolerances, with the model {path}")
 
 
-class Run(NamedTuple):
-    """A run, all of it open."""
+class Run:
+    """A run, all of it open. `state` is what it was resumed from."""
 
-    trainer: Trainer
-    validation: DataLoader | None
-    job: Job
-    output: Output | None
-    log: report.Log
+    def __init__(
+        self,
+        trainer: Trainer,
+        validation: DataLoader | None,
+        job: Job,
+        output: Output | None,
+        log: report.Log,
+        state: TrainingState | None,
+    ) -> None:
+        self.trainer, self.validation, self.job, self.output, self.log = trainer, validation, job, output, log
+        self.begun = trainer.done  # updates that the run began with
+        here = output is not None and state is not None and state.path == os.path.realpath(output.state)
+        self.saved = self.begun if here else 0  # those in its own state on the disk, if there is one
+        self.saving = False
 
     def train(self, stop: Stop) -> None:
         """Make the steps that are left, or those until a signal comes; report, save, and say what was saved."""
         trainer, job, output = self.trainer, self.job, self.output
-        saved = trainer.done  # the updates in the state on the disk, if there is one
         try:
             with Progress("steps", trainer.options.steps, trainer.done) as progress:
                 lines = report.Report(progress, self.log)
                 while stop.signal is None and not self.look(lines):
                     lines.step(trainer.step())
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:
-                        saved = self.save(saved)
-            if stop.signal is None or trainer.done > saved:
-                saved = self.save(saved)
-        except PyGPTError:
-            if output is not None and saved:
-                say(f"{output.state} has the run after {counted(saved)}, saved before this:")
+                        self.save()
+            if stop.signal is None or trainer.done > max(self.saved, self.begun):
+                self.save()
+        except Exception as error:
+            self.rescue(error)
             raise
         made = counted(trainer.done)
         ended = made if stop.signal is None else f"stopped by {stop.signal.name} after {made}"
-        if output is None or not saved:
+        if output is None or not self.saved:
             say(f"{ended}; nothing was saved")
         elif stop.signal is None:
             say(f"{ended}; saved {output.model} and {output.state}")
@@ -344,16 +364,44 @@ class Run(NamedTuple):
             lines.finished(done)
         return last
 
-    def save(self, saved: int) -> int:
-        """Save state and model, each all or nothing, first what a run is resumed from; return the updates saved."""
+    def save(self) -> None:
+        """Save state and model, each all or nothing, first what a run is resumed from."""
         if self.output is None:
-            return saved
+            return
+        self.saving = True
         self.trainer.save(self.output.state, vars(self.job))
+        self.saved = self.trainer.done
         try:
             self.trainer.engine.save(self.output.model, version=self.job.version)
         except OSError as error:
             raise PyGPTError(f"{self.output.model}: cannot write the model file: {error.strerror or error}") from error
-        return self.trainer.done
+        self.saving = False
+
+    def rescue(self, error: Exception) -> None:
+        """The run ends by an error: save what its steps have made, if it is good, and say which state there is.
+
+        A step that fails has changed nothing. But weights whose loss is not finite are worth less than those of an earlier
+        save, and are saved only where there is none.
+        """
+        if self.output is None:
+            return
+        suspect, older = isinstance(error, NumericalError), max(self.saved, self.begun)
+        worth = self.trainer.done > older and not (suspect and older) and finite(self.trainer.engine)
+        if worth and not self.saving:
+            try:
+                self.save()
+            except PyGPTError as second:
+                say(str(second))
+        if self.saved and not isinstance(error, BrokenPipeError):
+            state, other = self.output.state, ""
+            if suspect and self.saved == self.trainer.done and os.path.exists(f"{state}.1"):
+                other = f" ({state}.1 after fewer)"
+            say(f"{state} has the run after {counted(self.saved)}{other}, until this:")
+
+
+def finite(engine: Engine) -> bool:
+    """Whether all weights and moments are finite."""
+    return all(np.isfinite(array).all() for array in (engine.parameters, engine.first_moments, engine.second_moments))
 
 
 def counted(steps: int) -> str:

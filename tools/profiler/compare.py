@@ -9,6 +9,7 @@ from pygpt import InputError
 from .text import CALLS, WIDTH, ms, table
 
 SCHEMA = 1
+PARTS = {"model", "machine", "job", "bits", "ceilings", "kernels", "modes"}  # of a report: what is compared
 Report = dict[str, Any]
 
 
@@ -19,7 +20,7 @@ def load(path: str) -> Report:
             report = json.load(file)
     except (OSError, ValueError) as error:
         raise InputError(f"--compare: {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA or PARTS - report.keys():
         raise InputError(f"--compare: {path}: not a report of this program (schema {SCHEMA}), as -o json writes it")
     return report
 

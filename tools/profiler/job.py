@@ -114,7 +114,7 @@ class Generation:
 
     def events(self, config: Config) -> int:
         """Room for all events that a worker can note: steps of a prompt have 16 rows at the least."""
-        return (7 * config.L + 3) * (self.new + len(self.prompt) // 16 + 2)
+        return (11 * config.L + 4) * (self.new + len(self.prompt) // 16 + 2)
 
     def describe(self) -> dict[str, Any]:
         """What the report says of it."""
@@ -186,7 +186,7 @@ class Training:
 
     def events(self, config: Config) -> int:
         """Room for all events that a worker can note."""
-        return (14 * config.L + 11) * self.iterations
+        return (18 * config.L + 12) * self.iterations
 
     def describe(self) -> dict[str, Any]:
         """What the report says of it."""

@@ -22,7 +22,9 @@ def measure(path: str, job: "Job", threads: int, root: str) -> list[Row]:
     command = [sys.executable, os.path.abspath(__file__)]
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the start-up process failed: {done.stderr.strip().splitlines()[-1:]}")
+        from pygpt import PyGPTError  # not at the top: a fresh process has this file as its script
+
+        raise PyGPTError(f"the start-up process failed: {(done.stderr.strip().splitlines() or ['it does not say why'])[-1]}")
     parts: list[Row] = json.loads(done.stdout)
     return parts
 

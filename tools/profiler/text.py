@@ -12,7 +12,8 @@ TIMED = {"train": ("train", "forward", "backward", "norm", "update")}  # what el
 
 NOTES = """\
 Rows are means over the workers of a step: self is computing, wait is standing at the barrier after it, total is both; the \
-rows of a mode add up to the time measured around its calls. "wake-up": some workers are up and others still asleep. \
+rows of a mode add up to the time measured around its calls. "wake-up": some workers are up and others still asleep. "pack": \
+the rows of a large product are rearranged, by all workers for all of them. \
 "python, pool": checks, the Condition that wakes the workers, the Barrier that gathers them; nobody computes. ms and calls \
 are of one round of the job.
 GFLOP/s and GB/s hold the least work of a kernel (tools/profiler/work.py) against its self time; roof is the nearer of this \

@@ -9,8 +9,9 @@ import os
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+from pygpt.checkpoint import atomic_file
 
 from .job import STAGES, WAKE, Call, Event, place
 
@@ -33,8 +34,8 @@ def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str
                 events += _nested(ith, noted, zero)
         if not call.stages:
             events.append(_span(0, "sampler", "sampler", call.ran - zero, call.done - zero))
-    with open(path, "w") as file:
-        json.dump({"traceEvents": events, "displayTimeUnit": "ns"}, file, separators=(",", ":"))
+    with atomic_file(path) as file:
+        file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}, separators=(",", ":")).encode())
 
 
 def _nested(ith: int, noted: list[Event], zero: int) -> Iterator[dict[str, Any]]:
@@ -126,7 +127,8 @@ def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[s
     }
     texts = {".prv": _prv(calls, nth, names), ".pcf": _pcf(names), ".row": _row(nth)}
     for suffix, text in texts.items():
-        Path(f"{os.fspath(stem)}{suffix}").write_text(text)
+        with atomic_file(f"{os.fspath(stem)}{suffix}") as file:
+            file.write(text.encode())
     return [f"{os.fspath(stem)}{suffix}" for suffix in texts]
 
 

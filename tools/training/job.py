@@ -26,6 +26,7 @@ from pygpt import (
     split,
     tokens_of_text,
 )
+from pygpt.errors import is_whole, shown
 
 SHAPES = {
     "gpt2": {"L": 12, "NH": 12, "C": 768},
@@ -34,6 +35,20 @@ SHAPES = {
     "gpt2-xl": {"L": 48, "NH": 25, "C": 1600},
 }
 GPT2_V, GPT2_MAXT = 50257, 1024
+MOST = 1 << 30
+# The limits of a job's whole numbers, as options and in a state.
+WHOLE = {
+    "val_tokens": (1, MOST),
+    "B": (1, MOST),
+    "T": (1, MOST),
+    "seed": (0, 2**64 - 1),
+    "val_every": (1, MOST),
+    "val_batches": (1, MOST),
+    "sample_every": (0, MOST),
+    "sample_tokens": (1, MOST),
+    "save_every": (0, MOST),
+    "version": (3, 5),
+}
 SHARD = ".bin"  # what is no shard is text
 VALUE_BYTES = {3: 4, 5: 2}
 FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader's position means nothing with others
@@ -44,7 +59,8 @@ FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """All options of a run that a training state remembers beside TrainingOptions, so that --resume needs no others."""
+    """All options of a run that a training state remembers beside TrainingOptions, so that --resume needs no others. Raises
+    TypeError for a value of another type, which only a state that another program wrote can have, and InputError."""
 
     data: str
     val: str | None = None
@@ -64,6 +80,27 @@ class Job:
     log: str | None = None
     plot: str | None = None
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if not isinstance(value, field.type):  # type: ignore[arg-type]  # the annotations are types, not strings
+                raise TypeError(f"{name} is {shown(value)}")
+            if isinstance(value, str) and not is_name(value):
+                raise InputError(f"{flag(name)} is {shown(value)}: it must be a name")
+            low, high = WHOLE.get(name, (0, 0))
+            if name in WHOLE and value is not None and not is_whole(value, low, high):
+                raise InputError(f"{flag(name)} is {shown(value)}: it must be a whole number from {low} to {high}")
+        if self.version not in VALUE_BYTES:
+            raise InputError(f"--version is {self.version}: it must be 3 (float32) or 5 (bfloat16)")
+
+
+def is_name(text: str) -> bool:
+    """Whether a file can be called so."""
+    try:
+        return text != "" and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
 
 JOB = {field.name for field in dataclasses.fields(Job)}
 OPTIMIZER = {field.name for field in dataclasses.fields(TrainingOptions)}
@@ -79,15 +116,15 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
-def resumed(
-    given: dict[str, Any], state: TrainingState, read: Callable[[list[str]], argparse.Namespace]
-) -> tuple[Job, TrainingOptions, list[str]]:
-    """The run of a training state, options that were given taking the place of its own; and what changes, in words. `read`
-    reads options as the command line's are read: a state comes from outside, too."""
+def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
+    """The run of a training state, options that were given taking the place of its own; and what changes, in words."""
     for name in ("init", "shape"):
         if name in given:
             raise InputError(f"--{name} and --resume were both given: the state has the weights already")
-    job = _job_of(state, read)
+    try:
+        job = Job(**state.progress.job)
+    except (TypeError, InputError):
+        raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
     part, old = _job_part(given), vars(job)
     for name in FIXED:
         if name in part and part[name] != old[name]:
@@ -100,20 +137,6 @@ def resumed(
     changes += [(name, getattr(before, name), value) for name, value in settings.items()]
     said = [f"{flag(name)} is {value} from here on, it was {was}" for name, was, value in changes if value != was]
     return dataclasses.replace(job, **part), dataclasses.replace(before, **settings), said
-
-
-def _job_of(state: TrainingState, read: Callable[[list[str]], argparse.Namespace]) -> Job:
-    """The job of a training state, each of its options checked as if it had been given."""
-    said = {name: value for name, value in state.progress.job.items() if value is not None and value is not False}
-    words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in said.items()]
-    try:
-        found = vars(read(words))
-        for name, value in said.items():
-            if value == "" or b"\0" in os.fsencode(str(value)) or found[name] != value or type(found[name]) is not type(value):
-                raise InputError(f"{flag(name)} is not as it is given")
-        return Job(**said)
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
 
 
 def _job_part(given: dict[str, Any]) -> dict[str, Any]:
@@ -143,17 +166,10 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
-def model_version(text: str) -> int:
-    """A type for argparse: the version of a model file."""
-    if text not in map(str, VALUE_BYTES):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be 3 (float32) or 5 (bfloat16)")
-    return int(text)
-
-
 def number(text: str) -> float:
     """A type for argparse: any number; whoever uses it knows the limits."""
     try:
-        return float("" if "_" in text or not text.isascii() else text)
+        return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4") from None
 
@@ -179,25 +195,32 @@ def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
     """The loaders of training and validation data; every id is checked against V."""
     seed = job.seed if job.shuffle else None
     if job.val_tokens is None and job.val_fraction is None:
-        train = DataLoader(_source(job.data), job.B, job.T, shuffle_seed=seed, V=V)
-        return train, None if job.val is None else _validation(job, _source(job.val), V)
-    tokens = _source(job.data)
+        train = _loader(job, job.data, _source(job.data, V), V, seed=seed)
+        return train, None if job.val is None else _validation(job, job.val, _source(job.val, V), V)
+    tokens = _source(job.data, V)
     if isinstance(tokens, list):
         if len(tokens) > 1:
             raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name the one that validates with --val")
         tokens = read_tokens(tokens[0], V=V)
     left, right = split(tokens, val_tokens=job.val_tokens, val_fraction=job.val_fraction)
-    return DataLoader(left, job.B, job.T, shuffle_seed=seed, V=V), _validation(job, right, V)
+    return _loader(job, job.data, left, V, seed=seed), _validation(job, job.data, right, V)
 
 
-def _validation(job: Job, source: "list[str] | npt.NDArray[Any]", V: int) -> DataLoader:
+def _loader(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int, seed: int | None = None) -> DataLoader:
     try:
-        return DataLoader(source, job.B, job.T, V=V)  # never shuffled: every evaluation sees the same batches
+        return DataLoader(source, job.B, job.T, shuffle_seed=seed, V=V)
+    except DataError as error:
+        raise DataError(f"{name}: {error}" if isinstance(source, np.ndarray) else str(error)) from None  # a shard is named
+
+
+def _validation(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int) -> DataLoader:
+    try:
+        return _loader(job, name, source, V)  # never shuffled: every evaluation sees the same batches
     except DataError as error:
         raise DataError(f"validation: {error}") from None
 
 
-def _source(pattern: str) -> "list[str] | npt.NDArray[np.uint16]":
+def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
     """A file or pattern as a list of shards, or as the tokens of text."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
@@ -207,6 +230,10 @@ def _source(pattern: str) -> "list[str] | npt.NDArray[np.uint16]":
         return shards
     if shards:
         raise DataError(f"{pattern!r}: {shards[0]} holds tokens and {min({*names} - {*shards})} is text: train on one kind")
+    if V < GPT2_V:
+        raise InputError(
+            f"{names[0]}: text becomes GPT-2's tokens, {GPT2_V} ids, and the model has V = {V}: train on token shards (.bin)"
+        )
     return np.concatenate([tokens_of_text(read_text(name)) for name in names])
 
 

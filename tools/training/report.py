@@ -55,7 +55,7 @@ class Log:
     """The entries of a run, one a step: with a path as lines of JSON in a file, with `keep` in `entries` too, for a picture.
 
     A run that is resumed with `done` steps goes on behind the entries of those: later ones will be made again. Raises
-    InputError for an older file that is no such log: which file it is says the state. A new run (None) begins anew.
+    InputError for an older file that is no such log. A new run, with None, has a new file.
     """
 
     def __init__(self, path: str | None, done: int | None, *, keep: bool) -> None:
@@ -95,8 +95,7 @@ class Log:
 
 
 def earlier(path: str, done: int | None) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a log's first `done` steps; None where the run is new. What a kill has left of a last line is left
-    out."""
+    """Yield the entries of a log's first `done` steps. What a kill has left of a last line is left out."""
     if done is None or not os.path.exists(path):
         return
     with open(path, "rb") as file:
