@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from typing import Any, TextIO
 from pygpt.__main__ import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
 from pygpt.checkpoint import Checkpoint, find_model
 from pygpt.child import ChildError, Command
-from pygpt.cli import HelpFormatter, Parser
+from pygpt.cli import HelpFormatter, Parser, one_line
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
 from pygpt.tokenizer import StreamDecoder, Tokenizer
@@ -64,7 +65,7 @@ text\\              goes on in the next line; \\\\ at the end is a backslash
 
 def say(text: object) -> None:
     """Print one line on standard error."""
-    print("chat.py:", " ".join(str(text).split()), file=sys.stderr)
+    print("chat.py:", one_line(str(text)), file=sys.stderr)
 
 
 # ---------------------------------------------------------------- settings
@@ -445,7 +446,9 @@ def read_piped() -> str:
 
 
 def write(text: str) -> None:
-    """Write reply text, at once."""
+    """Write reply text, at once. To a terminal it is text only: whoever made the model does not command the terminal."""
+    if sys.stdout.isatty():
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from math import prod
 
 from .config import Config
-from .errors import CheckpointError, ClosedError, InputError, PyGPTError
+from .errors import CheckpointError, ClosedError, InputError, PyGPTError, is_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -312,11 +312,12 @@ def write_checkpoint(
     rounded to float32, and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when
     the file cannot be written; the older file, if any, is intact then.
     """
-    if version not in VALUE_BYTES:
-        raise InputError(f"version is {version}: it must be 1, 3 or 5")
+    if not is_whole(version, 1, 5) or version not in VALUE_BYTES:
+        raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
-        raise InputError(f"tensors are {sorted(tensors)}, expected {sorted(name for name, _ in wanted)}")
+        odd = sorted(map(str, set(tensors) ^ {name for name, _ in wanted}))
+        raise InputError(f"tensors are not the sixteen of a checkpoint: {shown(odd)} are missing or unknown")
     header = [MAGIC, version, config.maxT, config.V, config.L, config.NH, config.C, config.Vp if version != 1 else 0]
     with atomic_file(path) as file:
         file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))

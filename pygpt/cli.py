@@ -18,6 +18,7 @@ CUT_SHORT = (
     b"pygpt: error: a file in use was cut short by another process, or its disk failed (SIGBUS): replace a file by renaming "
     b"a new one over it; for models that are written in place there is --no-mmap\n"
 )
+LONGEST_LINE = 5000  # characters: a path may have 4,096
 
 
 def status_of(job: Callable[[], object]) -> int:
@@ -68,7 +69,7 @@ def say(text: str) -> None:
     """Print one line on stderr. Where there is none, print() would take stdout; where it is full, the job still matters."""
     if text and sys.stderr is not None:
         try:
-            print("pygpt:", " ".join(text.split()), file=sys.stderr, flush=True)
+            print("pygpt:", one_line(text), file=sys.stderr, flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # or the interpreter would fail when it flushes stderr
 
@@ -77,6 +78,13 @@ def check_stdout(what: str) -> None:
     """Refuse to begin what would be printed nowhere: print() says nothing where stdout is closed."""
     if sys.stdout is None:
         raise PyGPTError(f"stdout is closed: there is nowhere to print {what}")
+
+
+def one_line(text: str) -> str:
+    """Text in one line of a length that can be read, what cannot be printed escaped: names and servers' words come from
+    outside, and a terminal would obey what is hidden in them."""
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} [...] {line[-400:]}"
 
 
 class Parser(argparse.ArgumentParser):

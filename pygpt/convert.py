@@ -11,6 +11,7 @@ Unless it is 0 the older DST, if any, is as it was, and no half-written file is 
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     """Check the arguments, convert, say what was done."""
     version = parse_version(options.version)
     heads = options.heads
-    if heads is not None and not (heads.isascii() and heads.isdigit() and is_whole(int(heads[:9]), 1, LIMITS["NH"])):
+    if heads is not None and not (re.fullmatch("[0-9]{1,9}", heads) and is_whole(int(heads), 1, LIMITS["NH"])):
         raise InputError(f"heads (--heads) is {heads[:40]!r}: it must be a whole number from 1 to {LIMITS['NH']}")
     say(convert(options.source, options.target, version, heads=None if heads is None else int(heads)))
 
@@ -141,6 +142,8 @@ def check_target(source: str, target: str) -> None:
     if os.path.exists(target):
         if os.path.samefile(source, target):
             raise InputError(f"{target}: SRC and DST are the same file: give DST another name")
+        if os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target))):
+            raise InputError(f"{target}: a file of SRC itself: give DST another name")
         if not os.path.isfile(target):
             raise InputError(f"{target}: not a regular file: it is not replaced")
 

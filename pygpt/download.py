@@ -193,7 +193,7 @@ class Part:
             size, validator, sha256 = facts["size"], facts["validator"], facts["sha256"]
             known = facts["url"] == self.url and (size is None or (isinstance(size, int) and found <= size))
             known = known and all(text is None or isinstance(text, str) for text in (validator, sha256))
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             known = False
         if known:
             self.have, self.size, self.validator, self.sha256 = found, size, validator, sha256
@@ -287,6 +287,7 @@ class Redirects(HTTPRedirectHandler):
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if after not in ("http", "https") or (before == "https" and after == "http"):
             raise PyGPTError(f"{req.full_url}: leads to {newurl[:200]}: it must be https, or http from http")
+        fp.close()  # or urllib would read all of it, however much a server sends
         assert isinstance(req, Ask)
         req.trail.append((req.full_url, headers))
         kept = {name: value for name, value in req.headers.items() if name != PROXY_PASSWORD}  # its own proxy adds its own
@@ -417,9 +418,9 @@ class Client:
 
         reached: how far it has come; TRIES attempts in a row that come no further are the last. Raises PyGPTError.
         """
-        failures, best = 0, -1
-        for tries in range(1, MOST_TRIES + 1):
-            wait = None
+        tries, failures, best = 0, 0, -1
+        while True:
+            tries, wait = tries + 1, None
             try:
                 return attempt()
             except PyGPTError:

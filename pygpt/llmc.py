@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import HEADER_BYTES, atomic_file
-from .config import Config
+from .config import LIMITS, Config
 from .data import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
 from .errors import DataError, InputError, is_whole, shown
 
@@ -82,7 +82,8 @@ def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
     shape = inputs.shape
     wanted = [(tensor, extents) for tensor, extents, _, _ in config.tensors(padded=False)]
     if set(state.gradients) != {tensor for tensor, _ in wanted}:
-        raise InputError(f"gradients are {sorted(state.gradients)}, expected {sorted(tensor for tensor, _ in wanted)}")
+        odd = sorted(map(str, set(state.gradients) ^ {tensor for tensor, _ in wanted}))
+        raise InputError(f"gradients are not those of the sixteen tensors: {shown(odd)} are missing or unknown")
     arrays = [("inputs", inputs, shape), ("targets", targets, shape), ("logits", state.logits, (*shape, config.V))]
     for what, array, expected in [
         *arrays,
@@ -190,9 +191,12 @@ def write_examples(path: "Path", examples: Iterable[Example]) -> int:
     with atomic_file(path) as file:
         file.write(bytes(HEADER_BYTES))
         for example in examples:
+            if not is_whole(example.label, 0, ENDINGS - 1):
+                raise InputError(f"example {count}: its label is {shown(example.label)}, expected 0 to {ENDINGS - 1}")
             values = [count, example.label, len(example.endings)]
             for ids in (example.context, *example.endings):
-                values += [len(ids), *ids]
+                tokens = as_tokens(ids).tolist()
+                values += [len(tokens), *tokens]
             size = 2 * (2 + len(values))
             if count >= START or size > START:
                 raise InputError(f"example {count} of {size} bytes: the format holds {START} examples of up to {START} bytes")
@@ -220,18 +224,19 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
         if V != GPT2_V or eot:
             raise DataError(f"{name}: bad header: V is {V} and field 3 is {eot}, expected {GPT2_V} and 0 in version 1")
         eot = GPT2_EOT
-    if not 0 <= eot < V:
-        raise DataError(f"{name}: bad header: the end of text is {eot}, and V is {V}: it must be an id below V")
-    content = mapped[HEADER_BYTES:]
+    if not 0 <= eot < V <= LIMITS["V"]:
+        raise DataError(
+            f"{name}: bad header: the end of text is {eot}, and V is {V}: it must be an id below V, and V at most {LIMITS['V']}"
+        )
     tokens: list[bytes] = []
-    start = 0
+    start = HEADER_BYTES
     for token in range(V):
-        end = start + 1 + content[start] if start < len(content) else start + 1
-        if end > len(content):
-            raise DataError(f"{name}: truncated: token {token} of {V} would end at byte {HEADER_BYTES + end} of {len(mapped)}")
-        tokens.append(content[start + 1 : end])
+        end = start + 1 + mapped[start] if start < len(mapped) else start + 1
+        if end > len(mapped):
+            raise DataError(f"{name}: truncated: token {token} of {V} would end at byte {end} of {len(mapped)}")
+        tokens.append(mapped[start + 1 : end])
         start = end
-    check_size(name, len(mapped), HEADER_BYTES + start, f"{V} tokens")
+    check_size(name, len(mapped), start, f"{V} tokens")
     return tokens, eot
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 LENGTH_BYTES = 8
-HEADER_LIMIT = 100_000_000  # bytes: the format's own limit
+HEADER_LIMIT = 1 << 22  # bytes: ten times what the largest GPT-2 needs; the format's own limit, 10^8, lets JSON take gigabytes
 MEMBERS = {"dtype", "shape", "data_offsets"}
 DTYPES = {1: "BOOL U8 I8 F8_E5M2 F8_E4M3", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64"}
 DTYPE_BYTES = {dtype: width for width, dtypes in DTYPES.items() for dtype in dtypes.split()}
@@ -159,7 +159,7 @@ def write_safetensors(
 def parse_object(text: bytes, what: str) -> "dict[str, Any]":
     """A JSON object from outside, no name in it given twice. `what` names it in the CheckpointError for anything else."""
     try:
-        found = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_unique)
+        found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is not JSON: {error}") from None
     if not isinstance(found, dict):
@@ -167,7 +167,7 @@ def parse_object(text: bytes, what: str) -> "dict[str, Any]":
     return found
 
 
-def _unique(pairs: "list[tuple[str, Any]] | str") -> "dict[str, Any]":
+def unique(pairs: "list[tuple[str, Any]] | str") -> "dict[str, Any]":
     """A JSON object's members; refuses a name given twice, and the numbers that JSON does not have (NaN, Infinity)."""
     if isinstance(pairs, str):
         raise ValueError(f"{pairs} is no number")

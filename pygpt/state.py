@@ -22,10 +22,11 @@ from .checkpoint import HEADER_BYTES, atomic_file, map_file
 from .config import Config
 from .errors import CheckpointError, ClosedError, InputError, is_whole, shown
 from .optim import TrainingOptions
+from .safetensors_file import unique
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Any, NoReturn
+    from typing import IO, Any
 
     import numpy as np
     import numpy.typing as npt
@@ -60,7 +61,7 @@ class Progress:
     def from_json(cls, text: bytes) -> "Progress":
         """Read to_json()'s text; raises ValueError for anything else."""
         try:
-            found = json.loads(text, parse_constant=_no_constant)
+            found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"bad JSON: {error}") from None
         if not isinstance(found, dict) or set(found) != set(cls.__dataclass_fields__):
@@ -238,7 +239,3 @@ def _bytes_of(buffers: "Buffers", config: Config) -> list[memoryview]:
     if sizes != [config.parameters(padded=True)] * BUFFERS:
         raise InputError(f"buffers of {sizes} values, expected {BUFFERS} of {config.parameters(padded=True)} for {config}")
     return [buffer.data.cast("B") for buffer in buffers]
-
-
-def _no_constant(name: str) -> "NoReturn":
-    raise ValueError(f"{name} is not JSON")

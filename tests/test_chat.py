@@ -1105,6 +1105,16 @@ def test_terminal_asks_again_and_again(fake: Fake) -> None:
     assert len(fake.log("pid")) == 1
 
 
+def test_a_reply_does_not_command_the_terminal(fake: Fake) -> None:
+    """Whatever the model says is text there; elsewhere every byte of it counts."""
+    hostile = "a\x1b]0;title\x07b\x1b[2J\r\x9bc\td\n"
+    fake.code(f"def answer(tokens, new): put_ids({ids_of(hostile)})")
+    with Terminal(fake) as chat:
+        chat.type("x\n")
+        assert chat.expect("Text: ") == "x\na\\x1b]0;title\\x07b\\x1b[2J\\r\\x9bc\td\n\nText: "
+    assert fake.run("x").stdout.decode() == f"{hostile}\n"
+
+
 def test_ctrl_d_leaves(fake: Fake) -> None:
     with Terminal(fake) as chat:
         chat.type(CTRL_D)

@@ -300,6 +300,7 @@ def test_ctrl_c_and_on_again(site: Site, monkeypatch: pytest.MonkeyPatch, capsys
         (b"", False),
         (b"[]", False),
         (b"5", False),
+        (b"[" * 60_000, False),
         (b'{"url": 1}', False),
         (None, False),
     ],
@@ -553,6 +554,29 @@ def test_a_redirect_without_end(site: Site, capsys: pytest.CaptureFixture[str]) 
     assert "redirected without end" in error_of(capsys)
     assert len(site.requests) < 20
     assert os.listdir() == []
+
+
+def test_what_a_redirect_carries_is_not_read(site: Site, waits: list[float]) -> None:
+    """However much it is: the connection would break off here if it were."""
+    site.plans[PATH] = [web.moved(site.url + PATH, Content_Length=1 << 40)]
+    assert fetch(site) == 0
+    assert fetched()
+    assert (len(site.requests), waits) == (2, [])
+
+
+def test_a_server_does_not_command_the_terminal(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    def hostile(handler: web.Handler, data: bytes) -> None:
+        handler.wfile.write(b"HTTP/1.1 404 \x1b]0;title\x07\x9b31m\r\nContent-Length: 0\r\n\r\n")
+
+    def busy(handler: web.Handler, data: bytes) -> None:
+        handler.wfile.write(b"HTTP/1.1 503 \x1b[2J" + b"x" * 60_000 + b"\r\nContent-Length: 0\r\n\r\n")
+
+    site.plans[PATH] = [busy, hostile]
+    assert fetch(site) == 1
+    error = capsys.readouterr().err
+    assert error.replace("\n", "").isprintable()
+    assert "503 (\\x1b[2Jxxx" in error
+    assert max(map(len, error.splitlines())) < 6000
 
 
 def test_redirects_that_wander_without_end(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,10 +185,17 @@ def test_one_file_alone_wants_to_be_told(folder: Path, capsys: pytest.CaptureFix
     assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(values, 3, **SHAPE | {"NH": heads})
 
 
-@pytest.mark.parametrize("heads", ["0", "-1", "two", "", "1025", "9" * 5000, "²"])
+@pytest.mark.parametrize("heads", ["0", "-1", "two", "", "1025", "9" * 5000, "0" * 8 + "1" * 5000, "²"])
 def test_heads_that_are_no_number(folder: Path, capsys: pytest.CaptureFixture[str], heads: str) -> None:
     hf.write(Path("m.safetensors"), tensors())
     refused(folder, capsys, ["m.safetensors", "a.bin", f"--heads={heads}"], "--heads", "from 1 to 1024")
+
+
+def test_a_file_of_the_source_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    for target in ("model/config.json", "model/../model/config.json"):
+        refused(folder, capsys, ["model", target], "config.json", "a file of SRC itself")
+    assert main(["model", "model/new.bin"]) == 0
 
 
 def test_heads_of_a_bin_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -465,7 +472,7 @@ SOUND = hf.file_of(json.dumps(hf.header_of(GOOD)).encode(), GOOD_DATA)
         (b"", "0 bytes, shorter than the length of a header"),
         (bytes(7), "7 bytes, shorter"),
         (bytes(8), "its header does not begin with {"),
-        (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "header has 100000001 bytes, at most 100000000 are allowed"),
+        (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "header has 4194305 bytes, at most 4194304 are allowed"),
         (struct.pack("<Q", 2**64 - 1) + b"{}", "header has 18446744073709551615 bytes"),
         (struct.pack("<Q", 3) + b"{}", "truncated: 10 bytes, and its header alone has 3"),
         (hf.file_of(b"[]", b""), "does not begin with {"),

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import struct
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def test_what_is_no_debug_state_is_refused(tmp_path: Path, content: bytes, messa
         ({"targets": np.full((2, 3), 5)}, "targets: token id 5 at position 0"),
         ({"inputs": np.zeros((2, 3))}, "float64"),
         ({"logits": np.zeros((2, 3, 4))}, r"logits has shape \(2, 3, 4\), expected \(2, 3, 5\)"),
-        ({"gradients": {}}, "gradients are"),
+        ({"gradients": {}}, r"gradients are not those of the sixteen tensors: \['attprojb', "),
+        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients are not those of the sixteen tensors: \['1', "),
         (
             {"gradients": {**a_state().gradients, "wpe": np.zeros((4, 4))}},
             r"gradient wpe has shape \(4, 4\), expected \(3, 4\)",
@@ -273,6 +275,11 @@ def test_damaged_examples_are_read_or_refused(tmp_path_factory: pytest.TempPathF
     [
         ([], "there are no examples to write"),
         ([Example(0, 4, [1], ENDINGS)], "its label is 4"),
+        ([Example(0, 0.5, [1], ENDINGS)], "its label is 0.5"),  # type: ignore[arg-type]
+        ([Example(0, "0", [1], ENDINGS)], "its label is '0'"),  # type: ignore[arg-type]
+        ([Example(0, 0, False, ENDINGS)], r"shape \(\)"),  # type: ignore[arg-type]
+        ([Example(0, 0, [1.5], ENDINGS)], "integers is expected"),  # type: ignore[list-item]
+        ([Example(0, 0, [1], [*ENDINGS[:3], [[1], [2, 3]]])], "tokens are no array"),  # type: ignore[list-item]
         ([Example(0, 0, [], ENDINGS)], "its context has no tokens"),
         ([Example(0, 0, [1], ENDINGS[:3])], "it has 3 endings"),
         ([Example(0, 0, [65535], ENDINGS)], "token id 65535"),
@@ -312,16 +319,41 @@ def test_vocabularies(tmp_path_factory: pytest.TempPathFactory, tokens: list[byt
     assert read_tokenizer(path) == (tokens, eot)
 
 
+def test_a_large_file_is_refused_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.bin"
+    path.write_bytes(header(20240328, 2, 1) + b"\1a")
+    os.truncate(path, 1 << 28)  # a hole
+    tracemalloc.start()
+    try:
+        refused(path, "too long: 268435456 bytes, expected 1026 for 1 tokens", read_tokenizer)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (header(20240328, 3, 1), "version 3, expected 1 or 2 for a vocabulary"),
         (header(20240327, 2, 1), "magic number 20240327, expected 20240328: not a vocabulary of llm.c"),
-        (header(20240328, 2, 0), "bad header: the end of text is 0, and V is 0: it must be an id below V"),
-        (header(20240328, 2, 2, 2), "bad header: the end of text is 2, and V is 2: it must be an id below V"),
-        (header(20240328, 2, 2, -1), "bad header: the end of text is -1, and V is 2: it must be an id below V"),
+        (
+            header(20240328, 2, 0),
+            "bad header: the end of text is 0, and V is 0: it must be an id below V, and V at most 1048576",
+        ),
+        (
+            header(20240328, 2, 2, 2),
+            "bad header: the end of text is 2, and V is 2: it must be an id below V, and V at most 1048576",
+        ),
+        (
+            header(20240328, 2, 2, -1),
+            "bad header: the end of text is -1, and V is 2: it must be an id below V, and V at most 1048576",
+        ),
         (header(20240328, 1, 256), "bad header: V is 256 and field 3 is 0, expected 50257 and 0 in version 1"),
-        (header(20240328, 2, 2**31 - 1) + b"\1a", "truncated: token 1 of 2147483647 would end at byte 1027 of 1026"),
+        (header(20240328, 2, 1 << 20) + b"\1a", "truncated: token 1 of 1048576 would end at byte 1027 of 1026"),
+        (
+            header(20240328, 2, (1 << 20) + 1),
+            "bad header: the end of text is 0, and V is 1048577: it must be an id below V, and V at most 1048576",
+        ),
         (header(20240328, 2, 2) + b"\1a\2b", "truncated: token 1 of 2 would end at byte 1029 of 1028"),
         (header(20240328, 2, 1) + b"\1ab", "too long: 1027 bytes, expected 1026 for 1 tokens"),
     ],

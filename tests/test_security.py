@@ -14,7 +14,9 @@ import pytest
 from make_checkpoint import make
 
 import pygpt
+from pygpt.__main__ import main
 from pygpt.checkpoint import atomic_file
+from pygpt.cli import one_line
 
 ROOT = Path(pygpt.__file__).parent.parent
 SOURCES = sorted([*(ROOT / "pygpt").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])
@@ -130,6 +132,22 @@ def test_hostile_variables(tmp_path: Path, name: str) -> None:
             assert result.returncode == 0
         else:
             assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
+def test_messages_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name from outside is in many of them."""
+    assert main(["-m", "\x1b]0;title\x07\x9b2J\r\u202e.bin", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pygpt: error: \\x1b]0;title\\x07\\x9b2J \\u202e.bin: no such model file")
+    assert error.removesuffix("\n").isprintable()
+    assert one_line("naïve 中文 🙂\n\udcff") == "naïve 中文 🙂 \\udcff"
+
+
+def test_messages_have_an_end() -> None:
+    text = one_line(f"begin {'x' * 10**6} end")
+    assert text.startswith("begin xxx")
+    assert text.endswith("xxx end")
+    assert len(text) < 5000
 
 
 def test_a_prompt_is_data(tmp_path: Path) -> None:

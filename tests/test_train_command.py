@@ -707,7 +707,19 @@ def test_a_state_of_another_program(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"data": 5}, {"B": "2"}, {"B": 0}, {"val_every": 0}, {"save_every": -1}, {"version": 4}, {"seed": True}, {"more": 1}],
+    [
+        {"data": 5},
+        {"val": ""},
+        {"val": "\0"},
+        {"val": "\ud800"},
+        {"B": "2"},
+        {"B": 0},
+        {"val_every": 0},
+        {"save_every": -1},
+        {"version": 4},
+        {"seed": True},
+        {"more": 1},
+    ],
 )
 def test_a_state_with_nonsense_for_options(capsys: pytest.CaptureFixture[str], change: dict[str, Any]) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run")
@@ -730,6 +742,25 @@ def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFi
     assert status == 2
     assert "log: line 1 is not of a training log" in error
     assert Path("log").read_text() == "dear diary\n"
+
+
+def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "photos").mkdir()
+    photo = folder / "photos" / "me.png"
+    photo.write_bytes(b"me")
+    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
+    trainer.save("x.state", vars(train.Job(data=f"{folder}/train.bin", B=2, T=8, plot=str(photo))))
+    status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
+    assert (status, photo.read_bytes()) == (2, b"me")
+    assert error.endswith("it exists already, and the state names it as the picture of its run: give --plot again\n")
+
+
+def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("diary").write_text("dear diary")
+    trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
+    trainer.save("x.state", vars(train.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8, log=f"{os.getcwd()}/diary")))
+    assert here(capsys, "--resume", "x.state", "--steps", "1")[0] == 2
+    assert Path("diary").read_text() == "dear diary"
 
 
 def test_a_log_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -466,6 +466,7 @@ def changed(content: bytes, change: Callable[[dict[str, Any]], object] | bytes) 
         (b"\xff", "bad JSON"),
         (b"[]", "bad JSON"),
         (b"[" * 20000, "bad JSON"),
+        (b'{"step": 0, "step": 1, "options": {}, "loader": {}, "job": {}}', "bad JSON: 'step' is given twice"),
         (lambda found: found.pop("job"), "not the object"),
         (lambda found: found.update(code="import os"), "not the object"),
         (lambda found: found.update(step=-1), "step is -1"),

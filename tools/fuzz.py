@@ -3,13 +3,15 @@
 
     python tools/fuzz.py                                   all targets, 1,000 executions each (slow ones fewer)
     python tools/fuzz.py checkpoint serve --seconds 600    two of them, for ten minutes each
+    python tools/fuzz.py --total-seconds 3600 --seed 7     all of them, an hour in all
     python tools/fuzz.py checkpoint --repeat FILE          one input again, with all that is said about it
-    python tools/fuzz.py --coverage                        and how much of the readers all this reaches
+    python tools/fuzz.py --coverage                        and how much of the readers all this reaches, and with their tests
     python tools/fuzz.py safetensors --atheris             libFuzzer chooses the inputs, where atheris is installed
 
 Inputs are sound ones of tiny shapes, those of tests/corpus/, and mutations of both: of bytes, of header fields, of JSON. An
 input that takes a new way through pygpt's Python code (pairs of lines), or is answered with a new kind of message, is kept
-and mutated further. The same seed and number of executions give the same inputs.
+and mutated further. The same seed and number of executions give the same inputs. The last line says how many executions there
+were in all, of which seed, in which time, and how many findings.
 
 A finding is an exception that is no PyGPTError, a message that is no clear line, a process that dies, takes longer than
 --limit or 3 GiB more memory, an exit status or stderr that commands do not promise, a half-written file, and every
@@ -24,7 +26,6 @@ import faulthandler
 import hashlib
 import importlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -54,15 +55,33 @@ from pygpt.errors import InputError, PyGPTError  # noqa: E402
 CORPUS = ROOT / "tests" / "corpus"
 NAMES = (
     "checkpoint", "safetensors", "convert", "shard", "tokenizer", "debug-state", "examples", "state", "text",
-    "command", "serve",
-    "calls", "process", "chat",
+    "command", "serve", "shards", "eval", "train", "download", "chat",
+    "calls", "process", "terminal",
 )  # fmt: skip
 NEEDS = {"state": "pygpt.state"}  # a target is left out where its module is not there
-SLOW = {"process": 100, "chat": 250, "calls": 2, "serve": 2}  # executions of the others to one of these
+SLOW = {
+    "process": 100,
+    "terminal": 250,
+    "calls": 2,
+    "serve": 2,
+    "train": 4,
+    "eval": 4,
+    "shards": 4,
+    "download": 2,
+    "chat": 2,
+}  # executions of the others to one of these
 EXECUTIONS = 1000
+LONGEST_INPUT = 10.0  # seconds of one that count: a machine may be stopped meanwhile
 MEMORY_BYTES = 3 << 30  # beyond what a child has when it is ready
-READERS = ("checkpoint", "safetensors_file", "huggingface", "data", "llmc", "convert", "__main__", "state")
-ENOUGH = 95.0  # percent of a reader's lines and branches
+READERS = (
+    "checkpoint", "safetensors_file", "huggingface", "data", "llmc", "tokenizer", "state", "convert", "download", "__main__",
+    "cli", "stop", "prefix",
+)  # fmt: skip
+READERS_TESTS: tuple[str, ...] = (
+    "test_checkpoint", "test_hf", "test_data", "test_llmc", "test_tokenizer", "test_trainer", "test_convert", "test_download",
+    "test_command", "test_sampling",
+)  # fmt: skip
+ENOUGH = 95.0  # percent of a reader's branches
 
 
 class Reply(NamedTuple):
@@ -108,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("targets", nargs="*", metavar="TARGET", help=f"{', '.join(NAMES)} (default: all)")
     add("--seconds", metavar="N", help="for so long, each target")
+    add("--total-seconds", metavar="N", help="for so long in all, the same for each target")
     add("--executions", metavar="N", help=f"so many inputs for each target (default {EXECUTIONS})")
     add("--seed", metavar="S", default="1", help="of the mutations (default 1)")
     add("--limit", metavar="N", default="150", help="seconds after which an input hangs (default 150)")
@@ -124,12 +144,15 @@ def run(options: argparse.Namespace) -> int:
     """Check the arguments, then fuzz. Returns the exit status."""
     if unknown := [name for name in options.targets if name not in NAMES]:
         raise InputError(f"target {unknown[0][:40]!r} is unknown: it must be one of {', '.join(NAMES)}")
-    if options.seconds is not None and options.executions is not None:
-        raise InputError("--seconds and --executions were both given: give one")
-    seconds = None if options.seconds is None else whole("--seconds", options.seconds)
+    times = {"--seconds": options.seconds, "--total-seconds": options.total_seconds, "--executions": options.executions}
+    if len(both := [name for name, value in times.items() if value is not None]) > 1:
+        raise InputError(f"{' and '.join(both)} were both given: give one")
     executions = EXECUTIONS if options.executions is None else whole("--executions", options.executions)
     limit, seed = whole("--limit", options.limit), whole("--seed", options.seed)
     names = [name for name in options.targets or NAMES if available(name)]
+    seconds: float | None = None if options.seconds is None else whole("--seconds", options.seconds)
+    if options.total_seconds is not None:
+        seconds = whole("--total-seconds", options.total_seconds) / max(1, len(names))
     if (options.repeat is not None or options.atheris or options.child) and len(names) != 1:
         raise InputError("--repeat and --atheris take one TARGET")
     if options.child:
@@ -147,8 +170,14 @@ def run(options: argparse.Namespace) -> int:
             with fuzzer:
                 results.append(fuzzer.run(seconds, max(1, executions // SLOW.get(name, 1))))
             report(name, seed, results[-1])
-        status = 1 if any(result.findings for result in results) else 0
-        return max(status, report_coverage(measured)) if measured else status
+        low = 0 if measured is None else report_coverage(measured)
+    findings = sum(len(result.findings) for result in results)
+    took = sum(result.seconds for result in results)
+    print(
+        f"in all: {len(results)} targets, {sum(result.executions for result in results)} executions, seed {seed}, "
+        f"{took:.0f} seconds, findings {findings}"
+    )
+    return max(low, int(findings > 0))
 
 
 def whole(name: str, given: str) -> int:
@@ -211,7 +240,7 @@ class Fuzzer:
         self._labels: dict[str, int] = {}
         self._corpus: list[bytes] = []
         self._findings: dict[str, Found] = {}
-        self.executions = 0
+        self.executions, self.seconds = 0, 0.0  # what was tried, and how long that took
 
     def __enter__(self) -> "Fuzzer":
         return self
@@ -221,23 +250,24 @@ class Fuzzer:
 
     def run(self, seconds: float | None, executions: int) -> Result:
         """Try the seeds, the corpus, then mutations, until the time or the number of executions is up."""
-        begin = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             target = new_target(self.name, Path(folder))
             first = [*target.seeds(), *stored(self.name)]
             for data in first:
                 self._try(data, kept=True)
             known = len(self._labels) + len(self._ways)
-            while (time.monotonic() - begin < seconds) if seconds is not None else (self.executions < executions):
+            while (self.seconds < seconds) if seconds is not None else (self.executions < executions):
                 newest = max(self._random.randrange(len(self._corpus)), self._random.randrange(len(self._corpus)))
                 other = self._random.choice(self._corpus)
                 self._try(target.mutate(self._random, self._corpus[newest], other))
         new = len(self._labels) + len(self._ways) - known
         findings = list(self._findings.values())
-        return Result(self.executions, len(self._corpus), new, findings, time.monotonic() - begin)
+        return Result(self.executions, len(self._corpus), new, findings, self.seconds)
 
     def _try(self, data: bytes, *, kept: bool = False) -> None:
+        begin = time.monotonic()
         reply = self._child.attempt(data)
+        self.seconds += min(time.monotonic() - begin, LONGEST_INPUT)
         self.executions += 1
         if reply.kind == "finding":
             self._save(data, reply.text)
@@ -304,8 +334,10 @@ def new_target(name: str, folder: Path) -> Any:
     from fuzzing.calls import CallsTarget
     from fuzzing.commands import COMMANDS
     from fuzzing.files import FILES
+    from fuzzing.network import NETWORK
+    from fuzzing.programs import PROGRAMS
 
-    return next(target for target in (*FILES, *COMMANDS, CallsTarget) if target.name == name)(folder)
+    return next(target for target in (*FILES, *COMMANDS, *PROGRAMS, *NETWORK, CallsTarget) if target.name == name)(folder)
 
 
 # ------------------------------------------------------------------------------------------------ the child process
@@ -375,12 +407,14 @@ class Child:
         """A line from the child; what there is of it if the child ends, None if the time is up."""
         assert self._process is not None
         assert self._process.stdout is not None
-        line, end = b"", time.monotonic() + limit
+        line, left = b"", limit
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
-                if not selector.select(max(0, end - time.monotonic())):
-                    return None
+                while not selector.select(1):  # seconds are counted one by one: a machine that is stopped meanwhile adds one
+                    left -= 1
+                    if left <= 0:
+                        return None
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not piece:
                     return b""
@@ -525,19 +559,43 @@ def start_coverage() -> Any:
 
 
 def report_coverage(path: Path) -> int:
-    """Print how much of each reader was reached; return 1 if that is too little."""
-    coverage = importlib.import_module("coverage")
-    measurement = coverage.Coverage(data_file=str(path), branch=True, source=[str(ROOT / "pygpt")], config_file=False)
-    measurement.combine([str(path.parent)])
-    files = [str(ROOT / "pygpt" / f"{name}.py") for name in READERS if (ROOT / "pygpt" / f"{name}.py").exists()]
-    measurement.report(include=files, show_missing=True, skip_empty=True)
-    low = [name for name in files if measurement.report(include=[name], file=io.StringIO()) < ENOUGH]
+    """Print which share of each reader's branches was taken, by the fuzzer alone and with the readers' tests; return 1 if one
+    of the latter is too little. A branch is what coverage.py calls so: a line that has more than one line to follow it, and one
+    of those."""
+    fuzzed = measured_branches(path, [path.parent])
+    tests = [str(ROOT / "tests" / f"{name}.py") for name in READERS_TESTS]
+    environment = {**os.environ, "COVERAGE_FILE": str(path.parent / "coverage.tests")}
+    measured = ["-m", "coverage", "run", "--branch", f"--source={ROOT / 'pygpt'}"]
+    command = [sys.executable, *measured, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
+    together = measured_branches(path, [path.parent])
+    print(f"{'reader':18} {'branches':>8} {'by the fuzzer':>14} {'with its tests':>14}  not taken")
+    low = []
+    for name in READERS:
+        (alone, _), (both, missing) = fuzzed[name], together[name]
+        shares = [100 * taken / max(1, of) for taken, of in (alone, both)]
+        print(f"{name:18} {both[1]:8} {shares[0]:12.1f} % {shares[1]:12.1f} %  {missing}")
+        low += [name] if shares[1] < ENOUGH else []
     for name in low:
-        say(f"error: {name}: below {ENOUGH} % of lines and branches")
+        say(f"error: {name}: below {ENOUGH} % of its branches")
     return 1 if low else 0
 
 
-def run_atheris(name: str, seconds: int | None, executions: int, seed: int) -> NoReturn:
+def measured_branches(path: Path, folders: list[Path]) -> dict[str, tuple[tuple[int, int], str]]:
+    """By reader: how many branches were taken, of how many, and the others as LINE->LINE (-: a function's end)."""
+    coverage = importlib.import_module("coverage")
+    measurement = coverage.Coverage(data_file=str(path), branch=True, source=[str(ROOT / "pygpt")], config_file=False)
+    measurement.combine([str(folder) for folder in folders], keep=True)
+    report = path.with_name("report.json")
+    measurement.json_report(outfile=str(report))
+    found = {}
+    for file, entry in json.loads(report.read_bytes())["files"].items():
+        missing = " ".join(f"{a}->{b if b > 0 else '-'}" for a, b in entry["missing_branches"])
+        found[Path(file).stem] = (entry["summary"]["covered_branches"], entry["summary"]["num_branches"]), missing
+    return found
+
+
+def run_atheris(name: str, seconds: float | None, executions: int, seed: int) -> NoReturn:
     """Let libFuzzer call a target, its own mutations and ours. Ends the process."""
     try:
         atheris = importlib.import_module("atheris")
@@ -565,7 +623,7 @@ def run_atheris(name: str, seconds: int | None, executions: int, seed: int) -> N
     corpus.mkdir()
     for i, data in enumerate([*target.seeds(), *stored(name)]):
         (corpus / str(i)).write_bytes(data)
-    end = f"-runs={executions}" if seconds is None else f"-max_total_time={seconds}"
+    end = f"-runs={executions}" if seconds is None else f"-max_total_time={seconds:.0f}"
     atheris.Setup([sys.argv[0], end, f"-seed={seed}", "-max_len=131072", str(corpus)], try_one, custom_mutator=mutate)
     atheris.Fuzz()
     raise AssertionError("libFuzzer has returned")

@@ -216,6 +216,8 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             job, settings, changes = resumed(given, state)
             config, init = state.config, None
             output = Output.named(options.out) if options.out else Output.beside(options.resume)
+            if job.plot is not None and "plot" not in given:
+                check_pictures(report.pictures(job.plot), state)
         prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
         train, validation = open_data(job, config.V)
         engine = make_engine(config, init, job, options.threads)
@@ -237,6 +239,13 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             report.draw(names, log.entries)
             say(f"wrote {' and '.join(names)}")
     return None
+
+
+def check_pictures(paths: list[str], state: TrainingState) -> None:
+    """Refuse to replace what a state says is its run's picture, unless it is beside it: anybody may have made the state."""
+    for path in paths:
+        if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
+            raise InputError(f"{path}: it exists already, and the state names it as the picture of its run: give --plot again")
 
 
 def beginning(given: dict[str, Any]) -> tuple[Config, str]:

@@ -5,6 +5,7 @@ A second account is kept of what is in each cache. A call that is refused must h
 cache must give the very logits that its tokens have without one.
 """
 
+import math
 from random import Random
 from typing import Any
 
@@ -12,22 +13,34 @@ import numpy as np
 
 from pygpt import (
     GPT2,
+    Checkpoint,
     Config,
     DataLoader,
+    DebugState,
+    Example,
     PyGPTError,
     StreamDecoder,
     Tokenizer,
     TrainableGPT2,
+    TrainingOptions,
     encode_text,
+    open_state,
+    read_debug_state,
+    read_examples,
     split,
     write_checkpoint,
+    write_debug_state,
+    write_examples,
     write_tokenizer,
     write_tokens,
 )
 from pygpt.logprobs import TokenInfo
+from pygpt.safetensors_file import SafetensorsFile, write_safetensors
+from pygpt.state import Progress, write_state
 
 from .files import SMALL, weights
 from .mutate import dump, mutate_json
+from .reference import Floats
 from .target import Finding, Target, load_json, same
 
 DTYPES = ("i4", "i8", "u1", "u8", "f4", "f8", "?", "O", "U", "c16", "M8[s]")
@@ -69,6 +82,14 @@ def value_of(value: Any) -> Any:
     return {name: value_of(one) for name, one in value.items()}
 
 
+def zeros(shape: Any) -> Floats | None:
+    """An array of a sane shape."""
+    sizes: list[Any] = shape if isinstance(shape, list) else [None]
+    if all(type(size) is int and 0 <= size <= 200 for size in sizes) and 0 <= len(sizes) <= 4 and math.prod(sizes) < 1 << 16:
+        return np.zeros(sizes, np.float32)
+    return None
+
+
 class CallsTarget(Target):
     """GPT2, its caches, TrainableGPT2, DataLoader, Tokenizer, and the writers, called with all sorts of things."""
 
@@ -78,7 +99,7 @@ class CallsTarget(Target):
     def open(self) -> None:
         """Load the same model three times."""
         folder = self.folder
-        path = folder.with_name(folder.name + ".bin")
+        path = self.path = folder.with_name(folder.name + ".bin")
         write_checkpoint(path, SMALL, weights(SMALL))
         self.model = GPT2.load(path, threads=2)
         self.other = GPT2.load(path, threads=1)
@@ -121,6 +142,35 @@ class CallsTarget(Target):
             [["decode_ids", [31373, 612]], ["encode_text", ["a b", "c"], "paragraph"], ["write_tokens", [1, 2]]],
             [["write_tokenizer", [{"bytes": "a"}], 0], ["capacity", 4], ["threads", 2], ["foreign", 1]],
             [["loader", {"bytes": "x"}, 1, 2, {}], ["loader", ["a", "b"], 1, 2, {}], ["loader", "*.bin", 1, 2, {}]],
+            [
+                ["loader", [], 1, 2, {}],
+                ["loader", [1, 2, 3], 1, 1, {"V": 0}],
+                ["loader", [1, 2, 3], 1, 1, {"shuffle_seed": -1}],
+            ],
+            [["split", [1, 2], {}], ["split", [1, 2], {"val_tokens": 2}], ["split", [1, 2], {"val_fraction": 1}]],
+            [["shards", 3, 9, {"batch": 4, "shard": 0}], ["shards", 3, 9, {"epoch": 2, "shard": 1}], ["changed", 5]],
+            [["write_tokens", []], ["write_tokens", [65536]], ["write_tokenizer", [{"bytes": "x"}], 1]],
+            [["checkpoint", 3, "wte", [130, 2]], ["checkpoint", 4, "wte", [130, 2]], ["checkpoint", 5, "x", [1]]],
+            [
+                ["checkpoint", 1, "ln1w", [3, 2]],
+                ["checkpoint", 3, "lnfw", [1]],
+                ["tensor", "wte", False],
+                ["tensor", "x", True],
+            ],
+            [["write_debug_state", 1, 2, "ln1w", [2, 2]], ["write_debug_state", 1, 2, "x", [1]]],
+            [["write_debug_state", 1, 2, "wte", [1]], ["write_debug_state", 1, 9, "", []]],
+            [["write_examples", [[0, [1], [[1], [2], [3], [4]]]]], ["write_examples", []], ["write_examples", [[4, [1], []]]]],
+            [["write_examples", [[0, [1] * 40, [[1], [2], [3], [4], [5]]]]], ["write_safetensors", [2, 3], 6]],
+            [
+                ["write_safetensors", [2], 3],
+                ["write_state", 1, {"a": 1}, 1],
+                ["write_state", 1, {}, 2],
+                ["write_state", 1, {}, 0],
+            ],
+            [["encode", "a<|endoftext|>b", True], ["encode", "a", False], ["foreign_prefix", [1]]],
+            [["generate", [1], {"stop_strings": 5}], ["generate", [1], {"stop_strings": ["a"]}]],
+            [["write_onto", [1]], ["generate", [1], {"stop_strings": [""]}], ["write_tokenizer", [{"bytes": "x" * 256}], 0]],
+            [["generate", [1], {"stop_strings": [5]}], ["generate", [1], {"stop_token_ids": "x", "total": 4}]],
         ]
         return [dump(program) for program in programs]
 
@@ -357,10 +407,117 @@ class CallsTarget(Target):
         """write_tokens."""
         write_tokens(self.folder / "tokens.bin", tokens)
 
+    def do_write_onto(self, tokens: Any) -> None:
+        """write_tokens onto a folder."""
+        try:
+            write_tokens(self.folder, tokens)
+        except FileExistsError:
+            return
+        raise Finding("a folder was replaced")
+
     def do_write_tokenizer(self, tokens: Any, eot: Any) -> None:
         """write_tokenizer."""
         if isinstance(tokens, list) and all(isinstance(token, bytes) for token in tokens):
             write_tokenizer(self.folder / "tokenizer.bin", tokens, eot)
+
+    def do_checkpoint(self, version: Any, name: Any, shape: Any) -> None:
+        """write_checkpoint with one tensor of this shape, and what Checkpoint reads then."""
+        if isinstance(name, str) and (array := zeros(shape)) is not None:
+            given = {**weights(SMALL), name: array}
+            write_checkpoint(self.folder / "x.bin", SMALL, given, version=version)
+            with Checkpoint(self.folder / "x.bin", mmap=version != 3) as checkpoint:
+                same("values", checkpoint.tensor(name).tobytes(), array.tobytes())
+
+    def do_tensor(self, name: Any, closed: Any) -> None:
+        """Checkpoint.tensor, of a closed one, too."""
+        if isinstance(name, str):
+            with Checkpoint(self.path) as checkpoint:
+                if closed is True:
+                    checkpoint.close()
+                checkpoint.tensor(name)
+                checkpoint.close()
+                checkpoint.close()
+
+    def do_write_debug_state(self, B: Any, T: Any, name: Any, shape: Any) -> None:
+        """write_debug_state with one gradient of this shape."""
+        array, ids = zeros(shape), zeros([B, T])
+        if not isinstance(name, str) or array is None or ids is None:
+            return
+        tokens = ids.astype(np.int32)
+        logits = np.zeros((*tokens.shape, SMALL.V), np.float32)
+        gradients = {**weights(SMALL), **({name: array} if name else {})}
+        write_debug_state(self.folder / "x.bin", SMALL, DebugState(tokens, tokens, logits, 0.5, gradients))
+        same("inputs", read_debug_state(self.folder / "x.bin", SMALL).inputs.tolist(), tokens.tolist())
+
+    def do_write_examples(self, examples: Any) -> None:
+        """write_examples, and what is read then."""
+        if not isinstance(examples, list) or not all(isinstance(one, list) and len(one) == 3 for one in examples):
+            return
+        if not all(isinstance(endings, list) and all(isinstance(ids, list) for ids in endings) for _, _, endings in examples):
+            return
+        write_examples(self.folder / "x.bin", [Example(0, label, context, endings) for label, context, endings in examples])
+        read = read_examples(self.folder / "x.bin")
+        same("examples", [[one.label, list(one.context), [list(ids) for ids in one.endings]] for one in read], examples)
+
+    def do_write_safetensors(self, shape: Any, count: Any) -> None:
+        """write_safetensors of a tensor and so many values."""
+        array, values = zeros(shape), zeros([count])
+        if array is not None and values is not None:
+            with (self.folder / "x.safetensors").open("wb") as file:
+                write_safetensors(file, "F32", [("a", array.shape)], iter([values]))
+            with SafetensorsFile(self.folder / "x.safetensors") as found:
+                same("shape", found.stored("a").shape, array.shape)
+
+    def do_write_state(self, step: Any, job: Any, buffers: Any) -> None:
+        """write_state twice, so many buffers of the right size in it, and what is read then."""
+        if type(step) is not int or not 0 <= step < 1 << 40 or not isinstance(job, dict) or type(buffers) is not int:
+            return
+        P = SMALL.parameters(padded=True)
+        given = [np.zeros(P if 0 < buffers < 3 else 1, np.float32)] * 3
+        progress = Progress(step, TrainingOptions(), {}, {**job, **({"x": "x" * (1 << 24)} if buffers == 2 else {})})
+        try:
+            path = write_state(self.folder / "x.state", SMALL, progress, given)
+            write_state(path, SMALL, progress, given, after=path)
+            write_state(path, SMALL, progress, given, after=f"{path}.1")
+        except ValueError as error:
+            if "JSON compliant" in str(error):  # NaN, which the job's owner has put there
+                return
+            raise
+        with open_state(path)[0] as state:
+            same("step and job", (state.progress.step, state.progress.job), (step, progress.job))
+
+    def do_shards(self, first: Any, second: Any, place: Any) -> None:
+        """A loader of two files goes to a place."""
+        counts = [count for count in (first, second) if type(count) is int and 1 < count < 1000]
+        if len(counts) == 2 and isinstance(place, dict):
+            files = [self.folder / f"{i}.bin" for i in range(2)]
+            for file, count in zip(files, counts, strict=True):
+                write_tokens(file, np.arange(count, dtype=np.uint16))
+            loader = DataLoader(files, 1, 1, shuffle_seed=None if first % 2 else 5)
+            try:
+                loader.restore({**loader.state(), **place})
+            finally:
+                loader.next_batch()
+
+    def do_changed(self, count: Any) -> None:
+        """A file that another has replaced is noticed."""
+        write_tokens(self.folder / "0.bin", [1, 2, 3])
+        loader = DataLoader(self.folder / "0.bin", 1, 1)
+        if type(count) is int and 0 < count < 1000:
+            write_tokens(self.folder / "0.bin", np.zeros(count, np.uint16))
+            loader.reset()
+            same("tokens", count, 3)
+
+    def do_encode(self, text: Any, special: Any) -> None:
+        """Tokenizer.encode."""
+        if isinstance(text, str):
+            found = self.tokenizer.decode(self.tokenizer.encode(text, allow_special=special is True))
+            same("text", found, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def do_foreign_prefix(self, tokens: Any) -> None:
+        """Another model's prefix cache is refused."""
+        self.model.generate(tokens, cache=self.other.new_prefix_cache())
+        raise Finding("another model's prefix cache is accepted")
 
     def do_capacity(self, capacity: Any) -> None:
         """A cache's capacity is kept."""

@@ -1,14 +1,16 @@
-"""Targets: the commands. What they print, their exit statuses and what they leave behind are held against their promises.
+"""Targets: the package's commands. What they print, their exit statuses and what they leave behind are held against their
+promises.
 
-Most run in this process, with streams of its own: `run_main` tries some hundred command lines a second. `process` and `chat`
-start real processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes.
+They run in this process, with streams of its own: `run_main` tries some hundred command lines a second. `process` starts real
+processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes. The tools'
+command lines and the chat are in programs.py, downloads in network.py.
 """
 
+import argparse
 import io
+import json
 import os
-import pty
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pygpt import GPT2, Checkpoint, PyGPTError, write_checkpoint
-from pygpt.__main__ import build_parser, main
+from pygpt.__main__ import LINE_LIMIT, build_parser, main
 from pygpt.convert import main as convert_main
 from pygpt.huggingface import write_model
 
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STATUSES = (0, 1, 2, 130, 141)
 MOST_OUTPUT = 4000  # bytes: then the reader of stdout goes
 PATIENCE = 120  # seconds for a process, on a machine that others use, too
-LONGEST_LINE = 6000  # characters on stderr: a path may have 4,096
+LONGEST_LINE = 5100  # characters on stderr: a path may have 4,096
 
 WORDS = (
     "", "-", "--", "0", "1", "2", "3", "4", "5", "6", "10", "-1", "00", "007", "1e3", "0x10", "\uff11\uff12", "\u0663",
@@ -41,9 +43,8 @@ WORDS = (
     "=", "a" * 300, "a" * 5000, "%s", "%(prog)s", "2147483648", "9223372036854775808", "18446744073709551615",
     "18446744073709551616", "0.5", ".5", "5.", "1e-320", "1e38", "1e400", "median", "greedy", "sample", "stop", "slide",
     "<|endoftext|>", "\x1b[31m", "\u2028", "--x", "-q", "-n5", "tiny.bin", "./tiny.bin", ".", "/", "/dev/null", "nothing.bin",
-    "gpt2", "out.bin", "out/", "half.bin",
+    "gpt2", "out.bin", "out/", "half.bin", "0" * 8 + "1" * 5000, "1" + "0" * 400,
 )  # fmt: skip
-OPTIONS = [option for action in build_parser()._actions for option in action.option_strings if option != "--reference"]
 
 
 class Outcome(NamedTuple):
@@ -79,13 +80,17 @@ class Piped(io.TextIOWrapper):
         super().__init__(io.BufferedWriter(pipe, 1), "utf-8", "strict", write_through=True)
 
 
-def run_main(command: Callable[[Sequence[str]], int], argv: Sequence[str], stdin: bytes = b"") -> Outcome:
-    """Run a command's main() here, with streams of its own."""
+def run_main(
+    command: Callable[[Sequence[str]], int], argv: Sequence[str], stdin: bytes = b"", closed: Sequence[str] = ()
+) -> Outcome:
+    """Run a command's main() here, with streams of its own. closed: those of "stdin" and "stdout" that are not there."""
     before = sys.stdin, sys.stdout, sys.stderr
     pipe, err = Pipe(), io.BytesIO()
     out = Piped(pipe)
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
     sys.stdout, sys.stderr = out, io.TextIOWrapper(err, "utf-8", "backslashreplace", write_through=True)
+    for name in closed:
+        setattr(sys, name, None)
     try:
         status = command(argv)
     except SystemExit as end:
@@ -98,16 +103,18 @@ def run_main(command: Callable[[Sequence[str]], int], argv: Sequence[str], stdin
     return Outcome(status, pipe.content, errors)
 
 
-def judge(outcome: Outcome, argv: Sequence[str], *, lines: int = 1) -> None:
+def judge(outcome: Outcome, argv: Sequence[str], *, lines: int = 1, statuses: Sequence[int] = STATUSES) -> None:
     """Hold a command's status and stderr against what all commands promise."""
     status, _, err = outcome
-    if status not in STATUSES:
+    if status not in statuses:
         raise Finding(f"exit status {status} for {argv!r:.300}; stderr: {err[-2000:]}")
     found = err.splitlines()
     if len(found) > lines or "Traceback" in err or not all(line.startswith("pygpt: ") for line in found):
         raise Finding(f"stderr of {argv!r:.300} is {err[-3000:]!r}")
     if status in (1, 2) and not (found and found[-1].startswith("pygpt: error: ")):
         raise Finding(f"status {status} without an error line for {argv!r:.300}: {err!r:.300}")
+    if unprintable := [char for line in found for char in line if not char.isprintable()]:
+        raise Finding(f"stderr of {argv!r:.300} has {unprintable[0]!r} in it: {err[-2000:]!r}")
     if any(len(line) > LONGEST_LINE for line in found):
         raise Finding(f"a line of {max(map(len, found))} characters on stderr for {argv!r:.300}")
 
@@ -138,11 +145,85 @@ def _other_surrogates(text: str) -> bool:
     return re.search("[\ud800-\udc7f\udd00-\udfff]", text) is not None
 
 
-class CommandTarget(Target):
-    """`python -m pygpt TOKEN...`, in this process, over a tiny model."""
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a parser and of the parsers in it."""
+    found = [option for action in parser._actions for option in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [option for inner in action.choices.values() for option in options_of(inner)]
+    return list(dict.fromkeys(found))
+
+
+def stays(path: str) -> bool:
+    """Whether a word, as a path or an option with one, stays in the current folder."""
+    return ".." not in path and not re.search(r"(^(-\w)?|[=\s~*\[])[/~]", path)
+
+
+def closed_streams(data: bytes) -> list[str]:
+    """Which streams an input wants to be closed."""
+    found = load_json(data)
+    names = found.get("closed") if isinstance(found, dict) else None
+    return [name for name in ("stdin", "stdout") if isinstance(names, list) and name in names]
+
+
+class LineTarget(Target):
+    """A command line. `options` and `words` are what mutations put into it, `lines` what they begin from."""
+
+    batch = 300  # a reader that goes costs a descriptor
+    options: tuple[str, ...] = ()
+    words: tuple[str, ...] = WORDS
+    lines: tuple[str, ...] = ()
+
+    def seeds(self) -> list[bytes]:
+        """Every option as it is meant; and where a stream is closed."""
+        lines = [line.split() for line in self.lines]
+        closed = [{"argv": argv, "closed": [name]} for argv in (lines[0], ["--help"], ["-"]) for name in ("stdin", "stdout")]
+        return [*(dump({"argv": argv, "stdin": ""}) for argv in lines), *map(dump, closed)]
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change words, and put options in."""
+        argv, stdin = parse_input(data)
+        more, _ = parse_input(other)
+        for _ in range(random.choice((1, 1, 2, 3))):
+            argv = self.change(random, argv, more)
+        closed = {"closed": names} if (names := closed_streams(data)) else {}
+        return dump({"argv": argv[:40], "stdin": os.fsdecode(stdin), **closed})
+
+    def change(self, random: Random, argv: list[str], more: list[str]) -> list[str]:
+        """One change to a command line."""
+        at, word = random.randrange(len(argv) + 1), random.choice(self.words)
+        kind = random.randrange(7)
+        if kind <= 1:
+            return [*argv[:at], word, *argv[at:]]
+        if kind == 2:
+            return [*argv[:at], random.choice(self.options), word, *argv[at:]]
+        if kind == 3:
+            return [*argv[:at], f"{random.choice(self.options)}={word}", *argv[at:]]
+        if kind == 4:
+            return [*argv[:at], word, *argv[at + 1 :]]
+        if kind == 5:
+            return [*argv[:at], *argv[at + 1 :]]
+        return [*argv, *more[: random.randrange(4)]]
+
+
+VARIABLES = ("PYGPT_MODEL", "PYGPT_THREADS", "PYGPT_HOME", "XDG_CACHE_HOME")
+
+
+class CommandTarget(LineTarget):
+    """`python -m pygpt TOKEN...`, in this process, over a tiny model. Beside "argv" and "stdin" an input may have "env", values
+    of VARIABLES, "" for one that is not set; and "here", a model in the current folder."""
 
     name = "command"
-    batch = 300  # a reader that goes costs a descriptor
+    options = tuple(option for option in options_of(build_parser()) if option != "--reference")
+    lines = (
+        "0", "0 1 -n 3", "0 --max-new-tokens 1 -t 2", "4 --sampler greedy -n 2",
+        "1 --temp 0.8 --top-k 2 --top-p 0.5 -s 7 -n 3",
+        "1 --min-p 0.1 --repeat-penalty 1.3 --seed 1 -n 3", "1 --stop-token 2 --stop-token 3 -n 3",
+        "0 --overflow stop",
+        "0 --overflow slide -n 9", "0 -n 3 -m tiny.bin", "0 --stop x -n 3", "0 --stop-at-eot -n 3", "--help",
+        "--version",
+        "0 --reference -n 3", "0 0 0", "-", "0 -n 3 --no-mmap",
+    )  # fmt: skip
 
     def open(self) -> None:
         """Make a model; no setting of the user's counts."""
@@ -152,61 +233,68 @@ class CommandTarget(Target):
         for name in [name for name in os.environ if name.startswith("PYGPT_")]:
             del os.environ[name]
         os.environ["PYGPT_MODEL"], os.environ["PYGPT_HOME"] = str(self.model), str(folder)
+        self.usual = {name: os.environ.get(name, "") for name in VARIABLES}
 
     def seeds(self) -> list[bytes]:
-        """Every option."""
-        words = (
-            "0", "0 1 -n 3", "0 --max-new-tokens 1 -t 2", "4 --sampler greedy -n 2",
-            "1 --temp 0.8 --top-k 2 --top-p 0.5 -s 7 -n 3",
-            "1 --min-p 0.1 --repeat-penalty 1.3 --seed 1 -n 3", "1 --stop-token 2 --stop-token 3 -n 3",
-            "0 --overflow stop",
-            "0 --overflow slide -n 9", "0 -n 3 -m tiny.bin", "0 --stop x -n 3", "0 --stop-at-eot -n 3", "--help",
-            "--version",
-            "0 --reference -n 3", "0 0 0", "-",
+        """Every option, and every variable."""
+        variables: tuple[dict[str, str], ...] = (
+            {"PYGPT_THREADS": "2"}, {"PYGPT_MODEL": "tiny.bin"}, {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "."},
+            {"PYGPT_MODEL": ""},
+            {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "", "XDG_CACHE_HOME": "x"},
         )  # fmt: skip
-        return [dump({"argv": line.split(), "stdin": ""}) for line in words]
+        more = [{"argv": ["0", "-n", "3"], "env": one, "here": here} for one in variables for here in (True, False)]
+        return [*super().seeds(), *map(dump, more)]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change words, and put options in."""
-        argv, stdin = parse_input(data)
-        more, _ = parse_input(other)
-        for _ in range(random.choice((1, 1, 2, 3))):
-            at = random.randrange(len(argv) + 1)
-            kind = random.randrange(7)
-            if kind <= 1:
-                argv.insert(at, self.word(random))
-            elif kind == 2:
-                argv[at:at] = [random.choice(OPTIONS), self.word(random)]
-            elif kind == 3:
-                argv.insert(at, f"{random.choice(OPTIONS)}={self.word(random)}")
-            elif kind == 4:
-                argv[at : at + 1] = [self.word(random)]
-            elif kind == 5:
-                del argv[at : at + 1]
-            else:
-                argv += more[: random.randrange(4)]
-        return dump({"argv": argv[:40], "stdin": os.fsdecode(stdin)})
+        """Change words; now and then a variable."""
+        changed = load_json(super().mutate(random, data, other))
+        before = load_json(data)
+        assert isinstance(changed, dict)
+        if isinstance(before, dict):
+            changed |= {name: before[name] for name in ("env", "here") if name in before}
+        if random.random() < 0.15:
+            changed["env"] = {random.choice(VARIABLES): random.choice(self.words)}
+            changed["here"] = random.random() < 0.5
+        return dump(changed)
 
-    def word(self, random: Random) -> str:
-        """Something to type."""
-        return random.choice(WORDS)
+    def surroundings(self, data: bytes) -> dict[str, str]:
+        """Set the variables and make the files that an input asks for; return those variables."""
+        found = load_json(data)
+        found = found if isinstance(found, dict) else {}
+        wanted = found.get("env")
+        wanted = wanted if isinstance(wanted, dict) else {}
+        texts = {
+            name: text for name, text in wanted.items() if name in VARIABLES and isinstance(text, str) and "\0" not in text
+        }
+        for name, text in (self.usual | texts).items():
+            if _other_surrogates(text) or not text:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = text
+        model = self.model.read_bytes()
+        files = {"tiny.bin": model, "half.bin": model[:-1]}
+        if found.get("here") is True:
+            files |= {"gpt2_124M.bin": model, "gpt2.bin": model}  # as if fetched, where the cache folder is this one
+        for name, content in files.items():
+            (self.folder / name).write_bytes(content)
+        return texts
 
     def run(self, data: bytes) -> str:
         """Run the command; where the words are ids and -n alone, say first what must come of them."""
         argv, stdin = parse_input(data)
         os.chdir(self.folder)
-        (self.folder / "tiny.bin").write_bytes(self.model.read_bytes())
-        (self.folder / "half.bin").write_bytes(self.model.read_bytes()[:-1])
-        outcome = self.start(argv, stdin)
-        judge(outcome, argv)
-        self.judge_output(outcome, argv)
-        left = sorted(os.listdir(self.folder))
-        same("files", left, ["half.bin", "tiny.bin"])
+        variables = self.surroundings(data)
+        before = sorted(os.listdir(self.folder))
+        closed = closed_streams(data)
+        outcome = self.start(argv, stdin, closed)
+        judge(outcome, argv, lines=2)  # a notice about the embedded model
+        self.judge_output(outcome, [*argv, *(["and what is not usual"] if variables or closed else [])])
+        same("files", sorted(os.listdir(self.folder)), before)
         return label_of(outcome)
 
-    def start(self, argv: list[str], stdin: bytes) -> Outcome:
+    def start(self, argv: list[str], stdin: bytes, closed: list[str]) -> Outcome:
         """Run it."""
-        return run_main(main, argv, stdin)
+        return run_main(main, argv, stdin, closed)
 
     def judge_output(self, outcome: Outcome, argv: list[str]) -> None:
         """Ids, one a line, and as many as were asked for."""
@@ -228,7 +316,7 @@ class ProcessTarget(CommandTarget):
 
     name = "process"
 
-    def start(self, argv: list[str], stdin: bytes) -> Outcome:
+    def start(self, argv: list[str], stdin: bytes, closed: list[str]) -> Outcome:
         """Run it; the reader of stdout goes after a while."""
         return run_process([sys.executable, "-m", "pygpt", *argv], stdin)
 
@@ -282,6 +370,7 @@ class ServeTarget(Target):
             b'{"tokens": [5], "overflow": "slide", "max_new_tokens": 9, "stop_strings": []}\n',
             b'\n \n{"tokens": [129], "total": 6, "stop_token_ids": 3}\n',
             b"1 2 3\n",
+            b"1 2 3\n4\0pad",
         ]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
@@ -296,9 +385,8 @@ class ServeTarget(Target):
         return b"\n".join(lines)[: 1 << 21]
 
     def run(self, data: bytes) -> str:
-        """Serve the lines, and answer them once more by the API."""
-        if len(data) > 1 << 20:
-            data = data[:100] + b" " * (len(data) - 200) + data[-100:]
+        """Serve the lines, and answer them once more by the API. "pad" after a zero makes a line as long as may be."""
+        data = data[: 1 << 20].replace(b"\0pad", b" " * LINE_LIMIT, 1)
         expected, ended = self.expect(data)
         outcome = run_main(main, ["-m", str(self.path), "-t", "2", "-"], data)
         judge(outcome, ["-"])
@@ -319,7 +407,7 @@ class ServeTarget(Target):
         expected: list[list[int] | int] = []
         for line in io.BytesIO(data):
             request = self.understand(line.strip())
-            if request is None:
+            if request is None or len(line) > LINE_LIMIT:
                 return expected, 2
             if not request:
                 expected.append([])
@@ -381,7 +469,49 @@ class ConvertTarget(Target):
         files = found[2]
         found.append({**files, "model.safetensors": self.halved(files["model.safetensors"])})
         found.append({"argv": b'["hf", "out.bin"]', "config.json": files["config.json"], "pytorch_model.bin": b"PK\x03\x04"})
+        model, single = found[0]["a.bin"], {"x.safetensors": files["model.safetensors"]}
+        lines = (
+            "a.bin a.bin", "a.bin full/", "a.bin empty/", "a.bin hf", "a.bin x.safetensors", "--version 5 a.bin out/",
+            "a.bin no/out.bin", "--heads 2 a.bin out.bin", "a.bin full/old.bin", "dir.safetensors out.bin", "full out.bin",
+            "--version 3 a.bin out.bin", "--help",
+        )  # fmt: skip
+        found += [{"argv": dump(line.split()), "a.bin": model} for line in lines]
+        whole = {name: files[name] for name in ("config.json", "model.safetensors")}
+        found += [{"argv": dump(line.split()), **whole} for line in ("--heads 2 hf x", "hf out/", "hf hf/config.json")]
+        found.append({"argv": b'["hf/x.safetensors", "out.bin"]', **single})
+        found.append({"argv": b'["a.bin", "out.bin"]', "a.bin": b"PK\x03\x04"})
+        found += [{**whole, "argv": files["argv"], "model.safetensors": file} for file in self.odd(whole["model.safetensors"])]
+        found.append({"argv": b'["hf/x.safetensors", "out.bin"]', "x.safetensors": self.of_known_size()})
+        found.append({"argv": b'["hf/x.safetensors", "out.bin"]', "x.safetensors": reference.safetensors_bytes({})})
+        found += [{"argv": dump(argv), "a.bin": model} for argv in (["a.bin", ""], ["fifo.safetensors", "out.bin"])]
+        found.append(
+            {**whole, "argv": files["argv"], "config.json": whole["config.json"].replace(b'"n_inner": null', b'"n_inner": 5')}
+        )
+        shards, index = self.sharded(whole), "model.safetensors.index.json"
+        places = json.loads(shards[index])["weight_map"]
+        fewer = dict(list(places.items())[1:])
+        for changed in ({}, fewer, {**places, "x": "model-0.safetensors"}, {**fewer, "x": "../x.safetensors"}):
+            found.append({**shards, index: dump({"weight_map": changed})})
         return [pack(files) for files in found]
+
+    def odd(self, file: bytes) -> list[bytes]:
+        """A model's tensors with one too many, too few, twice, of another shape or dtype, and with another head."""
+        tensors = reference.safetensors(file)
+        assert tensors is not None
+        name, (dtype, shape, data) = "transformer.wte.weight", tensors["transformer.wte.weight"]
+        changes: tuple[dict[str, tuple[str, tuple[int, ...], bytes]], ...] = (
+            {"x": ("F32", (1,), bytes(4))}, {"wte.weight": tensors[name]}, {name: (dtype, shape[::-1], data)},
+            {name: ("I32", shape, data)}, {"lm_head.weight": (dtype, shape, bytes(len(data)))},
+            {"lm_head.weight": ("F32", (1,), bytes(4))},
+        )  # fmt: skip
+        files = [reference.safetensors_bytes({**tensors, **change}) for change in changes]
+        return [*files, reference.safetensors_bytes({other: tensors[other] for other in tensors if other != name})]
+
+    def of_known_size(self) -> bytes:
+        """The layers and channels of GPT-2, and little else of it."""
+        zeros = bytes(4 * 768)
+        names = ("wte.weight", "wpe.weight", "h.11.ln_1.weight")
+        return reference.safetensors_bytes(dict.fromkeys(names, ("F32", (1, 768), zeros)))
 
     def sharded(self, files: dict[str, bytes]) -> dict[str, bytes]:
         """A model in two shards."""
@@ -445,9 +575,12 @@ class ConvertTarget(Target):
     def run(self, data: bytes) -> str:
         """Convert; compare the result with what another parser finds in the source."""
         files = unpack(data)
-        (self.folder / "hf").mkdir()
+        for name in ("hf", "dir.safetensors", "empty", "full"):
+            (self.folder / name).mkdir()
+        (self.folder / "full" / "old.bin").write_bytes(b"old")
+        os.mkfifo(self.folder / "fifo.safetensors")
         argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
-        argv = [word for word in argv if ".." not in word and not os.path.isabs(word)]
+        argv = [word for word in argv if stays(word)]
         for name, content in files.items():
             (self.folder / ("" if name == "a.bin" else "hf") / name.replace("..", "_")).write_bytes(content)
         os.chdir(self.folder)
@@ -528,104 +661,4 @@ def _equal(source: reference.Floats | None, found: reference.Floats, bf16: bool)
     return np.array_equal(source[~nan].view("<u4"), found[~nan].view("<u4"))
 
 
-# ------------------------------------------------------------------------------------------------ chat
-
-# What people type: texts, and whatever else the chat may come to understand.
-TYPED = (
-    "", " ", "Ladies and", "é", "\udcff\udcfe", "中文 🙂", "<|endoftext|>", "/", "//", "/help", "/quit", "/reset", "/n 3",
-    "/temp x", "/seed 1", "/nothing", "/model x", "/save x", "/load x", "/" + "x" * 300, "\t", "\x1b[A", "a" * 900,
-    "word " * 300, "--", "-n", "\\",
-)  # fmt: skip
-CHAT_OPTIONS = ("-n", "--new", "-m", "--model", "-t", "--threads", "--sampler", "-h", "--help", "--")
-
-
-class ChatTarget(Target):
-    """chat.py as a process: words, a piped text, or lines typed on a terminal.
-
-    Inputs are {"argv": [words], "stdin": text, "typed": [lines]}; where there is "typed", "stdin" does not count. What the chat
-    learns to understand goes into TYPED and CHAT_OPTIONS.
-    """
-
-    name = "chat"
-    batch = 50
-
-    def seeds(self) -> list[bytes]:
-        """The three ways to use it."""
-        argvs: tuple[dict[str, Any], ...] = (
-            {"argv": ["-n", "2", "Ladies", "and"]},
-            {"argv": ["-n2", "-t1", "--sampler=greedy"], "stdin": "Ladies and\n"},
-            {"argv": ["-n", "1", "-t1"], "typed": ["Ladies and", "/help", "x"]},
-        )
-        return [dump(one) for one in argvs]
-
-    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change words and lines."""
-        found, more = load_json(data), load_json(other)
-        if not isinstance(found, dict) or not isinstance(more, dict):
-            return other
-        for _ in range(random.choice((1, 2, 3))):
-            kind = random.randrange(6)
-            lines = [line for line in found.get("typed") or [] if isinstance(line, str)]
-            argv = [word for word in found.get("argv") or [] if isinstance(word, str)]
-            at = random.randrange(len(argv) + 1)
-            if kind <= 2 and "typed" in found:
-                lines.insert(random.randrange(len(lines) + 1), random.choice(TYPED))
-                found["typed"] = lines[:6]
-            elif kind == 3:
-                argv[at:at] = [random.choice(CHAT_OPTIONS), random.choice((*WORDS[:8], *WORDS, *TYPED))]
-            elif kind == 4:
-                argv[at : at + 1] = [random.choice((*WORDS, *TYPED))]
-            elif "stdin" in found:
-                found["stdin"] = "".join(random.choice(TYPED) for _ in range(random.randrange(4)))
-            else:
-                found = {**more, "argv": argv}
-            found["argv"] = argv
-        return dump(found)
-
-    def run(self, data: bytes) -> str:
-        """Start it; stdout has the reply, stderr no traceback."""
-        found = load_json(data)
-        argv, stdin = parse_input(data)
-        typed = found.get("typed") if isinstance(found, dict) else None
-        limited = ["-n2", *argv] if not any(word.startswith(("-n", "--new", "-h", "--help")) for word in argv) else argv
-        command = [sys.executable, str(ROOT / "chat.py"), *limited]
-        os.chdir(self.folder)
-        if isinstance(typed, list):
-            lines = "".join(f"{line}\n" for line in typed if isinstance(line, str) and not _other_surrogates(line))
-            status, _, err = run_on_terminal(command, lines.encode("utf-8", "surrogateescape"))
-        else:
-            status, _, err = run_process(command, stdin)
-        if status not in STATUSES or "Traceback" in err:
-            raise Finding(f"chat.py {limited!r:.300} ends with status {status}; stderr: {err[-3000:]}")
-        errors = [line for line in err.replace("Text: ", "").splitlines() if "error" in line]
-        if status in (1, 2) and len(errors) != 1:
-            raise Finding(f"chat.py {limited!r:.300}: status {status} and not one line of error: {err[-3000:]!r}")
-        return f"status {status} {' '.join(skeleton(line) for line in errors)}"
-
-
-def run_on_terminal(command: list[str], typed: bytes) -> Outcome:
-    """Run a program whose stdin is a terminal, type, then Ctrl-D."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "TERM": "dumb"}
-    try:
-        with subprocess.Popen(
-            command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, start_new_session=True
-        ) as process:
-            os.close(theirs)
-            os.set_blocking(ours, False)
-            for line in [*typed[:3000].split(b"\n"), b"\x04", b"\x04"]:
-                with suppress(BlockingIOError, OSError):
-                    os.write(
-                        ours, line.replace(b"\x03", b"").replace(b"\x1c", b"")[:1000] + (b"" if line == b"\x04" else b"\n")
-                    )
-            try:
-                out, err = process.communicate(timeout=PATIENCE)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-            return Outcome(process.returncode, out, err.decode("utf-8", "replace"))
-    finally:
-        os.close(ours)
-
-
-COMMANDS = (CommandTarget, ServeTarget, ConvertTarget, ProcessTarget, ChatTarget)
+COMMANDS = (CommandTarget, ServeTarget, ConvertTarget, ProcessTarget)

@@ -316,7 +316,10 @@ class ExamplesTarget(FileTarget):
         """One example, and three."""
         one = Example(0, 3, [5], [[1], [2], [3], [50256]])
         more = [Example(i, i, [7, 8, 9], [[1, 2], [3], [4] * 5, [6]]) for i in range(3)]
-        return [written(self.scratch, write_examples, examples) for examples in ([one], more)]
+        sound, other = (written(self.scratch, write_examples, examples) for examples in ([one], more))
+        size, longest = struct.unpack_from("<H", sound, 1026)[0] + 2, struct.unpack_from("<i", sound, 12)[0] + 2
+        surplus = put(put(sound, 1026, struct.pack("<H", size)), 12, struct.pack("<i", longest)) + bytes(2)
+        return [sound, other, put(sound, 1030, b"\7"), surplus]
 
     def read(self, path: Path, data: bytes) -> str:
         """Compare every example, write them again."""

@@ -9,7 +9,7 @@ from typing import Any
 MOST_BYTES = 1 << 17
 BOUNDARIES = (0, 1, -1, 2, 3, 4, 5, 127, 128, 255, 256, 1023, 1024, 65535, 65536, 1 << 20, (1 << 24) + 1, 1 << 30)
 INT32 = (*BOUNDARIES, 46341, 2**31 - 1, 2**31 - 128, -(2**31), -128, -65536)
-UINT64 = (0, 1, 7, 8, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8, 100_000_000, 100_000_001)
+UINT64 = (0, 1, 7, 8, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8, 4 << 20, (4 << 20) + 1)
 
 # Leaves for JSON. Integers of more than 4,300 digits are beyond what Python reads, and so beyond JSON.
 LEAVES: tuple[Any, ...] = (

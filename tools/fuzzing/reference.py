@@ -90,7 +90,7 @@ def tokenizer(data: bytes) -> tuple[list[bytes], int] | None:
         if (V, eot) != (50257, 0):
             return None
         eot = 50256
-    if not 0 <= eot < V:
+    if not 0 <= eot < V <= 1 << 20:
         return None
     tokens, rest = [], memoryview(data)[HEADER:]
     while len(rest):
@@ -167,6 +167,19 @@ def state(data: bytes) -> tuple[Shape, bytes, bytes] | None:
     return shape, data[HEADER : HEADER + size], data[HEADER + size : -32]
 
 
+def state_bytes(shape: Shape, progress: object) -> bytes:
+    """A training state of zeros that says this of its progress."""
+    try:
+        text = json.dumps(progress).encode()
+    except (ValueError, RecursionError):
+        text = b"null"
+    text += b" " * (-len(text) % 64)
+    fields = [20261122, 1, *(shape[name] for name in ("maxT", "V", "L", "NH", "C", "Vp")), len(text)]
+    data = struct.pack("<256i", *fields, *[0] * (256 - len(fields))) + text
+    data += bytes(12 * sum(tensor_sizes(shape, shape["Vp"]).values()))
+    return data + hashlib.sha256(data).digest()
+
+
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
@@ -202,7 +215,7 @@ def safetensors(data: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | 
     if len(data) < 8:
         return None
     size = int.from_bytes(data[:8], "little")
-    if size > 100_000_000 or 8 + size > len(data) or data[8:9] != b"{":
+    if size > 4 << 20 or 8 + size > len(data) or data[8:9] != b"{":
         return None
     header, body = strict_json(data[8 : 8 + size]), data[8 + size :]
     if header is None:

@@ -85,11 +85,21 @@ class Job:
             name, value = field.name, getattr(self, field.name)
             if not isinstance(value, field.type):  # type: ignore[arg-type]  # the annotations are types, not strings
                 raise TypeError(f"{name} is {shown(value)}")
+            if isinstance(value, str) and not is_name(value):
+                raise InputError(f"{flag(name)} is {shown(value)}: it must be a name")
             low, high = WHOLE.get(name, (0, 0))
             if name in WHOLE and value is not None and not is_whole(value, low, high):
                 raise InputError(f"{flag(name)} is {shown(value)}: it must be a whole number from {low} to {high}")
         if self.version not in VALUE_BYTES:
             raise InputError(f"--version is {self.version}: it must be 3 (float32) or 5 (bfloat16)")
+
+
+def is_name(text: str) -> bool:
+    """Whether a file can be called so."""
+    try:
+        return text != "" and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 JOB = {field.name for field in dataclasses.fields(Job)}

@@ -11,6 +11,7 @@ from progress import Progress
 from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
 from pygpt.checkpoint import atomic_file
 
+BEGIN = b'{"step": '  # of a line of the log
 PICTURES = (".svg", ".png", ".pdf")
 TRAINING = {"color": "#4292c6", "lw": 1.2}
 VALIDATION = {"color": "#cb181d", "lw": 1.2, "marker": "o", "ms": 4}
@@ -99,7 +100,7 @@ def earlier(path: str, done: int | None) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and BEGIN.startswith(line[: len(BEGIN)]):
                 return
             try:
                 entry = json.loads(line)

@@ -1,0 +1,243 @@
+"""Target: downloads from a server in this process that answers with any bytes. No other host is ever asked.
+
+An input is several files: the words, the server's answers in their order as the bytes of HTTP, and what an earlier download
+may have left. In words and answers @/ stands for the server's address, and %/ for the same one by another name.
+"""
+
+import hashlib
+import os
+import socket
+import ssl
+import threading
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+from pygpt import Checkpoint, download, write_checkpoint
+from pygpt.huggingface import write_model
+
+from . import reference
+from .commands import WORDS, LineTarget, judge, label_of, options_of, parse_input, run_main, stays
+from .files import TINY, weights
+from .mutate import dump, mutate_bytes, mutate_json_text
+from .target import Finding, pack, same, unpack
+
+BIN, FOLDER = "/m/a.bin", "/m/model.safetensors"
+RETRIES = 40  # lines on stderr: one for each attempt, and the error
+ANSWERS = [str(i) for i in range(4)]
+HEADERS = (
+    b"Content-Length: 5", b"Content-Length: -1", b"Content-Length: 99999999999999999999", b"Content-Length: x",
+    b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Location: @/m/a.bin", b"Location: %/m/a.bin",
+    b"Location: file:///etc/passwd",
+    b"Location: http://[", b"Location: //", b"Location: ftp://x/", b"Location: \x1b[31m", b"Retry-After: 0",
+    b"Retry-After: 1e9", b"Retry-After: Fri, 31 Dec 9999 23:59:59 GMT", b"Retry-After: Fri, 99 Foo 0000", b'ETag: "x"',
+    b'ETag: W/"x"', b"ETag: \xff", b"ETag: a\r\n b", b"Content-Range: bytes 3-9/10", b"Content-Range: bytes 0-0/0",
+    b"Content-Range: bytes */5",
+    b"Content-Range: bytes 100-9999/999999", b"X-Linked-Size: 7", b"X-Linked-Etag: " + b'"' + b"0" * 64 + b'"', b"x" * 70000,
+    b": ", b"a\x00b: c",
+)  # fmt: skip
+DATES = (b"Fri, 31 Dec 9999 23:59:59 GMT", b"Fri, 99 Foo 0000", b"0", b"soon")
+STATUS_LINES = (
+    b"HTTP/1.1 200 OK", b"HTTP/1.1 206 Partial", b"HTTP/1.1 302 Found", b"HTTP/1.1 308 Moved", b"HTTP/1.1 404 Not Found",
+    b"HTTP/1.1 401 \x1b]0;x\x07", b"HTTP/1.1 416 Range", b"HTTP/1.1 429 Slow", b"HTTP/1.1 503 \x9b31m",
+    b"HTTP/1.1 100 Continue", b"HTTP/1.0 200", b"HTTP/9 200", b"HTTP/1.1 999 x", b"HTTP/1.1 204 None",
+    b"ICY 200 OK", b"", b"HTTP/1.1 -1 x",
+)  # fmt: skip
+
+
+class Server:
+    """Sends what it was told to send, one answer a connection; then nothing."""
+
+    def __init__(self) -> None:
+        self.answers: list[bytes] = []
+        self.leaked = False  # whether the token came to the other name
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                request = b""
+                while b"\r\n\r\n" not in request and (piece := connection.recv(1 << 16)):
+                    request += piece
+                if b"Host: localhost" in request and b"Authorization" in request:
+                    self.leaked = True
+                connection.sendall(self.answers.pop(0) if self.answers else b"")
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 16):
+                    pass
+
+    def close(self) -> None:
+        """End it."""
+        self._socket.close()
+
+
+def answer(body: bytes, *headers: bytes, status: bytes = b"HTTP/1.1 200 OK") -> bytes:
+    """An answer as bytes."""
+    lines = [status, *headers, b"Content-Length: %d" % len(body), b"Connection: close"]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+class DownloadTarget(LineTarget):
+    """`python -m pygpt.download`."""
+
+    name = "download"
+    options = tuple(options_of(download.build_parser()))
+    words = (*WORDS, "@/m/a.bin", "@/m/model.safetensors", "@", "@/x.bin?a=b#c", "http://", "https://x/..bin", "ftp://x/a.bin",
+             "http://u:p@x/a.bin", "@/pytorch_model.bin", "file:///etc/passwd", "http://[::1", "@/m/%2e%2e%2f.bin", "gpt2-xl",
+             "gpt2_124M", "5", "1", "two-words", "https://cert/a.bin", "https://nowhere/a.bin")  # fmt: skip
+
+    def open(self) -> None:
+        """Start the server; no waiting, no other host, no setting of the user's."""
+        self.server = Server()
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy") or name.startswith(("HF_", "PYGPT_")):
+                del os.environ[name]
+        self.url = f"http://127.0.0.1:{self.server.port}"
+        os.environ |= {"HF_ENDPOINT": self.url, "HF_TOKEN": "secret", "PYGPT_HOME": str(self.folder), "no_proxy": "*"}
+        vars(download)["sleep"] = lambda _: None
+        connect = socket.create_connection
+
+        def only_here(address: Any, *arguments: Any, **options: Any) -> socket.socket:
+            if address[0] == "cert":
+                raise ssl.SSLCertVerificationError("this certificate is nobody's")
+            if address not in (("127.0.0.1", self.server.port), ("localhost", self.server.port)):
+                raise socket.gaierror(f"{address[0]} is not this fuzzer's server")
+            return connect(("127.0.0.1", self.server.port), *arguments, **options)
+
+        socket.create_connection = only_here
+
+    def close(self) -> None:
+        """Stop the server."""
+        self.server.close()
+
+    def seeds(self) -> list[bytes]:
+        """Files that arrive whole, in parts, moved, late, damaged; names and addresses."""
+        path = self.folder / "a.bin"
+        write_checkpoint(path, TINY, weights(TINY))
+        model = path.read_bytes()
+        with Checkpoint(path) as checkpoint:
+            write_model(str(self.folder / "hf"), checkpoint)
+        config, tensors = ((self.folder / "hf" / name).read_bytes() for name in ("config.json", "model.safetensors"))
+        digest, half = hashlib.sha256(model).hexdigest().encode(), len(model) // 2
+        rest = b"Content-Range: bytes %d-%d/%d" % (half, len(model) - 1, len(model))
+        facts = {"url": f"@{BIN}", "size": len(model), "validator": '"x"', "sha256": None}
+        whole, tag = answer(model), b'ETag: "x"'
+        words = ("https://cert/a.bin", "https://nowhere/a.bin", "@/pytorch_model.bin", "@/x.pt", "x:/y")
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+        known = {"a.bin.part": model[:half], "a.bin.part.json": dump(facts)}
+        all_there = {"a.bin.part": model, "a.bin.part.json": dump(facts)}
+        second = answer(model[half:], rest, tag, status=b"HTTP/1.1 206 Partial")
+        moved = answer(b"", b"Location: @/x", status=b"HTTP/1.1 302 Found")
+        chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(model), model)
+        cases: list[tuple[list[str], list[bytes], dict[str, bytes]]] = [
+            ([f"@{BIN}"], [whole], {}),
+            ([f"@{BIN}", "--version", "5"], [answer(model, b"X-Linked-Etag: " + digest)], {}),
+            ([f"@{BIN}", "-o", "x.bin"], [answer(model, b'ETag: "' + digest + b'"')], {}),
+            ([f"@{BIN}"], [chunked + b"\r\n" + chunks], {}),
+            ([f"@{BIN}"], [b"HTTP/1.0 200 OK\r\n\r\n" + model], {}),
+            ([f"@{BIN}"], [second], known),
+            ([f"@{BIN}"], [answer(model, tag)[: -len(model) + half], second], {}),
+            ([f"@{BIN}"], [moved, whole], {}),
+            ([f"@{BIN}"], [answer(b"", b"Retry-After: 3", status=b"HTTP/1.1 503 Busy"), whole], {}),
+            ([f"@{BIN}"], [answer(b"", status=b"HTTP/1.1 404 None")], {}),
+            ([f"@{BIN}"], [answer(b"", status=b"HTTP/1.1 416 Range"), whole], all_there),
+            ([f"@{BIN}"], [answer(model, b"Content-Encoding: gzip")], {}),
+            ([f"@{FOLDER}"], [answer(config), answer(tensors)], {}),
+            ([f"@{FOLDER}", "--version", "1"], [answer(config)[:-9], answer(config), answer(tensors, tag)], {}),
+            (["gpt2"], [answer(config), answer(tensors)], {}),
+            (["gpt2_124M"], [whole], {}),
+            ([f"@{BIN}"], [], {"a.bin": model}),
+            ([f"@{BIN}", "--version", "5"], [], {"a.bin": model}),
+            ([f"@{BIN}"], [answer(b"", b"Location: %/m/a.bin", status=b"HTTP/1.1 307 Moved"), whole], {}),
+            ([f"@{BIN}"], [answer(b"", b"Location: ftp://x/a.bin", status=b"HTTP/1.1 302 Moved")], {}),
+            ([f"@{BIN}"], [answer(model, b"X-Linked-Size: 7")], {}),
+            ([f"@{BIN}"], [whole], {"a.bin.part": model[:half]}),
+            ([f"@{BIN}"], [answer(model, tag)[: -len(model) + half]], {}),
+            ([f"@{BIN}"], [chunked + b"\r\n" + chunks[:-90]], {}),
+            ([f"@{BIN}"], [chunked.replace(b"200", b"206") + rest + b"\r\n\r\n" + chunks], known),
+            ([f"@{BIN}"], [answer(b"", b"Retry-After: " + date, status=b"HTTP/1.1 429 Slow") for date in DATES], {}),
+            *(([word], [], {}) for word in words),
+            *(([f"@{BIN}", "-o", word], [whole], {}) for word in ("x/", "no/x.bin", "there.bin", "two-words")),
+            (["--help"], [], {}),
+        ]  # fmt: skip
+        return [
+            pack({"argv": dump(argv), **dict(zip(ANSWERS, answers, strict=False)), **files}) for argv, answers, files in cases
+        ]
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change an answer's status, headers or body, the words, or what was left."""
+        files, others = unpack(data), unpack(other)
+        if not files:
+            return other
+        name = random.choice(sorted(files))
+        content, like = files[name], others.get(name, b"")
+        if random.random() < 0.1 and others:
+            name = random.choice(sorted(others))
+            files[name] = others[name]
+        elif random.random() < 0.05:
+            del files[name]
+        elif name == "argv":
+            argv = self.change(random, *(parse_input(b'{"argv": ' + (one or b"[]") + b"}")[0] for one in (content, like)))
+            files[name] = dump(argv[:12])
+        elif name.endswith(".json"):
+            files[name] = mutate_json_text(random, content, like)
+        elif name in ANSWERS and random.random() < 0.7:
+            files[name] = self.altered(random, content)
+        else:
+            files[name] = mutate_bytes(random, content, like, fields=0)
+        return pack(files)
+
+    def altered(self, random: Random, content: bytes) -> bytes:
+        """An answer with another status line or header."""
+        head, gap, body = content.partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        at = random.randrange(len(lines))
+        kind = random.randrange(4)
+        if kind == 0:
+            lines[0] = random.choice(STATUS_LINES)
+        elif kind == 1:
+            lines.insert(at + 1, random.choice(HEADERS))
+        elif kind == 2 and at:
+            lines[at] = random.choice(HEADERS)
+        else:
+            del lines[at]
+        return b"\r\n".join(lines) + gap + body
+
+    def placed(self, content: bytes) -> bytes:
+        """An input's bytes with the server's address in them, and the same by another name, to which no token may go."""
+        return content.replace(b"@/", self.url.encode() + b"/").replace(b"%/", b"http://localhost:%d/" % self.server.port)
+
+    def run(self, data: bytes) -> str:
+        """Fetch; what has the model's name afterwards is whole, and nothing else is there than what was kept of it."""
+        files = unpack(data)
+        argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
+        argv = [word.replace("@", self.url, 1) if word.startswith("@") else word for word in argv]
+        argv = [word for word in argv if stays(word)]
+        self.server.answers = [self.placed(files.pop(name)) for name in ANSWERS if name in files]
+        os.chdir(self.folder)
+        before = {name.replace("..", "_"): self.placed(content) for name, content in files.items()} | {"there.bin": b"no model"}
+        for name, content in before.items():
+            (self.folder / name).write_bytes(content)
+        os.environ["HF_TOKEN"] = "two words" if "two-words" in argv else "secret"
+        outcome = run_main(download.main, argv)
+        judge(outcome, argv, lines=RETRIES)
+        if "secret" in outcome.err or self.server.leaked:
+            raise Finding(f"the token is shown: {outcome.err[-1000:]!r}")
+        after = {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+        made = [name for name in after if after[name] != before.get(name) and not name.endswith((".part", ".part.json"))]
+        if outcome.status != 0 or outcome.out:
+            same("files made", made, [])
+        if len(made) > 1 or any(reference.checkpoint(after[name]) is None for name in made):
+            raise Finding(f"{argv!r:.300} made {made}, which is not one sound checkpoint")
+        if outcome.status == 0 and any(f"{name}.part" in after for name in made):
+            raise Finding(f"{argv!r:.300} has left a part of {made}")
+        return label_of(outcome)
+
+
+NETWORK = (DownloadTarget,)
