@@ -495,8 +495,8 @@ cdef class TrainStep(Step):
         self.task, self.active = STREAM, self.nth
 
     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
-        """Run worker ith's share of this round, without the GIL. Worker 0's share of an update is made once, however often it is
-        called for."""
+        """Run worker ith's share of this round, without the GIL. Worker 0's share of an update is made once, however often it
+        is called for."""
         cdef Py_ssize_t start, stop
         cdef trace_worker me
         if ith >= self.active:

@@ -69,6 +69,8 @@ ELSEWHERE = {
     ". .venv/bin/activate": "so does this",
     "python -m pygpt.download": "needs a network; test_download.py brings one",
     "python tools/stress.py": "takes minutes; test_stress.py runs short forms",
+    "python tools/fuzz.py": "takes minutes; test_fuzz.py runs short forms",
+    "tools/sanitize": "compiles everything anew and takes minutes",
     "python setup.py build_ext": "compiles; tools/check does",
     "python -m pip wheel": "compiles; test_package.py does",
     "python -m cibuildwheel": "needs containers",
