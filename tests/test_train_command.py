@@ -583,6 +583,8 @@ def files() -> dict[str, bytes]:
         (["--steps", "1e3"], "'1e3'"),
         (["--lr", "2"], "lr is 2.0"),
         (["--lr", "fast"], "--lr: 'fast'"),
+        (["--lr", "1_0"], "--lr: '1_0'"),
+        (["--lr", "\u0661"], "--lr: '\u0661'"),
         (["--lr", "nan"], "nan"),
         (["--schedule", "linear"], "schedule is 'linear'"),
         (["--warmup", "41"], "warmup is 41"),

@@ -169,9 +169,11 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 def number(text: str) -> float:
     """A type for argparse: any number; whoever uses it knows the limits."""
     try:
-        return float(text)
+        if text.isascii() and "_" not in text:  # float() takes more than options should: 1_0, digits of any script
+            return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4") from None
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4")
 
 
 # ------------------------------------------------------------------------------------------------ the model's shape
