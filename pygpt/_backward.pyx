@@ -22,7 +22,7 @@ from libc.string cimport memcpy, memset
 
 from pygpt._kernels cimport (
     Floats, KeysValues, Net, Row, State, Step, Weights, adamw_numbers, barrier_reset, done, forward, meet, micro, padded, shard,
-    trace_begin, trace_worker,
+    share, trace_begin, trace_worker,
 )
 
 from ._kernels import PHASES
@@ -95,15 +95,6 @@ cdef void cross_entropy_backward(const Net* net, State* s, const Back* b, Py_ssi
         row = s.logits + r * s.logits_row
         micro.store_scaled(row, row, b.dloss / s.total[r], net.V)
         row[s.targets[r]] -= b.dloss
-
-
-cdef inline void share(
-    Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
-) noexcept nogil:
-    """shard() of n items in whole units."""
-    shard((n + unit - 1) // unit, ith, nth, start, stop)
-    start[0] = min(start[0] * unit, n)
-    stop[0] = min(stop[0] * unit, n)
 
 
 cdef void matmul_backward(

@@ -192,6 +192,9 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
 cdef const microkernels* micro      # the chosen instruction set's
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil
+cdef void share(
+    Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
+) noexcept nogil
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
 

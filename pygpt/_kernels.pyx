@@ -124,6 +124,15 @@ cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start,
     stop[0] = n * (ith + 1) // nth
 
 
+cdef void share(
+    Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
+) noexcept nogil:
+    """shard() of n items in whole units."""
+    shard((n + unit - 1) // unit, ith, nth, start, stop)
+    start[0] = min(start[0] * unit, n)
+    stop[0] = min(stop[0] * unit, n)
+
+
 cdef inline const char* at(const Net* net, const char* tensor, Py_ssize_t index) noexcept nogil:
     """The address of value `index` of a tensor."""
     return tensor + index * (2 if net.bf16 else 4)
@@ -241,8 +250,7 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
         micro.gemm(p.out + start, p.ldo, p.inp, p.ldi, p.rows, at(net, p.weight, start * p.K), p.K, stop - start, p.K, net.bf16)
         finish(net, s, p, 0, p.rows, start, stop - start)
         return 0
-    shard((p.rows + 15) // 16, me.ith, me.nth, &start, &stop)
-    start, stop = 16 * start, min(16 * stop, p.rows)
+    share(p.rows, 16, me.ith, me.nth, &start, &stop)
     if start < stop:
         micro.pack_rows(s.packed + start * padded(p.K), p.inp + start * p.ldi, p.ldi, stop - start, p.K)
     if meet(me, PACK, <int32_t> p.layer):

@@ -137,7 +137,6 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {path}")
-    sys.stdout.flush()
 
 
 def whole(name: str, given: str) -> int:
