@@ -8,11 +8,15 @@ Refuses to judge the model file and the thread count: the child does, and its on
 each is completed on its own, and there are no roles.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import io
 import json
 import os
-import re
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +30,7 @@ from typing import Any, TextIO
 from pygpt.__main__ import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
 from pygpt.checkpoint import Checkpoint, find_model
 from pygpt.child import ChildError, Command
-from pygpt.cli import HelpFormatter, Parser, one_line
+from pygpt.cli import HelpFormatter, Interrupts, Parser, for_terminal, one_line
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
 from pygpt.tokenizer import StreamDecoder, Tokenizer
@@ -446,10 +450,8 @@ def read_piped() -> str:
 
 
 def write(text: str) -> None:
-    """Write reply text, at once. To a terminal it is text only: whoever made the model does not command the terminal."""
-    if sys.stdout.isatty():
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
-    sys.stdout.write(text)
+    """Write reply text, at once."""
+    sys.stdout.write(for_terminal(text, sys.stdout))
     sys.stdout.flush()
 
 
@@ -549,7 +551,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the chat and return its exit status: 0, 1 (failure), 2 (usage), 130 (Ctrl-C), 141 (broken pipe)."""
     prepare_streams()
     try:
-        return run(parse(argv))
+        with Interrupts():
+            return run(parse(argv))
     except KeyboardInterrupt:
         abandon_stdout()
         print(file=sys.stderr)

@@ -28,7 +28,7 @@ setup(
                 include_dirs=["pygpt"],
                 extra_compile_args=FLAGS,
             ),
-            Extension("pygpt._sigbus", ["pygpt/_sigbus.pyx"], extra_compile_args=FLAGS),
+            Extension("pygpt._signals", ["pygpt/_signals.pyx"], extra_compile_args=FLAGS),
             Extension("pygpt._reference", ["pygpt/_reference.pyx"], extra_compile_args=FLAGS),
         ],
     ),

@@ -4,6 +4,11 @@ stdout carries ids and nothing else. Exit status: 0; 1 for a failure at run time
 130 after Ctrl-C; 141 when the reader of stdout has gone.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import sys
 from collections.abc import Sequence

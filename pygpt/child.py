@@ -194,11 +194,13 @@ class Command:
         self._stdin.close()
         try:
             self._child.wait(GRACE_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            self._child.kill()
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._child.kill()  # nothing, if it has ended
             self._child.wait()
-        self._stdout.close()
-        self._stderr.close()
+            self._stdout.close()
+            self._stderr.close()
 
     def __enter__(self) -> "Command":
         return self

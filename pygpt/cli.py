@@ -5,6 +5,8 @@ Exit status: 0; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C; 
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -12,7 +14,8 @@ from .errors import CheckpointError, InputError, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from types import FrameType
+    from typing import Any, NoReturn, TextIO
 
 CUT_SHORT = (
     b"pygpt: error: a file in use was cut short by another process, or its disk failed (SIGBUS): replace a file by renaming "
@@ -25,18 +28,21 @@ def status_of(job: Callable[[], object]) -> int:
     """Do a command's job; return its exit status, an exception said in one line. So is a mapped file that is cut short,
     which ends the process by its signal."""
     try:
-        explained(job)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # now, for the interpreter would fail in its own words
-    except (InputError, CheckpointError) as error:
-        return complain(error, 2)
-    except (PyGPTError, MemoryError, ImportError) as error:  # ImportError: no room to map a module, or it is not built
-        return complain(str(error) or "out of memory", 1)
+        with Interrupts():
+            explained(job)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # now, for the interpreter would fail in its own words
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # in the body of a class that was being imported
+    except (InputError, CheckpointError) as error:
+        return complain(error, 2)
+    except (PyGPTError, MemoryError) as error:
+        return complain(str(error) or "out of memory", 1)
+    except (ImportError, RuntimeError, SystemError) as error:
+        if made_of_ctrl_c(error):
             return 130
+        if isinstance(error, ImportError):  # no room to map a module, or it is not built
+            return complain(str(error) or "out of memory", 1)
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain when it flushes stdout
@@ -47,16 +53,87 @@ def status_of(job: Callable[[], object]) -> int:
     return 0
 
 
+def made_of_ctrl_c(error: BaseException | None) -> bool:
+    """Whether an exception is, or came of, a KeyboardInterrupt: compiled code makes an ImportError or a SystemError of it, the
+    body of a class a RuntimeError (before Python 3.12), another handler that raises its own exception."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+class Interrupts:
+    """In a `with` block of a command's main thread Ctrl-C raises KeyboardInterrupt, but where Python would lose it, or it would
+    break what it meets, a little later:
+
+    - when the import is over in which it came: compiled modules swallow it or make another error of it, weak references that
+      imports use print and forget it, and what is left half-imported cannot be imported again. A second one does not wait.
+    - after the finalizer (__del__, a callback of a weak reference) that it ended, where Python would print and forget it.
+
+    It waits for that as a profiler does, which costs nothing while no Ctrl-C comes. One that is ignored stays so, and a
+    handler that is not Python's own stays, too. Before a command's block, while it is imported, and after it, while the
+    interpreter ends, Ctrl-C has the system's effect: each script begins with that, and the block puts it back.
+    """
+
+    def __enter__(self) -> None:
+        self._base, self._hook, self._before = sys._getframe(1), sys.unraisablehook, signal.getsignal(signal.SIGINT)
+        self._ours = self._before == signal.SIG_DFL or self._before is signal.default_int_handler
+        try:
+            if self._ours:
+                signal.signal(signal.SIGINT, self._on_ctrl_c)
+        except ValueError:  # not the main thread, the only one that signals interrupt
+            self._ours = False
+        if self._ours:
+            sys.unraisablehook = self._on_lost
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            sys.unraisablehook = self._hook
+            signal.signal(signal.SIGINT, self._before)
+        del self._base
+
+    def _on_ctrl_c(self, _: int, frame: "FrameType | None") -> None:
+        """The signal's handler."""
+        outermost = None  # of the import's frames, if there is an import
+        while frame is not None and frame is not self._base:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                outermost = frame
+            frame = frame.f_back
+        if outermost is None or sys.getprofile() is not None:
+            raise KeyboardInterrupt
+        raise_later(lambda frame, event: frame is outermost and event == "return")
+
+    def _on_lost(self, lost: "sys.UnraisableHookArgs") -> None:
+        """Python's hook for exceptions that nobody can catch."""
+        if issubclass(lost.exc_type, KeyboardInterrupt) and sys.getprofile() is None:
+            raise_later(lambda frame, event: True)
+        else:
+            self._hook(lost)
+
+
+def raise_later(now: "Callable[[FrameType, str], bool]") -> None:
+    """Raise KeyboardInterrupt at the first event of Python's profiler (a call, a return) after the caller's end for which now()
+    says so."""
+    here = sys._getframe()
+    before = here, here.f_back
+
+    def look(frame: "FrameType", event: str, _: object) -> None:
+        if frame not in before and now(frame, event):
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(look)
+
+
 def explained(job: Callable[[], object]) -> None:
     """Do a job in which a mapped file that is cut short does not end the process without a word."""
-    from . import _sigbus  # here, so that kernels that were not built are one line, too
+    from . import _signals  # here, so that kernels that were not built are one line, too
 
-    begun = _sigbus.begin(CUT_SHORT)
+    begun = _signals.begin(CUT_SHORT)
     try:
         job()
     finally:
         if begun:
-            _sigbus.end()
+            _signals.end()
 
 
 def complain(error: object, status: int) -> int:
@@ -85,6 +162,14 @@ def one_line(text: str) -> str:
     outside, and a terminal would obey what is hidden in them."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} [...] {line[-400:]}"
+
+
+def for_terminal(text: str, stream: "TextIO | None") -> str:
+    """Text of a model or a file as `stream` may have it: exact, but on a terminal without what commands it, which is escaped;
+    newlines and tabs stay."""
+    if stream is None or not stream.isatty():
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 class Parser(argparse.ArgumentParser):

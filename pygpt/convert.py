@@ -9,6 +9,11 @@ stdout stays empty. Exit status: 0, with one line on stderr; 1 for a failure at 
 Unless it is 0 the older DST, if any, is as it was, and no half-written file is left.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import os
 import re

@@ -13,6 +13,11 @@ stdout stays empty; a progress bar is for terminals. Exit status: 0, with one li
 for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import fcntl
 import hashlib

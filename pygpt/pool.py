@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from ._signals import see_through
 from .errors import ClosedError, InputError, PyGPTError, is_whole, shown
 
 MAX_THREADS = 256
@@ -72,9 +73,9 @@ class ThreadPool:
         `alone` the caller does the whole job, as job(0, 1). As long as again() says so after a round, the workers do one
         more. If anything raises, after() is not called. If the job raises on a worker, abort() is called at once, so that
         workers which wait for the failed one inside the job can leave; every worker comes to rest; then the first exception
-        is raised here. So is what a signal handler raises in between: Ctrl-C never leaves a worker behind. If it takes the
-        place of the caller's own share, which nobody knows to have begun, abort() may do that share instead. Raises
-        ClosedError after close(), PyGPTError inside a job of this pool.
+        is raised here. So is what a signal handler raises in between, Ctrl-C before any other: it never leaves a worker
+        behind, and is never lost beside a failure. If it takes the place of the caller's own share, which nobody knows to
+        have begun, abort() may do that share instead. Raises ClosedError after close(), PyGPTError inside a job of this pool.
         """
         self._refuse_own_workers()
         with self._turn:
@@ -84,7 +85,6 @@ class ThreadPool:
                 if self._closed:
                     raise ClosedError("the model or its thread pool is closed")
                 crew = self._hire()
-                crew.settle()
                 if before is not None:
                     before()
                 if alone or self.nth == 1:
@@ -104,7 +104,6 @@ class ThreadPool:
             self._refuse_nesting()
             self._closed = True
             if self._crew is not None:
-                self._crew.settle()
                 self._crew.stop()
                 self._crew.join()
                 self._goodbye.detach()
@@ -148,11 +147,12 @@ class _Crew:
     """The threads of one pool in one process, and what they share. Does not refer to the pool, which may be forgotten.
 
     The caller may be the main thread, where a signal handler can raise between any two steps. So its side of a round is a
-    sequence of stages, each safe to enter again, which settle() walks to the end; and it waits at a plain lock, which is
+    sequence of stages, each safe to enter again, which see_through() walks to the end; and it waits at a plain lock, which is
     acquired or not, never half. The other workers are never interrupted: they wait at the Condition and the Barrier.
     """
 
-    POST, WORK, ABANDONED, GATHER, REST = range(5)  # stages of a round, for the caller
+    POST, WORK, ABANDONED, GATHER = range(4)  # stages of a round, for the caller
+    ABORTS = 100  # that the caller tries: handlers may have raised in most of them, but one that always raises is broken
 
     def __init__(self, nth: int) -> None:
         self.nth = nth
@@ -160,10 +160,11 @@ class _Crew:
         self.wake = threading.Condition(self.lock)  # a new round, or the end
         self.rounds = 0
         self.stopping = False
-        self.failure: BaseException | None = None
+        self.failure: BaseException | None = None  # the first of a round
         self.job: Job = _nothing
         self.abort: Callable[[], None] = _nothing
-        self.stage = self.REST
+        self.stage = self.GATHER
+        self.aborts = 0  # that the caller has tried in this round
         self.round = 0  # the caller's current round
         self.gathered = 0  # the last round that all other workers have finished
         self.news = threading.Lock()  # released when they have
@@ -186,29 +187,22 @@ class _Crew:
 
     def run(self, job: Job, abort: Callable[[], None]) -> None:
         """One round: every worker calls the job; the caller is worker 0."""
-        self.job, self.abort, self.failure = job, abort, None
-        interruption = self.settle(begin=True)
-        failure, self.job, self.abort, self.failure = interruption or self.failure, _nothing, _nothing, None
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure, interruption  # or their tracebacks would keep this frame alive in a cycle
-
-    def settle(self, *, begin: bool = False) -> BaseException | None:
-        """Bring the round, or a new one, to its end, whatever a signal handler raises meanwhile; return the first of that."""
-        interruption = None
-        if begin:  # from here to `try` there is no call and no jump back, where Python runs handlers: none raises past it
+        self.job, self.abort, self.aborts, self.failure = job, abort, 0, None
+        try:
+            # From here to see_through() no call and no jump back are completed: no handler raises between them.
             self.round, self.stage = self.round + 1, self.POST
-        while self.stage != self.REST:
             try:
-                self.proceed()
-            except BaseException as error:
-                interruption = interruption or error
-        return interruption
+                see_through(self.proceed)
+            except Exception as error:
+                if self.failure is None:
+                    self.failure = error
+            if self.failure is not None:
+                raise self.failure
+        finally:
+            self.job, self.abort, self.failure = _nothing, _nothing, None
 
-    def proceed(self) -> None:
-        """The caller's side of a round, from the stage that it has reached."""
+    def proceed(self) -> bool:
+        """The caller's side of a round, from the stage that it has reached. Returns True: the round is over."""
         if self.stage == self.POST:
             with self.lock:
                 self.rounds = self.round
@@ -216,14 +210,21 @@ class _Crew:
             self.stage = self.WORK
         if self.stage == self.WORK:
             self.stage = self.ABANDONED  # until the share is done
-            self.work(0)
-            self.stage = self.GATHER
+            try:
+                self.job(0, self.nth)
+            except Exception as error:
+                if self.failure is None:  # without a call or a lock: a handler could raise in them
+                    self.failure = error
+            else:
+                self.stage = self.GATHER
         if self.stage == self.ABANDONED:
-            self.abort()
+            self.aborts += 1
+            if self.aborts <= self.ABORTS:
+                self.abort()
             self.stage = self.GATHER
         while self.gathered != self.round:
             self.news.acquire()
-        self.stage = self.REST
+        return True
 
     # ---- the other workers
 
@@ -254,9 +255,8 @@ class _Crew:
         try:
             self.job(ith, self.nth)
         except BaseException as error:  # including SystemExit: it must reach the caller, not end a thread
-            with self.lock:
-                if self.failure is None:
-                    self.failure = error
+            if self.failure is None:  # nothing comes between these two: no other thread either, under Python's global lock
+                self.failure = error
             with suppress(BaseException):  # the job's failure is the one to report
                 self.abort()
 

@@ -42,6 +42,8 @@ from pygpt.cli import status_of
 ROOT = Path(pygpt.__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
 
+from stressing import signals  # noqa: E402
+from stressing.common import Tally  # noqa: E402
 from stressing.moments import moments  # noqa: E402
 
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
@@ -338,52 +340,28 @@ def test_a_chunk_that_fails_takes_the_whole_prompt_back(path: str, monkeypatch: 
         assert np.array_equal(model.prefill(cache, TOKENS[7:20]), model.logits(TOKENS[:20])[-1])
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_ctrl_c_at_every_moment_of_a_step(path: str, threads: int) -> None:
-    with GPT2.load(path, threads=threads) as model:
-        wanted = model.logits(TOKENS[:4])
-        cache = model.new_cache()
-        model.prefill(cache, TOKENS[:1])
-        count = 0
-        for came in moments(lambda: model.prefill(cache, TOKENS[1:4])):
-            count += came
-            assert cache.length == 1 or not came
-            cache.truncate(1)
-            assert np.array_equal(model.prefill(cache, TOKENS[1:4]), wanted[-1])
-            cache.truncate(1)
-        assert count > 30
+def test_ctrl_c_at_every_moment_of_a_step(model: GPT2) -> None:
+    signals.steps_at_every_moment(tally := Tally(1), model)
+    assert not tally.failures
+    assert tally.counts["every moment of a step"] > 60
 
 
-def state_of(trainer: Trainer) -> tuple[Any, ...]:
-    engine = trainer.engine
-    arrays = engine.parameters, engine.first_moments, engine.second_moments
-    return trainer.done, str(trainer.loader.state()), *(array.tobytes() for array in arrays)
+def test_ctrl_c_at_every_moment_beside_another_signal(model: GPT2) -> None:
+    """It is not lost where the other one's exception comes first, nor where that comes while it is on its way out."""
+    signals.two_signals_at_every_moment(tally := Tally(1), model)
+    assert not tally.failures
+    assert tally.counts["Ctrl-C beside another signal"] > 100
 
 
 @pytest.mark.parametrize(("engine", "threads"), [(TrainableGPT2, 1), (TrainableGPT2, 3), (SerialTrainableGPT2, 1)])
 def test_ctrl_c_at_every_moment_of_a_step_of_training(
-    tmp_path: Path, engine: "type[TrainableGPT2 | SerialTrainableGPT2]", threads: int
+    engine: "type[TrainableGPT2 | SerialTrainableGPT2]", threads: int
 ) -> None:
     """Each step was made by all workers and is counted, or by none; and the next one makes the bits that it must."""
-    state = tmp_path / "before.state"
     with engine.random(Config(maxT=16, V=50, L=1, NH=1, C=16), seed=1, threads=threads) as model:
-        loader = DataLoader(np.arange(3000) * 31 % 50, 1, 8, shuffle_seed=1)
-        trainer = Trainer(model, loader, TrainingOptions(lr=1e-2, clip=1.0))
-        trainer.step()
-        before = state_of(trainer)
-        trainer.save(state)
-        trainer.step()
-        after = state_of(trainer)
-        trainer.restore(state)
-        seen = []
-        for came in moments(trainer.step):
-            assert came
-            seen.append(state_of(trainer))
-            if seen[-1] == before:
-                trainer.step()
-                assert state_of(trainer) == after
-            trainer.restore(state)
-        assert {*seen} == {before, after}
+        signals.training_at_every_moment(tally := Tally(1), model)
+    assert not tally.failures
+    assert tally.counts["every moment of training"] > 30
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that was open is closed, with a word

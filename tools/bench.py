@@ -23,6 +23,11 @@ with one thread in the same run speed_up, hardware_speed_up, percent_of_hardware
 speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench_train.py.)
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import csv
 import json

@@ -11,6 +11,11 @@ read on white and on black, and the same files give the same bytes on every mach
 differ in every line, and so a test can hold the picture against its data.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import json
 import math

@@ -22,6 +22,11 @@ Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on s
 Sources: Hugging Face, "Perplexity of fixed-length models"; llm.c, dev/data/hellaswag.py.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import json
 import math

@@ -21,6 +21,11 @@ child process; a finding's input is saved in --output.
 Exit status: 0; 1 when there is a finding, or too little coverage; 2 for bad arguments; 130 after Ctrl-C.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import faulthandler
 import hashlib
@@ -32,7 +37,6 @@ import re
 import resource
 import selectors
 import shutil
-import signal
 import struct
 import subprocess
 import sys

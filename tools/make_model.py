@@ -22,6 +22,11 @@ says whether they are those of the package's model. Ctrl-C saves: tools/train.py
 Exit status: 0; 1 for a failure at run time, a passage found by `check` among them; 2 for bad input; 130 after Ctrl-C.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import hashlib
 import io

@@ -43,6 +43,11 @@ JSON, schema 1 (all times in ns, summed over the rounds unless they are called m
 Exit status: 0; 1 for a failure at run time; 2 for bad arguments, with one line on stderr; 130 after Ctrl-C.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import json
 import os

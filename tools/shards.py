@@ -17,6 +17,11 @@ vanishes whatever happens. Refuses to write beside older files of the same name:
 Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import glob
 import os
@@ -46,7 +51,7 @@ from pygpt import (  # noqa: E402
     split,
     write_tokens,
 )
-from pygpt.cli import HelpFormatter, Parser, check_stdout, say, status_of  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of  # noqa: E402
 
 EOT = ("document", "paragraph", "none")
 STDIN = "-"
@@ -229,10 +234,15 @@ def show(path: str, count: int) -> None:
     tokenizer = Tokenizer()
     tokens = read_tokens(path, V=tokenizer.V)
     ids = tokens[:count].tolist()
-    print(f"{path}: {len(tokens)} tokens, {os.path.getsize(path)} bytes; the first {len(ids)}:")
+    header = f"{path}: {len(tokens)} tokens, {os.path.getsize(path)} bytes; the first {len(ids)}:"
+    print(for_terminal(header, sys.stdout))
     print(*ids)
-    sys.stdout.flush()
-    sys.stdout.buffer.write(tokenizer.decode_bytes(ids) + b"\n")
+    content = tokenizer.decode_bytes(ids)
+    if sys.stdout.isatty():
+        print(for_terminal(content.decode("utf-8", "replace"), sys.stdout))
+    else:  # as they are, also where they are no text
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content + b"\n")
     sys.stdout.flush()
 
 

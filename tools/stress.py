@@ -13,8 +13,12 @@ failures and the seed. Exit status: 0; 1 when anything failed, each failure said
 Ctrl-C.
 """
 
-import argparse
 import signal
+
+if __name__ == "__main__":  # also in a shell's background job, which would ignore it, as all that it starts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +73,6 @@ def run(options: argparse.Namespace) -> int:
     from stressing import crowd, faults, load, signals
     from stressing.common import Tally
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all that they start, ignore it
     pygpt.model.MEETING_WEIGHT = 0  # the models are small: every step uses all workers nevertheless
     tally = Tally(seed, {"faults": "rounds", "signals": "runs", "load": "seconds", "crowd": "rounds"}[options.kind])
     try:

@@ -25,10 +25,14 @@ input; 130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of stdout has go
 by an error has made is saved too, unless it made a loss that is not finite and there is an earlier save.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+
 import argparse
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -33,6 +33,7 @@ from pygpt import (
     Trainer,
     TrainingOptions,
 )
+from pygpt.cli import made_of_ctrl_c
 
 from .common import OTHER, SHAPE, Tally, folder, make_model, patience
 
@@ -296,7 +297,8 @@ class Load:
                     before = cache.length
                     self.shared[version].step([(TOKENS[before], cache, True)])
                     done = before + 1
-        except Interrupted:
+        except Interrupted as error:
+            pass_on_ctrl_c(error)
             self.tally.note("interruptions")
         self.tally.check("interrupted completions", ids == wanted[: len(ids)], (version, p, o, ids))
         self.tally.check("interrupted steps", cache.length in (before, done, before + 1), (cache.length, before, done))
@@ -309,7 +311,8 @@ class Load:
             with alarm.after(rng.random() * 0.02):
                 while self.trainer.done < STEPS:
                     self.trainer.step()
-        except Interrupted:
+        except Interrupted as error:
+            pass_on_ctrl_c(error)
             self.tally.note("interruptions of training")
         found = state_of(self.trainer)
         self.tally.check("interrupted training", found == self.known.states[self.trainer.done], found)
@@ -333,6 +336,12 @@ def finalizers(tally: Tally) -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def pass_on_ctrl_c(error: Interrupted) -> None:
+    """Raise KeyboardInterrupt if the alarm's exception took the place of one that was on its way here."""
+    if made_of_ctrl_c(error):
+        raise KeyboardInterrupt from error
 
 
 class Alarm:

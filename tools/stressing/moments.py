@@ -2,22 +2,37 @@
 
 Python looks for signals where a function begins, when a call of compiled code has returned, and where a loop jumps back (its
 eval breaker); in between, in compiled code, and where a function of Python's returns, nothing interrupts it. Chance finds a
-window of some instructions once in a thousand runs; this finds each one, every time, without a signal and without a clock.
+window of some instructions once in a thousand runs; this finds each one, every time, without a signal and without a clock;
+or with two signals that are there together, whose handlers raise one at a time, the second where Python looks next.
 """
 
+import _thread
 import dis
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
+from pygpt.cli import made_of_ctrl_c
+
+
+def raise_ctrl_c() -> None:
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def send_together(*numbers: signal.Signals) -> None:
+    """Let signals be there together: compiled code alone runs between them, so no handler is called before all have come."""
+    any(map(_thread.interrupt_main, numbers))
+
 
 class Moment:
-    """In a `with` block, raise KeyboardInterrupt at moment number `number` of this thread, if it is `reached`."""
+    """In a `with` block, let strike() raise an exception at moment number `number` of this thread, if it is `reached`."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.passed, self.reached = number, 0, False
+    def __init__(self, number: int, strike: Callable[[], object]) -> None:
+        self.number, self.strike, self.passed, self.reached = number, strike, 0, False
         self._last: dict[FrameType, int] = {}  # the instruction before, of each frame
 
     def __enter__(self) -> "Moment":
@@ -46,7 +61,7 @@ class Moment:
     def _pass(self) -> None:
         if self.passed == self.number and not self.reached:
             self.reached = True
-            raise KeyboardInterrupt
+            self.strike()
         self.passed += 1
 
 
@@ -54,7 +69,7 @@ def looks(code: CodeType, before: int, now: int) -> bool:
     """Whether Python looks for signals between these two instructions. What it raises there belongs to the first one: where
     the second is in another `try` it cannot be raised here, and is left out."""
     name = dis.opname[code.co_code[before]]
-    if not name.startswith(("CALL", "JUMP_BACKWARD")) or "NO_INTERRUPT" in name:
+    if not (name.startswith("CALL") or ("JUMP_BACKWARD" in name and now < before)) or "NO_INTERRUPT" in name:
         return False
     handlers = handlers_of(code)
     return handlers(before) == handlers(now)
@@ -67,18 +82,20 @@ def handlers_of(code: CodeType) -> Callable[[int], "int | None"]:
     return lambda offset: next((entry.target for entry in entries if entry.start <= offset < entry.end), None)
 
 
-def moments(job: Callable[[], object]) -> Iterator[bool]:
+def moments(job: Callable[[], object], strike: Callable[[], object] = raise_ctrl_c) -> Iterator[bool]:
     """Do a job again and again, each time interrupted one moment later, until it ends before its moment comes. Yields after
-    each: whether a KeyboardInterrupt came out of it."""
+    each: whether a KeyboardInterrupt came out of it, itself or within what it met on its way. Raises what else comes out."""
     number = 0
     while True:
-        moment = Moment(number)
+        moment = Moment(number, strike)
         came = False
         try:
             with moment:
                 job()
-        except KeyboardInterrupt:
-            came = True
+        except BaseException as error:
+            came = made_of_ctrl_c(error)
+            if not came:
+                raise
         if not moment.reached:
             return
         yield came

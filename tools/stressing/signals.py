@@ -16,7 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from pygpt import (
     GPT2,
@@ -28,13 +31,12 @@ from pygpt import (
     Trainer,
     TrainingOptions,
     TrainingState,
-    read_tokens,
 )
 from pygpt.checkpoint import EMBEDDED_MODEL
 
-from .common import OTHER, ROOT, Tally, alive, children_of, finish, folder, make_model, run, send, start, wait_until
+from .common import BEGIN, OTHER, ROOT, Tally, alive, children_of, finish, folder, make_model, run, send, start, wait_until
 from .load import state_of
-from .moments import moments
+from .moments import moments, send_together
 from .writers import TOOLS, Files, Writer, put_older, writers
 
 RUNS = 1000
@@ -92,7 +94,9 @@ class Target:
         self.name, self.argv, self.given, self.seconds, self.right = name, argv, given, seconds, right
 
 
-COMMAND = """
+COMMAND = (
+    BEGIN
+    + """
 import sys
 from pygpt import model
 from pygpt.__main__ import main, run
@@ -106,7 +110,10 @@ def job(options):
 main.__globals__["run"] = job
 sys.exit(main(sys.argv[1:]))
 """
-API = """
+)
+API = (
+    BEGIN
+    + """
 import sys
 import pygpt.model
 from pygpt import GPT2
@@ -122,6 +129,7 @@ def job():
 
 sys.exit(status_of(job))
 """
+)
 FORK = """
 import os, signal, sys, threading
 import pygpt.model
@@ -192,7 +200,9 @@ def targets(setting: Setting) -> list[Target]:
     return found
 
 
-CHAT = """
+CHAT = (
+    BEGIN
+    + """
 import sys
 folder = sys.argv.pop(1)
 sys.path.insert(0, folder)
@@ -202,6 +212,7 @@ sys.stderr.write("ready\\n")
 sys.stderr.flush()
 sys.exit(chat.main())
 """
+)
 
 
 def whole_lines(out: bytes, lines: bytes) -> bool:
@@ -226,18 +237,18 @@ def one(tally: Tally, target: Target, kind: str, rng: random.Random) -> None:
     process.stdin.write(target.given)
     ready = process.stderr.readline()
     children = []
-    if kind == "nothing":
-        outcome = finish(process)
-    else:
-        time.sleep(rng.random() * target.seconds)
+    pause = rng.random() * target.seconds
+    if kind != "nothing":
+        time.sleep(pause)
         children = children_of(process.pid)
         strike(process, kind, rng)
-        outcome = finish(process)
+    outcome = finish(process)
     what = f"{target.name}: {kind}"
+    detail = f"{target.argv[3:]}, {pause:.4f} s after {ready!r}: {outcome}"
     err = outcome.err.replace("pygpt: no gpt2_124M.bin here", "")
-    tally.check(what, outcome.status in ALLOWED[kind] and ready == b"ready\n", f"{target.argv[-6:]}: {ready!r} {outcome}")
-    tally.check(what, target.right(outcome.out), f"{target.argv[-6:]}: {outcome}")
-    tally.check(what, "Traceback" not in err and "Exception" not in err and err.strip() in ("", "Text:"), outcome)
+    tally.check(what, outcome.status in ALLOWED[kind] and ready == b"ready\n", detail)
+    tally.check(what, target.right(outcome.out), detail)
+    tally.check(what, "Traceback" not in err and "Exception" not in err and err.strip() in ("", "Text:"), detail)
     if children:
         tally.check(f"{target.name}: no process left", wait_until(lambda: not any(map(alive, children))), children)
 
@@ -266,22 +277,20 @@ def written(tally: Tally, setting: Setting, number: int, kind: str, rng: random.
             put_older(setting, place, writer)
         process = start(writer.argv)
         wait_until(lambda: process.poll() is not None or writer.begun(place))
-        time.sleep(rng.random() * writer.over_s)
+        pause = rng.random() * writer.over_s
+        time.sleep(pause)
         strike(process, kind, rng)
         outcome = finish(process)
-        what = f"writing: {kind}"
-        if kind == "SIGINT" and "PyCapsule_Import" in outcome.err:  # NumPy's import makes an ImportError of an interrupt
-            tally.note("interrupts that were lost while NumPy was imported")
-            outcome.status = 130
+        what, detail = f"writing: {kind}", f"{writer.name}, {pause:.4f} s after it began: {outcome}"
         training = writer.name == "training"
         allowed = ALLOWED[kind] | ({143} if training and kind == "SIGTERM" else set())
-        tally.check(what, outcome.status in allowed, f"{writer.name}: {outcome}")
-        tally.check(what, "Traceback" not in outcome.err and "Exception" not in outcome.err, f"{writer.name}: {outcome}")
-        tally.check(what, writer.whole(place), f"{writer.name}: a file is damaged: {outcome}")
+        tally.check(what, outcome.status in allowed, detail)
+        tally.check(what, "Traceback" not in outcome.err and "Exception" not in outcome.err, detail)
+        tally.check(what, writer.whole(place), f"a file is damaged: {detail}")
         left = [name for name in writer.leftovers(place) if ".part" not in name]  # with which a download goes on
         if outcome.status == -signal.SIGTERM:  # which ends a program as kill -9 does, training before its first step
             left = [name for name in left if not writer.temporary(name)]
-        tally.check(what, not left, f"{writer.name}: {left} is left: {outcome}")
+        tally.check(what, not left, f"{left} is left: {detail}")
         if training:
             goes_on(tally, writer, place, setting)
 
@@ -311,10 +320,11 @@ def every_moment(tally: Tally, setting: Setting) -> None:
     for threads in (1, 3):
         with GPT2.load(setting.small, threads=threads) as model:
             steps_at_every_moment(tally, model)
+            two_signals_at_every_moment(tally, model)
         with TrainableGPT2.random(OTHER, seed=1, threads=threads) as engine:
-            training_at_every_moment(tally, setting, engine, save=threads == 1)
+            training_at_every_moment(tally, engine, save=threads == 1)
     with SerialTrainableGPT2.random(OTHER, seed=1) as serial:
-        training_at_every_moment(tally, setting, serial)
+        training_at_every_moment(tally, serial)
 
 
 def steps_at_every_moment(tally: Tally, model: GPT2) -> None:
@@ -331,11 +341,39 @@ def steps_at_every_moment(tally: Tally, model: GPT2) -> None:
             cache.truncate(1)
 
 
-def training_at_every_moment(
-    tally: Tally, setting: Files, engine: TrainableGPT2 | SerialTrainableGPT2, *, save: bool = False
-) -> None:
-    """A step of training that raises was made by all workers and counted, or by none; a state is the older or the newer one."""
-    loader = DataLoader(read_tokens(setting.tokens) % OTHER.V, 1, 8, shuffle_seed=1)
+class Other(Exception):
+    """What the handler of another signal than Ctrl-C's raises."""
+
+
+def two_signals_at_every_moment(tally: Tally, model: GPT2) -> None:
+    """Ctrl-C comes together with another signal, whose handler raises before it or after it: it comes out of the step, or
+    Python notes it as what the other exception met. Either way nothing is half-done."""
+
+    def other(*_: object) -> None:
+        raise Other
+
+    wanted = model.logits([1, 2, 3])
+    cache = model.new_cache()
+    model.prefill(cache, [1])
+    for number in (signal.SIGHUP, signal.SIGUSR1):  # Python takes the signals that wait in the order of their numbers
+        before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(number, other)
+        both = partial(send_together, signal.SIGINT, number)
+        try:
+            for came in moments(lambda: model.prefill(cache, [2, 3]), both):
+                tally.check("Ctrl-C beside another signal", came, "it is lost")
+                cache.truncate(1)
+                right = (model.prefill(cache, [2, 3]) == wanted[-1]).all()
+                tally.check("Ctrl-C beside another signal", right, "the next step is wrong")
+                cache.truncate(1)
+        finally:
+            signal.signal(signal.SIGINT, before[0])
+            signal.signal(number, before[1])
+
+
+def training_at_every_moment(tally: Tally, engine: TrainableGPT2 | SerialTrainableGPT2, *, save: bool = False) -> None:
+    """A step of training that raises was made by all workers and counted, or by none; with `save`, a state that is saved over
+    an older one is the older or the newer."""
+    loader = DataLoader(np.arange(3000) * 31 % engine.config.V, 1, 8, shuffle_seed=1)
     trainer = Trainer(engine, loader, TrainingOptions(lr=1e-2, clip=1.0, accumulate=2))
     with folder() as place:
         path = place / "run.state"
@@ -345,14 +383,15 @@ def training_at_every_moment(
         trainer.step()
         after = state_of(trainer)
         trainer.restore(path)
+        seen = set()
         for _ in moments(trainer.step):
             found = state_of(trainer)
-            tally.check("every moment of training", found in (before, after), found)
+            seen.add(found)
             if found == before:
                 trainer.step()
                 tally.check("every moment of training", state_of(trainer) == after, "the next step is wrong")
             trainer.restore(path)
-        trainer.restore(path)
+        tally.check("every moment of training", seen == {before, after}, seen)
         saved = trainer.done
         for _ in moments(lambda: trainer.save(path)) if save else ():
             with TrainingState(path) as state:

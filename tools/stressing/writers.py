@@ -29,7 +29,7 @@ from pygpt import (
     write_tokens,
 )
 
-from .common import ROOT, SHAPE, Outcome, make_model, run
+from .common import BEGIN, ROOT, SHAPE, Outcome, make_model, run
 
 T = TypeVar("T")
 BIG = Config(maxT=256, V=5000, L=4, NH=4, C=128)  # large enough that writing it takes a while
@@ -176,7 +176,9 @@ class Writer:
             remove(place / target)
 
 
-SAVES = """
+SAVES = (
+    BEGIN
+    + """
 import sys
 from pygpt import TrainableGPT2
 from pygpt.cli import status_of
@@ -188,7 +190,10 @@ def job():
 
 sys.exit(status_of(job))
 """
-OTHERS = """
+)
+OTHERS = (
+    BEGIN
+    + """
 import sys
 import numpy as np
 from pygpt import *
@@ -209,6 +214,7 @@ def job():
 
 sys.exit(status_of(job))
 """
+)
 
 
 def writers(files: Files, place: Path) -> list[Writer]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from progress import Progress
 
 from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
 from pygpt.checkpoint import atomic_file
+from pygpt.cli import for_terminal
 
 BEGIN = b'{"step": '  # of a line of the log
 PICTURES = (".svg", ".png", ".pdf")
@@ -37,7 +39,7 @@ class Report:
 
     def sampled(self, step: int, text: str) -> None:
         """The weights before this step made some text."""
-        self._progress.line(f"step {step}: sample:\n---\n{text}\n---")
+        self._progress.line(f"step {step}: sample:\n---\n{for_terminal(text, sys.stdout)}\n---")
 
     def finished(self, step: int) -> None:
         """All steps were made: what was measured after the last one gets a line of its own in the log."""

@@ -1,9 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""One line on stderr when a mapped file is cut short by another process: the system ends the process with SIGBUS then,
-without a word.
+"""What Python alone cannot do about signals: a line about a mapped file that is cut short, for commands; and for the pool a
+stretch of work that is seen through, whatever the handlers of signals raise meanwhile.
 
-For commands only: a library must not take a signal that is its program's. A handler in Python would come too late, for
-the fault is in the middle of an instruction that can never be completed.
+Another process that cuts short a file in use takes mapped pages away: the system ends the process with SIGBUS then, without a
+word. begin() and end() are for commands only: a library must not take a signal that is its program's. A handler in Python
+would come too late, for the fault is in the middle of an instruction that can never be completed.
 """
 
 from libc.string cimport memcpy
@@ -81,3 +82,28 @@ def end() -> None:
     if bus_size:
         bus_end()
         bus_size = 0
+
+
+def see_through(proceed) -> None:
+    """Call proceed() until it returns True, and then raise what was raised meanwhile: the first exception that ends programs
+    (KeyboardInterrupt, SystemExit), else the first of all.
+
+    Compiled, for Python runs the handlers of signals between its own instructions, where a function begins and a loop jumps
+    back: a loop in Python has such places outside of its `try`, and two signals that wait together do meet them. Here
+    there are none. proceed() must be safe to enter again wherever it was left, and raise nothing for good of its own.
+    """
+    first = ending = None
+    while True:
+        try:
+            if proceed():
+                break
+        except Exception as error:
+            if first is None:
+                first = error
+        except BaseException as error:
+            if ending is None:
+                ending = error
+    if ending is not None:
+        raise ending
+    if first is not None:
+        raise first
