@@ -343,14 +343,14 @@ def test_a_chunk_that_fails_takes_the_whole_prompt_back(path: str, monkeypatch: 
 def test_ctrl_c_at_every_moment_of_a_step(model: GPT2) -> None:
     signals.steps_at_every_moment(tally := Tally(1), model)
     assert not tally.failures
-    assert tally.counts["every moment of a step"] > 60
+    assert tally.counts["every moment of a step"] > 40
 
 
 def test_ctrl_c_at_every_moment_beside_another_signal(model: GPT2) -> None:
     """It is not lost where the other one's exception comes first, nor where that comes while it is on its way out."""
     signals.two_signals_at_every_moment(tally := Tally(1), model)
     assert not tally.failures
-    assert tally.counts["Ctrl-C beside another signal"] > 100
+    assert tally.counts["Ctrl-C beside another signal"] > 60
 
 
 @pytest.mark.parametrize(("engine", "threads"), [(TrainableGPT2, 1), (TrainableGPT2, 3), (SerialTrainableGPT2, 1)])

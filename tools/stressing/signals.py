@@ -392,6 +392,7 @@ def training_at_every_moment(tally: Tally, engine: TrainableGPT2 | SerialTrainab
                 tally.check("every moment of training", state_of(trainer) == after, "the next step is wrong")
             trainer.restore(path)
         tally.check("every moment of training", seen == {before, after}, seen)
+        trainer.restore(path)  # the last step was not interrupted
         saved = trainer.done
         for _ in moments(lambda: trainer.save(path)) if save else ():
             with TrainingState(path) as state:
