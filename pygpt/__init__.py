@@ -172,3 +172,14 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+def _command() -> int:
+    """The installed command, which is `python -m pygpt`: before its imports, for Ctrl-C during these."""
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .__main__ import main
+
+    return main()

@@ -70,20 +70,19 @@ class Interrupts:
     - after the finalizer (__del__, a callback of a weak reference) that it ended, where Python would print and forget it.
 
     It waits for that as a profiler does, which costs nothing while no Ctrl-C comes. One that is ignored stays so, and a
-    handler that is not Python's own stays, too. Before a command's block, while it is imported, and after it, while the
-    interpreter ends, Ctrl-C has the system's effect: each script begins with that, and the block puts it back.
+    handler that is not Python's own stays, too. Before the block, while a command is imported, and after it, while the
+    interpreter ends, Ctrl-C ends the process as the system does: each script begins with that, and the block puts it back.
     """
 
     def __enter__(self) -> None:
         self._base, self._hook, self._before = sys._getframe(1), sys.unraisablehook, signal.getsignal(signal.SIGINT)
         self._ours = self._before == signal.SIG_DFL or self._before is signal.default_int_handler
-        try:
-            if self._ours:
-                signal.signal(signal.SIGINT, self._on_ctrl_c)
-        except ValueError:  # not the main thread, the only one that signals interrupt
-            self._ours = False
         if self._ours:
-            sys.unraisablehook = self._on_lost
+            try:
+                signal.signal(signal.SIGINT, self._on_ctrl_c)
+                sys.unraisablehook = self._on_lost
+            except ValueError:  # not the main thread, the only one that signals interrupt
+                self._ours = False
 
     def __exit__(self, *_: object) -> None:
         if self._ours:

@@ -299,12 +299,17 @@ sys.meta_path.insert(0, Presses())
 sys.argv = [name, "--help"]
 if kind == "script":
     runpy.run_path(name, run_name="__main__")
-else:
+elif kind == "module":
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+else:
+    import importlib, pathlib, tomllib
+    module, _, function = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["scripts"][name].partition(":")
+    sys.exit(getattr(importlib.import_module(module), function)())
 """
+COMMANDS = [*(("script", name) for name in SCRIPTS), *(("module", name) for name in MODULES), ("installed", "pygpt")]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("script", name) for name in SCRIPTS] + [("module", name) for name in MODULES])
+@pytest.mark.parametrize(("kind", "name"), COMMANDS)
 @pytest.mark.parametrize("moment", ["argparse", "pygpt.errors"])
 def test_ctrl_c_while_a_command_is_imported(kind: str, name: str, moment: str) -> None:
     """The first module that it imports, and one of ours: it ends as the system lets it, which says nothing."""
@@ -330,10 +335,10 @@ def test_ctrl_c_while_the_interpreter_ends(words: list[str]) -> None:
     assert bool(result.stdout) == (words != ["nonsense"])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_background_job_goes_on_ignoring_it(name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), COMMANDS)
+def test_a_background_job_goes_on_ignoring_it(kind: str, name: str) -> None:
     """But for stress.py, whose programs must feel it."""
-    result = program(f"signal.signal(2, signal.SIG_IGN)\n{BEFORE}", "script", name, "argparse")
+    result = program(f"signal.signal(2, signal.SIG_IGN)\n{BEFORE}", kind, name, "argparse")
     if name == "tools/stress.py":
         assert result.returncode == -signal.SIGINT
     else:

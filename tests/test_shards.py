@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import pty
 import re
 import resource
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from test_data import by_hand, shard_bytes
 
-from pygpt import data
+from pygpt import Tokenizer, data
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -226,6 +227,25 @@ def test_showing(folder: Path) -> None:
     )  # fmt: skip
     wanted = "a.bin: 5 tokens, 1034 bytes; the first 3:\n31373 612 50256\nhello there<|endoftext|>\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, wanted, "")
+
+
+def test_showing_does_not_command_the_terminal(folder: Path) -> None:
+    """A shard comes from anywhere, and so does its name. Elsewhere than on a terminal the bytes are those of the tokens."""
+    hostile = "a\x1b]0;title\x07b\x1b[2J\r\x9bc\td\n"
+    ids = [*Tokenizer().encode(hostile), 128]  # and a byte that is no text
+    Path("\x1b[2J.bin").write_bytes(shard_bytes(ids))
+    words = [sys.executable, "-W", "error", str(ROOT / "tools/shards.py"), "--show", "\x1b[2J.bin"]
+    done = subprocess.run(words, capture_output=True, timeout=100)
+    content = Tokenizer().decode_bytes(ids)
+    assert content.startswith(hostile.encode())
+    assert (done.returncode, done.stdout.split(b"\n", 2)[2], done.stderr) == (0, content + b"\n", b"")
+    screen, terminal = pty.openpty()
+    with open(screen, "rb", buffering=0) as shown, open(terminal, "wb") as stdout:
+        process = subprocess.run(words, stdout=stdout, timeout=100)
+        text = shown.read(65536).decode().replace("\r\n", "\n")
+    assert process.returncode == 0
+    assert text.startswith(f"\\x1b[2J.bin: {len(ids)} tokens")
+    assert text.split("\n", 2)[2] == "a\\x1b]0;title\\x07b\\x1b[2J\\r\\x9bc\td\n\ufffd\n"
 
 
 def test_as_a_process(folder: Path) -> None:

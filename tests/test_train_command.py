@@ -3,6 +3,7 @@ refuses. Nothing depends on how fast the machine is: processes are stopped after
 """
 
 import importlib
+import io
 import json
 import math
 import os
@@ -47,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "train.py"
 sys.path.append(str(ROOT / "tools"))
 train: Any = importlib.import_module("train")
+report: Any = importlib.import_module("training.report")
 
 V = 61
 SHAPE = "L=1,NH=2,C=8,maxT=16,V=61"
@@ -185,6 +187,23 @@ def test_samples_of_another_vocabulary(capsys: pytest.CaptureFixture[str]) -> No
     assert [step for step, _ in samples] == ["2", "4"]
     with GPT2.load("run.bin") as model:
         assert [int(word) for word in samples[1][1].split()] == list(model.generate([0], total=16, sampler="sample", seed=4))
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Screen, io.StringIO])
+def test_a_sample_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
+    """Whoever made the model chose the text. Elsewhere it stays as it is."""
+    output = stream()
+    monkeypatch.setattr(sys, "stdout", output)
+    report.Report(train.Progress("steps"), report.Log(None, None, keep=False)).sampled(3, "a\x1b[2J\tb\n\x9bc")
+    text = "a\\x1b[2J\tb\n\\x9bc" if stream is Screen else "a\x1b[2J\tb\n\x9bc"
+    assert output.getvalue() == f"step 3: sample:\n---\n{text}\n---\n"
 
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
