@@ -152,6 +152,7 @@ class _Crew:
     """
 
     POST, WORK, ABANDONED, GATHER = range(4)  # stages of a round, for the caller
+    CALLS = 30  # within each other that a round needs at most, beside the job's own
     ABORTS = 100  # that the caller tries: handlers may have raised in most of them, but one that always raises is broken
 
     def __init__(self, nth: int) -> None:
@@ -187,6 +188,7 @@ class _Crew:
 
     def run(self, job: Job, abort: Callable[[], None]) -> None:
         """One round: every worker calls the job; the caller is worker 0."""
+        _descend(self.CALLS)
         self.job, self.abort, self.aborts, self.failure = job, abort, 0, None
         try:
             # From here to see_through() no call and no jump back are completed: no handler raises between them.
@@ -285,6 +287,13 @@ class _Crew:
 
 def _nothing(*_: object) -> None:
     """The job and the abort of a crew at rest."""
+
+
+def _descend(calls: int) -> None:
+    """Raise RecursionError if there is no room for so many calls within each other: here, where nothing has begun. In a round
+    it would be raised each time that the round is entered again."""
+    if calls:
+        _descend(calls - 1)
 
 
 # ------------------------------------------------------------------------------------------------ fork and exit
