@@ -84,16 +84,19 @@ def end() -> None:
         bus_size = 0
 
 
-def see_through(proceed) -> None:
+def see_through(proceed, Py_ssize_t tries=0) -> None:
     """Call proceed() until it returns True, and then raise what was raised meanwhile: the first exception that ends programs
-    (KeyboardInterrupt, SystemExit), else the first of all.
+    (KeyboardInterrupt, SystemExit), else the first of all. tries: call it so often at most, where not only handlers may
+    make it fail (0: for ever).
 
     Compiled, for Python runs the handlers of signals between its own instructions, where a function begins and a loop jumps
     back: a loop in Python has such places outside of its `try`, and two signals that wait together do meet them. Here
-    there are none. proceed() must be safe to enter again wherever it was left, and raise nothing for good of its own.
+    there are none. proceed() must be safe to enter again wherever it was left.
     """
+    cdef Py_ssize_t tried = 0
     first = ending = None
-    while True:
+    while tries == 0 or tried < tries:
+        tried += 1
         try:
             if proceed():
                 break

@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterable, Sequence
 
 from ._kernels import Floats, Step, Weights
+from ._signals import see_through
 from .cache import KVCache
 from .checkpoint import Checkpoint, find_model
 from .errors import InputError, shown
 from .generate import Completer, Completion, check_tokens
-from .pool import ThreadPool, default_threads, resolve_threads
+from .pool import TRIES, ThreadPool, default_threads, resolve_threads
 from .prefix import Memory, PrefixCache
 
 TYPE_CHECKING = False
@@ -98,11 +99,11 @@ class GPT2(Completer):
         A row's position is its cache's length plus the earlier rows of that cache in the list. If anything fails, no cache
         has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
         """
-        lengths: dict[KVCache, int] = {}
+        lengths = Lengths()
         try:
             return _array(self._step(list(rows), lengths))
         except BaseException:
-            _take_back(lengths)
+            see_through(lengths.take_back, TRIES)
             raise
 
     def _step(self, rows: list[Row], lengths: dict[KVCache, int]) -> Floats:
@@ -183,12 +184,12 @@ class GPT2(Completer):
         if not 1 <= len(tokens) <= cache.capacity - cache.length:
             room = cache.capacity - cache.length
             raise InputError(f"{len(tokens)} tokens were given: at least 1 is needed, and the cache has room for {room}")
-        lengths: dict[KVCache, int] = {}
+        lengths = Lengths()
         try:
             [(logits, _)] = self._append_all([(cache, tokens)], lengths)
             return _array(logits).reshape(-1)
         except BaseException:
-            _take_back(lengths)
+            see_through(lengths.take_back, TRIES)
             raise
 
     def _append_all(self, new: list[tuple[KVCache, list[int]]], lengths: dict[KVCache, int]) -> list[tuple[Floats, int]]:
@@ -225,11 +226,15 @@ class GPT2(Completer):
         self.close()
 
 
-def _take_back(lengths: dict[KVCache, int]) -> None:
-    """Give caches the lengths that they had. A step is undone so even after it was committed: Ctrl-C may come as late as on
-    the way back to the caller."""
-    for cache, length in lengths.items():
-        cache._truncate(length)
+class Lengths(dict[KVCache, int]):
+    """How long caches were before a step."""
+
+    def take_back(self) -> bool:
+        """Give them these lengths. A step is undone so even after it was committed: Ctrl-C may come as late as on the way back
+        to the caller."""
+        for cache, length in self.items():
+            cache._truncate(length)
+        return True
 
 
 def _nothing(ith: int, nth: int) -> None:

@@ -30,6 +30,7 @@ from ._signals import see_through
 from .errors import ClosedError, InputError, PyGPTError, is_whole, shown
 
 MAX_THREADS = 256
+TRIES = 100  # at what signals' handlers may end whenever they raise, and what may also raise for good reasons of its own
 OWN_POOL = "a job, or what interrupts it, cannot use its own pool: it would wait for itself"
 
 TYPE_CHECKING = False
@@ -153,7 +154,6 @@ class _Crew:
 
     POST, WORK, ABANDONED, GATHER = range(4)  # stages of a round, for the caller
     CALLS = 30  # within each other that a round needs at most, beside the job's own
-    ABORTS = 100  # that the caller tries: handlers may have raised in most of them, but one that always raises is broken
 
     def __init__(self, nth: int) -> None:
         self.nth = nth
@@ -221,7 +221,7 @@ class _Crew:
                 self.stage = self.GATHER
         if self.stage == self.ABANDONED:
             self.aborts += 1
-            if self.aborts <= self.ABORTS:
+            if self.aborts <= TRIES:
                 self.abort()
             self.stage = self.GATHER
         while self.gathered != self.round:

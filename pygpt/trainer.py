@@ -12,8 +12,10 @@ import os
 import time
 from typing import NamedTuple
 
+from ._signals import see_through
 from .errors import InputError, NumericalError, PyGPTError, is_whole, shown
 from .optim import TrainingOptions
+from .pool import TRIES
 from .state import Progress, TrainingState, open_state, write_state
 
 TYPE_CHECKING = False
@@ -66,6 +68,14 @@ class Trainer:
         self._check_whole()
         begin = time.perf_counter()
         options, place, made, step = self.options, self.loader.state(), self.engine.updates, self.done + 1
+
+        def settle() -> bool:
+            if self.engine.updates == made:
+                self.loader.restore(place)
+            else:
+                self.done = step
+            return True
+
         try:
             loss = self._gradients()
             norm = self.engine.gradient_norm()
@@ -83,10 +93,7 @@ class Trainer:
             )
             self.done = step
         except BaseException:
-            if self.engine.updates == made:
-                self.loader.restore(place)
-            else:
-                self.done = step
+            see_through(settle, TRIES)
             raise
         seconds = time.perf_counter() - begin
         tokens = self.loader.B * self.loader.T * options.accumulate

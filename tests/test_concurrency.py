@@ -348,7 +348,7 @@ def test_ctrl_c_at_every_moment_of_a_step(model: GPT2) -> None:
 
 def test_ctrl_c_at_every_moment_beside_another_signal(model: GPT2) -> None:
     """It is not lost where the other one's exception comes first, nor where that comes while it is on its way out."""
-    signals.two_signals_at_every_moment(tally := Tally(1), model)
+    signals.steps_beside_another_signal(tally := Tally(1), model)
     assert not tally.failures
     assert tally.counts["Ctrl-C beside another signal"] > 30
 
@@ -359,7 +359,7 @@ def test_ctrl_c_at_every_moment_of_a_step_of_training(
 ) -> None:
     """Each step was made by all workers and is counted, or by none; and the next one makes the bits that it must."""
     with engine.random(Config(maxT=16, V=50, L=1, NH=1, C=16), seed=1, threads=threads) as model:
-        signals.training_at_every_moment(tally := Tally(1), model)
+        signals.training_at_every_moment(tally := Tally(1), model, both=threads == 1)
     assert not tally.failures
     assert tally.counts["every moment of training"] > 30
 

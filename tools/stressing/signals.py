@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from pygpt.checkpoint import EMBEDDED_MODEL
 
 from .common import BEGIN, OTHER, ROOT, Tally, alive, children_of, finish, folder, make_model, run, send, start, wait_until
 from .load import state_of
-from .moments import moments, send_together
+from .moments import moments, raise_ctrl_c, send_together
 from .writers import TOOLS, Files, Writer, put_older, writers
 
 RUNS = 1000
@@ -94,9 +95,7 @@ class Target:
         self.name, self.argv, self.given, self.seconds, self.right = name, argv, given, seconds, right
 
 
-COMMAND = (
-    BEGIN
-    + """
+COMMAND = """
 import sys
 from pygpt import model
 from pygpt.__main__ import main, run
@@ -110,10 +109,7 @@ def job(options):
 main.__globals__["run"] = job
 sys.exit(main(sys.argv[1:]))
 """
-)
-API = (
-    BEGIN
-    + """
+API = """
 import sys
 import pygpt.model
 from pygpt import GPT2
@@ -129,7 +125,6 @@ def job():
 
 sys.exit(status_of(job))
 """
-)
 FORK = """
 import os, signal, sys, threading
 import pygpt.model
@@ -189,20 +184,18 @@ def targets(setting: Setting) -> list[Target]:
     requests = b"".join(b'{"tokens": [1, 2, %d], "total": 40}\n' % i for i in range(3))
     found = []
     for threads in (1, 2, 8):
-        words = [PYTHON, "-c", COMMAND, "-m", setting.sharp, "-t", threads]
+        words = [PYTHON, "-c", BEGIN + COMMAND, "-m", setting.sharp, "-t", threads]
         found.append(Target("the command", [*words, "-n", TOTAL, 1, 2], b"", 0.15, lambda out: whole_lines(out, lines)))
         found.append(Target("serving", [*words, "-"], requests, 0.15, lambda out: prefixes(out, setting.answers)))
     for threads in (2, 8):
-        argv = [PYTHON, "-c", API, setting.sharp, threads, TOTAL]
+        argv = [PYTHON, "-c", BEGIN + API, setting.sharp, threads, TOTAL]
         found.append(Target("the API", argv, b"", 0.15, lambda out: whole_lines(out, lines)))
-    chat = [PYTHON, "-c", CHAT, ROOT, "-m", EMBEDDED_MODEL, "-t", 2, "-n", 20, TEXT]
+    chat = [PYTHON, "-c", BEGIN + CHAT, ROOT, "-m", EMBEDDED_MODEL, "-t", 2, "-n", 20, TEXT]
     found.append(Target("chat.py", chat, b"", 0.8, lambda out: setting.reply.encode().startswith(out.removesuffix(b"\n"))))
     return found
 
 
-CHAT = (
-    BEGIN
-    + """
+CHAT = """
 import sys
 folder = sys.argv.pop(1)
 sys.path.insert(0, folder)
@@ -212,7 +205,6 @@ sys.stderr.write("ready\\n")
 sys.stderr.flush()
 sys.exit(chat.main())
 """
-)
 
 
 def whole_lines(out: bytes, lines: bytes) -> bool:
@@ -320,7 +312,7 @@ def every_moment(tally: Tally, setting: Setting) -> None:
     for threads in (1, 3):
         with GPT2.load(setting.small, threads=threads) as model:
             steps_at_every_moment(tally, model)
-            two_signals_at_every_moment(tally, model)
+            steps_beside_another_signal(tally, model)
         with TrainableGPT2.random(OTHER, seed=1, threads=threads) as engine:
             training_at_every_moment(tally, engine, save=threads == 1)
     with SerialTrainableGPT2.random(OTHER, seed=1) as serial:
@@ -345,34 +337,41 @@ class Other(Exception):
     """What the handler of another signal than Ctrl-C's raises."""
 
 
-def two_signals_at_every_moment(tally: Tally, model: GPT2) -> None:
-    """Ctrl-C comes together with another signal, whose handler raises before it or after it: it comes out of the step, or
-    Python notes it as what the other exception met. Either way nothing is half-done."""
+def two_signals() -> Iterator[Callable[[], None]]:
+    """Yields twice, with what lets Ctrl-C come together with another signal, whose handler raises before it or after it."""
 
     def other(*_: object) -> None:
         raise Other
 
-    wanted = model.logits([1, 2, 3])
-    cache = model.new_cache()
-    model.prefill(cache, [1])
     for number in (signal.SIGHUP, signal.SIGUSR1):  # Python takes the signals that wait in the order of their numbers
         before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(number, other)
-        both = partial(send_together, signal.SIGINT, number)
         try:
-            for came in moments(lambda: model.prefill(cache, [2, 3]), both):
-                tally.check("Ctrl-C beside another signal", came, "it is lost")
-                cache.truncate(1)
-                right = (model.prefill(cache, [2, 3]) == wanted[-1]).all()
-                tally.check("Ctrl-C beside another signal", right, "the next step is wrong")
-                cache.truncate(1)
+            yield partial(send_together, signal.SIGINT, number)
         finally:
             signal.signal(signal.SIGINT, before[0])
             signal.signal(number, before[1])
 
 
-def training_at_every_moment(tally: Tally, engine: TrainableGPT2 | SerialTrainableGPT2, *, save: bool = False) -> None:
-    """A step of training that raises was made by all workers and counted, or by none; with `save`, a state that is saved over
-    an older one is the older or the newer."""
+def steps_beside_another_signal(tally: Tally, model: GPT2) -> None:
+    """Ctrl-C comes out of the step, or Python notes it as what the other exception met; either way no cache has changed."""
+    wanted = model.logits([1, 2, 3])
+    cache = model.new_cache()
+    for both in two_signals():
+        cache.truncate(0)
+        model.prefill(cache, [1])
+        for came in moments(lambda: model.prefill(cache, [2, 3]), both):
+            tally.check("Ctrl-C beside another signal", came, "it is lost")
+            tally.check("Ctrl-C beside another signal", cache.length == 1, cache.length)
+            right = (model.prefill(cache, [2, 3]) == wanted[-1]).all()
+            tally.check("Ctrl-C beside another signal", right, "the next step is wrong")
+            cache.truncate(1)
+
+
+def training_at_every_moment(
+    tally: Tally, engine: TrainableGPT2 | SerialTrainableGPT2, *, both: bool = True, save: bool = False
+) -> None:
+    """A step of training that raises was made by all workers and counted, or by none; with `both` also where two signals come
+    together; with `save`, a state that is saved over an older one is the older or the newer."""
     loader = DataLoader(np.arange(3000) * 31 % engine.config.V, 1, 8, shuffle_seed=1)
     trainer = Trainer(engine, loader, TrainingOptions(lr=1e-2, clip=1.0, accumulate=2))
     with folder() as place:
@@ -383,16 +382,18 @@ def training_at_every_moment(tally: Tally, engine: TrainableGPT2 | SerialTrainab
         trainer.step()
         after = state_of(trainer)
         trainer.restore(path)
-        seen = set()
-        for _ in moments(trainer.step):
-            found = state_of(trainer)
-            seen.add(found)
-            if found == before:
-                trainer.step()
-                tally.check("every moment of training", state_of(trainer) == after, "the next step is wrong")
-            trainer.restore(path)
-        tally.check("every moment of training", seen == {before, after}, seen)
-        trainer.restore(path)  # the last step was not interrupted
+        for strike in chain([raise_ctrl_c], two_signals() if both else ()):
+            seen = set()
+            for came in moments(trainer.step, strike):
+                tally.check("every moment of training", came, "Ctrl-C is lost")
+                found = state_of(trainer)
+                seen.add(found)
+                if found == before:
+                    trainer.step()
+                    tally.check("every moment of training", state_of(trainer) == after, "the next step is wrong")
+                trainer.restore(path)
+            tally.check("every moment of training", seen == {before, after}, seen)
+            trainer.restore(path)  # the last step was not interrupted
         saved = trainer.done
         for _ in moments(lambda: trainer.save(path)) if save else ():
             with TrainingState(path) as state:

@@ -176,9 +176,7 @@ class Writer:
             remove(place / target)
 
 
-SAVES = (
-    BEGIN
-    + """
+SAVES = """
 import sys
 from pygpt import TrainableGPT2
 from pygpt.cli import status_of
@@ -190,10 +188,7 @@ def job():
 
 sys.exit(status_of(job))
 """
-)
-OTHERS = (
-    BEGIN
-    + """
+OTHERS = """
 import sys
 import numpy as np
 from pygpt import *
@@ -214,7 +209,6 @@ def job():
 
 sys.exit(status_of(job))
 """
-)
 
 
 def writers(files: Files, place: Path) -> list[Writer]:
@@ -237,10 +231,10 @@ def writers(files: Files, place: Path) -> list[Writer]:
             read_tokens,
             fresh=True,
         ),
-        Writer("saved models", [PYTHON, "-c", SAVES, files.model, place / "m.bin"], ["m.bin"], sound_model, over_s=0.3),
+        Writer("saved models", [PYTHON, "-c", BEGIN + SAVES, files.model, place / "m.bin"], ["m.bin"], sound_model, over_s=0.3),
         Writer(
             "llm.c's other files",
-            [PYTHON, "-c", OTHERS, files.model, place / "d.bin", place / "e.bin", place / "t.bin"],
+            [PYTHON, "-c", BEGIN + OTHERS, files.model, place / "d.bin", place / "e.bin", place / "t.bin"],
             ["d.bin", "e.bin", "t.bin"],
             sound_other,
             over_s=0.3,
