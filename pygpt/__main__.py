@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             say(notice)
             for token in model.complete(Completion(request)):
-                print(token, flush=True)
+                put(f"{token}\n")
 
 
 def read_options(options: argparse.Namespace) -> "dict[str, Any]":
@@ -186,12 +186,19 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -
                 completion = Completion(request, prefix=prefix)
                 for token in model.complete(completion):
                     ended = completion.finish_reason is not None
-                    print(token, end="\n" if ended else " ", flush=True)  # the space says at once that the id is whole
+                    put(f"{token}\n" if ended else f"{token} ")  # the space says at once that the id is whole
             else:
                 ended = True
-                print(flush=True)
-        except KeyboardInterrupt:  # print() leaves nothing half-done: what a full pipe did not take is in stdout's buffer
-            print(end="" if ended else "\n", flush=True)  # a second newline would answer a request that nobody made
+                put("\n")
+        except KeyboardInterrupt:  # put() leaves nothing half-done: what a full pipe did not take is in stdout's buffer
+            put("" if ended else "\n")  # a second newline would answer a request that nobody made
+
+
+def put(text: str) -> None:
+    """Write to stdout at once, and in one piece: where it is unbuffered (PYTHONUNBUFFERED), print() writes a line's end on its
+    own, and Ctrl-C may come before that."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":

@@ -3,6 +3,8 @@ those that make another error of it, in finalizers, before the job and after it.
 sent by what is interrupted.
 """
 
+import io
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import pygpt
+from pygpt.__main__ import main
 from pygpt.cli import Interrupts, made_of_ctrl_c, status_of
 
 ROOT = Path(pygpt.__file__).parent.parent
@@ -259,6 +262,28 @@ def test_a_command_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert found == [signal.default_int_handler]
+
+
+class Unbuffered(io.StringIO):
+    """A stdout that passes on each write at once, as with PYTHONUNBUFFERED: Ctrl-C may come between any two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.writes += [text] if text else []
+        return len(text)
+
+
+@pytest.mark.parametrize(("words", "given"), [(["1", "2", "-n", "6"], b""), (["-n", "6", "-"], b"1 2\n\n1 2\n")])
+def test_what_is_written_at_once_is_whole(monkeypatch: pytest.MonkeyPatch, words: list[str], given: bytes) -> None:
+    """An id with the space or newline after it."""
+    monkeypatch.setattr(sys, "stdout", out := Unbuffered())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(words) == 0
+    assert len(out.writes) == (9 if given else 4)
+    assert all(re.fullmatch(r"(\d+[ \n]|\n)", text) for text in out.writes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

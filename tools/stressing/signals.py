@@ -121,7 +121,8 @@ def job():
     sys.stderr.flush()
     with GPT2.load(sys.argv[1], threads=int(sys.argv[2])) as model:
         for token in model.generate([1, 2], total=int(sys.argv[3])):
-            print(token, flush=True)
+            sys.stdout.write(f"{token}\\n")
+            sys.stdout.flush()
 
 sys.exit(status_of(job))
 """
