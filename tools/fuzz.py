@@ -5,13 +5,14 @@
     python tools/fuzz.py checkpoint serve --seconds 600    two of them, for ten minutes each
     python tools/fuzz.py --total-seconds 3600 --seed 7     all of them, an hour in all
     python tools/fuzz.py checkpoint --repeat FILE          one input again, with all that is said about it
-    python tools/fuzz.py --coverage                        and how much of the readers all this reaches, and with their tests
+    python tools/fuzz.py --coverage-min 95                 and fail unless 95 % of each reader's branches are taken
     python tools/fuzz.py safetensors --atheris             libFuzzer chooses the inputs, where atheris is installed
 
 Inputs are sound ones of tiny shapes, those of tests/corpus/, and mutations of both: of bytes, of header fields, of JSON. An
 input that takes a new way through pygpt's Python code (pairs of lines), or is answered with a new kind of message, is kept
-and mutated further. The same seed and number of executions give the same inputs. The last line says how many executions there
-were in all, of which seed, in which time, and how many findings.
+and mutated further. The same seed and number of executions give the same inputs; where branches are measured (--coverage), new
+ways are not seen meanwhile, and fewer inputs are kept. The last line says how many executions there were in all, of which seed,
+in which time, how many findings, and which share of the readers' branches was taken where that was asked for.
 
 A finding is an exception that is no PyGPTError, a message that is no clear line, a process that dies, takes longer than
 --limit or 3 GiB more memory, an exit status or stderr that commands do not promise, a half-written file, and every
@@ -104,6 +105,20 @@ class Result(NamedTuple):
     seconds: float
 
 
+class Branches(NamedTuple):
+    """A reader's branches: how many were taken, of how many; the others as LINE->LINE (-: a function's end). A branch is what
+    coverage.py calls so: a line that has more than one line to follow it, and one of those."""
+
+    taken: int
+    of: int
+    left: str
+
+    @property
+    def share(self) -> float:
+        """Percent; all of it where there is nothing."""
+        return 100 * self.taken / self.of if self.of else 100.0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     found: list[int] = []
@@ -146,6 +161,8 @@ def run(options: argparse.Namespace) -> int:
     executions = EXECUTIONS if options.executions is None else whole("--executions", options.executions)
     limit, seed = whole("--limit", options.limit), whole("--seed", options.seed)
     least = 0 if options.coverage_min is None else whole("--coverage-min", options.coverage_min)
+    if least > 100:
+        raise InputError(f"--coverage-min is {least}: it must be 100 or less")
     names = [name for name in options.targets or NAMES if available(name)]
     seconds: float | None = None if options.seconds is None else whole("--seconds", options.seconds)
     if options.total_seconds is not None:
@@ -159,6 +176,8 @@ def run(options: argparse.Namespace) -> int:
         run_atheris(names[0], seconds, executions, seed)
     if options.repeat is not None:
         return repeat(names[0], Path(options.repeat), limit)
+    if (options.coverage or least) and importlib.util.find_spec("coverage") is None:
+        raise InputError("--coverage needs the package coverage: python -m pip install coverage")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         measured = Path(work) / "coverage" if options.coverage or least else None
         results = []
@@ -167,12 +186,12 @@ def run(options: argparse.Namespace) -> int:
             with fuzzer:
                 results.append(fuzzer.run(seconds, max(1, executions // SLOW.get(name, 1))))
             report(name, seed, results[-1])
-        low = 0 if measured is None else report_coverage(measured, least)
+        reached, low = ("", 0) if measured is None else report_coverage(measured_branches(measured), least)
     findings = sum(len(result.findings) for result in results)
     took = sum(result.seconds for result in results)
     print(
         f"in all: {len(results)} targets, {sum(result.executions for result in results)} executions, seed {seed}, "
-        f"{took:.0f} seconds, findings {findings}"
+        f"{took:.0f} seconds, findings {findings}{reached}"
     )
     return max(low, int(findings > 0))
 
@@ -555,39 +574,34 @@ def start_coverage() -> Any:
     return measurement
 
 
-def report_coverage(path: Path, least: float) -> int:
-    """Print which share of each reader's branches was taken; return 1 if one of them is below `least` percent. A branch is what
-    coverage.py calls so: a line that has more than one line to follow it, and one of those."""
-    found = measured_branches(path)
-    print(f"{'reader':18} {'branches':>8} {'taken':>8}  not taken")
-    for name in READERS:
-        taken, of, missing = found[name]
-        print(f"{name:18} {of:8} {share(taken, of):6.1f} %  {missing}")
-    taken, of = sum(found[name][0] for name in READERS), sum(found[name][1] for name in READERS)
-    print(f"{'all':18} {of:8} {share(taken, of):6.1f} %", flush=True)
-    low = [name for name in READERS if share(*found[name][:2]) < least]
-    for name in low:
-        say(f"error: {name}: {share(*found[name][:2]):.1f} % of its branches are taken, below {least} %")
-    return 1 if low else 0
-
-
-def share(taken: int, of: int) -> float:
-    """Percent; all of it where there is nothing."""
-    return 100 * taken / of if of else 100.0
-
-
-def measured_branches(path: Path) -> dict[str, tuple[int, int, str]]:
-    """By module: how many branches were taken, of how many, and the others as LINE->LINE (-: a function's end)."""
+def measured_branches(path: Path) -> dict[str, Branches]:
+    """What the children have measured, by reader."""
     coverage = importlib.import_module("coverage")
     measurement = coverage.Coverage(data_file=str(path), branch=True, source=[str(ROOT / "pygpt")], config_file=False)
     measurement.combine([str(path.parent)])
     report = path.with_name("report.json")
     measurement.json_report(outfile=str(report))
+    files = {Path(file).stem: entry for file, entry in json.loads(report.read_bytes())["files"].items()}
     found = {}
-    for file, entry in json.loads(report.read_bytes())["files"].items():
-        missing = " ".join(f"{a}->{b if b > 0 else '-'}" for a, b in entry["missing_branches"])
-        found[Path(file).stem] = entry["summary"]["covered_branches"], entry["summary"]["num_branches"], missing
+    for name in READERS:
+        summary, missing = files[name]["summary"], files[name]["missing_branches"]
+        left = " ".join(f"{a}->{b if b > 0 else '-'}" for a, b in missing)
+        found[name] = Branches(summary["covered_branches"], summary["num_branches"], left)
     return found
+
+
+def report_coverage(found: dict[str, Branches], least: float) -> tuple[str, int]:
+    """Print which share of each reader's branches was taken. Returns that of all in words, and the exit status: 1 if one reader
+    is below `least` percent."""
+    print(f"{'reader':18} {'branches':>8} {'taken':>8}  not taken")
+    for name, branches in found.items():
+        print(f"{name:18} {branches.of:8} {branches.share:6.1f} %  {branches.left}".rstrip())
+    low = [(name, branches.share) for name, branches in found.items() if branches.share < least]
+    for name, share in low:
+        say(f"error: {name}: {share:.1f} % of its branches are taken, fewer than {least} %")
+    everything = Branches(sum(one.taken for one in found.values()), sum(one.of for one in found.values()), "")
+    lowest = min(one.share for one in found.values())
+    return f", {everything.share:.1f} % of the readers' branches, {lowest:.1f} % of the lowest one's", int(bool(low))
 
 
 def run_atheris(name: str, seconds: float | None, executions: int, seed: int) -> NoReturn:

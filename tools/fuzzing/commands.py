@@ -7,20 +7,18 @@ command lines and the chat are in programs.py, downloads in network.py.
 """
 
 import argparse
-import importlib.util
 import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
-from importlib.abc import InspectLoader
 from pathlib import Path
 from random import Random
-from types import CodeType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -123,23 +121,13 @@ def run_main(
     return Outcome(status, pipe.content, errors)
 
 
-@cache
-def code_of(module: str) -> CodeType:
-    """A module's code."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert isinstance(spec.loader, InspectLoader)
-    code = spec.loader.get_code(module)
-    assert code is not None
-    return code
-
-
 def as_program(module: str) -> Callable[[Sequence[str]], int]:
     """What `python -m MODULE` runs, in this process."""
 
     def command(argv: Sequence[str]) -> int:
-        with patch.object(sys, "argv", [module, *argv]):
-            exec(code_of(module), {"__name__": "__main__", "__package__": module.rpartition(".")[0]})
+        with patch.object(sys, "argv", [module, *argv]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # so it is: as a module
+            runpy.run_module(module, run_name="__main__")
         raise Finding(f"{module} ends without an exit status")
 
     return command
@@ -685,9 +673,9 @@ class ConvertTarget(FilesTarget):
         with failing(faults, self.folder) as altered:
             outcome = run_main(as_program("pygpt.convert"), argv)
         judge(outcome, argv)
-        after = self.tree()
-        for name in altered:
-            after[name] = before.get(name, b"")  # not by this process
+        after = {**self.tree(), **{name: before[name] for name in altered & before.keys()}}
+        if altered - before.keys():
+            return label_of(outcome)  # another process was at what is written: it is not ours to judge
         if "-h" in argv or "--help" in argv or (outcome.status != 0 and (not faults or after == before)):
             same("files", after, before)
             return label_of(outcome)
@@ -809,7 +797,7 @@ class StatusTarget(Target):
 
         def job() -> None:
             if out:
-                print(out)
+                print(out.encode("utf-8", "replace").decode())
             if error is not None:
                 raise error
 

@@ -114,17 +114,19 @@ class Faults:
                     self._change(how, path, status)
 
     def _change(self, how: str, path: Path, status: os.stat_result) -> None:
-        """What another process does to a file. One that may be mapped is not cut: that ends a process, as it should."""
-        if how == "cut" and (status.st_dev, status.st_ino) not in self._mapped:
+        """What another process does to a file."""
+        if how == "cut" and (status.st_dev, status.st_ino) in self._mapped:
+            return  # it would end this process, as it should
+        self.changed.add(str(path.relative_to(self._folder)))
+        if how == "cut":
             os.truncate(path, status.st_size // 2)
         elif how == "grow":
             with path.open("ab") as file:
                 file.write(b"more")
         elif how == "touch":
             os.utime(path, ns=(0, 1))
-        elif how == "remove":
+        else:
             path.unlink()
-        self.changed.add(str(path.relative_to(self._folder)))
 
 
 def _status(handle: Any) -> os.stat_result | None:
