@@ -8,11 +8,12 @@
     python tools/fuzz.py --coverage-min 95                 and fail unless 95 % of each reader's branches are taken
     python tools/fuzz.py safetensors --atheris             libFuzzer chooses the inputs, where atheris is installed
 
-Inputs are sound ones of tiny shapes, those of tests/corpus/, and mutations of both: of bytes, of header fields, of JSON. An
-input that takes a new way through pygpt's Python code (pairs of lines), or is answered with a new kind of message, is kept
-and mutated further. The same seed and number of executions give the same inputs; where branches are measured (--coverage), new
-ways are not seen meanwhile, and fewer inputs are kept. The last line says how many executions there were in all, of which seed,
-in which time, how many findings, and which share of the readers' branches was taken where that was asked for.
+Inputs are sound ones of tiny shapes, those of tests/corpus/, and mutations of both: of bytes, of header fields, of JSON. With
+some of them the system fails, too: calls that end with an error, a full disk, a file that another process changes. An input
+that takes a new way through pygpt's Python code (pairs of lines), or is answered with a new kind of message, is kept and
+mutated further. The same seed and number of executions give the same inputs; where branches are measured (--coverage), new ways
+are not seen meanwhile, and fewer inputs are kept. The last line says how many executions there were in all, of which seed, in
+which time, how many findings, and which share of the readers' branches was taken where that was asked for.
 
 A finding is an exception that is no PyGPTError, a message that is no clear line, a process that dies, takes longer than
 --limit or 3 GiB more memory, an exit status or stderr that commands do not promise, a half-written file, and every

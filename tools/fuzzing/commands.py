@@ -2,8 +2,9 @@
 promises.
 
 They run in this process, with streams of its own: `run_main` tries some hundred command lines a second. `process` starts real
-processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes. The tools'
-command lines and the chat are in programs.py, downloads in network.py.
+processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes; of commands over
+files they are several files, which pack() makes one. The tools' command lines and the chat are in programs.py, downloads in
+network.py.
 """
 
 import argparse
