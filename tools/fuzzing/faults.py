@@ -106,8 +106,9 @@ class Faults:
         if how in ERRORS:
             if call == "import":
                 raise ModuleNotFoundError(f"No module named {arguments[0]!r}", name=arguments[0])
-            code = getattr(errno, how)
-            raise OSError(code, os.strerror(code), *(arguments[:1] if isinstance(arguments[0], str) else ()))
+            code, names = getattr(errno, how), [one for one in arguments if isinstance(one, str)]
+            second = [None, names[1]] if call == "replace" else []  # as the system's own errors have it
+            raise OSError(code, os.strerror(code), *names[:1], *second)
         if how in ("cut", "grow", "touch", "remove") and (status := _status(arguments[0])) is not None:
             for path in self._folder.rglob("*"):
                 if path.is_file() and os.path.samestat(path.stat(), status):
