@@ -466,6 +466,7 @@ class ServeTarget(Target):
             b"1 2 3\n4\0pad",
             b'{"total": 5}\n',
             b'{"tokens": [1], "seed": null}\n',
+            b'{"tokens": [1], "seed": [1]}\n',
             b'{"tokens": [1], "x": 1}\n',
         ]
 
@@ -531,7 +532,7 @@ class ServeTarget(Target):
         keys |= {"seed", "stop_token_ids", "stop_strings", "overflow"}
         if not isinstance(found, dict) or not keys.issuperset(found) or not isinstance(found.get("tokens"), list):
             return None
-        if any(value is None for value in found.values()):
+        if any(value is None for value in found.values()) or isinstance(found.get("seed"), list):  # as of a batch
             return None
         for name in ("total", "max_new_tokens"):  # a window may slide for ever
             if isinstance(found.get(name), int) and found[name] > 3000 and found.get("overflow") == "slide":

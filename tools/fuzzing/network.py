@@ -52,8 +52,8 @@ STATUS_LINES = (
 FAULTS = (
     ["lock", 1, "EAGAIN"], ["lock", 1, "remove"], ["lock", 1, "EIO"], ["room", 1, "half"], ["room", 1, "EIO"],
     ["open", 1, "EACCES"], ["open", 2, "EIO"], ["open", 2, "half"], ["open", 3, "EIO"], ["fsync", 1, "EIO"],
-    ["fsync", 2, "ENOSPC"], ["replace", 1, "EROFS"], ["replace", 2, "interrupt"], ["replace", 2, "EEXIST"], ["fstat", 1, "EIO"], ["limit", 100, ""],
-    ["limit", 1200, ""], ["mmap", 1, "ENOMEM"], ["makedirs", 1, "EROFS"], ["mmap", 1, "cut"],
+    ["fsync", 2, "ENOSPC"], ["replace", 1, "EROFS"], ["replace", 2, "interrupt"], ["replace", 2, "EEXIST"], ["fstat", 1, "EIO"],
+    ["limit", 100, ""], ["limit", 1200, ""], ["mmap", 1, "ENOMEM"], ["makedirs", 1, "EROFS"], ["mmap", 1, "cut"],
 )  # fmt: skip
 
 
