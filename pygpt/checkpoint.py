@@ -386,7 +386,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if not (isinstance(error, FileExistsError) and error.filename == temporary):  # else it is not ours
+        if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # not ours then
             with suppress(OSError):
                 os.unlink(temporary)
         raise

@@ -45,7 +45,7 @@ from urllib.request import (
 
 from . import __version__
 from .checkpoint import MODELS, Checkpoint, _reason, atomic_file, cached_model, file_bytes
-from .cli import HelpFormatter, Parser, say, status_of
+from .cli import HelpFormatter, Parser, one_line, say, status_of
 from .convert import check_parent, convert, default_version, describe, parse_version, write_bin
 from .errors import CheckpointError, InputError, PyGPTError
 from .huggingface import CONFIG_FILE, JSON_LIMIT, HuggingFaceModel, parse_settings, pickle_error, read_settings
@@ -507,7 +507,7 @@ class Progress:
         if size:
             left = (size - have) / rate if rate else 0.0
             text = f"{self._name}: {100 * have // size} % of {size / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s, {clock(left)} left"
-        print(f"\r{text[:78]:<78}", end="", file=sys.stderr, flush=True)
+        print(f"\r{one_line(text)[:78]:<78}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Leave the line, so that another can follow."""
