@@ -22,7 +22,7 @@ from make_huggingface import SHAPE
 from test_download import Terminal, error_of, token_of
 from web_site import COMMIT, Handler, Site
 
-from pygpt import download
+from pygpt import __version__, download
 from pygpt.checkpoint import cache_folder, cached_model
 from pygpt.download import HUB_VERSIONS, RETRY_AFTER_LIMIT, main
 
@@ -130,7 +130,7 @@ def test_a_model_by_name(site: Site, waits: list[float], capsys: pytest.CaptureF
     )
     assert [path for path, _ in site.requests] == [f"{REPOSITORY}/{COMMIT}/config.json", TENSORS]  # of one commit
     agents = {headers["user-agent"].split("; python")[0] for _, headers in site.requests + site.heads}
-    assert agents == {f"pygpt/{download.__version__}; hf_hub/{hub.__version__}"}
+    assert agents == {f"pygpt/{__version__}; hf_hub/{hub.__version__}"}
     assert {token_of(headers) for _, headers in site.requests + site.heads} == {None}
     assert waits == []
 
