@@ -157,7 +157,8 @@ def hub_for(part: "Part", endpoint: str) -> "Hub | None":
     least, below = HUB_VERSIONS
     if least <= tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < below:
         return Hub(part, endpoint, place[1], unquote(place[2]))
-    say(f"huggingface_hub {found} is none that is known: the standard library downloads (pip install -U 'pygpt[hub]' helps)")
+    from_, to = (".".join(map(str, version)) for version in HUB_VERSIONS)
+    say(f"huggingface_hub {found} is not of those that are used, from {from_} and below {to}: the standard library downloads")
     return None
 
 
@@ -510,19 +511,22 @@ class Hub:
     """
 
     def __init__(self, part: Part, endpoint: str, repository: str, revision: str) -> None:
-        from huggingface_hub import try_to_load_from_cache
-
         self._endpoint, self._repository, self._revision = endpoint, repository, revision
         self._folder = f"{part.path}.hub"
-        self._cached: dict[str, str] = {}
-        names = [self._name(url) for url in (part.url, beside(part.url, CONFIG_FILE))]
-        for known in repository, repository.removeprefix("openai-community/"):  # as transformers' users know GPT-2
-            with self._clearly(part.url):
-                found = {name: try_to_load_from_cache(known, name, revision=revision) for name in names}
-            paths = {name: path for name, path in found.items() if isinstance(path, str)}
-            if not self._cached and len(paths) == len(names):
-                self._cached = paths
+        with self._clearly(part.url):
+            self._cached = self._find([self._name(url) for url in (part.url, beside(part.url, CONFIG_FILE))])
         logging.getLogger("huggingface_hub").handlers = [Notes()]
+
+    def _find(self, names: list[str]) -> dict[str, str]:
+        """Where all of these files lie in huggingface_hub's cache; nothing if one of them does not."""
+        from huggingface_hub.file_download import try_to_load_from_cache  # a lazy import would print what fails to stdout
+
+        for repository in self._repository, self._repository.removeprefix("openai-community/"):  # gpt2: GPT-2's first name
+            found = {name: try_to_load_from_cache(repository, name, revision=self._revision) for name in names}
+            paths = {name: path for name, path in found.items() if isinstance(path, str)}
+            if len(paths) == len(names):
+                return paths
+        return {}
 
     def small(self, url: str) -> bytes:
         """A file of up to JSON_LIMIT bytes."""
@@ -561,7 +565,8 @@ class Hub:
 
     def _ask(self, url: str) -> tuple[int, str | None]:
         """What the server says of a file: its length, and its sha256 if it is a large one. All are of one commit."""
-        from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+        from huggingface_hub import get_session
+        from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url
 
         with self._clearly(url):
             session = get_session()
@@ -578,7 +583,7 @@ class Hub:
     @contextmanager
     def _download(self, url: str) -> Iterator[str]:
         """Fetch a file into a folder that goes when the block ends."""
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub.file_download import hf_hub_download
 
         shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
         try:
@@ -603,12 +608,10 @@ class Hub:
         try:
             yield
         except Exception as error:
-            from huggingface_hub.errors import OfflineModeIsEnabled
-
             causes: list[BaseException] = [error]
             while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
                 causes.append(cause)
-            if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+            if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in causes):
                 raise PyGPTError(f"{url}: HF_HUB_OFFLINE is set, and huggingface_hub's cache has no such file") from error
             for cause in causes:
                 if (answer := getattr(cause, "response", None)) is not None:

@@ -554,7 +554,15 @@ def test_versions_that_are_not_known(
     assert main(["gpt2"]) == 0
     assert fetched()
     assert site.heads == []
-    assert f"pygpt: huggingface_hub {version} is none that is known: the standard library" in capsys.readouterr().err
+    assert f"huggingface_hub {version} is not of those that are used, from 1.31 and below 3: " in capsys.readouterr().err
+
+
+def test_an_installation_that_is_broken(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub.file_download", None)
+    assert main(["gpt2"]) == 1
+    assert re.search("huggingface_hub.file_download.*: PYGPT_HUB=0 downloads without", failed(capsys))
 
 
 def test_the_extra_has_the_same_versions() -> None:
@@ -605,5 +613,9 @@ def test_as_a_process(site: Site, tmp_path: Path) -> None:
     refusal = run("-m", "pygpt.download", "gpt2-xl")
     assert (refusal.returncode, refusal.stdout, refusal.stderr.count("\n")) == (1, "", 1)
     assert "HF_HUB_OFFLINE is set" in refusal.stderr
+    environment["HF_HUB_ETAG_TIMEOUT"] = "soon"
+    nonsense = run("-m", "pygpt.download", "gpt2-xl")
+    assert (nonsense.returncode, nonsense.stdout, nonsense.stderr.count("\n")) == (1, "", 1)
+    assert "'soon': PYGPT_HUB=0 downloads without" in nonsense.stderr
     imported = run("-c", "import sys, pygpt, pygpt.__main__, pygpt.download; print('huggingface_hub' in sys.modules)")
     assert imported.stdout == "False\n"
