@@ -623,8 +623,11 @@ class Notes(logging.Handler):
     """What huggingface_hub has to say meanwhile, as lines of this command."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say it."""
-        say(record.getMessage())
+        """Say it, above its progress bar."""
+        from huggingface_hub.utils.tqdm import tqdm
+
+        with tqdm.external_write_mode(sys.stderr):
+            say(record.getMessage())
 
 
 def limit_wait(response: "Any") -> None:

@@ -584,11 +584,15 @@ def test_a_variable_that_is_none(
 # As users see it
 
 
-def test_progress_is_for_terminals(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_for_terminals(site: Site, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
+    site.plans[TENSORS] = [web.dropped(SIZE // 2)]
     assert main(["gpt2"]) == 0
-    assert re.search(r"model\.safetensors: +100%\|.*B/s", screen.getvalue())
+    lines = screen.getvalue().splitlines()  # \r ends a line here too
+    assert any(re.search(r"model\.safetensors: +100%\|.*<.*B/s", line) for line in lines)
+    assert [line.split()[1] for line in lines if "pygpt: " in line] == ["Error", f"{site.url}{MAIN}"]
+    assert all(line.startswith("pygpt: ") for line in lines if "pygpt: " in line)
 
 
 def test_as_a_process(site: Site, tmp_path: Path) -> None:
