@@ -34,6 +34,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from io import FileIO
 from socket import gaierror
+from tempfile import TemporaryDirectory
 from time import monotonic, sleep, time
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -512,7 +513,7 @@ class Hub:
 
     def __init__(self, part: Part, endpoint: str, repository: str, revision: str) -> None:
         self._endpoint, self._repository, self._revision = endpoint, repository, revision
-        self._folder = f"{part.path}.hub"
+        self._target = part.path.removesuffix(".part")
         with self._clearly(part.url):
             self._cached = self._find([self._name(url) for url in (part.url, beside(part.url, CONFIG_FILE))])
         logging.getLogger("huggingface_hub").handlers = [Notes()]
@@ -585,21 +586,21 @@ class Hub:
         """Fetch a file into a folder that goes when the block ends."""
         from huggingface_hub.file_download import hf_hub_download
 
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-        try:
+        with _disk(self._target):
+            place, name = os.path.split(os.path.abspath(self._target))
+            folder = TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
+        with folder:
             with self._clearly(url):
                 path = hf_hub_download(
                     self._repository,
                     self._name(url),
                     revision=self._revision,
                     endpoint=self._endpoint,
-                    local_dir=self._folder,
+                    local_dir=folder.name,
                     library_name="pygpt",
                     library_version=__version__,
                 )
             yield str(path)
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
     def _clearly(self, url: str) -> Iterator[None]:

@@ -518,14 +518,6 @@ def test_no_room_for_what_it_becomes(site: Site, capsys: pytest.CaptureFixture[s
     assert os.listdir(cache_folder()) == ["gpt2.bin"]
 
 
-def test_what_a_killed_run_left(site: Site) -> None:
-    left = Path(f"{cached_model('gpt2')}.part.hub", ".cache")
-    left.mkdir(parents=True)
-    (left / "half.incomplete").write_bytes(b"half")
-    assert main(["gpt2"]) == 0
-    assert fetched()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Which of the two
 
