@@ -508,7 +508,7 @@ class Hub:
     """Asks huggingface_hub for the files of one revision of a repository, and makes its words those of this command.
 
     They come from its cache, both the settings and the tensors or neither, else into a folder beside the part. Retries are
-    huggingface_hub's: about half a minute without an answer, five breaks in a row that bring nothing.
+    huggingface_hub's, and end: after six tries without an answer, and after six breaks in a row that brought nothing.
     """
 
     def __init__(self, part: Part, endpoint: str, repository: str, revision: str) -> None:
