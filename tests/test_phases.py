@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pygpt import GPT2, Config, Trace, TrainableGPT2
+from pygpt._kernels import PHASES
 
 Event = tuple[str, int, int, int, int]  # phase, layer, begin_ns, end_ns, left_ns
 
@@ -137,6 +138,4 @@ def test_the_check_finds_what_was_begun_too_early() -> None:
 
 
 def test_the_table_names_every_phase_that_workers_share() -> None:
-    from pygpt._kernels import PHASES
-
     assert set(TABLE) == set(PHASES) - {"norm", "update"}  # these are rounds of their own
