@@ -387,8 +387,6 @@ cdef class TrainStep(Step):
             self.back.B, self.back.T = B, T
         if not self.caches:
             self.caches = [KeysValues(self.weights, T) for _ in range(B)]
-        for cache in self.caches:
-            (<KeysValues> cache).length = 0
         self.task = FORWARD
         self.targets = targets
         self.state.targets = &targets[0, 0]
