@@ -117,22 +117,27 @@ class Settings:
             Request(self.config, tokens, **self.request)
 
     def change(self, name: str, value: str) -> None:
-        """Set one from what the user has typed. Raises InputError, and changes nothing, for what cannot be."""
-        name, key = find_setting(name)
+        """Set one from what the user has typed. Raises InputError, in the user's words, and changes nothing, for what cannot
+        be."""
+        typed = name
+        name, key = find_setting(typed)
         if key == "stats":
             if value not in ("on", "off", "default"):
                 raise InputError(f"stats is {value!r:.40}: it must be on or off")
             self.stats = value == "on"
             return
         before = self._asked
-        if value == "default":
-            self._asked = {other: kept for other, kept in before.items() if other != key}
-        else:
-            self._asked = complete_order(read_setting(name, key, value), before)  # drops what the new one rules out
         try:
+            if value == "default":
+                self._asked = {other: kept for other, kept in before.items() if other != key}
+            else:
+                self._asked = complete_order(read_setting(name, key, value), before)  # drops what the new one rules out
             self.check([0])
-        except InputError:
+        except InputError as error:
             self._asked = before
+            subject, is_, limit = str(error).partition(" is ")
+            if subject.partition(" ")[0] in (name, key):  # "max_new_tokens (--max-new-tokens) is 'x': ..."
+                raise InputError(f"{typed}{is_}{limit}") from None
             raise
 
     def show(self, name: str) -> str:

@@ -387,8 +387,6 @@ cdef class TrainStep(Step):
             self.back.B, self.back.T = B, T
         if not self.caches:
             self.caches = [KeysValues(self.weights, T) for _ in range(B)]
-        for cache in self.caches:
-            (<KeysValues> cache).length = 0
         self.task = FORWARD
         self.targets = targets
         self.state.targets = &targets[0, 0]
@@ -413,7 +411,7 @@ cdef class TrainStep(Step):
         self.kept = self.moving = self.all_logits = self.backward_scratch = None   # the old ones go before the new ones come
         self._reserve_rows(R)
         s.fch_row = 4 * C + 16
-        self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2))
+        self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2), dense=True)
         s.residual = self.kept.data
         s.ln = s.residual + norms * R * C
         s.qkv = s.ln + norms * R * C
@@ -424,7 +422,7 @@ cdef class TrainStep(Step):
         s.total = s.fch_gelu + L * R * s.fch_row
         s.losses = s.total + R
         s.logits_row = (self.weights.net.V + 127) // 128 * 128
-        self.all_logits = Floats(R, s.logits_row)
+        self.all_logits = Floats(R, s.logits_row, dense=True)
         s.logits = self.all_logits.data
         if self.keeps:
             s.stats = s.losses + R
@@ -437,13 +435,13 @@ cdef class TrainStep(Step):
         """Make room for what moves in the backward pass."""
         cdef State* s = &self.state
         cdef Py_ssize_t C = self.weights.net.C
-        self.moving = Floats(1, R * (5 * C + s.fch_row))
+        self.moving = Floats(1, R * (5 * C + s.fch_row), dense=True)
         self.back.dresidual = self.moving.data
         self.back.dinp = self.back.dresidual + R * C
         self.back.dqkv = self.back.dinp + R * C
         self.back.dfch = self.back.dqkv + R * 3 * C
         self.back.scratch_size = attention_scratch(&self.weights.net, self.back.T) + micro.outer_room
-        self.backward_scratch = Floats(self.nth, self.back.scratch_size)
+        self.backward_scratch = Floats(self.nth, self.back.scratch_size, dense=True)
         self.back.scratch = self.backward_scratch.data
 
     cdef _reserve_logits(self):

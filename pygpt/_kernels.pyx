@@ -26,6 +26,22 @@ from posix.stdlib cimport posix_memalign
 
 from .errors import ClosedError, InputError, shown
 
+cdef extern from *:
+    """
+    #include <sys/mman.h>
+    enum { huge_page = 1 << 21 };
+    static void ask_huge_pages(void *memory, size_t size) {
+    #if defined(MADV_HUGEPAGE)
+        (void)madvise(memory, size, MADV_HUGEPAGE); /* a system that has none goes on with small ones */
+    #else
+        (void)memory, (void)size;
+    #endif
+    }
+    """
+    enum:
+        huge_page             # bytes, of the systems that we know
+    void ask_huge_pages(void* memory, size_t size) noexcept nogil
+
 # ------------------------------------------------------------------------------------------------ (a) instruction set
 
 
@@ -430,14 +446,22 @@ def check_token(token, Py_ssize_t V) -> int:
 
 
 cdef class Floats:
-    """A float32 array (rows, cols), C-contiguous, 64-byte aligned, not initialised. NumPy views it without a copy."""
+    """A float32 array (rows, cols), C-contiguous, 64-byte aligned, not initialised. NumPy views it without a copy.
 
-    def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols):
+    `dense`: all of it will be used, so large ones ask for huge pages, whose addresses are found faster. A cache of keys and
+    values is not dense: its heads begin far apart, and huge pages would fill the room between them."""
+
+    def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols, *, bint dense=False):
         cdef void* memory = NULL
+        cdef Py_ssize_t size, page = huge_page
         if rows < 0 or cols < 0 or (cols and rows > (<Py_ssize_t> 1 << 58) // cols):
             raise MemoryError(f"no room for {rows} x {cols} float32 values")
-        if posix_memalign(&memory, 64, max(rows * cols, 1) * sizeof(float)):
-            raise MemoryError(f"no room for {rows} x {cols} float32 values ({rows * cols * 4} bytes)")
+        size = rows * cols * <Py_ssize_t> sizeof(float)
+        dense = dense and size >= 2 * page
+        if posix_memalign(&memory, page if dense else 64, max(size, 1)):
+            raise MemoryError(f"no room for {rows} x {cols} float32 values ({size} bytes)")
+        if dense:
+            ask_huge_pages(memory, size)
         self.data = <float*> memory
         self.shape[:] = [rows, cols]
         self.strides[:] = [cols * <Py_ssize_t> sizeof(float), sizeof(float)]
@@ -671,7 +695,7 @@ cdef class Step:
         self.room = 0
         self._reserve_rows(R)
         s.fch_row = 4 * C + 16
-        self.workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C)
+        self.workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C, dense=True)
         s.residual = self.workspace.data
         s.qkv = s.residual + R * C
         s.atty = s.qkv + R * 3 * C
@@ -692,7 +716,7 @@ cdef class Step:
         cdef Py_ssize_t C = self.weights.net.C
         if R > micro.narrow:
             s.block_size = max(block_outputs(C) * padded(C), block_outputs(4 * C) * padded(4 * C))
-            self.packed = Floats(1, padded(R) * padded(4 * C) + self.nth * s.block_size)
+            self.packed = Floats(1, padded(R) * padded(4 * C) + self.nth * s.block_size, dense=True)
             s.packed = self.packed.data
             s.blocks = s.packed + padded(R) * padded(4 * C)
         free(s.rows)

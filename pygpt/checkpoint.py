@@ -61,7 +61,7 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     if name in MODELS and not os.path.isfile(name):
         fetched = cached_model(name)
         if not os.path.exists(fetched):
-            raise CheckpointError(f"{name}{via}: not fetched yet: `python -m pygpt.download {name}` does")
+            raise CheckpointError(f"{name}{via}: not downloaded yet: run `python -m pygpt.download {name}` first")
         return fetched, origin
     if not os.path.exists(name):
         raise CheckpointError(f"{name}{via}: no such model file; give the path of an llm.c checkpoint such as {GPT2_FILE}")
@@ -386,7 +386,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if not (isinstance(error, FileExistsError) and error.filename == temporary):  # else it is not ours
+        if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # not ours then
             with suppress(OSError):
                 os.unlink(temporary)
         raise

@@ -2,12 +2,16 @@
 
 A model goes by its name into the cache folder, where `-m NAME` finds it, or from an address into a file. Hugging Face's are
 converted when they have arrived. What has arrived of a file is kept beside it (.part, and .part.json with what the server
-said of it) until it is whole and checked, so that a download that broke off goes on where it stopped, now or in a later run.
+said of it) until it is whole and checked.
 
-Refuses every scheme but http and https, a redirect from https to http, and to show HF_TOKEN to any host but that of
-HF_ENDPOINT. The standard library does the talking: proxies (HTTPS_PROXY, ...) and certificates are urllib's. Why not the
-`huggingface_hub` package: it would keep the safetensors file for good beside the model made of it, and llm.c's mirrors and
-plain addresses need all of this anyway: there would be two ways to break off and go on.
+Two can do the talking. `Hub` is huggingface_hub (the extra `hub`), where it is installed, for models on Hugging Face: it knows
+its own cache, the token of `hf auth login`, HF_HUB_OFFLINE and Xet. What it fetches is not left in its cache: a second copy of
+the model would stay there. It drops what has arrived when a run ends early. `Client` is the standard library, for every other
+address (llm.c's files among them), with PYGPT_HUB=0, and for what an earlier run has begun: a download that broke off goes on
+where it stopped, now or in a later run.
+
+`Client` refuses every scheme but http and https, a redirect from https to http, and to show HF_TOKEN to any host but that of
+HF_ENDPOINT; proxies (HTTPS_PROXY, ...) and certificates are urllib's. Redirects and proxies of `Hub` are huggingface_hub's.
 
 stdout stays empty; a progress bar is for terminals. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2
 for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file.
@@ -22,6 +26,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -34,9 +39,10 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from io import FileIO
 from socket import gaierror
+from tempfile import TemporaryDirectory
 from time import monotonic, sleep, time
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import (
     HTTPDefaultErrorHandler,
     HTTPErrorProcessor,
@@ -50,7 +56,7 @@ from urllib.request import (
 
 from . import __version__
 from .checkpoint import MODELS, Checkpoint, _reason, atomic_file, cached_model, file_bytes
-from .cli import HelpFormatter, Parser, say, status_of
+from .cli import HelpFormatter, Parser, one_line, say, status_of
 from .convert import check_parent, convert, default_version, describe, parse_version, write_bin
 from .errors import CheckpointError, InputError, PyGPTError
 from .huggingface import CONFIG_FILE, JSON_LIMIT, HuggingFaceModel, parse_settings, pickle_error, read_settings
@@ -67,10 +73,12 @@ examples:
   python -m pygpt.download gpt2_124M -o gpt2.bin    llm.c's own file, into this folder
 
 names: gpt2, gpt2-medium, gpt2-large, gpt2-xl; llm.c's gpt2_124M, gpt2_124M_bf16
-environment: HF_ENDPOINT (a mirror), HF_TOKEN (for a model that needs one), HTTPS_PROXY, PYGPT_HOME (the cache folder)
+environment: HF_ENDPOINT (a mirror), HF_TOKEN (for a model that needs one), HTTPS_PROXY, PYGPT_HOME (the cache folder),
+PYGPT_HUB=0 (do without huggingface_hub)
 """
 
 HUB = "https://huggingface.co"
+HUB_VERSIONS = (1, 31), (3,)  # of huggingface_hub: from, and below; pyproject.toml has the same
 LLMC = "datasets/karpathy/llmc-starter-pack/resolve/main"  # as llm.c, dev/download_starter_pack.sh, has it
 SOURCES = {
     name: f"{LLMC}/{name}.bin" if "124M" in name else f"openai-community/{name}/resolve/main/model.safetensors"
@@ -84,6 +92,8 @@ MOST_TRIES = 1000  # in all: a server that gives a byte at a time ends too
 BACKOFF_LIMIT, RETRY_AFTER_LIMIT = 30.0, 120.0  # seconds
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # statuses after which trying again helps
 READ_BYTES = 1 << 18
+KEEP_FREE = 1 << 28  # bytes that a file of unknown length leaves on the disk
+WITHOUT_HUB = ": PYGPT_HUB=0 downloads without huggingface_hub, and keeps what arrives"
 PROXY_PASSWORD = "Proxy-authorization"  # as urllib spells the header
 
 
@@ -133,22 +143,45 @@ def download(model: str, target: str | None = None, version: int | None = None) 
         make_folder(os.path.dirname(target))
     if there := present(target, version):
         return there
+    client = Client(endpoint)  # here, since it looks at HF_TOKEN, which is the other's too
     with Part(f"{target}.part", url) as part:
-        return fetch_model(part, Client(endpoint), target, version, digest)
+        return fetch_model(part, hub_for(part, endpoint) or client, target, version, digest)
 
 
-def fetch_model(part: "Part", client: "Client", target: str, version: int | None, digest: str | None) -> str:
+def hub_for(part: "Part", endpoint: str) -> "Hub | None":
+    """huggingface_hub, where it is installed, wanted, and can fetch this file."""
+    wanted = os.environ.get("PYGPT_HUB") or "1"
+    if wanted not in ("0", "1"):
+        raise InputError(f"PYGPT_HUB is {wanted[:40]!r}: it must be 0 (do without huggingface_hub) or 1")
+    place = re.fullmatch(r"/((?!datasets/|spaces/)[\w.-]+(?:/[\w.-]+)?)/resolve/([^/]+)/.+", within(part.url, endpoint))
+    if wanted == "0" or place is None or not is_safetensors(part.url) or (part.have and not part.whole):
+        return None
+    try:
+        from huggingface_hub import __version__ as found
+    except ImportError:
+        return None
+    least, below = HUB_VERSIONS
+    if least <= tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < below:
+        return Hub(part, endpoint, place[1], unquote(place[2]))
+    from_, to = (".".join(map(str, version)) for version in HUB_VERSIONS)
+    say(f"huggingface_hub {found} is not of those that are used, from {from_} and below {to}: the standard library downloads")
+    return None
+
+
+def fetch_model(part: "Part", client: "Client | Hub", target: str, version: int | None, digest: str | None) -> str:
     """Fetch, check, convert if need be, and give the file its name."""
     settings = config = None
     if is_safetensors(part.url):
         address = beside(part.url, CONFIG_FILE)
         settings = parse_settings(client.small(address), address)
         config = read_settings(settings, part.url)
-    client.fetch(part, room=0 if config is None else file_bytes(config, version or 3))
+    path = client.fetch(part, room=0 if config is None else file_bytes(config, version or 3))
+    source = part.url if path == part.path else path
     try:
-        part.check(digest)
+        if path == part.path:
+            part.check(digest)
         if settings is not None:
-            with SafetensorsFile(part.path) as file, HuggingFaceModel({target: file}, settings, place=part.url) as model:
+            with SafetensorsFile(path) as file, HuggingFaceModel({target: file}, settings, place=source) as model:
                 write_bin(target, model, version or default_version(model))
         else:
             with Checkpoint(part.path) as checkpoint:
@@ -159,11 +192,13 @@ def fetch_model(part: "Part", client: "Client", target: str, version: int | None
             else:
                 convert(part.path, target, version)
     except CheckpointError as error:
+        if path != part.path:
+            raise
         part.discard()  # whole, and no model: it never will be
         raise CheckpointError(f"{part.url}: what came is no model that is read, and deleted: {error}") from None
     part.discard()
     with Checkpoint(target) as written:
-        return f"{part.url} -> {describe(target, written)}"
+        return f"{source} -> {describe(target, written)}"
 
 
 class Part:
@@ -236,6 +271,15 @@ class Part:
                 left = left[self._file.write(left) :]
         self.have += len(data)
 
+    def take(self, path: str) -> None:
+        """Make a whole file, which is what say() said, what has arrived. It is locked when it gets its new name."""
+        with _disk(self.path):
+            file = _open_locked(path)
+            os.replace(path, self.path)
+            self.have = os.fstat(file.fileno()).st_size
+        self._file.close()
+        self._file = file
+
     def check(self, *digests: str | None) -> None:
         """Compare the bytes with the sha256 that the server and `digests` name; drop them if they differ."""
         with _disk(self.path):
@@ -243,8 +287,7 @@ class Part:
         wanted = {digest for digest in (self.sha256, *digests) if digest}
         if not wanted:
             return
-        with _disk(self.path), open(self.path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(self.path)
         if wanted != {found}:
             self.discard()
             expected = " and ".join(sorted(wanted))
@@ -355,14 +398,15 @@ class Client:
         self._persist(url, attempt, lambda: 0)
         return found
 
-    def fetch(self, part: Part, *, room: int) -> None:
-        """Fetch what is missing of a file. room: bytes that will be needed on the disk besides."""
+    def fetch(self, part: Part, *, room: int) -> str:
+        """Fetch what is missing of a file; return where it is. room: bytes that will be needed on the disk besides."""
         progress = Progress(os.path.basename(part.path).removesuffix(".part"))
         try:
             if not part.whole:
                 self._persist(part.url, lambda: self._receive(part, room, progress), lambda: part.have, progress)
         finally:
             progress.end()
+        return part.path
 
     def _receive(self, part: Part, room: int, progress: "Progress") -> None:
         """Ask once for what is missing, and take what comes. Raises Dropped if it ends early."""
@@ -379,8 +423,11 @@ class Client:
             raise Dropped("the server has fewer bytes than have arrived") from None
         with response:
             self._begin(part, response, trail)
-            check_room(part, room)
+            if part.size is not None:
+                check_room(part.path, part.size - part.have + room)
             while data := response.read1(READ_BYTES):
+                if part.size is None:
+                    check_room(part.path, len(data) + room + KEEP_FREE)
                 part.write(data)
                 progress.show(part.have, part.size)
         if part.size is None:
@@ -434,7 +481,7 @@ class Client:
                 error.close()
                 self._answered = True
                 if error.code not in TEMPORARY:
-                    raise refusal(url, error) from None
+                    raise refusal(url, error.code, str(error.reason)) from None
                 reason = f"the server answers {error.code} ({error.reason})"
                 wait = retry_after(error.headers.get("Retry-After"))
             except (OSError, HTTPException) as error:
@@ -462,17 +509,166 @@ class Client:
         raise PyGPTError(f"{url}: {reason}: given up after {tries} tries; what has arrived is kept: run it again to go on")
 
 
-def refusal(url: str, error: HTTPError) -> PyGPTError:
+class Hub:
+    """Asks huggingface_hub for the files of one revision of a repository, and makes its words those of this command.
+
+    They come from its cache, both the settings and the tensors or neither, else into a folder beside the part. Retries are
+    huggingface_hub's, and end: after six tries without an answer, and after six breaks in a row that brought nothing.
+    """
+
+    def __init__(self, part: Part, endpoint: str, repository: str, revision: str) -> None:
+        self._endpoint, self._repository, self._revision = endpoint, repository, revision
+        self._target = part.path.removesuffix(".part")
+        with self._clearly(part.url):
+            self._cached = self._find([self._name(url) for url in (part.url, beside(part.url, CONFIG_FILE))])
+        logging.getLogger("huggingface_hub").handlers = [Notes()]
+
+    def _find(self, names: list[str]) -> dict[str, str]:
+        """Where all of these files lie in huggingface_hub's cache; nothing if one of them does not."""
+        from huggingface_hub.file_download import try_to_load_from_cache  # a lazy import would print what fails to stdout
+
+        for repository in self._repository, self._repository.removeprefix("openai-community/"):  # gpt2: GPT-2's first name
+            found = {name: try_to_load_from_cache(repository, name, revision=self._revision) for name in names}
+            paths = {name: path for name, path in found.items() if isinstance(path, str)}
+            if len(paths) == len(names):
+                return paths
+        return {}
+
+    def small(self, url: str) -> bytes:
+        """A file of up to JSON_LIMIT bytes."""
+        name = self._name(url)
+        if name in self._cached:
+            with _disk(self._cached[name]), open(self._cached[name], "rb") as file:
+                return file.read(JSON_LIMIT + 1)
+        size, _ = self._ask(url)
+        if size > JSON_LIMIT:
+            raise PyGPTError(f"{url}: {size} bytes are announced, of a file that has up to {JSON_LIMIT}")
+        with self._download(url) as path, _disk(path), open(path, "rb") as file:
+            return file.read(JSON_LIMIT + 1)
+
+    def fetch(self, part: Part, *, room: int) -> str:
+        """Fetch the file if need be; return where it is. room: bytes that will be needed on the disk besides."""
+        if part.whole:
+            return part.path
+        if path := self._cached.get(self._name(part.url)):
+            check_room(part.path, room)
+            check_cached(path)
+            return path
+        size, sha256 = self._ask(part.url)
+        check_room(part.path, size + room)
+        with self._download(part.url) as path:
+            with _disk(path):
+                found = os.path.getsize(path)
+            if found != size:
+                raise PyGPTError(f"{part.url}: wrong length: {found} bytes came of {size} that were announced; fetch it again")
+            part.say(size, None, sha256)
+            part.take(path)
+        return part.path
+
+    def _name(self, url: str) -> str:
+        """A file's path in the repository."""
+        return unquote(within(url, self._endpoint).partition("/resolve/")[2].partition("/")[2])
+
+    def _ask(self, url: str) -> tuple[int, str | None]:
+        """What the server says of a file: its length, and its sha256 if it is a large one. All are of one commit."""
+        from huggingface_hub import get_session
+        from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url
+
+        with self._clearly(url):
+            session = get_session()
+            session.event_hooks = {**session.event_hooks, "response": [limit_wait]}
+            address = hf_hub_url(self._repository, self._name(url), revision=self._revision, endpoint=self._endpoint)
+            facts = get_hf_file_metadata(
+                address, endpoint=self._endpoint, library_name="pygpt", library_version=__version__, retry_on_errors=True
+            )
+        if facts.size is None:
+            raise PyGPTError(f"{url}: the server does not say how long this file is{WITHOUT_HUB}")
+        self._revision = facts.commit_hash or self._revision
+        return facts.size, facts.etag if facts.etag and re.fullmatch(r"[0-9a-f]{64}", facts.etag) else None
+
+    @contextmanager
+    def _download(self, url: str) -> Iterator[str]:
+        """Fetch a file into a folder that goes when the block ends."""
+        from huggingface_hub.file_download import hf_hub_download
+
+        with _disk(self._target):
+            place, name = os.path.split(os.path.abspath(self._target))
+            folder = TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
+        with folder:
+            with self._clearly(url):
+                path = hf_hub_download(
+                    self._repository,
+                    self._name(url),
+                    revision=self._revision,
+                    endpoint=self._endpoint,
+                    local_dir=folder.name,
+                    library_name="pygpt",
+                    library_version=__version__,
+                )
+            yield str(path)
+
+    @contextmanager
+    def _clearly(self, url: str) -> Iterator[None]:
+        """Say in one line what went wrong, by the first of its causes: huggingface_hub and its own libraries raise errors of
+        many kinds, also for the same thing."""
+        try:
+            yield
+        except Exception as error:
+            causes: list[BaseException] = [error]
+            while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+                causes.append(cause)
+            if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in causes):
+                raise PyGPTError(f"{url}: HF_HUB_OFFLINE is set, and huggingface_hub's cache has no such file") from error
+            for cause in causes:
+                if (answer := getattr(cause, "response", None)) is not None:
+                    raise refusal(url, answer.status_code, answer.reason_phrase) from error
+            raise PyGPTError(f"{url}: {_reason(error) or type(error).__name__}{WITHOUT_HUB}") from error
+
+
+class Notes(logging.Handler):
+    """What huggingface_hub has to say meanwhile, as lines of this command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, above its progress bar."""
+        from huggingface_hub.utils.tqdm import tqdm
+
+        with tqdm.external_write_mode(sys.stderr):
+            say(record.getMessage())
+
+
+def limit_wait(response: "Any") -> None:
+    """Let huggingface_hub wait for a server as long as it asks for within reason; there is no limit of its own."""
+    wait = retry_after(response.headers.pop("Retry-After", None))
+    response.headers.pop("RateLimit", None)  # another way to say it
+    if wait is not None:
+        response.headers["Retry-After"] = f"{wait:.0f}"
+
+
+def check_cached(path: str) -> None:
+    """Compare a file of huggingface_hub's cache with its sha256: where it is a large one, a link to a file of that name."""
+    with _disk(path):
+        wanted = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
+    if re.fullmatch(r"[0-9a-f]{64}", wanted) and (found := sha256_of(path)) != wanted:
+        raise PyGPTError(f"{path}: wrong bytes: sha256 {found}, expected {wanted}; remove it from huggingface_hub's cache")
+
+
+def sha256_of(path: str) -> str:
+    """A file's digest."""
+    with _disk(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refusal(url: str, code: int, reason: str) -> PyGPTError:
     """What a status that stays means for the user."""
     meaning = {
         401: "it wants a token: set HF_TOKEN to one that may read this model, and look whether the address is right",
         403: "HF_TOKEN is not allowed to read this: ask for access on the model's page",
         404: "there is no such file: look at the address",
     }
-    text = meaning.get(error.code, str(error.reason))
-    if 300 <= error.code < 400:
-        text = f"redirected without end, or not to an http(s) address: {error.reason}"
-    return PyGPTError(f"{url}: the server answers {error.code}: {text}")
+    text = meaning.get(code, reason)
+    if 300 <= code < 400:
+        text = f"redirected without end, or not to an http(s) address: {reason}"
+    return PyGPTError(f"{url}: the server answers {code}: {text}")
 
 
 def retry_after(text: str | None) -> float | None:
@@ -512,7 +708,7 @@ class Progress:
         if size:
             left = (size - have) / rate if rate else 0.0
             text = f"{self._name}: {100 * have // size} % of {size / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s, {clock(left)} left"
-        print(f"\r{text[:78]:<78}", end="", file=sys.stderr, flush=True)
+        print(f"\r{one_line(text)[:78]:<78}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Leave the line, so that another can follow."""
@@ -527,10 +723,9 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def check_room(part: Part, room: int) -> None:
-    """Refuse to begin what the disk cannot hold."""
-    folder = os.path.dirname(os.path.abspath(part.path))
-    needed = (part.size or 0) - part.have + room
+def check_room(path: str, needed: int) -> None:
+    """Refuse to write what the disk of this file cannot hold."""
+    folder = os.path.dirname(os.path.abspath(path))
     with _disk(folder):
         free = shutil.disk_usage(folder).free
     if free < needed:
@@ -586,6 +781,12 @@ def file_name(url: str) -> str:
 def is_safetensors(url: str) -> bool:
     """Whether an address is of a Hugging Face model."""
     return urlsplit(url).path.endswith(".safetensors")
+
+
+def within(url: str, endpoint: str) -> str:
+    """The path of an address within an endpoint's; "" where it is another's."""
+    parts, own = urlsplit(url), urlsplit(endpoint)
+    return parts.path.removeprefix(own.path) if origin(url) == origin(endpoint) and parts.path.startswith(own.path) else ""
 
 
 def beside(url: str, name: str) -> str:

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline)) /* whose sums would be spilled among the variables of a caller */
 #define LANES 16
 #define NV (LANES / W)
 #define UNROLL _Pragma("GCC unroll 16")
@@ -306,6 +307,8 @@ static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptr
 #define OUTER_STEPS 256      /* steps of k whose panels are packed together ... */
 #define OUTER_PANELS 16      /* ... and how many: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
 
+INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
 typedef struct {
     lanes v[TILE_ROWS][TILE_VECS];
 } sums;
@@ -314,19 +317,37 @@ typedef struct {
     UNROLL for (int r = 0; r < TILE_ROWS; r++)         \
         UNROLL for (int c = 0; c < TILE_VECS; c++)
 
+/* sum[r][n] += row[r][at] * b[n]: one step of k. */
+INLINE void tile_step(sums *sum, const float *const *row, ptrdiff_t at, const float *b) {
+    UNROLL for (int h = 0; h < NV; h++) {
+        vec value[TILE_VECS];
+        UNROLL for (int c = 0; c < TILE_VECS; c++) value[c] = *(const vec_unaligned *)(b + c * LANES + h * W);
+        UNROLL for (int r = 0; r < TILE_ROWS; r++) {
+            vec weight = broadcast(row[r][at]);
+            UNROLL for (int c = 0; c < TILE_VECS; c++) sum->v[r][c].v[h] = FMA(weight, value[c], sum->v[r][c].v[h]);
+        }
+    }
+}
+
 /* sum[r][n] += a[r * a_row + k * a_step] * b[k * PANEL + n], k ascending. */
 INLINE void tile(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t steps) {
     const float *row[TILE_ROWS];
     UNROLL for (int r = 0; r < TILE_ROWS; r++) row[r] = a + r * a_row;
-    _Pragma("GCC unroll 4") for (ptrdiff_t k = 0; k < steps; k++)
-        UNROLL for (int h = 0; h < NV; h++) {
-            vec value[TILE_VECS];
-            UNROLL for (int c = 0; c < TILE_VECS; c++) value[c] = *(const vec_unaligned *)(b + k * PANEL + c * LANES + h * W);
-            UNROLL for (int r = 0; r < TILE_ROWS; r++) {
-                vec weight = broadcast(row[r][k * a_step]);
-                UNROLL for (int c = 0; c < TILE_VECS; c++) sum->v[r][c].v[h] = FMA(weight, value[c], sum->v[r][c].v[h]);
-            }
-        }
+    _Pragma("GCC unroll 4") for (ptrdiff_t k = 0; k < steps; k++) tile_step(sum, row, k * a_step, b + k * PANEL);
+}
+
+/* The same, while `lines` of 16 values each, from `ahead` on, come into the second-level cache, one for every 8 steps: more at a
+ * time, or into the first level, would hold up the tile's own loads. */
+INLINE void tile_reading(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t steps,
+                         const float *ahead, ptrdiff_t lines) {
+    const float *row[TILE_ROWS];
+    UNROLL for (int r = 0; r < TILE_ROWS; r++) row[r] = a + r * a_row;
+    for (ptrdiff_t first = 0; first < steps; first += 8) {
+        const ptrdiff_t last = least(first + 8, steps);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += first < 8 * lines ? LANES : 0;
+        _Pragma("GCC unroll 4") for (ptrdiff_t k = first; k < last; k++) tile_step(sum, row, k * a_step, b + k * PANEL);
+    }
 }
 
 /* A tile of `rows` x `count` sums goes out; what is beyond them is not stored. */
@@ -414,7 +435,7 @@ INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t 
 
 /* TILE_ROWS x PANEL dots at once, each with the operations of dots(): the tile runs once for each of the 16 lanes, and the folds
  * 8+8, 4+4, 2+2, 1+1 add whole tiles. */
-INLINE void dot_tile(float *out, ptrdiff_t ldo, const float *a, const float *b, ptrdiff_t steps, ptrdiff_t rows, ptrdiff_t count) {
+NOINLINE void dot_tile(float *out, ptrdiff_t ldo, const float *a, const float *b, ptrdiff_t steps, ptrdiff_t rows, ptrdiff_t count) {
     float waiting[4][TILE_ROWS * PANEL] __attribute__((aligned(64)));
     int top = 0;
     for (int lane = 0; lane < LANES; lane++) {
@@ -479,49 +500,86 @@ INLINE void pack_panels(float *out, const float *b, ptrdiff_t ldb, ptrdiff_t ste
     }
 }
 
-/* TILE_ROWS values for every step, those of `count` rows and zeros. */
+/* 16 values for every step, those of `count` rows and zeros; the next 16 of each step are on their way. */
 INLINE void pack_columns(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, ptrdiff_t count) {
-    if (a_row == 1 && count >= TILE_ROWS) {
-        for (ptrdiff_t k = 0; k < steps; k++) memcpy(out + k * TILE_ROWS, a + k * a_step, TILE_ROWS * sizeof *out);
+    if (a_row == 1 && count >= LANES) {
+        for (ptrdiff_t k = 0; k < steps; k++) {
+            store(out + k * LANES, load(a + k * a_step));
+            if (count > LANES) __builtin_prefetch(a + k * a_step + LANES, 0, 2);
+        }
         return;
     }
     for (ptrdiff_t k = 0; k < steps; k++)
-        for (ptrdiff_t r = 0; r < TILE_ROWS; r++) out[k * TILE_ROWS + r] = r < count ? a[r * a_row + k * a_step] : 0.0f;
+        for (ptrdiff_t r = 0; r < LANES; r++) out[k * LANES + r] = r < count ? a[r * a_row + k * a_step] : 0.0f;
+}
+
+/* Rows of b that are packed next: the tiles read them ahead, so that packing finds them in cache. */
+typedef struct {
+    const float *row;
+    ptrdiff_t ld, rows, width, at;
+} coming;
+
+/* What a tile of so many steps reads ahead: from here, `lines` of 16 values. */
+INLINE const float *read_ahead(coming *next, ptrdiff_t steps, ptrdiff_t *lines) {
+    const float *from = next->row + next->at;
+    *lines = next->rows <= 0 ? 0 : least((next->width - next->at + LANES - 1) / LANES, steps / 8);
+    next->at += *lines * LANES;
+    if (*lines && next->at >= next->width) {
+        next->at = 0;
+        next->row += next->ld;
+        next->rows--;
+    }
+    return from;
 }
 
 /* A row of tiles: rows of `a` against all panels of a block. */
-INLINE void outer_row(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *panels,
-                      ptrdiff_t steps, ptrdiff_t count, ptrdiff_t width, int add_to) {
+NOINLINE void outer_row(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *panels,
+                        ptrdiff_t steps, ptrdiff_t count, ptrdiff_t width, int add_to, coming *next) {
     for (ptrdiff_t n = 0; n < width; n += PANEL, panels += OUTER_PANEL) {
+        ptrdiff_t lines;
+        const float *ahead = read_ahead(next, steps, &lines);
         sums sum;
         if (add_to)
             load_tile(&sum, out + n, ldo, count, width - n);
         else
             EACH_SUM sum.v[r][c] = splat(0.0f);
-        tile(&sum, a, a_row, a_step, panels, steps);
+        if (lines)
+            tile_reading(&sum, a, a_row, a_step, panels, steps, ahead, lines);
+        else
+            tile(&sum, a, a_row, a_step, panels, steps);
         store_tile(out + n, ldo, &sum, count, width - n);
+    }
+}
+
+/* One block: `steps` of k from k on, the outputs [n, n + width) of all M rows; `room` has its packed panels. */
+INLINE void outer_block(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t M, ptrdiff_t steps,
+                        ptrdiff_t width, int add_to, float *room, coming *next) {
+    float *columns = room + OUTER_PANELS * OUTER_PANEL; /* (steps, 16) of a, where a's rows are not in one line anyway */
+    for (ptrdiff_t m = 0; m < M; m += LANES) {
+        const int in_place = a_step == 1 && M - m >= LANES;
+        const float *from = a + m * a_row;
+        if (!in_place) pack_columns(columns, from, a_row, a_step, steps, M - m);
+        for (ptrdiff_t r = 0; r < LANES && m + r < M; r += TILE_ROWS)
+            if (in_place)
+                outer_row(out + (m + r) * ldo, ldo, from + r * a_row, a_row, 1, room, steps, M - m - r, width, add_to, next);
+            else
+                outer_row(out + (m + r) * ldo, ldo, columns + r, 1, LANES, room, steps, M - m - r, width, add_to, next);
     }
 }
 
 static void outer(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t ldb,
                   ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add_to, float *room) {
-    float *columns = room + OUTER_PANELS * OUTER_PANEL; /* (steps, TILE_ROWS) of a, where a's rows are not in one line anyway */
-    for (ptrdiff_t n = 0; n < N; n += OUTER_PANELS * PANEL)
+    for (ptrdiff_t n = 0; n < N; n += OUTER_PANELS * PANEL) {
+        const ptrdiff_t width = least(N - n, OUTER_PANELS * PANEL);
         for (ptrdiff_t k = 0; k < K; k += OUTER_STEPS) {
-            const ptrdiff_t width = N - n < OUTER_PANELS * PANEL ? N - n : OUTER_PANELS * PANEL;
-            const ptrdiff_t steps = K - k < OUTER_STEPS ? K - k : OUTER_STEPS;
+            const ptrdiff_t steps = least(K - k, OUTER_STEPS);
+            coming next = {b + (k + steps) * ldb + n, ldb, least(K - k - steps, OUTER_STEPS), width, 0};
+            if (!next.rows && n + width < N)
+                next = (coming){b + n + width, ldb, least(K, OUTER_STEPS), least(N - n - width, OUTER_PANELS * PANEL), 0};
             pack_panels(room, b + k * ldb + n, ldb, steps, width);
-            for (ptrdiff_t m = 0; m < M; m += TILE_ROWS) {
-                const ptrdiff_t count = M - m;
-                const float *from = a + m * a_row + k * a_step;
-                if (a_step == 1 && count >= TILE_ROWS)
-                    outer_row(out + m * ldo + n, ldo, from, a_row, 1, room, steps, count, width, add_to || k);
-                else {
-                    pack_columns(columns, from, a_row, a_step, steps, count);
-                    outer_row(out + m * ldo + n, ldo, columns, 1, TILE_ROWS, room, steps, count, width, add_to || k);
-                }
-            }
+            outer_block(out + n, ldo, a + k * a_step, a_row, a_step, M, steps, width, add_to || k, room, &next);
         }
+    }
 }
 
 /* ---------------------------------------------------------------------------------------- row by row */
@@ -734,6 +792,6 @@ static const microkernels table = {
     .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,
     .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw, .square_sum = square_sum,
     .narrow = NARROW, .panel = PANEL,
-    .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * TILE_ROWS, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
+    .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * LANES, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
     .probe_stream = probe_stream,
 };

@@ -1,24 +1,30 @@
-/* The native barrier (sync.h) under a load like a step's: test_barrier.py compiles it, with and without ThreadSanitizer.
+/* The native barrier and the work piles (sync.h) under a load like a step's: test_barrier.py compiles it, with and without
+ * ThreadSanitizer.
  *
  *     barrier_harness WORKERS SPINS STEPS SEED
  *
  * Threads are made once and do STEPS steps, as the pool's workers do. In each phase of a step a worker reads what all others
  * wrote in the phase before, checks it, and writes its own word for the next; the words are plain memory, so that only the
- * barrier orders them. In about every third step a worker fails at a random phase: it aborts and does not come. After a step
- * all gather elsewhere, and worker 0 resets the barrier. stderr tells what was wrong first. */
+ * barrier orders them. Then all take parts from the phase's pile, and count them. In about every third step a worker fails at a
+ * random phase: it aborts and does not come. After a step all gather elsewhere, and worker 0 resets the barrier and the piles.
+ * stderr tells what was wrong first. */
 #include "sync.h"
 
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define MOST 64
 #define PHASES 6
+#define PARTS 8
 
 static native_barrier barrier;
 static uint32_t workers, spins, steps;
 static uint64_t seed;
 static uint32_t words[2][MOST]; /* of the phases before and after */
+static work_pile piles[PHASES];
+static _Atomic uint32_t taken[PHASES][PARTS]; /* how often */
 static _Atomic uint32_t aborted_steps;
 
 static struct { /* where workers gather between steps: not the barrier under test */
@@ -58,12 +64,15 @@ static void phases(uint32_t ith, uint32_t step) {
     for (uint32_t phase = 0; phase < count; phase++) {
         for (uint32_t other = 0; phase && other < workers; other++)
             if (words[phase & 1][other] != draw(step, phase, other)) complain("another has not ended the last", step, ith, phase);
+        for (uint32_t part = 0; phase && part < PARTS; part++)
+            if (atomic_load(&taken[phase - 1][part]) != 1) complain("a part was left out, or taken twice", step, ith, phase);
         if (ith == failing && phase == stop) {
             barrier_abort(&barrier);
             atomic_fetch_add(&aborted_steps, 1);
             return;
         }
         words[(phase + 1) & 1][ith] = draw(step, phase + 1, ith);
+        for (uint32_t part; (part = take(&piles[phase])) < PARTS;) atomic_fetch_add(&taken[phase][part], 1);
         if (barrier_wait(&barrier)) {
             if (stop == count) complain("aborted, though none failed", step, ith, phase);
             return;
@@ -75,7 +84,11 @@ static void phases(uint32_t ith, uint32_t step) {
 static void *work(void *argument) {
     const uint32_t ith = (uint32_t)(uintptr_t)argument;
     for (uint32_t step = 0; step < steps; step++) {
-        if (ith == 0) barrier_reset(&barrier, workers, spins);
+        if (ith == 0) {
+            barrier_reset(&barrier, workers, spins);
+            memset(piles, 0, sizeof piles);
+            memset(taken, 0, sizeof taken);
+        }
         gather();
         phases(ith, step);
         gather();

@@ -527,10 +527,17 @@ def test_no_race_and_no_early_pass(flags: list[str], sanitizer: str, tmp_path: P
     [
         ("memory_order_acquire", "memory_order_relaxed", [SANITIZE], "WARNING: ThreadSanitizer: data race"),
         ("== b->parties", ">= b->parties - 1", [], "another has not ended the last"),
+        (
+            "return atomic_fetch_add_explicit(&pile->taken, 1, memory_order_relaxed);",
+            "uint32_t part = atomic_load(&pile->taken); sched_yield(); atomic_store(&pile->taken, part + 1); return part;",
+            ["-include", "sched.h"],
+            "a part was left out, or taken twice",
+        ),
     ],
 )
 @pytest.mark.usefixtures("sanitizer")
 def test_the_harness_finds_mistakes(old: str, new: str, flags: list[str], complaint: str, tmp_path: Path) -> None:
+    assert SYNC.count(old) == 1
     program = build(tmp_path, *flags, text=SYNC.replace(old, new))
     done = run(program, workers=3, spins=2_000_000, steps=2000)  # spins for longer than a worker waits for a processor
     assert done.returncode != 0

@@ -28,7 +28,19 @@ from web_site import Site
 from pygpt import download
 from pygpt.checkpoint import MODELS, cache_folder, cached_model, find_model
 from pygpt.convert import parse_version
-from pygpt.download import EXAMPLES, MOST_TRIES, RETRY_AFTER_LIMIT, SHA256, SOURCES, TRIES, Part, clock, main, retry_after
+from pygpt.download import (
+    EXAMPLES,
+    KEEP_FREE,
+    MOST_TRIES,
+    RETRY_AFTER_LIMIT,
+    SHA256,
+    SOURCES,
+    TRIES,
+    Part,
+    clock,
+    main,
+    retry_after,
+)
 from pygpt.errors import CheckpointError, PyGPTError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +60,7 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PYGPT_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYGPT_HUB", "0")  # test_download_hub.py is about the other way
     monkeypatch.setattr(download, "READ_BYTES", 512)
 
 
@@ -692,7 +705,7 @@ def test_a_model_by_name(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     site.plans[path] = [web.dropped(5000)]
     site.plans[path.replace("model.safetensors", "config.json")] = [web.status(503), web.dropped(20)]
-    with pytest.raises(CheckpointError, match=f"^{name}: not fetched yet: `python -m pygpt.download {name}` does$"):
+    with pytest.raises(CheckpointError, match=f"^{name}: not downloaded yet: run `python -m pygpt.download {name}` first$"):
         find_model(name)
     assert main([name]) == 0
     target = cached_model(name)
@@ -763,7 +776,7 @@ def test_a_file_of_that_name_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("gpt2").touch()
     assert find_model("gpt2") == ("gpt2", "given")
     monkeypatch.setenv("PYGPT_MODEL", "gpt2-xl")
-    with pytest.raises(CheckpointError, match=r"^gpt2-xl \(named by PYGPT_MODEL\): not fetched yet: "):
+    with pytest.raises(CheckpointError, match=r"^gpt2-xl \(named by PYGPT_MODEL\): not downloaded yet: run "):
         find_model()
 
 
@@ -848,6 +861,29 @@ def test_too_little_room(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert fetch(site) == 1
     assert f"{os.getcwd()}: {SIZE - 1} bytes are free and {SIZE} are needed" in error_of(capsys)
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize("answer", [web.chunked, web.whole(Content_Length=None)])
+def test_a_file_of_unknown_length_does_not_fill_the_disk(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: web.Answer
+) -> None:
+    """It stops in time; what has arrived is kept, and gone on with when there is room."""
+    room = SIZE // 2
+
+    def disk_usage(folder: str) -> SimpleNamespace:
+        return SimpleNamespace(free=KEEP_FREE + room - sum(entry.stat().st_size for entry in os.scandir(folder)))
+
+    monkeypatch.setattr("pygpt.download.shutil.disk_usage", disk_usage)
+    site.plans[PATH] = [answer]
+    assert fetch(site) == 1
+    assert re.search(rf"{re.escape(os.getcwd())}: \d+ bytes are free and \d+ are needed: make room", error_of(capsys))
+    have = os.path.getsize("a.bin.part")
+    assert room - 1024 < have < room
+    assert "a.bin" not in os.listdir()
+    room = 2 * SIZE
+    assert fetch(site) == 0
+    assert fetched()
+    assert site.asked(PATH)[1]["Range"] == f"bytes={have}-"
 
 
 def test_room_for_what_it_becomes(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -993,6 +1029,15 @@ def test_times() -> None:
     assert [clock(seconds) for seconds in (0, 9.9, 60, 3599, 3600, 7325, 1e12)] == [
         *("0:00", "0:09", "1:00", "59:59", "1:00:00", "2:02:05", "99:59:59"),
     ]
+
+
+def test_without_huggingface_hub(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(site, monkeypatch, "gpt2")
+    monkeypatch.delenv("PYGPT_HUB")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["gpt2"]) == 0
+    assert Path(cached_model("gpt2")).read_bytes() == MODEL
+    assert site.heads == []
 
 
 def test_as_a_process(site: Site) -> None:

@@ -1,7 +1,9 @@
 """Every target of tools/fuzz.py for a fixed number of inputs, tests/corpus/ first; and the fuzzer, by planted defects."""
 
 import importlib
+import os
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -15,7 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pygpt import CheckpointError, PyGPTError
+from pygpt import Checkpoint, CheckpointError, Config, PyGPTError, Tokenizer, write_checkpoint
+from pygpt.checkpoint import StreamedCheckpoint
+from pygpt.tokenizer import _load
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -24,6 +28,8 @@ target: Any = importlib.import_module("fuzzing.target")
 mutate: Any = importlib.import_module("fuzzing.mutate")
 reference: Any = importlib.import_module("fuzzing.reference")
 commands: Any = importlib.import_module("fuzzing.commands")
+network: Any = importlib.import_module("fuzzing.network")
+faults: Any = importlib.import_module("fuzzing.faults")
 
 HERE = [name for name in fuzz.NAMES if fuzz.available(name)]
 MUTATED = 120  # inputs beside the stored ones
@@ -193,6 +199,156 @@ def test_findings_are_saved_once_and_repeat(tmp_path: Path, monkeypatch: pytest.
     assert fuzz.main(["examples", "--repeat", str(next(tmp_path.iterdir()))]) == 0  # no finding of the real target
 
 
+def test_a_status_that_is_not_the_promised_one_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = commands.StatusTarget(tmp_path)
+    assert target.attempt(one, b'{"raise": "MemoryError"}') == ("ok", "status 1 pygpt: error: out of memory")
+    assert target.attempt(one, b'{"raise": "RuntimeError", "cause": "KeyboardInterrupt"}') == ("ok", "status 130 ")
+    assert target.attempt(one, b'{"raise": "ZeroDivisionError"}') == ("ok", "ZeroDivisionError comes out")
+    monkeypatch.setattr(commands, "status_of", lambda job: 0)
+    kind, text = target.attempt(one, b'{"raise": "InputError", "text": "no"}')
+    assert (kind, text) == ("finding", "InputError('no') ends with 0, expected 2")
+
+
+def test_what_is_drawn_on_a_terminal_is_judged() -> None:
+    line = f"\r{'a.bin: 1 %':<78}"
+    assert network.without_progress(f"pygpt: one\n{line}{line}\npygpt: two\n") == "pygpt: one\npygpt: two\n"
+    for odd in ("\rshort", f"\r\x1b{'x' * 77}"):
+        with pytest.raises(target.Finding, match="drawn on the terminal"):
+            network.without_progress(f"{line}{odd}\n")
+
+
+# ------------------------------------------------------------------------------------------------ a system that fails
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    make_checkpoint.make(tmp_path / "a.bin", L=1, NH=1, C=2, V=5, maxT=3, version=3)
+    return tmp_path / "a.bin"
+
+
+@pytest.mark.parametrize(
+    ("fault", "mapped", "text"),
+    [
+        (["os.open", 1, "EMFILE"], True, f"cannot open the model file: {os.strerror(24)}"),
+        (["read", 1, "EIO"], True, f"cannot map the model file: {os.strerror(5)}"),
+        (["read", 1, "half"], True, "shorter than a checkpoint's header"),
+        (["mmap", 1, "cut"], True, "cannot map the model file: mmap length is greater than file size"),
+        (["fdopen", 1, "cut"], False, "has changed while it was read"),
+        (["fdopen", 1, "grow"], False, "has changed while it was read"),
+        (["fdopen", 1, "touch"], False, "has changed while it was read"),
+    ],
+)
+def test_a_planned_fault_comes_once(fault: list[Any], mapped: bool, text: str, model: Path, tmp_path: Path) -> None:
+    whole = model.read_bytes()
+    with faults.failing([fault], tmp_path) as changed:
+        with pytest.raises(CheckpointError) as refusal:
+            Checkpoint(model, mmap=mapped)
+        os.close(os.open(model, os.O_RDONLY))  # not pygpt's own call
+        assert changed == ({"a.bin"} if fault[2] in ("cut", "grow", "touch") else set())
+        model.write_bytes(whole)
+        Checkpoint(model, mmap=mapped).close()
+    assert text in str(refusal.value)
+
+
+def test_the_number_says_which_call(model: Path, tmp_path: Path) -> None:
+    with faults.failing([["mmap", 3, "ENOMEM"], ["os.open", 3, "interrupt"], ["os.open", 4, "memory"]], tmp_path):
+        Checkpoint(model).close()
+        with StreamedCheckpoint(model) as found:  # the header is the second map
+            with pytest.raises(MemoryError, match="no room in memory"):
+                found.tensor("wte")
+            assert found.tensor("wte").shape == (5, 2)
+        with pytest.raises(KeyboardInterrupt):
+            Checkpoint(model)
+        with pytest.raises(MemoryError):
+            Checkpoint(model)
+        Checkpoint(model).close()
+
+
+def test_a_file_that_is_mapped_is_not_cut(model: Path, tmp_path: Path) -> None:
+    size = model.stat().st_size
+    with faults.failing([["read", 2, "cut"]], tmp_path) as changed, Checkpoint(model), Checkpoint(model):
+        assert (changed, model.stat().st_size) == (set(), size)
+
+
+def test_files_elsewhere_stay(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with faults.failing([["read", 1, "cut"], ["read", 2, "remove"]], tmp_path / "other") as changed:
+        Checkpoint(model).close()
+        Checkpoint(model).close()
+    assert changed == set()
+
+
+def test_a_disk_that_takes_no_file(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = Config(maxT=3, V=5, L=1, NH=1, C=2)
+    values = {name: np.zeros(shape, np.float32) for name, shape, _, _ in config.tensors(padded=False)}
+    with faults.failing([["limit", 1500, ""]], tmp_path):
+        with pytest.raises(OSError, match=os.strerror(27)):  # EFBIG
+            write_checkpoint(tmp_path / "b.bin", config, values)
+        assert list(tmp_path.iterdir()) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+    for call in ("os.open", "replace"):  # a temporary file of this name, and a folder of the file's own, are there
+        with faults.failing([[call, 1, "EEXIST"]], tmp_path), pytest.raises(FileExistsError):
+            write_checkpoint(tmp_path / "b.bin", config, values)
+        assert list(tmp_path.iterdir()) == []
+    write_checkpoint(tmp_path / "b.bin", config, values)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.bin"]
+
+
+def test_a_vocabulary_of_which_half_is_there(tmp_path: Path) -> None:
+    _load.cache_clear()
+    with faults.failing([["open", 1, "half"], ["open", 2, "ENOENT"]], tmp_path):
+        with pytest.raises(PyGPTError, match="vocabulary is damaged"):
+            Tokenizer()
+        with pytest.raises(PyGPTError, match="cannot read GPT-2's vocabulary: No such file"):
+            Tokenizer()
+    assert Tokenizer().encode("hello there") == [31373, 612]
+
+
+def test_another_system_and_a_package_that_is_missing(model: Path, tmp_path: Path) -> None:
+    before = sys.platform
+    with faults.failing([["system", 0, "freebsd14"], ["import", 1, "ENOENT"]], tmp_path):
+        assert sys.platform == "freebsd14"
+        import json  # noqa: F401 - not pygpt's own
+
+        with Checkpoint(model) as found, pytest.raises(ModuleNotFoundError, match="numpy"):
+            found.tensor("wte")
+    assert sys.platform == before
+
+
+@pytest.mark.parametrize("plan", [None, {}, 7, [1], [[]], [["x", 1, "EIO"]], [["limit", -1, ""]], [["system", 0, "dos"]]])
+def test_no_plan(plan: object, model: Path, tmp_path: Path) -> None:
+    functions = [getattr(owner, name) for owner, name in faults.CALLS.values()]
+    with faults.failing(plan, tmp_path) as changed:
+        Checkpoint(model, mmap=False).close()
+    assert changed == set()
+    assert [getattr(owner, name) for owner, name in faults.CALLS.values()] == functions
+
+
+@settings(deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_any_fault_is_one_that_is_known(random: Random) -> None:
+    call, number, how = faults.draw(random)
+    assert call in {*faults.CALLS, "limit", "system"}
+    assert number >= 0
+    assert how in {*faults.ERRORS, *faults.HOWS, *faults.SYSTEMS, ""}
+
+
+@pytest.mark.parametrize("name", ["convert", "download"])
+def test_mutations_of_several_files_reach_each(name: str, tmp_path: Path) -> None:
+    random, one = Random(1), fuzz.new_target(name, tmp_path)
+    seeds = [data for data in one.seeds() if b"faults" not in data]
+    data = max(seeds, key=lambda data: len(target.unpack(data)))
+    files, changed, gone = target.unpack(data), set(), set()
+    for _ in range(600):
+        found = target.unpack(one.mutate(random, data, random.choice(seeds)))
+        changed |= {file for file, content in found.items() if files.get(file) != content}
+        gone |= files.keys() - found.keys()
+    assert changed >= {*files, "faults"}
+    assert gone == set(files)
+    assert one.mutate(random, b"nonsense", data) == data
+
+
 # ------------------------------------------------------------------------------------------------ its parts
 
 
@@ -208,6 +364,7 @@ def test_the_second_parser_reads_what_the_third_program_writes(version: int, tmp
     assert reference.checkpoint(data + b"x") is None
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.binary(max_size=400), st.randoms(use_true_random=False))
 def test_mutations_of_any_bytes(data: bytes, other: bytes, random: Random) -> None:
     assert isinstance(mutate.mutate_bytes(random, data, other), bytes)
@@ -237,6 +394,8 @@ def test_several_files_in_one_input() -> None:
         (["--seconds", "1", "--total-seconds", "1"], "--seconds and --total-seconds were both given"),
         (["--total-seconds", "x"], "--total-seconds is 'x'"),
         (["--executions", "x"], "--executions is 'x'"),
+        (["--coverage-min", "95%"], "--coverage-min is '95%'"),
+        (["--coverage-min", "101"], "--coverage-min is 101: it must be 100 or less"),
         (["--repeat", "nothing"], "take one TARGET"),
         (["shard", "--repeat", "nothing"], "cannot read it"),
     ],
@@ -262,3 +421,34 @@ def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert path.parent == tmp_path
     assert path.read_bytes()[:4] == (20240520).to_bytes(4, "little")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_command_measures_branches(capsys: pytest.CaptureFixture[str]) -> None:
+    """One target reaches all of one reader, and not all of the others."""
+    pytest.importorskip("coverage")
+    assert fuzz.main(["cli", "--executions", "1", "--coverage"]) == 0
+    out = capsys.readouterr().out
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if " % " in f"{line} "}
+    assert table["stop"][1] == "0.0"
+    assert int(table["download"][0]) > 100
+    assert float(table["cli"][1]) > 50
+    assert re.search(r"findings 0, \d+\.\d % of the readers' branches, 0\.0 % of the lowest one's\n$", out)
+    assert fuzz.main(["cli", "--executions", "1", "--coverage-min", "95"]) == 1
+    assert "pygpt: error: stop: 0.0 % of its branches are taken, fewer than 95 %\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("taken", "least", "status"), [(19, 95, 0), (19, 96, 1), (0, 0, 0)])
+def test_the_least_share_of_branches(taken: int, least: float, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"cli": fuzz.Branches(taken, 20, "1->2 3->-"), "stop": fuzz.Branches(0, 0, "")}
+    text, found_status = fuzz.report_coverage(found, least)
+    assert found_status == status
+    assert text == f", {5 * taken:.1f} % of the readers' branches, {5 * taken:.1f} % of the lowest one's"
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1:] == [f"cli{20:24} {5 * taken:6.1f} %  1->2 3->-", f"stop{0:23} {100:6.1f} %"]
+    assert err == ("" if status == 0 else f"pygpt: error: cli: 95.0 % of its branches are taken, fewer than {least} %\n")
+
+
+def test_coverage_without_its_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "coverage", None)
+    assert fuzz.main(["cli", "--coverage"]) == 2
+    assert "--coverage needs the package coverage: python -m pip install coverage" in capsys.readouterr().err

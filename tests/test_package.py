@@ -275,7 +275,7 @@ pygpt\._kernels\.Floats\.__buffer__ is not present at runtime
 @types
 def test_stubs_say_what_is_compiled(tmp_path: Path) -> None:
     """Each .pyi against its module: names, arguments, kinds."""
-    (tmp_path / "mypy.ini").write_text("[mypy]\n")
+    (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = true\n")  # of the extras
     command = [sys.executable, "-m", "mypy.stubtest", "--concise", "--ignore-disjoint-bases", "--mypy-config-file", "mypy.ini"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, "pygpt"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)

@@ -1,5 +1,6 @@
 """A web server on this machine that serves bytes, and misbehaves as told: for tests of downloads."""
 
+import hashlib
 import re
 import threading
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+COMMIT = "5e" * 20
 Answer = Callable[["Handler", bytes], None]
 
 
@@ -17,15 +19,24 @@ class Handler(BaseHTTPRequestHandler):
     server: "Site"
 
     def do_GET(self) -> None:
+        """Answer it, as the plan of its path has it."""
+        self._answer("", self.server.requests, good)
+
+    def do_HEAD(self) -> None:
+        """Answer it, as the plan of "HEAD " and its path has it, or as Hugging Face does."""
+        self._answer("HEAD ", self.server.heads, announced())
+
+    def _answer(self, kind: str, log: list[tuple[str, dict[str, str]]], usual: Answer) -> None:
         """Note the request, then answer it."""
         self.close_connection = True
         path = urlsplit(self.path).path
         with self.server.lock:
-            self.server.requests.append((path, dict(self.headers)))
-            answer = self.server.plans[path].pop(0) if self.server.plans.get(path) else good
-        if path not in self.server.files and answer is good:
-            answer = status(404)
-        answer(self, self.server.files.get(path, b""))
+            log.append((path, dict(self.headers)))
+            if plan := self.server.plans.get(kind + path):
+                usual = plan.pop(0)
+            elif path not in self.server.files:
+                usual = status(404)
+        usual(self, self.server.files.get(path, b""))
 
     def head(self, code: int, headers: dict[str, Any]) -> None:
         """Send status and headers; None leaves one out."""
@@ -40,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Site(ThreadingHTTPServer):
-    """The server: `files` by path, `plans` of answers by path, `requests` (path, headers) as they came. Use it with `with`."""
+    """The server: `files` by path, `plans` of answers by path, GET's `requests` and HEAD's `heads` (path, headers) as they
+    came. Use it with `with`."""
 
     daemon_threads = False  # server_close() waits for them
 
@@ -50,6 +62,7 @@ class Site(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.plans: dict[str, list[Answer]] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.heads: list[tuple[str, dict[str, str]]] = []
         self.etag: str | None = '"one"'
         self.extra: dict[str, Any] = {}
         self.released = threading.Event()
@@ -94,6 +107,17 @@ def good(handler: Handler, data: bytes) -> None:
     headers = {"Content-Length": len(data) - start, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
     handler.head(206, headers)
     handler.wfile.write(data[start:])
+
+
+def announced(**headers: Any) -> Answer:
+    """What Hugging Face says of a file that is asked for by HEAD, or other headers."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def answer(handler: Handler, data: bytes) -> None:
+        facts = {"Content-Length": len(data), "X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        handler.head(200, facts | named)
+
+    return answer
 
 
 def dropped(at: int) -> Answer:

@@ -1,11 +1,13 @@
 """Target: the Python interface. An input is a JSON list of calls, [name, argument, ...]; values that JSON has not are objects
-with one member: {"array": [values, dtype]}, {"power": n} (10 to the n), {"bytes": text}, {"tuple": [...]}, {"set": [...]}.
+with one member: {"array": [values, dtype]}, {"power": n} (10 to the n), {"bytes": text}, {"tuple": [...]}, {"set": [...]},
+{"repeat": [value, times]}. The call ["faulty", faults, call] makes another one on a system that fails (faults.py).
 
 A second account is kept of what is in each cache. A call that is refused must have changed nothing, and in the end every
 cache must give the very logits that its tokens have without one.
 """
 
 import math
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -34,16 +36,21 @@ from pygpt import (
     write_tokenizer,
     write_tokens,
 )
+from pygpt.checkpoint import StreamedCheckpoint
+from pygpt.errors import ClosedError
 from pygpt.logprobs import TokenInfo
 from pygpt.safetensors_file import SafetensorsFile, write_safetensors
 from pygpt.state import Progress, write_state
+from pygpt.tokenizer import _load
 
+from .faults import draw, failing
 from .files import SMALL, weights
 from .mutate import dump, mutate_json
 from .reference import Floats
 from .target import Finding, Target, load_json, same
 
 DTYPES = ("i4", "i8", "u1", "u8", "f4", "f8", "?", "O", "U", "c16", "M8[s]")
+LONGEST = 70_000  # values of a list: more than a field of 16 bits says
 MOST = 300  # tokens of a completion: a window may slide for ever
 OPTIONS = {
     "total", "max_new_tokens", "sampler", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
@@ -55,6 +62,7 @@ SPECIAL: tuple[Any, ...] = (
     {"array": [[], "i4"]}, {"array": [[True], "?"]}, {"array": [[1], "O"]}, {"array": [0.5, "f4"]}, {"array": [7, "u8"]},
     {"array": [["a"], "U"]},
     {"power": 5000}, {"power": 19}, {"power": 400}, {"bytes": "\x01\x02"}, {"tuple": [1, 2]}, {"set": [3]},
+    {"repeat": [1, 40000]},
 )  # fmt: skip
 
 
@@ -77,6 +85,8 @@ def value_of(value: Any) -> Any:
             return inner.encode("utf-8", "replace")
         if kind == "tuple" and isinstance(inner, list):
             return tuple(value_of(one) for one in inner)
+        if kind == "repeat" and isinstance(inner, list) and len(inner) == 2 and type(inner[1]) is int:
+            return inner[:1] * min(inner[1], LONGEST)
         if kind == "set" and isinstance(inner, list):
             return {one for one in inner if isinstance(one, int | str)}
     return {name: value_of(one) for name, one in value.items()}
@@ -156,6 +166,7 @@ class CallsTarget(Target):
                 ["checkpoint", 3, "lnfw", [1]],
                 ["tensor", "wte", False],
                 ["tensor", "x", True],
+                ["tensor", "wte", True],
             ],
             [["write_debug_state", 1, 2, "ln1w", [2, 2]], ["write_debug_state", 1, 2, "x", [1]]],
             [["write_debug_state", 1, 2, "wte", [1]], ["write_debug_state", 1, 9, "", []]],
@@ -170,6 +181,22 @@ class CallsTarget(Target):
             [["encode", "a<|endoftext|>b", True], ["encode", "a", False], ["foreign_prefix", [1]]],
             [["generate", [1], {"stop_strings": 5}], ["generate", [1], {"stop_strings": ["a"]}]],
             [["write_onto", [1]], ["generate", [1], {"stop_strings": [""]}], ["write_tokenizer", [{"bytes": "x" * 256}], 0]],
+            [
+                ["write_examples", [[0, {"repeat": [1, 40000]}, [[1], [2], [3], [4]]]]],
+                ["write_examples", [[0, [1], [[2]] * 5]]],
+            ],
+            [
+                ["write_many", [1, 2], 5],
+                ["write_many", [1], (1 << 31) - 1],
+                ["long_loader", 100],
+                ["long_loader", (1 << 24) + 9],
+            ],
+            *([["faulty", [["open", 1, how]], ["vocabulary"]]] for how in ("half", "ENOENT", "memory", "interrupt")),
+            *(
+                [["faulty", [fault], call]]
+                for call in (["write_tokens", [1, 2]], ["write_state", 1, {}, 1], ["tensor", "wte", False])
+                for fault in (["os.open", 1, "ENOSPC"], ["fsync", 1, "EIO"], ["limit", 1100, ""], ["mmap", 1, "cut"])
+            ),
             [["generate", [1], {"stop_strings": [5]}], ["generate", [1], {"stop_token_ids": "x", "total": 4}]],
         ]
         return [dump(program) for program in programs]
@@ -181,6 +208,8 @@ class CallsTarget(Target):
             return other
         if random.random() < 0.2 and more:
             program.insert(random.randrange(len(program) + 1), random.choice(more))
+        if program and random.random() < 0.1:
+            program.append(["faulty", [draw(random)], random.choice(program)])
         for _ in range(random.choice((1, 1, 2, 3))):
             if program and random.random() < 0.3:
                 call = random.choice(program)
@@ -204,18 +233,7 @@ class CallsTarget(Target):
         self.held: list[list[int]] = [[], []]
         labels = []
         for call in program if isinstance(program, list) else []:
-            method = (
-                getattr(self, f"do_{call[0]}", None) if isinstance(call, list) and call and isinstance(call[0], str) else None
-            )
-            if method is None or method.__code__.co_argcount != len(call):
-                continue
-            try:
-                method(*(value_of(argument) for argument in call[1:]))
-                labels.append(f"{call[0]} ok")
-            except PyGPTError as error:
-                if "\n" in str(error) or len(str(error)) > 600:
-                    raise Finding(f"not a clear line: {str(error)[:2000]!r}") from error
-                labels.append(f"{call[0]} {type(error).__name__}")
+            labels += self.perform(call)
             same("lengths of the caches", [cache.length for cache in self.caches], [len(ids) for ids in self.held])
         for cache, ids in zip(self.caches, self.held, strict=True):
             if ids:
@@ -223,6 +241,25 @@ class CallsTarget(Target):
                 if not np.array_equal(self.model.decode(cache, ids[-1]), self.other.logits(ids)[-1]):
                     raise Finding(f"the cache of {ids} gives other logits than its tokens")
         return " ".join(sorted(set(labels)))
+
+    def perform(self, call: Any) -> list[str]:
+        """Carry out a call; say what became of it, nothing for what is no call."""
+        method = getattr(self, f"do_{call[0]}", None) if isinstance(call, list) and call and isinstance(call[0], str) else None
+        if method is None or method.__code__.co_argcount != len(call):
+            return []
+        try:
+            method(*(call[1:] if call[0] == "faulty" else map(value_of, call[1:])))
+        except PyGPTError as error:
+            if "\n" in str(error) or len(str(error)) > 600:
+                raise Finding(f"not a clear line: {str(error)[:2000]!r}") from error
+            return [f"{call[0]} {type(error).__name__}"]
+        return [f"{call[0]} ok"]
+
+    def do_faulty(self, faults: Any, call: Any) -> None:
+        """Another call, while the system fails: it may say so in Python's own words."""
+        if isinstance(call, list) and call[:1] != ["faulty"]:
+            with suppress(OSError, MemoryError, ImportError, KeyboardInterrupt), failing(faults, self.folder):
+                self.perform(call)
 
     def cache(self, number: Any) -> Any:
         """A cache by its number; whatever else was given, as it is."""
@@ -420,6 +457,26 @@ class CallsTarget(Target):
         if isinstance(tokens, list) and all(isinstance(token, bytes) for token in tokens):
             write_tokenizer(self.folder / "tokenizer.bin", tokens, eot)
 
+    def do_write_many(self, first: Any, count: Any) -> None:
+        """write_tokens of some tokens, and of so many more that do not exist in memory."""
+        begin = first if isinstance(first, list) else []
+        if type(count) is int and (0 <= count <= 1000 or 1 << 31 <= count + len(begin) < 1 << 40):
+            pieces: list[Any] = [begin, np.broadcast_to(np.uint16(3), count)]
+            same("tokens", write_tokens(self.folder / "tokens.bin", iter(pieces)), len(begin) + count)
+
+    def do_long_loader(self, count: Any) -> None:
+        """A DataLoader over so many tokens, which do not exist in memory."""
+        if type(count) is int and 0 < count <= 1 << 25:
+            tokens = np.broadcast_to(np.uint16(3), count)
+            loaders = [DataLoader(tokens[some:], 1, 1 + count // 10) for some in (0, 0, 1)]
+            same("tokens", [loader.tokens for loader in loaders], [count, count, count - 1])
+            same("equal fingerprints", [loaders[0].fingerprint == one.fingerprint for one in loaders], [True, True, False])
+
+    def do_vocabulary(self) -> None:
+        """Tokenizer, its vocabulary read anew."""
+        _load.cache_clear()
+        same("ids", Tokenizer().encode("hello there"), [31373, 612])
+
     def do_checkpoint(self, version: Any, name: Any, shape: Any) -> None:
         """write_checkpoint with one tensor of this shape, and what Checkpoint reads then."""
         if isinstance(name, str) and (array := zeros(shape)) is not None:
@@ -429,14 +486,16 @@ class CallsTarget(Target):
                 same("values", checkpoint.tensor(name).tobytes(), array.tobytes())
 
     def do_tensor(self, name: Any, closed: Any) -> None:
-        """Checkpoint.tensor, of a closed one, too."""
-        if isinstance(name, str):
-            with Checkpoint(self.path) as checkpoint:
-                if closed is True:
-                    checkpoint.close()
+        """tensor() of both kinds of Checkpoint, of a closed one, too."""
+        for kind in (Checkpoint, StreamedCheckpoint) if isinstance(name, str) else ():
+            with kind(self.path) as checkpoint:
                 checkpoint.tensor(name)
                 checkpoint.close()
                 checkpoint.close()
+                if closed is True:
+                    with suppress(ClosedError):
+                        checkpoint.tensor(name)
+                        raise Finding(f"a closed {kind.__name__} gives out {name}")
 
     def do_write_debug_state(self, B: Any, T: Any, name: Any, shape: Any) -> None:
         """write_debug_state with one gradient of this shape."""

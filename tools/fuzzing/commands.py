@@ -2,8 +2,9 @@
 promises.
 
 They run in this process, with streams of its own: `run_main` tries some hundred command lines a second. `process` starts real
-processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes. The tools'
-command lines and the chat are in programs.py, downloads in network.py.
+processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes; of commands over
+files they are several files, which pack() makes one. The tools' command lines and the chat are in programs.py, downloads in
+network.py.
 """
 
 import argparse
@@ -11,24 +12,28 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
-from pygpt import GPT2, Checkpoint, PyGPTError, write_checkpoint
+from pygpt import GPT2, Checkpoint, CheckpointError, InputError, PyGPTError, _sigbus, convert, write_checkpoint
 from pygpt.__main__ import LINE_LIMIT, build_parser, main
-from pygpt.convert import main as convert_main
-from pygpt.huggingface import write_model
+from pygpt.cli import status_of
+from pygpt.huggingface import JSON_LIMIT, write_model
 
 from . import reference
+from .faults import draw, failing
 from .files import SERVED, SMALL, TINY, mutate_safetensors, weights
-from .mutate import dump, mutate_json, mutate_json_text
+from .mutate import dump, mutate_bytes, mutate_json_text
 from .target import Finding, LeftOut, Target, empty, load_json, pack, same, skeleton, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,12 +85,26 @@ class Piped(io.TextIOWrapper):
         super().__init__(io.BufferedWriter(pipe, 1), "utf-8", "strict", write_through=True)
 
 
+class Screen(io.BytesIO):
+    """Stderr on a terminal."""
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+
 def run_main(
-    command: Callable[[Sequence[str]], int], argv: Sequence[str], stdin: bytes = b"", closed: Sequence[str] = ()
+    command: Callable[[Sequence[str]], int],
+    argv: Sequence[str],
+    stdin: bytes = b"",
+    closed: Sequence[str] = (),
+    *,
+    terminal: bool = False,
 ) -> Outcome:
-    """Run a command's main() here, with streams of its own. closed: those of "stdin" and "stdout" that are not there."""
+    """Run a command's main() here, with streams of its own. closed: those of "stdin" and "stdout" that are not there.
+    terminal: whether stderr is one."""
     before = sys.stdin, sys.stdout, sys.stderr
-    pipe, err = Pipe(), io.BytesIO()
+    pipe, err = Pipe(), Screen() if terminal else io.BytesIO()
     out = Piped(pipe)
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
     sys.stdout, sys.stderr = out, io.TextIOWrapper(err, "utf-8", "backslashreplace", write_through=True)
@@ -101,6 +120,18 @@ def run_main(
         with suppress(BrokenPipeError, ValueError):
             out.detach()  # what nobody reads is not written when it is collected
     return Outcome(status, pipe.content, errors)
+
+
+def as_program(module: str) -> Callable[[Sequence[str]], int]:
+    """What `python -m MODULE` runs, in this process."""
+
+    def command(argv: Sequence[str]) -> int:
+        with patch.object(sys, "argv", [module, *argv]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # so it is: as a module
+            runpy.run_module(module, run_name="__main__")
+        raise Finding(f"{module} ends without an exit status")
+
+    return command
 
 
 def judge(outcome: Outcome, argv: Sequence[str], *, lines: int = 1, statuses: Sequence[int] = STATUSES) -> None:
@@ -166,6 +197,13 @@ def closed_streams(data: bytes) -> list[str]:
     return [name for name in ("stdin", "stdout") if isinstance(names, list) and name in names]
 
 
+def faults_of(data: bytes) -> list[Any]:
+    """What an input has the system do."""
+    found = load_json(data)
+    faults = found.get("faults") if isinstance(found, dict) else None
+    return faults if isinstance(faults, list) else []
+
+
 class LineTarget(Target):
     """A command line. `options` and `words` are what mutations put into it, `lines` what they begin from."""
 
@@ -206,12 +244,48 @@ class LineTarget(Target):
         return [*argv, *more[: random.randrange(4)]]
 
 
+class FilesTarget(LineTarget):
+    """A command over files. An input is several of them, among which "argv" has the words and "faults" what the system does
+    not do."""
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change one of the files, put in one of another input, or take one away; now and then have the system fail."""
+        files, others = unpack(data), unpack(other)
+        if not files:
+            return other
+        name = "faults" if random.random() < 0.06 else random.choice(sorted(files))
+        content, like, kind = files.get(name, b""), others.get(name, b""), random.random()
+        if name == "faults":
+            files[name] = dump([draw(random) for _ in range(random.choice((1, 1, 2)))])
+        elif kind < 0.07:
+            del files[name]
+        elif kind < 0.17 and others:
+            name = random.choice(sorted(others))
+            files[name] = others[name]
+        elif name == "argv":
+            files[name] = dump(self.change(random, words_of(content), words_of(like))[:12])
+        elif name.endswith(".json"):
+            files[name] = mutate_json_text(random, content, like)
+        else:
+            files[name] = self.altered(random, name, content, like)
+        return pack(files)
+
+    def altered(self, random: Random, name: str, content: bytes, like: bytes) -> bytes:
+        """A file that is no JSON, changed. `like`: another input's of that name."""
+        return mutate_bytes(random, content, like, fields=0)
+
+
+def words_of(argv: bytes) -> list[str]:
+    """The words in an input's file "argv"."""
+    return parse_input(b'{"argv": ' + (argv or b"[]") + b"}")[0]
+
+
 VARIABLES = ("PYGPT_MODEL", "PYGPT_THREADS", "PYGPT_HOME", "XDG_CACHE_HOME")
 
 
 class CommandTarget(LineTarget):
     """`python -m pygpt TOKEN...`, in this process, over a tiny model. Beside "argv" and "stdin" an input may have "env", values
-    of VARIABLES, "" for one that is not set; and "here", a model in the current folder."""
+    of VARIABLES, "" for one that is not set; "here", a model in the current folder; and "faults" of the system."""
 
     name = "command"
     options = tuple(option for option in options_of(build_parser()) if option != "--reference")
@@ -243,7 +317,19 @@ class CommandTarget(LineTarget):
             {"PYGPT_MODEL": "gpt2", "PYGPT_HOME": "", "XDG_CACHE_HOME": "x"},
         )  # fmt: skip
         more = [{"argv": ["0", "-n", "3"], "env": one, "here": here} for one in variables for here in (True, False)]
-        return [*super().seeds(), *map(dump, more)]
+        more.append({"argv": ["0", "-m", ""]})
+        return [*super().seeds(), *map(dump, more), *map(dump, self.failures())]
+
+    def failures(self) -> list[dict[str, Any]]:
+        """The model, mapped and read, on a system that fails, and on another one."""
+        line = ["0", "-n", "3", "-m", "tiny.bin"]
+        hows = [
+            *([call, 1, how] for call in ("os.open", "fstat", "read", "mmap") for how in ("EIO", "ENOMEM", "interrupt", "cut")),
+            *(["fdopen", 1, how] for how in ("cut", "grow", "touch", "EIO")), ["read", 1, "half"], ["import", 1, "ENOENT"],
+        ]  # fmt: skip
+        lines = line, [*line, "--no-mmap"]
+        other = {"argv": ["0", "-m", "gpt2"], "env": {"PYGPT_HOME": ""}, "faults": [["system", 0, "darwin"]]}
+        return [*({"argv": line, "faults": [how]} for line in lines for how in hows), other]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         """Change words; now and then a variable."""
@@ -251,10 +337,12 @@ class CommandTarget(LineTarget):
         before = load_json(data)
         assert isinstance(changed, dict)
         if isinstance(before, dict):
-            changed |= {name: before[name] for name in ("env", "here") if name in before}
+            changed |= {name: before[name] for name in ("env", "here", "faults") if name in before}
         if random.random() < 0.15:
             changed["env"] = {random.choice(VARIABLES): random.choice(self.words)}
             changed["here"] = random.random() < 0.5
+        if random.random() < 0.1:
+            changed["faults"] = [draw(random)]
         return dump(changed)
 
     def surroundings(self, data: bytes) -> dict[str, str]:
@@ -284,17 +372,18 @@ class CommandTarget(LineTarget):
         argv, stdin = parse_input(data)
         os.chdir(self.folder)
         variables = self.surroundings(data)
-        before = sorted(os.listdir(self.folder))
-        closed = closed_streams(data)
-        outcome = self.start(argv, stdin, closed)
+        before = set(os.listdir(self.folder))
+        closed, faults = closed_streams(data), faults_of(data)
+        with failing(faults, self.folder) as changed:
+            outcome = self.start(argv, stdin, closed)
         judge(outcome, argv, lines=2)  # a notice about the embedded model
-        self.judge_output(outcome, [*argv, *(["and what is not usual"] if variables or closed else [])])
-        same("files", sorted(os.listdir(self.folder)), before)
+        self.judge_output(outcome, [*argv, *(["and what is not usual"] if variables or closed or faults else [])])
+        same("files", sorted(set(os.listdir(self.folder)) - changed), sorted(before - changed))
         return label_of(outcome)
 
     def start(self, argv: list[str], stdin: bytes, closed: list[str]) -> Outcome:
         """Run it."""
-        return run_main(main, argv, stdin, closed)
+        return run_main(as_program("pygpt.__main__"), argv, stdin, closed)
 
     def judge_output(self, outcome: Outcome, argv: list[str]) -> None:
         """Ids, one a line, and as many as were asked for."""
@@ -312,9 +401,13 @@ class CommandTarget(LineTarget):
 
 
 class ProcessTarget(CommandTarget):
-    """The same command lines in processes of their own."""
+    """The same command lines in processes of their own, on a system that is sound."""
 
     name = "process"
+
+    def failures(self) -> list[dict[str, Any]]:
+        """None: faults are this process's."""
+        return []
 
     def start(self, argv: list[str], stdin: bytes, closed: list[str]) -> Outcome:
         """Run it; the reader of stdout goes after a while."""
@@ -371,6 +464,10 @@ class ServeTarget(Target):
             b'\n \n{"tokens": [129], "total": 6, "stop_token_ids": 3}\n',
             b"1 2 3\n",
             b"1 2 3\n4\0pad",
+            b'{"total": 5}\n',
+            b'{"tokens": [1], "seed": null}\n',
+            b'{"tokens": [1], "seed": [1]}\n',
+            b'{"tokens": [1], "x": 1}\n',
         ]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
@@ -435,7 +532,7 @@ class ServeTarget(Target):
         keys |= {"seed", "stop_token_ids", "stop_strings", "overflow"}
         if not isinstance(found, dict) or not keys.issuperset(found) or not isinstance(found.get("tokens"), list):
             return None
-        if any(value is None for value in found.values()):
+        if any(value is None for value in found.values()) or isinstance(found.get("seed"), list):  # as of a batch
             return None
         for name in ("total", "max_new_tokens"):  # a window may slide for ever
             if isinstance(found.get(name), int) and found[name] > 3000 and found.get("overflow") == "slide":
@@ -443,11 +540,14 @@ class ServeTarget(Target):
         return found
 
 
-class ConvertTarget(Target):
-    """`python -m pygpt.convert`: folders and files of Hugging Face's kind, and checkpoints. An input holds several files."""
+class ConvertTarget(FilesTarget):
+    """`python -m pygpt.convert`: folders and files of Hugging Face's kind, and checkpoints. The first "\\0pad" in a file is
+    more than such a file may have; one that is "\\0fifo" is a pipe."""
 
     name = "convert"
     batch = 500
+    options = tuple(options_of(convert.build_parser()))
+    words = (*WORDS, "a.bin", "hf", "hf/", "hf/x.safetensors", "dir.safetensors", "full/", "empty/", "2", "--version=3")
 
     def seeds(self) -> list[bytes]:
         """One file or shards, with or without config.json, of each dtype; checkpoints."""
@@ -492,7 +592,21 @@ class ConvertTarget(Target):
         fewer = dict(list(places.items())[1:])
         for changed in ({}, fewer, {**places, "x": "model-0.safetensors"}, {**fewer, "x": "../x.safetensors"}):
             found.append({**shards, index: dump({"weight_map": changed})})
+        found += [{**whole, "argv": files["argv"], "config.json": odd} for odd in (b"{}\0pad", b"\0fifo", b"[]")]
+        headless = (8).to_bytes(8, "little") + b"[]      "
+        found += [{"argv": dump(["hf/x.safetensors", "out.bin"]), "x.safetensors": odd} for odd in (headless, b"\0fifo")]
+        found.append({"argv": dump(["--heads", "0", "hf/x.safetensors", "out.bin"]), **single})
+        found += [{**one, "faults": dump([fault])} for fault in self.failures() for one in (found[0], found[1], files)]
         return [pack(files) for files in found]
+
+    def failures(self) -> list[list[Any]]:
+        """What fails while a model is read or written."""
+        return [
+            ["os.open", 1, "EMFILE"], ["os.open", 2, "EEXIST"], ["os.open", 2, "interrupt"], ["mmap", 1, "EIO"],
+            ["mmap", 1, "cut"], ["mmap", 2, "ENOMEM"], ["open", 1, "EACCES"], ["open", 1, "half"], ["open", 2, "interrupt"],
+            ["fsync", 1, "ENOSPC"], ["fsync", 1, "interrupt"], ["replace", 1, "EROFS"], ["mkdir", 1, "EEXIST"],
+            ["limit", 0, ""], ["limit", 1500, ""], ["fdopen", 1, "memory"], ["import", 1, "ENOENT"],
+        ]  # fmt: skip
 
     def odd(self, file: bytes) -> list[bytes]:
         """A model's tensors with one too many, too few, twice, of another shape or dtype, and with another head."""
@@ -541,36 +655,9 @@ class ConvertTarget(Target):
         masks = {"h.0.attn.bias": ("BOOL", (1, 1), b"\x01"), "h.0.attn.masked_bias": ("F32", (), bytes(4))}
         return reference.safetensors_bytes({**halves, "lm_head.weight": halves["wte.weight"], **masks})
 
-    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change one of the files, put in one of another input, or take one away."""
-        files, others = unpack(data), unpack(other)
-        if not files:
-            return other
-        name = random.choice(sorted(files))
-        content, like = files[name], others.get(name, b"")
-        if random.random() < 0.1:
-            del files[name]
-        elif random.random() < 0.1 and others:
-            name = random.choice(sorted(others))
-            files[name] = others[name]
-        elif name == "argv":
-            files[name] = self.words(random, content)
-        elif name.endswith(".json"):
-            files[name] = mutate_json_text(random, content, like)
-        else:
-            files[name] = mutate_safetensors(random, content, like)
-        return pack(files)
-
-    def words(self, random: Random, content: bytes) -> bytes:
-        """Change the command line."""
-        if random.random() < 0.5:
-            return dump(mutate_json(random, load_json(content)))
-        words = load_json(content)
-        words = words if isinstance(words, list) else []
-        words.insert(
-            random.randrange(len(words) + 1), random.choice((*WORDS, "--version", "--heads", "--heads=2", "--version=3"))
-        )
-        return dump(words)
+    def altered(self, random: Random, name: str, content: bytes, like: bytes) -> bytes:
+        """A model's file, changed."""
+        return mutate_safetensors(random, content, like)
 
     def run(self, data: bytes) -> str:
         """Convert; compare the result with what another parser finds in the source."""
@@ -579,22 +666,32 @@ class ConvertTarget(Target):
             (self.folder / name).mkdir()
         (self.folder / "full" / "old.bin").write_bytes(b"old")
         os.mkfifo(self.folder / "fifo.safetensors")
-        argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
-        argv = [word for word in argv if stays(word)]
+        argv = [word for word in words_of(files.pop("argv", b"")) if stays(word)]
+        faults = load_json(files.pop("faults", b""))
         for name, content in files.items():
-            (self.folder / ("" if name == "a.bin" else "hf") / name.replace("..", "_")).write_bytes(content)
+            self.place(self.folder / ("" if name == "a.bin" else "hf") / name.replace("..", "_"), content)
         os.chdir(self.folder)
         before = self.tree()
-        outcome = run_main(convert_main, argv)
+        with failing(faults, self.folder) as altered:
+            outcome = run_main(as_program("pygpt.convert"), argv)
         judge(outcome, argv)
-        after = self.tree()
-        if "-h" in argv or "--help" in argv or outcome.status != 0:
+        after = {**self.tree(), **{name: before[name] for name in altered & before.keys()}}
+        if altered - before.keys():
+            return label_of(outcome)  # another process was at what is written: it is not ours to judge
+        if "-h" in argv or "--help" in argv or (outcome.status != 0 and (not faults or after == before)):
             same("files", after, before)
             return label_of(outcome)
-        same("stdout", outcome.out, b"")
+        same("stdout", outcome.out, b"")  # what is written is whole, also where a fault came when it was done
         changed = sorted(name for name in after if after[name] != before.get(name))
         self.compare(before, after, changed)
         return label_of(outcome)
+
+    def place(self, path: Path, content: bytes) -> None:
+        """Make one of the files."""
+        if content == b"\0fifo":
+            os.mkfifo(path)
+        else:
+            path.write_bytes(content.replace(b"\0pad", b" " * JSON_LIMIT, 1))
 
     def tree(self) -> dict[str, bytes]:
         """All files."""
@@ -661,4 +758,82 @@ def _equal(source: reference.Floats | None, found: reference.Floats, bf16: bool)
     return np.array_equal(source[~nan].view("<u4"), found[~nan].view("<u4"))
 
 
-COMMANDS = (CommandTarget, ServeTarget, ConvertTarget, ProcessTarget)
+class StatusTarget(Target):
+    """cli.status_of, which every command goes through: {"raise": exception, "cause": another, "text": what it says, "out":
+    what was printed, "inner": whether a command is run by a command}, and "closed" streams."""
+
+    name = "cli"
+
+    def open(self) -> None:
+        """Let go of SIGBUS, which this process has as a command of its own: here each input takes it and gives it back."""
+        _sigbus.end()
+
+    def seeds(self) -> list[bytes]:
+        """Every exception."""
+        found: list[dict[str, Any]] = [{"raise": name, "text": "no"} for name in STATUS]
+        found += [{"raise": "RuntimeError", "cause": cause, "text": "no"} for cause in STATUS]
+        found += [{"raise": None, "out": "1\n" * 3000}, {"raise": None, "inner": True}, {"raise": "OSError", "inner": True}]
+        found += [{"raise": "InputError", "text": text} for text in ("", "a\nb\u2028c", "\x1b[31m", "\ud800", "x" * 9000)]
+        return [dump(one) for one in [*found, {"raise": None, "out": "1", "closed": ["stdout"]}]]
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change anything."""
+        found = load_json(data)
+        if not isinstance(found, dict) or random.random() < 0.5:
+            return mutate_json_text(random, data, other)
+        values: dict[str, Sequence[Any]] = {name: [*STATUS, None] for name in ("raise", "cause")}
+        values |= {"inner": [True, False], "text": WORDS, "out": WORDS}
+        key = random.choice(list(values))
+        return dump({**found, key: random.choice(values[key])})
+
+    def run(self, data: bytes) -> str:
+        """Raise it: the status is the promised one, and what is promised nothing comes out as it is."""
+        found = load_json(data)
+        found = found if isinstance(found, dict) else {}
+        wanted, cause, text, out = (str(found.get(name, "")) for name in ("raise", "cause", "text", "out"))
+        if not text.strip():
+            text = "" if wanted == "MemoryError" else "what"  # the others always say something
+        error = EXCEPTIONS[wanted](text) if wanted in STATUS else None
+        if error is not None and cause in STATUS:
+            error.__cause__ = EXCEPTIONS[cause]("cause")
+
+        def job() -> None:
+            if out:
+                print(out.encode("utf-8", "replace").decode())
+            if error is not None:
+                raise error
+
+        def command(_: Sequence[str]) -> int:
+            statuses: list[int] = []
+            inner = found.get("inner") is True
+            status = status_of(lambda: statuses.append(status_of(job)) if inner else job())
+            return statuses[0] if inner else status
+
+        closed = closed_streams(data)
+        try:
+            outcome = run_main(command, [], b"", closed)
+        except BaseException as got:
+            if got is not error or STATUS[wanted] is not None:
+                raise
+            return f"{wanted} comes out"
+        judge(outcome, [], lines=1)
+        expected = 0 if error is None else STATUS[wanted]
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, KeyboardInterrupt):
+            expected = 130
+        gone = len(out.encode("utf-8", "replace")) > MOST_OUTPUT
+        if outcome.status != expected and not gone:
+            raise Finding(f"{error!r:.200} ends with {outcome.status}, expected {expected}")
+        return label_of(outcome)
+
+
+EXCEPTIONS: dict[str, Callable[[str], BaseException]] = {
+    **{one.__name__: one for one in (InputError, CheckpointError, PyGPTError, MemoryError, ImportError, OSError)},
+    **{one.__name__: one for one in (KeyboardInterrupt, BrokenPipeError, RuntimeError, ZeroDivisionError, RecursionError)},
+}
+# By exception: the exit status; None for what is a defect, and is shown as one.
+STATUS = {
+    "InputError": 2, "CheckpointError": 2, "PyGPTError": 1, "MemoryError": 1, "ImportError": 1, "OSError": 1,
+    "KeyboardInterrupt": 130, "BrokenPipeError": 141, "RuntimeError": None, "ZeroDivisionError": None, "RecursionError": None,
+}  # fmt: skip
+
+COMMANDS = (StatusTarget, CommandTarget, ServeTarget, ConvertTarget, ProcessTarget)

@@ -160,7 +160,7 @@ class SafetensorsTarget(FileTarget):
             "empty": ("I64", (0, 7), b""),
             "scalar": ("F64", (), bytes(8)),
         }
-        files = [reference.safetensors_bytes({}), reference.safetensors_bytes(by_hand)]
+        files = [reference.safetensors_bytes({}), reference.safetensors_bytes(by_hand), struct.pack("<Q", 8) + b"[]      "]
         for dtype in ("F32", "BF16"):
             with self.scratch.open("wb") as file:
                 write_safetensors(file, dtype, [("a", (2, 3)), ("bc", (4,))], iter(values.values()))
@@ -319,7 +319,7 @@ class ExamplesTarget(FileTarget):
         sound, other = (written(self.scratch, write_examples, examples) for examples in ([one], more))
         size, longest = struct.unpack_from("<H", sound, 1026)[0] + 2, struct.unpack_from("<i", sound, 12)[0] + 2
         surplus = put(put(sound, 1026, struct.pack("<H", size)), 12, struct.pack("<i", longest)) + bytes(2)
-        return [sound, other, put(sound, 1030, b"\7"), surplus]
+        return [sound, other, surplus, *(put(sound, at, b"\5") for at in (1028, 1030, 1032))]  # index, label, endings
 
     def read(self, path: Path, data: bytes) -> str:
         """Compare every example, write them again."""

@@ -6,9 +6,11 @@ may have left. In words and answers @/ stands for the server's address, and %/ f
 
 import hashlib
 import os
+import re
 import socket
 import ssl
 import threading
+import time
 from contextlib import suppress
 from random import Random
 from typing import Any
@@ -17,12 +19,14 @@ from pygpt import Checkpoint, download, write_checkpoint
 from pygpt.huggingface import write_model
 
 from . import reference
-from .commands import WORDS, LineTarget, judge, label_of, options_of, parse_input, run_main, stays
+from .commands import WORDS, FilesTarget, as_program, judge, label_of, options_of, run_main, stays, words_of
+from .faults import failing
 from .files import TINY, weights
-from .mutate import dump, mutate_bytes, mutate_json_text
-from .target import Finding, pack, same, unpack
+from .mutate import dump
+from .target import Finding, load_json, pack, same, unpack
 
 BIN, FOLDER = "/m/a.bin", "/m/model.safetensors"
+PROGRESS = 78  # characters of the line that is drawn
 RETRIES = 40  # lines on stderr: one for each attempt, and the error
 ANSWERS = [str(i) for i in range(4)]
 HEADERS = (
@@ -42,6 +46,14 @@ STATUS_LINES = (
     b"HTTP/1.1 401 \x1b]0;x\x07", b"HTTP/1.1 416 Range", b"HTTP/1.1 429 Slow", b"HTTP/1.1 503 \x9b31m",
     b"HTTP/1.1 100 Continue", b"HTTP/1.0 200", b"HTTP/9 200", b"HTTP/1.1 999 x", b"HTTP/1.1 204 None",
     b"ICY 200 OK", b"", b"HTTP/1.1 -1 x",
+)  # fmt: skip
+
+
+FAULTS = (
+    ["lock", 1, "EAGAIN"], ["lock", 1, "remove"], ["lock", 1, "EIO"], ["room", 1, "half"], ["room", 1, "EIO"],
+    ["open", 1, "EACCES"], ["open", 2, "EIO"], ["open", 2, "half"], ["open", 3, "EIO"], ["fsync", 1, "EIO"],
+    ["fsync", 2, "ENOSPC"], ["replace", 1, "EROFS"], ["replace", 2, "interrupt"], ["replace", 2, "EEXIST"], ["fstat", 1, "EIO"],
+    ["limit", 100, ""], ["limit", 1200, ""], ["mmap", 1, "ENOMEM"], ["makedirs", 1, "EROFS"], ["mmap", 1, "cut"],
 )  # fmt: skip
 
 
@@ -83,8 +95,8 @@ def answer(body: bytes, *headers: bytes, status: bytes = b"HTTP/1.1 200 OK") -> 
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-class DownloadTarget(LineTarget):
-    """`python -m pygpt.download`."""
+class DownloadTarget(FilesTarget):
+    """`python -m pygpt.download`. Where an input has a file "terminal", stderr is one."""
 
     name = "download"
     options = tuple(options_of(download.build_parser()))
@@ -100,7 +112,8 @@ class DownloadTarget(LineTarget):
                 del os.environ[name]
         self.url = f"http://127.0.0.1:{self.server.port}"
         os.environ |= {"HF_ENDPOINT": self.url, "HF_TOKEN": "secret", "PYGPT_HOME": str(self.folder), "no_proxy": "*"}
-        vars(download)["sleep"] = lambda _: None
+        os.environ["PYGPT_HUB"] = "0"  # huggingface_hub connects in other ways
+        time.sleep = lambda _: None
         connect = socket.create_connection
 
         def only_here(address: Any, *arguments: Any, **options: Any) -> socket.socket:
@@ -165,36 +178,28 @@ class DownloadTarget(LineTarget):
             *(([word], [], {}) for word in words),
             *(([f"@{BIN}", "-o", word], [whole], {}) for word in ("x/", "no/x.bin", "there.bin", "two-words")),
             (["--help"], [], {}),
+            ([f"@{BIN}"], [whole], {"terminal": b""}),
+            ([f"@{BIN}"], [b"HTTP/1.0 200 OK\r\n\r\n" + model], {"terminal": b""}),
+            ([f"@{BIN}"], [answer(model, tag)[: -len(model) + half], answer(b"", status=b"HTTP/1.1 503 Busy"), second],
+             {"terminal": b""}),
+            ([f"@{BIN}", "-o", "\x1b[31mé.bin"], [whole], {"terminal": b""}),
+            ([f"@{BIN}"], [second.replace(b"-%d/" % (len(model) - 1), b"-1/"), whole], known),
+            ([f"@{BIN}"], [second.replace(rest, b"Content-Range: bytes 0-1/2"), whole], known),
+            ([f"@{BIN}"], [answer(b"", status=b"HTTP/1.1 299 Odd")], {}),
+            ([f"@{BIN}"], [answer(b"", status=b"HTTP/1.1 503 Busy"), answer(b"", status=b"HTTP/1.1 403 No")], {}),
+            *(([f"@{BIN}"], [whole], {"faults": dump([fault])}) for fault in FAULTS),
+            *(([f"@{BIN}"], [second], {**known, "faults": dump([fault])}) for fault in FAULTS),
+            *(([f"@{FOLDER}", "--version", "5"], [answer(config), answer(tensors)], {"faults": dump([fault])})
+              for fault in FAULTS),
         ]  # fmt: skip
         return [
             pack({"argv": dump(argv), **dict(zip(ANSWERS, answers, strict=False)), **files}) for argv, answers, files in cases
         ]
 
-    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change an answer's status, headers or body, the words, or what was left."""
-        files, others = unpack(data), unpack(other)
-        if not files:
-            return other
-        name = random.choice(sorted(files))
-        content, like = files[name], others.get(name, b"")
-        if random.random() < 0.1 and others:
-            name = random.choice(sorted(others))
-            files[name] = others[name]
-        elif random.random() < 0.05:
-            del files[name]
-        elif name == "argv":
-            argv = self.change(random, *(parse_input(b'{"argv": ' + (one or b"[]") + b"}")[0] for one in (content, like)))
-            files[name] = dump(argv[:12])
-        elif name.endswith(".json"):
-            files[name] = mutate_json_text(random, content, like)
-        elif name in ANSWERS and random.random() < 0.7:
-            files[name] = self.altered(random, content)
-        else:
-            files[name] = mutate_bytes(random, content, like, fields=0)
-        return pack(files)
-
-    def altered(self, random: Random, content: bytes) -> bytes:
-        """An answer with another status line or header."""
+    def altered(self, random: Random, name: str, content: bytes, like: bytes) -> bytes:
+        """An answer with another status line or header; else any other bytes."""
+        if name not in ANSWERS or random.random() < 0.3:
+            return super().altered(random, name, content, like)
         head, gap, body = content.partition(b"\r\n\r\n")
         lines = head.split(b"\r\n")
         at = random.randrange(len(lines))
@@ -216,28 +221,41 @@ class DownloadTarget(LineTarget):
     def run(self, data: bytes) -> str:
         """Fetch; what has the model's name afterwards is whole, and nothing else is there than what was kept of it."""
         files = unpack(data)
-        argv, _ = parse_input(b'{"argv": ' + (files.pop("argv", b"[]") or b"[]") + b"}")
-        argv = [word.replace("@", self.url, 1) if word.startswith("@") else word for word in argv]
+        argv = [word.replace("@", self.url, 1) if word.startswith("@") else word for word in words_of(files.pop("argv", b""))]
         argv = [word for word in argv if stays(word)]
+        faults, terminal = load_json(files.pop("faults", b"")), files.pop("terminal", None) is not None
         self.server.answers = [self.placed(files.pop(name)) for name in ANSWERS if name in files]
         os.chdir(self.folder)
         before = {name.replace("..", "_"): self.placed(content) for name, content in files.items()} | {"there.bin": b"no model"}
         for name, content in before.items():
             (self.folder / name).write_bytes(content)
         os.environ["HF_TOKEN"] = "two words" if "two-words" in argv else "secret"
-        outcome = run_main(download.main, argv)
+        with failing(faults, self.folder) as changed:
+            outcome = run_main(as_program("pygpt.download"), argv, terminal=terminal)
+        outcome = outcome._replace(err=without_progress(outcome.err)) if terminal else outcome
         judge(outcome, argv, lines=RETRIES)
         if "secret" in outcome.err or self.server.leaked:
             raise Finding(f"the token is shown: {outcome.err[-1000:]!r}")
         after = {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
-        made = [name for name in after if after[name] != before.get(name) and not name.endswith((".part", ".part.json"))]
-        if outcome.status != 0 or outcome.out:
+        kept = (".part", ".part.json")
+        made = [name for name in after if after[name] != before.get(name) and not name.endswith(kept)]
+        if changed:
+            return label_of(outcome)  # another process was at what is written: it is not ours to judge
+        if (outcome.status != 0 and not faults) or outcome.out:  # a fault may come when it is there
             same("files made", made, [])
         if len(made) > 1 or any(reference.checkpoint(after[name]) is None for name in made):
             raise Finding(f"{argv!r:.300} made {made}, which is not one sound checkpoint")
         if outcome.status == 0 and any(f"{name}.part" in after for name in made):
             raise Finding(f"{argv!r:.300} has left a part of {made}")
         return label_of(outcome)
+
+
+def without_progress(err: str) -> str:
+    """Stderr without the lines that are drawn anew on a terminal, each over the one before."""
+    for line in re.findall(r"\r([^\r\n]*)", err):
+        if len(line) != PROGRESS or not line.isprintable():
+            raise Finding(f"drawn on the terminal: {line!r:.300}")
+    return re.sub(r"(\r[^\r\n]*)+\n", "", err)
 
 
 NETWORK = (DownloadTarget,)
