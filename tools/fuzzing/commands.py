@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from pygpt import GPT2, Checkpoint, CheckpointError, InputError, PyGPTError, _sigbus, convert, write_checkpoint
+from pygpt import GPT2, Checkpoint, CheckpointError, InputError, PyGPTError, _signals, convert, write_checkpoint
 from pygpt.__main__ import LINE_LIMIT, build_parser, main
 from pygpt.cli import status_of
 from pygpt.huggingface import JSON_LIMIT, write_model
@@ -766,7 +766,7 @@ class StatusTarget(Target):
 
     def open(self) -> None:
         """Let go of SIGBUS, which this process has as a command of its own: here each input takes it and gives it back."""
-        _sigbus.end()
+        _signals.end()
 
     def seeds(self) -> list[bytes]:
         """Every exception."""
