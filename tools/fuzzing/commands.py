@@ -818,7 +818,7 @@ class StatusTarget(Target):
             return f"{wanted} comes out"
         judge(outcome, [], lines=1)
         expected = 0 if error is None else STATUS[wanted]
-        if isinstance(error, RuntimeError) and isinstance(error.__cause__, KeyboardInterrupt):
+        if isinstance(error, (ImportError, RuntimeError)) and isinstance(error.__cause__, KeyboardInterrupt):
             expected = 130
         gone = len(out.encode("utf-8", "replace")) > MOST_OUTPUT
         if outcome.status != expected and not gone:
