@@ -30,9 +30,10 @@ from typing import Any, TextIO
 from pygpt.__main__ import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
 from pygpt.checkpoint import Checkpoint, find_model
 from pygpt.child import ChildError, Command
-from pygpt.cli import HelpFormatter, Interrupts, Parser, for_terminal, one_line
+from pygpt.cli import HelpFormatter, Parser, for_terminal, one_line
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
+from pygpt.interrupts import Interrupts
 from pygpt.tokenizer import StreamDecoder, Tokenizer
 
 PROMPT, CONTINUED = "Text: ", " ...  "

@@ -17,7 +17,8 @@ import pytest
 
 import pygpt
 from pygpt.__main__ import main
-from pygpt.cli import Interrupts, made_of_ctrl_c, status_of
+from pygpt.cli import status_of
+from pygpt.interrupts import Interrupts, made_of_ctrl_c
 
 ROOT = Path(pygpt.__file__).parent.parent
 TOOLS = ["bench", "chart", "eval", "fuzz", "make_model", "profile", "shards", "stress", "train"]

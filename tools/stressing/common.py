@@ -21,7 +21,7 @@ DEADLINE_S = 120.0  # of our own life, for what takes one or two seconds, also o
 SHAPE = Config(maxT=128, V=211, L=2, NH=3, C=48)
 OTHER = Config(maxT=64, V=97, L=1, NH=2, C=32)
 SHOWN = 20  # failures that are told in full
-# How each program begins that is given by its text, as each script does (cli.Interrupts).
+# How each program begins that is given by its text, as each script does (pygpt/interrupts.py).
 BEGIN = """
 import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)

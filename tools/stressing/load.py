@@ -33,7 +33,7 @@ from pygpt import (
     Trainer,
     TrainingOptions,
 )
-from pygpt.cli import made_of_ctrl_c
+from pygpt.interrupts import made_of_ctrl_c
 
 from .common import OTHER, SHAPE, Tally, folder, make_model, patience
 
