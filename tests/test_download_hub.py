@@ -22,9 +22,11 @@ from make_huggingface import SHAPE
 from test_download import Terminal, error_of, token_of
 from web_site import COMMIT, Handler, Site
 
-from pygpt import __version__, download
+from pygpt import __version__, http_client
 from pygpt.checkpoint import cache_folder, cached_model
-from pygpt.download import HUB_VERSIONS, RETRY_AFTER_LIMIT, main
+from pygpt.download import main
+from pygpt.hub import HUB_VERSIONS
+from pygpt.web import RETRY_AFTER_LIMIT
 
 hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -281,7 +283,7 @@ def test_a_cache_of_something_else(site: Site, capsys: pytest.CaptureFixture[str
 
 def test_no_room_beside_the_cache(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     put_into_cache(model=FILE, config=SETTINGS)
-    monkeypatch.setattr("pygpt.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=len(MODEL) - 1))
+    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=len(MODEL) - 1))
     assert main(["gpt2"]) == 1
     assert f"{len(MODEL) - 1} bytes are free and {len(MODEL)} are needed" in error_of(capsys)
 
@@ -483,7 +485,7 @@ def test_tensors_that_are_not_a_model(site: Site, capsys: pytest.CaptureFixture[
 def test_too_little_room(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     needed = SIZE + len(MODEL)
     free = needed - 1
-    monkeypatch.setattr("pygpt.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     assert main(["gpt2"]) == 1
     assert f"{needed - 1} bytes are free and {needed} are needed" in failed(capsys)
     assert site.asked(TENSORS) == []
@@ -524,10 +526,10 @@ def test_no_room_for_what_it_becomes(site: Site, capsys: pytest.CaptureFixture[s
 
 def test_an_earlier_run_is_gone_on_with(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the standard library has begun, it ends."""
-    monkeypatch.setattr(download, "READ_BYTES", 512)
+    monkeypatch.setattr(http_client, "READ_BYTES", 512)
     site.etag = f'"{SHA}"'
     site.plans[MAIN] = [web.dropped(5000), web.status(403)]
-    monkeypatch.setattr(download, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http_client, "sleep", lambda seconds: None)
     monkeypatch.setenv("PYGPT_HUB", "0")
     assert main(["gpt2"]) == 1
     assert site.heads == []
