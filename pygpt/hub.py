@@ -42,12 +42,17 @@ def hub_for(part: Part, endpoint: str) -> "Hub | None":
         from huggingface_hub import __version__ as found
     except ImportError:
         return None
-    least, below = HUB_VERSIONS
-    if least <= tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < below:
+    if usable(found):
         return Hub(part, endpoint, place[1], unquote(place[2]))
     from_, to = (".".join(map(str, version)) for version in HUB_VERSIONS)
     say(f"huggingface_hub {found} is not of those that are used, from {from_} and below {to}: the standard library downloads")
     return None
+
+
+def usable(version: str) -> bool:
+    """Whether this version of huggingface_hub is one of those that are used."""
+    least, below = HUB_VERSIONS
+    return least <= tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < below
 
 
 class Hub:
@@ -117,7 +122,7 @@ class Hub:
 
         with self._clearly(url):
             session = get_session()
-            session.event_hooks = {**session.event_hooks, "response": [limit_wait]}
+            session.event_hooks = {**session.event_hooks, "response": [curb]}
             address = hf_hub_url(self._repository, self._name(url), revision=self._revision, endpoint=self._endpoint)
             facts = get_hf_file_metadata(
                 address, endpoint=self._endpoint, library_name="pygpt", library_version=__version__, retry_on_errors=True
@@ -177,8 +182,10 @@ class Notes(logging.Handler):
             say(record.getMessage())
 
 
-def limit_wait(response: "Any") -> None:
-    """Let huggingface_hub wait for a server as long as it asks for within reason; there is no limit of its own."""
+def curb(response: "Any") -> None:
+    """Take out of an answer what huggingface_hub would do without limit: wait for as long as a server says, and draw the name
+    that it gives the file, escape sequences included."""
+    response.headers.pop("Content-Disposition", None)
     wait = retry_after(response.headers.pop("Retry-After", None))
     response.headers.pop("RateLimit", None)  # another way to say it
     if wait is not None:

@@ -589,6 +589,16 @@ def test_progress_is_for_terminals(site: Site, waits: list[float], monkeypatch: 
     assert all(line.startswith("pygpt: ") for line in lines if "pygpt: " in line)
 
 
+def test_a_name_that_a_server_gives_is_not_drawn(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    site.plans[TENSORS] = [web.whole(Content_Disposition='inline; filename="\x9b31mother";')]
+    assert main(["gpt2"]) == 0
+    assert "model.safetensors: 100%" in screen.getvalue()
+    assert "\x9b" not in screen.getvalue()
+    assert "other" not in screen.getvalue()
+
+
 def test_as_a_process(site: Site, tmp_path: Path) -> None:
     """With the environment's own settings; and the package is imported by nobody else."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

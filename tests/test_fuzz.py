@@ -31,9 +31,10 @@ commands: Any = importlib.import_module("fuzzing.commands")
 network: Any = importlib.import_module("fuzzing.network")
 faults: Any = importlib.import_module("fuzzing.faults")
 
-HERE = [name for name in fuzz.NAMES if fuzz.available(name)]
+HERE = fuzz.available(fuzz.NAMES)
 MUTATED = 120  # inputs beside the stored ones
-FEW = {"process": 3, "terminal": 0, "serve": 60, "calls": 80, "text": 60, "train": 30, "eval": 30, "shards": 30, "download": 60}
+FEW = {"process": 3, "terminal": 0, "serve": 60, "calls": 80, "text": 60, "train": 30, "eval": 30, "shards": 30}
+FEW |= {"download": 60, "hub": 60}
 IN_PROCESS = ["checkpoint", "safetensors", "shard", "tokenizer", "debug-state", "examples", "state", "text", "calls"]
 
 
