@@ -95,11 +95,11 @@ def download(model: str, target: str | None = None, version: int | None = None) 
     if there := present(target, version):
         return there
     client = Client(endpoint)  # here, since it looks at HF_TOKEN, which is the other's too
-    with Part(f"{target}.part", url) as part:
-        return fetch_model(part, hub_for(part, endpoint) or client, target, version, digest)
+    with Part(f"{target}.part", url, digest) as part:
+        return fetch_model(part, hub_for(part, endpoint) or client, target, version)
 
 
-def fetch_model(part: Part, client: Client | Hub, target: str, version: int | None, digest: str | None) -> str:
+def fetch_model(part: Part, client: Client | Hub, target: str, version: int | None) -> str:
     """Fetch, check, convert if need be, and give the file its name."""
     settings = config = None
     if is_safetensors(part.url):
@@ -109,8 +109,6 @@ def fetch_model(part: Part, client: Client | Hub, target: str, version: int | No
     path = client.fetch(part, room=0 if config is None else file_bytes(config, version or 3))
     source = part.url if path == part.path else path
     try:
-        if path == part.path:
-            part.check(digest)
         if settings is not None:
             with SafetensorsFile(path) as file, HuggingFaceModel({target: file}, settings, place=source) as model:
                 write_bin(target, model, version or default_version(model))

@@ -137,13 +137,14 @@ class Client:
         return found
 
     def fetch(self, part: Part, *, room: int) -> str:
-        """Fetch what is missing of a file; return where it is. room: bytes that will be needed on the disk besides."""
+        """Fetch what is missing of a file, and check it; return where it is. room: bytes that the disk will need besides."""
         progress = Progress(os.path.basename(part.path).removesuffix(".part"))
         try:
             if not part.whole:
                 self._persist(part.url, lambda: self._receive(part, room, progress), lambda: part.have, progress)
         finally:
             progress.end()
+        part.check()
         return part.path
 
     def _receive(self, part: Part, room: int, progress: "Progress") -> None:

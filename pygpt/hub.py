@@ -93,13 +93,18 @@ class Hub:
             return file.read(JSON_LIMIT + 1)
 
     def fetch(self, part: Part, *, room: int) -> str:
-        """Fetch the file if need be; return where it is. room: bytes that will be needed on the disk besides."""
-        if part.whole:
-            return part.path
-        if path := self._cached.get(self._name(part.url)):
-            check_room(part.path, room)
-            check_cached(path)
-            return path
+        """Fetch the file if need be, and check it; return where it is. room: bytes that the disk will need besides."""
+        if not part.whole:
+            if path := self._cached.get(self._name(part.url)):
+                check_room(part.path, room)
+                check_cached(path)
+                return path
+            self._receive(part, room)
+        part.check()
+        return part.path
+
+    def _receive(self, part: Part, room: int) -> None:
+        """Fetch the file."""
         size, sha256 = self._ask(part.url)
         check_room(part.path, size + room)
         with self._download(part.url) as path:
@@ -109,7 +114,6 @@ class Hub:
                 raise PyGPTError(f"{part.url}: wrong length: {found} bytes came of {size} that were announced; fetch it again")
             part.say(size, None, sha256)
             part.take(path)
-        return part.path
 
     def _name(self, url: str) -> str:
         """A file's path in the repository."""
@@ -117,10 +121,10 @@ class Hub:
 
     def _ask(self, url: str) -> tuple[int, str | None]:
         """What the server says of a file: its length, and its sha256 if it is a large one. All are of one commit."""
-        from huggingface_hub import get_session
-        from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url
-
         with self._clearly(url):
+            from huggingface_hub import get_session
+            from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url
+
             session = get_session()
             session.event_hooks = {**session.event_hooks, "response": [curb]}
             address = hf_hub_url(self._repository, self._name(url), revision=self._revision, endpoint=self._endpoint)
@@ -135,13 +139,13 @@ class Hub:
     @contextmanager
     def _download(self, url: str) -> Iterator[str]:
         """Fetch a file into a folder that goes when the block ends."""
-        from huggingface_hub.file_download import hf_hub_download
-
         with disk_errors(self._target):
             place, name = os.path.split(os.path.abspath(self._target))
             folder = TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
         with folder:
             with self._clearly(url):
+                from huggingface_hub.file_download import hf_hub_download
+
                 path = hf_hub_download(
                     self._repository,
                     self._name(url),

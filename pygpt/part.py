@@ -18,13 +18,13 @@ from .errors import PyGPTError
 class Part:
     """What has arrived of a file: `path`, locked against other downloads, and in `path`.json what the server said of it.
 
-    have: bytes so far. size, validator (a strong ETag), sha256: of the whole file, None where the server did not say. Raises
-    PyGPTError when it cannot be written, or another process fetches the same file. Use it in a `with` block, at whose end an
-    empty one is removed.
+    digest: its sha256, where that is known beforehand. have: bytes so far. size, validator (a strong ETag), sha256: of the whole
+    file, None where the server did not say. Raises PyGPTError when it cannot be written, or another process fetches the same
+    file. Use it in a `with` block, at whose end an empty one is removed.
     """
 
-    def __init__(self, path: str, url: str) -> None:
-        self.path, self.url = path, url
+    def __init__(self, path: str, url: str, digest: str | None = None) -> None:
+        self.path, self.url, self._digest = path, url, digest
         self.have = 0
         self.size: int | None = None
         self.validator: str | None = None
@@ -94,11 +94,11 @@ class Part:
         self._file.close()
         self._file = file
 
-    def check(self, *digests: str | None) -> None:
-        """Compare the bytes with the sha256 that the server and `digests` name; drop them if they differ."""
+    def check(self) -> None:
+        """Compare the bytes with the sha256 that the server names, and with `digest`; drop them if they differ."""
         with disk_errors(self.path):
             os.fsync(self._file.fileno())
-        wanted = {digest for digest in (self.sha256, *digests) if digest}
+        wanted = {digest for digest in (self.sha256, self._digest) if digest}
         if not wanted:
             return
         found = sha256_of(self.path)

@@ -551,12 +551,18 @@ def test_versions_that_are_not_known(
     assert f"huggingface_hub {version} is not of those that are used, from 1.31 and below 3: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lost", ["", "try_to_load_from_cache", "get_hf_file_metadata", "hf_hub_download"])
 def test_an_installation_that_is_broken(
-    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub.file_download", None)
+    if lost:
+        monkeypatch.delattr(f"huggingface_hub.file_download.{lost}")
+    else:
+        monkeypatch.setitem(sys.modules, "huggingface_hub.file_download", None)
     assert main(["gpt2"]) == 1
-    assert re.search("huggingface_hub.file_download.*: PYGPT_HUB=0 downloads without", failed(capsys))
+    assert re.search(
+        f"(json|safetensors): .*{lost[:6]}.*huggingface_hub.file_download.*: PYGPT_HUB=0 downloads without", failed(capsys)
+    )
 
 
 def test_the_extra_has_the_same_versions() -> None:

@@ -335,13 +335,13 @@ def test_any_fault_is_one_that_is_known(random: Random) -> None:
     assert how in {*faults.ERRORS, *faults.HOWS, *faults.SYSTEMS, ""}
 
 
-@pytest.mark.parametrize("name", ["convert", "download"])
+@pytest.mark.parametrize("name", ["convert", "download", "hub"])
 def test_mutations_of_several_files_reach_each(name: str, tmp_path: Path) -> None:
     random, one = Random(1), fuzz.new_target(name, tmp_path)
     seeds = [data for data in one.seeds() if b"faults" not in data]
     data = max(seeds, key=lambda data: len(target.unpack(data)))
     files, changed, gone = target.unpack(data), set(), set()
-    for _ in range(600):
+    for _ in range(1200):
         found = target.unpack(one.mutate(random, data, random.choice(seeds)))
         changed |= {file for file, content in found.items() if files.get(file) != content}
         gone |= files.keys() - found.keys()
@@ -431,11 +431,36 @@ def test_the_command_measures_branches(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if " % " in f"{line} "}
     assert table["stop"][1] == "0.0"
-    assert int(table["download"][0]) > 100
+    assert int(table["http_client"][0]) > 50
     assert float(table["cli"][1]) > 50
     assert re.search(r"findings 0, \d+\.\d % of the readers' branches, 0\.0 % of the lowest one's\n$", out)
     assert fuzz.main(["cli", "--executions", "1", "--coverage-min", "95"]) == 1
     assert "pygpt: error: stop: 0.0 % of its branches are taken, fewer than 95 %\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", [None, "1.30.9", "3.0"])
+def test_without_huggingface_hub(
+    version: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(name: str) -> str:
+        assert name == "huggingface_hub"
+        if version is None:
+            raise fuzz.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(fuzz, "version", found)
+    assert {"hub"} == {*fuzz.NAMES} - {*fuzz.available(fuzz.NAMES)} == {*fuzz.READERS} - {*fuzz.available(fuzz.READERS)}
+    assert fuzz.main(["hub"]) == 0
+    assert capsys.readouterr().err == "pygpt: hub is left out: there is no huggingface_hub of the versions that pygpt uses\n"
+
+
+def test_what_huggingface_hub_draws(tmp_path: Path) -> None:
+    bars = "\rx:  50%|█████     | 1.0/2.0 [00:00<?, ?B/s]\r       \rpygpt: one\n\rx: 3.0B [00:01, 3.0B/s]\npygpt: two\n"
+    one = network.HubTarget(tmp_path)
+    assert one.undrawn(bars) == "pygpt: one\npygpt: two\n"
+    assert one.undrawn(f"{bars}Traceback\n").endswith("Traceback\n")
+    with pytest.raises(target.Finding, match="drawn on the terminal"):
+        one.undrawn("\r\x9b31m: 0%|")
 
 
 @pytest.mark.parametrize(("taken", "least", "status"), [(19, 95, 0), (19, 96, 1), (0, 0, 0)])

@@ -208,14 +208,18 @@ def whole(name: str, given: str) -> int:
 
 
 def available(names: Sequence[str]) -> list[str]:
-    """These targets, or readers, without those for which a package is not there, or not of a version that pygpt uses."""
-    from pygpt.hub import usable
+    """These targets, or readers, without those for which a package is not there."""
+    return [name for name in names if name != "hub" or hub_is_there()]
+
+
+def hub_is_there() -> bool:
+    """Whether huggingface_hub is, of a version that is used."""
+    from pygpt.hub import usable  # here: what is imported before the measurement begins is not measured
 
     try:
-        there = usable(version("huggingface_hub"))
+        return usable(version("huggingface_hub"))
     except PackageNotFoundError:
-        there = False
-    return [name for name in names if name != "hub" or there]
+        return False
 
 
 def report(name: str, seed: int, result: Result) -> None:
