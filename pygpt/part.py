@@ -18,9 +18,9 @@ from .errors import PyGPTError
 class Part:
     """What has arrived of a file: `path`, locked against other downloads, and in `path`.json what the server said of it.
 
-    digest: its sha256, where that is known beforehand. have: bytes so far. size, validator (a strong ETag), sha256: of the whole
-    file, None where the server did not say. Raises PyGPTError when it cannot be written, or another process fetches the same
-    file. Use it in a `with` block, at whose end an empty one is removed.
+    digest: its sha256, where that is known beforehand. have: bytes so far. size, validator (a strong ETag), sha256: of the
+    whole file, None where the server did not say. Raises PyGPTError when it cannot be written, or another process fetches the
+    same file. Use it in a `with` block, at whose end an empty one is removed.
     """
 
     def __init__(self, path: str, url: str, digest: str | None = None) -> None:

@@ -341,7 +341,7 @@ def test_mutations_of_several_files_reach_each(name: str, tmp_path: Path) -> Non
     seeds = [data for data in one.seeds() if b"faults" not in data]
     data = max(seeds, key=lambda data: len(target.unpack(data)))
     files, changed, gone = target.unpack(data), set(), set()
-    for _ in range(1200):
+    for _ in range(2000):
         found = target.unpack(one.mutate(random, data, random.choice(seeds)))
         changed |= {file for file, content in found.items() if files.get(file) != content}
         gone |= files.keys() - found.keys()
@@ -452,6 +452,8 @@ def test_without_huggingface_hub(
     assert {"hub"} == {*fuzz.NAMES} - {*fuzz.available(fuzz.NAMES)} == {*fuzz.READERS} - {*fuzz.available(fuzz.READERS)}
     assert fuzz.main(["hub"]) == 0
     assert capsys.readouterr().err == "pygpt: hub is left out: there is no huggingface_hub of the versions that pygpt uses\n"
+    assert fuzz.main(["hub", "--repeat", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("pygpt: error: hub is left out: ")
 
 
 def test_what_huggingface_hub_draws(tmp_path: Path) -> None:

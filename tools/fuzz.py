@@ -80,6 +80,7 @@ READERS = (
     "checkpoint", "safetensors_file", "huggingface", "data", "llmc", "tokenizer", "state", "convert", "download", "part",
     "web", "http_client", "hub", "__main__", "cli", "stop", "prefix",
 )  # fmt: skip
+LEFT_OUT = "hub is left out: there is no huggingface_hub of the versions that pygpt uses"
 
 
 class Reply(NamedTuple):
@@ -172,8 +173,11 @@ def run(options: argparse.Namespace) -> int:
     seconds: float | None = None if options.seconds is None else whole("--seconds", options.seconds)
     if options.total_seconds is not None:
         seconds = whole("--total-seconds", options.total_seconds) / max(1, len(names))
-    if (options.repeat is not None or options.atheris) and len(names) != 1:
-        raise InputError("--repeat and --atheris take one TARGET")
+    if options.repeat is not None or options.atheris:
+        if len(options.targets) != 1:
+            raise InputError("--repeat and --atheris take one TARGET")
+        if not names:
+            raise InputError(LEFT_OUT)
     if options.atheris:
         run_atheris(names[0], seconds, executions, seed)
     if options.repeat is not None:
@@ -181,7 +185,7 @@ def run(options: argparse.Namespace) -> int:
     if (options.coverage or least) and importlib.util.find_spec("coverage") is None:
         raise InputError("--coverage needs the package coverage: python -m pip install coverage")
     if available(wanted := [*(options.targets or NAMES), *(READERS if options.coverage or least else ())]) != wanted:
-        say("hub is left out: there is no huggingface_hub of the versions that pygpt uses")
+        say(LEFT_OUT)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         measured = Path(work) / "coverage" if options.coverage or least else None
         results = []

@@ -1,4 +1,4 @@
-"""Target: downloads from a server in this process that answers with any bytes. No other host is ever asked.
+"""Targets: downloads, both ways, from a server in this process that answers with any bytes. No other host is ever asked.
 
 An input is several files: the words, the server's answers in their order as the bytes of HTTP, and what an earlier download
 may have left. In words and answers @/ stands for the server's address, and %/ for the same one by another name.
@@ -37,6 +37,7 @@ HUB_WORDS = (
     "@/a/--b/resolve/main/x.safetensors", "@/a/b/resolve/%0a/x.safetensors", "@/a/b/resolve/main/%ff%80.safetensors",
     "@/datasets/a/b/resolve/main/x.safetensors",
 )  # fmt: skip
+CACHED = ("cached.config.json", "cached.model.safetensors")
 PROGRESS = 78  # characters of the line that is drawn
 RETRIES = 40  # lines on stderr: one for each attempt, and the error
 ANSWERS = [str(i) for i in range(10)]
@@ -122,9 +123,11 @@ class DownloadTarget(FilesTarget):
 
     name = "download"
     options = tuple(options_of(download.build_parser()))
-    words: tuple[str, ...] = (*WORDS, "@/m/a.bin", "@/m/model.safetensors", "@", "@/x.bin?a=b#c", "http://", "https://x/..bin", "ftp://x/a.bin",
-             "http://u:p@x/a.bin", "@/pytorch_model.bin", "file:///etc/passwd", "http://[::1", "@/m/%2e%2e%2f.bin", "gpt2-xl",
-             "gpt2_124M", "5", "1", "two-words", "https://cert/a.bin", "https://nowhere/a.bin")  # fmt: skip
+    words: tuple[str, ...] = (
+        *WORDS, "@/m/a.bin", "@/m/model.safetensors", "@", "@/x.bin?a=b#c", "http://", "https://x/..bin", "ftp://x/a.bin",
+        "http://u:p@x/a.bin", "@/pytorch_model.bin", "file:///etc/passwd", "http://[::1", "@/m/%2e%2e%2f.bin", "gpt2-xl",
+        "gpt2_124M", "5", "1", "two-words", "https://cert/a.bin", "https://nowhere/a.bin",
+    )  # fmt: skip
 
     def open(self) -> None:
         """Start the server; no waiting, no other host, no setting of the user's."""
@@ -281,7 +284,7 @@ class DownloadTarget(FilesTarget):
 
 class HubTarget(DownloadTarget):
     """The same by huggingface_hub. An input's "hub.json" has PYGPT_HUB, whether it is "offline", its "version", and how
-    "cached.config.json" and "cached.model.safetensors" lie in its cache: of which "repository", as a link to which "blob"."""
+    files CACHED lie in its cache: of which "repository", the model as a link to which "blob"."""
 
     name = "hub"
     words = (*DownloadTarget.words, *HUB_WORDS)
@@ -304,7 +307,7 @@ class HubTarget(DownloadTarget):
         settled = [head(config), head(config), answer(config)]
         sound = [*settled, head(tensors), head(tensors), answer(tensors)]
         busy, half = answer(b"", b"Retry-After: 3", status=b"HTTP/1.1 503 Busy"), answer(tensors)[: -len(tensors) // 2]
-        cached = {"cached.config.json": config, "cached.model.safetensors": tensors}
+        cached = dict(zip(CACHED, (config, tensors), strict=True))
         facts = dump({"url": f"@{GPT2}", "size": len(tensors), "validator": None, "sha256": None})
         part, whole = ({"gpt2.bin.part": data, "gpt2.bin.part.json": facts} for data in (tensors[:9], tensors))
         shown = answer(tensors, b'Content-Disposition: inline; filename="\xc2\x9b31m";')
@@ -341,7 +344,14 @@ class HubTarget(DownloadTarget):
             *((["gpt2"], sound, {"faults": dump([["import", number, "ENOENT"]])}, {}) for number in range(1, 9)),
         ]  # fmt: skip
         return [
-            pack({"argv": dump(argv), "hub.json": dump(hub), **dict(zip(ANSWERS, answers, strict=False)), **files})
+            pack(
+                {
+                    "argv": dump(argv),
+                    "hub.json": dump({"PYGPT_HUB": "1"} | hub),
+                    **dict(zip(ANSWERS, answers, strict=False)),
+                    **files,
+                }
+            )
             for argv, answers, files, hub in cases
         ]
 
@@ -351,7 +361,7 @@ class HubTarget(DownloadTarget):
         found = load_json(files.pop("hub.json", b""))
         hub = found if isinstance(found, dict) else {}
         wanted, version = hub.get("PYGPT_HUB"), hub.get("version", self.package.__version__)
-        self.put_into_cache(hub, {name: files.pop(name) for name in list(files) if name.startswith("cached.")})
+        self.put_into_cache(hub, {name: files.pop(name) for name in CACHED if name in files})
         before = self.everything()
         with ExitStack() as stack:
             stack.callback(self.package.close_session)
@@ -375,8 +385,8 @@ class HubTarget(DownloadTarget):
             place.mkdir(parents=True)
         (folder / "refs" / "main").write_text(COMMIT)
         for name, content in cached.items():
-            path = folder / "snapshots" / COMMIT / name.removeprefix("cached.").replace("..", "_")
-            if name.endswith("model.safetensors") and re.fullmatch("[0-9a-f]{64}", blob):
+            path = folder / "snapshots" / COMMIT / name.removeprefix("cached.")
+            if name == CACHED[1] and re.fullmatch("[0-9a-f]{64}", blob):
                 (folder / "blobs" / blob).write_bytes(content)
                 path.symlink_to(f"../../blobs/{blob}")
             else:
