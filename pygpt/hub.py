@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -160,9 +161,11 @@ class Hub:
     @contextmanager
     def _clearly(self, url: str) -> Iterator[None]:
         """Say in one line what went wrong, by the first of its causes: huggingface_hub and its own libraries raise errors of
-        many kinds, also for the same thing."""
+        many kinds, also for the same thing. What they warn of is a line, too."""
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.showwarning = note_warning
+                yield
         except Exception as error:
             causes: list[BaseException] = [error]
             while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
@@ -184,6 +187,11 @@ class Notes(logging.Handler):
 
         with tqdm.external_write_mode(sys.stderr):
             say(record.getMessage())
+
+
+def note_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Have `Notes` say a warning."""
+    logging.getLogger("huggingface_hub").warning("%s", message)
 
 
 def curb(response: "Any") -> None:

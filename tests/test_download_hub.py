@@ -494,6 +494,15 @@ def test_too_little_room(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert fetched()
 
 
+@pytest.mark.filterwarnings("default")
+def test_too_little_room_all_at_once(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """huggingface_hub asks again how long the file is, and warns: of that, too, there are lines."""
+    site.plans[f"HEAD {TENSORS}"] = [web.announced(), web.announced(Content_Length=10**17)]
+    assert main(["gpt2"]) == 1
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("pygpt: Not enough free disk space to download the file.")
+
+
 def test_the_disk_fills_up(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

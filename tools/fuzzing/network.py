@@ -319,6 +319,7 @@ class HubTarget(DownloadTarget):
             (["gpt2"], [*settled, *[head(tensors, b'X-Linked-Etag: "%b"' % digest.encode())] * 2, answer(tensors)], {}, {}),
             (["gpt2"], [*settled, *[head(tensors, b'ETag: "%b"' % (b"0" * 64))] * 2, answer(tensors)], {}, {}),
             (["gpt2"], [*settled, head(tensors), head(tensors[:-1]), answer(tensors[:-1])], {}, {}),
+            (["gpt2"], [*settled, head(tensors), head(tensors, length=b"9" * 17), answer(tensors)], {}, {}),
             (["gpt2"], [*settled, *up, half], {"x.incomplete": b"kept"}, {}),
             (["gpt2"], [busy, *sound], {}, {}),
             (["gpt2"], [busy.replace(b": 3", b": soon"), *sound], {}, {}),
