@@ -210,12 +210,13 @@ def test_a_status_that_is_not_the_promised_one_is_a_finding(tmp_path: Path, monk
     assert (kind, text) == ("finding", "InputError('no') ends with 0, expected 2")
 
 
-def test_what_is_drawn_on_a_terminal_is_judged() -> None:
+def test_what_is_drawn_on_a_terminal_is_judged(tmp_path: Path) -> None:
+    without_progress = network.DownloadTarget(tmp_path).undrawn
     line = f"\r{'a.bin: 1 %':<78}"
-    assert network.without_progress(f"pygpt: one\n{line}{line}\npygpt: two\n") == "pygpt: one\npygpt: two\n"
+    assert without_progress(f"pygpt: one\n{line}{line}\npygpt: two\n") == "pygpt: one\npygpt: two\n"
     for odd in ("\rshort", f"\r\x1b{'x' * 77}"):
         with pytest.raises(target.Finding, match="drawn on the terminal"):
-            network.without_progress(f"{line}{odd}\n")
+            without_progress(f"{line}{odd}\n")
 
 
 # ------------------------------------------------------------------------------------------------ a system that fails
