@@ -25,23 +25,14 @@ import web_site as web
 from make_huggingface import SHAPE
 from web_site import Site
 
-from pygpt import download
+from pygpt import download, http_client
 from pygpt.checkpoint import MODELS, cache_folder, cached_model, find_model
 from pygpt.convert import parse_version
-from pygpt.download import (
-    EXAMPLES,
-    KEEP_FREE,
-    MOST_TRIES,
-    RETRY_AFTER_LIMIT,
-    SHA256,
-    SOURCES,
-    TRIES,
-    Part,
-    clock,
-    main,
-    retry_after,
-)
+from pygpt.download import EXAMPLES, SHA256, SOURCES, main
 from pygpt.errors import CheckpointError, PyGPTError
+from pygpt.http_client import KEEP_FREE, MOST_TRIES, TRIES, Ask, Client, Redirects, clock
+from pygpt.part import Part
+from pygpt.web import RETRY_AFTER_LIMIT, retry_after
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = hf.weights(**SHAPE)
@@ -61,7 +52,7 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PYGPT_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PYGPT_HUB", "0")  # test_download_hub.py is about the other way
-    monkeypatch.setattr(download, "READ_BYTES", 512)
+    monkeypatch.setattr(http_client, "READ_BYTES", 512)
 
 
 @pytest.fixture
@@ -76,7 +67,7 @@ def site() -> Iterator[Site]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the downloads would have waited."""
     found: list[float] = []
-    monkeypatch.setattr(download, "sleep", found.append)
+    monkeypatch.setattr(http_client, "sleep", found.append)
     return found
 
 
@@ -170,7 +161,7 @@ def test_a_break_before_the_first_byte(site: Site, waits: list[float]) -> None:
 
 
 def test_a_server_that_falls_silent(site: Site, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(http_client, "TIMEOUT", 0.2)
     site.plans[PATH] = [web.silence]
     assert fetch(site) == 0
     assert fetched()
@@ -208,7 +199,7 @@ def test_the_file_changes_in_between(site: Site, monkeypatch: pytest.MonkeyPatch
     def change(wait: float) -> None:
         site.files[PATH], site.etag = other, '"two"'
 
-    monkeypatch.setattr(download, "sleep", change)
+    monkeypatch.setattr(http_client, "sleep", change)
     assert fetch(site) == 0
     assert fetched(other)
     assert site.asked(PATH)[1]["If-Range"] == '"one"'
@@ -256,7 +247,7 @@ def test_a_byte_at_a_time_ends_too(
     site: Site, waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert MOST_TRIES == 1000
-    monkeypatch.setattr(download, "MOST_TRIES", 30)
+    monkeypatch.setattr(http_client, "MOST_TRIES", 30)
     site.plans[PATH] = [web.dropped(at) for at in range(1, 100)]
     assert fetch(site) == 1
     assert re.search("broke off after 30 of .* given up after 30 tries", error_of(capsys))
@@ -456,7 +447,7 @@ def test_nobody_there(waits: list[float], capsys: pytest.CaptureFixture[str]) ->
 
 def test_it_goes_away_in_between(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Once it has answered, it may come back: this one does not."""
-    monkeypatch.setattr(download, "sleep", lambda wait: site.close())
+    monkeypatch.setattr(http_client, "sleep", lambda wait: site.close())
     site.plans[PATH] = [web.dropped(1000)]
     assert fetch(site) == 1
     assert "Connection refused: given up after 6 tries; what has arrived is kept" in error_of(capsys)
@@ -609,9 +600,9 @@ def test_redirects_that_lead_astray(site: Site, waits: list[float], capsys: pyte
 
 
 def test_never_from_https_to_http() -> None:
-    client = download.Client("https://huggingface.co")
-    redirects = download.Redirects(client)
-    ask = download.Ask("https://huggingface.co/a.bin", {}, [])
+    client = Client("https://huggingface.co")
+    redirects = Redirects(client)
+    ask = Ask("https://huggingface.co/a.bin", {}, [])
     with pytest.raises(PyGPTError, match=r"leads to http://huggingface\.co/a\.bin: it must be https"):
         redirects.redirect_request(ask, io.BytesIO(), 302, "", Message(), "http://huggingface.co/a.bin")
     assert redirects.redirect_request(ask, io.BytesIO(), 302, "", Message(), "https://cdn.example/a.bin") is not None
@@ -849,7 +840,7 @@ def test_a_part_that_is_renamed_while_another_waits(monkeypatch: pytest.MonkeyPa
             moves.pop(0)()
         real(file, flags)
 
-    monkeypatch.setattr(download, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+    monkeypatch.setattr("pygpt.part.fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
     with Part("p", "http://x/") as part:
         part.write(b"new")
         assert Path("p").read_bytes() == b"new"
@@ -857,7 +848,7 @@ def test_a_part_that_is_renamed_while_another_waits(monkeypatch: pytest.MonkeyPa
 
 
 def test_too_little_room(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("pygpt.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=SIZE - 1))
+    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=SIZE - 1))
     assert fetch(site) == 1
     assert f"{os.getcwd()}: {SIZE - 1} bytes are free and {SIZE} are needed" in error_of(capsys)
     assert os.listdir() == []
@@ -873,7 +864,7 @@ def test_a_file_of_unknown_length_does_not_fill_the_disk(
     def disk_usage(folder: str) -> SimpleNamespace:
         return SimpleNamespace(free=KEEP_FREE + room - sum(entry.stat().st_size for entry in os.scandir(folder)))
 
-    monkeypatch.setattr("pygpt.download.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("pygpt.part.shutil.disk_usage", disk_usage)
     site.plans[PATH] = [answer]
     assert fetch(site) == 1
     assert re.search(rf"{re.escape(os.getcwd())}: \d+ bytes are free and \d+ are needed: make room", error_of(capsys))
@@ -889,7 +880,7 @@ def test_a_file_of_unknown_length_does_not_fill_the_disk(
 def test_room_for_what_it_becomes(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     needed = len(site.files[hub(site, monkeypatch, "gpt2")]) + len(BIN[5])
     free = needed - 1
-    monkeypatch.setattr("pygpt.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     assert main(["gpt2", "--version", "5"]) == 1
     assert f"{needed - 1} bytes are free and {needed} are needed" in error_of(capsys)
     free = needed
@@ -1002,7 +993,7 @@ class Terminal(io.StringIO):
 
 def test_progress_is_for_terminals(site: Site, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr(download, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(http_client, "monotonic", lambda: float(next(clock)))
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     site.plans[PATH] = [web.dropped(SIZE // 2)]
@@ -1017,7 +1008,7 @@ def test_progress_is_for_terminals(site: Site, waits: list[float], monkeypatch: 
 
 def test_progress_of_unknown_length(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr(download, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(http_client, "monotonic", lambda: float(next(clock)))
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     site.plans[PATH] = [web.chunked]

@@ -22,9 +22,11 @@ from make_huggingface import SHAPE
 from test_download import Terminal, error_of, token_of
 from web_site import COMMIT, Handler, Site
 
-from pygpt import __version__, download
+from pygpt import __version__, http_client
 from pygpt.checkpoint import cache_folder, cached_model
-from pygpt.download import HUB_VERSIONS, RETRY_AFTER_LIMIT, main
+from pygpt.download import main
+from pygpt.hub import HUB_VERSIONS
+from pygpt.web import RETRY_AFTER_LIMIT
 
 hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -281,7 +283,7 @@ def test_a_cache_of_something_else(site: Site, capsys: pytest.CaptureFixture[str
 
 def test_no_room_beside_the_cache(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     put_into_cache(model=FILE, config=SETTINGS)
-    monkeypatch.setattr("pygpt.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=len(MODEL) - 1))
+    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=len(MODEL) - 1))
     assert main(["gpt2"]) == 1
     assert f"{len(MODEL) - 1} bytes are free and {len(MODEL)} are needed" in error_of(capsys)
 
@@ -483,13 +485,22 @@ def test_tensors_that_are_not_a_model(site: Site, capsys: pytest.CaptureFixture[
 def test_too_little_room(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     needed = SIZE + len(MODEL)
     free = needed - 1
-    monkeypatch.setattr("pygpt.download.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     assert main(["gpt2"]) == 1
     assert f"{needed - 1} bytes are free and {needed} are needed" in failed(capsys)
     assert site.asked(TENSORS) == []
     free = needed
     assert main(["gpt2"]) == 0
     assert fetched()
+
+
+@pytest.mark.filterwarnings("default")
+def test_too_little_room_all_at_once(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """huggingface_hub asks again how long the file is, and warns: of that, too, there are lines."""
+    site.plans[f"HEAD {TENSORS}"] = [web.announced(), web.announced(Content_Length=10**17)]
+    assert main(["gpt2"]) == 1
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("pygpt: Not enough free disk space to download the file.")
 
 
 def test_the_disk_fills_up(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
@@ -524,10 +535,10 @@ def test_no_room_for_what_it_becomes(site: Site, capsys: pytest.CaptureFixture[s
 
 def test_an_earlier_run_is_gone_on_with(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the standard library has begun, it ends."""
-    monkeypatch.setattr(download, "READ_BYTES", 512)
+    monkeypatch.setattr(http_client, "READ_BYTES", 512)
     site.etag = f'"{SHA}"'
     site.plans[MAIN] = [web.dropped(5000), web.status(403)]
-    monkeypatch.setattr(download, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http_client, "sleep", lambda seconds: None)
     monkeypatch.setenv("PYGPT_HUB", "0")
     assert main(["gpt2"]) == 1
     assert site.heads == []
@@ -549,12 +560,18 @@ def test_versions_that_are_not_known(
     assert f"huggingface_hub {version} is not of those that are used, from 1.31 and below 3: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lost", ["", "try_to_load_from_cache", "get_hf_file_metadata", "hf_hub_download"])
 def test_an_installation_that_is_broken(
-    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub.file_download", None)
+    if lost:
+        monkeypatch.delattr(f"huggingface_hub.file_download.{lost}")
+    else:
+        monkeypatch.setitem(sys.modules, "huggingface_hub.file_download", None)
     assert main(["gpt2"]) == 1
-    assert re.search("huggingface_hub.file_download.*: PYGPT_HUB=0 downloads without", failed(capsys))
+    assert re.search(
+        f"(json|safetensors): .*{lost[:6]}.*huggingface_hub.file_download.*: PYGPT_HUB=0 downloads without", failed(capsys)
+    )
 
 
 def test_the_extra_has_the_same_versions() -> None:
@@ -585,6 +602,16 @@ def test_progress_is_for_terminals(site: Site, waits: list[float], monkeypatch: 
     assert any(re.search(r"model\.safetensors: +100%\|.*<.*B/s", line) for line in lines)
     assert [line.split()[1] for line in lines if "pygpt: " in line] == ["Error", f"{site.url}{MAIN}"]
     assert all(line.startswith("pygpt: ") for line in lines if "pygpt: " in line)
+
+
+def test_a_name_that_a_server_gives_is_not_drawn(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    site.plans[TENSORS] = [web.whole(Content_Disposition='inline; filename="\x9b31mother";')]
+    assert main(["gpt2"]) == 0
+    assert "model.safetensors: 100%" in screen.getvalue()
+    assert "\x9b" not in screen.getvalue()
+    assert "other" not in screen.getvalue()
 
 
 def test_as_a_process(site: Site, tmp_path: Path) -> None:

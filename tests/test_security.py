@@ -18,7 +18,7 @@ import pygpt
 from pygpt.__main__ import main
 from pygpt.checkpoint import atomic_file
 from pygpt.cli import one_line
-from pygpt.download import Progress
+from pygpt.http_client import Progress
 
 ROOT = Path(pygpt.__file__).parent.parent
 SOURCES = sorted([*(ROOT / "pygpt").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])

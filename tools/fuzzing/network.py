@@ -1,21 +1,24 @@
-"""Target: downloads from a server in this process that answers with any bytes. No other host is ever asked.
+"""Targets: downloads, both ways, from a server in this process that answers with any bytes. No other host is ever asked.
 
 An input is several files: the words, the server's answers in their order as the bytes of HTTP, and what an earlier download
 may have left. In words and answers @/ stands for the server's address, and %/ for the same one by another name.
 """
 
 import hashlib
+import importlib
 import os
 import re
 import socket
 import ssl
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
-from pygpt import Checkpoint, download, write_checkpoint
+from pygpt import Checkpoint, download, http_client, write_checkpoint
 from pygpt.huggingface import write_model
 
 from . import reference
@@ -26,9 +29,18 @@ from .mutate import dump
 from .target import Finding, load_json, pack, same, unpack
 
 BIN, FOLDER = "/m/a.bin", "/m/model.safetensors"
+GPT2, COMMIT = "/openai-community/gpt2/resolve/main/model.safetensors", "5e" * 20
+HUB_WORDS = (
+    f"@{GPT2}", "@/me/my.model/resolve/refs%2Fpr%2F1/sub%20folder/model.safetensors?download=true",
+    "@/a/b/resolve/main/%1b[31m.safetensors", "@/a/b/resolve/main/%2e%2e/x.safetensors", "@/a/b/resolve/%2e%2e/x.safetensors",
+    "@/a/b/resolve/main/%2Fx.safetensors", "@/a/b/resolve/main//x.safetensors", "@/a/b/resolve/main/%00.safetensors",
+    "@/a/--b/resolve/main/x.safetensors", "@/a/b/resolve/%0a/x.safetensors", "@/a/b/resolve/main/%ff%80.safetensors",
+    "@/datasets/a/b/resolve/main/x.safetensors",
+)  # fmt: skip
+CACHED = ("cached.config.json", "cached.model.safetensors")
 PROGRESS = 78  # characters of the line that is drawn
 RETRIES = 40  # lines on stderr: one for each attempt, and the error
-ANSWERS = [str(i) for i in range(4)]
+ANSWERS = [str(i) for i in range(10)]
 HEADERS = (
     b"Content-Length: 5", b"Content-Length: -1", b"Content-Length: 99999999999999999999", b"Content-Length: x",
     b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Location: @/m/a.bin", b"Location: %/m/a.bin",
@@ -38,7 +50,10 @@ HEADERS = (
     b'ETag: W/"x"', b"ETag: \xff", b"ETag: a\r\n b", b"Content-Range: bytes 3-9/10", b"Content-Range: bytes 0-0/0",
     b"Content-Range: bytes */5",
     b"Content-Range: bytes 100-9999/999999", b"X-Linked-Size: 7", b"X-Linked-Etag: " + b'"' + b"0" * 64 + b'"', b"x" * 70000,
-    b": ", b"a\x00b: c",
+    b": ", b"a\x00b: c", b"X-Repo-Commit: main", b"X-Repo-Commit: " + b"5e" * 20, b"X-Repo-Commit: ../../x",
+    b"ETag: a/../../../../../x", b"ETag: a/b", b"X-Linked-Size: 99999999999999999999", b"X-Error-Code: RepoNotFound",
+    b"X-Error-Code: GatedRepo", b'RateLimit: "api";r=0;t=99999999999', b"X-Error-Message: \x1b[31m",
+    b'Content-Disposition: inline; filename="\xc2\x9b31m";', b"Location: /m/a.bin", b'Link: <@/x>; rel="xet-auth"',
 )  # fmt: skip
 DATES = (b"Fri, 31 Dec 9999 23:59:59 GMT", b"Fri, 99 Foo 0000", b"0", b"soon")
 STATUS_LINES = (
@@ -77,7 +92,7 @@ class Server:
                 request = b""
                 while b"\r\n\r\n" not in request and (piece := connection.recv(1 << 16)):
                     request += piece
-                if b"Host: localhost" in request and b"Authorization" in request:
+                if b"host: localhost" in request.lower() and b"authorization:" in request.lower():
                     self.leaked = True
                 connection.sendall(self.answers.pop(0) if self.answers else b"")
                 connection.shutdown(socket.SHUT_WR)
@@ -95,14 +110,24 @@ def answer(body: bytes, *headers: bytes, status: bytes = b"HTTP/1.1 200 OK") -> 
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
+def head(body: bytes, *headers: bytes, length: bytes | None = None) -> bytes:
+    """An answer to HEAD, as Hugging Face's."""
+    size = b"%d" % len(body) if length is None else length
+    tag = () if any(header.startswith(b"ETag") for header in headers) else (b'ETag: "x"',)
+    lines = [b"HTTP/1.1 200 OK", b"X-Repo-Commit: " + COMMIT.encode(), *tag, *headers, b"Connection: close"]
+    return b"\r\n".join(lines + ([b"Content-Length: " + size] if size else [])) + b"\r\n\r\n"
+
+
 class DownloadTarget(FilesTarget):
     """`python -m pygpt.download`. Where an input has a file "terminal", stderr is one."""
 
     name = "download"
     options = tuple(options_of(download.build_parser()))
-    words = (*WORDS, "@/m/a.bin", "@/m/model.safetensors", "@", "@/x.bin?a=b#c", "http://", "https://x/..bin", "ftp://x/a.bin",
-             "http://u:p@x/a.bin", "@/pytorch_model.bin", "file:///etc/passwd", "http://[::1", "@/m/%2e%2e%2f.bin", "gpt2-xl",
-             "gpt2_124M", "5", "1", "two-words", "https://cert/a.bin", "https://nowhere/a.bin")  # fmt: skip
+    words: tuple[str, ...] = (
+        *WORDS, "@/m/a.bin", "@/m/model.safetensors", "@", "@/x.bin?a=b#c", "http://", "https://x/..bin", "ftp://x/a.bin",
+        "http://u:p@x/a.bin", "@/pytorch_model.bin", "file:///etc/passwd", "http://[::1", "@/m/%2e%2e%2f.bin", "gpt2-xl",
+        "gpt2_124M", "5", "1", "two-words", "https://cert/a.bin", "https://nowhere/a.bin",
+    )  # fmt: skip
 
     def open(self) -> None:
         """Start the server; no waiting, no other host, no setting of the user's."""
@@ -112,8 +137,8 @@ class DownloadTarget(FilesTarget):
                 del os.environ[name]
         self.url = f"http://127.0.0.1:{self.server.port}"
         os.environ |= {"HF_ENDPOINT": self.url, "HF_TOKEN": "secret", "PYGPT_HOME": str(self.folder), "no_proxy": "*"}
-        os.environ["PYGPT_HUB"] = "0"  # huggingface_hub connects in other ways
-        time.sleep = lambda _: None
+        os.environ["PYGPT_HUB"] = "0"  # HubTarget is about the other way
+        time.sleep = vars(http_client)["sleep"] = lambda _: None
         connect = socket.create_connection
 
         def only_here(address: Any, *arguments: Any, **options: Any) -> socket.socket:
@@ -232,7 +257,7 @@ class DownloadTarget(FilesTarget):
         os.environ["HF_TOKEN"] = "two words" if "two-words" in argv else "secret"
         with failing(faults, self.folder) as changed:
             outcome = run_main(as_program("pygpt.download"), argv, terminal=terminal)
-        outcome = outcome._replace(err=without_progress(outcome.err)) if terminal else outcome
+        outcome = outcome._replace(err=self.undrawn(outcome.err)) if terminal else outcome
         judge(outcome, argv, lines=RETRIES)
         if "secret" in outcome.err or self.server.leaked:
             raise Finding(f"the token is shown: {outcome.err[-1000:]!r}")
@@ -249,13 +274,134 @@ class DownloadTarget(FilesTarget):
             raise Finding(f"{argv!r:.300} has left a part of {made}")
         return label_of(outcome)
 
+    def undrawn(self, err: str) -> str:
+        """Stderr without the lines that are drawn anew on a terminal, each over the one before."""
+        for line in re.findall(r"\r([^\r\n]*)", err):
+            if len(line) != PROGRESS or not line.isprintable():
+                raise Finding(f"drawn on the terminal: {line!r:.300}")
+        return re.sub(r"(\r[^\r\n]*)+\n", "", err)
 
-def without_progress(err: str) -> str:
-    """Stderr without the lines that are drawn anew on a terminal, each over the one before."""
-    for line in re.findall(r"\r([^\r\n]*)", err):
-        if len(line) != PROGRESS or not line.isprintable():
-            raise Finding(f"drawn on the terminal: {line!r:.300}")
-    return re.sub(r"(\r[^\r\n]*)+\n", "", err)
+
+class HubTarget(DownloadTarget):
+    """The same by huggingface_hub. An input's "hub.json" has PYGPT_HUB, whether it is "offline", its "version", and how
+    files CACHED lie in its cache: of which "repository", the model as a link to which "blob"."""
+
+    name = "hub"
+    words = (*DownloadTarget.words, *HUB_WORDS)
+
+    def open(self) -> None:
+        """Settings of its own; and no Xet, which connects in another way."""
+        super().open()
+        os.environ |= {"HF_HOME": str(self.folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        self.package = importlib.import_module("huggingface_hub")
+        self.constants = importlib.import_module("huggingface_hub.constants")
+
+    def seeds(self) -> list[bytes]:
+        """Files that arrive, are cached, differ from what HEAD said of them, or lie in strange places."""
+        path = self.folder / "a.bin"
+        write_checkpoint(path, TINY, weights(TINY))
+        with Checkpoint(path) as checkpoint:
+            write_model(str(self.folder / "hf"), checkpoint)
+        config, tensors = ((self.folder / "hf" / name).read_bytes() for name in ("config.json", "model.safetensors"))
+        digest = hashlib.sha256(tensors).hexdigest()
+        settled = [head(config), head(config), answer(config)]
+        sound = [*settled, head(tensors), head(tensors), answer(tensors)]
+        busy, half = answer(b"", b"Retry-After: 3", status=b"HTTP/1.1 503 Busy"), answer(tensors)[: -len(tensors) // 2]
+        cached = dict(zip(CACHED, (config, tensors), strict=True))
+        facts = dump({"url": f"@{GPT2}", "size": len(tensors), "validator": None, "sha256": None})
+        part, whole = ({"gpt2.bin.part": data, "gpt2.bin.part.json": facts} for data in (tensors[:9], tensors))
+        shown = answer(tensors, b'Content-Disposition: inline; filename="\xc2\x9b31m";')
+        up = [head(tensors, b'ETag: "a/../../../../../x"')] * 2
+        cases: list[tuple[list[str], list[bytes], dict[str, bytes], dict[str, Any]]] = [
+            (["gpt2"], sound, {}, {}),
+            (["gpt2"], sound, {"terminal": b""}, {}),
+            (["gpt2"], [*sound[:5], half, answer(tensors)], {"terminal": b""}, {}),
+            (["gpt2"], [*settled, *[head(tensors, b'X-Linked-Etag: "%b"' % digest.encode())] * 2, answer(tensors)], {}, {}),
+            (["gpt2"], [*settled, *[head(tensors, b'ETag: "%b"' % (b"0" * 64))] * 2, answer(tensors)], {}, {}),
+            (["gpt2"], [*settled, head(tensors), head(tensors[:-1]), answer(tensors[:-1])], {}, {}),
+            (["gpt2"], [*settled, head(tensors), head(tensors, length=b"9" * 17), answer(tensors)], {}, {}),
+            (["gpt2"], [*settled, *up, half], {"x.incomplete": b"kept"}, {}),
+            (["gpt2"], [busy, *sound], {}, {}),
+            (["gpt2"], [busy.replace(b": 3", b": soon"), *sound], {}, {}),
+            (["gpt2"], [answer(b"", status=b"HTTP/1.1 404 None")], {}, {}),
+            (["gpt2"], [answer(b"", b"Location: %/x", status=b"HTTP/1.1 302 Found"), *sound], {}, {}),
+            (["gpt2"], [head(config, length=b"")], {}, {}),
+            (["gpt2"], [head(config, length=b"99999999999")], {}, {}),
+            (["gpt2"], [head(config, length=b"-1")] * 3, {}, {}),
+            (["gpt2"], [head(config).replace(b"X-Repo-Commit", b"X-None")] * 9, {}, {}),
+            (["gpt2"], [], {}, {"offline": True}),
+            (["gpt2"], [], {}, {"PYGPT_HUB": "2"}),
+            (["gpt2"], [answer(config), answer(tensors)], {}, {"PYGPT_HUB": "0"}),
+            (["gpt2"], [answer(config), answer(tensors)], {}, {"version": "0.36.2"}),
+            (["gpt2"], [answer(config), answer(tensors)], part, {}),
+            (["gpt2"], sound[:3], whole, {}),
+            (["gpt2_124M"], [answer(tensors)], {}, {}),
+            *((["gpt2"], sound, cached, {"repository": name, "blob": blob})
+              for name in ("gpt2", "openai-community--gpt2") for blob in (digest, "0" * 64, "")),
+            (["gpt2"], [*sound[:5], shown], {"terminal": b""}, {}),
+            *(([word], sound, files, {}) for word in HUB_WORDS for files in ({"terminal": b""}, {"x.safetensors": b"kept"})),
+            *((["gpt2"], sound, {"faults": dump([fault])}, {}) for fault in FAULTS),
+            *((["gpt2"], sound, {**cached, "faults": dump([fault])}, {}) for fault in FAULTS),
+            *((["gpt2"], sound, {"faults": dump([["import", number, "ENOENT"]])}, {}) for number in range(1, 9)),
+        ]  # fmt: skip
+        return [
+            pack(
+                {
+                    "argv": dump(argv),
+                    "hub.json": dump({"PYGPT_HUB": "1"} | hub),
+                    **dict(zip(ANSWERS, answers, strict=False)),
+                    **files,
+                }
+            )
+            for argv, answers, files, hub in cases
+        ]
+
+    def run(self, data: bytes) -> str:
+        """Fetch; huggingface_hub leaves nothing in its cache, and nothing elsewhere."""
+        files = unpack(data)
+        found = load_json(files.pop("hub.json", b""))
+        hub = found if isinstance(found, dict) else {}
+        wanted, version = hub.get("PYGPT_HUB"), hub.get("version", self.package.__version__)
+        self.put_into_cache(hub, {name: files.pop(name) for name in CACHED if name in files})
+        before = self.everything()
+        with ExitStack() as stack:
+            stack.callback(self.package.close_session)
+            stack.enter_context(patch.dict(os.environ, {"PYGPT_HUB": wanted if wanted in ("0", "2", "") else "1"}))
+            stack.enter_context(patch.object(self.package, "__version__", str(version)))
+            stack.enter_context(patch.object(self.constants, "HF_HUB_OFFLINE", hub.get("offline") is True))
+            label = super().run(pack(files))
+        if strange := [path for path in self.everything() - before if path.is_dir() or path.parent != self.folder]:
+            raise Finding(f"left where nothing belongs: {strange}")
+        return label
+
+    def everything(self) -> set[Path]:
+        """Every file and folder here, and beside it."""
+        return {*self.folder.parent.iterdir(), *self.folder.rglob("*")}
+
+    def put_into_cache(self, hub: dict[str, Any], cached: dict[str, bytes]) -> None:
+        """Lay files into huggingface_hub's cache as it does, or as a system without links has it."""
+        repository = "models--gpt2" if hub.get("repository") == "gpt2" else "models--openai-community--gpt2"
+        folder, blob = self.folder / "hf" / "hub" / repository, str(hub.get("blob"))
+        for place in folder / "refs", folder / "blobs", folder / "snapshots" / COMMIT:
+            place.mkdir(parents=True)
+        (folder / "refs" / "main").write_text(COMMIT)
+        for name, content in cached.items():
+            path = folder / "snapshots" / COMMIT / name.removeprefix("cached.")
+            if name == CACHED[1] and re.fullmatch("[0-9a-f]{64}", blob):
+                (folder / "blobs" / blob).write_bytes(content)
+                path.symlink_to(f"../../blobs/{blob}")
+            else:
+                path.write_bytes(content)
+
+    def undrawn(self, err: str) -> str:
+        """Stderr without its bars, and without what clears them."""
+        kept = []
+        for piece in re.split(r"(?<=\n)|\r", err.replace("\x1b[A", "")):
+            if not piece.strip("\n").isprintable():
+                raise Finding(f"drawn on the terminal: {piece!r:.300}")
+            if not re.fullmatch(r" *\n?|.{,60}: +\d+%\|.*\n?|.{,60}: .*B \[.*\n?|.* [kMG]B/s.* *\n?", piece):
+                kept.append(piece)
+        return "".join(kept)
 
 
-NETWORK = (DownloadTarget,)
+NETWORK = (DownloadTarget, HubTarget)
