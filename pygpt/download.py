@@ -8,7 +8,7 @@ library, for every other address (llm.c's files among them), with PYGPT_HUB=0, a
 that broke off goes on where it stopped, now or in a later run.
 
 stdout stays empty; a progress bar is for terminals. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2
-for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file.
+for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file, or a whole one if all but the last line was done.
 """
 
 import signal
