@@ -39,7 +39,7 @@ cdef extern from *:
     }
     """
     enum:
-        huge_page             # bytes, of the systems that we know
+        huge_page             # bytes, on the systems that have such
     void ask_huge_pages(void* memory, size_t size) noexcept nogil
 
 # ------------------------------------------------------------------------------------------------ (a) instruction set

@@ -73,7 +73,7 @@ RECIPE = {
     "--schedule": "cosine",
     "--warmup": "100",
     "--beta2": "0.99",
-    "--weight-decay": "0.1",
+    "--weight-decay": "0.8",
     "--clip": "1",
     "--seed": "1",
     "--version": "5",
