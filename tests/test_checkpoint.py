@@ -5,7 +5,6 @@ import math
 import mmap
 import os
 import re
-import resource
 import shutil
 import socket
 import struct
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import full_disk
 from make_checkpoint import make, to_bfloat16
 
 from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, file_bytes, find_model, write_checkpoint
@@ -773,13 +773,8 @@ def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = small_model(tmp_path)
     old = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-        with pytest.raises(OSError, match="File too large"):
-            write_checkpoint(path, Config(**SMALL), random_tensors(Config(**SMALL)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(2000), pytest.raises(OSError, match="File too large"):
+        write_checkpoint(path, Config(**SMALL), random_tensors(Config(**SMALL)))
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["model.bin"]
 

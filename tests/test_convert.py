@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import shlex
 import struct
 import subprocess
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import full_disk
 from make_checkpoint import make
 
 from pygpt import checkpoint
@@ -252,12 +252,8 @@ def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str], existed: 
     if existed:
         Path("b.bin").write_bytes(b"older")
     before = contents(folder)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    with full_disk(3000):
         status = main(["a.bin", "b.bin"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1
     refused(capsys, "b.bin: cannot write the model file: File too large")
     assert contents(folder) == before

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import make_huggingface as hf
 import pytest
 import web_site as web
+from limits import full_disk
 from make_huggingface import SHAPE
 from web_site import Site
 
@@ -888,12 +888,8 @@ def test_room_for_what_it_becomes(site: Site, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_the_disk_fills_up(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    with full_disk(3000):
         status = fetch(site)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1
     assert "a.bin.part: cannot write here: File too large" in error_of(capsys)
     assert waits == []
@@ -906,12 +902,8 @@ def test_the_disk_fills_up(site: Site, waits: list[float], capsys: pytest.Captur
 def test_no_room_for_what_it_becomes(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The part is kept, and is not fetched again."""
     path = hub(site, monkeypatch, "gpt2", "BF16")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(site.files[path]) + 10, hard))
+    with full_disk(len(site.files[path]) + 10):
         assert main(["gpt2", "--version", "3"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "gpt2.bin: cannot write the model file: File too large" in error_of(capsys)
     assert sorted(os.listdir(cache_folder())) == ["gpt2.bin.part", "gpt2.bin.part.json"]
     assert main(["gpt2", "--version", "3"]) == 0

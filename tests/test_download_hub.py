@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import make_huggingface as hf
 import pytest
 import web_site as web
+from limits import full_disk
 from make_huggingface import SHAPE
 from test_download import Terminal, error_of, token_of
 from web_site import COMMIT, Handler, Site
@@ -504,24 +504,16 @@ def test_too_little_room_all_at_once(site: Site, waits: list[float], capsys: pyt
 
 
 def test_the_disk_fills_up(site: Site, waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    with full_disk(5000):
         assert main(["gpt2"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "model.safetensors: File too large" in failed(capsys)
 
 
 def test_no_room_for_what_it_becomes(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """What has arrived is kept, and is not fetched again."""
     site.files[MAIN] = site.files[TENSORS] = safetensors("BF16")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(site.files[TENSORS]) + 10, hard))
+    with full_disk(len(site.files[TENSORS]) + 10):
         assert main(["gpt2", "--version", "3"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "gpt2.bin: cannot write the model file: File too large" in error_of(capsys)
     assert sorted(os.listdir(cache_folder())) == ["gpt2.bin.part", "gpt2.bin.part.json"]
     assert main(["gpt2", "--version", "3"]) == 0

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import full_disk
 from make_checkpoint import make
 from make_huggingface import SHAPE, Raw
 
@@ -638,12 +638,8 @@ def test_targets_that_cannot_be(
 
 def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("a.bin", **SHAPE)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    with full_disk(3000):
         refused(folder, capsys, ["a.bin", "model/"], "model: cannot write the model: File too large", status=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir() == ["a.bin"]
 
 

@@ -5,7 +5,6 @@ import io
 import os
 import pty
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import full_disk
 from test_data import by_hand, shard_bytes
 
 from pygpt import Tokenizer, data
@@ -185,12 +185,8 @@ def test_other_files_are_no_hindrance(folder: Path) -> None:
 def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("long.txt").write_text("to be or not to be " * 5000)
     before = made(folder)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    with full_disk(3000):
         status = shards.main(["in.txt", "long.txt", "-o", "b"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1
     refused(capsys, "b: cannot write the token files: File too large")
     assert made(folder) == before
