@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 STREAMS = (1, 2, 4, 8)
 FMA_TIMES = 2_000_000
 UPDATE_BYTES = 28  # that AdamW moves for each parameter: parameter, gradient, two moments in; all but the gradient out
-APART = 144  # values by which the arrays of the stream are shifted: equal places in a page would be taken for each other
 
 
 class Ceilings:
@@ -97,14 +96,14 @@ class Ceilings:
 
 
 def _stream_of(values: int, nth: int) -> "TrainStep":
-    """A step that streams through four arrays of its own, which lie as a network's in training do but for their shift. The
-    network that it wants beside them is the smallest there is."""
+    """A step that streams through four arrays of its own, which lie as a network's in training do. The network that it wants
+    beside them is the smallest there is."""
     from ._backward import TrainStep
     from ._kernels import Weights
     from .config import Config
-    from .parameters import LiveWeights, aligned_zeros
+    from .parameters import LiveWeights, aligned_zeros, zeros_to_update
 
-    arrays = [aligned_zeros(values + 3 * APART)[ith * APART :][:values] for ith in range(4)]
+    arrays = zeros_to_update(values)
     for array in arrays:
         array.fill(0)  # or its pages would not be there
     config = Config(maxT=1, V=1, L=1, NH=1, C=1)

@@ -86,11 +86,22 @@ static void softmax_backward(float *d, const float *p, float dot, float scale, p
     for (ptrdiff_t t = T; t < Tp; t++) d[t] = 0.0f;
 }
 
+/* Passes over arrays in memory ask for lines so many values ahead of use: left to itself, the processor keeps fewer on their way. */
+#define AHEAD 512
+
+INLINE void read_all_ahead(const float *p, const float *g, const float *m, const float *v) {
+    __builtin_prefetch(p + AHEAD, 0, 2);
+    __builtin_prefetch(g + AHEAD, 0, 2);
+    __builtin_prefetch(m + AHEAD, 0, 2);
+    __builtin_prefetch(v + AHEAD, 0, 2);
+}
+
 /* AdamW on count values: m and v are running means of g and g^2, corrected for their start at zero; the decay is decoupled.
  * Source: Loshchilov and Hutter 2019. */
 static void adamw(float *p, const float *g, float *m, float *v, ptrdiff_t count, const adamw_numbers *c) {
 #define BODY(i, n)                                                                                                   \
     do {                                                                                                             \
+        read_all_ahead(p + i, g + i, m + i, v + i);                                                                  \
         lanes grad = mul(GET(g, i, n, 0.0f), splat(c->gradient_scale)), old = GET(p, i, n, 0.0f), root;              \
         lanes first = fma16(splat(c->beta1), GET(m, i, n, 0.0f), mul(splat(c->rest1), grad));                        \
         lanes second = fma16(splat(c->beta2), GET(v, i, n, 0.0f), mul(mul(splat(c->rest2), grad), grad));            \
@@ -111,11 +122,13 @@ static double square_sum(const float *g, ptrdiff_t count) {
     double lane[LANES] = {0};
     double_vec sum[2 * NV] = {{0}};
     ptrdiff_t i = 0;
-    for (; i + LANES <= count; i += LANES)
+    for (; i + LANES <= count; i += LANES) {
+        __builtin_prefetch(g + i + AHEAD);
         UNROLL for (int h = 0; h < 2 * NV; h++) {
             const double_vec x = __builtin_convertvector(*(const half_vec_unaligned *)(g + i + h * (W / 2)), double_vec);
             sum[h] += x * x;
         }
+    }
     memcpy(lane, sum, sizeof lane);
     for (ptrdiff_t j = 0; i + j < count; j++) lane[j] += (double)g[i + j] * (double)g[i + j];
     for (int apart = LANES / 2; apart; apart /= 2)
@@ -126,6 +139,7 @@ static double square_sum(const float *g, ptrdiff_t count) {
 /* What AdamW could reach at most: four arrays read, three written, hardly anything computed. */
 static void probe_stream(float *p, const float *g, float *m, float *v, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i + LANES <= count; i += LANES) {
+        read_all_ahead(p + i, g + i, m + i, v + i);
         const lanes grad = load(g + i);
         store(p + i, add(load(p + i), grad));
         store(m + i, add(load(m + i), grad));

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction set
+PAGE = 4096  # bytes: addresses that agree in their place in one are told apart late
+APART = 576  # bytes from one such place to the next, for arrays that are passed through together
 STD = 0.02  # of GPT-2's initial weights
 MATRICES = tuple(name for name, dims in TENSORS if len([dim for dim in dims if dim != "L"]) == 2)  # the others are vectors
 GAINS = ("ln1w", "ln2w", "lnfw")
@@ -75,7 +77,7 @@ class Parameters:
         self.config = config
         self._places = {name: (shape, offset, size) for name, shape, offset, size in config.tensors(padded=True)}
         P = config.parameters(padded=True)
-        self.parameters, self.gradients, self.first_moments, self.second_moments = (aligned_zeros(P) for _ in range(4))
+        self.parameters, self.gradients, self.first_moments, self.second_moments = zeros_to_update(P)
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "Self":
@@ -269,14 +271,20 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def aligned_zeros(size: int) -> "npt.NDArray[np.float32]":
-    """An array (size,) of zeros whose first element is aligned to 64 bytes. Pages cost nothing until they are written."""
+def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt.NDArray[np.float32]":
+    """An array (size,) of zeros whose first element lies `shift` bytes beyond a multiple of `alignment`. Pages cost nothing
+    until they are written."""
     import numpy as np
 
-    spare = ALIGNMENT // 4
-    room = np.zeros(size + spare, np.float32)
-    skip = -room.ctypes.data % ALIGNMENT // 4
+    room = np.zeros(size + (alignment + shift) // 4, np.float32)
+    skip = (-room.ctypes.data % alignment + shift) // 4
     return room[skip : skip + size]
+
+
+def zeros_to_update(size: int) -> "list[npt.NDArray[np.float32]]":
+    """Four arrays as AdamW passes through them side by side. Large ones would all begin at the same place of a page, and a
+    processor would take what it stores in one for what it loads from another, and wait."""
+    return [aligned_zeros(size, PAGE, i * APART) for i in range(4)]
 
 
 def normal(source: "np.random.PCG64", size: int) -> "npt.NDArray[np.float64]":
