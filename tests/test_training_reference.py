@@ -720,7 +720,6 @@ def test_aligned_zeros(size: int, shift: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 1000, 9_000_000])
 def test_arrays_of_an_update_begin_at_different_places_of_a_page(size: int) -> None:
-    """Four arrays apart, each aligned to lines: AdamW takes 1.1 times as long where they begin at the same place."""
     arrays = zeros_to_update(size)
     assert [array.shape for array in arrays] == [(size,)] * 4
     assert not any(np.shares_memory(one, other) for one, other in combinations(arrays, 2))

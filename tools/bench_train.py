@@ -7,7 +7,8 @@ reported unless the losses agree: those of all thread counts to the last bit, a 
 
 Limits. Forward and backward count 2 and 4 operations for each weight of a product and token (12 L C^2 + V C weights), and 4 and
 8 C for each token, layer and key it sees, against the FMA peak; what the backward pass computes again is not credited. The norm
-reads 4 bytes a parameter, against the read bandwidth; AdamW moves 28, against the same traffic without its arithmetic.
+reads 4 bytes a parameter, against the read bandwidth; AdamW moves 28, against the same traffic without its arithmetic. Above
+100% some of it came from a cache.
 
 Fields of a test in JSON, beside those that all tests have: B, T; forward_ms, backward_ms, norm_ms, update_ms and total_ms,
 medians, with ..._middle_half of each; ..._percent_of_limit of each part, and percent_of_limit: the least times of all parts
