@@ -271,6 +271,9 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
         return 1
     shard(R * C, me.ith, me.nth, &start, &stop)
     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
+    if not b.add_to:
+        shard(b.d.wpe - b.d.wte - net.V * C, me.ith, me.nth, &start, &stop)
+        memset(b.d.wte + net.V * C + start, 0, (stop - start) * sizeof(float))                  # wte's padding
     matmul_backward(b, b.dinp, C, b.d.wte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
                     weights_of(net.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
     if meet(me, DHEAD, 0):

@@ -468,6 +468,18 @@ def assert_padding_is_zero(model: Parameters) -> None:
         assert not flat[padding].any()
 
 
+def test_backward_sets_all_gradients(engine: Engine) -> None:
+    """Whatever was in the flat array, wte's padding included, is gone: that is part of the norm and of the update, too."""
+    inputs, targets = batch(SMALL, 2, 5)
+    with filled(engine, SMALL, lively(SMALL, np.random.default_rng(14))) as model:
+        trained(model, inputs, targets)
+        gradients, norm = model.gradients.copy(), model.gradient_norm()
+        model.gradients[:] = np.nan
+        trained(model, inputs, targets)
+        assert np.array_equal(model.gradients, gradients)
+        assert model.gradient_norm() == norm
+
+
 def test_the_tolerance_is_tight(engine: Engine) -> None:
     """Gradients of a slightly other network do not pass for those of this one."""
     weights = lively(SMALL, np.random.default_rng(3))
