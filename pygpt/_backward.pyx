@@ -143,7 +143,7 @@ cdef void layernorm_backward(
 
 cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:
     """Values that attend_backward() needs beside micro.outer's room."""
-    return T * (2 * padded(T) + 4 * net.HSp)
+    return T * (2 * padded(T) + 3 * net.HSp)
 
 
 cdef void attend_backward(
@@ -151,15 +151,15 @@ cdef void attend_backward(
 ) noexcept nogil:
     """One head of one sequence: dq, dk and dv from datty. The probabilities are computed again, as in the forward pass.
 
-    With p = softmax(q k^T scale), out = p v:  dv = p^T dout,  dp = dout v^T,  ds = p (dp - dot(dout, out)) scale,
-    dq = ds k,  dk = ds^T q. Every dq adds keys in ascending order, every dk and dv queries."""
+    With p = softmax(q k^T scale), out = p v:  dv = p^T dout,  dp = dout v^T,  ds = p (dp - dot(p, dp)) scale,
+    dq = ds k,  dk = ds^T q. Every dq adds keys in ascending order, every dk and dv queries. dot(dout, out) is the same number,
+    but its rounding is not that of dp: where one key has nearly all the attention, what is left of dp - dot would be noise."""
     cdef Py_ssize_t batch = pair // net.NH, head = pair % net.NH, T = b.T, C = net.C, HS = net.HS, HSp = net.HSp
     cdef Py_ssize_t ldp = padded(T), first = batch * T, t, t0, rows
     cdef Row* row = s.rows + first
     cdef const float* keys = row.keys + (layer * net.NH + head) * row.capacity * HSp
     cdef const float* values = row.values + (layer * net.NH + head) * row.capacity * HSp
     cdef const float* qkv = s.qkv + layer * s.qkv_step + first * 3 * C + head * HS
-    cdef const float* atty = s.atty + layer * s.atty_step + first * C + head * HS
     cdef const float* datty = b.dinp + first * C + head * HS
     cdef float* dqkv = b.dqkv + first * 3 * C + head * HS
     cdef float* room = scratch + attention_scratch(net, T)
@@ -167,14 +167,12 @@ cdef void attend_backward(
     cdef float* ds = p + T * ldp                                        # (T, ldp) dp, then ds
     cdef float* q = ds + T * ldp                                        # (T, HSp)
     cdef float* dout = q + T * HSp                                      # (T, HSp)
-    cdef float* out = dout + T * HSp                                    # (T, HSp)
-    cdef float* dq = out + T * HSp                                      # (T, HSp)
+    cdef float* dq = dout + T * HSp                                     # (T, HSp)
     cdef float dot, total, scale = <float> 1 / sqrtf(<float> HS)
-    memset(q, 0, 4 * T * HSp * sizeof(float))
+    memset(q, 0, 3 * T * HSp * sizeof(float))
     for t in range(T):
         memcpy(q + t * HSp, qkv + t * 3 * C, HS * sizeof(float))
         memcpy(dout + t * HSp, datty + t * C, HS * sizeof(float))
-        memcpy(out + t * HSp, atty + t * C, HS * sizeof(float))
     t0 = 0
     while t0 < T:
         rows = min(<Py_ssize_t> SPAN_ROWS, T - t0)
@@ -184,7 +182,7 @@ cdef void attend_backward(
             total = micro.softmax(p + t * ldp, t + 1, scale, NULL)
             micro.store_scaled(p + t * ldp, p + t * ldp, <float> 1 / total, t + 1)
             memset(p + t * ldp + t + 1, 0, (ldp - t - 1) * sizeof(float))
-            micro.gemm(&dot, 1, dout + t * HSp, HSp, 1, out + t * HSp, HSp, 1, HSp, 0)
+            micro.gemm(&dot, 1, p + t * ldp, ldp, 1, ds + t * ldp, ldp, 1, t + 1, 0)
             micro.softmax_backward(ds + t * ldp, p + t * ldp, dot, scale, t + 1, ldp)
         micro.mix(dq + t0 * HSp, ds + t0 * ldp, ldp, rows, keys, HSp, 0, t0 + rows)
         t0 += rows
@@ -271,6 +269,9 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
         return 1
     shard(R * C, me.ith, me.nth, &start, &stop)
     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
+    if not b.add_to:
+        shard(b.d.wpe - b.d.wte - net.V * C, me.ith, me.nth, &start, &stop)
+        memset(b.d.wte + net.V * C + start, 0, (stop - start) * sizeof(float))                  # wte's padding
     matmul_backward(b, b.dinp, C, b.d.wte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
                     weights_of(net.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
     if meet(me, DHEAD, 0):

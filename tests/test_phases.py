@@ -43,7 +43,7 @@ TABLE = {
     "dfc": ("dfch ln", "dinp"),
     "dln2": ("dinp residual", "dresidual"),
     "dattproj": ("dresidual atty", "dinp"),
-    "dattention": ("dinp qkv cache atty", "dqkv"),
+    "dattention": ("dinp qkv cache", "dqkv"),
     "dqkv": ("dqkv ln", "dinp"),
     "dln1": ("dinp residual", "dresidual"),
     "dencoder": ("dresidual", "dwte"),

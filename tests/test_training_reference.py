@@ -462,10 +462,36 @@ def test_losses_and_gradients(engine: Engine, network: tuple[Config, dict[str, A
     assert norm == pytest.approx(exact_norm, rel=1e-12)
 
 
+def test_gradients_of_sharp_attention(engine: Engine) -> None:
+    """Queries that attend to one key and hardly to others: their gradients are small differences of large numbers."""
+    config = Config(maxT=9, V=37, L=1, NH=1, C=16)
+    inputs, targets = batch(config, 1, 9)
+    for seed in range(12):
+        weights = lively(config, np.random.default_rng(seed))
+        weights["qkvw"] *= 16
+        with filled(engine, config, weights) as model:
+            _, gradients = trained(model, inputs, targets)
+        compute = bounds(lambda weights=weights: oracle_training.gradients(weights, config, inputs, targets))  # type: ignore[misc]
+        for name, (exact, tolerance) in compute.items():
+            assert_close(name, gradients[name], exact, tolerance)
+
+
 def assert_padding_is_zero(model: Parameters) -> None:
     padding = slice(model.config.V * model.config.C, model.config.Vp * model.config.C)
     for flat in (model.parameters, model.gradients, model.first_moments, model.second_moments):
         assert not flat[padding].any()
+
+
+def test_backward_sets_all_gradients(engine: Engine) -> None:
+    """Whatever was in the flat array, wte's padding included, is gone: that is part of the norm and of the update, too."""
+    inputs, targets = batch(SMALL, 2, 5)
+    with filled(engine, SMALL, lively(SMALL, np.random.default_rng(14))) as model:
+        trained(model, inputs, targets)
+        gradients, norm = model.gradients.copy(), model.gradient_norm()
+        model.gradients[:] = np.nan
+        trained(model, inputs, targets)
+        assert np.array_equal(model.gradients, gradients)
+        assert model.gradient_norm() == norm
 
 
 def test_the_tolerance_is_tight(engine: Engine) -> None:

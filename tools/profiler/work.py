@@ -83,7 +83,7 @@ def _iteration(config: Config, B: int, T: int) -> Work:
         "dfc": dproduct(4 * C, C),
         "dln2": dnorm,
         "dattproj": dproduct(C, C),
-        "dattention": (8 * C * pairs, 4 * 8 * R * C),  # q, k, v, atty and datty in, dq, dk, dv out
+        "dattention": (8 * C * pairs, 4 * 7 * R * C),  # q, k, v and datty in, dq, dk, dv out
         "dqkv": dproduct(3 * C, C),
         "dln1": dnorm,
     }
