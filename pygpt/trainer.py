@@ -44,7 +44,7 @@ class Record(NamedTuple):
 class Trainer:
     """Trains `engine` on the batches of `loader` as `options` say (default: TrainingOptions()).
 
-    `done` counts the updates made. The loader's T must not exceed the model's maxT, and options are TrainingOptions; raises InputError.
+    `done` counts the updates made. Raises InputError for a loader whose T exceeds the model's maxT, and for other options.
     """
 
     def __init__(

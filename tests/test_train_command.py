@@ -875,6 +875,12 @@ def test_a_disk_that_fills_up() -> None:
     succeed("--resume", "run.state", "--steps", "5")
 
 
+def test_a_log_on_a_full_disk() -> None:
+    result = command(*RUN, "--log", "log", shell='ulimit -f 0; exec "$@"')
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"pygpt: error: {os.getcwd()}/log: cannot write the log: File too large\n")
+
+
 def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
     for value in (np.nan, np.inf):
         tensors = {name: np.full(shape, value) for name, shape, _, _ in CONFIG.tensors(padded=False)}

@@ -63,6 +63,7 @@ from pygpt import (  # noqa: E402
     read_tokens,
     tokens_of_text,
 )
+
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
 LARGEST_LOSS = 709  # nats: e to a higher power is no float
