@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from importlib import import_module
 
 from .errors import CheckpointError, InputError, PyGPTError
 from .interrupts import Interrupts, made_of_ctrl_c
@@ -51,13 +50,6 @@ def status_of(job: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return complain(error, 1)
     return 0
-
-
-def need(module: str) -> None:
-    """Import a module before a script's own imports do, and end the script in one line where it fails: kernels that are not
-    built, a library that is missing, an instruction set of PYGPT_ISA that this processor has not."""
-    if status := status_of(lambda: import_module(module)):
-        sys.exit(status)
 
 
 def explained(job: Callable[[], object]) -> None:

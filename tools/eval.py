@@ -33,6 +33,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ TOOLS = Path(__file__).resolve().parent
 # This checkout's pygpt; and tools/ last, for its names shadow modules of the standard library.
 sys.path[:] = [*(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS.parent), str(TOOLS)]
 
-from pygpt.cli import HelpFormatter, Parser, check_stdout, need, status_of  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, check_stdout, status_of  # noqa: E402
 
-if __name__ == "__main__":
-    need("pygpt.model")
+if __name__ == "__main__" and (status := status_of(lambda: import_module("pygpt.model"))):
+    sys.exit(status)  # kernels or a library that are missing, a PYGPT_ISA that is unknown: one line
 
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402

@@ -36,6 +36,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ from typing import Any
 TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
-from pygpt.cli import HelpFormatter, Parser, need, say, status_of  # noqa: E402
+from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
 
-if __name__ == "__main__":
-    need("pygpt.model")
+if __name__ == "__main__" and (status := status_of(lambda: import_module("pygpt.model"))):
+    sys.exit(status)  # kernels or a library that are missing, a PYGPT_ISA that is unknown: one line
 
 import numpy as np  # noqa: E402
 from profiler.plots import matplotlib  # noqa: E402
