@@ -220,7 +220,7 @@ class DataLoader:
             if count < B * T + 1:
                 raise DataError(
                     f"{name}: {count} tokens are too few for one batch: B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; "
-                    f"make B or T smaller"
+                    f"make B or T smaller{', or leave this file out' if len(self._counts) > 1 else ''}"
                 )
         self.batches, self.tokens = sum(self._batches), sum(self._counts)
         self.fingerprint = _fingerprint(map(read_tokens, self._files) if tokens is None else [tokens], self.tokens)

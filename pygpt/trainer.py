@@ -44,12 +44,14 @@ class Record(NamedTuple):
 class Trainer:
     """Trains `engine` on the batches of `loader` as `options` say (default: TrainingOptions()).
 
-    `done` counts the updates made. The loader's T must not exceed the model's maxT; raises InputError.
+    `done` counts the updates made. Raises InputError for a loader whose T exceeds the model's maxT, and for other options.
     """
 
     def __init__(
         self, engine: "TrainableGPT2 | SerialTrainableGPT2", loader: "DataLoader", options: TrainingOptions | None = None
     ) -> None:
+        if not isinstance(options, TrainingOptions | None):
+            raise InputError(f"options are {shown(options)}: they must be TrainingOptions")
         longest = engine.config.maxT
         if longest < loader.T:
             raise InputError(f"T is {loader.T}: the model takes sequences of at most {longest} tokens; make T smaller")

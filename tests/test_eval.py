@@ -306,6 +306,13 @@ def test_damaged_weights(capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "logits are not finite")
 
 
+def test_an_instruction_set_that_is_not_there() -> None:
+    command = [sys.executable, str(ROOT / "tools/eval.py"), "next", "x"]
+    done = subprocess.run(command, env={"PYGPT_ISA": "sse9"}, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"pygpt: error: instruction set 'sse9' [^\n]+\n", done.stderr)
+
+
 def test_the_commands_of_the_help() -> None:
     commands = re.findall(r"^    python tools/eval\.py (\w+)", evaluate.__doc__, re.MULTILINE)
     assert set(commands) == {"perplexity", "hellaswag", "next"}

@@ -429,8 +429,32 @@ def test_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     assert here(capsys, *run, "pictures")[2].endswith("/pictures/loss.png\n")
     assert Path("pictures/loss.png").read_bytes().startswith(b"\x89PNG")
     assert here(capsys, *run, "one.svg")[0] == 0
+    assert here(capsys, *run, "one.svg", "--force")[0] == 0
     for name in ("pictures/loss.svg", "one.svg"):
         assert ElementTree.parse(name).getroot().tag.endswith("svg")
+
+
+def test_the_picture_of_a_resumed_run_is_drawn_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert here(capsys, *RUN, "--steps", "2", "--out", "run", "--plot", "run.png")[0] == 0
+    Path("other.png").write_bytes(b"me")
+    for again in (["--steps", "3"], ["--steps", "4", "--plot", "run.png"]):
+        Path("run.png").write_bytes(b"")
+        assert here(capsys, "--resume", "run.state", *again)[0] == 0
+        assert Path("run.png").read_bytes().startswith(b"\x89PNG")
+    before = Path("run.png").read_bytes()
+    status, _, error = here(capsys, "--resume", "run.state")  # without a log nothing is known of the steps before
+    assert (status, Path("run.png").read_bytes()) == (0, before)
+    assert error.endswith(f"no step to draw: {os.getcwd()}/run.png not written\n")
+    status, _, error = here(capsys, "--resume", "run.state", "--plot", "other.png")
+    assert (status, Path("other.png").read_bytes()) == (2, b"me")
+    assert "other.png: it exists already" in error
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    result = command(*RUN, PYGPT_ISA="sse9")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"pygpt: error: instruction set 'sse9' [^\n]+\n", result.stderr)
 
 
 def test_without_matplotlib(folder: Path) -> None:
@@ -571,6 +595,9 @@ def files() -> dict[str, bytes]:
         (["--data", "few.txt"], "few.txt: text becomes GPT-2's tokens, 50257 ids, and the model has V = 61"),
         (["--val", "few.txt"], "few.txt: text becomes GPT-2's tokens"),
         (["--val-tokens", "9"], "validation: {folder}/train.bin: tokens: 9 tokens are too few"),
+        (["--data", "folder"], "folder: a folder: name its files by a pattern in quotes"),
+        (["--data", "fifo", "--shape", TEXT_SHAPE], "fifo: not a regular file: --resume reads the text again"),
+        (["--val", "/dev/zero"], "/dev/zero: not a regular file"),
         (["--data", "short.bin"], "short.bin: truncated"),
         (["--data", "large.bin"], "token id 61 at position 1: it must be below the vocabulary of 61"),
         (["--data", "few.bin"], "few.bin: 10 tokens are too few"),
@@ -624,6 +651,7 @@ def files() -> dict[str, bytes]:
         (["--out", "train.bin"], "train.bin: it was given for two uses"),
         (["--out", "folder/"], "folder/"),
         (["--out", "old"], "old.state.1: it exists already"),
+        (["--out", "x" * 240], "File name too long"),
         (["--out", "missing/run"], "missing/run.bin: cannot write into the folder"),
         (["--out", "val.bin/run"], "Not a directory"),
         (["--version", "1"], "--version"),
@@ -640,7 +668,13 @@ def files() -> dict[str, bytes]:
         (["--log", "same.bin", "--out", "same"], "two uses"),
         (["--log", "folder"], "folder: it exists already"),
         (["--plot", "val.bin"], "val.bin/loss.svg: cannot write into the folder"),
-        (["--plot", "folder/x.svg"], "x.svg: not a regular file"),
+        (["--plot", "folder/x.svg"], "x.svg: it exists already"),
+        (["--plot", "folder/x.svg", "--force"], "x.svg: not a regular file"),
+        (["--plot", "photo.png"], "photo.png: it exists already"),
+        (["--plot", "new.svg", "--log", "new.svg"], "two uses"),
+        (["--plot", "new.bin", "--out", "new"], "two uses"),
+        (["--log", "new.state.1", "--out", "new"], "two uses"),
+        (["--data", "few.state.1", "--out", "few", "--force"], "two uses"),
         (["--check", "missing.bin"], "--check trains nothing: -B"),
         (["--speed", "9"], "--speed"),
         (["surplus"], "surplus"),
@@ -652,6 +686,9 @@ def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], arguments
     (folder / "few.txt").write_text(" a" * 8)
     (folder / "short.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
     (folder / "old.state.1").touch()
+    (folder / "few.state.1").write_text(" a" * 8)
+    (folder / "photo.png").write_bytes(b"me")
+    os.mkfifo(folder / "fifo")
     (folder / "folder" / "x.svg").mkdir(parents=True)
     shard(folder / "large.bin", [60, 61] * 100)
     shard(folder / "few.bin", range(10))
@@ -836,6 +873,12 @@ def test_a_disk_that_fills_up() -> None:
     assert result.stderr.splitlines()[-1] == "pygpt: error: run.state: cannot write the training state: File too large"
     assert files() == before
     succeed("--resume", "run.state", "--steps", "5")
+
+
+def test_a_log_on_a_full_disk() -> None:
+    result = command(*RUN, "--log", "log", shell='ulimit -f 0; exec "$@"')
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"pygpt: error: {os.getcwd()}/log: cannot write the log: File too large\n")
 
 
 def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,12 @@ def test_longer_sequences_than_the_model_takes() -> None:
         Trainer(TrainableGPT2(CONFIG), DataLoader(TOKENS, 2, 9))
 
 
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1}, 0.1, TrainingOptions])
+def test_options_of_another_type(options: Any) -> None:
+    with pytest.raises(InputError, match=r"^options are .*: they must be TrainingOptions$"):
+        Trainer(TrainableGPT2(CONFIG), DataLoader(TOKENS, 2, 8), options)
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite(kind: type[Engine], value: float) -> None:

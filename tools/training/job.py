@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,6 +223,14 @@ def _validation(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: 
         raise DataError(f"validation: {error}") from None
 
 
+def check_text(path: str) -> None:
+    """Refuse a text that cannot be read to its end and read again."""
+    if os.path.isdir(path):
+        raise DataError(f"{path}: a folder: name its files by a pattern in quotes, such as {os.path.join(path, '*.bin')!r}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path}: not a regular file: --resume reads the text again; save it as a file first")
+
+
 def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
     """A file or pattern as a list of shards, or as the tokens of text."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
@@ -230,6 +239,8 @@ def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
         return shards
+    for name in names:
+        check_text(name)
     if shards:
         raise DataError(f"{pattern!r}: {shards[0]} holds tokens and {min({*names} - {*shards})} is text: train on one kind")
     if V < GPT2_V:
@@ -277,7 +288,7 @@ def check_distinct(paths: list[str]) -> None:
     names = [os.path.realpath(path) for path in paths]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
-            raise InputError(f"{path}: it was given for two uses: data, --out and --log need files of their own")
+            raise InputError(f"{path}: it was given for two uses: data, --out, --log and --plot need files of their own")
 
 
 def check_new(path: str) -> None:
@@ -295,6 +306,8 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
         if make_folder:
             os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        with suppress(FileNotFoundError):  # a name that is too long, with what atomic_file() adds to it, is another error
+            os.lstat(f"{os.path.realpath(path)}.{'0' * 8}.tmp")
     except OSError as error:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 

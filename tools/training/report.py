@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from profiler.plots import matplotlib, save
@@ -85,9 +86,10 @@ class Log:
                 raise PyGPTError(f"{self._path}: cannot write the log: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. What is left to write then is what add() has failed to write, and said so."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def __enter__(self) -> "Log":
         return self
