@@ -282,8 +282,8 @@ def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt
 
 
 def zeros_to_update(size: int) -> "list[npt.NDArray[np.float32]]":
-    """Four arrays as AdamW passes through them side by side. Left to the allocator, large ones would all begin at the same place
-    of a page, and the pass take 1.06 times as long: addresses that agree in it meet in the same sets of the first cache."""
+    """Four arrays for AdamW to pass through side by side. Left to the allocator, large ones would begin at one place of their
+    pages, and the pass take 1.06 times as long: lines whose addresses agree so far share a set of the first-level cache."""
     return [aligned_zeros(size, PAGE, i * APART) for i in range(4)]
 
 
