@@ -306,8 +306,11 @@ def test_damaged_weights(capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "logits are not finite")
 
 
-def test_an_instruction_set_that_is_not_there() -> None:
-    command = [sys.executable, str(ROOT / "tools/eval.py"), "next", "x"]
+@pytest.mark.parametrize("words", ["eval next x", "train x", "bench --help", "profile --help", "stress load"])
+def test_an_instruction_set_that_is_not_there(words: str) -> None:
+    """The tools import the kernels first, and say in one line that they cannot."""
+    tool, *arguments = words.split()
+    command = [sys.executable, str(ROOT / f"tools/{tool}.py"), *arguments]
     done = subprocess.run(command, env={"PYGPT_ISA": "sse9"}, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"pygpt: error: instruction set 'sse9' [^\n]+\n", done.stderr)

@@ -47,6 +47,10 @@ TOOLS = Path(__file__).resolve().parent
 # This checkout's pygpt; and tools/ last, for its names shadow modules of the standard library.
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
+import need  # noqa: E402
+
+need.kernels()
+
 import bench_peers  # noqa: E402
 import bench_train  # noqa: E402
 

@@ -33,7 +33,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,9 @@ TOOLS = Path(__file__).resolve().parent
 # This checkout's pygpt; and tools/ last, for its names shadow modules of the standard library.
 sys.path[:] = [*(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS.parent), str(TOOLS)]
 
-from pygpt.cli import HelpFormatter, Parser, check_stdout, status_of  # noqa: E402
+import need  # noqa: E402
 
-if __name__ == "__main__" and (status := status_of(lambda: import_module("pygpt.model"))):
-    sys.exit(status)  # kernels or a library that are missing, a PYGPT_ISA that is unknown: one line
+need.kernels()
 
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
@@ -64,6 +62,7 @@ from pygpt import (  # noqa: E402
     read_tokens,
     tokens_of_text,
 )
+from pygpt.cli import HelpFormatter, Parser, check_stdout, status_of  # noqa: E402
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB

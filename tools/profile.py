@@ -61,6 +61,10 @@ TOOLS = Path(__file__).resolve().parent
 # This script's name is that of a module of the standard library, which cProfile imports: its folder goes to the path's end.
 sys.path[:] = [*(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS.parent), str(TOOLS)]
 
+import need  # noqa: E402
+
+need.kernels()
+
 from profiler import compare, job, numbers, perf, plots, startup, strategies, text, traces  # noqa: E402
 
 import pygpt.model  # noqa: E402

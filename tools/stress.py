@@ -27,6 +27,10 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
+import need  # noqa: E402
+
+need.kernels()
+
 import pygpt.model  # noqa: E402
 from pygpt import InputError  # noqa: E402
 from pygpt.cli import HelpFormatter, Parser, status_of  # noqa: E402

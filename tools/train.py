@@ -36,7 +36,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,9 @@ from typing import Any
 TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
-from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
+import need  # noqa: E402
 
-if __name__ == "__main__" and (status := status_of(lambda: import_module("pygpt.model"))):
-    sys.exit(status)  # kernels or a library that are missing, a PYGPT_ISA that is unknown: one line
+need.kernels()
 
 import numpy as np  # noqa: E402
 from profiler.plots import matplotlib  # noqa: E402
@@ -86,6 +84,7 @@ from pygpt import (  # noqa: E402
     find_model,
     open_state,
 )
+from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
 
 RANDOM = "random"  # instead of a checkpoint's name
 NAMES = {"data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take a file's name
@@ -226,7 +225,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             output = Output.named(options.out) if options.out else Output.beside(options.resume)
             if job.plot is not None and "plot" not in given:
                 check_pictures(report.pictures(job.plot), state)
-        prepare(job, config, output, set() if state is None else mine(state), force=options.force)
+        prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
         train, validation = open_data(job, config.V)
         engine = make_engine(config, init, job, options.threads)
         stack.enter_context(engine)
@@ -252,12 +251,6 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
     return None
 
 
-def mine(state: TrainingState) -> set[str]:
-    """What the run of a state has written, pictures too: this may be replaced."""
-    plot = state.progress.job.get("plot")
-    return files_of(state) | {os.path.realpath(path) for path in report.pictures(plot)} if plot else files_of(state)
-
-
 def check_pictures(paths: list[str], state: TrainingState) -> None:
     """Refuse to replace what a state says is its run's picture, unless it is beside it: anybody may have made the state."""
     for path in paths:
@@ -281,15 +274,15 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str]:
         return checkpoint.config, path
 
 
-def prepare(job: Job, config: Config, output: Output | None, own: set[str], *, force: bool) -> None:
-    """Find out before the work whether its results can be kept. `own` are files of the run that is resumed."""
+def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, force: bool) -> None:
+    """Find out before the work whether its results can be kept. `mine` are files of the run that is resumed."""
     written = [*(output or ()), *filter(None, [job.log])]
     older = [] if output is None else [f"{output.state}.1"]
     pictures = [] if job.plot is None else report.pictures(job.plot)
     drawn = {*pictures, *filter(None, [job.plot])}  # a folder of pictures is a use, too
     check_distinct([*written, *older, *sorted(drawn), *filter(None, [job.data, job.val])])
     for path in () if force else (*written, *older, *pictures):
-        if os.path.realpath(path) not in own:
+        if os.path.realpath(path) not in mine:
             check_new(path)
     for path in pictures:
         check_writable(path, make_folder=True)

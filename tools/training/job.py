@@ -29,6 +29,8 @@ from pygpt import (
 )
 from pygpt.errors import is_whole, shown
 
+from .report import pictures
+
 SHAPES = {
     "gpt2": {"L": 12, "NH": 12, "C": 768},
     "gpt2-medium": {"L": 24, "NH": 16, "C": 1024},
@@ -279,8 +281,8 @@ class Output(NamedTuple):
 def files_of(state: TrainingState) -> set[str]:
     """What the run of a state has written, links resolved: this may be replaced."""
     path = state.path.removesuffix(".1")  # the generation before it
-    model, log = path.removesuffix(".state") + SHARD, state.progress.job.get("log")
-    return {os.path.realpath(name) for name in (path, f"{path}.1", model, log) if name}
+    model, log, plot = path.removesuffix(".state") + SHARD, state.progress.job.get("log"), state.progress.job.get("plot")
+    return {os.path.realpath(name) for name in (path, f"{path}.1", model, log, *(pictures(plot) if plot else ())) if name}
 
 
 def check_distinct(paths: list[str]) -> None:
