@@ -8,8 +8,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off"]
-MICROKERNELS = [f"pygpt/micro_{isa}.c" for isa in ("baseline", "avx2", "avx512", "neon")]
-HEADERS = [f"pygpt/{name}.h" for name in ("micro", "micro_body", "micro_training", "sync", "trace", "sampler")]
+MICROKERNELS = [f"pygpt/csrc/micro_{isa}.c" for isa in ("baseline", "avx2", "avx512", "neon")]
+HEADERS = [f"pygpt/csrc/{name}.h" for name in ("micro", "micro_body", "micro_training", "sync", "trace", "sampler")]
 
 setup(
     ext_modules=cythonize(
@@ -18,14 +18,14 @@ setup(
                 "pygpt._kernels",
                 ["pygpt/_kernels.pyx", *MICROKERNELS],
                 depends=[*HEADERS, "pygpt/_kernels.pxd"],
-                include_dirs=["pygpt"],
+                include_dirs=["pygpt/csrc"],
                 extra_compile_args=FLAGS,
             ),
             Extension(
                 "pygpt._backward",
                 ["pygpt/_backward.pyx"],
                 depends=[*HEADERS, "pygpt/_kernels.pxd"],
-                include_dirs=["pygpt"],
+                include_dirs=["pygpt/csrc"],
                 extra_compile_args=FLAGS,
             ),
             Extension("pygpt._signals", ["pygpt/_signals.pyx"], extra_compile_args=FLAGS),

@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from ._kernels import Trace, cpu_info
     from .cache import KVCache
     from .ceilings import Ceilings
-    from .checkpoint import Checkpoint, find_model, write_checkpoint
+    from .formats.checkpoint import Checkpoint, write_checkpoint
+    from .hub.find import find_model
     from .config import Config
-    from .data import DataLoader, encode_text, read_text, read_tokens, split, tokens_of_text, write_tokens
+    from .training.data import DataLoader, split
+    from .formats.text import encode_text, read_text, tokens_of_text
+    from .formats.shards import read_tokens, write_tokens
     from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
-    from .generate import Completion
-    from .llmc import (
+    from .generation.request import Completion
+    from .formats.llmc import (
         DebugState,
         Example,
         read_debug_state,
@@ -50,63 +53,63 @@ if TYPE_CHECKING:
         write_examples,
         write_tokenizer,
     )
-    from .logprobs import TokenInfo
+    from .generation.logprobs import TokenInfo
     from .model import GPT2
-    from .optim import TrainingOptions
+    from .training.options import TrainingOptions
     from .pool import ThreadPool, default_threads
-    from .prefix import PrefixCache
-    from .serial import SerialGPT2, SerialTrainableGPT2
-    from .state import TrainingState, open_state
+    from .generation.prefix import PrefixCache
+    from .reference import SerialGPT2, SerialTrainableGPT2
+    from .training.state import TrainingState, open_state
     from .tokenizer import StreamDecoder, Tokenizer
-    from .trainable import TrainableGPT2
-    from .trainer import Record, Trainer
+    from .training.trainable import TrainableGPT2
+    from .training.trainer import Record, Trainer
 
 _HOME = {
     "Ceilings": "ceilings",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "formats.checkpoint",
     "CheckpointError": "errors",
     "ClosedError": "errors",
-    "Completion": "generate",
+    "Completion": "generation.request",
     "Config": "config",
     "DataError": "errors",
-    "DataLoader": "data",
-    "DebugState": "llmc",
-    "Example": "llmc",
+    "DataLoader": "training.data",
+    "DebugState": "formats.llmc",
+    "Example": "formats.llmc",
     "GPT2": "model",
     "InputError": "errors",
     "KVCache": "cache",
     "NumericalError": "errors",
-    "PrefixCache": "prefix",
+    "PrefixCache": "generation.prefix",
     "PyGPTError": "errors",
-    "Record": "trainer",
-    "SerialGPT2": "serial",
-    "SerialTrainableGPT2": "serial",
+    "Record": "training.trainer",
+    "SerialGPT2": "reference",
+    "SerialTrainableGPT2": "reference",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
-    "TokenInfo": "logprobs",
+    "TokenInfo": "generation.logprobs",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
-    "TrainableGPT2": "trainable",
-    "Trainer": "trainer",
-    "TrainingOptions": "optim",
-    "TrainingState": "state",
+    "TrainableGPT2": "training.trainable",
+    "Trainer": "training.trainer",
+    "TrainingOptions": "training.options",
+    "TrainingState": "training.state",
     "cpu_info": "_kernels",
     "default_threads": "pool",
-    "encode_text": "data",
-    "find_model": "checkpoint",
-    "open_state": "state",
-    "read_debug_state": "llmc",
-    "read_examples": "llmc",
-    "read_text": "data",
-    "read_tokenizer": "llmc",
-    "read_tokens": "data",
-    "split": "data",
-    "tokens_of_text": "data",
-    "write_checkpoint": "checkpoint",
-    "write_debug_state": "llmc",
-    "write_examples": "llmc",
-    "write_tokenizer": "llmc",
-    "write_tokens": "data",
+    "encode_text": "formats.text",
+    "find_model": "hub.find",
+    "open_state": "training.state",
+    "read_debug_state": "formats.llmc",
+    "read_examples": "formats.llmc",
+    "read_text": "formats.text",
+    "read_tokenizer": "formats.llmc",
+    "read_tokens": "formats.shards",
+    "split": "training.data",
+    "tokens_of_text": "formats.text",
+    "write_checkpoint": "formats.checkpoint",
+    "write_debug_state": "formats.llmc",
+    "write_examples": "formats.llmc",
+    "write_tokenizer": "formats.llmc",
+    "write_tokens": "formats.shards",
 }
 
 __all__ = [

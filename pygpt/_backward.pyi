@@ -3,7 +3,7 @@ import numpy.typing as npt
 
 from ._kernels import Floats, Step, Weights
 from .config import Config
-from .parameters import AdamW
+from .training.parameters import AdamW
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import Config
-from .parameters import AdamW
+from .training.parameters import AdamW
 
 KERNELS: dict[str, int]
 

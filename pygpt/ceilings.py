@@ -101,7 +101,7 @@ def _stream_of(values: int, nth: int) -> "TrainStep":
     from ._backward import TrainStep
     from ._kernels import Weights
     from .config import Config
-    from .parameters import LiveWeights, aligned_zeros, zeros_to_update
+    from .training.parameters import LiveWeights, aligned_zeros, zeros_to_update
 
     arrays = zeros_to_update(values)
     for array in arrays:

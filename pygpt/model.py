@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from ._kernels import Floats, Step, Weights
 from ._signals import see_through
 from .cache import KVCache
-from .checkpoint import Checkpoint, find_model
+from .formats.checkpoint import Checkpoint
+from .hub.find import find_model
 from .errors import InputError, shown
-from .generate import Completer, Completion, check_tokens
+from .generation.request import Completer, Completion, check_tokens
 from .pool import TRIES, ThreadPool, default_threads, resolve_threads
-from .prefix import Memory, PrefixCache
+from .generation.prefix import Memory, PrefixCache
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Logits, Trace
-    from .parameters import LiveWeights
+    from .training.parameters import LiveWeights
 
 CHUNK = 512  # rows of a prompt run in one step: Ctrl-C waits for one step, and the activations stay small
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pygpt.checkpoint import Checkpoint
+from pygpt.formats.checkpoint import Checkpoint
 from pygpt.config import TENSORS, Config
 
 Array = npt.NDArray[np.float64]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_checkpoint import make, tensors
+from pygpt.formats.checkpoint import make, tensors
 
 import pygpt
 from pygpt import GPT2, Ceilings, KVCache

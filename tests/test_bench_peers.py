@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 from pygpt import GPT2
-from pygpt.checkpoint import EMBEDDED_MODEL
+from pygpt.hub.find import EMBEDDED_MODEL
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "bench_peers.py"
 TOKENS = [31373, 612, 13, 50256, 0]

@@ -20,7 +20,7 @@ import numpy as np
 import oracle
 import oracle_training
 import pytest
-from make_checkpoint import make, tensors
+from pygpt.formats.checkpoint import make, tensors
 
 from pygpt import Ceilings, Config, InputError, PyGPTError, TrainableGPT2
 

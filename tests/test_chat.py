@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 
 import pygpt.tokenizer
 from pygpt import GPT2
-from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, write_checkpoint
-from pygpt.child import ChildError, child_environment, read_ids
+from pygpt.hub.find import EMBEDDED_MODEL
+from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
+from pygpt.commands.child import ChildError, child_environment, read_ids
 from pygpt.config import Config
 from pygpt.tokenizer import Tokenizer
 

@@ -23,12 +23,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
-from make_checkpoint import make, to_bfloat16
+from pygpt.formats.checkpoint import make, to_bfloat16
 
-from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint, file_bytes, find_model, write_checkpoint
+from pygpt.hub.find import EMBEDDED_MODEL, find_model
+from pygpt.formats.checkpoint import Checkpoint, file_bytes, write_checkpoint
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
-from pygpt.safetensors_file import SafetensorsFile
+from pygpt.formats.safetensors import SafetensorsFile
 
 VERSIONS = (1, 3, 5)
 MAGIC, HEADER_BYTES = 20240326, 1024  # the tests' own words for the format: nothing here is taken from the code under test

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 import pygpt
 from pygpt import GPT2, Config, cpu_info, write_checkpoint
@@ -142,7 +142,7 @@ def test_the_main_job() -> None:
     assert result.returncode == 0
     assert result.stdout == "".join(f"{token}\n" for token in MAIN_JOB)
     assert result.stderr.count("\n") == 1
-    for word in ("embedded", "gpt2_124M.bin", "`python -m pygpt.download gpt2`", "-m gpt2", "PYGPT_MODEL=gpt2"):
+    for word in ("embedded", "gpt2_124M.bin", "`python -m pygpt.commands.download gpt2`", "-m gpt2", "PYGPT_MODEL=gpt2"):
         assert word in result.stderr
 
 
@@ -995,7 +995,7 @@ def test_full_disk(small: str, arguments: list[str]) -> None:
 @needs_full
 def test_output_that_is_still_buffered_when_the_job_is_done() -> None:
     """As a report's is, which is not printed line by line."""
-    program = "import sys; from pygpt.cli import status_of; sys.exit(status_of(lambda: print('a report')))"
+    program = "import sys; from pygpt.commands.console import status_of; sys.exit(status_of(lambda: print('a report')))"
     words = [sys.executable, "-c", program]
     read, write = os.pipe()
     os.close(read)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 import pygpt.model
 from pygpt import (
@@ -36,8 +36,8 @@ from pygpt import (
     TrainingOptions,
     TrainingState,
 )
-from pygpt.checkpoint import atomic_file
-from pygpt.cli import status_of
+from pygpt.formats.files import atomic_file
+from pygpt.commands.console import status_of
 
 ROOT = Path(pygpt.__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
@@ -596,7 +596,7 @@ def test_importing_takes_no_signal(path: str) -> None:
 
         caught = handled()
         from pygpt import *
-        import pygpt.__main__, pygpt.convert
+        import pygpt.__main__, pygpt.commands.convert
         with GPT2.load(sys.argv[1], threads=2) as model:
             list(model.generate([1, 2]))
         assert [signal.getsignal(which) for which in known] == before

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
-from pygpt import checkpoint
-from pygpt.checkpoint import Checkpoint, write_checkpoint
+from pygpt.formats import checkpoint
+from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
 from pygpt.config import Config
-from pygpt.convert import DEFAULTS, EXAMPLES, main
+from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
 from pygpt.errors import ClosedError, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,11 +300,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_as_a_process(folder: Path) -> None:
     make("a.bin", version=3, **SMALL)
-    done = run(sys.executable, "-W", "error", "-m", "pygpt.convert", "a.bin", "b.bin")
+    done = run(sys.executable, "-W", "error", "-m", "pygpt.commands.convert", "a.bin", "b.bin")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
-    refusal = run(sys.executable, "-m", "pygpt.convert", "a.bin", "a.bin")
+    refusal = run(sys.executable, "-m", "pygpt.commands.convert", "a.bin", "a.bin")
     assert (refusal.returncode, refusal.stdout, refusal.stderr.count("\n")) == (2, "", 1)
-    assert run("/bin/sh", "-c", f"{shlex.quote(sys.executable)} -m pygpt.convert a.bin c.bin >&- 2>&-").returncode == 0
+    assert run("/bin/sh", "-c", f"{shlex.quote(sys.executable)} -m pygpt.commands.convert a.bin c.bin >&- 2>&-").returncode == 0
     assert Path("c.bin").read_bytes() == Path("b.bin").read_bytes()
 
 
@@ -313,8 +313,8 @@ def test_ctrl_c(folder: Path) -> None:
     make("a.bin", version=3, **SMALL)
     program = """
 import os, signal, sys
-from pygpt import checkpoint
-from pygpt.convert import main
+from pygpt.formats import checkpoint
+from pygpt.commands.convert import main
 real = checkpoint._write_values
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def write(file, array, version):

@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pygpt import data
-from pygpt.data import DataLoader, encode_text, read_text, read_tokens, split, tokens_of_text, write_tokens
+from pygpt.formats import text as data
+from pygpt.training.data import DataLoader, split
+from pygpt.formats.text import encode_text, read_text, tokens_of_text
+from pygpt.formats.shards import read_tokens, write_tokens
 from pygpt.errors import DataError, InputError
 from pygpt.tokenizer import Tokenizer
 

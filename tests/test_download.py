@@ -25,14 +25,15 @@ from limits import full_disk
 from make_huggingface import SHAPE
 from web_site import Site
 
-from pygpt import download, http_client
-from pygpt.checkpoint import MODELS, cache_folder, cached_model, find_model
-from pygpt.convert import parse_version
-from pygpt.download import EXAMPLES, SHA256, SOURCES, main
+from pygpt.commands import download
+from pygpt.hub import http_client
+from pygpt.hub.find import MODELS, cache_folder, cached_model, find_model
+from pygpt.commands.convert import parse_version
+from pygpt.commands.download import EXAMPLES, SHA256, SOURCES, main
 from pygpt.errors import CheckpointError, PyGPTError
-from pygpt.http_client import KEEP_FREE, MOST_TRIES, TRIES, Ask, Client, Redirects, clock
-from pygpt.part import Part
-from pygpt.web import RETRY_AFTER_LIMIT, retry_after
+from pygpt.hub.http_client import KEEP_FREE, MOST_TRIES, TRIES, Ask, Client, Redirects, clock
+from pygpt.hub.part import Part
+from pygpt.hub.web import RETRY_AFTER_LIMIT, retry_after
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = hf.weights(**SHAPE)
@@ -696,7 +697,7 @@ def test_a_model_by_name(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     site.plans[path] = [web.dropped(5000)]
     site.plans[path.replace("model.safetensors", "config.json")] = [web.status(503), web.dropped(20)]
-    with pytest.raises(CheckpointError, match=f"^{name}: not downloaded yet: run `python -m pygpt.download {name}` first$"):
+    with pytest.raises(CheckpointError, match=f"^{name}: not downloaded yet: run `python -m pygpt.commands.download {name}` first$"):
         find_model(name)
     assert main([name]) == 0
     target = cached_model(name)
@@ -799,7 +800,7 @@ def test_a_model_that_is_there_stays(site: Site, capsys: pytest.CaptureFixture[s
             capsys.readouterr().err == f"pygpt: a.bin (version 3, float32, {SIZE} bytes) is there already: nothing to fetch\n"
         )
     assert fetch(site, "--version", "5") == 2
-    assert "a.bin: there already, of version 3: remove it, or use python -m pygpt.convert" in error_of(capsys)
+    assert "a.bin: there already, of version 3: remove it, or use python -m pygpt.commands.convert" in error_of(capsys)
     assert len(site.requests) == 1
     assert fetched()
 
@@ -840,7 +841,7 @@ def test_a_part_that_is_renamed_while_another_waits(monkeypatch: pytest.MonkeyPa
             moves.pop(0)()
         real(file, flags)
 
-    monkeypatch.setattr("pygpt.part.fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+    monkeypatch.setattr("pygpt.hub.part.fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
     with Part("p", "http://x/") as part:
         part.write(b"new")
         assert Path("p").read_bytes() == b"new"
@@ -848,7 +849,7 @@ def test_a_part_that_is_renamed_while_another_waits(monkeypatch: pytest.MonkeyPa
 
 
 def test_too_little_room(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=SIZE - 1))
+    monkeypatch.setattr("pygpt.hub.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=SIZE - 1))
     assert fetch(site) == 1
     assert f"{os.getcwd()}: {SIZE - 1} bytes are free and {SIZE} are needed" in error_of(capsys)
     assert os.listdir() == []
@@ -864,7 +865,7 @@ def test_a_file_of_unknown_length_does_not_fill_the_disk(
     def disk_usage(folder: str) -> SimpleNamespace:
         return SimpleNamespace(free=KEEP_FREE + room - sum(entry.stat().st_size for entry in os.scandir(folder)))
 
-    monkeypatch.setattr("pygpt.part.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("pygpt.hub.part.shutil.disk_usage", disk_usage)
     site.plans[PATH] = [answer]
     assert fetch(site) == 1
     assert re.search(rf"{re.escape(os.getcwd())}: \d+ bytes are free and \d+ are needed: make room", error_of(capsys))
@@ -880,7 +881,7 @@ def test_a_file_of_unknown_length_does_not_fill_the_disk(
 def test_room_for_what_it_becomes(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     needed = len(site.files[hub(site, monkeypatch, "gpt2")]) + len(BIN[5])
     free = needed - 1
-    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("pygpt.hub.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     assert main(["gpt2", "--version", "5"]) == 1
     assert f"{needed - 1} bytes are free and {needed} are needed" in error_of(capsys)
     free = needed
@@ -1028,7 +1029,7 @@ def test_as_a_process(site: Site) -> None:
     environment |= {"PYTHONPATH": str(ROOT)}
 
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-W", "error", "-m", "pygpt.download", *words]
+        command = [sys.executable, "-W", "error", "-m", "pygpt.commands.download", *words]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
     done = run(site.url + PATH)

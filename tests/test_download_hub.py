@@ -23,10 +23,10 @@ from test_download import Terminal, error_of, token_of
 from web_site import COMMIT, Handler, Site
 
 from pygpt import __version__, http_client
-from pygpt.checkpoint import cache_folder, cached_model
-from pygpt.download import main
-from pygpt.hub import HUB_VERSIONS
-from pygpt.web import RETRY_AFTER_LIMIT
+from pygpt.hub.find import cache_folder, cached_model
+from pygpt.commands.download import main
+from pygpt.hub.fetch import HUB_VERSIONS
+from pygpt.hub.web import RETRY_AFTER_LIMIT
 
 hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -283,7 +283,7 @@ def test_a_cache_of_something_else(site: Site, capsys: pytest.CaptureFixture[str
 
 def test_no_room_beside_the_cache(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     put_into_cache(model=FILE, config=SETTINGS)
-    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=len(MODEL) - 1))
+    monkeypatch.setattr("pygpt.hub.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=len(MODEL) - 1))
     assert main(["gpt2"]) == 1
     assert f"{len(MODEL) - 1} bytes are free and {len(MODEL)} are needed" in error_of(capsys)
 
@@ -485,7 +485,7 @@ def test_tensors_that_are_not_a_model(site: Site, capsys: pytest.CaptureFixture[
 def test_too_little_room(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     needed = SIZE + len(MODEL)
     free = needed - 1
-    monkeypatch.setattr("pygpt.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("pygpt.hub.part.shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     assert main(["gpt2"]) == 1
     assert f"{needed - 1} bytes are free and {needed} are needed" in failed(capsys)
     assert site.asked(TENSORS) == []
@@ -620,17 +620,17 @@ def test_as_a_process(site: Site, tmp_path: Path) -> None:
         command = [sys.executable, *words]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
-    done = run("-m", "pygpt.download", "gpt2")
+    done = run("-m", "pygpt.commands.download", "gpt2")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
     assert Path(cached_model("gpt2")).read_bytes() == MODEL
     assert {headers["authorization"] for _, headers in site.heads} == {"Bearer hf_x"}
     environment["HF_HUB_OFFLINE"] = "1"
-    refusal = run("-m", "pygpt.download", "gpt2-xl")
+    refusal = run("-m", "pygpt.commands.download", "gpt2-xl")
     assert (refusal.returncode, refusal.stdout, refusal.stderr.count("\n")) == (1, "", 1)
     assert "HF_HUB_OFFLINE is set" in refusal.stderr
     environment["HF_HUB_ETAG_TIMEOUT"] = "soon"
-    nonsense = run("-m", "pygpt.download", "gpt2-xl")
+    nonsense = run("-m", "pygpt.commands.download", "gpt2-xl")
     assert (nonsense.returncode, nonsense.stdout, nonsense.stderr.count("\n")) == (1, "", 1)
     assert "'soon': PYGPT_HUB=0 downloads without" in nonsense.stderr
-    imported = run("-c", "import sys, pygpt, pygpt.__main__, pygpt.download; print('huggingface_hub' in sys.modules)")
+    imported = run("-c", "import sys, pygpt, pygpt.__main__, pygpt.commands.download; print('huggingface_hub' in sys.modules)")
     assert imported.stdout == "False\n"

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import oracle
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 from test_data import shard_bytes
 
 from pygpt import GPT2, Example, Tokenizer, write_examples
-from pygpt.checkpoint import EMBEDDED_MODEL, Checkpoint
+from pygpt.hub.find import EMBEDDED_MODEL
+from pygpt.formats.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))

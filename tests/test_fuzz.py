@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pygpt import Checkpoint, CheckpointError, Config, PyGPTError, Tokenizer, write_checkpoint
-from pygpt.checkpoint import StreamedCheckpoint
+from pygpt.formats.checkpoint import StreamedCheckpoint
 from pygpt.tokenizer import _load
 
 ROOT = Path(__file__).resolve().parent.parent

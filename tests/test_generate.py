@@ -12,12 +12,12 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 from test_sampling import assert_fits
 
 from pygpt import GPT2, ClosedError, Completion, InputError, KVCache, PrefixCache, SerialGPT2, Tokenizer, generate
-from pygpt.generate import Completer, Request
-from pygpt.sampling import Sampler
+from pygpt.generation.request import Completer, Request
+from pygpt.generation.sampling import Sampler
 
 MAXT = 24
 SHAPE: dict[str, Any] = {"L": 2, "NH": 2, "C": 16, "V": 97, "maxT": MAXT, "seed": 3, "peak": 6.0}

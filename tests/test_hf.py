@@ -17,16 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 from make_huggingface import SHAPE, Raw
 
-from pygpt import checkpoint, safetensors_file
-from pygpt.checkpoint import Checkpoint
+from pygpt.formats import checkpoint, safetensors
+from pygpt.formats.checkpoint import Checkpoint
 from pygpt.config import Config
-from pygpt.convert import main
+from pygpt.commands.convert import main
 from pygpt.errors import CheckpointError, ClosedError, InputError
-from pygpt.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
-from pygpt.safetensors_file import HEADER_LIMIT, SafetensorsFile, write_safetensors
+from pygpt.formats.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
+from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safetensors
 
 Tensors = dict[str, Raw]
 ROOT = Path(__file__).resolve().parent.parent
@@ -712,7 +712,7 @@ def test_it_needs_less_room_than_the_file(folder: Path) -> None:
     assert os.path.getsize("m.safetensors") > 54 * MB
     limited = """
 import os, resource
-from pygpt.convert import main
+from pygpt.commands.convert import main
 import numpy
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + (24 << 20),) * 2)

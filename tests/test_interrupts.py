@@ -17,13 +17,13 @@ import pytest
 
 import pygpt
 from pygpt.__main__ import main
-from pygpt.cli import status_of
-from pygpt.interrupts import Interrupts, made_of_ctrl_c
+from pygpt.commands.console import status_of
+from pygpt.commands.interrupts import Interrupts, made_of_ctrl_c
 
 ROOT = Path(pygpt.__file__).parent.parent
 TOOLS = ["bench", "chart", "eval", "fuzz", "make_model", "profile", "shards", "stress", "train"]
 SCRIPTS = ["chat.py", *(f"tools/{name}.py" for name in TOOLS)]
-MODULES = ["pygpt", "pygpt.convert", "pygpt.download"]
+MODULES = ["pygpt", "pygpt.commands.convert", "pygpt.commands.download"]
 
 
 def press() -> None:
@@ -103,7 +103,7 @@ def test_the_second_ctrl_c_does_not_wait_for_an_import(module: Callable[[str], N
 def test_imports_below_a_command_do_not_count(module: Callable[[str], None]) -> None:
     """Where the command itself runs in the import of some program, Ctrl-C takes effect at once."""
     module(
-        "from pygpt.cli import status_of\nfound = []\n"
+        "from pygpt.commands.console import status_of\nfound = []\n"
         "def job():\n    press()\n    found.append('later')\n"
         "whole = [status_of(job), *found]"
     )
@@ -115,7 +115,7 @@ def test_imports_below_a_command_do_not_count(module: Callable[[str], None]) -> 
 NUMPY = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-from pygpt.cli import status_of
+from pygpt.commands.console import status_of
 
 class Presses:
     def find_spec(self, name, path=None, target=None):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pygpt.config import Config
 from pygpt.errors import DataError, InputError
-from pygpt.llmc import (
+from pygpt.formats.llmc import (
     DebugState,
     Example,
     read_debug_state,

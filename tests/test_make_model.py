@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pygpt import InputError, Tokenizer
-from pygpt.checkpoint import EMBEDDED_MODEL
+from pygpt.hub.find import EMBEDDED_MODEL
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "make_model.py"
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, default_threads

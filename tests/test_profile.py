@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_checkpoint import make, tensors
+from pygpt.formats.checkpoint import make, tensors
 
 import pygpt.model
 from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2
-from pygpt.checkpoint import EMBEDDED_MODEL
-from pygpt.sampling import sample
+from pygpt.hub.find import EMBEDDED_MODEL
+from pygpt.generation.sampling import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "profile.py"

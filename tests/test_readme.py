@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 import pygpt
 from pygpt.__main__ import EXAMPLES, build_parser
-from pygpt.convert import convert
+from pygpt.commands.convert import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,7 +67,7 @@ ELSEWHERE = {
     "python -m pytest": "is what runs this",
     "python3 -m venv": "makes an environment; .ci/run does",
     ". .venv/bin/activate": "so does this",
-    "python -m pygpt.download": "needs a network; test_download.py brings one",
+    "python -m pygpt.commands.download": "needs a network; test_download.py brings one",
     "python tools/stress.py": "takes minutes; test_stress.py runs short forms",
     "python tools/fuzz.py": "takes minutes; test_fuzz.py runs short forms",
     "tools/sanitize": "compiles everything anew and takes minutes",
@@ -142,7 +142,7 @@ def outputs(command: str) -> list[str]:
     """The files that a command says it writes."""
     words = shlex.split(command)
     named = [words[i + 1] for i, word in enumerate(words) if word in ("-o", "--out")]
-    return [*named, words[-1]] if "pygpt.convert" in words else named
+    return [*named, words[-1]] if "pygpt.commands.convert" in words else named
 
 
 def test_commands_are_found() -> None:

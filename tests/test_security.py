@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 import pygpt
 from pygpt.__main__ import main
-from pygpt.checkpoint import atomic_file
-from pygpt.cli import one_line
-from pygpt.http_client import Progress
+from pygpt.formats.files import atomic_file
+from pygpt.commands.console import one_line
+from pygpt.hub.http_client import Progress
 
 ROOT = Path(pygpt.__file__).parent.parent
 SOURCES = sorted([*(ROOT / "pygpt").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])

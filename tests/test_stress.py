@@ -168,7 +168,7 @@ def test_bad_arguments(words: list[str], said: str) -> None:
 
 SIGBUS_PROGRAM = """
 import mmap, os, sys
-from pygpt.cli import status_of
+from pygpt.commands.console import status_of
 with open(sys.argv[1], "wb") as file:
     file.write(bytes(8192))
 file = open(sys.argv[1], "r+b")

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 from pygpt import (
     GPT2,

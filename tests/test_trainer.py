@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_checkpoint import make
+from pygpt.formats.checkpoint import make
 
 from pygpt import (
     CheckpointError,
@@ -37,8 +37,8 @@ from pygpt import (
     TrainingState,
     open_state,
 )
-from pygpt import state as state_module
-from pygpt.optim import cos_pi
+from pygpt.training import state as state_module
+from pygpt.training.options import cos_pi
 
 CONFIG = Config(maxT=8, V=31, L=1, NH=2, C=4)
 P = CONFIG.parameters(padded=True)

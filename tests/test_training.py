@@ -89,7 +89,7 @@ def test_choice_of_workers_changes_no_bit(
         monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", next(weights))
         return workers_for(*arguments)
 
-    monkeypatch.setattr("pygpt.trainable.workers_for", changing)
+    monkeypatch.setattr("pygpt.training.trainable.workers_for", changing)
     assert run(SHAPE, 3, steps=20, B=3, T=31) == alone
 
 

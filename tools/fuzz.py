@@ -56,7 +56,7 @@ ROOT = TOOLS.parent
 # This checkout's pygpt; and tools/ last, for its names shadow modules of the standard library.
 sys.path[:] = [*(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(ROOT), str(TOOLS)]
 
-from pygpt.cli import HelpFormatter, Parser, say, status_of  # noqa: E402
+from pygpt.commands.console import HelpFormatter, Parser, say, status_of  # noqa: E402
 from pygpt.errors import InputError, PyGPTError  # noqa: E402
 
 CORPUS = ROOT / "tests" / "corpus"
@@ -222,7 +222,7 @@ def available(names: Sequence[str]) -> list[str]:
 
 def hub_is_there() -> bool:
     """Whether huggingface_hub is, of a version that is used."""
-    from pygpt.hub import usable  # here: what is imported before the measurement begins is not measured
+    from pygpt.hub.fetch import usable  # here: what is imported before the measurement begins is not measured
 
     try:
         return usable(version("huggingface_hub"))

@@ -33,7 +33,7 @@ need.kernels()
 
 import pygpt.model  # noqa: E402
 from pygpt import InputError  # noqa: E402
-from pygpt.cli import HelpFormatter, Parser, status_of  # noqa: E402
+from pygpt.commands.console import HelpFormatter, Parser, status_of  # noqa: E402
 
 KINDS = ("faults", "signals", "load", "crowd")
 

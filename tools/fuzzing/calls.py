@@ -36,11 +36,11 @@ from pygpt import (
     write_tokenizer,
     write_tokens,
 )
-from pygpt.checkpoint import StreamedCheckpoint
+from pygpt.formats.checkpoint import StreamedCheckpoint
 from pygpt.errors import ClosedError
-from pygpt.logprobs import TokenInfo
-from pygpt.safetensors_file import SafetensorsFile, write_safetensors
-from pygpt.state import Progress, write_state
+from pygpt.generation.logprobs import TokenInfo
+from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
+from pygpt.training.state import Progress, write_state
 from pygpt.tokenizer import _load
 
 from .faults import draw, failing

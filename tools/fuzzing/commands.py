@@ -27,8 +27,8 @@ import numpy as np
 
 from pygpt import GPT2, Checkpoint, CheckpointError, InputError, PyGPTError, _signals, convert, write_checkpoint
 from pygpt.__main__ import LINE_LIMIT, build_parser, main
-from pygpt.cli import status_of
-from pygpt.huggingface import JSON_LIMIT, write_model
+from pygpt.commands.console import status_of
+from pygpt.formats.huggingface import JSON_LIMIT, write_model
 
 from . import reference
 from .faults import draw, failing
@@ -541,7 +541,7 @@ class ServeTarget(Target):
 
 
 class ConvertTarget(FilesTarget):
-    """`python -m pygpt.convert`: folders and files of Hugging Face's kind, and checkpoints. The first "\\0pad" in a file is
+    """`python -m pygpt.commands.convert`: folders and files of Hugging Face's kind, and checkpoints. The first "\\0pad" in a file is
     more than such a file may have; one that is "\\0fifo" is a pipe."""
 
     name = "convert"
@@ -673,7 +673,7 @@ class ConvertTarget(FilesTarget):
         os.chdir(self.folder)
         before = self.tree()
         with failing(faults, self.folder) as altered:
-            outcome = run_main(as_program("pygpt.convert"), argv)
+            outcome = run_main(as_program("pygpt.commands.convert"), argv)
         judge(outcome, argv)
         after = {**self.tree(), **{name: before[name] for name in altered & before.keys()}}
         if altered - before.keys():

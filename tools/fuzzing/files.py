@@ -38,8 +38,8 @@ from pygpt import (
     write_tokenizer,
     write_tokens,
 )
-from pygpt.llmc import DebugState
-from pygpt.safetensors_file import SafetensorsFile, write_safetensors
+from pygpt.formats.llmc import DebugState
+from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
 
 from . import reference
 from .mutate import UINT64, mutate_bytes, mutate_json_text, put
@@ -342,7 +342,7 @@ class StateTarget(FileTarget):
     @property
     def module(self) -> Any:
         """Where the states' reader is."""
-        return importlib.import_module("pygpt.state")
+        return importlib.import_module("pygpt.training.state")
 
     def loader(self) -> DataLoader:
         """The loader that the states are of."""

@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 from pygpt import Checkpoint, download, http_client, write_checkpoint
-from pygpt.huggingface import write_model
+from pygpt.formats.huggingface import write_model
 
 from . import reference
 from .commands import WORDS, FilesTarget, as_program, judge, label_of, options_of, run_main, stays, words_of
@@ -119,7 +119,7 @@ def head(body: bytes, *headers: bytes, length: bytes | None = None) -> bytes:
 
 
 class DownloadTarget(FilesTarget):
-    """`python -m pygpt.download`. Where an input has a file "terminal", stderr is one."""
+    """`python -m pygpt.commands.download`. Where an input has a file "terminal", stderr is one."""
 
     name = "download"
     options = tuple(options_of(download.build_parser()))
@@ -256,7 +256,7 @@ class DownloadTarget(FilesTarget):
             (self.folder / name).write_bytes(content)
         os.environ["HF_TOKEN"] = "two words" if "two-words" in argv else "secret"
         with failing(faults, self.folder) as changed:
-            outcome = run_main(as_program("pygpt.download"), argv, terminal=terminal)
+            outcome = run_main(as_program("pygpt.commands.download"), argv, terminal=terminal)
         outcome = outcome._replace(err=self.undrawn(outcome.err)) if terminal else outcome
         judge(outcome, argv, lines=RETRIES)
         if "secret" in outcome.err or self.server.leaked:

@@ -25,9 +25,9 @@ from training.job import Job
 
 import chat
 from pygpt import GPT2, Config, DataLoader, Example, Trainer, write_checkpoint, write_examples, write_tokens
-from pygpt.child import ChildError, read_ids
+from pygpt.commands.child import ChildError, read_ids
 from pygpt.errors import InputError
-from pygpt.generate import Completion, Request
+from pygpt.generation.request import Completion, Request
 
 from . import reference
 from .commands import (

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pygpt import GPT2, TrainingState
-from pygpt.checkpoint import EMBEDDED_MODEL
+from pygpt.hub.find import EMBEDDED_MODEL
 
 from .common import ROOT, Outcome, Tally, command, environment, finish, folder, run, send, start, wait_until
 from .writers import PYTHON, TOOLS, TRAINING, Files, Writer, ids_of, put_older, writers
@@ -165,7 +165,7 @@ def full_streams(tally: Tally, files: Files) -> None:
     show = [PYTHON, TOOLS / "shards.py", "--show", files.tokens]
     small = command("-m", files.small, 1, 2)
     serving = command("-m", files.small, "-")
-    convert = [PYTHON, "-m", "pygpt.convert", files.small, "/dev/full"]
+    convert = [PYTHON, "-m", "pygpt.commands.convert", files.small, "/dev/full"]
     full = ">/dev/full" if os.path.exists("/dev/full") else ">&-"
     cases: list[tuple[list[Any], str, int]] = [
         (small, full, 1),
@@ -320,7 +320,7 @@ def no_memory(tally: Tally, files: Files) -> None:
 LIMITED = """
 import resource, sys
 from pygpt.__main__ import main
-import pygpt.generate, pygpt.model, pygpt.sampling
+import pygpt.generation.request, pygpt.model, pygpt.generation.sampling
 page = resource.getpagesize()
 limit = int(open("/proc/self/statm").read().split()[0]) * page + (int(sys.argv.pop(1)) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -330,7 +330,7 @@ LIMITED_TRAINING = """
 import resource, sys
 sys.path.append(sys.argv.pop(1))
 import train
-import numpy, pygpt.trainable, pygpt.generate, pygpt.sampling, pygpt.tokenizer
+import numpy, pygpt.training.trainable, pygpt.generation.request, pygpt.generation.sampling, pygpt.tokenizer
 page = resource.getpagesize()
 limit = int(open("/proc/self/statm").read().split()[0]) * page + (int(sys.argv.pop(1)) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -503,7 +503,7 @@ def useless_files(tally: Tally, files: Files) -> None:
         for path in paths:
             outcome = run(command("-m", path, 1))
             tally.check("no model under this name", outcome.status == 2 and outcome.one_line, f"{path}: {outcome}")
-            outcome = run([PYTHON, "-m", "pygpt.convert", path, place / "out.bin"])
+            outcome = run([PYTHON, "-m", "pygpt.commands.convert", path, place / "out.bin"])
             tally.check("no model under this name", outcome.status == 2 and outcome.one_line, f"convert {path}: {outcome}")
 
 

@@ -33,7 +33,7 @@ from pygpt import (
     Trainer,
     TrainingOptions,
 )
-from pygpt.interrupts import made_of_ctrl_c
+from pygpt.commands.interrupts import made_of_ctrl_c
 
 from .common import OTHER, SHAPE, Tally, folder, make_model, patience
 

@@ -15,7 +15,7 @@ from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
-from pygpt.interrupts import made_of_ctrl_c
+from pygpt.commands.interrupts import made_of_ctrl_c
 
 
 def raise_ctrl_c() -> None:

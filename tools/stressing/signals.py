@@ -33,7 +33,7 @@ from pygpt import (
     TrainingOptions,
     TrainingState,
 )
-from pygpt.checkpoint import EMBEDDED_MODEL
+from pygpt.hub.find import EMBEDDED_MODEL
 
 from .common import BEGIN, OTHER, ROOT, Tally, alive, children_of, finish, folder, make_model, run, send, start, wait_until
 from .load import state_of
@@ -113,7 +113,7 @@ API = """
 import sys
 import pygpt.model
 from pygpt import GPT2
-from pygpt.cli import status_of
+from pygpt.commands.console import status_of
 pygpt.model.MEETING_WEIGHT = 0
 
 def job():

@@ -57,7 +57,7 @@ class Files:
         self.tokens = str(place / "tokens.bin")
         write_tokens(self.tokens, [i * i % SHAPE.V for i in range(500)])
         self.hf = str(place / "hf")
-        outcome = run([PYTHON, "-m", "pygpt.convert", self.model, self.hf + "/"])
+        outcome = run([PYTHON, "-m", "pygpt.commands.convert", self.model, self.hf + "/"])
         assert outcome.status == 0, outcome
         with GPT2.load(self.small, threads=1) as model:
             self.answer = list(model.generate([1, 2], total=10))
@@ -179,7 +179,7 @@ class Writer:
 SAVES = """
 import sys
 from pygpt import TrainableGPT2
-from pygpt.cli import status_of
+from pygpt.commands.console import status_of
 
 def job():
     with TrainableGPT2.load(sys.argv[1], threads=1) as model:
@@ -192,7 +192,7 @@ OTHERS = """
 import sys
 import numpy as np
 from pygpt import *
-from pygpt.cli import status_of
+from pygpt.commands.console import status_of
 
 def job():
     with TrainableGPT2.load(sys.argv[1], threads=1) as model:
@@ -213,9 +213,9 @@ sys.exit(status_of(job))
 
 def writers(files: Files, place: Path) -> list[Writer]:
     """Every kind of write."""
-    convert = [PYTHON, "-m", "pygpt.convert"]
+    convert = [PYTHON, "-m", "pygpt.commands.convert"]
     train = [PYTHON, TOOLS / "train.py", "--data", files.tokens, "--init", files.small, "--out", place / "m.bin", *TRAINING]
-    download = [PYTHON, "-m", "pygpt.download", files.site.url, "-o", place / "m.bin"]
+    download = [PYTHON, "-m", "pygpt.commands.download", files.site.url, "-o", place / "m.bin"]
     profile = [PYTHON, TOOLS / "profile.py", "-m", files.small, "--tokens", "1,2", "-n", 8, "-r", 1, "--skip", "all"]
     found = [
         Writer("to bfloat16", [*convert, files.model, place / "m.bin"], ["m.bin"], sound_model),
@@ -264,7 +264,7 @@ def sound_model(path: Path) -> None:
 
 def sound_folder(path: Path) -> None:
     """Raise an exception unless a folder is a model that converts back."""
-    outcome = run([PYTHON, "-m", "pygpt.convert", path, f"{path}.back"])
+    outcome = run([PYTHON, "-m", "pygpt.commands.convert", path, f"{path}.back"])
     Path(f"{path}.back").unlink(missing_ok=True)
     assert outcome.status == 0, outcome
 

@@ -1,0 +1,542 @@
+"""Speed: prefill (pp) and decode (tg) in tokens a second, held against what the machine can do in the same minutes.
+
+    python tools/bench.py -m gpt2_124M.bin                     the table, for 1 and 2 threads
+    python tools/bench.py -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
+    python tools/bench.py -m gpt2_124M.bin --reference         and the serial reference, with the speed-up over it
+    python tools/bench.py -m gpt2_124M.bin --against all       and the installed peers on the same weights
+    python tools/bench.py -m gpt2_124M.bin --train -B 4 -T 64  training, with --reference and --against too (bench_train.py)
+
+Names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
+sequences together, process the whole command, two tokens in and eight new ones. Every round runs each test once, then the next
+round: what a shared machine does in one minute touches all alike. Figures are medians; the spread is the middle half.
+
+Limits: a prefill does 2 operations for each weight and token (the head once) and 4 x position x C for each token and layer
+of attention, against the FMA peak; decode reads every weight but wpe once a step, and the keys and values of its context,
+against the read bandwidth. A process has no limit of this kind.
+
+JSON: a list. First the object with test "ceilings": cpu, isa, python, pygpt, commit, model {L, NH, C, V, maxT, version},
+read_gb_s and fma_gflop_s by threads. Then one for each test, by whom and for how many threads it was run: test, by, threads,
+tokens_per_s (median), tokens_per_s_middle_half [low, high], seconds (median), rounds, percent_of_limit (null: it has none),
+peak_anon_bytes (null: not measured): resident memory that is not the file's after the test, in a process of its own, of which
+anon_before_bytes were there before it, without the keys and values, which take cache_bytes; mapped_bytes of files beside it;
+with one thread in the same run speed_up, hardware_speed_up, percent_of_hardware_scaling, and with --reference
+speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench_train.py.)
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import peers as bench_peers
+from . import train as bench_train
+
+from pygpt import (
+    GPT2,
+    Ceilings,
+    Checkpoint,
+    Config,
+    InputError,
+    PyGPTError,
+    SerialGPT2,
+    TrainableGPT2,
+    __version__,
+    cpu_info,
+    find_model,
+)
+from pygpt.commands.console import HelpFormatter, Parser, check_stdout, say, status_of
+
+BATCH = 8
+REFERENCE_TOKENS = 8  # new ones in the serial program's usual job, after two
+
+
+class Test:
+    """One thing to time: run() returns seconds; the rest says what they mean."""
+
+    def __init__(
+        self, name: str, threads: int, tokens: int, run: Callable[[], float], *, flop: float = 0, read_bytes: float = 0, by: str
+    ) -> None:
+        self.name, self.threads, self.tokens, self.run, self.by = name, threads, tokens, run, by
+        self.flop, self.read_bytes = flop, read_bytes
+        self.seconds: list[float] = []
+        self.memory: dict[str, int] = {}
+
+    def result(self, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
+        """The test as one object of the JSON output."""
+        rates = sorted(self.tokens / seconds for seconds in self.seconds)
+        low, high = rates[len(rates) // 4], rates[-1 - len(rates) // 4]
+        seconds = statistics.median(self.seconds)
+        limit = None
+        if self.flop:
+            limit = self.flop / seconds / (ceilings[self.threads].fma_gflop_s * 1e9)
+        elif self.read_bytes:
+            limit = self.read_bytes / seconds / (ceilings[self.threads].read_gb_s * 1e9)
+        return {
+            "test": self.name,
+            "by": self.by,
+            "threads": self.threads,
+            "tokens_per_s": statistics.median(rates),
+            "tokens_per_s_middle_half": [low, high],
+            "seconds": seconds,
+            "rounds": len(rates),
+            "percent_of_limit": None if limit is None else 100 * limit,
+            "peak_anon_bytes": None,
+            **self.memory,
+        }
+
+
+# ------------------------------------------------------------------------------------------------ what is timed
+
+
+def prompt(config: Config, length: int) -> list[int]:
+    """Token ids of no meaning, spread over the vocabulary."""
+    return [(i * 7919 + 13) % config.V for i in range(length)]
+
+
+def prefill_flop(config: Config, length: int) -> float:
+    """Operations of a prompt, the head for its last token only."""
+    weights = 12 * config.L * config.C**2
+    attention = 4 * config.L * config.C * length * (length + 1) / 2
+    return 2.0 * weights * length + 2.0 * config.V * config.C + attention
+
+
+def decode_bytes(config: Config, value_bytes: int, depth: int, new: int, batch: int) -> float:
+    """Bytes that `new` decode steps read: the weights each time, and each sequence's keys and values so far."""
+    weights = (config.parameters(padded=False) - config.maxT * config.C) * value_bytes
+    context = sum(2 * 4 * config.L * config.C * (depth + i + 1) for i in range(new))
+    return float(new * weights + batch * context)
+
+
+def time_prefill(model: GPT2, length: int) -> float:
+    """Seconds for a prompt."""
+    tokens = prompt(model.config, length)
+    cache = model.new_cache(length)
+    start = time.perf_counter()
+    model.prefill(cache, tokens)
+    return time.perf_counter() - start
+
+
+def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
+    """Seconds for `new` tokens each of `batch` sequences after `depth` tokens that are not timed."""
+    caches = [model.new_cache(depth + new) for _ in range(batch)]
+    for cache in caches:
+        model.prefill(cache, prompt(model.config, depth))
+    rows = [((13 + i) % model.config.V, cache, True) for i, cache in enumerate(caches)]
+    start = time.perf_counter()
+    for _ in range(new):
+        model.step(rows)
+    return time.perf_counter() - start
+
+
+def time_usual_job(model: GPT2 | SerialGPT2) -> float:
+    """Seconds of the serial program's usual job: 2 tokens in, 8 new ones."""
+    start = time.perf_counter()
+    list(model.generate([0, 0], max_new_tokens=REFERENCE_TOKENS))
+    return time.perf_counter() - start
+
+
+def time_process(path: str, *options: str) -> float:
+    """Seconds of the whole command for that job, interpreter start included."""
+    command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
+    start = time.perf_counter()
+    status = subprocess.run(command, cwd=TOOLS.parent, stdout=subprocess.DEVNULL).returncode
+    if status:
+        raise PyGPTError(f"the command that is measured ended with status {status}")
+    return time.perf_counter() - start
+
+
+def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]:
+    """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file; of
+    training, the most there was."""
+    command = [sys.executable, __file__, "--memory-of", json.dumps([test, path, threads, *sizes])]
+    found: dict[str, int] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return found
+
+
+def report_memory(test: str, path: str, threads: int, *sizes: int) -> None:
+    """The child of memory_of(): run the test once and print this process's resident memory."""
+    print(json.dumps((memory_of_training if test == "train" else memory_of_step)(test, path, threads, *sizes)))
+
+
+def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> dict[str, int]:
+    """After two iterations."""
+    with TrainableGPT2.load(path, threads=threads) as model:
+        for step in (1, 2):
+            bench_train.iterate(model, bench_train.batch_of(model.config, B, T), step)
+        peak, anonymous = bench_peers.peak_rss_bytes(), _resident()["RssAnon"]
+        arrays = model.parameters, model.gradients, model.first_moments, model.second_moments
+        return {
+            "peak_rss_bytes": peak,
+            "peak_anon_bytes": anonymous,
+            "parameter_bytes": sum(array.nbytes for array in arrays),
+        }
+
+
+def memory_of_step(test: str, path: str, threads: int, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
+    """After a prefill or a decode, when its caches are gone."""
+    with GPT2.load(path, threads=threads) as model:
+        before = _resident()
+        if test == "pp":
+            time_prefill(model, length)
+            cached = length
+        else:
+            time_decode(model, depth, new, batch)
+            cached = (depth + new) * batch
+        after = _resident()
+        cache = 2 * 4 * model.config.L * model.config.C * cached
+    return {
+        "peak_anon_bytes": after["RssAnon"],
+        "anon_before_bytes": before["RssAnon"],
+        "cache_bytes": cache,
+        "mapped_bytes": after["RssFile"],
+    }
+
+
+def _resident() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+# ------------------------------------------------------------------------------------------------ which tests
+
+
+def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: str) -> list[Test]:
+    """pygpt's tests for one thread count."""
+    config, threads, tests = model.config, model.threads, []
+    for length in options.prompts:
+        run = partial(time_prefill, model, length)
+        test = Test(f"pp{length}", threads, length, run, flop=prefill_flop(config, length), by="pygpt")
+        test.memory = memory_of("pp", path, threads, length, 0, 0, 1) if options.memory else {}
+        tests.append(test)
+    for depth in options.depths:
+        for batch in options.batches:
+            name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
+            run = partial(time_decode, model, depth, options.new, batch)
+            amount = decode_bytes(config, value_bytes, depth, options.new, batch)
+            test = Test(name, threads, options.new * batch, run, read_bytes=amount, by="pygpt")
+            test.memory = memory_of("tg", path, threads, 0, depth, options.new, batch) if options.memory else {}
+            tests.append(test)
+    if options.process:
+        tests.append(Test("process", threads, REFERENCE_TOKENS, lambda: time_process(path, "-t", str(threads)), by="pygpt"))
+    return tests
+
+
+def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: bool) -> list[Test]:
+    """The serial reference, and the same job on the fast path."""
+    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_usual_job(serial), by="reference")]
+    for model in models:
+        run = partial(time_usual_job, model)
+        tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by="pygpt"))
+    if process:
+        tests.append(Test("process", 1, REFERENCE_TOKENS, lambda: time_process(path, "--reference"), by="reference"))
+    return tests
+
+
+def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list[Test]:
+    """The peers' tests: each peer in its own process, at the highest thread count."""
+    threads, tests = max(options.threads), []
+    for name in options.against:
+        peer = stack.enter_context(bench_peers.Peer(name, path, threads))
+        for length in options.prompts:
+            run = partial(peer.prefill, length)
+            tests.append(Test(f"pp{length}", threads, length, run, by=name))
+        for depth in options.depths:
+            run = partial(peer.decode, options.new, depth)
+            tests.append(Test(f"tg{options.new}@d{depth}", threads, options.new, run, by=name))
+    return tests
+
+
+# ------------------------------------------------------------------------------------------------ running and printing
+
+
+def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[int, Ceilings]) -> None:
+    """Every test once a round, after one round that does not count; the ceilings between."""
+    for number in range(options.rounds + 1):
+        for ceiling in ceilings.values():
+            ceiling.measure(1)
+        for test in tests:
+            seconds = test.run()
+            if number:
+                test.seconds.append(seconds)
+        progress(options.rounds, number)
+
+
+def progress(rounds: int, number: int) -> None:
+    """Say how far it is."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\rround {number} of {rounds}", end="\n" if number == rounds else "", file=sys.stderr, flush=True)
+
+
+def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
+    """The object `ceilings` of the JSON output: the machine, the model, the limits."""
+    return {
+        "test": "ceilings",
+        "cpu": _cpu_name(),
+        "isa": cpu_info()["isa"],
+        "python": platform.python_version(),
+        "pygpt": __version__,
+        "commit": _commit(),
+        "model": {**{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}, "version": version},
+        "read_gb_s": {str(threads): found.read_gb_s for threads, found in ceilings.items()},
+        "fma_gflop_s": {str(threads): found.fma_gflop_s for threads, found in ceilings.items()},
+        **({"stream_gb_s": streams} if (streams := _streams(ceilings)) else {}),
+    }
+
+
+def _streams(ceilings: dict[int, Ceilings]) -> dict[str, float]:
+    """What an update of parameters could reach, where it was measured."""
+    found = {str(threads): ceiling.stream_gb_s for threads, ceiling in ceilings.items()}
+    return {threads: rate for threads, rate in found.items() if rate == rate}
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _commit() -> str:
+    try:
+        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TOOLS.parent, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return ""
+    return result.stdout.strip()
+
+
+def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """Add speed-up and efficiency over one thread, and over the reference, where both were run."""
+    rate = {(r["by"], r["test"], r["threads"]): r["tokens_per_s"] for r in results}
+    for r in results:
+        alone = rate.get((r["by"], r["test"], 1))
+        if r["by"] == "pygpt" and r["threads"] > 1 and alone:
+            r["speed_up"] = r["tokens_per_s"] / alone
+            limit = machine["fma_gflop_s" if r["test"].startswith("pp") else "read_gb_s"]
+            r["hardware_speed_up"] = limit[str(r["threads"])] / limit["1"]
+            r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
+        serial = rate.get(("reference", r["test"], 1))
+        if r["by"] == "pygpt" and serial:
+            r["speed_up_over_reference"] = r["tokens_per_s"] / serial
+            r["efficiency_over_reference"] = r["speed_up_over_reference"] / r["threads"]
+
+
+def print_machine(machine: dict[str, Any]) -> None:
+    """What ran on what, and the limits."""
+    print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}, pygpt {machine['pygpt']} {machine['commit']}")
+    for threads in machine["read_gb_s"]:
+        read, fma = machine["read_gb_s"][threads], machine["fma_gflop_s"][threads]
+        update = f", update's traffic {machine['stream_gb_s'][threads]:.1f} GB/s" if "stream_gb_s" in machine else ""
+        print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s{update}")
+    print()
+
+
+def print_markdown(results: list[dict[str, Any]]) -> None:
+    """A table to read, and to paste into BENCHMARKS.md."""
+    print("| test | by | threads | tokens/s | middle half | % of limit | x 1 thread | x reference | anon MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for r in results:
+        low, high = r["tokens_per_s_middle_half"]
+        extra = "" if r["peak_anon_bytes"] is None else f"{r['peak_anon_bytes'] / 1e6:.0f}"
+        columns = [
+            r["test"], r["by"], r["threads"], f"{r['tokens_per_s']:.4g}", f"{low:.4g} to {high:.4g}",
+            "" if r["percent_of_limit"] is None else f"{r['percent_of_limit']:.0f}",
+            f"{r['speed_up']:.2f}" if "speed_up" in r else "",
+            f"{r['speed_up_over_reference']:.1f}" if "speed_up_over_reference" in r else "", extra,
+        ]  # fmt: skip
+        print("| " + " | ".join(str(column) for column in columns) + " |")
+
+
+def print_csv(results: list[dict[str, Any]]) -> None:
+    """One line a test, the union of their fields as columns."""
+    fields = list(dict.fromkeys(name for r in results for name in r))
+    writer = csv.DictWriter(sys.stdout, fields)
+    writer.writeheader()
+    writer.writerows(results)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def numbers(text: str) -> list[int]:
+    """A list of positive whole numbers, such as 64,512,1000."""
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 10**6 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive whole numbers such as 64,512")
+    return [int(word) for word in words]
+
+
+def one_number(text: str) -> int:
+    """A positive whole number."""
+    found = numbers(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is a list: one whole number is wanted")
+    return found[0]
+
+
+GENERATION = {"prompts": [64, 512, 1000], "new": 64, "depths": [8, 512], "batches": [1, BATCH]}
+TRAINING = {"B": 4, "T": 64}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options and their help."""
+    parser = Parser(
+        prog="bench",
+        usage="python tools/bench.py [options]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-m", "--model", help="an llm.c checkpoint (default: as the command finds one)")
+    add("-p", "--prompts", type=numbers, help="prompt lengths (64,512,1000)")
+    add("-n", "--new", type=one_number, help="new tokens of a decode test (64)")
+    add("-d", "--depths", type=numbers, help="tokens of context before them (8,512)")
+    add("-b", "--batches", type=numbers, help=f"sequences decoded together (1,{BATCH})")
+    add("--train", action="store_true", help="training instead: forward, backward, norm, update")
+    add("-B", type=one_number, help="its sequences in a batch (4)")
+    add("-T", type=one_number, help="its tokens in a sequence (64)")
+    add("-t", "--threads", type=numbers, default="1,2", help="thread counts (1,2)")
+    add("-r", "--rounds", type=one_number, default="5", help="rounds (5)")
+    add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md, json or csv")
+    add("--reference", action="store_true", help="the serial reference too (slow)")
+    add("--against", default="", help="peers, separated by commas, or all that are installed")
+    add("--no-process", dest="process", action="store_false", help="leave out the whole process")
+    add("--no-memory", dest="memory", action="store_false", help="leave out the memory figures")
+    add(
+        "--limit-megabytes",
+        type=one_number,
+        default="512",
+        help="memory that the limits are measured in: no cache holds it (512)",
+    )
+    add("--memory-of", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    options = build_parser().parse_args(arguments)
+    mine, others = (TRAINING, GENERATION) if options.train else (GENERATION, TRAINING)
+    for name in others:
+        if getattr(options, name) is not None:
+            flag = f"-{name[0]}"
+            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
+    for name, usual in mine.items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    options.threads = sorted({*options.threads})
+    options.against = resolve_peers(options.against, bench_peers.TRAINING if options.train else bench_peers.PEERS)
+    return options
+
+
+def resolve_peers(text: str, known: Iterable[str]) -> list[str]:
+    """The peers to run; raises InputError for one that is unknown or not installed."""
+    installed = [name for name in bench_peers.available() if name in known]
+    wanted = installed if text == "all" else [*filter(None, text.split(","))]
+    for name in wanted:
+        if name not in known:
+            raise InputError(f"--against: {name!r} is not a peer here; peers are {', '.join(known)}")
+        if name not in installed:
+            raise InputError(f"--against: {name!r} is not installed; installed are {', '.join(installed) or 'none'}")
+    return wanted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    return status_of(lambda: run(parse(arguments)))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and print."""
+    if options.memory_of:
+        report_memory(*json.loads(options.memory_of))
+        return
+    check_stdout("the results")
+    path = os.path.abspath(find_model(options.model)[0])  # the processes that are measured have another current folder
+    try:
+        machine, results = (measure_training if options.train else measure)(options, path)
+    except (RuntimeError, subprocess.SubprocessError) as error:  # a peer's, a child's
+        raise PyGPTError(str(error)) from None
+    if options.train:
+        bench_train.scaling(results)
+    else:
+        scaling(results, machine)
+    if options.output == "json":
+        print(json.dumps([machine, *results], indent=1))
+    elif options.output == "csv":
+        print_csv(results)
+    else:
+        print_machine(machine)
+        (bench_train.print_markdown if options.train else print_markdown)(results)
+
+
+Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # the machine's object, the tests' objects
+
+
+def measure(options: argparse.Namespace, path: str) -> Measured:
+    """Open everything and run the rounds."""
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint(path))
+        config = checkpoint.config
+        models = [stack.enter_context(GPT2.load(path, threads=threads)) for threads in options.threads]
+        ceilings = open_ceilings(options, stack)
+        leave_out(options, config.maxT)
+        tests = [test for model in models for test in own_tests(options, model, 2 if checkpoint.bf16 else 4, path)]
+        if options.reference:
+            serial = stack.enter_context(SerialGPT2.load(path))
+            tests += reference_tests(serial, models, path, options.process)
+        if options.against:
+            tests += peer_tests(options, stack, path)
+        run_rounds(options, tests, ceilings)
+        return describe(config, checkpoint.version, ceilings), [test.result(ceilings) for test in tests]
+
+
+def leave_out(options: argparse.Namespace, maxT: int) -> None:
+    """Take out of the options what the model's context has no room for, and say so."""
+    names = [f"pp{length}" for length in options.prompts if length > maxT]
+    names += [f"tg{options.new}@d{depth}" for depth in options.depths if depth + options.new > maxT]
+    options.prompts = [length for length in options.prompts if length <= maxT]
+    options.depths = [depth for depth in options.depths if depth + options.new <= maxT]
+    if maxT < 2 + REFERENCE_TOKENS:
+        names += ["process"] * options.process + ["the reference"] * options.reference
+        options.process = options.reference = False
+    if names:
+        say(f"left out, for the model takes {maxT} tokens: {', '.join(names)}")
+
+
+def open_ceilings(options: argparse.Namespace, stack: ExitStack) -> dict[int, Ceilings]:
+    """The machine's limits, yet to be measured, by thread count."""
+    size = options.limit_megabytes
+    return {n: stack.enter_context(Ceilings(n, megabytes=size, stream=options.train)) for n in options.threads}
+
+
+def measure_training(options: argparse.Namespace, path: str) -> Measured:
+    """The same for training."""
+    with Checkpoint(path) as checkpoint:
+        config, version = checkpoint.config, checkpoint.version
+    batch = bench_train.batch_of(config, options.B, options.T)
+    with ExitStack() as stack:
+        ceilings = open_ceilings(options, stack)
+        results = bench_train.measure(
+            path,
+            config,
+            batch,
+            options.rounds,
+            ceilings,
+            memory_of=(lambda threads: memory_of("train", path, threads, options.B, options.T)) if options.memory else None,
+            peers=options.against,
+            reference=options.reference,
+            progress=partial(progress, options.rounds),
+        )
+        return describe(config, version, ceilings), results
+

@@ -1,0 +1,258 @@
+"""What `bench.py --train` does: iterations of training, part by part, held against what the machine can do.
+
+An iteration is forward, backward, the gradient's norm and one step of AdamW on one batch of B x T tokens, the same every time;
+all who train begin with the same weights. Every round each of them does one iteration; the first round, which brings pages
+and plans into being, does not count. The serial reference does a single iteration after all rounds. Nobody's times are
+reported unless the losses agree: those of all thread counts to the last bit, a peer's and the reference's to TOLERANCE.
+
+Limits. Forward and backward count 2 and 4 operations for each weight of a product and token (12 L C^2 + V C weights), and 4 and
+8 C for each token, layer and key it sees, against the FMA peak; what the backward pass computes again is not credited. The norm
+reads 4 bytes a parameter, against the read bandwidth; AdamW moves 28, against the same traffic without its arithmetic. Above
+100% some of it came from a cache.
+
+Fields of a test in JSON, beside those that all tests have: B, T; forward_ms, backward_ms, norm_ms, update_ms and total_ms,
+medians, with ..._middle_half of each; ..._percent_of_limit of each part, and percent_of_limit: the least times of all parts
+together over total_ms; losses of the first iterations, the uncounted one included; speed_up over one thread, efficiency
+(speed_up / threads), ..._speed_up of each part, hardware_speed_up (of the least times) and percent_of_hardware_scaling; the
+first three again with _over_reference; peak_rss_bytes, peak_anon_bytes, parameter_bytes.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+from .peers import Peer
+
+from pygpt import Ceilings, Config, InputError, PyGPTError, SerialTrainableGPT2, TrainableGPT2
+
+PARTS = ("forward", "backward", "norm", "update")
+ADAMW: dict[str, Any] = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # as llm.c's train_gpt2.c
+TOLERANCE = 1e-3  # of a loss, relative to it where it is above 1
+COMPARED = 3  # iterations whose losses are
+Ids = list[list[int]]
+Result = dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """B sequences of T tokens and, for each token, the one after it."""
+
+    inputs: Ids
+    targets: Ids
+
+    @property
+    def tokens(self) -> int:
+        """B x T."""
+        return len(self.inputs) * len(self.inputs[0])
+
+
+class Iteration(NamedTuple):
+    """One iteration: its mean loss, and the seconds of each part."""
+
+    loss: float
+    forward: float
+    backward: float
+    norm: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return self.forward + self.backward + self.norm + self.update
+
+
+def batch_of(config: Config, B: int, T: int) -> Batch:
+    """Token ids of no meaning, spread over the vocabulary; raises InputError for sequences that the model cannot take."""
+    if config.maxT < T:
+        raise InputError(f"-T is {T}: the model takes at most {config.maxT} tokens")
+    ids = [(i * 7919 + 13) % config.V for i in range(B * T + 1)]
+    return Batch(*([ids[start + b * T : start + (b + 1) * T] for b in range(B)] for start in (0, 1)))
+
+
+# ------------------------------------------------------------------------------------------------ who trains
+
+
+def iterate(model: TrainableGPT2 | SerialTrainableGPT2, batch: Batch, step: int) -> Iteration:
+    """One iteration, the step-th (from 1) of this model's training."""
+    times = [time.perf_counter()]
+    losses = model.forward(*batch)
+    times.append(time.perf_counter())
+    model.backward()
+    times.append(time.perf_counter())
+    model.gradient_norm()
+    times.append(time.perf_counter())
+    model.update(step=step, **ADAMW)
+    times.append(time.perf_counter())
+    forward, backward, norm, update = (end - begin for begin, end in pairwise(times))
+    return Iteration(float(losses.mean(dtype="f8")), forward, backward, norm, update)
+
+
+def iterate_peer(peer: Peer, batch: Batch, step: int) -> Iteration:
+    """The same of a peer, which counts its steps itself."""
+    return Iteration(**peer.train(*batch, **ADAMW))
+
+
+class Test:
+    """One who trains, and its iterations so far."""
+
+    def __init__(self, by: str, threads: int, iterate: Callable[[Batch, int], Iteration], *, uncounted: int = 1) -> None:
+        self.by, self.threads, self.iterate, self.uncounted = by, threads, iterate, uncounted
+        self.iterations: list[Iteration] = []
+        self.memory: dict[str, int] = {}
+
+    def run(self, batch: Batch) -> None:
+        """One iteration more."""
+        self.iterations.append(self.iterate(batch, len(self.iterations) + 1))
+
+    def result(self, batch: Batch, least: Iteration | None) -> Result:
+        """The test as an object of the JSON output; `least` are the times that the machine's limits allow."""
+        counted = self.iterations[self.uncounted :]
+        B, T = len(batch.inputs), len(batch.inputs[0])
+        found: Result = {"test": f"train_b{B}_t{T}", "by": self.by, "threads": self.threads, "B": B, "T": T}
+        for part in (*PARTS, "total"):
+            times = sorted(1e3 * getattr(iteration, part) for iteration in counted)
+            found[f"{part}_ms"] = median(times)
+            found[f"{part}_ms_middle_half"] = [times[len(times) // 4], times[-1 - len(times) // 4]]
+            if least is not None:
+                name = "percent_of_limit" if part == "total" else f"{part}_percent_of_limit"
+                found[name] = 100 * 1e3 * getattr(least, part) / found[f"{part}_ms"]
+        seconds = found["total_ms"] / 1e3
+        low, high = found["total_ms_middle_half"]
+        found |= {"tokens_per_s": batch.tokens / seconds, "seconds": seconds, "rounds": len(counted)}
+        found["tokens_per_s_middle_half"] = [1e3 * batch.tokens / high, 1e3 * batch.tokens / low]
+        return found | {"losses": [iteration.loss for iteration in self.iterations[:COMPARED]], **self.memory}
+
+
+def check_losses(tests: Iterable[Test]) -> None:
+    """Raise PyGPTError unless all tests train the same network: the first test's losses are held against the others'."""
+    first, *others = tests
+    for other in others:
+        for number, (ours, theirs) in enumerate(zip(first.iterations[:COMPARED], other.iterations, strict=False), 1):
+            allowed = 0.0 if other.by == first.by else TOLERANCE * max(1.0, abs(ours.loss))
+            if not abs(ours.loss - theirs.loss) <= allowed:  # NaN agrees with nothing
+                whose = f"{other.by}'s with {other.threads} threads is {theirs.loss!r}"
+                raise PyGPTError(
+                    f"iteration {number} does not compare: {first.by}'s loss with {first.threads} threads is {ours.loss!r}, "
+                    f"{whose}, and they may differ by {allowed:g}"
+                )
+
+
+# ------------------------------------------------------------------------------------------------ limits
+
+
+def flop(config: Config, batch: Batch) -> tuple[float, float]:
+    """Operations of the forward and of the backward pass."""
+    B, T = len(batch.inputs), len(batch.inputs[0])
+    weights = 12 * config.L * config.C**2 + config.V * config.C
+    attention = 4.0 * config.L * config.C * B * T * (T + 1) / 2
+    forward = 2.0 * weights * batch.tokens + attention
+    return forward, 2 * forward
+
+
+def least_times(config: Config, batch: Batch, ceiling: Ceilings) -> Iteration:
+    """The seconds that each part takes at the machine's limits."""
+    forward, backward = (amount / (ceiling.fma_gflop_s * 1e9) for amount in flop(config, batch))
+    size = 4 * config.parameters(padded=True)
+    return Iteration(0.0, forward, backward, size / (ceiling.read_gb_s * 1e9), 7 * size / (ceiling.stream_gb_s * 1e9))
+
+
+def scaling(results: list[Result]) -> None:
+    """Add speed-up and efficiency over one thread, and over the reference, where both were run."""
+    for suffix, by in (("", "pygpt"), ("_over_reference", "reference")):
+        base = next((r for r in results if r["by"] == by and r["threads"] == 1), None)
+        for r in results:
+            if base is None or r["by"] != "pygpt" or (r is base and not suffix):
+                continue
+            for part in PARTS:
+                r[f"{part}_speed_up{suffix}"] = base[f"{part}_ms"] / r[f"{part}_ms"]
+            r[f"speed_up{suffix}"] = base["total_ms"] / r["total_ms"]
+            r[f"efficiency{suffix}"] = r[f"speed_up{suffix}"] / r["threads"]
+            if not suffix:  # the machine's own speed-up: of the least times
+                times = [r["percent_of_limit"] * r["total_ms"] for r in (base, r)]
+                r["hardware_speed_up"] = times[0] / times[1]
+                r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
+
+
+# ------------------------------------------------------------------------------------------------ running and printing
+
+
+def measure(
+    path: str,
+    config: Config,
+    batch: Batch,
+    rounds: int,
+    ceilings: dict[int, Ceilings],
+    *,
+    memory_of: Callable[[int], dict[str, int]] | None,
+    peers: Iterable[str] = (),
+    reference: bool = False,
+    progress: Callable[[int], None],
+) -> list[Result]:
+    """Train on `path` with each of the ceilings' thread counts, and beside it whoever is wanted: results in that order."""
+    with ExitStack() as stack:
+        models = [stack.enter_context(TrainableGPT2.load(path, threads=threads)) for threads in ceilings]
+        others = [stack.enter_context(Peer(name, path, max(ceilings))) for name in peers]
+        tests = [Test("pygpt", model.threads, partial(iterate, model)) for model in models]
+        tests += [Test(peer.name, max(ceilings), partial(iterate_peer, peer)) for peer in others]
+        for number in range(rounds + 1):
+            for ceiling in ceilings.values():
+                ceiling.measure(1)
+            for test in tests:
+                test.run(batch)
+            if number < COMPARED:
+                check_losses(tests)
+            progress(number)
+        if memory_of:
+            for test, peer in zip(tests[len(models) :], others, strict=True):
+                test.memory = {"peak_rss_bytes": peer.peak_rss_bytes()}
+    if memory_of:  # of processes of their own, now that the models here are gone
+        for test in tests[: len(models)]:
+            test.memory = memory_of(test.threads)
+    if reference:
+        tests.append(reference_test(path, batch))
+        check_losses([tests[0], tests[-1]])
+    least = {threads: least_times(config, batch, ceiling) for threads, ceiling in ceilings.items()}
+    return [test.result(batch, least[test.threads] if test.by == "pygpt" else None) for test in tests]
+
+
+def reference_test(path: str, batch: Batch) -> Test:
+    """The serial reference's one iteration, with its pages in place."""
+    with SerialTrainableGPT2.load(path) as model:
+        for array in (model.gradients, model.first_moments, model.second_moments):
+            array.fill(0)
+        test = Test("reference", 1, partial(iterate, model), uncounted=0)
+        test.run(batch)
+    return test
+
+
+def print_markdown(results: list[Result]) -> None:
+    """A table to read, and to paste into BENCHMARKS.md."""
+    heads = [
+        *("by", "threads", "forward ms", "backward ms", "norm ms", "update ms", "total ms", "middle half", "tokens/s"),
+        *("% of limit: forward", "backward", "norm", "update", "total"),
+        *("x 1 thread", "efficiency", "x reference", "anon MB", "peak MB"),
+    ]
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
+    for r in results:
+        low, high = r["total_ms_middle_half"]
+        limits = [*(f"{part}_percent_of_limit" for part in PARTS), "percent_of_limit"]
+        columns = [
+            r["by"], r["threads"], *(f"{r[f'{part}_ms']:.4g}" for part in (*PARTS, "total")), f"{low:.4g} to {high:.4g}",
+            f"{r['tokens_per_s']:.4g}", *(_figure(r, name, 0) for name in limits), _figure(r, "speed_up", 2),
+            _figure(r, "efficiency", 2), _figure(r, "speed_up_over_reference", 1), _figure(r, "peak_anon_bytes", 0, 1e6),
+            _figure(r, "peak_rss_bytes", 0, 1e6),
+        ]  # fmt: skip
+        print("| " + " | ".join(str(column) for column in columns) + " |")
+    first = results[0]
+    print(f"\n{first['test']}: medians of {first['rounds']} iterations after one that does not count.")
+    if results[-1]["by"] == "reference":
+        print("The reference did one iteration, not repeated.")
+
+
+def _figure(result: Result, name: str, digits: int, unit: float = 1) -> str:
+    """A field that may be missing."""
+    return f"{result[name] / unit:.{digits}f}" if name in result else ""

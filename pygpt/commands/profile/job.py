@@ -1,0 +1,316 @@
+"""The job that is profiled, a Generation (a prompt, then tokens one by one) or a Training (iterations on one batch); and what
+the workers noted meanwhile.
+
+A Call is one prefill() or decode() and the choice of the next token, or one iteration of training, timed from outside; its
+steps are what happened inside, worker by worker. All times are nanoseconds of one monotonic clock, the same that the kernels'
+trace reads.
+"""
+
+import hashlib
+import math
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+from pygpt import GPT2, Checkpoint, Config, InputError, NumericalError, SerialTrainableGPT2, Trace, TrainableGPT2
+from pygpt._kernels import PHASES
+from pygpt.config import TENSORS
+from pygpt.generation.sampling import sample
+
+WAKE = "wake-up"  # the time in which some workers are up and others are still asleep
+FIRST = ("encoder", "dlogits", "norm", "update")  # the phases that begin a step
+STAGES = ("forward", "backward", "norm", "update")  # of an iteration of training: a step each
+HEAD = ("lnf", "logits", "loss", "dlogits", "dhead", "dlnf")
+
+
+def clock() -> int:
+    """The kernels' clock."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+class Event(NamedTuple):
+    """One phase on one worker: it computes from begin to end and waits for the others from end to left."""
+
+    phase: str
+    layer: int
+    begin: int
+    end: int
+    left: int
+
+
+def place(phase: str, layer: int) -> str:
+    """Where in the network a phase is: a layer's number, the encoder before the layers, the head behind them; else itself."""
+    if phase in HEAD:
+        return "head"
+    if phase in ("encoder", "dencoder"):
+        return "encoder"
+    return phase if phase in (WAKE, "norm", "update") else str(layer)
+
+
+Step = list[list[Event]]  # one pass through the network: each worker's events in time order, empty where it took no part
+
+
+@dataclass
+class Call:
+    """One prefill or decode from outside: `ran` is when the logits were there, `done` when the next token was chosen. Or one
+    iteration of training, where these are the same, and `stages` says when each of STAGES ended."""
+
+    mode: str
+    position: int  # tokens in the cache before
+    rows: int
+    begin: int
+    ran: int
+    done: int
+    stages: tuple[int, ...] = ()
+    sequences: int = 1
+    steps: list[Step] = field(default_factory=list)
+
+    def times(self) -> Iterator[tuple[str, int]]:
+        """What is compared between runs: the call's own time by its mode, then each stage's by its name."""
+        yield self.mode, self.done - self.begin
+        for name, (begin, end) in zip(STAGES, pairwise((self.begin, *self.stages)), strict=False):
+            yield name, end - begin
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What to run: the prompt, how many tokens to decode after it, and how each is chosen."""
+
+    prompt: list[int]
+    new: int
+    sampler: str = "median"
+
+    modes: ClassVar = ("prefill", "decode")
+    timed: ClassVar = modes  # what is compared between runs
+
+    def open(self, path: str, threads: int | None) -> GPT2:
+        """The model that runs it."""
+        return GPT2.load(path, threads=threads)
+
+    def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
+        """Run it once: its calls, and a digest of the bits of all logits (made between the calls)."""
+        cache = model.new_cache(len(self.prompt) + self.new)
+        bits = hashlib.blake2b(digest_size=16)
+        calls = []
+        tokens = self.prompt
+        for number in range(self.new + 1):
+            position = cache.length
+            begin = clock()
+            logits = model.decode(cache, tokens[0]) if number else model.prefill(cache, tokens)
+            ran = clock()
+            token = sample(self.sampler, logits.reshape(1, -1).data, 0)
+            calls.append(Call(self.modes[number > 0], position, len(tokens), begin, ran, clock()))
+            if digest:
+                bits.update(logits.data)
+            tokens = [token]
+        return calls, bits.hexdigest()
+
+    def warm_up(self, model: GPT2) -> None:
+        """Touch every page of weights and activations once."""
+        replace(self, new=min(self.new, 2)).run(model, digest=False)
+
+    def events(self, config: Config) -> int:
+        """Room for all events that a worker can note: steps of a prompt have 16 rows at the least."""
+        return (11 * config.L + 4) * (self.new + len(self.prompt) // 16 + 2)
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {"prompt_tokens": len(self.prompt), "new_tokens": self.new, "sampler": self.sampler}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to run: iterations of training on one batch, each from the weights that the one before left. Every run begins with
+    the weights of the file."""
+
+    path: str
+    inputs: list[list[int]]
+    targets: list[list[int]]
+    iterations: int
+
+    modes: ClassVar = ("train",)
+    timed: ClassVar = ("train", *STAGES)
+
+    @classmethod
+    def of(cls, path: str, B: int, T: int, iterations: int) -> "Training":
+        """A made-up batch; raises InputError for sequences that the model cannot take."""
+        with Checkpoint(path) as checkpoint:
+            V, maxT = checkpoint.config.V, checkpoint.config.maxT
+        if maxT < T:
+            raise InputError(f"-T is {T}: the model takes at most {maxT} tokens")
+        ids = [(13 + 7919 * i) % V for i in range(B * T + 1)]
+        inputs, targets = ([ids[start + b * T : start + (b + 1) * T] for b in range(B)] for start in (0, 1))
+        return cls(path, inputs, targets, iterations)
+
+    def open(self, path: str, threads: int | None) -> TrainableGPT2:
+        """The model that runs it."""
+        return TrainableGPT2.load(path, threads=threads)
+
+    def run(self, model: TrainableGPT2 | SerialTrainableGPT2, *, digest: bool = True) -> tuple[list[Call], str]:
+        """Run it once: its calls, and a digest of the bits of all losses, norms and of the weights at the end."""
+        self._restore(model)
+        bits = hashlib.blake2b(digest_size=16)
+        calls = []
+        for step in range(1, self.iterations + 1):
+            begin = clock()
+            losses = model.forward(self.inputs, self.targets)
+            forward = clock()
+            model.backward()
+            backward = clock()
+            norm = model.gradient_norm()
+            normed = clock()
+            model.update(lr=1e-4, step=step)
+            done = clock()
+            calls.append(Call("train", 0, losses.size, begin, done, done, (forward, backward, normed, done), len(losses)))
+            bits.update(losses.data)
+            bits.update(struct.pack("d", norm))
+            if not math.isfinite(norm):
+                raise NumericalError(f"the gradient's norm is {norm} in iteration {step}: take fewer iterations (-n)")
+        if digest:
+            bits.update(model.parameters.data)
+        return calls, bits.hexdigest()
+
+    def _restore(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
+        with Checkpoint(self.path) as checkpoint:
+            for name, _ in TENSORS:
+                model.tensor(name)[...] = checkpoint.tensor(name)
+        for array in (model.gradients, model.first_moments, model.second_moments):
+            array.fill(0)
+
+    def warm_up(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
+        """Touch every page of weights, gradients, moments and activations once."""
+        replace(self, iterations=1).run(model, digest=False)
+
+    def events(self, config: Config) -> int:
+        """Room for all events that a worker can note."""
+        return (18 * config.L + 12) * self.iterations
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {"B": len(self.inputs), "T": len(self.inputs[0]), "iterations": self.iterations}
+
+
+Job = Generation | Training
+
+
+class Planted(NamedTuple):
+    """Slowness planted to see whether the report finds it: `times` as long in a phase (None: all), on a worker (None: all)."""
+
+    phase: str | None
+    times: float
+    worker: int | None
+
+
+class Recording:
+    """All rounds of a job: calls of the traced ones, calls of the untraced ones, and digests of their logits."""
+
+    def __init__(self, capacity: int, nth: int) -> None:
+        self.capacity = capacity
+        self.dropped = [0] * nth
+        self.calls: list[Call] = []
+        self.untraced: list[Call] = []
+        self.digests: dict[str, set[str]] = {"profiled": set(), "unprofiled": set()}
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether every logit of every round had the same bits, traced or not."""
+        return len(self.digests["profiled"] | self.digests["unprofiled"]) == 1
+
+
+def record(model: Any, job: Job, rounds: int, capacity: int | None = None, planted: Sequence[Planted] = ()) -> Recording:
+    """Run the job `rounds` times untraced and traced in turn, on a model that its open() made."""
+    out = Recording(capacity or job.events(model.config), model.threads)
+    trace = Trace(model.threads, out.capacity)
+    plant(trace, planted)
+    job.warm_up(model)
+    for _ in range(rounds):
+        calls, digest = job.run(model)
+        out.untraced += calls
+        out.digests["unprofiled"].add(digest)
+        trace.clear()
+        model.record(trace)
+        try:
+            calls, digest = job.run(model)
+        finally:
+            model.record(None)
+        out.digests["profiled"].add(digest)
+        notes = [[Event(*event) for event in trace.events(ith)] for ith in range(trace.nth)]
+        out.calls += assign(calls, notes)
+        out.dropped = [before + trace.dropped(ith) for ith, before in enumerate(out.dropped)]
+    return out
+
+
+def plant(trace: Trace, planted: Sequence[Planted]) -> None:
+    """Plant slowness in a trace; raises InputError for a phase or a worker that is not there."""
+    for phase, times, worker in planted:
+        for ith in range(trace.nth) if worker is None else [worker]:
+            try:
+                trace.stretch(ith, phase, times)
+            except InputError:
+                raise InputError(f"--stretch: no worker {ith}: workers are 0 to {trace.nth - 1}") from None
+            except ValueError:
+                raise InputError(f"--stretch: no phase {phase!r}: phases are {', '.join(PHASES)}, or all") from None
+
+
+# ------------------------------------------------------------------------------------------------ from events to steps
+
+
+def assign(calls: list[Call], notes: list[list[Event]]) -> list[Call]:
+    """Give each call its steps. A step begins with a phase of FIRST; another worker's events belong to the last step that
+    worker 0 had begun when they were left, for no step begins before all workers have finished the one before. Where workers
+    never meet, another one may have left a step before worker 0 began it: then it is the next that begins as the events do."""
+    parts = [_split(events) for events in notes]
+    starts = [part[0].begin for part in parts[0]]
+    steps: list[Step] = [[part, *([] for _ in notes[1:])] for part in parts[0]]
+    for ith, theirs in enumerate(parts[1:], 1):
+        at = 0
+        for part in theirs:
+            while at + 1 < len(starts) and starts[at + 1] <= part[-1].left:
+                at += 1
+            while at + 1 < len(starts) and parts[0][at][0].phase != part[0].phase:
+                at += 1
+            if steps:
+                steps[at][ith] = part
+    rest = iter(steps)
+    step = next(rest, None)
+    for call in calls:
+        while step is not None and step[0][0].begin < call.ran:
+            call.steps.append(settle(step))
+            step = next(rest, None)
+    return calls
+
+
+def _split(events: list[Event]) -> list[list[Event]]:
+    """Cut one worker's events where a step begins."""
+    parts: list[list[Event]] = []
+    for event in events:
+        if event.phase in FIRST or not parts:
+            parts.append([])
+        parts[-1].append(event)
+    return parts
+
+
+def settle(step: Step) -> Step:
+    """Make the workers of a step begin and end together: who is up first waits for the others to wake up, and who is done
+    first waits for the others in the pool."""
+    present = [events for events in step if events]
+    first, up = min(events[0].begin for events in present), max(events[0].begin for events in present)
+    last = max(events[-1].left for events in present)
+    return [_settle(events, first, up, last) if events else events for events in step]
+
+
+def _settle(events: list[Event], first: int, up: int, last: int) -> list[Event]:
+    """One worker's part of settle(): the others are all up at `up`, and all done at `last`."""
+    head, *rest = events
+    begun = [head]
+    if head.begin > first:
+        begun = [Event(WAKE, 0, first, first, head.begin), head]
+    elif (asleep := min(up, head.left)) > head.end:  # its first phase was done, and the others had not begun
+        waited = Event(WAKE, 0, head.end, head.end, asleep)
+        begun = [head._replace(left=head.end), waited, head._replace(begin=asleep, end=asleep)]
+    settled = begun + rest
+    settled[-1] = settled[-1]._replace(left=last)
+    return settled

@@ -1,0 +1,172 @@
+"""Pictures of a report, as SVG and PNG: hotspots, the workers' timeline, speed-up against the ideal. Needs matplotlib."""
+
+import os
+from typing import Any
+
+from pygpt import PyGPTError
+from pygpt.formats.files import atomic_file
+
+from .job import WAKE, Call, Event
+
+Report = dict[str, Any]
+
+# One colour for each kernel wherever it appears: products in blues, attention orange, small kernels in greens; backwards the
+# same a shade away; what training alone does in browns.
+COLOURS = {
+    "qkv": "#4292c6",
+    "attproj": "#9ecae1",
+    "fc": "#08519c",
+    "fcproj": "#2171b5",
+    "logits": "#6a51a3",
+    "attention": "#fd8d3c",
+    "ln1": "#74c476",
+    "ln2": "#41ab5d",
+    "lnf": "#238b45",
+    "encoder": "#a1d99b",
+    "dqkv": "#6baed6",
+    "dattproj": "#c6dbef",
+    "dfc": "#08306b",
+    "dfcproj": "#2c7fb8",
+    "dhead": "#9e9ac8",
+    "dattention": "#e6550d",
+    "dln1": "#98df8a",
+    "dln2": "#31a354",
+    "dlnf": "#006d2c",
+    "dencoder": "#c7e9c0",
+    "loss": "#d8b365",
+    "dlogits": "#a6761d",
+    "norm": "#8c6d31",
+    "update": "#7f3b08",
+    "sampler": "#e7298a",
+    "python, pool": "#969696",
+    WAKE: "#d9d9d9",
+    "wait": "#cb181d",
+}
+OTHER = "#555555"
+
+
+def matplotlib() -> Any:
+    """matplotlib's pyplot, drawing to files; raises PyGPTError with the way to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise PyGPTError("--plot needs matplotlib: python -m pip install -e '.[tools]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "pygpt"})
+    return plt
+
+
+def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
+    """Write all pictures into the folder; returns their names."""
+    plt = matplotlib()
+    os.makedirs(folder, exist_ok=True)
+    figures = {
+        "hotspots": hotspots(plt, report),
+        "timeline": timeline(plt, calls, report["machine"]["threads"]),
+        "speedup": speedup(plt, report),
+    }
+    written = []
+    for name, figure in figures.items():
+        for suffix in ("svg", "png"):
+            written.append(os.path.join(folder, f"{name}.{suffix}"))
+            save(figure, written[-1])
+        plt.close(figure)
+    return written
+
+
+def save(figure: Any, name: str) -> None:
+    """Write a picture, which takes its name once it is whole; the kind is the name's ending."""
+    with atomic_file(name) as file:
+        figure.savefig(file, format=name.rpartition(".")[2], dpi=120)
+
+
+def hotspots(plt: Any, report: Report) -> Any:
+    """Bars of self and wait for every row of each mode."""
+    modes, rows_of_all = list(report["modes"]), report["kernels"]
+    longest = max(sum(row["mode"] == mode for row in rows_of_all) for mode in modes)
+    size = (5.5 * len(modes) if len(modes) > 1 else 8, max(5, 0.27 * longest))
+    figure, axes = plt.subplots(1, len(modes), figsize=size, layout="constrained", squeeze=False)
+    for axis, mode in zip(axes[0], modes, strict=True):
+        rows = [row for row in rows_of_all if row["mode"] == mode][::-1]
+        wall = report["modes"][mode]["wall_ns"]
+        names = [row["name"] for row in rows]
+        selves = [100 * row["self_ns"] / wall for row in rows]
+        waits = [100 * row["wait_ns"] / wall for row in rows]
+        axis.barh(names, selves, color=[COLOURS.get(name, OTHER) for name in names])
+        axis.barh(names, waits, left=selves, color=COLOURS["wait"], label="waiting")
+        for y, row in enumerate(rows):
+            roof = "" if row["roof"] is None else f", {100 * row['roof']:.0f}% of {row['bound']}"
+            axis.text(100 * row["share"], y, f" {100 * row['share']:.1f}%{roof}", va="center", fontsize=8)
+        axis.set_xlim(0, 1.45 * max(100 * row["share"] for row in rows))
+        axis.set_xlabel("share of the time, %")
+        axis.set_title(f"{mode}: {report['modes'][mode]['median_call_ns'] / 1e6:.2f} ms a call")
+        axis.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
+    """The workers of the last call of each mode, phase by phase; waiting is red, Python and pool are blank."""
+    from matplotlib.patches import Patch
+
+    shown = [*{call.mode: call for call in calls}.values()]
+    height = 1.4 + len(shown) * (1 + 0.45 * nth)
+    figure, axes = plt.subplots(len(shown), 1, figsize=(11, height), layout="constrained", squeeze=False)
+    seen: set[str] = set()
+    for axis, call in zip(axes[:, 0], shown, strict=True):
+        for ith in range(nth):
+            bars = [bar for step in call.steps for event in step[ith] for bar in _bars(event)]
+            if ith == 0 and not call.stages:
+                bars.append(("sampler", call.ran, call.done))
+            seen.update(name for name, _, _ in bars)
+            spans = [((begin - call.begin) / 1e6, (end - begin) / 1e6) for _, begin, end in bars]
+            axis.broken_barh(spans, (ith - 0.4, 0.8), facecolors=[COLOURS.get(name, OTHER) for name, _, _ in bars])
+        axis.set_yticks(range(nth), [f"worker {ith}" for ith in range(nth)])
+        axis.set_ylim(nth - 0.5, -0.5)
+        axis.set_xlim(0, (call.done - call.begin) / 1e6)
+        axis.set_xlabel("ms")
+        axis.set_title(_title(call), loc="left")
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in seen]
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
+    return figure
+
+
+def _title(call: Call) -> str:
+    if call.stages:
+        return f"an iteration of training, sequences: {call.sequences}, tokens: {call.rows}"
+    return f"prefill, tokens: {call.rows}" if call.mode == "prefill" else f"one token at position {call.position}"
+
+
+def _bars(event: Event) -> list[tuple[str, int, int]]:
+    """A phase and the wait after it as (name, begin, end), empty ones left out."""
+    waiting = WAKE if event.phase == WAKE else "wait"
+    bars = [(event.phase, event.begin, event.end), (waiting, event.end, event.left)]
+    return [bar for bar in bars if bar[2] > bar[1]]
+
+
+def speedup(plt: Any, report: Report) -> Any:
+    """Speed-up over one thread against the ideal: measured points, and the two predictions."""
+    modes = list(report["modes"])
+    figure, axes = plt.subplots(1, len(modes), figsize=(5.5 * len(modes), 4.6), layout="constrained", squeeze=False)
+    for axis, mode in zip(axes[0], modes, strict=True):
+        found = report["modes"][mode]["amdahl"]["predictions"]
+        threads = [1, *(row["threads"] for row in found)]
+        axis.plot(threads, threads, color="#969696", linestyle=":", label="ideal")
+        axis.plot(threads, [1, *(row["amdahl"] for row in found)], "--o", color="#2171b5", ms=4, label="prediction: Amdahl")
+        if found[0]["bandwidth"] is not None:
+            bounded = [1, *(row["bandwidth"] for row in found)]
+            axis.plot(threads, bounded, "--s", color="#fd8d3c", ms=4, label="prediction: Amdahl and bandwidth")
+        if report["scaling"]:
+            points = [(row["threads"], row[f"{mode}_speedup"]) for row in report["scaling"]]
+            axis.plot(*zip(*points, strict=True), "-D", color="black", ms=6, label="measured")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(threads, [str(n) for n in threads])
+        axis.set_yticks([2**k for k in range(8)], [str(2**k) for k in range(8)])
+        axis.minorticks_off()
+        axis.set_xlabel("threads")
+        axis.set_ylabel("speed-up over one thread")
+        axis.set_title(mode)
+        axis.legend(loc="upper left", frameon=False, fontsize=9)
+    return figure

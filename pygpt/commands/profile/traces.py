@@ -1,0 +1,204 @@
+"""Traces for viewers: Chrome's trace events (Perfetto, chrome://tracing) and Paraver's .prv, .pcf and .row.
+
+Sources: "Trace Event Format" (Google; complete events "X" and metadata "M"); "Paraver: trace format" (Barcelona
+Supercomputing Center). Times count from the first call's begin.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+from pygpt.formats.files import atomic_file
+
+from .job import STAGES, WAKE, Call, Event, place
+
+# ------------------------------------------------------------------------------------------------ Chrome
+
+
+def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str) -> None:
+    """Write trace events: one track a worker; worker 0's holds the calls and the sampler too. A call holds steps (an iteration
+    of training its stages, and these the steps), a step holds layers, a layer holds phases and the waits after them."""
+    zero = calls[0].begin
+    events: list[dict[str, Any]] = [_meta("process_name", 0, name=title)]
+    events += [_meta("thread_name", ith, name=f"worker {ith}") for ith in range(nth)]
+    events += [_meta("thread_sort_index", ith, sort_index=ith) for ith in range(nth)]
+    for number, call in enumerate(calls):
+        events.append(_span(0, f"{call.mode} {number}", "call", call.begin - zero, call.ran - zero, rows=call.rows))
+        for name, (begin, end) in zip(STAGES, pairwise((call.begin, *call.stages)), strict=False):
+            events.append(_span(0, name, "stage", begin - zero, end - zero))
+        for step in call.steps:
+            for ith, noted in enumerate(step):
+                events += _nested(ith, noted, zero)
+        if not call.stages:
+            events.append(_span(0, "sampler", "sampler", call.ran - zero, call.done - zero))
+    with atomic_file(path) as file:
+        file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}, separators=(",", ":")).encode())
+
+
+def _nested(ith: int, noted: list[Event], zero: int) -> Iterator[dict[str, Any]]:
+    """One worker's step, outermost first."""
+    if not noted:
+        return
+    yield _span(ith, "step", "step", noted[0].begin - zero, noted[-1].left - zero)
+    for part in _by_layer(noted):
+        if where := _layer(part[0]):
+            yield _span(ith, where, "layer", part[0].begin - zero, part[-1].left - zero)
+        for event in part:
+            if event.end > event.begin:
+                yield _span(ith, event.phase, "phase", event.begin - zero, event.end - zero, layer=event.layer)
+            if event.left > event.end:
+                name = WAKE if event.phase == WAKE else "wait"
+                yield _span(ith, name, "wait", event.end - zero, event.left - zero, after=event.phase, layer=event.layer)
+
+
+def _by_layer(noted: list[Event]) -> Iterator[list[Event]]:
+    """Cut a worker's step into the layers, the head, and what belongs to neither."""
+    part: list[Event] = []
+    for event in noted:
+        if part and _layer(event) != _layer(part[0]):
+            yield part
+            part = []
+        part.append(event)
+    yield part
+
+
+def _layer(event: Event) -> str:
+    """The layer's name, or the head's; empty for what belongs to neither."""
+    where = place(event.phase, event.layer)
+    return f"layer {where}" if where.isdigit() else where if where == "head" else ""
+
+
+def _span(ith: int, name: str, category: str, begin: int, end: int, **args: object) -> dict[str, Any]:
+    """A complete event: microseconds with three decimals, so that nothing is lost."""
+    times = {"ts": round(begin / 1000, 3), "dur": round((end - begin) / 1000, 3)}
+    return {"name": name, "cat": category, "ph": "X", "pid": 1, "tid": ith, **times, "args": args}
+
+
+def _meta(kind: str, ith: int, **args: object) -> dict[str, Any]:
+    """What a viewer shows about a track."""
+    return {"name": kind, "ph": "M", "pid": 1, "tid": ith, "args": args}
+
+
+# ------------------------------------------------------------------------------------------------ Paraver
+
+IDLE, RUNNING, SYNCHRONISATION, FORK_JOIN = 0, 1, 5, 7
+STATES = {
+    IDLE: ("Idle", "117,195,255"),
+    RUNNING: ("Running", "0,0,255"),
+    SYNCHRONISATION: ("Synchronization", "179,0,0"),
+    FORK_JOIN: ("Scheduling and Fork/Join", "255,255,0"),
+    9: ("Blocked", "0,162,0"),
+    12: ("I/O", "172,174,41"),
+}
+MODE, PHASE, LAYER = 60000001, 60000002, 60000003  # event types; value 0 ends one
+SAMPLER = "sampler"
+PCF_HEAD = """\
+DEFAULT_OPTIONS
+
+LEVEL               THREAD
+UNITS               NANOSEC
+LOOK_BACK           100
+SPEED               1
+FLAG_ICONS          ENABLED
+NUM_OF_STATE_COLORS 1000
+YMAX_SCALE          37
+
+
+DEFAULT_SEMANTIC
+
+THREAD_FUNC         State As Is
+
+
+"""
+
+Interval = tuple[int, int, int, str, str]  # begin, end, state, phase and place, or ""
+
+
+def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[str]:
+    """Write STEM.prv, STEM.pcf and STEM.row; returns their names. Every worker is in one state at every time."""
+    events = [event for call in calls for step in call.steps for noted in step for event in noted]
+    names = {
+        MODE: [*dict.fromkeys(call.mode for call in calls)],
+        PHASE: [*dict.fromkeys(event.phase for event in events if event.phase != WAKE), SAMPLER],
+        LAYER: [*dict.fromkeys(_place(event) for event in events if event.phase != WAKE), SAMPLER],
+    }
+    texts = {".prv": _prv(calls, nth, names), ".pcf": _pcf(names), ".row": _row(nth)}
+    for suffix, text in texts.items():
+        with atomic_file(f"{os.fspath(stem)}{suffix}") as file:
+            file.write(text.encode())
+    return [f"{os.fspath(stem)}{suffix}" for suffix in texts]
+
+
+def _place(event: Event) -> str:
+    """Where in the network."""
+    return _layer(event) or place(event.phase, event.layer)
+
+
+def _prv(calls: list[Call], nth: int, names: dict[int, list[str]]) -> str:
+    """The records, sorted by time; at equal times states come first, then events that end, then those that begin."""
+    zero, end = calls[0].begin, calls[-1].done
+    records: list[tuple[int, int, int, str]] = []  # time, rank, worker, text
+    for ith in range(nth):
+        who = f"{ith + 1}:1:1:{ith + 1}"
+        for begin, until, state, phase, where in _intervals(calls, ith):
+            b, u = begin - zero, until - zero
+            records.append((b, 1, ith, f"1:{who}:{b}:{u}:{state}"))
+            if phase:
+                values = f"{PHASE}:{names[PHASE].index(phase) + 1}:{LAYER}:{names[LAYER].index(where) + 1}"
+                records.append((b, 3, ith, f"2:{who}:{b}:{values}"))
+                records.append((u, 2, ith, f"2:{who}:{u}:{PHASE}:0:{LAYER}:0"))
+    for call in calls:
+        b, u = call.begin - zero, call.done - zero
+        records.append((b, 3, 0, f"2:1:1:1:1:{b}:{MODE}:{names[MODE].index(call.mode) + 1}"))
+        records.append((u, 2, 0, f"2:1:1:1:1:{u}:{MODE}:0"))
+    records.sort()
+    date = datetime.now().strftime("%d/%m/%Y at %H:%M")
+    head = f"#Paraver ({date}):{end - zero}_ns:1({nth}):1:1({nth}:1)"
+    return "\n".join([head, *(text for *_, text in records)]) + "\n"
+
+
+def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
+    """One worker's states from the first call's begin to the last one's end, without gaps: what no event covers is Python
+    and pool on worker 0, and idle on the others."""
+    between = FORK_JOIN if ith == 0 else IDLE
+    at = calls[0].begin
+    for call in calls:
+        for step in call.steps:
+            for event in step[ith]:
+                if event.begin > at:
+                    yield at, event.begin, between, "", ""
+                if event.end > event.begin:
+                    yield event.begin, event.end, RUNNING, event.phase, _place(event)
+                if event.left > event.end:
+                    yield event.end, event.left, SYNCHRONISATION, "", ""
+                at = event.left
+        if ith == 0:
+            yield at, call.ran, between, "", ""
+            if not call.stages:
+                yield call.ran, call.done, RUNNING, SAMPLER, SAMPLER
+            at = call.done
+    if calls[-1].done > at:
+        yield at, calls[-1].done, between, "", ""
+
+
+def _pcf(names: dict[int, list[str]]) -> str:
+    """What the numbers of the .prv mean, and their colours."""
+    lines = ["STATES", *(f"{number}    {name}" for number, (name, _) in STATES.items())]
+    lines += ["", "", "STATES_COLOR", *(f"{number}    {{{colour}}}" for number, (_, colour) in STATES.items())]
+    for number, label in ((MODE, "Call"), (PHASE, "Phase"), (LAYER, "Layer")):
+        lines += ["", "", "EVENT_TYPE", f"0    {number}    {label}", "VALUES", "0    End"]
+        lines += [f"{value}    {name}" for value, name in enumerate(names[number], 1)]
+    return PCF_HEAD + "\n".join(lines) + "\n"
+
+
+def _row(nth: int) -> str:
+    """The names of processors, nodes and threads."""
+    levels = {
+        "CPU": [f"CPU {ith + 1}" for ith in range(nth)],
+        "NODE": ["node 1"],
+        "THREAD": [f"worker {ith}" for ith in range(nth)],
+    }
+    return "\n\n".join("\n".join([f"LEVEL {level} SIZE {len(names)}", *names]) for level, names in levels.items()) + "\n"

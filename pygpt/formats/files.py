@@ -1,0 +1,144 @@
+"""Files as every format needs them: mapped read-only after a check, looked at in windows, and written atomically.
+
+Refuses anything that is not a regular file. A file that is written takes its name only once it is whole.
+"""
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from ..errors import ClosedError, PyGPTError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
+
+HEADER_BYTES = 1024  # of llm.c's files: int32[256]
+
+
+class Windows:
+    """An open file, looked at through read-only maps of some bytes each, which last as long as what views them.
+
+    `size`: of the file, in bytes. Raises what map_file() does, also later, when the file has become shorter.
+    """
+
+    def __init__(
+        self, path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None] | None = None
+    ) -> None:
+        self._path, self._kind, self._refusal = path, kind, refusal
+        self._fd, status = _open_regular(path, kind, refusal)
+        self.size = status.st_size
+        try:
+            if check is not None:
+                check(bytes(self.view(0, min(HEADER_BYTES, self.size))), self.size)
+        except BaseException:
+            self.close()
+            raise
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of the file. Raises ClosedError."""
+        if self._fd < 0:
+            raise ClosedError(f"{self._path}: the {self._kind} is closed; read its tensors before close()")
+        if start == stop:
+            return memoryview(b"")
+        first = start - start % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_READ, offset=first)
+        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+            raise map_failure(error, self._path, self._kind, self._refusal) from error
+        return memoryview(mapped)[start - first :]
+
+    def close(self) -> None:
+        """Close the file; what views it stays. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading; return its descriptor and status. Raises `refusal` for anything else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+    except (OSError, ValueError) as error:
+        raise refusal(f"{path!r}: cannot open the {kind}: {reason(error)}") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise refusal(f"{path}: not a regular file; a {kind} is expected")
+    return fd, status
+
+
+def map_file(
+    path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None], *, read: bool = False
+) -> mmap.mmap:
+    """Map a file read-only once check(its first 1,024 bytes, its size) has raised nothing; or `read` it into memory.
+
+    Raises `refusal` for what is no regular file, cannot be opened or mapped, or changes while it is read; `kind` says what it
+    should be. Raises MemoryError where the address space has no room.
+    """
+    fd, status = _open_regular(path, kind, refusal)
+    try:
+        header = os.read(fd, HEADER_BYTES)
+        check(header, status.st_size)
+        if not read:
+            return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
+        memory = mmap.mmap(-1, status.st_size, flags=mmap.MAP_PRIVATE)
+        if not _read_into(memory, fd, status) or memory[:HEADER_BYTES] != header:
+            memory.close()
+            raise refusal(f"{path}: the {kind} has changed while it was read: try again when it is whole")
+        return memory
+    except refusal:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+        raise map_failure(error, path, kind, refusal) from error
+    finally:
+        os.close(fd)
+
+
+def _read_into(memory: mmap.mmap, fd: int, status: os.stat_result) -> bool:
+    """Read an open file of which we know the status; return whether it has all its bytes, no more, and was left alone."""
+    done, count = 0, 1
+    with memoryview(memory) as view, os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
+        file.seek(0)
+        while count:
+            with view[done:] as rest:
+                count = file.readinto(rest) or 0
+            done += count
+        after = os.fstat(fd)
+    return done == after.st_size == status.st_size and after.st_mtime_ns == status.st_mtime_ns
+
+
+def map_failure(error: Exception, path: str, kind: str, refusal: type[PyGPTError]) -> Exception:
+    """What to raise for a file that cannot be mapped or read."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return MemoryError(f"{path}: no room in memory for the {kind}: raise the limit (ulimit -v), or take a smaller one")
+    return refusal(f"{path}: cannot map the {kind}: {reason(error)}")
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
+    """Open a temporary file beside `path` that takes its name only when the block ends without an exception."""
+    path = os.path.realpath(path)  # through a symbolic link: the file is replaced, not the link
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "not a regular file: it is not replaced", path)  # /dev/null must survive
+    temporary = f"{path}.{os.urandom(4).hex()}.tmp"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # not ours then
+            with suppress(OSError):
+                os.unlink(temporary)
+        raise
+
+
+def reason(error: Exception) -> str:
+    """The operating system's words for an error, without its number and path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)

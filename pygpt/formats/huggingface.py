@@ -1,0 +1,361 @@
+"""GPT-2 models as Hugging Face's transformers keeps them: a folder with config.json and safetensors, read and written.
+
+The names differ from ours, each layer has tensors of its own, and the four weights of transformers' Conv1D are (in, out) and
+ours (out, in). Tensors pass through one layer at a time, or some rows of an embedding: no model is too large for the memory.
+The `transformer.` before a name may be there or not; the causal mask, which older files hold, is dropped.
+
+Refuses whatever the kernels would compute otherwise than transformers does (another activation or epsilon, a head of its own,
+cross-attention, ...), a tensor that is missing, unknown or of another shape, and pickles, which can run any code when loaded.
+Source: transformers, models/gpt2/modeling_gpt2.py and configuration_gpt2.py.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from math import prod
+
+from . import checkpoint as _checkpoint
+from .checkpoint import Checkpoint, _from_bfloat16
+from .files import reason
+from ..config import Config
+from ..errors import CheckpointError, InputError, PyGPTError
+from .safetensors import SafetensorsFile, parse_object, write_safetensors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
+    import numpy.typing as npt
+
+CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any model of GPT-2's kind needs
+PREFIX, HEAD = "transformer.", "lm_head.weight"
+
+# Our tensors' names there, {} standing for the layer, and whether they are (in, out) there.
+NAMES: dict[str, tuple[str, bool]] = {
+    "wte": ("wte.weight", False),
+    "wpe": ("wpe.weight", False),
+    "ln1w": ("h.{}.ln_1.weight", False),
+    "ln1b": ("h.{}.ln_1.bias", False),
+    "qkvw": ("h.{}.attn.c_attn.weight", True),
+    "qkvb": ("h.{}.attn.c_attn.bias", False),
+    "attprojw": ("h.{}.attn.c_proj.weight", True),
+    "attprojb": ("h.{}.attn.c_proj.bias", False),
+    "ln2w": ("h.{}.ln_2.weight", False),
+    "ln2b": ("h.{}.ln_2.bias", False),
+    "fcw": ("h.{}.mlp.c_fc.weight", True),
+    "fcb": ("h.{}.mlp.c_fc.bias", False),
+    "fcprojw": ("h.{}.mlp.c_proj.weight", True),
+    "fcprojb": ("h.{}.mlp.c_proj.bias", False),
+    "lnfw": ("ln_f.weight", False),
+    "lnfb": ("ln_f.bias", False),
+}
+MASKS = ("h.{}.attn.bias", "h.{}.attn.masked_bias")
+
+# Our dimensions' names in config.json, and the settings that decide what is computed: what each may be (or be absent).
+DIMENSIONS = {"maxT": "n_positions", "V": "vocab_size", "L": "n_layer", "NH": "n_head", "C": "n_embd"}
+SETTINGS: dict[str, tuple[object, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+KNOWN_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's four sizes
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class HuggingFaceModel:
+    """An open model: `config`, and pieces() of its tensors under our names, as Checkpoint has them. Close it, or use `with`.
+
+    files: the safetensors files, by path. settings: what config.json says; None if there is none, and then `heads` is the
+    number of heads, needed unless the model is of one of OpenAI's sizes. place: the model's name in messages. Raises
+    CheckpointError for a model that is not GPT-2 as the kernels compute it, InputError for heads that do not fit.
+    """
+
+    def __init__(
+        self, files: "Mapping[str, SafetensorsFile]", settings: "dict[str, Any] | None", *, place: str, heads: int | None = None
+    ) -> None:
+        self.place, self.notice = place, ""
+        self._files = files
+        self._tensors: dict[str, tuple[SafetensorsFile, str]] = {}  # by name without prefix: the file, the name in it
+        for file in files.values():
+            for name in file.tensors:
+                short = name.removeprefix(PREFIX)
+                if short in self._tensors:
+                    raise self._bad(f"tensor {short} is there twice")
+                self._tensors[short] = file, name
+        if settings is None:
+            self.config = self._guess(heads)
+        elif heads is not None:
+            raise InputError(f"{place}: {CONFIG_FILE} says how many heads there are: leave out --heads")
+        else:
+            self.config = read_settings(settings, place)
+        dtypes = self._check()
+        self.dtype = "mixed" if len(dtypes) > 1 else DTYPES[dtypes.pop()]
+
+    @classmethod
+    def open(cls, path: str, *, heads: int | None = None) -> "HuggingFaceModel":
+        """Open a folder with config.json and model.safetensors or its shards, or one file, config.json beside it or not."""
+        with ExitStack() as opened:
+            if os.path.isdir(path):
+                folder = path
+                if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
+                    raise CheckpointError(f"{folder}: there is no {CONFIG_FILE} in it; a model's folder has one")
+                files = {name: opened.enter_context(SafetensorsFile(os.path.join(folder, name))) for name in find_files(folder)}
+                _check_index(folder, files)
+            else:
+                folder = os.path.dirname(path)
+                files = {path: opened.enter_context(SafetensorsFile(path))}
+            settings = os.path.join(folder, CONFIG_FILE)
+            found = _read_json(settings) if os.path.exists(settings) else None
+            model = cls(files, found, place=path, heads=heads)
+            opened.pop_all()
+        return model
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.place}: not a GPT-2 model: {what}")
+
+    def _guess(self, heads: int | None) -> Config:
+        """The dimensions, from the tensors' shapes; the number of heads leaves no trace in them."""
+        shapes = {name: file.tensors[full][1] for name, (file, full) in self._tensors.items()}
+        for name in ("wte.weight", "wpe.weight"):
+            if len(shapes.get(name, ())) != 2:
+                raise self._bad(f"tensor {name} is missing or has not two dimensions")
+        (V, C), (maxT, _) = shapes["wte.weight"], shapes["wpe.weight"]
+        L = 1 + max((int(match[1]) for name in shapes if (match := re.match(r"h\.(\d{1,6})\.", name))), default=-1)
+        if heads is None:
+            if (L, C) not in KNOWN_HEADS:
+                raise InputError(f"{self.place}: there is no {CONFIG_FILE} beside it to say how many heads: give --heads N")
+            heads = KNOWN_HEADS[L, C]
+            self.notice = f"{CONFIG_FILE} is not there: {heads} heads, as GPT-2 with {L} layers and {C} channels has"
+        try:
+            return Config(maxT=maxT, V=V, L=L, NH=heads, C=C)
+        except InputError as error:
+            raise InputError(f"{self.place}: {error}") from None
+
+    def _check(self) -> set[str]:
+        """Compare names, shapes and dtypes with what the dimensions ask for; return the dtypes."""
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name, shape, _, _ in self.config.tensors(padded=False):
+            wanted.update(_theirs(name, shape))
+        for name, shape in wanted.items():
+            if name not in self._tensors:
+                raise self._bad(f"tensor {name} is missing")
+            file, full = self._tensors[name]
+            if file.tensors[full][1] != shape:
+                raise self._bad(f"tensor {name} has shape {file.tensors[full][1]}, expected {shape} for {self.config}")
+        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
+        if unknown := sorted(self._tensors.keys() - wanted.keys() - dropped - {HEAD}):
+            raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
+        dtypes = {file.tensors[full][0] for file, full in map(self._tensors.__getitem__, wanted)}
+        if wrong := sorted(dtypes - DTYPES.keys()):
+            name = next(name for name in wanted if self._tensors[name][0].tensors[self._tensors[name][1]][0] == wrong[0])
+            raise self._bad(f"tensor {name} is of dtype {wrong[0]}, expected {', '.join(DTYPES)}")
+        self._check_head()
+        return dtypes
+
+    def _check_head(self) -> None:
+        """Refuse a head that is not wte: the kernels have none apart from it."""
+        import numpy as np
+
+        if HEAD not in self._tensors:
+            return
+        (file, full), (own, wte) = self._tensors[HEAD], self._tensors["wte.weight"]
+        if file.tensors[full][:2] != own.tensors[wte][:2]:
+            raise self._bad(f"{HEAD} is {file.tensors[full][:2]}, and wte.weight {own.tensors[wte][:2]}: they must be one")
+        pairs = zip(_rows(file, full), _rows(own, wte), strict=True)
+        if not all(np.array_equal(one.view("<u4"), other.view("<u4")) for one, other in pairs):
+            raise self._bad(f"{HEAD} differs from wte.weight: a head of its own is not supported")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self._files.values())
+
+    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
+        """Yield our tensor `name` as float32 in order: rows of an embedding, else layer by layer."""
+        theirs, transposed = NAMES[name]
+        if "{}" not in theirs:
+            yield from _rows(*self._tensors[theirs])
+            return
+        for layer in range(self.config.L):
+            file, full = self._tensors[theirs.format(layer)]
+            array = _widen(file.stored(full))
+            yield (array.T if transposed else array)[None]
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> "HuggingFaceModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_model(folder: str, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint as a folder that transformers loads: config.json and model.safetensors, bfloat16 as bfloat16.
+
+    The folder gets its name once it is whole. Raises PyGPTError when it cannot be written; then nothing is left of it.
+    """
+    temporary = f"{folder}.{os.urandom(4).hex()}.tmp"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape, _, _ in checkpoint.config.tensors(padded=False):
+        shapes.update(_theirs(name, shape))
+    try:
+        os.mkdir(temporary)
+        with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="ascii") as text:
+            text.write(json.dumps(settings_of(checkpoint.config, bf16=checkpoint.bf16), indent=2) + "\n")
+        with open(os.path.join(temporary, MODEL_FILE), "xb") as file:
+            dtype = "BF16" if checkpoint.bf16 else "F32"
+            write_safetensors(file, dtype, [(PREFIX + name, shape) for name, shape in shapes.items()], _values(checkpoint))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise PyGPTError(f"{folder}: cannot write the model: {reason(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _values(checkpoint: Checkpoint) -> "Iterator[npt.NDArray[np.float32]]":
+    """All values in the order in which write_model() names the tensors."""
+    for name, (_, transposed) in NAMES.items():
+        for piece in checkpoint.pieces(name):
+            yield piece.transpose(0, 2, 1) if transposed else piece
+
+
+def _theirs(name: str, shape: tuple[int, ...]) -> "dict[str, tuple[int, ...]]":
+    """The names and shapes there of one of our tensors."""
+    theirs, transposed = NAMES[name]
+    if "{}" not in theirs:
+        return {theirs: shape}
+    layers, *rest = shape
+    return {theirs.format(layer): tuple(reversed(rest) if transposed else rest) for layer in range(layers)}
+
+
+def _rows(file: SafetensorsFile, name: str) -> "Iterator[npt.NDArray[np.float32]]":
+    """Yield a tensor's rows as float32, some at a time."""
+    _, shape, _ = file.tensors[name]
+    step = max(1, _checkpoint.PIECE // prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        yield _widen(file.stored(name, slice(start, start + step)))
+
+
+def _widen(stored: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
+    """float32, float16 or the bits of bfloat16 -> float32: exact."""
+    return _from_bfloat16(stored) if stored.dtype == "<u2" else stored.astype("<f4", copy=False)
+
+
+def read_settings(settings: "dict[str, Any]", place: str) -> Config:
+    """The dimensions that config.json gives; refuses settings under which a model computes otherwise than the kernels."""
+    where = f"{place}: {CONFIG_FILE}"
+    if settings.get("model_type") != "gpt2":
+        raise CheckpointError(f"{where}: model_type is {_short(settings.get('model_type'))}, expected 'gpt2'")
+    for key, allowed in SETTINGS.items():
+        if key in settings and settings[key] not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            raise CheckpointError(f"{where}: {key} is {_short(settings[key])}, expected {expected}: no other is supported")
+    try:
+        config = Config(**{ours: settings.get(theirs) for ours, theirs in DIMENSIONS.items()})  # type: ignore[arg-type]
+    except InputError as error:
+        meaning = ", ".join(f"{ours} is its {theirs}" for ours, theirs in DIMENSIONS.items())
+        raise CheckpointError(f"{where}: {error} ({meaning})") from None
+    if settings.get("n_inner") not in (None, 4 * config.C):
+        raise CheckpointError(f"{where}: n_inner is {_short(settings['n_inner'])}, expected null or {4 * config.C}")
+    return config
+
+
+def settings_of(config: Config, *, bf16: bool) -> dict[str, object]:
+    """config.json for a model of these dimensions."""
+    end = 50256 if config.V > 50256 else None  # <|endoftext|>, where the vocabulary is GPT-2's
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "dtype": "bfloat16" if bf16 else "float32",
+        **{theirs: getattr(config, ours) for ours, theirs in DIMENSIONS.items()},
+        "n_inner": None,
+        **{key: allowed[0] for key, allowed in SETTINGS.items()},
+        "reorder_and_upcast_attn": False,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "initializer_range": 0.02,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "use_cache": True,
+    }
+
+
+def find_files(folder: str) -> list[str]:
+    """The names of a folder's safetensors files: model.safetensors, else the shards of its index."""
+    if os.path.exists(os.path.join(folder, MODEL_FILE)):
+        return [MODEL_FILE]
+    if os.path.exists(os.path.join(folder, INDEX_FILE)):
+        return sorted(set(_read_index(folder).values()))
+    if any(name.startswith("pytorch_model") for name in os.listdir(folder)):
+        raise pickle_error(folder)
+    raise CheckpointError(f"{folder}: there is neither {MODEL_FILE} nor {INDEX_FILE} in it")
+
+
+def _read_index(folder: str) -> dict[str, str]:
+    """Which shard has which tensor. The shards are files of the folder itself: an index cannot point elsewhere."""
+    path = os.path.join(folder, INDEX_FILE)
+    places = _read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{path}: there is no weight_map from tensors to files in it")
+    for name in places.values():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
+            raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a safetensors file in this folder")
+    return places
+
+
+def _check_index(folder: str, files: "Mapping[str, SafetensorsFile]") -> None:
+    """Refuse shards that hold anything else than their index says."""
+    if MODEL_FILE in files:
+        return
+    places = _read_index(folder)
+    path = os.path.join(folder, INDEX_FILE)
+    found = {(tensor, name) for name, file in files.items() for tensor in file.tensors}
+    for tensor, name in sorted(places.items() - found):
+        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is not in {name}, where the index has it")
+    for tensor, name in sorted(found - places.items()):
+        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is in {name}, where the index has it not")
+
+
+def _read_json(path: str) -> "dict[str, Any]":
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path}: not a regular file")
+    try:
+        with open(path, "rb") as file:
+            text = file.read(JSON_LIMIT + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it: {reason(error)}") from error
+    return parse_settings(text, path)
+
+
+def parse_settings(text: bytes, path: str) -> "dict[str, Any]":
+    """A config.json or index that came from outside."""
+    if len(text) > JSON_LIMIT:
+        raise CheckpointError(f"{path}: longer than {JSON_LIMIT} bytes: no model's settings are")
+    return parse_object(text, path)
+
+
+def pickle_error(place: str) -> CheckpointError:
+    """Why a pickle is not opened, and what to do."""
+    return CheckpointError(
+        f"{place}: a PyTorch pickle: loading one runs whatever code is in it, so pygpt never does; take the same model's "
+        f"{MODEL_FILE}, or have transformers write it (save_pretrained)"
+    )
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]

@@ -1,0 +1,252 @@
+"""llm.c's other files: the debug state, multiple-choice examples, and the vocabulary.
+
+    debug state   one batch through the network as PyTorch computed it: tokens, logits, loss and every gradient
+    examples      HellaSwag and its like: a context and four endings, of which one is right
+    vocabulary    the bytes of every id, for programs that only decode
+
+All begin with a header of 256 int32, little-endian. The readers trust nothing: every field and length is checked against
+the file's end before it is used, and nothing may be left over.
+
+Refuses: files of another size, magic or version, ids outside the vocabulary, examples with other than four endings.
+Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py (write_evalfile), llmc/dataloader.h.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .files import HEADER_BYTES, atomic_file
+from ..config import LIMITS, Config
+from .shards import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
+from ..errors import DataError, InputError, is_whole, shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    Path = str | os.PathLike[str]
+    Floats = npt.NDArray[np.float32]
+
+STATE_MAGIC, EXAMPLES_MAGIC, VOCABULARY_MAGIC = 20240327, 20240522, 20240328
+STATE_VERSION = 2  # version 1 did not pad wte
+START = 65535  # begins an example
+ENDINGS = 4
+VOCABULARY_VERSIONS = (1, 2)  # version 1 names no end of text: it is GPT-2's
+GPT2_V, GPT2_EOT = 50257, 50256
+
+
+# ------------------------------------------------------------------------------------------------ debug state
+
+
+class DebugState(NamedTuple):
+    """One batch and what PyTorch made of it; all but `loss` are read-only views of the file."""
+
+    inputs: npt.NDArray[np.int32]  # (B, T)
+    targets: npt.NDArray[np.int32]  # (B, T)
+    logits: npt.NDArray[np.float32]  # (B, T, V)
+    loss: float  # the mean over B*T
+    gradients: dict[str, npt.NDArray[np.float32]]  # by tensor, of config.tensors()' shapes, wte (V, C)
+
+
+def read_debug_state(path: "Path", config: Config) -> DebugState:
+    """Read llm.c's debug state (`gpt2_124M_debug_state.bin`) of a model of this shape.
+
+    Raises DataError, with the found and the expected figures, for any file that is not exactly that.
+    """
+    name = os.fspath(path)
+    (_, B, T), mapped = map_data(name, "debug state", STATE_MAGIC, (STATE_VERSION,), 2)
+    if B < 1 or not 1 <= T <= config.maxT:
+        raise DataError(f"{name}: bad header: B is {B} and T is {T}: B must be at least 1 and T from 1 to maxT = {config.maxT}")
+    sizes = [B * T, B * T, B * T * config.V, 1, config.parameters(padded=True)]
+    check_size(name, len(mapped), HEADER_BYTES + 4 * sum(sizes), f"B = {B}, T = {T} and {config}")
+    starts = [HEADER_BYTES + 4 * sum(sizes[:i]) for i in range(len(sizes))]
+    inputs, targets = (np.frombuffer(mapped, "<i4", B * T, start).reshape(B, T) for start in starts[:2])
+    for what, ids in (("inputs", inputs), ("targets", targets)):
+        check_ids(ids.reshape(-1), config.V, f"{name}: {what}")
+    logits, loss, values = (
+        np.frombuffer(mapped, "<f4", size, start) for size, start in zip(sizes[2:], starts[2:], strict=True)
+    )
+    gradients = {
+        tensor: values[offset : offset + size].reshape(shape)[: config.V if tensor == "wte" else None]
+        for tensor, shape, offset, size in config.tensors(padded=True)
+    }
+    return DebugState(inputs, targets, logits.reshape(B, T, config.V), float(loss[0]), gradients)
+
+
+def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
+    """Write a debug state, all or nothing. Raises InputError for arrays of other shapes than DebugState's, OSError."""
+    inputs, targets = (np.asarray(ids) for ids in (state.inputs, state.targets))
+    if inputs.ndim != 2 or not inputs.size or not 1 <= inputs.shape[1] <= config.maxT:
+        raise InputError(f"inputs have shape {inputs.shape}, expected (B, T) with T from 1 to maxT = {config.maxT}")
+    shape = inputs.shape
+    wanted = [(tensor, extents) for tensor, extents, _, _ in config.tensors(padded=False)]
+    if set(state.gradients) != {tensor for tensor, _ in wanted}:
+        odd = sorted(map(str, set(state.gradients) ^ {tensor for tensor, _ in wanted}))
+        raise InputError(f"gradients are not those of the sixteen tensors: {shown(odd)} are missing or unknown")
+    arrays = [("inputs", inputs, shape), ("targets", targets, shape), ("logits", state.logits, (*shape, config.V))]
+    for what, array, expected in [
+        *arrays,
+        *((f"gradient {tensor}", state.gradients[tensor], extents) for tensor, extents in wanted),
+    ]:
+        if np.shape(array) != expected:
+            raise InputError(f"{what} has shape {np.shape(array)}, expected {expected}")
+    for what, ids in (("inputs", inputs), ("targets", targets)):
+        check_ids(as_tokens(ids.reshape(-1)), config.V, what)
+    with atomic_file(path) as file:
+        file.write(header_bytes(STATE_MAGIC, STATE_VERSION, *shape))
+        for ids in (inputs, targets):
+            file.write(ids.astype("<i4").tobytes())
+        for values in (state.logits, state.loss, *(state.gradients[tensor] for tensor, _ in wanted[:1])):
+            file.write(np.asarray(values, "<f4").tobytes())
+        file.write(bytes(4 * (config.Vp - config.V) * config.C))
+        for tensor, _ in wanted[1:]:
+            file.write(np.asarray(state.gradients[tensor], "<f4").tobytes())
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+class Example(NamedTuple):
+    """A context and its endings, as token ids; ending `label` is right. `number` is its place in the file, from 0."""
+
+    number: int
+    label: int
+    context: Sequence[int]
+    endings: Sequence[Sequence[int]]
+
+
+def read_examples(path: "Path", *, V: int | None = None) -> Iterator[Example]:
+    """Yield the examples of a multiple-choice file (`hellaswag_val.bin`), one after another.
+
+    V: the vocabulary that ids are checked against. Raises DataError for any file that is not exactly such a file: for the
+    header at once, for an example when it is reached, with its place in the file.
+    """
+    name = os.fspath(path)
+    (_, count, longest), mapped = map_data(name, "file of examples", EXAMPLES_MAGIC, (1,), 2)
+    if count < 1:
+        raise DataError(f"{name}: bad header: {count} examples, expected 1 or more")
+    if len(mapped) % 2:
+        raise DataError(f"{name}: truncated: {len(mapped)} bytes, an odd number, where all values are of 2 bytes")
+    return _examples(name, np.frombuffer(mapped, TOKEN, offset=HEADER_BYTES), count, longest, V)
+
+
+def _examples(name: str, stream: npt.NDArray[np.uint16], count: int, longest: int, V: int | None) -> Iterator[Example]:
+    """Walk the stream; no more than the one example is ever looked at."""
+    start = 0
+    for index in range(count):
+        where = f"{name}: example {index} at byte {HEADER_BYTES + 2 * start}"
+        head = stream[start : start + 2].tolist()
+        if len(head) < 2:
+            raise DataError(f"{where}: truncated: the file ends, and its header promises {count} examples")
+        if head[0] != START:
+            raise DataError(f"{where}: it begins with {head[0]}, expected {START}")
+        if head[1] % 2 or head[1] > longest:
+            raise DataError(f"{where}: it has {head[1]} bytes, expected an even number up to the header's {longest}")
+        values = stream[start : start + head[1] // 2]
+        if 2 * len(values) != head[1]:
+            raise DataError(f"{where}: truncated: it has {head[1]} bytes, and the file only {2 * len(values)} more")
+        yield _example(where, index, values[2:].tolist(), V)
+        start += len(values)
+    if start != len(stream):
+        raise DataError(f"{name}: too long: {2 * (len(stream) - start)} bytes after the last of {count} examples")
+
+
+def _example(where: str, index: int, values: list[int], V: int | None) -> Example:
+    """Read one example's values, those after its length."""
+
+    def take(number: int, what: str) -> list[int]:
+        if len(values) < number:
+            raise DataError(f"{where}: its {what} needs {number} values, and {len(values)} are left")
+        taken = values[:number]
+        del values[:number]
+        return taken
+
+    def tokens(what: str) -> list[int]:
+        ids = take(take(1, f"{what}'s length")[0], what)
+        if not ids:
+            raise DataError(f"{where}: its {what} has no tokens")
+        check_ids(np.array(ids), START if V is None else V, f"{where}: its {what}")
+        return ids
+
+    found, label, endings = take(3, "index, label and number of endings")
+    if found != index:
+        raise DataError(f"{where}: its index is {found}, expected {index}")
+    if label >= ENDINGS:
+        raise DataError(f"{where}: its label is {label}, expected 0 to {ENDINGS - 1}")
+    if endings != ENDINGS:
+        raise DataError(f"{where}: it has {endings} endings, expected {ENDINGS}")
+    example = Example(index, label, tokens("context"), [tokens(f"ending {i}") for i in range(ENDINGS)])
+    if values:
+        raise DataError(f"{where}: {len(values)} values are left after its last ending")
+    return example
+
+
+def write_examples(path: "Path", examples: Iterable[Example]) -> int:
+    """Write a multiple-choice file, all or nothing; return how many examples it holds.
+
+    Indices count from 0. Raises InputError for an example that the format cannot hold, OSError.
+    """
+    count = longest = 0
+    with atomic_file(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        for example in examples:
+            if not is_whole(example.label, 0, ENDINGS - 1):
+                raise InputError(f"example {count}: its label is {shown(example.label)}, expected 0 to {ENDINGS - 1}")
+            values = [count, example.label, len(example.endings)]
+            for ids in (example.context, *example.endings):
+                tokens = as_tokens(ids).tolist()
+                values += [len(tokens), *tokens]
+            size = 2 * (2 + len(values))
+            if count >= START or size > START:
+                raise InputError(f"example {count} of {size} bytes: the format holds {START} examples of up to {START} bytes")
+            _example(f"example {count}", count, list(values), None)
+            file.write(np.array([START, size, *values], TOKEN).tobytes())
+            count, longest = count + 1, max(longest, size)
+        if not count:
+            raise InputError(f"{os.fspath(path)}: there are no examples to write")
+        file.seek(0)
+        file.write(header_bytes(EXAMPLES_MAGIC, 1, count, longest))
+    return count
+
+
+# ------------------------------------------------------------------------------------------------ vocabulary
+
+
+def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
+    """Read llm.c's vocabulary (`gpt2_tokenizer.bin`): the bytes of every id, and the id that ends a text.
+
+    Raises DataError for any file that is not exactly that.
+    """
+    name = os.fspath(path)
+    (version, V, eot), mapped = map_data(name, "vocabulary", VOCABULARY_MAGIC, VOCABULARY_VERSIONS, 2)
+    if version == 1:
+        if V != GPT2_V or eot:
+            raise DataError(f"{name}: bad header: V is {V} and field 3 is {eot}, expected {GPT2_V} and 0 in version 1")
+        eot = GPT2_EOT
+    if not 0 <= eot < V <= LIMITS["V"]:
+        raise DataError(
+            f"{name}: bad header: the end of text is {eot}, and V is {V}: it must be an id below V, and V at most {LIMITS['V']}"
+        )
+    tokens: list[bytes] = []
+    start = HEADER_BYTES
+    for token in range(V):
+        end = start + 1 + mapped[start] if start < len(mapped) else start + 1
+        if end > len(mapped):
+            raise DataError(f"{name}: truncated: token {token} of {V} would end at byte {end} of {len(mapped)}")
+        tokens.append(mapped[start + 1 : end])
+        start = end
+    check_size(name, len(mapped), start, f"{V} tokens")
+    return tokens, eot
+
+
+def write_tokenizer(path: "Path", tokens: Sequence[bytes], eot: int) -> None:
+    """Write a vocabulary (version 2), all or nothing. Raises InputError for what the format cannot hold, OSError."""
+    if not is_whole(eot, 0, len(tokens) - 1):
+        raise InputError(f"eot is {shown(eot)}: of {len(tokens)} tokens it must be a whole number from 0 to {len(tokens) - 1}")
+    for token, content in enumerate(tokens):
+        if len(content) > 255:
+            raise InputError(f"token {token} has {len(content)} bytes: the format holds up to 255")
+    with atomic_file(path) as file:
+        file.write(header_bytes(VOCABULARY_MAGIC, 2, len(tokens), eot))
+        file.write(b"".join(bytes([len(content)]) + content for content in tokens))

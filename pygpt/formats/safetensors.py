@@ -1,0 +1,184 @@
+"""safetensors files: read strictly and in place, written as a stream.
+
+A file is the length of a header (uint64, little-endian), the header (a JSON object: name -> dtype, shape, data_offsets),
+and the tensors' bytes, which follow each other without a gap up to the file's end. The reader trusts none of it: every name
+comes once, every range has its shape's size, and the ranges fill the file, so no view can leave the map.
+
+Why not the `safetensors` package: its NumPy interface has no bfloat16, it can write only tensors that are all in memory at
+once, and of two tensors of one name it silently takes the last. Source: the format's description in its repository.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from math import prod
+
+from .checkpoint import MODEL_KIND, _write_values
+from .files import Windows
+from ..errors import CheckpointError, InputError, is_whole
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
+
+    import numpy as np
+    import numpy.typing as npt
+
+LENGTH_BYTES = 8
+HEADER_LIMIT = 1 << 22  # bytes: ten times what the largest GPT-2 needs; the format's own limit, 10^8, lets JSON take gigabytes
+MEMBERS = {"dtype", "shape", "data_offsets"}
+DTYPES = {1: "BOOL U8 I8 F8_E5M2 F8_E4M3", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64"}
+DTYPE_BYTES = {dtype: width for width, dtypes in DTYPES.items() for dtype in dtypes.split()}
+VIEWS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # what can be read; bfloat16 as its bits
+WRITERS = {"F32": 3, "BF16": 5}  # the checkpoint version that holds such values
+
+Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
+
+
+class SafetensorsFile:
+    """An open file, of which no more is mapped than is being looked at. Use it in a `with` block or close() it.
+
+    `tensors` maps each name to (dtype, shape, offset). Raises CheckpointError for any file that is not exactly in the format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._file = Windows(self.path, MODEL_KIND, CheckpointError)
+        self.size = self._file.size
+        try:
+            self.tensors = self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a sound safetensors file: {what}")
+
+    def _check(self) -> dict[str, Stored]:
+        """Check the header and every range in it."""
+        if self.size < LENGTH_BYTES:
+            raise self._bad(f"{self.size} bytes, shorter than the length of a header")
+        length = int.from_bytes(self._file.view(0, LENGTH_BYTES), "little")
+        if length > HEADER_LIMIT:
+            raise self._bad(f"its header has {length} bytes, at most {HEADER_LIMIT} are allowed")
+        start = LENGTH_BYTES + length
+        if start > self.size:
+            raise self._bad(f"truncated: {self.size} bytes, and its header alone has {length}")
+        text = bytes(self._file.view(LENGTH_BYTES, start))
+        if not text.startswith(b"{"):
+            raise self._bad("its header does not begin with {")
+        header = parse_object(text, f"{self.path}: not a sound safetensors file: its header")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._bad("__metadata__ is not an object of strings")
+        ranges = sorted(self._range(name, entry) for name, entry in header.items())
+        end = 0
+        for begin, stop, name in ranges:
+            if begin != end:
+                raise self._bad(f"tensor {name!r} begins at {begin}, expected {end}: there is {_flaw(begin, end)}")
+            end = stop
+        if start + end != self.size:
+            kind = "truncated" if self.size < start + end else "too long"
+            raise self._bad(f"{kind}: {self.size} bytes, expected {start + end}; fetch it again")
+        return {name: (header[name]["dtype"], tuple(header[name]["shape"]), start + begin) for begin, _, name in ranges}
+
+    def _range(self, name: str, entry: "Any") -> tuple[int, int, str]:
+        """A tensor's place, (begin, end, name), its entry checked."""
+        if not isinstance(entry, dict) or set(entry) != MEMBERS:
+            raise self._bad(f"tensor {name!r} has no dtype, shape and data_offsets, or has more than these")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            raise self._bad(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+        if not isinstance(shape, list) or len(shape) > 8 or not all(is_whole(extent, 0, 1 << 48) for extent in shape):
+            raise self._bad(f"tensor {name!r} has a shape that is not a short list of whole numbers")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at, 0, 1 << 62) for at in offsets):
+            raise self._bad(f"tensor {name!r} has data_offsets that are not two whole numbers")
+        size = DTYPE_BYTES[dtype] * prod(shape)
+        if offsets[1] - offsets[0] != size:
+            raise self._bad(f"tensor {name!r} takes {offsets[1] - offsets[0]} bytes, expected {size} for {dtype} {shape}")
+        return offsets[0], offsets[1], name
+
+    def stored(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[Any]":
+        """One tensor, or some of its rows, as it is in the file, a read-only view: float32, float16, or the bits of bfloat16.
+
+        Raises CheckpointError for a tensor of another dtype.
+        """
+        import numpy as np
+
+        dtype, shape, offset = self.tensors[name]
+        if dtype not in VIEWS:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
+        width = DTYPE_BYTES[dtype]
+        if rows != slice(None):
+            start, stop, _ = rows.indices(shape[0])
+            offset += start * prod(shape[1:]) * width
+            shape = (stop - start, *shape[1:])
+        return np.frombuffer(self._file.view(offset, offset + prod(shape) * width), VIEWS[dtype]).reshape(shape)
+
+    def close(self) -> None:
+        """Close the file; arrays of it stay. May be called twice."""
+        self._file.close()
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_safetensors(
+    file: "IO[bytes]",
+    dtype: str,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    values: "Iterable[npt.NDArray[np.float32]]",
+) -> None:
+    """Write tensors (name, shape) of one dtype, F32 or BF16 (nearest even), to an open file.
+
+    `values` are their float32 values in the same order, in pieces of any shape: each is dropped once it is written. Raises
+    InputError when they are more or fewer than the shapes say.
+    """
+    import numpy as np
+
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    expected = end = 0
+    for name, shape in tensors:
+        size = prod(shape)
+        begin, end = end, end + size * DTYPE_BYTES[dtype]
+        expected += size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)  # so that the values are aligned
+    file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    found = 0
+    for piece in values:
+        _write_values(file, np.ascontiguousarray(piece, "<f4"), WRITERS[dtype])
+        found += piece.size
+    if found != expected:
+        raise InputError(f"{found} values were given, and the shapes have {expected}")
+
+
+def parse_object(text: bytes, what: str) -> "dict[str, Any]":
+    """A JSON object from outside, no name in it given twice. `what` names it in the CheckpointError for anything else."""
+    try:
+        found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} is not a JSON object")
+    return found
+
+
+def unique(pairs: "list[tuple[str, Any]] | str") -> "dict[str, Any]":
+    """A JSON object's members; refuses a name given twice, and the numbers that JSON does not have (NaN, Infinity)."""
+    if isinstance(pairs, str):
+        raise ValueError(f"{pairs} is no number")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:80]!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _flaw(begin: int, end: int) -> str:
+    return "a hole" if begin > end else "an overlap"

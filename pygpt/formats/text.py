@@ -1,0 +1,113 @@
+"""Text for training and evaluation: read in pieces, and turned into tokens.
+
+Text passes through in pieces, so that a file may be larger than memory. Refuses text that is not UTF-8.
+Source: llm.c, dev/data/tinyshakespeare.py, for where `<|endoftext|>` goes.
+"""
+
+import codecs
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError, InputError, shown
+from ..tokenizer import Tokenizer
+from .shards import TOKEN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
+
+    from .shards import Path, Shard
+
+PIECE = 1 << 20  # bytes of text read at a time
+EOT_MODES = ("document", "paragraph", "none")
+
+
+def read_text(path: "Path") -> Iterator[str]:
+    """Yield the text of a UTF-8 file, or of stdin for "-", some at a time, exactly as it is.
+
+    Raises DataError for what cannot be read, and for bytes that are not UTF-8, with their offset.
+    """
+    if path == "-":
+        if sys.stdin is None:
+            raise DataError("-: stdin is closed: there is no text to read")
+        yield from _decoded(sys.stdin.buffer, "stdin")
+        return
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (its errors are not those of reading)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{os.fspath(path)!r}: cannot open the text: {getattr(error, 'strerror', None) or error}") from error
+    with file:
+        yield from _decoded(file, os.fspath(path))
+
+
+def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
+    """Decode a binary file piece by piece."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    taken, piece = 0, b" "
+    while piece:
+        try:
+            piece = file.read(PIECE)
+            taken += len(piece)
+            text = decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            offset = taken - len(error.object) + error.start
+            raise DataError(
+                f"{name}: byte {error.object[error.start]:#04x} at offset {offset} is not UTF-8 ({error.reason}): "
+                f"convert the text to UTF-8"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{name}: cannot read the text: {error.strerror}") from error
+        yield text
+
+
+def tokens_of_text(text: str | Iterable[str], *, eot: str = "paragraph") -> "Shard":
+    """GPT-2's tokens of a text, given whole or in pieces: a uint16 array (tokens,). `eot` is as for encode_text."""
+    pieces = list(encode_text([text] if isinstance(text, str) else text, eot=eot))
+    return np.concatenate(pieces) if pieces else np.empty(0, TOKEN)
+
+
+def encode_text(text: Iterable[str], *, eot: str = "paragraph") -> "Iterator[Shard]":
+    """Yield GPT-2's tokens of one text that comes in pieces, uint16 arrays; wherever it is cut, the tokens are the same.
+
+    eot: where `<|endoftext|>` is put in: "paragraph", before the text and after every blank line (each "\\n\\n"), as llm.c
+    prepares tinyshakespeare; "document", before the text; "none". In the text itself it is ordinary text. White space that
+    follows other text is where pieces are encoded apart: a longer run of either has to fit in memory. Raises InputError
+    for another `eot`.
+    """
+    if not isinstance(eot, str) or eot not in EOT_MODES:
+        raise InputError(f"eot is {shown(eot)}: it must be one of {', '.join(EOT_MODES)}")
+    return _encoded(text, Tokenizer(), eot)
+
+
+def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str) -> "Iterator[Shard]":
+    ids = [] if eot == "none" else [tokenizer.eot]
+    for piece in _independent(text):
+        *paragraphs, last = piece.split("\n\n") if eot == "paragraph" else [piece]
+        for paragraph in paragraphs:
+            ids += tokenizer.encode(paragraph + "\n\n")
+            ids.append(tokenizer.eot)
+        ids += tokenizer.encode(last)
+        if ids:
+            yield np.array(ids, TOKEN)
+        ids = []
+
+
+# No token of GPT-2 reaches from other text into white space after it, nor do blank lines.
+_LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+def _independent(text: Iterable[str]) -> Iterator[str]:
+    """Cut text anew, where tokens end whatever follows."""
+    kept: list[str] = []
+    for piece in text:
+        cut = _LAST_CUT.match(piece)
+        if cut:
+            yield "".join([*kept, cut[0]])
+            kept = []
+        kept.append(piece[cut.end() :] if cut else piece)
+    yield "".join(kept)

@@ -1,0 +1,96 @@
+"""When a completion ends before its length: at a stop token, or where its text has come to hold a stop string.
+
+The text is that of the whole sequence, the prompt included, and a stop string may begin and end anywhere within tokens; it
+counts when the newest token completes it. So the token that completes it is the last one, and it may carry text beyond the
+stop string. Source: the rule of Hugging Face's StopStringCriteria. The vocabulary is loaded when there are stop strings.
+
+Refuses: stop strings for a model whose vocabulary is not GPT-2's, for nothing says what its ids spell.
+"""
+
+from collections.abc import Iterable
+
+from .._kernels import check_token
+from ..config import Config
+from ..errors import InputError, shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+GPT2_VOCABULARY = 50257  # ids
+
+
+class Stop:
+    """Checked stop tokens and stop strings. Raises InputError for an id outside the vocabulary, an empty stop string, or stop
+    strings where the vocabulary is not GPT-2's."""
+
+    __slots__ = ("longest", "strings", "tokenizer", "tokens")
+
+    def __init__(
+        self, config: Config, token_ids: "int | Iterable[int] | None" = None, strings: "str | Iterable[str] | None" = None
+    ) -> None:
+        self.tokens = frozenset(check_token(token, config.V) for token in _several("stop_token_ids", token_ids, int))
+        self.strings = [_encoded(text) for text in _several("stop_strings", strings, str)]
+        self.longest = max(map(len, self.strings), default=0)
+        self.tokenizer = _tokenizer(config) if self.strings else None
+
+
+class Watch:
+    """Looks at the tokens of one sequence as they come."""
+
+    __slots__ = ("_stop", "_tail")
+
+    def __init__(self, stop: Stop, prompt: list[int]) -> None:
+        self._stop = stop
+        self._tail = b""  # the end of the text: what a stop string may have begun with
+        if stop.tokenizer is not None:
+            before = prompt[-stop.longest :]  # no token is without a byte
+            self._tail = self._end_of(stop.tokenizer.decode_bytes(before))
+
+    def ends(self, token: int) -> bool:
+        """Take the next token: whether it is a stop token or completes a stop string."""
+        found = token in self._stop.tokens
+        if self._stop.tokenizer is not None:
+            known = len(self._tail)
+            text = self._tail + self._stop.tokenizer.decode_bytes((token,))
+            found = found or any(text.find(string, max(known + 1 - len(string), 0)) >= 0 for string in self._stop.strings)
+            self._tail = self._end_of(text)
+        return found
+
+    def _end_of(self, text: bytes) -> bytes:
+        """The bytes that may begin a stop string which is not complete."""
+        return text[max(len(text) - self._stop.longest + 1, 0) :]
+
+
+def _tokenizer(config: Config) -> "Tokenizer":
+    """What the ids of a model spell."""
+    if config.V != GPT2_VOCABULARY:
+        raise InputError(
+            f"stop_strings need GPT-2's vocabulary of {GPT2_VOCABULARY} ids, and this model has {config.V}: give stop_token_ids"
+        )
+    from ..tokenizer import Tokenizer
+
+    return Tokenizer()
+
+
+def _several(name: str, values: object, kind: type) -> "Iterable[object]":
+    """One value of a kind or any number of them."""
+    if values is None:
+        return ()
+    if isinstance(values, kind):
+        return (values,)
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise InputError(f"{name} is {shown(values)}: it must be a list of {kind.__name__}")
+    return values
+
+
+def _encoded(text: object) -> bytes:
+    """A stop string's bytes. What the command line could not decode is given back as it was."""
+    if not isinstance(text, str):
+        raise InputError(f"stop string {shown(text)} is not a string")
+    if not text:
+        raise InputError("a stop string is empty: it would be found everywhere; leave it out")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InputError(f"stop string {shown(text)} has no UTF-8 form: it holds half a surrogate pair") from None

@@ -1,0 +1,143 @@
+"""The serial reference behind the interfaces of the fast path: SerialGPT2 of GPT2, SerialTrainableGPT2 of TrainableGPT2.
+
+For comparison in commands, tests and benchmarks: what they compute, scalar and one thing after another, is what the fast path
+is measured against.
+"""
+
+import os
+from collections.abc import Sequence
+
+from ._reference import Reference, Training
+from .formats.checkpoint import Checkpoint
+from .hub.find import find_model
+from .config import Config
+from .errors import ClosedError, InputError
+from .generation.request import Completer, Completion, check_tokens
+from .training.parameters import AdamW, Parameters, check_number
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ._kernels import Logits
+    from .training.parameters import LiveWeights
+    from .generation.prefix import PrefixCache
+
+
+class SerialGPT2(Completer):
+    """GPT-2 as the serial program runs it: one thread, scalar, no cache, the whole network again for every token."""
+
+    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
+        self.config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._reference: Reference | None = Reference(
+            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
+        )
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
+        """Open a checkpoint, found as GPT2.load() finds it."""
+        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
+
+    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """The logits of every position of a sequence, (T, V)."""
+        import numpy as np
+
+        return np.asarray(self._run(check_tokens(self.config, tokens)))
+
+    def _forward(self, live: list[Completion]) -> "list[tuple[Logits, int]]":
+        windows = [completion.window() for completion in live]
+        return [(self._run(window), len(window) - 1) for window in windows]
+
+    def new_prefix_cache(self) -> None:
+        """None: the serial program runs everything again for every token."""
+        return
+
+    def _check_prefix(self, prefix: "PrefixCache") -> None:
+        raise InputError("the serial reference runs everything again for every token: it takes no cache")
+
+    def _run(self, tokens: Sequence[int]) -> "Logits":
+        if self._reference is None:
+            raise ClosedError("the model is closed")
+        return self._reference.forward(tokens)[0]
+
+    def close(self) -> None:
+        """Unmap the file. May be called twice."""
+        self._reference = None
+        self._checkpoint.close()
+
+    def __enter__(self) -> "SerialGPT2":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SerialTrainableGPT2(Parameters):
+    """GPT-2's training as the serial program runs it: one thread, scalar; `threads` is taken for the interface's sake only.
+
+    Use it in a `with` block or close() it. Ctrl-C takes effect between layers; gradients that backward() was about are
+    incomplete then, and weights and moments unchanged.
+    """
+
+    threads = 1
+
+    def __init__(self, config: Config, *, threads: int | None = None) -> None:
+        super().__init__(config, threads=threads)
+        self._training: Training | None = Training(self.parameters, self.gradients, config)
+
+    def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
+        """The loss of predicting each target, (B, T), from token ids (B, T); the activations are kept for backward().
+
+        Raises InputError for ids that are not the model's, shapes that differ, or more than maxT tokens in a sequence.
+        """
+        import numpy as np
+
+        return np.asarray(self._open().forward(*self.check_batch(inputs, targets)))
+
+    def evaluate(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
+        """The losses as forward() gives them, (B, T); nothing is kept, and what an earlier forward() kept stays."""
+        import numpy as np
+
+        return np.asarray(self._open().evaluate(*self.check_batch(inputs, targets)))
+
+    def backward(self, *, accumulate: bool = False, scale: float = 1.0) -> None:
+        """Set `gradients` to those of scale * mean loss of the last forward(), or add these to them; once a forward()."""
+        training = self._open()
+        check_number("scale", scale, -1e30, 1e30)
+        if not training.ready:
+            raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
+        training.backward(accumulate=accumulate, scale=scale)
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of all gradients together, summed in float64 in ascending order."""
+        return self._open().gradient_norm()
+
+    @property
+    def updates(self) -> int:
+        """How many updates were made: one that Ctrl-C interrupts was made wholly, and counts, or not at all."""
+        return self._open().updates
+
+    def _update(self, numbers: AdamW) -> None:
+        self._open().update(self.first_moments, self.second_moments, numbers)
+
+    def model(self) -> SerialGPT2:
+        """The model of the live weights, to complete sequences with."""
+        self._open()
+        return SerialGPT2(self.weights())
+
+    def _open(self) -> Training:
+        if self._training is None:
+            raise ClosedError("the model is closed")
+        return self._training
+
+    def close(self) -> None:
+        """Give back the activations. The arrays of parameters, gradients and moments stay. May be called twice."""
+        self._training = None
+
+    def __enter__(self) -> "SerialTrainableGPT2":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,213 @@
+"""What goes into training: tokens of shards or arrays, in batches.
+
+A data set is one shard or many. Tokens stay in the file, mapped, until a batch needs them. Refuses shards that are too small
+for one batch. Source: llm.c, llmc/dataloader.h.
+"""
+
+import glob
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import LIMITS
+from ..errors import DataError, InputError, is_whole, shown
+from ..formats.shards import as_tokens, check_ids, read_tokens
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..formats.shards import Path, Tokens
+
+    Batch = npt.NDArray[np.int32]  # (B, T)
+
+# What the fingerprint of a data set is made of: all tokens, or where there are more than WHOLE some of every shard, for
+# reading a hundred gigabytes takes minutes.
+WHOLE = 1 << 24
+SAMPLES, SAMPLE = 16, 1 << 12  # places of a shard, evenly spaced from its first token to its last, and tokens of each
+
+
+def split(tokens: "Tokens", *, val_tokens: int | None = None, val_fraction: float | None = None) -> "tuple[Tokens, Tokens]":
+    """Split tokens into (train, val), views of them.
+
+    val_tokens: the first so many validate, as llm.c splits tinyshakespeare. val_fraction: the last part validates. Raises
+    InputError unless one of the two is given and leaves tokens on both sides.
+    """
+    count = len(tokens)
+    if (val_tokens is None) == (val_fraction is None):
+        raise InputError("give either val_tokens, the first so many, or val_fraction, the last part")
+    if val_tokens is not None:
+        if not is_whole(val_tokens, 1, count - 1):
+            raise InputError(
+                f"val_tokens is {shown(val_tokens)}: of {count} tokens it must be a whole number from 1 to {count - 1}"
+            )
+        return tokens[val_tokens:], tokens[:val_tokens]
+    if not isinstance(val_fraction, float) or not 0 < val_fraction < 1 or not 0 < round(count * val_fraction) < count:
+        raise InputError(
+            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and leave some of {count} tokens on both sides"
+        )
+    train = count - round(count * val_fraction)
+    return tokens[:train], tokens[train:]
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+class DataLoader:
+    """Endless batches of B sequences of T tokens, in llm.c's order: B*T + 1 tokens are read, and the next batch begins B*T on.
+
+    source: a path or a pattern of shards (sorted), a list of paths, or tokens in memory. A shard gives
+    floor((tokens - 1) / (B*T)) batches, then comes the next; after the last one a new epoch begins. With `shuffle_seed`,
+    every epoch has an order of its own of the shards and of the batches in each, a function of seed and epoch alone: the
+    same on every machine. V: the vocabulary; every id is checked against it as its shard is opened.
+
+    `batches` is their number in an epoch, `tokens` that in all shards, `fingerprint` a hash by which state() tells other data
+    from these. Raises InputError for a bad B, T or seed, DataError for a shard that is none or is too small for one batch.
+    """
+
+    def __init__(
+        self,
+        source: "Path | Sequence[Path] | npt.ArrayLike",
+        B: int,
+        T: int,
+        *,
+        shuffle_seed: int | None = None,
+        V: int | None = None,
+    ) -> None:
+        for name, value in (("B", B), ("T", T)):
+            if not is_whole(value, 1, 1 << 30):
+                raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {1 << 30}")
+        if V is not None and not is_whole(V, 1, LIMITS["V"]):
+            raise InputError(f"V is {V!r}: it must be None or a whole number from 1 to {LIMITS['V']}")
+        if shuffle_seed is not None and not is_whole(shuffle_seed, 0, 2**64 - 1):
+            raise InputError(f"shuffle_seed is {shown(shuffle_seed)}: it must be None or a whole number from 0 to 2**64 - 1")
+        self.B, self.T, self.shuffle_seed, self._V = B, T, shuffle_seed, V
+        self._files, tokens = _find(source)
+        if tokens is not None:
+            check_ids(tokens, V or LIMITS["V"], "tokens")
+        self._tokens = tokens  # of the open shard
+        self._counts = [len(read_tokens(path)) for path in self._files] if tokens is None else [len(tokens)]
+        self._batches = [(count - 1) // (B * T) for count in self._counts]
+        for name, count in zip(self._files or ["tokens"], self._counts, strict=True):
+            if count < B * T + 1:
+                raise DataError(
+                    f"{name}: {count} tokens are too few for one batch: B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; "
+                    f"make B or T smaller{', or leave this file out' if len(self._counts) > 1 else ''}"
+                )
+        self.batches, self.tokens = sum(self._batches), sum(self._counts)
+        self.fingerprint = _fingerprint(map(read_tokens, self._files) if tokens is None else [tokens], self.tokens)
+        self.reset()
+
+    def next_batch(self) -> "tuple[Batch, Batch]":
+        """Return the next (inputs, targets), fresh int32 arrays (B, T); targets are the inputs' successors."""
+        if self._batch == len(self._order):
+            last = self._shard == len(self._counts) - 1
+            self._move(*((self._epoch + 1, 0, 0) if last else (self._epoch, self._shard + 1, 0)))
+        assert self._tokens is not None
+        B, T = self.B, self.T
+        start = int(self._order[self._batch]) * B * T
+        tokens = self._tokens[start : start + B * T + 1]
+        self._batch += 1
+        return tokens[:-1].astype(np.int32).reshape(B, T), tokens[1:].astype(np.int32).reshape(B, T)
+
+    def reset(self) -> None:
+        """Go to the first batch of the first epoch, as validation does before each evaluation."""
+        self._move(0, 0, 0)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batch that came last, from 0."""
+        return self._epoch
+
+    def state(self) -> dict[str, int | str | None]:
+        """The position, and what it is a position in, for JSON: restore() continues there, with the very same batches."""
+        return {"epoch": self._epoch, "shard": self._shard, "batch": self._batch, **self._identity()}
+
+    def restore(self, state: Mapping[str, int | str | None]) -> None:
+        """Go to the position of a state(). Raises InputError for the state of a loader with other data, B, T or seed."""
+        identity = self._identity()
+        state = {"fingerprint": self.fingerprint, **state}  # the first states had none
+        if set(state) != {"epoch", "shard", "batch", *identity}:
+            raise InputError(f"the loader's state has the fields {shown(sorted(state))}, expected {sorted(self.state())}")
+        for name, value in identity.items():
+            if state[name] != value:
+                raise InputError(
+                    f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}: give it the same "
+                    "data, B, T and seed, or begin anew"
+                )
+        place = []
+        for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
+            number = state[name]
+            if not isinstance(number, int) or not is_whole(number, 0, most):
+                raise InputError(f"the loader's state has {name} = {shown(number)}: it must be a whole number from 0 to {most}")
+            place.append(number)
+        self._move(*place)
+
+    def _identity(self) -> dict[str, int | str | None]:
+        """What a position means something for."""
+        return {
+            "B": self.B,
+            "T": self.T,
+            "shards": len(self._counts),
+            "tokens": self.tokens,
+            "fingerprint": self.fingerprint,
+            "shuffle_seed": self.shuffle_seed,
+        }
+
+    def _move(self, epoch: int, shard: int, batch: int) -> None:
+        """Go to a batch of the epoch's shard number `shard`, and open that. If it fails, the loader stays where it is."""
+        index = int(self._permutation(epoch, 0, len(self._counts))[shard])
+        if batch > self._batches[index]:
+            raise InputError(f"the loader's state has batch = {batch}: its shard has {self._batches[index]} batches")
+        tokens = self._tokens
+        if self._files:
+            tokens = read_tokens(self._files[index], V=self._V)
+            if len(tokens) != self._counts[index]:
+                raise DataError(
+                    f"{self._files[index]}: {len(tokens)} tokens, expected {self._counts[index]}: the file has changed"
+                )
+        self._order = self._permutation(epoch, 1 + index, self._batches[index])
+        self._tokens, self._epoch, self._shard, self._batch = tokens, epoch, shard, batch
+
+    def _permutation(self, epoch: int, stream: int, count: int) -> "Sequence[int] | npt.NDArray[np.intp]":
+        """The order of `count` things: stream 0 is the epoch's shards, stream 1 + i the batches of shard i.
+
+        Sorted by 64 random bits each. Philox with a given key and counter, its raw output and a stable sort are the same in
+        every NumPy and on every machine; what NumPy's Generator makes of them is not.
+        """
+        if self.shuffle_seed is None:
+            return range(count)
+        key, counter = np.array([self.shuffle_seed, epoch], np.uint64), np.array([0, stream, 0, 0], np.uint64)
+        return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(count), kind="stable")
+
+
+def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], Tokens | None]":
+    """A loader's source as the names of files, or as tokens."""
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
+        if not files:
+            raise DataError(f"{name!r}: no such file, and as a pattern it matches none; tools/shards.py makes token files")
+        return files, None
+    if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
+        if not source:
+            raise DataError("the list of token files is empty: name at least one")
+        return [os.fspath(item) for item in source], None
+    return [], as_tokens(source)  # type: ignore[arg-type]
+
+
+def _fingerprint(shards: "Iterable[Tokens]", total: int) -> str:
+    """32 hexadecimal digits that tell a data set of `total` tokens from another of as many, wherever its files are."""
+    digest = hashlib.sha256()
+    for tokens in shards:
+        count = len(tokens)
+        digest.update(struct.pack("<q", count))
+        if total <= WHOLE:
+            pieces = [(start, PIECE) for start in range(0, count, PIECE)]
+        else:
+            pieces = [(max(0, count - SAMPLE) * i // (SAMPLES - 1), SAMPLE) for i in range(SAMPLES)]
+        for start, size in pieces:
+            digest.update(tokens[start : start + size].astype("<u4").data)
+    return digest.hexdigest()[:32]

@@ -1,0 +1,109 @@
+"""How the weights are moved: the options of AdamW, gradient clipping, accumulation, and the learning-rate schedule.
+
+Everything here is a pure function of the options and the step, in float64 additions, multiplications and divisions alone: the
+schedule's cosine is our own polynomial, for libm's differs by machine. The arithmetic on the weights is the engine's
+(TrainableGPT2.update), the order of things the Trainer's.
+
+Defaults are those of llm.c's CPU program. Sources: Loshchilov & Hutter 2019 (AdamW) and 2017 (cosine); llm.c, train_gpt2.c
+(gpt2_update) and llmc/schedulers.h.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from ..errors import InputError, is_whole, shown
+from .parameters import check_number
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+SCHEDULES = ("constant", "cosine")
+MOST_STEPS = 2**31 - 1
+MOST_MICRO_BATCHES = 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What one training run does at each step; immutable. Raises InputError for an option out of its range.
+
+    steps                   updates in all; the cosine schedule ends there
+    lr                      learning rate, the highest one
+    beta1, beta2, eps       AdamW's averages and the term beside the square root
+    weight_decay            pulls weights towards zero, apart from the gradient; on every tensor, as llm.c does
+    decay_matrices_only     only on matrices: not on biases and LayerNorms
+    clip                    the largest global norm of the gradient, which is scaled down to it; 0: as it is
+    accumulate              micro-batches of one step, their gradients averaged; a power of two of them gives the gradients of
+                            one large batch, bit for bit but for wte's
+    warmup                  steps in which the learning rate rises from lr / warmup to lr
+    schedule                "constant" after the warm-up, or "cosine": half a wave from lr down to min_lr
+    min_lr                  where the cosine ends
+    """
+
+    steps: int = 40
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay_matrices_only: bool = False
+    clip: float = 0.0
+    accumulate: int = 1
+    warmup: int = 0
+    schedule: str = "constant"
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_whole("steps", self.steps, 1, MOST_STEPS)
+        _check_whole("accumulate", self.accumulate, 1, MOST_MICRO_BATCHES)
+        _check_whole("warmup", self.warmup, 0, self.steps)
+        for name, low, high in (
+            ("lr", 0.0, 1.0),
+            ("min_lr", 0.0, self.lr),
+            ("beta1", 0.0, 0.9999999),
+            ("beta2", 0.0, 0.9999999),
+            ("eps", 1e-30, 1.0),
+            ("weight_decay", 0.0, 1000.0),
+            ("clip", 0.0, 1e30),
+        ):
+            check_number(name, getattr(self, name), low, high)
+            object.__setattr__(self, name, float(getattr(self, name)))  # a NumPy scalar would compute, and be saved, otherwise
+        if not isinstance(self.decay_matrices_only, bool):
+            raise InputError(f"decay_matrices_only is {shown(self.decay_matrices_only)}: it must be True or False")
+        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
+            raise InputError(f"schedule is {shown(self.schedule)}: it must be one of {', '.join(SCHEDULES)}")
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: warm-up, then constant, or cosine to min_lr."""
+        if step < self.warmup:
+            return self.lr * ((step + 1) / self.warmup)
+        if self.schedule == "constant":
+            return self.lr
+        if step >= self.steps:
+            return self.min_lr
+        done = (step - self.warmup) / (self.steps - self.warmup)
+        return self.min_lr + 0.5 * (1 + cos_pi(done)) * (self.lr - self.min_lr)
+
+    def gradient_scale(self, norm: float) -> float:
+        """What the gradient is multiplied by so that its global norm is at most `clip`."""
+        return self.clip / norm if 0 < self.clip < norm else 1.0
+
+    def as_dict(self) -> "dict[str, Any]":
+        """The options as TrainingOptions(**...) takes them."""
+        return asdict(self)
+
+
+def cos_pi(x: float) -> float:
+    """cos(pi x) for x in [0, 1], by its Taylor polynomial: the same bits on every machine, within 1e-15."""
+    if x > 0.5:
+        return -cos_pi(1 - x)
+    square = (math.pi * x) * (math.pi * x)  # not **, which is libm's pow
+    total = 0.0
+    for k in range(11, -1, -1):  # the next term is below 1e-18
+        total = total * square + (-1) ** k / math.factorial(2 * k)
+    return total
+
+
+def _check_whole(name: str, value: object, low: int, high: int) -> None:
+    if not is_whole(value, low, high):
+        raise InputError(f"{name} is {shown(value)}: it must be a whole number from {low} to {high}")

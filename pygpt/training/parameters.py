@@ -1,0 +1,303 @@
+"""Parameters: the four flat arrays of a network in training, and everything about them that is not arithmetic of the network.
+
+Parameters, gradients and AdamW's two moments are float32 arrays in the order and layout of a version 3 file (wte padded to Vp
+rows, whose padding stays zero), so that every element of one belongs to the same element of the others. What computes with
+them, TrainableGPT2 and its serial twin, derives from this class and shares its checks. Refuses to know about activations,
+workers and kernels.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from numbers import Real
+from typing import NamedTuple
+
+from ..formats.checkpoint import Checkpoint, write_checkpoint
+from ..hub.find import find_model
+from ..config import TENSORS, Config
+from ..errors import CheckpointError, InputError, is_whole, shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+    import numpy as np
+    import numpy.typing as npt
+
+ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction set
+PAGE = 4096  # bytes
+APART = 576  # bytes from where one array begins in its page to where the next does in its own
+STD = 0.02  # of GPT-2's initial weights
+MATRICES = tuple(name for name, dims in TENSORS if len([dim for dim in dims if dim != "L"]) == 2)  # the others are vectors
+GAINS = ("ln1w", "ln2w", "lnfw")
+RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L times in all
+PIECE = 1 << 16  # random numbers made at a time: they stay in the cache
+LARGEST_SEED = 2**64 - 1
+
+
+class AdamW(NamedTuple):
+    """One checked step of AdamW, as numbers: every engine computes with the same ones.
+
+    m = beta1 * m + rest1 * g and v = beta2 * v + rest2 * g * g, where g is the gradient times gradient_scale; then the
+    parameter loses lr * (m / correction1 / (sqrt(v / correction2) + eps) + decay * parameter). What depends on betas and step
+    is worked out once, in double precision. Source: Loshchilov and Hutter 2019, as llm.c and PyTorch compute it.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    rest1: float  # 1 - beta1
+    rest2: float  # 1 - beta2
+    correction1: float  # 1 - beta1 ** step
+    correction2: float  # 1 - beta2 ** step
+    eps: float
+    gradient_scale: float
+    spans: list[tuple[int, int, float]]  # (start, stop, decay): all parameters in order, neighbours of equal decay together
+
+
+class LiveWeights(NamedTuple):
+    """Weights in memory, with what a model asks of an open Checkpoint. close() leaves them as they are."""
+
+    config: Config
+    values: memoryview  # bytes, as of a version 3 file from the first tensor on
+    version: int = 3
+    bf16: bool = False
+
+    def close(self) -> None:
+        """Do nothing: the memory is its owner's."""
+
+
+class Parameters:
+    """A network's weights, their gradients and moments; all zeros at first. `threads` is for the engine derived from this.
+
+    `parameters`, `gradients`, `first_moments` and `second_moments` are live, writable arrays of shape (P,) with
+    P = config.parameters(padded=True), each aligned to 64 bytes.
+    """
+
+    def __init__(self, config: Config, *, threads: int | None = None) -> None:
+        self.config = config
+        self._places = {name: (shape, offset, size) for name, shape, offset, size in config.tensors(padded=True)}
+        P = config.parameters(padded=True)
+        self.parameters, self.gradients, self.first_moments, self.second_moments = zeros_to_update(P)
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "Self":
+        """Begin from a checkpoint of any version, widened to float32: `path`, else as find_model() finds one.
+
+        Raises CheckpointError for a file that is not a checkpoint or holds weights that are not finite, InputError for a bad
+        thread count.
+        """
+        import numpy as np
+
+        with Checkpoint(find_model(path)[0]) as checkpoint:
+            model = cls(checkpoint.config, threads=threads)
+            for name in model._places:
+                start = 0
+                for rows in checkpoint.pieces(name):
+                    if not np.isfinite(rows).all():
+                        value = rows[~np.isfinite(rows)][0]
+                        raise CheckpointError(f"{checkpoint.path}: {name} holds {value}: weights to train must be finite")
+                    model.tensor(name)[start : start + len(rows)] = rows
+                    start += len(rows)
+        return model
+
+    @classmethod
+    def random(cls, config: Config, *, seed: int, threads: int | None = None) -> "Self":
+        """Begin as GPT-2 does: weights of mean 0 and standard deviation 0.02, those of the residual projections divided by
+        sqrt(2L); biases 0, gains of the layer norms 1. Equal seeds give equal bits on every machine.
+
+        seed: a whole number from 0 to 2**64 - 1. Source: Radford et al. 2019; nanoGPT and llm.c for the details.
+        """
+        import numpy as np
+
+        if not is_whole(seed, 0, LARGEST_SEED):
+            raise InputError(f"seed is {shown(seed)}: it must be a whole number from 0 to {LARGEST_SEED}")
+        model = cls(config, threads=threads)
+        source = np.random.PCG64(seed)
+        for name in model._places:
+            values = model.tensor(name).reshape(-1)  # a view: tensors are contiguous
+            if name in GAINS:
+                values.fill(1)
+            elif name in MATRICES:
+                std = STD / math.sqrt(2 * config.L) if name in RESIDUAL else STD
+                for start in range(0, values.size, PIECE):
+                    piece = values[start : start + PIECE]
+                    piece[:] = std * normal(source, piece.size)
+        return model
+
+    def tensor(self, name: str) -> "npt.NDArray[np.float32]":
+        """One tensor of the parameters by its name in config.TENSORS, wte with V rows: a live view."""
+        return self._view(self.parameters, name)
+
+    def gradient(self, name: str) -> "npt.NDArray[np.float32]":
+        """The gradient of one tensor, of the same shape: a live view."""
+        return self._view(self.gradients, name)
+
+    def _view(self, flat: "npt.NDArray[np.float32]", name: str) -> "npt.NDArray[np.float32]":
+        if name not in self._places:
+            raise InputError(f"no tensor is named {name!r}: the names are {', '.join(self._places)}")
+        shape, offset, size = self._places[name]
+        array = flat[offset : offset + size].reshape(shape)
+        return array[: self.config.V] if name == "wte" else array
+
+    def save(self, path: "str | os.PathLike[str]", *, version: int = 3) -> None:
+        """Write the parameters as a checkpoint of version 1, 3 or 5, which takes its name only once it is whole."""
+        write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
+
+    def weights(self) -> "LiveWeights":
+        """The parameters in the place of an open checkpoint, for a model that computes with them while they change."""
+        return LiveWeights(self.config, self.parameters.data.cast("B"))
+
+    def check_batch(
+        self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike"
+    ) -> "tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]":
+        """Return inputs and targets as fresh contiguous int32 arrays (B, T), B at least 1, T from 1 to maxT, ids below V.
+
+        Raises InputError, which names the first value that is wrong, for anything else.
+        """
+        checked = self._check_ids("inputs", inputs), self._check_ids("targets", targets)
+        if checked[0].shape != checked[1].shape:
+            raise InputError(f"targets has shape {checked[1].shape}, inputs {checked[0].shape}: each input needs one target")
+        return checked
+
+    def _check_ids(self, name: str, ids: "npt.ArrayLike") -> "npt.NDArray[np.int32]":
+        """Check one of a batch's two arrays of token ids; return it as contiguous int32."""
+        import numpy as np
+
+        try:
+            array: npt.NDArray[Any] = np.array(ids)  # a copy: what is checked does not change any more
+        except (ValueError, TypeError, OverflowError) as error:  # rows of unequal length, for one
+            raise InputError(f"{name} is not an array (B, T) of token ids: {error}") from None
+        if array.ndim != 2 or not array.size:
+            raise InputError(f"{name} has shape {array.shape}: it must be (B, T), at least one sequence of at least one token")
+        if array.dtype.kind not in "iu":
+            raise InputError(f"{name} has dtype {array.dtype}: token ids must be integers")
+        if array.shape[1] > self.config.maxT:
+            raise InputError(f"{name} has sequences of {array.shape[1]} tokens: the model takes at most {self.config.maxT}")
+        wrong = (array < 0) | (array >= self.config.V)
+        if wrong.any():
+            b, t = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
+            limit = self.config.V - 1
+            raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it is no token id of this model, which are 0 to {limit}")
+        return np.ascontiguousarray(array, np.int32)
+
+    def update(
+        self,
+        *,
+        lr: float,
+        step: int,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay_matrices_only: bool = False,
+        gradient_scale: float = 1.0,
+    ) -> None:
+        """Change the parameters by one step of AdamW; arguments and errors as check_update()."""
+        self._update(
+            self.check_update(
+                lr=lr,
+                step=step,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
+                decay_matrices_only=decay_matrices_only,
+                gradient_scale=gradient_scale,
+            )
+        )
+
+    def _update(self, numbers: AdamW) -> None:
+        """Apply a checked step: the engine's part."""
+        raise NotImplementedError
+
+    def check_update(
+        self,
+        *,
+        lr: float,
+        step: int,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay_matrices_only: bool = False,
+        gradient_scale: float = 1.0,
+    ) -> AdamW:
+        """Check the arguments of one AdamW step and work out its numbers. Raises InputError for a value out of its range.
+
+        step counts from 1. decay_matrices_only spares biases and layer norms, as GPT-2's training does; else every parameter
+        decays, as in llm.c's CPU program.
+        """
+        if not is_whole(step, 1, 2**31 - 1):
+            raise InputError(f"step is {shown(step)}: it must be a whole number from 1, and counts the updates")
+        for name, value, low, high in (
+            ("lr", lr, 0.0, 1e6),
+            ("beta1", beta1, 0.0, 0.9999999),
+            ("beta2", beta2, 0.0, 0.9999999),
+            ("eps", eps, 1e-30, 1e6),
+            ("weight_decay", weight_decay, 0.0, 1e6),
+            ("gradient_scale", gradient_scale, 0.0, 1e30),
+        ):
+            check_number(name, value, low, high)
+        spans = list(self._spans(weight_decay, decay_matrices_only))
+        correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
+        return AdamW(lr, beta1, beta2, 1 - beta1, 1 - beta2, correction1, correction2, eps, gradient_scale, spans)
+
+    def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:
+        """Yield (start, stop, decay), neighbouring tensors of equal decay together."""
+        begin, end, current = 0, 0, weight_decay  # wte, the first tensor, is a matrix
+        for name, (_, offset, size) in self._places.items():
+            decay = weight_decay if name in MATRICES or not decay_matrices_only else 0.0
+            if decay != current:
+                yield begin, end, current
+                begin, current = offset, decay
+            end = offset + size
+        yield begin, end, current
+
+
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Raise InputError unless a value is a real number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise InputError(f"{name} is {shown(value)}: it must be a number from {low:.9g} to {high:.9g}")
+
+
+def power(base: float, exponent: int) -> float:
+    """base ** exponent by squaring, of multiplications only: a system's pow() may differ in the last bit."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt.NDArray[np.float32]":
+    """An array (size,) of zeros whose first element lies `shift` bytes beyond a multiple of `alignment`. Pages cost nothing
+    until they are written."""
+    import numpy as np
+
+    room = np.zeros(size + (alignment + shift) // 4, np.float32)
+    skip = (-room.ctypes.data % alignment + shift) // 4
+    return room[skip : skip + size]
+
+
+def zeros_to_update(size: int) -> "list[npt.NDArray[np.float32]]":
+    """Four arrays for AdamW to pass through side by side. Left to the allocator, large ones would begin at one place of their
+    pages, and the pass take 1.06 times as long: lines whose addresses agree so far share a set of the first-level cache."""
+    return [aligned_zeros(size, PAGE, i * APART) for i in range(4)]
+
+
+def normal(source: "np.random.PCG64", size: int) -> "npt.NDArray[np.float64]":
+    """`size` random numbers, nearly normal: sums of twelve uniform numbers, less their mean. Mean 0, variance 1, kurtosis 2.9
+    where the normal distribution has 3, and none beyond 6.
+
+    Made of whole numbers and two exact operations, so the bits are the same everywhere, which logarithms of a system's library
+    would not grant; NumPy promises the stream of PCG64.random_raw() for all versions. Each number takes three words of 64 bits,
+    each word gives four uniform numbers of 16 bits. Source: the sum is Irwin 1927 and Hall 1927; PCG64 is O'Neill 2014.
+    """
+    words = source.random_raw(3 * size).reshape(size, 3)
+    pairs = (words & 0x0000FFFF0000FFFF) + (words >> 16 & 0x0000FFFF0000FFFF)  # two sums of two in every word
+    sixes = pairs[:, 0] + pairs[:, 1] + pairs[:, 2]  # two sums of six
+    total = (sixes & 0xFFFFFFFF) + (sixes >> 32)
+    return (total.astype("f8") - 6 * 0xFFFF) / 0x10000

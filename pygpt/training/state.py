@@ -1,0 +1,241 @@
+"""Files of training states: everything that a run needs to go on as if it had never stopped.
+
+A file is an int32[256] little-endian header (magic, version, maxT, V, L, NH, C, Vp, bytes of JSON, zeros), the JSON object
+(step, options, loader, job; padded with spaces to whole 64 bytes), the three flat float32 buffers as a version 3 checkpoint
+lays them out (parameters, first moments, second moments), and the SHA-256 of all that. The reader checks every field, the
+exact size and the sum before anything is taken over.
+
+Two generations are kept: PATH, and the one before it as PATH.1. At every moment one of them is whole, and open_state() falls
+back to the older one. Writing and reading stream; there is no second copy in memory. Refuses pickles, and files of another
+version.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ..formats.files import HEADER_BYTES, atomic_file, map_file
+from ..config import Config
+from ..errors import CheckpointError, ClosedError, InputError, is_whole, shown
+from .options import TrainingOptions
+from ..formats.safetensors import unique
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
+
+    import numpy as np
+    import numpy.typing as npt
+
+    Buffers = Sequence[npt.NDArray[np.float32]]
+
+MAGIC, VERSION = 20261122, 1
+SUM_BYTES = 32
+JSON_LIMIT = 1 << 24
+BUFFERS = 3  # parameters, first moments, second moments
+PIECE = 1 << 22  # bytes written or summed at a time
+
+
+@dataclass
+class Progress:
+    """What a training state holds beside the three buffers.
+
+    step: updates made; options: the run's; loader: DataLoader.state(); job: whatever the caller wants to find again, as JSON.
+    """
+
+    step: int
+    options: TrainingOptions
+    loader: "dict[str, Any]"
+    job: "dict[str, Any]"
+
+    def to_json(self) -> bytes:
+        """One JSON object, padded to whole 64 bytes so that the values after it are aligned."""
+        text = json.dumps({**vars(self), "options": self.options.as_dict()}, allow_nan=False).encode()
+        return text + b" " * (-len(text) % 64)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Progress":
+        """Read to_json()'s text; raises ValueError for anything else."""
+        try:
+            found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"bad JSON: {error}") from None
+        if not isinstance(found, dict) or set(found) != set(cls.__dataclass_fields__):
+            raise ValueError("bad JSON: not the object of a training state")
+        if not is_whole(found["step"], 0, 1 << 62):
+            raise ValueError(f"bad JSON: step is {shown(found['step'])}")
+        if not all(isinstance(found[name], dict) for name in ("options", "loader", "job")):
+            raise ValueError("bad JSON: options, loader and job must be objects")
+        if unknown := sorted(found["options"].keys() - TrainingOptions.__dataclass_fields__.keys()):
+            raise ValueError(f"bad options: {shown(unknown[0])} is none")
+        try:
+            return cls(**{**found, "options": TrainingOptions(**found["options"])})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"bad options: {error}") from None
+
+
+class TrainingState:
+    """A training state in a file, open and checked, its values still in the file. Use it in a `with` block or close() it.
+
+    `config` is the model's, `progress` the rest. Raises CheckpointError, with the found and the expected figures, for any file
+    that is not exactly a training state.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.realpath(path)
+        self._map = map_file(os.fspath(path), "training state", CheckpointError, self._check)
+        self._view = memoryview(self._map)
+        try:
+            self._check_sum()
+            self.progress = Progress.from_json(bytes(self._view[HEADER_BYTES : self._values]))
+        except ValueError as error:
+            self.close()
+            raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+
+    def _check(self, header: bytes, found: int) -> None:
+        """Check every field of the header, and the file's size against it; take `config` from it."""
+        try:
+            self.config, json_bytes = _read_header(header, found)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        self._values = HEADER_BYTES + json_bytes  # where they begin
+
+    def _check_sum(self) -> None:
+        """Compare the SHA-256 of all that comes before it with the one at the end; raises ValueError."""
+        digest, end = hashlib.sha256(), len(self._view) - SUM_BYTES
+        for start in range(0, end, PIECE):
+            digest.update(self._view[start : min(start + PIECE, end)])
+        if digest.digest() != self._view[end:]:
+            raise ValueError(f"damaged: its SHA-256 is {digest.hexdigest()}, expected {self._view[end:].hex()}")
+
+    def read_into(self, buffers: "Buffers") -> None:
+        """Copy the file's values to the three buffers, P values each. Raises InputError for others, ClosedError."""
+        start = self._values
+        for target in _bytes_of(buffers, self.config):
+            try:
+                target[:] = self._view[start : start + len(target)]
+            except ValueError:
+                raise ClosedError(f"{self.path}: the training state is closed") from None
+            start += len(target)
+
+    def close(self) -> None:
+        """Unmap the file. May be called twice."""
+        self._view.release()
+        self._map.close()
+
+    def __enter__(self) -> "TrainingState":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_header(header: bytes, found: int) -> tuple[Config, int]:
+    """The shape and the JSON's size from the header of a file of `found` bytes; raises ValueError for a wrong field or size."""
+    if len(header) < HEADER_BYTES:
+        raise ValueError(f"truncated: {found} bytes, shorter than the header of {HEADER_BYTES} bytes")
+    magic, version, maxT, V, L, NH, C, Vp, json_bytes, *reserved = struct.unpack("<256i", header)
+    if magic != MAGIC:
+        raise ValueError(f"magic number {magic}, expected {MAGIC}: not a training state")
+    if version != VERSION:
+        raise ValueError(f"version {version} of the format, expected {VERSION}")
+    try:
+        config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C)
+    except InputError as error:
+        raise ValueError(f"bad header: {error}") from None
+    if Vp != config.Vp:
+        raise ValueError(f"bad header: Vp is {Vp}, expected {config.Vp} for V = {V}")
+    if not 0 < json_bytes <= JSON_LIMIT or json_bytes % 64:
+        raise ValueError(f"bad header: {json_bytes} bytes of JSON, expected a multiple of 64 up to {JSON_LIMIT}")
+    if any(reserved):
+        raise ValueError("bad header: a reserved field is not 0")
+    expected = state_bytes(config, json_bytes)
+    if found != expected:
+        raise ValueError(f"{'truncated' if found < expected else 'too long'}: {found} bytes, expected {expected} with {config}")
+    return config, json_bytes
+
+
+def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
+    """Open a training state, or the generation before it where it is missing or damaged; return it, and what to say about it.
+
+    Raises CheckpointError, about both, when neither can be used.
+    """
+    try:
+        return TrainingState(path), ""
+    except CheckpointError as error:
+        older = previous(path)
+        try:
+            state = TrainingState(older)
+        except CheckpointError as second:
+            raise CheckpointError(f"{error}; {second}" if os.path.lexists(older) else str(error)) from error
+        return state, f"{error}: the state before it is used, {older} (step {state.progress.step})"
+
+
+def write_state(
+    path: str | os.PathLike[str], config: Config, progress: Progress, buffers: "Buffers", *, after: str | None = None
+) -> str:
+    """Write a training state: to a temporary file in the same folder, then renamed. Returns its path, links resolved.
+
+    after: the file that this run last wrote or read, known to be whole. If it is the one that is replaced, it is kept as the
+    generation before; if it is that generation, it stays; else an older generation is another run's, and goes. Raises OSError
+    when the file cannot be written; what was there is intact then.
+    """
+    path = os.path.realpath(path)
+    text = progress.to_json()
+    if len(text) > JSON_LIMIT:
+        raise InputError(f"{path}: the state's JSON would have {len(text)} bytes: at most {JSON_LIMIT} are allowed")
+    shape = [config.maxT, config.V, config.L, config.NH, config.C, config.Vp]
+    header = struct.pack("<256i", MAGIC, VERSION, *shape, len(text), *[0] * 247)
+    with atomic_file(path) as file:
+        digest = hashlib.sha256()
+        for data in (memoryview(header), memoryview(text), *_bytes_of(buffers, config)):
+            for start in range(0, len(data), PIECE):
+                piece = data[start : start + PIECE]
+                digest.update(piece)
+                file.write(piece)
+        file.write(digest.digest())
+        _settle(file)
+        _keep_previous(path, after)
+    return path
+
+
+def _settle(file: "IO[bytes]") -> None:
+    """The new file is whole on the disk before an older one is touched."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _keep_previous(path: str, after: str | None) -> None:
+    """Make the file that is about to be replaced the generation before, if this run knows it to be whole (write_state)."""
+    older = previous(path)
+    if after == older or (after == path and not os.path.exists(path)):
+        return  # there is nothing to keep but that
+    with suppress(FileNotFoundError):
+        os.unlink(older)
+    if after == path:
+        try:
+            os.link(path, older)  # both names are there until the new file takes one
+        except OSError:  # a file system without links
+            os.replace(path, older)
+
+
+def previous(path: str | os.PathLike[str]) -> str:
+    """Where the generation before is kept."""
+    return os.path.realpath(path) + ".1"
+
+
+def state_bytes(config: Config, json_bytes: int) -> int:
+    """The exact size in bytes of a training state."""
+    return HEADER_BYTES + json_bytes + BUFFERS * 4 * config.parameters(padded=True) + SUM_BYTES
+
+
+def _bytes_of(buffers: "Buffers", config: Config) -> list[memoryview]:
+    """The buffers as bytes; they must be the three of a model of this shape."""
+    sizes = [buffer.size for buffer in buffers]
+    if sizes != [config.parameters(padded=True)] * BUFFERS:
+        raise InputError(f"buffers of {sizes} values, expected {BUFFERS} of {config.parameters(padded=True)} for {config}")
+    return [buffer.data.cast("B") for buffer in buffers]

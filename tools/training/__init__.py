@@ -1,1 +1,0 @@
-"""What tools/train.py is made of: job (options), report (lines, log, pictures), check (llm.c's debug state)."""
