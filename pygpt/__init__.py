@@ -35,14 +35,9 @@ if TYPE_CHECKING:
     from ._kernels import Trace, cpu_info
     from .cache import KVCache
     from .ceilings import Ceilings
-    from .formats.checkpoint import Checkpoint, write_checkpoint
-    from .hub.find import find_model
     from .config import Config
-    from .training.data import DataLoader, split
-    from .formats.text import encode_text, read_text, tokens_of_text
-    from .formats.shards import read_tokens, write_tokens
     from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
-    from .generation.request import Completion
+    from .formats.checkpoint import Checkpoint, write_checkpoint
     from .formats.llmc import (
         DebugState,
         Example,
@@ -53,14 +48,19 @@ if TYPE_CHECKING:
         write_examples,
         write_tokenizer,
     )
+    from .formats.shards import read_tokens, write_tokens
+    from .formats.text import encode_text, read_text, tokens_of_text
     from .generation.logprobs import TokenInfo
-    from .model import GPT2
-    from .training.options import TrainingOptions
-    from .pool import ThreadPool, default_threads
     from .generation.prefix import PrefixCache
+    from .generation.request import Completion
+    from .hub.find import find_model
+    from .model import GPT2
+    from .pool import ThreadPool, default_threads
     from .reference import SerialGPT2, SerialTrainableGPT2
-    from .training.state import TrainingState, open_state
     from .tokenizer import StreamDecoder, Tokenizer
+    from .training.data import DataLoader, split
+    from .training.options import TrainingOptions
+    from .training.state import TrainingState, open_state
     from .training.trainable import TrainableGPT2
     from .training.trainer import Record, Trainer
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from ._kernels import Floats, Step, Weights
 from ._signals import see_through
 from .cache import KVCache
-from .formats.checkpoint import Checkpoint
-from .hub.find import find_model
 from .errors import InputError, shown
-from .generation.request import Completer, Completion, check_tokens
-from .pool import TRIES, ThreadPool, default_threads, resolve_threads
+from .formats.checkpoint import Checkpoint
 from .generation.prefix import Memory, PrefixCache
+from .generation.request import Completer, Completion, check_tokens
+from .hub.find import find_model
+from .pool import TRIES, ThreadPool, default_threads, resolve_threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

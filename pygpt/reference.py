@@ -8,11 +8,11 @@ import os
 from collections.abc import Sequence
 
 from ._reference import Reference, Training
-from .formats.checkpoint import Checkpoint
-from .hub.find import find_model
 from .config import Config
 from .errors import ClosedError, InputError
+from .formats.checkpoint import Checkpoint
 from .generation.request import Completer, Completion, check_tokens
+from .hub.find import find_model
 from .training.parameters import AdamW, Parameters, check_number
 
 TYPE_CHECKING = False
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Logits
-    from .training.parameters import LiveWeights
     from .generation.prefix import PrefixCache
+    from .training.parameters import LiveWeights
 
 
 class SerialGPT2(Completer):

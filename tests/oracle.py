@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pygpt.formats.checkpoint import Checkpoint
 from pygpt.config import TENSORS, Config
+from pygpt.formats.checkpoint import Checkpoint
 
 Array = npt.NDArray[np.float64]
 Weights = Mapping[str, Array]

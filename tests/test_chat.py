@@ -29,10 +29,10 @@ from hypothesis import strategies as st
 
 import pygpt.tokenizer
 from pygpt import GPT2
-from pygpt.hub.find import EMBEDDED_MODEL
-from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
 from pygpt.commands.child import ChildError, child_environment, read_ids
 from pygpt.config import Config
+from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
+from pygpt.hub.find import EMBEDDED_MODEL
 from pygpt.tokenizer import Tokenizer
 
 ROOT = Path(pygpt.tokenizer.__file__).parent.parent

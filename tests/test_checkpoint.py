@@ -23,13 +23,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
-from pygpt.formats.checkpoint import make, to_bfloat16
 
-from pygpt.hub.find import EMBEDDED_MODEL, find_model
-from pygpt.formats.checkpoint import Checkpoint, file_bytes, write_checkpoint
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
+from pygpt.formats.checkpoint import Checkpoint, file_bytes, make, to_bfloat16, write_checkpoint
 from pygpt.formats.safetensors import SafetensorsFile
+from pygpt.hub.find import EMBEDDED_MODEL, find_model
 
 VERSIONS = (1, 3, 5)
 MAGIC, HEADER_BYTES = 20240326, 1024  # the tests' own words for the format: nothing here is taken from the code under test

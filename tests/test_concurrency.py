@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pygpt.formats.checkpoint import make
 
 import pygpt.model
 from pygpt import (
@@ -36,8 +35,9 @@ from pygpt import (
     TrainingOptions,
     TrainingState,
 )
-from pygpt.formats.files import atomic_file
 from pygpt.commands.console import status_of
+from pygpt.formats.checkpoint import make
+from pygpt.formats.files import atomic_file
 
 ROOT = Path(pygpt.__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))

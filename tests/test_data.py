@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pygpt.formats import text as data
-from pygpt.training.data import DataLoader, split
-from pygpt.formats.text import encode_text, read_text, tokens_of_text
-from pygpt.formats.shards import read_tokens, write_tokens
 from pygpt.errors import DataError, InputError
+from pygpt.formats import text as data
+from pygpt.formats.shards import read_tokens, write_tokens
+from pygpt.formats.text import encode_text, read_text, tokens_of_text
 from pygpt.tokenizer import Tokenizer
+from pygpt.training.data import DataLoader, split
 
 TOKENIZER = Tokenizer()
 EOT = 50256

@@ -26,11 +26,11 @@ from make_huggingface import SHAPE
 from web_site import Site
 
 from pygpt.commands import download
-from pygpt.hub import http_client
-from pygpt.hub.find import MODELS, cache_folder, cached_model, find_model
 from pygpt.commands.convert import parse_version
 from pygpt.commands.download import EXAMPLES, SHA256, SOURCES, main
 from pygpt.errors import CheckpointError, PyGPTError
+from pygpt.hub import http_client
+from pygpt.hub.find import MODELS, cache_folder, cached_model, find_model
 from pygpt.hub.http_client import KEEP_FREE, MOST_TRIES, TRIES, Ask, Client, Redirects, clock
 from pygpt.hub.part import Part
 from pygpt.hub.web import RETRY_AFTER_LIMIT, retry_after
@@ -697,7 +697,9 @@ def test_a_model_by_name(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     site.plans[path] = [web.dropped(5000)]
     site.plans[path.replace("model.safetensors", "config.json")] = [web.status(503), web.dropped(20)]
-    with pytest.raises(CheckpointError, match=f"^{name}: not downloaded yet: run `python -m pygpt.commands.download {name}` first$"):
+    with pytest.raises(
+        CheckpointError, match=f"^{name}: not downloaded yet: run `python -m pygpt.commands.download {name}` first$"
+    ):
         find_model(name)
     assert main([name]) == 0
     target = cached_model(name)

@@ -23,9 +23,9 @@ from test_download import Terminal, error_of, token_of
 from web_site import COMMIT, Handler, Site
 
 from pygpt import __version__, http_client
-from pygpt.hub.find import cache_folder, cached_model
 from pygpt.commands.download import main
 from pygpt.hub.fetch import HUB_VERSIONS
+from pygpt.hub.find import cache_folder, cached_model
 from pygpt.hub.web import RETRY_AFTER_LIMIT
 
 hub = pytest.importorskip("huggingface_hub")

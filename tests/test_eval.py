@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import oracle
 import pytest
-from pygpt.formats.checkpoint import make
 from test_data import shard_bytes
 
 from pygpt import GPT2, Example, Tokenizer, write_examples
+from pygpt.formats.checkpoint import Checkpoint, make
 from pygpt.hub.find import EMBEDDED_MODEL
-from pygpt.formats.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))

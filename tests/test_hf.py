@@ -17,14 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
-from pygpt.formats.checkpoint import make
 from make_huggingface import SHAPE, Raw
 
-from pygpt.formats import checkpoint, safetensors
-from pygpt.formats.checkpoint import Checkpoint
-from pygpt.config import Config
 from pygpt.commands.convert import main
+from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
+from pygpt.formats import checkpoint
+from pygpt.formats.checkpoint import Checkpoint, make
 from pygpt.formats.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
 from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safetensors
 

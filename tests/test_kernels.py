@@ -18,15 +18,14 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pygpt.formats.checkpoint import make, parse
 
 import pygpt.model
 from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, cpu_info, write_checkpoint
 from pygpt._kernels import greedy, median, select_isa
-from pygpt.hub.find import EMBEDDED_MODEL
-from pygpt.formats.checkpoint import Checkpoint
-from pygpt.model import CHUNK
+from pygpt.formats.checkpoint import Checkpoint, make, parse
 from pygpt.generation.sampling import sample
+from pygpt.hub.find import EMBEDDED_MODEL
+from pygpt.model import CHUNK
 
 Float32 = npt.NDArray[np.float32]
 Tensors = dict[str, Float32]

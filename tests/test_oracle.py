@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from pygpt.formats.checkpoint import make, parse
 
-from pygpt.hub.find import EMBEDDED_MODEL
-from pygpt.formats.checkpoint import Checkpoint
 from pygpt.config import Config
+from pygpt.formats.checkpoint import Checkpoint, make, parse
+from pygpt.hub.find import EMBEDDED_MODEL
 
 GOLDENS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "goldens.json").read_text())["cases"]
 GPT2_SHAPE = "make_checkpoint.py"  # without options: half a gigabyte, too much for float64 arrays here

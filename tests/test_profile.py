@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pygpt.formats.checkpoint import make, tensors
 
 import pygpt.model
 from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2
-from pygpt.hub.find import EMBEDDED_MODEL
+from pygpt.formats.checkpoint import make, tensors
 from pygpt.generation.sampling import sample
+from pygpt.hub.find import EMBEDDED_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "profile.py"

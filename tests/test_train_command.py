@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pygpt.formats.checkpoint import make
 
 from pygpt import (
     GPT2,
@@ -43,6 +42,7 @@ from pygpt import (
     write_checkpoint,
     write_debug_state,
 )
+from pygpt.formats.checkpoint import make
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "train.py"

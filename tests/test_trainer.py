@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pygpt.formats.checkpoint import make
 
 from pygpt import (
     CheckpointError,
@@ -37,6 +36,7 @@ from pygpt import (
     TrainingState,
     open_state,
 )
+from pygpt.formats.checkpoint import make
 from pygpt.training import state as state_module
 from pygpt.training.options import cos_pi
 

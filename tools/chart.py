@@ -31,8 +31,8 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
 from pygpt import InputError, PyGPTError  # noqa: E402
-from pygpt.formats.files import atomic_file  # noqa: E402
 from pygpt.commands.console import HelpFormatter, Parser, status_of  # noqa: E402
+from pygpt.formats.files import atomic_file  # noqa: E402
 
 TESTS = "pp512,tg64@d8,tg64@d512"
 MODELS = {(12, 768): "GPT-2 124M", (24, 1024): "GPT-2 355M", (36, 1280): "GPT-2 774M", (48, 1600): "GPT-2 1558M"}  # by L, C

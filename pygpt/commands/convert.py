@@ -12,14 +12,13 @@ Unless it is 0 the older DST, if any, is as it was, and no half-written file is 
 import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 
-from ..formats.checkpoint import VALUE_BYTES, Checkpoint, StreamedCheckpoint, file_bytes, write_checkpoint
-from .console import HelpFormatter, Parser, say, status_of
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError, is_whole
+from ..formats.checkpoint import VALUE_BYTES, Checkpoint, StreamedCheckpoint, file_bytes, write_checkpoint
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, pickle_error, write_model
+from .console import HelpFormatter, Parser, say, status_of
 
 EXAMPLES = """\
 examples:
@@ -168,4 +167,3 @@ def describe(path: str, model: Checkpoint | HuggingFaceModel) -> str:
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
     size = file_bytes(model.config, model.version)
     return f"{path} (version {model.version}, {'bfloat16' if model.bf16 else 'float32'}, {size} bytes)"
-

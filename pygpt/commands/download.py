@@ -14,21 +14,20 @@ for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file, or a
 import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from ..hub.find import MODELS, cached_model
+from ..errors import CheckpointError, InputError
 from ..formats.checkpoint import Checkpoint, file_bytes
+from ..formats.huggingface import CONFIG_FILE, HuggingFaceModel, parse_settings, pickle_error, read_settings
+from ..formats.safetensors import SafetensorsFile
+from ..hub.fetch import Hub, hub_for
+from ..hub.find import MODELS, cached_model
+from ..hub.http_client import Client
+from ..hub.part import Part, disk_errors
+from ..hub.web import HUB, beside, check_url, is_safetensors
 from .console import HelpFormatter, Parser, say, status_of
 from .convert import check_parent, convert, default_version, describe, parse_version, write_bin
-from ..errors import CheckpointError, InputError
-from ..hub.http_client import Client
-from ..hub.fetch import Hub, hub_for
-from ..formats.huggingface import CONFIG_FILE, HuggingFaceModel, parse_settings, pickle_error, read_settings
-from ..hub.part import Part, disk_errors
-from ..formats.safetensors import SafetensorsFile
-from ..hub.web import HUB, beside, check_url, is_safetensors
 
 EXAMPLES = """\
 examples:
@@ -142,7 +141,9 @@ def present(target: str, version: int | None) -> str:
         with Checkpoint(target) as found:
             if version in (None, found.version):
                 return f"{describe(target, found)} is there already: nothing to fetch"
-            raise InputError(f"{target}: there already, of version {found.version}: remove it, or use python -m pygpt.commands.convert")
+            raise InputError(
+                f"{target}: there already, of version {found.version}: remove it, or use python -m pygpt.commands.convert"
+            )
     except CheckpointError:
         raise InputError(f"{target}: there already, and not a model file: remove it, or give another name with -o") from None
 
@@ -161,4 +162,3 @@ def file_name(url: str) -> str:
     if not re.fullmatch(r".+\.(bin|safetensors)", name):
         raise InputError(f"{url[:200]}: it must end in .bin (llm.c) or .safetensors (Hugging Face)")
     return name.removesuffix(".safetensors").removesuffix(".bin") + ".bin"
-

@@ -28,12 +28,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from .progress import Progress
 
 from pygpt import (
     GPT2,
@@ -49,6 +47,8 @@ from pygpt import (
     tokens_of_text,
 )
 from pygpt.commands.console import HelpFormatter, Parser, check_stdout, status_of
+
+from .progress import Progress
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
@@ -328,4 +328,3 @@ def table(choices: list[Result]) -> str:
         bar = block * round(BAR * choice["probability"] / choices[0]["probability"])
         lines.append(f"{choice['id']:>6}  {name:<{width}}  {100 * choice['probability']:7.3f}  {bar}".rstrip())
     return "\n".join(lines)
-

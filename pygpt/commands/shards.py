@@ -29,8 +29,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .progress import Progress
-
 from pygpt import (
     InputError,
     PyGPTError,
@@ -42,6 +40,8 @@ from pygpt import (
     write_tokens,
 )
 from pygpt.commands.console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of
+
+from .progress import Progress
 
 EOT = ("document", "paragraph", "none")
 STDIN = "-"
@@ -234,4 +234,3 @@ def show(path: str, count: int) -> None:
         sys.stdout.flush()
         sys.stdout.buffer.write(content + b"\n")
     sys.stdout.flush()
-

@@ -10,7 +10,6 @@ Refuses: files of any other size, magic or version, and anything that would need
 Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
 """
 
-import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from math import prod
 
+from ..config import Config
+from ..errors import CheckpointError, InputError, PyGPTError
 from . import checkpoint as _checkpoint
 from .checkpoint import Checkpoint, _from_bfloat16
 from .files import reason
-from ..config import Config
-from ..errors import CheckpointError, InputError, PyGPTError
 from .safetensors import SafetensorsFile, parse_object, write_safetensors
 
 TYPE_CHECKING = False

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .files import HEADER_BYTES, atomic_file
 from ..config import LIMITS, Config
-from .shards import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
 from ..errors import DataError, InputError, is_whole, shown
+from .files import HEADER_BYTES, atomic_file
+from .shards import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
+from ..errors import CheckpointError, InputError, is_whole
 from .checkpoint import MODEL_KIND, _write_values
 from .files import Windows
-from ..errors import CheckpointError, InputError, is_whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DataError, InputError, shown
 from ..tokenizer import Tokenizer

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
 from .. import __version__
-from ..formats.files import reason
 from ..commands.console import say
 from ..errors import InputError, PyGPTError
+from ..formats.files import reason
 from ..formats.huggingface import CONFIG_FILE, JSON_LIMIT
 from .part import Part, check_room, disk_errors, sha256_of
 from .web import beside, is_safetensors, refusal, retry_after, within

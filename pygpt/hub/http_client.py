@@ -27,7 +27,6 @@ from urllib.request import (
 )
 
 from .. import __version__
-from ..formats.files import reason
 from ..commands.console import one_line, say
 from ..errors import InputError, PyGPTError
 from ..formats.huggingface import JSON_LIMIT

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 
-from ..formats.files import reason, atomic_file
 from ..errors import PyGPTError
+from ..formats.files import atomic_file, reason
 
 
 class Part:

@@ -7,7 +7,6 @@ for one batch. Source: llm.c, llmc/dataloader.h.
 import glob
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np

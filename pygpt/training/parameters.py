@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import NamedTuple
 
-from ..formats.checkpoint import Checkpoint, write_checkpoint
-from ..hub.find import find_model
 from ..config import TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
+from ..formats.checkpoint import Checkpoint, write_checkpoint
+from ..hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..formats.files import HEADER_BYTES, atomic_file, map_file
 from ..config import Config
 from ..errors import CheckpointError, ClosedError, InputError, is_whole, shown
-from .options import TrainingOptions
+from ..formats.files import HEADER_BYTES, atomic_file, map_file
 from ..formats.safetensors import unique
+from .options import TrainingOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from .._backward import TrainStep
 from .._kernels import Weights
 from ..config import Config
 from ..model import CHUNK, FLOP_PER_US, GPT2, READ_BYTES_PER_US, spins_for, workers_for
-from .parameters import AdamW, Parameters, check_number
 from ..pool import ThreadPool, resolve_threads
+from .parameters import AdamW, Parameters, check_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

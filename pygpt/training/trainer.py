@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from .._signals import see_through
 from ..errors import InputError, NumericalError, PyGPTError, is_whole, shown
-from .options import TrainingOptions
 from ..pool import TRIES
+from .options import TrainingOptions
 from .state import Progress, TrainingState, open_state, write_state
 
 TYPE_CHECKING = False
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .data import DataLoader
     from ..reference import SerialTrainableGPT2
+    from .data import DataLoader
     from .trainable import TrainableGPT2
 
 

@@ -36,12 +36,12 @@ from pygpt import (
     write_tokenizer,
     write_tokens,
 )
-from pygpt.formats.checkpoint import StreamedCheckpoint
 from pygpt.errors import ClosedError
-from pygpt.generation.logprobs import TokenInfo
+from pygpt.formats.checkpoint import StreamedCheckpoint
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
-from pygpt.training.state import Progress, write_state
+from pygpt.generation.logprobs import TokenInfo
 from pygpt.tokenizer import _load
+from pygpt.training.state import Progress, write_state
 
 from .faults import draw, failing
 from .files import SMALL, weights

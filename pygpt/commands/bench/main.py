@@ -38,9 +38,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import peers as bench_peers
-from . import train as bench_train
-
 from pygpt import (
     GPT2,
     Ceilings,
@@ -55,6 +52,9 @@ from pygpt import (
     find_model,
 )
 from pygpt.commands.console import HelpFormatter, Parser, check_stdout, say, status_of
+
+from . import peers as bench_peers
+from . import train as bench_train
 
 BATCH = 8
 REFERENCE_TOKENS = 8  # new ones in the serial program's usual job, after two
@@ -539,4 +539,3 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
             progress=partial(progress, options.rounds),
         )
         return describe(config, version, ceilings), results
-

@@ -25,9 +25,9 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
-from .peers import Peer
-
 from pygpt import Ceilings, Config, InputError, PyGPTError, SerialTrainableGPT2, TrainableGPT2
+
+from .peers import Peer
 
 PARTS = ("forward", "backward", "norm", "update")
 ADAMW: dict[str, Any] = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # as llm.c's train_gpt2.c

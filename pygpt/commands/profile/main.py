@@ -46,12 +46,8 @@ import argparse
 import json
 import os
 import platform
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 
 import pygpt.model
 from pygpt import (
@@ -64,6 +60,8 @@ from pygpt import (
     find_model,
 )
 from pygpt.commands.console import Parser, check_stdout, say, status_of
+
+from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
@@ -311,4 +309,3 @@ def processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-

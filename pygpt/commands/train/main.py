@@ -27,16 +27,31 @@ by an error has made is saved too, unless it made a loss that is not finite and 
 import argparse
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from . import check, report
+
+from pygpt import (
+    Checkpoint,
+    Config,
+    DataLoader,
+    InputError,
+    NumericalError,
+    PyGPTError,
+    SerialTrainableGPT2,
+    TrainableGPT2,
+    Trainer,
+    TrainingState,
+    find_model,
+    open_state,
+)
+from pygpt.commands.console import HelpFormatter, Parser, say, status_of
+
 from ..profile.plots import matplotlib
 from ..progress import Progress
+from . import check, report
 from .job import (
     WHOLE,
     Job,
@@ -55,22 +70,6 @@ from .job import (
     shape_of,
     whole,
 )
-
-from pygpt import (
-    Checkpoint,
-    Config,
-    DataLoader,
-    InputError,
-    NumericalError,
-    PyGPTError,
-    SerialTrainableGPT2,
-    TrainableGPT2,
-    Trainer,
-    TrainingState,
-    find_model,
-    open_state,
-)
-from pygpt.commands.console import HelpFormatter, Parser, say, status_of
 
 RANDOM = "random"  # instead of a checkpoint's name
 NAMES = {"data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take a file's name
@@ -406,4 +405,3 @@ def finite(engine: Engine) -> bool:
 def counted(steps: int) -> str:
     """A number of steps in words."""
     return f"{steps} step{'' if steps == 1 else 's'}"
-

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
+from pygpt.commands.console import for_terminal
+from pygpt.formats.files import atomic_file
+
 from ..profile.plots import matplotlib, save
 from ..progress import Progress
-
-from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
-from pygpt.formats.files import atomic_file
-from pygpt.commands.console import for_terminal
 
 BEGIN = b'{"step": '  # of a line of the log
 PICTURES = (".svg", ".png", ".pdf")
