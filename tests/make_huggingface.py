@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from pygpt.formats.checkpoint import MAGIC, tensors, to_bfloat16
+from make_checkpoint import MAGIC, tensors, to_bfloat16
 
 Array = npt.NDArray[Any]
 Weights = dict[str, npt.NDArray[np.float32]]

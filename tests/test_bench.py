@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from make_checkpoint import make, tensors
 
 import pygpt
 from pygpt import GPT2, Ceilings, KVCache
 from pygpt._kernels import probe_fma
-from pygpt.formats.checkpoint import make, tensors
 
 ROOT = Path(pygpt.__file__).parent.parent
 SCRIPT = ROOT / "tools" / "bench.py"

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_checkpoint import make
 
 from pygpt import GPT2
-from pygpt.formats.checkpoint import make
 from pygpt.hub.find import EMBEDDED_MODEL
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "bench_peers.py"

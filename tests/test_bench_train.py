@@ -20,9 +20,9 @@ import numpy as np
 import oracle
 import oracle_training
 import pytest
+from make_checkpoint import make, tensors
 
 from pygpt import Ceilings, Config, InputError, PyGPTError, TrainableGPT2
-from pygpt.formats.checkpoint import make, tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "bench.py"

@@ -23,10 +23,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
+from make_checkpoint import make, to_bfloat16
 
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
-from pygpt.formats.checkpoint import Checkpoint, file_bytes, make, to_bfloat16, write_checkpoint
+from pygpt.formats.checkpoint import Checkpoint, file_bytes, write_checkpoint
 from pygpt.formats.safetensors import SafetensorsFile
 from pygpt.hub.find import EMBEDDED_MODEL, find_model
 

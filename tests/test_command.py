@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_checkpoint import make
 
 import pygpt
 from pygpt import GPT2, Config, cpu_info, write_checkpoint
-from pygpt.formats.checkpoint import make
 
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 64, "seed": 5}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_checkpoint import make
 
 import pygpt.model
 from pygpt import (
@@ -36,7 +37,6 @@ from pygpt import (
     TrainingState,
 )
 from pygpt.commands.console import status_of
-from pygpt.formats.checkpoint import make
 from pygpt.formats.files import atomic_file
 
 ROOT = Path(pygpt.__file__).parent.parent

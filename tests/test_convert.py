@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
+from make_checkpoint import make
 
 from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
 from pygpt.config import Config
 from pygpt.errors import ClosedError, InputError
 from pygpt.formats import checkpoint
-from pygpt.formats.checkpoint import Checkpoint, make, write_checkpoint
+from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"L": 2, "NH": 2, "C": 6, "V": 130, "maxT": 5}

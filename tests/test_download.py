@@ -697,9 +697,7 @@ def test_a_model_by_name(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     site.plans[path] = [web.dropped(5000)]
     site.plans[path.replace("model.safetensors", "config.json")] = [web.status(503), web.dropped(20)]
-    with pytest.raises(
-        CheckpointError, match=f"^{name}: not downloaded yet: run `python -m pygpt.commands.download {name}` first$"
-    ):
+    with pytest.raises(CheckpointError, match=f"^{name}: not downloaded yet: run `pygpt download {name}` first$"):
         find_model(name)
     assert main([name]) == 0
     target = cached_model(name)
@@ -802,7 +800,7 @@ def test_a_model_that_is_there_stays(site: Site, capsys: pytest.CaptureFixture[s
             capsys.readouterr().err == f"pygpt: a.bin (version 3, float32, {SIZE} bytes) is there already: nothing to fetch\n"
         )
     assert fetch(site, "--version", "5") == 2
-    assert "a.bin: there already, of version 3: remove it, or use python -m pygpt.commands.convert" in error_of(capsys)
+    assert "a.bin: there already, of version 3: remove it, or use pygpt convert" in error_of(capsys)
     assert len(site.requests) == 1
     assert fetched()
 

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import oracle
 import pytest
+from make_checkpoint import make
 from test_data import shard_bytes
 
 from pygpt import GPT2, Example, Tokenizer, write_examples
-from pygpt.formats.checkpoint import Checkpoint, make
+from pygpt.formats.checkpoint import Checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,11 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_checkpoint import make
 from test_sampling import assert_fits
 
-from pygpt import GPT2, ClosedError, Completion, InputError, KVCache, PrefixCache, SerialGPT2, Tokenizer, generate
-from pygpt.formats.checkpoint import make
+from pygpt import GPT2, ClosedError, Completion, InputError, KVCache, PrefixCache, SerialGPT2, Tokenizer
+from pygpt.generation import request as generate
 from pygpt.generation.request import Completer, Request
 from pygpt.generation.sampling import Sampler
 

@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
+from make_checkpoint import make
 from make_huggingface import SHAPE, Raw
 
 from pygpt.commands.convert import main
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
-from pygpt.formats import checkpoint
-from pygpt.formats.checkpoint import Checkpoint, make
+from pygpt.formats import checkpoint, safetensors
+from pygpt.formats.checkpoint import Checkpoint
 from pygpt.formats.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
 from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safetensors
 
@@ -685,7 +686,7 @@ def test_a_source_that_is_cut_short_meanwhile(
         write(*arguments)
         os.truncate(source, 100)
 
-    for module in checkpoint, safetensors_file:
+    for module in checkpoint, safetensors:
         monkeypatch.setattr(module, "_write_values", write_and_cut)
     assert main([source, "new/" if source == "a.bin" else "b.bin"]) == 2
     assert re.fullmatch(rf"pygpt: error: {source}: cannot map the model file: [^\n]+\n", capsys.readouterr().err)

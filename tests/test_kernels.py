@@ -18,11 +18,12 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from make_checkpoint import make, parse
 
 import pygpt.model
 from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, cpu_info, write_checkpoint
 from pygpt._kernels import greedy, median, select_isa
-from pygpt.formats.checkpoint import Checkpoint, make, parse
+from pygpt.formats.checkpoint import Checkpoint
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
 from pygpt.model import CHUNK

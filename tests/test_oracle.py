@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from make_checkpoint import make, parse
 
 from pygpt.config import Config
-from pygpt.formats.checkpoint import Checkpoint, make, parse
+from pygpt.formats.checkpoint import Checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
 
 GOLDENS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "goldens.json").read_text())["cases"]

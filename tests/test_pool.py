@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from make_checkpoint import make
 
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, default_threads
-from pygpt.formats.checkpoint import make
 from pygpt.pool import MAX_THREADS, resolve_threads
 
 ROOT = Path(pygpt.__file__).parent.parent

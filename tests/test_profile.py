@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_checkpoint import make, tensors
 
 import pygpt.model
 from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2
-from pygpt.formats.checkpoint import make, tensors
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_checkpoint import make
 
 import pygpt
 from pygpt.__main__ import EXAMPLES, build_parser
 from pygpt.commands.convert import convert
-from pygpt.formats.checkpoint import make
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from make_checkpoint import make
 
 import pygpt
 from pygpt.__main__ import main
 from pygpt.commands.console import one_line
-from pygpt.formats.checkpoint import make
 from pygpt.formats.files import atomic_file
 from pygpt.hub.http_client import Progress
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_checkpoint import make
 
 from pygpt import (
     GPT2,
@@ -42,7 +43,6 @@ from pygpt import (
     write_checkpoint,
     write_debug_state,
 )
-from pygpt.formats.checkpoint import make
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "train.py"

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_checkpoint import make
 
 from pygpt import (
     CheckpointError,
@@ -36,7 +37,6 @@ from pygpt import (
     TrainingState,
     open_state,
 )
-from pygpt.formats.checkpoint import make
 from pygpt.training import state as state_module
 from pygpt.training.options import cos_pi
 

@@ -25,11 +25,11 @@ import oracle_training
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_checkpoint import make, parse
 from oracle import Array
 
 from pygpt import Checkpoint, CheckpointError, ClosedError, Config, InputError, SerialGPT2, SerialTrainableGPT2, TrainableGPT2
 from pygpt._reference import KERNELS
-from pygpt.formats.checkpoint import make, parse
 from pygpt.training.parameters import MATRICES, AdamW, Parameters, aligned_zeros, normal, zeros_to_update
 
 Float32 = npt.NDArray[np.float32]

@@ -1,0 +1,1 @@
+"""The `pygpt` command and its subcommands. Nothing else in the package imports them."""

@@ -146,7 +146,7 @@ def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) 
     path, origin = find_model(path)
     model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
-        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 run `python -m pygpt.download gpt2`, "
+        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 run `pygpt download gpt2`, "
         "then name it with -m gpt2 or PYGPT_MODEL=gpt2"
     )
     return model, notice if origin == "embedded" else ""

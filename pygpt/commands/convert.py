@@ -1,4 +1,4 @@
-"""Convert a model file to another format. `python -m pygpt.commands.convert --help` says how.
+"""Convert a model file to another format. `pygpt convert --help` says how.
 
 llm.c's versions 1 and 3 hold float32 (3 with padded rows of wte), version 5 bfloat16; a Hugging Face model is a folder with
 safetensors of either, or of float16. To bfloat16, each value is rounded to the nearest, ties to even; everything else is
@@ -22,11 +22,11 @@ from .console import HelpFormatter, Parser, say, status_of
 
 EXAMPLES = """\
 examples:
-  python -m pygpt.commands.convert gpt2_124M.bin gpt2_124M_bf16.bin              to bfloat16: half the size, and the faster one
-  python -m pygpt.commands.convert gpt2_124M_bf16.bin gpt2_float32.bin           and back, each value exactly as it is
-  python -m pygpt.commands.convert --version 1 gpt2_124M.bin gpt2_unpadded.bin   for programs that read version 1 only
-  python -m pygpt.commands.convert gpt2_124M.bin gpt2-hf/                        to a folder that transformers loads
-  python -m pygpt.commands.convert gpt2-hf/ gpt2.bin                             from one
+  pygpt convert gpt2_124M.bin gpt2_124M_bf16.bin              to bfloat16: half the size, and the faster one
+  pygpt convert gpt2_124M_bf16.bin gpt2_float32.bin           and back, each value exactly as it is
+  pygpt convert --version 1 gpt2_124M.bin gpt2_unpadded.bin   for programs that read version 1 only
+  pygpt convert gpt2_124M.bin gpt2-hf/                        to a folder that transformers loads
+  pygpt convert gpt2-hf/ gpt2.bin                             from one
 """
 
 DEFAULTS = {1: 5, 3: 5, 5: 3}  # target by source; from Hugging Face: the one that keeps every value
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options and help."""
     parser = Parser(
         prog="pygpt.commands.convert",
-        usage="python -m pygpt.commands.convert [options] SRC DST",
+        usage="pygpt convert [options] SRC DST",
         description="Convert an llm.c checkpoint (.bin) between versions 1, 3 (float32) and 5 (bfloat16, nearest even), "
         "from a\nHugging Face GPT-2 (safetensors), or to one.",
         epilog=EXAMPLES,

@@ -1,4 +1,4 @@
-"""Fetch a GPT-2 model. `python -m pygpt.commands.download --help` says how.
+"""Fetch a GPT-2 model. `pygpt download --help` says how.
 
 A model goes by its name into the cache folder, where `-m NAME` finds it, or from an address into a file. Hugging Face's are
 converted when they have arrived. What has arrived of a file is kept beside it (part.py) until it is whole and checked.
@@ -31,9 +31,9 @@ from .convert import check_parent, convert, default_version, describe, parse_ver
 
 EXAMPLES = """\
 examples:
-  python -m pygpt.commands.download gpt2                     OpenAI's GPT-2 124M, from Hugging Face; then: python -m pygpt -m gpt2
-  python -m pygpt.commands.download --version 5 gpt2-xl      the largest, as bfloat16
-  python -m pygpt.commands.download gpt2_124M -o gpt2.bin    llm.c's own file, into this folder
+  pygpt download gpt2                     OpenAI's GPT-2 124M, from Hugging Face; then: python -m pygpt -m gpt2
+  pygpt download --version 5 gpt2-xl      the largest, as bfloat16
+  pygpt download gpt2_124M -o gpt2.bin    llm.c's own file, into this folder
 
 names: gpt2, gpt2-medium, gpt2-large, gpt2-xl; llm.c's gpt2_124M, gpt2_124M_bf16
 environment: HF_ENDPOINT (a mirror), HF_TOKEN (for a model that needs one), HTTPS_PROXY, PYGPT_HOME (the cache folder),
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options and help."""
     parser = Parser(
         prog="pygpt.commands.download",
-        usage="python -m pygpt.commands.download [options] NAME | URL",
+        usage="pygpt download [options] NAME | URL",
         description="Fetch a GPT-2 model by name into the cache folder, or from the address of a .bin or .safetensors file.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
@@ -141,9 +141,7 @@ def present(target: str, version: int | None) -> str:
         with Checkpoint(target) as found:
             if version in (None, found.version):
                 return f"{describe(target, found)} is there already: nothing to fetch"
-            raise InputError(
-                f"{target}: there already, of version {found.version}: remove it, or use python -m pygpt.commands.convert"
-            )
+            raise InputError(f"{target}: there already, of version {found.version}: remove it, or use pygpt convert")
     except CheckpointError:
         raise InputError(f"{target}: there already, and not a model file: remove it, or give another name with -o") from None
 

@@ -1,0 +1,1 @@
+"""Files of models, tokens and text: reading, checking, writing."""

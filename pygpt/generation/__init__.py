@@ -1,0 +1,1 @@
+"""From requests to tokens: the engine, samplers, stop conditions and prefix caches."""

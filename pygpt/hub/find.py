@@ -31,7 +31,7 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     if name in MODELS and not os.path.isfile(name):
         fetched = cached_model(name)
         if not os.path.exists(fetched):
-            raise CheckpointError(f"{name}{via}: not downloaded yet: run `python -m pygpt.download {name}` first")
+            raise CheckpointError(f"{name}{via}: not downloaded yet: run `pygpt download {name}` first")
         return fetched, origin
     if not os.path.exists(name):
         raise CheckpointError(f"{name}{via}: no such model file; give the path of an llm.c checkpoint such as {GPT2_FILE}")

@@ -1,0 +1,1 @@
+"""Training: parameters, batches, steps and saved states. Prints nothing."""

@@ -7,6 +7,7 @@ for one batch. Source: llm.c, llmc/dataloader.h.
 import glob
 import hashlib
 import os
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # What the fingerprint of a data set is made of: all tokens, or where there are more than WHOLE some of every shard, for
 # reading a hundred gigabytes takes minutes.
 WHOLE = 1 << 24
+PIECE = 1 << 20  # tokens hashed at a time
 SAMPLES, SAMPLE = 16, 1 << 12  # places of a shard, evenly spaced from its first token to its last, and tokens of each
 
 

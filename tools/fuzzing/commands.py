@@ -541,7 +541,7 @@ class ServeTarget(Target):
 
 
 class ConvertTarget(FilesTarget):
-    """`python -m pygpt.commands.convert`: folders and files of Hugging Face's kind, and checkpoints. The first "\\0pad" in a file is
+    """`pygpt convert`: folders and files of Hugging Face's kind, and checkpoints. The first "\\0pad" in a file is
     more than such a file may have; one that is "\\0fifo" is a pipe."""
 
     name = "convert"

@@ -149,7 +149,7 @@ def time_process(path: str, *options: str) -> float:
     """Seconds of the whole command for that job, interpreter start included."""
     command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
     start = time.perf_counter()
-    status = subprocess.run(command, cwd=TOOLS.parent, stdout=subprocess.DEVNULL).returncode
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if status:
         raise PyGPTError(f"the command that is measured ended with status {status}")
     return time.perf_counter() - start
@@ -309,7 +309,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     try:
-        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TOOLS.parent, capture_output=True, text=True)
+        result = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
     except OSError:  # there is no git
         return ""
     return result.stdout.strip()

@@ -1,0 +1,1 @@
+"""The command `pygpt profile`: where the time goes."""

@@ -47,6 +47,7 @@ import json
 import os
 import platform
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pygpt.model
@@ -245,7 +246,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     if "strategies" in parts:
         report["strategies"] = ways(options, path, task, nth)
     if "startup" in parts:
-        report["startup"] = startup.measure(path, task, nth, str(TOOLS.parent))
+        report["startup"] = startup.measure(path, task, nth, str(Path(__file__).resolve().parents[3]))
     return report, recording, task
 
 

@@ -27,6 +27,7 @@ by an error has made is saved too, unless it made a loss that is not finite and 
 import argparse
 import os
 import shlex
+import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
