@@ -61,10 +61,10 @@ class GPT2(Completer):
     def __init__(self, checkpoint: "Checkpoint | LiveWeights", *, threads: int | None = None) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        self._weights = Weights(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
+        self._weights = Weights(self.config, checkpoint.stored())
         self._pool = ThreadPool(resolve_threads(threads))
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that a row meets
-        self._value_bytes = 2 if checkpoint.bf16 else 4
+        self._value_bytes = checkpoint.format.block_bytes / checkpoint.format.block_values
         self._work = Step(self._weights, self.threads, spins_for(self.threads))
 
     @classmethod

@@ -11,6 +11,7 @@ from ._reference import Reference, Training
 from .config import Config
 from .errors import ClosedError, InputError
 from .formats.checkpoint import Checkpoint
+from .formats.dtypes import FORMATS
 from .generation.request import Completer, Completion, check_tokens
 from .hub.find import find_model
 from .training.parameters import AdamW, Parameters, check_number
@@ -31,9 +32,8 @@ class SerialGPT2(Completer):
     def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        self._reference: Reference | None = Reference(
-            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
-        )
+        arrays = {name: FORMATS[stored].values(data) for name, (stored, data) in checkpoint.stored().items()}
+        self._reference: Reference | None = Reference(self.config, arrays)
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
