@@ -519,6 +519,12 @@ def _floats(size):
     return memoryview(bytearray(4 * size)).cast("f")
 
 
+def _cut(float[::1] flat, config):
+    """The sixteen tensors by name, parts of a flat array in a version 3 file's layout."""
+    view = memoryview(flat)
+    return {name: view[offset : offset + size] for name, _, offset, size in config.tensors(padded=True)}
+
+
 cdef float[::1] point(float** fields, sizes):
     """Make room for arrays of the given sizes, one after another, and point each field to its own; keep what is returned."""
     cdef float[::1] memory = _floats(sum(sizes))
@@ -603,9 +609,7 @@ cdef class Training:
     def __init__(self, float[::1] parameters, float[::1] gradients, config):
         self.config = config
         self.parameters, self.gradients = parameters, gradients
-        places = {name: slice(offset, offset + size) for name, _, offset, size in config.tensors(padded=True)}
-        self.weights = tensors_in(config, {name: parameters[place] for name, place in places.items()})
-        self.dweights = tensors_in(config, {name: gradients[place] for name, place in places.items()})
+        self.weights, self.dweights = tensors_in(config, _cut(parameters, config)), tensors_in(config, _cut(gradients, config))
 
     def forward(self, const int[:, ::1] inputs, const int[:, ::1] targets):
         """Return the losses, a memoryview (B, T), and keep the activations for backward()."""
