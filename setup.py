@@ -9,7 +9,13 @@ from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off"]
 MICROKERNELS = [f"pygpt/csrc/micro_{isa}.c" for isa in ("baseline", "avx2", "avx512", "neon")]
-HEADERS = [f"pygpt/csrc/{name}.h" for name in ("micro", "micro_body", "micro_training", "sync", "trace", "sampler")]
+MICROKERNELS += [
+    f"pygpt/csrc/quantised_{isa}.c" for isa in ("baseline", "avx2", "avxvnni", "avx512vnni", "neon", "neondot")
+]
+HEADERS = [
+    f"pygpt/csrc/{name}.h"
+    for name in ("micro", "micro_body", "micro_training", "quantised_body", "quantise", "blocks", "sync", "trace", "sampler")
+]
 
 setup(
     ext_modules=cythonize(

@@ -8,20 +8,26 @@ cdef extern from "micro.h" nogil:
     ctypedef struct adamw_numbers:
         float lr, beta1, beta2, rest1, rest2, over_correction1, over_correction2, eps, decay, gradient_scale
 
+    ctypedef struct weight_matrix:
+        const void* data
+        ptrdiff_t N, K
+
     ctypedef struct weight_format:
         const char* name
-        int block_values, block_bytes, interleave, panel
+        int block_values, value_bytes, scale_bytes, interleave, panel, narrow
         void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
-                     const void*, ptrdiff_t, ptrdiff_t, void*) noexcept nogil
+                     const weight_matrix*, ptrdiff_t, ptrdiff_t, void*) noexcept nogil
         void (*pack_rows)(void*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
-        const void* (*pack_weights)(void*, const void*, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*product)(float*, ptrdiff_t, const void*, ptrdiff_t, const void*, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*widen)(float*, const void*, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*pack_weights)(void*, const weight_matrix*, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*product)(float*, ptrdiff_t, const void*, ptrdiff_t,
+                        const weight_matrix*, ptrdiff_t, ptrdiff_t, const void*) noexcept nogil
+        void (*widen)(float*, const weight_matrix*, ptrdiff_t) noexcept nogil
+        int (*quantise)(void*, const weight_format*, const weight_matrix*, ptrdiff_t, ptrdiff_t, float*) noexcept nogil
 
     ctypedef struct microkernels:
         const char* isa
         int fused
-        const weight_format* formats
+        const weight_format* const* formats
         void (*outer)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
                       ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*) noexcept nogil
         void (*layernorm)(float*, const float*, const float*, const float*, ptrdiff_t, float*) noexcept nogil
@@ -40,17 +46,23 @@ cdef extern from "micro.h" nogil:
         void (*softmax_backward)(float*, const float*, float, float, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*adamw)(float*, const float*, float*, float*, ptrdiff_t, const adamw_numbers*) noexcept nogil
         double (*square_sum)(const float*, ptrdiff_t) noexcept nogil
-        int narrow, panel
+        int panel
         ptrdiff_t outer_room
         float (*probe_read)(const float*, ptrdiff_t, int) noexcept nogil
         float (*probe_fma)(ptrdiff_t) noexcept nogil
         double probe_flop
         void (*probe_stream)(float*, const float*, float*, float*, ptrdiff_t) noexcept nogil
 
+    void gemm_floats(const weight_format* float32, float* out, ptrdiff_t ldo, const float* inp, ptrdiff_t ldi, ptrdiff_t rows,
+                     const float* w, ptrdiff_t N, ptrdiff_t K)
+
     const microkernels* micro_baseline()
     const microkernels* micro_avx2()
+    const microkernels* micro_avxvnni()
     const microkernels* micro_avx512()
+    const microkernels* micro_avx512vnni()
     const microkernels* micro_neon()
+    const microkernels* micro_neondot()
 
 
 cdef extern from "sync.h" nogil:
@@ -136,7 +148,7 @@ cdef struct Tensors:          # in the order of config.TENSORS, so that one loop
 
 
 cdef struct Net:              # what is fixed: dimensions and weights
-    Py_ssize_t L, NH, C, HS, V
+    Py_ssize_t L, NH, C, HS, V, maxT
     Py_ssize_t HSp            # HS rounded up to a multiple of 16: the head size in a cache
     Tensors w
 

@@ -61,10 +61,11 @@ class GPT2(Completer):
     def __init__(self, checkpoint: "Checkpoint | LiveWeights", *, threads: int | None = None) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        self._weights = Weights(self.config, checkpoint.stored())
+        stored = checkpoint.stored()
+        self._weights = Weights(self.config, stored)
         self._pool = ThreadPool(resolve_threads(threads))
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that a row meets
-        self._value_bytes = checkpoint.format.block_bytes / checkpoint.format.block_values
+        self._value_bytes = sum(data.nbytes for _, data in stored.values()) / self.config.parameters(padded=False)
         self._work = Step(self._weights, self.threads, spins_for(self.threads))
 
     @classmethod
