@@ -45,10 +45,10 @@ static float *scratch(ptrdiff_t count) { /* its size differs by set, and must no
 
 static void release(void *p) { free((float *)p - MARGIN); }
 
-/* Weights of a format: float32, or the upper halves of float32. */
+/* Weights of a format of single values: float32, or the upper halves of float32, which are finite as float16, too. */
 static void *weights(ptrdiff_t count, int spread, const weight_format *format) {
     float *p = numbers(count, spread);
-    if (!strcmp(format->name, "bfloat16"))
+    if (format->block_bytes == 2)
         for (ptrdiff_t i = 0; i < count; i++) {
             uint32_t bits;
             memcpy(&bits, p + i, 4);
