@@ -19,8 +19,8 @@ typedef struct { /* one step of AdamW; corrections are 1 / (1 - beta^step) */
 } adamw_numbers;
 
 /* One weight format: how the numbers of a matrix (N, K) lie in memory, and the functions that compute with them. A block holds
- * block_values neighbours of one row in block_bytes bytes; a row's last block may be partly used. Row after row follows, or, in
- * an interleaved format, one group of rows after another; pointers into the matrix then begin at a whole group. */
+ * block_values neighbours of one row in block_bytes bytes; the last block of a row may be partly used. An interleaved format
+ * stores groups of rows, and every pointer into the matrix is then at the first row of a group. */
 typedef struct {
     const char *name;
     int block_values, block_bytes;
@@ -28,8 +28,8 @@ typedef struct {
     int panel;      /* outputs of a packed panel: blocks of a multiple have no ragged edge */
 
     /* out[r * ldo + n] = dot(inp + r * ldi, row n of w) for r < rows, n < N: for a few rows. The weights stream from memory
-     * once, from a few far-apart places. `room`: the format's own, rows x (K rounded up to 16) float32 values, or NULL for
-     * float32. */
+     * once, from a few far-apart places. `room` is scratch memory of rows x (K rounded up to 16) float32 values, for activations
+     * in another form; float32 needs none and may get NULL. */
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w,
                  ptrdiff_t N, ptrdiff_t K, void *room);
 
