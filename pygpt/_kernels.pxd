@@ -125,7 +125,7 @@ cdef extern from "sampler.h" nogil:
 cdef struct Tensor:           # one of the sixteen, all layers' parts one after another
     const char* data
     Py_ssize_t step           # bytes from one layer's part to the next
-    const weight_format* format    # of vectors always float32
+    const weight_format* format    # float32 for every vector
 
 
 cdef struct Tensors:          # in the order of config.TENSORS, so that one loop fills them
@@ -178,12 +178,12 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     Py_ssize_t ln_size        # values between one worker's ln and the next: 0 where all share one
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
-    float* proj               # (R, C) attproj, fcproj before they join the stream; before them the positions' embeddings
+    float* proj               # (R, C) attproj, fcproj before they join the stream; in the encoder, rows of wpe
     float* fch                # (R, 4C of fch_row) fch
     float* fch_gelu           # (R, 4C of fch_row) fch itself, or, where activations are kept, an array of its own
     Py_ssize_t logits_row     # values from one row of logits to the next
     float* logits             # (W, V of logits_row)
-    float* scratch            # (nth, scratch_size) for the attention, and for the gemm of a format
+    float* scratch            # (nth, scratch_size) for the attention, and for gemm
     Py_ssize_t scratch_size
     float* packed             # (R, 4C) and padding: the rows of a product, packed; or NULL
     float* blocks             # (nth, block_size) each worker's packed weights; or NULL
@@ -201,7 +201,7 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
 
 
 cdef const microkernels* micro      # the chosen instruction set's
-cdef const weight_format* float32   # and its format of keys, values and vectors
+cdef const weight_format* float32   # and the format of its keys, values and vectors
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil
 cdef void share(

@@ -86,7 +86,7 @@ def weight_formats() -> dict:
 
 
 cdef const weight_format* format_named(name) except NULL:
-    """The chosen instruction set's row of a format. Raises InputError for an unknown name."""
+    """Find a format's row in the chosen instruction set's table. Raises InputError for an unknown name."""
     names = list(weight_formats())
     if name not in names:
         raise InputError(f"weights are of format {shown(name)}: the kernels read {', '.join(names)}")
@@ -544,13 +544,13 @@ cdef class Floats:
 
 
 cdef class Weights:
-    """Where the sixteen tensors lie in memory. What they lie in is kept, a mapped file for one, until close()."""
+    """Where the sixteen tensors lie. Their memory, a mapped file for example, is kept until close()."""
 
     def __init__(self, config not None, tensors not None):
-        """tensors: for each name of config.TENSORS a pair (name of the weight format, bytes), wte with V rows.
+        """Take for each name of config.TENSORS a pair (name of its weight format, its bytes), wte with V rows.
 
-        The bytes are used in place and may change. Only a vector of another format than float32 is copied: biases and gains
-        are widened to float32 here. Raises InputError for an unknown format and for bytes of another size than the shape's."""
+        The bytes are used in place, so later changes of them count. Biases and gains are an exception: unless they are float32,
+        they are widened here, once. Raises InputError for an unknown format, and for bytes that do not fit the shape."""
         cdef Net* net = &self.net
         cdef Tensor* tensor = <Tensor*> &net.w
         net.L, net.NH, net.C, net.V, net.HS, net.maxT = config.L, config.NH, config.C, config.V, config.HS, config.maxT
@@ -617,7 +617,7 @@ cdef class KeysValues:
         self.length = min(self.length, max(length, 0))
 
     def __copy__(self):
-        """A cache of its own with the same rows, for the same model."""
+        """Return an independent cache with the same rows, for the same model."""
         cdef KeysValues copy = type(self).__new__(type(self))
         KeysValues.__init__(copy, self.weights, self.capacity)
         getattr(copy, "__dict__", {}).update(getattr(self, "__dict__", {}))   # of a subclass
@@ -817,7 +817,7 @@ cdef class Step:
         return (self.weights.net.L + 2) * LAYER_PHASES * sizeof(work_pile)
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
-        """Make room for each worker's attention tile over `longest` keys, and for the rows of a product of few."""
+        """Make room for each worker: for an attention tile over `longest` keys, and for the few rows that gemm may repack."""
         cdef State* s = &self.state
         cdef Py_ssize_t ldp = padded(longest)
         cdef Py_ssize_t size = max(
@@ -1070,8 +1070,8 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
 
 
 def copy_keys_values(KeysValues to not None, KeysValues source not None, length=None) -> None:
-    """Give an empty cache the first `length` rows (default all) of another cache of the same model: the two then share a
-    beginning and no memory. Raises InputError for caches that do not fit, and for a length beyond the source's."""
+    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches share no memory
+    afterwards. Raises InputError for caches that do not fit, and for more rows than the source holds."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
     cdef Py_ssize_t count = source.length if length is None else length
     cdef Py_ssize_t size = count * width * sizeof(float)

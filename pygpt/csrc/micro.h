@@ -36,7 +36,8 @@ struct weight_format {
     int narrow;     /* up to so many rows gemm is the faster one, beyond them product */
 
     /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows: for a few rows. The weights stream from memory
-     * once. `room`: the format's own, rows x (K rounded up to 16) float32 values, or NULL for float32. */
+     * once. `room` is scratch memory of rows x (K rounded up to 16) float32 values, for activations in another form; float32
+     * needs none and may get NULL. */
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const weight_matrix *w,
                  ptrdiff_t start, ptrdiff_t stop, void *room);
 

@@ -72,14 +72,14 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
     memcpy(p, buffer, n * sizeof *p);
 }
 
-/* The weight formats whose values lie one by one: name, bytes of a value, and W values from i on as float32. The bits 0 must mean
- * 0. From a line here follow the functions of the format and its row in the table. A bfloat16 is the upper half of its float32. */
+/* The weight formats of single values: name, bytes of a value, W values from i on as float32. A line here makes the functions of the
+ * format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
 #define EACH_FORMAT(f)                                                \
     f(float32, 4, *(const vec_unaligned *)((const float *)w + i))     \
     f(bfloat16, 2, (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16))
 
 #define KIND(name, bytes, load) KIND_##name,
-enum { EACH_FORMAT(KIND) }; /* a format as a constant: every function below that takes one is inlined for each */
+enum { EACH_FORMAT(KIND) }; /* constants: functions that take one are inlined, once for each format */
 #undef KIND
 
 INLINE ptrdiff_t value_bytes(const int kind) {

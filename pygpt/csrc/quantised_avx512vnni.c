@@ -17,6 +17,7 @@
 #define START4(n) broadcast_int(n)
 #define FINISH4(sum, n) (sum)
 #define STREAMS 4
+#define TALL 8
 #define TILE_ROWS 4
 #define TILE_PANELS 3
 #include "quantised_body.h"

@@ -10,6 +10,7 @@
 #define START4(n) broadcast_int(n)
 #define FINISH4(sum, n) (sum)
 #define STREAMS 1
+#define TALL 4
 #define TILE_ROWS 4
 #define TILE_PANELS 1
 #include <math.h>

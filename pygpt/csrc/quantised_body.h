@@ -19,7 +19,7 @@
  *   DOT8(sum, w, prepared, x)   sum[l] += four products of lane l, int8 weights and int8 x
  *   DOT4(sum, w, x)             the same for weights from 0 to 15
  *   START4(n), FINISH4(sum, n)  where DOT4 begins, and the int32 sums plus n at the end of a group
- *   STREAMS      panels read side by side for one row
+ *   STREAMS      panels read side by side for one row          TALL  rows of gemm's tallest tile, 4 or 8
  *   TILE_ROWS, TILE_PANELS      register tile of product; TILE_ROWS divides 16
  * and afterwards makes the table with QUANTISED(set). */
 #include "micro.h"
@@ -36,7 +36,6 @@
 #define BAND 16 /* rows that are packed together */
 #define FEW 16  /* so few rows that each worker packs them for itself rather than wait for the others */
 #define PREFETCH 2048 /* bytes ahead of a tile's own loads */
-#define TALL 8        /* rows of gemm's tallest tile */
 #define TILE_LIMIT 64 /* sums of the largest tile, registers or not */
 
 typedef float vec __attribute__((vector_size(W * 4)));
@@ -119,14 +118,13 @@ static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t r
 /* ---------------------------------------------------------------------------------------- products */
 
 /* The integer sums of one group, rows x panels: for the outputs from h * W on of each panel. */
-INLINE void dot_group(const int bits, const int rows, const int panels, const int prefetch, ivec *sum, const char *const *weights,
-                      const char *row, ptrdiff_t step, int h) {
+INLINE void dot_group(const int bits, const int rows, const int panels, ivec *sum, const char *const *weights, const char *row,
+                      ptrdiff_t step, int h) {
     const ivec low = broadcast_int(0x0f0f0f0f);
     UNROLL for (int k = 0; k < GROUP; k += 32 / bits) {
         ivec w[8], other[8]; /* the same weights prepared; or the high nibbles */
         UNROLL for (int p = 0; p < panels; p++) {
             const char *from = weights[p] + k * OUTPUTS * bits / 8;
-            if (prefetch && h == 0) __builtin_prefetch(from + PREFETCH);
             w[p] = load_int(from + h * W * 4);
             if (bits == Q8)
                 other[p] = PREPARE(w[p]);
@@ -159,7 +157,11 @@ INLINE void tile(const int bits, const int rows, const int panels, const int pre
     _Pragma("GCC unroll 64") for (int i = 0; i < rows * panels * NV; i++) acc[i] = (vec){0};
     for (ptrdiff_t g = 0; g < groups; g++) {
         const float *row_scale = (const float *)(row + groups * GROUP) + g;
-        UNROLL for (int h = 0; h < NV; h++) {
+        if (prefetch)
+            UNROLL for (int p = 0; p < panels; p++)
+                UNROLL for (int line = 0; line < GROUP * bits / 8 * OUTPUTS; line += 64)
+                    __builtin_prefetch(weights[p] + line + PREFETCH);
+        _Pragma("GCC unroll 1") for (int h = 0; h < NV; h++) { /* its sums wait in memory: a group has few registers to spare */
             ivec sum[TILE_LIMIT];
             int32_t offset[BAND];
             UNROLL for (int r = 0; r < rows; r++) {
@@ -167,7 +169,7 @@ INLINE void tile(const int bits, const int rows, const int panels, const int pre
                 UNROLL for (int p = 0; p < panels; p++)
                     sum[r * panels + p] = bits == Q8 ? BIAS ? broadcast_int(offset[r]) : (ivec){0} : START4(offset[r]);
             }
-            dot_group(bits, rows, panels, prefetch, sum, weights, row + g * GROUP, step, h);
+            dot_group(bits, rows, panels, sum, weights, row + g * GROUP, step, h);
             UNROLL for (int p = 0; p < panels; p++) {
                 const vec scale = HALVES(scales[p] + h * W);
                 UNROLL for (int r = 0; r < rows; r++) {
@@ -198,7 +200,7 @@ INLINE void gemm_of(const int bits, const int rows, const int panels, float *out
         tile(bits, rows, 1, 1, out + n * OUTPUTS, ldo, row, w, first + n, 0);
 }
 
-/* Tiles as tall as the rows, up to 8: a taller one has no registers left. */
+/* Tiles as tall as the rows, up to TALL; the rest in two halves. */
 INLINE void gemm(const int bits, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
                  const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {
     pack_rows(room, inp, ldi, rows, w->K);
@@ -212,10 +214,12 @@ INLINE void gemm(const int bits, float *out, ptrdiff_t ldo, const float *inp, pt
             ROWS(2, TILE_LIMIT / NV < 8 ? 1 : 2);
             ROWS(3, TILE_LIMIT / NV < 8 ? 1 : 2);
             ROWS(4, TILE_LIMIT / NV < 8 ? 1 : 2);
+#if TALL > 4
             ROWS(5, 1);
             ROWS(6, 1);
             ROWS(7, 1);
             ROWS(8, 1);
+#endif
 #undef ROWS
         }
     }
