@@ -12,6 +12,7 @@ from .config import Config
 from .errors import ClosedError, InputError
 from .formats.checkpoint import Checkpoint
 from .formats.dtypes import FORMATS
+from .formats.quantise import QUANTISED
 from .generation.request import Completer, Completion, check_tokens
 from .hub.find import find_model
 from .training.parameters import AdamW, Parameters, check_number
@@ -32,8 +33,10 @@ class SerialGPT2(Completer):
     def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        arrays = {name: FORMATS[stored].values(data) for name, (stored, data) in checkpoint.stored().items()}
-        self._reference: Reference | None = Reference(self.config, arrays)
+        stored = checkpoint.stored()
+        panels = {name: tensor for name, tensor in stored.items() if tensor[0] in QUANTISED}
+        arrays = {name: FORMATS[kind].values(data) for name, (kind, data) in stored.items() if name not in panels}
+        self._reference: Reference | None = Reference(self.config, arrays, panels)
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
