@@ -33,9 +33,9 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._kernels import Trace, cpu_info
-    from .cache import KVCache
     from .ceilings import Ceilings
     from .config import Config
+    from .cpus import default_threads
     from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
     from .formats.checkpoint import Checkpoint, write_checkpoint
     from .formats.llmc import (
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     )
     from .formats.shards import read_tokens, write_tokens
     from .formats.text import encode_text, read_text, tokens_of_text
-    from .generation.logprobs import TokenInfo
+    from .generation.completion import Completion, TokenInfo
     from .generation.prefix import PrefixCache
-    from .generation.request import Completion
     from .hub.find import find_model
     from .model import GPT2
-    from .pool import ThreadPool, default_threads
+    from .network import KVCache
+    from .pool import ThreadPool
     from .reference import SerialGPT2, SerialTrainableGPT2
     from .tokenizer import StreamDecoder, Tokenizer
     from .training.data import DataLoader, split
@@ -69,7 +69,7 @@ _HOME = {
     "Checkpoint": "formats.checkpoint",
     "CheckpointError": "errors",
     "ClosedError": "errors",
-    "Completion": "generation.request",
+    "Completion": "generation.completion",
     "Config": "config",
     "DataError": "errors",
     "DataLoader": "training.data",
@@ -77,7 +77,7 @@ _HOME = {
     "Example": "formats.llmc",
     "GPT2": "model",
     "InputError": "errors",
-    "KVCache": "cache",
+    "KVCache": "network",
     "NumericalError": "errors",
     "PrefixCache": "generation.prefix",
     "PyGPTError": "errors",
@@ -86,7 +86,7 @@ _HOME = {
     "SerialTrainableGPT2": "reference",
     "StreamDecoder": "tokenizer",
     "ThreadPool": "pool",
-    "TokenInfo": "generation.logprobs",
+    "TokenInfo": "generation.completion",
     "Tokenizer": "tokenizer",
     "Trace": "_kernels",
     "TrainableGPT2": "training.trainable",
@@ -94,7 +94,7 @@ _HOME = {
     "TrainingOptions": "training.options",
     "TrainingState": "training.state",
     "cpu_info": "_kernels",
-    "default_threads": "pool",
+    "default_threads": "cpus",
     "encode_text": "formats.text",
     "find_model": "hub.find",
     "open_state": "training.state",

@@ -23,13 +23,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 from ._signals import see_through
-from .errors import ClosedError, InputError, PyGPTError, is_whole, shown
+from .cpus import check_threads
+from .errors import ClosedError, PyGPTError
 
-MAX_THREADS = 256
 TRIES = 100  # at what signals' handlers may end whenever they raise, and what may also raise for good reasons of its own
 OWN_POOL = "a job, or what interrupts it, cannot use its own pool: it would wait for itself"
 
@@ -324,70 +324,3 @@ def _at_exit() -> None:
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)
-
-# ------------------------------------------------------------------------------------------------ how many threads
-
-
-def check_threads(threads: int) -> int:
-    """Return a number of workers; raises InputError unless it is a whole number from 1 to MAX_THREADS."""
-    if not is_whole(threads, 1, MAX_THREADS):
-        raise InputError(f"threads is {shown(threads)}: it must be a whole number from 1 to {MAX_THREADS}")
-    return threads
-
-
-def resolve_threads(threads: int | None = None) -> int:
-    """The number of workers to use: `threads`, else PYGPT_THREADS, else default_threads(). Raises InputError."""
-    if threads is not None:
-        return check_threads(threads)
-    text = os.environ.get("PYGPT_THREADS")
-    if not text:
-        return default_threads()
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_THREADS):
-        raise InputError(f"PYGPT_THREADS is {text[:40]!r}: it must be a whole number from 1 to {MAX_THREADS}")
-    return int(text)
-
-
-def default_threads(root: str = "/") -> int:
-    """As many workers as can really run side by side: the least of the processors this process may use, its cgroup's CPU
-    quota rounded down, and the physical cores among them; at least 1. More would take turns at every barrier."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    limits = [len(cpus), _physical_cores(root, cpus), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))]
-    return max(1, min(limits))
-
-
-def _physical_cores(root: str, cpus: set[int]) -> int:
-    """How many cores the given processors share; all of them where the system does not say."""
-    cores = {_read(f"{root}sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus}
-    return len(cores)
-
-
-def _cpu_quotas(root: str) -> Iterator[float]:
-    """Every CPU quota above this process, in processors: cgroup version 2 (cpu.max) and 1 (cpu.cfs_quota_us)."""
-    for line in _read(f"{root}proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        parts = [part for part in path.split("/") if part and part != ".."]
-        for mount in {controllers, "cpu"} if controllers else {""}:  # version 1: "cpu" is a link where names differ
-            for depth in range(len(parts), -1, -1):
-                folder = "/".join([f"{root}sys/fs/cgroup/{mount}".rstrip("/"), *parts[:depth]])
-                yield from _quota(folder, version=1 if controllers else 2)
-
-
-def _quota(folder: str, *, version: int) -> Iterator[float]:
-    """The CPU quota of one cgroup, if it has one."""
-    if version == 1:
-        words = [_read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")]
-    else:
-        words = _read(f"{folder}/cpu.max").split()
-    if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # "max" and -1: none
-        yield int(words[0]) / int(words[1])
-
-
-def _read(path: str) -> str:
-    """A small text file of the system without its newline; empty where there is none."""
-    try:
-        with open(path, errors="surrogateescape") as file:  # a cgroup's name may be any bytes
-            return file.read().strip()
-    except OSError:
-        return ""

@@ -17,7 +17,8 @@ from test_sampling import assert_fits
 
 from pygpt import GPT2, ClosedError, Completion, InputError, KVCache, PrefixCache, SerialGPT2, Tokenizer
 from pygpt.generation import request as generate
-from pygpt.generation.request import Completer, Request
+from pygpt.generation.generate import Generator
+from pygpt.generation.request import Request
 from pygpt.generation.sampling import Sampler
 
 MAXT = 24
@@ -275,7 +276,7 @@ def test_caches_of_others(model: GPT2, path: str) -> None:
             model.generate([1], cache=other.new_prefix_cache())
         with pytest.raises(InputError, match="takes no cache"):
             serial.generate([1], cache=model.new_prefix_cache())
-        completer: Completer = serial
+        completer: Generator = serial
         assert completer.new_prefix_cache() is None
     with pytest.raises(InputError, match=r"cache is KVCache.*takes a PrefixCache"):
         model.generate([1], cache=model.new_cache())  # type: ignore[arg-type]
