@@ -62,7 +62,7 @@ class SerialNetwork:
         """Return an empty cache."""
         return SerialCache(capacity or self.config.maxT)
 
-    def step(self, rows: "list[tuple[int, SerialCache, bool]]") -> memoryview:
+    def step(self, rows: "list[tuple[int, SerialCache, bool]]") -> "memoryview[float]":
         """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
         grown: dict[SerialCache, list[int]] = {cache: list(cache.tokens) for _, cache, _ in rows}
         wanted = []

@@ -14,7 +14,7 @@ add() and cancel() may be called on any thread. step() belongs to one thread at 
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import InputError, is_whole, shown
@@ -53,10 +53,10 @@ class Job:
 
 
 class Event(NamedTuple):
-    """A new token of completion `index` of a job, or no token and the error that ended the job."""
+    """A new token of completion number `choice` of a job, or no token and the error that ended the job."""
 
     job: Job
-    index: int
+    choice: int
     token: int | None
     error: Exception | None = None
 
@@ -64,11 +64,21 @@ class Event(NamedTuple):
 class _Sequence:
     """One completion that waits or runs. memory: what the network has computed of it; None until it has a cache."""
 
-    __slots__ = ("completion", "index", "job", "memory")
+    __slots__ = ("choice", "completion", "job", "memory")
 
-    def __init__(self, job: Job, index: int) -> None:
-        self.job, self.index, self.completion = job, index, job.completions[index]
+    def __init__(self, job: Job, choice: int) -> None:
+        self.job, self.choice, self.completion = job, choice, job.completions[choice]
         self.memory: Memory | None = None
+
+
+class _Part(NamedTuple):
+    """What a step does for one sequence: append `tokens` to its memory; the last of them ends its window if `last`."""
+
+    sequence: _Sequence
+    memory: Memory
+    window: list[int]
+    tokens: list[int]
+    last: bool
 
 
 class Engine:
@@ -100,6 +110,7 @@ class Engine:
         self._inbox: deque[_Sequence] = deque()  # filled on any thread
         self._waiting: deque[_Sequence] = deque()
         self._live: list[_Sequence] = []
+        self._ended = False  # whether a job was cancelled or has failed since the sequences were looked through
 
     # ---------------------------------------------------------------- from any thread
 
@@ -111,16 +122,17 @@ class Engine:
         needed = self._bytes(min(request.total, request.config.maxT))
         if self.cache_bytes is not None and needed > self.cache_bytes:
             raise InputError(
-                f"the request needs {needed} bytes of keys and values, and {self.cache_bytes} are allowed: ask for less"
+                f"the request needs {needed} bytes of keys and values, and the limit is {self.cache_bytes}: ask for less"
             )
         seed = request.sampler.start() if seed is None else seed
         job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)])
-        self._inbox.extend([_Sequence(job, index) for index in range(n)])
+        self._inbox.extend([_Sequence(job, choice) for choice in range(n)])
         return job
 
     def cancel(self, job: Job) -> None:
         """End a job: no event of it follows once a step that runs now is over."""
         job.cancelled = True
+        self._ended = True
 
     # ---------------------------------------------------------------- from one thread
 
@@ -146,26 +158,25 @@ class Engine:
         plan = self._plan()
         if not plan:
             return []
-        rows = [
-            (token, memory.cache, last and i == len(tokens))
-            for _, memory, tokens, last in plan
-            for i, token in enumerate(tokens, 1)
-        ]
+        rows = []
+        for part in plan:
+            rows += [(token, part.memory.cache, False) for token in part.tokens[:-1]]
+            rows.append((part.tokens[-1], part.memory.cache, part.last))
         began = time.perf_counter()
         logits = self.network.step(rows)
         if self._clock is not None:
-            decoding = sum(len(tokens) == 1 for _, _, tokens, _ in plan)
-            self._clock.note(decoding, len(rows) - decoding, time.perf_counter() - began)
-        for _, memory, tokens, _ in plan:
-            memory.note(tokens)
-        events = [self._choose(sequence, logits, row) for row, sequence in enumerate(entry[0] for entry in plan if entry[3])]
+            self._clock.note(len(plan), len(rows), time.perf_counter() - began)
+        for part in plan:
+            part.memory.note(part.tokens)
+        events = self._choose(plan, logits)
         self._drop_ended()
         return events
 
     def close(self) -> None:
         """Cancel all jobs; leave what the network has computed to the prefix cache."""
         for sequence in [*self._inbox, *self._waiting, *self._live]:
-            sequence.job.cancelled = True
+            self.cancel(sequence.job)
+        self._waiting += self._inbox
         self._inbox.clear()
         self._drop_ended()
 
@@ -173,14 +184,15 @@ class Engine:
 
     def _drop_ended(self) -> None:
         """Take sequences out whose completion is finished or whose job has ended; keep what they leave for later requests."""
-        for sequence in [sequence for sequence in self._live if _ended(sequence)]:
+        if self._ended:
+            self._ended = False
+            self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
+        for sequence in [sequence for sequence in self._live if _has_ended(sequence)]:
             self._live.remove(sequence)
             if sequence.memory is not None:
                 self.prefix.give(sequence.memory)
         if self.cache_bytes is not None:
             self.prefix.shrink(self.cache_bytes - self._reserved())
-        if any(_ended(sequence) for sequence in self._waiting):
-            self._waiting = deque(sequence for sequence in self._waiting if not _ended(sequence))
 
     def _admit(self) -> None:
         """Let waiting sequences in, first come first served, as long as there is room for all that they can need."""
@@ -190,61 +202,80 @@ class Engine:
                 return
             self._live.append(self._waiting.popleft())
 
-    def _plan(self) -> "list[tuple[_Sequence, Memory, Sequence[int], bool]]":
-        """Return the step's rows: (sequence, its memory, tokens to append, whether they are all that is missing)."""
+    def _plan(self) -> list[_Part]:
+        """Return what the next step does: sequences that decode, then prompts as long as there is room for their rows."""
         windows = [sequence.completion.window() for sequence in self._live]
         for i, sequence in enumerate(self._live):
             if sequence.memory is None:
-                self._begin(sequence, windows[i], self._live[:i], windows)
-        decoding, prompts = [], []
+                self._begin(sequence, windows[i], list(zip(self._live[:i], windows, strict=False)))
+        decoding: list[_Part] = []
+        prompts: list[_Part] = []
         for sequence, window in zip(self._live, windows, strict=True):
-            if sequence.memory is not None:
-                shared = sequence.memory.shared(window)
-                sequence.memory.keep(shared)
-                (decoding if len(window) - shared == 1 else prompts).append((sequence, sequence.memory, window[shared:]))
-        plan = [(sequence, memory, tokens, True) for sequence, memory, tokens in decoding]
+            if (memory := sequence.memory) is not None:
+                shared = memory.shared(window)
+                memory.keep(shared)
+                (decoding if len(window) - shared == 1 else prompts).append(
+                    _Part(sequence, memory, window, window[shared:], True)
+                )
         left = self._clock.rows(self.network.chunk) if self._clock is not None and decoding else self.network.chunk
-        for sequence, memory, tokens in prompts:
-            some = tokens[:left]
-            if some:
-                plan.append((sequence, memory, some, len(some) == len(tokens)))
-            left -= len(some)
+        plan = decoding
+        for part in prompts:
+            if left:
+                some = part.tokens[:left]
+                plan.append(part._replace(tokens=some, last=len(some) == len(part.tokens)))
+                left -= len(some)
         return plan
 
-    def _begin(self, sequence: _Sequence, window: list[int], earlier: list[_Sequence], windows: list[list[int]]) -> None:
+    def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache that holds the longest prefix that any other holds. If an earlier sequence is about to
         compute a longer one, leave the sequence without a cache: it waits."""
         donor, shared = self.prefix.best(window)
-        coming = 0
-        for other, its_window in zip(earlier, windows, strict=False):
-            if other.memory is not None:
-                if (held := other.memory.shared(window)) > shared:
-                    donor, shared = other.memory, held
-                coming = max(coming, common_prefix(its_window, window, len(window) - 1))
-        if coming - shared >= WORTH_WAITING:
-            return
-        longest = sequence.completion.longest
-        capacity = self.network.config.maxT if self.prefix.max_bytes else longest
+        for other, its_window in earlier:
+            if other.memory is None:
+                continue
+            if (held := other.memory.shared(window)) > shared:
+                donor, shared = other.memory, held
+            coming = common_prefix(its_window, window, len(window) - 1)
+            if its_window == window or coming - max(shared, held) >= WORTH_WAITING:
+                return
         if donor is None:
-            sequence.memory = Memory(self.network.new_cache(capacity))
-        elif self._may_take(donor, shared, longest) and self.prefix.take(donor):
+            sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
+        elif self._may_take(donor, shared, sequence.completion.longest) and self.prefix.take(donor):
             donor.keep(shared)
             sequence.memory = donor
         else:
-            sequence.memory = donor.copy(shared, capacity)
+            sequence.memory = donor.copy(shared, self._capacity(sequence))
 
     def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
         """Whether an idle memory is better taken than copied: it loses little, or there is no room for two."""
         full = self.cache_bytes is not None and self._reserved() + self.prefix.nbytes > self.cache_bytes
         return donor.cache.capacity >= longest and (full or 2 * shared >= len(donor.tokens))
 
-    def _choose(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:
-        """Let a completion take its next token; an error in it ends this job alone."""
+    def _capacity(self, sequence: _Sequence) -> int:
+        """Return how many tokens a new cache has room for: all of the context if later requests may go on with it."""
+        return self.network.config.maxT if self.prefix.max_bytes else sequence.completion.longest
+
+    def _choose(self, plan: list[_Part], logits: "Logits") -> list[Event]:
+        """Let completions take their next tokens. Sequences that wait for the same window take theirs from the same logits."""
+        events = []
+        waiting = [sequence for sequence in self._live if sequence.memory is None]
+        for row, part in enumerate(part for part in plan if part.last):
+            twins = [
+                sequence for sequence in waiting if sequence.memory is None and sequence.completion.window() == part.window
+            ]
+            for twin in twins:
+                twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
+            events += [self._take(sequence, logits, row) for sequence in (part.sequence, *twins)]
+        return events
+
+    def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:
+        """Let one completion take its next token. An error in it ends this job alone."""
         try:
-            return Event(sequence.job, sequence.index, sequence.completion.take(logits, row))
+            return Event(sequence.job, sequence.choice, sequence.completion.take(logits, row))
         except Exception as error:
             sequence.job.error = error
-            return Event(sequence.job, sequence.index, None, error)
+            self._ended = True
+            return Event(sequence.job, sequence.choice, None, error)
 
     def _bytes(self, positions: int) -> int:
         """Return the bytes of keys and values of so many tokens."""
@@ -256,7 +287,7 @@ class Engine:
         return self._bytes(sum(max(s.completion.longest, n) for s, n in zip(self._live, used, strict=True)))
 
 
-def _ended(sequence: _Sequence) -> bool:
+def _has_ended(sequence: _Sequence) -> bool:
     """Whether a sequence needs no more steps. A cancelled completion gets that as its reason."""
     job, completion = sequence.job, sequence.completion
     if job.cancelled and completion.finish_reason is None:
@@ -272,12 +303,12 @@ class _Clock:
         self._decode_s: float | None = None  # of a step with decoding sequences alone
         self._row_s: float | None = None  # of a prompt's row
 
-    def note(self, decoding: int, rows: int, seconds: float) -> None:
-        """Note how long a step of so many rows took."""
-        if not rows:
+    def note(self, sequences: int, rows: int, seconds: float) -> None:
+        """Note how long a step took that had so many rows of so many sequences."""
+        if rows == sequences:
             self._decode_s = _mean(self._decode_s, seconds)
         else:
-            self._row_s = _mean(self._row_s, max(seconds - (self._decode_s or 0.0) * bool(decoding), 0.0) / rows)
+            self._row_s = _mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
 
     def rows(self, most: int) -> int:
         """Return how many rows of prompts to run beside decoding sequences."""

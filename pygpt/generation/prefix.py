@@ -78,7 +78,7 @@ class Memory:
         self.positions = max(self.positions, len(self.tokens))
 
     def copy(self, shared: int, capacity: int) -> "Memory":
-        """Return an independent memory of the first `shared` tokens."""
+        """Return an independent memory of the first `shared` tokens, with room for `capacity`."""
         return Memory(self.cache.copy(shared, capacity=capacity), self.tokens[:shared])
 
 
