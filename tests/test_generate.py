@@ -143,8 +143,7 @@ def test_long_prompts_are_run_in_chunks(model: GPT2, rows_run: list[int], monkey
     rows_run.clear()
     monkeypatch.setattr(Network, "chunk", 4)
     assert [c.tokens for c in model.generate_batch(PROMPTS, max_new_tokens=3)] == wanted
-    assert rows_run[0] == 4  # prompts alone
-    assert max(rows_run) <= 4 + len(PROMPTS)  # and one row for each sequence that decodes
+    assert max(rows_run) <= 4 + len(PROMPTS)  # rows of prompts, and one row for each sequence that decodes
 
 
 def test_return_sequences_are_streams_of_a_seed(model: GPT2) -> None:
