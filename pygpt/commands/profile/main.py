@@ -253,7 +253,7 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Rep
         maxT = checkpoint.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
     if isinstance(task, job.Training):
-        small = job.Training.of(path, 1, min(tokens, maxT, all_workers=options.all_workers), 1)
+        small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
         return strategies.compare_training(small, nth, options.rounds, with_serial=serial)
     prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
     return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial)
