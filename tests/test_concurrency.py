@@ -464,7 +464,7 @@ def test_a_round_at_the_end_of_the_stack() -> None:
 def test_a_stop_in_a_worker_about_to_wait() -> None:
     """The garbage collector may run a forgotten pool's end in one of its workers, between its look at the flag and its wait."""
     pool = ThreadPool(2)
-    crew = pool._crew
+    crew = pool._workers
     assert crew is not None
     wait = crew.wake.wait
     stopped: list[threading.Thread] = []
