@@ -15,7 +15,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 
 from .. import __version__
 from ..errors import CheckpointError, InputError, PyGPTError
@@ -162,7 +161,8 @@ def _import_hub() -> None:
     if os.path.expanduser(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~").startswith("~"):
         os.environ["HF_HOME"] = os.path.join(cache_folder(), "huggingface")
     try:
-        import_module("huggingface_hub.file_download")
+        import huggingface_hub.file_download  # noqa: F401
+        from huggingface_hub.errors import RemoteEntryNotFoundError  # noqa: F401 - versions before 1.0 do not have it
     except ImportError as error:
         install = "python -m pip install 'pygpt[hub]'"
         raise ImportError(f"downloads need huggingface_hub, which cannot be imported ({error}): {install}") from error

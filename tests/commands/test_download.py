@@ -212,7 +212,7 @@ def test_wrong_bytes_arrive(site: Site, capsys: pytest.CaptureFixture[str]) -> N
     sound: dict[str, str | int] = {"X_Linked_ETag": f'"{SHA}"', "X_Linked_Size": len(FILE), "X_Repo_Commit": COMMIT}
     with Site() as other:
         other.files["/blob"] = FILE[:-1] + b"?"
-        site.plans["HEAD", MODEL] = [status(302, Location=f"{other.url}/blob", **sound)]
+        site.plans["HEAD", MODEL] = [status(302, Location=other.url.replace("127.0.0.1", "localhost") + "/blob", **sound)]
         assert main(["gpt2"]) == 1
     assert f"wrong bytes: sha256 {hashlib.sha256(FILE[:-1] + b'?').hexdigest()}, expected {SHA}" in error_of(capsys)
 
@@ -281,7 +281,7 @@ def test_ctrl_c(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.plans["GET", MODEL] = [half]
     assert main(["gpt2"]) == 130
     assert capsys.readouterr() == ("", "")
-    assert os.listdir(cache_folder()) == list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete")) == []
+    assert [*os.listdir(cache_folder()), *Path(constants.HF_HUB_CACHE).rglob("*.incomplete")] == []
     assert main(["gpt2"]) == 0
 
 
@@ -289,9 +289,7 @@ def test_ctrl_c(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_warned_of_is_a_line(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.plans["HEAD", MODEL] = [lambda handler, data: handler.send_file(data, Content_Length=10**17)]
     assert main(["gpt2"]) == 1
-    assert capsys.readouterr().err.startswith(
-        "pygpt: Not enough free disk space to download the file. The expected file size is"
-    )
+    assert capsys.readouterr().err.startswith("pygpt: Not enough free disk space to download the file. ")
 
 
 @pytest.mark.parametrize(
