@@ -44,7 +44,7 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
 
 def is_downloadable(name: str) -> bool:
     """Whether `pygpt download` takes this name. What ends as a model file does is a path."""
-    if name.endswith((".bin", ".safetensors", ".git")) or ".." in name or "--" in name:
+    if name.endswith((".bin", ".safetensors", ".git")) or "--" in name:
         return False
     return re.fullmatch(DOWNLOADABLE, name, re.ASCII) is not None
 
