@@ -130,4 +130,4 @@ def disk_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PyGPTError(f"{path}: cannot write here: {reason(error)}") from error
+        raise PyGPTError(f"{path}: cannot write here: {reason(error)}: name another place with -o or PYGPT_HOME") from error

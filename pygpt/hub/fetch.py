@@ -55,7 +55,10 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
 
 
 class Repository:
-    """One revision of a repository on Hugging Face, "" for its main branch. All files come from the commit of the first."""
+    """One revision of a repository on Hugging Face ("": its main branch). All files come from the commit of the first file.
+
+    kind: "model" or "dataset". A file's path is that in huggingface_hub's cache. Methods raise what fetch() does.
+    """
 
     def __init__(self, name: str, revision: str, kind: str = "model") -> None:
         self.name, self.revision, self.kind = name, revision or "main", kind
@@ -122,7 +125,7 @@ class Repository:
             if answer.status_code in (401, 403):
                 return PyGPTError(f"{self.name}: {words}: log in (hf auth login), or check HF_TOKEN")
         else:
-            words = (str(error) or type(error).__name__).splitlines()[0]
+            words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         return PyGPTError(f"{self.name}: cannot download from {constants.ENDPOINT}: {words}: check the network, then try again")
 
 
@@ -143,7 +146,10 @@ def _fetch_folder(repository: Repository) -> str:
 
 
 def check_sha256(path: str, known: str | None = None) -> None:
-    """Compare a file with its sha256: the name of the file that the cache's link leads to, if it is large; and `known`."""
+    """Compare a file with its sha256: `known`, and the one by which huggingface_hub's cache names a large file (LFS).
+
+    Where the cache has no links, files are not named so, and only `known` is compared. Raises PyGPTError if it differs.
+    """
     named = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     expected = {digest for digest in (named, known) if digest and re.fullmatch("[0-9a-f]{64}", digest)}
     if not expected:
