@@ -1,11 +1,11 @@
 """Where the time goes: a hotspot report of a prompt and of the tokens after it, or of an iteration of training.
 
-    python tools/profile.py                                   the model that the command would use, two tokens in, 32 out
-    python tools/profile.py -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
-    python tools/profile.py --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
-    python tools/profile.py --skip all                        hotspots only, in a second
-    python tools/profile.py -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
-    python tools/profile.py --stretch fc=3 --stretch 1:all=2  plant slowness, to see whether the report finds it
+    pygpt profile                                   the model that the command would use, two tokens in, 32 out
+    pygpt profile -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
+    pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
+    pygpt profile --skip all                        hotspots only, in a second
+    pygpt profile -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
+    pygpt profile --stretch fc=3 --stretch 1:all=2  plant slowness, to see whether the report finds it
 
 JSON, schema 1 (all times in ns, summed over the rounds unless they are called median; null or empty where not measured):
 
@@ -47,21 +47,17 @@ import json
 import os
 import platform
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pygpt.model
-from pygpt import (
-    Checkpoint,
-    InputError,
-    Trace,
-    __version__,
-    cpu_info,
-    default_threads,
-    find_model,
-)
-from pygpt.commands.console import Parser, check_stdout, say, status_of
 
+from ... import __version__
+from ..._kernels import Trace, cpu_info
+from ...errors import InputError
+from ...formats.checkpoint import Checkpoint
+from ...hub.find import find_model
+from ...pool import default_threads
+from ..console import Parser, check_stdout, say, status_of
 from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
@@ -82,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
-        prog="profile",
-        usage="python tools/profile.py [options]",
+        prog="pygpt profile",
+        usage="pygpt profile [options]",
         description="Where the time goes: a hotspot report of a prompt and of the tokens decoded after it, or of training.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
         allow_abbrev=False,
@@ -246,7 +242,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     if "strategies" in parts:
         report["strategies"] = ways(options, path, task, nth)
     if "startup" in parts:
-        report["startup"] = startup.measure(path, task, nth, str(Path(__file__).resolve().parents[3]))
+        report["startup"] = startup.measure(path, task, nth)
     return report, recording, task
 
 

@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-from pygpt import PyGPTError
-from pygpt.formats.files import atomic_file
-
+from ...errors import PyGPTError
+from ...formats.files import atomic_file
 from .job import WAKE, Call, Event
 
 Report = dict[str, Any]

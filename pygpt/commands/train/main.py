@@ -1,9 +1,9 @@
 """Train GPT-2: fine-tune a checkpoint on a text, or begin with random weights.
 
-    python tools/train.py --data my.txt --init gpt2_124M.bin --out mine.bin
-    python tools/train.py --data my.txt --shape L=4,NH=4,C=128,maxT=256 -B 8 -T 128 --steps 500 --lr 1e-3 --out mine.bin
-    python tools/train.py --resume mine.state
-    python tools/train.py --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
+    pygpt train --data my.txt --init gpt2_124M.bin --out mine.bin
+    pygpt train --data my.txt --shape L=4,NH=4,C=128,maxT=256 -B 8 -T 128 --steps 500 --lr 1e-3 --out mine.bin
+    pygpt train --resume mine.state
+    pygpt train --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
 
 --out mine.bin saves the model as mine.bin, which `python -m pygpt -m mine.bin` uses at once, and the training state as
 mine.state: weights, AdamW's moments, step, options and the place in the data. --resume continues from it bit for bit as if the
@@ -34,22 +34,16 @@ from typing import Any
 
 import numpy as np
 
-from pygpt import (
-    Checkpoint,
-    Config,
-    DataLoader,
-    InputError,
-    NumericalError,
-    PyGPTError,
-    SerialTrainableGPT2,
-    TrainableGPT2,
-    Trainer,
-    TrainingState,
-    find_model,
-    open_state,
-)
-from pygpt.commands.console import HelpFormatter, Parser, say, status_of
-
+from ...config import Config
+from ...errors import InputError, NumericalError, PyGPTError
+from ...formats.checkpoint import Checkpoint
+from ...hub.find import find_model
+from ...reference import SerialTrainableGPT2
+from ...training.data import DataLoader
+from ...training.state import TrainingState, open_state
+from ...training.trainable import TrainableGPT2
+from ...training.trainer import Trainer
+from ..console import HelpFormatter, Parser, say, status_of
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
@@ -86,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help. An option that is not given is None: a resumed run has its own."""
     parser = Parser(
-        prog="train",
-        usage="python tools/train.py [options]",
+        prog="pygpt train",
+        usage="pygpt train [options]",
         description="Train GPT-2 on text or token shards. The defaults are those of llm.c's CPU program.",
-        epilog="tools/train.py begins with examples, and with what is printed, logged and saved.",
+        epilog="This, and with what is printed, logged and saved.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -347,7 +341,7 @@ class Run:
         elif stop.signal is None:
             say(f"{ended}; saved {output.model} and {output.state}")
         else:
-            say(f"{ended}; saved; to go on: python tools/train.py --resume {shlex.quote(output.state)}")
+            say(f"{ended}; saved; to go on: pygpt train --resume {shlex.quote(output.state)}")
 
     def look(self, lines: report.Report) -> bool:
         """Validate and sample where it is time to; return whether all steps were made."""
