@@ -22,7 +22,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run(
-    *arguments: str, stdin: str | bytes = "", shell: str = 'exec "$@"', cwd: Path | None = None, **variables: str
+    *arguments: str, stdin: str | bytes = "", shell: str = 'exec "$@"', cwd: str | Path | None = None, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run `pygpt ARGUMENTS` to its end. `shell` is a line of sh in which "$@" is the command."""
     done = subprocess.run(

@@ -1,13 +1,13 @@
-"""Where the time goes: a hotspot report of a prompt and of the tokens after it, or of an iteration of training.
+"""Report where the time goes: in a prompt and the tokens after it, or in iterations of training.
 
-    pygpt profile                                   the model that the command would use, two tokens in, 32 out
+    pygpt profile                                   the model that pygpt would use, two tokens in, 32 out
     pygpt profile -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
     pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
     pygpt profile --skip all                        hotspots only, in a second
     pygpt profile -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
-    pygpt profile --stretch fc=3 --stretch 1:all=2  plant slowness, to see whether the report finds it
+    pygpt profile --stretch fc=3 --stretch 1:all=2  slow parts down, to see whether the report finds them
 
-JSON, schema 1 (all times in ns, summed over the rounds unless they are called median; null or empty where not measured):
+JSON, schema 1 (times in ns, summed over the rounds except for medians; null or empty: not measured):
 
     schema, pygpt           1, and the package's version
     model                   path, name, L, NH, C, V, maxT, version, value_bytes
@@ -57,7 +57,7 @@ from ...errors import InputError
 from ...formats.checkpoint import Checkpoint
 from ...hub.find import find_model
 from ...pool import default_threads
-from ..console import Parser, check_stdout, say, status_of
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of
 from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
@@ -80,12 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pygpt profile",
         usage="pygpt profile [options]",
-        description="Where the time goes: a hotspot report of a prompt and of the tokens decoded after it, or of training.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+        description=__doc__,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that `python -m pygpt` would use)")
+    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that pygpt would use)")
     add("--tokens", metavar="IDS", help="the prompt, as in 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="a made-up prompt of so many tokens instead")
     add(
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too and print the hottest symbols")
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, whose schema heads this file")
+    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, with the schema above")
     add("--compare", metavar=("A", "B"), nargs=2, help="print what moved between two reports in JSON; nothing runs")
     add("--all-workers", action="store_true", help="use all workers even for steps too small to be worth it")
     add("--capacity", metavar="N", help="events that a worker can note in a round (default: enough)")
