@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
-from running import PYGPT, assert_refuses, environment, run
+from running import PYGPT, assert_refused, assert_refuses, environment, run
 
 from pygpt import (
     GPT2,
@@ -443,17 +443,10 @@ def test_the_picture_of_a_resumed_run_is_drawn_anew(capsys: pytest.CaptureFixtur
     assert "other.png: it exists already" in error
 
 
-def test_an_instruction_set_that_is_not_there() -> None:
-    result = command(*RUN, PYGPT_ISA="sse9")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r"pygpt: error: instruction set 'sse9' [^\n]+\n", result.stderr)
-
-
 def test_without_matplotlib(folder: Path) -> None:
     (folder / "matplotlib.py").write_text("raise ImportError('not here')\n")
     result = command(*RUN, "--plot", "pictures", PYTHONPATH=str(folder))
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "pygpt: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
+    assert_refused(result, "matplotlib", "pip install", status=1)
 
 
 def on_a_terminal(*arguments: str, **variables: str) -> tuple[str, str]:

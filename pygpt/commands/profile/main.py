@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--by-layer", action="store_true", help="add a table by layer")
     add("--skip", metavar="LIST", default="", help=f"leave out parts: all, or some of {','.join(PARTS)}")
     add("--serial-tokens", metavar="N", default="8", help="tokens of the strategies: the serial reference is slow (default 8)")
-    add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib, the extra `tools`)")
+    add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too and print the hottest symbols")

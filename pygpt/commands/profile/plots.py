@@ -49,7 +49,7 @@ def matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise PyGPTError("--plot needs matplotlib: python -m pip install -e '.[tools]'") from None
+        raise PyGPTError("--plot needs matplotlib: python -m pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
