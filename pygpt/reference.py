@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .training.parameters import LiveWeights
+    from .network import OpenModel
 
 
 class SerialCache:
@@ -51,7 +51,7 @@ class SerialNetwork:
 
     position_bytes = 8
 
-    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
+    def __init__(self, checkpoint: "OpenModel") -> None:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
@@ -94,7 +94,7 @@ class SerialGPT2(Generator):
 
     network: SerialNetwork
 
-    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
+    def __init__(self, checkpoint: "OpenModel") -> None:
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod

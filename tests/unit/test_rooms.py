@@ -27,14 +27,6 @@ LEVELS = (
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 # Arrows upwards that are still there: remove each from this list once it is gone.
-KNOWN = {
-    "_backward -> training.parameters",
-    "_reference -> training.parameters",
-    "generation.prefix -> model",
-    "hub.fetch -> commands.console",
-    "hub.http_client -> commands.console",
-    "model -> training.parameters",
-}
 
 
 def name_of(path: Path) -> str:
@@ -97,15 +89,11 @@ def test_every_import_is_of_a_module_that_exists() -> None:
 
 
 def test_no_import_goes_upwards() -> None:
-    assert upwards() - KNOWN == set()
-
-
-def test_known_exceptions_are_still_there() -> None:
-    assert KNOWN - upwards() == set()
+    assert upwards() == set()
 
 
 def test_there_is_no_circle() -> None:
-    graph = {module: {o for o in others if f"{module} -> {o}" not in KNOWN} for module, others in arrows().items()}
+    graph = arrows()
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
