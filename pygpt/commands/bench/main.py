@@ -50,6 +50,7 @@ from ...reference import SerialGPT2
 from ...training.trainable import TrainableGPT2
 from ..child import child_environment
 from ..console import HelpFormatter, Parser, check_stdout, say, status_of
+from ..progress import Progress
 from . import peers as bench_peers
 from . import train as bench_train
 
@@ -260,20 +261,15 @@ def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list
 
 def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[int, Ceilings]) -> None:
     """Every test once a round, after one round that does not count; the ceilings between."""
-    for number in range(options.rounds + 1):
-        for ceiling in ceilings.values():
-            ceiling.measure(1)
-        for test in tests:
-            seconds = test.run()
-            if number:
-                test.seconds.append(seconds)
-        progress(options.rounds, number)
-
-
-def progress(rounds: int, number: int) -> None:
-    """Say how far it is."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"\rround {number} of {rounds}", end="\n" if number == rounds else "", file=sys.stderr, flush=True)
+    with Progress("rounds", options.rounds) as progress:
+        for number in range(options.rounds + 1):
+            for ceiling in ceilings.values():
+                ceiling.measure(1)
+            for test in tests:
+                seconds = test.run()
+                if number:
+                    test.seconds.append(seconds)
+            progress.update(number)
 
 
 def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
@@ -528,7 +524,7 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
         config, version = checkpoint.config, checkpoint.version
     batch = bench_train.batch_of(config, options.B, options.T)
     with ExitStack() as stack:
-        ceilings = open_ceilings(options, stack)
+        ceilings, progress = open_ceilings(options, stack), stack.enter_context(Progress("rounds", options.rounds))
         results = bench_train.measure(
             path,
             config,
@@ -538,6 +534,6 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
             memory_of=(lambda threads: memory_of("train", path, threads, options.B, options.T)) if options.memory else None,
             peers=options.against,
             reference=options.reference,
-            progress=partial(progress, options.rounds),
+            progress=progress.update,
         )
         return describe(config, version, ceilings), results
