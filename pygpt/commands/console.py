@@ -130,6 +130,17 @@ class Parser(argparse.ArgumentParser):
         sys.stdout.flush()
 
 
+def whole(low: int, high: int) -> "Callable[[str], int]":
+    """A type for argparse: a whole number in these limits, written in ASCII digits."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 21 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help of one width on every terminal, as README shows it."""
 

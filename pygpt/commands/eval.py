@@ -41,13 +41,14 @@ from ..formats.text import read_text, tokens_of_text
 from ..hub.find import find_model
 from ..model import GPT2
 from ..tokenizer import Tokenizer
-from .console import HelpFormatter, Parser, check_stdout, status_of
+from .console import HelpFormatter, Parser, check_stdout, status_of, whole
 from .progress import Progress
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
 LARGEST_LOSS = 709  # nats: e to a higher power is no float
 BAR = 30  # columns
+MOST = 2**31 - 1  # tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
 
@@ -65,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
     add = shared.add_argument
     add("-m", "--model", metavar="MODEL", help="a checkpoint, or a downloaded model's name (default: as the command finds one)")
-    add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
+    add(
+        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
+    )
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
         prog="pygpt eval",
@@ -90,13 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     one = task("perplexity", "TEXT", "UTF-8 text, or - for stdin, or a token file (.bin)", "perplexity and loss of a text")
-    one.add_argument("--window", metavar="W", help="tokens that the model sees at once (default maxT, at most maxT + 1)")
-    one.add_argument("--stride", metavar="S", help="tokens from one window to the next (default half a window)")
-    one.add_argument("-n", "--limit", metavar="N", help="take the first N tokens only")
+    count = whole(1, MOST)
+    one.add_argument(
+        "--window", metavar="W", type=count, help="tokens that the model sees at once (default maxT, at most maxT + 1)"
+    )
+    one.add_argument("--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)")
+    one.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N tokens only")
     two = task("hellaswag", "FILE", "llm.c's hellaswag_val.bin, or any file of its format", "multiple choice: acc and acc_norm")
-    two.add_argument("-n", "--limit", metavar="N", help="take the first N examples only")
+    two.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N examples only")
     three = task("next", "PROMPT", "the text before", "what the model expects next")
-    three.add_argument("-k", "--top", metavar="K", default="10", help="how many tokens to show (default 10)")
+    three.add_argument("-k", "--top", metavar="K", type=count, default=10, help="how many tokens to show (default 10)")
     return parser
 
 
@@ -107,9 +113,6 @@ def run(options: argparse.Namespace) -> None:
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
-    for name in ("threads", "window", "stride", "limit", "top"):
-        if getattr(options, name, None) is not None:
-            setattr(options, name, whole(name, getattr(options, name)))
     path, _ = find_model(options.model)
     with GPT2.load(path, threads=options.threads) as model:
         start = time.perf_counter()
@@ -125,13 +128,6 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {path}")
-
-
-def whole(name: str, given: str) -> int:
-    """A positive whole number of an option."""
-    if not (given.isascii() and given.isdigit() and len(given) < 16 and int(given)):
-        raise InputError(f"--{name} is {given[:40]!r}: it must be a whole number from 1 on")
-    return int(given)
 
 
 # ------------------------------------------------------------------------------------------------ losses

@@ -49,7 +49,7 @@ from ...model import GPT2
 from ...reference import SerialGPT2
 from ...training.trainable import TrainableGPT2
 from ..child import child_environment
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
 from ..progress import Progress
 from . import peers as bench_peers
 from . import train as bench_train
@@ -374,14 +374,6 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def one_number(text: str) -> int:
-    """A positive whole number."""
-    found = numbers(text)
-    if len(found) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is a list: one whole number is wanted")
-    return found[0]
-
-
 GENERATION = {"prompts": [64, 512, 1000], "new": 64, "depths": [8, 512], "batches": [1, BATCH]}
 TRAINING = {"B": 4, "T": 64}
 
@@ -395,17 +387,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, whole(1, 999_999)
     add("-m", "--model", help="an llm.c checkpoint (default: as the command finds one)")
     add("-p", "--prompts", type=numbers, help="prompt lengths (64,512,1000)")
-    add("-n", "--new", type=one_number, help="new tokens of a decode test (64)")
+    add("-n", "--new", type=count, help="new tokens of a decode test (64)")
     add("-d", "--depths", type=numbers, help="tokens of context before them (8,512)")
     add("-b", "--batches", type=numbers, help=f"sequences decoded together (1,{BATCH})")
     add("--train", action="store_true", help="training instead: forward, backward, norm, update")
-    add("-B", type=one_number, help="its sequences in a batch (4)")
-    add("-T", type=one_number, help="its tokens in a sequence (64)")
+    add("-B", type=count, help="its sequences in a batch (4)")
+    add("-T", type=count, help="its tokens in a sequence (64)")
     add("-t", "--threads", type=numbers, default="1,2", help="thread counts (1,2)")
-    add("-r", "--rounds", type=one_number, default="5", help="rounds (5)")
+    add("-r", "--rounds", type=count, default=5, help="rounds (5)")
     add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md, json or csv")
     add("--reference", action="store_true", help="the serial reference too (slow)")
     add("--against", default="", help="peers, separated by commas, or all that are installed")
@@ -413,8 +405,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-memory", dest="memory", action="store_false", help="leave out the memory figures")
     add(
         "--limit-megabytes",
-        type=one_number,
-        default="512",
+        type=count,
+        default=512,
         help="memory that the limits are measured in: no cache holds it (512)",
     )
     add("--memory-of", help=argparse.SUPPRESS)
