@@ -1,17 +1,17 @@
-"""Texts to llm.c's token shards, for training; and a look into a shard.
+"""Turn texts into llm.c's token shards, for training; or show a shard.
 
     pygpt shards input.txt -o data/ --val-tokens 32768    data/input_train.bin and data/input_val.bin
     pygpt shards 'books/*.txt' -o data/books --shard-size 100000000 --val-fraction 0.01
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. Tokens are GPT-2's; --eot says where `<|endoftext|>` goes: before each text
-and after every blank line (paragraph, as llm.c prepares tinyshakespeare), before each text only (document), or nowhere.
-Files are called NAME_train.bin and NAME_val.bin, with --shard-size NAME_train_000001.bin and so on; a NAME that ends in / is a
-folder, which is made where there is none.
+Texts are UTF-8 and may be larger than memory. Tokens are GPT-2's. --eot says where <|endoftext|> goes. paragraph: before each
+text and after every blank line, as llm.c prepares tinyshakespeare; document: before each text; none: nowhere.
+The files are NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin and so on. If NAME ends in a /, it is
+a folder, and is created if necessary.
 
-All files appear together once they are whole; until then they, and all tokens once more, are in a folder beside them that
-vanishes whatever happens. Refuses to write beside older files of the same name: a pattern would take both for one data set.
+All files appear together once they are whole. Until then, they and a second copy of all tokens are in a temporary folder beside
+them. The command refuses to write beside older files of the same name: a pattern would take both for one data set.
 
 Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """

@@ -1,26 +1,43 @@
-"""Speed: prefill (pp) and decode (tg) in tokens a second, held against what the machine can do in the same minutes.
+"""Measure speed: prefill (pp) and decode (tg) in tokens a second, beside the machine's limits in the same minutes.
 
     pygpt bench -m gpt2_124M.bin                     the table, for 1 and 2 threads
     pygpt bench -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
-    pygpt bench -m gpt2_124M.bin --reference         and the serial reference, with the speed-up over it
-    pygpt bench -m gpt2_124M.bin --against all       and the installed peers on the same weights
-    pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  training, with --reference and --against too (bench/train.py)
+    pygpt bench -m gpt2_124M.bin --reference         also the serial reference, and the speed-up over it
+    pygpt bench -m gpt2_124M.bin --against all       also the installed peers, on the same weights
+    pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  training; --reference and --against work, too
 
-Names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
-sequences together, process the whole command, two tokens in and eight new ones. Every round runs each test once, then the next
-round: what a shared machine does in one minute touches all alike. Figures are medians; the spread is the middle half.
+Test names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
+sequences together. process is the whole command, with two tokens in and eight new ones. Each round runs every test once, so
+that a slow minute of a shared machine affects all tests alike. Figures are medians; the spread is the middle half.
 
 Limits: a prefill does 2 operations for each weight and token (the head once) and 4 x position x C for each token and layer
-of attention, against the FMA peak; decode reads every weight but wpe once a step, and the keys and values of its context,
+of attention, against the FMA peak. Decode reads every weight except wpe once a step, and the keys and values of its context,
 against the read bandwidth. A process has no limit of this kind.
 
-JSON: a list. First the object with test "ceilings": cpu, isa, python, pygpt, commit, model {L, NH, C, V, maxT, version},
-read_gb_s and fma_gflop_s by threads. Then one for each test, by whom and for how many threads it was run: test, by, threads,
-tokens_per_s (median), tokens_per_s_middle_half [low, high], seconds (median), rounds, percent_of_limit (null: it has none),
-peak_anon_bytes (null: not measured): resident memory that is not the file's after the test, in a process of its own, of which
-anon_before_bytes were there before it, without the keys and values, which take cache_bytes; mapped_bytes of files beside it;
-with one thread in the same run speed_up, hardware_speed_up, percent_of_hardware_scaling, and with --reference
-speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench/train.py.)
+JSON (-o json): a list of objects; CSV (-o csv) has the fields of the tests as columns. The first object is the machine:
+
+    test                "ceilings"
+    cpu, isa, python, pygpt, commit
+    model               L, NH, C, V, maxT, version
+    read_gb_s, fma_gflop_s, stream_gb_s (with --train)
+                        the limits, by threads
+
+Then there is one object for each test, program and number of threads:
+
+    test, by, threads, rounds
+    tokens_per_s, seconds
+                        medians
+    tokens_per_s_middle_half
+                        [low, high]
+    percent_of_limit    null without a limit
+    peak_anon_bytes     resident memory after the test, in a process of its own, without the file's pages; null: not measured
+    anon_before_bytes   the part of it that was there before the test
+    cache_bytes         keys and values, which are not in peak_anon_bytes
+    mapped_bytes        resident pages of files
+    speed_up, hardware_speed_up, percent_of_hardware_scaling
+                        if the same run measured one thread
+    speed_up_over_reference, efficiency_over_reference
+                        with --reference
 """
 
 import argparse
@@ -383,7 +400,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pygpt bench",
         usage="pygpt bench [options]",
-        description=__doc__,
+        description=f"{__doc__}\n{bench_train.__doc__}",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -501,7 +518,7 @@ def leave_out(options: argparse.Namespace, maxT: int) -> None:
         names += ["process"] * options.process + ["the reference"] * options.reference
         options.process = options.reference = False
     if names:
-        say(f"left out, for the model takes {maxT} tokens: {', '.join(names)}")
+        say(f"left out, because the model takes {maxT} tokens: {', '.join(names)}")
 
 
 def open_ceilings(options: argparse.Namespace, stack: ExitStack) -> dict[int, Ceilings]:

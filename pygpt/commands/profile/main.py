@@ -49,9 +49,8 @@ import platform
 from functools import partial
 from typing import Any
 
-import pygpt.model
-
 from ... import __version__
+from ... import model as gpt2
 from ..._kernels import Trace, cpu_info
 from ...errors import InputError
 from ...formats.checkpoint import Checkpoint
@@ -208,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         plots.matplotlib()  # if it is missing, say so now
     if options.all_workers:
-        pygpt.model.MEETING_WEIGHT = 0
+        gpt2.MEETING_WEIGHT = 0
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:

@@ -43,7 +43,7 @@ WHOLE = {
     "save_every": (0, MOST),
     "version": (3, 5),
 }
-SHARD = ".bin"  # what is no shard is text
+SHARD = ".bin"  # a file with another ending is text
 VALUE_BYTES = {3: 4, 5: 2}
 FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader's position means nothing with others
 
