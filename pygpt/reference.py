@@ -55,7 +55,10 @@ class SerialNetwork:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
-        arrays = {name: FORMATS[stored].values(data) for name, (stored, data) in checkpoint.stored().items()}
+        arrays = {
+            name: data.cast("f") if stored == "float32" else FORMATS[stored].values(data)  # float32 needs no NumPy
+            for name, (stored, data) in checkpoint.stored().items()
+        }
         self._reference: Reference | None = Reference(self.config, arrays)
 
     def new_cache(self, capacity: int | None = None) -> SerialCache:
