@@ -40,7 +40,7 @@ Trainee = SerialTrainableGPT2 | TrainableGPT2
 Engine = type[SerialTrainableGPT2] | type[TrainableGPT2]
 
 EPS = 2.0**-24  # half the distance of 1 to the next float32: the relative error of one operation
-CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "goldens_training.json").read_text())["cases"]
+CASES: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data" / "goldens_training.json").read_text())["cases"]
 SMALL = Config(maxT=9, V=37, L=2, NH=3, C=21)
 
 fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -22,7 +22,7 @@ import pygpt.model
 from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpu_info
 from pygpt._kernels import PHASES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 60
 # Heads of an odd size, more rows than the packed products begin with, a ragged last panel in every matrix.
 SHAPE = Config(maxT=80, V=301, L=2, NH=3, C=57)
@@ -128,7 +128,7 @@ def test_every_instruction_set_with_fma(isa: str, alone: tuple[list[bytes], byte
     if not cpu_info()["fused"]:
         pytest.skip("this run is of the baseline set, which rounds products apart")
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests")],
+        [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests" / "bits")],
         env={**os.environ, "PYGPT_ISA": isa},
         capture_output=True,
         text=True,
@@ -275,7 +275,7 @@ print("fine")
 
 def test_signals_at_any_moment_leave_it_usable() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(ROOT), str(ROOT / "tests")],
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(ROOT), str(ROOT / "tests" / "bits")],
         capture_output=True,
         text=True,
         timeout=DEADLINE,

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SYNC = (ROOT / "pygpt" / "sync.h").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+SYNC = (ROOT / "pygpt" / "csrc" / "sync.h").read_text()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sync.h as Python

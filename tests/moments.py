@@ -1,13 +1,14 @@
-"""Every moment of a program at which Python may run a signal's handler, one after the other: where Ctrl-C would take effect.
+"""Interrupt a job at every moment at which Python may run a signal's handler, one moment after the other.
 
-Python looks for signals where a function begins, when a call of compiled code has returned, and where a loop jumps back (its
-eval breaker); in between, in compiled code, and where a function of Python's returns, nothing interrupts it. Chance finds a
-window of some instructions once in a thousand runs; this finds each one, every time, without a signal and without a clock;
-or with two signals that are there together, whose handlers raise one at a time, the second where Python looks next.
+Python looks for signals where a function begins, when a call of compiled code has returned, and where a loop jumps back.
+Chance finds a window of some instructions once in a thousand runs. This search finds each one, every time, without a signal
+and without a clock. Two signals may also arrive together: their handlers raise one at a time, the second where Python looks
+next.
 """
 
 import _thread
 import dis
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,12 +25,12 @@ def raise_ctrl_c() -> None:
 
 
 def send_together(*numbers: signal.Signals) -> None:
-    """Let signals be there together: compiled code alone runs between them, so no handler is called before all have come."""
+    """Send signals that arrive together: only compiled code runs between them, so no handler is called before the last."""
     any(map(_thread.interrupt_main, numbers))
 
 
 class Moment:
-    """In a `with` block, let strike() raise an exception at moment number `number` of this thread, if it is `reached`."""
+    """In a `with` block, call strike() at moment number `number` of this thread; `reached` tells whether it came."""
 
     def __init__(self, number: int, strike: Callable[[], object]) -> None:
         self.number, self.strike, self.passed, self.reached = number, strike, 0, False
@@ -66,8 +67,8 @@ class Moment:
 
 
 def looks(code: CodeType, before: int, now: int) -> bool:
-    """Whether Python looks for signals between these two instructions. What it raises there belongs to the first one: where
-    the second is in another `try` it cannot be raised here, and is left out."""
+    """Whether Python looks for signals between these two instructions. An exception raised there belongs to the first one, so a
+    place whose second instruction is in another `try` is left out."""
     name = dis.opname[code.co_code[before]]
     if not (name.startswith("CALL") or ("JUMP_BACKWARD" in name and now < before)) or "NO_INTERRUPT" in name:
         return False
@@ -84,19 +85,24 @@ def handlers_of(code: CodeType) -> Callable[[int], "int | None"]:
 
 def moments(job: Callable[[], object], strike: Callable[[], object] = raise_ctrl_c) -> Iterator[bool]:
     """Do a job again and again, each time interrupted one moment later, until it ends before its moment comes. Yields after
-    each: whether a KeyboardInterrupt came out of it, itself or within what it met on its way. Raises what else comes out."""
-    number = 0
-    while True:
-        moment = Moment(number, strike)
-        came = False
-        try:
-            with moment:
-                job()
-        except BaseException as error:
-            came = made_of_ctrl_c(error)
-            if not came:
-                raise
-        if not moment.reached:
-            return
-        yield came
-        number += 1
+    each: whether a KeyboardInterrupt came out of it, itself or as the context of another exception. Raises any other."""
+    gc.collect()
+    gc.disable()  # finalizers of other tests' garbage would swallow the exception
+    try:
+        number = 0
+        while True:
+            moment = Moment(number, strike)
+            came = False
+            try:
+                with moment:
+                    job()
+            except BaseException as error:
+                came = made_of_ctrl_c(error)
+                if not came:
+                    raise
+            if not moment.reached:
+                return
+            yield came
+            number += 1
+    finally:
+        gc.enable()

@@ -21,7 +21,7 @@ from pygpt.formats.files import atomic_file
 from pygpt.hub.http_client import Progress
 
 ROOT = Path(pygpt.__file__).parent.parent
-SOURCES = sorted([*(ROOT / "pygpt").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])
+SOURCES = sorted([*(ROOT / "pygpt").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml", "code", "codeop"}
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}  # by name alone: model.eval() is another thing
 METHODS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "torch.load", "tempfile.mktemp"}

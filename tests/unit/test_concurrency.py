@@ -37,15 +37,8 @@ from pygpt import (
     TrainingState,
 )
 from pygpt.commands.console import status_of
-from pygpt.formats.files import atomic_file
 
 ROOT = Path(pygpt.__file__).parent.parent
-sys.path.append(str(ROOT / "tools"))
-
-from stressing import signals  # noqa: E402
-from stressing.common import Tally  # noqa: E402
-from stressing.moments import moments  # noqa: E402
-
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
 TOKENS = [(17 * i + 3) % 211 for i in range(128)]
 DEADLINE = 60
@@ -338,45 +331,6 @@ def test_a_chunk_that_fails_takes_the_whole_prompt_back(path: str, monkeypatch: 
             model.prefill(cache, [*TOKENS[7:40], 211])
         assert cache.length == 7
         assert np.array_equal(model.prefill(cache, TOKENS[7:20]), model.logits(TOKENS[:20])[-1])
-
-
-def test_ctrl_c_at_every_moment_of_a_step(model: GPT2) -> None:
-    signals.steps_at_every_moment(tally := Tally(1), model)
-    assert not tally.failures
-    assert tally.counts["every moment of a step"] > 40
-
-
-def test_ctrl_c_at_every_moment_beside_another_signal(model: GPT2) -> None:
-    """It is not lost where the other one's exception comes first, nor where that comes while it is on its way out."""
-    signals.steps_beside_another_signal(tally := Tally(1), model)
-    assert not tally.failures
-    assert tally.counts["Ctrl-C beside another signal"] > 30
-
-
-@pytest.mark.parametrize(("engine", "threads"), [(TrainableGPT2, 1), (TrainableGPT2, 3), (SerialTrainableGPT2, 1)])
-def test_ctrl_c_at_every_moment_of_a_step_of_training(
-    engine: "type[TrainableGPT2 | SerialTrainableGPT2]", threads: int
-) -> None:
-    """Each step was made by all workers and is counted, or by none; and the next one makes the bits that it must."""
-    with engine.random(Config(maxT=16, V=50, L=1, NH=1, C=16), seed=1, threads=threads) as model:
-        signals.training_at_every_moment(tally := Tally(1), model, both=threads == 1)
-    assert not tally.failures
-    assert tally.counts["every moment of training"] > 30
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that was open is closed, with a word
-def test_ctrl_c_at_every_moment_of_a_write_leaves_no_temporary_file(tmp_path: Path) -> None:
-    def write() -> None:
-        with atomic_file(tmp_path / "file") as file:
-            file.write(b"new")
-
-    (tmp_path / "file").write_text("old")
-    count = 0
-    for _ in moments(write):
-        count += 1
-        assert os.listdir(tmp_path) == ["file"]
-        assert (tmp_path / "file").read_text() in ("old", "new")
-    assert count > 10
 
 
 def test_ctrl_c_in_the_body_of_a_class_is_ctrl_c() -> None:

@@ -25,6 +25,7 @@ from make_checkpoint import make
 
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, default_threads
+from pygpt import pool as pool_module
 from pygpt.pool import MAX_THREADS, resolve_threads
 
 ROOT = Path(pygpt.__file__).parent.parent
@@ -79,8 +80,9 @@ def finish(*threads: threading.Thread) -> None:
 def _nothing_left() -> Iterator[None]:
     """Every test leaves as many pool threads as it found: none."""
     yield
-    gc.collect()
-    wait_until(lambda: not pool_threads())
+    if pool_threads():
+        gc.collect()
+        wait_until(lambda: not pool_threads())
 
 
 PREAMBLE = """
@@ -848,6 +850,32 @@ def test_a_thousand_models_leave_nothing(path: Path) -> None:
     assert pool_threads() == []
     assert open_files() == files
     assert resident_bytes() - memory < 8 << 20  # 8 KiB a cycle: less than one thread, map or workspace kept
+
+
+def test_the_collector_runs_no_code_for_a_closed_model(path: Path) -> None:
+    """Python drops a Ctrl-C that is raised in such code: a thread's or a weak reference's callback."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = GPT2.load(path, threads=3)
+        model.logits([1])
+        threads = [weakref.ref(thread) for thread in pool_threads()]
+        model.close()
+        assert len(threads) == 2
+        assert all(thread() is None for thread in threads)
+        assert all(reference.__callback__ is None for reference in weakref.getweakrefs(model._pool))
+    finally:
+        gc.enable()
+
+
+def test_the_list_of_pools_does_not_grow(path: Path) -> None:
+    """Closed ones leave it, and forgotten ones."""
+    ThreadPool(1).close()
+    before = len(pool_module._pools)
+    for _ in range(20):
+        ThreadPool(1).close()
+        ThreadPool(1)
+    assert len(pool_module._pools) <= before + 2
 
 
 @pytest.mark.parametrize("workers", [2, 5])
