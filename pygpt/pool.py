@@ -56,7 +56,7 @@ class ThreadPool:
         self._closed = False
         self._crew: _Crew | None = None
         self._hire()
-        _pools.add(self)
+        _note(self)
 
     def run(
         self,
@@ -108,6 +108,7 @@ class ThreadPool:
                 self._crew.stop()
                 self._crew.join()
                 self._goodbye.detach()
+                self._crew.rest = None  # break the cycle: the threads go now, and not in the garbage collector (see _pools)
                 self._crew = None
 
     def _refuse_own_workers(self) -> None:
@@ -298,11 +299,24 @@ def _descend(calls: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ fork and exit
 
-_pools: "weakref.WeakSet[ThreadPool]" = weakref.WeakSet()
+# Not a WeakSet: the garbage collector would run its callback, which is Python code, and Python drops a Ctrl-C raised in there.
+_pools: "list[weakref.ref[ThreadPool]]" = []
+
+
+def _note(pool: ThreadPool) -> None:
+    """Add a pool to the list, and remove those that are gone."""
+    for gone in [reference for reference in _pools if reference() is None]:
+        with suppress(ValueError):  # another thread has removed it
+            _pools.remove(gone)
+    _pools.append(weakref.ref(pool))
+
+
+def _living() -> list[ThreadPool]:
+    return [pool for reference in list(_pools) if (pool := reference()) is not None]
 
 
 def _after_fork_in_child() -> None:
-    for pool in list(_pools):
+    for pool in _living():
         pool._after_fork()
 
 
@@ -311,7 +325,7 @@ def _at_exit() -> None:
     that is used even later makes new threads, where Python still allows it."""
     deadline = time.monotonic() + 1.0
     crews = []
-    for pool in list(_pools):
+    for pool in _living():
         if pool._crew is not None:
             pool._crew.stop()
             crews.append(pool._crew)
