@@ -7,8 +7,8 @@
     python tools/fuzz.py checkpoint --input FILE      try one input again
 
 If the package atheris is installed, libFuzzer chooses the inputs, guided by coverage. Otherwise mutations of sound inputs and
-of tests/corpus/ are chosen at random. Each target runs in a process of its own. The input of a finding is saved in --output, also
-if it crashes the process; put it into tests/corpus/TARGET/, where tests/unit/test_readers.py tries it from then on.
+of tests/corpus/ are chosen at random. Each target runs in a process of its own. The input of a finding is saved in --output,
+also if it crashes the process; put it into tests/corpus/TARGET/, where tests/unit/test_readers.py tries it from then on.
 
 Exit status: 0; 1 if there is a finding; 2 for bad arguments; 130 after Ctrl-C.
 """

@@ -133,7 +133,7 @@ def test_what_another_thread_appended_survives_a_refusal(path: str) -> None:
     with GPT2.load(path, threads=1) as model:
         cache = model.new_cache(4)
         inside, go = threading.Event(), threading.Event()
-        run = model._pool.run
+        run = model.network._pool.run
 
         def delayed(*words: Any, **more: Any) -> Any:
             if threading.current_thread() is not threading.main_thread():
@@ -141,7 +141,7 @@ def test_what_another_thread_appended_survives_a_refusal(path: str) -> None:
                 assert go.wait(DEADLINE)
             return run(*words, **more)
 
-        model._pool.run = delayed  # type: ignore[method-assign]
+        model.network._pool.run = delayed  # type: ignore[method-assign]
         failed: list[BaseException] = []
 
         def late() -> None:
@@ -185,7 +185,7 @@ def test_an_iterator_is_one_threads_at_a_time(model: GPT2, monkeypatch: pytest.M
 
     assert together(3, work) == [None] * 3
     assert order == wanted
-    step = model._step
+    step = model.network.step
 
     def intruding(*words: Any) -> Any:
         [found] = together(1, lambda _: next(busy))
@@ -193,7 +193,7 @@ def test_an_iterator_is_one_threads_at_a_time(model: GPT2, monkeypatch: pytest.M
         assert "already executing" in str(found)
         return step(*words)
 
-    monkeypatch.setattr(model, "_step", intruding)
+    monkeypatch.setattr(model.network, "step", intruding)
     busy = model.generate(TOKENS[:5], total=8)
     assert list(busy) == wanted[:3]
 

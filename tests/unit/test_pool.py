@@ -863,7 +863,7 @@ def test_the_collector_runs_no_code_for_a_closed_model(path: Path) -> None:
         model.close()
         assert len(threads) == 2
         assert all(thread() is None for thread in threads)
-        assert all(reference.__callback__ is None for reference in weakref.getweakrefs(model._pool))
+        assert all(reference.__callback__ is None for reference in weakref.getweakrefs(model.network._pool))
     finally:
         gc.enable()
 
