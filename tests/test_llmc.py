@@ -278,8 +278,8 @@ def test_damaged_examples_are_read_or_refused(tmp_path_factory: pytest.TempPathF
         ([Example(0, 0.5, [1], ENDINGS)], "its label is 0.5"),  # type: ignore[arg-type]
         ([Example(0, "0", [1], ENDINGS)], "its label is '0'"),  # type: ignore[arg-type]
         ([Example(0, 0, False, ENDINGS)], r"shape \(\)"),  # type: ignore[arg-type]
-        ([Example(0, 0, [1.5], ENDINGS)], "integers is expected"),  # type: ignore[list-item]
-        ([Example(0, 0, [1], [*ENDINGS[:3], [[1], [2, 3]]])], "tokens are no array"),  # type: ignore[list-item]
+        ([Example(0, 0, [1.5], ENDINGS)], "of integers"),  # type: ignore[list-item]
+        ([Example(0, 0, [1], [*ENDINGS[:3], [[1], [2, 3]]])], "must be an array"),  # type: ignore[list-item]
         ([Example(0, 0, [], ENDINGS)], "its context has no tokens"),
         ([Example(0, 0, [1], ENDINGS[:3])], "it has 3 endings"),
         ([Example(0, 0, [65535], ENDINGS)], "token id 65535"),
