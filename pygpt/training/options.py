@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+ADAMW = ("beta1", "beta2", "eps", "weight_decay", "decay_matrices_only")
 SCHEDULES = ("constant", "cosine")
 MOST_STEPS = 2**31 - 1
 MOST_MICRO_BATCHES = 10**6
@@ -87,6 +88,10 @@ class TrainingOptions:
     def gradient_scale(self, norm: float) -> float:
         """Return the factor that reduces a gradient's global norm to at most `clip`."""
         return self.clip / norm if 0 < self.clip < norm else 1.0
+
+    def adamw(self) -> "dict[str, Any]":
+        """Return the options that every AdamW step takes unchanged."""
+        return {name: getattr(self, name) for name in ADAMW}
 
     def as_dict(self) -> "dict[str, Any]":
         """Return the options as keyword arguments for TrainingOptions."""
