@@ -368,7 +368,7 @@ def test_a_damaged_state_and_the_one_before() -> None:
     Path("run.state").write_bytes(good[:-100] + bytes(100))
     result = command("--resume", "run.state")
     assert result.returncode == 0
-    assert re.match(r"pygpt: run\.state: damaged: .* the state before it is used, .*run\.state\.1 \(step 4\)\n", result.stderr)
+    assert re.match(r"pygpt: run\.state: damaged: .* using the previous state, .*run\.state\.1 \(step 4\)\n", result.stderr)
     assert [step for step, _ in numbers(result.stdout)] == [4, 5]
     assert Path("run.state").read_bytes() == good
 

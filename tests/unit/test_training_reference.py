@@ -835,10 +835,10 @@ def test_bad_seeds(engine: Engine, seed: Any) -> None:
         ([["a"]], "inputs has dtype <U1: token ids must be integers"),
         ([[2**70]], "inputs has dtype object: token ids must be integers"),
         ([[0] * 10], "inputs has sequences of 10 tokens: the model takes at most 9"),
-        ([[0, 1], [2, 37]], "inputs[1, 1] is 37: it is no token id of this model, which are 0 to 36"),
-        ([[0, -1]], "inputs[0, 1] is -1: it is no token id of this model, which are 0 to 36"),
-        (np.array([[2**32]]), "inputs[0, 0] is 4294967296: it is no token id"),
-        (np.array([[2**64 - 1]], np.uint64), "inputs[0, 0] is 18446744073709551615: it is no token id"),
+        ([[0, 1], [2, 37]], "inputs[1, 1] is 37: it must be a token id of this model, from 0 to 36"),
+        ([[0, -1]], "inputs[0, 1] is -1: it must be a token id of this model, from 0 to 36"),
+        (np.array([[2**32]]), "inputs[0, 0] is 4294967296: it must be a token id"),
+        (np.array([[2**64 - 1]], np.uint64), "inputs[0, 0] is 18446744073709551615: it must be a token id"),
     ],
 )
 def test_bad_batches(engine: Engine, ids: Any, message: str) -> None:
