@@ -24,7 +24,9 @@ TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parent
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
-from chart import LIMIT, OUR_BAR, TEXT, text  # noqa: E402
+from chart import LIMIT, MODELS, OUR_BAR, TEXT, text  # noqa: E402
+
+import pygpt  # noqa: E402
 
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"'
 WIDTH, MARGIN = 820, 12
@@ -104,9 +106,7 @@ def imports() -> dict[str, set[str]]:
 
 def room_of(module: tuple[str, ...]) -> str:
     """The room of a module, or of a name that the package itself exports."""
-    from pygpt import _HOME
-
-    name = _HOME.get(module[1], module[1]).split(".")[0]
+    name = pygpt._HOME.get(module[1], module[1]).split(".")[0]
     return TOGETHER.get(name, name)
 
 
@@ -172,9 +172,6 @@ LAYER = 5  # of the enlarged part
 
 def record(model_file: str, steps: int = 60) -> dict[str, Any]:
     """Record decode steps of one sequence on two workers; keep the shortest. Times are in microseconds from its beginning."""
-    import pygpt
-    from chart import MODELS
-
     trace, best = pygpt.Trace(2, 4096), None
     with pygpt.GPT2.load(model_file, threads=2) as model:
         cache = model.new_cache()
