@@ -43,6 +43,8 @@ SHORTER = {
     "--steps 200": "--steps 2",
     "--steps 1000": "--steps 2",
     "--warmup 50": "--warmup 1",
+    "-B 8 -T 128": "-B 2 -T 16",
+    "-n 2000": "-n 300",
     "pygpt bench -m gpt2": "pygpt bench -m gpt2 --rounds 1 --prompts 64 --limit-megabytes 8 --no-memory",
     "pygpt profile": "pygpt profile --rounds 1 --skip all",
 }
