@@ -1,4 +1,4 @@
-"""README, docs/ and examples/ are true: commands run, links lead somewhere, generated parts and pictures match their sources."""
+"""README, docs/ and examples/ are true: commands run, links lead somewhere, generated parts and pictures match the sources."""
 
 import contextlib
 import io
@@ -18,8 +18,8 @@ from pygpt.commands.complete import EXAMPLES as HELP_EXAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
-import docs  # noqa: E402
 import pictures  # noqa: E402
+import write_docs  # noqa: E402
 
 README = ROOT / "README.md"
 LOG = ROOT / "docs" / "benchmarks.md"  # a dated log: its commands and sentences are those of their day
@@ -34,7 +34,7 @@ ELSEWHERE = {
     "pygpt download": "needs a network: tests/test_download.py brings one",
     "pygpt eval hellaswag": "needs llm.c's file of examples: tests/test_eval.py makes one",
     "tools/check": "runs all checks, this test among them",
-    "python tools/docs.py": "writes into this checkout; the same functions are called here",
+    "python tools/write_docs.py": "writes into this checkout; the same functions are called here",
     "python tools/pictures.py": "the same",
 }
 # What makes a command short enough for a test.
@@ -68,9 +68,14 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
     return [(language, code, output) for language, code, output in found]
 
 
+def written(page: Path) -> str:
+    """A page without its generated parts."""
+    return re.sub(r"<!-- generated: (\w+) -->.*?<!-- end: \1 -->", "\n", page.read_text(), flags=re.DOTALL)
+
+
 def prose(page: Path) -> str:
     """A page without code blocks, tables, headings, generated parts and the targets of links."""
-    text = re.sub(r"<!-- generated: (\w+) -->.*?<!-- end: \1 -->|^```.*?^```|^[|#<].*?$", "\n", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```|^[|#<].*?$", "\n", written(page), flags=re.M | re.S)
     return re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
 
 
@@ -185,9 +190,9 @@ def test_readme_begins_with_the_commands_that_ci_runs() -> None:
 # Generated parts, pictures, names
 
 
-@pytest.mark.parametrize("page", docs.PARTS)
+@pytest.mark.parametrize("page", write_docs.PARTS)
 def test_generated_parts_match_their_sources(page: str) -> None:
-    assert docs.filled(page) == (ROOT / page).read_text(), "run python tools/docs.py"
+    assert write_docs.filled(page) == (ROOT / page).read_text(), "run python tools/write_docs.py"
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
@@ -219,7 +224,7 @@ def test_every_variable_room_and_exception_has_its_line() -> None:
 def test_files_and_tests_that_are_named_exist() -> None:
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for page in PAGES:
-        text = re.sub(r"<!-- generated: (\w+) -->.*?<!-- end: \1 -->", "", page.read_text(), flags=re.DOTALL)
+        text = written(page)
         for name in re.findall(r"(?<![\w/.])(?:tools|tests|pygpt|examples|docs|\.ci)/[\w./-]*\w", text):
             assert (ROOT / name).exists(), (name_of(page), name)
         for name in re.findall(r"`(test_\w+)`", text):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the generated parts of the documentation: what has one source elsewhere, in the code or in the measurements.
 
-    python tools/docs.py          write them all
+    python tools/write_docs.py          write them all
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->` in a page. commands comes from the
 parsers, python from the docstrings, speed and limits from tools/benchmarks/. A test compares the pages with their sources.
