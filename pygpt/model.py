@@ -136,10 +136,6 @@ class GPT2(Completer):
         """Append tokens to the cache; return the last one's logits (V,). Runs in chunks; all or nothing is appended."""
         return self._append(cache, list(tokens))
 
-    def extend(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
-        """Append tokens to the cache; return the last one's logits (V,). Runs in chunks; all or nothing is appended."""
-        return self._append(cache, list(tokens))
-
     def decode(self, cache: KVCache, token: int) -> "npt.NDArray[np.float32]":
         """Append one token to the cache; return its logits (V,)."""
         return self._append(cache, [token])
