@@ -907,14 +907,14 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
     return (<double> values[token] - max_logit) - total, top
 
 
-def copy_keys_values(KeysValues to not None, KeysValues source not None) -> None:
-    """Make an empty cache hold what another one of the same model does, so that two sequences share a beginning."""
+def copy_keys_values(KeysValues to not None, KeysValues source not None, Py_ssize_t length) -> None:
+    """Make an empty cache hold the first `length` tokens of another one of the same model. Raises InputError unless it can."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
-    cdef Py_ssize_t size = source.length * width * sizeof(float)
-    if to.weights is not source.weights or to.length or to.capacity < source.length:
-        raise InputError("a cache can be copied to an empty one of the same model that has room for it")
+    cdef Py_ssize_t size = length * width * sizeof(float)
+    if to.weights is not source.weights or to.length or not 0 <= length <= min(source.length, to.capacity):
+        raise InputError(f"{length} tokens can be copied only to an empty cache of the same model that has room for them")
     with nogil:
         for i in range(rows):
             memcpy(to.keys.data + i * to.capacity * width, source.keys.data + i * source.capacity * width, size)
             memcpy(to.values.data + i * to.capacity * width, source.values.data + i * source.capacity * width, size)
-    to.length = source.length
+    to.length = length

@@ -68,20 +68,24 @@ class LiveWeights(NamedTuple):
 
 
 class Parameters:
-    """A network's weights, their gradients and moments; all zeros at first. `threads` is for the engine derived from this.
+    """A network's weights, their gradients and moments; all zeros at first.
+
+    `threads` and `all_workers` are for the engine that derives from this class.
 
     `parameters`, `gradients`, `first_moments` and `second_moments` are live, writable arrays of shape (P,) with
     P = config.parameters(padded=True), each aligned to 64 bytes.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None) -> None:
+    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
         self.config = config
         self._places = {name: (shape, offset, size) for name, shape, offset, size in config.tensors(padded=True)}
         P = config.parameters(padded=True)
         self.parameters, self.gradients, self.first_moments, self.second_moments = zeros_to_update(P)
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "Self":
+    def load(
+        cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, all_workers: bool = False
+    ) -> "Self":
         """Begin from a checkpoint of any version, widened to float32: `path`, else as find_model() finds one.
 
         Raises CheckpointError for a file that is not a checkpoint or holds weights that are not finite, InputError for a bad
@@ -90,7 +94,7 @@ class Parameters:
         import numpy as np
 
         with Checkpoint(find_model(path)[0]) as checkpoint:
-            model = cls(checkpoint.config, threads=threads)
+            model = cls(checkpoint.config, threads=threads, all_workers=all_workers)
             for name in model._places:
                 start = 0
                 for rows in checkpoint.pieces(name):
