@@ -74,12 +74,11 @@ MEANING = {
     "commands": "one file a subcommand; reports",
     "training": "parameters, options, data, trainer, state",
     "reference": "the serial program, for comparison",
-    "model": "GPT2: load, generate, step",
-    "generation": "requests, samplers, stops, prefixes",
-    "network": "step(rows), extend(cache, tokens)",
+    "model": "GPT2 joins network and engine",
+    "generation": "the engine: requests in, tokens out",
+    "network": "step(rows); key-value caches",
     "hub": "finds models, downloads them",
     "formats": "reads and writes every file",
-    "cache": "keys and values of one sequence",
     "pool": "a fixed set of threads",
     "cpus": "how many threads fit",
     "ceilings": "the machine's limits, measured",
@@ -249,15 +248,15 @@ def strips(workers: Any, top: float, first: float, last: float, high: float, *, 
 # The boxes: x, y, width, title, what happens there. The loop runs clockwise.
 BOXES = (
     (12, 20, 150, "Tokenizer", "text to ids"),
-    (206, 20, 170, "request", "checks ids and options"),
-    (420, 20, 180, "cache", "keeps what was computed"),
+    (206, 20, 170, "engine", "requests join and leave"),
+    (420, 20, 180, "caches", "keep what was computed"),
     (644, 20, 164, "step(rows)", "checks all rows"),
     (644, 130, 164, "pool", "wakes the workers once"),
     (420, 130, 180, "kernels, no GIL", "every worker, every layer"),
     (206, 130, 170, "sampler", "chooses one id"),
     (12, 130, 150, "StreamDecoder", "ids to text"),
 )
-ARROWS = ("ids", "new rows", "rows", "one job", "barriers between", "logits (V)", "id")
+ARROWS = ("ids", "new tokens", "rows", "one job", "barriers between", "logits (V)", "id")
 
 
 def draw_token() -> str:
