@@ -109,4 +109,4 @@ def _stream_of(values: int, nth: int) -> "TrainStep":
         array.fill(0)  # or its pages would not be there
     config = Config(maxT=1, V=1, L=1, NH=1, C=1)
     least = LiveWeights(config, aligned_zeros(config.parameters(padded=True)).data.cast("B"))
-    return TrainStep(Weights(least.values, config, padded=True, bf16=False), nth, 0, config, *arrays, keep=False)
+    return TrainStep(Weights(config, least.stored()), nth, 0, config, *arrays, keep=False)

@@ -57,11 +57,6 @@ class KVCache(KeysValues):
         copy_keys_values(cache, self, length)
         return cache
 
-    __copy__ = copy
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "KVCache":
-        return self.copy()
-
     def __len__(self) -> int:
         return self.length
 
@@ -82,11 +77,11 @@ class Network:
     ) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        self._weights = Weights(checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16)
+        self._weights = Weights(self.config, checkpoint.stored())
         self._pool = ThreadPool(cpus.resolve_threads(threads))
         self._all_workers = all_workers
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that a row meets
-        self._value_bytes = 2 if checkpoint.bf16 else 4
+        self._value_bytes = checkpoint.format.block_bytes / checkpoint.format.block_values
         self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
 
     @property

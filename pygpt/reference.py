@@ -11,6 +11,7 @@ from ._reference import Reference, Training
 from .config import Config
 from .errors import ClosedError, InputError
 from .formats.checkpoint import Checkpoint
+from .formats.dtypes import FORMATS
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -54,9 +55,8 @@ class SerialNetwork:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
-        self._reference: Reference | None = Reference(
-            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
-        )
+        arrays = {name: FORMATS[stored].values(data) for name, (stored, data) in checkpoint.stored().items()}
+        self._reference: Reference | None = Reference(self.config, arrays)
 
     def new_cache(self, capacity: int | None = None) -> SerialCache:
         """Return an empty cache."""

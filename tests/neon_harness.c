@@ -45,10 +45,10 @@ static float *scratch(ptrdiff_t count) { /* its size differs by set, and must no
 
 static void release(void *p) { free((float *)p - MARGIN); }
 
-/* Weights: float32, or the upper halves of float32. */
-static void *weights(ptrdiff_t count, int spread, int bf16) {
+/* Weights of a format: float32, or the upper halves of float32. */
+static void *weights(ptrdiff_t count, int spread, const weight_format *format) {
     float *p = numbers(count, spread);
-    if (bf16)
+    if (!strcmp(format->name, "bfloat16"))
         for (ptrdiff_t i = 0; i < count; i++) {
             uint32_t bits;
             memcpy(&bits, p + i, 4);
@@ -70,24 +70,24 @@ static void report(const char *name, const float *values, ptrdiff_t count) {
 }
 
 /* The way for few rows and the packed one, which must give the same bits. */
-static void test_products(const microkernels *m, ptrdiff_t rows, ptrdiff_t N, ptrdiff_t K, int bf16) {
+static void test_products(const weight_format *format, ptrdiff_t rows, ptrdiff_t N, ptrdiff_t K) {
     char name[80];
-    const ptrdiff_t ldo = N + 3, ldi = K + 5, ldw = K + 7, Kp = (K + 15) / 16 * 16, Np = (N + m->panel - 1) / m->panel * m->panel;
+    const ptrdiff_t ldo = N + 3, ldi = K + 5, Kp = (K + 15) / 16 * 16, Np = (N + format->panel - 1) / format->panel * format->panel;
     float *inp = numbers(rows * ldi, 12), *out = numbers(rows * ldo, 0), *same = numbers(rows * ldo, 0);
-    float *packed = scratch((rows + 15) / 16 * 16 * Kp), *room = scratch(Np * Kp);
-    void *w = weights(N * ldw, 3, bf16);
+    float *packed = scratch((rows + 15) / 16 * 16 * Kp), *room = scratch(Np * Kp), *free_room = scratch(rows * Kp);
+    void *w = weights(N * K, 3, format);
     memcpy(same - MARGIN, out - MARGIN, (rows * ldo + 2 * MARGIN) * sizeof *out);
-    m->gemm(out, ldo, inp, ldi, rows, w, ldw, N, K, bf16);
-    snprintf(name, sizeof name, "gemm rows=%td N=%td K=%td bf16=%d", rows, N, K, bf16);
+    format->gemm(out, ldo, inp, ldi, rows, w, N, K, free_room);
+    snprintf(name, sizeof name, "gemm rows=%td N=%td K=%td %s", rows, N, K, format->name);
     report(name, out, rows * ldo);
-    m->pack_rows(packed, inp, ldi, rows, K);
-    m->pack_weights(room, w, ldw, N, K, bf16);
+    format->pack_rows(packed, inp, ldi, rows, K);
+    const void *panels = format->pack_weights(room, w, N, K);
     for (ptrdiff_t r = 0; r < rows; r += 48) /* in parts */
-        m->product(same + r * ldo, ldo, packed + r * Kp, rows - r < 48 ? rows - r : 48, room, N, K);
-    snprintf(name, sizeof name, "product rows=%td N=%td K=%td bf16=%d", rows, N, K, bf16);
+        format->product(same + r * ldo, ldo, packed + r * Kp, rows - r < 48 ? rows - r : 48, panels, N, K);
+    snprintf(name, sizeof name, "product rows=%td N=%td K=%td %s", rows, N, K, format->name);
     report(name, same, rows * ldo);
     if (memcmp(same - MARGIN, out - MARGIN, (rows * ldo + 2 * MARGIN) * sizeof *out)) fprintf(stderr, "%s: not gemm's bits\n", name);
-    release(inp), release(out), release(same), release(packed), release(room), release(w);
+    release(inp), release(out), release(same), release(packed), release(room), release(free_room), release(w);
 }
 
 /* Sums of outer products against the plain loop that defines them. */
@@ -110,29 +110,40 @@ static void test_outer(const microkernels *m, ptrdiff_t M, ptrdiff_t N, ptrdiff_
     release(a), release(b), release(out), release(plain), release(room);
 }
 
-static void test_row(const microkernels *m, ptrdiff_t C, int bf16) {
+/* Row n of a matrix as float32. */
+static void test_widen(const weight_format *format, ptrdiff_t K) {
+    char name[80];
+    float *out = numbers(K, 2);
+    void *w = weights(5 * K, 3, format);
+    for (ptrdiff_t row = 0; row < 5; row += 2) {
+        format->widen(out, w, row, K);
+        snprintf(name, sizeof name, "widen K=%td row=%td %s", K, row, format->name);
+        report(name, out, K);
+    }
+    release(out), release(w);
+}
+
+static void test_row(const microkernels *m, ptrdiff_t C) {
     char name[80];
     float *inp = numbers(C, 4), *out = numbers(C, 2), *x = numbers(C, 2), *acc = numbers((C + 15) / 16 * 16, 6);
-    void *weight = weights(C, 1, bf16), *bias = weights(C, 3, bf16);
+    float *weight = numbers(C, 1), *bias = numbers(C, 3);
 #define REPORT(kernel, values)                                                            \
     do {                                                                                  \
-        snprintf(name, sizeof name, kernel " C=%td bf16=%d", C, bf16);                    \
+        snprintf(name, sizeof name, kernel " C=%td", C);                                  \
         report(name, values, C);                                                          \
     } while (0)
-    m->add_bias(out, bias, C, bf16);
+    m->add_bias(out, bias, C);
     REPORT("add_bias", out);
-    m->add_bias_residual(x, x, out, bias, C, bf16);
+    m->add_bias_residual(x, x, out, bias, C);
     REPORT("add_bias_residual", x);
-    m->add_bias_gelu(x, out, bias, C, bf16);
+    m->add_bias_gelu(x, out, bias, C);
     REPORT("add_bias_gelu kept", out);
     REPORT("add_bias_gelu", x);
-    m->add_bias_gelu(out, out, bias, C, bf16);
+    m->add_bias_gelu(out, out, bias, C);
     REPORT("add_bias_gelu in place", out);
-    m->layernorm(out, inp, weight, bias, C, bf16, x);
+    m->layernorm(out, inp, weight, bias, C, x);
     REPORT("layernorm", out);
     report("layernorm stats", x, C > 1 ? 2 : 1);
-    m->encode(out, weight, bias, C, bf16);
-    REPORT("encode", out);
     m->store_scaled(out, acc, 0.3f, C);
     REPORT("store_scaled", out);
 #undef REPORT
@@ -172,7 +183,7 @@ static void test_exp(const microkernels *m) {
     m->exps(scaled, out, 3.7f, count);
     report("exps", scaled, count);
     memcpy(out, logits, count * sizeof *out);
-    m->add_bias_gelu(out, out, zeros, count, 0);
+    m->add_bias_gelu(out, out, zeros, count);
     report("gelu edges", out, count);
     for (ptrdiff_t i = 0; i < count; i++) out[i] = logits[i] < 80.0f ? logits[i] : 80.0f; /* max(s) is 80: exp(-167 .. 0) */
     ptrdiff_t padded = count;
@@ -228,14 +239,15 @@ int main(void) {
         return 1;
     }
     fprintf(stderr, "%s\n", m->isa);
-    for (int bf16 = 0; bf16 < 2; bf16++) {
+    for (const weight_format *format = m->formats; format->name; format++) {
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             for (size_t n = 0; n < sizeof outputs / sizeof *outputs; n++)
-                for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) test_products(m, rows[r], outputs[n], sizes[k], bf16);
-            test_products(m, rows[r], 101, 700, bf16);
+                for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) test_products(format, rows[r], outputs[n], sizes[k]);
+            test_products(format, rows[r], 101, 700);
         }
-        for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_row(m, channels[c], bf16);
+        for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_widen(format, channels[c]);
     }
+    for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_row(m, channels[c]);
     for (int way = 0; way < 4; way++) {
         test_outer(m, 1, 1, 1, way & 1, way >> 1);
         test_outer(m, 8, 48, 16, way & 1, way >> 1);

@@ -22,7 +22,7 @@ from make_checkpoint import make
 from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
 from pygpt.config import Config
 from pygpt.errors import ClosedError, InputError
-from pygpt.formats import checkpoint
+from pygpt.formats import checkpoint, dtypes
 from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +148,7 @@ def test_the_size_of_the_pieces_does_not_matter(
 ) -> None:
     make(tmp_path / "source.bin", version=found, **SMALL)
     expected = converted(tmp_path / "source.bin", version)
-    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    monkeypatch.setattr(dtypes, "PIECE", piece)
     assert converted(tmp_path / "source.bin", version) == expected
 
 
@@ -270,7 +270,8 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(
     existed: bool,
 ) -> None:
     calls: list[int] = []
-    real = checkpoint._to_bfloat16
+    real = dtypes.BFLOAT16.from_float32
+    assert real is not None
 
     def fail(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
         calls.append(len(os.listdir()) - len(before))
@@ -282,7 +283,7 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(
     if existed:
         Path("b.bin").write_bytes(b"older")
     before = contents(folder)
-    monkeypatch.setattr(checkpoint, "_to_bfloat16", fail)
+    monkeypatch.setitem(checkpoint.FORMATS, 5, dtypes.BFLOAT16._replace(from_float32=fail))
     assert main(["a.bin", "b.bin"]) == status
     assert calls == [1] * 9  # a temporary file beside its target
     assert contents(folder) == before
@@ -313,15 +314,15 @@ def test_ctrl_c(folder: Path) -> None:
     make("a.bin", version=3, **SMALL)
     program = """
 import os, signal, sys
-from pygpt.formats import checkpoint
 from pygpt.commands.convert import main
-real = checkpoint._write_values
+from pygpt.formats.dtypes import Format
+real = Format.write
 signal.signal(signal.SIGINT, signal.default_int_handler)
-def write(file, array, version):
-    real(file, array, version)
+def write(row, file, array):
+    real(row, file, array)
     if len(array) == 5:
         os.kill(os.getpid(), signal.SIGINT)
-checkpoint._write_values = write
+Format.write = write
 sys.exit(main(["a.bin", "b.bin"]))
 """
     done = run(sys.executable, "-c", program)
@@ -388,7 +389,7 @@ def test_pieces_of_another_shape_are_refused(folder: Path, change: Callable[[Any
 
 @pytest.mark.parametrize("version", [1, 3, 5])
 def test_pieces_are_the_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE", 100)
+    monkeypatch.setattr(dtypes, "PIECE", 100)
     make("a.bin", version=version, **SMALL)
     with Checkpoint("a.bin") as source:
         for name, shape, _, _ in source.config.tensors(padded=False):

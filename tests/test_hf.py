@@ -23,7 +23,7 @@ from make_huggingface import SHAPE, Raw
 from pygpt.commands.convert import main
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
-from pygpt.formats import checkpoint, safetensors
+from pygpt.formats import dtypes
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.formats.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
 from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safetensors
@@ -123,7 +123,7 @@ def test_dtypes_may_be_mixed(folder: Path, capsys: pytest.CaptureFixture[str]) -
 def test_the_size_of_the_pieces_does_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     values = hf.weights(**SHAPE)
     hf.make_model(Path("model"), hf.named(values), hf.settings(**SHAPE))
-    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    monkeypatch.setattr(dtypes, "PIECE", piece)
     assert main(["model", "a.bin"]) == 0
     assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(values, 3, **SHAPE)
 
@@ -588,8 +588,8 @@ def test_a_file_becomes_a_folder(folder: Path, capfd: pytest.CaptureFixture[str]
 
 
 def test_the_end_of_text_is_named_where_the_vocabulary_has_it() -> None:
-    assert settings_of(Config(L=1, NH=1, C=1, V=50257, maxT=1), bf16=False)["eos_token_id"] == 50256
-    assert settings_of(Config(L=1, NH=1, C=1, V=50256, maxT=1), bf16=False)["eos_token_id"] is None
+    assert settings_of(Config(L=1, NH=1, C=1, V=50257, maxT=1), "float32")["eos_token_id"] == 50256
+    assert settings_of(Config(L=1, NH=1, C=1, V=50256, maxT=1), "float32")["eos_token_id"] is None
 
 
 def test_the_safetensors_package_reads_the_same(folder: Path) -> None:
@@ -647,12 +647,12 @@ def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failure_midway_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], status: int
 ) -> None:
-    def fail(array: Any) -> Any:
+    def fail(*_: Any) -> Any:
         assert len(os.listdir()) == 2  # a temporary folder beside the file
         raise error
 
     make("a.bin", version=5, **SHAPE)
-    monkeypatch.setattr(checkpoint, "_to_bfloat16", fail)
+    monkeypatch.setattr(dtypes.Format, "write", fail)
     assert main(["a.bin", "model/"]) == status
     assert os.listdir() == ["a.bin"]
 
@@ -680,14 +680,13 @@ def test_a_source_that_is_cut_short_meanwhile(
 ) -> None:
     make("a.bin", **SHAPE)
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
-    write = checkpoint._write_values
+    write = dtypes.Format.write
 
     def write_and_cut(*arguments: Any) -> None:
         write(*arguments)
         os.truncate(source, 100)
 
-    for module in checkpoint, safetensors:
-        monkeypatch.setattr(module, "_write_values", write_and_cut)
+    monkeypatch.setattr(dtypes.Format, "write", write_and_cut)
     assert main([source, "new/" if source == "a.bin" else "b.bin"]) == 2
     assert re.fullmatch(rf"pygpt: error: {source}: cannot map the model file: [^\n]+\n", capsys.readouterr().err)
     assert sorted(os.listdir()) == ["a.bin", "model"]

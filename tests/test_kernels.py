@@ -4,9 +4,11 @@ And what those bits are worth: the fixed order of a dot product against exact ar
 agreement with the serial reference, recorded continuations, numbers at the edge of float32, and the samplers alone.
 """
 
+import copy
 import hashlib
 import json
 import math
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +23,20 @@ from hypothesis import strategies as st
 from make_checkpoint import make, parse
 
 from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, cpu_info, cpus, write_checkpoint
-from pygpt._kernels import greedy, median, select_isa
+from pygpt._kernels import (
+    Floats,
+    KeysValues,
+    Step,
+    Trace,
+    Weights,
+    copy_keys_values,
+    greedy,
+    median,
+    select_isa,
+    weight_formats,
+)
 from pygpt.formats.checkpoint import Checkpoint
+from pygpt.formats.dtypes import BFLOAT16, FLOAT32, FORMATS, Format
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
 from pygpt.model import CHUNK
@@ -302,6 +316,68 @@ def test_instruction_sets(files: Files, data: st.DataObject, config: Config, see
         assert same(results[isa], results[FUSED[0]]), isa
     _, tolerance = exact_logits(path, config, tokens)
     assert_accurate(results["baseline"], results[ISAS[0]].astype(np.float64), tolerance)
+
+
+def logits_of(config: Config, tensors: Tensors, stored: dict[str, Format], tokens: Sequence[int]) -> Float32:
+    """The logits of every position, (T, V), with each tensor in its format, on one worker."""
+    packed = {}
+    for name, array in tensors.items():
+        rounded = stored[name].from_float32
+        assert rounded is not None
+        packed[name] = stored[name].name, memoryview(rounded(array.reshape(-1)).tobytes())
+    weights = Weights(config, packed)
+    step, cache = Step(weights, 1, 0), KeysValues(weights, len(tokens))
+    step.prepare([(token, cache, True) for token in tokens], 1)
+    step(0, 1)
+    return np.asarray(step.finish())
+
+
+@fuzz
+@given(data=st.data(), config=configs(), seed=seeds, isa=isas)
+def test_each_tensor_has_its_own_format(data: st.DataObject, config: Config, seed: int, isa: str) -> None:
+    """Any mixture of formats computes as the same values in float32 do."""
+    tokens, tensors = data.draw(prompts(config)), random_tensors(config, seed)
+    narrow = data.draw(st.sets(st.sampled_from(sorted(tensors))), label="bfloat16")
+    formats = {name: BFLOAT16 if name in narrow else FLOAT32 for name in tensors}
+    widened = {}
+    for name, array in tensors.items():
+        rounded = formats[name].from_float32
+        assert rounded is not None
+        widened[name] = formats[name].to_float32(rounded(array.reshape(-1))).reshape(array.shape)
+    with instruction_set(isa):
+        expected = logits_of(config, widened, dict.fromkeys(tensors, FLOAT32), tokens)
+        assert np.isfinite(expected).all()
+        assert same(logits_of(config, tensors, formats, tokens), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_tables_of_formats_agree(isa: str) -> None:
+    with instruction_set(isa):
+        found = weight_formats()
+    assert list(found)[:2] == ["float32", "bfloat16"]
+    for name, block in found.items():
+        assert (FORMATS[name].block_values, FORMATS[name].block_bytes) == block
+    for name, row in FORMATS.items():
+        assert row.name == name
+        assert np.dtype(row.dtype).itemsize == row.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "cut", "message"),
+    [
+        ("qkvw", "q5_1", 0, "weights are of format 'q5_1': the kernels read float32, bfloat16"),
+        ("lnfb", "float16", 0, "weights are of format 'float16': the kernels read float32, bfloat16"),
+        ("fcw", "float32", 1, "fcw takes 9216 bytes in float32, 9215 bytes given"),
+        ("lnfb", "bfloat16", 0, "lnfb takes 48 bytes in bfloat16, 96 bytes given"),
+    ],
+)
+def test_weights_that_do_not_fit(name: str, stored: str, cut: int, message: str) -> None:
+    tensors = {key: ("float32", memoryview(array.tobytes())) for key, array in random_tensors(PLAIN, 0).items()}
+    assert Weights(PLAIN, tensors)
+    tensors[name] = stored, tensors[name][1][cut:]
+    with pytest.raises(InputError) as caught:
+        Weights(PLAIN, tensors)
+    assert str(caught.value) == message
 
 
 def specials() -> st.SearchStrategy[Float32]:
@@ -1020,6 +1096,50 @@ def test_unknown_instruction_set() -> None:
     with pytest.raises(InputError, match="'sse9' is not available"):
         select_isa("sse9")
     assert cpu_info()["isa"] == before
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copied_cache_is_independent(plain: GPT2, copied: Callable[[KVCache], KVCache]) -> None:
+    cache = plain.new_cache(9)
+    plain.prefill(cache, [1, 2, 3])
+    twin = copied(cache)
+    assert (type(twin), twin.capacity, twin.length) == (KVCache, 9, 3)
+    assert same(plain.decode(twin, 4), plain.logits([1, 2, 3, 4])[-1])
+    cache.truncate(0)
+    plain.prefill(cache, [5, 6, 7, 8])
+    assert same(plain.decode(twin, 9), plain.logits([1, 2, 3, 4, 9])[-1])
+    assert (cache.length, twin.length) == (4, 5)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, None])
+def test_the_beginning_of_a_cache_is_copied(plain: GPT2, length: int | None) -> None:
+    source, target = plain.new_cache(), plain.new_cache(4)
+    plain.prefill(source, [1, 2, 3])
+    copy_keys_values(target, source, length)
+    kept = [1, 2, 3][:length]
+    assert target.length == len(kept)
+    assert same(plain.decode(target, 9), plain.logits([*kept, 9])[-1])
+    assert source.length == 3
+
+
+@pytest.mark.parametrize("length", [-1, 4, 2**62])
+def test_more_rows_than_a_cache_has_are_not_copied(plain: GPT2, length: int) -> None:
+    source, target = plain.new_cache(), plain.new_cache()
+    plain.prefill(source, [1, 2, 3])
+    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache holds 3"):
+        copy_keys_values(target, source, length)
+    assert target.length == 0
+
+
+def test_what_belongs_to_a_model_is_neither_copied_nor_pickled(plain: GPT2) -> None:
+    tensors = {name: ("float32", memoryview(array.tobytes())) for name, array in random_tensors(PLAIN, 0).items()}
+    weights = Weights(PLAIN, tensors)
+    for thing in weights, Step(weights, 1, 0), Trace(1, 1), Floats(1, 1):
+        for act in copy.copy, copy.deepcopy, pickle.dumps:
+            with pytest.raises(TypeError, match="cannot be copied or pickled: "):
+                act(thing)
+    with pytest.raises(TypeError, match=r"a cache cannot be pickled: .* keep the tokens"):
+        pickle.dumps(plain.new_cache())
 
 
 def test_cache_counts_its_bytes(plain: GPT2) -> None:

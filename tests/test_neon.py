@@ -32,8 +32,8 @@ def results(folder: Path, isa: str) -> dict[str, str]:
     compiler, emulator = ([CROSS, "-static"], [EMULATOR]) if isa == "neon" else ([NATIVE], [])
     found = re.search(r"^FLAGS = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert found
-    flags = [*ast.literal_eval(found[1]), "-I", str(ROOT / "pygpt"), f"-DMICRO=micro_{isa}"]
-    sources = [str(ROOT / "pygpt" / f"micro_{isa}.c"), str(ROOT / "tests" / "neon_harness.c")]
+    flags = [*ast.literal_eval(found[1]), "-I", str(ROOT / "pygpt" / "csrc"), f"-DMICRO=micro_{isa}"]
+    sources = [str(ROOT / "pygpt" / "csrc" / f"micro_{isa}.c"), str(ROOT / "tests" / "neon_harness.c")]
     program = str(folder / isa)
     for command in [*compiler, *flags, *sources, "-lm", "-o", program], [*emulator, program]:
         assert None not in command
@@ -56,7 +56,7 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
         "add_bias_residual",
         "softmax",
         "mix",
-        "encode",
+        "widen",
         "exps",
         "add_rows",
         "gelu_backward",

@@ -24,7 +24,7 @@ HELD_UP = 30.0  # times as long as its share takes one worker
 # Each phase: what it reads, and what it writes. A product's rows may be packed before. Weights' gradients are written by
 # one phase each but for wte's.
 TABLE = {
-    "encoder": ("", "residual"),
+    "encoder": ("", "proj residual"),
     "ln1": ("residual", "ln"),
     "qkv": ("ln packed", "qkv cache"),
     "attention": ("qkv cache", "atty"),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError, is_whole
-from ..formats.checkpoint import VALUE_BYTES, Checkpoint, StreamedCheckpoint, file_bytes, write_checkpoint
+from ..formats.checkpoint import FORMATS, Checkpoint, StreamedCheckpoint, file_bytes, write_checkpoint
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, pickle_error, write_model
 from .console import HelpFormatter, Parser, say, status_of
 
@@ -74,7 +74,7 @@ def parse_version(text: str | None) -> int | None:
     """The value of --version."""
     if text is None:
         return None
-    if text not in map(str, VALUE_BYTES):
+    if text not in map(str, FORMATS):
         raise InputError(f"version (--version) is {text[:40]!r}: it must be 1, 3 or 5")
     return int(text)
 
@@ -166,4 +166,4 @@ def describe(path: str, model: Checkpoint | HuggingFaceModel) -> str:
     if isinstance(model, HuggingFaceModel):
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
     size = file_bytes(model.config, model.version)
-    return f"{path} (version {model.version}, {'bfloat16' if model.bf16 else 'float32'}, {size} bytes)"
+    return f"{path} (version {model.version}, {model.format.name}, {size} bytes)"

@@ -18,24 +18,32 @@ from math import prod
 
 from ..config import Config
 from ..errors import CheckpointError, ClosedError, InputError, is_whole, shown
+from . import dtypes
+from .dtypes import BFLOAT16, FLOAT32, Format
 from .files import HEADER_BYTES, Windows, atomic_file, map_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Any
-
     import numpy as np
     import numpy.typing as npt
 
 MAGIC = 20240326
-VALUE_BYTES = {1: 4, 3: 4, 5: 2}  # by version: float32, float32, bfloat16
-PIECE = 1 << 18  # values: so many are widened or rounded at a time
+FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version
 MODEL_KIND = "model file"  # in messages
 
 
 def file_bytes(config: Config, version: int) -> int:
     """The exact size in bytes of a checkpoint of this shape and version."""
-    return HEADER_BYTES + config.parameters(padded=version != 1) * VALUE_BYTES[version]
+    return HEADER_BYTES + FORMATS[version].size(config.parameters(padded=version != 1))
+
+
+def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: bool) -> "dict[str, tuple[str, memoryview]]":
+    """Cut the bytes of all tensors: map each name to (format's name, bytes), wte without padding, as Weights takes them."""
+    found = {}
+    for name, _, offset, size in config.tensors(padded=padded):
+        count = config.V * config.C if name == "wte" else size
+        found[name] = kind.name, values[kind.size(offset) : kind.size(offset + count)]
+    return found
 
 
 class Checkpoint:
@@ -61,7 +69,7 @@ class Checkpoint:
         magic, version, maxT, V, L, NH, C, Vp, *reserved = struct.unpack("<256i", header)
         if magic != MAGIC:
             raise CheckpointError(f"{self.path}: magic number {magic}, expected {MAGIC}: not an llm.c checkpoint")
-        if version not in VALUE_BYTES:
+        if version not in FORMATS:
             raise CheckpointError(f"{self.path}: checkpoint version {version}, expected 1, 3 (float32) or 5 (bfloat16)")
         try:
             config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C)
@@ -81,9 +89,13 @@ class Checkpoint:
         self.config, self.version = config, version
 
     @property
-    def bf16(self) -> bool:
-        """Whether the values are bfloat16."""
-        return VALUE_BYTES[self.version] == 2
+    def format(self) -> Format:
+        """How the values are stored."""
+        return FORMATS[self.version]
+
+    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+        """Map each tensor to its format's name and its bytes in the file, wte without padding."""
+        return stored_tensors(self.config, self.values, self.format, padded=self.version != 1)
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
         """Return one tensor as float32, wte without padding: a read-only view of the file, or a widened copy of bfloat16."""
@@ -93,7 +105,7 @@ class Checkpoint:
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
         """Yield the rows of tensor(name) in order, some at a time: a model larger than memory can be read so."""
         shape, offset = self._place(name)
-        step = max(1, PIECE // prod(shape[1:]))
+        step = max(1, dtypes.PIECE // prod(shape[1:]))
         for start in range(0, shape[0], step):
             yield self._rows(shape, offset, start, min(start + step, shape[0]))
 
@@ -107,12 +119,9 @@ class Checkpoint:
 
     def _rows(self, shape: tuple[int, ...], offset: int, start: int, stop: int) -> "npt.NDArray[np.float32]":
         """Rows [start, stop) of the tensor of this shape at this offset, as tensor() gives them."""
-        import numpy as np
-
-        width, row = VALUE_BYTES[self.version], prod(shape[1:])
-        data = self._bytes((offset + start * row) * width, (offset + stop * row) * width)
-        array: npt.NDArray[Any] = np.frombuffer(data, "<u2" if self.bf16 else "<f4").reshape(-1, *shape[1:])
-        return _from_bfloat16(array) if self.bf16 else array
+        row, size = prod(shape[1:]), self.format.size
+        data = self._bytes(size(offset + start * row), size(offset + stop * row))
+        return self.format.values(data).reshape(-1, *shape[1:])
 
     def _bytes(self, start: int, stop: int) -> memoryview:
         """Bytes of the values. Raises ClosedError."""
@@ -163,7 +172,7 @@ def write_checkpoint(
     rounded to float32, and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when
     the file cannot be written; the older file, if any, is intact then.
     """
-    if not is_whole(version, 1, 5) or version not in VALUE_BYTES:
+    if not is_whole(version, 1, 5) or version not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
@@ -174,9 +183,9 @@ def write_checkpoint(
         file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))
         for name, shape in wanted:
             for rows in _checked(name, shape, tensors[name]):
-                _write_values(file, rows, version)
+                FORMATS[version].write(file, rows)
             if name == "wte" and version != 1:
-                file.write(bytes((config.Vp - config.V) * config.C * VALUE_BYTES[version]))
+                file.write(bytes(FORMATS[version].size((config.Vp - config.V) * config.C)))
 
 
 def _checked(
@@ -194,29 +203,3 @@ def _checked(
         yield array
     if found < shape[0]:
         raise InputError(f"{name} has shape {(found, *shape[1:])}, expected {shape}")
-
-
-def _write_values(file: "IO[bytes]", array: "npt.NDArray[np.float32]", version: int) -> None:
-    """Write contiguous float32 values as a file of this version holds them."""
-    if version != 5:
-        file.write(array.data)
-        return
-    values = array.reshape(-1)
-    for start in range(0, values.size, PIECE):
-        file.write(_to_bfloat16(values[start : start + PIECE]).data)
-
-
-def _from_bfloat16(bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.float32]":
-    """Widen the bits of bfloat16 to float32: exact, a NaN's bits included."""
-    wide = bits.astype("<u4")
-    wide <<= 16
-    return wide.view("<f4")
-
-
-def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
-    """Round float32 to bfloat16, nearest even, as its bits; a NaN stays a NaN (rounding could carry it to infinity)."""
-    import numpy as np
-
-    bits = array.view("<u4")
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
-    return np.where(np.isnan(array), (bits >> 16).astype("<u2") | np.uint16(0x40), rounded)

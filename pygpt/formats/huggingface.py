@@ -19,10 +19,10 @@ from math import prod
 
 from ..config import Config
 from ..errors import CheckpointError, InputError, PyGPTError
-from . import checkpoint as _checkpoint
-from .checkpoint import Checkpoint, _from_bfloat16
+from . import dtypes
+from .checkpoint import Checkpoint
 from .files import reason
-from .safetensors import SafetensorsFile, parse_object, write_safetensors
+from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ SETTINGS: dict[str, tuple[object, ...]] = {
     "tie_word_embeddings": (True,),
 }
 KNOWN_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's four sizes
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class HuggingFaceModel:
@@ -96,8 +95,8 @@ class HuggingFaceModel:
             raise InputError(f"{place}: {CONFIG_FILE} says how many heads there are: leave out --heads")
         else:
             self.config = read_settings(settings, place)
-        dtypes = self._check()
-        self.dtype = "mixed" if len(dtypes) > 1 else DTYPES[dtypes.pop()]
+        found = self._check()
+        self.dtype = "mixed" if len(found) > 1 else FORMATS[found.pop()].name
 
     @classmethod
     def open(cls, path: str, *, heads: int | None = None) -> "HuggingFaceModel":
@@ -153,12 +152,12 @@ class HuggingFaceModel:
         dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
         if unknown := sorted(self._tensors.keys() - wanted.keys() - dropped - {HEAD}):
             raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
-        dtypes = {file.tensors[full][0] for file, full in map(self._tensors.__getitem__, wanted)}
-        if wrong := sorted(dtypes - DTYPES.keys()):
+        found = {file.tensors[full][0] for file, full in map(self._tensors.__getitem__, wanted)}
+        if wrong := sorted(found - FORMATS.keys()):
             name = next(name for name in wanted if self._tensors[name][0].tensors[self._tensors[name][1]][0] == wrong[0])
-            raise self._bad(f"tensor {name} is of dtype {wrong[0]}, expected {', '.join(DTYPES)}")
+            raise self._bad(f"tensor {name} is of dtype {wrong[0]}, expected {', '.join(FORMATS)}")
         self._check_head()
-        return dtypes
+        return found
 
     def _check_head(self) -> None:
         """Refuse a head that is not wte: the kernels have none apart from it."""
@@ -186,7 +185,7 @@ class HuggingFaceModel:
             return
         for layer in range(self.config.L):
             file, full = self._tensors[theirs.format(layer)]
-            array = _widen(file.stored(full))
+            array = file.tensor(full)
             yield (array.T if transposed else array)[None]
 
     def close(self) -> None:
@@ -213,9 +212,9 @@ def write_model(folder: str, checkpoint: Checkpoint) -> None:
     try:
         os.mkdir(temporary)
         with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="ascii") as text:
-            text.write(json.dumps(settings_of(checkpoint.config, bf16=checkpoint.bf16), indent=2) + "\n")
+            text.write(json.dumps(settings_of(checkpoint.config, checkpoint.format.name), indent=2) + "\n")
         with open(os.path.join(temporary, MODEL_FILE), "xb") as file:
-            dtype = "BF16" if checkpoint.bf16 else "F32"
+            dtype = next(dtype for dtype, row in FORMATS.items() if row == checkpoint.format)
             write_safetensors(file, dtype, [(PREFIX + name, shape) for name, shape in shapes.items()], _values(checkpoint))
             file.flush()
             os.fsync(file.fileno())
@@ -245,14 +244,9 @@ def _theirs(name: str, shape: tuple[int, ...]) -> "dict[str, tuple[int, ...]]":
 def _rows(file: SafetensorsFile, name: str) -> "Iterator[npt.NDArray[np.float32]]":
     """Yield a tensor's rows as float32, some at a time."""
     _, shape, _ = file.tensors[name]
-    step = max(1, _checkpoint.PIECE // prod(shape[1:]))
+    step = max(1, dtypes.PIECE // prod(shape[1:]))
     for start in range(0, shape[0], step):
-        yield _widen(file.stored(name, slice(start, start + step)))
-
-
-def _widen(stored: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
-    """float32, float16 or the bits of bfloat16 -> float32: exact."""
-    return _from_bfloat16(stored) if stored.dtype == "<u2" else stored.astype("<f4", copy=False)
+        yield file.tensor(name, slice(start, start + step))
 
 
 def read_settings(settings: "dict[str, Any]", place: str) -> Config:
@@ -274,13 +268,13 @@ def read_settings(settings: "dict[str, Any]", place: str) -> Config:
     return config
 
 
-def settings_of(config: Config, *, bf16: bool) -> dict[str, object]:
-    """config.json for a model of these dimensions."""
+def settings_of(config: Config, dtype: str) -> dict[str, object]:
+    """Return config.json for a model of these dimensions and this format of values."""
     end = 50256 if config.V > 50256 else None  # <|endoftext|>, where the vocabulary is GPT-2's
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "dtype": "bfloat16" if bf16 else "float32",
+        "dtype": dtype,
         **{theirs: getattr(config, ours) for ours, theirs in DIMENSIONS.items()},
         "n_inner": None,
         **{key: allowed[0] for key, allowed in SETTINGS.items()},

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from ..errors import CheckpointError, InputError, is_whole
-from .checkpoint import MODEL_KIND, _write_values
+from .checkpoint import MODEL_KIND
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32
 from .files import Windows
 
 TYPE_CHECKING = False
@@ -29,8 +30,7 @@ HEADER_LIMIT = 1 << 22  # bytes: ten times what the largest GPT-2 needs; the for
 MEMBERS = {"dtype", "shape", "data_offsets"}
 DTYPES = {1: "BOOL U8 I8 F8_E5M2 F8_E4M3", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64"}
 DTYPE_BYTES = {dtype: width for width, dtypes in DTYPES.items() for dtype in dtypes.split()}
-VIEWS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # what can be read; bfloat16 as its bits
-WRITERS = {"F32": 3, "BF16": 5}  # the checkpoint version that holds such values
+FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}  # what can be read
 
 Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 
@@ -106,14 +106,19 @@ class SafetensorsFile:
         import numpy as np
 
         dtype, shape, offset = self.tensors[name]
-        if dtype not in VIEWS:
+        if dtype not in FORMATS:
             raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
         width = DTYPE_BYTES[dtype]
         if rows != slice(None):
             start, stop, _ = rows.indices(shape[0])
             offset += start * prod(shape[1:]) * width
             shape = (stop - start, *shape[1:])
-        return np.frombuffer(self._file.view(offset, offset + prod(shape) * width), VIEWS[dtype]).reshape(shape)
+        return np.frombuffer(self._file.view(offset, offset + prod(shape) * width), FORMATS[dtype].dtype).reshape(shape)
+
+    def tensor(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[np.float32]":
+        """Return one tensor, or some of its rows, as float32: exact. Errors as stored()."""
+        array = self.stored(name, rows)
+        return FORMATS[self.tensors[name][0]].to_float32(array)
 
     def close(self) -> None:
         """Close the file; arrays of it stay. May be called twice."""
@@ -151,7 +156,7 @@ def write_safetensors(
     file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     found = 0
     for piece in values:
-        _write_values(file, np.ascontiguousarray(piece, "<f4"), WRITERS[dtype])
+        FORMATS[dtype].write(file, np.ascontiguousarray(piece, "<f4"))
         found += piece.size
     if found != expected:
         raise InputError(f"{found} values were given, and the shapes have {expected}")

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from ..config import TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
-from ..formats.checkpoint import Checkpoint, write_checkpoint
+from ..formats.checkpoint import Checkpoint, stored_tensors, write_checkpoint
+from ..formats.dtypes import FLOAT32, Format
 from ..hub.find import find_model
 
 TYPE_CHECKING = False
@@ -60,8 +61,11 @@ class LiveWeights(NamedTuple):
 
     config: Config
     values: memoryview  # bytes, as of a version 3 file from the first tensor on
-    version: int = 3
-    bf16: bool = False
+    format: Format = FLOAT32
+
+    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+        """Map each tensor to its format's name and its bytes, as Checkpoint.stored() does."""
+        return stored_tensors(self.config, self.values, self.format, padded=True)
 
     def close(self) -> None:
         """Do nothing: the memory is its owner's."""

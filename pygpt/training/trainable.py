@@ -33,7 +33,7 @@ class TrainableGPT2(Parameters):
         self._pool = ThreadPool(cpus.resolve_threads(threads))
         count = self._pool.nth
         super().__init__(config, threads=count, all_workers=all_workers)
-        self._weights = Weights(self.weights().values, config, padded=True, bf16=False)
+        self._weights = Weights(config, self.weights().stored())
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
         self._values = config.parameters(padded=False) - config.maxT * config.C  # weights that a row meets
 

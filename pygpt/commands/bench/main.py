@@ -493,7 +493,7 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
         models = [stack.enter_context(GPT2.load(path, threads=threads)) for threads in options.threads]
         ceilings = open_ceilings(options, stack)
         leave_out(options, config.maxT)
-        tests = [test for model in models for test in own_tests(options, model, 2 if checkpoint.bf16 else 4, path)]
+        tests = [test for model in models for test in own_tests(options, model, checkpoint.format.block_bytes, path)]
         if options.reference:
             serial = stack.enter_context(SerialGPT2.load(path))
             tests += reference_tests(serial, models, path, options.process)

@@ -563,7 +563,7 @@ def convert_to_gguf(path: str, folder: str) -> None:
     from pygpt import Checkpoint
 
     with Checkpoint(path) as checkpoint:
-        bf16 = checkpoint.bf16
+        bf16 = checkpoint.format.name == "bfloat16"
     config, weights = read_weights(path)
     writer = gguf.GGUFWriter(os.path.join(folder, "model.gguf"), "gpt2")
     writer.add_context_length(config.maxT)

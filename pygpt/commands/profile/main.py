@@ -262,7 +262,7 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Rep
 def hotspots(path: str, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
     """The figures of the job itself: wall_ns, kernels, modes."""
     with Checkpoint(path) as checkpoint:
-        config, value_bytes = checkpoint.config, 2 if checkpoint.bf16 else 4
+        config, value_bytes = checkpoint.config, checkpoint.format.block_bytes
     modes, kernels = {}, []
     for mode in task.modes:
         calls, untraced = ([call for call in found if call.mode == mode] for found in (recording.calls, recording.untraced))
@@ -276,7 +276,7 @@ def facts(options: argparse.Namespace, path: str, task: job.Job, recording: job.
     """What ran on what."""
     with Checkpoint(path) as checkpoint:
         shape = {name: getattr(checkpoint.config, name) for name in ("L", "NH", "C", "V", "maxT")}
-        values = {"version": checkpoint.version, "value_bytes": 2 if checkpoint.bf16 else 4}
+        values = {"version": checkpoint.version, "value_bytes": checkpoint.format.block_bytes}
     nth = len(recording.dropped)
     machine = {"processor": processor(), "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth}
     described = []
