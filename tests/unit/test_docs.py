@@ -79,9 +79,6 @@ def prose(page: Path) -> str:
     return re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
 
 
-# Commands and examples run
-
-
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small files by the names that the pages give to large ones."""
@@ -186,9 +183,6 @@ def test_readme_is_short_and_begins_with_the_commands_that_ci_runs() -> None:
     assert re.search(r"^all = ", (ROOT / "pyproject.toml").read_text(), re.M)
 
 
-# Generated parts, pictures, names
-
-
 @pytest.mark.parametrize("page", write_docs.PARTS)
 def test_generated_parts_match_their_sources(page: str) -> None:
     assert write_docs.filled(page) == (ROOT / page).read_text(), "run python tools/write_docs.py"
@@ -219,9 +213,6 @@ def test_files_and_tests_that_are_named_exist() -> None:
             assert (ROOT / name).exists(), (name_of(page), name)
         for name in re.findall(r"`(test_\w+)`", text):
             assert f"def {name}(" in tests, (name_of(page), name)
-
-
-# Links, lengths, sentences
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
