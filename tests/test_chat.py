@@ -821,7 +821,7 @@ def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().err.splitlines()
     assert {line.split()[0] for line in lines if line.startswith("/") and line[1] != "/"} == {"/set", *bench.chat._commands}
     assert max(map(len, lines)) <= 80
-    assert "\n".join(lines) in (ROOT / "docs" / "guides" / "chat.md").read_text()
+    assert "\n".join(lines) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

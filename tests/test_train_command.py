@@ -995,11 +995,11 @@ def test_a_reader_that_goes_away() -> None:
     assert state_of("run.state").progress.step >= 2  # what it had made was saved
 
 
-def test_commands_of_the_guide() -> None:
+def test_commands_of_the_readme() -> None:
     """Their options are there, and their values are accepted."""
-    text = (ROOT / "docs" / "guides" / "training.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^pygpt train (.*)$", text, re.MULTILINE)
-    assert len(commands) == 4
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python tools/train\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
     for line in commands:
         given = vars(train.build_parser().parse_args(shlex.split(line)))
         if given["shape"] is not None:
