@@ -14,8 +14,7 @@ import pytest
 
 import pygpt
 from pygpt.__main__ import COMMANDS
-from pygpt.commands.chat import HELP as CHAT_HELP
-from pygpt.commands.complete import EXAMPLES as HELP_EXAMPLES
+from pygpt.commands import chat, complete
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -25,7 +24,6 @@ import write_docs  # noqa: E402
 README = ROOT / "README.md"
 LOG = ROOT / "docs" / "benchmarks.md"  # a dated log: its commands and sentences are those of their day
 PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if page != LOG)]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # Commands that are not run here, by their beginnings, and why.
 ELSEWHERE = {
@@ -111,8 +109,7 @@ def place(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def shell(script: str) -> str:
     """Run a script in the current folder; return its standard output."""
     done = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, f"{script}\n{done.stderr}"
-    assert "Traceback" not in done.stderr, done.stderr
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), f"{script}\n{done.stderr}"
     return done.stdout
 
 
@@ -154,11 +151,10 @@ def test_no_exception_is_stale() -> None:
         assert part in code, part
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda example: example.stem)
 def test_examples(example: Path, place: Path) -> None:
     arguments = " 2 tiny.bin" if example.stem == "train_tiny" else ""
-    output = shell(f"python -W error examples/{example.name}{arguments}")
-    assert output.split()
+    assert (output := shell(f"python -W error examples/{example.name}{arguments}")).split()
     if example.stem == "gpt2_numpy":
         assert output == shell("pygpt --sampler greedy 31373 612")
     assert sum(bool(line.strip()) for line in example.read_text().splitlines()) < 60
@@ -166,7 +162,9 @@ def test_examples(example: Path, place: Path) -> None:
 
 
 def test_examples_of_the_help_run(place: Path) -> None:
-    commands = [line.split("  ")[1].strip() for line in HELP_EXAMPLES.splitlines() if re.match(r"  (python|pygpt|echo)", line)]
+    commands = [
+        line.split("  ")[1].strip() for line in complete.EXAMPLES.splitlines() if re.match(r"  (python|pygpt|echo)", line)
+    ]
     assert len(commands) >= 6
     for command in commands:
         assert re.fullmatch(r"[\d\s]+", shell(command.replace("-m gpt2_124M.bin", "-m checkpoint.bin"))), command
@@ -196,15 +194,15 @@ def test_pictures_match_their_sources(name: str) -> None:
 
 
 def test_what_the_code_knows_has_its_line() -> None:
-    assert CHAT_HELP in (ROOT / "docs/guides/chat.md").read_text()
+    assert chat.HELP in (ROOT / "docs/guides/chat.md").read_text()
     sources = "".join(path.read_text() for path in [*(ROOT / "pygpt").rglob("*.py"), *(ROOT / "pygpt").glob("*.pyx")])
     named = re.findall(r"`(PYGPT_[A-Z]+)`", (ROOT / "docs/reference/variables.md").read_text())
     assert set(re.findall(r"PYGPT_[A-Z]+\b", sources)) == set(named)
     architecture = (ROOT / "docs/explanation/architecture.md").read_text()
     for room in (ROOT / "pygpt").iterdir():
         assert f"`{room.name}/`" in architecture or not room.is_dir() or room.name == "__pycache__", room
-    errors = (ROOT / "docs/reference/errors.md").read_text()
-    assert [name for name in pygpt.__all__ if name.endswith("Error") and f"`{name}`" not in errors] == []
+    errors = re.findall(r"^\| `(\w+)`", (ROOT / "docs/reference/errors.md").read_text(), re.MULTILINE)
+    assert set(errors) == {name for name in pygpt.__all__ if name.endswith("Error")}
 
 
 def test_files_and_tests_that_are_named_exist() -> None:
