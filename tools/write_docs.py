@@ -31,7 +31,8 @@ from pygpt.__main__ import COMMANDS  # noqa: E402
 
 def commands() -> Iterator[str]:
     """Every command: usage, description, options, examples."""
-    for name, module in {"": "complete", **COMMANDS}.items():
+    for name, found in {"": "complete", **COMMANDS}.items():
+        module = found if isinstance(found, str) else found[0]
         yield from command(f"pygpt {name}".strip(), import_module(f"pygpt.commands.{module}").build_parser())
 
 
