@@ -319,7 +319,7 @@ def test_train(
 ) -> None:
     command, out = make_model.train_command, folder / "out"
     (folder / "train.py").write_text(TRAINER.format(model=model, status=status))
-    monkeypatch.setattr(make_model, "train_command", lambda out: [sys.executable, str(folder / "train.py"), *command(out)[2:]])
+    monkeypatch.setattr(make_model, "train_command", lambda out: [sys.executable, str(folder / "train.py"), *command(out)[4:]])
     both = ["--from", str(folder / "wheels"), "-o", str(out)]
     if stages == 1:
         assert make_model.main(both) == wanted
@@ -335,7 +335,7 @@ def test_train(
 
 def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
     command = make_model.train_command(tmp_path)
-    assert command[:2] == [sys.executable, str(SCRIPT.with_name("train.py"))]
+    assert command[:4] == [sys.executable, "-m", "pygpt", "train"]
     for option, value in make_model.RECIPE.items():
         assert command[command.index(option) + 1] == value
     assert set(make_model.RECIPE_FLAGS) <= set(command)

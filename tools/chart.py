@@ -1,12 +1,12 @@
-"""A picture of speed: what tools/bench.py has measured of pygpt and its peers, as SVG.
+"""A picture of speed: what `pygpt bench` has measured of pygpt and its peers, as SVG.
 
-    python tools/bench.py -m gpt2_124M.bin --against all -t 2 -o json > tools/benchmarks/float32.json
+    pygpt bench -m gpt2_124M.bin --against all -t 2 -o json > tools/benchmarks/float32.json
     python tools/chart.py tools/benchmarks/float32.json tools/benchmarks/bfloat16.json -o tools/benchmarks/speed.svg
 
 Each FILE becomes a block, with a line for each program that ran any of --tests, the fastest first. Each test that any file has
 is a column: bars are medians at the file's highest number of threads, the dashed line is the machine's limit.
 
-Refuses what bench.py would not print, in one line. It draws with text as text, without a background, in colours that can be
+Refuses what `pygpt bench` does not print, in one line. It draws with text as text, without a background, in colours that can be
 read on white and on black, and the same files give the same bytes on every machine: bars need no matplotlib, whose versions
 differ in every line, and so a test can hold the picture against its data.
 """
@@ -68,7 +68,7 @@ class Block(NamedTuple):
 
 
 def read_block(path: str, wanted: Sequence[str]) -> Block:
-    """Read a file of bench.py. Raises InputError for one that is none, or that has none of the tests."""
+    """Read a file of `pygpt bench`. Raises InputError for one that is none, or that has none of the tests."""
     try:
         objects = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -76,9 +76,9 @@ def read_block(path: str, wanted: Sequence[str]) -> Block:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(objects, list) or not all(isinstance(found, dict) and "test" in found for found in objects):
-        raise InputError(f"{path}: not a list of tests, as tools/bench.py -o json prints it")
+        raise InputError(f"{path}: not a list of tests, as pygpt bench -o json prints it")
     if not objects or objects[0]["test"] != "ceilings":
-        raise InputError(f"{path}: does not begin with the machine's ceilings, as what tools/bench.py -o json prints")
+        raise InputError(f"{path}: does not begin with the machine's ceilings, as what pygpt bench -o json prints")
     machine, *results = objects
     found = [result for result in results if result["test"] in wanted]
     if not found:
@@ -87,9 +87,9 @@ def read_block(path: str, wanted: Sequence[str]) -> Block:
     try:
         return block_of(machine, found, wanted)
     except KeyError as error:
-        raise InputError(f"{path}: not what tools/bench.py prints: {error} is missing, or its value is unknown") from None
+        raise InputError(f"{path}: not what pygpt bench prints: {error} is missing, or its value is unknown") from None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: not what tools/bench.py prints: {error}") from None
+        raise InputError(f"{path}: not what pygpt bench prints: {error}") from None
 
 
 def block_of(machine: dict[str, Any], results: list[dict[str, Any]], wanted: Sequence[str]) -> Block:
@@ -218,9 +218,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("files", metavar="FILE", nargs="+", help="what tools/bench.py -o json printed")
+    add("files", metavar="FILE", nargs="+", help="what pygpt bench -o json printed")
     add("-o", "--output", metavar="FILE.svg", required=True, help="the picture")
-    add("--tests", default=TESTS, help=f"the columns, by bench.py's names ({TESTS})")
+    add("--tests", default=TESTS, help=f"the columns, by the names of pygpt bench ({TESTS})")
     return parser
 
 

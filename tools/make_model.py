@@ -16,8 +16,8 @@ Every other speech that shares eight tokens or eight words in a row with it is r
 in tinyshakespeare, the rest of the play is trained on. The format is tinyshakespeare's as well: a name and a colon, the lines,
 a blank line.
 
-tools/train.py trains by the recipe below. The model's bits depend on nothing else, on any processor with FMA, and the last line
-says whether they are those of the package's model. Ctrl-C saves: tools/train.py --resume continues.
+pygpt train trains by the recipe below. The model's bits depend on nothing else, on any processor with FMA, and the last line
+says whether they are those of the package's model. Ctrl-C saves: pygpt train --resume continues.
 
 Exit status: 0; 1 for a failure at run time, a passage found by `check` among them; 2 for bad input; 130 after Ctrl-C.
 """
@@ -46,6 +46,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path[1:] if path != str(TOOLS)), str(TOOLS)]
 
 from pygpt import InputError, PyGPTError, Tokenizer  # noqa: E402
+from pygpt.commands.child import child_environment  # noqa: E402
 from pygpt.commands.console import HelpFormatter, Parser, say, status_of  # noqa: E402
 from pygpt.formats.files import atomic_file  # noqa: E402
 from pygpt.hub.find import EMBEDDED_MODEL  # noqa: E402
@@ -62,7 +63,7 @@ TEXT_SHA256 = "15ef0391da491a0a68cbc2cd24ad2fb5eb3f5a30f98748da55cd251dcf221436"
 N = 8  # tokens or words in a row that no speech may share with what is held out
 VALIDATION_TOKENS = 32768  # of tinyshakespeare, as llm.c prepares it
 
-# How the model is trained: options of tools/train.py. A step is of 8 x 256 tokens from eight places of the text.
+# How the model is trained: options of pygpt train. A step is of 8 x 256 tokens from eight places of the text.
 RECIPE = {
     "--init": "random",
     "--shape": "L=6,NH=4,C=128,maxT=256",
@@ -290,7 +291,7 @@ def train(folder: Path) -> None:
     for name in (TRAIN, VAL):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: there is no such file: the stage `texts` writes it")
-    with subprocess.Popen(train_command(folder)) as trainer:
+    with subprocess.Popen(train_command(folder), env=child_environment()) as trainer:
         while True:
             try:
                 status = trainer.wait()
@@ -300,14 +301,14 @@ def train(folder: Path) -> None:
     if status == 130:
         raise KeyboardInterrupt
     if status:
-        raise PyGPTError(f"tools/train.py ended with status {status}: there is no model")
+        raise PyGPTError(f"pygpt train ended with status {status}: there is no model")
     found, ours = file_sha256(folder / MODEL), file_sha256(Path(EMBEDDED_MODEL))
     say(f"{folder / MODEL}: sha256 {found}: {'the same bytes as' if found == ours else 'not the bytes of'} the package's model")
 
 
 def train_command(folder: Path) -> list[str]:
     """The command that trains by the recipe."""
-    command = [sys.executable, str(TOOLS / "train.py"), "--data", str(folder / TRAIN), "--val", str(folder / VAL)]
+    command = [sys.executable, "-m", "pygpt", "train", "--data", str(folder / TRAIN), "--val", str(folder / VAL)]
     command += ["--out", str(folder / MODEL)]
     return command + [word for option in RECIPE.items() for word in option] + RECIPE_FLAGS
 

@@ -24,15 +24,15 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resol
 import chart  # noqa: E402
 
 import pygpt  # noqa: E402
-from pygpt.__main__ import COMMANDS  # noqa: E402
+from pygpt.commands import COMMANDS  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ the commands
 
 
 def commands() -> Iterator[str]:
     """Every command: usage, description, options, examples."""
-    for name, found in {"": "complete", **COMMANDS}.items():
-        module = found if isinstance(found, str) else found[0]
+    modules = {"": "complete", **{name: module for name, (module, _) in COMMANDS.items()}}
+    for name, module in modules.items():
         yield from command(f"pygpt {name}".strip(), import_module(f"pygpt.commands.{module}").build_parser())
 
 

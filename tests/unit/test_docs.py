@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import pygpt
-from pygpt.__main__ import COMMANDS
-from pygpt.commands import chat, complete
+from pygpt.commands import COMMANDS, chat, complete
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
