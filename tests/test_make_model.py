@@ -303,7 +303,7 @@ sys.exit({status})
     [
         (EMBEDDED_MODEL, 0, 0, "the same bytes as the package's model"),
         (str(SCRIPT), 0, 0, "not the bytes of the package's model"),
-        (EMBEDDED_MODEL, 3, 1, "pygpt: error: tools/train.py ended with status 3: there is no model"),
+        (EMBEDDED_MODEL, 3, 1, "pygpt: error: pygpt train ended with status 3: there is no model"),
         (EMBEDDED_MODEL, 130, 130, ""),
     ],
 )
