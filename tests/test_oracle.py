@@ -71,6 +71,7 @@ def test_activations_are_chained_by_the_kernels(tmp_path: Path) -> None:
     per_layer = dict.fromkeys(("ln1", "atty", "attproj", "residual2", "ln2", "fcproj", "residual3"), (2, 5, 8))
     wide = {"qkv": (2, 5, 24), "fch": (2, 5, 32), "fch_gelu": (2, 5, 32)}
     assert shapes == {"encoded": (5, 8), **per_layer, **wide, "lnf": (5, 8), "logits": (5, 20)}
+    np.testing.assert_array_equal(acts["encoded"], weights["wte"][[3, 1, 4, 1, 5]] + weights["wpe"][:5])
     for layer, stream in enumerate([acts["encoded"], acts["residual3"][0]]):
         np.testing.assert_array_equal(acts["residual2"][layer], stream + acts["attproj"][layer])
         np.testing.assert_array_equal(acts["residual3"][layer], acts["residual2"][layer] + acts["fcproj"][layer])
@@ -136,10 +137,6 @@ def test_gelu() -> None:
     out = oracle.gelu(np.array([0.0, 1.0, -1.0, 3.0, 10.0, -10.0]))
     expected = [0.0, 0.8411919906082768, -0.1588080093917232, 2.9963626079182267, 10.0, 0.0]
     np.testing.assert_allclose(out, expected, rtol=1e-14, atol=1e-15)
-
-
-def test_residual() -> None:
-    assert oracle.residual(np.array([[1.0, 2.0]]), np.array([[0.5, -2.0]])).tolist() == [[1.5, 0.0]]
 
 
 def test_softmax() -> None:
