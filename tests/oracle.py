@@ -1,8 +1,8 @@
-"""GPT-2 in float64 NumPy: what every number of pygpt is measured against.
+"""GPT-2 in float64 NumPy: the tests compare every number of pygpt with it.
 
-One short function a kernel, named as in llm.c and written for reading, not for speed: one sequence, no cache, no blocks,
-a shape comment `[in] -> [out]` on each statement. It shares nothing with the kernels that it judges; only the file is read
-through pygpt, and that reader has tests of its own.
+Each kernel is one short function, named as in llm.c, and written to be read, not to be fast. It runs one sequence, without a
+cache or blocks. Each statement has a shape comment `[in] -> [out]`. The oracle shares no code with the kernels that it tests.
+Only the file is read through pygpt, and that reader has its own tests.
 
 Dimensions: T tokens, C channels, OC output channels, NH heads, HS = C / NH, L layers, V vocabulary.
 Sources: Radford et al. 2019 and openai/gpt-2 (the network), picoGPT (the style), llm.c train_gpt2.c (the names).
@@ -27,7 +27,7 @@ Sampler = Callable[[npt.NDArray[np.float32]], int]
 
 
 def weights(source: str | os.PathLike[str] | Checkpoint) -> dict[str, Array]:
-    """Read the sixteen tensors of a checkpoint as read-only float64 arrays, wte with V rows. A path is read once."""
+    """Read the sixteen tensors of a checkpoint as read-only float64 arrays, wte with V rows. Each file is read once."""
     path = os.path.abspath(source.path if isinstance(source, Checkpoint) else source)
     status = os.stat(path)
     return dict(_weights(path, status.st_ino, status.st_mtime_ns))
@@ -35,11 +35,11 @@ def weights(source: str | os.PathLike[str] | Checkpoint) -> dict[str, Array]:
 
 @lru_cache(maxsize=8)
 def _weights(path: str, inode: int, mtime_ns: int) -> Weights:
-    """Read the weights of one file; inode and mtime_ns tell apart two files that bore the same name."""
+    """Read the weights of one file; inode and mtime_ns distinguish files that had the same name."""
     with Checkpoint(path) as checkpoint:
         arrays = {name: checkpoint.tensor(name).astype(np.float64) for name, _ in TENSORS}
     for array in arrays.values():
-        array.setflags(write=False)  # every caller gets the same arrays
+        array.setflags(write=False)  # because every caller gets the same arrays
     return arrays
 
 
@@ -48,7 +48,7 @@ def _weights(path: str, inode: int, mtime_ns: int) -> Weights:
 
 
 def encoder(tokens: Sequence[int], wte: Array, wpe: Array) -> Array:
-    """Look up each token's embedding and add that of its position."""
+    """Add the embedding of each token and the embedding of its position."""
     return wte[list(tokens)] + wpe[: len(tokens)]  # [T], [V, C], [maxT, C] -> [T, C]
 
 
@@ -66,7 +66,7 @@ def matmul(inp: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def attention(qkv: Array, NH: int) -> Array:
-    """Causal multi-head attention over rows of q, k, v side by side; head h is channels [h*HS, (h+1)*HS) of each."""
+    """Compute causal multi-head attention. A row of qkv is q, k, v; head h is channels [h*HS, (h+1)*HS) of each."""
     T, C = qkv.shape[0], qkv.shape[1] // 3
     HS = C // NH
     q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)  # [T, 3C] -> 3 of [NH, T, HS]
@@ -78,18 +78,18 @@ def attention(qkv: Array, NH: int) -> Array:
 
 
 def gelu(inp: Array) -> Array:
-    """GELU in its tanh form, as GPT-2 was trained with. Hendrycks and Gimpel 2016."""
+    """Compute GELU in the tanh form, which GPT-2 was trained with. Hendrycks and Gimpel 2016."""
     gate: Array = 1 + np.tanh(np.sqrt(2 / np.pi) * (inp + 0.044715 * inp**3))  # [...] -> [...]
     return 0.5 * inp * gate  # [...] -> [...]
 
 
 def residual(inp1: Array, inp2: Array) -> Array:
-    """Add a layer's output to the stream that it read."""
+    """Add a layer's output to its input stream."""
     return inp1 + inp2  # [T, C], [T, C] -> [T, C]
 
 
 def softmax(logits: Array) -> Array:
-    """Turn each row into probabilities; the row's greatest value is taken off first, so that nothing overflows."""
+    """Return the probabilities of each row. The row's maximum is subtracted first, so that exp does not overflow."""
     e: Array = np.exp(logits - logits.max(axis=-1, keepdims=True))  # [..., V] -> [..., V]
     total: Array = e.sum(axis=-1, keepdims=True)  # [..., V] -> [..., 1]
     return e / total  # [..., V], [..., 1] -> [..., V]
@@ -105,7 +105,7 @@ def forward(weights: Weights, config: Config, tokens: Sequence[int]) -> Array:
 
 
 def forward_activations(weights: Weights, config: Config, tokens: Sequence[int]) -> dict[str, Array]:
-    """Run the network and keep what lies between its kernels, by llm.c's names.
+    """Run the network; return its activations by llm.c's names.
 
     encoded (T, C); ln1, atty, attproj, residual2, ln2, fcproj, residual3 (L, T, C); qkv (L, T, 3C); fch, fch_gelu (L, T, 4C);
     lnf (T, C); logits (T, V).
@@ -121,7 +121,7 @@ def forward_activations(weights: Weights, config: Config, tokens: Sequence[int])
 
 
 def block(weights: Weights, layer: int, NH: int, stream: Array) -> dict[str, Array]:
-    """Run one layer on the residual stream (T, C); the activation residual3 (T, C) is the stream that leaves it."""
+    """Run one layer on the residual stream (T, C); return its activations. residual3 (T, C) is the next layer's stream."""
     w = {name: weights[name][layer] for name, dims in TENSORS if dims[0] == "L"}  # [L, ...] -> [...]
     ln1 = layernorm(stream, w["ln1w"], w["ln1b"])  # [T, C] -> [T, C]
     qkv = matmul(ln1, w["qkvw"], w["qkvb"])  # [T, C] -> [T, 3C]
@@ -152,15 +152,15 @@ def block(weights: Weights, layer: int, NH: int, stream: Array) -> dict[str, Arr
 
 
 def greedy(logits: npt.NDArray[np.float32]) -> int:
-    """Choose the likeliest token, the lowest id of equals."""
+    """Return the most probable token; among equals, the lowest id."""
     return int(np.argmax(logits))  # [V] -> id
 
 
 def median(logits: npt.NDArray[np.float32]) -> int:
-    """Choose the token at which the running probability, in id order, first exceeds one half: the serial program's rule.
+    """Return the token at which the running probability, in id order, first exceeds one half: the serial program's rule.
 
-    All in float32, one after another in ascending id. NumPy's cumsum adds in that order (its sum does not); its float32 exp
-    differs between machines, so the exponential is that of float64, rounded.
+    All sums are float32, in ascending id. NumPy's cumsum adds in this order, but its sum does not. NumPy's float32 exp differs
+    between machines, so this function rounds the float64 exp. Raises TypeError unless the logits (V,) are float32.
     """
     if logits.dtype != np.float32:
         raise TypeError(f"logits are {logits.dtype}: the rule is defined on float32")
@@ -173,7 +173,7 @@ def median(logits: npt.NDArray[np.float32]) -> int:
 
 
 def complete(weights: Weights, config: Config, tokens: Sequence[int], total: int, sampler: Sampler) -> list[int]:
-    """Return the new tokens that make a sequence of `total`, the prompt included; each step is a whole forward pass."""
+    """Return the new tokens of a sequence of `total` tokens, the prompt included. Each step is a whole forward pass."""
     sequence = list(tokens)
     while len(sequence) < total:
         logits = forward(weights, config, sequence)[-1]  # [t] -> [V]
