@@ -21,8 +21,8 @@ SHAPE = Config(maxT=80, V=301, L=3, NH=3, C=57)
 MOST = 8  # workers
 DELAY = 30.0  # the delayed worker takes so many times as long for its share
 
-# What each phase reads, and what it writes. Rows may be packed before a product. Gradients of weights are left out, because only
-# one phase writes each of them; wte's is the exception.
+# What each phase reads, and what it writes. Rows may be packed before a product. Gradients of weights are left out, because one
+# phase writes each of them; wte's is the exception.
 TABLE = {
     "encoder": ("", "proj residual"),
     "ln1": ("residual", "ln"),
