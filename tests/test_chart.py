@@ -152,7 +152,7 @@ def test_it_can_be_read_on_white_and_on_black() -> None:
 # Refusals
 
 
-NOT_PRINTED = "not what tools/bench.py prints: "
+NOT_PRINTED = "not what pygpt bench prints: "
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ NOT_PRINTED = "not what tools/bench.py prints: "
         (b"", "not JSON: "),
         (b"\xff[]", "not JSON: "),
         (b"[" * 100_000, "not JSON: "),
-        (b"{}", "not a list of tests, as tools/bench.py -o json prints it"),
+        (b"{}", "not a list of tests, as pygpt bench -o json prints it"),
         (b"[1]", "not a list of tests"),
         (b"[]", "does not begin with the machine's ceilings"),
         ([row("pp512", "pygpt", 1)], "does not begin with the machine's ceilings"),

