@@ -669,10 +669,24 @@ def test_decay_is_decoupled(engine: Engine) -> None:
         assert not model.second_moments.any()
 
 
+class Noted(Parameters):
+    """An engine that keeps the numbers of the last update."""
+
+    def _update(self, numbers: AdamW) -> None:
+        self.numbers = numbers
+
+
+def numbers_of(**arguments: Any) -> AdamW:
+    """The numbers that these arguments of update() become."""
+    model = Noted(SMALL)
+    model.update(**arguments)
+    return model.numbers
+
+
 def test_spans_cover_every_parameter_once() -> None:
     model = Parameters(SMALL)
-    assert model.check_update(lr=1, step=1, weight_decay=0.1).spans == [(0, model.parameters.size, 0.1)]
-    spans = model.check_update(lr=1, step=1, weight_decay=0.1, decay_matrices_only=True).spans
+    assert numbers_of(lr=1, step=1, weight_decay=0.1).spans == [(0, model.parameters.size, 0.1)]
+    spans = numbers_of(lr=1, step=1, weight_decay=0.1, decay_matrices_only=True).spans
     assert [start for start, _, _ in spans[1:]] == [stop for _, stop, _ in spans[:-1]]
     assert (spans[0][0], spans[-1][1]) == (0, model.parameters.size)
     assert MATRICES == ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
@@ -682,7 +696,7 @@ def test_spans_cover_every_parameter_once() -> None:
 
 
 def test_adamw_numbers() -> None:
-    numbers = Parameters(SMALL).check_update(lr=0.1, step=3, beta1=0.5, beta2=0.75, eps=1e-6, gradient_scale=2)
+    numbers = numbers_of(lr=0.1, step=3, beta1=0.5, beta2=0.75, eps=1e-6, gradient_scale=2)
     expected = AdamW(0.1, 0.5, 0.75, 0.5, 0.25, 0.875, 1 - 0.75**3, 1e-6, 2, [(0, Parameters(SMALL).parameters.size, 0.0)])
     assert numbers == expected
 

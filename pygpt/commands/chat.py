@@ -1,11 +1,11 @@
 """Chat with GPT-2: a text goes in, the model's continuation comes out while it is generated.
 
-The `pygpt` command does the work, as one child process for all texts (pygpt/child.py); this program is its user interface. It
-turns text into ids and ids into text, never half a character. Standard output carries the replies and nothing else: where it
-is not the terminal, prompts and what commands show go to standard error, as notices and errors always do.
+The `pygpt` command does the work, as one child process for all texts (child.py). This program is its user interface: it turns
+text into ids, and ids into text in whole characters. Standard output carries only the replies. If it is not the terminal,
+prompts and the output of / commands go to standard error, like notices and errors.
 
-Refuses to judge the model file and the thread count: the child does, and its one-line error is shown. GPT-2 completes texts;
-each is completed on its own, and there are no roles.
+The child judges the model file and the thread count; its one-line error is shown. GPT-2 completes each text on its own: a
+conversation has no roles.
 """
 
 import argparse
@@ -22,17 +22,16 @@ from shutil import get_terminal_size
 from time import perf_counter
 from typing import Any, TextIO
 
-from pygpt.commands.child import ChildError, Command
-from pygpt.commands.complete import LINE_LIMIT
-from pygpt.commands.console import HelpFormatter, Parser, for_terminal, one_line
-from pygpt.commands.interrupts import Interrupts
-from pygpt.commands.options import add_completion_options, parse_count, read_options
-from pygpt.config import Config
-from pygpt.errors import CheckpointError, InputError, PyGPTError
-from pygpt.formats.checkpoint import Checkpoint
-from pygpt.generation.request import SAMPLING, complete_order
-from pygpt.hub.find import find_model
-from pygpt.tokenizer import StreamDecoder, Tokenizer
+from ..config import Config
+from ..errors import CheckpointError, InputError
+from ..formats.checkpoint import Checkpoint
+from ..generation.request import SAMPLING, complete_order
+from ..hub.find import find_model
+from ..tokenizer import StreamDecoder, Tokenizer
+from .child import ChildError, Command
+from .complete import LINE_LIMIT
+from .console import HelpFormatter, Parser, for_terminal, say, status_of
+from .options import add_completion_options, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -42,10 +41,10 @@ BAR = 40  # columns of the longest bar, where the terminal has them
 
 EXAMPLES = """\
 examples:
-  python chat.py                            ask for texts until Ctrl-D or an empty line; /help lists the commands
-  python chat.py "Ladies and"               answer once
-  python chat.py -n 100 -m gpt2_124M.bin --temp 0.8 --top-p 0.95 Ladies and
-  python chat.py < letter.txt > reply.txt   the whole input is one text
+  pygpt chat                            ask for texts until Ctrl-D or an empty line; /help lists the commands
+  pygpt chat "Ladies and"               answer once
+  pygpt chat -n 100 -m gpt2_124M.bin --temp 0.8 --top-p 0.95 Ladies and
+  pygpt chat < letter.txt > reply.txt   the whole input is one text
 
 A text too long for the model's context loses its beginning, unless --overflow says otherwise.
 Ctrl-C stops a reply; pressed twice, it leaves.
@@ -64,11 +63,6 @@ HELP = """\
 //text             a text that begins with a slash
 text\\              goes on in the next line; \\\\ at the end is a backslash
 """
-
-
-def say(text: object) -> None:
-    """Print one line on standard error."""
-    print("chat.py:", one_line(str(text)), file=sys.stderr)
 
 
 # ---------------------------------------------------------------- settings
@@ -111,7 +105,7 @@ class Settings:
     def check(self, tokens: Sequence[int]) -> None:
         """Raise InputError for tokens that the child would refuse with these settings."""
         if self.config is not None:
-            from pygpt.generation.request import Request  # here, so that kernels that were not built are one line, too
+            from ..generation.request import Request  # here, so that kernels that were not built are one line, too
 
             Request(self.config, tokens, **self.request)
 
@@ -148,7 +142,7 @@ class Settings:
             value = self.request[key]
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         elif key == "sampler":
-            from pygpt.generation.sampling import DEFAULT_SAMPLER
+            from ..generation.sampling import DEFAULT_SAMPLER
 
             shown = f"default ({DEFAULT_SAMPLER if SAMPLING.isdisjoint(self._asked) else 'sample'})"
         else:
@@ -241,7 +235,7 @@ class Chat:
             else:
                 self._complete(text[1:] if text.startswith("//") else text)
         except (InputError, CheckpointError) as error:
-            say(error)
+            say(str(error))
 
     def _obey(self, line: str) -> None:
         """Do what a command says. Raises InputError for one that is none."""
@@ -301,7 +295,7 @@ class Chat:
         self._settings.check(tokens)
         request = self._settings.request
         if "seed" in request:  # the same text again gets another reply, and the next session the same ones in this order
-            from pygpt.generation.sampling import SEEDS
+            from ..generation.sampling import SEEDS
 
             request["seed"] = (request["seed"] + self._repeated) % SEEDS
         decoder = StreamDecoder(self._tokenizer)
@@ -318,7 +312,7 @@ class Chat:
             except (ChildError, InputError) as error:
                 if len(times) > 1:
                     write("\n")
-                raise error if isinstance(error, ChildError) else ChildError(str(error)) from None
+                raise ChildError(str(error)) from None
         self._command.show_notices(others=True)
         if self._settings.stats:
             say(speed(times))
@@ -349,7 +343,7 @@ class Chat:
     def _show_probabilities(self) -> None:
         """Show the most probable tokens after the text, with bars. The child tells ids only, so the model is opened here."""
         self._require_text()
-        from pygpt.model import GPT2
+        from ..model import GPT2
 
         threads = None if self._threads is None else parse_count("threads (-t)", self._threads)
         tokens = self._fitting(self._text)
@@ -478,8 +472,8 @@ class PassOn(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The options and the help. How a reply is made is the `pygpt` command's to say."""
     parser = Parser(
-        prog="chat.py",
-        usage="python chat.py [options] [TEXT ...]",
+        prog="pygpt chat",
+        usage="pygpt chat [options] [TEXT ...]",
         description="Chat with GPT-2 on the CPU.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
@@ -545,29 +539,18 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def abandon_stdout() -> None:
-    """Point standard output at the null device: what is still buffered must neither fail nor block at exit."""
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chat and return its exit status: 0, 1 (failure), 2 (usage), 130 (Ctrl-C), 141 (broken pipe)."""
     prepare_streams()
-    try:
-        with Interrupts():
-            return run(parse(argv))
-    except KeyboardInterrupt:
-        abandon_stdout()
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        abandon_stdout()
-        return 141
-    except (PyGPTError, ImportError, OSError, MemoryError) as error:
-        abandon_stdout()
-        if isinstance(error, ChildError) and error.quoted:
-            print(error, file=sys.stderr)
-        else:
-            say(f"error: {str(error) or 'out of memory'}")
-        return 2 if isinstance(error, InputError) else 1
+    status = 0
+
+    def job() -> None:
+        nonlocal status
+        try:
+            status = run(parse(argv))
+        except KeyboardInterrupt:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a full pipe must not block the exit
+            print(file=sys.stderr)
+            raise
+
+    return status_of(job) or status

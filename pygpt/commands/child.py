@@ -1,7 +1,7 @@
-"""The `pygpt` command as a child process that answers request after request: what chat.py talks to.
+"""Child processes of commands: how they find this package, and the `pygpt` command as a child that answers requests.
 
-The child opens the model and owns the threads; a second process keeps the terminal's Ctrl-C and the interface's work away
-from it. Refuses to judge the model file and the thread count: the child does, and its one-line error is passed on.
+The chat's child opens the model and owns the threads. A second process keeps the terminal's Ctrl-C and the interface's work
+away from it. The child judges the model file and the thread count, and its one-line error is passed on.
 """
 
 import json
@@ -28,11 +28,7 @@ INTERRUPTED = (130, -signal.SIGINT)  # how Ctrl-C ends a child: by its own rule,
 
 
 class ChildError(PyGPTError):
-    """The child has failed. quoted: whether the message is a line of its own, which says already who speaks."""
-
-    def __init__(self, message: str, *, quoted: bool = False) -> None:
-        super().__init__(message)
-        self.quoted = quoted
+    """The child has failed; the message is the child's own if it left an error line."""
 
 
 class Command:
@@ -157,16 +153,15 @@ class Command:
         status = self._child.wait()
         self._listen()
         heard, _, last = self._unseen.decode("utf-8", "replace").rstrip().rpartition("\n")
-        quoted = status in (1, 2, -signal.SIGBUS) and last.startswith(NOTICE)  # an error, even if it should not say so
-        if quoted:
+        if status in (1, 2, -signal.SIGBUS) and last.startswith(NOTICE):
             self._unseen = heard.encode() + b"\n"
-            line = last
+            reason = last.removeprefix(ERROR).removeprefix(NOTICE)
         else:
-            line = "the pygpt command " + (f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}")
+            reason = "the pygpt command " + (f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}")
             if last and not last.startswith(NOTICE):
-                line += f": {last.strip()}"
+                reason += f": {last.strip()}"
         self.show_notices()
-        return ChildError(line, quoted=quoted)
+        return ChildError(reason)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -212,15 +207,17 @@ class Command:
 
 
 def child_environment() -> dict[str, str]:
-    """Return the child's environment, by which it finds this very package where no other is installed.
+    """The environment in which a child process finds this package.
 
-    Python puts the folder of the script on the path here, but not in the child. For `-m` it would put the current
-    folder there, and any file in it could take the place of a module: PYTHONSAFEPATH leaves it out.
+    A script's folder is on this process's path, but not on the child's: if the child would find no pygpt, PYTHONPATH names
+    this one. Because of PYTHONSAFEPATH, files in the current folder cannot take the place of modules.
     """
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-    spec = PathFinder.find_spec("pygpt", [entry for entry in sys.path if os.path.realpath(entry) != here])
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    if spec is None or spec.origin is None:  # no origin: a mere folder of that name
+    if os.path.basename(here) in ("site-packages", "dist-packages"):
+        return environment
+    spec = PathFinder.find_spec("pygpt", [entry for entry in sys.path if os.path.realpath(entry) != here])
+    if spec is None or spec.origin is None:  # without an origin, it is a mere folder of that name
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
     return environment
 

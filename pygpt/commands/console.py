@@ -56,7 +56,7 @@ def status_of(job: Callable[[], object]) -> int:
 def import_command(name: str) -> "Callable[[Sequence[str]], int]":
     """Import a command's module and return its main(). If the import fails, say so in one line and exit."""
     found: list[Callable[[Sequence[str]], int]] = []
-    if status := status_of(lambda: found.append(import_module(f"pygpt.commands.{name}").main)):
+    if status := status_of(lambda: found.append(import_module(f".{name}", __package__).main)):
         sys.exit(status)
     return found[0]
 

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command's options and help."""
     parser = Parser(
-        prog="pygpt.commands.convert",
+        prog="pygpt convert",
         usage="pygpt convert [options] SRC DST",
         description="Convert an llm.c checkpoint (.bin) between versions 1, 3 (float32) and 5 (bfloat16, nearest even), "
         "from a\nHugging Face GPT-2 (safetensors), or to one.",

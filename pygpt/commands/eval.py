@@ -1,10 +1,10 @@
 """How good a model is: perplexity of a text, HellaSwag, and what it expects next.
 
-    python tools/eval.py perplexity book.txt                          every token once, with half a window of context or more
-    python tools/eval.py perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
-    python tools/eval.py hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
-    python tools/eval.py next "The capital of France is" -k 5
-    python tools/eval.py next "To be, or not to" -o json
+    pygpt eval perplexity book.txt                          every token once, with half a window of context or more
+    pygpt eval perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
+    pygpt eval hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
+    pygpt eval next "The capital of France is" -k 5
+    pygpt eval next "To be, or not to" -o json
 
 Perplexity slides a window of `--window` tokens (default maxT) over the tokens by `--stride` (default half of it); a window
 scores the tokens that the one before did not reach, so that each token but the first is scored once, and those of later
@@ -33,21 +33,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import (
-    GPT2,
-    Example,
-    InputError,
-    KVCache,
-    NumericalError,
-    Tokenizer,
-    find_model,
-    read_examples,
-    read_text,
-    read_tokens,
-    tokens_of_text,
-)
-from pygpt.commands.console import HelpFormatter, Parser, check_stdout, status_of
-
+from ..errors import InputError, NumericalError
+from ..formats.llmc import Example, read_examples
+from ..formats.shards import read_tokens
+from ..formats.text import read_text, tokens_of_text
+from ..hub.find import find_model
+from ..model import GPT2
+from ..network import KVCache
+from ..tokenizer import Tokenizer
+from .console import HelpFormatter, Parser, check_stdout, status_of
 from .progress import Progress
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
@@ -74,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
-        prog="eval.py",
-        usage="python tools/eval.py perplexity|hellaswag|next ... [options]",
+        prog="pygpt eval",
+        usage="pygpt eval perplexity|hellaswag|next ... [options]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -86,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         made = tasks.add_parser(
             name,
             parents=[shared],
-            usage=f"python tools/eval.py {name} {positional} [options]",
+            usage=f"pygpt eval {name} {positional} [options]",
             description=summary,
             help=summary,
             formatter_class=HelpFormatter,

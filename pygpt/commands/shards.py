@@ -1,9 +1,9 @@
 """Texts to llm.c's token shards, for training; and a look into a shard.
 
-    python tools/shards.py input.txt -o data/ --val-tokens 32768    data/input_train.bin and data/input_val.bin
-    python tools/shards.py 'books/*.txt' -o data/books --shard-size 100000000 --val-fraction 0.01
-    zcat dump.gz | python tools/shards.py - -o data/dump --eot document
-    python tools/shards.py --show data/input_val.bin -n 20
+    pygpt shards input.txt -o data/ --val-tokens 32768    data/input_train.bin and data/input_val.bin
+    pygpt shards 'books/*.txt' -o data/books --shard-size 100000000 --val-fraction 0.01
+    zcat dump.gz | pygpt shards - -o data/dump --eot document
+    pygpt shards --show data/input_val.bin -n 20
 
 Texts are UTF-8 and may be larger than memory. Tokens are GPT-2's; --eot says where `<|endoftext|>` goes: before each text
 and after every blank line (paragraph, as llm.c prepares tinyshakespeare), before each text only (document), or nowhere.
@@ -29,18 +29,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import (
-    InputError,
-    PyGPTError,
-    Tokenizer,
-    encode_text,
-    read_text,
-    read_tokens,
-    split,
-    write_tokens,
-)
-from pygpt.commands.console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of
-
+from ..errors import InputError, PyGPTError
+from ..formats.shards import read_tokens, write_tokens
+from ..formats.text import encode_text, read_text
+from ..tokenizer import Tokenizer
+from ..training.data import split
+from .console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of
 from .progress import Progress
 
 EOT = ("document", "paragraph", "none")
@@ -56,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
-        prog="shards.py",
-        usage="python tools/shards.py TEXT... -o DIR_OR_PREFIX [options]\n       python tools/shards.py --show FILE [-n N]",
+        prog="pygpt shards",
+        usage="pygpt shards TEXT... -o DIR_OR_PREFIX [options]\n       pygpt shards --show FILE [-n N]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,

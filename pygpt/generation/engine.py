@@ -119,6 +119,8 @@ class Engine:
 
         seed: instead of the request's. Raises InputError if its sequence could never fit in cache_bytes.
         """
+        if not is_whole(n, 1, 1 << 20):
+            raise InputError(f"n is {shown(n)}: it must be a whole number from 1 to {1 << 20}")
         needed = self._bytes(min(request.total, request.config.maxT))
         if self.cache_bytes is not None and needed > self.cache_bytes:
             raise InputError(
@@ -191,6 +193,10 @@ class Engine:
             self._live.remove(sequence)
             if sequence.memory is not None:
                 self.prefix.give(sequence.memory)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop idle caches until they and what the live sequences may need fit in cache_bytes."""
         if self.cache_bytes is not None:
             self.prefix.shrink(self.cache_bytes - self._reserved())
 
@@ -208,6 +214,7 @@ class Engine:
         for i, sequence in enumerate(self._live):
             if sequence.memory is None:
                 self._begin(sequence, windows[i], list(zip(self._live[:i], windows, strict=False)))
+        self._make_room()
         decoding: list[_Part] = []
         prompts: list[_Part] = []
         for sequence, window in zip(self._live, windows, strict=True):
@@ -229,22 +236,28 @@ class Engine:
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache that holds the longest prefix that any other holds. If an earlier sequence is about to
         compute a longer one, leave the sequence without a cache: it waits."""
-        donor, shared = self.prefix.best(window)
+        live, held, coming = None, 0, 0
         for other, its_window in earlier:
-            if other.memory is None:
-                continue
-            if (held := other.memory.shared(window)) > shared:
-                donor, shared = other.memory, held
-            coming = common_prefix(its_window, window, len(window) - 1)
-            if its_window == window or coming - max(shared, held) >= WORTH_WAITING:
-                return
-        if donor is None:
-            sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
-        elif self._may_take(donor, shared, sequence.completion.longest) and self.prefix.take(donor):
-            donor.keep(shared)
-            sequence.memory = donor
+            if other.memory is not None:
+                if its_window == window:
+                    return
+                if (shared := other.memory.shared(window)) > held:
+                    live, held = other.memory, shared
+                coming = max(coming, common_prefix(its_window, window, len(window) - 1))
+        idle, kept = self.prefix.best(window)
+        if coming - max(held, kept) >= WORTH_WAITING:
+            return
+        if idle is not None and kept >= held and self.prefix.take(idle):  # another thread's engine may be faster
+            if self._may_take(idle, kept, sequence.completion.longest):
+                idle.keep(kept)
+                sequence.memory = idle
+            else:
+                sequence.memory = idle.copy(kept, self._capacity(sequence))
+                self.prefix.give(idle)
+        elif live is not None:
+            sequence.memory = live.copy(held, self._capacity(sequence))
         else:
-            sequence.memory = donor.copy(shared, self._capacity(sequence))
+            sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
 
     def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
         """Whether an idle memory is better taken than copied: it loses little, or there is no room for two."""

@@ -190,7 +190,7 @@ def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], 
         name = os.fspath(source)
         files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
         if not files:
-            raise DataError(f"{name!r}: no such file, and as a pattern it matches none; tools/shards.py makes token files")
+            raise DataError(f"{name!r}: no such file, and as a pattern it matches none; pygpt shards makes token files")
         return files, None
     if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
         if not source:

@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+ADAMW = ("beta1", "beta2", "eps", "weight_decay", "decay_matrices_only")
 SCHEDULES = ("constant", "cosine")
 MOST_STEPS = 2**31 - 1
 MOST_MICRO_BATCHES = 10**6
@@ -87,6 +88,10 @@ class TrainingOptions:
     def gradient_scale(self, norm: float) -> float:
         """What the gradient is multiplied by so that its global norm is at most `clip`."""
         return self.clip / norm if 0 < self.clip < norm else 1.0
+
+    def adamw(self) -> "dict[str, Any]":
+        """The options that every AdamW step takes as they are."""
+        return {name: getattr(self, name) for name in ADAMW}
 
     def as_dict(self) -> "dict[str, Any]":
         """The options as TrainingOptions(**...) takes them."""

@@ -201,37 +201,7 @@ class Parameters:
         decay_matrices_only: bool = False,
         gradient_scale: float = 1.0,
     ) -> None:
-        """Change the parameters by one step of AdamW; arguments and errors as check_update()."""
-        self._update(
-            self.check_update(
-                lr=lr,
-                step=step,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-                decay_matrices_only=decay_matrices_only,
-                gradient_scale=gradient_scale,
-            )
-        )
-
-    def _update(self, numbers: AdamW) -> None:
-        """Apply a checked step: the engine's part."""
-        raise NotImplementedError
-
-    def check_update(
-        self,
-        *,
-        lr: float,
-        step: int,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decay_matrices_only: bool = False,
-        gradient_scale: float = 1.0,
-    ) -> AdamW:
-        """Check the arguments of one AdamW step and work out its numbers. Raises InputError for a value out of its range.
+        """Change the parameters by one step of AdamW. Raises InputError for a value out of its range.
 
         step counts from 1. decay_matrices_only spares biases and layer norms, as GPT-2's training does; else every parameter
         decays, as in llm.c's CPU program.
@@ -249,7 +219,12 @@ class Parameters:
             check_number(name, value, low, high)
         spans = list(self._spans(weight_decay, decay_matrices_only))
         correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
-        return AdamW(lr, beta1, beta2, 1 - beta1, 1 - beta2, correction1, correction2, eps, gradient_scale, spans)
+        rest = 1 - beta1, 1 - beta2
+        self._update(AdamW(lr, beta1, beta2, *rest, correction1, correction2, eps, gradient_scale, spans))
+
+    def _update(self, numbers: AdamW) -> None:
+        """Apply a checked step: the engine's part."""
+        raise NotImplementedError
 
     def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:
         """Yield (start, stop, decay), neighbouring tensors of equal decay together."""

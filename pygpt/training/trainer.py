@@ -83,16 +83,7 @@ class Trainer:
             norm = self.engine.gradient_norm()
             self._check_finite("gradient's norm", norm, place)
             lr = options.learning_rate(self.done)
-            self.engine.update(
-                lr=lr,
-                step=step,
-                beta1=options.beta1,
-                beta2=options.beta2,
-                eps=options.eps,
-                weight_decay=options.weight_decay,
-                decay_matrices_only=options.decay_matrices_only,
-                gradient_scale=options.gradient_scale(norm),
-            )
+            self.engine.update(lr=lr, step=step, gradient_scale=options.gradient_scale(norm), **options.adamw())
             self.done = step
         except BaseException:
             see_through(settle, TRIES)

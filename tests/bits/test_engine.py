@@ -3,6 +3,7 @@
 This holds for every order, for every set of other requests, and for all limits.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -292,3 +293,25 @@ def test_the_clock_keeps_steps_near_their_target() -> None:
 def test_bad_limits(model: GPT2, limits: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(limits))):
         model.engine(**limits)
+
+
+def test_engines_on_threads_share_a_prefix_cache(model: GPT2) -> None:
+    """Four threads go on from one cache at once: no two of them ever compute in the same keys and values."""
+    prefix = model.new_prefix_cache(9 * MAXT * model.network.position_bytes)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9, *tail] for tail in ([1], [2], [1, 1], [2, 2], [1, 2], [2, 1])]
+    wanted = [list(model.generate(prompt, max_new_tokens=6)) for prompt in prompts]
+    wrong: list[list[int]] = []
+
+    def ask(first: int) -> None:
+        for i in range(60):
+            number = (first + 5 * i) % len(prompts)
+            if list(model.generate(prompts[number], max_new_tokens=6, cache=prefix)) != wanted[number]:
+                wrong.append(prompts[number])
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert prefix.nbytes <= prefix.max_bytes

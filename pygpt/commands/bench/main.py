@@ -1,10 +1,10 @@
 """Speed: prefill (pp) and decode (tg) in tokens a second, held against what the machine can do in the same minutes.
 
-    python tools/bench.py -m gpt2_124M.bin                     the table, for 1 and 2 threads
-    python tools/bench.py -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
-    python tools/bench.py -m gpt2_124M.bin --reference         and the serial reference, with the speed-up over it
-    python tools/bench.py -m gpt2_124M.bin --against all       and the installed peers on the same weights
-    python tools/bench.py -m gpt2_124M.bin --train -B 4 -T 64  training, with --reference and --against too (bench_train.py)
+    pygpt bench -m gpt2_124M.bin                     the table, for 1 and 2 threads
+    pygpt bench -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
+    pygpt bench -m gpt2_124M.bin --reference         and the serial reference, with the speed-up over it
+    pygpt bench -m gpt2_124M.bin --against all       and the installed peers on the same weights
+    pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  training, with --reference and --against too (bench/train.py)
 
 Names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
 sequences together, process the whole command, two tokens in and eight new ones. Every round runs each test once, then the next
@@ -20,7 +20,7 @@ tokens_per_s (median), tokens_per_s_middle_half [low, high], seconds (median), r
 peak_anon_bytes (null: not measured): resident memory that is not the file's after the test, in a process of its own, of which
 anon_before_bytes were there before it, without the keys and values, which take cache_bytes; mapped_bytes of files beside it;
 with one thread in the same run speed_up, hardware_speed_up, percent_of_hardware_scaling, and with --reference
-speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench_train.py.)
+speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench/train.py.)
 """
 
 import argparse
@@ -38,21 +38,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pygpt import (
-    GPT2,
-    Ceilings,
-    Checkpoint,
-    Config,
-    InputError,
-    PyGPTError,
-    SerialGPT2,
-    TrainableGPT2,
-    __version__,
-    cpu_info,
-    find_model,
-)
-from pygpt.commands.console import HelpFormatter, Parser, check_stdout, say, status_of
-
+from ... import __version__
+from ..._kernels import cpu_info
+from ...ceilings import Ceilings
+from ...config import Config
+from ...errors import InputError, PyGPTError
+from ...formats.checkpoint import Checkpoint
+from ...hub.find import find_model
+from ...model import GPT2
+from ...reference import SerialGPT2
+from ...training.trainable import TrainableGPT2
+from ..child import child_environment
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of
 from . import peers as bench_peers
 from . import train as bench_train
 
@@ -149,7 +146,7 @@ def time_process(path: str, *options: str) -> float:
     """Seconds of the whole command for that job, interpreter start included."""
     command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
     start = time.perf_counter()
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    status = subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()).returncode
     if status:
         raise PyGPTError(f"the command that is measured ended with status {status}")
     return time.perf_counter() - start
@@ -158,8 +155,9 @@ def time_process(path: str, *options: str) -> float:
 def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]:
     """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file; of
     training, the most there was."""
-    command = [sys.executable, __file__, "--memory-of", json.dumps([test, path, threads, *sizes])]
-    found: dict[str, int] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    command = [sys.executable, "-m", "pygpt", "bench", "--memory-of", json.dumps([test, path, threads, *sizes])]
+    done = subprocess.run(command, capture_output=True, check=True, env=child_environment())
+    found: dict[str, int] = json.loads(done.stdout)
     return found
 
 
@@ -308,11 +306,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
+    """The clone's commit; empty for an installed package, and without git."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-    except OSError:  # there is no git
+        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    except OSError:
         return ""
     return result.stdout.strip()
 
@@ -393,8 +393,8 @@ TRAINING = {"B": 4, "T": 64}
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
-        prog="bench",
-        usage="python tools/bench.py [options]",
+        prog="pygpt bench",
+        usage="pygpt bench [options]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,

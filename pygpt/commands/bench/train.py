@@ -25,8 +25,11 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
-from pygpt import Ceilings, Config, InputError, PyGPTError, SerialTrainableGPT2, TrainableGPT2
-
+from ...ceilings import Ceilings
+from ...config import Config
+from ...errors import InputError, PyGPTError
+from ...reference import SerialTrainableGPT2
+from ...training.trainable import TrainableGPT2
 from .peers import Peer
 
 PARTS = ("forward", "backward", "norm", "update")

@@ -4,8 +4,7 @@ import json
 import os
 from typing import Any
 
-from pygpt import InputError
-
+from ...errors import InputError
 from .text import CALLS, WIDTH, ms, table
 
 SCHEMA = 1

@@ -1,13 +1,13 @@
-"""Where the time goes: a hotspot report of a prompt and of the tokens after it, or of an iteration of training.
+"""Report where the time goes: in a prompt and the tokens after it, or in iterations of training.
 
-    python tools/profile.py                                   the model that the command would use, two tokens in, 32 out
-    python tools/profile.py -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
-    python tools/profile.py --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
-    python tools/profile.py --skip all                        hotspots only, in a second
-    python tools/profile.py -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
-    python tools/profile.py --stretch fc=3 --stretch 1:all=2  plant slowness, to see whether the report finds it
+    pygpt profile                                   the model that pygpt would use, two tokens in, 32 out
+    pygpt profile -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
+    pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
+    pygpt profile --skip all                        hotspots only, in a second
+    pygpt profile -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
+    pygpt profile --stretch fc=3 --stretch 1:all=2  slow parts down, to see whether the report finds them
 
-JSON, schema 1 (all times in ns, summed over the rounds unless they are called median; null or empty where not measured):
+JSON, schema 1 (times in ns, summed over the rounds except for medians; null or empty: not measured):
 
     schema, pygpt           1, and the package's version
     model                   path, name, L, NH, C, V, maxT, version, value_bytes
@@ -47,20 +47,15 @@ import json
 import os
 import platform
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from pygpt import (
-    Checkpoint,
-    InputError,
-    Trace,
-    __version__,
-    cpu_info,
-    default_threads,
-    find_model,
-)
-from pygpt.commands.console import Parser, check_stdout, say, status_of
-
+from ... import __version__
+from ..._kernels import Trace, cpu_info
+from ...cpus import default_threads
+from ...errors import InputError
+from ...formats.checkpoint import Checkpoint
+from ...hub.find import find_model
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of
 from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
@@ -81,14 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
-        prog="profile",
-        usage="python tools/profile.py [options]",
-        description="Where the time goes: a hotspot report of a prompt and of the tokens decoded after it, or of training.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+        prog="pygpt profile",
+        usage="pygpt profile [options]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that `python -m pygpt` would use)")
+    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that pygpt would use)")
     add("--tokens", metavar="IDS", help="the prompt, as in 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="a made-up prompt of so many tokens instead")
     add(
@@ -103,11 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--by-layer", action="store_true", help="add a table by layer")
     add("--skip", metavar="LIST", default="", help=f"leave out parts: all, or some of {','.join(PARTS)}")
     add("--serial-tokens", metavar="N", default="8", help="tokens of the strategies: the serial reference is slow (default 8)")
-    add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib, the extra `tools`)")
+    add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too and print the hottest symbols")
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, whose schema heads this file")
+    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, with the schema above")
     add("--compare", metavar=("A", "B"), nargs=2, help="print what moved between two reports in JSON; nothing runs")
     add("--all-workers", action="store_true", help="use all workers even for steps too small to be worth it")
     add("--capacity", metavar="N", help="events that a worker can note in a round (default: enough)")
@@ -243,7 +238,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     if "strategies" in parts:
         report["strategies"] = ways(options, path, task, nth)
     if "startup" in parts:
-        report["startup"] = startup.measure(path, task, nth, str(Path(__file__).resolve().parents[3]))
+        report["startup"] = startup.measure(path, task, nth)
     return report, recording, task
 
 

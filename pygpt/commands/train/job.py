@@ -14,21 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import (
-    Config,
-    DataError,
-    DataLoader,
-    InputError,
-    PyGPTError,
-    TrainingOptions,
-    TrainingState,
-    read_text,
-    read_tokens,
-    split,
-    tokens_of_text,
-)
-from pygpt.errors import is_whole, shown
-
+from ...config import Config
+from ...errors import DataError, InputError, PyGPTError, is_whole, shown
+from ...formats.shards import read_tokens
+from ...formats.text import read_text, tokens_of_text
+from ...training.data import DataLoader, split
+from ...training.options import TrainingOptions
+from ...training.state import TrainingState
 from .report import pictures
 
 SHAPES = {
@@ -127,7 +119,7 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
     try:
         job = Job(**state.progress.job)
     except (TypeError, InputError):
-        raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
+        raise InputError(f"{state.path}: this state is not of pygpt train: Trainer.restore() can read it") from None
     part, old = _job_part(given), vars(job)
     for name in FIXED:
         if name in part and part[name] != old[name]:

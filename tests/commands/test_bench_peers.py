@@ -1,12 +1,13 @@
-"""tools/bench_peers.py: the NumPy peer computes pygpt's network, and every way to fail is one clear line.
+"""The peers of pygpt bench: the NumPy peer computes pygpt's network, and every way to fail is one clear line.
 
-The other peers need packages that a test run does not install; bench.py's user compares their logits by Peer.logits().
+The other peers need packages that a test run does not install; whoever adds one compares their logits by Peer.logits().
 """
 
 import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,24 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
+from running import environment
 
 from pygpt import GPT2
+from pygpt.commands.bench import peers as bench_peers
 from pygpt.hub.find import EMBEDDED_MODEL
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "bench_peers.py"
+CHILD = [sys.executable, "-m", "pygpt.commands.bench.peers"]
 TOKENS = [31373, 612, 13, 50256, 0]
-
-
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_peers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench_peers = load_script()
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +62,15 @@ def test_seconds_and_memory_are_plausible(peer: Any) -> None:
 
 def test_decode_does_not_count_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, prompts = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(bench_peers.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
 
     def run(tokens: list[int], start: int) -> None:
         clock.now += 1 if start else 1000
         if not start:
             prompts.append(tokens)
 
-    engine, warm = bench_peers.Engine(), set[str]()
+    engine: Any = bench_peers.Engine()
+    warm: set[str] = set()
     engine.config, engine._run = SimpleNamespace(V=100, maxT=64), run
     assert bench_peers.time_call(engine, "decode", 7, 3, warm) == 7
     assert bench_peers.time_call(engine, "prefill", 5, 0, warm) == 1000
@@ -152,10 +144,11 @@ def test_close_ends_the_child_and_may_be_called_twice(small: Path) -> None:
 
 def test_available_names_what_is_installed_and_imports_nothing() -> None:
     program = (
-        f"import sys; sys.path[0] = {str(SCRIPT.parent)!r}; import bench_peers; names = bench_peers.available(); "
-        "import json; print(json.dumps([names, sorted(sys.modules)]))"
+        "import json, sys; from pygpt.commands.bench.peers import available; names = available(); "
+        "print(json.dumps([names, sorted(sys.modules)]))"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
     names, imported = json.loads(result.stdout)
     packages = {package for needed in bench_peers.PEERS.values() for package in needed}
     found = {package for package in packages if importlib.util.find_spec(package)}
@@ -176,7 +169,7 @@ def test_bad_arguments_of_the_child() -> None:
         ["nunpy", "x.bin", "1"],
         ["--convert", "numpy", "a", "b"],
     ):
-        result = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+        result = subprocess.run([*CHILD, *arguments], capture_output=True, text=True, env=environment())
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.startswith("usage: ")
         assert result.stderr.count("\n") == 1

@@ -22,22 +22,18 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
+from running import PYGPT, assert_refused, environment, run
 
 import pygpt
 from pygpt import GPT2, Config, cpu_info, write_checkpoint
+from pygpt.commands import COMMANDS
 
-ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 64, "seed": 5}
 MAIN_JOB = [284, 869, 502, 307, 1221, 3166, 26, 198]
 DEADLINE = 60  # seconds for what takes a tenth of one: reached only by a hang
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running it
-
-
-def clean_environment(**variables: str) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYGPT", "PYTHON", "COLUMNS"))}
-    return {**environment, "PYTHONPATH": str(ROOT), **variables}
 
 
 @pytest.fixture
@@ -52,36 +48,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def command(
-    *arguments: str, stdin: str | bytes = "", shell: str | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run `python -m pygpt` to its end. `shell` is a line of sh in which "$@" is the command."""
-    words = [sys.executable, "-m", "pygpt", *arguments]
-    if shell is not None:
-        words = ["/bin/sh", "-c", shell, "sh", *words]
-    result = subprocess.run(
-        words,
-        input=stdin.encode() if isinstance(stdin, str) else stdin,
-        capture_output=True,
-        timeout=DEADLINE,
-        env=clean_environment(**variables),
-        check=False,
-    )
-    return subprocess.CompletedProcess(
-        result.args, result.returncode, result.stdout.decode(), result.stderr.decode("utf-8", "surrogateescape")
-    )
-
-
 def serving(*arguments: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
     """The command as it serves requests, still running."""
-    words = [sys.executable, "-m", "pygpt", *arguments, "-"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, stdin=pipe, stdout=stdout, stderr=pipe, env=clean_environment())
+    return subprocess.Popen([*PYGPT, *arguments, "-"], stdin=pipe, stdout=stdout, stderr=pipe, env=environment())
 
 
 def succeed(*arguments: str, stdin: str | bytes = "", **variables: str) -> str:
     """Run it; it must succeed in silence. Return its output."""
-    result = command(*arguments, stdin=stdin, **variables)
+    result = run(*arguments, stdin=stdin, **variables)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
@@ -94,20 +69,6 @@ def ids(*arguments: str, **variables: str) -> list[int]:
 def numbers(output: str) -> list[int]:
     assert re.fullmatch(r"(\d+\n)+", output)
     return [int(line) for line in output.splitlines()]
-
-
-def refused(result: subprocess.CompletedProcess[str], *named: str, status: int = 2, stdout: str = "") -> None:
-    """One line on stderr that names the value; the status; nothing on stdout."""
-    assert result.stderr.startswith("pygpt: error: ")
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.endswith("\n")
-    assert len(result.stderr) < 600
-    assert result.stderr.isprintable() or result.stderr[:-1].isprintable()
-    for word in named:
-        assert word in result.stderr
-    assert "usage" not in result.stderr
-    assert "Traceback" not in result.stderr
-    assert (result.returncode, result.stdout) == (status, stdout)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +99,7 @@ def generate(path: str, tokens: Sequence[int], **options: Any) -> list[int]:
 
 def test_the_main_job() -> None:
     """Eight ids, one a line; one line on stderr says which model answers and how to get the real one."""
-    result = command("31373", "612")
+    result = run("31373", "612")
     assert result.returncode == 0
     assert result.stdout == "".join(f"{token}\n" for token in MAIN_JOB)
     assert result.stderr.count("\n") == 1
@@ -148,12 +109,12 @@ def test_the_main_job() -> None:
 
 @pytest.mark.parametrize("options", [["--reference"], *[["-t", str(nth)] for nth in range(1, 9)]], ids=" ".join)
 def test_the_main_job_however_it_is_computed(options: list[str]) -> None:
-    assert numbers(command(*options, "31373", "612").stdout) == MAIN_JOB
+    assert numbers(run(*options, "31373", "612").stdout) == MAIN_JOB
 
 
 @pytest.mark.parametrize("isa", cpu_info()["available"])
 def test_the_main_job_on_every_instruction_set(isa: str) -> None:
-    assert numbers(command("31373", "612", PYGPT_ISA=isa).stdout) == MAIN_JOB
+    assert numbers(run("31373", "612", PYGPT_ISA=isa).stdout) == MAIN_JOB
 
 
 @pytest.mark.parametrize("options", [[], ["--reference"], ["-t", "3"]], ids=" ".join)
@@ -188,8 +149,8 @@ from pygpt.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
     words = [sys.executable, "-c", program, "-m", small, "--reference", "1"]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, env=clean_environment(), check=False)
-    refused(result, "pygpt._reference", status=1)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, env=environment(), check=False)
+    assert_refused(result, "pygpt._reference", status=1)
 
 
 def test_a_named_model_answers_in_silence(small: str) -> None:
@@ -334,14 +295,14 @@ NINES = "9" * 40  # what an error shows of it
 )
 def test_bad_arguments(arguments: list[str], named: list[str]) -> None:
     """One line, though the embedded model would have its own line to say: it does not answer."""
-    refused(command(*arguments), *named)
+    assert_refused(run(*arguments), *named)
 
 
 def test_bad_variables(small: str) -> None:
     for text in ("0", "257", "x", "-1", HUGE):
-        refused(command("-m", small, "5", PYGPT_THREADS=text), "PYGPT_THREADS", text[:40])
-    refused(command("-m", small, "5", PYGPT_ISA="sse9"), "'sse9'", "baseline")
-    refused(command("5", PYGPT_MODEL="/no/such/model.bin"), "/no/such/model.bin", "PYGPT_MODEL")
+        assert_refused(run("-m", small, "5", PYGPT_THREADS=text), "PYGPT_THREADS", text[:40])
+    assert_refused(run("-m", small, "5", PYGPT_ISA="sse9"), "'sse9'", "baseline")
+    assert_refused(run("5", PYGPT_MODEL="/no/such/model.bin"), "/no/such/model.bin", "PYGPT_MODEL")
 
 
 def test_bad_models(small: str, tmp_path: Path) -> None:
@@ -368,7 +329,7 @@ def test_bad_models(small: str, tmp_path: Path) -> None:
     ):
         path = model(name, content)
         for options in ([], ["--reference"]):
-            refused(command("-m", path, *options, "5"), *named)
+            assert_refused(run("-m", path, *options, "5"), *named)
     for path, named in (
         (str(tmp_path / "none.bin"), ["none.bin", "no such"]),
         (str(tmp_path), [str(tmp_path), "regular file"]),
@@ -378,23 +339,23 @@ def test_bad_models(small: str, tmp_path: Path) -> None:
         (f"{small}/x", ["no such"]),
         ("x" * 300, []),
     ):
-        refused(command("-m", path, "5"), *named)
+        assert_refused(run("-m", path, "5"), *named)
     Path("gpt2_124M.bin").symlink_to("nowhere")
-    refused(command("5"), "gpt2_124M.bin")
+    assert_refused(run("5"), "gpt2_124M.bin")
 
 
 def test_arguments_are_checked_before_the_model() -> None:
     """What can be judged without a model is judged without one."""
     for arguments in (["foo"], [], ["-n", "x", "5"], ["-t", "x", "5"], [HUGE]):
-        result = command("-m", "/no/such/model.bin", *arguments)
-        refused(result)
+        result = run("-m", "/no/such/model.bin", *arguments)
+        assert_refused(result)
         assert "/no/such" not in result.stderr
 
 
 def test_damaged_weights(nan_model: str) -> None:
     for options in (["-m", nan_model], ["-m", nan_model, "--reference"], ["-m", nan_model, "--sampler", "greedy"]):
-        refused(command(*options, "1"), "not finite", status=1)
-    refused(command("-m", nan_model, "-", stdin="1\n"), "not finite", status=1)
+        assert_refused(run(*options, "1"), "not finite", status=1)
+    assert_refused(run("-m", nan_model, "-", stdin="1\n"), "not finite", status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,7 +417,7 @@ def test_options_are_defaults_of_requests(small: str) -> None:
 
 
 def test_the_embedded_model_serves() -> None:
-    result = command("-", stdin="31373 612\n\n31373 612\n")
+    result = run("-", stdin="31373 612\n\n31373 612\n")
     line = " ".join(map(str, MAIN_JOB)) + "\n"
     assert (result.returncode, result.stdout) == (0, line + "\n" + line)
     assert result.stderr.count("\n") == 1
@@ -543,13 +504,13 @@ def test_the_embedded_model_serves() -> None:
 )
 def test_bad_requests(small: str, line: bytes, named: list[str]) -> None:
     """Earlier answers stand; one line on stderr; status 2; what follows is not answered."""
-    result = command("-m", small, "-", stdin=b"1 2\n" + line + b"\n3\n")
-    refused(result, *named, stdout=answer(small, [1, 2]))
+    result = run("-m", small, "-", stdin=b"1 2\n" + line + b"\n3\n")
+    assert_refused(result, *named, stdout=answer(small, [1, 2]))
 
 
 def test_a_bad_first_request_to_the_embedded_model() -> None:
     """It has answered nothing, so that there is nothing to say about it."""
-    refused(command("-", stdin="foo\n"), "'foo'")
+    assert_refused(run("-", stdin="foo\n"), "'foo'")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,14 +563,14 @@ def test_stop_strings_and_end_of_text() -> None:
     job = [13, 628, 50256, 33, 11262, 9795, 25, 198]  # as recorded in data/goldens.json
     words = ["--sampler", "greedy", "31373", "612"]
     end = job.index(50256) + 1
-    assert numbers(command(*words).stdout) == job
-    assert numbers(command("--stop-at-eot", *words).stdout) == job[:end]
-    assert numbers(command("--stop", "<|endoftext|>", *words).stdout) == job[:end]
-    assert numbers(command("--stop", "no such text", "--stop", "of|", "--stop", "text|", *words).stdout) == job[:end]
-    assert numbers(command("--stop-at-eot", "--stop-token", "628", *words).stdout) == job[:2]
+    assert numbers(run(*words).stdout) == job
+    assert numbers(run("--stop-at-eot", *words).stdout) == job[:end]
+    assert numbers(run("--stop", "<|endoftext|>", *words).stdout) == job[:end]
+    assert numbers(run("--stop", "no such text", "--stop", "of|", "--stop", "text|", *words).stdout) == job[:end]
+    assert numbers(run("--stop-at-eot", "--stop-token", "628", *words).stdout) == job[:2]
     request = json.dumps({"tokens": [31373, 612], "stop_strings": ["oftext"]})
     line = " ".join(map(str, job))
-    result = command("--reference", "--sampler", "greedy", "-", stdin=f"{request}\n31373 612\n")
+    result = run("--reference", "--sampler", "greedy", "-", stdin=f"{request}\n31373 612\n")
     assert result.stdout == " ".join(map(str, job[:end])) + f"\n{line}\n"
 
 
@@ -677,13 +638,13 @@ def test_unseeded_answers_are_random(small: str) -> None:
     ids=lambda words: " ".join(words)[:40],
 )
 def test_bad_options_of_generation(arguments: list[str], named: list[str]) -> None:
-    refused(command(*arguments, "5"), *named)
+    assert_refused(run(*arguments, "5"), *named)
 
 
 def test_what_the_vocabulary_lacks(small: str) -> None:
-    refused(command("-m", small, "--stop-at-eot", "5"), "50256", "210")
-    refused(command("-m", small, "--stop", "a", "5"), "50257", "211")
-    refused(command("-m", small, "--stop", "a", "-"), "50257", "211")
+    assert_refused(run("-m", small, "--stop-at-eot", "5"), "50256", "210")
+    assert_refused(run("-m", small, "--stop", "a", "5"), "50257", "211")
+    assert_refused(run("-m", small, "--stop", "a", "-"), "50257", "211")
 
 
 COUNTING = """
@@ -714,7 +675,7 @@ def test_requests_go_on_from_where_they_part(small: str) -> None:
         capture_output=True,
         text=True,
         timeout=DEADLINE,
-        env=clean_environment(),
+        env=environment(),
         check=False,
     )
     assert (result.returncode, result.stdout) == (0, answer(small, *requests, max_new_tokens=3))
@@ -758,7 +719,7 @@ class Stepped:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=clean_environment(),
+            env=environment(),
             pass_fds=[gate],
         )
         os.close(gate)
@@ -947,12 +908,12 @@ def test_broken_pipe(small: str, arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     result = subprocess.run(
-        [sys.executable, "-m", "pygpt", "-m", small, *arguments],
+        [*PYGPT, "-m", small, *arguments],
         input=b"1\n" * 100,
         stdout=write,
         stderr=subprocess.PIPE,
         timeout=DEADLINE,
-        env=clean_environment(),
+        env=environment(),
         check=False,
     )
     os.close(write)
@@ -982,16 +943,16 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /d
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]], ids=" ".join)
 def test_help_that_nobody_gets(arguments: list[str], unbuffered: str) -> None:
-    result = command(*arguments, shell='"$@" > /dev/full', PYTHONUNBUFFERED=unbuffered)
-    refused(result, "No space left on device", status=1)
-    refused(command(*arguments, shell='"$@" >&-'), "stdout is closed", status=1)
+    result = run(*arguments, shell='"$@" > /dev/full', PYTHONUNBUFFERED=unbuffered)
+    assert_refused(result, "No space left on device", status=1)
+    assert_refused(run(*arguments, shell='"$@" >&-'), "stdout is closed", status=1)
 
 
 @needs_full
 @pytest.mark.parametrize("arguments", [["1"], ["--reference", "1"], ["-"]], ids=" ".join)
 def test_full_disk(small: str, arguments: list[str]) -> None:
-    result = command("-m", small, *arguments, stdin="1\n", shell='"$@" > /dev/full')
-    refused(result, "No space left on device", status=1)
+    result = run("-m", small, *arguments, stdin="1\n", shell='"$@" > /dev/full')
+    assert_refused(result, "No space left on device", status=1)
 
 
 @needs_full
@@ -1001,26 +962,24 @@ def test_output_that_is_still_buffered_when_the_job_is_done() -> None:
     words = [sys.executable, "-c", program]
     read, write = os.pipe()
     os.close(read)
-    gone = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=clean_environment(), timeout=DEADLINE, check=False)
+    gone = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=environment(), timeout=DEADLINE, check=False)
     os.close(write)
     assert (gone.returncode, gone.stderr) == (141, b"")
     with open("/dev/full", "wb") as full:
-        told = subprocess.run(
-            words, stdout=full, stderr=subprocess.PIPE, env=clean_environment(), timeout=DEADLINE, check=False
-        )
+        told = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=DEADLINE, check=False)
     assert (told.returncode, told.stderr) == (1, b"pygpt: error: [Errno 28] No space left on device\n")
 
 
 def test_closed_stdout(small: str) -> None:
     for arguments in (["1"], ["-"]):
-        refused(command("-m", small, *arguments, stdin="1\n", shell='"$@" >&-'), "stdout", status=1)
+        assert_refused(run("-m", small, *arguments, stdin="1\n", shell='"$@" >&-'), "stdout", status=1)
 
 
 def test_closed_stdin(small: str) -> None:
-    result = command("-m", small, "1", "2", shell='"$@" <&-')
+    result = run("-m", small, "1", "2", shell='"$@" <&-')
     assert (result.returncode, result.stderr) == (0, "")
     assert numbers(result.stdout) == generate(small, [1, 2])
-    result = command("-m", small, "-", shell='"$@" <&-')
+    result = run("-m", small, "-", shell='"$@" <&-')
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -1028,15 +987,30 @@ def test_closed_stdin(small: str) -> None:
 def test_stderr_that_takes_nothing(stderr: str) -> None:
     """What cannot be said on stderr is not said on stdout, and stops nothing."""
     shell = f'"$@" {stderr}'
-    assert numbers(command("31373", "612", shell=shell).stdout) == MAIN_JOB
-    assert command("31373", "612", shell=shell).returncode == 0
+    assert numbers(run("31373", "612", shell=shell).stdout) == MAIN_JOB
+    assert run("31373", "612", shell=shell).returncode == 0
     for arguments in (["foo"], ["50257"], []):
-        result = command(*arguments, shell=shell)
+        result = run(*arguments, shell=shell)
         assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
 
 
 def test_all_closed(small: str) -> None:
-    assert command("-m", small, "1", shell='"$@" <&- >&- 2>&-').returncode == 1
+    assert run("-m", small, "1", shell='"$@" <&- >&- 2>&-').returncode == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Subcommands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_subcommand_has_help(name: str) -> None:
+    assert re.match(rf"usage: pygpt {name} ", succeed(name, "--help"))
+    assert f"  {name:<10}{COMMANDS[name][1]}\n" in succeed("--help")
+
+
+@pytest.mark.parametrize("word", ["trian", "Train", "training", "h", "x" * 5000])
+def test_a_misspelt_subcommand_names_all(word: str) -> None:
+    assert_refused(run(word, "--data", "x"), repr(word[:40]), *COMMANDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1076,7 +1050,7 @@ def test_examples_of_the_help_run(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             timeout=DEADLINE,
-            env=clean_environment(PATH=f"{python.parent}:{os.environ['PATH']}"),
+            env=environment(PATH=f"{python.parent}:{os.environ['PATH']}"),
             check=False,
         )
         assert (result.returncode, result.stderr) == (0, ""), line
@@ -1104,7 +1078,9 @@ try:
     main(sys.argv[1:])
 except SystemExit:
     pass
-heavy = {"numpy", "tiktoken", "json", "hypothesis", "asyncio", "multiprocessing", "logging", "unittest"}
+heavy = {"numpy", "tiktoken", "json", "subprocess", "asyncio", "multiprocessing", "logging", "unittest"}
+heavy |= {name for name in sys.modules if name.startswith("pygpt.commands.")}
+heavy -= {f"pygpt.commands.{name}" for name in ("complete", "console", "interrupts")}
 sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
 """
     result = subprocess.run(
@@ -1113,7 +1089,7 @@ sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
         capture_output=True,
         text=True,
         timeout=DEADLINE,
-        env=clean_environment(),
+        env=environment(),
         check=False,
     )
     assert result.returncode == 0, result.stderr

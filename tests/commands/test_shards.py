@@ -1,6 +1,5 @@
-"""tools/shards.py: the files that llm.c's people expect, all of them or none, and one line for everything that goes wrong."""
+"""pygpt shards: the files that llm.c's people expect, all of them or none, and one line for everything that goes wrong."""
 
-import importlib
 import io
 import os
 import pty
@@ -14,14 +13,13 @@ from typing import Any
 
 import pytest
 from limits import full_disk
+from running import PYGPT, assert_refuses, environment, run
 from test_data import by_hand, shard_bytes
 
-from pygpt import Tokenizer, data
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tools"))
-shards: Any = importlib.import_module("shards")
-progress: Any = importlib.import_module("progress")
+from pygpt import DataLoader, Tokenizer
+from pygpt.commands import progress, shards
+from pygpt.formats import shards as token_files
+from pygpt.formats import text
 
 TEXT = "hello there\n\nLadies and gentlemen\n\nna\u00efve \u4e2d"
 IDS = by_hand(TEXT, "paragraph")
@@ -39,15 +37,6 @@ def made(folder: Path) -> dict[str, bytes]:
     """Everything in the folder and below but the text."""
     files = (path for path in folder.rglob("*") if path.name != "in.txt")
     return {str(path.relative_to(folder)): b"" if path.is_dir() else path.read_bytes() for path in files}
-
-
-def refused(capsys: pytest.CaptureFixture[str], *named: str) -> None:
-    """One line on stderr that names these; nothing on stdout."""
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err)
-    for word in named:
-        assert word in output.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,13 +85,14 @@ def test_patterns_and_stdin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_loader_reads_them(folder: Path) -> None:
     assert shards.main(["in.txt", "-o", "b", "--shard-size", "5"]) == 0
-    loader = data.DataLoader("b_train_*.bin", 1, 2, V=50257)
+    loader = DataLoader("b_train_*.bin", 1, 2, V=50257)
     assert loader.tokens == len(IDS)
     assert loader.next_batch()[1].tolist() == [IDS[1:3]]
 
 
 def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "PIECE", 1 << 14)
+    for module in text, token_files:
+        monkeypatch.setattr(module, "PIECE", 1 << 14)
     line = "To be, or not to be, that is the question.\n"
     Path("long.txt").write_text(line * 50_000)
     shards.main(["in.txt", "-o", "first"])  # what is loaded once
@@ -164,8 +154,7 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], arguments: 
     Path("sub").mkdir()
     Path("old_val_000001.bin").write_bytes(shard_bytes([1, 50257]))
     before = made(folder)
-    assert shards.main(arguments.split()) == 2
-    refused(capsys, *named)
+    assert_refuses(shards.main, capsys, arguments.split(), *named)
     assert made(folder) == before
 
 
@@ -186,9 +175,7 @@ def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("long.txt").write_text("to be or not to be " * 5000)
     before = made(folder)
     with full_disk(3000):
-        status = shards.main(["in.txt", "long.txt", "-o", "b"])
-    assert status == 1
-    refused(capsys, "b: cannot write the token files: File too large")
+        assert_refuses(shards.main, capsys, ["in.txt", "long.txt", "-o", "b"], "b: cannot write", "File too large", status=1)
     assert made(folder) == before
 
 
@@ -196,7 +183,7 @@ def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failure_midway_leaves_the_folder_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[BaseException], status: int
 ) -> None:
-    real, calls = shards.write_tokens, []
+    real, calls = token_files.write_tokens, []
 
     def fail(path: str, tokens: Any) -> int:
         calls.append(path)
@@ -217,10 +204,7 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(
 
 def test_showing(folder: Path) -> None:
     Path("a.bin").write_bytes(shard_bytes([31373, 612, 50256, 198, 198]))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "tools/shards.py", "--show", "a.bin", "-n", "3"],
-        capture_output=True, text=True, encoding="utf-8", timeout=100,
-    )  # fmt: skip
+    done = run("shards", "--show", "a.bin", "-n", "3")
     wanted = "a.bin: 5 tokens, 1034 bytes; the first 3:\n31373 612 50256\nhello there<|endoftext|>\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, wanted, "")
 
@@ -230,14 +214,14 @@ def test_showing_does_not_command_the_terminal(folder: Path) -> None:
     hostile = "a\x1b]0;title\x07b\x1b[2J\r\x9bc\td\n"
     ids = [*Tokenizer().encode(hostile), 128]  # and a byte that is no text
     Path("\x1b[2J.bin").write_bytes(shard_bytes(ids))
-    words = [sys.executable, "-W", "error", str(ROOT / "tools/shards.py"), "--show", "\x1b[2J.bin"]
-    done = subprocess.run(words, capture_output=True, timeout=100)
+    words = [*PYGPT, "shards", "--show", "\x1b[2J.bin"]
+    done = subprocess.run(words, capture_output=True, env=environment(), timeout=100)
     content = Tokenizer().decode_bytes(ids)
     assert content.startswith(hostile.encode())
     assert (done.returncode, done.stdout.split(b"\n", 2)[2], done.stderr) == (0, content + b"\n", b"")
     screen, terminal = pty.openpty()
     with open(screen, "rb", buffering=0) as shown, open(terminal, "wb") as stdout:
-        process = subprocess.run(words, stdout=stdout, timeout=100)
+        process = subprocess.run(words, stdout=stdout, env=environment(), timeout=100)
         text = shown.read(65536).decode().replace("\r\n", "\n")
     assert process.returncode == 0
     assert text.startswith(f"\\x1b[2J.bin: {len(ids)} tokens")
@@ -250,12 +234,11 @@ def test_as_a_process(folder: Path) -> None:
     Path("books").mkdir()
     Path("books/a.txt").write_text(TEXT, "utf-8")
     Path("data").mkdir()
-    commands = re.findall(r"^    python tools/shards\.py ((?!--show).*?)(?:   .*)?$", shards.__doc__, re.MULTILINE)
+    commands = re.findall(r"^    pygpt shards ((?!--show).*?)(?:   .*)?$", shards.__doc__ or "", re.MULTILINE)
     assert len(commands) == 2
     for command in commands:
         words = [word.replace("32768", "20").replace("0.01", "0.1") for word in shlex.split(command)]
-        run = [sys.executable, "-W", "error", str(ROOT / "tools/shards.py"), *words]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=100)
+        done = run("shards", *words)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1), done.stderr
         assert "\r" not in done.stderr
     names = ["books_train_000001.bin", "books_val_000001.bin", "input_train.bin", "input_val.bin"]

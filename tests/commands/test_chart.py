@@ -3,7 +3,6 @@ measurement is refused in one line.
 """
 
 import json
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import PATIENCE, ROOT, assert_one_line_error, environment, run
 
-ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 SVG = "{http://www.w3.org/2000/svg}"
 OURS, OTHERS = "#2f7fe0", "#8c8c8c"
 Row = dict[str, Any]
 
 
-def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYGPT_")}
-    command = [sys.executable, "-W", "error", str(TOOLS / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+def chart(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-W", "error", str(TOOLS / "chart.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def machine(version: int = 3, **changes: Any) -> Row:
@@ -39,7 +37,7 @@ def drawn(folder: Path, *files: list[Row], tests: str = "") -> ElementTree.Eleme
     for path, objects in zip(paths, files, strict=True):
         path.write_text(json.dumps(objects))
     out = folder / "out.svg"
-    done = run("chart.py", *paths, "-o", out, *(["--tests", tests] if tests else []))
+    done = chart(*paths, "-o", out, *(["--tests", tests] if tests else []))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     return ElementTree.fromstring(out.read_bytes())
 
@@ -60,7 +58,7 @@ def bars(picture: ElementTree.Element) -> list[tuple[float, float, float, str]]:
 
 def test_the_committed_picture_is_the_committed_data(tmp_path: Path) -> None:
     names = ["float32.json", "bfloat16.json"]
-    done = run("chart.py", *(TOOLS / "benchmarks" / name for name in names), "-o", tmp_path / "speed.svg")
+    done = chart(*(TOOLS / "benchmarks" / name for name in names), "-o", tmp_path / "speed.svg")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "speed.svg").read_bytes() == (TOOLS / "benchmarks" / "speed.svg").read_bytes()
     command = " ".join(f"tools/benchmarks/{name}" for name in names) + " -o tools/benchmarks/speed.svg"
@@ -121,10 +119,10 @@ def test_other_tests_can_be_named(tmp_path: Path) -> None:
 
 def test_what_bench_prints_can_be_drawn(tmp_path: Path) -> None:
     small = ["-p", "8", "-n", "2", "-d", "4", "-b", "1", "-t", "1", "-r", "1", "--limit-megabytes", "8"]
-    done = run("bench.py", *small, "--no-process", "--no-memory", "--against", "numpy", "-o", "json")
+    done = run("bench", *small, "--no-process", "--no-memory", "--against", "numpy", "-o", "json")
     assert (done.returncode, done.stderr) == (0, "")
     (tmp_path / "a.json").write_text(done.stdout)
-    done = run("chart.py", tmp_path / "a.json", "-o", tmp_path / "a.svg", "--tests", "pp8,tg2@d4")
+    done = chart(tmp_path / "a.json", "-o", tmp_path / "a.svg", "--tests", "pp8,tg2@d4")
     assert (done.returncode, done.stderr) == (0, "")
     picture = ElementTree.fromstring((tmp_path / "a.svg").read_bytes())
     assert {"pygpt", "numpy", "prefill, 8 tokens", "decode after 4 tokens"} <= set(texts(picture))
@@ -182,9 +180,9 @@ NOT_PRINTED = "not what pygpt bench prints: "
 def test_bad_files_are_refused(tmp_path: Path, content: bytes | list[Row], reason: str) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    done = run("chart.py", path, "-o", tmp_path / "out.svg")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"pygpt: error: {path}: {reason}")
+    done = chart(path, "-o", tmp_path / "out.svg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line_error(done.stderr, f"{path}: {reason}")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -199,6 +197,6 @@ def test_bad_files_are_refused(tmp_path: Path, content: bytes | list[Row], reaso
     ],
 )
 def test_bad_arguments_are_refused(arguments: list[str], status: int, reason: str) -> None:
-    done = run("chart.py", *arguments)
+    done = chart(*arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
     assert done.stderr.startswith(f"pygpt: {reason}")

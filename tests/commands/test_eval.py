@@ -1,12 +1,10 @@
-"""tools/eval.py against the float64 oracle: each loss, the windows as Hugging Face's guide slides them, llm.c's accuracies."""
+"""pygpt eval against the float64 oracle: each loss, the windows as Hugging Face's guide slides them, llm.c's accuracies."""
 
-import importlib
 import io
 import json
 import math
 import re
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,13 @@ import numpy.typing as npt
 import oracle
 import pytest
 from make_checkpoint import make
+from running import assert_refused, assert_refuses, run
 from test_data import shard_bytes
 
-from pygpt import GPT2, Example, Tokenizer, write_examples
+from pygpt import GPT2, Example, Tokenizer, read_examples, write_examples
+from pygpt.commands import eval as evaluate
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tools"))
-evaluate: Any = importlib.import_module("eval")
 
 SHAPE = {"L": 2, "NH": 2, "C": 16, "V": 211, "maxT": 24}
 TOLERANCE = 2e-6  # of a loss near 5 computed by a float32 network
@@ -57,14 +53,6 @@ def result_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     output = capsys.readouterr()
     assert output.err == ""
     return json.loads(output.out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *named: str) -> None:
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err)
-    for word in named:
-        assert word in output.err
 
 
 def losses(path: str, tokens: list[int]) -> Floats:
@@ -155,7 +143,7 @@ def test_perplexity_of_text(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 @pytest.mark.parametrize("limit", [1, 5, 12, 99])
 def test_hellaswag(capsys: pytest.CaptureFixture[str], limit: int) -> None:
     right = right_norm = 0
-    examples = list(evaluate.read_examples("examples.bin"))[:limit]
+    examples = list(read_examples("examples.bin"))[:limit]
     for example in examples:
         found = [losses("model.bin", [*example.context, *ending])[-len(ending) :] for ending in example.endings]
         sums, means = [loss.sum() for loss in found], [loss.mean() for loss in found]
@@ -170,7 +158,7 @@ def test_the_losses_of_endings() -> None:
     """The context runs once for all four; each loss is that of the whole sequence."""
     with GPT2.load("model.bin", threads=2) as model:
         cache = model.new_cache()
-        for example in evaluate.read_examples("examples.bin"):
+        for example in read_examples("examples.bin"):
             cache.truncate(0)
             for ending, found in zip(example.endings, evaluate.ending_losses(model, cache, example), strict=True):
                 whole = losses("model.bin", [*example.context, *ending])
@@ -210,7 +198,7 @@ def test_next(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    choices = [
+    choices: list[dict[str, Any]] = [
         {"id": 11, "text": ",", "bytes": b",".hex(), "probability": 0.5},
         {"id": 50256, "text": "\n\u4e2d", "bytes": "\n\u4e2d".encode().hex(), "probability": 0.25},
         {"id": 447, "text": None, "bytes": b"\xe2\x80".hex(), "probability": 0.001},
@@ -225,10 +213,10 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_terminal_that_knows_ascii_only() -> None:
-    command = [sys.executable, "-W", "error", str(ROOT / "tools/eval.py"), "next", "\u4e2d", "-m", EMBEDDED_MODEL, "-k", "300"]
-    done = subprocess.run(command, env={"PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode("ascii").splitlines()[1].endswith("#" * 30)
+    done = run("eval", "next", "\u4e2d", "-m", EMBEDDED_MODEL, "-k", "300", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1].endswith("#" * 30)
+    assert done.stdout.isascii()
     assert len(done.stdout.splitlines()) == 301
 
 
@@ -252,7 +240,7 @@ def test_the_result_in_words(capsys: pytest.CaptureFixture[str], task: list[str]
 )
 def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: list[str]) -> None:
     result = result_of(capsys, *task)
-    documented = evaluate.__doc__.split("JSON (-o json)")[1]
+    documented = (evaluate.__doc__ or "").split("JSON (-o json)")[1]
     for name in [*result, *(result["next"][0] if "next" in result else [])]:
         assert re.search(rf"\b{name}\b", documented), name
 
@@ -291,8 +279,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], nam
     Path("high.txt").write_text("hello there")
     write_examples("high_examples.bin", [Example(0, 0, [1, 211], [[1]] * 4)])
     write_examples("long.bin", [Example(0, 0, [1] * 20, [[1]] * 3 + [[1] * 6])])
-    assert evaluate.main(arguments) == 2
-    refused(capsys, *named)
+    assert_refuses(evaluate.main, capsys, arguments, *named)
 
 
 def test_the_longest_example_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,24 +290,17 @@ def test_the_longest_example_that_fits(capsys: pytest.CaptureFixture[str]) -> No
 def test_damaged_weights(capsys: pytest.CaptureFixture[str]) -> None:
     content = Path("model.bin").read_bytes()
     Path("nan.bin").write_bytes(content[:-4] + struct.pack("<f", math.nan))
-    assert evaluate.main(["perplexity", "tokens.bin", "-m", "nan.bin"]) == 1
-    refused(capsys, "logits are not finite")
+    assert_refuses(evaluate.main, capsys, ["perplexity", "tokens.bin", "-m", "nan.bin"], "not finite", status=1)
 
 
-@pytest.mark.parametrize("words", ["eval next x", "train x", "bench --help", "profile --help", "stress load"])
+@pytest.mark.parametrize("words", ["1", "eval next x", "train x", "bench --help", "profile --help", "chat x"])
 def test_an_instruction_set_that_is_not_there(words: str) -> None:
-    """The tools import the kernels first, and say in one line that they cannot."""
-    tool, *arguments = words.split()
-    command = [sys.executable, str(ROOT / f"tools/{tool}.py"), *arguments]
-    done = subprocess.run(command, env={"PYGPT_ISA": "sse9"}, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"pygpt: error: instruction set 'sse9' [^\n]+\n", done.stderr)
+    """A command that needs the kernels says in one line that it cannot import them."""
+    assert_refused(run(*words.split(), PYGPT_ISA="sse9"), "'sse9'", "baseline")
 
 
 def test_the_commands_of_the_help() -> None:
-    commands = re.findall(r"^    python tools/eval\.py (\w+)", evaluate.__doc__, re.MULTILINE)
-    assert set(commands) == {"perplexity", "hellaswag", "next"}
-    done = subprocess.run([sys.executable, str(ROOT / "tools/eval.py"), "--help"], capture_output=True, text=True, timeout=100)
+    done = run("eval", "--help")
     assert done.returncode == 0
-    for name in ("perplexity", "hellaswag", "next"):
-        assert re.search(rf"^ +{name} ", done.stdout, re.MULTILINE)
+    assert set(re.findall(r"^    pygpt eval (\w+)", done.stdout, re.MULTILINE)) == {"perplexity", "hellaswag", "next"}
+    assert {"perplexity", "hellaswag", "next"} <= set(re.findall(r"^ +(\w+)  +\w", done.stdout, re.MULTILINE))

@@ -1,8 +1,7 @@
-"""tools/train.py as its users run it: what it prints, logs and saves, how it is interrupted, killed and resumed, what it
+"""pygpt train as its users run it: what it prints, logs and saves, how it is interrupted, killed and resumed, what it
 refuses. Nothing depends on how fast the machine is: processes are stopped after lines that they have printed.
 """
 
-import importlib
 import io
 import json
 import math
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
+from running import PYGPT, assert_refused, assert_refuses, environment, run
 
 from pygpt import (
     GPT2,
@@ -43,12 +43,9 @@ from pygpt import (
     write_checkpoint,
     write_debug_state,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "tools" / "train.py"
-sys.path.append(str(ROOT / "tools"))
-train: Any = importlib.import_module("train")
-report: Any = importlib.import_module("training.report")
+from pygpt.commands.progress import Progress
+from pygpt.commands.train import job, report
+from pygpt.commands.train import main as train
 
 V = 61
 SHAPE = "L=1,NH=2,C=8,maxT=16,V=61"
@@ -78,10 +75,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def command(*arguments: str, shell: str = 'exec "$@"', **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end. `shell` is a line of sh in which "$@" is the command."""
-    words = ["/bin/sh", "-c", shell, "sh", sys.executable, "-W", "error", str(SCRIPT), *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=100, env={**os.environ, **variables}, check=False)
+def command(*arguments: str, shell: str = 'exec "$@"', **variables: str) -> "subprocess.CompletedProcess[str]":
+    return run("train", *arguments, shell=shell, **variables)
 
 
 def succeed(*arguments: str, **variables: str) -> str:
@@ -201,7 +196,7 @@ def test_a_sample_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch,
     """Whoever made the model chose the text. Elsewhere it stays as it is."""
     output = stream()
     monkeypatch.setattr(sys, "stdout", output)
-    report.Report(train.Progress("steps"), report.Log(None, None, keep=False)).sampled(3, "a\x1b[2J\tb\n\x9bc")
+    report.Report(Progress("steps"), report.Log(None, None, keep=False)).sampled(3, "a\x1b[2J\tb\n\x9bc")
     text = "a\\x1b[2J\tb\n\\x9bc" if stream is Screen else "a\x1b[2J\tb\n\x9bc"
     assert output.getvalue() == f"step 3: sample:\n---\n{text}\n---\n"
 
@@ -220,8 +215,7 @@ def test_a_text_is_learned_and_completed() -> None:
     assert losses[-1] < 0.1
     assert output.count("sample:\n---\n") == 2
     ids = [50256, *Tokenizer().encode(TEXT)]
-    words = [sys.executable, "-m", "pygpt", "-m", "mine.bin", "--sampler", "greedy", "-n", "14", *map(str, ids[:4])]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    result = run("-m", "mine.bin", "--sampler", "greedy", "-n", "14", *map(str, ids[:4]))
     assert (result.returncode, result.stderr) == (0, "")
     assert [int(line) for line in result.stdout.splitlines()] == ids[4:14]
 
@@ -264,8 +258,8 @@ LONG = (
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-W", "error", str(SCRIPT), *arguments]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [*PYGPT, "train", *arguments]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
@@ -283,9 +277,7 @@ def test_signals_finish_the_step_and_save(which: signal.Signals, status: int) ->
         output = "".join(lines_of(process))  # not communicate(), which would lose what has been read ahead
         error = process.communicate(timeout=60)[1]
     done = numbers(output)[-1][0] + 1 if numbers(output) else 3
-    assert error == (
-        f"pygpt: stopped by {which.name} after {done} steps; saved; to go on: python tools/train.py --resume run.state\n"
-    )
+    assert error == (f"pygpt: stopped by {which.name} after {done} steps; saved; to go on: pygpt train --resume run.state\n")
     assert process.returncode == status
     assert state_of("run.state").progress.step == done
     assert [entry["step"] for entry in log_of("run.jsonl")] == list(range(done))
@@ -320,7 +312,7 @@ def test_a_signal_in_the_first_validation(capsys: pytest.CaptureFixture[str], mo
     before = signal.getsignal(signal.SIGTERM)
     status, output, error = here(capsys, *LONG)
     assert (status, [line[:8] for line in output.splitlines()]) == (143, ["step 0: ", "step 0: "])
-    assert error == "pygpt: stopped by SIGTERM after 1 step; saved; to go on: python tools/train.py --resume run.state\n"
+    assert error == "pygpt: stopped by SIGTERM after 1 step; saved; to go on: pygpt train --resume run.state\n"
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -451,25 +443,18 @@ def test_the_picture_of_a_resumed_run_is_drawn_anew(capsys: pytest.CaptureFixtur
     assert "other.png: it exists already" in error
 
 
-def test_an_instruction_set_that_is_not_there() -> None:
-    result = command(*RUN, PYGPT_ISA="sse9")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r"pygpt: error: instruction set 'sse9' [^\n]+\n", result.stderr)
-
-
 def test_without_matplotlib(folder: Path) -> None:
     (folder / "matplotlib.py").write_text("raise ImportError('not here')\n")
     result = command(*RUN, "--plot", "pictures", PYTHONPATH=str(folder))
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "pygpt: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
+    assert_refused(result, "matplotlib", "pip install", status=1)
 
 
 def on_a_terminal(*arguments: str, **variables: str) -> tuple[str, str]:
     """Run it with stderr on a terminal; returns (stdout, what the terminal got)."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
-    words, environment = [sys.executable, "-W", "error", str(SCRIPT), *arguments], {**os.environ, **variables}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=follower, text=True, env=environment) as process:
+    words, pipe = [*PYGPT, "train", *arguments], subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=follower, text=True, env=environment(**variables)) as process:
         os.close(follower)
         seen = b""
         try:
@@ -496,14 +481,6 @@ def test_a_terminal_without_tqdm(folder: Path) -> None:
     output, seen = on_a_terminal(*RUN, "--steps", "3", PYTHONPATH=str(folder))
     assert [step for step, _ in numbers(output)] == [0, 1, 2]
     assert seen.replace("\r\n", "\n") == NOTHING_SAVED + "pygpt: 3 steps; nothing was saved\n"
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        train.main(["--help"])
-    text = capsys.readouterr().out
-    named = set(re.findall(r"--[a-z][a-z0-9-]*", SCRIPT.read_text()))
-    assert named <= set(re.findall(r"--[a-z][a-z0-9-]*", text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,9 +546,7 @@ def test_check_finds_a_difference(debug_state: Path, capsys: pytest.CaptureFixtu
 
 def test_check_of_another_shape(debug_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("other.bin", L=1, NH=2, C=8, V=V, maxT=16)
-    status, output, error = here(capsys, "--check", "debug.bin", "--init", "other.bin")
-    assert (status, output, error.count("\n")) == (2, "", 1)
-    assert "debug.bin: too long" in error
+    assert_refuses(train.main, capsys, ["--check", "debug.bin", "--init", "other.bin"], "debug.bin: too long")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,10 +668,7 @@ def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], arguments
     shard(folder / "large.bin", [60, 61] * 100)
     shard(folder / "few.bin", range(10))
     before = files()
-    status, output, error = here(capsys, *RUN, *arguments)
-    assert (status, output) == (2, "")
-    assert re.fullmatch(r"pygpt: error: [^\n]+\n", error)
-    assert named.replace("{folder}", str(folder)) in error
+    assert_refuses(train.main, capsys, [*RUN, *arguments], named.replace("{folder}", str(folder)))
     assert files() == before
 
 
@@ -706,9 +678,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "train.bin", "--init", "random"], "--init random needs --shape"),
         (["--data", "train.bin", "--init", "missing.bin"], "missing.bin: no such model file"),
     ):
-        status, output, error = here(capsys, *arguments)
-        assert (status, output) == (2, "")
-        assert error.startswith(f"pygpt: error: {named}")
+        assert_refuses(train.main, capsys, arguments, named)
 
 
 @pytest.mark.parametrize(
@@ -733,10 +703,7 @@ def test_what_a_resumed_run_refuses(capsys: pytest.CaptureFixture[str], argument
     Path("taken.bin").touch()
     shard(Path("other.bin"), np.arange(400) % V)
     before = files()
-    status, output, error = here(capsys, "--resume", "run.state", *arguments)
-    assert (status, output) == (2, "")
-    assert re.fullmatch(r"pygpt: error: [^\n]+\n", error)
-    assert named in error
+    assert_refuses(train.main, capsys, ["--resume", "run.state", *arguments], named)
     assert files() == before
 
 
@@ -747,20 +714,14 @@ def test_states_with_other_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert here(capsys, "--resume", "run.state.1", "--steps", "5")[0] == 0
     assert (state_of("run.state").progress.step, state_of("run.state.1").progress.step) == (5, 2)
     Path("run.state").rename("odd")
-    status, _, error = here(capsys, "--resume", "odd")
-    assert (status, error) == (
-        2,
-        "pygpt: error: --resume is 'odd', which does not end in .state: say with --out where the run saves\n",
-    )
+    assert_refuses(train.main, capsys, ["--resume", "odd"], "'odd'", ".state", "--out")
     assert here(capsys, "--resume", "odd", "--out", "even", "--steps", "6")[0] == 0
     assert state_of("even.state").progress.step == 6
 
 
 def test_a_state_of_another_program(capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8)).save("x.state", {"mine": 1})
-    status, _, error = here(capsys, "--resume", "x.state")
-    assert status == 2
-    assert "not of tools/train.py" in error
+    assert_refuses(train.main, capsys, ["--resume", "x.state"], "x.state: this state is not of pygpt train")
 
 
 @pytest.mark.parametrize(
@@ -785,9 +746,7 @@ def test_a_state_with_nonsense_for_options(capsys: pytest.CaptureFixture[str], c
         found = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
         found.restore(state)
         found.save("x.state", {**state.progress.job, **change})
-    status, output, error = here(capsys, "--resume", "x.state", "--steps", "3")
-    assert (status, output) == (2, "")
-    assert re.fullmatch(r"pygpt: error: [^\n]+x\.state: this state is not of tools/train\.py[^\n]+\n", error)
+    assert_refuses(train.main, capsys, ["--resume", "x.state", "--steps", "3"], "x.state: this state is not of pygpt train")
 
 
 def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -807,7 +766,7 @@ def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pyte
     photo = folder / "photos" / "me.png"
     photo.write_bytes(b"me")
     trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
-    trainer.save("x.state", vars(train.Job(data=f"{folder}/train.bin", B=2, T=8, plot=str(photo))))
+    trainer.save("x.state", vars(job.Job(data=f"{folder}/train.bin", B=2, T=8, plot=str(photo))))
     status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
     assert (status, photo.read_bytes()) == (2, b"me")
     assert error.endswith("it exists already, and the state names it as the picture of its run: give --plot again\n")
@@ -816,7 +775,7 @@ def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pyte
 def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("diary").write_text("dear diary")
     trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
-    trainer.save("x.state", vars(train.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8, log=f"{os.getcwd()}/diary")))
+    trainer.save("x.state", vars(job.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8, log=f"{os.getcwd()}/diary")))
     assert here(capsys, "--resume", "x.state", "--steps", "1")[0] == 2
     assert Path("diary").read_text() == "dear diary"
 
@@ -843,24 +802,18 @@ def test_force(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_special_files_are_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo("run.state")
-    status, _, error = here(capsys, *RUN, "--out", "run", "--force")
-    assert status == 2
-    assert "run.state: not a regular file" in error
+    assert_refuses(train.main, capsys, [*RUN, "--out", "run", "--force"], "run.state: not a regular file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "locked").mkdir(mode=0o500)
-    status, _, error = here(capsys, *RUN, "--out", "locked/run")
-    assert status == 2
-    assert "Permission denied" in error
+    assert_refuses(train.main, capsys, [*RUN, "--out", "locked/run"], "Permission denied")
 
 
 def test_no_room_for_one_state(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 0, 1000))
-    status, output, error = here(capsys, *RUN, "--out", "run")
-    assert (status, output) == (1, "")
-    assert "1000 bytes are free" in error
+    assert_refuses(train.main, capsys, [*RUN, "--out", "run"], "1000 bytes are free", status=1)
 
 
 def test_a_disk_that_fills_up() -> None:
@@ -947,7 +900,7 @@ def test_a_signal_before_a_resumed_run_made_a_step(capsys: pytest.CaptureFixture
 
     monkeypatch.setattr(train.Run, "look", interrupted)
     for arguments, said in (
-        (["run.state"], "saved; to go on: python tools/train.py --resume run.state\n"),
+        (["run.state"], "saved; to go on: pygpt train --resume run.state\n"),
         (["run.state.1"], "nothing was saved\n"),
         (["run.state", "--out", "new"], "nothing was saved\n"),
     ):
@@ -995,14 +948,17 @@ def test_a_reader_that_goes_away() -> None:
     assert state_of("run.state").progress.step >= 2  # what it had made was saved
 
 
-def test_commands_of_the_readme() -> None:
-    """Their options are there, and their values are accepted."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^python tools/train\.py (.*)$", text, re.MULTILINE)
-    assert len(commands) == 3
+def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Their options are there, and their values are accepted; so are the options that the text names."""
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    text, _, options = capsys.readouterr().out.partition("\noptions:")
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", text)) <= set(re.findall(r"--[a-z][a-z0-9-]*", options))
+    commands = re.findall(r"^    pygpt train (--.*)$", text, re.MULTILINE)
+    assert len(commands) == 4
     for line in commands:
         given = vars(train.build_parser().parse_args(shlex.split(line)))
         if given["shape"] is not None:
-            train.shape_of(given["shape"])
+            job.shape_of(given["shape"])
         if given["data"] is not None:
-            train.new({name: value for name, value in given.items() if value is not None})
+            job.new({name: value for name, value in given.items() if value is not None})

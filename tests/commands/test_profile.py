@@ -1,11 +1,9 @@
-"""tools/profile.py: its figures agree with each other and with what independent parsers find in its traces, it changes no
+"""pygpt profile: its figures agree with each other and with what independent parsers find in its traces, it changes no
 bit, it finds slowness that was planted, and it refuses nonsense in one line. Nothing here depends on how fast the machine is.
 """
 
 import hashlib
-import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,37 +18,28 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make, tensors
+from running import PATIENCE, ROOT, assert_refused, assert_refuses, environment, run
 
 from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpus
+from pygpt.commands.profile import job, numbers, perf, text
+from pygpt.commands.profile import main as profile
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
 
 BEST = cpus.workers_for  # as it is outside of tests
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "tools" / "profile.py"
-sys.path.append(str(ROOT / "tools"))
-job: Any = importlib.import_module("profiler.job")
-numbers: Any = importlib.import_module("profiler.numbers")
-perf: Any = importlib.import_module("profiler.perf")
-text: Any = importlib.import_module("profiler.text")
-
 Report = dict[str, Any]
 SMALL = ("-m", EMBEDDED_MODEL, "-t", "2", "--all-workers", "--skip", "all", "--prompt-length", "40", "-n", "5", "-r", "2")
 TRAIN = ("--train", "-t", "2", "--all-workers", "--skip", "all", "-B", "2", "-T", "16", "-n", "3", "-r", "2")
 CONFIG = Config(maxT=64, V=300, L=2, NH=4, C=64)
 STAGES = ("forward", "backward", "norm", "update")
-DOCUMENTATION = SCRIPT.read_text().split('"""')[1]
 
 
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYGPT_")} | variables
-    command = [sys.executable, "-W", "error", str(SCRIPT), *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+def profiled(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return run("profile", *arguments, **variables)
 
 
 def report_of(*arguments: str, **variables: str) -> Report:
-    done = run(*arguments, "-o", "json", **variables)
+    done = profiled(*arguments, "-o", "json", **variables)
     assert done.returncode == 0, done.stderr
     report: Report = json.loads(done.stdout)
     return report
@@ -196,7 +185,7 @@ def test_the_schema_is_documented(any_report: Report) -> None:
                 yield from keys(inner)
 
     assert any_report["schema"] == 1
-    missing = {key for key in keys(any_report) if not re.search(rf"\b{key}\b", DOCUMENTATION)}
+    missing = {key for key in keys(any_report) if not re.search(rf"\b{key}\b", profile.__doc__ or "")}
     assert not missing
 
 
@@ -469,7 +458,7 @@ def test_slowness_planted_in_training_is_found(small: str) -> None:
 
 @pytest.mark.parametrize("worker", [0, 1])
 def test_a_slow_worker_is_imbalance_in_training(small: str, worker: int) -> None:
-    done = run(*TRAIN, "-m", small, "--stretch", f"{worker}:all=50")
+    done = profiled(*TRAIN, "-m", small, "--stretch", f"{worker}:all=50")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"IMBALANCE: worker (\d) computes", " ".join(done.stdout.split())) == [str(worker)]
 
@@ -532,7 +521,7 @@ def test_the_roof_of_the_update_is_its_own_traffic() -> None:
 
 def test_the_text_of_training_fits_and_reads(small: str) -> None:
     arguments = [argument if argument != "all" else "scaling,strategies,startup" for argument in TRAIN]
-    done = run(*arguments, "-m", small, "--by-layer")
+    done = profiled(*arguments, "-m", small, "--by-layer")
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 100
     for title in ("TRAIN", "TRAIN BY LAYER", "SPEED-UP", "NOTES"):
@@ -557,10 +546,10 @@ def test_compare_training(trained: Report, base: Report, tmp_path: Path) -> None
             row["self_ns"] = 3 * row["self_ns"] + 1e9
     for name, report in (("a", trained), ("b", moved), ("c", base)):
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    lines = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout.splitlines()
+    lines = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("TRAIN") and "ms an iteration" in line)
     assert lines[at + 2].startswith("update ")
-    done = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
+    done = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
     assert (done.returncode, done.stdout) == (2, "")
     wrong = "a.json is of train, c.json is of prefill and decode: give two reports of the same kind of job"
     assert done.stderr == f"pygpt: error: --compare: {wrong}\n"
@@ -609,7 +598,7 @@ def test_the_planted_bottleneck_is_named() -> None:
 
 @pytest.mark.parametrize("worker", [0, 1])
 def test_a_slow_worker_is_imbalance(worker: int) -> None:
-    done = run(*SMALL, "--stretch", f"{worker}:all=20")
+    done = profiled(*SMALL, "--stretch", f"{worker}:all=20")
     assert done.returncode == 0, done.stderr
     warnings = re.findall(r"IMBALANCE: worker (\d) computes (\d+)\.\d% longer", " ".join(done.stdout.split()))
     assert [int(name) for name, _ in warnings] == [worker, worker]
@@ -622,7 +611,7 @@ def test_overflow_is_reported() -> None:
     report = report_of(*arguments)
     noted = 7 * report["model"]["L"] + 3
     assert report["trace"]["dropped"] == [2 * (6 * noted - 50)] * 2  # two rounds of six steps
-    text = run(*arguments).stdout
+    text = profiled(*arguments).stdout
     assert "MIND     the trace overflowed" in text
     assert str(2 * (6 * noted - 50)) in text
 
@@ -661,7 +650,7 @@ def test_every_part(tmp_path: Path) -> None:
 
 def test_the_text_fits_and_reads(base: Report) -> None:
     arguments = [argument if argument != "all" else "startup" for argument in SMALL]
-    done = run(*arguments, "--by-layer", "--serial-tokens", "1")
+    done = profiled(*arguments, "--by-layer", "--serial-tokens", "1")
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 100
     for title in ("PREFILL", "PREFILL BY LAYER", "DECODE", "DECODE BY LAYER", "SPEED-UP", "STRATEGIES", "NOTES"):
@@ -679,11 +668,11 @@ def test_compare(base: Report, tmp_path: Path) -> None:
             row["self_ns"] = 3 * row["self_ns"] + 1e9
     (tmp_path / "a.json").write_text(json.dumps(base))
     (tmp_path / "b.json").write_text(json.dumps(moved))
-    same = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
+    same = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
     assert same.returncode == 0
     assert "MIND" not in same.stdout
     assert set(re.findall(r"([\d.]+)x", same.stdout)) <= {"1.00"}
-    found = run("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    found = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     lines = found.stdout.splitlines()
     assert max(map(len, lines)) <= 100
     for mode in ("PREFILL", "DECODE"):
@@ -696,9 +685,8 @@ def test_compare_says_what_else_differs(base: Report, tmp_path: Path) -> None:
     other["machine"]["threads"] = 7
     (tmp_path / "a.json").write_text(json.dumps(base))
     (tmp_path / "b.json").write_text(json.dumps(other))
-    assert (
-        "MIND  machine threads: 2 in a, 7 in b" in run("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout
-    )
+    shown = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout
+    assert "MIND  machine threads: 2 in a, 7 in b" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -706,7 +694,7 @@ def test_compare_says_what_else_differs(base: Report, tmp_path: Path) -> None:
 
 
 def test_without_perf(tmp_path: Path) -> None:
-    done = run(*SMALL, "--sample", PATH=str(tmp_path))
+    done = profiled(*SMALL, "--sample", PATH=str(tmp_path))
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
         "pygpt: --sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)"
@@ -738,17 +726,14 @@ def test_perf_report_is_read_by_families() -> None:
 
 def test_without_matplotlib(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')\n")
-    done = run(*SMALL, "--plot", str(tmp_path / "pictures"), PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "pygpt: error: --plot needs matplotlib: python -m pip install -e '.[tools]'\n"
+    done = profiled(*SMALL, "--plot", str(tmp_path / "pictures"), PYTHONPATH=str(tmp_path))
+    assert_refused(done, "matplotlib", "pip install", status=1)
 
 
 @pytest.mark.parametrize("arguments", [SMALL, (*TRAIN, "-m", "{small}")], ids=["generation", "training"])
 def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> None:
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(SCRIPT), *(word.format(small=small) for word in arguments), "--plot", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    assert profile.main([*(word.format(small=small) for word in arguments), "--plot", str(tmp_path)]) == 0
     for name in ("hotspots", "timeline", "speedup"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
@@ -787,7 +772,7 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["--capacity", "0"], "--capacity"),
         (["-m", "missing.bin"], "missing.bin"),
         (["--compare", "missing.json", "missing.json"], "missing.json"),
-        (["--compare", str(SCRIPT), str(SCRIPT)], "profile.py"),
+        (["--compare", __file__, __file__], "test_profile.py"),
         (["--compare", "{half}", "{half}"], "not a report of this program"),
         (["-B", "2"], "-B has no meaning without --train"),
         (["-T", "2"], "-T has no meaning without --train"),
@@ -802,16 +787,25 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["surplus"], "surplus"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(tmp_path: Path, arguments: list[str], named: str) -> None:
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
     half = tmp_path / "half.json"
     half.write_text('{"schema": 1, "modes": {}}')
     arguments = [word.replace("{half}", str(half)) for word in arguments]
     model = [] if "-m" in arguments else ["-m", EMBEDDED_MODEL]
     threads = [] if "-t" in arguments else ["-t", "2"]
-    done = run("--skip", "ceilings,scaling,strategies,startup", *model, *threads, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"pygpt: error: .+\n", done.stderr)
-    assert named in done.stderr
+    assert_refuses(profile.main, capsys, ["--skip", "ceilings,scaling,strategies,startup", *model, *threads, *arguments], named)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/profile.py
+
+
+def test_the_script_is_the_command(tmp_path: Path) -> None:
+    """From any folder, with this checkout's package, installed or not; its folder's names shadow no standard module."""
+    script = [sys.executable, "-W", "error", str(ROOT / "tools" / "profile.py"), "--help"]
+    kept = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(script, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, profiled("--help").stdout, "")
 
 
 def test_the_standard_library_keeps_its_profile() -> None:
@@ -819,5 +813,5 @@ def test_the_standard_library_keeps_its_profile() -> None:
         "import runpy, sys; sys.path.insert(0, 'tools'); runpy.run_path('tools/profile.py', run_name='tool');"
         "import cProfile, profile; assert hasattr(profile, 'Profile'), profile.__file__"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")

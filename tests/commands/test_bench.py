@@ -1,13 +1,11 @@
-"""tools/bench.py: prefill, decode and the whole process. Its figures follow from each other and from the network's shapes, it
+"""pygpt bench: prefill, decode and the whole process. Its figures follow from each other and from the network's shapes, it
 times what it says, and what cannot be is said in one line. Nothing here depends on how fast the machine is.
 """
 
 import csv
-import importlib
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,25 +14,20 @@ from typing import Any
 
 import pytest
 from make_checkpoint import make, tensors
+from running import assert_refuses, run
 
-import pygpt
 from pygpt import GPT2, Ceilings, KVCache
 from pygpt._kernels import probe_fma
-
-ROOT = Path(pygpt.__file__).parent.parent
-SCRIPT = ROOT / "tools" / "bench.py"
-sys.path.append(str(ROOT / "tools"))
-bench: Any = importlib.import_module("bench")
+from pygpt.commands.bench import main as bench
+from pygpt.network import Network
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 200, "maxT": 24}
 SIZES = ("-p", "5,24", "-n", "3", "-d", "2,7", "-b", "1,8", "-r", "3")
 Result = dict[str, Any]
 
 
-def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> "subprocess.CompletedProcess[str]":
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYGPT_")} | variables
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--limit-megabytes", "4", *arguments]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=100)
+def bench_run(*arguments: str, cwd: Path | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return run("bench", "--limit-megabytes", "4", *arguments, cwd=cwd, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(path: Path) -> list[Result]:
     """All objects of a run with everything, from the model's folder."""
-    done = run("-m", path.name, *SIZES, "--reference", "-o", "json", cwd=path.parent)
+    done = bench_run("-m", path.name, *SIZES, "--reference", "-o", "json", cwd=path.parent)
     assert (done.returncode, done.stderr) == (0, "")
     objects: list[Result] = json.loads(done.stdout)
     return objects
@@ -166,14 +159,14 @@ def test_it_times_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """The rows of each pass through the network, and the lengths of the caches afterwards."""
     passes: list[dict[int, int]] = []
     caches: dict[int, KVCache] = {}
-    step = GPT2._step
+    step = Network.step
 
-    def spy(self: GPT2, rows: Any, lengths: Any) -> Any:
+    def spy(self: Network, rows: Any, lengths: Any = None) -> Any:
         passes.append(dict(Counter(id(cache) for _, cache, _ in rows)))
         caches.update((id(cache), cache) for _, cache, _ in rows)
         return step(self, rows, lengths)
 
-    monkeypatch.setattr(GPT2, "_step", spy)
+    monkeypatch.setattr(Network, "step", spy)
     with GPT2.load(path, threads=1) as model:
         assert bench.time_prefill(model, 9) > 0
         assert ([list(rows.values()) for rows in passes], [cache.length for cache in caches.values()]) == ([[9]], [9])
@@ -189,10 +182,10 @@ def test_it_times_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_csv_and_table(path: Path) -> None:
     common = ("-m", str(path), "-p", "5", "-d", "2", "-n", "1", "-b", "1", "-t", "1", "-r", "1", "--no-memory")
-    table = list(csv.DictReader(io.StringIO(run(*common, "-o", "csv", PATH="").stdout)))  # without git, too
+    table = list(csv.DictReader(io.StringIO(bench_run(*common, "-o", "csv", PATH="").stdout)))  # without git, too
     assert [row["test"] for row in table] == ["pp5", "tg1@d2", "process"]
     assert all(float(row["tokens_per_s"]) > 0 for row in table)
-    lines = run(*common, "--no-process").stdout.splitlines()
+    lines = bench_run(*common, "--no-process").stdout.splitlines()
     assert [line.split(" | ")[0] for line in lines[-4:]] == [
         "| test",
         "|---|---|---|---|---|---|---|---|---|",
@@ -205,7 +198,7 @@ def test_csv_and_table(path: Path) -> None:
 def test_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "short.bin"
     make(path, L=1, NH=1, C=4, V=1, maxT=8)
-    done = run(
+    done = bench_run(
         "-m", str(path), "-p", "8,9", "-n", "4", "-d", "4,5", "-b", "1", "-t", "1", "-r", "1", "--no-memory", "--reference"
     )
     assert done.returncode == 0
@@ -213,18 +206,14 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
     assert [line.split(" | ")[0] for line in done.stdout.splitlines()[-2:]] == ["| pp8", "| tg4@d4"]
 
 
-def test_a_child_that_fails_is_one_more_line(
+def test_a_child_that_fails_is_one_line(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
         bench, "time_process", lambda path, *options: subprocess.run([sys.executable, "-c", "exit(3)"], check=True)
     )
-    arguments = ["-m", str(path), "-p", "5", "-d", "2", "-n", "1", "-b", "1", "-t", "1", "-r", "1", "--no-memory"]
-    assert bench.main([*arguments, "--limit-megabytes", "1"]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("pygpt: error: Command ")
-    assert err.endswith("returned non-zero exit status 3.\n")
+    small = ["-p", "5", "-d", "2", "-n", "1", "-b", "1", "-t", "1", "-r", "1", "--no-memory", "--limit-megabytes", "1"]
+    assert_refuses(bench.main, capsys, ["-m", str(path), *small], "exit status 3", status=1)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +231,6 @@ def test_a_child_that_fails_is_one_more_line(
         (["surplus"], "surplus"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(path: Path, arguments: list[str], named: str) -> None:
+def test_bad_arguments(path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
     model = [] if "-m" in arguments else ["-m", str(path)]
-    done = run(*model, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("pygpt: error: ")
-    assert done.stderr.count("\n") == 1
-    assert named in done.stderr
+    assert_refuses(bench.main, capsys, [*model, *arguments], named)

@@ -5,6 +5,7 @@ Needs setuptools and Cython (the `dev` extra); the types need mypy.
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -22,10 +23,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+from running import ROOT
 
 import pygpt
+from pygpt.commands import COMMANDS
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTENSIONS = sorted(path.stem for path in (ROOT / "pygpt").glob("*.pyx"))
 METADATA = {"PKG-INFO", "setup.cfg"}  # what an sdist has besides sources
@@ -144,7 +146,7 @@ def test_the_sdist_has_every_source_and_no_product(sdist: Path, tree: Path) -> N
     files = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     assert any(is_made(name) for name in files)
     wanted = {name for name in files if not is_made(name)}
-    assert {"pygpt/micro_body.h", "pygpt/_kernels.pxd", "pygpt/py.typed", "tools/check", "tests/data/goldens.json"} <= wanted
+    assert {"pygpt/csrc/micro_body.h", "pygpt/_kernels.pxd", "pygpt/py.typed", "tools/check", "tests/running.py"} <= wanted
     assert wanted - names == set()
     assert {name for name in names - wanted if not name.startswith("pygpt.egg-info/")} == METADATA
 
@@ -154,9 +156,8 @@ def test_the_sdist_has_every_source_and_no_product(sdist: Path, tree: Path) -> N
 def test_the_wheel_has_what_runs_and_no_source(unpacked: Path) -> None:
     names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    kept = (".py", ".pyi", ".typed")
-    package = {f"pygpt/{path.name}" for path in (ROOT / "pygpt").iterdir() if path.suffix in kept}
-    package |= {f"pygpt/data/{path.name}" for path in (ROOT / "pygpt" / "data").iterdir()}
+    files = [*(ROOT / "pygpt").rglob("*.py*"), *(ROOT / "pygpt" / "data").iterdir(), ROOT / "pygpt" / "py.typed"]
+    package = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".pyx")}
     package |= {f"pygpt/{module}{suffix}" for module in EXTENSIONS}
     info = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
     info |= {"licenses/pygpt/data/LICENSE-vocab.txt"}
@@ -221,12 +222,47 @@ def furnished(empty: Path, folder: Path) -> Path:
     return empty
 
 
+TEXT = "Once upon a time there was a king, and he had a daughter.\n" * 9
+SMALL = "--shape L=1,NH=1,C=8,maxT=16 -B 2 -T 8 -t 1 --steps 2"
+TINY = "-t 1 -r 1 -n 2 -o json"
+RUNS = {  # what each command is run with, in this order; {} is the command's output
+    "chat": "-n 4 Ladies and",
+    "shards": "my.txt -o my",
+    "train": f"--data my_train.bin {SMALL} --out mine.bin",
+    "convert": "mine.bin small.bin",
+    "eval": "perplexity my.txt -m small.bin -n 20 -o json",
+    "profile": f"-m small.bin --skip ceilings,scaling,strategies {TINY}",
+    "bench": f"-m small.bin -p 4 -d 2 -b 1 --limit-megabytes 4 --reference --against numpy {TINY}",
+}
+
+
+@builds
+@pytest.mark.timeout(900)
+def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> None:
+    """In a folder that has nothing but a text: child processes find the wheel, too."""
+    place = folder / "work"
+    place.mkdir()
+    (place / "my.txt").write_text(TEXT)
+    bare = {"PATH": str(furnished.parent)}
+    out = {name: run("pygpt", name, *words.split(), cwd=place, **bare) for name, words in RUNS.items()}
+    assert RUNS.keys() == COMMANDS.keys() - {"download"}
+    assert len(out["chat"].split()) > 0
+    assert re.findall(r"^step (\d): train loss", out["train"], re.MULTILINE) == ["0", "1"]
+    assert {"my_train.bin", "mine.bin", "mine.state", "small.bin"} <= {path.name for path in place.iterdir()}
+    assert json.loads(out["eval"])["scored"] == 19
+    assert [part["name"].split()[0] for part in json.loads(out["profile"])["startup"]][:2] == ["interpreter", "import"]
+    tests = {(row["test"], row.get("by")) for row in json.loads(out["bench"])}
+    assert {("pp4", "pygpt"), ("tg2@d2", "numpy"), ("process", "reference")} <= tests
+    assert json.loads(out["bench"])[0]["commit"] == ""
+    assert "pygpt download" in run("pygpt", "download", "--help", cwd=place, **bare)
+
+
 @builds
 @pytest.mark.timeout(900)
 def test_the_wheel_passes_recorded_tests(furnished: Path, folder: Path) -> None:
     place = run(str(furnished), "-c", "import pygpt; print(pygpt.__file__)", cwd=folder)
     assert Path(place).is_relative_to(folder)
-    tests = str(ROOT / "tests" / "test_kernels.py")
+    tests = str(next((ROOT / "tests").rglob("test_kernels.py")))
     out = run(str(furnished), "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", "recorded_bits", cwd=folder)
     assert re.search(r"\d+ passed", out)
     assert "failed" not in out

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
+from running import assert_one_line_error, assert_refused, assert_refuses, environment, run
 
 from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
 from pygpt.config import Config
@@ -25,7 +26,6 @@ from pygpt.errors import ClosedError, InputError
 from pygpt.formats import checkpoint, dtypes
 from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"L": 2, "NH": 2, "C": 6, "V": 130, "maxT": 5}
 PAIRS = [(1, 3), (1, 5), (3, 1), (3, 5), (5, 1), (5, 3)]
 HEADER_BYTES = 1024
@@ -48,16 +48,6 @@ def converted(source: Path, version: int | None = None) -> bytes:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def refused(capsys: pytest.CaptureFixture[str], *named: str) -> None:
-    """One line on stderr that names these; nothing on stdout."""
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err)
-    assert "usage" not in output.err
-    for word in named:
-        assert word in output.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,8 +231,7 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], arguments: 
     os.symlink("a.bin", "link.bin")
     os.link("a.bin", "hard.bin")
     before = contents(folder)
-    assert main(arguments) == 2
-    refused(capsys, *named)
+    assert_refuses(main, capsys, arguments, *named)
     assert contents(folder) == before
 
 
@@ -253,9 +242,7 @@ def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str], existed: 
         Path("b.bin").write_bytes(b"older")
     before = contents(folder)
     with full_disk(3000):
-        status = main(["a.bin", "b.bin"])
-    assert status == 1
-    refused(capsys, "b.bin: cannot write the model file: File too large")
+        assert_refuses(main, capsys, ["a.bin", "b.bin"], "b.bin: cannot write", "File too large", status=1)
     assert contents(folder) == before
 
 
@@ -287,25 +274,20 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(
     assert main(["a.bin", "b.bin"]) == status
     assert calls == [1] * 9  # a temporary file beside its target
     assert contents(folder) == before
+    out, err = capsys.readouterr()
+    assert out == ""
     if status == 1:
-        refused(capsys)
+        assert_one_line_error(err)
     else:
-        assert capsys.readouterr().err == ""
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYGPT", "PYTHON", "COLUMNS"))}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert err == ""
 
 
 def test_as_a_process(folder: Path) -> None:
     make("a.bin", version=3, **SMALL)
-    done = run(sys.executable, "-W", "error", "-m", "pygpt.commands.convert", "a.bin", "b.bin")
+    done = run("convert", "a.bin", "b.bin")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
-    refusal = run(sys.executable, "-m", "pygpt.commands.convert", "a.bin", "a.bin")
-    assert (refusal.returncode, refusal.stdout, refusal.stderr.count("\n")) == (2, "", 1)
-    assert run("/bin/sh", "-c", f"{shlex.quote(sys.executable)} -m pygpt.commands.convert a.bin c.bin >&- 2>&-").returncode == 0
+    assert_refused(run("convert", "a.bin", "a.bin"), "same file")
+    assert run("convert", "a.bin", "c.bin", shell='"$@" >&- 2>&-').returncode == 0
     assert Path("c.bin").read_bytes() == Path("b.bin").read_bytes()
 
 
@@ -325,7 +307,8 @@ def write(row, file, array):
 Format.write = write
 sys.exit(main(["a.bin", "b.bin"]))
 """
-    done = run(sys.executable, "-c", program)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
     assert os.listdir() == ["a.bin"]
 
@@ -336,7 +319,7 @@ def test_examples_of_the_help_run(folder: Path, capsys: pytest.CaptureFixture[st
     assert leaving.value.code == 0
     assert EXAMPLES in capsys.readouterr().out
     make("gpt2_124M.bin", version=3, **SMALL)
-    commands = re.findall(r"^  python -m pygpt\.convert (.*?)  ", EXAMPLES, re.MULTILINE)
+    commands = re.findall(r"^  pygpt convert (.*?)  ", EXAMPLES, re.MULTILINE)
     assert len(commands) == 5
     for command in commands:
         assert main(shlex.split(command)) == 0, command
