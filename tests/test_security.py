@@ -19,7 +19,7 @@ from pygpt.commands.console import one_line
 from pygpt.formats.files import atomic_file
 
 ROOT = Path(pygpt.__file__).parent.parent
-SOURCES = sorted([*(ROOT / "pygpt").glob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])
+SOURCES = sorted([*(ROOT / "pygpt").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml", "code", "codeop"}
 CALLS = {"eval", "exec", "compile", "__import__", "execfile"}  # by name alone: model.eval() is another thing
 METHODS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "torch.load", "tempfile.mktemp"}
@@ -93,9 +93,9 @@ def hostile(folder: Path) -> Path:
         ["-P", "-m", "pygpt", "-m", "{model}", "1"],
         ["-c", "import sys; sys.path.pop(0); from pygpt.__main__ import main; sys.exit(main())", "-m", "{model}", "1"],
         ["{root}/chat.py", "-m", "{model}", "-n", "2", "hi"],
-        ["{root}/tools/shards.py", "--show", "{model}"],
+        ["-P", "-m", "pygpt", "shards", "--show", "{model}"],
     ],
-    ids=["module", "installed", "chat", "tool"],
+    ids=["module", "installed", "chat", "subcommand"],
 )
 def test_a_hostile_folder_is_not_run(tmp_path: Path, argv: list[str]) -> None:
     """The current folder is no place for modules: not for the installed command, its child under the chat, and the tools."""
