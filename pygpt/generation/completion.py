@@ -3,10 +3,7 @@
 Refuses to know how logits are made.
 """
 
-from typing import NamedTuple
-
 from .request import Request
-from .sampling import not_finite
 from .stop import Watch
 
 TYPE_CHECKING = False
@@ -14,25 +11,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from .._kernels import Logits
-
-
-class TokenInfo(NamedTuple):
-    """A token, its log-probability (natural logarithm of the softmax of the logits, before any option of a sampler), and the
-    most probable tokens in its place with theirs, the most probable first, the lowest id first among equals."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-def token_info(logits: "Logits", row: int, token: int, count: int) -> TokenInfo:
-    """Return what row `row` of logits (rows, V) says about `token` and the `count` most probable tokens."""
-    from .._kernels import log_probabilities
-
-    found = log_probabilities(logits, row, token, count)
-    if found is None:
-        raise not_finite()
-    return TokenInfo(token, *found)
+    from .logprobs import TokenInfo
 
 
 class Completion:
@@ -93,6 +72,8 @@ class Completion:
         request, step = self._request, len(self._sequence) - len(self._request.tokens)
         token = request.sampler.choose(logits, row, self.seed, self._stream, step, self._seen)
         if request.top_logprobs is not None:
+            from .logprobs import token_info
+
             self.infos.append(token_info(logits, row, token, request.top_logprobs))
         self._sequence.append(token)
         if self._seen is not None:
