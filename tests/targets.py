@@ -506,8 +506,8 @@ WORDS = (
     "", "-", "--", "0", "1", "2", "3", "4", "5", "10", "-1", "007", "1e3", "0x10", "\uff11\uff12", "\u0663", "9" * 18, "9" * 19,
     "9" * 5000, "nan", "inf", "1_000", " 1", "\udcff", "\n", "1\n2", "é", "=", "a" * 5000, "%s", "%(prog)s", "2147483648",
     "18446744073709551616", "0.5", "1e-320", "1e400", "median", "greedy", "sample", "stop", "slide", "\x1b[31m", "\u2028",
-    "--x", "tiny.bin", ".", "nothing.bin", "gpt2", "out.bin", "out/", "half.bin", "0" * 8 + "1" * 5000, "hf", "hf/", "a.txt", "t.bin",
-    "bad.txt", "h.bin", "run.state", "data/x", "paragraph", "json", "log.json", "cosine", "1e-3", "*.bin",
+    "--x", "tiny.bin", ".", "nothing.bin", "gpt2", "out.bin", "out/", "half.bin", "0" * 8 + "1" * 5000, "hf", "hf/", "a.txt",
+    "t.bin", "bad.txt", "h.bin", "run.state", "data/x", "paragraph", "json", "log.json", "cosine", "1e-3", "*.bin",
 )  # fmt: skip
 TRAIN = "train --shape L=1,NH=1,C=2,maxT=4,V=5 --data t.bin -B 1 -T 2 --steps 2"
 LINES = (
