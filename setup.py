@@ -1,4 +1,4 @@
-"""Build of the Cython modules; everything else about the package is in pyproject.toml.
+"""Build the Cython modules. Everything else about the package is in pyproject.toml.
 
 The flags are the same on every machine. There is no -march=native: each instruction set is compiled from micro_body.h and
 chosen at import. There is no -ffast-math and no contraction: every fused operation is written as one. With either, the bits
@@ -36,7 +36,7 @@ class BuildSideBySide(build_ext):
 
 
 def extension(name, *sources, kernels=False):
-    """One module of the package; `kernels`: it includes the headers of the kernels."""
+    """Return one module of the package. kernels: whether it includes the headers of the kernels."""
     return Extension(
         f"pygpt.{name}",
         [f"pygpt/{name}.pyx", *sources],
@@ -46,7 +46,7 @@ def extension(name, *sources, kernels=False):
     )
 
 
-if __name__ == "__main__":  # not in the processes that cythonize() starts
+if __name__ == "__main__":  # the processes that cythonize() starts import this file, too
     modules = [
         extension("_kernels", *MICROKERNELS, kernels=True),
         extension("_reference"),

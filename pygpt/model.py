@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Floats, Trace
-    from .training.parameters import LiveWeights
+    from .network import OpenModel
 
 
 class GPT2(Generator):
@@ -29,9 +29,7 @@ class GPT2(Generator):
 
     network: Network
 
-    def __init__(
-        self, checkpoint: "Checkpoint | LiveWeights", *, threads: int | None = None, all_workers: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: "OpenModel", *, threads: int | None = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
 
     @classmethod

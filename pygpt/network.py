@@ -17,9 +17,28 @@ from .pool import ThreadPool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from ._kernels import Trace
-    from .formats.checkpoint import Checkpoint
-    from .training.parameters import LiveWeights
+    from .formats.dtypes import Format
+
+    class OpenModel(Protocol):
+        """Where a network's weights come from: an open file, or arrays in memory."""
+
+        @property
+        def config(self) -> Config:
+            """The dimensions."""
+
+        @property
+        def format(self) -> Format:
+            """The weight format of most tensors."""
+
+        def stored(self) -> dict[str, tuple[str, memoryview]]:
+            """Map each tensor's name to its weight format and its bytes, which are used in place."""
+
+        def close(self) -> None:
+            """Give the bytes back."""
+
 
 CHUNK = 512  # rows of a prompt in one step: so Ctrl-C takes effect soon, and the activations stay small
 
@@ -73,9 +92,7 @@ class Network:
 
     chunk = CHUNK
 
-    def __init__(
-        self, checkpoint: "Checkpoint | LiveWeights", *, threads: int | None = None, all_workers: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: "OpenModel", *, threads: int | None = None, all_workers: bool = False) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._weights = Weights(self.config, checkpoint.stored())

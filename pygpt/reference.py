@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .training.parameters import LiveWeights
+    from .network import OpenModel
 
 
 class SerialCache:
@@ -51,11 +51,14 @@ class SerialNetwork:
 
     position_bytes = 8
 
-    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
+    def __init__(self, checkpoint: "OpenModel") -> None:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
-        arrays = {name: FORMATS[stored].values(data) for name, (stored, data) in checkpoint.stored().items()}
+        arrays = {
+            name: data.cast("f") if stored == "float32" else FORMATS[stored].values(data)  # float32 needs no NumPy
+            for name, (stored, data) in checkpoint.stored().items()
+        }
         self._reference: Reference | None = Reference(self.config, arrays)
 
     def new_cache(self, capacity: int | None = None) -> SerialCache:
@@ -94,7 +97,7 @@ class SerialGPT2(Generator):
 
     network: SerialNetwork
 
-    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
+    def __init__(self, checkpoint: "OpenModel") -> None:
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod

@@ -25,7 +25,8 @@ from typing import Any, TextIO
 from ..config import Config
 from ..errors import CheckpointError, InputError
 from ..formats.checkpoint import Checkpoint
-from ..generation.request import SAMPLING, complete_order
+from ..generation.request import SAMPLING, Request, complete_order
+from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
 from ..tokenizer import StreamDecoder, Tokenizer
 from .child import ChildError, Command
@@ -46,8 +47,8 @@ examples:
   pygpt chat -n 100 -m gpt2_124M.bin --temp 0.8 --top-p 0.95 Ladies and
   pygpt chat < letter.txt > reply.txt   the whole input is one text
 
-A text too long for the model's context loses its beginning, unless --overflow says otherwise.
-Ctrl-C stops a reply; pressed twice, it leaves.
+If a text is too long for the model's context, its beginning is dropped; --overflow changes that.
+Ctrl-C stops a reply; pressed twice, it leaves the chat.
 """
 
 HELP = """\
@@ -85,9 +86,9 @@ SETTINGS = {
 
 
 class Settings:
-    """How replies are made: options of the command line, which /set changes. Raises InputError for one that cannot be.
+    """How replies are made: options of the command line, which /set changes. Raises InputError for a bad one.
 
-    config: the dimensions of the model that will answer; None for a model that does not open, as the child will say.
+    config: the dimensions of the model that will answer; None if the model does not open, which the child reports.
     """
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
@@ -99,19 +100,16 @@ class Settings:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What a request says beside its tokens."""
+        """The options of a request."""
         return self._defaults | self._asked
 
     def check(self, tokens: Sequence[int]) -> None:
-        """Raise InputError for tokens that the child would refuse with these settings."""
+        """Raise InputError if the child would refuse these tokens with these settings."""
         if self.config is not None:
-            from ..generation.request import Request  # here, so that kernels that were not built are one line, too
-
             Request(self.config, tokens, **self.request)
 
     def change(self, name: str, value: str) -> None:
-        """Set one from what the user has typed. Raises InputError, in the user's words, and changes nothing, for what cannot
-        be."""
+        """Set one from what the user has typed. For a bad value, raise InputError in the user's words and change nothing."""
         typed = name
         name, key = find_setting(typed)
         if key == "stats":
@@ -142,8 +140,6 @@ class Settings:
             value = self.request[key]
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         elif key == "sampler":
-            from ..generation.sampling import DEFAULT_SAMPLER
-
             shown = f"default ({DEFAULT_SAMPLER if SAMPLING.isdisjoint(self._asked) else 'sample'})"
         else:
             shown = "default"
@@ -156,7 +152,7 @@ def find_setting(name: str) -> tuple[str, str]:
     for known, (others, key) in SETTINGS.items():
         if wanted == known or wanted in others:
             return known, key
-    raise InputError(f"{name!r:.40} is no setting: there are {', '.join(SETTINGS)}")
+    raise InputError(f"{name!r:.40} is not a setting: the settings are {', '.join(SETTINGS)}")
 
 
 def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
@@ -178,7 +174,7 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
 class Chat:
     """A conversation of independent texts and replies, and the commands between them.
 
-    model, threads: as the command line gave them, for the one thing that the child cannot tell (/probs).
+    model, threads: as on the command line, for /probs, which the child cannot answer.
     """
 
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
@@ -228,7 +224,7 @@ class Chat:
         return 0
 
     def take(self, text: str) -> None:
-        """Complete a text or obey a command. What cannot be is said in one line."""
+        """Complete a text or obey a command; report an error in one line."""
         try:
             if text.startswith("/") and not text.startswith("//"):
                 self._obey(text)
@@ -238,12 +234,14 @@ class Chat:
             say(str(error))
 
     def _obey(self, line: str) -> None:
-        """Do what a command says. Raises InputError for one that is none."""
+        """Run a / command. Raises InputError if there is no command of this name."""
         name, *rest = line.split(maxsplit=1)
         if name == "/set":
             self._set(rest[0].strip() if rest else "")
         elif name not in self._commands:
-            raise InputError(f"{name!r:.40} is no command: /help lists them; to send a text with a slash in front, type //")
+            raise InputError(
+                f"{name!r:.40} is not a command: /help lists the commands; to send a text that begins with a slash, type //"
+            )
         elif rest:
             raise InputError(f"{name} takes nothing after it, and there is {rest[0]!r:.40}; to send this as a text, type //")
         else:
@@ -287,16 +285,15 @@ class Chat:
         self._leaving = True
 
     def _go_on(self) -> None:
-        """Print what follows the text and the reply so far, as it comes. Raises InputError before, ChildError meanwhile.
+        """Print what follows the text and the reply so far, token by token.
 
-        An error ends a begun line first, and so gets a line to itself.
+        Raises InputError before the first token, ChildError after it. An error ends a begun line first, so that the message
+        has a line of its own.
         """
         tokens = self._fitting(self._text + self._reply)
         self._settings.check(tokens)
         request = self._settings.request
         if "seed" in request:  # the same text again gets another reply, and the next session the same ones in this order
-            from ..generation.sampling import SEEDS
-
             request["seed"] = (request["seed"] + self._repeated) % SEEDS
         decoder = StreamDecoder(self._tokenizer)
         for token in self._reply[-3:]:  # a character that the last reply broke off is completed
@@ -318,8 +315,10 @@ class Chat:
             say(speed(times))
 
     def _fitting(self, tokens: list[int]) -> list[int]:
-        """Return the last tokens that leave room for the reply in the context, or all if --overflow deals with them; say so
-        if that is not all."""
+        """Return the last tokens that leave room for the reply in the context, with a notice if some are dropped.
+
+        With --overflow, the child deals with long texts: all tokens that fit into a request are returned.
+        """
         config, request = self._settings.config, self._settings.request
         if config is None or request.get("overflow") == "stop":
             return tokens
@@ -389,8 +388,10 @@ def speed(times: Sequence[float]) -> str:
 
 
 def line_reader() -> Callable[[str], str]:
-    """How to ask for a line on the terminal: with history, editing and pasting by prompt_toolkit if it is installed and the
-    terminal can, else by readline if Python has it, else plainly. A pasted text of several lines may come as one line."""
+    """Return how to ask for a line on the terminal. A pasted text of several lines may come as one line.
+
+    prompt_toolkit gives history, editing and pasting; without it, readline does; without both, or on a dumb terminal, input().
+    """
     if not sys.stdout.isatty():
         return ask_plainly
     readline = None
@@ -415,7 +416,7 @@ def ask_plainly(prompt: str) -> str:
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
-    """Ask for a text: a line, and the next if it ends in a backslash; two of them are one, and the end."""
+    """Ask for a text: a line, and the next line if it ends in a backslash. Two backslashes at the end stand for one."""
     text = ask(PROMPT)
     while text.endswith("\\") and not text.endswith("\\\\"):
         text = text[:-1] + "\n" + ask(CONTINUED)
@@ -423,7 +424,7 @@ def ask_text(ask: Callable[[str], str]) -> str:
 
 
 def input_waits() -> bool:
-    """Whether more was typed: an empty line is then one of several that were pasted, and the shell must not get the rest."""
+    """Whether more was typed. An empty line is then part of a pasted text, and the shell must not get the rest."""
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
@@ -433,7 +434,7 @@ def prompt_stream() -> TextIO:
 
 
 def show(text: str) -> None:
-    """Show what is no reply: what commands answer."""
+    """Show what a / command answers."""
     print(text, file=prompt_stream())
 
 
@@ -470,7 +471,7 @@ class PassOn(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and the help. How a reply is made is the `pygpt` command's to say."""
+    """The options and their help."""
     parser = Parser(
         prog="pygpt chat",
         usage="pygpt chat [options] [TEXT ...]",
@@ -498,7 +499,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line. Raises InputError for what is none."""
+    """Read the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)  # argparse itself loses it between words
     options = build_parser().parse_intermixed_args(argv[:cut])
@@ -507,7 +508,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def model_config(model: str | None) -> Config | None:
-    """Return the dimensions of the model that will answer, or None if it does not open: the child then says why."""
+    """Return the dimensions of the model that will answer, or None if it does not open: the child reports why."""
     try:
         with Checkpoint(find_model(model)[0]) as checkpoint:
             return checkpoint.config
@@ -520,7 +521,7 @@ def run(options: argparse.Namespace) -> int:
     if options.words and not any(options.words):
         raise InputError("the text is empty")
     settings = Settings(options, model_config(options.model))
-    with Command(options.passed) as command:  # first, so that it gets ready meanwhile
+    with Command(options.passed) as command:  # started first, to load the model meanwhile
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
             return chat.answer(" ".join(options.words))

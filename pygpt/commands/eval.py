@@ -1,16 +1,16 @@
-"""How good a model is: perplexity of a text, HellaSwag, and what it expects next.
+"""Measure a model: perplexity of a text, HellaSwag, and the most probable next tokens.
 
-    pygpt eval perplexity book.txt                          every token once, with half a window of context or more
+    pygpt eval perplexity book.txt                          each token once, with at least half a window of context
     pygpt eval perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
     pygpt eval hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
     pygpt eval next "The capital of France is" -k 5
     pygpt eval next "To be, or not to" -o json
 
-Perplexity slides a window of `--window` tokens (default maxT) over the tokens by `--stride` (default half of it); a window
-scores the tokens that the one before did not reach, so that each token but the first is scored once, and those of later
-windows with window - stride tokens of context or more. --window T+1 --stride T scores blocks of T, as a trainer does;
---stride W, the whole window, leaves out the first token of each: nothing comes before it.
-HellaSwag counts an example as right when its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
+Perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
+window scores the tokens that the window before did not reach. So each token except the first is scored once, and in later
+windows with at least window - stride tokens of context. --window T+1 --stride T scores blocks of T tokens, as training does.
+If the stride is the whole window, the first token of each window is left out, because it has no context.
+HellaSwag counts an example as right if its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
 
 JSON (-o json), one object: task, model, threads, seconds, tokens_per_s (of the rows that ran), and
     perplexity    file, tokens, scored, window, stride, loss (nats a token), perplexity (null above 1e307)
@@ -41,13 +41,14 @@ from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
 from ..tokenizer import Tokenizer
-from .console import HelpFormatter, Parser, check_stdout, status_of
+from .console import HelpFormatter, Parser, check_stdout, status_of, whole
 from .progress import Progress
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
-LARGEST_LOSS = 709  # nats: e to a higher power is no float
+LARGEST_LOSS = 709  # nats: e to a higher power overflows a float
 BAR = 30  # columns
+MOST = 2**31 - 1  # tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
 
@@ -65,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
     add = shared.add_argument
     add("-m", "--model", metavar="MODEL", help="a checkpoint, or a downloaded model's name (default: as the command finds one)")
-    add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
+    add(
+        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
+    )
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
         prog="pygpt eval",
@@ -90,13 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     one = task("perplexity", "TEXT", "UTF-8 text, or - for stdin, or a token file (.bin)", "perplexity and loss of a text")
-    one.add_argument("--window", metavar="W", help="tokens that the model sees at once (default maxT, at most maxT + 1)")
-    one.add_argument("--stride", metavar="S", help="tokens from one window to the next (default half a window)")
-    one.add_argument("-n", "--limit", metavar="N", help="take the first N tokens only")
+    count = whole(1, MOST)
+    one.add_argument(
+        "--window", metavar="W", type=count, help="tokens that the model sees at once (default maxT, at most maxT + 1)"
+    )
+    one.add_argument("--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)")
+    one.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N tokens only")
     two = task("hellaswag", "FILE", "llm.c's hellaswag_val.bin, or any file of its format", "multiple choice: acc and acc_norm")
-    two.add_argument("-n", "--limit", metavar="N", help="take the first N examples only")
+    two.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N examples only")
     three = task("next", "PROMPT", "the text before", "what the model expects next")
-    three.add_argument("-k", "--top", metavar="K", default="10", help="how many tokens to show (default 10)")
+    three.add_argument("-k", "--top", metavar="K", type=count, default=10, help="how many tokens to show (default 10)")
     return parser
 
 
@@ -107,9 +113,6 @@ def run(options: argparse.Namespace) -> None:
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
-    for name in ("threads", "window", "stride", "limit", "top"):
-        if getattr(options, name, None) is not None:
-            setattr(options, name, whole(name, getattr(options, name)))
     path, _ = find_model(options.model)
     with GPT2.load(path, threads=options.threads) as model:
         start = time.perf_counter()
@@ -127,13 +130,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {path}")
 
 
-def whole(name: str, given: str) -> int:
-    """A positive whole number of an option."""
-    if not (given.isascii() and given.isdigit() and len(given) < 16 and int(given)):
-        raise InputError(f"--{name} is {given[:40]!r}: it must be a whole number from 1 on")
-    return int(given)
-
-
 # ------------------------------------------------------------------------------------------------ losses
 
 
@@ -148,7 +144,7 @@ def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses
 
 
 def log_sums(rows: Losses) -> Losses:
-    """What turns logits into log-probabilities once it is subtracted: [rows, V] -> [rows]."""
+    """The logarithm of the summed exponentials of each row's logits: [rows, V] -> [rows]."""
     top = rows.max(axis=1)  # [rows]
     out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
@@ -181,7 +177,7 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
         raise InputError(f"--stride is {stride}: it must be from 1 to the window's {window}")
     tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, for the first one has no context")
+        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed: the first one has no context")
     rows = scored = 0
     sums: list[float] = []  # of the losses, by window
     with Progress("tokens", len(tokens) - 1) as progress:
@@ -228,7 +224,9 @@ def tokenizer_of(model: GPT2) -> Tokenizer:
     """GPT-2's tokenizer, if the model's ids are its ids."""
     tokenizer = Tokenizer()
     if model.config.V != tokenizer.V:
-        raise InputError(f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids are no text")
+        raise InputError(
+            f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids cannot be read as text"
+        )
     return tokenizer
 
 

@@ -3,10 +3,7 @@
 Refuses to know how logits are computed.
 """
 
-from typing import NamedTuple
-
 from .request import Request
-from .sampling import not_finite
 from .stop import Watch
 
 TYPE_CHECKING = False
@@ -14,27 +11,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from .._kernels import Logits
-
-
-class TokenInfo(NamedTuple):
-    """A token, its log-probability, and the most probable tokens (id, log-probability) at the same position.
-
-    A log-probability is the natural logarithm of the softmax of the logits, before any option of a sampler. `top` has the most
-    probable token first, and the lowest id first among equals."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-def token_info(logits: "Logits", row: int, token: int, count: int) -> TokenInfo:
-    """Return the TokenInfo of `token` with the `count` most probable tokens, from row `row` of logits (rows, V)."""
-    from .._kernels import log_probabilities
-
-    found = log_probabilities(logits, row, token, count)
-    if found is None:
-        raise not_finite()
-    return TokenInfo(token, *found)
+    from .logprobs import TokenInfo
 
 
 class Completion:
@@ -94,6 +71,8 @@ class Completion:
         request, step = self._request, len(self._sequence) - len(self._request.tokens)
         token = request.sampler.choose(logits, row, self.seed, self._stream, step, self._seen)
         if request.top_logprobs is not None:
+            from .logprobs import token_info
+
             self.infos.append(token_info(logits, row, token, request.top_logprobs))
         self._sequence.append(token)
         if self._seen is not None:

@@ -15,7 +15,6 @@ add() and cancel() may be called on any thread, step() on one thread at a time.
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ..errors import InputError, is_whole, shown
 from .completion import Completion
@@ -52,13 +51,13 @@ class Job:
         return self.cancelled or self.error is not None or all(c.finish_reason is not None for c in self.completions)
 
 
-class Event(NamedTuple):
+class Event:
     """A new token of completion number `choice` of a job; or, with token None, the error that ended the job."""
 
-    job: Job
-    choice: int
-    token: int | None
-    error: Exception | None = None
+    __slots__ = ("choice", "error", "job", "token")
+
+    def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
+        self.job, self.choice, self.token, self.error = job, choice, token, error
 
 
 class _Sequence:
@@ -71,14 +70,13 @@ class _Sequence:
         self.memory: Memory | None = None
 
 
-class _Part(NamedTuple):
+class _Part:
     """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window."""
 
-    sequence: _Sequence
-    memory: Memory
-    window: list[int]
-    tokens: list[int]
-    last: bool
+    __slots__ = ("last", "memory", "sequence", "tokens", "window")
+
+    def __init__(self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool) -> None:
+        self.sequence, self.memory, self.window, self.tokens, self.last = sequence, memory, window, tokens, last
 
 
 class Engine:
@@ -228,9 +226,10 @@ class Engine:
         plan = decoding
         for part in prompts:
             if left:
-                some = part.tokens[:left]
-                plan.append(part._replace(tokens=some, last=len(some) == len(part.tokens)))
-                left -= len(some)
+                part.last = len(part.tokens) <= left
+                part.tokens = part.tokens[:left]
+                plan.append(part)
+                left -= len(part.tokens)
         return plan
 
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:

@@ -254,7 +254,7 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
         (["perplexity", "absent.txt", "-m", EMBEDDED_MODEL], ["absent.txt", "cannot open the text"]),
         (["perplexity", "absent.bin"], ["absent.bin", "cannot open the token file"]),
         (["perplexity", "tokens.bin", "-o", "yaml"], ["-o is 'yaml'", "text or json"]),
-        (["perplexity", "tokens.bin", "-t", "0"], ["--threads is '0'"]),
+        (["perplexity", "tokens.bin", "-t", "0"], ["--threads", "'0'", "256"]),
         (["perplexity", "tokens.bin", "-t", "1000"], ["1000"]),
         (["perplexity", "tokens.bin", "-m", "absent"], ["absent", "no such model file"]),
         (["perplexity", "tokens.bin", "--window", "1"], ["--window is 1: it must be from 2 to maxT + 1 = 25"]),
@@ -266,12 +266,12 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
         (["hellaswag", "tokens.bin"], ["tokens.bin: magic number 20240520, expected 20240522"]),
         (["hellaswag", "high_examples.bin"], ["high_examples.bin: example 0", "token id 211"]),
         (["hellaswag", "long.bin"], ["example 0 has 25 tokens to run: the model takes 24"]),
-        (["hellaswag", "examples.bin", "-n", "x"], ["--limit is 'x'"]),
+        (["hellaswag", "examples.bin", "-n", "x"], ["--limit", "'x'"]),
         (["next", "a"], ["the model has 211 ids, GPT-2's vocabulary 50257"]),
         (["next", "", "-m", EMBEDDED_MODEL], ["the prompt is empty"]),
         (["next", "a " * 300, "-m", EMBEDDED_MODEL], ["tokens were given", "256"]),
         (["next", "a", "-m", EMBEDDED_MODEL, "-k", "50258"], ["--top is 50258", "50257 ids"]),
-        (["next", "a", "-m", EMBEDDED_MODEL, "-k", "0"], ["--top is '0'"]),
+        (["next", "a", "-m", EMBEDDED_MODEL, "-k", "0"], ["--top", "'0'"]),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -27,14 +28,6 @@ LEVELS = (
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 # Arrows upwards that are still there: remove each from this list once it is gone.
-KNOWN = {
-    "_backward -> training.parameters",
-    "_reference -> training.parameters",
-    "generation.prefix -> model",
-    "hub.fetch -> commands.console",
-    "hub.http_client -> commands.console",
-    "model -> training.parameters",
-}
 
 
 def name_of(path: Path) -> str:
@@ -46,25 +39,27 @@ SOURCES = [path for suffix in ("py", "pyi", "pyx", "pxd") for path in sorted(ROO
 MODULES = {name_of(path) for path in SOURCES}
 
 
-def imports_of(path: Path) -> set[str]:
-    """The package's modules that a source file imports, anywhere in it."""
+def statements(path: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """Every import in a source file: how many dots, the module, the names that come from it."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix in (".py", ".pyi"):
-        nodes = list(ast.walk(ast.parse(text)))
-        found = [
-            (node.level, node.module or "", [a.name for a in node.names]) for node in nodes if isinstance(node, ast.ImportFrom)
-        ]
-        found += [(0, alias.name, [""]) for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    else:
-        found = [
-            (len(dots), module, [""]) for dots, module in re.findall(r"^\s*from (\.*)([\w.]*) c?import", text, re.MULTILINE)
-        ]
-    targets = set()
-    for level, module, names in found:
+    if path.suffix in (".pyx", ".pxd"):
+        for dots, module in re.findall(r"^\s*from (\.*)([\w.]*) c?import", text, re.MULTILINE):
+            yield len(dots), module, [""]
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or "", [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((0, alias.name, [""]) for alias in node.names)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The package's modules that a source file imports, anywhere in it. The package itself is `__init__`."""
+    folder, targets = path.relative_to(ROOT).parent.parts, set()
+    for level, module, names in statements(path):
         if level or module.partition(".")[0] == "pygpt":
-            folder = path.relative_to(ROOT).parent.parts
             base = [*folder[: len(folder) + 1 - level], *filter(None, [module])] if level else module.split(".")[1:]
-            for name in names:  # a module, or what the module `base` has; the package itself is `__init__`
+            for name in names:
                 inner = ".".join([*base, name]).strip(".")
                 targets.add(inner if inner in MODULES else ".".join(base) or "__init__" * (name != "__version__"))
     return targets - {""}
@@ -97,15 +92,11 @@ def test_every_import_is_of_a_module_that_exists() -> None:
 
 
 def test_no_import_goes_upwards() -> None:
-    assert upwards() - KNOWN == set()
-
-
-def test_known_exceptions_are_still_there() -> None:
-    assert KNOWN - upwards() == set()
+    assert upwards() == set()
 
 
 def test_there_is_no_circle() -> None:
-    graph = {module: {o for o in others if f"{module} -> {o}" not in KNOWN} for module, others in arrows().items()}
+    graph = arrows()
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

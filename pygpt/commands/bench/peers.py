@@ -5,14 +5,14 @@
     with Peer("torch", "gpt2_124M.bin", threads=2) as peer:
         peer.train(inputs, targets, lr=1e-4, ...)          # a loss, and seconds
 
-A process each, because these libraries bring thread pools and allocators that disturb each other and pygpt, and read their
+Each peer has its own process: the libraries' thread pools and allocators disturb each other and pygpt, and they read their
 thread counts when they are imported. The child (main()) answers JSON lines: {"call": "prefill", "n": 512} on its standard
 input, {"result": 0.41} or {"error": "..."} on its standard output.
 
-Each peer gets the best that its ordinary interface offers for one sequence in float32 (llama.cpp in bfloat16 where the file
-is): a key-value cache, the head for the last row only, weights in memory of its own, first calls not counted. Refuses to
-download anything: every weight comes from the checkpoint, and what is not installed is not run. The head is tied to wte,
-whose padding stays away.
+Each peer gets the best that its ordinary interface offers for one sequence in float32 (llama.cpp: in bfloat16, if the file is).
+That is a key-value cache, the head for the last row only, and weights in memory of its own; first calls do not count. Nothing
+is downloaded: every weight comes from the checkpoint, and only installed peers run. The head is tied to wte without its
+padding.
 """
 
 import importlib

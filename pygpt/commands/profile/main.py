@@ -55,7 +55,7 @@ from ...cpus import default_threads
 from ...errors import InputError
 from ...formats.checkpoint import Checkpoint
 from ...hub.find import find_model
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
 from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
@@ -87,17 +87,36 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokens", metavar="IDS", help="the prompt, as in 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="a made-up prompt of so many tokens instead")
     add(
-        "-n", "--new", metavar="N", help="tokens to decode after the prompt, one by one (default 32); or iterations (default 3)"
+        "-n",
+        "--new",
+        metavar="N",
+        type=whole(1, 1 << 20),
+        help="tokens to decode after the prompt, one by one (default 32); or iterations (default 3)",
     )
     add("--train", action="store_true", help="training instead: forward, backward, gradient's norm, AdamW")
-    add("-B", metavar="N", help="its sequences in a batch (default 4)")
-    add("-T", metavar="N", help="its tokens in a sequence (default 64)")
-    add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
-    add("-r", "--rounds", metavar="N", default="3", help="rounds of the job, untraced and traced in turn (default 3)")
+    add("-B", metavar="N", type=whole(1, 1 << 16), help="its sequences in a batch (default 4)")
+    add("-T", metavar="N", type=whole(1, 1 << 16), help="its tokens in a sequence (default 64)")
+    add(
+        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
+    )
+    add(
+        "-r",
+        "--rounds",
+        metavar="N",
+        type=whole(1, 1000),
+        default=3,
+        help="rounds of the job, untraced and traced in turn (default 3)",
+    )
     add("--sampler", metavar="NAME", help="median (default) or greedy")
     add("--by-layer", action="store_true", help="add a table by layer")
     add("--skip", metavar="LIST", default="", help=f"leave out parts: all, or some of {','.join(PARTS)}")
-    add("--serial-tokens", metavar="N", default="8", help="tokens of the strategies: the serial reference is slow (default 8)")
+    add(
+        "--serial-tokens",
+        metavar="N",
+        type=whole(1, 1 << 20),
+        default=8,
+        help="tokens of the strategies: the serial reference is slow (default 8)",
+    )
     add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
@@ -105,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, with the schema above")
     add("--compare", metavar=("A", "B"), nargs=2, help="print what moved between two reports in JSON; nothing runs")
     add("--all-workers", action="store_true", help="use all workers even for steps too small to be worth it")
-    add("--capacity", metavar="N", help="events that a worker can note in a round (default: enough)")
+    add("--capacity", metavar="N", type=whole(1, 1 << 24), help="events that a worker can note in a round (default: enough)")
     planting = "debugging: make a phase (or `all`) last K times as long, on worker W or on all; may be repeated"
     add("--stretch", metavar="[W:]PHASE=K", action="append", default=[], help=planting)
     return parser
@@ -117,15 +136,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, flag in (GENERATION if options.train else TRAINING).items():
         if getattr(options, name) is not None:
             raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
-    for name, usual in ("new", "3" if options.train else "32"), ("B", "4"), ("T", "64"), ("sampler", "median"):
+    for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)
-    options.new = count("-n", options.new, 1, 1 << 20)
-    options.B, options.T = count("-B", options.B, 1, 1 << 16), count("-T", options.T, 1, 1 << 16)
-    options.rounds = count("-r", options.rounds, 1, 1000)
-    options.serial_tokens = count("--serial-tokens", options.serial_tokens, 1, 1 << 20)
-    options.threads = None if options.threads is None else count("-t", options.threads, 1, 256)
-    options.capacity = None if options.capacity is None else count("--capacity", options.capacity, 1, 1 << 24)
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     if options.sampler not in ("median", "greedy"):

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ WHOLE = {
     "save_every": (0, MOST),
     "version": (3, 5),
 }
-SHARD = ".bin"  # what is no shard is text
+SHARD = ".bin"  # a file with another ending is text
 VALUE_BYTES = {3: 4, 5: 2}
 FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader's position means nothing with others
 
@@ -148,17 +147,6 @@ def _absolute(path: str) -> str:
 def flag(name: str) -> str:
     """An option as users write it."""
     return f"-{name}" if name in ("B", "T") else f"--{name.replace('_', '-')}"
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number in these limits."""
-
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 21 and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a whole number from {low} to {high}")
-        return int(text)
-
-    return read
 
 
 def number(text: str) -> float:

@@ -45,7 +45,7 @@ from ...training.data import DataLoader
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import HelpFormatter, Parser, say, status_of
+from ..console import HelpFormatter, Parser, say, status_of, whole
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
@@ -65,7 +65,6 @@ from .job import (
     open_data,
     resumed,
     shape_of,
-    whole,
 )
 
 RANDOM = "random"  # instead of a checkpoint's name
