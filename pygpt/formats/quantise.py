@@ -10,7 +10,8 @@ from typing import NamedTuple
 from .._kernels import Floats, matrix_bytes, quantise_panels
 from ..config import Config
 from ..errors import InputError, shown
-from ..pool import ThreadPool, resolve_threads
+from ..cpus import resolve_threads
+from ..pool import ThreadPool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
