@@ -20,6 +20,7 @@ COMMANDS = {  # the module of each subcommand
     "eval": "eval",
     "shards": "shards",
     "convert": "convert",
+    "quantize": "quantize",
     "download": "download",
     "bench": "bench.main",
     "profile": "profile.main",

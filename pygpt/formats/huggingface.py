@@ -173,6 +173,11 @@ class HuggingFaceModel:
             raise self._bad(f"{HEAD} differs from wte.weight: a head of its own is not supported")
 
     @property
+    def paths(self) -> list[str]:
+        """The safetensors files."""
+        return [file.path for file in self._files.values()]
+
+    @property
     def size(self) -> int:
         """Bytes of all its files."""
         return sum(file.size for file in self._files.values())
