@@ -20,7 +20,7 @@ from ..config import LIMITS, TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..tokenizer import END_OF_TEXT, spelled_vocabulary
 from .checkpoint import MODEL_KIND
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
 from .panels import MATRICES, QUANTISED, ModelFile, aligned_bytes, layout, panel_sizes, stored_size, to_panels
 
@@ -276,9 +276,9 @@ class GGUFFile(ModelFile):
                     raise self._bad(f"tensor {theirs} is missing")
                 if self._tensors[theirs].extents != extents:
                     raise self._bad(f"tensor {theirs} has extents {self._tensors[theirs].extents}, expected {extents}")
-                found.add(self._tensors[theirs].format)
+                found.add(self._tensors[theirs].format.name)
                 known.add(theirs)
-            formats[name] = found.pop() if len(found) == 1 else FLOAT32
+            formats[name] = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
         if unknown := sorted(self._tensors.keys() - known):
             raise self._bad(f"tensor {unknown[0]!r} is unknown in a model with {self.config}")
         return formats
