@@ -106,11 +106,11 @@ class Counter:
     def __init__(self, progress: Progress) -> None:
         self._progress, self._done = progress, 0
 
-    def watch(self, pieces: "Iterator[Blocks]", format: Format) -> "Iterator[Blocks]":
+    def watch(self, pieces: "Iterator[Blocks]", kind: Format) -> "Iterator[Blocks]":
         """Pass the pieces of a tensor on."""
         for piece in pieces:
             yield piece
-            self._done += piece.size * format.block_values
+            self._done += piece.size * kind.block_values
             self._progress.update(self._done)
 
 

@@ -77,6 +77,7 @@ def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
 def _from_float16(array: "npt.NDArray[np.float16]") -> "npt.NDArray[np.float32]":
     return array.astype("<f4")
 
+
 def _to_float16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float16]":
     """Round float32 to float16, nearest even; beyond 65504 to infinity."""
     import numpy as np
@@ -185,7 +186,9 @@ def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
     blocks = blocks.reshape(-1)
     low = blocks["ql"].reshape(-1, 2, 2, 32)  # [block][half][pair][l]
     high = blocks["qh"].reshape(-1, 2, 32)
-    q = np.stack([low[:, :, 0] & 15, low[:, :, 1] & 15, low[:, :, 0] >> 4, low[:, :, 1] >> 4], axis=2)  # [block][half][quarter][l]
+    q = np.stack(
+        [low[:, :, 0] & 15, low[:, :, 1] & 15, low[:, :, 0] >> 4, low[:, :, 1] >> 4], axis=2
+    )  # [block][half][quarter][l]
     for quarter in range(4):
         q[:, :, quarter] |= (high >> (2 * quarter) & 3) << 4
     with np.errstate(invalid="ignore"):

@@ -78,7 +78,7 @@ Value = int | float | bool | str
 class Tensor(NamedTuple):
     """A tensor's place in the file: `extents` as GGUF has them, the length of a row first."""
 
-    format: Format
+    kind: Format
     extents: tuple[int, ...]
     start: int  # byte of the file
     stop: int
@@ -205,10 +205,12 @@ class GGUFFile(ModelFile):
                 f"{self.path}: tensor {name!r} is of type {found}, and pygpt reads {known}: "
                 "take the model's F16 or F32 file, and quantise that with `pygpt quantize`"
             )
-        format = TYPES[kind]
-        if extents[0] % format.block_values:
-            raise cursor.bad(f"tensor {name!r} has rows of {extents[0]} values, no multiple of {format.name}'s {format.block_values}")
-        return name, format, extents, cursor.count("Q", 0, 1 << 62, f"the offset of {name!r}")
+        kind = TYPES[kind]
+        if extents[0] % kind.block_values:
+            raise cursor.bad(
+                f"tensor {name!r} has rows of {extents[0]} values, no multiple of {kind.name}'s {kind.block_values}"
+            )
+        return name, kind, extents, cursor.count("Q", 0, 1 << 62, f"the offset of {name!r}")
 
     def _place(self, cursor: _Cursor, table: list[tuple[str, Format, tuple[int, ...], int]]) -> dict[str, Tensor]:
         """Check that the tensors follow each other, aligned, up to the file's end; return where each one is."""
@@ -218,14 +220,14 @@ class GGUFFile(ModelFile):
         step = int(alignment)
         begin = end = _aligned(cursor.at, step)
         found: dict[str, Tensor] = {}
-        for name, format, extents, offset in table:
+        for name, kind, extents, offset in table:
             if name in found:
                 raise cursor.bad(f"tensor {name!r} is there twice")
             start = _aligned(end, step)
             if begin + offset != start:
                 raise cursor.bad(f"tensor {name!r} begins at {offset}, expected {start - begin}: after the one before it")
-            end = start + format.size(prod(extents))
-            found[name] = Tensor(format, extents, start, end)
+            end = start + kind.size(prod(extents))
+            found[name] = Tensor(kind, extents, start, end)
         if not end <= self.size <= _aligned(end, step):
             kind = "truncated" if self.size < end else "too long"
             raise cursor.bad(f"{kind}: {self.size} bytes, expected {end}; fetch it again")
@@ -313,19 +315,19 @@ class GGUFFile(ModelFile):
     def _stored(self, name: str) -> tuple[str, memoryview]:
         """All layers of a tensor one after the other in memory, quantised ones in panels."""
         layers, N, K = layout(self.config, name)
-        format = self.formats[name]
-        out = aligned_bytes(stored_size(self.config, name, format))
+        kind = self.formats[name]
+        out = aligned_bytes(stored_size(self.config, name, kind))
         step = len(out) // layers
         for layer in range(layers):
             _, blocks = self.part(name, layer, 0, N)
             into = out[layer * step : (layer + 1) * step]
-            if format.name in QUANTISED:
-                values, scales = to_panels(format, blocks)
-                split = panel_sizes(format, N, K)[0]
+            if kind.name in QUANTISED:
+                values, scales = to_panels(kind, blocks)
+                split = panel_sizes(kind, N, K)[0]
                 into[:split], into[split : split + len(scales)] = values, scales
             else:
                 into[:] = blocks.reshape(-1).view("u1")
-        return format.name, out.data
+        return kind.name, out.data
 
     def close(self) -> None:
         """Close the file; arrays of it stay. May be called twice."""
@@ -355,12 +357,12 @@ def write_gguf(
     A vocabulary of 50,257 ids is GPT-2's, and stands in the file; any other is left out. Raises InputError for rows that do
     not fill whole blocks.
     """
-    for name, format in formats.items():
+    for name, kind in formats.items():
         _, _, K = layout(config, name)
-        if K % format.block_values:
+        if K % kind.block_values:
             raise InputError(
-                f"{os.fspath(path)}: {name} has rows of {K} values, and GGUF's {format.name} needs a multiple of "
-                f"{format.block_values}: write a .safetensors file, which pads them, or take --format f16"
+                f"{os.fspath(path)}: {name} has rows of {K} values, and GGUF's {kind.name} needs a multiple of "
+                f"{kind.block_values}: write a .safetensors file, which pads them, or take --format f16"
             )
     table, end = [], 0
     for name in NAMES:
@@ -369,8 +371,7 @@ def write_gguf(
             extents = (K, N) if name in MATRICES else (K,)
             size = formats[name].size(N * K)
             table.append(
-                _string(theirs)
-                + struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
+                _string(theirs) + struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
             )
             end = _aligned(end + size, ALIGNMENT)
     pairs = _pairs(config, formats)

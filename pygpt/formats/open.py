@@ -35,7 +35,9 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> Model:
     """
     path = os.fspath(path)
     if os.path.isdir(path):
-        raise CheckpointError(f"{path}: a folder: make a model file of a Hugging Face model with `pygpt convert {path} NAME.bin`")
+        raise CheckpointError(
+            f"{path}: a folder: make a model file of a Hugging Face model with `pygpt convert {path} NAME.bin`"
+        )
     if path.endswith(".safetensors"):
         return PanelFile(path, mmap=mmap)
     return gguf.GGUFFile(path) if _is_gguf(path) else Checkpoint(path, mmap=mmap)
@@ -64,7 +66,7 @@ def _is_panel_file(path: str) -> bool:
         return file.metadata.get("format") == FILE_FORMAT
 
 
-def blocks_of(model: Source, name: str, format: Format) -> "Iterator[Blocks]":
+def blocks_of(model: Source, name: str, kind: Format) -> "Iterator[Blocks]":
     """Yield a tensor's rows in order as blocks (rows, blocks of a row) of a format; no piece reaches over two layers.
 
     Rows that do not fill whole blocks are padded with zeros. What the file has in this format is passed on as it is. Raises
@@ -73,27 +75,27 @@ def blocks_of(model: Source, name: str, format: Format) -> "Iterator[Blocks]":
     layers, N, K = layout(model.config, name)
     if isinstance(model, ModelFile):
         for found, blocks in model.parts(name):
-            yield blocks if found == format else _encode(model, name, format, found.to_float32(blocks)[:, :K])
+            yield blocks if found == kind else _encode(model, name, kind, found.to_float32(blocks)[:, :K])
         return
     for piece in model.pieces(name):
         rows = piece.reshape(-1, K)
         step = N if layers > 1 else len(rows)
         for start in range(0, len(rows), step):
-            yield _encode(model, name, format, rows[start : start + step])
+            yield _encode(model, name, kind, rows[start : start + step])
 
 
-def _encode(model: Source, name: str, format: Format, rows: "npt.NDArray[np.float32]") -> "Blocks":
+def _encode(model: Source, name: str, kind: Format, rows: "npt.NDArray[np.float32]") -> "Blocks":
     """Turn float32 rows (rows, K) into blocks."""
     import numpy as np
 
     place = model.place if isinstance(model, HuggingFaceModel) else model.path
     if not (finite := np.isfinite(rows)).all():
         raise CheckpointError(f"{place}: {name} holds {rows[~finite][0]}: weights must be finite")
-    if padding := -rows.shape[1] % format.block_values:
+    if padding := -rows.shape[1] % kind.block_values:
         rows = np.pad(rows, ((0, 0), (0, padding)))
-    assert format.from_float32 is not None
-    blocks = format.from_float32(np.ascontiguousarray(rows, "<f4"))
-    scales = blocks["d"] if blocks.dtype.names else format.to_float32(blocks)
+    assert kind.from_float32 is not None
+    blocks = kind.from_float32(np.ascontiguousarray(rows, "<f4"))
+    scales = blocks["d"] if blocks.dtype.names else kind.to_float32(blocks)
     if not np.isfinite(scales).all():
-        raise CheckpointError(f"{place}: {name} holds {rows.flat[np.abs(rows).argmax()]}: out of the range of {format.name}")
+        raise CheckpointError(f"{place}: {name} holds {rows.flat[np.abs(rows).argmax()]}: out of the range of {kind.name}")
     return blocks

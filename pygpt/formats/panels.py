@@ -55,22 +55,22 @@ def aligned(size: int) -> int:
 # ------------------------------------------------------------------------------------------------ the layout
 
 
-def panel_sizes(format: Format, N: int, K: int) -> tuple[int, int]:
+def panel_sizes(kind: Format, N: int, K: int) -> tuple[int, int]:
     """Bytes of the values, and of the scales with their padding, of one layer's matrix in panels."""
-    panels, groups = -(-N // PANEL), format.blocks(K)
-    return panels * groups * PANEL * (format.block_bytes - 2), aligned(panels * groups * PANEL * 2)
+    panels, groups = -(-N // PANEL), kind.blocks(K)
+    return panels * groups * PANEL * (kind.block_bytes - 2), aligned(panels * groups * PANEL * 2)
 
 
-def to_panels(format: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]":
+def to_panels(kind: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]":
     """Lay blocks (N, K/32) out in panels: return the bytes of the values and of the scales, without padding of these."""
     import numpy as np
 
     N, groups = blocks.shape
     if N % PANEL:
-        padding = format.from_float32(np.zeros((PANEL - N % PANEL, groups * GROUP), "<f4"))  # type: ignore[misc]
+        padding = kind.from_float32(np.zeros((PANEL - N % PANEL, groups * GROUP), "<f4"))  # type: ignore[misc]
         blocks = np.concatenate([blocks, padding])
     scales = np.ascontiguousarray(blocks["d"].reshape(-1, PANEL, groups).swapaxes(1, 2))
-    if format == Q8_0:
+    if kind == Q8_0:
         words = blocks["q"].reshape(-1, PANEL, groups * 8, 4)  # [panel][output][four inputs][input]
     else:
         halves = nibbles(blocks["q"]).reshape(-1, PANEL, groups * 4, 2, 4)  # [panel][output][eight inputs][half][input]
@@ -79,15 +79,15 @@ def to_panels(format: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8],
     return values.reshape(-1).view("u1"), scales.reshape(-1).view("u1")
 
 
-def from_panels(format: Format, values: memoryview, scales: memoryview, N: int, K: int) -> "Blocks":
+def from_panels(kind: Format, values: memoryview, scales: memoryview, N: int, K: int) -> "Blocks":
     """Read whole panels back as blocks (N, K/32), the exact inverse of to_panels(): `scales` may have padding at its end."""
     import numpy as np
 
-    panels, groups = -(-N // PANEL), format.blocks(K)
-    blocks = np.empty((panels * PANEL, groups), format.dtype)
+    panels, groups = -(-N // PANEL), kind.blocks(K)
+    blocks = np.empty((panels * PANEL, groups), kind.dtype)
     d = np.frombuffer(scales, "<f2", panels * groups * PANEL).reshape(panels, groups, PANEL)
     blocks["d"] = d.swapaxes(1, 2).reshape(-1, groups)
-    if format == Q8_0:
+    if kind == Q8_0:
         words = np.frombuffer(values, "i1").reshape(panels, groups * 8, PANEL, 4)
         blocks["q"] = words.swapaxes(1, 2).reshape(-1, groups, GROUP)
     else:
@@ -97,10 +97,10 @@ def from_panels(format: Format, values: memoryview, scales: memoryview, N: int, 
     return blocks[:N]
 
 
-def stored_size(config: Config, name: str, format: Format) -> int:
+def stored_size(config: Config, name: str, kind: Format) -> int:
     """Bytes of one of the sixteen tensors as Weights takes it, all layers."""
     layers, N, K = layout(config, name)
-    return layers * (sum(panel_sizes(format, N, K)) if format.name in QUANTISED else format.size(N * K))
+    return layers * (sum(panel_sizes(kind, N, K)) if kind.name in QUANTISED else kind.size(N * K))
 
 
 def layout(config: Config, name: str) -> tuple[int, int, int]:
@@ -160,13 +160,13 @@ class ModelFile:
 
         layers, N, K = layout(self.config, name)
         if name in EMBEDDINGS:
-            for format, blocks in self.parts(name):
-                yield format.to_float32(blocks)[:, :K]
+            for kind, blocks in self.parts(name):
+                yield kind.to_float32(blocks)[:, :K]
             return
         shape = next(shape for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
         for layer in range(layers):
-            format, blocks = self.part(name, layer, 0, N)
-            values = np.ascontiguousarray(format.to_float32(blocks)[:, :K])
+            kind, blocks = self.part(name, layer, 0, N)
+            values = np.ascontiguousarray(kind.to_float32(blocks)[:, :K])
             yield values.reshape(-1) if len(shape) == 1 else values.reshape(1, *shape[1:])
 
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
@@ -312,16 +312,16 @@ class PanelFile(ModelFile):
         import numpy as np
 
         _, N, K = layout(self.config, name)
-        format, data = self.formats[name], self._bytes(name)
-        if format.name not in QUANTISED:
+        kind, data = self.formats[name], self._bytes(name)
+        if kind.name not in QUANTISED:
             first = layer * N
-            rows = data[format.size((first + start) * K) : format.size((first + stop) * K)]
-            return format, np.frombuffer(rows, format.dtype).reshape(-1, K)
-        values, scales = panel_sizes(format, N, K)
-        base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), format.blocks(K)
+            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
+            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
+        values, scales = panel_sizes(kind, N, K)
+        base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
         ends = (start, -(-stop // PANEL) * PANEL)
         of_values, of_scales = ([base + end * row for end in ends], [base + values + end * groups * 2 for end in ends])
-        return format, from_panels(format, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
+        return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
 
     def close(self) -> None:
         """Unmap the file once no array views it any more. May be called twice."""
@@ -363,7 +363,7 @@ def write_panels(
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for name, _ in TENSORS:
-            layers, N, K = layout(config, name)
+            layers, N, _ = layout(config, name)
             begin = file.tell()
             if formats[name].name in QUANTISED:
                 for _ in range(layers):
@@ -374,7 +374,7 @@ def write_panels(
             file.write(bytes(aligned(file.tell() - begin) - (file.tell() - begin)))
 
 
-def _write_layer(file: "IO[bytes]", format: Format, N: int, pieces: "Iterator[Blocks]") -> None:
+def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Blocks]") -> None:
     """Write one layer's matrix in panels from as many pieces as hold N rows; its scales wait until the values are written."""
     import numpy as np
 
@@ -386,7 +386,7 @@ def _write_layer(file: "IO[bytes]", format: Format, N: int, pieces: "Iterator[Bl
         rows = piece if held is None else np.concatenate([held, piece])
         whole = len(rows) - len(rows) % PANEL if N else len(rows)
         held = rows[whole:]
-        values, d = to_panels(format, rows[:whole])
+        values, d = to_panels(kind, rows[:whole])
         file.write(values.data)
         scales.append(d)
     written = np.concatenate(scales)

@@ -39,7 +39,8 @@ class SafetensorsFile:
     """An open file, of which no more is mapped than is being looked at. Use it in a `with` block or close() it.
 
     `tensors` maps each name to (dtype, shape, offset), in the order of the offsets; `metadata` is the header's __metadata__;
-    `start` the file's first bytes, as map_file() shows them. Raises CheckpointError for any file that is not exactly in the format.
+    `start` the file's first bytes, as map_file() shows them. Raises CheckpointError for any file that is not exactly in the
+    format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

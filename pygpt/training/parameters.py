@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from ..config import TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
-from ..formats.checkpoint import Checkpoint, stored_tensors, write_checkpoint
+from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import FLOAT32, Format
+from ..formats.open import open_model
+from ..formats.panels import ModelFile
 from ..hub.find import find_model
 
 TYPE_CHECKING = False
@@ -86,14 +88,21 @@ class Parameters:
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "Self":
-        """Begin from a checkpoint of any version, widened to float32: `path`, else as find_model() finds one.
+        """Begin from a model file of plain floats, widened to float32: `path`, else as find_model() finds one.
 
-        Raises CheckpointError for a file that is not a checkpoint or holds weights that are not finite, InputError for a bad
-        thread count.
+        Raises CheckpointError for a file that is not a model, is quantised or holds weights that are not finite, InputError for
+        a bad thread count.
         """
         import numpy as np
 
-        with Checkpoint(find_model(path)[0]) as checkpoint:
+        with open_model(find_model(path)[0]) as checkpoint:
+            formats = {checkpoint.format.name: checkpoint.format}
+            if isinstance(checkpoint, ModelFile):
+                formats = {row.name: row for row in checkpoint.formats.values()}
+            if quantised := [name for name, row in formats.items() if row.block_values > 1]:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {quantised[0]} weights cannot be trained: begin from this model in float32 or bfloat16"
+                )
             model = cls(checkpoint.config, threads=threads)
             for name in model._places:
                 start = 0
