@@ -16,7 +16,8 @@ from functools import partial
 from statistics import median
 
 from ._kernels import Floats, probe_fma, probe_read, zero
-from .pool import ThreadPool, resolve_threads
+from .cpus import resolve_threads
+from .pool import ThreadPool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from .config import Config
 from .errors import ClosedError, InputError
 from .formats.checkpoint import Checkpoint
 from .formats.dtypes import FORMATS
-from .generation.request import Completer, Completion, check_tokens
+from .generation.generate import Generator
+from .generation.request import check_tokens
 from .hub.find import find_model
 from .training.parameters import AdamW, Parameters, check_number
 
@@ -21,43 +22,63 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ._kernels import Logits
-    from .generation.prefix import PrefixCache
     from .training.parameters import LiveWeights
 
 
-class SerialGPT2(Completer):
-    """GPT-2 as the serial program runs it: one thread, scalar, no cache, the whole network again for every token."""
+class SerialCache:
+    """What the serial program has instead of keys and values: the tokens themselves, for it computes them all again."""
+
+    def __init__(self, capacity: int, tokens: Sequence[int] = ()) -> None:
+        self.capacity = capacity
+        self.tokens = list(tokens)
+
+    @property
+    def length(self) -> int:
+        """How many tokens are in it."""
+        return len(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        del self.tokens[length:]
+
+    def copy(self, length: int | None = None, *, capacity: int | None = None) -> "SerialCache":
+        """Return an independent cache of the first `length` tokens."""
+        return SerialCache(capacity or self.capacity, self.tokens[:length])
+
+
+class SerialNetwork:
+    """The network as the serial program runs it: scalar, on one thread, all of a sequence again at each step."""
+
+    position_bytes = 8
 
     def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
         self.config = checkpoint.config
+        self.chunk = self.config.maxT
         self._checkpoint = checkpoint
         arrays = {name: FORMATS[stored].values(data) for name, (stored, data) in checkpoint.stored().items()}
         self._reference: Reference | None = Reference(self.config, arrays)
 
-    @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
-        """Open a checkpoint, found as GPT2.load() finds it."""
-        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
+    def new_cache(self, capacity: int | None = None) -> SerialCache:
+        """Return an empty cache."""
+        return SerialCache(capacity or self.config.maxT)
 
-    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
-        """The logits of every position of a sequence, (T, V)."""
-        import numpy as np
+    def step(self, rows: "list[tuple[int, SerialCache, bool]]") -> "memoryview[float]":
+        """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
+        grown: dict[SerialCache, list[int]] = {cache: list(cache.tokens) for _, cache, _ in rows}
+        wanted = []
+        for token, cache, want in rows:
+            grown[cache].append(token)
+            if want:
+                wanted.append((cache, len(grown[cache]) - 1))
+        logits = {cache: self.run(grown[cache]).cast("B") for cache in dict(wanted)}
+        row_bytes = 4 * self.config.V
+        found = b"".join(logits[cache][row * row_bytes : (row + 1) * row_bytes] for cache, row in wanted)
+        for cache, tokens in grown.items():
+            cache.tokens = tokens
+        return memoryview(found).cast("f", [len(wanted), self.config.V])
 
-        return np.asarray(self._run(check_tokens(self.config, tokens)))
-
-    def _forward(self, live: list[Completion]) -> "list[tuple[Logits, int]]":
-        windows = [completion.window() for completion in live]
-        return [(self._run(window), len(window) - 1) for window in windows]
-
-    def new_prefix_cache(self) -> None:
-        """None: the serial program runs everything again for every token."""
-        return
-
-    def _check_prefix(self, prefix: "PrefixCache") -> None:
-        raise InputError("the serial reference runs everything again for every token: it takes no cache")
-
-    def _run(self, tokens: Sequence[int]) -> "Logits":
+    def run(self, tokens: Sequence[int]) -> memoryview:
+        """Return the logits of all positions, (T, V)."""
         if self._reference is None:
             raise ClosedError("the model is closed")
         return self._reference.forward(tokens)[0]
@@ -67,6 +88,30 @@ class SerialGPT2(Completer):
         self._reference = None
         self._checkpoint.close()
 
+
+class SerialGPT2(Generator):
+    """GPT-2 as the serial program runs it: one thread, scalar, no cache, the whole network again for every token."""
+
+    network: SerialNetwork
+
+    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
+        super().__init__(SerialNetwork(checkpoint))
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
+        """Open a checkpoint, found as GPT2.load() finds it."""
+        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
+
+    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """Return the logits of every position of a sequence, (T, V)."""
+        import numpy as np
+
+        return np.asarray(self.network.run(check_tokens(self.config, tokens)))
+
+    def close(self) -> None:
+        """Unmap the file. May be called twice."""
+        self.network.close()
+
     def __enter__(self) -> "SerialGPT2":
         return self
 
@@ -75,7 +120,7 @@ class SerialGPT2(Completer):
 
 
 class SerialTrainableGPT2(Parameters):
-    """GPT-2's training as the serial program runs it: one thread, scalar; `threads` is taken for the interface's sake only.
+    """GPT-2's training as the serial program runs it: one thread, scalar; `threads` and `all_workers` have no effect.
 
     Use it in a `with` block or close() it. Ctrl-C takes effect between layers; gradients that backward() was about are
     incomplete then, and weights and moments unchanged.
@@ -83,8 +128,8 @@ class SerialTrainableGPT2(Parameters):
 
     threads = 1
 
-    def __init__(self, config: Config, *, threads: int | None = None) -> None:
-        super().__init__(config, threads=threads)
+    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
+        super().__init__(config, threads=threads, all_workers=all_workers)
         self._training: Training | None = Training(self.parameters, self.gradients, config)
 
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":

@@ -142,7 +142,7 @@ def test_the_main_job() -> None:
     assert result.returncode == 0
     assert result.stdout == "".join(f"{token}\n" for token in MAIN_JOB)
     assert result.stderr.count("\n") == 1
-    for word in ("embedded", "gpt2_124M.bin", "`python -m pygpt.commands.download gpt2`", "-m gpt2", "PYGPT_MODEL=gpt2"):
+    for word in ("embedded", "gpt2_124M.bin", "`pygpt download gpt2`", "-m gpt2", "PYGPT_MODEL=gpt2"):
         assert word in result.stderr
 
 
@@ -688,16 +688,16 @@ def test_what_the_vocabulary_lacks(small: str) -> None:
 
 COUNTING = """
 import sys
-from pygpt import model
+from pygpt.network import Network
 from pygpt.__main__ import main
 
-step = model.GPT2._step
+step = Network.step
 
-def counting(self, rows, lengths):
+def counting(self, rows):
     print(len(rows), file=sys.stderr)
-    return step(self, rows, lengths)
+    return step(self, rows)
 
-model.GPT2._step = counting
+Network.step = counting
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -726,22 +726,24 @@ def test_requests_go_on_from_where_they_part(small: str) -> None:
 
 STEPPED = """
 import os, signal, sys, time
-from pygpt import model
+from pygpt.generation.engine import Engine, Event
 from pygpt.__main__ import main
 
 # A model that makes a token when a byte comes through the pipe: 'g' go on, 'i' be interrupted once the tokens are out.
 gate = int(sys.argv[1])
 
-def complete(self, completion):
+def run(self):
+    job = self._inbox.popleft().job
+    [completion] = job.completions
     for token in range(completion.new):
         os.read(gate, 1)
         if token == completion.new - 1:
             completion.finish_reason = "length"
-        yield 10 + token
+        yield Event(job, 0, 10 + token)
     if os.read(gate, 1) == b"i":
         raise KeyboardInterrupt
 
-model.GPT2.complete = complete
+Engine.run = run
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -464,7 +464,7 @@ def test_a_round_at_the_end_of_the_stack() -> None:
 def test_a_stop_in_a_worker_about_to_wait() -> None:
     """The garbage collector may run a forgotten pool's end in one of its workers, between its look at the flag and its wait."""
     pool = ThreadPool(2)
-    crew = pool._crew
+    crew = pool._workers
     assert crew is not None
     wait = crew.wake.wait
     stopped: list[threading.Thread] = []
@@ -504,7 +504,7 @@ def test_after_a_fork_everything_works_on_both_sides(path: str) -> None:
         import numpy as np
         import pygpt.model
         from pygpt import GPT2, TrainableGPT2
-        pygpt.model.MEETING_WEIGHT = 0
+        pygpt.cpus.workers_for = lambda threads, *_: threads
         model = GPT2.load(sys.argv[1], threads=3, mmap=False)
         training = TrainableGPT2.load(sys.argv[1], threads=2)
         ids = np.arange(64).reshape(2, 32) % 211

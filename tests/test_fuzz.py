@@ -28,17 +28,14 @@ target: Any = importlib.import_module("fuzzing.target")
 mutate: Any = importlib.import_module("fuzzing.mutate")
 reference: Any = importlib.import_module("fuzzing.reference")
 commands: Any = importlib.import_module("fuzzing.commands")
-network: Any = importlib.import_module("fuzzing.network")
 faults: Any = importlib.import_module("fuzzing.faults")
 
-HERE = fuzz.available(fuzz.NAMES)
 MUTATED = 120  # inputs beside the stored ones
 FEW = {"process": 3, "terminal": 0, "serve": 60, "calls": 80, "text": 60, "train": 30, "eval": 30, "shards": 30}
-FEW |= {"download": 60, "hub": 60}
 IN_PROCESS = ["checkpoint", "safetensors", "shard", "tokenizer", "debug-state", "examples", "state", "text", "calls"]
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", fuzz.NAMES)
 def test_no_finding(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = len(fuzz.stored(name)) + len(fuzz.new_target(name, tmp_path).seeds())
     count = first + FEW.get(name, MUTATED)
@@ -210,15 +207,6 @@ def test_a_status_that_is_not_the_promised_one_is_a_finding(tmp_path: Path, monk
     assert (kind, text) == ("finding", "InputError('no') ends with 0, expected 2")
 
 
-def test_what_is_drawn_on_a_terminal_is_judged(tmp_path: Path) -> None:
-    without_progress = network.DownloadTarget(tmp_path).undrawn
-    line = f"\r{'a.bin: 1 %':<78}"
-    assert without_progress(f"pygpt: one\n{line}{line}\npygpt: two\n") == "pygpt: one\npygpt: two\n"
-    for odd in ("\rshort", f"\r\x1b{'x' * 77}"):
-        with pytest.raises(target.Finding, match="drawn on the terminal"):
-            without_progress(f"{line}{odd}\n")
-
-
 # ------------------------------------------------------------------------------------------------ a system that fails
 
 
@@ -336,7 +324,7 @@ def test_any_fault_is_one_that_is_known(random: Random) -> None:
     assert how in {*faults.ERRORS, *faults.HOWS, *faults.SYSTEMS, ""}
 
 
-@pytest.mark.parametrize("name", ["convert", "download", "hub"])
+@pytest.mark.parametrize("name", ["convert"])
 def test_mutations_of_several_files_reach_each(name: str, tmp_path: Path) -> None:
     random, one = Random(1), fuzz.new_target(name, tmp_path)
     seeds = [data for data in one.seeds() if b"faults" not in data]
@@ -432,38 +420,10 @@ def test_the_command_measures_branches(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if " % " in f"{line} "}
     assert table["stop"][1] == "0.0"
-    assert int(table["http_client"][0]) > 50
     assert float(table["cli"][1]) > 50
     assert re.search(r"findings 0, \d+\.\d % of the readers' branches, 0\.0 % of the lowest one's\n$", out)
     assert fuzz.main(["cli", "--executions", "1", "--coverage-min", "95"]) == 1
     assert "pygpt: error: stop: 0.0 % of its branches are taken, fewer than 95 %\n" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("version", [None, "1.30.9", "3.0"])
-def test_without_huggingface_hub(
-    version: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def found(name: str) -> str:
-        assert name == "huggingface_hub"
-        if version is None:
-            raise fuzz.PackageNotFoundError
-        return version
-
-    monkeypatch.setattr(fuzz, "version", found)
-    assert {"hub"} == {*fuzz.NAMES} - {*fuzz.available(fuzz.NAMES)} == {*fuzz.READERS} - {*fuzz.available(fuzz.READERS)}
-    assert fuzz.main(["hub"]) == 0
-    assert capsys.readouterr().err == "pygpt: hub is left out: there is no huggingface_hub of the versions that pygpt uses\n"
-    assert fuzz.main(["hub", "--repeat", "nothing"]) == 2
-    assert capsys.readouterr().err.startswith("pygpt: error: hub is left out: ")
-
-
-def test_what_huggingface_hub_draws(tmp_path: Path) -> None:
-    bars = "\rx:  50%|█████     | 1.0/2.0 [00:00<?, ?B/s]\r       \rpygpt: one\n\rx: 3.0B [00:01, 3.0B/s]\npygpt: two\n"
-    one = network.HubTarget(tmp_path)
-    assert one.undrawn(bars) == "pygpt: one\npygpt: two\n"
-    assert one.undrawn(f"{bars}Traceback\n").endswith("Traceback\n")
-    with pytest.raises(target.Finding, match="drawn on the terminal"):
-        one.undrawn("\r\x9b31m: 0%|")
 
 
 @pytest.mark.parametrize(("taken", "least", "status"), [(19, 95, 0), (19, 96, 1), (0, 0, 0)])

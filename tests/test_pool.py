@@ -25,7 +25,7 @@ from make_checkpoint import make
 
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, default_threads
-from pygpt.pool import MAX_THREADS, resolve_threads
+from pygpt.cpus import MAX_THREADS, resolve_threads
 
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
@@ -88,7 +88,7 @@ import atexit, gc, os, random, signal, sys, threading, time
 import numpy as np
 import pygpt.model
 from pygpt import GPT2, ClosedError, PyGPTError, ThreadPool
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 PATH = sys.argv[1]
 TOKENS = [(17 * i + 3) % 211 for i in range(64)]
 with GPT2.load(PATH, threads=1) as model:
@@ -1118,8 +1118,8 @@ def last_words():
     print("fine")
 atexit.register(last_words)
 sys.path.insert(0, {str(ROOT)!r})
-import pygpt.model
-pygpt.model.MEETING_WEIGHT = 0
+import pygpt.cpus
+pygpt.cpus.workers_for = lambda threads, *_: threads
 from pygpt import GPT2
 model = GPT2.load(sys.argv[1], threads=3)
 before = list(model.generate([1, 2], total=5))

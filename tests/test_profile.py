@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 from make_checkpoint import make, tensors
 
-import pygpt.model
-from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2
+from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpus
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
+
+BEST = cpus.workers_for  # as it is outside of tests
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "profile.py"
@@ -99,9 +100,8 @@ def trained(training: tuple[Report, Path]) -> Report:
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPT2]:
-    monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", 0)
-    with GPT2.load(EMBEDDED_MODEL, threads=2) as model:
+def model() -> Iterator[GPT2]:
+    with GPT2.load(EMBEDDED_MODEL, threads=2, all_workers=True) as model:
         yield model
 
 
@@ -374,15 +374,15 @@ def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
             Trace(nth, capacity)
 
 
-@pytest.mark.parametrize("weight", [0, 1])
-def test_a_step_that_is_too_small_is_one_workers(small: str, monkeypatch: pytest.MonkeyPatch, weight: int) -> None:
-    """Unless the price of meeting is left out of account."""
-    monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", weight)
+@pytest.mark.parametrize("all_workers", [False, True])
+def test_a_step_that_is_too_small_is_one_workers(small: str, monkeypatch: pytest.MonkeyPatch, all_workers: bool) -> None:
+    """Unless all workers are asked for."""
+    monkeypatch.setattr(cpus, "workers_for", BEST)
     trace = Trace(2, 64)
-    with GPT2.load(small, threads=2) as model:
+    with GPT2.load(small, threads=2, all_workers=all_workers) as model:
         model.record(trace)
         model.decode(model.new_cache(), 1)
-    assert [bool(trace.events(ith)) for ith in range(2)] == [True, weight == 0]
+    assert [bool(trace.events(ith)) for ith in range(2)] == [True, all_workers]
 
 
 def test_one_round_a_kernel_gives_the_same_bits(model: GPT2) -> None:

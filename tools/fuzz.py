@@ -45,7 +45,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -62,7 +61,7 @@ from pygpt.errors import InputError, PyGPTError  # noqa: E402
 CORPUS = ROOT / "tests" / "corpus"
 NAMES = (
     "checkpoint", "safetensors", "convert", "shard", "tokenizer", "debug-state", "examples", "state", "text",
-    "cli", "command", "serve", "shards", "eval", "train", "download", "hub", "chat",
+    "cli", "command", "serve", "shards", "eval", "train", "chat",
     "calls", "process", "terminal",
 )  # fmt: skip
 SLOW = {
@@ -73,18 +72,15 @@ SLOW = {
     "train": 4,
     "eval": 4,
     "shards": 4,
-    "download": 2,
-    "hub": 2,
     "chat": 2,
 }  # executions of the others to one of these
 EXECUTIONS = 1000
 LONGEST_INPUT = 10.0  # seconds of one that count: a machine may be stopped meanwhile
 MEMORY_BYTES = 3 << 30  # beyond what a child has when it is ready
 READERS = (
-    "checkpoint", "safetensors_file", "huggingface", "data", "llmc", "tokenizer", "state", "convert", "download", "part",
-    "web", "http_client", "hub", "__main__", "cli", "stop", "prefix",
+    "checkpoint", "safetensors_file", "huggingface", "data", "llmc", "tokenizer", "state", "convert",
+    "__main__", "cli", "stop", "prefix",
 )  # fmt: skip
-LEFT_OUT = "hub is left out: there is no huggingface_hub of the versions that pygpt uses"
 
 
 class Reply(NamedTuple):
@@ -173,23 +169,18 @@ def run(options: argparse.Namespace) -> int:
     if options.child:
         serve(options.targets[0])
         return 0
-    names = available(options.targets or NAMES)
+    names = options.targets or NAMES
     seconds: float | None = None if options.seconds is None else whole("--seconds", options.seconds)
     if options.total_seconds is not None:
         seconds = whole("--total-seconds", options.total_seconds) / max(1, len(names))
-    if options.repeat is not None or options.atheris:
-        if len(options.targets) != 1:
-            raise InputError("--repeat and --atheris take one TARGET")
-        if not names:
-            raise InputError(LEFT_OUT)
+    if (options.repeat is not None or options.atheris) and len(options.targets) != 1:
+        raise InputError("--repeat and --atheris take one TARGET")
     if options.atheris:
         run_atheris(names[0], seconds, executions, seed)
     if options.repeat is not None:
         return repeat(names[0], Path(options.repeat), limit)
     if (options.coverage or least) and importlib.util.find_spec("coverage") is None:
         raise InputError("--coverage needs the package coverage: python -m pip install coverage")
-    if available(wanted := [*(options.targets or NAMES), *(READERS if options.coverage or least else ())]) != wanted:
-        say(LEFT_OUT)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         measured = Path(work) / "coverage" if options.coverage or least else None
         results = []
@@ -213,21 +204,6 @@ def whole(name: str, given: str) -> int:
     if not (given.isascii() and given.isdigit() and len(given) < 16):
         raise InputError(f"{name} is {given[:40]!r}: it must be a whole number")
     return int(given)
-
-
-def available(names: Sequence[str]) -> list[str]:
-    """These targets, or readers, without those for which a package is not there."""
-    return [name for name in names if name != "hub" or hub_is_there()]
-
-
-def hub_is_there() -> bool:
-    """Whether huggingface_hub is, of a version that is used."""
-    from pygpt.hub.fetch import usable  # here: what is imported before the measurement begins is not measured
-
-    try:
-        return usable(version("huggingface_hub"))
-    except PackageNotFoundError:
-        return False
 
 
 def report(name: str, seed: int, result: Result) -> None:
@@ -369,10 +345,9 @@ def new_target(name: str, folder: Path) -> Any:
     from fuzzing.calls import CallsTarget
     from fuzzing.commands import COMMANDS
     from fuzzing.files import FILES
-    from fuzzing.network import NETWORK
     from fuzzing.programs import PROGRAMS
 
-    return next(target for target in (*FILES, *COMMANDS, *PROGRAMS, *NETWORK, CallsTarget) if target.name == name)(folder)
+    return next(target for target in (*FILES, *COMMANDS, *PROGRAMS, CallsTarget) if target.name == name)(folder)
 
 
 # ------------------------------------------------------------------------------------------------ the child process
@@ -602,7 +577,7 @@ def measured_branches(path: Path) -> dict[str, Branches]:
     measurement.json_report(outfile=str(report))
     files = {Path(file).stem: entry for file, entry in json.loads(report.read_bytes())["files"].items()}
     found = {}
-    for name in available(READERS):
+    for name in READERS:
         summary, missing = files[name]["summary"], files[name]["missing_branches"]
         left = " ".join(f"{a}->{b if b > 0 else '-'}" for a, b in missing)
         found[name] = Branches(summary["covered_branches"], summary["num_branches"], left)

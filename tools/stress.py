@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     from stressing import crowd, faults, load, signals
     from stressing.common import Tally
 
-    pygpt.model.MEETING_WEIGHT = 0  # the models are small: every step uses all workers nevertheless
+    pygpt.cpus.workers_for = lambda threads, *_: threads  # the models are small: every step uses all workers nevertheless
     tally = Tally(seed, {"faults": "rounds", "signals": "runs", "load": "seconds", "crowd": "rounds"}[options.kind])
     try:
         if options.kind == "load":

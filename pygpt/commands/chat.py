@@ -23,12 +23,14 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from pygpt.commands.child import ChildError, Command
-from pygpt.commands.complete import LINE_LIMIT, SAMPLING, add_completion_options, complete_order, parse_count, read_options
+from pygpt.commands.complete import LINE_LIMIT
 from pygpt.commands.console import HelpFormatter, Parser, for_terminal, one_line
 from pygpt.commands.interrupts import Interrupts
+from pygpt.commands.options import add_completion_options, parse_count, read_options
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
 from pygpt.formats.checkpoint import Checkpoint
+from pygpt.generation.request import SAMPLING, complete_order
 from pygpt.hub.find import find_model
 from pygpt.tokenizer import StreamDecoder, Tokenizer
 

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import InputError, shown
+from ..errors import InputError
 from .console import HelpFormatter, Parser, check_stdout, say, status_of
+from .options import add_completion_options, parse_count, parse_id, read_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,10 +36,6 @@ the model is MODEL, else $PYGPT_MODEL, else ./gpt2_124M.bin, else a small one th
 """
 
 LINE_LIMIT = 1 << 20  # bytes of one request: more than the longest sequence of any model needs
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}  # options of --sampler sample
-LENGTH = {"total", "max_new_tokens"}
-REQUEST_KEYS = {"tokens", "sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING}
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: an id like any other unless --stop-at-eot is given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,29 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_completion_options(parser: argparse.ArgumentParser) -> None:
-    """The options that read_options() reads, but for the lengths: what chat.py takes, too."""
-    parser.add_argument("--sampler", metavar="NAME", help="median (default), greedy or sample, which the next six imply")
-    parser.add_argument("--temp", dest="temperature", metavar="X", help="divide the logits by this (default 1)")
-    parser.add_argument("--top-k", metavar="K", help="only the K most probable tokens (default 0: all)")
-    parser.add_argument("--top-p", metavar="P", help="only the most probable tokens that hold this share (default 1: all)")
-    parser.add_argument("--min-p", metavar="P", help="only tokens at least P times as probable as the first (default 0)")
-    parser.add_argument(
-        "--repeat-penalty", dest="repetition_penalty", metavar="X", help="make tokens of the sequence less probable (default 1)"
-    )
-    parser.add_argument("-s", "--seed", metavar="N", help="the same tokens for the same seed (default: a random one)")
-    parser.add_argument(
-        "--stop", dest="stop_strings", action="append", metavar="TEXT", help="end after this text; may be given again"
-    )
-    parser.add_argument(
-        "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="end after this token; may be given again"
-    )
-    parser.add_argument("--stop-at-eot", action="store_true", help=f"end after <|endoftext|>, token {END_OF_TEXT}")
-    parser.add_argument(
-        "--overflow", metavar="HOW", help="past the model's context: stop, or slide to its latest half (default: refuse)"
-    )
-
-
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the model, complete or serve."""
     check_stdout("the ids")
@@ -102,8 +76,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("no token was given: name at least one token id, as in `python -m pygpt 31373 612`")
     threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     defaults = read_options(options)
-    from ..generation.request import Completion, Request
-    from ..pool import check_threads
+    from ..cpus import check_threads
+    from ..generation.request import Request
 
     if threads is not None:
         check_threads(threads)  # --reference does not use them, but a typing error is one
@@ -114,29 +88,8 @@ def run(options: argparse.Namespace) -> None:
             serve(model, defaults, notice)
         else:
             say(notice)
-            for token in model.complete(Completion(request)):
+            for token in model.complete(request):
                 put(f"{token}\n")
-
-
-def read_options(options: argparse.Namespace) -> "dict[str, Any]":
-    """What the options ask of every completion, in the words of a request; only those that were given."""
-    asked: dict[str, Any] = {}
-    for name, flag in ("total", "-n"), ("max_new_tokens", "--max-new-tokens"), ("top_k", "--top-k"), ("seed", "--seed"):
-        if (text := getattr(options, name)) is not None:
-            asked[name] = parse_count(f"{name} ({flag})", text)
-    for name, flag in (
-        ("temperature", "--temp"),
-        ("top_p", "--top-p"),
-        ("min_p", "--min-p"),
-        ("repetition_penalty", "--repeat-penalty"),
-    ):
-        if (text := getattr(options, name)) is not None:
-            asked[name] = parse_number(f"{name} ({flag})", text)
-    for name in "sampler", "stop_strings", "overflow":
-        if (text := getattr(options, name)) is not None:
-            asked[name] = text
-    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * options.stop_at_eot
-    return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 
 
 def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) -> "tuple[GPT2 | SerialGPT2, str]":
@@ -168,24 +121,25 @@ def open_reference(path: str, *, mmap: bool) -> "SerialGPT2":
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:
     """Answer requests from stdin, one a line, until it ends. Ctrl-C ends an answer's line; when idle, the process."""
-    from ..generation.request import Completion
-
-    prefix = model.new_prefix_cache()
+    engine = model.engine(prefix=model.new_prefix_cache())
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
         ended = False
         try:
             request = parse_request(line, model.config, defaults)
-            if request is not None:
-                say(notice)
-                notice = ""
-                completion = Completion(request, prefix=prefix)
-                for token in model.complete(completion):
-                    ended = completion.finish_reason is not None
-                    put(f"{token}\n" if ended else f"{token} ")  # the space says at once that the id is whole
-            else:
+            if request is None:
                 ended = True
                 put("\n")
-        except KeyboardInterrupt:  # put() leaves nothing half-done: what a full pipe did not take is in stdout's buffer
+                continue
+            say(notice)
+            notice = ""
+            job = engine.add(request)
+            for event in engine.run():
+                if event.error is not None:
+                    raise event.error
+                ended = job.done
+                put(f"{event.token}\n" if ended else f"{event.token} ")  # the space says at once that the id is whole
+        except KeyboardInterrupt:  # put() leaves nothing half-done: stdout's buffer holds what a full pipe did not take
+            engine.close()
             put("" if ended else "\n")  # a second newline would answer a request that nobody made
 
 
@@ -198,7 +152,7 @@ def put(text: str) -> None:
 
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
     """One line of stdin -> what it asks for: ids, or a JSON object; None for a blank line."""
-    from ..generation.request import Request
+    from ..generation.request import Request, request_from_json
 
     if len(line) > LINE_LIMIT:
         raise InputError(f"a request is longer than {LINE_LIMIT} bytes: give one request a line")
@@ -207,63 +161,4 @@ def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> 
         return None
     if not text.startswith(b"{"):
         return Request(config, [parse_id(word.decode("utf-8", "replace")) for word in text.split()], **defaults)
-    order = parse_json(text)
-    tokens = order.pop("tokens")
-    if not isinstance(tokens, list):
-        raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
-    return Request(config, tokens, **complete_order(order, defaults))
-
-
-def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict[str, Any]":
-    """A request's own options, and of the command's those that they do not replace or rule out."""
-    ruled_out: set[str] = set()
-    if not LENGTH.isdisjoint(order):
-        ruled_out |= LENGTH
-    if "sampler" in order:
-        if order["sampler"] != "sample":
-            ruled_out |= SAMPLING
-    elif not SAMPLING.isdisjoint(order):
-        ruled_out.add("sampler")
-    return {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
-
-
-def parse_json(text: bytes) -> "dict[str, Any]":
-    """A request's JSON object, its keys checked."""
-    import json
-
-    try:
-        request = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
-    if unknown := sorted(set(request) - REQUEST_KEYS):
-        raise InputError(f"request: unknown key {shown(unknown[0])}: keys are {', '.join(sorted(REQUEST_KEYS))}")
-    if "tokens" not in request:
-        raise InputError('request: the key "tokens" is missing')
-    for key, value in request.items():
-        if value is None:
-            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
-    return dict(request)
-
-
-def parse_id(text: str) -> int:
-    """A token id: ASCII digits only."""
-    if not (text.isascii() and text.isdigit()):
-        raise InputError(f"token {text[:40]!r} is not a token id: ids are whole numbers written in digits, such as 31373")
-    if len(text.lstrip("0")) > 18:
-        raise InputError(f"token {text[:40]!r} is not a token id: no vocabulary is that large")
-    return int(text[-18:])
-
-
-def parse_count(name: str, text: str) -> int:
-    """A count of an option: ASCII digits only."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
-    return int(text)
-
-
-def parse_number(name: str, text: str) -> float:
-    """A number of an option, in any form that a computer prints one."""
-    try:
-        return float("" if "_" in text or not text.isascii() or text != text.strip() else text)
-    except ValueError:
-        raise InputError(f"{name} is {text[:40]!r}: it must be a number") from None
+    return request_from_json(config, text, defaults)

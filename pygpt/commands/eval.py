@@ -325,7 +325,8 @@ def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Resu
     lines = [
         f"A: perplexity {shown_power(powers[0])}, loss {loss:.6f} nats a token",
         f"B: perplexity {shown_power(powers[1])}, loss {loss_of_other:.6f} ({loss_of_other - loss:+.6f})",
-        f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %, {scored} tokens, window {window}, stride {stride}",
+        f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %",
+        f"{scored} tokens, window {window}, stride {stride}",
     ]
     return result, rows, "\n".join(lines)
 

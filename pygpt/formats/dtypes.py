@@ -179,7 +179,7 @@ def _fold(terms: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
 
 
 def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
-    """Widen ggml's Q6_K: 16 groups of 16 six-bit numbers, each group with an int8 scale, d over all. As ggml, (d * scale) * q."""
+    """Widen ggml's Q6_K: 16 groups of 16 six-bit numbers q, each with an int8 scale; (d * scale) * q, as ggml computes it."""
     import numpy as np
 
     shape = blocks.shape

@@ -36,11 +36,23 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> Model:
     path = os.fspath(path)
     if os.path.isdir(path):
         raise CheckpointError(
-            f"{path}: a folder: make a model file of a Hugging Face model with `pygpt convert {path} NAME.bin`"
+            f"{path}: a folder: convert a Hugging Face model to a file first: `pygpt convert {path} NAME.bin`"
         )
     if path.endswith(".safetensors"):
         return PanelFile(path, mmap=mmap)
     return gguf.GGUFFile(path) if _is_gguf(path) else Checkpoint(path, mmap=mmap)
+
+
+def open_floats(path: str | os.PathLike[str]) -> Model:
+    """Open a model to train: open_model(), but CheckpointError for one with quantised weights."""
+    model = open_model(path)
+    for kind in model.formats.values() if isinstance(model, ModelFile) else [model.format]:
+        if kind.block_values > 1:
+            model.close()
+            raise CheckpointError(
+                f"{model.path}: {kind.name} weights cannot be trained: begin from the model in float32 or bfloat16"
+            )
+    return model
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

@@ -1,26 +1,19 @@
-"""The loop: tokens in, tokens streamed out, one for each pass through the network. Knows nothing about text but to stop at it.
+"""A checked order for a completion: from Python's keywords, or from a JSON object.
 
-The loop sees the network as one function: given sequences, it returns the logits that follow the last token of each. The
-cached network, which runs only what is new, and the serial reference, which runs everything again, are two such functions.
+Refuses to know about networks. Options and their meaning are described at Generator.generate().
 """
 
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 from .._kernels import check_token
 from ..config import Config
 from ..errors import InputError, is_whole, shown
 from .sampling import Sampler
-from .stop import Stop, Watch
+from .stop import Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypedDict, Unpack
-
-    from .._kernels import Logits
-    from .logprobs import TokenInfo
-    from .prefix import Memory, PrefixCache
+    from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
     class Options(TypedDict, total=False):
         """What a completion may be asked for beside a seed, as Completer.generate() describes it."""
@@ -39,20 +32,13 @@ if TYPE_CHECKING:
         overflow: str | None
         slide_to: int | None
 
-    class Streamer(Protocol):
-        """Who listens to generate(): transformers' streamers, and whatever has these two methods."""
-
-        def put(self, value: Any) -> object:
-            """Take int64 ids: the prompt (1, T) first, then each new token (1,)."""
-
-        def end(self) -> object:
-            """Know that there are no more."""
-
 
 DEFAULT_TOTAL = 10  # the serial program's n: tokens in all, the prompt included
 UNBOUNDED = 10**18  # more tokens than anybody waits for
 OVERFLOWS = ("stop", "slide")
-LIVE = 64  # sequences decoded together: more of them gain little, and each takes memory for its keys and values
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}  # options of sampler "sample"
+LENGTH = {"total", "max_new_tokens"}
+JSON_KEYS = {"tokens", "sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING}
 
 
 def check_ids(config: Config, tokens: Iterable[int]) -> list[int]:
@@ -157,215 +143,45 @@ class Request:
         return self.total - len(self.tokens)
 
 
-class Completion:
-    """One completion of a request, as far as it has come.
+def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -> Request:
+    """Read a request from a JSON object such as {"tokens": [31373, 612], "max_new_tokens": 5}.
 
-    prompt and tokens: the ids given and the new ones. finish_reason: None while it goes on; "stop" after a stop token or a
-    stop string, else "length". seed: with it, and the same options, the tokens come again; None where nothing is random.
-    infos: one TokenInfo for each new token where top_logprobs were asked for, else none.
+    The object's keys override the defaults, and rule out the defaults that contradict them. Raises InputError for text that
+    is not JSON, an unknown key, a null value, and whatever Request refuses.
     """
-
-    __slots__ = (
-        "_request",
-        "_seen",
-        "_sequence",
-        "_start",
-        "_stream",
-        "_watch",
-        "finish_reason",
-        "infos",
-        "memory",
-        "prefix",
-        "seed",
-    )
-
-    def __init__(
-        self, request: Request, *, prefix: "PrefixCache | None" = None, seed: int | None = None, stream: int = 0
-    ) -> None:
-        """`prefix`: where to find, and to leave, what the network has run. `seed`: instead of the request's, or of a random
-        one. `stream`: which of the seed's independent streams of random numbers."""
-        self._request = request
-        self._sequence = list(request.tokens)
-        self._start = 0  # where in the sequence the window begins that the network sees
-        self._stream = stream
-        self._watch = Watch(request.stop, request.tokens)
-        self._seen: bytearray | None = None  # marks of the ids in the sequence, where the sampler looks back
-        if request.sampler.looks_back:
-            self._seen = bytearray(request.config.V)
-            for token in request.tokens:
-                self._seen[token] = 1
-        self.seed = request.sampler.start() if seed is None else seed
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self.infos: list[TokenInfo] = []
-        self.prefix = prefix
-        self.memory: Memory | None = None  # what the network has run of it: the network's own
-
-    @property
-    def prompt(self) -> list[int]:
-        """The ids given."""
-        return list(self._request.tokens)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The new ids."""
-        return self._sequence[len(self._request.tokens) :]
-
-    @property
-    def new(self) -> int:
-        """How many tokens are to be added, unless a stop comes before."""
-        return self._request.new
-
-    @property
-    def longest(self) -> int:
-        """How many tokens the network sees at once at most."""
-        return min(self._request.total, self._request.config.maxT)
-
-    def window(self) -> list[int]:
-        """The tokens that the network is to see now: the whole sequence, or what is left of it after sliding."""
-        if len(self._sequence) - self._start > self._request.config.maxT:
-            self._start = len(self._sequence) - self._request.slide_to
-        return self._sequence[self._start :]
-
-    def take(self, logits: "Logits", row: int) -> int:
-        """Add the token that row `row` of logits (rows, V) leads to; return it."""
-        request, step = self._request, len(self._sequence) - len(self._request.tokens)
-        token = request.sampler.choose(logits, row, self.seed, self._stream, step, self._seen)
-        if request.top_logprobs is not None:
-            from .logprobs import token_info
-
-            self.infos.append(token_info(logits, row, token, request.top_logprobs))
-        self._sequence.append(token)
-        if self._seen is not None:
-            self._seen[token] = 1
-        if self._watch.ends(token):
-            self.finish_reason = "stop"
-        elif len(self._sequence) == request.total:
-            self.finish_reason = "length"
-        return token
-
-    def let_go(self) -> None:
-        """Leave what the network has run to the next completion, or to nobody."""
-        if self.memory is not None and self.prefix is not None:
-            self.prefix.take_back(self.memory)
-        self.memory = None
-
-    def __repr__(self) -> str:
-        return f"Completion(prompt={self.prompt}, tokens={self.tokens}, finish_reason={self.finish_reason!r})"
+    order = parse_json(text)
+    tokens = order.pop("tokens")
+    if not isinstance(tokens, list):
+        raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
+    return Request(config, tokens, **complete_order(order, defaults))
 
 
-class Completer(ABC):
-    """What can answer a request: the cached network and the serial reference."""
+def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict[str, Any]":
+    """Return a request's own options, and those defaults that they neither replace nor rule out."""
+    ruled_out: set[str] = set()
+    if not LENGTH.isdisjoint(order):
+        ruled_out |= LENGTH
+    if "sampler" in order:
+        if order["sampler"] != "sample":
+            ruled_out |= SAMPLING
+    elif not SAMPLING.isdisjoint(order):
+        ruled_out.add("sampler")
+    return {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
 
-    config: Config
 
-    @abstractmethod
-    def _forward(self, live: list[Completion]) -> "list[tuple[Logits, int]]":
-        """Run the network over each completion's window; return the logits after its last token, as logits and a row."""
+def parse_json(text: bytes) -> "dict[str, Any]":
+    """Parse a request's JSON object and check its keys."""
+    import json
 
-    @abstractmethod
-    def new_prefix_cache(self) -> "PrefixCache | None":
-        """What lets a completion go on from where an earlier one parts from it; None where nothing is remembered."""
-
-    @abstractmethod
-    def _check_prefix(self, prefix: "PrefixCache") -> None:
-        """Raise InputError for a prefix cache that is not of this network."""
-
-    def complete(self, completion: Completion) -> Iterator[int]:
-        """Carry a completion to its end; yields each new id as soon as it is known."""
-        try:
-            while completion.finish_reason is None:
-                [(logits, row)] = self._forward([completion])
-                yield completion.take(logits, row)
-        finally:
-            completion.let_go()
-
-    def generate(
-        self,
-        tokens: Iterable[int],
-        *,
-        cache: "PrefixCache | None" = None,
-        streamer: "Streamer | None" = None,
-        seed: "SupportsIndex | None" = None,
-        **options: "Unpack[Options]",
-    ) -> Iterator[int]:
-        """Complete a sequence of token ids; yields each new id as soon as it is known. Raises InputError before anything runs.
-        For several sequences, and for log-probabilities, see generate_batch().
-
-        How much: total, tokens in all, the given ones included (default 10); or max_new_tokens, how many to add.
-
-        Which: sampler "median" (default, the serial program's rule), "greedy" or "sample"; do_sample True stands for "sample",
-        False for "greedy"; temperature, top_k, top_p, min_p, repetition_penalty and seed imply "sample" (see Sampler).
-
-        When to stop before: stop_token_ids and stop_strings, one or several; the token that is one, or completes one, is the
-        last.
-
-        Past maxT tokens: refused, unless overflow is "stop", which ends there, or "slide", which goes on with the latest
-        slide_to tokens (default: half of maxT) each time that the window of maxT tokens is full. A slide forgets: the network
-        then sees those tokens as if they were all, and the result is what it says about them alone.
-
-        cache: a PrefixCache, from which what the network ran before is taken, and to which it is left. streamer: its
-        put(ids) gets the prompt (1, T) and then each new token (1,), as int64 arrays, its end() comes last; everything is run
-        before generate() returns then.
-        """
-        if cache is not None:
-            self._check_prefix(cache)
-        completion = Completion(Request(self.config, tokens, seed=seed, **options), prefix=cache)
-        if streamer is None:
-            return self.complete(completion)
-        return iter(self._stream(completion, streamer))
-
-    def _stream(self, completion: Completion, streamer: "Streamer") -> list[int]:
-        """Tell a streamer of every token; return them."""
-        import numpy as np
-
-        streamer.put(np.array([completion.prompt], np.int64))
-        for token in self.complete(completion):
-            streamer.put(np.array([token], np.int64))
-        streamer.end()
-        return completion.tokens
-
-    def generate_batch(
-        self,
-        prompts: "Iterable[Iterable[int]]",
-        *,
-        num_return_sequences: int = 1,
-        seed: "SupportsIndex | Sequence[SupportsIndex] | None" = None,
-        top_logprobs: int | None = None,
-        **options: "Unpack[Options]",
-    ) -> list[Completion]:
-        """Complete many prompts, and each num_return_sequences times, together: a step of the network serves them all, LIVE at
-        most at a time. Every completion has the same bits as alone; those of one prompt come one after another.
-
-        Options are generate()'s. seed: one for all prompts, or one for each; completion i of a prompt has stream i of its
-        seed, of which generate(prompt, seed=seed) gives the first; None: each prompt has a truly random seed of its own.
-        top_logprobs: keep each new token's log-probability and so many most probable tokens, in Completion.infos.
-        """
-        if not is_whole(num_return_sequences, 1, UNBOUNDED):
-            raise InputError(f"num_return_sequences is {shown(num_return_sequences)}: it must be a whole number of at least 1")
-        prompts = list(prompts)
-        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
-        if len(seeds) != len(prompts):
-            raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each, or one for all")
-        requests = [
-            Request(self.config, prompt, seed=own, top_logprobs=top_logprobs, **options)
-            for prompt, own in zip(prompts, seeds, strict=True)
-        ]
-        completions = []
-        for request in requests:
-            drawn = request.sampler.start()
-            completions += [Completion(request, seed=drawn, stream=stream) for stream in range(num_return_sequences)]
-        self._complete_all(completions)
-        return completions
-
-    def _complete_all(self, completions: list[Completion]) -> None:
-        """Carry completions to their ends, LIVE at a time: as some end, others begin."""
-        waiting = deque(completions)
-        live: list[Completion] = []
-        while waiting or live:
-            while waiting and len(live) < LIVE:
-                live.append(waiting.popleft())
-            for completion, (logits, row) in zip(live, self._forward(live), strict=True):
-                completion.take(logits, row)
-                if completion.finish_reason is not None:
-                    completion.let_go()
-            live = [completion for completion in live if completion.finish_reason is None]
+    try:
+        request = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
+    if unknown := sorted(set(request) - JSON_KEYS):
+        raise InputError(f"request: unknown key {shown(unknown[0])}: keys are {', '.join(sorted(JSON_KEYS))}")
+    if "tokens" not in request:
+        raise InputError('request: the key "tokens" is missing')
+    for key, value in request.items():
+        if value is None:
+            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
+    return dict(request)

@@ -16,8 +16,7 @@ from ..config import TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import FLOAT32, Format
-from ..formats.open import open_model
-from ..formats.panels import ModelFile
+from ..formats.open import open_floats
 from ..hub.find import find_model
 
 TYPE_CHECKING = False
@@ -74,20 +73,24 @@ class LiveWeights(NamedTuple):
 
 
 class Parameters:
-    """A network's weights, their gradients and moments; all zeros at first. `threads` is for the engine derived from this.
+    """A network's weights, their gradients and moments; all zeros at first.
+
+    `threads` and `all_workers` are for the engine that derives from this class.
 
     `parameters`, `gradients`, `first_moments` and `second_moments` are live, writable arrays of shape (P,) with
     P = config.parameters(padded=True), each aligned to 64 bytes.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None) -> None:
+    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
         self.config = config
         self._places = {name: (shape, offset, size) for name, shape, offset, size in config.tensors(padded=True)}
         P = config.parameters(padded=True)
         self.parameters, self.gradients, self.first_moments, self.second_moments = zeros_to_update(P)
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "Self":
+    def load(
+        cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, all_workers: bool = False
+    ) -> "Self":
         """Begin from a model file of plain floats, widened to float32: `path`, else as find_model() finds one.
 
         Raises CheckpointError for a file that is not a model, is quantised or holds weights that are not finite, InputError for
@@ -95,15 +98,8 @@ class Parameters:
         """
         import numpy as np
 
-        with open_model(find_model(path)[0]) as checkpoint:
-            formats = {checkpoint.format.name: checkpoint.format}
-            if isinstance(checkpoint, ModelFile):
-                formats = {row.name: row for row in checkpoint.formats.values()}
-            if quantised := [name for name, row in formats.items() if row.block_values > 1]:
-                raise CheckpointError(
-                    f"{checkpoint.path}: {quantised[0]} weights cannot be trained: begin from this model in float32 or bfloat16"
-                )
-            model = cls(checkpoint.config, threads=threads)
+        with open_floats(find_model(path)[0]) as checkpoint:
+            model = cls(checkpoint.config, threads=threads, all_workers=all_workers)
             for name in model._places:
                 start = 0
                 for rows in checkpoint.pieces(name):

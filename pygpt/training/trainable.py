@@ -4,11 +4,13 @@ A batch's forward pass is the step that generates tokens, over B sequences x T r
 gradients and updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
 """
 
+from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Weights
 from ..config import Config
-from ..model import CHUNK, FLOP_PER_US, GPT2, READ_BYTES_PER_US, spins_for, workers_for
-from ..pool import ThreadPool, resolve_threads
+from ..model import GPT2
+from ..network import CHUNK
+from ..pool import ThreadPool
 from .parameters import AdamW, Parameters, check_number
 
 TYPE_CHECKING = False
@@ -23,19 +25,21 @@ class TrainableGPT2(Parameters):
     """A GPT-2 in training on `threads` workers. Use it in a `with` block, or close() it.
 
     Memory: four float32 values a parameter, and the activations of a batch. Threads may share it: their calls take turns.
+    all_workers: use all workers even for work too small to be worth it.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None) -> None:
-        self._pool = ThreadPool(resolve_threads(threads))
+    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
+        self._all_workers = all_workers
+        self._pool = ThreadPool(cpus.resolve_threads(threads))
         count = self._pool.nth
-        super().__init__(config, threads=count)
+        super().__init__(config, threads=count, all_workers=all_workers)
         self._weights = Weights(config, self.weights().stored())
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
         self._values = config.parameters(padded=False) - config.maxT * config.C  # weights that a row meets
 
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments
-        return TrainStep(self._weights, count, spins_for(count), self.config, *flat, keep=keep)
+        return TrainStep(self._weights, count, cpus.spins_for(count), self.config, *flat, keep=keep)
 
     @property
     def threads(self) -> int:
@@ -95,12 +99,16 @@ class TrainableGPT2(Parameters):
 
     def _workers(self, rows: int) -> int:
         """How many workers a pass over so many rows is worth."""
-        alone_us = self._values * (4 / READ_BYTES_PER_US + 2 * rows / FLOP_PER_US)
-        return workers_for(self.threads, alone_us, 7 * self.config.L + 3)
+        if self._all_workers:
+            return self.threads
+        alone_us = self._values * (4 / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
+        return cpus.workers_for(self.threads, alone_us, 7 * self.config.L + 3)
 
     def _workers_for_arrays(self, count: int) -> int:
         """How many workers going through so many of the flat arrays is worth."""
-        return workers_for(self.threads, count * self.parameters.nbytes / READ_BYTES_PER_US)
+        if self._all_workers:
+            return self.threads
+        return cpus.workers_for(self.threads, count * self.parameters.nbytes / cpus.READ_BYTES_PER_US)
 
     def record(self, trace: "Trace | None") -> None:
         """Let the workers note their phases in `trace`, as GPT2.record() does; None ends it."""

@@ -39,7 +39,7 @@ from pygpt import (
 from pygpt.errors import ClosedError
 from pygpt.formats.checkpoint import StreamedCheckpoint
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
-from pygpt.generation.logprobs import TokenInfo
+from pygpt.generation.completion import TokenInfo
 from pygpt.tokenizer import _load
 from pygpt.training.state import Progress, write_state
 

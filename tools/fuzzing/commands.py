@@ -3,8 +3,7 @@ promises.
 
 They run in this process, with streams of its own: `run_main` tries some hundred command lines a second. `process` starts real
 processes. Inputs are JSON: {"argv": [words], "stdin": text}, in which U+DC80 to U+DCFF stand for single bytes; of commands over
-files they are several files, which pack() makes one. The tools' command lines and the chat are in programs.py, downloads in
-network.py.
+files they are several files, which pack() makes one. The tools' command lines and the chat are in programs.py.
 """
 
 import argparse

@@ -211,7 +211,7 @@ import resource, sys, threading
 import numpy as np
 import pygpt.model
 from pygpt import GPT2, PyGPTError, TrainableGPT2
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 
 def used():
     with open("/proc/self/statm") as file:

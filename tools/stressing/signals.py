@@ -99,7 +99,7 @@ COMMAND = """
 import sys
 from pygpt import model
 from pygpt.__main__ import main, run
-model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 
 def job(options):
     sys.stderr.write("ready\\n")
@@ -114,7 +114,7 @@ import sys
 import pygpt.model
 from pygpt import GPT2
 from pygpt.commands.console import status_of
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 
 def job():
     sys.stderr.write("ready\\n")
@@ -130,7 +130,7 @@ FORK = """
 import os, signal, sys, threading
 import pygpt.model
 from pygpt import GPT2
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 sys.stderr.write("ready\\n")
 sys.stderr.flush()
 wanted = [int(word) for word in sys.argv[3].split()]
@@ -155,7 +155,7 @@ EXIT = """
 import atexit, os, random, sys, threading, time
 import pygpt.model
 from pygpt import GPT2
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 sys.stderr.write("ready\\n")
 sys.stderr.flush()
 rng = random.Random(int(sys.argv[3]))
@@ -428,7 +428,7 @@ def leaps():
 jumps = leaps()
 import pygpt.model
 from pygpt import GPT2
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 with GPT2.load(sys.argv[1], threads=4) as model:
     assert list(model.generate([1, 2], total=40)) == [int(word) for word in sys.argv[2].split()][:38]
 print("fine")

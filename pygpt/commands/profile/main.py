@@ -50,7 +50,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pygpt.model
 from pygpt import (
     Checkpoint,
     InputError,
@@ -172,7 +171,7 @@ def planted(given: str) -> job.Planted:
 def make_job(options: argparse.Namespace, path: str) -> job.Job:
     """What is to be run; raises InputError for what does not fit the model."""
     if options.train:
-        return job.Training.of(path, options.B, options.T, options.new)
+        return job.Training.of(path, options.B, options.T, options.new, all_workers=options.all_workers)
     with Checkpoint(path) as checkpoint:
         V, maxT = checkpoint.config.V, checkpoint.config.maxT
     if options.prompt_length is not None:
@@ -184,7 +183,7 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
         prompt = [token % V for token in PROMPT]
     if len(prompt) + options.new > maxT:
         raise InputError(f"a prompt of {len(prompt)} and {options.new} new tokens exceed the model's {maxT} tokens")
-    return job.Generation(prompt, options.new, options.sampler)
+    return job.Generation(prompt, options.new, options.sampler, options.all_workers)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -198,8 +197,6 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.plot:
         plots.matplotlib()  # if it is missing, say so now
-    if options.all_workers:
-        pygpt.model.MEETING_WEIGHT = 0
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:
@@ -256,7 +253,7 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Rep
         maxT = checkpoint.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
     if isinstance(task, job.Training):
-        small = job.Training.of(path, 1, min(tokens, maxT), 1)
+        small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
         return strategies.compare_training(small, nth, options.rounds, with_serial=serial)
     prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
     return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial)
