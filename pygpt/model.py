@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ._signals import see_through
-from .formats.checkpoint import Checkpoint
+from .formats.open import Model, open_model
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -29,9 +29,7 @@ class GPT2(Generator):
 
     network: Network
 
-    def __init__(
-        self, checkpoint: "Checkpoint | LiveWeights", *, threads: int | None = None, all_workers: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: "Model | LiveWeights", *, threads: int | None = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
 
     @classmethod
@@ -43,12 +41,12 @@ class GPT2(Generator):
         mmap: bool = True,
         all_workers: bool = False,
     ) -> "GPT2":
-        """Open a checkpoint: `path`, else as find_model() finds one. The file is mapped, not read, unless mmap is False.
+        """Open a model file: `path`, else as find_model() finds one. The file is mapped, not read, unless mmap is False.
 
         threads: workers, 1 to 256; else PYGPT_THREADS, else as many as can run side by side here. Raises CheckpointError
-        for a file that is not a checkpoint, InputError for a bad thread count.
+        for a file that is not a model, InputError for a bad thread count.
         """
-        checkpoint = Checkpoint(find_model(path)[0], mmap=mmap)
+        checkpoint = open_model(find_model(path)[0], mmap=mmap)
         try:
             return cls(checkpoint, threads=threads, all_workers=all_workers)
         except BaseException:

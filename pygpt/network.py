@@ -18,7 +18,7 @@ from .pool import ThreadPool
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._kernels import Trace
-    from .formats.checkpoint import Checkpoint
+    from .formats.open import Model
     from .training.parameters import LiveWeights
 
 CHUNK = 512  # rows of a prompt in one step: Ctrl-C waits for one step, and the activations stay small
@@ -72,9 +72,7 @@ class Network:
 
     chunk = CHUNK
 
-    def __init__(
-        self, checkpoint: "Checkpoint | LiveWeights", *, threads: int | None = None, all_workers: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: "Model | LiveWeights", *, threads: int | None = None, all_workers: bool = False) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         self._weights = Weights(self.config, checkpoint.stored())

@@ -29,7 +29,7 @@ from pygpt.commands.interrupts import Interrupts
 from pygpt.commands.options import add_completion_options, parse_count, read_options
 from pygpt.config import Config
 from pygpt.errors import CheckpointError, InputError, PyGPTError
-from pygpt.formats.checkpoint import Checkpoint
+from pygpt.formats.open import open_model
 from pygpt.generation.request import SAMPLING, complete_order
 from pygpt.hub.find import find_model
 from pygpt.tokenizer import StreamDecoder, Tokenizer
@@ -515,7 +515,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def model_config(model: str | None) -> Config | None:
     """Return the dimensions of the model that will answer, or None if it does not open: the child then says why."""
     try:
-        with Checkpoint(find_model(model)[0]) as checkpoint:
+        with open_model(find_model(model)[0]) as checkpoint:
             return checkpoint.config
     except (CheckpointError, MemoryError):
         return None

@@ -55,7 +55,6 @@ from pygpt import (
 )
 from pygpt.commands.console import HelpFormatter, Parser, check_stdout, status_of
 
-from ..formats.open import open_model
 from .progress import Progress
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
@@ -136,7 +135,7 @@ def run(options: argparse.Namespace) -> None:
     names = [options.a, options.b] if options.task == "compare" else [options.model]
     paths = [find_model(name)[0] for name in names]
     with ExitStack() as opened:
-        models = [opened.enter_context(load(path, options.threads)) for path in paths]
+        models = [opened.enter_context(GPT2.load(path, threads=options.threads)) for path in paths]
         start = time.perf_counter()
         result, rows, text = TASKS[options.task](*models, options)
         seconds = time.perf_counter() - start
@@ -150,16 +149,6 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
-
-
-def load(path: str, threads: int | None) -> GPT2:
-    """Open a model file of any format that pygpt computes with."""
-    file = open_model(path)
-    try:
-        return GPT2(file, threads=threads)
-    except BaseException:
-        file.close()
-        raise
 
 
 def whole(name: str, given: str) -> int:

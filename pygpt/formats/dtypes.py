@@ -91,7 +91,7 @@ def _from_blocks(scale: "npt.NDArray[np.float32]", numbers: "npt.NDArray[np.int8
     import numpy as np
 
     with np.errstate(invalid="ignore"):  # an infinite scale makes NaNs
-        values = scale[..., None] * numbers.astype("<f4")
+        values: npt.NDArray[np.float32] = scale[..., None] * numbers.astype("<f4")
     return values.reshape(*numbers.shape[:-2], -1)
 
 
@@ -175,7 +175,8 @@ def _fold(terms: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
     """Sum 32 terms, (32, n) -> (n,), 16+16, 8+8, 4+4, 2+2, 1+1."""
     while len(terms) > 1:
         terms = terms[: len(terms) // 2] + terms[len(terms) // 2 :]
-    return terms[0]
+    total: npt.NDArray[np.float32] = terms[0]
+    return total
 
 
 def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":

@@ -197,15 +197,15 @@ class GGUFFile(ModelFile):
         name = cursor.string(NAME_LIMIT, "the name of a tensor")
         dimensions = cursor.count("I", 1, EXTENTS_LIMIT, f"the number of extents of {name!r}")
         extents = tuple(cursor.count("Q", 1, 1 << 32, f"an extent of {name!r}") for _ in range(dimensions))
-        kind = int(cursor.scalar("I", f"the type of {name!r}"))
-        if kind not in TYPES:
-            found = OTHER_TYPES.get(kind, f"number {kind}")
+        number = int(cursor.scalar("I", f"the type of {name!r}"))
+        if number not in TYPES:
+            found = OTHER_TYPES.get(number, f"number {number}")
             known = ", ".join(row.name.upper() for row in TYPES.values())
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} is of type {found}, and pygpt reads {known}: "
                 "take the model's F16 or F32 file, and quantise that with `pygpt quantize`"
             )
-        kind = TYPES[kind]
+        kind = TYPES[number]
         if extents[0] % kind.block_values:
             raise cursor.bad(
                 f"tensor {name!r} has rows of {extents[0]} values, no multiple of {kind.name}'s {kind.block_values}"
@@ -229,8 +229,8 @@ class GGUFFile(ModelFile):
             end = start + kind.size(prod(extents))
             found[name] = Tensor(kind, extents, start, end)
         if not end <= self.size <= _aligned(end, step):
-            kind = "truncated" if self.size < end else "too long"
-            raise cursor.bad(f"{kind}: {self.size} bytes, expected {end}; fetch it again")
+            flaw = "truncated" if self.size < end else "too long"
+            raise cursor.bad(f"{flaw}: {self.size} bytes, expected {end}; fetch it again")
         return found
 
     # -------------------------------------------------------------------------------------------- the model
@@ -278,7 +278,7 @@ class GGUFFile(ModelFile):
                     raise self._bad(f"tensor {theirs} is missing")
                 if self._tensors[theirs].extents != extents:
                     raise self._bad(f"tensor {theirs} has extents {self._tensors[theirs].extents}, expected {extents}")
-                found.add(self._tensors[theirs].format.name)
+                found.add(self._tensors[theirs].kind.name)
                 known.add(theirs)
             formats[name] = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
         if unknown := sorted(self._tensors.keys() - known):
@@ -290,9 +290,9 @@ class GGUFFile(ModelFile):
         if HEAD not in self._tensors:
             return
         head, wte = self._tensors[HEAD], self._tensors[NAMES["wte"]]
-        if (head.format, head.extents) != (wte.format, wte.extents):
+        if (head.kind, head.extents) != (wte.kind, wte.extents):
             raise self._bad(
-                f"{HEAD} is {head.format.name} {head.extents}, and {NAMES['wte']} {wte.format.name} {wte.extents}: a head of "
+                f"{HEAD} is {head.kind.name} {head.extents}, and {NAMES['wte']} {wte.kind.name} {wte.extents}: a head of "
                 "its own is not supported; convert the model again with a current llama.cpp, which writes the two as one"
             )
         for at in range(0, head.stop - head.start, HEADER_LIMIT):
@@ -308,9 +308,9 @@ class GGUFFile(ModelFile):
         import numpy as np
 
         tensor = self._tensors[NAMES[name].format(layer)]
-        row = tensor.format.size(tensor.extents[0])
+        row = tensor.kind.size(tensor.extents[0])
         data = self._file.view(tensor.start + start * row, tensor.start + stop * row)
-        return tensor.format, np.frombuffer(data, tensor.format.dtype).reshape(stop - start, -1)
+        return tensor.kind, np.frombuffer(data, tensor.kind.dtype).reshape(stop - start, -1)
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
         """All layers of a tensor one after the other in memory, quantised ones in panels."""

@@ -264,9 +264,9 @@ class PanelFile(ModelFile):
         if metadata.get("version") != FILE_VERSION:
             version = metadata.get("version", "")[:40]
             raise self._bad(f"version {version!r}, expected {FILE_VERSION!r}: quantise the model again, or update pygpt")
-        for key, expected in (("panel", PANEL), ("group", GROUP)):
-            if metadata.get(key) != str(expected):
-                raise self._bad(f"{key} is {metadata.get(key, '')[:40]!r}, expected '{expected}'")
+        for key, size in (("panel", PANEL), ("group", GROUP)):
+            if metadata.get(key) != str(size):
+                raise self._bad(f"{key} is {metadata.get(key, '')[:40]!r}, expected '{size}'")
         if len(metadata.get("source_sha256", "")) != 64:
             raise self._bad("source_sha256 is not one of 64 characters")
         kind, head, positions = (self._format(metadata, key) for key in ("kind", "head", "positions"))

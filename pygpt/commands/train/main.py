@@ -35,7 +35,6 @@ from typing import Any
 import numpy as np
 
 from pygpt import (
-    Checkpoint,
     Config,
     DataLoader,
     InputError,
@@ -49,6 +48,7 @@ from pygpt import (
     open_state,
 )
 from pygpt.commands.console import HelpFormatter, Parser, say, status_of
+from pygpt.formats.open import open_floats
 
 from ..profile.plots import matplotlib
 from ..progress import Progress
@@ -256,7 +256,7 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str]:
     path, origin = find_model(init)
     if origin == "embedded":
         say("begins from the small embedded model (Shakespeare); --init names another, or `random` with --shape")
-    with Checkpoint(path) as checkpoint:
+    with open_floats(path) as checkpoint:
         return checkpoint.config, path
 
 
