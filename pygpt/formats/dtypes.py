@@ -92,7 +92,7 @@ def _from_blocks(scale: "npt.NDArray[np.float32]", numbers: "npt.NDArray[np.int8
 
     with np.errstate(invalid="ignore"):  # an infinite scale makes NaNs
         values: npt.NDArray[np.float32] = scale[..., None] * numbers.astype("<f4")
-    return values.reshape(*numbers.shape[:-2], -1)
+    return values.reshape(*numbers.shape[:-2], numbers.shape[-2] * numbers.shape[-1])
 
 
 def _from_q8_0(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":

@@ -200,9 +200,8 @@ class GGUFFile(ModelFile):
         number = int(cursor.scalar("I", f"the type of {name!r}"))
         if number not in TYPES:
             found = OTHER_TYPES.get(number, f"number {number}")
-            known = ", ".join(row.name.upper() for row in TYPES.values())
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is of type {found}, and pygpt reads {known}: "
+                f"{self.path}: tensor {name!r} is of type {found}, and pygpt reads F32, F16, BF16, Q8_0, Q4_0 and Q6_K: "
                 "take the model's F16 or F32 file, and quantise that with `pygpt quantize`"
             )
         kind = TYPES[number]
@@ -316,6 +315,8 @@ class GGUFFile(ModelFile):
         """All layers of a tensor one after the other in memory, quantised ones in panels."""
         layers, N, K = layout(self.config, name)
         kind = self.formats[name]
+        if any(self._tensors[theirs].kind != kind for theirs in _theirs(name, layers)):
+            return FLOAT32.name, self.widened(name)
         out = aligned_bytes(stored_size(self.config, name, kind))
         step = len(out) // layers
         for layer in range(layers):
