@@ -71,6 +71,7 @@ NAMES = {
 }
 HEAD = "output.weight"
 EPSILON = 1e-5
+GPT2_V = 50257
 
 Value = int | float | bool | str
 
@@ -409,10 +410,10 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
 
 def _vocabulary(V: int) -> list[bytes]:
     """The key-value pairs of the vocabulary: GPT-2's, or for ids of any other number none."""
+    if V != GPT2_V:
+        return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
     ordinary, merges = spelled_vocabulary()
     tokens = [*ordinary, END_OF_TEXT]
-    if len(tokens) != V:
-        return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
     normal, control = 1, 3
     types = struct.pack(f"<{V}i", *[normal] * len(ordinary), control)
     end = struct.pack("<I", V - 1)
