@@ -127,12 +127,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-def _command() -> int:
-    """The installed command, which is `python -m pygpt`: before its imports, for Ctrl-C during these."""
+def _command(*first: str) -> int:
+    """Run the installed command, with the words `first` before those of the command line; return its exit status."""
     import signal
+    import sys
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     from .__main__ import main
 
-    return main()
+    return main([*first, *sys.argv[1:]])

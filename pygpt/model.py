@@ -1,10 +1,10 @@
-"""GPT2: the face that people use. It joins the network, which knows nothing of sampling, and the engine, which completes."""
+"""GPT2: the class for users. It joins the network, which computes logits, and the engine, which completes requests."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ._signals import see_through
-from .formats.open import Model, open_model
+from .formats.open import open_model
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Floats, Trace
-    from .training.parameters import LiveWeights
+    from .network import OpenModel
 
 
 class GPT2(Generator):
     """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
 
-    Threads may share a model: their steps take turns. Arrays that it returns are fresh float32 arrays of the caller's.
-    all_workers: use all workers even for steps too small to be worth it.
+    Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller.
+    all_workers: use all workers even if a step is too small to gain from them.
     """
 
     network: Network
 
-    def __init__(self, checkpoint: "Model | LiveWeights", *, threads: int | None = None, all_workers: bool = False) -> None:
+    def __init__(self, checkpoint: "OpenModel", *, threads: int | None = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
 
     @classmethod
@@ -41,10 +41,10 @@ class GPT2(Generator):
         mmap: bool = True,
         all_workers: bool = False,
     ) -> "GPT2":
-        """Open a model file: `path`, else as find_model() finds one. The file is mapped, not read, unless mmap is False.
+        """Open a model file: `path`, else the one that find_model() finds. Unless mmap is False, the file is mapped, not read.
 
-        threads: workers, 1 to 256; else PYGPT_THREADS, else as many as can run side by side here. Raises CheckpointError
-        for a file that is not a model, InputError for a bad thread count.
+        threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
+        Raises CheckpointError for a file that is not a model, InputError for a bad thread count.
         """
         checkpoint = open_model(find_model(path)[0], mmap=mmap)
         try:
@@ -71,14 +71,15 @@ class GPT2(Generator):
         return self._whole(lambda lengths: self.network.step(rows, lengths), (-1, self.config.V))
 
     def extend(self, cache: KVCache, tokens: Iterable[int]) -> "npt.NDArray[np.float32]":
-        """Append tokens to the cache, in chunks; return the logits after the last one, (V,). All are appended or none.
+        """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
 
-        Raises InputError for no token, and for more tokens than the cache has room for.
+        If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more tokens than the cache has
+        room for.
         """
         return self._whole(lambda lengths: self.network.extend(cache, tokens, lengths), (-1,))
 
     def _whole(self, run: "Callable[[Lengths], Floats]", shape: tuple[int, ...]) -> "npt.NDArray[np.float32]":
-        """Return the logits of what `run` does, as an array; if it is interrupted, give all caches their lengths back."""
+        """Return the logits of run(lengths) as an array. If it is interrupted, restore the lengths of all caches."""
         lengths = Lengths()
         try:
             return _array(run(lengths)).reshape(shape)
@@ -87,11 +88,11 @@ class GPT2(Generator):
             raise
 
     def prefill(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
-        """Append a prompt: extend() by its older name."""
+        """Append a prompt. This is an older name of extend()."""
         return self.extend(cache, tokens)
 
     def decode(self, cache: KVCache, token: int) -> "npt.NDArray[np.float32]":
-        """Append one token: extend() by its older name."""
+        """Append one token. This is an older name of extend()."""
         return self.extend(cache, [token])
 
     def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
@@ -107,15 +108,15 @@ class GPT2(Generator):
         return out
 
     def record(self, trace: "Trace | None") -> None:
-        """Let the workers of later steps note their phases in `trace`; None ends it. Costs about 0.1 us a phase."""
+        """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""
         self.network.record(trace)
 
     def fork_join(self, on: bool) -> None:
-        """Let the pool run later steps as one round for each kernel instead of one for the step: for comparison."""
+        """Run later steps as one round of the pool for each kernel instead of one per step, for comparison."""
         self.network.fork_join(on)
 
     def close(self) -> None:
-        """Stop the workers and unmap the file. May be called twice; a running step is finished first."""
+        """Stop the workers and unmap the file, after a running step has ended. May be called twice."""
         self.network.close()
 
     def __enter__(self) -> "GPT2":

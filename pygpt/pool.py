@@ -59,7 +59,7 @@ class ThreadPool:
         self._closed = False
         self._workers: _Workers | None = None
         self._ready()
-        _pools.add(self)
+        _note(self)
 
     def run(
         self,
@@ -114,6 +114,9 @@ class ThreadPool:
                 self._workers.stop()
                 self._workers.join()
                 self._finalizer.detach()
+                self._workers.end = (
+                    None  # break the cycle, so that the threads go now, not in the garbage collector (see _pools)
+                )
                 self._workers = None
 
     def _refuse_own_workers(self) -> None:
@@ -305,11 +308,24 @@ def _descend(calls: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ fork and exit
 
-_pools: "weakref.WeakSet[ThreadPool]" = weakref.WeakSet()
+# Plain weak references: the garbage collector would run a WeakSet's callback, and Python drops a Ctrl-C raised in it.
+_pools: "list[weakref.ref[ThreadPool]]" = []
+
+
+def _note(pool: ThreadPool) -> None:
+    """Add a pool to the list; remove those that no longer exist."""
+    for gone in [reference for reference in _pools if reference() is None]:
+        with suppress(ValueError):  # another thread has removed it
+            _pools.remove(gone)
+    _pools.append(weakref.ref(pool))
+
+
+def _living() -> list[ThreadPool]:
+    return [pool for reference in list(_pools) if (pool := reference()) is not None]
 
 
 def _after_fork_in_child() -> None:
-    for pool in list(_pools):
+    for pool in _living():
         pool._after_fork()
 
 
@@ -318,7 +334,7 @@ def _at_exit() -> None:
     is used even later makes new threads, if Python still allows it."""
     deadline = time.monotonic() + 1.0
     stopped = []
-    for pool in list(_pools):
+    for pool in _living():
         if pool._workers is not None:
             pool._workers.stop()
             stopped.append(pool._workers)

@@ -1,5 +1,7 @@
-"""Whole completions: the same tokens for every number of threads, batch, cache and network; stops, overflow, log-probabilities,
-streamers; what is refused before anything runs. Each expectation is computed from the logits of fresh, whole sequences.
+"""Test whole completions: they have the same tokens for every number of threads, batch, cache and network.
+
+Stops, overflow, log-probabilities, streamers, and errors before anything runs are tested, too. Each expected token comes from
+the logits of a fresh, whole sequence.
 """
 
 import math
@@ -46,7 +48,7 @@ def model(path: str) -> Iterator[GPT2]:
 
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GPT2]:
-    """A model with GPT-2's vocabulary."""
+    """Open a model with GPT-2's vocabulary."""
     file = tmp_path_factory.mktemp("generate") / "speller.bin"
     make(file, L=1, NH=1, C=8, V=50257, maxT=64, seed=2)
     with GPT2.load(file, threads=1) as opened:
@@ -55,7 +57,7 @@ def speller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GPT2]:
 
 @pytest.fixture
 def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each step of any model has run."""
+    """Return a list that gets the number of rows of each step of any model."""
     counts: list[int] = []
     step = Network.step
 
@@ -68,7 +70,7 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def by_hand(model: GPT2, prompt: Sequence[int], new: int, *, slide_to: int = MAXT // 2, **options: Any) -> list[int]:
-    """One whole sequence after another, no cache, the window cut as documented."""
+    """Complete with one whole sequence after another, without a cache; the window slides as documented."""
     sampler = Sampler(options.pop("sampler", None), **options)
     sequence, start = list(prompt), 0
     for step in range(new):
@@ -81,7 +83,7 @@ def by_hand(model: GPT2, prompt: Sequence[int], new: int, *, slide_to: int = MAX
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same tokens however they are computed
+# The same tokens, whatever the threads, batch and cache
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
@@ -119,7 +121,7 @@ def test_unseeded_completions_differ_and_can_be_repeated(model: GPT2) -> None:
 
 
 def test_a_batch_is_one_step_a_round(model: GPT2, rows_run: list[int]) -> None:
-    """Equal prompts are run once; then each sequence has one row a step, and none when it is at its end."""
+    """Equal prompts are run once. Then each sequence has one row a step, until it ends."""
     completions = model.generate_batch([[1, 2, 3], [9], [1, 2, 3]], max_new_tokens=5, num_return_sequences=2, seed=1)
     assert rows_run == [3 + 1, 6, 6, 6, 6]
     assert [c.prompt for c in completions] == [[1, 2, 3]] * 2 + [[9]] * 2 + [[1, 2, 3]] * 2
@@ -147,7 +149,7 @@ def test_long_prompts_are_run_in_chunks(model: GPT2, rows_run: list[int], monkey
 
 
 def test_return_sequences_are_streams_of_a_seed(model: GPT2) -> None:
-    """The first is what generate() gives; the others are further draws, as random as by seeds."""
+    """The first stream is that of generate(). The others are further draws, as random as with other seeds."""
     logits = model.logits([1, 2])[-1].astype(np.float64)
     completions = model.generate_batch([[1, 2]], num_return_sequences=3000, max_new_tokens=1, seed=11)
     assert completions[0].tokens == list(model.generate([1, 2], max_new_tokens=1, seed=11))
@@ -202,13 +204,13 @@ def test_bad_batches(model: GPT2, rows_run: list[int], options: dict[str, Any], 
 # Prefix caches
 
 
-def test_only_what_is_new_is_run(model: GPT2, rows_run: list[int]) -> None:
+def test_only_new_tokens_are_run(model: GPT2, rows_run: list[int]) -> None:
     cache = model.new_prefix_cache()
     for prompt, new, rows in (
         ([1, 2, 3, 4], 3, 4 + 2),
-        ([1, 2, 3, 4], 3, 1 + 2),  # the last one again, for its logits
-        ([1, 2, 3, 9, 9], 2, 2 + 1),  # from where it parts
-        ([1, 2], 2, 1 + 1),  # a shorter one
+        ([1, 2, 3, 4], 3, 1 + 2),  # the last token runs again, for its logits
+        ([1, 2, 3, 9, 9], 2, 2 + 1),  # from the first token that differs
+        ([1, 2], 2, 1 + 1),  # a shorter prompt
         ([7, 2], 1, 2),
         ([7], 1, 1),
     ):
@@ -227,13 +229,13 @@ def test_a_conversation_runs_each_token_once(model: GPT2, rows_run: list[int]) -
     for _ in range(4):
         talk += model.generate(talk, max_new_tokens=3, cache=cache)
         talk += [50, 51]
-    assert sum(rows_run) == len(talk) - 3  # the last answer's last token and the two after it lie ahead
+    assert sum(rows_run) == len(talk) - 3  # the last answer's last token and the two after it have not run yet
 
 
 @settings(deadline=None, max_examples=25, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_use_of_a_prefix_cache(model: GPT2, data: st.DataObject) -> None:
-    """Prompts that share beginnings, completions abandoned half way or run side by side: always the same tokens."""
+    """Prompts share prefixes, and completions are abandoned or run side by side. The tokens are always the same."""
     cache = model.new_prefix_cache()
     running: list[tuple[Iterator[int], list[int]]] = []
     for _ in range(data.draw(st.integers(1, 8))):
@@ -333,7 +335,7 @@ def test_a_closed_serial_model(path: str) -> None:
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("slide_to", [None, 1, 5, MAXT])
-def test_sliding_is_what_the_network_says_about_the_window(
+def test_sliding_gives_the_logits_of_the_window_alone(
     model: GPT2, path: str, options: dict[str, Any], slide_to: int | None
 ) -> None:
     asked = {"overflow": "slide", "slide_to": slide_to, "max_new_tokens": 60, **options}
@@ -415,11 +417,11 @@ def test_stop_tokens(model: GPT2) -> None:
     assert (c.tokens, c.finish_reason) == (last, "stop")
     prompted = by_hand(model, [rare, 1], 20)
     assert rare not in prompted
-    assert list(model.generate([rare, 1], max_new_tokens=20, stop_token_ids=rare)) == prompted  # the prompt's stops nothing
+    assert list(model.generate([rare, 1], max_new_tokens=20, stop_token_ids=rare)) == prompted  # the prompt stops nothing
 
 
 def stopped(prompt: list[int], tokens: list[int], strings: list[bytes]) -> list[int]:
-    """The tokens up to the first that a stop string in the text ends in, by looking at every beginning as a whole."""
+    """Return the tokens up to the first one in which a stop string ends, by searching the whole text after each token."""
     tokenizer = Tokenizer()
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode_bytes(prompt + tokens[:end])
@@ -434,7 +436,7 @@ def stopped(prompt: list[int], tokens: list[int], strings: list[bytes]) -> list[
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
 @given(data=st.data())
 def test_stop_strings(speller: GPT2, data: st.DataObject) -> None:
-    """Pieces of the text, cut anywhere, the prompt's end included."""
+    """The stop strings are any pieces of the text, which may begin in the prompt."""
     prompt = data.draw(st.lists(st.integers(0, 50256), min_size=1, max_size=5))
     seed = data.draw(st.integers(0, 5))
     whole = list(speller.generate(prompt, max_new_tokens=12, seed=seed))
@@ -465,7 +467,7 @@ def scripted(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         ("a", ["las", "topper"], "stop", 2),
         ("a", ["s", "to", "pped"], "stop", 3),
         ("st", ["op", " at"], "stop", 1),  # begun in the prompt
-        ("stop", [" at", " it"], "stop", 2),  # complete in the prompt: it stops nothing
+        ("stop", [" at", " it"], "stop", 2),  # complete in the prompt, so it stops nothing
         ("stop", ["s", "top", "s"], "stop", 2),
         ("a", ["aa", "a", "b"], "aab", 3),
         ("a", ["\n", "\n", "x"], "\n\n", 2),
@@ -481,15 +483,15 @@ def test_stop_strings_by_hand(
 ) -> None:
     tokenizer = Tokenizer()
     tokens = [token for piece in new for token in tokenizer.encode(piece, allow_special=True)]
-    if len(tokens) != len(new):  # a piece of several tokens: only the text matters then
+    if len(tokens) != len(new):  # a piece has several tokens, so count tokens by the text
         count = len(stopped(tokenizer.encode(prompt), tokens, [stop.encode()]))
     scripted(tokens, monkeypatch)
     found = list(speller.generate(tokenizer.encode(prompt), max_new_tokens=len(tokens), stop_strings=stop))
     assert found == tokens[:count]
 
 
-def test_half_a_character_is_no_match(speller: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text is compared by bytes: a character of two tokens counts when its second one comes."""
+def test_half_a_character_does_not_match(speller: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is compared by bytes: a character of two tokens matches after its second token."""
     tokenizer = Tokenizer()
     tokens = tokenizer.encode("\U0001f9ff")
     assert len(tokens) > 1
@@ -525,7 +527,7 @@ def test_stop_strings_need_the_vocabulary(model: GPT2, speller: GPT2) -> None:
     with pytest.raises(InputError, match="stop_strings need GPT-2's vocabulary of 50257 ids, and this model has 97"):
         model.generate([1], stop_strings="a")
     assert list(model.generate([1], stop_strings=[])) == list(model.generate([1]))
-    undecodable = b"\xff".decode("utf-8", "surrogateescape")  # how a command line gives it
+    undecodable = b"\xff".decode("utf-8", "surrogateescape")  # as a command line gives it
     assert len(list(speller.generate([1], stop_strings=undecodable))) == 9
 
 
@@ -535,7 +537,7 @@ def test_stop_strings_need_the_vocabulary(model: GPT2, speller: GPT2) -> None:
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_infos(model: GPT2, path: str, options: dict[str, Any]) -> None:
-    """What the network says, whatever the sampler makes of it."""
+    """Log-probabilities are those of the network, whatever the sampler does."""
     completions = model.generate_batch(PROMPTS[:3], top_logprobs=4, max_new_tokens=6, **options)
     for c in completions:
         assert [info.token for info in c.infos] == c.tokens
@@ -556,49 +558,49 @@ def test_infos(model: GPT2, path: str, options: dict[str, Any]) -> None:
 
 
 class Listener:
-    """A streamer that keeps what it is told."""
+    """A streamer that keeps the values that it gets."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.got: list[Any] = []
 
     def put(self, value: Any) -> None:
-        self.told.append(value)
+        self.got.append(value)
 
     def end(self) -> None:
-        self.told.append("end")
+        self.got.append("end")
 
 
 def test_streamer(model: GPT2) -> None:
-    """As transformers tells its streamers: the prompt as a batch of one, then token after token, then the end."""
+    """As in transformers, a streamer gets the prompt as a batch of one, then token after token, then the end."""
     listener = Listener()
     found = list(model.generate([1, 2, 3], max_new_tokens=4, streamer=listener))
     assert found == by_hand(model, [1, 2, 3], 4)
-    prompt, *tokens, end = listener.told
+    prompt, *tokens, end = listener.got
     assert (prompt.tolist(), prompt.dtype, end) == ([[1, 2, 3]], np.int64, "end")
     assert [(token.tolist(), token.dtype) for token in tokens] == [([token], np.int64) for token in found]
-    model.generate([1, 2, 3], max_new_tokens=4, streamer=listener)  # runs though nobody looks at what it returns
-    assert len(listener.told) == 12
+    model.generate([1, 2, 3], max_new_tokens=4, streamer=listener)  # runs even if the result is not used
+    assert len(listener.got) == 12
 
 
-def test_nothing_runs_before_it_is_asked_for(model: GPT2, rows_run: list[int]) -> None:
+def test_nothing_runs_before_the_first_token_is_requested(model: GPT2, rows_run: list[int]) -> None:
     running = model.generate([1, 2, 3], max_new_tokens=4)
     assert rows_run == []
     next(running)
     assert rows_run == [3]
 
 
-def test_a_completion_tells_what_it_is(model: GPT2) -> None:
+def test_a_completion_has_its_prompt_tokens_and_reason(model: GPT2) -> None:
     engine = model.engine()
     job = engine.add(Request(model.config, [1, 2], total=4))
     [completion] = job.completions
     assert (completion.prompt, completion.tokens, completion.finish_reason, completion.seed) == ([1, 2], [], None, None)
-    told = []
+    tokens = []
     for event in engine.run():
         assert (event.job, event.choice, event.error) == (job, 0, None)
-        told.append(event.token)
-        assert completion.tokens == told
+        tokens.append(event.token)
+        assert completion.tokens == tokens
     assert completion.finish_reason == "length"
-    assert repr(completion) == f"Completion(prompt=[1, 2], tokens={told}, finish_reason='length')"
+    assert repr(completion) == f"Completion(prompt=[1, 2], tokens={tokens}, finish_reason='length')"
 
 
 def test_unknown_options_are_python_errors(model: GPT2) -> None:
@@ -610,7 +612,7 @@ def test_unknown_options_are_python_errors(model: GPT2) -> None:
 
 
 def test_sequences_are_sampled_with_their_exact_probabilities(model: GPT2) -> None:
-    """Pairs of tokens: the product of two exact distributions, the second one given the first."""
+    """Pairs of tokens follow the product of two exact distributions; the second depends on the first token."""
     options: dict[str, Any] = {"top_k": 4, "temperature": 1.5}
     completions = model.generate_batch([[7]], num_return_sequences=4000, max_new_tokens=2, seed=5, **options)
     pairs = np.zeros((97, 97))
@@ -625,6 +627,6 @@ def test_sequences_are_sampled_with_their_exact_probabilities(model: GPT2) -> No
 
 
 def left(tokens: list[int], model: GPT2) -> oracle.Array:
-    """The four best ids' probabilities at temperature 1.5, in float64."""
+    """Return the probabilities of the four best ids at temperature 1.5, in float64."""
     x = model.logits(tokens)[-1].astype(np.float64)
     return oracle.softmax(np.where(x >= np.sort(x)[-4], x / 1.5, -np.inf))

@@ -232,7 +232,7 @@ def test_the_four_sizes_are_known(folder: Path, L: int, C: int, NH: int) -> None
     sparse(Path("m.safetensors"), "BF16", L=L, NH=NH, C=C, V=50257, maxT=1024)
     with HuggingFaceModel.open("m.safetensors") as model:
         assert model.config == Config(L=L, NH=NH, C=C, V=50257, maxT=1024)
-        assert model.notice == f"config.json is not there: {NH} heads, as GPT-2 with {L} layers and {C} channels has"
+        assert model.notice == f"without config.json, assuming {NH} heads, as in GPT-2 with {L} layers and {C} channels"
     with HuggingFaceModel.open("m.safetensors", heads=1) as model:
         assert (model.config.NH, model.notice) == (1, "")
 
@@ -242,7 +242,7 @@ def test_a_guess_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     hf.write(Path("m.safetensors"), tensors())
     assert main(["m.safetensors", "a.bin"]) == 0
     output = capsys.readouterr().err
-    assert output.endswith("; config.json is not there: 3 heads, as GPT-2 with 2 layers and 6 channels has\n")
+    assert output.endswith("; without config.json, assuming 3 heads, as in GPT-2 with 2 layers and 6 channels\n")
     assert output.count("\n") == 1
 
 
@@ -281,7 +281,7 @@ def with_tensor(name: str, dtype: str, *shape: int) -> Callable[[Tensors], objec
             "lm_head.weight is ('BF16', (130, 6)), and wte.weight ('F32', (130, 6))",
         ),
         (with_tensor("lm_head.weight", "F32", 131, 6), "(131, 6)"),
-        (with_tensor("transformer.wpe.weight", "F32", 5, 6), "tensor wpe.weight is there twice"),
+        (with_tensor("transformer.wpe.weight", "F32", 5, 6), "tensor wpe.weight occurs twice"),
     ],
 )
 def test_tensors_that_are_not_gpt2s(
@@ -339,7 +339,7 @@ def test_settings_that_are_missing(folder: Path, capsys: pytest.CaptureFixture[s
         (b"[]", "is not a JSON object"),
         (b"\xff{}", "is not JSON"),
         (b'{"n_head": 2, "n_head": 3}', "'n_head' is given twice"),
-        (b'{"n_head": NaN}', "NaN is no number"),
+        (b'{"n_head": NaN}', "NaN is not a number"),
         (b"[" * 100_000, "is not JSON"),
         (b'{"a": "' + b"x" * (1 << 22) + b'"}', "longer than 4194304 bytes"),
     ],
@@ -353,7 +353,7 @@ def test_json_that_is_none(folder: Path, capsys: pytest.CaptureFixture[str], nam
 
 def test_files_that_are_missing_or_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
-    refused(folder, capsys, ["empty", "a.bin"], "empty: there is no config.json in it")
+    refused(folder, capsys, ["empty", "a.bin"], "empty: it has no config.json")
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
     Path("model/model.safetensors").rename("model/other.safetensors")
     refused(folder, capsys, ["model", "a.bin"], "neither model.safetensors nor model.safetensors.index.json")
@@ -370,9 +370,7 @@ def test_files_that_are_missing_or_none(folder: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95"])
 def test_a_pickle_is_not_opened(folder: Path, capsys: pytest.CaptureFixture[str], start: bytes) -> None:
     Path("pytorch_model.bin").write_bytes(start + bytes(2000))
-    refused(
-        folder, capsys, ["pytorch_model.bin", "a.bin"], "pytorch_model.bin: a PyTorch pickle: loading one runs whatever code"
-    )
+    refused(folder, capsys, ["pytorch_model.bin", "a.bin"], "pytorch_model.bin: a PyTorch pickle: loading it can run any code")
 
 
 @pytest.mark.parametrize(
@@ -401,7 +399,7 @@ def test_an_index_cannot_point_elsewhere(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda places: places.pop("wpe.weight"), "'wpe.weight' is in model-00002-of-00002.safetensors, where"),
+        (lambda places: places.pop("wpe.weight"), "'wpe.weight' is in model-00002-of-00002.safetensors, but"),
         (lambda places: places.update({"h.9.x": "model-00001-of-00002.safetensors"}), "'h.9.x' is not in model-00001-of"),
         (
             lambda places: places.update({"wpe.weight": "model-00001-of-00002.safetensors"}),
@@ -474,7 +472,7 @@ SOUND = hf.file_of(json.dumps(hf.header_of(GOOD)).encode(), GOOD_DATA)
         (bytes(8), "its header does not begin with {"),
         (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "header has 4194305 bytes, at most 4194304 are allowed"),
         (struct.pack("<Q", 2**64 - 1) + b"{}", "header has 18446744073709551615 bytes"),
-        (struct.pack("<Q", 3) + b"{}", "truncated: 10 bytes, and its header alone has 3"),
+        (struct.pack("<Q", 3) + b"{}", "truncated: 10 bytes, but its header alone has 3"),
         (hf.file_of(b"[]", b""), "does not begin with {"),
         (hf.file_of(b" {}", b""), "does not begin with {"),
         (hf.file_of(b"{}x", b""), "header is not JSON"),
@@ -488,9 +486,9 @@ SOUND = hf.file_of(json.dumps(hf.header_of(GOOD)).encode(), GOOD_DATA)
         (replaced('"shape": [5]', '"shape": [5], "shape": [5]'), "'shape' is given twice"),
         (replaced('{"format": "pt"}', '{"format": 1}'), "__metadata__ is not an object of strings"),
         (replaced('{"format": "pt"}', '["format"]'), "__metadata__ is not an object of strings"),
-        (replaced('"shape": [5], ', ""), "tensor 'b' has no dtype, shape and data_offsets"),
-        (replaced('"shape": [5]', '"shape": [5], "scale": 2'), "tensor 'b' has no dtype, shape and data_offsets, or has more"),
-        (hf.file_of(b'{"a": 1}', b""), "tensor 'a' has no dtype"),
+        (replaced('"shape": [5], ', ""), "tensor 'b' must have exactly dtype, shape and data_offsets"),
+        (replaced('"shape": [5]', '"shape": [5], "scale": 2'), "tensor 'b' must have exactly dtype, shape and data_offsets"),
+        (hf.file_of(b'{"a": 1}', b""), "tensor 'a' must have exactly dtype"),
         (changed(dtype="F4"), "unknown dtype 'F4'"),
         (changed(dtype=["BOOL"]), "unknown dtype"),
         (changed(shape=[-5]), "tensor 'b' has a shape that is not a short list"),
@@ -551,7 +549,7 @@ def test_values_that_do_not_fill_their_shapes(tmp_path: Path) -> None:
     for count in (5, 7):
         with (
             (tmp_path / "x").open("wb") as file,
-            pytest.raises(InputError, match=f"{count} values were given, and the shapes have 6"),
+            pytest.raises(InputError, match=f"{count} values were given, but the shapes have 6"),
         ):
             write_safetensors(file, "F32", [("a", (2, 3))], iter([np.zeros(count, np.float32)]))
 

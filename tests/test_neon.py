@@ -1,6 +1,6 @@
-"""NEON gives the bits of the x86-64 sets with FMA: every kernel, cross-compiled for aarch64 and run by an emulator.
+"""NEON gives the same bits as the x86-64 sets with FMA. Every kernel is cross-compiled for aarch64 and runs in an emulator.
 
-Needs an x86-64 machine with FMA, a C compiler, and Debian's gcc-aarch64-linux-gnu and qemu-user; is skipped elsewhere.
+Needs an x86-64 machine with FMA, a C compiler, and Debian's gcc-aarch64-linux-gnu and qemu-user. Elsewhere the test is skipped.
 """
 
 import ast
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def results(folder: Path, isa: str) -> dict[str, str]:
-    """Compile the harness with a set's kernels and the build's own flags, run it: the hash of each case."""
+    """Compile the harness with the kernels of one set and the flags of setup.py; run it; return the hash of each case."""
     compiler, emulator = ([CROSS, "-static"], [EMULATOR]) if isa == "neon" else ([NATIVE], [])
     found = re.search(r"^FLAGS = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert found
@@ -67,7 +67,7 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
         "square_sum",
     }
     cases = {name: value for name, value in neon.items() if not name.startswith("product") and "in place" not in name}
-    assert len(set(cases.values())) > 0.95 * len(cases)  # the cases are different ones
+    assert len(set(cases.values())) > 0.95 * len(cases)  # the cases really differ
     for isa in FUSED:
         expected = results(tmp_path, isa)
         assert list(neon) == list(expected)

@@ -1,4 +1,4 @@
-"""The oracle itself: each kernel against numbers worked out by hand, the whole against recorded continuations."""
+"""Test the oracle: each kernel with numbers computed by hand, the whole network with recorded continuations."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from pygpt.formats.checkpoint import Checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
 
 GOLDENS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "goldens.json").read_text())["cases"]
-GPT2_SHAPE = "make_checkpoint.py"  # without options: half a gigabyte, too much for float64 arrays here
-TOP5_TOLERANCE = 6e-6  # the goldens carry five decimals: half a unit of the last, and a little for the sums' order
-CONTINUATION = 10  # tokens in all, as the serial program makes
+GPT2_SHAPE = "make_checkpoint.py"  # without options: half a gigabyte, too large for float64 arrays here
+TOP5_TOLERANCE = 6e-6  # the goldens have five decimals: half a unit of the last, and a little for the order of sums
+CONTINUATION = 10  # tokens in all, as in the serial program
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole network
@@ -25,7 +25,7 @@ CONTINUATION = 10  # tokens in all, as the serial program makes
 
 @pytest.fixture(scope="module", params=[case for case in GOLDENS if case != GPT2_SHAPE])
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """One case's name and the path of its checkpoint."""
+    """Return the name of one case and the path of its checkpoint."""
     command, *options = request.param.split()
     if command != "make_checkpoint.py":
         assert Path(EMBEDDED_MODEL).as_posix().endswith(command)
@@ -71,6 +71,7 @@ def test_activations_are_chained_by_the_kernels(tmp_path: Path) -> None:
     per_layer = dict.fromkeys(("ln1", "atty", "attproj", "residual2", "ln2", "fcproj", "residual3"), (2, 5, 8))
     wide = {"qkv": (2, 5, 24), "fch": (2, 5, 32), "fch_gelu": (2, 5, 32)}
     assert shapes == {"encoded": (5, 8), **per_layer, **wide, "lnf": (5, 8), "logits": (5, 20)}
+    np.testing.assert_array_equal(acts["encoded"], weights["wte"][[3, 1, 4, 1, 5]] + weights["wpe"][:5])
     for layer, stream in enumerate([acts["encoded"], acts["residual3"][0]]):
         np.testing.assert_array_equal(acts["residual2"][layer], stream + acts["attproj"][layer])
         np.testing.assert_array_equal(acts["residual3"][layer], acts["residual2"][layer] + acts["fcproj"][layer])
@@ -100,8 +101,8 @@ def test_encoder() -> None:
 
 
 def test_layernorm() -> None:
-    # Row 1: mean 2, variance 1, so +-1 / sqrt(1 + 1e-5) = +-0.9999950000374997. Row 2: mean 0.001, variance 1e-6, where eps
-    # rules: +-0.001 / sqrt(1.1e-5) = +-0.3015113445777636. Row 3 is constant: the bias alone remains.
+    # Row 1: mean 2, variance 1, so +-1 / sqrt(1 + 1e-5) = +-0.9999950000374997. Row 2: mean 0.001, variance 1e-6, so eps
+    # dominates: +-0.001 / sqrt(1.1e-5) = +-0.3015113445777636. Row 3 is constant, so only the bias remains.
     inp = np.array([[1.0, 3.0], [0.0, 0.002], [7.0, 7.0]])
     out = oracle.layernorm(inp, np.array([2.0, 1.0]), np.array([0.0, 10.0]))
     expected = [[-1.9999900000749994, 10.9999950000374997], [-0.6030226891555272, 10.3015113445777636], [0.0, 10.0]]
@@ -116,7 +117,7 @@ def test_matmul() -> None:
 
 
 def test_attention_weighs_the_past_of_each_head() -> None:
-    # Two heads of one channel. Row 0 sees itself alone. Row 1: head 0 scores ln 3 and 0, so 3/4 and 1/4; head 1 scores 0 and 0.
+    # Two heads of one channel. Row 0 sees only itself. Row 1: head 0 scores ln 3 and 0, so 3/4 and 1/4; head 1 scores 0 and 0.
     #                 q0           q1   k0   k1   v0   v1
     qkv = np.array([[9.0, 9.0, 1.0, 5.0, 4.0, 16.0], [math.log(3), 0.0, 0.0, 7.0, 8.0, 32.0]])
     np.testing.assert_allclose(oracle.attention(qkv, NH=2), [[4.0, 16.0], [5.0, 24.0]], rtol=1e-15)
@@ -132,14 +133,10 @@ def test_attention_scales_by_the_head_size() -> None:
 
 
 def test_gelu() -> None:
-    # The tanh form: at 1 it gives 0.84119, where the exact Gaussian gives 0.84134.
+    # The tanh form gives 0.84119 at 1. The exact Gaussian would give 0.84134.
     out = oracle.gelu(np.array([0.0, 1.0, -1.0, 3.0, 10.0, -10.0]))
     expected = [0.0, 0.8411919906082768, -0.1588080093917232, 2.9963626079182267, 10.0, 0.0]
     np.testing.assert_allclose(out, expected, rtol=1e-14, atol=1e-15)
-
-
-def test_residual() -> None:
-    assert oracle.residual(np.array([[1.0, 2.0]]), np.array([[0.5, -2.0]])).tolist() == [[1.5, 0.0]]
 
 
 def test_softmax() -> None:
@@ -158,19 +155,19 @@ def test_softmax() -> None:
         ([0.5, 0.5], 1),  # exactly one half does not exceed it
         ([0.25, 0.125, 0.625], 2),
         ([0.75, 0.25], 0),
-        ([0.125, 0.5, 0.375], 1),  # not the first id, and not for being the likeliest:
+        ([0.125, 0.5, 0.375], 1),  # neither the first id nor, in the next cases, the most probable one
         ([0.125, 0.4375, 0.0, 0.4375], 1),
         ([0.4375, 0.0, 0.125, 0.4375], 2),
     ],
 )
 def test_median_is_the_id_that_passes_one_half(probabilities: list[float], expected: int) -> None:
     with np.errstate(divide="ignore"):
-        logits = np.log(np.array(probabilities)).astype(np.float32)  # one half is a tie only where the logits are equal
+        logits = np.log(np.array(probabilities)).astype(np.float32)  # one half is a tie only if the logits are equal
     assert oracle.median(logits) == expected
 
 
 def test_median_adds_one_after_another() -> None:
-    logits = np.zeros(50257, np.float32)  # p = 1/50257 each: the float32 sum drifts away from the true one
+    logits = np.zeros(50257, np.float32)  # p = 1/50257 each: the float32 sum drifts away from the exact one
     p = np.float32(1) / np.float32(50257)
     running, expected = np.float32(0), 0
     while (running := running + p) <= 0.5:

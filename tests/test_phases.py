@@ -1,9 +1,9 @@
-"""The phases of a step, held against who reads what: no worker begins a phase before all have ended whatever it depends on.
+"""No worker begins a phase of a step before all workers have ended the phases on which it depends.
 
-Every worker's trace says when it began and ended each phase. Two phases depend on each other where one writes an array that the
-other reads or writes; the table below names the arrays, read off the network's definition. In between all workers have to meet.
-A barrier that is missing shows whenever the workers do not end in the same nanosecond, and one of them is held up on purpose;
-a sound step cannot fail, however the machine is loaded.
+The trace of each worker says when it began and ended each phase. Two phases depend on each other if one writes an array that
+the other reads or writes. The table below names these arrays, taken from the network's definition. All workers must wait for
+each other between such phases. One worker is delayed on purpose. So a missing barrier shows, unless all workers end in the same
+nanosecond. A correct step cannot fail, however busy the machine is.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ Event = tuple[str, int, int, int, int]  # phase, layer, begin_ns, end_ns, left_n
 
 SHAPE = Config(maxT=80, V=301, L=3, NH=3, C=57)
 MOST = 8  # workers
-HELD_UP = 30.0  # times as long as its share takes one worker
+DELAY = 30.0  # the delayed worker takes so many times as long for its share
 
-# Each phase: what it reads, and what it writes. A product's rows may be packed before. Weights' gradients are written by
-# one phase each but for wte's.
+# What each phase reads, and what it writes. Rows may be packed before a product. Gradients of weights are left out, because one
+# phase writes each of them; wte's is the exception.
 TABLE = {
     "encoder": ("", "proj residual"),
     "ln1": ("residual", "ln"),
@@ -67,8 +67,8 @@ def packed(phases: Sequence[str]) -> list[str]:
 
 
 def check(logs: Sequence[Sequence[Event]], phases: Sequence[str], *, private: Sequence[str] = ()) -> None:
-    """Raises AssertionError unless every worker ran these phases, and all ended what a phase depends on before any began it.
-    `private`: the arrays that every worker has for itself."""
+    """Raise AssertionError unless every worker ran these phases, and no worker began a phase before all had ended the phases
+    on which it depends. private: arrays of which every worker has its own."""
     for log in logs:
         assert [name for name, *_ in log] == list(phases)
     ended = [max(log[i][3] for log in logs) for i in range(len(phases))]
@@ -79,15 +79,16 @@ def check(logs: Sequence[Sequence[Event]], phases: Sequence[str], *, private: Se
             assert ended[i] <= begun[j], f"phase {j}, {after}, began before all had ended phase {i}, {before}: {shared}"
 
 
-def held_up(threads: int, worker: int) -> Trace:
+def delayed(threads: int, worker: int) -> Trace:
+    """Return a trace that delays one worker."""
     trace = Trace(threads, 1000)
-    trace.stretch(worker, None, HELD_UP)
+    trace.stretch(worker, None, DELAY)
     return trace
 
 
 @pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("threads", [2, 3, MOST])
-@pytest.mark.parametrize("rows", [1, 4, 5, 64, 65, 80])  # each normalised by every worker to 4; packed from 65 on
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 65, 80])  # up to 4, every worker normalises all rows; from 65 on rows are packed
 def test_inference(tmp_path_factory: pytest.TempPathFactory, rows: int, threads: int, forked: bool) -> None:
     path = tmp_path_factory.getbasetemp() / "phases.bin"
     if not path.exists():
@@ -97,7 +98,7 @@ def test_inference(tmp_path_factory: pytest.TempPathFactory, rows: int, threads:
     with GPT2.load(path, threads=threads) as model:
         model.fork_join(forked)
         for worker in (0, threads - 1):
-            trace = held_up(threads, worker)
+            trace = delayed(threads, worker)
             model.record(trace)
             caches = [model.new_cache() for _ in range(min(rows, 3))]
             model.step([(i, caches[i % len(caches)], True) for i in range(rows)])
@@ -112,7 +113,7 @@ def test_training(B: int, T: int, threads: int) -> None:
     inputs, targets = np.random.default_rng(1).integers(0, SHAPE.V, (2, B, T))
     with TrainableGPT2.random(SHAPE, seed=1, threads=threads) as model:
         for worker in (0, threads - 1):
-            trace = held_up(threads, worker)
+            trace = delayed(threads, worker)
             model.record(trace)
             model.forward(inputs, targets)
             model.backward()
@@ -120,8 +121,8 @@ def test_training(B: int, T: int, threads: int) -> None:
             check(logs, [*(packed(losses) if B * T > 64 else losses), *backward(SHAPE.L)])
 
 
-def test_the_check_finds_what_was_begun_too_early() -> None:
-    """Made-up times: a worker that is early by one nanosecond, in what the others still write, and in what they still read."""
+def test_the_check_finds_a_phase_that_began_too_early() -> None:
+    """Invented times: a worker is early by one nanosecond, in arrays that the others still write, or still read."""
     phases = ["encoder", "ln1", "qkv", "attention", "attproj"]
     one: list[Event] = [(phase, 0, 10 * i, 10 * i + 9, 10 * i + 10) for i, phase in enumerate(phases)]
     check([one, one], phases)
@@ -138,4 +139,4 @@ def test_the_check_finds_what_was_begun_too_early() -> None:
 
 
 def test_the_table_names_every_phase_that_workers_share() -> None:
-    assert set(TABLE) == set(PHASES) - {"norm", "update"}  # these are rounds of their own
+    assert set(TABLE) == set(PHASES) - {"norm", "update"}  # the pool runs these two as separate rounds

@@ -1,7 +1,8 @@
-"""Random sampling and log-probabilities on rows of logits: the generator against its published answers, each option against
-float64 NumPy, draws against exact probabilities, the same bits in every instruction set, and what is refused.
+"""Test random sampling and log-probabilities on rows of logits.
 
-The median and greedy samplers are judged in test_kernels.py, whole completions in test_generate.py.
+The generator must give its published answers. Each option is compared with float64 NumPy, and draws with exact probabilities.
+Every instruction set must give the same bits. Bad options are refused. test_kernels.py tests the median and greedy samplers,
+test_generate.py whole completions.
 """
 
 import math
@@ -28,12 +29,12 @@ fuzz = settings(deadline=None, max_examples=300, derandomize=True, database=None
 
 
 def weights(logits: Any, seen: bytes | None = None, **options: Any) -> Float64:
-    """The kernel's weights of one row, as probabilities."""
+    """Return the kernel's weights of one row, as probabilities."""
     row = np.array([logits], np.float32)
     found = sample_weights(row.data, 0, seen=seen, **{**PLAIN, **options})
     assert found is not None
     e = np.asarray(found)[0].astype(np.float64)
-    assert e.max() == 1  # the most probable id is always left
+    assert e.max() == 1  # the most probable id always remains
     probabilities: Float64 = e / e.sum()
     return probabilities
 
@@ -48,8 +49,10 @@ def expected(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> tuple[Float64, float]:
-    """What transformers' processors leave of the probabilities, one after another, in float64; and how near the nearest id is
-    to being judged otherwise, where rounding would decide."""
+    """Return the probabilities after the filters, as transformers applies them one after another, in float64; and the margin.
+
+    The margin is the distance of the closest id to a limit. If it is tiny, rounding decides whether the id is kept.
+    """
     margin = 1.0
     x = logits.astype(np.float64)
     if seen is not None:
@@ -79,7 +82,7 @@ def expected(
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 as its paper writes it (Salmon et al. 2011)."""
+    """Compute Philox4x32-10 as its paper writes it (Salmon et al. 2011)."""
     L0, R0, L1, R1 = counter
     k0, k1 = key
     for _ in range(10):
@@ -89,7 +92,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     return [L0, R0, L1, R1]
 
 
-def test_philox_by_its_published_answers() -> None:
+def test_philox_gives_its_published_answers() -> None:
     """Random123's kat_vectors, philox4x32 10: all zeros, all ones, digits of pi."""
     ones = 2**64 - 1
     for seed, stream, step, high, low in (
@@ -112,12 +115,12 @@ def test_philox_by_hand(seed: int, stream: int, step: int) -> None:
 
 
 def assert_fits(counts: npt.NDArray[Any], probabilities: Float64) -> None:
-    """Pearson's test: so unlikely a deviation would not be seen in a million fixed seeds (Wilson and Hilferty 1931)."""
+    """Do Pearson's test. A million correct runs would not show such a deviation (Wilson and Hilferty 1931)."""
     assert chi_square_score(counts, probabilities) < 4.75
 
 
 def chi_square_score(counts: npt.NDArray[Any], probabilities: Float64) -> float:
-    """Pearson's statistic as a standard normal one; rare ids share a bin. Impossible ids must not have come."""
+    """Return Pearson's statistic as a standard normal one. Rare ids share a bin. Impossible ids must not occur."""
     assert not counts[probabilities == 0].any()
     wanted = probabilities * counts.sum()
     common = wanted >= 5
@@ -136,7 +139,7 @@ def chi_square_score(counts: npt.NDArray[Any], probabilities: Float64) -> float:
     ids=["steps", "streams", "seeds", "distant seeds"],
 )
 def test_uniform_and_independent(number: Callable[[int], float]) -> None:
-    """One after another, and each against its neighbour: seeds, streams and steps alike."""
+    """Test single numbers, and pairs of neighbours, along steps, streams and seeds."""
     numbers = np.array([number(n) for n in range(40_000)])
     assert numbers.min() >= 0
     assert numbers.max() < 1
@@ -182,11 +185,11 @@ def test_options_against_float64(values: list[float], options: dict[str, Any], d
 )
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
 def test_options_on_a_vocabulary(options: dict[str, Any], spread: float) -> None:
-    """Fifty thousand ids: the rules are counted out, and those kept have the right probabilities."""
+    """Fifty thousand ids: the filters keep the right ids, with the right probabilities."""
     logits = (spread * np.random.default_rng(3).standard_normal(50257)).astype(np.float32)
     wanted, found = expected(logits, **options)[0], weights(logits, **options)
     differing = np.flatnonzero((wanted > 0) != (found > 0))
-    assert len(differing) <= 1  # the id at which the share is reached
+    assert len(differing) <= 1  # the id that completes the share of top_p
     both = (wanted > 0) & (found > 0)
     np.testing.assert_allclose(found[both], wanted[both], rtol=1e-4)
 
@@ -194,12 +197,12 @@ def test_options_on_a_vocabulary(options: dict[str, Any], spread: float) -> None
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ({"top_k": 1}, [2, 4]),  # equals of the k-th stay
+        ({"top_k": 1}, [2, 4]),  # ids equal to the k-th stay
         ({"top_k": 2}, [2, 4]),
         ({"top_k": 3}, [0, 2, 3, 4]),
         ({"top_k": 5}, [0, 1, 2, 3, 4]),
         ({"top_k": 2**62}, [0, 1, 2, 3, 4]),
-        ({"top_p": 0.0}, [4]),  # one at least; of equals the higher id comes first
+        ({"top_p": 0.0}, [4]),  # at least one id stays; among equals the higher id comes first
         ({"top_p": 0.4}, [2, 4]),
         ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
         ({"min_p": 1.0}, [2, 4]),
@@ -215,8 +218,8 @@ def test_ties_and_edges(options: dict[str, Any], kept: list[int]) -> None:
     assert np.flatnonzero(weights([1.0, -1.0, 2.0, 1.0, 2.0], **options)).tolist() == kept
 
 
-def test_top_p_counts_what_top_k_left() -> None:
-    """Half of the weight of two ids is one id; half of the weight of all would be more."""
+def test_top_p_counts_the_ids_that_top_k_keeps() -> None:
+    """After top_k=2, one of two ids has half of the weight. Half of the weight of all ids would need more."""
     logits = np.log([0.3, 0.2, 0.2, 0.15, 0.15]).astype(np.float32)
     assert np.flatnonzero(weights(logits, top_p=0.55)).tolist() == [0, 1, 2]
     assert np.flatnonzero(weights(logits, top_p=0.55, top_k=2)).tolist() == [0, 2]  # two equal the second
@@ -227,7 +230,7 @@ def test_repetition_penalty_by_hand() -> None:
     logits = np.array([2.0, -2.0, 2.0, -2.0, 0.0], np.float32)
     found = weights(logits, bytes([1, 1, 0, 0, 1]), repetition_penalty=2.0)
     np.testing.assert_allclose(found, oracle.softmax(np.array([1.0, -4.0, 2.0, -2.0, 0.0])), rtol=1e-6)
-    extreme = weights([3.0, 2.0, 1.0], bytes([1, 1, 0]), repetition_penalty=1e-300)  # both become float32's largest number
+    extreme = weights([3.0, 2.0, 1.0], bytes([1, 1, 0]), repetition_penalty=1e-300)  # both become the largest float32
     assert extreme.tolist() == [0.5, 0.5, 0.0]
     np.testing.assert_allclose(weights([3.0, 2.0], bytes([1, 0]), repetition_penalty=1e300), oracle.softmax(np.array([0.0, 2])))
 
@@ -283,7 +286,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_draws_follow_the_exact_probabilities(options: dict[str, Any]) -> None:
-    """By steps of one stream, and by streams at one step. Another distribution would not pass."""
+    """Draw along the steps of one stream, and along streams at one step. Another distribution would fail."""
     logits = (2 * np.random.default_rng(8).standard_normal((1, 90))).astype(np.float32)
     seen = bytearray(np.arange(90) % 3 == 0)
     sampler = Sampler("sample", **options)
@@ -301,7 +304,7 @@ RECORDED = [110, 40, 555, 231, 554, 99, 53, 554, 231, 554, 106, 40, 561, 231, 56
 
 
 def test_recorded_draws() -> None:
-    """The same seed gives the same tokens on any machine."""
+    """The same seed gives the same tokens on every machine."""
     logits = (np.arange(1000) * 7919 % 1009 / 128 - 4).astype(np.float32)[None]  # exact in float32
     ways: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_k": 50}, {"top_p": 0.5}, {"min_p": 0.2, "temperature": 3}]
     found = [
@@ -318,7 +321,7 @@ def every_isa() -> Iterator[list[str]]:
 
 
 def test_instruction_sets_agree(every_isa: list[str]) -> None:
-    """All of them, the baseline too."""
+    """All instruction sets agree, the baseline included."""
     logits = (5 * np.random.default_rng(4).standard_normal((1, 5003))).astype(np.float32)
     found = set()
     for isa in every_isa:
@@ -350,7 +353,7 @@ def test_log_probabilities(values: list[float], data: st.DataObject) -> None:
 
 
 def test_log_probabilities_far_apart() -> None:
-    """Beyond what an exponential can tell, the logarithm is exact."""
+    """If logits are so far apart that exp underflows, the logarithm is still exact."""
     info = token_info(np.array([[0.0, -1e30, 3.4e38, -3.4e38]], np.float32).data, 0, 3, 0)
     assert info.logprob == 2 * float(np.float32(-3.4e38))
     assert info.top == []
@@ -360,12 +363,12 @@ def test_log_probabilities_far_apart() -> None:
 
 @pytest.mark.parametrize("V", [2, 3, 10, 1000, 50257, 1 << 20])
 def test_logarithm(V: int) -> None:
-    """Equal logits: the natural logarithm of V, without a library."""
+    """Equal logits: log V must be exact, though the kernel uses no library's logarithm."""
     assert token_info(np.zeros((1, V), np.float32).data, 0, 0, 0).logprob == pytest.approx(-math.log(V), rel=3e-16, abs=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is meant, and what is refused
+# Which sampler the options select, and which options are refused
 
 
 @pytest.mark.parametrize(
@@ -387,7 +390,7 @@ def test_logarithm(V: int) -> None:
         ({"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": np.uint64(2**64 - 1)}, "sample"),
     ],
 )
-def test_which_sampler_is_meant(options: dict[str, Any], name: str) -> None:
+def test_options_select_the_sampler(options: dict[str, Any], name: str) -> None:
     assert Sampler(**options).name == name
 
 

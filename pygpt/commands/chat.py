@@ -1,11 +1,11 @@
 """Chat with GPT-2: a text goes in, the model's continuation comes out while it is generated.
 
-The `pygpt` command does the work, as one child process for all texts (pygpt/child.py); this program is its user interface. It
-turns text into ids and ids into text, never half a character. Standard output carries the replies and nothing else: where it
-is not the terminal, prompts and what commands show go to standard error, as notices and errors always do.
+The `pygpt` command does the work, as one child process for all texts (child.py). This program is its user interface: it turns
+text into ids, and ids into text in whole characters. Standard output carries only the replies. If it is not the terminal,
+prompts and the output of / commands go to standard error, like notices and errors.
 
-Refuses to judge the model file and the thread count: the child does, and its one-line error is shown. GPT-2 completes texts;
-each is completed on its own, and there are no roles.
+The child judges the model file and the thread count; its one-line error is shown. GPT-2 completes each text on its own: a
+conversation has no roles.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from shutil import get_terminal_size
 from time import perf_counter
 from typing import Any, TextIO
 
-from pygpt.commands.child import ChildError, Command
-from pygpt.commands.complete import LINE_LIMIT
-from pygpt.commands.console import HelpFormatter, Parser, for_terminal, one_line
-from pygpt.commands.interrupts import Interrupts
-from pygpt.commands.options import add_completion_options, parse_count, read_options
-from pygpt.config import Config
-from pygpt.errors import CheckpointError, InputError, PyGPTError
-from pygpt.formats.open import open_model
-from pygpt.generation.request import SAMPLING, complete_order
-from pygpt.hub.find import find_model
-from pygpt.tokenizer import StreamDecoder, Tokenizer
+from ..config import Config
+from ..errors import CheckpointError, InputError
+from ..formats.open import open_model
+from ..generation.request import SAMPLING, Request, complete_order
+from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
+from ..hub.find import find_model
+from ..tokenizer import StreamDecoder, Tokenizer
+from .child import ChildError, Command
+from .complete import LINE_LIMIT
+from .console import HelpFormatter, Parser, for_terminal, say, status_of
+from .options import add_completion_options, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -42,13 +42,13 @@ BAR = 40  # columns of the longest bar, where the terminal has them
 
 EXAMPLES = """\
 examples:
-  python chat.py                            ask for texts until Ctrl-D or an empty line; /help lists the commands
-  python chat.py "Ladies and"               answer once
-  python chat.py -n 100 -m gpt2_124M.bin --temp 0.8 --top-p 0.95 Ladies and
-  python chat.py < letter.txt > reply.txt   the whole input is one text
+  pygpt chat                            ask for texts until Ctrl-D or an empty line; /help lists the commands
+  pygpt chat "Ladies and"               answer once
+  pygpt chat -n 100 -m gpt2_124M.bin --temp 0.8 --top-p 0.95 Ladies and
+  pygpt chat < letter.txt > reply.txt   the whole input is one text
 
-A text too long for the model's context loses its beginning, unless --overflow says otherwise.
-Ctrl-C stops a reply; pressed twice, it leaves.
+If a text is too long for the model's context, its beginning is dropped; --overflow changes that.
+Ctrl-C stops a reply; pressed twice, it leaves the chat.
 """
 
 HELP = """\
@@ -64,11 +64,6 @@ HELP = """\
 //text             a text that begins with a slash
 text\\              goes on in the next line; \\\\ at the end is a backslash
 """
-
-
-def say(text: object) -> None:
-    """Print one line on standard error."""
-    print("chat.py:", one_line(str(text)), file=sys.stderr)
 
 
 # ---------------------------------------------------------------- settings
@@ -91,9 +86,9 @@ SETTINGS = {
 
 
 class Settings:
-    """How replies are made: options of the command line, which /set changes. Raises InputError for one that cannot be.
+    """How replies are made: options of the command line, which /set changes. Raises InputError for a bad one.
 
-    config: the dimensions of the model that will answer; None for a model that does not open, as the child will say.
+    config: the dimensions of the model that will answer; None if the model does not open, which the child reports.
     """
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
@@ -105,19 +100,16 @@ class Settings:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What a request says beside its tokens."""
+        """The options of a request."""
         return self._defaults | self._asked
 
     def check(self, tokens: Sequence[int]) -> None:
-        """Raise InputError for tokens that the child would refuse with these settings."""
+        """Raise InputError if the child would refuse these tokens with these settings."""
         if self.config is not None:
-            from pygpt.generation.request import Request  # here, so that kernels that were not built are one line, too
-
             Request(self.config, tokens, **self.request)
 
     def change(self, name: str, value: str) -> None:
-        """Set one from what the user has typed. Raises InputError, in the user's words, and changes nothing, for what cannot
-        be."""
+        """Set one from what the user has typed. For a bad value, raise InputError in the user's words and change nothing."""
         typed = name
         name, key = find_setting(typed)
         if key == "stats":
@@ -148,8 +140,6 @@ class Settings:
             value = self.request[key]
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         elif key == "sampler":
-            from pygpt.generation.sampling import DEFAULT_SAMPLER
-
             shown = f"default ({DEFAULT_SAMPLER if SAMPLING.isdisjoint(self._asked) else 'sample'})"
         else:
             shown = "default"
@@ -162,7 +152,7 @@ def find_setting(name: str) -> tuple[str, str]:
     for known, (others, key) in SETTINGS.items():
         if wanted == known or wanted in others:
             return known, key
-    raise InputError(f"{name!r:.40} is no setting: there are {', '.join(SETTINGS)}")
+    raise InputError(f"{name!r:.40} is not a setting: the settings are {', '.join(SETTINGS)}")
 
 
 def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
@@ -184,7 +174,7 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
 class Chat:
     """A conversation of independent texts and replies, and the commands between them.
 
-    model, threads: as the command line gave them, for the one thing that the child cannot tell (/probs).
+    model, threads: as on the command line, for /probs, which the child cannot answer.
     """
 
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
@@ -234,22 +224,24 @@ class Chat:
         return 0
 
     def take(self, text: str) -> None:
-        """Complete a text or obey a command. What cannot be is said in one line."""
+        """Complete a text or obey a command; report an error in one line."""
         try:
             if text.startswith("/") and not text.startswith("//"):
                 self._obey(text)
             else:
                 self._complete(text[1:] if text.startswith("//") else text)
         except (InputError, CheckpointError) as error:
-            say(error)
+            say(str(error))
 
     def _obey(self, line: str) -> None:
-        """Do what a command says. Raises InputError for one that is none."""
+        """Run a / command. Raises InputError if there is no command of this name."""
         name, *rest = line.split(maxsplit=1)
         if name == "/set":
             self._set(rest[0].strip() if rest else "")
         elif name not in self._commands:
-            raise InputError(f"{name!r:.40} is no command: /help lists them; to send a text with a slash in front, type //")
+            raise InputError(
+                f"{name!r:.40} is not a command: /help lists the commands; to send a text that begins with a slash, type //"
+            )
         elif rest:
             raise InputError(f"{name} takes nothing after it, and there is {rest[0]!r:.40}; to send this as a text, type //")
         else:
@@ -293,16 +285,15 @@ class Chat:
         self._leaving = True
 
     def _go_on(self) -> None:
-        """Print what follows the text and the reply so far, as it comes. Raises InputError before, ChildError meanwhile.
+        """Print what follows the text and the reply so far, token by token.
 
-        An error ends a begun line first, and so gets a line to itself.
+        Raises InputError before the first token, ChildError after it. An error ends a begun line first, so that the message
+        has a line of its own.
         """
         tokens = self._fitting(self._text + self._reply)
         self._settings.check(tokens)
         request = self._settings.request
         if "seed" in request:  # the same text again gets another reply, and the next session the same ones in this order
-            from pygpt.generation.sampling import SEEDS
-
             request["seed"] = (request["seed"] + self._repeated) % SEEDS
         decoder = StreamDecoder(self._tokenizer)
         for token in self._reply[-3:]:  # a character that the last reply broke off is completed
@@ -318,14 +309,16 @@ class Chat:
             except (ChildError, InputError) as error:
                 if len(times) > 1:
                     write("\n")
-                raise error if isinstance(error, ChildError) else ChildError(str(error)) from None
+                raise ChildError(str(error)) from None
         self._command.show_notices(others=True)
         if self._settings.stats:
             say(speed(times))
 
     def _fitting(self, tokens: list[int]) -> list[int]:
-        """Return the last tokens that leave room for the reply in the context, or all if --overflow deals with them; say so
-        if that is not all."""
+        """Return the last tokens that leave room for the reply in the context, with a notice if some are dropped.
+
+        With --overflow, the child deals with long texts: all tokens that fit into a request are returned.
+        """
         config, request = self._settings.config, self._settings.request
         if config is None or request.get("overflow") == "stop":
             return tokens
@@ -349,7 +342,7 @@ class Chat:
     def _show_probabilities(self) -> None:
         """Show the most probable tokens after the text, with bars. The child tells ids only, so the model is opened here."""
         self._require_text()
-        from pygpt.model import GPT2
+        from ..model import GPT2
 
         threads = None if self._threads is None else parse_count("threads (-t)", self._threads)
         tokens = self._fitting(self._text)
@@ -395,8 +388,10 @@ def speed(times: Sequence[float]) -> str:
 
 
 def line_reader() -> Callable[[str], str]:
-    """How to ask for a line on the terminal: with history, editing and pasting by prompt_toolkit if it is installed and the
-    terminal can, else by readline if Python has it, else plainly. A pasted text of several lines may come as one line."""
+    """Return how to ask for a line on the terminal. A pasted text of several lines may come as one line.
+
+    prompt_toolkit gives history, editing and pasting; without it, readline does; without both, or on a dumb terminal, input().
+    """
     if not sys.stdout.isatty():
         return ask_plainly
     readline = None
@@ -421,7 +416,7 @@ def ask_plainly(prompt: str) -> str:
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
-    """Ask for a text: a line, and the next if it ends in a backslash; two of them are one, and the end."""
+    """Ask for a text: a line, and the next line if it ends in a backslash. Two backslashes at the end stand for one."""
     text = ask(PROMPT)
     while text.endswith("\\") and not text.endswith("\\\\"):
         text = text[:-1] + "\n" + ask(CONTINUED)
@@ -429,7 +424,7 @@ def ask_text(ask: Callable[[str], str]) -> str:
 
 
 def input_waits() -> bool:
-    """Whether more was typed: an empty line is then one of several that were pasted, and the shell must not get the rest."""
+    """Whether more was typed. An empty line is then part of a pasted text, and the shell must not get the rest."""
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
@@ -439,7 +434,7 @@ def prompt_stream() -> TextIO:
 
 
 def show(text: str) -> None:
-    """Show what is no reply: what commands answer."""
+    """Show what a / command answers."""
     print(text, file=prompt_stream())
 
 
@@ -476,10 +471,10 @@ class PassOn(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and the help. How a reply is made is the `pygpt` command's to say."""
+    """The options and their help."""
     parser = Parser(
-        prog="chat.py",
-        usage="python chat.py [options] [TEXT ...]",
+        prog="pygpt chat",
+        usage="pygpt chat [options] [TEXT ...]",
         description="Chat with GPT-2 on the CPU.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
@@ -504,7 +499,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line. Raises InputError for what is none."""
+    """Read the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)  # argparse itself loses it between words
     options = build_parser().parse_intermixed_args(argv[:cut])
@@ -513,7 +508,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def model_config(model: str | None) -> Config | None:
-    """Return the dimensions of the model that will answer, or None if it does not open: the child then says why."""
+    """Return the dimensions of the model that will answer, or None if it does not open: the child reports why."""
     try:
         with open_model(find_model(model)[0]) as checkpoint:
             return checkpoint.config
@@ -526,7 +521,7 @@ def run(options: argparse.Namespace) -> int:
     if options.words and not any(options.words):
         raise InputError("the text is empty")
     settings = Settings(options, model_config(options.model))
-    with Command(options.passed) as command:  # first, so that it gets ready meanwhile
+    with Command(options.passed) as command:  # started first, to load the model meanwhile
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
             return chat.answer(" ".join(options.words))
@@ -545,29 +540,18 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def abandon_stdout() -> None:
-    """Point standard output at the null device: what is still buffered must neither fail nor block at exit."""
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chat and return its exit status: 0, 1 (failure), 2 (usage), 130 (Ctrl-C), 141 (broken pipe)."""
     prepare_streams()
-    try:
-        with Interrupts():
-            return run(parse(argv))
-    except KeyboardInterrupt:
-        abandon_stdout()
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        abandon_stdout()
-        return 141
-    except (PyGPTError, ImportError, OSError, MemoryError) as error:
-        abandon_stdout()
-        if isinstance(error, ChildError) and error.quoted:
-            print(error, file=sys.stderr)
-        else:
-            say(f"error: {str(error) or 'out of memory'}")
-        return 2 if isinstance(error, InputError) else 1
+    status = 0
+
+    def job() -> None:
+        nonlocal status
+        try:
+            status = run(parse(argv))
+        except KeyboardInterrupt:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a full pipe must not block the exit
+            print(file=sys.stderr)
+            raise
+
+    return status_of(job) or status

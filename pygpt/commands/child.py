@@ -1,7 +1,7 @@
-"""The `pygpt` command as a child process that answers request after request: what chat.py talks to.
+"""Child processes of commands: how they find this package, and the `pygpt` command as a child that answers requests.
 
-The child opens the model and owns the threads; a second process keeps the terminal's Ctrl-C and the interface's work away
-from it. Refuses to judge the model file and the thread count: the child does, and its one-line error is passed on.
+The chat's child opens the model and owns the threads. As a process of its own, it is not disturbed by the terminal's Ctrl-C and
+by the interface's work. The child judges the model file and the thread count, and its one-line error is passed on.
 """
 
 import json
@@ -24,31 +24,27 @@ if TYPE_CHECKING:
 NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # how the child's own lines on its standard error begin
 LONGEST_ID = 7  # digits: no vocabulary has more than 2^20 ids
 GRACE_SECONDS = 5.0  # for the child to end once its input has ended
-INTERRUPTED = (130, -signal.SIGINT)  # how Ctrl-C ends a child: by its own rule, or before it could set one up
+INTERRUPTED = (130, -signal.SIGINT)  # exit statuses after Ctrl-C: the command's own, and during its imports
 
 
 class ChildError(PyGPTError):
-    """The child has failed. quoted: whether the message is a line of its own, which says already who speaks."""
-
-    def __init__(self, message: str, *, quoted: bool = False) -> None:
-        super().__init__(message)
-        self.quoted = quoted
+    """The child has failed; the message is the child's own if it left an error line."""
 
 
 class Command:
     """The `pygpt` command as a long-lived child process. Use it in a `with` block.
 
-    Its protocol: a JSON object a line on its input; on its output the new ids, each written when it is known, separated
-    by spaces and ended by a newline. SIGINT ends a reply early, and ends the child when it is idle.
+    The protocol: a JSON object a line on its input; on its output the new ids, each written when it is known, separated by
+    spaces and ended by a newline. SIGINT ends a reply early, and ends the child if it is idle.
 
-    The child gets a process group of its own, so that the terminal's Ctrl-C reaches the chat alone, which passes it on.
-    If the chat is killed, the child finds its input ended and ends too.
+    The child has a process group of its own, so that the terminal's Ctrl-C reaches only the chat, which passes it on. If the
+    chat is killed, the child's input ends, and so does the child.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
         self.stopped = False  # whether Ctrl-C stopped the latest reply
         self._argv = [sys.executable, "-m", "pygpt", *options, "-"]
-        self._shown: set[str] = set()  # notices, which a child that was started again repeats
+        self._shown: set[str] = set()  # notices: a restarted child repeats them
         self._start()
 
     def _start(self) -> None:
@@ -65,17 +61,17 @@ class Command:
         self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # there are three, as asked
         for pipe in self._stdin, self._stdout, self._stderr:
             os.set_blocking(pipe.fileno(), False)
-        self._unseen = b""  # what it wrote to its standard error and nobody has seen yet
+        self._unseen = b""  # what it wrote to its standard error, not shown yet
         self._signalled = False  # whether this child ever got a Ctrl-C
 
     def ask(self, tokens: Sequence[int], options: "Mapping[str, Any]") -> Iterator[int]:
-        """Yield the ids that continue `tokens`, each as soon as it is there, and none after stop(). `options` are a request's.
+        """Yield the ids that continue `tokens`, each as soon as it arrives, and none after stop(). `options`: a request's.
 
         Raises ChildError when the child ends in between or says anything but ids.
         """
         if self.stopped:
             return
-        self._stdout.read(1 << 20)  # what a Ctrl-C made the child say after the end of an earlier reply
+        self._stdout.read(1 << 20)  # after a Ctrl-C, the child may have written beyond the end of its reply
         request = json.dumps({"tokens": tokens, **options}).encode() + b"\n"
         silent = True
         try:
@@ -88,7 +84,7 @@ class Command:
         except EOFError:
             if not self._ended_by_ctrl_c():
                 raise self._failure() from None
-            if silent and not self.stopped:  # the Ctrl-C for an earlier reply came when that was complete
+            if silent and not self.stopped:  # an earlier Ctrl-C reached the child after that reply, and ended it
                 self._end()
                 self._start()
                 yield from self.ask(tokens, options)
@@ -96,7 +92,7 @@ class Command:
     def _exchange(self, request: bytes) -> Iterator[bytes]:
         """Send the request and yield what the child answers, until it closes its output.
 
-        All three pipes are served in one loop, so that neither process ever waits for the other to empty a full one.
+        One loop serves all three pipes, so that neither process waits for the other to empty a full pipe.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(self._stdin, selectors.EVENT_WRITE)
@@ -116,22 +112,22 @@ class Command:
                     yield data
 
     def _send(self, request: bytes) -> bytes:
-        """Write what the pipe takes and return the rest: nothing when the child has ended, as its output will tell."""
+        """Write what the pipe takes and return the rest. If the child has ended, return nothing: its output tells."""
         try:
             return request[self._stdin.write(request) or 0 :]
         except BrokenPipeError:
             return b""
 
     def _listen(self) -> bool:
-        """Keep what the child has written to its standard error. False at the end of it."""
-        data = self._stderr.read(1 << 20)  # None when there is nothing now
+        """Keep what the child has written to its standard error. Return False at the end of that stream."""
+        data = self._stderr.read(1 << 20)  # None: nothing now
         self._unseen += data or b""
         return data != b""
 
     def show_notices(self, *, others: bool = False) -> None:
-        """Show the child's notices, each once, and the `others` of its whole lines if wanted: all but its errors.
+        """Show the child's notices, each once; with `others`, all of its whole lines except errors.
 
-        Those others could be the beginning of a traceback, so they wait until it is clear that the child goes on.
+        Other lines may begin a traceback, so they wait until it is clear that the child goes on.
         """
         kept = b""
         for raw in self._unseen.splitlines(keepends=True):
@@ -144,7 +140,7 @@ class Command:
         self._unseen = kept
 
     def check(self) -> None:
-        """Raise ChildError if the child has ended unasked, as it does for a bad option: no text need be typed for it."""
+        """Raise ChildError if the child has ended by itself, as it does for a bad option."""
         if self._child.poll() is not None and not self._ended_by_ctrl_c():
             raise self._failure()
 
@@ -153,24 +149,23 @@ class Command:
         return self._child.wait() in INTERRUPTED and self._signalled
 
     def _failure(self) -> ChildError:
-        """Say in one line why the child has ended: in its own words if it left an error line, else in ours."""
+        """Return an error that says in one line why the child has ended."""
         status = self._child.wait()
         self._listen()
         heard, _, last = self._unseen.decode("utf-8", "replace").rstrip().rpartition("\n")
-        quoted = status in (1, 2, -signal.SIGBUS) and last.startswith(NOTICE)  # an error, even if it should not say so
-        if quoted:
+        if status in (1, 2, -signal.SIGBUS) and last.startswith(NOTICE):
             self._unseen = heard.encode() + b"\n"
-            line = last
+            reason = last.removeprefix(ERROR).removeprefix(NOTICE)
         else:
-            line = "the pygpt command " + (f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}")
+            reason = "the pygpt command " + (f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}")
             if last and not last.startswith(NOTICE):
-                line += f": {last.strip()}"
+                reason += f": {last.strip()}"
         self.show_notices()
-        return ChildError(line, quoted=quoted)
+        return ChildError(reason)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In this block Ctrl-C stops the reply, without an exception; only a second one raises KeyboardInterrupt."""
+        """In this block Ctrl-C stops the reply without an exception; a second one raises KeyboardInterrupt."""
 
         def on_ctrl_c(_signal: int, _frame: "FrameType | None") -> None:
             if self.stopped:
@@ -185,19 +180,19 @@ class Command:
             signal.signal(signal.SIGINT, before)
 
     def stop(self) -> None:
-        """Stop the reply: pass Ctrl-C on to the child, which then ends its line."""
+        """Stop the reply: pass Ctrl-C on to the child, which ends its line."""
         self.stopped = self._signalled = True
         self._child.send_signal(signal.SIGINT)
 
     def _end(self) -> None:
-        """End the child by ending its input, by force if that does not help or Ctrl-C does not wait for it."""
+        """End the child by closing its input; kill it after GRACE_SECONDS or at a Ctrl-C."""
         self._stdin.close()
         try:
             self._child.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            self._child.kill()  # nothing, if it has ended
+            self._child.kill()  # does nothing to a child that has ended
             self._child.wait()
             self._stdout.close()
             self._stderr.close()
@@ -206,27 +201,29 @@ class Command:
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if exception is not None:  # it may be deep in a computation that nobody wants any more
+        if exception is not None:  # it may be in a long computation whose result is not wanted any more
             self._child.kill()
         self._end()
 
 
 def child_environment() -> dict[str, str]:
-    """Return the child's environment, by which it finds this very package where no other is installed.
+    """The environment in which a child process finds this package.
 
-    Python puts the folder of the script on the path here, but not in the child. For `-m` it would put the current
-    folder there, and any file in it could take the place of a module: PYTHONSAFEPATH leaves it out.
+    A script's folder is on this process's path, but not on the child's: if the child would find no pygpt, PYTHONPATH names
+    this one. Because of PYTHONSAFEPATH, files in the current folder cannot take the place of modules.
     """
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-    spec = PathFinder.find_spec("pygpt", [entry for entry in sys.path if os.path.realpath(entry) != here])
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    if spec is None or spec.origin is None:  # no origin: a mere folder of that name
+    if os.path.basename(here) in ("site-packages", "dist-packages"):
+        return environment
+    spec = PathFinder.find_spec("pygpt", [entry for entry in sys.path if os.path.realpath(entry) != here])
+    if spec is None or spec.origin is None:  # without an origin, it is a mere folder of that name
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
     return environment
 
 
 def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
-    """Read one line of ids, each as soon as the space or newline after it has come. EOFError if the line never ends."""
+    """Yield the ids of one line, each once the space or newline after it has arrived. Raises EOFError if no newline comes."""
     rest = b""
     for chunk in chunks:
         line, newline, _ = (rest + chunk).partition(b"\n")

@@ -1,4 +1,4 @@
-"""The `gpt` command: completes a sequence of GPT-2 token ids. `python -m pygpt --help` says how.
+"""The `pygpt` command: completes a sequence of GPT-2 token ids. `python -m pygpt --help` says how.
 
 stdout carries ids and nothing else. Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr;
 130 after Ctrl-C; 141 when the reader of stdout has gone.
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import InputError
+from . import COMMANDS
 from .console import HelpFormatter, Parser, check_stdout, say, status_of
 from .options import add_completion_options, parse_count, parse_id, read_options
 
@@ -33,7 +34,9 @@ examples:
   echo '{"tokens": [31373], "max_new_tokens": 5, "sampler": "greedy"}' | python -m pygpt -
 
 the model is MODEL, else $PYGPT_MODEL, else ./gpt2_124M.bin, else a small one that comes with the package
-"""
+
+commands, each with a --help of its own:
+""" + "".join(f"  {name:<10}{summary}\n" for name, (_, summary) in COMMANDS.items())
 
 LINE_LIMIT = 1 << 20  # bytes of one request: more than the longest sequence of any model needs
 
@@ -47,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options and help."""
     parser = Parser(
         prog="pygpt",
-        usage="python -m pygpt [options] TOKEN... | -",
+        usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
         description="Complete a sequence of GPT-2 token ids; print each new id on a line of its own as soon as it is known.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,

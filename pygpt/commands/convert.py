@@ -1,12 +1,12 @@
 """Convert a model file to another format. `pygpt convert --help` says how.
 
-llm.c's versions 1 and 3 hold float32 (3 with padded rows of wte), version 5 bfloat16; a Hugging Face model is a folder with
-safetensors of either, or of float16. To bfloat16, each value is rounded to the nearest, ties to even; everything else is
-exact, and padding is zeros whatever it was. The values pass through some at a time, so that a model needs no memory of its
-size. Refuses to convert a file in place, or to the format that it has.
+llm.c's versions 1 and 3 hold float32 (version 3 with padded rows of wte), version 5 holds bfloat16. A Hugging Face model is a
+folder with safetensors of float32, bfloat16 or float16. Conversion to bfloat16 rounds each value to the nearest, ties to even.
+All other conversions are exact; padding becomes zeros. Conversion streams, so memory use stays low. A file is not converted in
+place, nor to the format that it has.
 
 stdout stays empty. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
-Unless it is 0 the older DST, if any, is as it was, and no half-written file is left.
+After a failure, an older DST is unchanged, and no half-written file is left.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command's options and help."""
     parser = Parser(
-        prog="pygpt.commands.convert",
+        prog="pygpt convert",
         usage="pygpt convert [options] SRC DST",
         description="Convert an llm.c checkpoint (.bin) between versions 1, 3 (float32) and 5 (bfloat16, nearest even), "
         "from a\nHugging Face GPT-2 (safetensors), or to one.",

@@ -1,26 +1,26 @@
-"""How good a model is: perplexity of a text, HellaSwag, what it expects next, and how far it is from another model.
+"""Measure a model: perplexity of a text, HellaSwag, the most probable next tokens, and the distance from another model.
 
-    python tools/eval.py perplexity book.txt                          every token once, with half a window of context or more
-    python tools/eval.py perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
-    python tools/eval.py hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
-    python tools/eval.py next "The capital of France is" -k 5
-    python tools/eval.py next "To be, or not to" -o json
-    python tools/eval.py compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
+    pygpt eval perplexity book.txt                          each token once, with at least half a window of context
+    pygpt eval perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
+    pygpt eval hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
+    pygpt eval next "The capital of France is" -k 5
+    pygpt eval next "To be, or not to" -o json
+    pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
 
-Perplexity slides a window of `--window` tokens (default maxT) over the tokens by `--stride` (default half of it); a window
-scores the tokens that the one before did not reach, so that each token but the first is scored once, and those of later
-windows with window - stride tokens of context or more. --window T+1 --stride T scores blocks of T, as a trainer does;
---stride W, the whole window, leaves out the first token of each: nothing comes before it.
-compare slides the same windows for two models A and B, of any formats: the perplexity of each; the mean Kullback-Leibler
-divergence of B's next-token distribution from A's, sum p_A (log p_A - log p_B), in nats; and how often both expect the same
-token most (top-1 agreement).
-HellaSwag counts an example as right when its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
+Perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
+window scores the tokens that the window before did not reach. So each token except the first is scored once, and in later
+windows with at least window - stride tokens of context. --window T+1 --stride T scores blocks of T tokens, as training does.
+If the stride is the whole window, the first token of each window is left out, because it has no context.
+compare slides the same windows over a text for two models A and B of any formats. It gives the perplexity of each, and the mean
+Kullback-Leibler divergence of B from A, in nats: the sum of p_A (log p_A - log p_B) over the next token. Top-1 agreement is
+the share of positions at which both models have the same most probable token.
+HellaSwag counts an example as right if its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
 
 JSON (-o json), one object: task, model, threads, seconds, tokens_per_s (of the rows that ran), and
     perplexity    file, tokens, scored, window, stride, loss (nats a token), perplexity (null above 1e307)
     hellaswag     file, examples, right, right_norm, acc, acc_norm
-    compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement;
-                  model is [A, B]
+    compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement
+                  (0 to 1); model is [A, B]
     next          prompt [ids], next [id, text (null for a part of a character), bytes (hex), probability, logprob (nats)]
 
 Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
@@ -40,27 +40,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import (
-    GPT2,
-    Example,
-    InputError,
-    KVCache,
-    NumericalError,
-    Tokenizer,
-    find_model,
-    read_examples,
-    read_text,
-    read_tokens,
-    tokens_of_text,
-)
-from pygpt.commands.console import HelpFormatter, Parser, check_stdout, status_of
-
+from ..errors import InputError, NumericalError
+from ..formats.llmc import Example, read_examples
+from ..formats.shards import read_tokens
+from ..formats.text import read_text, tokens_of_text
+from ..hub.find import find_model
+from ..model import GPT2
+from ..network import KVCache
+from ..tokenizer import Tokenizer
+from .console import HelpFormatter, Parser, check_stdout, status_of, whole
 from .progress import Progress
 
 ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
-LARGEST_LOSS = 709  # nats: e to a higher power is no float
+LARGEST_LOSS = 709  # nats: e to a higher power overflows a float
 BAR = 30  # columns
+MOST = 2**31 - 1  # tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
 
@@ -80,11 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         "-m", "--model", metavar="MODEL", help="a model file, or a downloaded model's name (default: as the command finds one)"
     )
     add = shared.add_argument
-    add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
+    add(
+        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
+    )
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
-        prog="eval.py",
-        usage="python tools/eval.py perplexity|hellaswag|next|compare ... [options]",
+        prog="pygpt eval",
+        usage="pygpt eval perplexity|hellaswag|next|compare ... [options]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -95,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         made = tasks.add_parser(
             name,
             parents=[shared] if before else [one_model, shared],
-            usage=f"python tools/eval.py {' '.join([name, *before, positional])} [options]",
+            usage=f"pygpt eval {' '.join([name, *before, positional])} [options]",
             description=summary,
             help=summary,
             formatter_class=HelpFormatter,
@@ -106,19 +103,22 @@ def build_parser() -> argparse.ArgumentParser:
         made.add_argument("subject", metavar=positional, help=meaning)
         return made
 
-    def windowed(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--window", metavar="W", help="tokens that the model sees at once (default maxT, at most maxT + 1)")
-        made.add_argument("--stride", metavar="S", help="tokens from one window to the next (default half a window)")
-        made.add_argument("-n", "--limit", metavar="N", help="take the first N tokens only")
-
     text = "UTF-8 text, or - for stdin, or a token file (.bin)"
-    windowed(task("perplexity", "TEXT", text, "perplexity and loss of a text"))
+    one = task("perplexity", "TEXT", text, "perplexity and loss of a text")
+    four = task("compare", "TEXT", text, "two models on a text: perplexity, divergence, agreement", before=("A", "B"))
+    count = whole(1, MOST)
+    for made in (one, four):
+        made.add_argument(
+            "--window", metavar="W", type=count, help="tokens that the model sees at once (default maxT, at most maxT + 1)"
+        )
+        made.add_argument(
+            "--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)"
+        )
+        made.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N tokens only")
     two = task("hellaswag", "FILE", "llm.c's hellaswag_val.bin, or any file of its format", "multiple choice: acc and acc_norm")
-    two.add_argument("-n", "--limit", metavar="N", help="take the first N examples only")
-    four = task("compare", "TEXT", text, "two models on a text: perplexities, divergence, agreement", before=("A", "B"))
-    windowed(four)
+    two.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N examples only")
     three = task("next", "PROMPT", "the text before", "what the model expects next")
-    three.add_argument("-k", "--top", metavar="K", default="10", help="how many tokens to show (default 10)")
+    three.add_argument("-k", "--top", metavar="K", type=count, default=10, help="how many tokens to show (default 10)")
     return parser
 
 
@@ -129,9 +129,6 @@ def run(options: argparse.Namespace) -> None:
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
-    for name in ("threads", "window", "stride", "limit", "top"):
-        if getattr(options, name, None) is not None:
-            setattr(options, name, whole(name, getattr(options, name)))
     names = [options.a, options.b] if options.task == "compare" else [options.model]
     paths = [find_model(name)[0] for name in names]
     with ExitStack() as opened:
@@ -151,13 +148,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
 
 
-def whole(name: str, given: str) -> int:
-    """A positive whole number of an option."""
-    if not (given.isascii() and given.isdigit() and len(given) < 16 and int(given)):
-        raise InputError(f"--{name} is {given[:40]!r}: it must be a whole number from 1 on")
-    return int(given)
-
-
 # ------------------------------------------------------------------------------------------------ losses
 
 
@@ -172,7 +162,7 @@ def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses
 
 
 def log_sums(rows: Losses) -> Losses:
-    """What turns logits into log-probabilities once it is subtracted: [rows, V] -> [rows]."""
+    """The logarithm of the summed exponentials of each row's logits: [rows, V] -> [rows]."""
     top = rows.max(axis=1)  # [rows]
     out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
@@ -217,11 +207,8 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
         "loss": loss,
         "perplexity": power,
     }
-    return (
-        result,
-        rows,
-        f"perplexity {shown_power(power)}, loss {loss:.6f} nats a token, {scored} tokens, window {window}, stride {stride}",
-    )
+    where = f"{scored} tokens, window {window}, stride {stride}"
+    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats a token, {where}"
 
 
 def power_of(loss: float) -> float | None:
@@ -250,7 +237,7 @@ def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.in
     """The tokens to score: the first --limit of the subject, two at least."""
     tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, for the first one has no context")
+        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed: the first one has no context")
     return tokens
 
 
@@ -277,7 +264,9 @@ def tokenizer_of(model: GPT2) -> Tokenizer:
     """GPT-2's tokenizer, if the model's ids are its ids."""
     tokenizer = Tokenizer()
     if model.config.V != tokenizer.V:
-        raise InputError(f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids are no text")
+        raise InputError(
+            f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids cannot be read as text"
+        )
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in commands: it is never lost, and never said with a traceback. For commands only: a library leaves signals alone."""
+"""Ctrl-C in commands: it always takes effect, and never prints a traceback. A library must leave signals alone."""
 
 import signal
 import sys
@@ -10,24 +10,26 @@ if TYPE_CHECKING:
 
 
 def made_of_ctrl_c(error: BaseException | None) -> bool:
-    """Whether an exception is, or came of, a KeyboardInterrupt: compiled code makes an ImportError or a SystemError of it, the
-    body of a class a RuntimeError (before Python 3.12), another handler that raises its own exception."""
+    """Whether an exception is a KeyboardInterrupt or was caused by one.
+
+    Compiled code turns it into an ImportError or a SystemError, the body of a class into a RuntimeError (before Python 3.12),
+    and a handler may raise an exception of its own.
+    """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 class Interrupts:
-    """In a `with` block of a command's main thread Ctrl-C raises KeyboardInterrupt, but where Python would lose it, or it would
-    break what it meets, a little later:
+    """Raise KeyboardInterrupt for Ctrl-C in a `with` block of a command's main thread, if necessary a little later:
 
-    - when the import is over in which it came: compiled modules swallow it or make another error of it, weak references that
-      imports use print and forget it, and what is left half-imported cannot be imported again. A second one does not wait.
-    - after the finalizer (__del__, a callback of a weak reference) that it ended, where Python would print and forget it.
+    - During an import: when the outermost import has ended. Compiled modules would swallow the exception or turn it into
+      another one, and a half-imported module cannot be imported again. A second Ctrl-C does not wait.
+    - In a finalizer (__del__, a callback of a weak reference): after the finalizer. Python would print and forget it there.
 
-    It waits for that as a profiler does, which costs nothing while no Ctrl-C comes. One that is ignored stays so, and a
-    handler that is not Python's own stays, too. Before the block, while a command is imported, and after it, while the
-    interpreter ends, Ctrl-C ends the process as the system does: each script begins with that, and the block puts it back.
+    The wait uses Python's profiler hook, which costs nothing while no Ctrl-C comes. If SIGINT is ignored, or has a handler that
+    is not Python's own, nothing changes. Before the block (the command is imported) and after it (the interpreter ends), Ctrl-C
+    ends the process by its signal: each script begins with that setting, and the block restores it.
     """
 
     def __enter__(self) -> None:
@@ -66,8 +68,8 @@ class Interrupts:
 
 
 def raise_later(now: "Callable[[FrameType, str], bool]") -> None:
-    """Raise KeyboardInterrupt at the first event of Python's profiler (a call, a return) after the caller's end for which now()
-    says so."""
+    """Raise KeyboardInterrupt at the first event of Python's profiler (a call, a return) that now() accepts, after the caller
+    has returned."""
     here = sys._getframe()
     before = here, here.f_back
 

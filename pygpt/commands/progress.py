@@ -1,4 +1,4 @@
-"""A bar on stderr that says how far a tool has come: tqdm's (the extra `tools`); nothing without it, or without a terminal."""
+"""A progress bar on stderr, by tqdm. Without tqdm or without a terminal there is no bar."""
 
 import sys
 from importlib import import_module
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Progress:
-    """`total` things to do, of which update() says how many are done; use it in a `with` block, whose end wipes the bar.
+    """Show how many of `total` things are done. Use it in a `with` block; the end of the block removes the bar.
 
-    done: how many are done already.
+    what: the name of the things, in the plural. done: how many are done at the beginning.
     """
 
     def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
@@ -21,7 +21,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit=f" {what}", leave=False, dynamic_ncols=True, file=sys.stderr)
 
     def update(self, done: int, note: str = "") -> None:
-        """Show it, ten times a second at most, and what else there is to note: ", loss 4.1"."""
+        """Show how many are done, with a note such as ", loss 4.1", at most ten times a second."""
         if self._bar is not None:
             self._bar.set_postfix_str(note.removeprefix(", "), refresh=False)
             self._bar.update(done - self._bar.n)

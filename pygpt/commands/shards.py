@@ -1,17 +1,17 @@
-"""Texts to llm.c's token shards, for training; and a look into a shard.
+"""Turn texts into llm.c's token shards, for training; or show a shard.
 
-    python tools/shards.py input.txt -o data/ --val-tokens 32768    data/input_train.bin and data/input_val.bin
-    python tools/shards.py 'books/*.txt' -o data/books --shard-size 100000000 --val-fraction 0.01
-    zcat dump.gz | python tools/shards.py - -o data/dump --eot document
-    python tools/shards.py --show data/input_val.bin -n 20
+    pygpt shards input.txt -o data/ --val-tokens 32768    data/input_train.bin and data/input_val.bin
+    pygpt shards 'books/*.txt' -o data/books --shard-size 100000000 --val-fraction 0.01
+    zcat dump.gz | pygpt shards - -o data/dump --eot document
+    pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. Tokens are GPT-2's; --eot says where `<|endoftext|>` goes: before each text
-and after every blank line (paragraph, as llm.c prepares tinyshakespeare), before each text only (document), or nowhere.
-Files are called NAME_train.bin and NAME_val.bin, with --shard-size NAME_train_000001.bin and so on; a NAME that ends in / is a
-folder, which is made where there is none.
+Texts are UTF-8 and may be larger than memory. Tokens are GPT-2's. --eot says where <|endoftext|> goes. paragraph: before each
+text and after every blank line, as llm.c prepares tinyshakespeare; document: before each text; none: nowhere.
+The files are NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin and so on. If NAME ends in a /, it is
+a folder, and is created if necessary.
 
-All files appear together once they are whole; until then they, and all tokens once more, are in a folder beside them that
-vanishes whatever happens. Refuses to write beside older files of the same name: a pattern would take both for one data set.
+All files appear together once they are whole. Until then, they and a second copy of all tokens are in a temporary folder beside
+them. The command refuses to write beside older files of the same name: a pattern would take both for one data set.
 
 Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
@@ -29,18 +29,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import (
-    InputError,
-    PyGPTError,
-    Tokenizer,
-    encode_text,
-    read_text,
-    read_tokens,
-    split,
-    write_tokens,
-)
-from pygpt.commands.console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of
-
+from ..errors import InputError, PyGPTError
+from ..formats.shards import MOST_TOKENS, read_tokens, write_tokens
+from ..formats.text import encode_text, read_text
+from ..tokenizer import Tokenizer
+from ..training.data import split
+from .console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of, whole
 from .progress import Progress
 
 EOT = ("document", "paragraph", "none")
@@ -56,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
-        prog="shards.py",
-        usage="python tools/shards.py TEXT... -o DIR_OR_PREFIX [options]\n       python tools/shards.py --show FILE [-n N]",
+        prog="pygpt shards",
+        usage="pygpt shards TEXT... -o DIR_OR_PREFIX [options]\n       pygpt shards --show FILE [-n N]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -65,12 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="UTF-8 text files, patterns of them, or - for stdin")
     add("-o", "--output", metavar="DIR_OR_PREFIX", help="where the files go: a folder, or the beginning of their names")
-    add("--shard-size", metavar="N", help="tokens of a shard, the last one's rest excepted (default: one file)")
-    add("--val-tokens", metavar="N", help="the first N tokens validate")
-    add("--val-fraction", metavar="F", help="the last part validates, as in 0.1")
+    count = whole(1, MOST_TOKENS)
+    add("--shard-size", metavar="N", type=count, help="tokens of a shard, the last one's rest excepted (default: one file)")
+    add("--val-tokens", metavar="N", type=count, help="the first N tokens validate")
+    add("--val-fraction", metavar="F", type=fraction, help="the last part validates, as in 0.1")
     add("--eot", metavar="WHERE", default="paragraph", help="paragraph (default), document or none")
     add("--show", metavar="FILE", help="print a shard's header and first tokens")
-    add("-n", "--tokens", metavar="N", help="how many tokens --show prints (default 64)")
+    add("-n", "--tokens", metavar="N", type=count, help="how many tokens --show prints (default 64)")
     return parser
 
 
@@ -79,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     if options.show is not None:
         if options.texts or options.output is not None:
             raise InputError("--show reads a shard, TEXT and -o write some: give one or the other")
-        show(options.show, whole("-n", options.tokens or "64"))
+        show(options.show, options.tokens or 64)
         return
     if options.tokens is not None:
         raise InputError("-n goes with --show; the sizes of files are --shard-size and --val-tokens")
@@ -91,27 +86,18 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--eot is {options.eot[:40]!r}: it must be one of {', '.join(EOT)}")
     if options.val_tokens is not None and options.val_fraction is not None:
         raise InputError("--val-tokens and --val-fraction were both given: give one")
-    val_tokens = None if options.val_tokens is None else whole("--val-tokens", options.val_tokens)
-    val_fraction = None if options.val_fraction is None else fraction("--val-fraction", options.val_fraction)
-    shard_size = None if options.shard_size is None else whole("--shard-size", options.shard_size)
     texts = [name for given in options.texts for name in expand(given)]
     if texts.count(STDIN) > 1:
         raise InputError("- was given twice: stdin can be read once")
-    say(make(texts, target(options.output, texts[0]), options.eot, shard_size, val_tokens, val_fraction))
+    prefix = target(options.output, texts[0])
+    say(make(texts, prefix, options.eot, options.shard_size, options.val_tokens, options.val_fraction))
 
 
-def whole(name: str, given: str) -> int:
-    """A positive whole number of an option."""
-    if not (given.isascii() and given.isdigit() and len(given) < 16 and int(given)):
-        raise InputError(f"{name} is {given[:40]!r}: it must be a whole number from 1 on")
-    return int(given)
-
-
-def fraction(name: str, given: str) -> float:
-    """A number between 0 and 1 of an option."""
-    if not re.fullmatch(r"0?\.[0-9]{1,16}", given) or not float(given):
-        raise InputError(f"{name} is {given[:40]!r}: it must be a number between 0 and 1, such as 0.1")
-    return float(given)
+def fraction(text: str) -> float:
+    """A type for argparse: a number between 0 and 1."""
+    if not re.fullmatch(r"0?\.[0-9]{1,16}", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number between 0 and 1, such as 0.1")
+    return float(text)
 
 
 # ------------------------------------------------------------------------------------------------ names

@@ -8,6 +8,7 @@ Refuses: stop strings for a model whose vocabulary is not GPT-2's, for nothing s
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from .._kernels import check_token
 from ..config import Config
@@ -79,9 +80,10 @@ def _several(name: str, values: object, kind: type) -> "Iterable[object]":
         return ()
     if isinstance(values, kind):
         return (values,)
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
-        raise InputError(f"{name} is {shown(values)}: it must be a list of {kind.__name__}")
-    return values
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, dict)):
+        with suppress(TypeError):  # an array without dimensions is Iterable by name only
+            return iter(values)
+    raise InputError(f"{name} is {shown(values)}: it must be a list of {kind.__name__}")
 
 
 def _encoded(text: object) -> bytes:

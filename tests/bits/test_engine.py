@@ -1,5 +1,7 @@
-"""The engine: requests that join and leave give the tokens and log-probabilities that each has alone, in whatever order,
-beside whatever requests, with whatever limits."""
+"""Requests that join and leave an engine get the same tokens and log-probabilities as alone.
+
+This holds for every order, for every set of other requests, and for all limits.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -50,7 +52,7 @@ def bits(completions: list[Completion]) -> Bits:
 
 
 class Alone:
-    """What each request gives alone, worked out once."""
+    """Computes once what each request gives alone."""
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
@@ -122,7 +124,7 @@ def note(seen: dict[int, list[list[int]]], events: list[Event]) -> None:
     for event in events:
         assert event.error is None
         assert event.token is not None
-        assert not event.job.cancelled  # cancelled before the step: no event
+        assert not event.job.cancelled  # a job that was cancelled before the step has no event
         seen[id(event.job)][event.choice].append(event.token)
 
 
@@ -160,7 +162,7 @@ def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_shared_prefix_is_computed_once(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten common tokens and one of its own each: one sequence computes them, the others copy them."""
+    """Five prompts share ten tokens, and each adds one. One sequence computes the ten, the others copy them."""
     counts = rows_of(monkeypatch)
     engine = model.engine()
     common = list(range(20, 30))
@@ -177,14 +179,14 @@ def test_a_request_goes_on_from_an_idle_and_from_a_live_cache(model: GPT2, monke
     counts = rows_of(monkeypatch)
     engine.add(Request(model.config, [*range(10), *first.completions[0].tokens], max_new_tokens=8))
     engine.step()
-    assert counts == [1]  # the token that was drawn and never computed
+    assert counts == [1]  # the last token, which was drawn but not computed
     engine.add(Request(model.config, [*range(10), 50, 51], max_new_tokens=1))
     engine.step()
     assert counts == [1, 1 + 2]
 
 
 def test_requests_wait_for_room(model: GPT2) -> None:
-    """Two sequences of twelve positions fit; the third begins when one of them is done."""
+    """Two sequences of twelve positions fit. The third begins when one of them is done."""
     one = model.network.position_bytes
     engine = model.engine(cache_bytes=30 * one)
     jobs = [engine.add(Request(model.config, [token], total=12)) for token in range(3)]
@@ -218,7 +220,7 @@ def test_an_error_ends_one_job_alone(model: GPT2, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_step_that_fails_loses_nothing(model: GPT2, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
-    """Every second step is interrupted, before it runs or after; the same engine goes on."""
+    """Every second step is interrupted, before or after it runs. The same engine continues."""
     wanted = [list(model.generate([1, 2, 3], max_new_tokens=6)), list(model.generate([4], max_new_tokens=5))]
     step, calls = Network.step, iter(range(1000))
 
@@ -275,7 +277,7 @@ def test_close_gives_the_work_to_the_prefix_cache(model: GPT2) -> None:
 
 def test_the_clock_keeps_steps_near_their_target() -> None:
     clock = _Clock(60)
-    assert clock.rows(512) == FEWEST_ROWS  # nothing is known yet
+    assert clock.rows(512) == FEWEST_ROWS  # before the first measurement
     for _ in range(50):
         clock.note(4, 4, 0.020)  # four sequences decode
         clock.note(5, 104, 0.120)  # with 100 rows of a prompt

@@ -229,7 +229,7 @@ def test_llmcs_known_file(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        ({"pytorch_model.bin": b"x"}, "a PyTorch pickle: loading one runs whatever code is in it"),
+        ({"pytorch_model.bin": b"x"}, "a PyTorch pickle: loading it can run any code"),
         ({"pytorch_model.bin.index.json": b"x"}, "a PyTorch pickle"),
         ({"tf_model.h5": b"x"}, f"there is neither model.safetensors nor {INDEX} in this repository"),
         ({INDEX: b'{"weight_map": {"x": "../x.safetensors"}}'}, "is not the name of a safetensors file"),

@@ -15,10 +15,14 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
-from pygpt import GPT2, Checkpoint, Config, InputError, NumericalError, SerialTrainableGPT2, Trace, TrainableGPT2
-from pygpt._kernels import PHASES
-from pygpt.config import TENSORS
-from pygpt.generation.sampling import sample
+from ..._kernels import PHASES, Trace
+from ...config import TENSORS, Config
+from ...errors import InputError, NumericalError
+from ...formats.checkpoint import Checkpoint
+from ...generation.sampling import sample
+from ...model import GPT2
+from ...reference import SerialTrainableGPT2
+from ...training.trainable import TrainableGPT2
 
 WAKE = "wake-up"  # the time in which some workers are up and others are still asleep
 FIRST = ("encoder", "dlogits", "norm", "update")  # the phases that begin a step
