@@ -130,7 +130,7 @@ def plain_q8_0(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     with np.errstate(divide="ignore"):
         scaled = blocks * np.where(d, 1 / d, 0)[:, None].astype("f4")
     q = np.trunc(scaled + np.copysign(0.5, scaled))
-    return (d.astype("<f2").astype("f4")[:, None] * q).reshape(matrix.shape).astype("f4")
+    return np.asarray((d.astype("<f2").astype("f4")[:, None] * q).reshape(matrix.shape), "f4")
 
 
 def plain_q4_0(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -140,7 +140,7 @@ def plain_q4_0(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     with np.errstate(divide="ignore"):
         scaled = blocks * np.where(d, 1 / d, 0)[:, None].astype("f4")
     q = np.minimum(15, (scaled + np.float32(8.5)).astype("i1")) - 8
-    return (d.astype("<f2").astype("f4")[:, None] * q).reshape(matrix.shape).astype("f4")
+    return np.asarray((d.astype("<f2").astype("f4")[:, None] * q).reshape(matrix.shape), "f4")
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])

@@ -35,7 +35,7 @@ BLOCK = st.lists(WEIGHTS, min_size=32, max_size=32) | st.lists(st.floats(-0.125,
 # Numbers
 
 
-def fold(terms: list[Any]) -> Any:
+def fold(terms: list[f4]) -> f4:
     while len(terms) > 1:
         half = len(terms) // 2
         terms = [f4(one + other) for one, other in zip(terms[:half], terms[half:], strict=True)]
@@ -46,7 +46,7 @@ def twin_q8_0(block: list[f4]) -> tuple[np.float16, list[int]]:
     """The least float16 that is max|w| / 127 or more, and each w / d rounded to even."""
     wanted = f4(max(abs(value) for value in block) / f4(127))
     d = next(d for d in FLOAT16S[max(int(np.searchsorted(FLOAT16S, np.float16(wanted))) - 1, 0) :] if f4(d) >= wanted)
-    return d, [int(np.rint(value / f4(d))) if d else 0 for value in block]
+    return np.float16(d), [int(np.rint(value / f4(d))) if d else 0 for value in block]
 
 
 def twin_q4_0(block: list[f4]) -> tuple[np.float16, list[int]]:
@@ -63,7 +63,7 @@ def twin_q4_0(block: list[f4]) -> tuple[np.float16, list[int]]:
             if score > best_score:
                 best, best_score = d, score
         levels = [f4(np.rint(value / f4(best))) for value in block]
-    return best, [int(min(max(level, -8), 7)) + 8 if np.isfinite(level) else 8 for level in levels]
+    return best, [int(np.clip(level, -8, 7)) + 8 if np.isfinite(level) else 8 for level in levels]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
