@@ -131,12 +131,13 @@ def nibbles(packed: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.uint8]":
 
 
 def _to_q4_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
-    """Quantise to q4_0 with a searched scale: of the candidates in Q4_0_EXTREMES, the least squared error wins.
+    """Quantise to q4_0 with a searched scale: of the candidates in Q4_0_EXTREMES, the least error wins.
 
-    Let e be the first value of the largest magnitude. A candidate x maps e to x: q = w x / e, rounded to the nearest even and
-    clipped to -8..7; then d = sum(w q) / sum(q q), the least-squares scale, rounded to a float16. It scores d (2 sum(w q) -
-    d sum(q q)), the squared error that it saves; the first best wins. At last q = w / d, rounded and clipped, plus 8. Sums
-    fold 16+16, 8+8, 4+4, 2+2, 1+1. A block that holds a NaN or infinity, or whose d exceeds float16, reads back as NaNs.
+    The error is the sum of |w| (w - d q)^2: large weights count more, which lowers the divergence of the model's predictions.
+    Let e be the first value of the largest magnitude. A candidate x maps e to x: q = w (x / e), rounded to the nearest even
+    and clipped to -8..7; then d = a / b, with a = sum(|w| w q) and b = sum(|w| (q q)), rounded to a float16. It scores
+    d (2a - d b), the error that it saves; the first best score above 0 wins. At last q = w / d, rounded and clipped, plus 8.
+    Sums fold 16+16, 8+8, 4+4, 2+2, 1+1. A block that holds a NaN or infinity, or whose d exceeds float16, reads back as NaNs.
     """
     import numpy as np
 
@@ -158,10 +159,12 @@ def _best_scale(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float16]":
     import numpy as np
 
     extreme = np.take_along_axis(values, np.abs(values).argmax(axis=0)[None], axis=0)[0]
+    weight = np.abs(values)
+    weighted = weight * values
     best, best_score = np.zeros(values.shape[1], "<f2"), np.zeros(values.shape[1], "<f4")
     for level in Q4_0_EXTREMES:
         q = np.clip(np.rint(values * (np.float32(level) / extreme)), -8, 7)
-        wq, qq = _fold(values * q), _fold(q * q)
+        wq, qq = _fold(weighted * q), _fold(weight * (q * q))
         d = (wq / qq).astype("<f2")
         wide = d.astype("<f4")
         score = wide * (2 * wq - wide * qq)

@@ -57,7 +57,8 @@ def twin_q4_0(block: list[f4]) -> tuple[np.float16, list[int]]:
         for level in np.arange(-9, -6.75, 0.25):
             factor = f4(f4(level) / extreme)
             q = [min(max(f4(np.rint(f4(value * factor))), f4(-8)), f4(7)) for value in block]
-            wq, qq = fold([f4(value * number) for value, number in zip(block, q, strict=True)]), fold([f4(n * n) for n in q])
+            wq = fold([f4(f4(abs(value) * value) * number) for value, number in zip(block, q, strict=True)])
+            qq = fold([f4(abs(value) * f4(number * number)) for value, number in zip(block, q, strict=True)])
             d = np.float16(f4(wq / qq))
             score = f4(f4(d) * f4(f4(2 * wq) - f4(f4(d) * qq)))
             if score > best_score:
@@ -88,9 +89,9 @@ def test_q4_0_is_its_twin_and_no_worse_than_the_plain_scale(values: list[float])
     extreme = block[abs(block).argmax()]
     plain = np.float16(extreme / f4(-8)).astype("f8")
     if abs(plain) > 1e-3:  # a normal float16
-        error = ((Q4_0.to_float32(blocks) - block.astype("f8")) ** 2).sum()
+        error = (abs(block) * (Q4_0.to_float32(blocks) - block.astype("f8")) ** 2).sum()
         rounded = np.clip(np.rint(block / plain), -8, 7) * plain
-        assert error <= ((rounded - block) ** 2).sum() * 1.01
+        assert error <= (abs(block) * (rounded - block) ** 2).sum() * 1.01
 
 
 @QUANTISED
