@@ -356,7 +356,7 @@ def mutate_safetensors(random: Random, data: bytes, other: bytes) -> bytes:
     size = int.from_bytes(data[:8], "little")
     kind = random.randrange(10)
     if kind == 0:
-        return put(data, 0, struct.pack("<Q", random.choice((*UINT64, size + 1, abs(size - 1)))))
+        return put(data, 0, struct.pack("<Q", random.choice((*UINT64, min(size + 1, 2**64 - 1), abs(size - 1)))))
     if kind <= 2 or 8 + size > len(data):
         return mutate_bytes(random, data, other, fields=3)
     header = mutate_json_text(random, data[8 : 8 + size], other[8 : 8 + int.from_bytes(other[:8], "little")])
