@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ._signals import see_through
-from .formats.checkpoint import Checkpoint
+from .formats.open import open_model
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -41,12 +41,12 @@ class GPT2(Generator):
         mmap: bool = True,
         all_workers: bool = False,
     ) -> "GPT2":
-        """Open a checkpoint: `path`, else the one that find_model() finds. Unless mmap is False, the file is mapped, not read.
+        """Open a model file: `path`, else the one that find_model() finds. Unless mmap is False, the file is mapped, not read.
 
         threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
-        Raises CheckpointError for a file that is not a checkpoint, InputError for a bad thread count.
+        Raises CheckpointError for a file that is not a model, InputError for a bad thread count.
         """
-        checkpoint = Checkpoint(find_model(path)[0], mmap=mmap)
+        checkpoint = open_model(find_model(path)[0], mmap=mmap)
         try:
             return cls(checkpoint, threads=threads, all_workers=all_workers)
         except BaseException:

@@ -6,9 +6,10 @@ COMMANDS is the only list of subcommands: pygpt/__main__.py dispatches by it, an
 COMMANDS = {  # name: its module in this folder, and one line for the help
     "chat": ("chat", "complete texts, on a terminal or through a pipe"),
     "train": ("train.main", "train or fine-tune a model on a text"),
-    "eval": ("eval", "perplexity, HellaSwag, and the most probable next tokens"),
+    "eval": ("eval", "perplexity, HellaSwag, next tokens, and two models compared"),
     "shards": ("shards", "turn texts into llm.c's token files"),
     "convert": ("convert", "convert a model file to another format"),
+    "quantize": ("quantize", "write a model in another weight format, for pygpt or llama.cpp"),
     "download": ("download", "fetch a GPT-2 model"),
     "bench": ("bench.main", "measure speed against the machine's limits and other programs"),
     "profile": ("profile.main", "show where the time goes"),

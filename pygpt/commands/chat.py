@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from ..config import Config
 from ..errors import CheckpointError, InputError
-from ..formats.checkpoint import Checkpoint
+from ..formats.open import open_model
 from ..generation.request import SAMPLING, Request, complete_order
 from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
@@ -510,7 +510,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def model_config(model: str | None) -> Config | None:
     """Return the dimensions of the model that will answer, or None if it does not open: the child reports why."""
     try:
-        with Checkpoint(find_model(model)[0]) as checkpoint:
+        with open_model(find_model(model)[0]) as checkpoint:
             return checkpoint.config
     except (CheckpointError, MemoryError):
         return None
