@@ -39,7 +39,7 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overflow",
         metavar="HOW",
-        help="when the model's context is full: stop, or slide to keep its latest half (default: refuse the request)",
+        help="when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)",
     )
 
 
