@@ -616,7 +616,7 @@ def test_an_empty_folder_is_filled(folder: Path) -> None:
         (["a.bin", "absent/model/"], ["absent", "does not exist"]),
         (["a.bin", "/"], ["/", "not an empty folder"]),
         (["a.bin", "new.safetensors"], ["new.safetensors", "end DST with a /"]),
-        (["a.bin", "new/", "--version", "5"], ["new/", "without --version"]),
+        (["a.bin", "new/", "--version", "5"], ["new/", "leave out --version"]),
         (["model", "new/"], ["new/", "a .bin file"]),
         (["model", "full"], ["full", "not a regular file"]),
         (["model", "model/model.safetensors"], ["end DST with a /"]),
