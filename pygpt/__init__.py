@@ -56,10 +56,10 @@ if TYPE_CHECKING:
     from .formats.text import read_text as read_text
     from .formats.text import tokens_of_text as tokens_of_text
     from .generation.completion import Completion as Completion
-    from .generation.completion import TokenInfo as TokenInfo
     from .generation.engine import Engine as Engine
     from .generation.engine import Event as Event
     from .generation.engine import Job as Job
+    from .generation.logprobs import TokenInfo as TokenInfo
     from .generation.prefix import PrefixCache as PrefixCache
     from .generation.request import Request as Request
     from .hub.find import find_model as find_model
@@ -95,7 +95,8 @@ _PUBLIC = {
     "hub.find": "find_model",
     "network": "KVCache Network",
     "generation.request": "Request",
-    "generation.completion": "Completion TokenInfo",
+    "generation.completion": "Completion",
+    "generation.logprobs": "TokenInfo",
     "generation.prefix": "PrefixCache",
     "generation.engine": "Engine Event Job",
     "model": "GPT2",

@@ -1,12 +1,11 @@
-"""The weight formats, one row each: how numbers are stored, and how float32 values become such numbers and come back.
+"""The weight formats, one row each: how numbers are stored, and their conversion from and to float32.
 
-A format is known to the readers and writers of files by its row here, and to the kernels by the row of the same name in
-micro.h's table. A format whose row is only here can be read and converted, but no model computes with it.
-docs/add-a-weight-format.md says how to add one.
+Readers and writers of files use the rows of this table. The kernels have a table of their own (csrc/micro.h), whose rows have
+the same names. A format without a row there can be read and converted, but a model cannot compute with it.
+docs/add-a-weight-format.md says how to add a format.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,18 +17,33 @@ if TYPE_CHECKING:
 PIECE = 1 << 18  # values: so many are widened or rounded at a time
 
 
-class Format(NamedTuple):
-    """One weight format. A block of `block_values` neighbours in a row takes `block_bytes` bytes."""
+class Format:
+    """One weight format. A block of `block_values` neighbours in a row takes `block_bytes` bytes.
 
-    name: str
-    dtype: str  # NumPy's, of one block
-    block_values: int
-    block_bytes: int
-    to_float32: "Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]"  # exact; float32 itself is not copied
-    from_float32: "Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]] | None"  # to the nearest; None: is only read
+    dtype: NumPy's, of one block. to_float32: exact; float32 itself is not copied. from_float32: to the nearest; None if the
+    format is only read.
+    """
+
+    __slots__ = ("block_bytes", "block_values", "dtype", "from_float32", "name", "to_float32")
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        block_values: int,
+        block_bytes: int,
+        to_float32: "Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]",
+        from_float32: "Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]] | None",
+    ) -> None:
+        self.name, self.dtype = name, dtype
+        self.block_values, self.block_bytes = block_values, block_bytes
+        self.to_float32, self.from_float32 = to_float32, from_float32
+
+    def __repr__(self) -> str:
+        return f"Format({self.name})"
 
     def size(self, values: int) -> int:
-        """Bytes of so many values, a multiple of block_values."""
+        """Return the bytes of so many values, a multiple of block_values."""
         return values // self.block_values * self.block_bytes
 
     def values(self, data: memoryview) -> "npt.NDArray[np.float32]":

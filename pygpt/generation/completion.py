@@ -1,12 +1,9 @@
-"""One completion of a request, as far as it has come: its tokens, and what the sampler and the stop conditions remember.
+"""One completion of a request: its tokens so far, and the state of its sampler and stop conditions.
 
-Refuses to know how logits are made.
+Refuses to know how logits are computed.
 """
 
-from typing import NamedTuple
-
 from .request import Request
-from .sampling import not_finite
 from .stop import Watch
 
 TYPE_CHECKING = False
@@ -14,43 +11,24 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from .._kernels import Logits
-
-
-class TokenInfo(NamedTuple):
-    """A token, its log-probability (natural logarithm of the softmax of the logits, before any option of a sampler), and the
-    most probable tokens in its place with theirs, the most probable first, the lowest id first among equals."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-def token_info(logits: "Logits", row: int, token: int, count: int) -> TokenInfo:
-    """Return what row `row` of logits (rows, V) says about `token` and the `count` most probable tokens."""
-    from .._kernels import log_probabilities
-
-    found = log_probabilities(logits, row, token, count)
-    if found is None:
-        raise not_finite()
-    return TokenInfo(token, *found)
+    from .logprobs import TokenInfo
 
 
 class Completion:
-    """One completion of a request, as far as it has come.
+    """A running or finished completion of a request.
 
-    prompt and tokens: the ids given and the new ones. finish_reason: None while it goes on; "stop" after a stop token or a
-    stop string, else "length"; "cancelled" if it was ended early. seed: with it, and the same options, the tokens come again;
-    None if nothing is random. infos: one TokenInfo for each new token if top_logprobs were asked for, else none.
+    prompt and tokens: the given ids and the new ids. finish_reason: None while it runs, "stop" after a stop token or stop
+    string, "length" at the full length, or "cancelled". seed: the same seed and options give the same tokens; None if nothing
+    is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty.
     """
 
     __slots__ = ("_request", "_seen", "_sequence", "_start", "_stream", "_watch", "finish_reason", "infos", "seed")
 
     def __init__(self, request: Request, *, seed: int | None = None, stream: int = 0) -> None:
-        """`seed`: instead of the request's, or of a random one. `stream`: which of the seed's independent streams of random
-        numbers."""
+        """Start a completion. seed: replaces the request's. stream: which stream of the seed's random numbers to use."""
         self._request = request
         self._sequence = list(request.tokens)
-        self._start = 0  # where in the sequence the window begins that the network sees
+        self._start = 0  # the position at which the network's window begins
         self._stream = stream
         self._watch = Watch(request.stop, request.tokens)
         self._seen: bytearray | None = None  # marks of the ids in the sequence, if the sampler needs them
@@ -64,7 +42,7 @@ class Completion:
 
     @property
     def prompt(self) -> list[int]:
-        """The ids given."""
+        """The given ids."""
         return list(self._request.tokens)
 
     @property
@@ -74,25 +52,27 @@ class Completion:
 
     @property
     def new(self) -> int:
-        """How many tokens are to be added, unless a stop comes before."""
+        """The number of tokens to add, unless a stop ends the completion earlier."""
         return self._request.new
 
     @property
     def longest(self) -> int:
-        """How many tokens the network sees at once at most."""
+        """The largest number of tokens in the network's window."""
         return min(self._request.total, self._request.config.maxT)
 
     def window(self) -> list[int]:
-        """Return the tokens that the network is to see now: the whole sequence, or what is left of it after sliding."""
+        """Return the tokens in the network's window: the whole sequence, or its last tokens after a slide."""
         if len(self._sequence) - self._start > self._request.config.maxT:
             self._start = len(self._sequence) - self._request.slide_to
         return self._sequence[self._start :]
 
     def take(self, logits: "Logits", row: int) -> int:
-        """Add the token that row `row` of logits (rows, V) leads to; return it."""
+        """Choose a token from row `row` of logits (rows, V), add it to the sequence and return it."""
         request, step = self._request, len(self._sequence) - len(self._request.tokens)
         token = request.sampler.choose(logits, row, self.seed, self._stream, step, self._seen)
         if request.top_logprobs is not None:
+            from .logprobs import token_info
+
             self.infos.append(token_info(logits, row, token, request.top_logprobs))
         self._sequence.append(token)
         if self._seen is not None:

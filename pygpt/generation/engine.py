@@ -1,21 +1,20 @@
-"""Continuous batching: requests join and leave, and every step of the network serves all that are live.
+"""Continuous batching: requests join and leave, and each step of the network serves all live requests.
 
     engine = Engine(network)
     job = engine.add(request)
     for event in engine.run():              # step after step
         print(event.job is job, event.token)
 
-One step has one row for each sequence that decodes, and then rows of prompts, first come first served. Sequences share what
-they have in common: a prompt that begins as another sequence does copies the other's keys and values instead of computing them.
-This can be so simple because no bit of a result depends on it: a row has the same logits whatever rows run with it.
+A step has one row for each decoding sequence, then rows of prompts in order of arrival. Sequences share prefixes: if a cache
+has keys and values for the beginning of a new prompt, the engine copies them instead of computing them. Batching and sharing
+do not change results, because the logits of a row do not depend on the other rows.
 
-add() and cancel() may be called on any thread. step() belongs to one thread at a time.
+add() and cancel() may be called on any thread, step() on one thread at a time.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ..errors import InputError, is_whole, shown
 from .completion import Completion
@@ -27,16 +26,16 @@ if TYPE_CHECKING:
     from .._kernels import Logits
     from .prefix import AnyNetwork
 
-LIVE = 64  # sequences in one step: more of them gain little, and each takes memory for its keys and values
-WORTH_WAITING = 8  # tokens in common with a prompt that is being computed, for which a sequence waits rather than compute them
-FEWEST_ROWS = 16  # of prompts in a step beside decoding sequences
-WEIGHT = 0.1  # of the latest step in the running means of times
+LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
+WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
+FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
+WEIGHT = 0.1  # the weight of the latest step in the running means of times
 
 
 class Job:
-    """One request in an engine: `completions` are its n results as they grow.
+    """A request in an engine. `completions` are its n results, which grow step by step.
 
-    error: the exception that ended it, if one did. cancelled: whether cancel() was called.
+    error: the exception that ended the job, or None. cancelled: whether cancel() was called.
     """
 
     __slots__ = ("cancelled", "completions", "error", "request")
@@ -48,21 +47,21 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether no more events come."""
+        """Whether the job has no more events."""
         return self.cancelled or self.error is not None or all(c.finish_reason is not None for c in self.completions)
 
 
-class Event(NamedTuple):
-    """A new token of completion number `choice` of a job, or no token and the error that ended the job."""
+class Event:
+    """A new token of completion number `choice` of a job; or, with token None, the error that ended the job."""
 
-    job: Job
-    choice: int
-    token: int | None
-    error: Exception | None = None
+    __slots__ = ("choice", "error", "job", "token")
+
+    def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
+        self.job, self.choice, self.token, self.error = job, choice, token, error
 
 
 class _Sequence:
-    """One completion that waits or runs. memory: what the network has computed of it; None until it has a cache."""
+    """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
 
     __slots__ = ("choice", "completion", "job", "memory")
 
@@ -71,23 +70,22 @@ class _Sequence:
         self.memory: Memory | None = None
 
 
-class _Part(NamedTuple):
-    """What a step does for one sequence: append `tokens` to its memory; the last of them ends its window if `last`."""
+class _Part:
+    """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window."""
 
-    sequence: _Sequence
-    memory: Memory
-    window: list[int]
-    tokens: list[int]
-    last: bool
+    __slots__ = ("last", "memory", "sequence", "tokens", "window")
+
+    def __init__(self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool) -> None:
+        self.sequence, self.memory, self.window, self.tokens, self.last = sequence, memory, window, tokens, last
 
 
 class Engine:
-    """Completes requests together, on one network.
+    """Complete requests together on one network.
 
-    prefix: idle caches of completed requests, for later ones (default: none are kept). max_live: sequences in a step at most.
-    cache_bytes: bytes of keys and values that live and idle sequences may take together; a sequence reserves what it can need
-    at most before it begins, so none runs out of memory later (default: any number). target_ms: about how long a step may
-    take, so that a long prompt does not delay the sequences that decode (default: any time; prompts run as fast as they can).
+    prefix: keeps idle caches of completed requests for later ones (default: keep none). max_live: the most sequences in a
+    step. cache_bytes: the most bytes of keys and values of live and idle sequences together (default: no limit). A sequence
+    reserves the most that it can need before it starts, so it never runs out of memory later. target_ms: the approximate time
+    of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts).
     """
 
     def __init__(
@@ -107,24 +105,24 @@ class Engine:
         self.prefix = PrefixCache(network, 0) if prefix is None else prefix
         self.max_live, self.cache_bytes = max_live, cache_bytes
         self._clock = None if target_ms is None else _Clock(target_ms)
-        self._inbox: deque[_Sequence] = deque()  # filled on any thread
+        self._inbox: deque[_Sequence] = deque()  # any thread may fill it
         self._waiting: deque[_Sequence] = deque()
         self._live: list[_Sequence] = []
-        self._ended = False  # whether a job was cancelled or has failed since the sequences were looked through
+        self._ended = False  # whether a job was cancelled or has failed since the last _drop_ended()
 
     # ---------------------------------------------------------------- from any thread
 
     def add(self, request: Request, *, n: int = 1, seed: int | None = None) -> Job:
-        """Add a request, to be completed n times; return its job. Completion i has stream i of one seed.
+        """Add a request to complete n times; return its job. Completion i uses stream i of one seed.
 
-        seed: instead of the request's. Raises InputError if its sequence could never fit in cache_bytes.
+        seed: replaces the request's. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
         """
         if not is_whole(n, 1, 1 << 20):
             raise InputError(f"n is {shown(n)}: it must be a whole number from 1 to {1 << 20}")
         needed = self._bytes(min(request.total, request.config.maxT))
         if self.cache_bytes is not None and needed > self.cache_bytes:
             raise InputError(
-                f"the request needs {needed} bytes of keys and values, and the limit is {self.cache_bytes}: ask for less"
+                f"the request needs {needed} bytes of keys and values, but the limit is {self.cache_bytes}: use fewer tokens"
             )
         seed = request.sampler.start() if seed is None else seed
         job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)])
@@ -132,7 +130,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a job: no event of it follows once a step that runs now is over."""
+        """End a job. After the step that runs now, the job has no more events."""
         job.cancelled = True
         self._ended = True
 
@@ -140,7 +138,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether any sequence waits or runs."""
         return bool(self._inbox or self._waiting or self._live)
 
     def run(self) -> Iterator[Event]:
@@ -149,9 +147,9 @@ class Engine:
             yield from self.step()
 
     def step(self) -> list[Event]:
-        """Run the network once for all live jobs; return what happened. Nothing happens if there is nothing to do.
+        """Run the network once for all live jobs; return the events, an empty list if the engine is not busy.
 
-        If it raises (Ctrl-C, no memory), no token is lost: the next step goes on from where this one began.
+        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again.
         """
         while self._inbox:
             self._waiting.append(self._inbox.popleft())
@@ -175,7 +173,7 @@ class Engine:
         return events
 
     def close(self) -> None:
-        """Cancel all jobs; leave what the network has computed to the prefix cache."""
+        """Cancel all jobs, and give their caches to the prefix cache."""
         for sequence in [*self._inbox, *self._waiting, *self._live]:
             self.cancel(sequence.job)
         self._waiting += self._inbox
@@ -185,7 +183,7 @@ class Engine:
     # ---------------------------------------------------------------- the parts of a step
 
     def _drop_ended(self) -> None:
-        """Take sequences out whose completion is finished or whose job has ended; keep what they leave for later requests."""
+        """Remove sequences whose completion or job has ended, and give their caches to the prefix cache."""
         if self._ended:
             self._ended = False
             self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
@@ -196,12 +194,12 @@ class Engine:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Drop idle caches until they and what the live sequences may need fit in cache_bytes."""
+        """Drop idle caches until the rest, and the reservations of live sequences, fit in cache_bytes."""
         if self.cache_bytes is not None:
             self.prefix.shrink(self.cache_bytes - self._reserved())
 
     def _admit(self) -> None:
-        """Let waiting sequences in, first come first served, as long as there is room for all that they can need."""
+        """Start waiting sequences in order of arrival, as long as their reservations fit in cache_bytes."""
         while self._waiting and len(self._live) < self.max_live:
             needed = self._bytes(self._waiting[0].completion.longest)
             if self.cache_bytes is not None and self._reserved() + needed > self.cache_bytes:
@@ -209,7 +207,7 @@ class Engine:
             self._live.append(self._waiting.popleft())
 
     def _plan(self) -> list[_Part]:
-        """Return what the next step does: sequences that decode, then prompts as long as there is room for their rows."""
+        """Return the work of the next step: decoding sequences, then prompts as long as the step has room for rows."""
         windows = [sequence.completion.window() for sequence in self._live]
         for i, sequence in enumerate(self._live):
             if sequence.memory is None:
@@ -228,14 +226,16 @@ class Engine:
         plan = decoding
         for part in prompts:
             if left:
-                some = part.tokens[:left]
-                plan.append(part._replace(tokens=some, last=len(some) == len(part.tokens)))
-                left -= len(some)
+                part.last = len(part.tokens) <= left
+                part.tokens = part.tokens[:left]
+                plan.append(part)
+                left -= len(part.tokens)
         return plan
 
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
-        """Give a sequence a cache that holds the longest prefix that any other holds. If an earlier sequence is about to
-        compute a longer one, leave the sequence without a cache: it waits."""
+        """Give a sequence a cache with the longest prefix of its window that any cache has.
+
+        If an earlier sequence will soon compute a longer prefix, give it no cache. The sequence then waits."""
         live, held, coming = None, 0, 0
         for other, its_window in earlier:
             if other.memory is not None:
@@ -247,7 +247,7 @@ class Engine:
         idle, kept = self.prefix.best(window)
         if coming - max(held, kept) >= WORTH_WAITING:
             return
-        if idle is not None and kept >= held and self.prefix.take(idle):  # another thread's engine may be faster
+        if idle is not None and kept >= held and self.prefix.take(idle):  # another thread may take it first
             if self._may_take(idle, kept, sequence.completion.longest):
                 idle.keep(kept)
                 sequence.memory = idle
@@ -260,16 +260,16 @@ class Engine:
             sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
 
     def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
-        """Whether an idle memory is better taken than copied: it loses little, or there is no room for two."""
+        """Whether to take an idle memory instead of a copy: most of it is shared, or cache_bytes has no room for a copy."""
         full = self.cache_bytes is not None and self._reserved() + self.prefix.nbytes > self.cache_bytes
         return donor.cache.capacity >= longest and (full or 2 * shared >= len(donor.tokens))
 
     def _capacity(self, sequence: _Sequence) -> int:
-        """Return how many tokens a new cache has room for: all of the context if later requests may go on with it."""
+        """Return the capacity of a new cache: the whole context if later requests may reuse it, else the sequence's need."""
         return self.network.config.maxT if self.prefix.max_bytes else sequence.completion.longest
 
     def _choose(self, plan: list[_Part], logits: "Logits") -> list[Event]:
-        """Let completions take their next tokens. Sequences that wait for the same window take theirs from the same logits."""
+        """Let completions choose their next tokens. Sequences that wait for the same window choose from the same logits."""
         events = []
         waiting = [sequence for sequence in self._live if sequence.memory is None]
         for row, part in enumerate(part for part in plan if part.last):
@@ -282,7 +282,7 @@ class Engine:
         return events
 
     def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:
-        """Let one completion take its next token. An error in it ends this job alone."""
+        """Let one completion choose its next token. An error ends only its job."""
         try:
             return Event(sequence.job, sequence.choice, sequence.completion.take(logits, row))
         except Exception as error:
@@ -291,17 +291,17 @@ class Engine:
             return Event(sequence.job, sequence.choice, None, error)
 
     def _bytes(self, positions: int) -> int:
-        """Return the bytes of keys and values of so many tokens."""
+        """Return the bytes of keys and values of `positions` tokens."""
         return positions * self.network.position_bytes
 
     def _reserved(self) -> int:
-        """Return the bytes that live sequences can need at most."""
+        """Return the most bytes that the live sequences can need."""
         used = (0 if sequence.memory is None else sequence.memory.positions for sequence in self._live)
         return self._bytes(sum(max(s.completion.longest, n) for s, n in zip(self._live, used, strict=True)))
 
 
 def _has_ended(sequence: _Sequence) -> bool:
-    """Whether a sequence needs no more steps. A cancelled completion gets that as its reason."""
+    """Whether a sequence needs no more steps. Also sets the finish_reason of a cancelled completion."""
     job, completion = sequence.job, sequence.completion
     if job.cancelled and completion.finish_reason is None:
         completion.finish_reason = "cancelled"
@@ -309,22 +309,22 @@ def _has_ended(sequence: _Sequence) -> bool:
 
 
 class _Clock:
-    """Running means of what decoding and prompts cost, and how many rows of prompts fit in a step of about `target_ms`."""
+    """Keep running means of times, to choose how many prompt rows fit in a step of about `target_ms`."""
 
     def __init__(self, target_ms: float) -> None:
         self._target_s = target_ms / 1000
-        self._decode_s: float | None = None  # of a step with decoding sequences alone
-        self._row_s: float | None = None  # of a prompt's row
+        self._decode_s: float | None = None  # time of a step with only decoding sequences
+        self._row_s: float | None = None  # time of one row of a prompt
 
     def note(self, sequences: int, rows: int, seconds: float) -> None:
-        """Note how long a step took that had so many rows of so many sequences."""
+        """Note the time of a step with this number of sequences and rows."""
         if rows == sequences:
             self._decode_s = _mean(self._decode_s, seconds)
         else:
             self._row_s = _mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
 
     def rows(self, most: int) -> int:
-        """Return how many rows of prompts to run beside decoding sequences."""
+        """Return how many prompt rows, at most `most`, to run together with decoding sequences."""
         if not self._row_s:
             return FEWEST_ROWS
         return min(max(int((self._target_s - (self._decode_s or 0.0)) / self._row_s), FEWEST_ROWS), most)

@@ -1,4 +1,4 @@
-"""generate() and generate_batch(): what people call to complete tokens. An engine does the work."""
+"""generate() and generate_batch(): complete tokens with an engine."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from .request import Options
 
     class Streamer(Protocol):
-        """Who listens to generate(): transformers' streamers, and whatever has these two methods."""
+        """A receiver of tokens from generate(): a streamer of transformers, or any object with these two methods."""
 
         def put(self, value: Any) -> object:
-            """Take int64 ids: the prompt (1, T) first, then each new token (1,)."""
+            """Take int64 ids: first the prompt (1, T), then each new token (1,)."""
 
         def end(self) -> object:
-            """Know that there are no more."""
+            """Take note that no more ids follow."""
 
 
 class Generator:
-    """A model that completes tokens with engines over its network: GPT2, and the serial reference."""
+    """A model that completes tokens with engines on its network: GPT2, and the serial reference."""
 
     def __init__(self, network: "AnyNetwork") -> None:
         self.network = network
         self.config: Config = network.config
 
     def new_prefix_cache(self, max_bytes: int | None = None) -> PrefixCache:
-        """Return a cache for generate(): a later prompt is computed only from where it differs from earlier ones.
+        """Return a cache for generate(). If a prompt shares a prefix with an earlier one, only the other tokens are computed.
 
-        max_bytes: how many bytes of keys and values it may keep (default: those of one full context).
+        max_bytes: the most bytes of keys and values to keep (default: those of one full context).
         """
         return PrefixCache(self.network, max_bytes)
 
@@ -48,7 +48,7 @@ class Generator:
         cache_bytes: int | None = None,
         target_ms: float | None = None,
     ) -> Engine:
-        """Return an engine over this model's network, for requests that join and leave; the arguments are Engine's."""
+        """Return an engine on this model's network, for requests that join and leave. Engine describes the arguments."""
         if prefix is not None:
             self._check_cache(prefix)
         return Engine(self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
@@ -69,7 +69,7 @@ class Generator:
     def _check_cache(self, cache: PrefixCache) -> None:
         """Raise InputError unless this is a prefix cache of this model."""
         if not isinstance(cache, PrefixCache):
-            raise InputError(f"cache is {shown(cache)}: generate() takes a PrefixCache")
+            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache")
         cache.check(self.network)
 
     def generate(
@@ -81,24 +81,22 @@ class Generator:
         seed: "SupportsIndex | None" = None,
         **options: "Unpack[Options]",
     ) -> Iterator[int]:
-        """Complete a sequence of token ids; yields each new id as soon as it is known. Raises InputError before anything runs.
+        """Complete a sequence of token ids; yield each new id as soon as it is known. Raises InputError before anything runs.
+
+        Length: total, the number of tokens with the given ones (default 10); or max_new_tokens, the number of tokens to add.
+
+        Choice: sampler "median" (default, the serial program's rule), "greedy" or "sample". do_sample=True means "sample", and
+        False "greedy". temperature, top_k, top_p, min_p, repetition_penalty and seed imply "sample" (see Sampler).
+
+        Stop: stop_token_ids and stop_strings, one or several. The last token is a stop token or completes a stop string.
+
+        More than maxT tokens: by default they are refused. With overflow="stop", the completion ends at maxT. With
+        overflow="slide", it continues with only the latest slide_to tokens (default: half of maxT) each time the window of maxT
+        tokens is full. The network forgets the others, so the result depends on the kept tokens alone.
+
+        cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
+        each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
         For several sequences, and for log-probabilities, see generate_batch().
-
-        How much: total, tokens in all, the given ones included (default 10); or max_new_tokens, how many to add.
-
-        Which: sampler "median" (default, the serial program's rule), "greedy" or "sample"; do_sample True stands for "sample",
-        False for "greedy"; temperature, top_k, top_p, min_p, repetition_penalty and seed imply "sample" (see Sampler).
-
-        When to stop before: stop_token_ids and stop_strings, one or several; the token that is one, or completes one, is the
-        last.
-
-        Past maxT tokens: refused, unless overflow is "stop", which ends there, or "slide", which goes on with the latest
-        slide_to tokens (default: half of maxT) each time that the window of maxT tokens is full. A slide forgets: the network
-        then sees those tokens as if they were all, and the result is what it says about them alone.
-
-        cache: a PrefixCache, from which what the network ran before is taken, and to which it is left. streamer: its
-        put(ids) gets the prompt (1, T) and then each new token (1,), as int64 arrays, its end() comes last; everything is run
-        before generate() returns then.
         """
         if cache is not None:
             self._check_cache(cache)
@@ -108,7 +106,7 @@ class Generator:
         return iter(self._stream(request, cache, streamer))
 
     def _stream(self, request: Request, cache: PrefixCache | None, streamer: "Streamer") -> list[int]:
-        """Tell a streamer of every token; return the new ones."""
+        """Complete a request, passing each token to the streamer; return the new tokens."""
         import numpy as np
 
         streamer.put(np.array([request.tokens], np.int64))
@@ -128,12 +126,12 @@ class Generator:
         top_logprobs: int | None = None,
         **options: "Unpack[Options]",
     ) -> list[Completion]:
-        """Complete many prompts, and each num_return_sequences times, together: a step of the network serves them all, LIVE at
-        most at a time. Every completion has the same bits as alone; those of one prompt come one after another.
+        """Complete several prompts together, each num_return_sequences times; return the completions in order of the prompts.
 
-        Options are generate()'s. seed: one for all prompts, or one for each; completion i of a prompt has stream i of its
-        seed, of which generate(prompt, seed=seed) gives the first; None: each prompt has a truly random seed of its own.
-        top_logprobs: keep each new token's log-probability and so many most probable tokens, in Completion.infos.
+        A step of the network serves up to LIVE completions. Every completion has the same bits as alone. The options are those
+        of generate(). seed: one for all prompts, or one for each; None: a truly random seed for each. Completion i of a prompt
+        uses stream i of its seed; generate(prompt, seed=seed) uses stream 0. top_logprobs: keep each new token's
+        log-probability, and this number of most probable tokens, in Completion.infos.
         """
         if not is_whole(num_return_sequences, 1, UNBOUNDED):
             raise InputError(f"num_return_sequences is {shown(num_return_sequences)}: it must be a whole number of at least 1")

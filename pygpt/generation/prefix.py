@@ -1,6 +1,6 @@
-"""Cache computed prefixes: key-value caches with the tokens that they hold.
+"""Cache computed prefixes: key-value caches with their tokens.
 
-If a request shares a prefix with an earlier one, only the remaining tokens are computed. The bits are the same either way.
+If a request shares a prefix with an earlier one, only the remaining tokens are computed. The bits of the result are the same.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from ..config import Config
 
     class Cache(Protocol):
-        """What completing needs of a cache: network.KVCache, and the serial reference's."""
+        """The interface of a cache: network.KVCache, or the serial reference's cache."""
 
         @property
         def length(self) -> int:
-            """How many tokens are in it."""
+            """The number of tokens in the cache."""
 
         @property
         def capacity(self) -> int:
-            """How many fit."""
+            """The largest number of tokens."""
 
         def truncate(self, length: int) -> None:
             """Keep the first `length` tokens."""
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
             """Return an independent cache of the first `length` tokens."""
 
     class AnyNetwork(Protocol):
-        """What completing needs of a network: network.Network, and the serial reference's."""
+        """The interface of a network: network.Network, or the serial reference's network."""
 
         config: Config
-        chunk: int  # rows of a prompt that one step may have
+        chunk: int  # the most rows of prompts in one step
 
         @property
         def position_bytes(self) -> int:
-            """Bytes that one token takes in a cache."""
+            """The bytes that one token takes in a cache."""
 
         def new_cache(self, capacity: int | None = None) -> Cache:
             """Return an empty cache."""
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """A cache and the tokens that it holds. Serves one completion at a time.
+    """A cache and its tokens, for one completion at a time.
 
-    The tokens are noted after the cache has them, and forgotten before it loses them. So the tokens never promise too much,
-    even if something is interrupted in between.
+    A token is added to `tokens` after the cache has it, and removed before the cache drops it. So `tokens` never has a token
+    that the cache does not have, even after an interruption.
     """
 
     __slots__ = ("cache", "positions", "tokens")
@@ -60,11 +60,10 @@ class Memory:
     def __init__(self, cache: "Cache", tokens: Sequence[int] = ()) -> None:
         self.cache = cache
         self.tokens = list(tokens)
-        self.positions = len(self.tokens)  # of the cache that were ever used: their memory is taken
+        self.positions = len(self.tokens)  # positions of the cache that were ever used, so they take memory
 
     def shared(self, window: Sequence[int]) -> int:
-        """Return how many tokens this memory and a window share at their beginning; one less than all of the window at most,
-        for the last token is run for its logits."""
+        """Return the length of the common prefix with a window, less than the whole: the last token runs for its logits."""
         return common_prefix(self.tokens, window, len(window) - 1)
 
     def keep(self, shared: int) -> None:
@@ -83,7 +82,7 @@ class Memory:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int], most: int) -> int:
-    """Return how many of the first `most` tokens of two sequences are equal from the beginning on."""
+    """Return the length of the common prefix of two sequences, at most `most`."""
     most = min(most, len(a))
     if a[:most] == b[:most]:
         return most
@@ -91,10 +90,10 @@ def common_prefix(a: Sequence[int], b: Sequence[int], most: int) -> int:
 
 
 class PrefixCache:
-    """Idle memories of completed requests, the least recently used first; make it with GPT2.new_prefix_cache().
+    """Idle memories of completed requests, the least recently used first; made with GPT2.new_prefix_cache().
 
-    `generate(tokens, cache=cache)` computes only what follows the longest common prefix. max_bytes: how many bytes of keys and
-    values it may keep; by default those of one full context (maxT tokens). Any number of completions may share a cache.
+    `generate(tokens, cache=cache)` computes only the tokens after the longest common prefix. max_bytes: the most bytes of keys
+    and values to keep (default: those of one full context, maxT tokens). Any number of completions may share a cache.
     """
 
     def __init__(self, network: "AnyNetwork", max_bytes: int | None = None) -> None:
@@ -107,16 +106,16 @@ class PrefixCache:
 
     @property
     def tokens(self) -> list[int]:
-        """The tokens of the latest memory; none if there is none, or while a completion uses it."""
+        """The tokens of the latest memory. The list is empty while a completion uses the only memory."""
         return list(self._idle[-1].tokens) if self._idle else []
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the idle memories take."""
+        """The bytes of all idle memories."""
         return sum(memory.positions for memory in self._idle) * self._network.position_bytes
 
     def clear(self) -> None:
-        """Forget all tokens and give their memory back."""
+        """Drop all memories."""
         self._idle = []
 
     def check(self, network: object) -> None:
@@ -125,7 +124,7 @@ class PrefixCache:
             raise InputError("the prefix cache belongs to another model: make one with this model's new_prefix_cache()")
 
     def best(self, window: Sequence[int]) -> "tuple[Memory | None, int]":
-        """Return the idle memory that shares the longest prefix with a window, and the length of that prefix."""
+        """Return the idle memory with the longest common prefix with a window, and the length of that prefix."""
         found, most = None, 0
         for memory in list(self._idle):
             if (shared := memory.shared(window)) >= max(most, 1):
@@ -133,7 +132,7 @@ class PrefixCache:
         return found, most
 
     def take(self, memory: Memory) -> bool:
-        """Take a memory out, for one completion to use; False if another completion was faster."""
+        """Remove a memory for use by one completion; return False if another completion has taken it."""
         try:
             self._idle.remove(memory)
         except ValueError:
@@ -141,13 +140,13 @@ class PrefixCache:
         return True
 
     def give(self, memory: Memory) -> None:
-        """Keep a memory from now on; drop the least recently used ones until the bytes fit."""
+        """Keep a memory; then drop the least recently used ones until the rest fit in max_bytes."""
         if memory.tokens:
             self._idle.append(memory)
         self.shrink(self.max_bytes)
 
     def shrink(self, max_bytes: int) -> None:
-        """Drop the least recently used memories until at most so many bytes are kept."""
+        """Drop the least recently used memories until the rest fit in `max_bytes`."""
         while self._idle and self.nbytes > max_bytes:
             del self._idle[:1]
 

@@ -1,6 +1,6 @@
-"""A checked order for a completion: from Python's keywords, or from a JSON object.
+"""A checked request for a completion, from Python's keywords or from a JSON object.
 
-Refuses to know about networks. Options and their meaning are described at Generator.generate().
+Refuses to know about networks. Generator.generate() describes the options.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
     class Options(TypedDict, total=False):
-        """What a completion may be asked for beside a seed, as Completer.generate() describes it."""
+        """The options of a completion, without the seed. Generator.generate() describes them."""
 
         total: int | None
         max_new_tokens: int | None
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
         slide_to: int | None
 
 
-DEFAULT_TOTAL = 10  # the serial program's n: tokens in all, the prompt included
-UNBOUNDED = 10**18  # more tokens than anybody waits for
+DEFAULT_TOTAL = 10  # the serial program's n: the number of tokens with the prompt
+UNBOUNDED = 10**18  # more tokens than any user waits for
 OVERFLOWS = ("stop", "slide")
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}  # options of sampler "sample"
 LENGTH = {"total", "max_new_tokens"}
@@ -42,19 +42,19 @@ JSON_KEYS = {"tokens", "sampler", "stop_token_ids", "stop_strings", "overflow", 
 
 
 def check_ids(config: Config, tokens: Iterable[int]) -> list[int]:
-    """Return token ids as a list of at least one int below V; raises InputError for anything else."""
+    """Return token ids as a list of at least one int below V. Raises InputError for anything else."""
     try:
         tokens = iter(tokens)
     except TypeError:
         raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
     checked = [check_token(token, config.V) for token in tokens]
     if not checked:
-        raise InputError("no token was given: at least one token id is needed to continue from")
+        raise InputError("no token was given: give at least one token id to continue")
     return checked
 
 
 def check_tokens(config: Config, tokens: Iterable[int]) -> list[int]:
-    """Return token ids as a list of 1 to maxT ints below V; raises InputError for anything else."""
+    """Return token ids as a list of 1 to maxT ints below V. Raises InputError for anything else."""
     checked = check_ids(config, tokens)
     if len(checked) > config.maxT:
         raise InputError(f"{len(checked)} tokens were given: the model takes at most {config.maxT}")
@@ -62,10 +62,10 @@ def check_tokens(config: Config, tokens: Iterable[int]) -> list[int]:
 
 
 class Request:
-    """A checked order for a completion: `tokens` in, up to `total` tokens in all. Generate() describes the options.
+    """A checked request: complete `tokens` to `total` tokens. Generator.generate() describes the options.
 
-    Raises InputError for an empty prompt, an id outside the vocabulary, a total that leaves no room for a new token or
-    exceeds maxT where no overflow is asked for, both total and max_new_tokens, or an option out of its range.
+    Raises InputError for an empty prompt, an id outside the vocabulary, an option out of its range, and both total and
+    max_new_tokens. Raises it also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
     """
 
     def __init__(
@@ -95,59 +95,59 @@ class Request:
         self.total = self._check_total(total, max_new_tokens)
 
     def _check_slide_to(self, slide_to: int | None) -> int:
-        """How many tokens are left when a full window slides."""
+        """Return how many tokens remain after a full window slides."""
         maxT = self.config.maxT
         if slide_to is None:
             return max(maxT // 2, 1)
         if self.overflow != "slide":
-            raise InputError(f'slide_to is {shown(slide_to)}, and nothing slides: it goes with overflow="slide"')
+            raise InputError(f'slide_to is {shown(slide_to)}, but overflow is not "slide": set both or neither')
         if not is_whole(slide_to, 1, maxT):
             raise InputError(f"slide_to is {shown(slide_to)}: it must be a whole number from 1 to the model's {maxT}")
         return slide_to
 
     def _check_total(self, total: int | None, max_new_tokens: int | None) -> int:
-        """How many tokens there are in the end, unless a stop comes before."""
+        """Return the total number of tokens, unless a stop ends the completion earlier."""
         count, maxT = len(self.tokens), self.config.maxT
         longest = maxT if self.overflow is None else UNBOUNDED
         if total is not None and max_new_tokens is not None:
-            raise InputError("total and max_new_tokens were both given: they say the same thing, give one")
+            raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
         if max_new_tokens is not None:
             if not is_whole(max_new_tokens, 1, longest - count):
                 raise InputError(
                     f"max_new_tokens is {shown(max_new_tokens)}: with {count} tokens given it must be a whole number "
-                    f"from 1 to {longest - count}" + (f", for the model takes {maxT} tokens" if longest == maxT else "")
+                    f"from 1 to {longest - count}" + (f", because the model takes {maxT} tokens" if longest == maxT else "")
                 )
             total = count + max_new_tokens
         elif total is None:
             total = DEFAULT_TOTAL
         if not is_whole(total, 2, longest):
             raise InputError(
-                f"total is {shown(total)}: it counts all tokens, those given included, and must be a whole number "
+                f"total is {shown(total)}: it counts all tokens, with the given ones, and must be a whole number "
                 f"from 2 to " + (f"the model's {maxT}" if longest == maxT else str(longest))
             )
         if count >= total:
             raise InputError(
-                f"{count} tokens were given, and {total} in all leave no room for a new one: "
+                f"{count} tokens were given, but a total of {total} leaves no room for a new one: "
                 f"give at most {total - 1}, or raise the total (-n)"
             )
         if self.overflow == "stop" and count == maxT:
             raise InputError(
-                f"{count} tokens were given, and the model takes {maxT}: no room for a new one; "
+                f"{count} tokens were given, but the model takes {maxT}, so there is no room for a new one: "
                 "give fewer, or let the window slide (overflow slide)"
             )
         return min(total, maxT) if self.overflow == "stop" else total
 
     @property
     def new(self) -> int:
-        """How many tokens this request adds, unless a stop comes before."""
+        """The number of tokens to add, unless a stop ends the completion earlier."""
         return self.total - len(self.tokens)
 
 
 def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -> Request:
     """Read a request from a JSON object such as {"tokens": [31373, 612], "max_new_tokens": 5}.
 
-    The object's keys override the defaults, and rule out the defaults that contradict them. Raises InputError for text that
-    is not JSON, an unknown key, a null value, and whatever Request refuses.
+    The object's keys override the defaults, and remove defaults that contradict them. Raises InputError for text that is not
+    JSON, an unknown key, a null value, and everything that Request refuses.
     """
     order = parse_json(text)
     tokens = order.pop("tokens")
@@ -157,7 +157,7 @@ def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -
 
 
 def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict[str, Any]":
-    """Return a request's own options, and those defaults that they neither replace nor rule out."""
+    """Return a request's own options, and the defaults that do not contradict them."""
     ruled_out: set[str] = set()
     if not LENGTH.isdisjoint(order):
         ruled_out |= LENGTH

@@ -1,10 +1,10 @@
 """Fetch models from Hugging Face with huggingface_hub (the extra `hub`).
 
-huggingface_hub does everything about the network: its cache, the login token, HF_ENDPOINT, HF_HUB_OFFLINE, proxies, retries and
-the progress bar. Only this module imports it, and only when a model is fetched. What it fetches stays in its cache.
+huggingface_hub handles its cache, the login token, HF_ENDPOINT, HF_HUB_OFFLINE, proxies, retries and the progress bar. Only
+this module imports it, and only to fetch a model. Fetched files stay in huggingface_hub's cache.
 
 Refuses pickles, a config.json that is not GPT-2's (before any tensor is fetched), and a file whose sha256 is wrong.
-Source: llm.c, dev/download_starter_pack.sh (where its files lie, and the sha256).
+Source: llm.c, dev/download_starter_pack.sh (the places of its files, and the sha256).
 """
 
 import hashlib
@@ -31,20 +31,20 @@ from ..formats.huggingface import (
 from .find import cache_folder
 
 LLMC = "karpathy/llmc-starter-pack"  # a data set
-LLMC_SHA256 = {  # of its files, by the model's name; None where no sha256 is known
+LLMC_SHA256 = {  # the sha256 of its files by the model's name; None if it is unknown
     "gpt2_124M": "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162",
     "gpt2_124M_bf16": None,
 }
-OPENAI = "openai-community"  # owns the other models that have a name
+OPENAI = "openai-community"  # the owner of the models that have a name without an owner
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def fetch(name: str, note: Callable[[str], None]) -> str:
     """Fetch a model; return the path of its .bin file, or of its folder with config.json and safetensors.
 
-    name: one that is_downloadable(). note: is called with each warning of huggingface_hub. Raises InputError for a repository
-    or revision that does not exist, CheckpointError for a repository without a GPT-2 model, PyGPTError when fetching fails,
-    ImportError without huggingface_hub.
+    name: a name that is_downloadable() accepts. note: called with each warning of huggingface_hub. Raises InputError for a
+    repository or revision that does not exist, CheckpointError for a repository without a GPT-2 model, PyGPTError if fetching
+    fails, ImportError without huggingface_hub.
     """
     _import_hub()
     model, _, revision = name.partition("@")
@@ -55,9 +55,9 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
 
 
 class Repository:
-    """One revision of a repository on Hugging Face ("": its main branch). All files come from the commit of the first file.
+    """One revision of a repository on Hugging Face ("": its main branch). All files are from the commit of the first file.
 
-    kind: "model" or "dataset". A file's path is that in huggingface_hub's cache. Methods raise what fetch() does.
+    kind: "model" or "dataset". Paths are in huggingface_hub's cache. The methods raise the errors of fetch().
     """
 
     def __init__(self, name: str, revision: str, kind: str = "model") -> None:
@@ -77,7 +77,7 @@ class Repository:
         return path
 
     def has(self, file: str) -> bool:
-        """Ask whether the repository has a file, which is not fetched."""
+        """Return whether the repository has a file, without fetching it."""
         return self._ask(file, dry_run=True) is not None
 
     def _ask(self, file: str, *, dry_run: bool = False) -> str | None:
@@ -101,7 +101,7 @@ class Repository:
         return found if isinstance(found, str) else found.local_path
 
     def _explain(self, error: Exception) -> PyGPTError:
-        """Say in one line what went wrong. A failed look-up is a LocalEntryNotFoundError, whose cause is the reason."""
+        """Return the one-line error for an exception. The reason of a LocalEntryNotFoundError is its cause."""
         from huggingface_hub import constants, errors
 
         if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -118,7 +118,7 @@ class Repository:
             return PyGPTError(f"{self.name}: not in huggingface_hub's cache, and HF_HUB_OFFLINE is set: unset it to download")
         if isinstance(error, OSError) and error.errno is not None:
             place = error.filename or constants.HF_HUB_CACHE
-            return PyGPTError(f"{place}: {error.strerror}: make room, or let HF_HOME name another folder for downloads")
+            return PyGPTError(f"{place}: {error.strerror}: make room, or set HF_HOME to another folder for downloads")
         if isinstance(error, errors.HfHubHTTPError):
             answer = error.response
             words = f"the server answers {answer.status_code} ({error.server_message or answer.reason_phrase})"
@@ -146,9 +146,9 @@ def _fetch_folder(repository: Repository) -> str:
 
 
 def check_sha256(path: str, known: str | None = None) -> None:
-    """Compare a file with its sha256: `known`, and the one by which huggingface_hub's cache names a large file (LFS).
+    """Compare a file's sha256 with `known`, and with the file's name: huggingface_hub's cache names large files by sha256.
 
-    Where the cache has no links, files are not named so, and only `known` is compared. Raises PyGPTError if it differs.
+    If the cache has no links, its files have other names, and only `known` is compared. Raises PyGPTError for a difference.
     """
     named = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     expected = {digest for digest in (named, known) if digest and re.fullmatch("[0-9a-f]{64}", digest)}
@@ -163,7 +163,7 @@ def check_sha256(path: str, known: str | None = None) -> None:
 
 
 def _import_hub() -> None:
-    """Import huggingface_hub. Without a home folder, keep it from making a folder named ~."""
+    """Import huggingface_hub. Without a home folder, set HF_HOME, because huggingface_hub would make a folder named ~."""
     if os.path.expanduser(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~").startswith("~"):
         os.environ["HF_HOME"] = os.path.join(cache_folder(), "huggingface")
     try:
@@ -178,7 +178,7 @@ def _import_hub() -> None:
 
 @contextmanager
 def _warnings_to(note: Callable[[str], None]) -> Iterator[None]:
-    """In the block, note() gets what huggingface_hub logs and warns of."""
+    """Pass huggingface_hub's log messages and warnings to note() while the block runs."""
     logger = logging.getLogger("huggingface_hub")
     before, logger.handlers = logger.handlers, [_Notes(note)]
     try:
@@ -190,14 +190,14 @@ def _warnings_to(note: Callable[[str], None]) -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    """Calls note() with each record, above the progress bar."""
+    """Call note() with each record, above the progress bar."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__()
         self._note = note
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note one record."""
+        """Pass one record to note()."""
         from huggingface_hub.utils.tqdm import tqdm
 
         with tqdm.external_write_mode(sys.stderr):

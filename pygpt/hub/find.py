@@ -1,4 +1,4 @@
-"""Which model file answers, and where downloaded models lie. Opens no file, and imports nothing that downloads."""
+"""Find the model file to use, and the folder of downloaded models. Opens no file, and imports no code that downloads."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from ..errors import CheckpointError, InputError
 GPT2_FILE = "gpt2_124M.bin"
 EMBEDDED_MODEL = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "shakespeare.bin")
 
-# What `pygpt download` fetches: a name, or a repository OWNER/NAME; behind it @REVISION (a branch, tag or commit) or nothing.
+# `pygpt download` fetches a name, or a repository OWNER/NAME. @REVISION (a branch, tag or commit) may follow.
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2_124M", "gpt2_124M_bf16")
 PART = r"\w(?:[\w.+-]{0,94}\w)?"
 DOWNLOADABLE = rf"(?:{'|'.join(MODELS)}|{PART}/{PART})(?:@{PART}(?:/{PART}){{0,2}})?"
 
 
 def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
-    """Say which model answers: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the small embedded model.
+    """Return (path, origin) of the model to use: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the embedded model.
 
-    If no file has that path, the path can name a downloaded model: one of MODELS, or a repository. Returns (path, origin) with
-    origin "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises CheckpointError when the named file
-    does not exist, InputError when a downloaded model is named and there is no cache folder.
+    If no file has that path, it can be the name of a downloaded model: one of MODELS, or a repository. origin is "given",
+    "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises CheckpointError if there is no such file or downloaded
+    model, and InputError for the name of a downloaded model without a cache folder.
     """
     if path is not None:
         name, origin, via = os.fspath(path), "given", ""
@@ -43,21 +43,21 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
 
 
 def is_downloadable(name: str) -> bool:
-    """Whether `pygpt download` takes this name. What ends as a model file does is a path."""
+    """Return whether `pygpt download` accepts this name. A name with the extension of a model file is a path instead."""
     if name.endswith((".bin", ".safetensors", ".git")) or "--" in name:
         return False
     return re.fullmatch(DOWNLOADABLE, name, re.ASCII) is not None
 
 
 def cached_model(name: str) -> str:
-    """Where the model of a name that is_downloadable() lies once it was downloaded."""
+    """Return the path of a downloaded model, for a name that is_downloadable() accepts."""
     return os.path.join(cache_folder(), f"{name.replace('/', '--')}.bin")
 
 
 def cache_folder() -> str:
-    """Where downloaded models lie: PYGPT_HOME, else pygpt in the user's folder for caches on this system.
+    """Return the folder of downloaded models: PYGPT_HOME, else pygpt in the user's cache folder on this system.
 
-    Raises InputError when that folder begins with ~ and there is no home folder.
+    Raises InputError if that folder begins with ~ and the user has no home folder.
     """
     folder = os.environ.get("PYGPT_HOME", "")
     if not folder:

@@ -334,7 +334,7 @@ def test_something_else_is_there(site: Site, capsys: pytest.CaptureFixture[str],
 def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with full_disk(5000):
         assert main(["gpt2"]) == 1
-    assert "File too large: make room, or let HF_HOME name another folder" in error_of(capsys)
+    assert "File too large: make room, or set HF_HOME to another folder" in error_of(capsys)
     site.files[MODEL] = safetensors("BF16")
     with full_disk(len(site.files[MODEL]) + 10):
         assert main(["gpt2", "--version", "3"]) == 1

@@ -373,7 +373,7 @@ def test_a_restore_that_was_interrupted_is_not_trained_on(tmp_path: Path, monkey
             with pytest.raises(KeyboardInterrupt):
                 trainer.restore(tmp_path / "run.state")
         for use in (trainer.step, lambda: trainer.save(tmp_path / "other.state")):
-            with pytest.raises(PyGPTError, match=r"restore\(\) was interrupted .* call it again"):
+            with pytest.raises(PyGPTError, match=r"restore\(\) was interrupted .* call restore\(\) again"):
                 use()
         assert not (tmp_path / "other.state").exists()
         trainer.restore(tmp_path / "run.state")

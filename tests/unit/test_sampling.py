@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pygpt import InputError, NumericalError, TokenInfo, cpu_info
 from pygpt._kernels import Floats, log_probabilities, pick, sample_weights, select_isa, uniform
-from pygpt.generation.completion import token_info
+from pygpt.generation.logprobs import token_info
 from pygpt.generation.sampling import Sampler
 
 Float32 = npt.NDArray[np.float32]
