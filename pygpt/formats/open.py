@@ -121,7 +121,9 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
     blocks = kind.from_float32(np.ascontiguousarray(rows, "<f4"))
     scales = blocks["d"] if blocks.dtype.names else kind.to_float32(blocks)
     if not np.isfinite(scales).all():
-        raise CheckpointError(f"{_place(model)}: {name} holds {rows.flat[np.abs(rows).argmax()]}: out of the range of {kind.name}")
+        raise CheckpointError(
+            f"{_place(model)}: {name} holds {rows.flat[np.abs(rows).argmax()]}: out of the range of {kind.name}"
+        )
     return blocks
 
 

@@ -33,7 +33,8 @@ def build(folder: Path, csrc: Path = SOURCES, *, cross: bool = False) -> list[st
     """Compile the harness with every set's kernels and the build's own flags: the command that runs it."""
     found = re.search(r"^FLAGS = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert found
-    assert NATIVE and (CROSS or not cross)
+    assert NATIVE
+    assert CROSS or not cross
     compiler = [CROSS, "-static"] if cross and CROSS else [NATIVE]
     program = str(folder / ("cross" if cross else "native"))
     sources = [*csrc.glob("micro_*.c"), *csrc.glob("quantised_*.c"), ROOT / "tests" / "neon_harness.c"]
