@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, type_check_only
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ from .config import Config
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 
+@type_check_only
 class AdamWNumbers(Protocol):
     """One checked step of AdamW: parameters.AdamW says what each number is."""
 

@@ -12,7 +12,7 @@ class Reference:
     def __init__(
         self,
         config: Config,
-        arrays: Mapping[str, npt.NDArray[np.float32]],
+        arrays: Mapping[str, npt.NDArray[np.float32] | memoryview[float]],
         panels: Mapping[str, tuple[str, memoryview]] | None = None,
     ) -> None: ...
     @property

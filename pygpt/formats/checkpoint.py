@@ -1,12 +1,12 @@
 """llm.c checkpoints (`.bin`, versions 1, 3 and 5): find, check, map, write.
 
-A file is an int32[256] little-endian header (magic, version, maxT, V, L, NH, C, Vp, zeros), then the sixteen tensors of
-config.TENSORS, each for all layers. Version 1 holds float32 with V rows of wte, version 3 float32 with Vp rows, version 5
-bfloat16 with Vp rows. The reader trusts nothing: one size, computed from checked numbers on Python integers, must be the
-file's size, so no later offset can leave the map. The values stay in the file and are used in place, or are read into memory
-where others may write to the file meanwhile.
+A file has an int32[256] little-endian header: magic, version, maxT, V, L, NH, C, Vp, zeros. The sixteen tensors of
+config.TENSORS follow, each for all layers. Version 1 has float32 and V rows of wte, version 3 float32 and Vp rows, version 5
+bfloat16 and Vp rows. The reader checks every number of the header, and compares the file's size with the one that it computes
+with Python integers. So every later offset is inside the map. The values are used in place. If other programs may write to
+the file, the reader can copy it into memory first.
 
-Refuses: files of any other size, magic or version, and anything that would need code of the file to run.
+Refuses files of any other size, magic or version, and formats that run code from the file.
 Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
 """
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 MAGIC = 20240326
 FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version
-MODEL_KIND = "model file"  # in messages
+MODEL_KIND = "model file"  # the name of such files in messages
 
 
 def file_bytes(config: Config, version: int) -> int:
-    """The exact size in bytes of a checkpoint of this shape and version."""
+    """Return the exact size in bytes of a checkpoint of this shape and version."""
     return HEADER_BYTES + FORMATS[version].size(config.parameters(padded=version != 1))
 
 
 def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: bool) -> "dict[str, tuple[str, memoryview]]":
-    """Cut the bytes of all tensors: map each name to (format's name, bytes), wte without padding, as Weights takes them."""
+    """Map each tensor's name to (format's name, bytes), wte without padding, as Weights takes them."""
     found = {}
     for name, _, offset, size in config.tensors(padded=padded):
         count = config.V * config.C if name == "wte" else size
@@ -47,14 +47,14 @@ def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: 
 
 
 class Checkpoint:
-    """An open checkpoint, its values mapped read-only. Use it in a `with` block or close() it.
+    """An open checkpoint with its values mapped read-only. Use it in a `with` block, or close() it.
 
-    `config` and `version` are the checked header; `values` is the map from the first tensor on, as bytes. Raises
-    CheckpointError, with the found and the expected figures, for any file that is not exactly a checkpoint.
+    `config` and `version` are from the checked header; `values` are the mapped bytes after the header. Raises CheckpointError,
+    with the found and the expected numbers, for any file that is not exactly a checkpoint.
 
-    A file that is replaced by a rename, or deleted, stays as it was for who has it open. One that another process cuts short
-    in place takes the mapped pages from under us, which ends the process (SIGBUS), and what is written over shows through;
-    with mmap=False the file is read at once into memory of its size, and nothing that happens to it later matters.
+    If the file is deleted, or replaced by a rename, an open checkpoint does not change. If another process truncates the file
+    in place, its mapped pages disappear and the process ends (SIGBUS). If another process overwrites it, the weights change.
+    With mmap=False the file is copied into memory at once, and later changes have no effect.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
@@ -63,7 +63,7 @@ class Checkpoint:
         self.values = memoryview(self._map).toreadonly()[HEADER_BYTES:]
 
     def _check(self, header: bytes, found: int) -> None:
-        """Check every field of the header, and the file's size against it; take config and version from it."""
+        """Check every field of the header, and the file's size; set `config` and `version`."""
         if len(header) < HEADER_BYTES:
             raise CheckpointError(f"{self.path}: {found} bytes, shorter than a checkpoint's header of {HEADER_BYTES} bytes")
         magic, version, maxT, V, L, NH, C, Vp, *reserved = struct.unpack("<256i", header)
@@ -90,7 +90,7 @@ class Checkpoint:
 
     @property
     def format(self) -> Format:
-        """How the values are stored."""
+        """The weight format of the values."""
         return FORMATS[self.version]
 
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
@@ -98,19 +98,19 @@ class Checkpoint:
         return stored_tensors(self.config, self.values, self.format, padded=self.version != 1)
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
-        """Return one tensor as float32, wte without padding: a read-only view of the file, or a widened copy of bfloat16."""
+        """Return one tensor as float32, wte without padding: a read-only view of the file, or a copy of bfloat16 values."""
         shape, offset = self._place(name)
         return self._rows(shape, offset, 0, shape[0])
 
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield the rows of tensor(name) in order, some at a time: a model larger than memory can be read so."""
+        """Yield the rows of tensor(name) in order, some at a time, so that the model may be larger than memory."""
         shape, offset = self._place(name)
         step = max(1, dtypes.PIECE // prod(shape[1:]))
         for start in range(0, shape[0], step):
             yield self._rows(shape, offset, start, min(start + step, shape[0]))
 
     def _place(self, name: str) -> tuple[tuple[int, ...], int]:
-        """A tensor's shape, wte without padding, and where in the values it begins."""
+        """Return a tensor's shape, wte without padding, and its offset in the values."""
         places = {found: (shape, offset) for found, shape, offset, _ in self.config.tensors(padded=self.version != 1)}
         if name not in places:
             raise InputError(f"no tensor is named {name!r}")
@@ -118,21 +118,21 @@ class Checkpoint:
         return (self.config.V, *shape[1:]) if name == "wte" else shape, offset
 
     def _rows(self, shape: tuple[int, ...], offset: int, start: int, stop: int) -> "npt.NDArray[np.float32]":
-        """Rows [start, stop) of the tensor of this shape at this offset, as tensor() gives them."""
+        """Return rows [start, stop) of the tensor of this shape at this offset, as tensor() does."""
         row, size = prod(shape[1:]), self.format.size
         data = self._bytes(size(offset + start * row), size(offset + stop * row))
         return self.format.values(data).reshape(-1, *shape[1:])
 
     def _bytes(self, start: int, stop: int) -> memoryview:
-        """Bytes of the values. Raises ClosedError."""
+        """Return bytes [start, stop) of the values. Raises ClosedError after close()."""
         try:
             return self.values[start:stop]
         except ValueError:
             raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
 
     def close(self) -> None:
-        """Unmap the file once no array views it any more. May be called twice."""
-        with suppress(BufferError):  # an array of tensor() may still view the map: it is unmapped with the last of them
+        """Unmap the file as soon as no array views it. May be called twice."""
+        with suppress(BufferError):  # arrays of tensor() still view the map: the last one unmaps it
             self.values.release()
             self._map.close()
 
@@ -144,7 +144,7 @@ class Checkpoint:
 
 
 class StreamedCheckpoint(Checkpoint):
-    """An open checkpoint of which no more is mapped than is being looked at: it fits any memory. It has no `values`."""
+    """An open checkpoint without `values`, which maps only the rows in use. It may be larger than memory."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -154,7 +154,7 @@ class StreamedCheckpoint(Checkpoint):
         return self._file.view(HEADER_BYTES + start, HEADER_BYTES + stop)
 
     def close(self) -> None:
-        """Close the file; arrays of it stay. May be called twice."""
+        """Close the file; its arrays stay valid. May be called twice."""
         self._file.close()
 
 
@@ -165,12 +165,12 @@ def write_checkpoint(
     *,
     version: int = 3,
 ) -> None:
-    """Write a checkpoint of version 1, 3 or 5: to a temporary file in the same folder, then renamed.
+    """Write a checkpoint of version 1, 3 or 5 to a temporary file in the same folder, then rename it.
 
-    `tensors` maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows, or to iterators over their rows,
-    some at a time, as Checkpoint.pieces gives them: each is asked for when it is written, and dropped then. Values are
-    rounded to float32, and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when
-    the file cannot be written; the older file, if any, is intact then.
+    tensors: maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows. An iterator over pieces of rows, as
+    of Checkpoint.pieces(), can replace an array: each piece is requested, written and dropped. Values are rounded to float32,
+    then to bfloat16 (nearest even). Raises InputError for a wrong name or shape, and OSError if the file cannot be written. In
+    both cases an older file stays intact.
     """
     if not is_whole(version, 1, 5) or version not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
@@ -191,7 +191,7 @@ def write_checkpoint(
 def _checked(
     name: str, shape: tuple[int, ...], tensor: "npt.ArrayLike | Iterator[npt.ArrayLike]"
 ) -> "Iterator[npt.NDArray[np.float32]]":
-    """Yield a tensor's rows as contiguous float32, in as many pieces as it comes in."""
+    """Yield a tensor's rows as contiguous float32, one array for each piece given."""
     import numpy as np
 
     found = 0

@@ -1,0 +1,304 @@
+"""Training on the pool: the same bits for every number of workers, instruction set, batch and cut, and calm under interruption.
+
+That the numbers are right is tested with the serial engine in test_training_reference.py.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpu_info, cpus
+from pygpt._kernels import PHASES
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 60
+BEST = cpus.workers_for  # as it is outside of tests
+# Heads of an odd size, more rows than the packed products begin with, a ragged last panel in every matrix.
+SHAPE = Config(maxT=80, V=301, L=2, NH=3, C=57)
+OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "beta2": 0.95, "decay_matrices_only": True}
+
+Array = npt.NDArray[Any]
+
+
+def batch(config: Config, B: int, T: int, seed: int = 0) -> tuple[Array, Array]:
+    inputs, targets = np.random.default_rng(seed).integers(0, config.V, (2, B, T))
+    return inputs, targets
+
+
+def run(config: Config, threads: int, *, steps: int, B: int, T: int, seed: int = 1) -> tuple[list[bytes], bytes, list[float]]:
+    """Train: the losses of every step, the weights, gradients and moments at the end, the norms."""
+    losses, norms = [], []
+    with TrainableGPT2.random(config, seed=seed, threads=threads) as model:
+        for step in range(1, steps + 1):
+            inputs, targets = batch(config, B, T, seed=step)
+            losses.append(model.forward(inputs, targets).tobytes())
+            model.backward()
+            norms.append(model.gradient_norm())
+            model.update(step=step, gradient_scale=min(1.0, 0.5 / max(norms[-1], 1e-9)), **OPTIONS)
+        arrays = model.parameters, model.gradients, model.first_moments, model.second_moments
+        return losses, b"".join(array.tobytes() for array in arrays), norms
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[list[bytes], bytes, list[float]]:
+    """Twenty steps on one worker."""
+    return run(SHAPE, 1, steps=20, B=3, T=31)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4, 8])
+def test_twenty_steps_on_any_number_of_workers(threads: int, alone: tuple[list[bytes], bytes, list[float]]) -> None:
+    assert run(SHAPE, threads, steps=20, B=3, T=31) == alone
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    HS=st.integers(1, 20),
+    NH=st.integers(1, 4),
+    L=st.integers(1, 2),
+    V=st.integers(1, 200),
+    B=st.integers(1, 4),
+    T=st.integers(1, 40),
+    threads=st.integers(2, 8),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(HS: int, NH: int, L: int, V: int, B: int, T: int, threads: int, seed: int) -> None:
+    config = Config(maxT=T, V=V, L=L, NH=NH, C=NH * HS)
+    one = run(config, 1, steps=2, B=B, T=T, seed=seed)
+    assert run(config, threads, steps=2, B=B, T=T, seed=seed) == one
+
+
+def test_choice_of_workers_changes_no_bit(
+    alone: tuple[list[bytes], bytes, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All workers for one call, one for the next, and as the engine finds best."""
+    wanted = iter([3, 1, 2, 1, 3] * 100)
+    monkeypatch.setattr(cpus, "workers_for", lambda *_: next(wanted))
+    assert run(SHAPE, 3, steps=20, B=3, T=31) == alone
+
+
+def test_a_tiny_network_takes_one_worker_and_a_larger_one_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "workers_for", BEST)
+    for config, B, T, working in (
+        (Config(maxT=8, V=50, L=1, NH=1, C=8), 1, 4, 1),
+        (Config(maxT=64, V=5000, L=2, NH=4, C=64), 2, 64, 3),
+    ):
+        with TrainableGPT2.random(config, seed=1, threads=3) as model:
+            trace = Trace(3, 1000)
+            model.record(trace)
+            model.forward(*batch(config, B, T))
+            model.backward()
+            model.gradient_norm()
+            model.update(lr=0.1, step=1)
+        phases = [{name for name, *_ in trace.events(ith)} for ith in range(3)]
+        assert phases[0] >= {"qkv", "loss", "dlogits", "dqkv", "dencoder", "norm", "update"}
+        assert phases == [phases[0] if ith < working else set() for ith in range(3)]
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import hashlib
+import pygpt.cpus
+pygpt.cpus.workers_for = lambda threads, *_: threads
+from test_training import SHAPE, run
+
+losses, arrays, norms = run(SHAPE, 2, steps=20, B=3, T=31)
+print(hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("isa", [isa for isa in cpu_info()["available"] if isa != "baseline"])
+def test_every_instruction_set_with_fma(isa: str, alone: tuple[list[bytes], bytes, list[float]]) -> None:
+    if not cpu_info()["fused"]:
+        pytest.skip("this run is of the baseline set, which rounds products apart")
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests" / "bits")],
+        env={**os.environ, "PYGPT_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    losses, arrays, norms = alone
+    expected = hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest()
+    assert (result.stdout.strip(), result.stderr) == (expected, "")
+
+
+def test_the_loss_is_that_of_the_generating_network() -> None:
+    """The forward pass of training is the step that generates: loss = -log softmax(logits)[target], of the same logits."""
+    with TrainableGPT2.random(SHAPE, seed=4, threads=2) as model:
+        inputs, targets = batch(SHAPE, 3, 70)
+        losses = model.forward(inputs, targets)
+        assert np.array_equal(model.evaluate(inputs, targets), losses)
+        with model.model() as network:
+            assert isinstance(network, GPT2)
+            logits = np.stack([network.logits(row.tolist()) for row in inputs]).astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    expected = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, targets[..., None], -1)[..., 0]
+    # The sum of V exponentials is in float32, each with a relative error below 1e-7; the loss is rounded to float32 once.
+    assert np.abs(losses - expected).max() < 4e-7 * max(1.0, float(expected.max()))
+
+
+def test_a_sequence_has_its_losses_in_any_batch() -> None:
+    with TrainableGPT2.random(SHAPE, seed=5, threads=3) as model:
+        inputs, targets = batch(SHAPE, 4, 33)
+        together = model.forward(inputs, targets)
+        for b in range(4):
+            assert np.array_equal(model.forward(inputs[b : b + 1], targets[b : b + 1])[0], together[b])
+        assert np.array_equal(model.forward(inputs[:, :9], targets[:, :9]), together[:, :9])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_have_the_bits_of_the_whole_but_for_wte(parts: int) -> None:
+    """Rows are added in the same order either way. Only wte has two parts, the head's and the encoder's, batch by batch."""
+    inputs, targets = batch(SHAPE, 4, 20)
+    with TrainableGPT2.random(SHAPE, seed=6, threads=2) as model:
+        model.forward(inputs, targets)
+        model.backward()
+        whole = {name: model.gradient(name).copy() for name, _, _, _ in SHAPE.tensors(padded=True)}
+        for some in np.split(np.arange(4), parts):
+            model.forward(inputs[some], targets[some])
+            model.backward(accumulate=some[0] > 0, scale=1 / parts)
+        for name, gradient in whole.items():
+            if name != "wte":
+                assert np.array_equal(model.gradient(name), gradient), name
+        scale = float(np.abs(whole["wte"]).max())
+        assert np.abs(model.gradient("wte") - whole["wte"]).max() < 1e-6 * scale  # a few roundings of float32
+
+
+def test_a_new_batch_of_another_shape_replaces_the_old_one() -> None:
+    with TrainableGPT2.random(SHAPE, seed=7, threads=2) as model:
+        first = batch(SHAPE, 2, 80)
+        losses = model.forward(*first)
+        model.backward()
+        gradients = model.gradients.copy()
+        for B, T in ((1, 1), (5, 3), (3, 30)):
+            model.forward(*batch(SHAPE, B, T))
+            model.backward()
+        assert np.array_equal(model.forward(*first), losses)
+        model.backward()
+        assert np.array_equal(model.gradients, gradients)
+
+
+def test_padding_stays_zero() -> None:
+    with TrainableGPT2.random(SHAPE, seed=8, threads=2) as model:
+        for step in range(1, 4):
+            model.forward(*batch(SHAPE, 2, 20, seed=step))
+            model.backward(accumulate=step == 2)
+            model.update(lr=0.1, step=step, weight_decay=0.5)
+        padding = slice(SHAPE.V * SHAPE.C, SHAPE.Vp * SHAPE.C)
+        for array in (model.parameters, model.gradients, model.first_moments, model.second_moments):
+            assert not array[padding].any()
+
+
+def test_a_loss_that_is_not_finite_is_reported_as_it_is() -> None:
+    with TrainableGPT2.random(SHAPE, seed=9, threads=2) as model:
+        model.tensor("lnfb")[0] = np.nan
+        assert np.isnan(model.forward(*batch(SHAPE, 1, 3))).all()
+        model.backward()
+        assert np.isnan(model.gradient_norm())
+
+
+def test_threads_take_turns() -> None:
+    """Two threads share the arrays of one model; each evaluates what is its own, and gets its own losses."""
+    with TrainableGPT2.random(SHAPE, seed=10, threads=2) as model:
+        batches = [batch(SHAPE, 2, 30, seed=seed) for seed in range(4)]
+        expected = [model.evaluate(*some) for some in batches]
+        wrong: list[int] = []
+
+        def work(i: int) -> None:
+            for _ in range(10):
+                if not np.array_equal(model.evaluate(*batches[i]), expected[i]):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+            assert not thread.is_alive()
+        assert wrong == []
+
+
+INTERRUPTED = """
+import os, random, signal, sys, threading, time
+sys.path[:0] = sys.argv[1:3]
+import numpy as np
+import pygpt.model
+from pygpt import InputError, TrainableGPT2
+from test_training import SHAPE, batch
+pygpt.cpus.workers_for = lambda threads, *_: threads
+class Now(Exception): pass
+def handler(*_): raise Now
+signal.signal(signal.SIGUSR1, handler)
+inputs, targets = batch(SHAPE, 3, 31)
+random.seed(3)
+with TrainableGPT2.random(SHAPE, seed=1, threads=3) as model:
+    losses = model.forward(inputs, targets)
+    model.backward()
+    gradients, norm = model.gradients.copy(), model.gradient_norm()
+    parameters = model.parameters.copy()
+    for _ in range(60):
+        late = threading.Timer(random.random() * 0.01, os.kill, (os.getpid(), signal.SIGUSR1))
+        try:
+            late.start()
+            while True:
+                assert np.array_equal(model.forward(inputs, targets), losses)
+                model.backward()
+                assert np.array_equal(model.gradients, gradients)
+                assert model.gradient_norm() == norm
+        except Now:
+            late.join()
+    assert np.array_equal(model.parameters, parameters)
+    assert np.array_equal(model.forward(inputs, targets), losses)
+    model.backward()
+    assert np.array_equal(model.gradients, gradients)
+print("fine")
+"""
+
+
+def test_signals_at_any_moment_leave_it_usable() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(ROOT), str(ROOT / "tests" / "bits")],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "fine\n", "")
+
+
+def test_the_trace_names_every_phase() -> None:
+    with TrainableGPT2.random(SHAPE, seed=1, threads=2) as model:
+        trace = Trace(2, 1000)
+        model.record(trace)
+        model.forward(*batch(SHAPE, 2, 40))  # rows enough to be packed
+        model.backward()
+        model.gradient_norm()
+        model.update(lr=0.1, step=1)
+        model.record(None)
+        model.forward(*batch(SHAPE, 1, 5))
+    for ith in range(2):
+        events = trace.events(ith)
+        assert {name for name, *_ in events} == set(PHASES)
+        assert [name for name, layer, *_ in events if name == "dattention"] == ["dattention"] * SHAPE.L
+        assert [layer for name, layer, *_ in events if name == "dattention"] == [1, 0]  # from the last layer to the first
+        assert all(begin <= end <= left for _, _, begin, end, left in events)
+        assert trace.dropped(ith) == 0
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_bad_thread_counts(threads: Any) -> None:
+    with pytest.raises(InputError, match="threads is"):
+        TrainableGPT2(SHAPE, threads=threads)

@@ -1,0 +1,379 @@
+"""llm.c's debug state, examples and vocabulary: bytes made by hand, every refusal, and what the writers leave behind."""
+
+import hashlib
+import os
+import struct
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pygpt.config import Config
+from pygpt.errors import DataError, InputError
+from pygpt.formats.llmc import (
+    DebugState,
+    Example,
+    read_debug_state,
+    read_examples,
+    read_tokenizer,
+    write_debug_state,
+    write_examples,
+    write_tokenizer,
+)
+from pygpt.tokenizer import Tokenizer
+
+
+def header(*fields: int) -> bytes:
+    return struct.pack("<256i", *fields, *[0] * (256 - len(fields)))
+
+
+def refused(path: Path, message: str, read: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Debug state
+
+CONFIG = Config(maxT=3, V=5, L=2, NH=2, C=4)
+SHAPES = [
+    *[("wte", (5, 4)), ("wpe", (3, 4)), ("ln1w", (2, 4)), ("ln1b", (2, 4)), ("qkvw", (2, 12, 4)), ("qkvb", (2, 12))],
+    *[("attprojw", (2, 4, 4)), ("attprojb", (2, 4)), ("ln2w", (2, 4)), ("ln2b", (2, 4)), ("fcw", (2, 16, 4)), ("fcb", (2, 16))],
+    *[("fcprojw", (2, 4, 16)), ("fcprojb", (2, 4)), ("lnfw", (4,)), ("lnfb", (4,))],
+]
+
+
+def a_state(B: int = 2, T: int = 3) -> DebugState:
+    rng = np.random.default_rng(1)
+    return DebugState(
+        rng.integers(0, 5, (B, T), np.int32),
+        rng.integers(0, 5, (B, T), np.int32),
+        rng.standard_normal((B, T, 5), np.float32),
+        1.25,
+        {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES},
+    )
+
+
+def state_bytes(state: DebugState) -> bytes:
+    """The file, written a second time; wte's 123 further rows are zeros."""
+    parts = [
+        header(20240327, 2, *state.inputs.shape),
+        state.inputs.astype("<i4").tobytes(),
+        state.targets.astype("<i4").tobytes(),
+    ]
+    parts += [state.logits.astype("<f4").tobytes(), struct.pack("<f", state.loss)]
+    parts += [state.gradients[name].astype("<f4").tobytes() + bytes(123 * 16 * (name == "wte")) for name, _ in SHAPES]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (2, 3), (7, 2)])
+def test_debug_state(tmp_path: Path, B: int, T: int) -> None:
+    path, state = tmp_path / "state.bin", a_state(B, T)
+    write_debug_state(path, CONFIG, state)
+    assert path.read_bytes() == state_bytes(state)
+    found = read_debug_state(path, CONFIG)
+    os.unlink(path)
+    for array, expected in zip(found[:3], state[:3], strict=True):
+        np.testing.assert_array_equal(array, expected)
+        assert not array.flags.writeable
+    assert found.loss == 1.25
+    assert list(found.gradients) == [name for name, _ in SHAPES]
+    for name, shape in SHAPES:
+        assert found.gradients[name].shape == shape
+        np.testing.assert_array_equal(found.gradients[name], state.gradients[name])
+
+
+def test_the_size_of_gpt2s_debug_state(tmp_path: Path) -> None:
+    """The published file's size, 549,369,860 bytes, is the only one that the reader takes for 124M."""
+    config = Config(maxT=1024, V=50257, L=12, NH=12, C=768)
+    with open(tmp_path / "state.bin", "wb") as file:
+        file.write(header(20240327, 2, 4, 64))
+        file.truncate(549_369_860)
+        assert read_debug_state(tmp_path / "state.bin", config).logits.shape == (4, 64, 50257)
+        file.truncate(549_369_861)
+    with pytest.raises(DataError, match="too long: 549369861 bytes, expected 549369860 for B = 4, T = 64"):
+        read_debug_state(tmp_path / "state.bin", config)
+
+
+WHOLE = state_bytes(a_state())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (WHOLE[:1000], "1000 bytes, shorter than the header of a debug state, 1024 bytes"),
+        (header(20240326, 2, 2, 3), "magic number 20240326, expected 20240327: not a debug state of llm.c"),
+        (header(20240327, 1, 2, 3), "version 1, expected 2 for a debug state"),
+        (header(20240327, 2, 2, 3, 9), "bad header: reserved field 4 is 9, expected 0"),
+        (header(20240327, 2, 0, 3), "bad header: B is 0 and T is 3: B must be at least 1 and T from 1 to maxT = 3"),
+        (header(20240327, 2, 2, 4), "bad header: B is 2 and T is 4: B must be at least 1 and T from 1 to maxT = 3"),
+        (header(20240327, 2, 2, -1), "bad header: B is 2 and T is -1: B must be at least 1 and T from 1 to maxT = 3"),
+        (WHOLE[:-4], f"truncated: {len(WHOLE) - 4} bytes, expected {len(WHOLE)} for B = 2, T = 3 and {CONFIG}"),
+        (WHOLE + b"\0", f"too long: {len(WHOLE) + 1} bytes, expected {len(WHOLE)} for B = 2, T = 3 and {CONFIG}"),
+        (
+            WHOLE[:1028] + struct.pack("<i", 5) + WHOLE[1032:],
+            "inputs: token id 5 at position 1: it must be below the vocabulary of 5 ids",
+        ),
+        (
+            WHOLE[:1048] + struct.pack("<i", -1) + WHOLE[1052:],
+            "targets: token id -1 at position 0: it must be below the vocabulary of 5 ids",
+        ),
+    ],
+)
+def test_what_is_no_debug_state_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "state.bin"
+    path.write_bytes(content)
+    refused(path, message, lambda path: read_debug_state(path, CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": np.zeros(3, int)}, r"inputs have shape \(3,\)"),
+        ({"inputs": np.zeros((0, 3), int)}, r"inputs have shape \(0, 3\)"),
+        ({"inputs": np.zeros((2, 4), int)}, r"inputs have shape \(2, 4\), expected \(B, T\) with T from 1 to maxT = 3"),
+        ({"targets": np.zeros((3, 2), int)}, r"targets has shape \(3, 2\), expected \(2, 3\)"),
+        ({"targets": np.full((2, 3), 5)}, "targets: token id 5 at position 0"),
+        ({"inputs": np.zeros((2, 3))}, "float64"),
+        ({"logits": np.zeros((2, 3, 4))}, r"logits has shape \(2, 3, 4\), expected \(2, 3, 5\)"),
+        ({"gradients": {}}, r"gradients are not those of the sixteen tensors: \['attprojb', "),
+        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients are not those of the sixteen tensors: \['1', "),
+        (
+            {"gradients": {**a_state().gradients, "wpe": np.zeros((4, 4))}},
+            r"gradient wpe has shape \(4, 4\), expected \(3, 4\)",
+        ),
+    ],
+)
+def test_writing_refuses_other_shapes(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_debug_state(tmp_path / "state.bin", CONFIG, a_state()._replace(**change))
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+def example_values(number: int, label: int, context: Sequence[int], endings: Sequence[Sequence[int]]) -> list[int]:
+    """One example, written a second time."""
+    values = [number, label, len(endings), len(context), *context]
+    for ending in endings:
+        values += [len(ending), *ending]
+    return [65535, 2 * (len(values) + 2), *values]
+
+
+def file_of(*examples: list[int], count: int | None = None, longest: int | None = None, magic: int = 20240522) -> bytes:
+    values = [value for example in examples for value in example]
+    longest = max(2 * len(example) for example in examples) if longest is None else longest
+    return header(magic, 1, len(examples) if count is None else count, longest) + struct.pack(f"<{len(values)}H", *values)
+
+
+ENDINGS = [[5], [6, 7], [8], [9, 10, 11]]
+ONE = example_values(0, 2, [1, 2, 3], ENDINGS)  # 20 values, 40 bytes
+TWO = example_values(1, 0, [4], ENDINGS)
+
+
+def test_examples(tmp_path: Path) -> None:
+    path = tmp_path / "examples.bin"
+    path.write_bytes(file_of(ONE, TWO))
+    assert list(read_examples(path)) == [Example(0, 2, [1, 2, 3], ENDINGS), Example(1, 0, [4], ENDINGS)]
+    assert len(list(read_examples(path, V=12))) == 2
+
+
+IDS = st.lists(st.integers(0, 65534), min_size=1, max_size=20)
+EXAMPLES = st.lists(st.tuples(st.integers(0, 3), IDS, st.lists(IDS, min_size=4, max_size=4)), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(EXAMPLES)
+def test_writing_examples(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, list[int], list[list[int]]]]
+) -> None:
+    path = tmp_path_factory.mktemp("examples") / "a.bin"
+    examples = [Example(number, *fields) for number, fields in enumerate(drawn)]
+    assert write_examples(path, iter(examples)) == len(examples)
+    assert path.read_bytes() == file_of(*(example_values(*example) for example in examples))
+    assert list(read_examples(path)) == examples
+
+
+def changed(position: int, value: int) -> list[int]:
+    return [*ONE[:position], value, *ONE[position + 1 :]]
+
+
+AT = "example 0 at byte 1024: "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (file_of(ONE, magic=20240520), "magic number 20240520, expected 20240522: not a file of examples of llm.c"),
+        (file_of(ONE, count=0), "bad header: 0 examples, expected 1 or more"),
+        (file_of(ONE, count=-1), "bad header: -1 examples, expected 1 or more"),
+        (file_of(ONE) + b"\0", "truncated: 1065 bytes is an odd number, but all values have 2 bytes"),
+        (file_of(ONE, [1]), "example 1 at byte 1064: truncated: the file ends, but its header promises 2 examples"),
+        (file_of(ONE, count=2), "example 1 at byte 1064: truncated: the file ends, but its header promises 2 examples"),
+        (file_of(ONE, [7], count=1), "too long: 2 bytes after the last of 1 examples"),
+        (file_of(changed(0, 65534)), AT + "it begins with 65534, expected 65535"),
+        (file_of(changed(1, 35)), AT + "it has 35 bytes, expected an even number up to the header's 40"),
+        (file_of(changed(1, 42)), AT + "it has 42 bytes, expected an even number up to the header's 40"),
+        (file_of(changed(1, 42), longest=42), AT + "truncated: it has 42 bytes, but the file has only 40 more"),
+        (file_of(changed(1, 0)), AT + "its index, label and number of endings needs 3 values, but 0 are left"),
+        (file_of(changed(1, 10)), AT + "its context's length needs 1 values, but 0 are left"),
+        (file_of(changed(2, 1)), AT + "its index is 1, expected 0"),
+        (file_of(changed(3, 4)), AT + "its label is 4, expected 0 to 3"),
+        (file_of(changed(4, 5)), AT + "it has 5 endings, expected 4"),
+        (file_of(changed(5, 0)), AT + "its context has no tokens"),
+        (file_of(changed(5, 15)), AT + "its context needs 15 values, but 14 are left"),
+        (
+            file_of(changed(6, 65535)),
+            AT + "its context: token id 65535 at position 0: it must be below the vocabulary of 65535 ids",
+        ),
+        (file_of(changed(9, 0)), AT + "its ending 0 has no tokens"),
+        (file_of(changed(16, 9)), AT + "its ending 3 needs 9 values, but 3 are left"),
+        (file_of(changed(16, 2)), AT + "1 values are left after its last ending"),
+    ],
+)
+def test_what_is_no_file_of_examples_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "examples.bin"
+    path.write_bytes(content)
+    refused(path, message, lambda path: list(read_examples(path)))
+
+
+def test_examples_outside_the_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "examples.bin"
+    path.write_bytes(file_of(ONE, TWO))
+    message = AT + "its ending 3: token id 11 at position 2: it must be below the vocabulary of 11 ids"
+    refused(path, message, lambda path: list(read_examples(path, V=11)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_examples_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, drawn: st.DataObject) -> None:
+    """Any value anywhere: what is read has the promised form, and nothing but DataError is raised."""
+    values = [*ONE, *TWO]
+    for _ in range(drawn.draw(st.integers(1, 3))):
+        values[drawn.draw(st.integers(0, len(values) - 1))] = drawn.draw(st.integers(0, 40) | st.integers(0, 65535))
+    path = tmp_path_factory.mktemp("damaged") / "a.bin"
+    path.write_bytes(file_of(values, count=2, longest=40))
+    try:
+        examples = list(read_examples(path))
+    except DataError:
+        return
+    assert [example.number for example in examples] == [0, 1]
+    assert all(len(example.endings) == 4 and all(map(len, [example.context, *example.endings])) for example in examples)
+    assert file_of(*(example_values(*example) for example in examples), longest=40) == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "there are no examples to write"),
+        ([Example(0, 4, [1], ENDINGS)], "its label is 4"),
+        ([Example(0, 0.5, [1], ENDINGS)], "its label is 0.5"),  # type: ignore[arg-type]
+        ([Example(0, "0", [1], ENDINGS)], "its label is '0'"),  # type: ignore[arg-type]
+        ([Example(0, 0, False, ENDINGS)], r"shape \(\)"),  # type: ignore[arg-type]
+        ([Example(0, 0, [1.5], ENDINGS)], "of integers"),  # type: ignore[list-item]
+        ([Example(0, 0, [1], [*ENDINGS[:3], [[1], [2, 3]]])], "must be an array"),  # type: ignore[list-item]
+        ([Example(0, 0, [], ENDINGS)], "its context has no tokens"),
+        ([Example(0, 0, [1], ENDINGS[:3])], "it has 3 endings"),
+        ([Example(0, 0, [65535], ENDINGS)], "token id 65535"),
+        ([Example(0, 0, [1], [*ENDINGS[:3], [-1]])], "token id -1"),
+        ([Example(0, 0, [1] * 32768, ENDINGS)], r"example 0 has \d+ bytes: at most 65535"),
+    ],
+)
+def test_writing_refuses_what_is_no_example(tmp_path: Path, examples: list[Example], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_examples(tmp_path / "a.bin", examples)
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vocabulary
+
+
+def test_gpt2s_vocabulary_is_llm_cs_file(tmp_path: Path) -> None:
+    tokenizer, path = Tokenizer(), tmp_path / "gpt2_tokenizer.bin"
+    tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.V)]
+    write_tokenizer(path, tokens, tokenizer.eot)
+    content = path.read_bytes()
+    assert len(content) == 372_108
+    assert hashlib.sha256(content).hexdigest().startswith("6f3abc21")
+    assert read_tokenizer(path) == (tokens, 50256)
+    path.write_bytes(header(20240328, 1, 50257) + content[1024:])
+    assert read_tokenizer(path) == (tokens, 50256)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.binary(max_size=255), min_size=1, max_size=20), st.data())
+def test_vocabularies(tmp_path_factory: pytest.TempPathFactory, tokens: list[bytes], drawn: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("vocabulary") / "a.bin"
+    eot = drawn.draw(st.integers(0, len(tokens) - 1))
+    write_tokenizer(path, tokens, eot)
+    assert path.stat().st_size == 1024 + len(tokens) + sum(map(len, tokens))
+    assert read_tokenizer(path) == (tokens, eot)
+
+
+def test_a_large_file_is_refused_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.bin"
+    path.write_bytes(header(20240328, 2, 1) + b"\1a")
+    os.truncate(path, 1 << 28)  # a hole
+    tracemalloc.start()
+    try:
+        refused(path, "too long: 268435456 bytes, expected 1026 for 1 tokens", read_tokenizer)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(20240328, 3, 1), "version 3, expected 1 or 2 for a vocabulary"),
+        (header(20240327, 2, 1), "magic number 20240327, expected 20240328: not a vocabulary of llm.c"),
+        (
+            header(20240328, 2, 0),
+            "bad header: the end of text is 0, and V is 0: it must be an id below V, and V at most 1048576",
+        ),
+        (
+            header(20240328, 2, 2, 2),
+            "bad header: the end of text is 2, and V is 2: it must be an id below V, and V at most 1048576",
+        ),
+        (
+            header(20240328, 2, 2, -1),
+            "bad header: the end of text is -1, and V is 2: it must be an id below V, and V at most 1048576",
+        ),
+        (header(20240328, 1, 256), "bad header: V is 256 and field 3 is 0, expected 50257 and 0 in version 1"),
+        (header(20240328, 2, 1 << 20) + b"\1a", "truncated: token 1 of 1048576 would end at byte 1027 of 1026"),
+        (
+            header(20240328, 2, (1 << 20) + 1),
+            "bad header: the end of text is 0, and V is 1048577: it must be an id below V, and V at most 1048576",
+        ),
+        (header(20240328, 2, 2) + b"\1a\2b", "truncated: token 1 of 2 would end at byte 1029 of 1028"),
+        (header(20240328, 2, 1) + b"\1ab", "too long: 1027 bytes, expected 1026 for 1 tokens"),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "vocabulary.bin"
+    path.write_bytes(content)
+    refused(path, message, read_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "eot", "message"),
+    [
+        ([b"a" * 256], 0, "token 0 has 256 bytes"),
+        ([b"a"], 1, "eot is 1: with 1 tokens"),
+        ([], 0, "eot is 0"),
+        ([b"a"], True, "eot is True"),
+    ],
+)
+def test_writing_refuses_what_the_format_cannot_hold(tmp_path: Path, tokens: list[bytes], eot: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_tokenizer(tmp_path / "a.bin", tokens, eot)
+    assert os.listdir(tmp_path) == []
