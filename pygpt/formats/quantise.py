@@ -17,7 +17,18 @@ from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .open import Model
+    from typing import Protocol
+
+    class Model(Protocol):
+        """What is quantised: an open file, or weights in memory."""
+
+        @property
+        def config(self) -> Config:
+            """The dimensions."""
+
+        def stored(self) -> dict[str, tuple[str, memoryview]]:
+            """Map each tensor's name to its weight format and its bytes."""
+
 
 QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the format that its head has by default
 LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # what a float16 scale reaches
