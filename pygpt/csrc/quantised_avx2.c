@@ -22,9 +22,9 @@
 #define START4(n) ((ivec){0})
 #define DOT4(sum, w, x) ((ivec)_mm256_add_epi16((__m256i)(sum), PAIRS(w, x)))
 #define FINISH4(sum, n) ((ivec)_mm256_madd_epi16((__m256i)(sum), _mm256_set1_epi16(1)) + (n))
-#define STREAMS 4
+#define STREAMS 2
 #define TALL 8
-#define TILE_ROWS 8
+#define TILE_ROWS 4
 #define TILE_PANELS 1
 #include "quantised_body.h"
 QUANTISED(avx2)

@@ -16,7 +16,7 @@
 #define DOT8(sum, w, prepared, x) DOT4(sum, prepared, x)
 #define START4(n) broadcast_int(n)
 #define FINISH4(sum, n) (sum)
-#define STREAMS 4
+#define STREAMS 2
 #define TALL 8
 #define TILE_ROWS 4
 #define TILE_PANELS 3
