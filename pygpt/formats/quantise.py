@@ -77,8 +77,9 @@ def _fill(
 
     def job(ith: int, nth: int) -> None:
         for name in formats:
-            shape, (kind, out), (source_kind, source) = shapes[name], tensors[name], stored[name]
-            if not quantise_panels(out, kind, source, source_kind, _layers(shape), *shape[-2:], ith, nth):
+            (kind, out), (source_kind, source) = tensors[name], stored[name]
+            N, K = shapes[name][-2:]
+            if not quantise_panels(out, kind, source, source_kind, _layers(shapes[name]), N, K, ith, nth):
                 refused.add(name)
 
     with ThreadPool(threads) as pool:
