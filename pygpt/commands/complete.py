@@ -106,7 +106,7 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
 
     path, origin = find_model(path)
     how: dict[str, Any] = {"mmap": not options.no_mmap, "weights": options.weights}
-    model: GPT2 | SerialGPT2
+    model: "GPT2 | SerialGPT2"
     if options.reference:
         from ..reference import SerialGPT2
 
