@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import parsers
-from mutate import UINT64, dump, mutate_bytes, mutate_json_text, put
+from mutate import UINT64, dump, mutate_bytes, mutate_json_text, neighbours, put
 from run_main import Outcome, bounded, judge, run_main
 
 from pygpt import (
@@ -141,6 +141,10 @@ class FileTarget(Target):
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         return mutate_bytes(random, data, other, fields=self.fields)
 
+    def neighbours(self, data: bytes) -> Iterator[bytes]:
+        """An input with one number changed."""
+        return neighbours(data, self.fields)
+
     def run(self, data: bytes) -> str:
         path = self.folder / "input.bin"
         path.write_bytes(data)
@@ -222,7 +226,9 @@ class SafetensorsTarget(FileTarget):
             "x": ("F16", (2, 3), bytes(12)), "y": ("BF16", (1,), b"\x80\x3f"), "empty": ("I64", (0, 7), b""),
             "scalar": ("F64", (), bytes(8)),
         }  # fmt: skip
-        files = [parsers.safetensors_bytes({}), parsers.safetensors_bytes(by_hand), struct.pack("<Q", 8) + b"[]      "]
+        pair = parsers.safetensors_bytes(dict.fromkeys("ab", ("F32", (1,), bytes(4))))
+        files = [parsers.safetensors_bytes(found) for found in ({}, by_hand)]
+        files += [pair, pair.replace(b'"b"', b'"a"'), struct.pack("<Q", 8) + b"[]      "]  # a name twice; not an object
         for dtype in ("F32", "BF16"):
             with (self.folder / "output.bin").open("wb") as file:
                 write_safetensors(file, dtype, [("a", (2, 3)), ("bc", (4,))], iter(arrays))
@@ -379,31 +385,38 @@ class StateTarget(FileTarget):
         return Trainer(TrainableGPT2.random(ONE, seed=1, threads=1), loader, TrainingOptions())
 
     def seeds(self) -> list[bytes]:
-        files = []
-        kinds: tuple[tuple[int, dict[str, Any], dict[str, Any]], ...] = (
-            (0, {}, {}),
-            (2, {"schedule": "cosine", "warmup": 2}, {"a": 1}),
-        )
-        for steps, options, job in kinds:
-            trainer = self.trainer()
-            trainer.options = TrainingOptions(**options)
-            for _ in range(steps):
-                trainer.step()
-            trainer.save(self.folder / "run.state", job)
-            files.append((self.folder / "run.state").read_bytes())
-            trainer.engine.close()
-        return files
+        trainer = self.trainer()
+        with trainer.engine:
+            trainer.step()
+            trainer.save(self.folder / "run.state", {"a": 1})
+        sound = (self.folder / "run.state").read_bytes()
+        text = sound[1024 : 1024 + int.from_bytes(sound[32:36], "little")].rstrip()
+        odd = (b'"a": 1, "a": 1', b'"a": NaN', b'"a": 1e999', b'"a": "\\ud800"')
+        return [sound, *(self.with_json(sound, text.replace(b'"a": 1', one)) for one in odd)]
+
+    def with_json(self, data: bytes, text: bytes) -> bytes:
+        """A state that says this, with a sum that fits."""
+        text += b" " * (-len(text) % 64)
+        size = int.from_bytes(data[32:36], "little")
+        return self.sealed(data[:32] + struct.pack("<I", len(text)) + data[36:1024] + text + data[1024 + size :])
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         """Change JSON, header or values, mostly with a sum that fits."""
         size = int.from_bytes(data[32:36], "little")
         if random.random() < 0.5 and 1024 + size + 32 < len(data):
             text = mutate_json_text(random, data[1024 : 1024 + size].rstrip(), other[1024:2048]) or b" "
-            text += b" " * (-len(text) % 64)
-            data = data[:32] + struct.pack("<I", len(text)) + data[36:1024] + text + data[1024 + size :]
-        else:
-            data = mutate_bytes(random, data, other, fields=10)
-        return data[:-32] + hashlib.sha256(data[:-32]).digest() if random.random() < 0.9 else data
+            return self.with_json(data, text)
+        data = mutate_bytes(random, data, other, fields=10)
+        return self.sealed(data) if random.random() < 0.9 else data
+
+    def neighbours(self, data: bytes) -> Iterator[bytes]:
+        for one in neighbours(data, self.fields):
+            yield one
+            yield self.sealed(one)
+
+    def sealed(self, data: bytes) -> bytes:
+        """With a sum that fits."""
+        return data[:-32] + hashlib.sha256(data[:-32]).digest()
 
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.state(data)
@@ -559,8 +572,11 @@ class LineTarget(Target):
     def seeds(self) -> list[bytes]:
         lines = [{"argv": line.split(), "stdin": "Ladies and"} for line in LINES]
         closed = [{"argv": argv.split(), "closed": [name]} for argv in ("0", "--help", "-") for name in ("stdin", "stdout")]
-        resumed = [{"argv": ["train", "--resume", "run.state"], "progress": self.progress()}]
-        return [dump(one) for one in [*lines, *closed, *resumed]]
+        others = [
+            {"argv": ["train", "--resume", "run.state"], "progress": self.progress()},
+            {"argv": ["-m", "\x1b[31m\x9b2J", "0"]},
+        ]
+        return [dump(one) for one in [*lines, *closed, *others]]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         found, more = load_json(data), load_json(other)
@@ -741,6 +757,12 @@ class FolderTarget(Target):
             found.append({"argv": b'["--version", "1", "a.bin", "out.bin"]', "a.bin": path.read_bytes()})
             found.append({"argv": b'["hf", "out.bin"]', **whole})
             found.append({"argv": b'["--heads", "2", "hf/x.safetensors", "out.bin"]', **single})
+        tensors = parsers.safetensors(whole["model.safetensors"])
+        assert tensors is not None
+        dtype, shape, data = tensors["transformer.wte.weight"]
+        for head in ((dtype, shape, data), (dtype, shape, bytes(len(data))), ("F16", shape, data[::2])):
+            file = parsers.safetensors_bytes({**tensors, "lm_head.weight": head})
+            found.append({"argv": b'["hf", "out.bin"]', **whole, "model.safetensors": file})
         return [pack(files) for files in found]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:

@@ -34,7 +34,7 @@ from pygpt import (
 ODD: list[Any] = [
     None, True, False, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 10**5000, -(10**400), 0.0, 0.5, -1.5, 1e308, float("nan"),
     float("inf"), "", "0", "x" * 5000, "\ud800", "\0", "sample", b"\1\2", [], [[]], [1, -1], [2**62] * 2, [0.5], ["a"], {}, {3},
-    (1, 2), object(), np.int64(1), np.float32(0.5), np.array([1], "u1"), np.array([[1.5]]), np.array([], "i4"), 
+    (1, 2), object(), np.int64(1), np.float32(0.5), np.array([1], "u1"), np.array([[1.5]]), np.array([], "i4"),
     np.array([None]), np.array("2026", "M8[s]"),
 ]  # fmt: skip
 

@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pygpt.errors import DataError, InputError
-from pygpt.formats import text as data
+from pygpt.formats import shards as shards_module
+from pygpt.formats import text as text_module
 from pygpt.formats.shards import read_tokens, write_tokens
 from pygpt.formats.text import encode_text, read_text, tokens_of_text
 from pygpt.tokenizer import Tokenizer
+from pygpt.training import data
 from pygpt.training.data import DataLoader, split
 
 TOKENIZER = Tokenizer()
@@ -86,7 +88,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: int) -> None:
-    monkeypatch.setattr(data, "PIECE", 2)
+    monkeypatch.setattr(shards_module, "PIECE", 2)
     ids = [9, 9, 9, 9, 9]
     ids[position] = 10
     path = shard(tmp_path, ids)
@@ -130,7 +132,7 @@ def test_writing_refuses_what_is_no_tokens(tmp_path: Path, tokens: Any, message:
 
 
 def test_writing_more_than_the_header_can_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MOST_TOKENS", 4)
+    monkeypatch.setattr(shards_module, "MOST_TOKENS", 4)
     assert write_tokens(tmp_path / "a.bin", iter([[1, 2], [3, 4]])) == 4
     with pytest.raises(InputError, match="more than 4 tokens: write several shards"):
         write_tokens(tmp_path / "b.bin", iter([[1, 2], [3, 4, 5]]))
@@ -446,7 +448,7 @@ TEXTS = st.text(st.sampled_from(" \n\n\t\r\x0b\x1c\x1f\x85\xa0\u2003\u3000'strem
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(TEXTS, max_size=8), st.sampled_from(data.EOT_MODES))
+@given(st.lists(TEXTS, max_size=8), st.sampled_from(text_module.EOT_MODES))
 def test_tokens_are_the_same_wherever_the_text_is_cut(pieces: list[str], eot: str) -> None:
     found = [token for array in encode_text(iter(pieces), eot=eot) for token in array.tolist()]
     assert found == by_hand("".join(pieces), eot)
@@ -479,7 +481,7 @@ def test_an_unknown_mode_is_refused() -> None:
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 1000])
 def test_reading_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(data, "PIECE", piece)
+    monkeypatch.setattr(text_module, "PIECE", piece)
     text = "\ufeffné\r\n中🙂\x00\u2028 end"
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert "".join(read_text(tmp_path / "a.txt")) == text
@@ -500,7 +502,7 @@ def test_reading_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: in
 def test_bytes_that_are_no_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, offset: int, byte: int, piece: int
 ) -> None:
-    monkeypatch.setattr(data, "PIECE", piece)
+    monkeypatch.setattr(text_module, "PIECE", piece)
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=rf"a.txt: byte {byte:#x} at offset {offset} is not UTF-8 \(.*\): convert"):
         list(read_text(tmp_path / "a.txt"))

@@ -95,9 +95,9 @@ def hostile(folder: Path) -> Path:
         ["-P", "-m", "pygpt", "-m", "{model}", "1"],
         ["-c", "import sys; sys.path.pop(0); from pygpt.__main__ import main; sys.exit(main())", "-m", "{model}", "1"],
         ["{root}/chat.py", "-m", "{model}", "-n", "2", "hi"],
-        ["{root}/tools/shards.py", "--show", "{model}"],
+        ["-P", "-m", "pygpt", "shards", "--show", "{model}"],
     ],
-    ids=["module", "installed", "chat", "tool"],
+    ids=["module", "installed", "chat", "subcommand"],
 )
 def test_a_hostile_folder_is_not_run(tmp_path: Path, argv: list[str]) -> None:
     """The current folder is no place for modules: not for the installed command, its child under the chat, and the tools."""
