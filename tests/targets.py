@@ -53,7 +53,6 @@ from pygpt import (
 )
 from pygpt.__main__ import main
 from pygpt.errors import DataError
-from pygpt.formats.huggingface import write_model
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
 
 TINY = Config(maxT=3, V=5, L=1, NH=2, C=4)
@@ -309,7 +308,7 @@ class VocabularyTarget(FileTarget):
     def seeds(self) -> list[bytes]:
         vocabularies = (([b"a"], 0), ([b"", b"\xff" * 255, b"<|endoftext|>"], 2), ([b"ab"] * 40, 39))
         first = struct.pack("<256i", 20240328, 1, 50257, *[0] * 253) + bytes(50257)
-        return [first, *(self.written(write_tokenizer, tokens, eot) for tokens, eot in vocabularies)]
+        return [*(self.written(write_tokenizer, tokens, eot) for tokens, eot in vocabularies), first]
 
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.tokenizer(data)
@@ -487,21 +486,6 @@ class TextTarget(FileTarget):
 
 
 # ------------------------------------------------------------------------------------------------ commands
-
-
-def pack(files: dict[str, bytes]) -> bytes:
-    """Several files as one input."""
-    return b"".join(f"{len(data)} {name}\n".encode() + data for name, data in files.items())
-
-
-def unpack(data: bytes) -> dict[str, bytes]:
-    """The files of an input; none of what is not such an input."""
-    files: dict[str, bytes] = {}
-    while match := re.match(rb"(\d{1,9}) ([\w.-]{1,80})\n", data):
-        end = match.end() + int(match[1])
-        files[match[2].decode().replace("..", "_")] = data[match.end() : end]
-        data = data[end:]
-    return files
 
 
 def load_json(data: bytes) -> Any:
@@ -734,129 +718,7 @@ class ServeTarget(Target):
         return found
 
 
-class FolderTarget(Target):
-    """`pygpt convert` of Hugging Face's folders and of checkpoints: what it makes has the source's values.
-
-    An input is several files: "argv", a checkpoint a.bin, and those of the folder hf. The first "\\0pad" in a file is more than
-    such a file may have; one that is "\\0fifo" is a pipe.
-    """
-
-    name = "convert"
-
-    def seeds(self) -> list[bytes]:
-        found: list[dict[str, bytes]] = []
-        for config, version in ((TINY, 3), (TINY, 5), (SMALL, 1)):
-            path = self.folder / "a.bin"
-            write_checkpoint(path, config, weights(config), version=version)
-            shutil.rmtree(self.folder / "hf", ignore_errors=True)
-            with Checkpoint(path) as checkpoint:
-                write_model(str(self.folder / "hf"), checkpoint)
-            whole = {name: (self.folder / "hf" / name).read_bytes() for name in ("config.json", "model.safetensors")}
-            single = {"x.safetensors": whole["model.safetensors"]}
-            found.append({"argv": b'["a.bin", "out/"]', "a.bin": path.read_bytes()})
-            found.append({"argv": b'["--version", "1", "a.bin", "out.bin"]', "a.bin": path.read_bytes()})
-            found.append({"argv": b'["hf", "out.bin"]', **whole})
-            found.append({"argv": b'["--heads", "2", "hf/x.safetensors", "out.bin"]', **single})
-        tensors = parsers.safetensors(whole["model.safetensors"])
-        assert tensors is not None
-        dtype, shape, data = tensors["transformer.wte.weight"]
-        for head in ((dtype, shape, data), (dtype, shape, bytes(len(data))), ("F16", shape, data[::2])):
-            file = parsers.safetensors_bytes({**tensors, "lm_head.weight": head})
-            found.append({"argv": b'["hf", "out.bin"]', **whole, "model.safetensors": file})
-        return [pack(files) for files in found]
-
-    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change one of the files, put in one of another input, or take one away."""
-        files, others = unpack(data), unpack(other)
-        if not files or not others:
-            return other
-        name, kind = random.choice(sorted(files)), random.random()
-        content, like = files[name], others.get(name, b"")
-        if kind < 0.07:
-            del files[name]
-        elif kind < 0.17:
-            name = random.choice(sorted(others))
-            files[name] = others[name]
-        elif name == "argv":
-            words = [*words_of(load_json(content)), *words_of(load_json(like))]
-            files[name] = dump([random.choice([*words, *WORDS]) for _ in range(random.choice((2, 2, 3, 4)))])
-        elif name.endswith(".json"):
-            files[name] = mutate_json_text(random, content, like)
-        else:
-            files[name] = mutate_safetensors(random, content, like)
-        return pack(files)
-
-    def run(self, data: bytes) -> str:
-        files = unpack(data)
-        (self.folder / "hf").mkdir()
-        argv = words_of(load_json(files.pop("argv", b"")))
-        for name, content in files.items():
-            path = self.folder / ("" if name == "a.bin" else "hf") / name
-            if content == b"\0fifo":
-                os.mkfifo(path)
-            else:
-                path.write_bytes(content.replace(b"\0pad", b" " * (1 << 22), 1))
-        before, here = self.tree(), os.getcwd()
-        os.chdir(self.folder)
-        try:
-            outcome = run_main(main, ["convert", *argv])
-        finally:
-            os.chdir(here)
-        judge(outcome, argv)
-        after = self.tree()
-        if outcome.status or "-h" in argv or "--help" in argv:
-            assert after == before
-        else:
-            assert outcome.out == b""
-            self.compare(before, {name: after[name] for name in after if after[name] != before.get(name)})
-        return f"status {outcome.status} {skeleton(outcome.err.strip())}"
-
-    def tree(self) -> dict[str, bytes]:
-        """All files."""
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
-
-    def compare(self, before: dict[str, bytes], made: dict[str, bytes]) -> None:
-        """The result is sound, and has a source's values, rounded where it is bfloat16."""
-        if len(made) == 1:
-            checkpoint = parsers.checkpoint(*made.values())
-            assert checkpoint is not None, f"the result is not a sound checkpoint: {sorted(made)}"
-            values, bf16 = flat(checkpoint), checkpoint[0] == 5
-        else:
-            tensors = parsers.safetensors(next(made[name] for name in made if name.endswith(".safetensors")))
-            settings = parsers.strict_json(next(made[name] for name in made if name.endswith(".json")))
-            assert (len(made), tensors is None, settings is None) == (2, False, False), f"not sound: {sorted(made)}"
-            assert tensors is not None
-            values, dtypes = parsers.model_of(tensors)
-            bf16 = dtypes == {"BF16"}
-        sources = [flat(sound) for content in before.values() if (sound := parsers.checkpoint(content))]
-        parts = [tensors for content in before.values() if (tensors := parsers.safetensors(content))]
-        together = {name: tensor for part in parts for name, tensor in part.items()}
-        for part in [*parts, together]:
-            try:
-                sources.append(parsers.model_of(part)[0])
-            except (ValueError, KeyError):  # not a model
-                continue
-        right = [all(equal(source.get(name), array, bf16) for name, array in values.items()) for source in sources]
-        assert any(right), "the result has not the source's values"
-
-
-def flat(checkpoint: "tuple[int, parsers.Shape, parsers.Tensors]") -> dict[str, parsers.Floats]:
-    """A checkpoint's values, wte without padding."""
-    version, shape, tensors = checkpoint
-    values = {name: parsers.as_floats("BF16" if version == 5 else "F32", data) for name, data in tensors.items()}
-    return {**values, "wte": values["wte"][: shape["V"] * shape["C"]]}
-
-
-def equal(source: parsers.Floats | None, found: parsers.Floats, bf16: bool) -> bool:
-    """Whether values are the source's, or its nearest bfloat16."""
-    if source is None or source.shape != found.shape or not np.array_equal(nan := np.isnan(source), np.isnan(found)):
-        return False
-    bits, wanted = source[~nan].view("<u4").astype("u8"), found[~nan].view("<u4")
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
-    return np.array_equal(bits, wanted) or (bf16 and np.array_equal(rounded, wanted))
-
-
 READERS: tuple[type[Target], ...] = (CheckpointTarget, SafetensorsTarget, ShardTarget, VocabularyTarget, DebugStateTarget)
 READERS += (ExamplesTarget, StateTarget, TextTarget)
 TARGETS: dict[str, type[Target]] = {target.name: target for target in READERS}
-TARGETS |= {"convert": FolderTarget, "serve": ServeTarget, "command": LineTarget}
+TARGETS |= {"serve": ServeTarget, "command": LineTarget}
