@@ -1,8 +1,8 @@
-"""Chat with GPT-2: `python chat.py` is `python -m pygpt chat`, in this folder's pygpt."""
+"""Chat with GPT-2: `python chat.py` runs `pygpt chat` with the package in this folder."""
 
 import sys
 
-from pygpt.__main__ import main
+from pygpt import _command
 
 if __name__ == "__main__":
-    sys.exit(main(["chat", *sys.argv[1:]]))
+    sys.exit(_command("chat"))

@@ -6,160 +6,111 @@
         for token in model.generate([31373, 612], total=10):
             print(token)
 
-How a token comes about, from the outside in:
+The rooms, from the outside in; each imports only those below it:
 
-    __main__      the command: `python -m pygpt 31373 612`
-    generate      the loop: tokens in, tokens streamed out; sampling chooses each from the logits, stop says when it ends
-    model         GPT2.step(rows): checks everything, then hands one job to the pool; cache keeps what rows left behind, and
-                  prefix knows which tokens they were
-    pool          wakes the workers once a step (Condition), gathers them at its end (Barrier)
-    _kernels      every worker runs the whole forward pass on its share of each kernel; native barriers between kernels
-    micro_*.c     the inner loops, one source for every instruction set
-    checkpoint    llm.c's files, mapped and used in place; config holds the one table of tensors
-
-    data          what goes in: text and llm.c's token shards, in batches; llmc holds its other files
-    trainer       one step after the other: batches, gradients, AdamW (optim); state saves and resumes it, bit for bit
-
-    serial        the same network and its training in plain scalar loops (_reference): the yardstick
+    commands      `pygpt 31373 612` and its subcommands: options, reports, progress
+    training      parameters, batches, AdamW, saved states; reference: the scalar twin of network and training
+    model         GPT2, the face that joins network and engine
+    generation    the engine: requests in, tokens out; sampling, stop conditions, prefix caches
+    hub           which model files there are, where they lie, how they are downloaded
+    network       one step over rows of tokens, and key-value caches
+    formats       files: checkpoints, safetensors, token shards, text
+    pool          wakes the workers once a step (Condition), and waits for them at its end (Barrier)
+    _kernels      every worker runs the whole forward pass on its share of each kernel, with native barriers in between;
+                  csrc has the inner loops, one source for every instruction set
 
 One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
-and instruction set (of those with fused multiply-add), so results are equal bit for bit. The modules are private but for
-the names below, which change incompatibly only with a new minor version before 1.0 and a new major version from then on
-(README, Stability); they are imported when first asked for, so that the command starts without NumPy.
+and instruction set (of those with fused multiply-add). So results are equal bit for bit. The modules are private but for the
+names below. Before 1.0 these change incompatibly only with a new minor version, from then on only with a new major version.
+A name is imported when it is first used, so that the command starts without NumPy.
 """
 
 __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._kernels import Trace, cpu_info
-    from .cache import KVCache
-    from .ceilings import Ceilings
-    from .config import Config
-    from .errors import CheckpointError, ClosedError, DataError, InputError, NumericalError, PyGPTError
-    from .formats.checkpoint import Checkpoint, write_checkpoint
-    from .formats.llmc import (
-        DebugState,
-        Example,
-        read_debug_state,
-        read_examples,
-        read_tokenizer,
-        write_debug_state,
-        write_examples,
-        write_tokenizer,
-    )
-    from .formats.shards import read_tokens, write_tokens
-    from .formats.text import encode_text, read_text, tokens_of_text
-    from .generation.logprobs import TokenInfo
-    from .generation.prefix import PrefixCache
-    from .generation.request import Completion
-    from .hub.find import find_model
-    from .model import GPT2
-    from .pool import ThreadPool, default_threads
-    from .reference import SerialGPT2, SerialTrainableGPT2
-    from .tokenizer import StreamDecoder, Tokenizer
-    from .training.data import DataLoader, split
-    from .training.options import TrainingOptions
-    from .training.state import TrainingState, open_state
-    from .training.trainable import TrainableGPT2
-    from .training.trainer import Record, Trainer
+    from ._kernels import Trace as Trace
+    from ._kernels import cpu_info as cpu_info
+    from .ceilings import Ceilings as Ceilings
+    from .config import Config as Config
+    from .cpus import default_threads as default_threads
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ClosedError as ClosedError
+    from .errors import DataError as DataError
+    from .errors import InputError as InputError
+    from .errors import NumericalError as NumericalError
+    from .errors import PyGPTError as PyGPTError
+    from .formats.checkpoint import Checkpoint as Checkpoint
+    from .formats.checkpoint import write_checkpoint as write_checkpoint
+    from .formats.llmc import DebugState as DebugState
+    from .formats.llmc import Example as Example
+    from .formats.llmc import read_debug_state as read_debug_state
+    from .formats.llmc import read_examples as read_examples
+    from .formats.llmc import read_tokenizer as read_tokenizer
+    from .formats.llmc import write_debug_state as write_debug_state
+    from .formats.llmc import write_examples as write_examples
+    from .formats.llmc import write_tokenizer as write_tokenizer
+    from .formats.shards import read_tokens as read_tokens
+    from .formats.shards import write_tokens as write_tokens
+    from .formats.text import encode_text as encode_text
+    from .formats.text import read_text as read_text
+    from .formats.text import tokens_of_text as tokens_of_text
+    from .generation.completion import Completion as Completion
+    from .generation.engine import Engine as Engine
+    from .generation.engine import Event as Event
+    from .generation.engine import Job as Job
+    from .generation.logprobs import TokenInfo as TokenInfo
+    from .generation.prefix import PrefixCache as PrefixCache
+    from .generation.request import Request as Request
+    from .hub.find import find_model as find_model
+    from .model import GPT2 as GPT2
+    from .network import KVCache as KVCache
+    from .network import Network as Network
+    from .pool import ThreadPool as ThreadPool
+    from .reference import SerialGPT2 as SerialGPT2
+    from .reference import SerialTrainableGPT2 as SerialTrainableGPT2
+    from .tokenizer import StreamDecoder as StreamDecoder
+    from .tokenizer import Tokenizer as Tokenizer
+    from .training.data import DataLoader as DataLoader
+    from .training.data import split as split
+    from .training.options import TrainingOptions as TrainingOptions
+    from .training.state import TrainingState as TrainingState
+    from .training.state import open_state as open_state
+    from .training.trainable import TrainableGPT2 as TrainableGPT2
+    from .training.trainer import Record as Record
+    from .training.trainer import Trainer as Trainer
 
-_HOME = {
-    "Ceilings": "ceilings",
-    "Checkpoint": "formats.checkpoint",
-    "CheckpointError": "errors",
-    "ClosedError": "errors",
-    "Completion": "generation.request",
-    "Config": "config",
-    "DataError": "errors",
-    "DataLoader": "training.data",
-    "DebugState": "formats.llmc",
-    "Example": "formats.llmc",
-    "GPT2": "model",
-    "InputError": "errors",
-    "KVCache": "cache",
-    "NumericalError": "errors",
-    "PrefixCache": "generation.prefix",
-    "PyGPTError": "errors",
-    "Record": "training.trainer",
-    "SerialGPT2": "reference",
-    "SerialTrainableGPT2": "reference",
-    "StreamDecoder": "tokenizer",
-    "ThreadPool": "pool",
-    "TokenInfo": "generation.logprobs",
-    "Tokenizer": "tokenizer",
-    "Trace": "_kernels",
-    "TrainableGPT2": "training.trainable",
-    "Trainer": "training.trainer",
-    "TrainingOptions": "training.options",
-    "TrainingState": "training.state",
-    "cpu_info": "_kernels",
-    "default_threads": "pool",
-    "encode_text": "formats.text",
-    "find_model": "hub.find",
-    "open_state": "training.state",
-    "read_debug_state": "formats.llmc",
-    "read_examples": "formats.llmc",
-    "read_text": "formats.text",
-    "read_tokenizer": "formats.llmc",
-    "read_tokens": "formats.shards",
-    "split": "training.data",
-    "tokens_of_text": "formats.text",
-    "write_checkpoint": "formats.checkpoint",
-    "write_debug_state": "formats.llmc",
-    "write_examples": "formats.llmc",
-    "write_tokenizer": "formats.llmc",
-    "write_tokens": "formats.shards",
+_PUBLIC = {
+    "errors": "CheckpointError ClosedError DataError InputError NumericalError PyGPTError",
+    "config": "Config",
+    "cpus": "default_threads",
+    "_kernels": "Trace cpu_info",
+    "pool": "ThreadPool",
+    "formats.checkpoint": "Checkpoint write_checkpoint",
+    "formats.shards": "read_tokens write_tokens",
+    "formats.text": "encode_text read_text tokens_of_text",
+    "formats.llmc": "DebugState Example read_debug_state read_examples read_tokenizer "
+    "write_debug_state write_examples write_tokenizer",
+    "tokenizer": "StreamDecoder Tokenizer",
+    "hub.find": "find_model",
+    "network": "KVCache Network",
+    "generation.request": "Request",
+    "generation.completion": "Completion",
+    "generation.logprobs": "TokenInfo",
+    "generation.prefix": "PrefixCache",
+    "generation.engine": "Engine Event Job",
+    "model": "GPT2",
+    "reference": "SerialGPT2 SerialTrainableGPT2",
+    "ceilings": "Ceilings",
+    "training.options": "TrainingOptions",
+    "training.data": "DataLoader split",
+    "training.state": "TrainingState open_state",
+    "training.trainable": "TrainableGPT2",
+    "training.trainer": "Record Trainer",
 }
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
-__all__ = [
-    "GPT2",
-    "Ceilings",
-    "Checkpoint",
-    "CheckpointError",
-    "ClosedError",
-    "Completion",
-    "Config",
-    "DataError",
-    "DataLoader",
-    "DebugState",
-    "Example",
-    "InputError",
-    "KVCache",
-    "NumericalError",
-    "PrefixCache",
-    "PyGPTError",
-    "Record",
-    "SerialGPT2",
-    "SerialTrainableGPT2",
-    "StreamDecoder",
-    "ThreadPool",
-    "TokenInfo",
-    "Tokenizer",
-    "Trace",
-    "TrainableGPT2",
-    "Trainer",
-    "TrainingOptions",
-    "TrainingState",
-    "__version__",
-    "cpu_info",
-    "default_threads",
-    "encode_text",
-    "find_model",
-    "open_state",
-    "read_debug_state",
-    "read_examples",
-    "read_text",
-    "read_tokenizer",
-    "read_tokens",
-    "split",
-    "tokens_of_text",
-    "write_checkpoint",
-    "write_debug_state",
-    "write_examples",
-    "write_tokenizer",
-    "write_tokens",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> object:
@@ -177,12 +128,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-def _command() -> int:
-    """The installed command, which is `python -m pygpt`: before its imports, for Ctrl-C during these."""
+def _command(*first: str) -> int:
+    """Run the installed command, with the words `first` before those of the command line; return its exit status."""
     import signal
+    import sys
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     from .__main__ import main
 
-    return main()
+    return main([*first, *sys.argv[1:]])

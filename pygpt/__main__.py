@@ -1,7 +1,7 @@
-"""The `pygpt` command: token ids or "-" are completed, and everything else is a subcommand of its own.
+"""The `pygpt` command: complete token ids, or run a subcommand.
 
-`python -m pygpt 31373 612` completes ids (commands/complete.py). `python -m pygpt train ...` runs commands/train. Only the
-module of the command that runs is imported.
+`python -m pygpt 31373 612` completes ids (commands/complete.py). `python -m pygpt train ...` runs commands/train. This module
+imports only the chosen command.
 """
 
 import signal
@@ -12,25 +12,19 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import sys
 from collections.abc import Sequence
 
-from .commands.console import import_command
-
-COMMANDS = {  # the module of each subcommand
-    "chat": "chat",
-    "train": "train.main",
-    "eval": "eval",
-    "shards": "shards",
-    "convert": "convert",
-    "download": "download",
-    "bench": "bench.main",
-    "profile": "profile.main",
-}
+from .commands import COMMANDS
+from .commands.console import complain, import_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name; return its exit status."""
+    """Run the command named by the first argument; return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0] in COMMANDS:
-        return import_command(COMMANDS[arguments[0]])(arguments[1:])
+    first = arguments[0] if arguments else ""
+    if first in COMMANDS:
+        module, _ = COMMANDS[first]
+        return import_command(module)(arguments[1:])
+    if first[:1].isalpha():
+        return complain(f"{first[:40]!r} is neither a token id nor a command: the commands are {', '.join(COMMANDS)}", 2)
     return import_command("complete")(arguments)
 
 

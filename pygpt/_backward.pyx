@@ -21,8 +21,8 @@ from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from pygpt._kernels cimport (
-    Floats, KeysValues, Net, Row, State, Step, Weights, adamw_numbers, barrier_reset, done, forward, meet, micro, padded, shard,
-    share, trace_begin, trace_worker,
+    Floats, KeysValues, Net, Row, State, Step, Tensor, Tensors, Weights, adamw_numbers, barrier_reset, done, float32, floats_of,
+    forward, gemm_floats, meet, micro, padded, shard, share, trace_begin, trace_worker,
 )
 
 from ._kernels import PHASES
@@ -43,27 +43,8 @@ cdef int DQKV = _phase("dqkv"), DLN1 = _phase("dln1"), DENCODER = _phase("dencod
 cdef int NORM = _phase("norm"), UPDATE = _phase("update")
 
 
-cdef struct Gradients:        # where each tensor's gradient begins
-    float* wte                # (V, C)
-    float* wpe                # (maxT, C)
-    float* ln1w               # (L, C)
-    float* ln1b               # (L, C)
-    float* qkvw               # (L, 3C, C)
-    float* qkvb               # (L, 3C)
-    float* attprojw           # (L, C, C)
-    float* attprojb           # (L, C)
-    float* ln2w               # (L, C)
-    float* ln2b               # (L, C)
-    float* fcw                # (L, 4C, C)
-    float* fcb                # (L, 4C)
-    float* fcprojw            # (L, C, 4C)
-    float* fcprojb            # (L, C)
-    float* lnfw               # (C,)
-    float* lnfb               # (C,)
-
-
 cdef struct Back:             # what moves in the backward pass
-    Gradients d
+    Tensors d                 # each tensor's gradient, float32
     int add_to                # whether gradients are added to what is there
     float dloss               # the gradient of every row's loss
     Py_ssize_t B, T, maxT
@@ -176,13 +157,13 @@ cdef void attend_backward(
     t0 = 0
     while t0 < T:
         rows = min(<Py_ssize_t> SPAN_ROWS, T - t0)
-        micro.gemm(p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, HSp, t0 + rows, HSp, 0)
-        micro.gemm(ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, HSp, t0 + rows, HSp, 0)
+        gemm_floats(float32, p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, t0 + rows, HSp)
+        gemm_floats(float32, ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, t0 + rows, HSp)
         for t in range(t0, t0 + rows):
             total = micro.softmax(p + t * ldp, t + 1, scale, NULL)
             micro.store_scaled(p + t * ldp, p + t * ldp, <float> 1 / total, t + 1)
             memset(p + t * ldp + t + 1, 0, (ldp - t - 1) * sizeof(float))
-            micro.gemm(&dot, 1, p + t * ldp, ldp, 1, ds + t * ldp, ldp, 1, t + 1, 0)
+            gemm_floats(float32, &dot, 1, p + t * ldp, ldp, 1, ds + t * ldp, 1, t + 1)
             micro.softmax_backward(ds + t * ldp, p + t * ldp, dot, scale, t + 1, ldp)
         micro.mix(dq + t0 * HSp, ds + t0 * ldp, ldp, rows, keys, HSp, 0, t0 + rows)
         t0 += rows
@@ -211,14 +192,16 @@ cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t i
     """dwte[token] += dresidual[r] on top of the head's part; dwpe[pos] (+)= dresidual[r]. Channels are split."""
     cdef Py_ssize_t r, t, start, stop, C = net.C
     cdef const float* row
+    cdef float* dwte = floats_of(&b.d.wte, 0)
+    cdef float* dwpe = floats_of(&b.d.wpe, 0)
     share(C, 16, ith, nth, &start, &stop)
     if not b.add_to:
         for t in range(b.maxT):
-            memset(b.d.wpe + t * C + start, 0, (stop - start) * sizeof(float))
+            memset(dwpe + t * C + start, 0, (stop - start) * sizeof(float))
     for r in range(s.R):
         row = b.dresidual + r * C + start
-        micro.add_rows(b.d.wte + s.rows[r].token * C + start, row, C, 1, stop - start, 1)
-        micro.add_rows(b.d.wpe + s.rows[r].pos * C + start, row, C, 1, stop - start, 1)
+        micro.add_rows(dwte + s.rows[r].token * C + start, row, C, 1, stop - start, 1)
+        micro.add_rows(dwpe + s.rows[r].pos * C + start, row, C, 1, stop - start, 1)
 
 # ------------------------------------------------------------------------------------------------ (b) the backward pass
 
@@ -228,41 +211,38 @@ cdef void run_layer(
 ) noexcept nogil:
     """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
     cdef Py_ssize_t R = s.R, C = net.C
-    cdef const Gradients* d = &b.d
+    cdef const Tensors* w = &net.w
+    cdef const Tensors* d = &b.d
     cdef const float* ln1 = s.ln + 2 * l * s.ln_step
     cdef const float* ln2 = ln1 + s.ln_step
     cdef const float* atty = s.atty + l * s.atty_step
     cdef const float* fch = s.fch + l * s.fch_step
     cdef const float* fch_gelu = s.fch_gelu + l * s.fch_step
     if phase == DFCPROJ:
-        matmul_backward(b, b.dfch, s.fch_row, d.fcprojw + l * 4 * C * C, d.fcprojb + l * C, b.dresidual, C,
-                        fch_gelu, s.fch_row, weights_of(net.fcprojw, l * 4 * C * C), fch, R, 4 * C, C, ith, nth)
+        matmul_backward(b, b.dfch, s.fch_row, floats_of(&d.fcprojw, l), floats_of(&d.fcprojb, l), b.dresidual, C,
+                        fch_gelu, s.fch_row, floats_of(&w.fcprojw, l), fch, R, 4 * C, C, ith, nth)
     elif phase == DFC:
-        matmul_backward(b, b.dinp, C, d.fcw + l * 4 * C * C, d.fcb + l * 4 * C, b.dfch, s.fch_row,
-                        ln2, C, weights_of(net.fcw, l * 4 * C * C), NULL, R, C, 4 * C, ith, nth)
+        matmul_backward(b, b.dinp, C, floats_of(&d.fcw, l), floats_of(&d.fcb, l), b.dfch, s.fch_row,
+                        ln2, C, floats_of(&w.fcw, l), NULL, R, C, 4 * C, ith, nth)
     elif phase == DLN2:
-        layernorm_backward(net, s, b, 2 * l + 1, d.ln2w + l * C, d.ln2b + l * C, weights_of(net.ln2w, l * C), ith, nth)
+        layernorm_backward(net, s, b, 2 * l + 1, floats_of(&d.ln2w, l), floats_of(&d.ln2b, l), floats_of(&w.ln2w, l), ith, nth)
     elif phase == DATTPROJ:
-        matmul_backward(b, b.dinp, C, d.attprojw + l * C * C, d.attprojb + l * C, b.dresidual, C,
-                        atty, C, weights_of(net.attprojw, l * C * C), NULL, R, C, C, ith, nth)
+        matmul_backward(b, b.dinp, C, floats_of(&d.attprojw, l), floats_of(&d.attprojb, l), b.dresidual, C,
+                        atty, C, floats_of(&w.attprojw, l), NULL, R, C, C, ith, nth)
     elif phase == DATTENTION:
         attention_backward(net, s, b, l, ith, nth)
     elif phase == DQKV:
-        matmul_backward(b, b.dinp, C, d.qkvw + l * 3 * C * C, d.qkvb + l * 3 * C, b.dqkv, 3 * C,
-                        ln1, C, weights_of(net.qkvw, l * 3 * C * C), NULL, R, C, 3 * C, ith, nth)
+        matmul_backward(b, b.dinp, C, floats_of(&d.qkvw, l), floats_of(&d.qkvb, l), b.dqkv, 3 * C,
+                        ln1, C, floats_of(&w.qkvw, l), NULL, R, C, 3 * C, ith, nth)
     else:
-        layernorm_backward(net, s, b, 2 * l, d.ln1w + l * C, d.ln1b + l * C, weights_of(net.ln1w, l * C), ith, nth)
-
-
-cdef inline const float* weights_of(const char* tensor, Py_ssize_t index) noexcept nogil:
-    """The address of value `index` of a float32 tensor."""
-    return <const float*> tensor + index
+        layernorm_backward(net, s, b, 2 * l, floats_of(&d.ln1w, l), floats_of(&d.ln1b, l), floats_of(&w.ln1w, l), ith, nth)
 
 
 cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* me) noexcept nogil:
     """Gradients of all tensors from the kept activations, worker me.ith's share. Returns 1 when the step was aborted."""
     cdef Py_ssize_t R = s.R, C = net.C, start, stop
     cdef int layer, phase
+    cdef float* dwte = floats_of(&b.d.wte, 0)
     trace_begin(me)
     cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)
     if meet(me, DLOGITS, 0):
@@ -270,13 +250,14 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
     shard(R * C, me.ith, me.nth, &start, &stop)
     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
     if not b.add_to:
-        shard(b.d.wpe - b.d.wte - net.V * C, me.ith, me.nth, &start, &stop)
-        memset(b.d.wte + net.V * C + start, 0, (stop - start) * sizeof(float))                  # wte's padding
-    matmul_backward(b, b.dinp, C, b.d.wte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
-                    weights_of(net.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
+        shard(floats_of(&b.d.wpe, 0) - dwte - net.V * C, me.ith, me.nth, &start, &stop)
+        memset(dwte + net.V * C + start, 0, (stop - start) * sizeof(float))                  # wte's padding
+    matmul_backward(b, b.dinp, C, dwte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
+                    floats_of(&net.w.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
     if meet(me, DHEAD, 0):
         return 1
-    layernorm_backward(net, s, b, 2 * net.L, b.d.lnfw, b.d.lnfb, weights_of(net.lnfw, 0), me.ith, me.nth)
+    layernorm_backward(net, s, b, 2 * net.L, floats_of(&b.d.lnfw, 0), floats_of(&b.d.lnfb, 0), floats_of(&net.w.lnfw, 0),
+                       me.ith, me.nth)
     if meet(me, DLNF, 0):
         return 1
     for layer in range(<int> net.L - 1, -1, -1):
@@ -361,17 +342,14 @@ cdef class TrainStep(Step):
         self.squares = bytearray(8 * ((self.flat.size + NORM_BLOCK - 1) // NORM_BLOCK))
         cdef double[::1] squares = memoryview(self.squares).cast("d")
         self.flat.squares = &squares[0]
-        cdef dict at = {name: offset for name, _, offset, _ in config.tensors(padded=True)}
-        cdef Gradients* d = &self.back.d
-        cdef float* g = &gradients[0]
-        d.wte, d.wpe = g + <Py_ssize_t> at["wte"], g + <Py_ssize_t> at["wpe"]
-        d.ln1w, d.ln1b = g + <Py_ssize_t> at["ln1w"], g + <Py_ssize_t> at["ln1b"]
-        d.qkvw, d.qkvb = g + <Py_ssize_t> at["qkvw"], g + <Py_ssize_t> at["qkvb"]
-        d.attprojw, d.attprojb = g + <Py_ssize_t> at["attprojw"], g + <Py_ssize_t> at["attprojb"]
-        d.ln2w, d.ln2b = g + <Py_ssize_t> at["ln2w"], g + <Py_ssize_t> at["ln2b"]
-        d.fcw, d.fcb = g + <Py_ssize_t> at["fcw"], g + <Py_ssize_t> at["fcb"]
-        d.fcprojw, d.fcprojb = g + <Py_ssize_t> at["fcprojw"], g + <Py_ssize_t> at["fcprojb"]
-        d.lnfw, d.lnfb = g + <Py_ssize_t> at["lnfw"], g + <Py_ssize_t> at["lnfb"]
+        cdef const Tensor* w = <const Tensor*> &weights.net.w
+        cdef Tensor* d = <Tensor*> &self.back.d
+        for _, _, offset, _ in config.tensors(padded=True):
+            if w.format != float32:
+                raise InputError("weights to train must be float32")
+            d[0] = Tensor(<const char*> (&gradients[0] + <Py_ssize_t> offset), w.step, float32)
+            w += 1
+            d += 1
         self.back.maxT = config.maxT
         self.caches = []
 
@@ -381,7 +359,7 @@ cdef class TrainStep(Step):
         """Take a checked batch, (B, T) each, for the first `active` workers."""
         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
         self.ready = False
-        if self.weights.net.wte == NULL:
+        if self.weights.net.w.wte.data == NULL:
             raise ClosedError("the model is closed")
         if (B, T) != (self.back.B, self.back.T):
             self.caches = []

@@ -8,21 +8,32 @@ cdef extern from "micro.h" nogil:
     ctypedef struct adamw_numbers:
         float lr, beta1, beta2, rest1, rest2, over_correction1, over_correction2, eps, decay, gradient_scale
 
+    ctypedef struct weight_matrix:
+        const void* data
+        ptrdiff_t N, K
+
+    ctypedef struct weight_format:
+        const char* name
+        int block_values, value_bytes, scale_bytes, interleave, panel, narrow
+        void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
+                     const weight_matrix*, ptrdiff_t, ptrdiff_t, void*) noexcept nogil
+        void (*pack_rows)(void*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*pack_weights)(void*, const weight_matrix*, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*product)(float*, ptrdiff_t, const void*, ptrdiff_t,
+                        const weight_matrix*, ptrdiff_t, ptrdiff_t, const void*) noexcept nogil
+        void (*widen)(float*, const weight_matrix*, ptrdiff_t) noexcept nogil
+        int (*quantise)(void*, const weight_format*, const weight_matrix*, ptrdiff_t, ptrdiff_t, float*) noexcept nogil
+
     ctypedef struct microkernels:
         const char* isa
         int fused
-        void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
-                     const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
-        void (*pack_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*pack_weights)(float*, const void*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
-        void (*product)(float*, ptrdiff_t, const float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t) noexcept nogil
+        const weight_format* const* formats
         void (*outer)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
                       ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*) noexcept nogil
-        void (*encode)(float*, const void*, const void*, ptrdiff_t, int) noexcept nogil
-        void (*layernorm)(float*, const float*, const void*, const void*, ptrdiff_t, int, float*) noexcept nogil
-        void (*add_bias)(float*, const void*, ptrdiff_t, int) noexcept nogil
-        void (*add_bias_gelu)(float*, float*, const void*, ptrdiff_t, int) noexcept nogil
-        void (*add_bias_residual)(float*, const float*, const float*, const void*, ptrdiff_t, int) noexcept nogil
+        void (*layernorm)(float*, const float*, const float*, const float*, ptrdiff_t, float*) noexcept nogil
+        void (*add_bias)(float*, const float*, ptrdiff_t) noexcept nogil
+        void (*add_bias_gelu)(float*, float*, const float*, ptrdiff_t) noexcept nogil
+        void (*add_bias_residual)(float*, const float*, const float*, const float*, ptrdiff_t) noexcept nogil
         float (*softmax)(float*, ptrdiff_t, float, float*) noexcept nogil
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
@@ -35,17 +46,23 @@ cdef extern from "micro.h" nogil:
         void (*softmax_backward)(float*, const float*, float, float, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*adamw)(float*, const float*, float*, float*, ptrdiff_t, const adamw_numbers*) noexcept nogil
         double (*square_sum)(const float*, ptrdiff_t) noexcept nogil
-        int narrow, panel
+        int panel
         ptrdiff_t outer_room
         float (*probe_read)(const float*, ptrdiff_t, int) noexcept nogil
         float (*probe_fma)(ptrdiff_t) noexcept nogil
         double probe_flop
         void (*probe_stream)(float*, const float*, float*, float*, ptrdiff_t) noexcept nogil
 
+    void gemm_floats(const weight_format* float32, float* out, ptrdiff_t ldo, const float* inp, ptrdiff_t ldi, ptrdiff_t rows,
+                     const float* w, ptrdiff_t N, ptrdiff_t K)
+
     const microkernels* micro_baseline()
     const microkernels* micro_avx2()
+    const microkernels* micro_avxvnni()
     const microkernels* micro_avx512()
+    const microkernels* micro_avx512vnni()
     const microkernels* micro_neon()
+    const microkernels* micro_neondot()
 
 
 cdef extern from "sync.h" nogil:
@@ -105,41 +122,35 @@ cdef extern from "sampler.h" nogil:
     void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V, int low)
 
 
-cdef struct Net:              # what is fixed: dimensions, and where each tensor begins in the mapped file
-    Py_ssize_t L, NH, C, HS, V
+cdef struct Tensor:           # one of the sixteen, all layers' parts one after another
+    const char* data
+    Py_ssize_t step           # bytes from one layer's part to the next
+    const weight_format* format    # float32 for every vector
+
+
+cdef struct Tensors:          # in the order of config.TENSORS, so that one loop fills them
+    Tensor wte                # (V, C)
+    Tensor wpe                # (maxT, C)
+    Tensor ln1w               # (L, C)
+    Tensor ln1b               # (L, C)
+    Tensor qkvw               # (L, 3C, C)
+    Tensor qkvb               # (L, 3C)
+    Tensor attprojw           # (L, C, C)
+    Tensor attprojb           # (L, C)
+    Tensor ln2w               # (L, C)
+    Tensor ln2b               # (L, C)
+    Tensor fcw                # (L, 4C, C)
+    Tensor fcb                # (L, 4C)
+    Tensor fcprojw            # (L, C, 4C)
+    Tensor fcprojb            # (L, C)
+    Tensor lnfw               # (C,)
+    Tensor lnfb               # (C,)
+
+
+cdef struct Net:              # what is fixed: dimensions and weights
+    Py_ssize_t L, NH, C, HS, V, maxT
     Py_ssize_t HSp            # HS rounded up to a multiple of 16: the head size in a cache
-    int bf16                  # whether values are bfloat16
-    const char* wte           # (V, C)
-    const char* wpe           # (maxT, C)
-    const char* ln1w          # (L, C)
-    const char* ln1b          # (L, C)
-    const char* qkvw          # (L, 3C, C)
-    const char* qkvb          # (L, 3C)
-    const char* attprojw      # (L, C, C)
-    const char* attprojb      # (L, C)
-    const char* ln2w          # (L, C)
-    const char* ln2b          # (L, C)
-    const char* fcw           # (L, 4C, C)
-    const char* fcb           # (L, 4C)
-    const char* fcprojw       # (L, C, 4C)
-    const char* fcprojb       # (L, C)
-    const char* lnfw          # (C,)
-    const char* lnfb          # (C,)
-
-
-cdef struct Layer:            # where the tensors of one layer begin
-    const char* ln1w          # (C,)
-    const char* ln1b          # (C,)
-    const char* qkvw          # (3C, C)
-    const char* qkvb          # (3C,)
-    const char* attprojw      # (C, C)
-    const char* attprojb      # (C,)
-    const char* ln2w          # (C,)
-    const char* ln2b          # (C,)
-    const char* fcw           # (4C, C)
-    const char* fcb           # (4C,)
-    const char* fcprojw       # (C, 4C)
-    const char* fcprojb       # (C,)
+    Tensors w
 
 
 cdef struct Row:              # one token of one sequence
@@ -167,12 +178,12 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     Py_ssize_t ln_size        # values between one worker's ln and the next: 0 where all share one
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
-    float* proj               # (R, C) attproj, fcproj before they join the stream
+    float* proj               # (R, C) attproj, fcproj before they join the stream; in the encoder, rows of wpe
     float* fch                # (R, 4C of fch_row) fch
     float* fch_gelu           # (R, 4C of fch_row) fch itself, or, where activations are kept, an array of its own
     Py_ssize_t logits_row     # values from one row of logits to the next
     float* logits             # (W, V of logits_row)
-    float* scratch            # (nth, scratch_size) for the attention
+    float* scratch            # (nth, scratch_size) for the attention, and for gemm
     Py_ssize_t scratch_size
     float* packed             # (R, 4C) and padding: the rows of a product, packed; or NULL
     float* blocks             # (nth, block_size) each worker's packed weights; or NULL
@@ -190,6 +201,7 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
 
 
 cdef const microkernels* micro      # the chosen instruction set's
+cdef const weight_format* float32   # and the format of its keys, values and vectors
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil
 cdef void share(
@@ -197,6 +209,11 @@ cdef void share(
 ) noexcept nogil
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
+
+
+cdef inline float* floats_of(const Tensor* tensor, Py_ssize_t layer) noexcept nogil:
+    """One layer's part of a float32 tensor."""
+    return <float*> (tensor.data + layer * tensor.step)
 
 
 cdef class Floats:
@@ -207,7 +224,8 @@ cdef class Floats:
 
 cdef class Weights:
     cdef Net net
-    cdef const unsigned char[::1] view
+    cdef list kept                  # what the tensors point into
+    cdef _place(self, Tensor* tensor, str name, Py_ssize_t layers, tuple shape, format, data)
 
 
 cdef class KeysValues:

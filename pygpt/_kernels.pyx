@@ -24,6 +24,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
+from .config import TENSORS
 from .errors import ClosedError, InputError, shown
 
 cdef extern from *:
@@ -42,6 +43,9 @@ cdef extern from *:
         huge_page             # bytes, on the systems that have such
     void ask_huge_pages(void* memory, size_t size) noexcept nogil
 
+cdef extern from "blocks.h" nogil:
+    void panels_of_blocks(char* out, const char* blocks, int bits, ptrdiff_t N, ptrdiff_t K, ptrdiff_t start, ptrdiff_t stop)
+
 # ------------------------------------------------------------------------------------------------ (a) instruction set
 
 
@@ -49,7 +53,10 @@ def _available() -> dict:
     """Map each instruction set that this build and this processor have to its table, best first."""
     cdef const microkernels* found
     names = {}
-    for address in (<size_t> micro_avx512(), <size_t> micro_avx2(), <size_t> micro_neon(), <size_t> micro_baseline()):
+    for address in (
+        <size_t> micro_avx512vnni(), <size_t> micro_avx512(), <size_t> micro_avxvnni(), <size_t> micro_avx2(),
+        <size_t> micro_neondot(), <size_t> micro_neon(), <size_t> micro_baseline(),
+    ):
         found = <const microkernels*> <size_t> address
         if found != NULL:
             names[found.isa.decode()] = address
@@ -58,13 +65,32 @@ def _available() -> dict:
 
 def select_isa(name=None) -> None:
     """Choose the microkernels: the best this processor has, or the named set. Raises InputError when it is not there."""
-    global micro
+    global micro, float32
     available = _available()
     if name is None:
         name = next(iter(available))
     if name not in available:
         raise InputError(f"instruction set {name!r} is not available: this processor and build have {', '.join(available)}")
     micro = <const microkernels*> <size_t> available[name]
+    float32 = micro.formats[0]
+
+
+def weight_formats() -> dict:
+    """Map the name of each weight format that the kernels read to (values, bytes) of a block."""
+    cdef const weight_format* const* format = micro.formats
+    found = {}
+    while format[0] != NULL:
+        found[format[0].name.decode()] = format[0].block_values, format[0].value_bytes + format[0].scale_bytes
+        format += 1
+    return found
+
+
+cdef const weight_format* format_named(name) except NULL:
+    """Find a format's row in the chosen instruction set's table. Raises InputError for an unknown name."""
+    names = list(weight_formats())
+    if name not in names:
+        raise InputError(f"weights are of format {shown(name)}: the kernels read {', '.join(names)}")
+    return micro.formats[<Py_ssize_t> names.index(name)]
 
 
 def cpu_info() -> dict:
@@ -100,8 +126,8 @@ cdef struct Product:      # out = inp weight^T, and what follows
     Py_ssize_t ldo
     const float* inp      # IN  (rows, K), a row every ldi values
     Py_ssize_t ldi
-    const char* weight    # IN  (N, K)
-    const char* bias      # IN  (N,) or NULL
+    Tensor weight         # IN  (N, K)
+    const float* bias     # IN  (N,) or NULL
     Py_ssize_t rows, K, N
     Epilogue epilogue
     const float* before   # IN  (rows, N) or NULL
@@ -149,26 +175,40 @@ cdef void share(
     stop[0] = min(stop[0] * unit, n)
 
 
-cdef inline const char* at(const Net* net, const char* tensor, Py_ssize_t index) noexcept nogil:
-    """The address of value `index` of a tensor."""
-    return tensor + index * (2 if net.bf16 else 4)
+cdef inline Tensor part(const Tensor* tensor, Py_ssize_t layer) noexcept nogil:
+    """One layer's part of a tensor."""
+    return Tensor(tensor.data + layer * tensor.step, tensor.step, tensor.format)
+
+
+cdef inline Py_ssize_t bytes_of(const weight_format* format, Py_ssize_t rows, Py_ssize_t K) noexcept nogil:
+    """Bytes of a matrix of `rows` rows of K values: whole groups of rows, whole blocks, and the scales filled up."""
+    cdef Py_ssize_t groups = (rows + format.interleave - 1) // format.interleave
+    cdef Py_ssize_t blocks = groups * format.interleave * ((K + format.block_values - 1) // format.block_values)
+    return blocks * format.value_bytes + (blocks * format.scale_bytes + 63) // 64 * 64
+
+
+cdef inline weight_matrix matrix(const Tensor* tensor, Py_ssize_t N, Py_ssize_t K) noexcept nogil:
+    """The first layer's part of a tensor, as the microkernels take it."""
+    return weight_matrix(tensor.data, N, K)
 
 
 cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """residual[r] = wte[token] + wpe[pos], (R, C). Rows are split over the workers."""
     cdef Py_ssize_t r, start, stop, C = net.C
+    cdef weight_matrix wte = matrix(&net.w.wte, net.V, C)
+    cdef weight_matrix wpe = matrix(&net.w.wpe, net.maxT, C)
     shard(s.R, ith, nth, &start, &stop)
     for r in range(start, stop):
-        micro.encode(
-            s.residual + r * C, at(net, net.wte, s.rows[r].token * C), at(net, net.wpe, s.rows[r].pos * C), C, net.bf16
-        )
+        net.w.wte.format.widen(s.residual + r * C, &wte, s.rows[r].token)
+        net.w.wpe.format.widen(s.proj + r * C, &wpe, s.rows[r].pos)
+        micro.add_bias(s.residual + r * C, s.proj + r * C, C)
 
 
 cdef void layernorm(
     const Net* net, State* s,
     Py_ssize_t index,           # of all layernorms of the network: 2 layer, 2 layer + 1, at last 2L
-    const char* weight,         # IN (C,)
-    const char* bias,           # IN (C,)
+    const float* weight,        # IN (C,)
+    const float* bias,          # IN (C,)
     const Py_ssize_t* wanted,   # IN (rows,) which rows of the stream, or NULL for all in order
     Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
@@ -185,12 +225,35 @@ cdef void layernorm(
     for i in range(start, stop):
         if s.stats != NULL:
             stats = s.stats + 2 * (index * s.R + i)
-        micro.layernorm(ln + i * C, residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, net.bf16, stats)
+        micro.layernorm(ln + i * C, residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, stats)
 
 
-cdef inline Py_ssize_t block_outputs(Py_ssize_t K) noexcept nogil:
-    """How many outputs of K weights make a block: BLOCK_BYTES in whole panels, one at least."""
-    return max(<Py_ssize_t> BLOCK_BYTES // (4 * K * micro.panel), 1) * micro.panel
+cdef inline Py_ssize_t block_outputs(const weight_format* format, Py_ssize_t K) noexcept nogil:
+    """How many outputs of K weights make a block: BLOCK_BYTES, packed or in place, in whole panels, one at least."""
+    cdef Py_ssize_t bytes = 4 * K if format.pack_weights != NULL else bytes_of(format, format.panel, K) // format.panel
+    return max(<Py_ssize_t> BLOCK_BYTES // (bytes * format.panel), 1) * format.panel
+
+
+cdef Py_ssize_t block_size(const Net* net) noexcept nogil:
+    """Values of the largest block of weights that a product packs."""
+    cdef const Tensor* tensor = <const Tensor*> &net.w
+    cdef Py_ssize_t most = 0, C = net.C
+    while tensor <= &net.w.lnfb:
+        if tensor.format.pack_weights != NULL:
+            most = max(most, block_outputs(tensor.format, C) * padded(C))
+            most = max(most, block_outputs(tensor.format, 4 * C) * padded(4 * C))
+        tensor += 1
+    return most
+
+
+cdef Py_ssize_t rows_of_gemm(const Net* net, bint most) noexcept nogil:
+    """Up to how many rows gemm serves the products of every tensor; `most`: of any tensor."""
+    cdef const Tensor* tensor = <const Tensor*> &net.w
+    cdef Py_ssize_t found = tensor.format.narrow
+    while tensor < &net.w.lnfb:
+        tensor += 1
+        found = max(found, <Py_ssize_t> tensor.format.narrow) if most else min(found, <Py_ssize_t> tensor.format.narrow)
+    return found
 
 
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
@@ -225,18 +288,18 @@ cdef void finish(
     """The epilogue of `rows` rows and `count` outputs of a product, from (row, n) on."""
     cdef Py_ssize_t r
     cdef float* out
-    cdef const char* bias
+    cdef const float* bias
     if p.epilogue == NOTHING:
         return
-    bias = at(net, p.bias, n)
+    bias = p.bias + n
     for r in range(row, row + rows):
         out = p.out + r * p.ldo + n
         if p.epilogue == BIAS_KEYS_VALUES:
-            micro.add_bias(out, bias, count, net.bf16)
+            micro.add_bias(out, bias, count)
         elif p.epilogue == BIAS_GELU:
-            micro.add_bias_gelu(p.after + r * p.ldo + n, out, bias, count, net.bf16)
+            micro.add_bias_gelu(p.after + r * p.ldo + n, out, bias, count)
         else:
-            micro.add_bias_residual(p.after + r * p.N + n, p.before + r * p.N + n, out, bias, count, net.bf16)
+            micro.add_bias_residual(p.after + r * p.N + n, p.before + r * p.N + n, out, bias, count)
     if p.epilogue == BIAS_KEYS_VALUES:
         store_keys_values(net, s, p.layer, row, rows, n, n + count)
 
@@ -244,13 +307,16 @@ cdef void finish(
 cdef void block_of_outputs(
     const Net* net, State* s, const Product* p, float* block, Py_ssize_t n, Py_ssize_t width,
 ) noexcept nogil:
-    """The outputs [n, n + width) of all rows of a large product: the weights are packed, all rows pass, the epilogue follows
-    on every few of them."""
+    """The outputs [n, n + width) of all rows of a large product: the weights are packed, if their format needs it, all rows
+    pass, the epilogue follows on every few of them."""
     cdef Py_ssize_t r = 0, rows
-    micro.pack_weights(block, at(net, p.weight, n * p.K), p.K, width, p.K, net.bf16)
+    cdef const weight_format* format = p.weight.format
+    cdef weight_matrix w = matrix(&p.weight, p.N, p.K)
+    if format.pack_weights != NULL:
+        format.pack_weights(block, &w, n, n + width)
     while r < p.rows:
         rows = min(<Py_ssize_t> BAND_ROWS, p.rows - r)
-        micro.product(p.out + r * p.ldo + n, p.ldo, s.packed + r * padded(p.K), rows, block, width, p.K)
+        format.product(p.out + r * p.ldo + n, p.ldo, s.packed + r * padded(p.K), rows, &w, n, n + width, block)
         finish(net, s, p, r, rows, n, width)
         r += rows
 
@@ -261,18 +327,20 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
     A few rows: each worker streams its share of the weights. Many: the workers pack the rows together, meet, and take blocks
     of outputs, as large as stay in cache, until none is left."""
     cdef Py_ssize_t n, start, stop, width
-    if p.rows <= micro.narrow:
-        shard(p.N, me.ith, me.nth, &start, &stop)
-        micro.gemm(p.out + start, p.ldo, p.inp, p.ldi, p.rows, at(net, p.weight, start * p.K), p.K, stop - start, p.K, net.bf16)
+    cdef const weight_format* format = p.weight.format
+    cdef weight_matrix w = matrix(&p.weight, p.N, p.K)
+    if p.rows <= format.narrow:
+        share(p.N, format.interleave, me.ith, me.nth, &start, &stop)
+        format.gemm(p.out + start, p.ldo, p.inp, p.ldi, p.rows, &w, start, stop, s.scratch + me.ith * s.scratch_size)
         finish(net, s, p, 0, p.rows, start, stop - start)
         return 0
     share(p.rows, 16, me.ith, me.nth, &start, &stop)
     if start < stop:
-        micro.pack_rows(s.packed + start * padded(p.K), p.inp + start * p.ldi, p.ldi, stop - start, p.K)
+        format.pack_rows(s.packed + start * padded(p.K), p.inp + start * p.ldi, p.ldi, stop - start, p.K)
     if meet(me, PACK, <int32_t> p.layer):
         return 1
-    width = min(p.N // (SHARES * me.nth) // micro.panel * micro.panel, block_outputs(p.K))
-    width = max(width, <Py_ssize_t> micro.panel)
+    width = min(p.N // (SHARES * me.nth) // format.panel * format.panel, block_outputs(format, p.K))
+    width = max(width, <Py_ssize_t> format.panel)
     while True:
         n = take(s.piles + p.layer * LAYER_PHASES + phase) * width
         if n >= p.N:
@@ -297,7 +365,7 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
     for i in range(rows):
         memcpy(q + i * HSp, qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
-    micro.gemm(att, ldp, q, HSp, rows, keys, HSp, common + rows - 1, HSp, 0)
+    gemm_floats(float32, att, ldp, q, HSp, rows, keys, common + rows - 1, HSp)
     for i in range(rows):
         total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS), NULL)
     micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
@@ -334,25 +402,6 @@ cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth
 # ------------------------------------------------------------------------------------------------ (c) the forward pass
 
 
-cdef inline Layer layer_of(const Net* net, Py_ssize_t layer) noexcept nogil:
-    """Where the tensors of one layer begin."""
-    cdef Py_ssize_t C = net.C
-    cdef Layer w
-    w.ln1w = at(net, net.ln1w, layer * C)
-    w.ln1b = at(net, net.ln1b, layer * C)
-    w.qkvw = at(net, net.qkvw, layer * 3 * C * C)
-    w.qkvb = at(net, net.qkvb, layer * 3 * C)
-    w.attprojw = at(net, net.attprojw, layer * C * C)
-    w.attprojb = at(net, net.attprojb, layer * C)
-    w.ln2w = at(net, net.ln2w, layer * C)
-    w.ln2b = at(net, net.ln2b, layer * C)
-    w.fcw = at(net, net.fcw, layer * 4 * C * C)
-    w.fcb = at(net, net.fcb, layer * 4 * C)
-    w.fcprojw = at(net, net.fcprojw, layer * 4 * C * C)
-    w.fcprojb = at(net, net.fcprojb, layer * C)
-    return w
-
-
 cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_worker* me) noexcept nogil:
     """This worker's share of one phase: the network, line by line. Returns 1 when the step was aborted, else 0."""
     cdef Py_ssize_t R = s.R, C = net.C, ith = me.ith, nth = me.nth
@@ -365,33 +414,36 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
     cdef float* atty = s.atty + layer * s.atty_step
     cdef float* fch = s.fch + layer * s.fch_step
     cdef float* fch_gelu = s.fch_gelu + layer * s.fch_step
-    cdef Layer w = layer_of(net, layer)
+    cdef const Tensors* w = &net.w
     cdef Product p
     if phase == ENCODER:
         encoder(net, s, ith, nth)                                                               # residual (R, C)
     elif phase == LN1:
-        layernorm(net, s, 2 * layer, w.ln1w, w.ln1b, NULL, R, ith, nth)                         # ln1 (R, C)
+        layernorm(net, s, 2 * layer, floats_of(&w.ln1w, layer), floats_of(&w.ln1b, layer), NULL, R, ith, nth)   # ln1 (R, C)
     elif phase == QKV:
-        p = Product(qkv, 3 * C, ln1, C, w.qkvw, w.qkvb, R, C, 3 * C, BIAS_KEYS_VALUES, NULL, NULL, layer)
+        p = Product(qkv, 3 * C, ln1, C, part(&w.qkvw, layer), floats_of(&w.qkvb, layer), R, C, 3 * C,
+                    BIAS_KEYS_VALUES, NULL, NULL, layer)
         return matmul(net, s, &p, phase, me)                                                    # qkv (R, 3C)
     elif phase == ATTENTION:
         attention(net, s, layer, ith, nth)                                                      # atty (R, C)
     elif phase == ATTPROJ:
-        p = Product(s.proj, C, atty, C, w.attprojw, w.attprojb, R, C, C, BIAS_RESIDUAL, residual, residual2, layer)
+        p = Product(s.proj, C, atty, C, part(&w.attprojw, layer), floats_of(&w.attprojb, layer), R, C, C,
+                    BIAS_RESIDUAL, residual, residual2, layer)
         return matmul(net, s, &p, phase, me)                                                    # residual2 (R, C)
     elif phase == LN2:
-        layernorm(net, s, 2 * layer + 1, w.ln2w, w.ln2b, NULL, R, ith, nth)                     # ln2 (R, C)
+        layernorm(net, s, 2 * layer + 1, floats_of(&w.ln2w, layer), floats_of(&w.ln2b, layer), NULL, R, ith, nth)   # ln2 (R, C)
     elif phase == FC:
-        p = Product(fch, s.fch_row, ln2, C, w.fcw, w.fcb, R, C, 4 * C, BIAS_GELU, NULL, fch_gelu, layer)
+        p = Product(fch, s.fch_row, ln2, C, part(&w.fcw, layer), floats_of(&w.fcb, layer), R, C, 4 * C,
+                    BIAS_GELU, NULL, fch_gelu, layer)
         return matmul(net, s, &p, phase, me)                                                    # fch, fch_gelu (R, 4C)
     elif phase == FCPROJ:
-        p = Product(s.proj, C, fch_gelu, s.fch_row, w.fcprojw, w.fcprojb, R, 4 * C, C,
+        p = Product(s.proj, C, fch_gelu, s.fch_row, part(&w.fcprojw, layer), floats_of(&w.fcprojb, layer), R, 4 * C, C,
                     BIAS_RESIDUAL, residual2, residual3, layer)
         return matmul(net, s, &p, phase, me)                                                    # residual3 (R, C)
     elif phase == LNF:
-        layernorm(net, s, 2 * layer, net.lnfw, net.lnfb, s.wanted, s.W, ith, nth)               # lnf (W, C)
+        layernorm(net, s, 2 * layer, floats_of(&w.lnfw, 0), floats_of(&w.lnfb, 0), s.wanted, s.W, ith, nth)     # lnf (W, C)
     elif phase == LOGITS:
-        p = Product(s.logits, s.logits_row, ln1, C, net.wte, NULL, s.W, C, net.V, NOTHING, NULL, NULL, layer)
+        p = Product(s.logits, s.logits_row, ln1, C, w.wte, NULL, s.W, C, net.V, NOTHING, NULL, NULL, layer)
         return matmul(net, s, &p, phase, me)                                                    # logits (W, V)
     else:
         cross_entropy(net, s, ith, nth)                                                         # losses (R,)
@@ -487,46 +539,61 @@ cdef class Floats:
         view.suboffsets = NULL
         view.internal = NULL
 
+    def __reduce__(self):
+        raise TypeError("Floats cannot be copied or pickled: make an array of its own with numpy.array(floats)")
+
 
 cdef class Weights:
-    """Where the sixteen tensors lie in the mapped file. `values` is kept (and with it the map) until close()."""
+    """Where the sixteen tensors lie. Their memory, a mapped file for example, is kept until close()."""
 
-    def __init__(self, const unsigned char[::1] values not None, config, *, bint padded, bint bf16):
-        cdef Py_ssize_t width = 2 if bf16 else 4
-        cdef dict begin = {}
-        end = 0
-        for name, _, offset, size in config.tensors(padded=padded):
-            begin[name] = offset * width
-            end = (offset + size) * width
-        if values.shape[0] != end:
-            raise InputError(f"the tensors take {end} bytes, {values.shape[0]} bytes given")
-        self.view = values
-        cdef const char* base = <const char*> &values[0]
+    def __init__(self, config not None, tensors not None):
+        """Take for each name of config.TENSORS a pair (name of its weight format, its bytes), wte with V rows.
+
+        The bytes are used in place, so later changes of them count. Biases and gains are an exception: unless they are float32,
+        they are widened here, once. Raises InputError for an unknown format, and for bytes that do not fit the shape."""
         cdef Net* net = &self.net
-        net.L, net.NH, net.C, net.V, net.HS = config.L, config.NH, config.C, config.V, config.HS
-        net.HSp = (net.HS + 15) // 16 * 16
-        net.bf16 = bf16
-        net.wte = base + <Py_ssize_t> begin["wte"]
-        net.wpe = base + <Py_ssize_t> begin["wpe"]
-        net.ln1w = base + <Py_ssize_t> begin["ln1w"]
-        net.ln1b = base + <Py_ssize_t> begin["ln1b"]
-        net.qkvw = base + <Py_ssize_t> begin["qkvw"]
-        net.qkvb = base + <Py_ssize_t> begin["qkvb"]
-        net.attprojw = base + <Py_ssize_t> begin["attprojw"]
-        net.attprojb = base + <Py_ssize_t> begin["attprojb"]
-        net.ln2w = base + <Py_ssize_t> begin["ln2w"]
-        net.ln2b = base + <Py_ssize_t> begin["ln2b"]
-        net.fcw = base + <Py_ssize_t> begin["fcw"]
-        net.fcb = base + <Py_ssize_t> begin["fcb"]
-        net.fcprojw = base + <Py_ssize_t> begin["fcprojw"]
-        net.fcprojb = base + <Py_ssize_t> begin["fcprojb"]
-        net.lnfw = base + <Py_ssize_t> begin["lnfw"]
-        net.lnfb = base + <Py_ssize_t> begin["lnfb"]
+        cdef Tensor* tensor = <Tensor*> &net.w
+        net.L, net.NH, net.C, net.V, net.HS, net.maxT = config.L, config.NH, config.C, config.V, config.HS, config.maxT
+        net.HSp = padded(net.HS)
+        self.kept = []
+        for (name, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
+            format, data = tensors[name]
+            if symbols[0] == "L":
+                self._place(tensor, name, shape[0], shape[1:], format, data)
+            else:
+                self._place(tensor, name, 1, shape, format, data)
+            tensor += 1
+
+    cdef _place(self, Tensor* tensor, str name, Py_ssize_t layers, tuple shape, format, data):
+        """Point a tensor to its bytes; `shape` is one layer's, (N, K) or (K,)."""
+        cdef const unsigned char[::1] view = data
+        cdef Py_ssize_t layer, K = shape[len(shape) - 1]
+        cdef Floats wide
+        cdef weight_matrix vector
+        tensor.format = format_named(format)
+        if len(shape) == 1 and tensor.format.interleave > 1:
+            raise InputError(f"{name} is a vector: it cannot be of format {format}, only matrices can")
+        tensor.step = bytes_of(tensor.format, shape[0] if len(shape) == 2 else 1, K)
+        if view.shape[0] != layers * tensor.step:
+            raise InputError(f"{name} takes {layers * tensor.step} bytes in {format}, {view.shape[0]} bytes given")
+        tensor.data = <const char*> &view[0]
+        if len(shape) == 2 or tensor.format == float32:
+            self.kept.append(memoryview(data))
+            return
+        wide = Floats(layers, K)
+        for layer in range(layers):
+            vector = weight_matrix(tensor.data + layer * tensor.step, 1, K)
+            tensor.format.widen(wide.data + layer * K, &vector, 0)
+        tensor[0] = Tensor(<const char*> wide.data, K * <Py_ssize_t> sizeof(float), float32)
+        self.kept.append(wide)
 
     def close(self) -> None:
-        """Give the map back. Steps are refused from now on."""
-        self.net.wte = NULL
-        self.view = None
+        """Give the memory back. Steps are refused from now on."""
+        self.net.w.wte.data = NULL
+        self.kept = None
+
+    def __reduce__(self):
+        raise TypeError("weights cannot be copied or pickled: they lie in an open model, so open its file again")
 
 
 cdef class KeysValues:
@@ -548,6 +615,20 @@ cdef class KeysValues:
 
     def _truncate(self, Py_ssize_t length) -> None:
         self.length = min(self.length, max(length, 0))
+
+    def __copy__(self):
+        """Return an independent cache with the same rows, for the same model."""
+        cdef KeysValues copy = type(self).__new__(type(self))
+        KeysValues.__init__(copy, self.weights, self.capacity)
+        getattr(copy, "__dict__", {}).update(getattr(self, "__dict__", {}))   # of a subclass
+        copy_keys_values(copy, self)
+        return copy
+
+    def __deepcopy__(self, memo):
+        return self.__copy__()
+
+    def __reduce__(self):
+        raise TypeError("a cache cannot be pickled: it belongs to an open model; keep the tokens, and run them again")
 
 
 cdef class Trace:
@@ -612,6 +693,9 @@ cdef class Trace:
         log.stretched = -1 if phase is None else PHASES.index(phase)
         log.stretch = times
 
+    def __reduce__(self):
+        raise TypeError("a trace cannot be copied or pickled: copy the lists that events() returns")
+
 
 cdef class Step:
     """One step over ragged rows: prepare() it under the GIL, then let every worker call it.
@@ -646,7 +730,7 @@ cdef class Step:
         cdef Row* row
         cdef KeysValues cache
         cdef State* s = &self.state
-        if self.weights.net.wte == NULL:
+        if self.weights.net.w.wte.data == NULL:
             raise ClosedError("the model is closed")
         if not 1 <= active <= self.nth:
             raise InputError(f"{active} workers: this step has 1 to {self.nth}")
@@ -714,8 +798,8 @@ cdef class Step:
         """Make room for what a step of R rows needs beside its activations."""
         cdef State* s = &self.state
         cdef Py_ssize_t C = self.weights.net.C
-        if R > micro.narrow:
-            s.block_size = max(block_outputs(C) * padded(C), block_outputs(4 * C) * padded(4 * C))
+        if R > rows_of_gemm(&self.weights.net, most=False):
+            s.block_size = block_size(&self.weights.net)
             self.packed = Floats(1, padded(R) * padded(4 * C) + self.nth * s.block_size, dense=True)
             s.packed = self.packed.data
             s.blocks = s.packed + padded(R) * padded(4 * C)
@@ -733,10 +817,11 @@ cdef class Step:
         return (self.weights.net.L + 2) * LAYER_PHASES * sizeof(work_pile)
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
-        """Make room for each worker's attention tile over `longest` keys."""
+        """Make room for each worker: for an attention tile over `longest` keys, and for the few rows that gemm may repack."""
         cdef State* s = &self.state
-        cdef Py_ssize_t ldp = (longest + 15) // 16 * 16
-        cdef Py_ssize_t size = SPAN_ROWS * (2 * self.weights.net.HSp + ldp)
+        cdef Py_ssize_t ldp = padded(longest)
+        cdef Py_ssize_t size = max(
+            SPAN_ROWS * (2 * self.weights.net.HSp + ldp), min(s.R, rows_of_gemm(&self.weights.net, most=True)) * padded(4 * self.weights.net.C))
         if self.scratch is None or self.scratch.shape[1] < size:
             self.scratch = Floats(self.nth, 2 * size)   # twice: a growing sequence asks rarely
         s.scratch = self.scratch.data
@@ -798,7 +883,84 @@ cdef class Step:
         logits, self.logits, self.keep = self.logits, None, None
         return logits
 
-# ------------------------------------------------------------------------------------------------ (e) probes
+    def __reduce__(self):
+        raise TypeError("a step cannot be copied or pickled: it belongs to one model and its workers, so make another one")
+
+# ------------------------------------------------------------------------------------------------ (e) quantised weights
+
+
+cdef const weight_format* quantised_format(name) except NULL:
+    """The row of a quantised format. Raises InputError for another one."""
+    cdef const weight_format* format = format_named(name)
+    if format.quantise == NULL:
+        raise InputError(f"{name} is not a quantised weight format")
+    return format
+
+
+cdef check_bytes(what, Py_ssize_t found, Py_ssize_t expected):
+    if found != expected:
+        raise InputError(f"{what} has {found} bytes, expected {expected}")
+
+
+def matrix_bytes(format, Py_ssize_t N, Py_ssize_t K) -> int:
+    """Bytes of a matrix of N outputs and K inputs in a weight format. Raises InputError for an unknown format."""
+    return bytes_of(format_named(format), N, K)
+
+
+def quantise_panels(
+    unsigned char[::1] out not None, format, const unsigned char[::1] source not None, source_format,
+    Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth,
+) -> bool:
+    """Quantise worker ith's share of `layers` matrices (N, K) of any weight format to panels, without the GIL.
+
+    Returns whether every number of the share could be held: a finite one, of a size that a float16 scale reaches. Raises
+    InputError for buffers of another size, and where `format` is not a quantised one."""
+    cdef const weight_format* to = quantised_format(format)
+    cdef const weight_format* come = format_named(source_format)
+    cdef Py_ssize_t step = bytes_of(to, N, K), source_step = bytes_of(come, N, K), groups = (N + 15) // 16
+    cdef Py_ssize_t start, stop, layer, first, last
+    cdef weight_matrix w
+    cdef bint held = True
+    cdef Floats room = Floats(16, (K + 31) // 32 * 32 + 16)
+    check_bytes("out", out.shape[0], layers * step)
+    check_bytes("source", source.shape[0], layers * source_step)
+    shard(layers * groups, ith, nth, &start, &stop)
+    with nogil:
+        while start < stop:
+            layer, first = start // groups, start % groups
+            last = min(groups, first + stop - start)
+            w = weight_matrix(&source[0] + layer * source_step, N, K)
+            held &= to.quantise(&out[0] + layer * step, come, &w, 16 * first, min(16 * last, N), room.data)
+            start += last - first
+    return held
+
+
+def blocks_to_panels(
+    unsigned char[::1] out not None, format, const unsigned char[::1] blocks not None,
+    Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth,
+) -> None:
+    """Lay worker ith's share of `layers` matrices (N, K), given in GGUF's blocks, out in panels, without the GIL.
+
+    Raises InputError for buffers of another size, for a K that is not a multiple of 32, and where `format` is not a
+    quantised one."""
+    cdef const weight_format* to = quantised_format(format)
+    cdef Py_ssize_t step = bytes_of(to, N, K), size = N * (K // 32) * (to.value_bytes + to.scale_bytes)
+    cdef Py_ssize_t start, stop, layer, first, last, groups = (N + 15) // 16
+    if K % 32:
+        raise InputError(f"rows of {K} values cannot be blocks of 32")
+    check_bytes("out", out.shape[0], layers * step)
+    check_bytes("blocks", blocks.shape[0], layers * size)
+    shard(layers * groups, ith, nth, &start, &stop)
+    with nogil:
+        while start < stop:
+            layer, first = start // groups, start % groups
+            last = min(groups, first + stop - start)
+            panels_of_blocks(<char*> &out[0] + layer * step, <const char*> &blocks[0] + layer * size, to.value_bytes // 4,
+                             N, K, first, last)
+            start += last - first
+
+
+# ------------------------------------------------------------------------------------------------ (f) probes
 
 
 def probe_read(Floats memory not None, int streams, Py_ssize_t ith, Py_ssize_t nth) -> float:
@@ -824,7 +986,7 @@ def zero(Floats memory not None) -> None:
     """Fill with zeros, so that every page is there."""
     memset(memory.data, 0, memory.shape[0] * memory.strides[0])
 
-# ------------------------------------------------------------------------------------------------ (f) samplers
+# ------------------------------------------------------------------------------------------------ (g) samplers
 
 
 cdef const float* row_of(const float[:, ::1] logits, Py_ssize_t row) except NULL:
@@ -907,14 +1069,18 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
     return (<double> values[token] - max_logit) - total, top
 
 
-def copy_keys_values(KeysValues to not None, KeysValues source not None) -> None:
-    """Make an empty cache hold what another one of the same model does, so that two sequences share a beginning."""
+def copy_keys_values(KeysValues to not None, KeysValues source not None, length=None) -> None:
+    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches share no memory
+    afterwards. Raises InputError for caches that do not fit, and for more rows than the source holds."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
-    cdef Py_ssize_t size = source.length * width * sizeof(float)
-    if to.weights is not source.weights or to.length or to.capacity < source.length:
+    cdef Py_ssize_t count = source.length if length is None else length
+    cdef Py_ssize_t size = count * width * sizeof(float)
+    if not 0 <= count <= source.length:
+        raise InputError(f"cannot copy {count} rows: the cache holds {source.length}")
+    if to.weights is not source.weights or to.length or to.capacity < count:
         raise InputError("a cache can be copied to an empty one of the same model that has room for it")
     with nogil:
         for i in range(rows):
             memcpy(to.keys.data + i * to.capacity * width, source.keys.data + i * source.capacity * width, size)
             memcpy(to.values.data + i * to.capacity * width, source.values.data + i * source.capacity * width, size)
-    to.length = source.length
+    to.length = count

@@ -1,15 +1,15 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from ._backward import AdamWNumbers
 from .config import Config
-from .training.parameters import AdamW
 
 KERNELS: dict[str, int]
 
 class Reference:
-    def __init__(self, values: memoryview, config: Config, *, padded: bool, bf16: bool) -> None: ...
+    def __init__(self, config: Config, arrays: Mapping[str, npt.NDArray[np.float32] | memoryview[float]]) -> None: ...
     @property
     def config(self) -> Config: ...
     def forward(self, tokens: Sequence[int]) -> tuple[memoryview, memoryview]: ...
@@ -27,5 +27,5 @@ class Training:
     def backward(self, *, accumulate: bool, scale: float) -> None: ...
     def gradient_norm(self) -> float: ...
     def update(
-        self, first_moments: npt.NDArray[np.float32], second_moments: npt.NDArray[np.float32], numbers: AdamW
+        self, first_moments: npt.NDArray[np.float32], second_moments: npt.NDArray[np.float32], numbers: AdamWNumbers
     ) -> None: ...

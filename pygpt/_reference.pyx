@@ -15,8 +15,9 @@ Source: llm.c, train_gpt2.c, its functions without OpenMP.
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.math cimport INFINITY, coshf, expf, logf, sqrt, sqrtf, tanhf
-from libc.stdint cimport uint16_t, uint32_t
 from libc.string cimport memcpy, memset
+
+from .config import TENSORS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +331,11 @@ cdef struct Shape:
     Py_ssize_t B, T, C, L, NH, V
 
 
-cdef struct Tensors:  # pointers only, in file order: the weights, which are only read, or their gradients
+cdef enum:
+    COUNT = 16
+
+
+cdef struct Tensors:  # in the order of config.TENSORS: the weights, which are only read, or their gradients
     float* wte
     float* wpe
     float* ln1w
@@ -347,31 +352,29 @@ cdef struct Tensors:  # pointers only, in file order: the weights, which are onl
     float* fcprojb
     float* lnfw
     float* lnfb
+    Py_ssize_t[COUNT] step  # values from one layer's part to the next; 0 where there are no layers
 
 
-cdef Tensors tensors_at(float* memory, config, bint padded) except *:
-    """Find the sixteen tensors in memory."""
+cdef Tensors tensors_in(config, arrays) except *:
+    """Point to the sixteen tensors, given as flat float32 arrays by name."""
     cdef Tensors tensors
-    cdef float** fields = <float**> &tensors
-    for i, (_, _, offset, _) in enumerate(config.tensors(padded=padded)):
-        fields[<Py_ssize_t> i] = memory + <Py_ssize_t> offset
+    cdef float** field = <float**> &tensors
+    cdef const float[::1] values
+    cdef Py_ssize_t i
+    for i in range(COUNT):
+        name, dims = TENSORS[i]
+        values = arrays[name]
+        field[i] = <float*> &values[0]
+        tensors.step[i] = values.shape[0] // <Py_ssize_t> config.L if dims[0] == "L" else 0
     return tensors
 
 
-cdef Tensors tensors_of_layer(Tensors w, Shape s, Py_ssize_t layer) noexcept nogil:
+cdef Tensors tensors_of_layer(Tensors w, Py_ssize_t layer) noexcept nogil:
     """The same, each at the layer's part."""
-    w.ln1w += layer * s.C
-    w.ln1b += layer * s.C
-    w.qkvw += layer * 3 * s.C * s.C
-    w.qkvb += layer * 3 * s.C
-    w.attprojw += layer * s.C * s.C
-    w.attprojb += layer * s.C
-    w.ln2w += layer * s.C
-    w.ln2b += layer * s.C
-    w.fcw += layer * 4 * s.C * s.C
-    w.fcb += layer * 4 * s.C
-    w.fcprojw += layer * 4 * s.C * s.C
-    w.fcprojb += layer * s.C
+    cdef float** field = <float**> &w
+    cdef Py_ssize_t i
+    for i in range(COUNT):
+        field[i] += layer * w.step[i]
     return w
 
 
@@ -448,7 +451,7 @@ cdef int network_forward(Acts acts, Tensors weights, const int* tokens, Shape s,
     cdef Acts a
     encoder_forward(acts.encoded, tokens, weights.wte, weights.wpe, s.B, s.T, C)
     for layer in range(s.L):
-        w = tensors_of_layer(weights, s, layer)
+        w = tensors_of_layer(weights, layer)
         a = acts_of_layer(acts, s, layer if keep else 0)
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b, N, C)
         matmul_forward(a.qkv, a.ln1, w.qkvw, w.qkvb, N, C, 3 * C)
@@ -486,8 +489,8 @@ cdef int network_backward(
         d.residual3, gradients.lnfw, gradients.lnfb, d.lnf, residual, weights.lnfw, acts.lnf_mean, acts.lnf_rstd, N, C
     )
     for layer in range(s.L - 1, -1, -1):
-        w = tensors_of_layer(weights, s, layer)
-        g = tensors_of_layer(gradients, s, layer)
+        w = tensors_of_layer(weights, layer)
+        g = tensors_of_layer(gradients, layer)
         a = acts_of_layer(acts, s, layer)
         residual = acts_of_layer(acts, s, layer - 1).residual3 if layer else acts.encoded
         memset(d.residual, 0, other_bytes)
@@ -514,6 +517,12 @@ cdef int network_backward(
 def _floats(size):
     """Zeroed room for `size` float32 values, as a flat memoryview."""
     return memoryview(bytearray(4 * size)).cast("f")
+
+
+def _cut(float[::1] flat, config):
+    """The sixteen tensors by name, parts of a flat array in a version 3 file's layout."""
+    view = memoryview(flat)
+    return {name: view[offset : offset + size] for name, _, offset, size in config.tensors(padded=True)}
 
 
 cdef float[::1] point(float** fields, sizes):
@@ -558,26 +567,13 @@ cdef class Reference:
     """GPT-2 as the serial program computes it. forward(tokens) gives logits and probabilities of every row."""
 
     cdef readonly object config
-    cdef const float[::1] values        # the sixteen tensors in file order, float32
+    cdef object arrays                  # what the weights point into
     cdef Tensors weights
 
-    def __init__(self, values, config, *, bint padded, bint bf16):
-        """`values`: the tensors' bytes as the checkpoint stores them; bfloat16 is widened once, float32 used in place."""
-        self.config = config
-        self.values = self._widen(values) if bf16 else values.cast("f")
-        self.weights = tensors_at(<float*> &self.values[0], config, padded)
-
-    @staticmethod
-    def _widen(values):
-        cdef const uint16_t[::1] narrow = values.cast("H")
-        wide = _floats(len(values) // 2)
-        cdef float[::1] out = wide
-        cdef uint32_t bits
-        cdef Py_ssize_t i
-        for i in range(narrow.shape[0]):
-            bits = <uint32_t> narrow[i] << 16
-            memcpy(&out[i], &bits, sizeof(bits))
-        return wide
+    def __init__(self, config, arrays):
+        """arrays: the sixteen tensors by name, flat float32 arrays, used in place; wte has V rows at least."""
+        self.config, self.arrays = config, arrays
+        self.weights = tensors_in(config, arrays)
 
     def forward(self, tokens) -> tuple:
         """Return (logits, probs), memoryviews of shape (T, V), for T token ids, each below V, T at most maxT."""
@@ -613,8 +609,7 @@ cdef class Training:
     def __init__(self, float[::1] parameters, float[::1] gradients, config):
         self.config = config
         self.parameters, self.gradients = parameters, gradients
-        self.weights = tensors_at(&parameters[0], config, True)
-        self.dweights = tensors_at(&gradients[0], config, True)
+        self.weights, self.dweights = tensors_in(config, _cut(parameters, config)), tensors_in(config, _cut(gradients, config))
 
     def forward(self, const int[:, ::1] inputs, const int[:, ::1] targets):
         """Return the losses, a memoryview (B, T), and keep the activations for backward()."""

@@ -62,16 +62,16 @@ cdef extern from * nogil:
     int bus_end()
 
 
-def begin(const unsigned char[::1] line not None) -> bool:
+def begin(bytes line not None) -> bool:
     """From now on write this line, of at most 512 bytes, to descriptor 2 at a fault in a mapped file; then the signal has
     the effect that it had before. Returns False, and changes nothing, where it has begun already."""
     global bus_size
     if bus_size:
         return False
-    if not 0 < line.shape[0] <= 512:
-        raise ValueError(f"the line has {line.shape[0]} bytes: it must have 1 to 512")
-    memcpy(bus_line, &line[0], line.shape[0])
-    bus_size = line.shape[0]
+    if not 0 < len(line) <= 512:
+        raise ValueError(f"the line has {len(line)} bytes: it must have 1 to 512")
+    memcpy(bus_line, <const char *>line, len(line))
+    bus_size = len(line)
     bus_begin()
     return True
 

@@ -1,13 +1,13 @@
-"""What this machine can do at most, measured: the yardstick for how well the kernels use it.
+"""Measure the limits of this machine, as a reference for the kernels.
 
-read   bytes a second that `threads` workers read from memory together: the best of 1, 2, 4 and 8 streams a worker, with
-       software prefetch, over a buffer that no cache below the last level holds
-fma    float32 operations a second of fused multiply-add in registers, in the instruction set that the kernels use
-stream bytes a second of AdamW's traffic, four arrays read and three of them written, with one addition for each value
-       written: the most that an update of the parameters can reach
+read   bytes per second that all workers read from memory: the best of 1, 2, 4 and 8 streams per worker, with software
+       prefetch, from a buffer that is larger than the caches below the last level
+fma    float32 operations per second of fused multiply-add in registers, in the kernels' instruction set
+stream bytes per second of AdamW's memory traffic: four arrays read, three of them written, one addition per value written.
+       This is the upper limit for an update of the parameters.
 
-Each is the median over rounds that take turns, so that a slow minute of a shared machine touches all alike. Repeat them
-in the same run as whatever is held against them.
+Each number is the median over rounds. The rounds of the three measurements alternate, so a slow minute of a shared machine
+affects all three. Measure the limits in the same run as the kernels.
 """
 
 import time
@@ -16,7 +16,8 @@ from functools import partial
 from statistics import median
 
 from ._kernels import Floats, probe_fma, probe_read, zero
-from .pool import ThreadPool, resolve_threads
+from .cpus import resolve_threads
+from .pool import ThreadPool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,15 +25,14 @@ if TYPE_CHECKING:
 
 STREAMS = (1, 2, 4, 8)
 FMA_TIMES = 2_000_000
-UPDATE_BYTES = 28  # that AdamW moves for each parameter: parameter, gradient, two moments in; all but the gradient out
+UPDATE_BYTES = 28  # AdamW's traffic per parameter: it reads parameter, gradient and two moments, and writes three of them
 
 
 class Ceilings:
-    """The limits of `threads` workers: `read_gb_s`, `fma_gflop_s` and, if it was asked for, `stream_gb_s`; NaN until
-    measure() ran. Each call adds rounds.
+    """Measure the limits of `threads` workers: `read_gb_s`, `fma_gflop_s` and, with `stream`, `stream_gb_s`.
 
-    Keep one object through a benchmark and call measure() between its parts: the figures are medians over all rounds.
-    Needs `megabytes` of memory until close(), and as much again for `stream`.
+    Each is NaN before measure(), and then the median over the rounds of all calls. Keep one object through a benchmark, and
+    call measure() between its parts. Needs `megabytes` of memory until close(), and twice as much with `stream`.
     """
 
     def __init__(self, threads: int | None = None, *, megabytes: int = 512, stream: bool = False) -> None:
@@ -42,11 +42,11 @@ class Ceilings:
         self._read: dict[int, list[float]] = {streams: [] for streams in STREAMS}
         self._fma: list[float] = []
         self._stream: list[float] = []
-        self._streamed = megabytes << 16 if stream else 0  # values of each of four arrays
+        self._streamed = megabytes << 16 if stream else 0  # values in each of four arrays
         self._update = _stream_of(self._streamed, self._pool.nth) if stream else None
 
     def measure(self, rounds: int = 3) -> "Ceilings":
-        """Measure `rounds` times more."""
+        """Measure `rounds` more rounds; return self."""
         size = 4 * len(self._memory) << 18
         nth = self._pool.nth
         for _ in range(rounds):
@@ -65,26 +65,26 @@ class Ceilings:
 
     @property
     def threads(self) -> int:
-        """Workers that measured."""
+        """The number of workers."""
         return self._pool.nth
 
     @property
     def read_gb_s(self) -> float:
-        """Read bandwidth in 10^9 bytes a second, of the best number of streams."""
+        """The read bandwidth of the best number of streams, in 10^9 bytes per second."""
         return max((median(found) for found in self._read.values() if found), default=float("nan"))
 
     @property
     def fma_gflop_s(self) -> float:
-        """Peak of fused multiply-add in 10^9 operations a second."""
+        """The peak rate of fused multiply-add, in 10^9 operations per second."""
         return median(self._fma) if self._fma else float("nan")
 
     @property
     def stream_gb_s(self) -> float:
-        """What the memory gives to an update, in 10^9 bytes a second, read and written; NaN unless it was asked for."""
+        """The memory bandwidth of an update, reads and writes together, in 10^9 bytes per second. NaN without `stream`."""
         return median(self._stream) if self._stream else float("nan")
 
     def close(self) -> None:
-        """Stop the workers and give the memory back."""
+        """Stop the workers and free the memory."""
         self._pool.close()
         self._memory, self._update = Floats(0, 0), None
 
@@ -96,8 +96,7 @@ class Ceilings:
 
 
 def _stream_of(values: int, nth: int) -> "TrainStep":
-    """A step that streams through four arrays of its own, which lie as a network's in training do. The network that it wants
-    beside them is the smallest there is."""
+    """Return a step that streams through four arrays, aligned as in training. Its network is the smallest possible."""
     from ._backward import TrainStep
     from ._kernels import Weights
     from .config import Config
@@ -105,7 +104,7 @@ def _stream_of(values: int, nth: int) -> "TrainStep":
 
     arrays = zeros_to_update(values)
     for array in arrays:
-        array.fill(0)  # or its pages would not be there
+        array.fill(0)  # makes the system allocate its pages
     config = Config(maxT=1, V=1, L=1, NH=1, C=1)
     least = LiveWeights(config, aligned_zeros(config.parameters(padded=True)).data.cast("B"))
-    return TrainStep(Weights(least.values, config, padded=True, bf16=False), nth, 0, config, *arrays, keep=False)
+    return TrainStep(Weights(config, least.stored()), nth, 0, config, *arrays, keep=False)

@@ -1,7 +1,7 @@
-"""The model's dimensions, and the one table of tensors from which every offset, view, size and gradient follows.
+"""The model's dimensions, and the one table of tensors that defines every offset, view, size and gradient.
 
-Dimensions (the field's names, used everywhere): L layers, NH heads, C channels, HS = C / NH head size, V vocabulary,
-Vp = V rounded up to a multiple of 128, maxT the longest sequence. Refuses to know about files and threads.
+Dimensions: L layers, NH heads, C channels, HS = C / NH head size, V vocabulary size, Vp = V rounded up to a multiple of 128,
+maxT longest sequence. Refuses to know about files and threads.
 Source of names and order: llm.c, train_gpt2.c.
 """
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 from .errors import InputError, is_whole, shown
 
-# Upper limits of a sane model: far above GPT-2 XL, low enough that no product of them overflows 64 bits.
+# Upper limits: far above GPT-2 XL, but so low that products of dimensions fit in 64 bits.
 LIMITS = {"maxT": 65536, "V": 1 << 20, "L": 256, "NH": 1024, "C": 16384}
 
-# The sixteen tensors in file order; each holds all layers before the next begins. Weights are (out, in), row-major.
+# The sixteen tensors in file order, each with all its layers. Weights are (out, in), row-major.
 TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("wte", ("rows", "C")),  # rows: Vp in padded files, V in version 1
     ("wpe", ("maxT", "C")),
@@ -34,9 +34,9 @@ TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 class Config:
-    """A model's dimensions. Immutable by convention; equal when all five numbers are equal.
+    """A model's dimensions. Do not change them after construction. Configs are equal if all five numbers are equal.
 
-    Raises InputError when a number is not a positive int within LIMITS or C is not a multiple of NH.
+    Raises InputError if a number is not an int from 1 to its limit in LIMITS, or if C is not a multiple of NH.
     """
 
     __slots__ = ("C", "L", "NH", "V", "maxT")
@@ -52,16 +52,16 @@ class Config:
 
     @property
     def HS(self) -> int:
-        """Channels of one head."""
+        """The number of channels of one head."""
         return self.C // self.NH
 
     @property
     def Vp(self) -> int:
-        """The vocabulary padded to a multiple of 128, as version 3 and 5 files store wte."""
+        """The vocabulary size padded to a multiple of 128: the rows of wte in files of versions 3 and 5."""
         return -(-self.V // 128) * 128
 
     def tensors(self, *, padded: bool) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-        """Yield (name, shape, offset, size) of the sixteen tensors in file order; offset and size in values."""
+        """Yield (name, shape, offset, size) of the sixteen tensors in file order; offset and size are in values."""
         C = self.C
         dims = {"rows": self.Vp if padded else self.V, "maxT": self.maxT, "L": self.L, "C": C, "3C": 3 * C, "4C": 4 * C}
         offset = 0
@@ -74,7 +74,7 @@ class Config:
             offset += size
 
     def parameters(self, *, padded: bool) -> int:
-        """How many values the tensors hold in all."""
+        """Return the total number of values in the tensors."""
         return sum(size for _, _, _, size in self.tensors(padded=padded))
 
     def __eq__(self, other: object) -> bool:

@@ -1,21 +1,24 @@
-"""A fixed pool of threads that run one job together: `pool.run(job)` calls `job(ith, nth)` on every worker and returns when
-all have finished. The calling thread is worker 0. The pool knows nothing of GPT.
+"""A fixed pool of threads that run one job together.
+
+`pool.run(job)` calls `job(ith, nth)` on every worker and returns when all have finished. The calling thread is worker 0. The
+pool knows nothing of GPT.
 
 What stands here for each primitive of thread.h and thread-sync.h:
 
-    create(fn)          ThreadPool(nth): threads 1 .. nth-1 are made once, each with its id; the caller is 0
-    join()              ThreadPool.close(): waits for all in creation order; idempotent; runs at exit by itself
-    mutex               threading.RLock: one round's state; callers take turns
-    spinlock            none in Python, where a spinning thread would hold the GIL; natively sync.h's bounded spin
-    condition variable  threading.Condition: workers wait in a loop for a new round; broadcast wakes them all
-    semaphore P / V     threading.Barrier: a round's end is nth-1 arrivals, and its action one V for the caller, whose P is
-                        a threading.Lock
+    create(fn)          ThreadPool(nth): threads 1 .. nth-1 are made once, each with its id; the caller is worker 0
+    join()              ThreadPool.close(): waits for all in creation order; may be called twice; runs at exit by itself
+    mutex               threading.RLock: guards the state of one round; callers take turns
+    spinlock            none in Python, where a spinning thread would hold the GIL; in C, sync.h spins for a bounded time
+    condition variable  threading.Condition: workers wait in a loop for a new round; a broadcast wakes them all
+    semaphore P / V     threading.Barrier: a round ends with nth-1 arrivals, and the barrier's action is one V for the caller,
+                        whose P is a threading.Lock
 
-A worker that waits at exit would hang thread.h's process; here it is told to stop first. Two levels of meeting: this pool
-wakes and gathers the workers once for each job (about 10 us), and a job that has phases synchronises them natively,
-without the GIL (about 1 us). Such a job gives run() its `abort`, which frees the others when one worker fails.
+In thread.h, a worker that still waits at exit makes the process hang. Here, workers are told to stop first. There are two
+levels of synchronisation. The pool wakes the workers once for each job and waits for them once (about 10 us). Inside a job,
+workers wait for each other at native barriers without the GIL (about 1 us). A job with native barriers gives run() its
+`abort`, which releases the other workers when one of them fails.
 
-Refuses: nested jobs, more than MAX_THREADS workers, and guessing (a thread count that is not a whole number is an error).
+Refuses nested jobs, and more than MAX_THREADS workers. A thread count that is not a whole number is an error.
 """
 
 import atexit
@@ -23,14 +26,14 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 from ._signals import see_through
-from .errors import ClosedError, InputError, PyGPTError, is_whole, shown
+from .cpus import check_threads
+from .errors import ClosedError, PyGPTError
 
-MAX_THREADS = 256
-TRIES = 100  # at what signals' handlers may end whenever they raise, and what may also raise for good reasons of its own
+TRIES = 100  # how often to retry what a signal handler may interrupt each time, and what may also fail for its own reasons
 OWN_POOL = "a job, or what interrupts it, cannot use its own pool: it would wait for itself"
 
 TYPE_CHECKING = False
@@ -45,17 +48,17 @@ Job = Callable[[int, int], object]
 class ThreadPool:
     """`nth` workers: the caller and nth - 1 threads. nth = 1 starts no thread at all.
 
-    Safe to share: callers take turns. After fork() the child makes its own threads at the next run. Raises InputError for
-    a bad count and PyGPTError when the system refuses a thread.
+    Safe to share: callers take turns. After fork() the child makes its own threads at its first run. Raises InputError for
+    a bad count, and PyGPTError when the system refuses a thread.
     """
 
     def __init__(self, nth: int) -> None:
         self.nth = check_threads(nth)
-        self._turn = threading.RLock()  # who holds it may use the fields below
+        self._turn = threading.RLock()  # its holder may use the fields below
         self._busy = False
         self._closed = False
-        self._crew: _Crew | None = None
-        self._hire()
+        self._workers: _Workers | None = None
+        self._ready()
         _note(self)
 
     def run(
@@ -70,13 +73,16 @@ class ThreadPool:
     ) -> "T | None":
         """Call job(ith, nth) once on every worker, ith = 0 .. nth-1, and return when all of them have finished.
 
-        before() is called first and after() last, by the caller, in the same turn; run() returns what after() returns. With
-        `alone` the caller does the whole job, as job(0, 1). As long as again() says so after a round, the workers do one
-        more. If anything raises, after() is not called. If the job raises on a worker, abort() is called at once, so that
-        workers which wait for the failed one inside the job can leave; every worker comes to rest; then the first exception
-        is raised here. So is what a signal handler raises in between, Ctrl-C before any other: it never leaves a worker
-        behind, and is never lost beside a failure. If it takes the place of the caller's own share, which nobody knows to
-        have begun, abort() may do that share instead. Raises ClosedError after close(), PyGPTError inside a job of this pool.
+        before() runs first and after() last, on the caller, in the same turn. run() returns what after() returns. With
+        `alone` the caller does the whole job, as job(0, 1). As long as again() returns True after a round, the workers do
+        another round.
+
+        If the job raises on a worker, abort() is called at once, so that workers that wait inside the job can leave it. When
+        every worker has come to rest, the first exception is raised here, and after() is not called. If a signal handler
+        raises meanwhile (Ctrl-C), its exception is raised here too, before any other. No worker is left behind. If the
+        handler interrupts the caller's own share, which may or may not have begun, abort() may do that share instead.
+
+        Raises ClosedError after close(), and PyGPTError inside a job of this pool.
         """
         self._refuse_own_workers()
         with self._turn:
@@ -85,15 +91,15 @@ class ThreadPool:
             try:
                 if self._closed:
                     raise ClosedError("the model or its thread pool is closed")
-                crew = self._hire()
+                workers = self._ready()
                 if before is not None:
                     before()
                 if alone or self.nth == 1:
                     job(0, 1)
                 else:
-                    crew.run(job, abort or _nothing)
+                    workers.run(job, abort or _nothing)
                     while again is not None and again():
-                        crew.run(job, abort or _nothing)
+                        workers.run(job, abort or _nothing)
                 return after() if after is not None else None
             finally:
                 self._busy = False
@@ -104,37 +110,39 @@ class ThreadPool:
         with self._turn:
             self._refuse_nesting()
             self._closed = True
-            if self._crew is not None:
-                self._crew.stop()
-                self._crew.join()
-                self._goodbye.detach()
-                self._crew.rest = None  # break the cycle: the threads go now, and not in the garbage collector (see _pools)
-                self._crew = None
+            if self._workers is not None:
+                self._workers.stop()
+                self._workers.join()
+                self._finalizer.detach()
+                self._workers.end = (
+                    None  # break the cycle, so that the threads go now, not in the garbage collector (see _pools)
+                )
+                self._workers = None
 
     def _refuse_own_workers(self) -> None:
-        """A worker that waited for its turn would wait for its own job's end."""
-        crew = self._crew  # once: close() on another thread may take it away between two looks
-        if crew is not None and threading.current_thread() in crew.threads:
+        """Refuse a worker of this pool: it would wait for its turn until its own job ends."""
+        workers = self._workers  # read once: close() on another thread may reset it
+        if workers is not None and threading.current_thread() in workers.threads:
             raise PyGPTError(OWN_POOL)
 
     def _refuse_nesting(self) -> None:
-        """The same for the caller: in a job, in before() and after(), in a signal handler that interrupts them."""
+        """Refuse the caller inside a job, in before() and after(), and in a signal handler that interrupts them."""
         if self._busy:
             raise PyGPTError(OWN_POOL)
 
-    def _hire(self) -> "_Crew":
-        """The threads, made now if there are none: at construction, and after fork."""
-        if self._crew is None:
-            self._crew = _Crew(self.nth)
-            self._goodbye = weakref.finalize(self, self._crew.stop)  # a forgotten pool's threads end by themselves
-            self._goodbye.atexit = False
-        return self._crew
+    def _ready(self) -> "_Workers":
+        """Return the threads. Make them if there are none: at construction, and after fork."""
+        if self._workers is None:
+            self._workers = _Workers(self.nth)
+            self._finalizer = weakref.finalize(self, self._workers.stop)  # the threads of a forgotten pool end by themselves
+            self._finalizer.atexit = False
+        return self._workers
 
     def _after_fork(self) -> None:
-        """In a forked child: the threads do not exist here, and the locks may be held by threads that do not."""
-        if self._crew is not None:
-            self._goodbye.detach()
-            self._crew = None
+        """Forget the threads in a forked child: they do not exist here, and their locks may be held for ever."""
+        if self._workers is not None:
+            self._finalizer.detach()
+            self._workers = None
         self._busy = False
         self._turn = threading.RLock()
 
@@ -145,16 +153,17 @@ class ThreadPool:
         self.close()
 
 
-class _Crew:
+class _Workers:
     """The threads of one pool in one process, and what they share. Does not refer to the pool, which may be forgotten.
 
-    The caller may be the main thread, where a signal handler can raise between any two steps. So its side of a round is a
-    sequence of stages, each safe to enter again, which see_through() walks to the end; and it waits at a plain lock, which is
-    acquired or not, never half. The other workers are never interrupted: they wait at the Condition and the Barrier.
+    The caller may be the main thread, where a signal handler can raise between any two steps. So the caller's side of a round
+    is a sequence of stages. Each stage can be entered again safely, and see_through() repeats them until the round is over.
+    The caller waits at a plain lock, which is acquired or not, never half. The other workers are never interrupted: they wait
+    at the Condition and the Barrier.
     """
 
     POST, WORK, ABANDONED, GATHER = range(4)  # stages of a round, for the caller
-    CALLS = 30  # within each other that a round needs at most, beside the job's own
+    CALLS = 30  # nested calls that a round needs at most, without those of the job
 
     def __init__(self, nth: int) -> None:
         self.nth = nth
@@ -166,12 +175,12 @@ class _Crew:
         self.job: Job = _nothing
         self.abort: Callable[[], None] = _nothing
         self.stage = self.GATHER
-        self.aborts = 0  # that the caller has tried in this round
+        self.aborts = 0  # how often the caller has tried abort() in this round
         self.round = 0  # the caller's current round
-        self.gathered = 0  # the last round that all other workers have finished
-        self.news = threading.Lock()  # released when they have
-        self.news.acquire()
-        self.rest = threading.Barrier(nth - 1, self.tell) if nth > 1 else None
+        self.finished = 0  # the last round that all other workers have finished
+        self.done = threading.Lock()  # released when they have finished
+        self.done.acquire()
+        self.end = threading.Barrier(nth - 1, self.report) if nth > 1 else None
         self.threads: list[threading.Thread] = []
         try:
             for ith in range(1, nth):
@@ -188,11 +197,11 @@ class _Crew:
     # ---- the caller
 
     def run(self, job: Job, abort: Callable[[], None]) -> None:
-        """One round: every worker calls the job; the caller is worker 0."""
+        """Run one round: every worker calls the job; the caller is worker 0."""
         _descend(self.CALLS)
         self.job, self.abort, self.aborts, self.failure = job, abort, 0, None
         try:
-            # From here to see_through() no call and no jump back are completed: no handler raises between them.
+            # From here to see_through() there is no completed call and no jump back, so no handler can raise in between.
             self.round, self.stage = self.round + 1, self.POST
             try:
                 see_through(self.proceed)
@@ -205,7 +214,7 @@ class _Crew:
             self.job, self.abort, self.failure = _nothing, _nothing, None
 
     def proceed(self) -> bool:
-        """The caller's side of a round, from the stage that it has reached. Returns True: the round is over."""
+        """Do the caller's side of a round, from the stage that it has reached. Return True: the round is over."""
         if self.stage == self.POST:
             with self.lock:
                 self.rounds = self.round
@@ -216,7 +225,7 @@ class _Crew:
             try:
                 self.job(0, self.nth)
             except Exception as error:
-                if self.failure is None:  # without a call or a lock: a handler could raise in them
+                if self.failure is None:  # without a call or a lock, in which a handler could raise
                     self.failure = error
             else:
                 self.stage = self.GATHER
@@ -225,31 +234,31 @@ class _Crew:
             if self.aborts <= TRIES:
                 self.abort()
             self.stage = self.GATHER
-        while self.gathered != self.round:
-            self.news.acquire()
+        while self.finished != self.round:
+            self.done.acquire()
         return True
 
     # ---- the other workers
 
     def serve(self, ith: int) -> None:
-        """A worker's life: wait for a round, work, meet the others, again."""
-        assert self.rest is not None
-        done = 0
+        """Live as a worker: wait for a round, work, wait for the others, again."""
+        assert self.end is not None
+        seen = 0
         while True:
             with self.lock:
-                while self.rounds == done and not self.stopping:
+                while self.rounds == seen and not self.stopping:
                     self.wake.wait()
-                if self.rounds == done:
+                if self.rounds == seen:
                     return
-                done = self.rounds
+                seen = self.rounds
             self.work(ith)
-            self.rest.wait()
+            self.end.wait()
 
-    def tell(self) -> None:
-        """The barrier's action: the last worker to finish lets the caller go on."""
-        self.gathered = self.rounds
-        if self.news.locked():  # it is not where the caller saw `gathered` before it had to wait
-            self.news.release()
+    def report(self) -> None:
+        """Let the caller go on: the barrier's action, which the last worker to finish runs."""
+        self.finished = self.rounds
+        if self.done.locked():  # it is unlocked if the caller saw `finished` before it had to wait
+            self.done.release()
 
     # ---- both
 
@@ -257,8 +266,8 @@ class _Crew:
         """Do worker ith's share of the job; keep the first failure for the caller."""
         try:
             self.job(ith, self.nth)
-        except BaseException as error:  # including SystemExit: it must reach the caller, not end a thread
-            if self.failure is None:  # nothing comes between these two: no other thread either, under Python's global lock
+        except BaseException as error:  # SystemExit too: it must reach the caller instead of ending a thread
+            if self.failure is None:  # the GIL keeps other threads out between this test and the assignment
                 self.failure = error
             with suppress(BaseException):  # the job's failure is the one to report
                 self.abort()
@@ -269,9 +278,9 @@ class _Crew:
             self.stopping = True
             self.wake.notify_all()
         if threading.current_thread() in self.threads:
-            # The garbage collector runs this in a worker, which may have looked at `stopping` and be about to wait: it holds
-            # the lock then until it can be notified, and only another thread can tell when that is.
-            with suppress(RuntimeError):  # no more threads: it stays asleep, and dies with the process
+            # The garbage collector runs this in a worker that may have read `stopping` and be about to wait. The worker holds
+            # the lock until it can be notified, so only another thread can notify it in time.
+            with suppress(RuntimeError):  # if there are no more threads, the worker sleeps until the process ends
                 threading.Thread(target=self.notify, daemon=True).start()
 
     def notify(self) -> None:
@@ -280,31 +289,31 @@ class _Crew:
             self.wake.notify_all()
 
     def join(self, deadline: float | None = None) -> None:
-        """Wait for the workers in the order they were made, until time.monotonic() passes the deadline (None: for good)."""
+        """Wait for the workers in the order they were made, until time.monotonic() passes the deadline (None: without end)."""
         for thread in self.threads:
             if thread.ident is not None:  # else it was never started
                 thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
 
 def _nothing(*_: object) -> None:
-    """The job and the abort of a crew at rest."""
+    """Do nothing: the job and the abort of workers at rest."""
 
 
 def _descend(calls: int) -> None:
-    """Raise RecursionError if there is no room for so many calls within each other: here, where nothing has begun. In a round
-    it would be raised each time that the round is entered again."""
+    """Raise RecursionError if there is no room for so many nested calls: here, where nothing has begun. Inside a round the
+    error would be raised again each time that a stage is entered again."""
     if calls:
         _descend(calls - 1)
 
 
 # ------------------------------------------------------------------------------------------------ fork and exit
 
-# Not a WeakSet: the garbage collector would run its callback, which is Python code, and Python drops a Ctrl-C raised in there.
+# Plain weak references: the garbage collector would run a WeakSet's callback, and Python drops a Ctrl-C raised in it.
 _pools: "list[weakref.ref[ThreadPool]]" = []
 
 
 def _note(pool: ThreadPool) -> None:
-    """Add a pool to the list, and remove those that are gone."""
+    """Add a pool to the list; remove those that no longer exist."""
     for gone in [reference for reference in _pools if reference() is None]:
         with suppress(ValueError):  # another thread has removed it
             _pools.remove(gone)
@@ -321,87 +330,20 @@ def _after_fork_in_child() -> None:
 
 
 def _at_exit() -> None:
-    """Stop idle workers in good order; a worker that is still busy after a second dies with the process (daemon). A pool
-    that is used even later makes new threads, where Python still allows it."""
+    """Stop idle workers in good order. A worker that is still busy after a second ends with the process (daemon). A pool that
+    is used even later makes new threads, if Python still allows it."""
     deadline = time.monotonic() + 1.0
-    crews = []
+    stopped = []
     for pool in _living():
-        if pool._crew is not None:
-            pool._crew.stop()
-            crews.append(pool._crew)
+        if pool._workers is not None:
+            pool._workers.stop()
+            stopped.append(pool._workers)
             if not pool._busy:
-                pool._goodbye.detach()
-                pool._crew = None
-    for crew in crews:
-        crew.join(deadline)
+                pool._finalizer.detach()
+                pool._workers = None
+    for workers in stopped:
+        workers.join(deadline)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)
-
-# ------------------------------------------------------------------------------------------------ how many threads
-
-
-def check_threads(threads: int) -> int:
-    """Return a number of workers; raises InputError unless it is a whole number from 1 to MAX_THREADS."""
-    if not is_whole(threads, 1, MAX_THREADS):
-        raise InputError(f"threads is {shown(threads)}: it must be a whole number from 1 to {MAX_THREADS}")
-    return threads
-
-
-def resolve_threads(threads: int | None = None) -> int:
-    """The number of workers to use: `threads`, else PYGPT_THREADS, else default_threads(). Raises InputError."""
-    if threads is not None:
-        return check_threads(threads)
-    text = os.environ.get("PYGPT_THREADS")
-    if not text:
-        return default_threads()
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_THREADS):
-        raise InputError(f"PYGPT_THREADS is {text[:40]!r}: it must be a whole number from 1 to {MAX_THREADS}")
-    return int(text)
-
-
-def default_threads(root: str = "/") -> int:
-    """As many workers as can really run side by side: the least of the processors this process may use, its cgroup's CPU
-    quota rounded down, and the physical cores among them; at least 1. More would take turns at every barrier."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    limits = [len(cpus), _physical_cores(root, cpus), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))]
-    return max(1, min(limits))
-
-
-def _physical_cores(root: str, cpus: set[int]) -> int:
-    """How many cores the given processors share; all of them where the system does not say."""
-    cores = {_read(f"{root}sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus}
-    return len(cores)
-
-
-def _cpu_quotas(root: str) -> Iterator[float]:
-    """Every CPU quota above this process, in processors: cgroup version 2 (cpu.max) and 1 (cpu.cfs_quota_us)."""
-    for line in _read(f"{root}proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        parts = [part for part in path.split("/") if part and part != ".."]
-        for mount in {controllers, "cpu"} if controllers else {""}:  # version 1: "cpu" is a link where names differ
-            for depth in range(len(parts), -1, -1):
-                folder = "/".join([f"{root}sys/fs/cgroup/{mount}".rstrip("/"), *parts[:depth]])
-                yield from _quota(folder, version=1 if controllers else 2)
-
-
-def _quota(folder: str, *, version: int) -> Iterator[float]:
-    """The CPU quota of one cgroup, if it has one."""
-    if version == 1:
-        words = [_read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")]
-    else:
-        words = _read(f"{folder}/cpu.max").split()
-    if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # "max" and -1: none
-        yield int(words[0]) / int(words[1])
-
-
-def _read(path: str) -> str:
-    """A small text file of the system without its newline; empty where there is none."""
-    try:
-        with open(path, errors="surrogateescape") as file:  # a cgroup's name may be any bytes
-            return file.read().strip()
-    except OSError:
-        return ""

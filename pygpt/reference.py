@@ -1,7 +1,7 @@
-"""The serial reference behind the interfaces of the fast path: SerialGPT2 of GPT2, SerialTrainableGPT2 of TrainableGPT2.
+"""The serial reference with the interfaces of the fast path: SerialGPT2 for GPT2, SerialTrainableGPT2 for TrainableGPT2.
 
-For comparison in commands, tests and benchmarks: what they compute, scalar and one thing after another, is what the fast path
-is measured against.
+Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector
+instructions.
 """
 
 import os
@@ -11,7 +11,9 @@ from ._reference import Reference, Training
 from .config import Config
 from .errors import ClosedError, InputError
 from .formats.checkpoint import Checkpoint
-from .generation.request import Completer, Completion, check_tokens
+from .formats.dtypes import FORMATS
+from .generation.generate import Generator
+from .generation.request import check_tokens
 from .hub.find import find_model
 from .training.parameters import AdamW, Parameters, check_number
 
@@ -20,44 +22,66 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ._kernels import Logits
-    from .generation.prefix import PrefixCache
-    from .training.parameters import LiveWeights
+    from .network import OpenModel
 
 
-class SerialGPT2(Completer):
-    """GPT-2 as the serial program runs it: one thread, scalar, no cache, the whole network again for every token."""
+class SerialCache:
+    """The serial program's cache. It holds tokens instead of keys and values, because each step computes all of them again."""
 
-    def __init__(self, checkpoint: "Checkpoint | LiveWeights") -> None:
+    def __init__(self, capacity: int, tokens: Sequence[int] = ()) -> None:
+        self.capacity = capacity
+        self.tokens = list(tokens)
+
+    @property
+    def length(self) -> int:
+        """The number of tokens in the cache."""
+        return len(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        del self.tokens[length:]
+
+    def copy(self, length: int | None = None, *, capacity: int | None = None) -> "SerialCache":
+        """Return an independent cache of the first `length` tokens."""
+        return SerialCache(capacity or self.capacity, self.tokens[:length])
+
+
+class SerialNetwork:
+    """The serial program's network: scalar, on one thread. Each step runs the whole sequence again."""
+
+    position_bytes = 8
+
+    def __init__(self, checkpoint: "OpenModel") -> None:
         self.config = checkpoint.config
+        self.chunk = self.config.maxT
         self._checkpoint = checkpoint
-        self._reference: Reference | None = Reference(
-            checkpoint.values, self.config, padded=checkpoint.version != 1, bf16=checkpoint.bf16
-        )
+        arrays = {
+            name: data.cast("f") if stored == "float32" else FORMATS[stored].values(data)  # float32 needs no NumPy
+            for name, (stored, data) in checkpoint.stored().items()
+        }
+        self._reference: Reference | None = Reference(self.config, arrays)
 
-    @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
-        """Open a checkpoint, found as GPT2.load() finds it."""
-        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
+    def new_cache(self, capacity: int | None = None) -> SerialCache:
+        """Return an empty cache."""
+        return SerialCache(capacity or self.config.maxT)
 
-    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
-        """The logits of every position of a sequence, (T, V)."""
-        import numpy as np
+    def step(self, rows: "list[tuple[int, SerialCache, bool]]") -> "memoryview[float]":
+        """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
+        grown: dict[SerialCache, list[int]] = {cache: list(cache.tokens) for _, cache, _ in rows}
+        wanted = []
+        for token, cache, want in rows:
+            grown[cache].append(token)
+            if want:
+                wanted.append((cache, len(grown[cache]) - 1))
+        logits = {cache: self.run(grown[cache]).cast("B") for cache in dict(wanted)}
+        row_bytes = 4 * self.config.V
+        found = b"".join(logits[cache][row * row_bytes : (row + 1) * row_bytes] for cache, row in wanted)
+        for cache, tokens in grown.items():
+            cache.tokens = tokens
+        return memoryview(found).cast("f", [len(wanted), self.config.V])
 
-        return np.asarray(self._run(check_tokens(self.config, tokens)))
-
-    def _forward(self, live: list[Completion]) -> "list[tuple[Logits, int]]":
-        windows = [completion.window() for completion in live]
-        return [(self._run(window), len(window) - 1) for window in windows]
-
-    def new_prefix_cache(self) -> None:
-        """None: the serial program runs everything again for every token."""
-        return
-
-    def _check_prefix(self, prefix: "PrefixCache") -> None:
-        raise InputError("the serial reference runs everything again for every token: it takes no cache")
-
-    def _run(self, tokens: Sequence[int]) -> "Logits":
+    def run(self, tokens: Sequence[int]) -> memoryview:
+        """Return the logits of all positions, (T, V)."""
         if self._reference is None:
             raise ClosedError("the model is closed")
         return self._reference.forward(tokens)[0]
@@ -67,6 +91,30 @@ class SerialGPT2(Completer):
         self._reference = None
         self._checkpoint.close()
 
+
+class SerialGPT2(Generator):
+    """The serial program's GPT-2: scalar, on one thread. Each new token runs the whole sequence again."""
+
+    network: SerialNetwork
+
+    def __init__(self, checkpoint: "OpenModel") -> None:
+        super().__init__(SerialNetwork(checkpoint))
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
+        """Open the checkpoint that GPT2.load() would open."""
+        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
+
+    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+        """Return the logits of every position of a sequence, (T, V)."""
+        import numpy as np
+
+        return np.asarray(self.network.run(check_tokens(self.config, tokens)))
+
+    def close(self) -> None:
+        """Unmap the file. May be called twice."""
+        self.network.close()
+
     def __enter__(self) -> "SerialGPT2":
         return self
 
@@ -75,35 +123,38 @@ class SerialGPT2(Completer):
 
 
 class SerialTrainableGPT2(Parameters):
-    """GPT-2's training as the serial program runs it: one thread, scalar; `threads` is taken for the interface's sake only.
+    """The serial program's training: scalar, on one thread; `threads` and `all_workers` have no effect.
 
-    Use it in a `with` block or close() it. Ctrl-C takes effect between layers; gradients that backward() was about are
-    incomplete then, and weights and moments unchanged.
+    Use it in a `with` block, or close() it. Ctrl-C takes effect between layers. If it interrupts backward(), the gradients are
+    incomplete, but weights and moments do not change.
     """
 
     threads = 1
 
-    def __init__(self, config: Config, *, threads: int | None = None) -> None:
-        super().__init__(config, threads=threads)
+    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
+        super().__init__(config, threads=threads, all_workers=all_workers)
         self._training: Training | None = Training(self.parameters, self.gradients, config)
 
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """The loss of predicting each target, (B, T), from token ids (B, T); the activations are kept for backward().
+        """Return the loss of predicting each target, (B, T), and keep the activations for backward().
 
-        Raises InputError for ids that are not the model's, shapes that differ, or more than maxT tokens in a sequence.
+        inputs, targets: token ids (B, T). Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
         """
         import numpy as np
 
         return np.asarray(self._open().forward(*self.check_batch(inputs, targets)))
 
     def evaluate(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """The losses as forward() gives them, (B, T); nothing is kept, and what an earlier forward() kept stays."""
+        """Return the losses that forward() would return, (B, T). The activations of the last forward() stay."""
         import numpy as np
 
         return np.asarray(self._open().evaluate(*self.check_batch(inputs, targets)))
 
     def backward(self, *, accumulate: bool = False, scale: float = 1.0) -> None:
-        """Set `gradients` to those of scale * mean loss of the last forward(), or add these to them; once a forward()."""
+        """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
+
+        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before.
+        """
         training = self._open()
         check_number("scale", scale, -1e30, 1e30)
         if not training.ready:
@@ -111,19 +162,19 @@ class SerialTrainableGPT2(Parameters):
         training.backward(accumulate=accumulate, scale=scale)
 
     def gradient_norm(self) -> float:
-        """The 2-norm of all gradients together, summed in float64 in ascending order."""
+        """Return the 2-norm of all gradients together, summed in float64 in ascending order."""
         return self._open().gradient_norm()
 
     @property
     def updates(self) -> int:
-        """How many updates were made: one that Ctrl-C interrupts was made wholly, and counts, or not at all."""
+        """The number of updates made. If Ctrl-C interrupts an update, it is complete and counts, or it changed no weight."""
         return self._open().updates
 
     def _update(self, numbers: AdamW) -> None:
         self._open().update(self.first_moments, self.second_moments, numbers)
 
     def model(self) -> SerialGPT2:
-        """The model of the live weights, to complete sequences with."""
+        """Return a SerialGPT2 over the live weights, to complete sequences."""
         self._open()
         return SerialGPT2(self.weights())
 
@@ -133,7 +184,7 @@ class SerialTrainableGPT2(Parameters):
         return self._training
 
     def close(self) -> None:
-        """Give back the activations. The arrays of parameters, gradients and moments stay. May be called twice."""
+        """Free the activations. The arrays of parameters, gradients and moments remain. May be called twice."""
         self._training = None
 
     def __enter__(self) -> "SerialTrainableGPT2":

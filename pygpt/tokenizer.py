@@ -1,9 +1,9 @@
-"""GPT-2's tokenizer: text to ids and back, ids to text while they stream.
+"""GPT-2's tokenizer: encode text as ids, decode ids to text, also while they stream.
 
-The byte-pair merging is tiktoken's; the vocabulary is the carried data/vocab.bpe, so nothing is ever downloaded
-(tiktoken.get_encoding would). tiktoken is imported with the first Tokenizer, not with this module.
+tiktoken merges the byte pairs. The vocabulary is the file data/vocab.bpe of this package. tiktoken.get_encoding() would
+download one. The first Tokenizer imports tiktoken; this module does not.
 
-Refuses: ids outside the vocabulary, and a vocabulary file that is not the published one. Text is never refused.
+Refuses ids outside the vocabulary, and a vocabulary file that is not the published one. Accepts any text.
 Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`).
 """
 
@@ -26,21 +26,23 @@ VOCABULARY_FILE = os.path.join(os.path.dirname(__file__), "data", "vocab.bpe")
 VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_OF_TEXT = "<|endoftext|>"
 
-# How text is split before bytes are merged, as tiktoken writes it: the pieces of GPT-2's own pattern, found faster.
+# The pattern that splits text before bytes are merged, from tiktoken: it finds the pieces of GPT-2's own pattern faster.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# All but the last character of a long run of white space that other text follows. `\s` is spelled out because Python
-# counts four control characters as white space that Unicode, and so the pattern above, does not.
+# All but the last character of a long run of white space before other text. `\s` is written out, because Python also counts
+# four control characters as white space. Unicode, and so the pattern above, does not.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_SPACE}])")
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that are printable in Latin-1
 
 _loading = threading.Lock()
 
 
 class Tokenizer:
-    """GPT-2's byte-pair encoding of 50,257 ids. Cheap to make: the vocabulary is loaded once per process.
+    """GPT-2's byte-pair encoding with 50,257 ids. All Tokenizers of a process share one vocabulary, loaded once.
 
-    Any number of threads may use one Tokenizer. Raises PyGPTError when the installed vocabulary is missing or damaged.
+    Any number of threads may use one Tokenizer. Raises PyGPTError if the installed vocabulary is missing or damaged.
     """
 
     def __init__(self) -> None:
@@ -58,9 +60,9 @@ class Tokenizer:
         return len(self._bytes) - 1
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Turn any text into ids. A lone surrogate, which has no UTF-8 form, is read as U+FFFD.
+        """Encode any text as ids. A lone surrogate, which UTF-8 cannot represent, becomes U+FFFD.
 
-        `<|endoftext|>` in the text is ordinary text, as users may type anything; with `allow_special` it is id `eot`.
+        `<|endoftext|>` in the text is ordinary text, because users may type anything. With allow_special it becomes id `eot`.
         """
         first, *others = text.split(END_OF_TEXT) if allow_special else [text]
         ids = self._encode_ordinary(first)
@@ -70,11 +72,11 @@ class Tokenizer:
         return ids
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        """Encode text in which nothing is special.
+        """Encode text as ordinary text.
 
-        The pattern takes a run of white space before other text but for its last character, by backtracking, and
-        tiktoken's stack overflows at about a million characters. A cut at that very place gives the same pieces: the
-        run is then at the end of its part, where it is taken without backtracking.
+        To match a run of white space without its last character, the pattern backtracks. tiktoken's stack then overflows at
+        about a million characters. A cut before that last character gives the same pieces, but the run is then at the end of
+        its part, where the pattern matches it without backtracking.
         """
         ids: list[int] = []
         start = 0
@@ -84,18 +86,18 @@ class Tokenizer:
         return ids + self._encoding.encode_ordinary(text[start:])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into text. Bytes that are not UTF-8, such as a character cut at the end, become U+FFFD.
+        """Decode ids to text. Bytes that are not UTF-8, such as half a character at the end, become U+FFFD.
 
         Raises InputError for an id outside the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Turn ids into the exact bytes they stand for. Raises InputError for an id outside the vocabulary."""
+        """Decode ids to their exact bytes. Raises InputError for an id outside the vocabulary."""
         return b"".join([self._bytes[self._checked(token)] for token in ids])
 
     def _checked(self, token: int) -> int:
-        """Return an id as an int, NumPy's integers included, or raise InputError (a bool is no id)."""
+        """Return an id as an int. Accepts NumPy's integers; raises InputError for an id outside the vocabulary or a bool."""
         try:
             number = -1 if isinstance(token, bool) else index(token)
         except TypeError:
@@ -106,18 +108,18 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decode ids one at a time, never showing half a character: the pieces join to what Tokenizer.decode gives."""
+    """Decode ids one at a time, in whole characters. The pieces together equal the result of Tokenizer.decode()."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Take the next id and return the text that it completes, possibly "". Raises InputError as decode does."""
+        """Take the next id; return the text that it completes, possibly "". Raises InputError as decode() does."""
         return self._utf8.decode(self._tokenizer.decode_bytes((token,)))
 
     def finish(self) -> str:
-        """End the text: return U+FFFD for a character that stays cut, else "". The next push begins a new text."""
+        """End the text; return U+FFFD if its last character is incomplete, else "". The next push() begins a new text."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
@@ -125,7 +127,7 @@ class StreamDecoder:
 
 @cache
 def _load() -> "tuple[list[bytes], tiktoken.Encoding]":
-    """Load the vocabulary: the bytes of every id, and the encoder over them."""
+    """Load the vocabulary; return the bytes of every id, and the encoder."""
     import tiktoken
 
     tokens = _read_tokens(VOCABULARY_FILE)
@@ -139,23 +141,34 @@ def _load() -> "tuple[list[bytes], tiktoken.Encoding]":
 
 
 def _read_tokens(path: str) -> list[bytes]:
-    """Read vocab.bpe: the bytes of every ordinary token in the order of their ids.
+    """Read vocab.bpe: the bytes of every ordinary token in the order of their ids."""
+    tokens, _ = spelled_vocabulary(path)
+    byte_of = dict(zip(_symbols(), _order(), strict=True))
+    return [bytes([byte_of[char] for char in token]) for token in tokens]
+
+
+def spelled_vocabulary(path: str = VOCABULARY_FILE) -> tuple[list[str], list[str]]:
+    """Return every ordinary token in the order of their ids, and the merges, as vocab.bpe spells them.
 
     First come the 256 single bytes, the 188 printable ones of Latin-1 before the other 68; then one token a line, the
     two it is merged from. The file spells a byte as its Latin-1 character if printable, else as U+0100 and up.
     """
-    text = _read_checked(path).decode("utf-8")
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    _version, *merges = text.splitlines()
-    return [bytes([byte]) for byte in printable + others] + [
-        bytes([byte_of[char] for char in merge.replace(" ", "")]) for merge in merges
-    ]
+    _version, *merges = _read_checked(path).decode("utf-8").splitlines()
+    return _symbols() + [merge.replace(" ", "") for merge in merges], merges
+
+
+def _order() -> list[int]:
+    """The 256 bytes in the order of their ids."""
+    return _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]
+
+
+def _symbols() -> list[str]:
+    """How vocab.bpe spells the 256 bytes, in the order of their ids."""
+    return [*map(chr, _PRINTABLE), *(chr(0x100 + i) for i in range(256 - len(_PRINTABLE)))]
 
 
 def _read_checked(path: str) -> bytes:
-    """Read a file that must be the published vocabulary, byte for byte: one wrong merge would give wrong ids silently."""
+    """Read a file and compare it with the published vocabulary: one wrong merge would silently give wrong ids."""
     try:
         with open(path, "rb") as file:
             content = file.read()

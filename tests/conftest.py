@@ -6,7 +6,7 @@ import pytest
 from budget import Budget
 from programs import Files
 
-from pygpt import model
+from pygpt import cpus
 
 SECONDS = 120.0  # of all slow tests together
 GRACE_S = 600.0  # beyond its share, after which a slow test is a hang
@@ -41,8 +41,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(autouse=True, scope="session")
 def _every_worker_works() -> Iterator[None]:
-    """Let every step use all workers: the shapes of tests are so small that a step would run on one."""
+    """The shapes of tests are tiny, and a step that small would run on one worker. Here every step uses all workers."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(model, "MEETING_WEIGHT", 0)
+    patch.setattr(cpus, "workers_for", lambda threads, *_: threads)
     yield
     patch.undo()

@@ -1,4 +1,4 @@
-"""Limits of the system for a while, as a disk or a machine would have them."""
+"""Set limits of the system for a while, such as that of a full disk."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Writing beyond this many bytes of a file fails, with "File too large"."""
+    """Let writing fail beyond this many bytes of a file, with "File too large"."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

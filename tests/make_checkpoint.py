@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Write a GPT-2 checkpoint of any shape with seeded random weights, in llm.c's .bin format.
 
-The weights are a pure function of (shape, seed, peak): the same arguments give the same bytes on every machine. `peak`
-multiplies the final LayerNorm's gain, so that the next-token distribution is peaked as a trained model's is, and one
-rounding error does not decide the sampled token.
+The weights are a pure function of (shape, seed, peak). So the same arguments give the same bytes on every machine. `peak`
+multiplies the final LayerNorm's gain. This gives the next-token distribution peaks, as in a trained model, so one rounding
+error does not decide the sampled token.
 
     python make_checkpoint.py --out gpt2_124M.bin                       # 124M shape, version 3
     python make_checkpoint.py --out tiny.bin -L 2 --NH 4 -C 64 -V 211 --maxT 48 --seed 7
 
-Needs NumPy only, and nothing of pygpt: it is a second opinion on the format. Source: llm.c, train_gpt2.py (write_model).
+Needs only NumPy. It imports nothing from pygpt, because it is a second opinion on the format.
+Source: llm.c, train_gpt2.py (write_model).
 """
 
 import argparse
@@ -38,7 +39,7 @@ def make(
     seed: int = 1,
     peak: float = 12.0,
 ) -> None:
-    """Write one checkpoint to `path`. The defaults are GPT-2 124M. Raises ValueError for an impossible shape or version."""
+    """Write one checkpoint to `path`. The defaults are GPT-2 124M. Raises ValueError if a shape or version is impossible."""
     if C % NH:
         raise ValueError(f"C is {C}: it must be a multiple of NH = {NH}")
     if version not in VERSIONS:
@@ -57,7 +58,7 @@ def make(
 
 
 def tensors(L: int, C: int, V: int, maxT: int, seed: int, peak: float) -> Iterator[tuple[str, Float32]]:
-    """Yield (name, float32 array) in file order, wte unpadded (V, C). The order is part of the recipe: one stream feeds all."""
+    """Yield (name, float32 array) in file order, wte unpadded (V, C). The order matters: all draw from one random stream."""
     rng = np.random.default_rng(seed)
 
     def normal(std: float, *shape: int) -> Float32:
@@ -66,7 +67,7 @@ def tensors(L: int, C: int, V: int, maxT: int, seed: int, peak: float) -> Iterat
     def gain(*shape: int) -> Float32:
         return (1.0 + 0.1 * rng.standard_normal(shape, dtype=np.float32)).astype(FLOAT32)
 
-    residual = 0.02 / (2 * L) ** 0.5  # a Python float: float32 arithmetic under every NumPy
+    residual = 0.02 / (2 * L) ** 0.5  # a Python float, so that every NumPy computes in float32
     yield "wte", normal(0.02, V, C)
     yield "wpe", normal(0.02, maxT, C)
     yield "ln1w", gain(L, C)
@@ -86,13 +87,13 @@ def tensors(L: int, C: int, V: int, maxT: int, seed: int, peak: float) -> Iterat
 
 
 def to_bfloat16(array: Float32) -> npt.NDArray[np.uint16]:
-    """Round finite float32 to bfloat16 (nearest even), returned as its uint16 bits."""
+    """Round finite float32 to bfloat16 (nearest even); return its uint16 bits."""
     bits = np.ascontiguousarray(array, FLOAT32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(BFLOAT16)
 
 
 def parse(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Turn command-line words into make()'s keywords; `path` is None unless --out is given."""
+    """Return make()'s keywords for command-line words; `path` is None without --out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", dest="path", metavar="FILE")
     parser.add_argument("--version", type=int, default=3, choices=VERSIONS)

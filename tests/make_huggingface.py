@@ -1,6 +1,7 @@
-"""Write Hugging Face GPT-2 models by hand, and the .bin files that they are to become: a second opinion on both formats.
+"""Write Hugging Face GPT-2 models by hand, and the .bin files of the same weights: a second opinion on both formats.
 
-Needs NumPy only, and nothing of pygpt. Source: the safetensors format's description; transformers, modeling_gpt2.py (Conv1D).
+Needs only NumPy, and imports nothing from pygpt.
+Sources: the description of the safetensors format; transformers, modeling_gpt2.py (Conv1D).
 """
 
 import json
@@ -35,12 +36,12 @@ LAYER_NAMES = {
 
 
 def weights(seed: int = 1, *, L: int, NH: int, C: int, V: int, maxT: int) -> Weights:
-    """Random weights under our names."""
+    """Return random weights by pygpt's names."""
     return dict(tensors(L, C, V, maxT, seed, 1.0))
 
 
 def settings(*, L: int, NH: int, C: int, V: int, maxT: int) -> dict[str, Any]:
-    """config.json as OpenAI's models have it, what does not matter here left out."""
+    """Return config.json as in OpenAI's models, without the keys that do not matter here."""
     return {
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
@@ -59,20 +60,20 @@ def settings(*, L: int, NH: int, C: int, V: int, maxT: int) -> dict[str, Any]:
 
 
 def raw(array: npt.NDArray[np.float32], dtype: str) -> Raw:
-    """float32 values as a file of this dtype has them."""
+    """Return float32 values as a file of this dtype stores them."""
     stored = to_bfloat16(array) if dtype == "BF16" else array.astype("<f2" if dtype == "F16" else "<f4")
     return dtype, array.shape, stored.tobytes()
 
 
 def rounded(values: Weights, dtype: str) -> Weights:
-    """What is left of the values in a file of this dtype."""
+    """Return the values after rounding to this dtype, as float32."""
     if dtype == "BF16":
         return {name: (to_bfloat16(array).astype("<u4") << 16).view("<f4") for name, array in values.items()}
     return {name: array.astype("<f2" if dtype == "F16" else "<f4").astype("<f4") for name, array in values.items()}
 
 
 def named(values: Weights, dtype: str = "F32", *, prefix: str = "", masks: bool = True) -> dict[str, Raw]:
-    """The tensors under Hugging Face's names, in the order of its files: by layer; Conv1D weights are (in, out)."""
+    """Return the tensors by Hugging Face's names, in the order of its files: by layer. Conv1D weights are (in, out)."""
     maxT = len(values["wpe"])
     found = {"wte.weight": raw(values["wte"], dtype), "wpe.weight": raw(values["wpe"], dtype)}
     for layer in range(len(values["ln1w"])):
@@ -87,7 +88,7 @@ def named(values: Weights, dtype: str = "F32", *, prefix: str = "", masks: bool 
 
 
 def header_of(tensors: Mapping[str, Raw]) -> dict[str, Any]:
-    """The header of a file with these tensors."""
+    """Return the header of a file with these tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape, data) in tensors.items():
@@ -97,7 +98,7 @@ def header_of(tensors: Mapping[str, Raw]) -> dict[str, Any]:
 
 
 def file_of(header: bytes, data: bytes) -> bytes:
-    """A safetensors file."""
+    """Return the bytes of a safetensors file."""
     return struct.pack("<Q", len(header)) + header + data
 
 
@@ -107,7 +108,7 @@ def write(path: Path, tensors: Mapping[str, Raw]) -> None:
 
 
 def make_model(folder: Path, tensors: Mapping[str, Raw], config: dict[str, Any] | None, *, shards: int = 0) -> None:
-    """Write a model's folder: one file, or so many shards with their index."""
+    """Write a model's folder: one file, or `shards` files with their index."""
     folder.mkdir()
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
@@ -124,7 +125,7 @@ def make_model(folder: Path, tensors: Mapping[str, Raw], config: dict[str, Any] 
 
 
 def checkpoint_bytes(values: Weights, version: int, *, L: int, NH: int, C: int, V: int, maxT: int) -> bytes:
-    """The .bin file of these weights."""
+    """Return the bytes of the .bin file with these weights."""
     Vp = -(-V // 128) * 128
     parts = [struct.pack("<256i", MAGIC, version, maxT, V, L, NH, C, 0 if version == 1 else Vp, *[0] * 248)]
     for name, array in values.items():
@@ -135,7 +136,7 @@ def checkpoint_bytes(values: Weights, version: int, *, L: int, NH: int, C: int, 
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, Array]]]:
-    """A safetensors file's metadata and tensors, (dtype, array), bfloat16 as its bits."""
+    """Read a safetensors file; return its metadata and its tensors (dtype, array), bfloat16 as uint16 bits."""
     data = path.read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])

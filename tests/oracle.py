@@ -1,16 +1,15 @@
 """GPT-2 in float64 NumPy: what every number of pygpt is measured against.
 
-One short function a kernel, named as in llm.c and written for reading, not for speed: one sequence, no cache, no blocks,
-a shape comment `[in] -> [out]` on each statement. It shares nothing with the kernels that it judges; only the file is read
-through pygpt, and that reader has tests of its own.
-
-Dimensions: T tokens, C channels, OC output channels, NH heads, HS = C / NH, L layers, V vocabulary.
-Sources: Radford et al. 2019 and openai/gpt-2 (the network), picoGPT (the style), llm.c train_gpt2.c (the names).
+The network itself is examples/gpt2_numpy.py: one sequence, no cache, no blocks. It shares no code with the kernels that it
+judges. Only the file is read through pygpt, and that reader has tests of its own. This module reads weights in float64, names
+the activations and completes sequences.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,12 @@ import numpy.typing as npt
 from pygpt.config import TENSORS, Config
 from pygpt.formats.checkpoint import Checkpoint
 
-Array = npt.NDArray[np.float64]
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import gpt2_numpy
+from gpt2_numpy import Array, attention, encoder, gelu, layernorm, matmul, softmax
+
+__all__ = ["Array", "attention", "encoder", "gelu", "gpt2_numpy", "layernorm", "matmul", "softmax"]
+
 Weights = Mapping[str, Array]
 Sampler = Callable[[npt.NDArray[np.float32]], int]
 
@@ -44,107 +48,24 @@ def _weights(path: str, inode: int, mtime_ns: int) -> Weights:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels
-
-
-def encoder(tokens: Sequence[int], wte: Array, wpe: Array) -> Array:
-    """Look up each token's embedding and add that of its position."""
-    return wte[list(tokens)] + wpe[: len(tokens)]  # [T], [V, C], [maxT, C] -> [T, C]
-
-
-def layernorm(inp: Array, weight: Array, bias: Array) -> Array:
-    """Normalise each row to mean 0 and variance 1, then scale and shift. Ba et al. 2016; eps 1e-5 as GPT-2."""
-    mean: Array = inp.mean(axis=-1, keepdims=True)  # [T, C] -> [T, 1]
-    variance: Array = ((inp - mean) ** 2).mean(axis=-1, keepdims=True)  # [T, C] -> [T, 1]
-    return (inp - mean) / np.sqrt(variance + 1e-5) * weight + bias  # [T, C], [T, 1], [C] -> [T, C]
-
-
-def matmul(inp: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Apply a linear layer; weights are (out, in)."""
-    out: Array = inp @ weight.T  # [T, C], [OC, C] -> [T, OC]
-    return out if bias is None else out + bias  # [T, OC], [OC] -> [T, OC]
-
-
-def attention(qkv: Array, NH: int) -> Array:
-    """Causal multi-head attention over rows of q, k, v side by side; head h is channels [h*HS, (h+1)*HS) of each."""
-    T, C = qkv.shape[0], qkv.shape[1] // 3
-    HS = C // NH
-    q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)  # [T, 3C] -> 3 of [NH, T, HS]
-    scores = q @ k.transpose(0, 2, 1) / np.sqrt(HS)  # [NH, T, HS], [NH, HS, T] -> [NH, T, T]
-    future = np.triu(np.ones((T, T), dtype=bool), k=1)  # [T, T]: row t may not see columns beyond t
-    att = softmax(np.where(future, -np.inf, scores))  # [NH, T, T] -> [NH, T, T]
-    out = att @ v  # [NH, T, T], [NH, T, HS] -> [NH, T, HS]
-    return out.transpose(1, 0, 2).reshape(T, C)  # [NH, T, HS] -> [T, C]
-
-
-def gelu(inp: Array) -> Array:
-    """GELU in its tanh form, as GPT-2 was trained with. Hendrycks and Gimpel 2016."""
-    gate: Array = 1 + np.tanh(np.sqrt(2 / np.pi) * (inp + 0.044715 * inp**3))  # [...] -> [...]
-    return 0.5 * inp * gate  # [...] -> [...]
-
-
-def residual(inp1: Array, inp2: Array) -> Array:
-    """Add a layer's output to the stream that it read."""
-    return inp1 + inp2  # [T, C], [T, C] -> [T, C]
-
-
-def softmax(logits: Array) -> Array:
-    """Turn each row into probabilities; the row's greatest value is taken off first, so that nothing overflows."""
-    e: Array = np.exp(logits - logits.max(axis=-1, keepdims=True))  # [..., V] -> [..., V]
-    total: Array = e.sum(axis=-1, keepdims=True)  # [..., V] -> [..., 1]
-    return e / total  # [..., V], [..., 1] -> [..., V]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The network
 
 
 def forward(weights: Weights, config: Config, tokens: Sequence[int]) -> Array:
     """Return the logits of every position, float64 (T, V)."""
-    return forward_activations(weights, config, tokens)["logits"]
+    return gpt2_numpy.forward(weights, config.NH, tokens)[0]
 
 
 def forward_activations(weights: Weights, config: Config, tokens: Sequence[int]) -> dict[str, Array]:
-    """Run the network and keep what lies between its kernels, by llm.c's names.
+    """Run the network; return its activations by llm.c's names.
 
     encoded (T, C); ln1, atty, attproj, residual2, ln2, fcproj, residual3 (L, T, C); qkv (L, T, 3C); fch, fch_gelu (L, T, 4C);
     lnf (T, C); logits (T, V).
     """
-    encoded = encoder(tokens, weights["wte"], weights["wpe"])  # [T] -> [T, C]
-    layers: list[dict[str, Array]] = []
-    for layer in range(config.L):
-        layers.append(block(weights, layer, config.NH, layers[-1]["residual3"] if layers else encoded))  # [T, C] -> [T, C]
-    lnf = layernorm(layers[-1]["residual3"], weights["lnfw"], weights["lnfb"])  # [T, C] -> [T, C]
-    logits = matmul(lnf, weights["wte"])  # [T, C], [V, C] -> [T, V]: the head is tied to the embeddings
+    logits, (encoded, *layers) = gpt2_numpy.forward(weights, config.NH, tokens)
     stacked = {name: np.stack([acts[name] for acts in layers]) for name in layers[0]}  # L of [T, ...] -> [L, T, ...]
-    return {"encoded": encoded, **stacked, "lnf": lnf, "logits": logits}
-
-
-def block(weights: Weights, layer: int, NH: int, stream: Array) -> dict[str, Array]:
-    """Run one layer on the residual stream (T, C); the activation residual3 (T, C) is the stream that leaves it."""
-    w = {name: weights[name][layer] for name, dims in TENSORS if dims[0] == "L"}  # [L, ...] -> [...]
-    ln1 = layernorm(stream, w["ln1w"], w["ln1b"])  # [T, C] -> [T, C]
-    qkv = matmul(ln1, w["qkvw"], w["qkvb"])  # [T, C] -> [T, 3C]
-    atty = attention(qkv, NH)  # [T, 3C] -> [T, C]
-    attproj = matmul(atty, w["attprojw"], w["attprojb"])  # [T, C] -> [T, C]
-    residual2 = residual(stream, attproj)  # [T, C] -> [T, C]
-    ln2 = layernorm(residual2, w["ln2w"], w["ln2b"])  # [T, C] -> [T, C]
-    fch = matmul(ln2, w["fcw"], w["fcb"])  # [T, C] -> [T, 4C]
-    fch_gelu = gelu(fch)  # [T, 4C] -> [T, 4C]
-    fcproj = matmul(fch_gelu, w["fcprojw"], w["fcprojb"])  # [T, 4C] -> [T, C]
-    residual3 = residual(residual2, fcproj)  # [T, C] -> [T, C]
-    return {
-        "ln1": ln1,
-        "qkv": qkv,
-        "atty": atty,
-        "attproj": attproj,
-        "residual2": residual2,
-        "ln2": ln2,
-        "fch": fch,
-        "fch_gelu": fch_gelu,
-        "fcproj": fcproj,
-        "residual3": residual3,
-    }
+    lnf = layernorm(stacked["residual3"][-1], weights["lnfw"], weights["lnfb"])  # [T, C] -> [T, C]
+    return {"encoded": encoded["residual3"], **stacked, "lnf": lnf, "logits": logits}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

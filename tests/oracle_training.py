@@ -1,8 +1,8 @@
-"""GPT-2's training in float64 NumPy: what gradients, losses and updates of pygpt are measured against.
+"""GPT-2's training in float64 NumPy: the tests compare gradients, losses and updates of pygpt with it.
 
-The backward pass mirrors oracle.py's forward pass line for line, in reverse; `d` before a name is the gradient of the mean
-loss with respect to it. One short function a kernel, named as in llm.c, each returning the gradients of its inputs; a batch
-is its sequences one after another. It shares nothing with the kernels that it judges.
+The backward pass mirrors the oracle's forward pass line for line, in reverse. `d` before a name means the gradient of the mean
+loss with respect to it. Each kernel is one short function, named as in llm.c, which returns the gradients of its inputs. The
+sequences of a batch run one after another. This module shares no code with the kernels that it tests.
 
 Dimensions: B sequences, T tokens, C channels, OC output channels, NH heads, HS = C / NH, L layers, V vocabulary.
 Sources: llm.c train_gpt2.c (names, order), Loshchilov and Hutter 2019 (AdamW).
@@ -25,14 +25,14 @@ Ids = npt.NDArray[np.integer[Any]]
 
 
 def layernorm_statistics(inp: Array) -> tuple[Array, Array]:
-    """Each row's mean and reciprocal standard deviation, as oracle.layernorm has them inside."""
+    """Return the mean and the reciprocal standard deviation of each row, as oracle.layernorm computes them."""
     mean: Array = inp.mean(axis=-1)  # [T, C] -> [T]
     rstd: Array = 1 / np.sqrt(inp.var(axis=-1) + 1e-5)  # [T, C] -> [T]
     return mean, rstd
 
 
 def crossentropy(logits: Array, targets: Sequence[int]) -> Array:
-    """-log of each target's probability, without a detour through probabilities that underflow."""
+    """Return -log of each target's probability. The probabilities themselves, which could underflow, are not computed."""
     top = logits.max(axis=-1)  # [T, V] -> [T]
     total = np.log(np.exp(logits - top[:, None]).sum(axis=-1))  # [T, V], [T, 1] -> [T]
     loss: Array = top + total - logits[np.arange(len(targets)), targets]  # [T], [T], [T] -> [T]
@@ -40,19 +40,19 @@ def crossentropy(logits: Array, targets: Sequence[int]) -> Array:
 
 
 def crossentropy_softmax_backward(dlosses: Array, probs: Array, targets: Sequence[int]) -> Array:
-    """Through the loss and the softmax at once: the probabilities, less one at the target."""
+    """Return the gradient through loss and softmax together: the probabilities, minus one at the target."""
     indicator = np.zeros_like(probs)  # [T, V]
     indicator[np.arange(len(targets)), targets] = 1
     return (probs - indicator) * dlosses[:, None]  # [T, V], [T, V], [T, 1] -> [T, V]
 
 
 def residual_backward(dout: Array) -> tuple[Array, Array]:
-    """A sum hands its gradient to both sides."""
+    """Return the gradients of both terms of a sum: each is the gradient of the sum."""
     return dout, dout  # [T, C] -> [T, C], [T, C]
 
 
 def gelu_backward(dout: Array, inp: Array) -> Array:
-    """The derivative of 0.5 x (1 + tanh u), where u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """Multiply by the derivative of 0.5 x (1 + tanh u), with u = sqrt(2/pi) (x + 0.044715 x^3)."""
     tanh = np.tanh(np.sqrt(2 / np.pi) * (inp + 0.044715 * inp**3))  # [...] -> [...]
     du = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * inp**2)  # [...] -> [...]
     slope: Array = 0.5 * (1 + tanh) + 0.5 * inp * (1 - tanh**2) * du  # [...] -> [...]
@@ -60,7 +60,7 @@ def gelu_backward(dout: Array, inp: Array) -> Array:
 
 
 def attention_backward(dout: Array, qkv: Array, NH: int) -> Array:
-    """Through the weighted sum of values, the softmax, the scale, and the dot products of queries and keys."""
+    """Return the gradient through the weighted sum of values, the softmax, the scale, and the dots of queries and keys."""
     T, C = dout.shape
     HS = C // NH
     q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)  # [T, 3C] -> 3 of [NH, T, HS]
@@ -76,12 +76,12 @@ def attention_backward(dout: Array, qkv: Array, NH: int) -> Array:
 
 
 def matmul_backward(dout: Array, inp: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """Gradients of a linear layer's input, weight (out, in) and bias."""
+    """Return the gradients of a linear layer's input, weight (out, in) and bias."""
     return dout @ weight, dout.T @ inp, dout.sum(axis=0)  # [T, OC], [T, C], [OC, C] -> [T, C], [OC, C], [OC]
 
 
 def layernorm_backward(dout: Array, inp: Array, weight: Array, mean: Array, rstd: Array) -> tuple[Array, Array, Array]:
-    """Gradients of the input, the gain and the bias, given the statistics of the rows."""
+    """Return the gradients of the input, the gain and the bias, given the mean and rstd of the rows."""
     norm = (inp - mean[:, None]) * rstd[:, None]  # [T, C], [T, 1], [T, 1] -> [T, C]
     dnorm = weight * dout  # [C], [T, C] -> [T, C]
     dnorm_mean = dnorm.mean(axis=-1, keepdims=True)  # [T, C] -> [T, 1]
@@ -91,9 +91,9 @@ def layernorm_backward(dout: Array, inp: Array, weight: Array, mean: Array, rstd
 
 
 def encoder_backward(dout: Array, tokens: Sequence[int], V: int, maxT: int) -> tuple[Array, Array]:
-    """Add each row to its token's and to its position's embedding."""
+    """Return the gradients of both embeddings: each row is added to that of its token and that of its position."""
     dwte, dwpe = np.zeros((V, dout.shape[1])), np.zeros((maxT, dout.shape[1]))  # [V, C], [maxT, C]
-    np.add.at(dwte, np.asarray(tokens), dout)  # a token may come more than once
+    np.add.at(dwte, np.asarray(tokens), dout)  # not +=: a token may occur more than once
     dwpe[: len(dout)] += dout  # [T, C] -> [maxT, C]
     return dwte, dwpe
 
@@ -103,13 +103,13 @@ def encoder_backward(dout: Array, tokens: Sequence[int], V: int, maxT: int) -> t
 
 
 def losses(weights: Weights, config: Config, inputs: Ids, targets: Ids) -> Array:
-    """The loss of every position, (B, T)."""
+    """Return the loss of every position, (B, T)."""
     pairs = zip(inputs.tolist(), targets.tolist(), strict=True)
     return np.stack([crossentropy(oracle.forward(weights, config, tokens), wanted) for tokens, wanted in pairs])
 
 
 def gradients(weights: Weights, config: Config, inputs: Ids, targets: Ids) -> dict[str, Array]:
-    """The gradient of the mean loss with respect to each of the sixteen tensors, by name, in the tensors' shapes."""
+    """Return the gradient of the mean loss with respect to each of the sixteen tensors, by name, in the tensors' shapes."""
     grads = {name: np.zeros(shape) for name, shape, _, _ in config.tensors(padded=False)}
     for tokens, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
         backward(grads, weights, config, tokens, wanted, np.full(len(tokens), 1 / inputs.size))
@@ -119,7 +119,7 @@ def gradients(weights: Weights, config: Config, inputs: Ids, targets: Ids) -> di
 def backward(
     grads: dict[str, Array], weights: Weights, config: Config, tokens: Sequence[int], targets: Sequence[int], dlosses: Array
 ) -> None:
-    """Add one sequence's gradients, given those of its losses (T,)."""
+    """Add the gradients of one sequence to `grads`. dlosses (T,) are the gradients of its losses."""
     acts = oracle.forward_activations(weights, config, tokens)
     probs = oracle.softmax(acts["logits"])  # [T, V] -> [T, V]
     dlogits = crossentropy_softmax_backward(dlosses, probs, targets)  # [T] -> [T, V]
@@ -143,7 +143,7 @@ def block_backward(
     stream: Array,
     dresidual3: Array,
 ) -> Array:
-    """Add one layer's gradients; return that of the stream which enters it."""
+    """Add the gradients of one layer to `grads`; return the gradient of its input stream (T, C)."""
     w = {name: weights[name][layer] for name, dims in TENSORS if dims[0] == "L"}  # [L, ...] -> [...]
     a = {name: acts[name][layer] for name in ("ln1", "qkv", "atty", "residual2", "ln2", "fch", "fch_gelu")}  # the same
     g: dict[str, Array] = {}
@@ -169,7 +169,7 @@ def block_backward(
 
 
 def gradient_norm(grads: Mapping[str, Array]) -> float:
-    """The 2-norm of all gradients together."""
+    """Return the 2-norm of all gradients together."""
     return float(np.sqrt(sum((gradient**2).sum() for gradient in grads.values())))
 
 
@@ -186,7 +186,10 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float | Array = 0.0,
 ) -> tuple[Array, Array, Array]:
-    """One step with decoupled weight decay: the new parameters and moments. weight_decay may differ by parameter."""
+    """Do one step with decoupled weight decay; return the new parameters, first and second moments.
+
+    weight_decay: one number, or one for each parameter.
+    """
     first = beta1 * first + (1 - beta1) * gradients  # [P], [P] -> [P]
     second = beta2 * second + (1 - beta2) * gradients**2  # [P], [P] -> [P]
     unbiased = first / (1 - beta1**step)  # [P] -> [P]

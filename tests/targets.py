@@ -53,6 +53,9 @@ from pygpt import (
 )
 from pygpt.__main__ import main
 from pygpt.errors import DataError
+from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
+from pygpt.formats.gguf import TYPES, GGUFFile, write_gguf
+from pygpt.formats.panels import PanelFile, formats_of, layout, write_panels
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
 
 TINY = Config(maxT=3, V=5, L=1, NH=2, C=4)
@@ -61,6 +64,8 @@ SERVED = Config(maxT=12, V=130, L=2, NH=1, C=2)  # room for the ten tokens that 
 ONE = Config(maxT=3, V=5, L=1, NH=1, C=1)
 GPT2_IDS = Config(maxT=8, V=50257, L=1, NH=1, C=2)  # its ids are GPT-2's, so that they are text
 TRAINED = Config(maxT=3, V=5, L=1, NH=2, C=4)
+WIDE = Config(maxT=3, V=5, L=1, NH=2, C=32)  # its rows are whole blocks
+GGUF_HEADER = 1100  # bytes: most of a small file's
 LONGEST_MESSAGE = 1500  # characters: one clear line, a path in it
 LONGEST_RUN_S = 5.0  # of a command
 Arrays = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
@@ -255,12 +260,108 @@ class SafetensorsTarget(FileTarget):
         return "read"
 
 
+class GGUFTarget(FileTarget):
+    """GGUFFile and write_gguf."""
+
+    name = "gguf"
+
+    def seeds(self) -> list[bytes]:
+        files = []
+        for config, kind, head in ((TINY, FLOAT32, BFLOAT16), (WIDE, Q4_0, Q8_0), (WIDE, FLOAT16, Q4_0)):
+            formats = formats_of(kind, head, FLOAT32)
+            tensors = {name: iter(blocks) for name, blocks in blocks_by_layer(config, formats).items()}
+            files.append(self.written(write_gguf, config, formats, tensors))
+        return files
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change the header, where most fields are of 64 bits, or anything."""
+        if random.random() < 0.3:
+            return mutate_bytes(random, data, other, fields=6)
+        if random.random() < 0.5:
+            value = random.choice((*UINT64, *range(40)))
+            return put(data, random.randrange(GGUF_HEADER), struct.pack("<Q", value)[: random.choice((1, 4, 8))])
+        return mutate_bytes(random, data[:GGUF_HEADER], other[:GGUF_HEADER], fields=6) + data[GGUF_HEADER:]
+
+    def read(self, path: Path, data: bytes) -> str:
+        expected = parsers.gguf(data)
+        with agreeing(expected, "GGUF file"):
+            model = GGUFFile(path)
+        assert expected is not None
+        shape, tensors = expected
+        with model:
+            assert {name: getattr(model.config, name) for name in shape} == shape
+            for (name, layer), (kind, content) in tensors.items():
+                _, N, _ = layout(model.config, name)
+                found, blocks = model.part(name, layer, 0, N)
+                assert TYPES[kind] == found
+                assert blocks.tobytes() == content
+            model.stored()
+        return "read"
+
+
+class PanelTarget(FileTarget):
+    """PanelFile and write_panels."""
+
+    name = "panels"
+
+    def seeds(self) -> list[bytes]:
+        files = []
+        for config, kind, head in ((TINY, Q8_0, Q4_0), (SMALL, Q4_0, Q8_0), (ONE, FLOAT16, FLOAT32), (ONE, BFLOAT16, Q8_0)):
+            formats = formats_of(kind, head, BFLOAT16 if kind == BFLOAT16 else FLOAT32)
+            tensors = {name: iter(blocks) for name, blocks in blocks_by_layer(config, formats).items()}
+            files.append(self.written(write_panels, config, formats, tensors, "0" * 64))
+        return files
+
+    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
+        """Change the header, and pad it to a whole line again."""
+        data = mutate_safetensors(random, data, other)
+        size = int.from_bytes(data[:8], "little")
+        if 8 + size > len(data) or random.random() < 0.1:
+            return data
+        text = data[8 : 8 + size] + b" " * (-(8 + size) % 64)
+        return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+    def run(self, data: bytes) -> str:
+        path = self.folder / "input.safetensors"
+        path.write_bytes(data)
+        return self.read(path, data)
+
+    def read(self, path: Path, data: bytes) -> str:
+        expected = parsers.panels(data)
+        with agreeing(expected, "panel file"):
+            model = PanelFile(path)
+        assert expected is not None
+        shape, tensors = expected
+        with model:
+            assert {name: getattr(model.config, name) for name in shape} == shape
+            for name, (kind, content) in tensors.items():
+                assert model.formats[name].name == kind
+                used = model._stored(name)[1]
+                assert content.startswith(used)
+                assert len(content) - len(used) < 64
+                list(model.parts(name))
+            model.stored()
+        return "read"
+
+
+def blocks_by_layer(config: Config, formats: dict[str, Format]) -> dict[str, list[Any]]:
+    """Random weights as blocks of these formats, layer by layer."""
+    found = {}
+    for name, array in weights(config).items():
+        layers, N, K = layout(config, name)
+        kind = formats[name]
+        assert kind.from_float32 is not None
+        rows = np.pad(array.reshape(layers, N, K), ((0, 0), (0, 0), (0, -K % kind.block_values)))
+        found[name] = [kind.from_float32(np.ascontiguousarray(layer)) for layer in rows]
+    return found
+
+
 def mutate_safetensors(random: Random, data: bytes, other: bytes) -> bytes:
     """Change the header's JSON, its length, or the bytes after it."""
     size = int.from_bytes(data[:8], "little")
     kind = random.randrange(10)
     if kind == 0:
-        return put(data, 0, struct.pack("<Q", random.choice((*UINT64, size + 1, abs(size - 1)))))
+        return put(data, 0, struct.pack("<Q", random.choice((*UINT64, min(size + 1, 2**64 - 1), abs(size - 1)))))
     if kind <= 2 or 8 + size > len(data):
         return mutate_bytes(random, data, other, fields=3)
     header = mutate_json_text(random, data[8 : 8 + size], other[8 : 8 + int.from_bytes(other[:8], "little")])
@@ -719,6 +820,6 @@ class ServeTarget(Target):
 
 
 READERS: tuple[type[Target], ...] = (CheckpointTarget, SafetensorsTarget, ShardTarget, VocabularyTarget, DebugStateTarget)
-READERS += (ExamplesTarget, StateTarget, TextTarget)
+READERS += (ExamplesTarget, StateTarget, TextTarget, GGUFTarget, PanelTarget)
 TARGETS: dict[str, type[Target]] = {target.name: target for target in READERS}
 TARGETS |= {"serve": ServeTarget, "command": LineTarget}

@@ -1,20 +1,20 @@
-"""A picture of speed: what tools/bench.py has measured of pygpt and its peers, as SVG.
+"""Draw an SVG picture of the speed of pygpt and its peers, from measurements of `pygpt bench`.
 
-    python tools/bench.py -m gpt2_124M.bin --against all -t 2 -o json > tools/benchmarks/float32.json
+    pygpt bench -m gpt2_124M.bin --against all -t 2 -o json > tools/benchmarks/float32.json
     python tools/chart.py tools/benchmarks/float32.json tools/benchmarks/bfloat16.json -o tools/benchmarks/speed.svg
 
 Each FILE becomes a block, with a line for each program that ran any of --tests, the fastest first. Each test that any file has
-is a column: bars are medians at the file's highest number of threads, the dashed line is the machine's limit.
+becomes a column. Bars are medians at the file's highest number of threads. The dashed line is the machine's limit.
 
-Refuses what bench.py would not print, in one line. It draws with text as text, without a background, in colours that can be
-read on white and on black, and the same files give the same bytes on every machine: bars need no matplotlib, whose versions
-differ in every line, and so a test can hold the picture against its data.
+A file that `pygpt bench` did not print is refused in one line. The picture contains text as text and has no background. Its
+colours can be read on white and on black. The same files give the same bytes on every machine, so a test can compare the
+picture with its data. That is why bars are drawn without matplotlib, whose versions differ in every line.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback; then it is main()'s
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-# This checkout's pygpt; and tools/ last, for its names shadow modules of the standard library.
+# Import this checkout's pygpt. tools/ comes last, because its names shadow modules of the standard library.
 TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
@@ -39,16 +39,16 @@ MODELS = {(12, 768): "GPT-2 124M", (24, 1024): "GPT-2 355M", (36, 1280): "GPT-2 
 VALUES = {1: "float32", 3: "float32", 5: "bfloat16"}  # by a checkpoint's version
 OURS = "pygpt"
 
-# Colours: each has a contrast of 3 or more with white and with black, text of 4 or more.
+# Every colour has a contrast of 3 or more with white and with black, the text's colour 4 or more.
 TEXT, BAR, OUR_BAR, LIMIT = "#797979", "#8c8c8c", "#2f7fe0", "#d4691e"
 
 # Sizes in pixels.
-MARGIN, NAMES, GAP, VALUE = 12, 104, 22, 46  # around all; the column of names; between columns; the column of a value
+MARGIN, NAMES, GAP, VALUE = 12, 104, 22, 46  # around the picture; column of names; between columns; column of a value
 WIDTH, LINE, BAR_HEIGHT, HEAD, FOOT = 820, 22, 13, 44, 22
 
 
 class Block(NamedTuple):
-    """One file: what ran on what; by test, tokens a second of each program, and those of the machine's limit."""
+    """One file: model and machine; for each test, the tokens a second of each program, and of the machine's limit."""
 
     title: str
     machine: str
@@ -56,7 +56,7 @@ class Block(NamedTuple):
     limits: dict[str, float]
 
     def programs(self) -> list[str]:
-        """All that ran, by how near each came to the best of every test that it ran, on average."""
+        """Return all programs, the fastest first: by the mean ratio of each to the fastest one, over the tests that it ran."""
         shares: dict[str, list[float]] = {}
         for rates in self.tests.values():
             for name, rate in rates.items():
@@ -64,11 +64,11 @@ class Block(NamedTuple):
         return sorted(shares, key=lambda name: (-sum(shares[name]) / len(shares[name]), name))
 
 
-# ------------------------------------------------------------------------------------------------ what was measured
+# ------------------------------------------------------------------------------------------------ the measurements
 
 
 def read_block(path: str, wanted: Sequence[str]) -> Block:
-    """Read a file of bench.py. Raises InputError for one that is none, or that has none of the tests."""
+    """Read a file of `pygpt bench`. Raises InputError for any other file, and for a file without any of the tests."""
     try:
         objects = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -76,9 +76,9 @@ def read_block(path: str, wanted: Sequence[str]) -> Block:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(objects, list) or not all(isinstance(found, dict) and "test" in found for found in objects):
-        raise InputError(f"{path}: not a list of tests, as tools/bench.py -o json prints it")
+        raise InputError(f"{path}: not a list of tests, as pygpt bench -o json prints it")
     if not objects or objects[0]["test"] != "ceilings":
-        raise InputError(f"{path}: does not begin with the machine's ceilings, as what tools/bench.py -o json prints")
+        raise InputError(f"{path}: does not begin with the machine's ceilings, as the output of pygpt bench -o json does")
     machine, *results = objects
     found = [result for result in results if result["test"] in wanted]
     if not found:
@@ -87,13 +87,13 @@ def read_block(path: str, wanted: Sequence[str]) -> Block:
     try:
         return block_of(machine, found, wanted)
     except KeyError as error:
-        raise InputError(f"{path}: not what tools/bench.py prints: {error} is missing, or its value is unknown") from None
+        raise InputError(f"{path}: not what pygpt bench prints: {error} is missing, or its value is unknown") from None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: not what tools/bench.py prints: {error}") from None
+        raise InputError(f"{path}: not what pygpt bench prints: {error}") from None
 
 
 def block_of(machine: dict[str, Any], results: list[dict[str, Any]], wanted: Sequence[str]) -> Block:
-    """The block of a machine's object and its tests' objects. Raises KeyError, TypeError, ValueError."""
+    """Return the block for a machine's object and the objects of its tests. Raises KeyError, TypeError, ValueError."""
     threads = max(result["threads"] for result in results)
     tests: dict[str, dict[str, float]] = {test: {} for test in wanted}
     limits = {}
@@ -113,14 +113,14 @@ def block_of(machine: dict[str, Any], results: list[dict[str, Any]], wanted: Seq
 
 
 def positive(value: Any) -> float:
-    """A number that can be drawn. Raises ValueError."""
+    """Return a number that can be drawn. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{value!r:.40} is not a positive number")
     return float(value)
 
 
 def printable(value: Any) -> str:
-    """Text that can be drawn. Raises ValueError."""
+    """Return text that can be drawn. Raises ValueError."""
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 80:
         raise ValueError(f"{value!r:.40} is not a short line of text")
     return value
@@ -130,7 +130,7 @@ def printable(value: Any) -> str:
 
 
 def draw(blocks: Sequence[Block], wanted: Sequence[str]) -> str:
-    """The picture's SVG, columns in the order that is wanted."""
+    """Return the picture's SVG, with columns in the order of `wanted`."""
     lines: list[str] = []
     y = MARGIN
     tests = [test for test in wanted if any(test in block.tests for block in blocks)]
@@ -149,7 +149,7 @@ def draw(blocks: Sequence[Block], wanted: Sequence[str]) -> str:
 
 
 def draw_block(block: Block, tests: Sequence[str], top: int) -> Iterator[str]:
-    """A block: its title, names, and columns where all blocks have them."""
+    """Yield a block: its title, names and columns. A column has the same place in all blocks."""
     names = block.programs()
     yield text(MARGIN, top + 12, block.title, weight="bold", size=13)
     for i, name in enumerate(names):
@@ -167,7 +167,7 @@ def draw_block(block: Block, tests: Sequence[str], top: int) -> Iterator[str]:
 def draw_column(
     names: Sequence[str], rates: dict[str, float], limit: float | None, left: float, top: int, width: float
 ) -> Iterator[str]:
-    """A test: a bar and a number for each program that ran it, and the limit across them."""
+    """Yield a test: a bar and a number for each program that ran it, and the limit as a line across the bars."""
     scale = (width - VALUE) / max([limit or 0, *rates.values()])
     for i, name in enumerate(names):
         if name in rates:
@@ -184,7 +184,7 @@ def draw_column(
 
 
 def title_of(test: str) -> str:
-    """A test's name in words."""
+    """Return a test's name in words."""
     if found := re.fullmatch(r"pp(\d+)", test):
         return f"prefill, {found[1]} tokens"
     if found := re.fullmatch(r"tg\d+@d(\d+)(?:xb(\d+))?", test):
@@ -193,14 +193,14 @@ def title_of(test: str) -> str:
 
 
 def figure(rate: float) -> str:
-    """Three significant figures."""
+    """Return a rate with three significant figures."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}"
 
 
 def text(
     x: float, y: float, content: str, *, anchor: str = "start", weight: str = "normal", colour: str = TEXT, size: int = 12
 ) -> str:
-    """A line of text."""
+    """Return a line of text as SVG."""
     style = f'font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}"'
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(content)}</text>'
 
@@ -209,7 +209,7 @@ def text(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their help."""
+    """Return the parser of the options."""
     parser = Parser(
         prog="chart",
         usage="python tools/chart.py [options] FILE [FILE ...]",
@@ -218,14 +218,14 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("files", metavar="FILE", nargs="+", help="what tools/bench.py -o json printed")
+    add("files", metavar="FILE", nargs="+", help="the output of pygpt bench -o json")
     add("-o", "--output", metavar="FILE.svg", required=True, help="the picture")
-    add("--tests", default=TESTS, help=f"the columns, by bench.py's names ({TESTS})")
+    add("--tests", default=TESTS, help=f"the columns, by their names in pygpt bench (default {TESTS})")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw; return the exit status."""
+    """Draw the picture; return the exit status."""
     return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Hotspot reports: `python tools/profile.py` is `python -m pygpt profile`, in this checkout's pygpt."""
+"""Show where GPT-2 spends its time: `python tools/profile.py` runs `pygpt profile` with the package of this checkout."""
 
 import sys
 from pathlib import Path
 
-# This script has the name of a module of the standard library: its own folder must not be searched.
+# Replace tools/ by the checkout on the path: scripts in tools/, such as this one, have the names of standard modules.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pygpt.__main__ import main  # noqa: E402
+from pygpt import _command  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(["profile", *sys.argv[1:]]))
+    sys.exit(_command("profile"))

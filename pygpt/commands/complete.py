@@ -1,7 +1,7 @@
-"""The `gpt` command: completes a sequence of GPT-2 token ids. `python -m pygpt --help` says how.
+"""The `pygpt` command: complete a sequence of GPT-2 token ids. `python -m pygpt --help` shows its options.
 
-stdout carries ids and nothing else. Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr;
-130 after Ctrl-C; 141 when the reader of stdout has gone.
+stdout carries only ids. Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr;
+130 after Ctrl-C; 141 if the reader closed stdout.
 """
 
 import argparse
@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import InputError, shown
+from ..errors import InputError
+from . import COMMANDS
 from .console import HelpFormatter, Parser, check_stdout, say, status_of
+from .options import add_completion_options, parse_count, parse_id, read_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,22 +25,20 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m pygpt 31373 612                     complete "hello there" to 10 tokens in all
-  python -m pygpt -m gpt2_124M.bin -n 64 31373  64 tokens in all, with the model in this file
-  python -m pygpt --sampler greedy 31373 612    the most probable token each time
-  python -m pygpt --temp 0.8 -s 7 31373 612     at random, and the same again for the same seed
-  python -m pygpt --reference 31373 612         the serial program, for comparison
-  echo 31373 612 | python -m pygpt -            serve requests: one a line, the model stays loaded
+  python -m pygpt 31373 612                     continue "hello there" to a total of 10 tokens
+  python -m pygpt -m gpt2_124M.bin -n 64 31373  continue to 64 tokens, with the model in this file
+  python -m pygpt --sampler greedy 31373 612    choose the most probable token each time
+  python -m pygpt --temp 0.8 -s 7 31373 612     choose at random; seed 7 makes the choice repeatable
+  python -m pygpt --reference 31373 612         run the serial reference, for comparison
+  echo 31373 612 | python -m pygpt -            answer one request per line; the model stays loaded
   echo '{"tokens": [31373], "max_new_tokens": 5, "sampler": "greedy"}' | python -m pygpt -
 
-the model is MODEL, else $PYGPT_MODEL, else ./gpt2_124M.bin, else a small one that comes with the package
-"""
+The model is MODEL if given, else $PYGPT_MODEL, else ./gpt2_124M.bin, else the small model in the package.
 
-LINE_LIMIT = 1 << 20  # bytes of one request: more than the longest sequence of any model needs
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}  # options of --sampler sample
-LENGTH = {"total", "max_new_tokens"}
-REQUEST_KEYS = {"tokens", "sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING}
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: an id like any other unless --stop-at-eot is given
+commands (`pygpt COMMAND --help` shows the options of each):
+""" + "".join(f"  {name:<10}{summary}\n" for name, (_, summary) in COMMANDS.items())
+
+LINE_LIMIT = 1 << 20  # bytes of one request: enough for the longest sequence of any model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,223 +47,131 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options and help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt",
-        usage="python -m pygpt [options] TOKEN... | -",
-        description="Complete a sequence of GPT-2 token ids; print each new id on a line of its own as soon as it is known.",
+        usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
+        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line at once.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to serve requests from stdin")
+    parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
     parser.add_argument(
         "-m", "--model", metavar="MODEL", help="an llm.c checkpoint (version 1, 3 or 5), or the name of a downloaded model"
     )
-    parser.add_argument("-n", "--total", metavar="N", help="tokens in all, the given ones included (default 10)")
-    parser.add_argument("--max-new-tokens", metavar="N", help="new tokens, instead of --total")
-    parser.add_argument("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
+    parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
+    parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
+    parser.add_argument("-t", "--threads", metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)")
     add_completion_options(parser)
-    parser.add_argument("--no-mmap", action="store_true", help="read the model into memory: others may write to its file")
-    parser.add_argument("--reference", action="store_true", help="compute as the serial program does; -t has no effect")
+    parser.add_argument(
+        "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
+    )
+    parser.add_argument("--reference", action="store_true", help="run the slow serial reference; -t has no effect")
     parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
     return parser
 
 
-def add_completion_options(parser: argparse.ArgumentParser) -> None:
-    """The options that read_options() reads, but for the lengths: what chat.py takes, too."""
-    parser.add_argument("--sampler", metavar="NAME", help="median (default), greedy or sample, which the next six imply")
-    parser.add_argument("--temp", dest="temperature", metavar="X", help="divide the logits by this (default 1)")
-    parser.add_argument("--top-k", metavar="K", help="only the K most probable tokens (default 0: all)")
-    parser.add_argument("--top-p", metavar="P", help="only the most probable tokens that hold this share (default 1: all)")
-    parser.add_argument("--min-p", metavar="P", help="only tokens at least P times as probable as the first (default 0)")
-    parser.add_argument(
-        "--repeat-penalty", dest="repetition_penalty", metavar="X", help="make tokens of the sequence less probable (default 1)"
-    )
-    parser.add_argument("-s", "--seed", metavar="N", help="the same tokens for the same seed (default: a random one)")
-    parser.add_argument(
-        "--stop", dest="stop_strings", action="append", metavar="TEXT", help="end after this text; may be given again"
-    )
-    parser.add_argument(
-        "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="end after this token; may be given again"
-    )
-    parser.add_argument("--stop-at-eot", action="store_true", help=f"end after <|endoftext|>, token {END_OF_TEXT}")
-    parser.add_argument(
-        "--overflow", metavar="HOW", help="past the model's context: stop, or slide to its latest half (default: refuse)"
-    )
-
-
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, open the model, complete or serve."""
+    """Check the arguments, open the model, and complete the tokens or answer requests from stdin."""
     check_stdout("the ids")
     serving = options.tokens == ["-"]
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:
-        raise InputError("no token was given: name at least one token id, as in `python -m pygpt 31373 612`")
+        raise InputError("no token ids were given: give at least one, as in `python -m pygpt 31373 612`")
     threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     defaults = read_options(options)
-    from ..generation.request import Completion, Request
-    from ..pool import check_threads
+    from ..cpus import check_threads
+    from ..generation.request import Request
 
     if threads is not None:
-        check_threads(threads)  # --reference does not use them, but a typing error is one
+        check_threads(threads)  # --reference uses no threads, but a wrong count is still the user's mistake
     model, notice = load(options.model, threads, reference=options.reference, mmap=not options.no_mmap)
     with model:
-        request = Request(model.config, tokens or [0], **defaults)  # bad options are refused first
+        request = Request(model.config, tokens or [0], **defaults)  # report bad options before serving
         if serving:
             serve(model, defaults, notice)
         else:
             say(notice)
-            for token in model.complete(Completion(request)):
+            for token in model.complete(request):
                 put(f"{token}\n")
 
 
-def read_options(options: argparse.Namespace) -> "dict[str, Any]":
-    """What the options ask of every completion, in the words of a request; only those that were given."""
-    asked: dict[str, Any] = {}
-    for name, flag in ("total", "-n"), ("max_new_tokens", "--max-new-tokens"), ("top_k", "--top-k"), ("seed", "--seed"):
-        if (text := getattr(options, name)) is not None:
-            asked[name] = parse_count(f"{name} ({flag})", text)
-    for name, flag in (
-        ("temperature", "--temp"),
-        ("top_p", "--top-p"),
-        ("min_p", "--min-p"),
-        ("repetition_penalty", "--repeat-penalty"),
-    ):
-        if (text := getattr(options, name)) is not None:
-            asked[name] = parse_number(f"{name} ({flag})", text)
-    for name in "sampler", "stop_strings", "overflow":
-        if (text := getattr(options, name)) is not None:
-            asked[name] = text
-    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * options.stop_at_eot
-    return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
-
-
 def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) -> "tuple[GPT2 | SerialGPT2, str]":
-    """Open the model; return it with what is to be said when it answers. Only what is used is imported."""
+    """Open the model; return it with a notice to print before its first answer, or "". Import only the chosen model class."""
     from ..hub.find import GPT2_FILE, find_model
 
     path, origin = find_model(path)
     model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
-        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 run `pygpt download gpt2`, "
-        "then name it with -m gpt2 or PYGPT_MODEL=gpt2"
+        f"using the small embedded Shakespeare model, because this folder has no {GPT2_FILE}; "
+        "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
     return model, notice if origin == "embedded" else ""
 
 
 def open_model(path: str, threads: int | None, *, mmap: bool) -> "GPT2":
-    """The cached, parallel model."""
+    """Open the parallel model with a KV cache."""
     from ..model import GPT2
 
     return GPT2.load(path, threads=threads, mmap=mmap)
 
 
 def open_reference(path: str, *, mmap: bool) -> "SerialGPT2":
-    """The serial reference."""
+    """Open the serial reference model."""
     from ..reference import SerialGPT2
 
     return SerialGPT2.load(path, mmap=mmap)
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:
-    """Answer requests from stdin, one a line, until it ends. Ctrl-C ends an answer's line; when idle, the process."""
-    from ..generation.request import Completion
+    """Answer the requests on stdin, one per line, until stdin ends.
 
-    prefix = model.new_prefix_cache()
+    Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process.
+    """
+    engine = model.engine(prefix=model.new_prefix_cache())
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
         ended = False
         try:
             request = parse_request(line, model.config, defaults)
-            if request is not None:
-                say(notice)
-                notice = ""
-                completion = Completion(request, prefix=prefix)
-                for token in model.complete(completion):
-                    ended = completion.finish_reason is not None
-                    put(f"{token}\n" if ended else f"{token} ")  # the space says at once that the id is whole
-            else:
+            if request is None:
                 ended = True
                 put("\n")
-        except KeyboardInterrupt:  # put() leaves nothing half-done: what a full pipe did not take is in stdout's buffer
-            put("" if ended else "\n")  # a second newline would answer a request that nobody made
+                continue
+            say(notice)
+            notice = ""
+            job = engine.add(request)
+            for event in engine.run():
+                if event.error is not None:
+                    raise event.error
+                ended = job.done
+                put(f"{event.token}\n" if ended else f"{event.token} ")  # the space marks the end of the id
+        except KeyboardInterrupt:  # put() wrote its whole text: stdout's buffer holds the part that a full pipe refused
+            engine.close()
+            put("" if ended else "\n")  # one newline per request: the client would take a second one for the next answer
 
 
 def put(text: str) -> None:
-    """Write to stdout at once, and in one piece: where it is unbuffered (PYTHONUNBUFFERED), print() writes a line's end on its
-    own, and Ctrl-C may come before that."""
+    """Write text to stdout at once, in one call.
+
+    If stdout is unbuffered (PYTHONUNBUFFERED), print() writes the newline in a second call, and Ctrl-C may come between them.
+    """
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
-    """One line of stdin -> what it asks for: ids, or a JSON object; None for a blank line."""
-    from ..generation.request import Request
+    """Read one line of stdin, ids or a JSON object, as a Request; return None for a blank line.
+
+    Raises InputError for a line longer than LINE_LIMIT, and for a bad request.
+    """
+    from ..generation.request import Request, request_from_json
 
     if len(line) > LINE_LIMIT:
-        raise InputError(f"a request is longer than {LINE_LIMIT} bytes: give one request a line")
+        raise InputError(f"a request is longer than {LINE_LIMIT} bytes: write one request per line")
     text = line.strip()
     if not text:
         return None
     if not text.startswith(b"{"):
         return Request(config, [parse_id(word.decode("utf-8", "replace")) for word in text.split()], **defaults)
-    order = parse_json(text)
-    tokens = order.pop("tokens")
-    if not isinstance(tokens, list):
-        raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
-    return Request(config, tokens, **complete_order(order, defaults))
-
-
-def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict[str, Any]":
-    """A request's own options, and of the command's those that they do not replace or rule out."""
-    ruled_out: set[str] = set()
-    if not LENGTH.isdisjoint(order):
-        ruled_out |= LENGTH
-    if "sampler" in order:
-        if order["sampler"] != "sample":
-            ruled_out |= SAMPLING
-    elif not SAMPLING.isdisjoint(order):
-        ruled_out.add("sampler")
-    return {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
-
-
-def parse_json(text: bytes) -> "dict[str, Any]":
-    """A request's JSON object, its keys checked."""
-    import json
-
-    try:
-        request = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
-    if unknown := sorted(set(request) - REQUEST_KEYS):
-        raise InputError(f"request: unknown key {shown(unknown[0])}: keys are {', '.join(sorted(REQUEST_KEYS))}")
-    if "tokens" not in request:
-        raise InputError('request: the key "tokens" is missing')
-    for key, value in request.items():
-        if value is None:
-            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
-    return dict(request)
-
-
-def parse_id(text: str) -> int:
-    """A token id: ASCII digits only."""
-    if not (text.isascii() and text.isdigit()):
-        raise InputError(f"token {text[:40]!r} is not a token id: ids are whole numbers written in digits, such as 31373")
-    if len(text.lstrip("0")) > 18:
-        raise InputError(f"token {text[:40]!r} is not a token id: no vocabulary is that large")
-    return int(text[-18:])
-
-
-def parse_count(name: str, text: str) -> int:
-    """A count of an option: ASCII digits only."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
-    return int(text)
-
-
-def parse_number(name: str, text: str) -> float:
-    """A number of an option, in any form that a computer prints one."""
-    try:
-        return float("" if "_" in text or not text.isascii() or text != text.strip() else text)
-    except ValueError:
-        raise InputError(f"{name} is {text[:40]!r}: it must be a number") from None
+    return request_from_json(config, text, defaults)

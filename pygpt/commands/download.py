@@ -1,51 +1,38 @@
-"""Fetch a GPT-2 model. `pygpt download --help` says how.
+"""Download a GPT-2 model. `pygpt download --help` shows the options.
 
-A model goes by its name into the cache folder, where `-m NAME` finds it, or from an address into a file. Hugging Face's are
-converted when they have arrived. What has arrived of a file is kept beside it (part.py) until it is whole and checked.
+huggingface_hub fetches the files and keeps them in its cache (hub/fetch.py). This command converts safetensors to a .bin file
+in pygpt's cache folder, where `-m NAME` finds it. For llm.c's .bin files, the cache folder gets a link and no second copy.
 
-Two can do the talking. `Hub` is huggingface_hub, where it is installed, for models on Hugging Face. `Client` is the standard
-library, for every other address (llm.c's files among them), with PYGPT_HUB=0, and for what an earlier run has begun: a download
-that broke off goes on where it stopped, now or in a later run.
-
-stdout stays empty; a progress bar is for terminals. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2
-for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file, or a whole one if all but the last line was done.
+stdout stays empty. The progress bar appears only on a terminal. Exit status: 0 with one line on stderr; 1 for a failure at run
+time; 2 for bad input; 130 after Ctrl-C. A failed download leaves no incomplete model file. A complete file can remain if the
+failure comes after it was written.
 """
 
 import argparse
 import os
-import re
-from collections.abc import Sequence
-from urllib.parse import urlsplit
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from ..errors import CheckpointError, InputError
-from ..formats.checkpoint import Checkpoint, file_bytes
-from ..formats.huggingface import CONFIG_FILE, HuggingFaceModel, parse_settings, pickle_error, read_settings
-from ..formats.safetensors import SafetensorsFile
-from ..hub.fetch import Hub, hub_for
-from ..hub.find import MODELS, cached_model
-from ..hub.http_client import Client
-from ..hub.part import Part, disk_errors
-from ..hub.web import HUB, beside, check_url, is_safetensors
+from ..errors import CheckpointError, InputError, PyGPTError
+from ..formats.checkpoint import Checkpoint
+from ..formats.files import atomic_file, reason
+from ..hub.fetch import fetch
+from ..hub.find import MODELS, cached_model, is_downloadable
 from .console import HelpFormatter, Parser, say, status_of
-from .convert import check_parent, convert, default_version, describe, parse_version, write_bin
+from .convert import check_parent, default_version, describe, open_model, parse_version, write_bin
 
 EXAMPLES = """\
 examples:
-  pygpt download gpt2                     OpenAI's GPT-2 124M, from Hugging Face; then: python -m pygpt -m gpt2
-  pygpt download --version 5 gpt2-xl      the largest, as bfloat16
+  pygpt download gpt2                     OpenAI's GPT-2 124M; use it with pygpt -m gpt2 31373 612
+  pygpt download --version 5 gpt2-xl      the largest model, as bfloat16
+  pygpt download distilbert/distilgpt2    a repository; use it with pygpt -m distilbert/distilgpt2 31373 612
   pygpt download gpt2_124M -o gpt2.bin    llm.c's own file, into this folder
 
 names: gpt2, gpt2-medium, gpt2-large, gpt2-xl; llm.c's gpt2_124M, gpt2_124M_bf16
-environment: HF_ENDPOINT (a mirror), HF_TOKEN (for a model that needs one), HTTPS_PROXY, PYGPT_HOME (the cache folder),
-PYGPT_HUB=0 (do without huggingface_hub)
+environment: PYGPT_HOME is pygpt's cache folder. huggingface_hub reads HF_HOME (its cache folder), HF_ENDPOINT, HF_TOKEN,
+HF_HUB_OFFLINE and others.
 """
-
-LLMC = "datasets/karpathy/llmc-starter-pack/resolve/main"  # as llm.c, dev/download_starter_pack.sh, has it
-SOURCES = {
-    name: f"{LLMC}/{name}.bin" if "124M" in name else f"openai-community/{name}/resolve/main/model.safetensors"
-    for name in MODELS
-}
-SHA256 = {f"{LLMC}/gpt2_124M.bin": "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,84 +41,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options and help."""
+    """Return the parser of the command's options."""
     parser = Parser(
-        prog="pygpt.commands.download",
-        usage="pygpt download [options] NAME | URL",
-        description="Fetch a GPT-2 model by name into the cache folder, or from the address of a .bin or .safetensors file.",
+        prog="pygpt download",
+        usage="pygpt download [options] NAME",
+        description="Download a GPT-2 model from Hugging Face. Afterwards, -m NAME finds it in every command.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="NAME | URL", help="one of the names below, or an http(s) address")
+    parser.add_argument("model", metavar="NAME", help="one of the names below, or a repository OWNER/NAME")
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit, as in NAME@REV (default: main)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: a file in pygpt's cache folder)")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="the file to write (default: NAME in the cache; URL's name here)"
+        "--version", metavar="N", help="convert to version 1, 3 (float32) or 5 (bfloat16) (default: keep all values exact)"
     )
-    parser.add_argument("--version", metavar="N", help="1, 3 (float32) or 5 (bfloat16): convert to it (default: the exact one)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, fetch, say what was done."""
-    say(download(options.model, options.output, parse_version(options.version)))
+    """Check the arguments, download, and print a summary."""
+    name = options.model if options.revision is None else f"{options.model}@{options.revision}"
+    say(download(name, options.output, parse_version(options.version)))
 
 
-def download(model: str, target: str | None = None, version: int | None = None) -> str:
-    """Fetch the model of this name or address to file `target`; return a line that says so. A model that is there stays.
+def download(name: str, target: str | None = None, version: int | None = None) -> str:
+    """Download the model of this name to the file `target` (default: in the cache folder). Return a one-line summary.
 
-    Raises InputError for what cannot be asked for, CheckpointError when something else than a model arrives, PyGPTError when
-    nothing whole does.
+    An existing model of the same version stays as it is. Raises InputError for a bad name or target, CheckpointError if the
+    download is not a model, PyGPTError if downloading or writing fails.
     """
-    endpoint = check_url(os.environ.get("HF_ENDPOINT") or HUB, "HF_ENDPOINT").rstrip("/")
-    if model in MODELS:
-        url, default, digest = f"{endpoint}/{SOURCES[model]}", cached_model(model), SHA256.get(SOURCES[model])
-    elif "://" in model:
-        url, default, digest = check_url(model, "URL"), file_name(model), None
-    else:
-        raise InputError(f"{model[:80]!r} is neither an http(s) address nor a name: names are {', '.join(MODELS)}")
+    check_name(name)
+    linked = target is None
     if target is None:
-        target = default
-        make_folder(os.path.dirname(target))
+        target = cached_model(name)
+        with disk_errors(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            if os.path.islink(target) and not os.path.exists(target):
+                os.unlink(target)  # a link to a file that was removed from huggingface_hub's cache
     if there := present(target, version):
         return there
-    client = Client(endpoint)  # here, since it looks at HF_TOKEN, which is the other's too
-    with Part(f"{target}.part", url, digest) as part:
-        return fetch_model(part, hub_for(part, endpoint) or client, target, version)
-
-
-def fetch_model(part: Part, client: Client | Hub, target: str, version: int | None) -> str:
-    """Fetch, check, convert if need be, and give the file its name."""
-    settings = config = None
-    if is_safetensors(part.url):
-        address = beside(part.url, CONFIG_FILE)
-        settings = parse_settings(client.small(address), address)
-        config = read_settings(settings, part.url)
-    path = client.fetch(part, room=0 if config is None else file_bytes(config, version or 3))
-    source = part.url if path == part.path else path
+    source = fetch(name, say)
     try:
-        if settings is not None:
-            with SafetensorsFile(path) as file, HuggingFaceModel({target: file}, settings, place=source) as model:
+        with open_model(source, None) as model:
+            if not isinstance(model, Checkpoint) or version not in (None, model.version):
                 write_bin(target, model, version or default_version(model))
-        else:
-            with Checkpoint(part.path) as checkpoint:
-                found = checkpoint.version
-            if version in (None, found):
-                with disk_errors(target):
-                    os.replace(part.path, target)
             else:
-                convert(part.path, target, version)
+                place(source, target, linked=linked)
     except CheckpointError as error:
-        if path != part.path:
-            raise
-        part.discard()  # whole, and no model: it never will be
-        raise CheckpointError(f"{part.url}: what came is no model that is read, and deleted: {error}") from None
-    part.discard()
+        raise CheckpointError(f"{error}; if the file is damaged, delete it and download it again") from error
     with Checkpoint(target) as written:
         return f"{source} -> {describe(target, written)}"
 
 
+def check_name(name: str) -> None:
+    """Raise InputError if this is not the name of a model that can be downloaded."""
+    if "://" in name:
+        raise InputError(
+            f"{name[:200]}: pygpt does not download from an address: fetch the file with any tool, then use `pygpt convert`"
+        )
+    if not is_downloadable(name):
+        raise InputError(f"{name[:80]!r} is neither a name ({', '.join(MODELS)}) nor a repository OWNER/NAME; see --help")
+
+
+def place(source: str, target: str, *, linked: bool) -> None:
+    """Put a complete .bin file in place, as a link or as a copy."""
+    with disk_errors(target):
+        if linked:
+            with suppress(FileExistsError):  # another process made the link just now
+                os.symlink(os.path.abspath(source), target)
+        else:
+            with open(source, "rb") as file, atomic_file(target) as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
+
+
 def present(target: str, version: int | None) -> str:
-    """Say that a model is there already; "" if nothing is. Refuses a target that is something else, or cannot be."""
+    """Return a line about an existing model at `target`, or "" if there is no file.
+
+    Raises InputError if the target is another kind of file, a model of another version, or cannot be a file name.
+    """
     if not os.path.basename(target):
         raise InputError(f"{target!r} is not the name of a file")
     check_parent(target)
@@ -140,23 +128,16 @@ def present(target: str, version: int | None) -> str:
     try:
         with Checkpoint(target) as found:
             if version in (None, found.version):
-                return f"{describe(target, found)} is there already: nothing to fetch"
-            raise InputError(f"{target}: there already, of version {found.version}: remove it, or use pygpt convert")
+                return f"{describe(target, found)} exists already, so it was not downloaded again"
+            raise InputError(f"{target}: exists already, with version {found.version}: remove it, or use pygpt convert")
     except CheckpointError:
-        raise InputError(f"{target}: there already, and not a model file: remove it, or give another name with -o") from None
+        raise InputError(f"{target}: exists already and is not a model file: remove it, or give another name with -o") from None
 
 
-def make_folder(folder: str) -> None:
-    """Make the cache folder; "" is the current one."""
-    with disk_errors(folder):
-        os.makedirs(folder or os.curdir, exist_ok=True)
-
-
-def file_name(url: str) -> str:
-    """The file to write for an address: its last part, of a kind that can be read, ending in .bin."""
-    name = urlsplit(url).path.rpartition("/")[2]
-    if name.startswith("pytorch_model"):
-        raise pickle_error(url)
-    if not re.fullmatch(r".+\.(bin|safetensors)", name):
-        raise InputError(f"{url[:200]}: it must end in .bin (llm.c) or .safetensors (Hugging Face)")
-    return name.removesuffix(".safetensors").removesuffix(".bin") + ".bin"
+@contextmanager
+def disk_errors(path: str) -> Iterator[None]:
+    """Turn an OSError into a PyGPTError with a one-line message."""
+    try:
+        yield
+    except OSError as error:
+        raise PyGPTError(f"{path}: cannot write here: {reason(error)}: choose another place with -o or PYGPT_HOME") from error

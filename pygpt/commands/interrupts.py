@@ -1,4 +1,5 @@
-"""Ctrl-C in commands: it is never lost, and never said with a traceback. For commands only: a library leaves signals alone."""
+"""Ctrl-C in commands: it always takes effect and never prints a traceback. Only commands use this: a library must not handle
+signals."""
 
 import signal
 import sys
@@ -10,24 +11,26 @@ if TYPE_CHECKING:
 
 
 def made_of_ctrl_c(error: BaseException | None) -> bool:
-    """Whether an exception is, or came of, a KeyboardInterrupt: compiled code makes an ImportError or a SystemError of it, the
-    body of a class a RuntimeError (before Python 3.12), another handler that raises its own exception."""
+    """Return whether an exception is a KeyboardInterrupt or was caused by one.
+
+    Compiled code can turn a KeyboardInterrupt into an ImportError or a SystemError. Before Python 3.12, a class body turns it
+    into a RuntimeError. An exception handler may raise another exception.
+    """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 class Interrupts:
-    """In a `with` block of a command's main thread Ctrl-C raises KeyboardInterrupt, but where Python would lose it, or it would
-    break what it meets, a little later:
+    """Raise KeyboardInterrupt for Ctrl-C in a `with` block of a command's main thread. Two cases delay it:
 
-    - when the import is over in which it came: compiled modules swallow it or make another error of it, weak references that
-      imports use print and forget it, and what is left half-imported cannot be imported again. A second one does not wait.
-    - after the finalizer (__del__, a callback of a weak reference) that it ended, where Python would print and forget it.
+    - During an import, raise it after the outermost import. Compiled modules would swallow the exception or replace it, and a
+      half-imported module cannot be imported again. A second Ctrl-C raises it immediately.
+    - In a finalizer (__del__, a callback of a weak reference), raise it after the finalizer. There, Python would only print it.
 
-    It waits for that as a profiler does, which costs nothing while no Ctrl-C comes. One that is ignored stays so, and a
-    handler that is not Python's own stays, too. Before the block, while a command is imported, and after it, while the
-    interpreter ends, Ctrl-C ends the process as the system does: each script begins with that, and the block puts it back.
+    The delay uses Python's profiler hook, which costs nothing until Ctrl-C is pressed. If SIGINT is ignored, or has a handler
+    other than Python's, nothing changes. Before the block, during imports, and after it, at the interpreter's exit, Ctrl-C
+    ends the process by the signal: each script begins with that setting, and the block restores it.
     """
 
     def __enter__(self) -> None:
@@ -37,7 +40,7 @@ class Interrupts:
             try:
                 signal.signal(signal.SIGINT, self._on_ctrl_c)
                 sys.unraisablehook = self._on_lost
-            except ValueError:  # not the main thread, the only one that signals interrupt
+            except ValueError:  # not the main thread: signals interrupt only the main thread
                 self._ours = False
 
     def __exit__(self, *_: object) -> None:
@@ -47,8 +50,8 @@ class Interrupts:
         del self._base
 
     def _on_ctrl_c(self, _: int, frame: "FrameType | None") -> None:
-        """The signal's handler."""
-        outermost = None  # of the import's frames, if there is an import
+        """Handle SIGINT: raise KeyboardInterrupt now, or after the current import."""
+        outermost = None  # the outermost frame of the current import, if there is one
         while frame is not None and frame is not self._base:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
                 outermost = frame
@@ -58,7 +61,7 @@ class Interrupts:
         raise_later(lambda frame, event: frame is outermost and event == "return")
 
     def _on_lost(self, lost: "sys.UnraisableHookArgs") -> None:
-        """Python's hook for exceptions that nobody can catch."""
+        """Handle an exception that Python cannot propagate (sys.unraisablehook)."""
         if issubclass(lost.exc_type, KeyboardInterrupt) and sys.getprofile() is None:
             raise_later(lambda frame, event: True)
         else:
@@ -66,8 +69,7 @@ class Interrupts:
 
 
 def raise_later(now: "Callable[[FrameType, str], bool]") -> None:
-    """Raise KeyboardInterrupt at the first event of Python's profiler (a call, a return) after the caller's end for which now()
-    says so."""
+    """Raise KeyboardInterrupt at the first profiler event (a call or return) that now() accepts after the caller returned."""
     here = sys._getframe()
     before = here, here.f_back
 

@@ -1,10 +1,11 @@
 /* The microkernels' one source. The including file sets, before it includes this:
- *   ISA        the set's name          W           floats in one register (16, 8 or 4)
+ *   W          floats in one register (16, 8 or 4)
  *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
- * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. */
+ * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. After the include, TABLE(name, quantised)
+ * makes the set's table. */
 #include "micro.h"
 
 #include <math.h>
@@ -71,23 +72,40 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
     memcpy(p, buffer, n * sizeof *p);
 }
 
-/* W values from i on of float32 or bfloat16 weights; a bfloat16 is the upper half of its float32. */
-INLINE vec load_weight_vec(const void *w, ptrdiff_t i, int bf16) {
-    if (!bf16) return *(const vec_unaligned *)((const float *)w + i);
-    return (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16);
+/* The weight formats of single values: name, bytes of a value, W values from i on as float32. A line here makes the functions of the
+ * format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
+#define EACH_FORMAT(f)                                                \
+    f(float32, 4, *(const vec_unaligned *)((const float *)w + i))     \
+    f(bfloat16, 2, (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16))
+
+#define KIND(name, bytes, load) KIND_##name,
+enum { EACH_FORMAT(KIND) }; /* constants: functions that take one are inlined, once for each format */
+#undef KIND
+
+INLINE ptrdiff_t value_bytes(const int kind) {
+#define BYTES(name, bytes, load) if (kind == KIND_##name) return bytes;
+    EACH_FORMAT(BYTES)
+#undef BYTES
+    __builtin_unreachable();
 }
 
-INLINE lanes load_weights(const void *w, ptrdiff_t i, int bf16) {
+INLINE vec load_weight_vec(const void *w, ptrdiff_t i, const int kind) {
+#define LOAD(name, bytes, load) if (kind == KIND_##name) return load;
+    EACH_FORMAT(LOAD)
+#undef LOAD
+    __builtin_unreachable();
+}
+
+INLINE lanes load_weights(const void *w, ptrdiff_t i, const int kind) {
     lanes a;
-    UNROLL for (int h = 0; h < NV; h++) a.v[h] = load_weight_vec(w, i + h * W, bf16);
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = load_weight_vec(w, i + h * W, kind);
     return a;
 }
 
-INLINE lanes load_weights_tail(const void *w, ptrdiff_t i, ptrdiff_t n, int bf16) {
-    if (!bf16) return load_tail((const float *)w + i, n, 0.0f);
-    uint16_t buffer[LANES] = {0};
-    memcpy(buffer, (const uint16_t *)w + i, n * sizeof *buffer);
-    return load_weights(buffer, 0, 1);
+INLINE lanes load_weights_tail(const void *w, ptrdiff_t i, ptrdiff_t n, const int kind) {
+    char buffer[LANES * 4] __attribute__((aligned(64))) = {0};
+    memcpy(buffer, (const char *)w + i * value_bytes(kind), n * value_bytes(kind));
+    return load_weights(buffer, 0, kind);
 }
 
 INLINE lanes add(lanes a, lanes b) {
@@ -211,8 +229,8 @@ INLINE lanes gelu16(lanes x) {
 /* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`: as far
  * apart as streams from memory want to be, which `prefetch` brings in ahead of use. */
 INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
-                 const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int bf16, const int prefetch) {
-    const ptrdiff_t bytes = bf16 ? 2 : 4;
+                 const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind, const int prefetch) {
+    const ptrdiff_t bytes = value_bytes(kind);
     const char *wrow[8];
     lanes acc[40];
     UNROLL for (int n = 0; n < outputs; n++) wrow[n] = w + n * wstep * bytes;
@@ -222,7 +240,7 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
         if (prefetch) UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + 2048);
         UNROLL for (int h = 0; h < NV; h++) { /* one register of the 16 lanes at a time: narrow sets have few */
             vec b[8];
-            UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weight_vec(wrow[n], k + h * W, bf16);
+            UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weight_vec(wrow[n], k + h * W, kind);
             UNROLL for (int r = 0; r < rows; r++) {
                 vec a = *(const vec_unaligned *)(inp + r * ldi + k + h * W);
                 UNROLL for (int n = 0; n < outputs; n++)
@@ -232,7 +250,7 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
     }
     if (k < K) {
         lanes b[8];
-        UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, bf16);
+        UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, kind);
         UNROLL for (int r = 0; r < rows; r++) {
             lanes a = load_tail(inp + r * ldi + k, K - k, 0.0f);
             UNROLL for (int n = 0; n < outputs; n++) acc[r * outputs + n] = fma16(a, b[n], acc[r * outputs + n]);
@@ -250,8 +268,8 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 /* The row tiles of a few rows against `outputs` (a constant) weight rows, `wstep` apart. The first tile brings in the weights
  * that come next in each stream; the others find theirs in cache. */
 INLINE void dots_column(const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp, ptrdiff_t ldi,
-                        ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int bf16) {
-#define ROWS(count, fetch) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, bf16, fetch)
+                        ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind) {
+#define ROWS(count, fetch) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, fetch)
     ptrdiff_t r = 0;
     if (rows > MR) {
         ROWS(MR, 1);
@@ -278,23 +296,11 @@ INLINE void dots_column(const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t 
 /* The weights stream from memory once, as `streams` (a constant) far-apart rows at a time, one from each of as many equal parts
  * of w, which keeps more reads on their way than one stream can. */
 INLINE void gemm_of(const int streams, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                    const char *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
-    const ptrdiff_t part = N / streams, row_bytes = ldw * (bf16 ? 2 : 4);
+                    const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
+    const ptrdiff_t part = N / streams, row_bytes = K * value_bytes(kind);
     for (ptrdiff_t n = 0; n < part; n++)
-        dots_column(streams, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * ldw, K, bf16);
-    for (ptrdiff_t n = part * streams; n < N; n++) dots_column(1, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, ldw, K, bf16);
-}
-
-static void gemm(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w, ptrdiff_t ldw,
-                 ptrdiff_t N, ptrdiff_t K, int bf16) {
-    if (rows == 1 && bf16)
-        gemm_of(STREAMS, out, ldo, inp, ldi, 1, w, ldw, N, K, 1);
-    else if (rows == 1)
-        gemm_of(STREAMS, out, ldo, inp, ldi, 1, w, ldw, N, K, 0);
-    else if (bf16)
-        gemm_of(NR, out, ldo, inp, ldi, rows, w, ldw, N, K, 1);
-    else
-        gemm_of(NR, out, ldo, inp, ldi, rows, w, ldw, N, K, 0);
+        dots_column(streams, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * K, K, kind);
+    for (ptrdiff_t n = part * streams; n < N; n++) dots_column(1, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, K, K, kind);
 }
 
 /* ---------------------------------------------------------------------------------------- packed matrix products
@@ -410,11 +416,11 @@ INLINE void transpose(vec x[W]) {
 static const unsigned char fold_order[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
 /* 16 values of each of 16 rows change places: out[i * lane_step + row] = row[fold_order[i]]. */
-INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdiff_t ld, const int bf16) {
+INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdiff_t ld, const int kind) {
     UNROLL for (int r = 0; r < LANES; r += W)
         UNROLL for (int h = 0; h < NV; h++) {
             vec x[W];
-            UNROLL for (int j = 0; j < W; j++) x[j] = load_weight_vec(from, (r + j) * ld + h * W, bf16);
+            UNROLL for (int j = 0; j < W; j++) x[j] = load_weight_vec(from, (r + j) * ld + h * W, kind);
             transpose(x);
             UNROLL for (int j = 0; j < W; j++) *(vec_unaligned *)(out + fold_order[h * W + j] * lane_step + r) = x[j];
         }
@@ -422,14 +428,14 @@ INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdi
 
 /* Up to 16 rows of K values go, lane by lane of the dot, to out[(j * steps + i) * width + row] with k = 16i + fold_order[j] and
  * steps = K / 16 rounded up; rows and values that are not there are zeros, as in a dot. A tile reads them from end to end. */
-INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t K, const int bf16) {
+INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t K, const int kind) {
     const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = rows < LANES ? 0 : K / LANES;
-    for (ptrdiff_t i = 0; i < whole; i++) pack_square(out + i * width, steps * width, from + i * LANES * (bf16 ? 2 : 4), ld, bf16);
+    for (ptrdiff_t i = 0; i < whole; i++) pack_square(out + i * width, steps * width, from + i * LANES * value_bytes(kind), ld, kind);
     for (ptrdiff_t i = whole; i < steps; i++) {
         float square[LANES * LANES] = {0};
         const ptrdiff_t n = K - i * LANES < LANES ? K - i * LANES : LANES;
-        for (ptrdiff_t r = 0; r < rows && r < LANES; r++) store(square + r * LANES, load_weights_tail(from, r * ld + i * LANES, n, bf16));
-        pack_square(out + i * width, steps * width, square, LANES, 0);
+        for (ptrdiff_t r = 0; r < rows && r < LANES; r++) store(square + r * LANES, load_weights_tail(from, r * ld + i * LANES, n, kind));
+        pack_square(out + i * width, steps * width, square, LANES, KIND_float32);
     }
 }
 
@@ -455,32 +461,27 @@ NOINLINE void dot_tile(float *out, ptrdiff_t ldo, const float *a, const float *b
     }
 }
 
-static void pack_rows(float *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
+static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
     const ptrdiff_t panel = (K + LANES - 1) / LANES * LANES * LANES;
-    for (ptrdiff_t r = 0; r < rows; r += LANES) pack_lanes(packed + r / LANES * panel, LANES, (const char *)(inp + r * ldi), ldi, rows - r, K, 0);
+    for (ptrdiff_t r = 0; r < rows; r += LANES)
+        pack_lanes((float *)packed + r / LANES * panel, LANES, (const char *)(inp + r * ldi), ldi, rows - r, K, KIND_float32);
 }
 
-INLINE void pack_weights_of(float *packed, const char *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, const int bf16) {
+INLINE void pack_weights_of(float *packed, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
     const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = (N + PANEL - 1) / PANEL * PANEL; /* the last panel ends in zeros */
     for (ptrdiff_t n = 0; n < whole; n += LANES)
-        pack_lanes(packed + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, n < N ? w + n * ldw * (bf16 ? 2 : 4) : w, ldw,
-                   n < N ? N - n : 0, K, bf16);
+        pack_lanes(packed + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, n < N ? w + n * K * value_bytes(kind) : w, K,
+                   n < N ? N - n : 0, K, kind);
 }
 
-static void pack_weights(float *packed, const void *w, ptrdiff_t ldw, ptrdiff_t N, ptrdiff_t K, int bf16) {
-    if (bf16)
-        pack_weights_of(packed, w, ldw, N, K, 1);
-    else
-        pack_weights_of(packed, w, ldw, N, K, 0);
-}
-
-static void product(float *out, ptrdiff_t ldo, const float *packed_rows, ptrdiff_t rows, const float *packed_weights,
-                    ptrdiff_t N, ptrdiff_t K) {
+static void product(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_t rows, const weight_matrix *w,
+                    ptrdiff_t start, ptrdiff_t stop, const void *packed_weights) {
+    const ptrdiff_t N = stop - start, K = w->K;
     const ptrdiff_t steps = (K + LANES - 1) / LANES;
     for (ptrdiff_t r = 0; r < rows; r += TILE_ROWS) {
-        const float *a = packed_rows + r / LANES * (steps * LANES * LANES) + r % LANES;
+        const float *a = (const float *)packed_rows + r / LANES * (steps * LANES * LANES) + r % LANES;
         for (ptrdiff_t n = 0; n < N; n += PANEL)
-            dot_tile(out + r * ldo + n, ldo, a, packed_weights + n * steps * LANES, steps, rows - r, N - n);
+            dot_tile(out + r * ldo + n, ldo, a, (const float *)packed_weights + n * steps * LANES, steps, rows - r, N - n);
     }
 }
 
@@ -592,16 +593,9 @@ static void outer(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, pt
         if (i < (total)) body(i, (total) - i);                      \
     } while (0)
 #define GET(p, i, n, fill) ((n) == LANES ? load((p) + (i)) : load_tail((p) + (i), (n), (fill)))
-#define GET_WEIGHTS(w, i, n, bf16) ((n) == LANES ? load_weights((w), (i), (bf16)) : load_weights_tail((w), (i), (n), (bf16)))
 #define PUT(p, i, n, a) ((n) == LANES ? store((p) + (i), (a)) : store_tail((p) + (i), (a), (n)))
 
-static void encode(float *out, const void *wte, const void *wpe, ptrdiff_t C, int bf16) {
-#define BODY(i, n) PUT(out, i, n, add(GET_WEIGHTS(wte, i, n, bf16), GET_WEIGHTS(wpe, i, n, bf16)))
-    FOR_LANES(C, BODY);
-#undef BODY
-}
-
-static void layernorm(float *out, const float *inp, const void *weight, const void *bias, ptrdiff_t C, int bf16, float *stats) {
+static void layernorm(float *out, const float *inp, const float *weight, const float *bias, ptrdiff_t C, float *stats) {
     lanes acc = splat(0.0f);
 #define BODY(i, n) acc = add(acc, GET(inp, i, n, 0.0f))
     FOR_LANES(C, BODY);
@@ -619,21 +613,21 @@ static void layernorm(float *out, const float *inp, const void *weight, const vo
     if (stats) stats[0] = mean, stats[1] = rstd;
 #define BODY(i, n)                                                                              \
     PUT(out, i, n, fma16(mul(sub(GET(inp, i, n, 0.0f), splat(mean)), splat(rstd)),              \
-                         GET_WEIGHTS(weight, i, n, bf16), GET_WEIGHTS(bias, i, n, bf16)))
+                         GET(weight, i, n, 0.0f), GET(bias, i, n, 0.0f)))
     FOR_LANES(C, BODY);
 #undef BODY
 }
 
-static void add_bias(float *out, const void *bias, ptrdiff_t N, int bf16) {
-#define BODY(i, n) PUT(out, i, n, add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16)))
+static void add_bias(float *out, const float *bias, ptrdiff_t N) {
+#define BODY(i, n) PUT(out, i, n, add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f)))
     FOR_LANES(N, BODY);
 #undef BODY
 }
 
-static void add_bias_gelu(float *gelu, float *out, const void *bias, ptrdiff_t N, int bf16) {
+static void add_bias_gelu(float *gelu, float *out, const float *bias, ptrdiff_t N) {
 #define BODY(i, n)                                                                      \
     do {                                                                                \
-        lanes sum = add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16));           \
+        lanes sum = add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f));           \
         if (gelu != out) PUT(out, i, n, sum);                                           \
         PUT(gelu, i, n, gelu16(sum));                                                   \
     } while (0)
@@ -641,8 +635,8 @@ static void add_bias_gelu(float *gelu, float *out, const void *bias, ptrdiff_t N
 #undef BODY
 }
 
-static void add_bias_residual(float *after, const float *before, const float *out, const void *bias, ptrdiff_t N, int bf16) {
-#define BODY(i, n) PUT(after, i, n, add(GET(before, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET_WEIGHTS(bias, i, n, bf16))))
+static void add_bias_residual(float *after, const float *before, const float *out, const float *bias, ptrdiff_t N) {
+#define BODY(i, n) PUT(after, i, n, add(GET(before, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f))))
     FOR_LANES(N, BODY);
 #undef BODY
 }
@@ -785,13 +779,46 @@ static float probe_fma(ptrdiff_t times) {
 
 #include "micro_training.h"
 
-static const microkernels table = {
-    .isa = ISA, .fused = FUSED, .gemm = gemm, .pack_rows = pack_rows, .pack_weights = pack_weights, .product = product, .outer = outer, .encode = encode, .layernorm = layernorm,
-    .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
-    .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,
-    .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,
-    .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw, .square_sum = square_sum,
-    .narrow = NARROW, .panel = PANEL,
-    .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * LANES, .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,
-    .probe_stream = probe_stream,
-};
+/* ---------------------------------------------------------------------------------------- the tables */
+
+#define FUNCTIONS(id, bytes, load)                                                                                       \
+    static void gemm_##id(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,                    \
+                            const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {                       \
+        const char *from = (const char *)w->data + start * w->K * bytes;                                                 \
+        (void)room;                                                                                                      \
+        if (rows == 1)                                                                                                   \
+            gemm_of(STREAMS, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                                \
+        else                                                                                                             \
+            gemm_of(NR, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                  \
+    }                                                                                                                    \
+    static void pack_weights_##id(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {                 \
+        pack_weights_of(room, (const char *)w->data + start * w->K * bytes, stop - start, w->K, KIND_##id);              \
+    }                                                                                                                    \
+    static void widen_##id(float *out, const weight_matrix *w, ptrdiff_t row) {                                          \
+        const char *from = (const char *)w->data + row * w->K * bytes;                                                   \
+        ptrdiff_t k = 0;                                                                                                 \
+        for (; k + LANES <= w->K; k += LANES) store(out + k, load_weights(from, k, KIND_##id));                          \
+        if (k < w->K) store_tail(out + k, load_weights_tail(from, k, w->K - k, KIND_##id), w->K - k);                    \
+    }                                                                                                                    \
+    static const weight_format format_##id = {                                                                           \
+        .name = #id, .block_values = 1, .value_bytes = bytes, .interleave = 1, .panel = PANEL, .narrow = NARROW,         \
+        .gemm = gemm_##id, .pack_rows = pack_rows, .pack_weights = pack_weights_##id, .product = product,                \
+        .widen = widen_##id,                                                                                             \
+    };
+EACH_FORMAT(FUNCTIONS)
+#undef FUNCTIONS
+
+/* An instruction set's table: its name, and where its quantised formats are. The including file makes one or more. */
+#define ROW(name, bytes, load) &format_##name,
+#define TABLE(set, quantised)                                                                                            \
+    static const weight_format *const formats_##set[] = {EACH_FORMAT(ROW) &quantised[0], &quantised[1], NULL};           \
+    static const microkernels table_##set = {                                                                            \
+        .isa = #set, .fused = FUSED, .formats = formats_##set, .outer = outer, .layernorm = layernorm,                   \
+        .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,                    \
+        .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,                                      \
+        .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,                  \
+        .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw,                        \
+        .square_sum = square_sum, .panel = PANEL, .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * LANES,        \
+        .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,                          \
+        .probe_stream = probe_stream,                                                                                    \
+    };

@@ -1,1 +1,1 @@
-"""Files of models, tokens and text: reading, checking, writing."""
+"""Read, check and write files of models, tokens and text."""

@@ -1,12 +1,12 @@
 """llm.c checkpoints (`.bin`, versions 1, 3 and 5): find, check, map, write.
 
-A file is an int32[256] little-endian header (magic, version, maxT, V, L, NH, C, Vp, zeros), then the sixteen tensors of
-config.TENSORS, each for all layers. Version 1 holds float32 with V rows of wte, version 3 float32 with Vp rows, version 5
-bfloat16 with Vp rows. The reader trusts nothing: one size, computed from checked numbers on Python integers, must be the
-file's size, so no later offset can leave the map. The values stay in the file and are used in place, or are read into memory
-where others may write to the file meanwhile.
+A file has an int32[256] little-endian header: magic, version, maxT, V, L, NH, C, Vp, zeros. The sixteen tensors of
+config.TENSORS follow, each for all layers. Version 1 has float32 and V rows of wte, version 3 float32 and Vp rows, version 5
+bfloat16 and Vp rows. The reader checks every number of the header, and compares the file's size with the one that it computes
+with Python integers. So every later offset is inside the map. The values are used in place. If other programs may write to
+the file, the reader can copy it into memory first.
 
-Refuses: files of any other size, magic or version, and anything that would need code of the file to run.
+Refuses files of any other size, magic or version, and formats that run code from the file.
 Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
 """
 
@@ -18,35 +18,43 @@ from math import prod
 
 from ..config import Config
 from ..errors import CheckpointError, ClosedError, InputError, is_whole, shown
+from . import dtypes
+from .dtypes import BFLOAT16, FLOAT32, Format
 from .files import HEADER_BYTES, Windows, atomic_file, map_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Any
-
     import numpy as np
     import numpy.typing as npt
 
 MAGIC = 20240326
-VALUE_BYTES = {1: 4, 3: 4, 5: 2}  # by version: float32, float32, bfloat16
-PIECE = 1 << 18  # values: so many are widened or rounded at a time
-MODEL_KIND = "model file"  # in messages
+FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version
+MODEL_KIND = "model file"  # the name of such files in messages
 
 
 def file_bytes(config: Config, version: int) -> int:
-    """The exact size in bytes of a checkpoint of this shape and version."""
-    return HEADER_BYTES + config.parameters(padded=version != 1) * VALUE_BYTES[version]
+    """Return the exact size in bytes of a checkpoint of this shape and version."""
+    return HEADER_BYTES + FORMATS[version].size(config.parameters(padded=version != 1))
+
+
+def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: bool) -> "dict[str, tuple[str, memoryview]]":
+    """Map each tensor's name to (format's name, bytes), wte without padding, as Weights takes them."""
+    found = {}
+    for name, _, offset, size in config.tensors(padded=padded):
+        count = config.V * config.C if name == "wte" else size
+        found[name] = kind.name, values[kind.size(offset) : kind.size(offset + count)]
+    return found
 
 
 class Checkpoint:
-    """An open checkpoint, its values mapped read-only. Use it in a `with` block or close() it.
+    """An open checkpoint with its values mapped read-only. Use it in a `with` block, or close() it.
 
-    `config` and `version` are the checked header; `values` is the map from the first tensor on, as bytes. Raises
-    CheckpointError, with the found and the expected figures, for any file that is not exactly a checkpoint.
+    `config` and `version` are from the checked header; `values` are the mapped bytes after the header. Raises CheckpointError,
+    with the found and the expected numbers, for any file that is not exactly a checkpoint.
 
-    A file that is replaced by a rename, or deleted, stays as it was for who has it open. One that another process cuts short
-    in place takes the mapped pages from under us, which ends the process (SIGBUS), and what is written over shows through;
-    with mmap=False the file is read at once into memory of its size, and nothing that happens to it later matters.
+    If the file is deleted, or replaced by a rename, an open checkpoint does not change. If another process truncates the file
+    in place, its mapped pages disappear and the process ends (SIGBUS). If another process overwrites it, the weights change.
+    With mmap=False the file is copied into memory at once, and later changes have no effect.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
@@ -55,13 +63,13 @@ class Checkpoint:
         self.values = memoryview(self._map).toreadonly()[HEADER_BYTES:]
 
     def _check(self, header: bytes, found: int) -> None:
-        """Check every field of the header, and the file's size against it; take config and version from it."""
+        """Check every field of the header, and the file's size; set `config` and `version`."""
         if len(header) < HEADER_BYTES:
             raise CheckpointError(f"{self.path}: {found} bytes, shorter than a checkpoint's header of {HEADER_BYTES} bytes")
         magic, version, maxT, V, L, NH, C, Vp, *reserved = struct.unpack("<256i", header)
         if magic != MAGIC:
             raise CheckpointError(f"{self.path}: magic number {magic}, expected {MAGIC}: not an llm.c checkpoint")
-        if version not in VALUE_BYTES:
+        if version not in FORMATS:
             raise CheckpointError(f"{self.path}: checkpoint version {version}, expected 1, 3 (float32) or 5 (bfloat16)")
         try:
             config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C)
@@ -81,24 +89,28 @@ class Checkpoint:
         self.config, self.version = config, version
 
     @property
-    def bf16(self) -> bool:
-        """Whether the values are bfloat16."""
-        return VALUE_BYTES[self.version] == 2
+    def format(self) -> Format:
+        """The weight format of the values."""
+        return FORMATS[self.version]
+
+    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+        """Map each tensor to its format's name and its bytes in the file, wte without padding."""
+        return stored_tensors(self.config, self.values, self.format, padded=self.version != 1)
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
-        """Return one tensor as float32, wte without padding: a read-only view of the file, or a widened copy of bfloat16."""
+        """Return one tensor as float32, wte without padding: a read-only view of the file, or a copy of bfloat16 values."""
         shape, offset = self._place(name)
         return self._rows(shape, offset, 0, shape[0])
 
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield the rows of tensor(name) in order, some at a time: a model larger than memory can be read so."""
+        """Yield the rows of tensor(name) in order, some at a time, so that the model may be larger than memory."""
         shape, offset = self._place(name)
-        step = max(1, PIECE // prod(shape[1:]))
+        step = max(1, dtypes.PIECE // prod(shape[1:]))
         for start in range(0, shape[0], step):
             yield self._rows(shape, offset, start, min(start + step, shape[0]))
 
     def _place(self, name: str) -> tuple[tuple[int, ...], int]:
-        """A tensor's shape, wte without padding, and where in the values it begins."""
+        """Return a tensor's shape, wte without padding, and its offset in the values."""
         places = {found: (shape, offset) for found, shape, offset, _ in self.config.tensors(padded=self.version != 1)}
         if name not in places:
             raise InputError(f"no tensor is named {name!r}")
@@ -106,24 +118,21 @@ class Checkpoint:
         return (self.config.V, *shape[1:]) if name == "wte" else shape, offset
 
     def _rows(self, shape: tuple[int, ...], offset: int, start: int, stop: int) -> "npt.NDArray[np.float32]":
-        """Rows [start, stop) of the tensor of this shape at this offset, as tensor() gives them."""
-        import numpy as np
-
-        width, row = VALUE_BYTES[self.version], prod(shape[1:])
-        data = self._bytes((offset + start * row) * width, (offset + stop * row) * width)
-        array: npt.NDArray[Any] = np.frombuffer(data, "<u2" if self.bf16 else "<f4").reshape(-1, *shape[1:])
-        return _from_bfloat16(array) if self.bf16 else array
+        """Return rows [start, stop) of the tensor of this shape at this offset, as tensor() does."""
+        row, size = prod(shape[1:]), self.format.size
+        data = self._bytes(size(offset + start * row), size(offset + stop * row))
+        return self.format.values(data).reshape(-1, *shape[1:])
 
     def _bytes(self, start: int, stop: int) -> memoryview:
-        """Bytes of the values. Raises ClosedError."""
+        """Return bytes [start, stop) of the values. Raises ClosedError after close()."""
         try:
             return self.values[start:stop]
         except ValueError:
             raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
 
     def close(self) -> None:
-        """Unmap the file once no array views it any more. May be called twice."""
-        with suppress(BufferError):  # an array of tensor() may still view the map: it is unmapped with the last of them
+        """Unmap the file as soon as no array views it. May be called twice."""
+        with suppress(BufferError):  # arrays of tensor() still view the map: the last one unmaps it
             self.values.release()
             self._map.close()
 
@@ -135,7 +144,7 @@ class Checkpoint:
 
 
 class StreamedCheckpoint(Checkpoint):
-    """An open checkpoint of which no more is mapped than is being looked at: it fits any memory. It has no `values`."""
+    """An open checkpoint without `values`, which maps only the rows in use. It may be larger than memory."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -145,7 +154,7 @@ class StreamedCheckpoint(Checkpoint):
         return self._file.view(HEADER_BYTES + start, HEADER_BYTES + stop)
 
     def close(self) -> None:
-        """Close the file; arrays of it stay. May be called twice."""
+        """Close the file; its arrays stay valid. May be called twice."""
         self._file.close()
 
 
@@ -156,14 +165,14 @@ def write_checkpoint(
     *,
     version: int = 3,
 ) -> None:
-    """Write a checkpoint of version 1, 3 or 5: to a temporary file in the same folder, then renamed.
+    """Write a checkpoint of version 1, 3 or 5 to a temporary file in the same folder, then rename it.
 
-    `tensors` maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows, or to iterators over their rows,
-    some at a time, as Checkpoint.pieces gives them: each is asked for when it is written, and dropped then. Values are
-    rounded to float32, and from there to bfloat16 (nearest even). Raises InputError for a wrong name or shape, OSError when
-    the file cannot be written; the older file, if any, is intact then.
+    tensors: maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows. An iterator over pieces of rows, as
+    of Checkpoint.pieces(), can replace an array: each piece is requested, written and dropped. Values are rounded to float32,
+    then to bfloat16 (nearest even). Raises InputError for a wrong name or shape, and OSError if the file cannot be written. In
+    both cases an older file stays intact.
     """
-    if not is_whole(version, 1, 5) or version not in VALUE_BYTES:
+    if not is_whole(version, 1, 5) or version not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
@@ -174,15 +183,15 @@ def write_checkpoint(
         file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))
         for name, shape in wanted:
             for rows in _checked(name, shape, tensors[name]):
-                _write_values(file, rows, version)
+                FORMATS[version].write(file, rows)
             if name == "wte" and version != 1:
-                file.write(bytes((config.Vp - config.V) * config.C * VALUE_BYTES[version]))
+                file.write(bytes(FORMATS[version].size((config.Vp - config.V) * config.C)))
 
 
 def _checked(
     name: str, shape: tuple[int, ...], tensor: "npt.ArrayLike | Iterator[npt.ArrayLike]"
 ) -> "Iterator[npt.NDArray[np.float32]]":
-    """Yield a tensor's rows as contiguous float32, in as many pieces as it comes in."""
+    """Yield a tensor's rows as contiguous float32, one array for each piece given."""
     import numpy as np
 
     found = 0
@@ -194,29 +203,3 @@ def _checked(
         yield array
     if found < shape[0]:
         raise InputError(f"{name} has shape {(found, *shape[1:])}, expected {shape}")
-
-
-def _write_values(file: "IO[bytes]", array: "npt.NDArray[np.float32]", version: int) -> None:
-    """Write contiguous float32 values as a file of this version holds them."""
-    if version != 5:
-        file.write(array.data)
-        return
-    values = array.reshape(-1)
-    for start in range(0, values.size, PIECE):
-        file.write(_to_bfloat16(values[start : start + PIECE]).data)
-
-
-def _from_bfloat16(bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.float32]":
-    """Widen the bits of bfloat16 to float32: exact, a NaN's bits included."""
-    wide = bits.astype("<u4")
-    wide <<= 16
-    return wide.view("<f4")
-
-
-def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
-    """Round float32 to bfloat16, nearest even, as its bits; a NaN stays a NaN (rounding could carry it to infinity)."""
-    import numpy as np
-
-    bits = array.view("<u4")
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
-    return np.where(np.isnan(array), (bits >> 16).astype("<u2") | np.uint16(0x40), rounded)

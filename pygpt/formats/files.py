@@ -1,6 +1,6 @@
-"""Files as every format needs them: mapped read-only after a check, looked at in windows, and written atomically.
+"""Files for every format: map them read-only after a check, view parts of them, and write them atomically.
 
-Refuses anything that is not a regular file. A file that is written takes its name only once it is whole.
+Refuses anything that is not a regular file. A new file gets its name only when it is complete.
 """
 
 import errno
@@ -20,9 +20,9 @@ HEADER_BYTES = 1024  # of llm.c's files: int32[256]
 
 
 class Windows:
-    """An open file, looked at through read-only maps of some bytes each, which last as long as what views them.
+    """An open file that is viewed through small read-only maps. A map lives as long as its views.
 
-    `size`: of the file, in bytes. Raises what map_file() does, also later, when the file has become shorter.
+    `size`: the file's size in bytes. Raises the errors of map_file(), also in view() if the file has become shorter.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Windows:
             raise
 
     def view(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop) of the file. Raises ClosedError."""
+        """Return bytes [start, stop) of the file. Raises ClosedError after close()."""
         if self._fd < 0:
             raise ClosedError(f"{self._path}: the {self._kind} is closed; read its tensors before close()")
         if start == stop:
@@ -47,12 +47,12 @@ class Windows:
         first = start - start % mmap.ALLOCATIONGRANULARITY
         try:
             mapped = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_READ, offset=first)
-        except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+        except (OSError, ValueError) as error:  # ValueError: the file has become shorter
             raise map_failure(error, self._path, self._kind, self._refusal) from error
         return memoryview(mapped)[start - first :]
 
     def close(self) -> None:
-        """Close the file; what views it stays. May be called twice."""
+        """Close the file; its views stay valid. May be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -61,7 +61,7 @@ class Windows:
 def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int, os.stat_result]:
     """Open a regular file for reading; return its descriptor and status. Raises `refusal` for anything else."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
     except (OSError, ValueError) as error:
         raise refusal(f"{path!r}: cannot open the {kind}: {reason(error)}") from error
     status = os.fstat(fd)
@@ -74,10 +74,10 @@ def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int,
 def map_file(
     path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None], *, read: bool = False
 ) -> mmap.mmap:
-    """Map a file read-only once check(its first 1,024 bytes, its size) has raised nothing; or `read` it into memory.
+    """Call check(first 1,024 bytes, size), which may raise, then map the file read-only, or `read` it into memory.
 
-    Raises `refusal` for what is no regular file, cannot be opened or mapped, or changes while it is read; `kind` says what it
-    should be. Raises MemoryError where the address space has no room.
+    kind: the kind of file, for messages. Raises `refusal` if the file is not regular, cannot be opened or mapped, or changes
+    while it is read. Raises MemoryError if the address space has no room.
     """
     fd, status = _open_regular(path, kind, refusal)
     try:
@@ -88,18 +88,18 @@ def map_file(
         memory = mmap.mmap(-1, status.st_size, flags=mmap.MAP_PRIVATE)
         if not _read_into(memory, fd, status) or memory[:HEADER_BYTES] != header:
             memory.close()
-            raise refusal(f"{path}: the {kind} has changed while it was read: try again when it is whole")
+            raise refusal(f"{path}: the {kind} has changed while it was read: try again when it is complete")
         return memory
     except refusal:
         raise
-    except (OSError, ValueError) as error:  # ValueError: the file shrank since its size was read
+    except (OSError, ValueError) as error:  # ValueError: the file has become shorter
         raise map_failure(error, path, kind, refusal) from error
     finally:
         os.close(fd)
 
 
 def _read_into(memory: mmap.mmap, fd: int, status: os.stat_result) -> bool:
-    """Read an open file of which we know the status; return whether it has all its bytes, no more, and was left alone."""
+    """Read an open file into memory; return False if it changed, or has more or fewer bytes than `status` says."""
     done, count = 0, 1
     with memoryview(memory) as view, os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
         file.seek(0)
@@ -112,18 +112,18 @@ def _read_into(memory: mmap.mmap, fd: int, status: os.stat_result) -> bool:
 
 
 def map_failure(error: Exception, path: str, kind: str, refusal: type[PyGPTError]) -> Exception:
-    """What to raise for a file that cannot be mapped or read."""
+    """Return the exception for a file that cannot be mapped or read."""
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return MemoryError(f"{path}: no room in memory for the {kind}: raise the limit (ulimit -v), or take a smaller one")
+        return MemoryError(f"{path}: no room in memory for the {kind}: raise the limit (ulimit -v), or use a smaller one")
     return refusal(f"{path}: cannot map the {kind}: {reason(error)}")
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
-    """Open a temporary file beside `path` that takes its name only when the block ends without an exception."""
-    path = os.path.realpath(path)  # through a symbolic link: the file is replaced, not the link
+    """Open a temporary file in the folder of `path`, and rename it to `path` if the block ends without an exception."""
+    path = os.path.realpath(path)  # replace the file that a symbolic link names, not the link
     if os.path.exists(path) and not os.path.isfile(path):
-        raise FileExistsError(errno.EEXIST, "not a regular file: it is not replaced", path)  # /dev/null must survive
+        raise FileExistsError(errno.EEXIST, "not a regular file: it is not replaced", path)  # never replace /dev/null
     temporary = f"{path}.{os.urandom(4).hex()}.tmp"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -133,12 +133,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # not ours then
+        if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # another's
             with suppress(OSError):
                 os.unlink(temporary)
         raise
 
 
 def reason(error: Exception) -> str:
-    """The operating system's words for an error, without its number and path."""
+    """Return the operating system's words for an error, without its number and path."""
     return (isinstance(error, OSError) and error.strerror) or str(error)

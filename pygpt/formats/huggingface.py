@@ -1,12 +1,12 @@
-"""GPT-2 models as Hugging Face's transformers keeps them: a folder with config.json and safetensors, read and written.
+"""GPT-2 models of Hugging Face's transformers: read and write a folder with config.json and safetensors.
 
-The names differ from ours, each layer has tensors of its own, and the four weights of transformers' Conv1D are (in, out) and
-ours (out, in). Tensors pass through one layer at a time, or some rows of an embedding: no model is too large for the memory.
-The `transformer.` before a name may be there or not; the causal mask, which older files hold, is dropped.
+The files have other names than ours, and separate tensors for each layer. The four weights of transformers' Conv1D have shape
+(in, out); ours have (out, in). The code reads one layer at a time, or some rows of an embedding, so any model fits in memory.
+The prefix `transformer.` of names is optional. The causal mask of older files is ignored.
 
-Refuses whatever the kernels would compute otherwise than transformers does (another activation or epsilon, a head of its own,
-cross-attention, ...), a tensor that is missing, unknown or of another shape, and pickles, which can run any code when loaded.
-Source: transformers, models/gpt2/modeling_gpt2.py and configuration_gpt2.py.
+Refuses models that the kernels would compute differently, for example with another activation or epsilon, a separate head, or
+cross-attention. Refuses tensors that are missing, unknown or of another shape, and pickles, because loading a pickle can run
+any code. Source: transformers, models/gpt2/modeling_gpt2.py and configuration_gpt2.py.
 """
 
 import json
@@ -19,10 +19,10 @@ from math import prod
 
 from ..config import Config
 from ..errors import CheckpointError, InputError, PyGPTError
-from . import checkpoint as _checkpoint
-from .checkpoint import Checkpoint, _from_bfloat16
+from . import dtypes
+from .checkpoint import Checkpoint
 from .files import reason
-from .safetensors import SafetensorsFile, parse_object, write_safetensors
+from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any model of GPT-2's kind needs
+JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-2 needs
 PREFIX, HEAD = "transformer.", "lm_head.weight"
 
-# Our tensors' names there, {} standing for the layer, and whether they are (in, out) there.
+# By our tensor name: the name in the files, {} standing for the layer, and whether the files have shape (in, out).
 NAMES: dict[str, tuple[str, bool]] = {
     "wte": ("wte.weight", False),
     "wpe": ("wpe.weight", False),
@@ -56,7 +56,7 @@ NAMES: dict[str, tuple[str, bool]] = {
 }
 MASKS = ("h.{}.attn.bias", "h.{}.attn.masked_bias")
 
-# Our dimensions' names in config.json, and the settings that decide what is computed: what each may be (or be absent).
+# The names of our dimensions in config.json; and the settings that change the computation, with their allowed values.
 DIMENSIONS = {"maxT": "n_positions", "V": "vocab_size", "L": "n_layer", "NH": "n_head", "C": "n_embd"}
 SETTINGS: dict[str, tuple[object, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -67,15 +67,14 @@ SETTINGS: dict[str, tuple[object, ...]] = {
     "tie_word_embeddings": (True,),
 }
 KNOWN_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's four sizes
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class HuggingFaceModel:
-    """An open model: `config`, and pieces() of its tensors under our names, as Checkpoint has them. Close it, or use `with`.
+    """An open model with `config`, and with pieces() of its tensors by our names. Use it in a `with` block, or close() it.
 
-    files: the safetensors files, by path. settings: what config.json says; None if there is none, and then `heads` is the
-    number of heads, needed unless the model is of one of OpenAI's sizes. place: the model's name in messages. Raises
-    CheckpointError for a model that is not GPT-2 as the kernels compute it, InputError for heads that do not fit.
+    files: the safetensors files by path. settings: the contents of config.json, or None without that file. heads: the number
+    of heads, needed only without settings, and only if the model does not have one of OpenAI's sizes. place: the model's
+    name in messages. Raises CheckpointError for a model that the kernels do not compute, InputError for a bad `heads`.
     """
 
     def __init__(
@@ -83,30 +82,30 @@ class HuggingFaceModel:
     ) -> None:
         self.place, self.notice = place, ""
         self._files = files
-        self._tensors: dict[str, tuple[SafetensorsFile, str]] = {}  # by name without prefix: the file, the name in it
+        self._tensors: dict[str, tuple[SafetensorsFile, str]] = {}  # by name without prefix: the file and the full name
         for file in files.values():
             for name in file.tensors:
                 short = name.removeprefix(PREFIX)
                 if short in self._tensors:
-                    raise self._bad(f"tensor {short} is there twice")
+                    raise self._bad(f"tensor {short} occurs twice")
                 self._tensors[short] = file, name
         if settings is None:
             self.config = self._guess(heads)
         elif heads is not None:
-            raise InputError(f"{place}: {CONFIG_FILE} says how many heads there are: leave out --heads")
+            raise InputError(f"{place}: {CONFIG_FILE} contains the number of heads: leave out --heads")
         else:
             self.config = read_settings(settings, place)
-        dtypes = self._check()
-        self.dtype = "mixed" if len(dtypes) > 1 else DTYPES[dtypes.pop()]
+        found = self._check()
+        self.dtype = "mixed" if len(found) > 1 else FORMATS[found.pop()].name
 
     @classmethod
     def open(cls, path: str, *, heads: int | None = None) -> "HuggingFaceModel":
-        """Open a folder with config.json and model.safetensors or its shards, or one file, config.json beside it or not."""
+        """Open a folder with config.json and safetensors, or one safetensors file, whose folder may have a config.json."""
         with ExitStack() as opened:
             if os.path.isdir(path):
                 folder = path
                 if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
-                    raise CheckpointError(f"{folder}: there is no {CONFIG_FILE} in it; a model's folder has one")
+                    raise CheckpointError(f"{folder}: it has no {CONFIG_FILE}: give the folder or file of a model")
                 files = {name: opened.enter_context(SafetensorsFile(os.path.join(folder, name))) for name in find_files(folder)}
                 _check_index(folder, files)
             else:
@@ -122,25 +121,25 @@ class HuggingFaceModel:
         return CheckpointError(f"{self.place}: not a GPT-2 model: {what}")
 
     def _guess(self, heads: int | None) -> Config:
-        """The dimensions, from the tensors' shapes; the number of heads leaves no trace in them."""
+        """Return the dimensions, from the tensors' shapes. The number of heads cannot be read from the shapes."""
         shapes = {name: file.tensors[full][1] for name, (file, full) in self._tensors.items()}
         for name in ("wte.weight", "wpe.weight"):
             if len(shapes.get(name, ())) != 2:
-                raise self._bad(f"tensor {name} is missing or has not two dimensions")
+                raise self._bad(f"tensor {name} is missing or does not have two dimensions")
         (V, C), (maxT, _) = shapes["wte.weight"], shapes["wpe.weight"]
         L = 1 + max((int(match[1]) for name in shapes if (match := re.match(r"h\.(\d{1,6})\.", name))), default=-1)
         if heads is None:
             if (L, C) not in KNOWN_HEADS:
-                raise InputError(f"{self.place}: there is no {CONFIG_FILE} beside it to say how many heads: give --heads N")
+                raise InputError(f"{self.place}: the number of heads is unknown without {CONFIG_FILE}: give --heads N")
             heads = KNOWN_HEADS[L, C]
-            self.notice = f"{CONFIG_FILE} is not there: {heads} heads, as GPT-2 with {L} layers and {C} channels has"
+            self.notice = f"without {CONFIG_FILE}, assuming {heads} heads, as in GPT-2 with {L} layers and {C} channels"
         try:
             return Config(maxT=maxT, V=V, L=L, NH=heads, C=C)
         except InputError as error:
             raise InputError(f"{self.place}: {error}") from None
 
     def _check(self) -> set[str]:
-        """Compare names, shapes and dtypes with what the dimensions ask for; return the dtypes."""
+        """Check names, shapes and dtypes of all tensors against the dimensions; return the dtypes."""
         wanted: dict[str, tuple[int, ...]] = {}
         for name, shape, _, _ in self.config.tensors(padded=False):
             wanted.update(_theirs(name, shape))
@@ -153,40 +152,45 @@ class HuggingFaceModel:
         dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
         if unknown := sorted(self._tensors.keys() - wanted.keys() - dropped - {HEAD}):
             raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
-        dtypes = {file.tensors[full][0] for file, full in map(self._tensors.__getitem__, wanted)}
-        if wrong := sorted(dtypes - DTYPES.keys()):
+        found = {file.tensors[full][0] for file, full in map(self._tensors.__getitem__, wanted)}
+        if wrong := sorted(found - FORMATS.keys()):
             name = next(name for name in wanted if self._tensors[name][0].tensors[self._tensors[name][1]][0] == wrong[0])
-            raise self._bad(f"tensor {name} is of dtype {wrong[0]}, expected {', '.join(DTYPES)}")
+            raise self._bad(f"tensor {name} is of dtype {wrong[0]}, expected {', '.join(FORMATS)}")
         self._check_head()
-        return dtypes
+        return found
 
     def _check_head(self) -> None:
-        """Refuse a head that is not wte: the kernels have none apart from it."""
+        """Raise CheckpointError if the head differs from wte, because the kernels use wte as the head."""
         import numpy as np
 
         if HEAD not in self._tensors:
             return
         (file, full), (own, wte) = self._tensors[HEAD], self._tensors["wte.weight"]
         if file.tensors[full][:2] != own.tensors[wte][:2]:
-            raise self._bad(f"{HEAD} is {file.tensors[full][:2]}, and wte.weight {own.tensors[wte][:2]}: they must be one")
+            raise self._bad(f"{HEAD} is {file.tensors[full][:2]}, and wte.weight {own.tensors[wte][:2]}: they must be equal")
         pairs = zip(_rows(file, full), _rows(own, wte), strict=True)
         if not all(np.array_equal(one.view("<u4"), other.view("<u4")) for one, other in pairs):
-            raise self._bad(f"{HEAD} differs from wte.weight: a head of its own is not supported")
+            raise self._bad(f"{HEAD} differs from wte.weight: a separate head is not supported")
+
+    @property
+    def paths(self) -> list[str]:
+        """The safetensors files."""
+        return [file.path for file in self._files.values()]
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """The size of all its files in bytes."""
         return sum(file.size for file in self._files.values())
 
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield our tensor `name` as float32 in order: rows of an embedding, else layer by layer."""
+        """Yield our tensor `name` as float32 in order: some rows of an embedding at a time, else one layer at a time."""
         theirs, transposed = NAMES[name]
         if "{}" not in theirs:
             yield from _rows(*self._tensors[theirs])
             return
         for layer in range(self.config.L):
             file, full = self._tensors[theirs.format(layer)]
-            array = _widen(file.stored(full))
+            array = file.tensor(full)
             yield (array.T if transposed else array)[None]
 
     def close(self) -> None:
@@ -202,9 +206,9 @@ class HuggingFaceModel:
 
 
 def write_model(folder: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint as a folder that transformers loads: config.json and model.safetensors, bfloat16 as bfloat16.
+    """Write a checkpoint as a folder that transformers loads: config.json and model.safetensors in the same weight format.
 
-    The folder gets its name once it is whole. Raises PyGPTError when it cannot be written; then nothing is left of it.
+    The folder gets its name only when it is complete. Raises PyGPTError if it cannot be written, and then deletes it.
     """
     temporary = f"{folder}.{os.urandom(4).hex()}.tmp"
     shapes: dict[str, tuple[int, ...]] = {}
@@ -213,9 +217,9 @@ def write_model(folder: str, checkpoint: Checkpoint) -> None:
     try:
         os.mkdir(temporary)
         with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="ascii") as text:
-            text.write(json.dumps(settings_of(checkpoint.config, bf16=checkpoint.bf16), indent=2) + "\n")
+            text.write(json.dumps(settings_of(checkpoint.config, checkpoint.format.name), indent=2) + "\n")
         with open(os.path.join(temporary, MODEL_FILE), "xb") as file:
-            dtype = "BF16" if checkpoint.bf16 else "F32"
+            dtype = next(dtype for dtype, row in FORMATS.items() if row == checkpoint.format)
             write_safetensors(file, dtype, [(PREFIX + name, shape) for name, shape in shapes.items()], _values(checkpoint))
             file.flush()
             os.fsync(file.fileno())
@@ -227,14 +231,14 @@ def write_model(folder: str, checkpoint: Checkpoint) -> None:
 
 
 def _values(checkpoint: Checkpoint) -> "Iterator[npt.NDArray[np.float32]]":
-    """All values in the order in which write_model() names the tensors."""
+    """Yield all values in the order of write_model()'s tensors."""
     for name, (_, transposed) in NAMES.items():
         for piece in checkpoint.pieces(name):
             yield piece.transpose(0, 2, 1) if transposed else piece
 
 
 def _theirs(name: str, shape: tuple[int, ...]) -> "dict[str, tuple[int, ...]]":
-    """The names and shapes there of one of our tensors."""
+    """Return the names and shapes that one of our tensors has in the files."""
     theirs, transposed = NAMES[name]
     if "{}" not in theirs:
         return {theirs: shape}
@@ -245,42 +249,37 @@ def _theirs(name: str, shape: tuple[int, ...]) -> "dict[str, tuple[int, ...]]":
 def _rows(file: SafetensorsFile, name: str) -> "Iterator[npt.NDArray[np.float32]]":
     """Yield a tensor's rows as float32, some at a time."""
     _, shape, _ = file.tensors[name]
-    step = max(1, _checkpoint.PIECE // prod(shape[1:]))
+    step = max(1, dtypes.PIECE // prod(shape[1:]))
     for start in range(0, shape[0], step):
-        yield _widen(file.stored(name, slice(start, start + step)))
-
-
-def _widen(stored: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
-    """float32, float16 or the bits of bfloat16 -> float32: exact."""
-    return _from_bfloat16(stored) if stored.dtype == "<u2" else stored.astype("<f4", copy=False)
+        yield file.tensor(name, slice(start, start + step))
 
 
 def read_settings(settings: "dict[str, Any]", place: str) -> Config:
-    """The dimensions that config.json gives; refuses settings under which a model computes otherwise than the kernels."""
+    """Return the dimensions in config.json. Raises CheckpointError for settings that the kernels do not compute."""
     where = f"{place}: {CONFIG_FILE}"
     if settings.get("model_type") != "gpt2":
         raise CheckpointError(f"{where}: model_type is {_short(settings.get('model_type'))}, expected 'gpt2'")
     for key, allowed in SETTINGS.items():
         if key in settings and settings[key] not in allowed:
             expected = " or ".join(map(repr, allowed))
-            raise CheckpointError(f"{where}: {key} is {_short(settings[key])}, expected {expected}: no other is supported")
+            raise CheckpointError(f"{where}: {key} is {_short(settings[key])}, expected {expected}: only that is supported")
     try:
         config = Config(**{ours: settings.get(theirs) for ours, theirs in DIMENSIONS.items()})  # type: ignore[arg-type]
     except InputError as error:
-        meaning = ", ".join(f"{ours} is its {theirs}" for ours, theirs in DIMENSIONS.items())
+        meaning = ", ".join(f"{ours} is {theirs} there" for ours, theirs in DIMENSIONS.items())
         raise CheckpointError(f"{where}: {error} ({meaning})") from None
     if settings.get("n_inner") not in (None, 4 * config.C):
         raise CheckpointError(f"{where}: n_inner is {_short(settings['n_inner'])}, expected null or {4 * config.C}")
     return config
 
 
-def settings_of(config: Config, *, bf16: bool) -> dict[str, object]:
-    """config.json for a model of these dimensions."""
-    end = 50256 if config.V > 50256 else None  # <|endoftext|>, where the vocabulary is GPT-2's
+def settings_of(config: Config, dtype: str) -> dict[str, object]:
+    """Return config.json for a model of these dimensions and this weight format."""
+    end = 50256 if config.V > 50256 else None  # <|endoftext|> of GPT-2's vocabulary
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "dtype": "bfloat16" if bf16 else "float32",
+        "dtype": dtype,
         **{theirs: getattr(config, ours) for ours, theirs in DIMENSIONS.items()},
         "n_inner": None,
         **{key: allowed[0] for key, allowed in SETTINGS.items()},
@@ -296,22 +295,22 @@ def settings_of(config: Config, *, bf16: bool) -> dict[str, object]:
 
 
 def find_files(folder: str) -> list[str]:
-    """The names of a folder's safetensors files: model.safetensors, else the shards of its index."""
+    """Return the names of a folder's safetensors files: model.safetensors, else the shards in its index."""
     if os.path.exists(os.path.join(folder, MODEL_FILE)):
         return [MODEL_FILE]
     if os.path.exists(os.path.join(folder, INDEX_FILE)):
         return sorted(set(_read_index(folder).values()))
     if any(name.startswith("pytorch_model") for name in os.listdir(folder)):
         raise pickle_error(folder)
-    raise CheckpointError(f"{folder}: there is neither {MODEL_FILE} nor {INDEX_FILE} in it")
+    raise CheckpointError(f"{folder}: it has neither {MODEL_FILE} nor {INDEX_FILE}")
 
 
 def _read_index(folder: str) -> dict[str, str]:
-    """Which shard has which tensor. The shards are files of the folder itself: an index cannot point elsewhere."""
+    """Read the index: map each tensor to its shard. An index can only name files in its own folder."""
     path = os.path.join(folder, INDEX_FILE)
     places = _read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{path}: there is no weight_map from tensors to files in it")
+        raise CheckpointError(f"{path}: it has no weight_map from tensors to files")
     for name in places.values():
         if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
             raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a safetensors file in this folder")
@@ -319,16 +318,16 @@ def _read_index(folder: str) -> dict[str, str]:
 
 
 def _check_index(folder: str, files: "Mapping[str, SafetensorsFile]") -> None:
-    """Refuse shards that hold anything else than their index says."""
+    """Raise CheckpointError unless the shards contain exactly the tensors that their index lists."""
     if MODEL_FILE in files:
         return
     places = _read_index(folder)
     path = os.path.join(folder, INDEX_FILE)
     found = {(tensor, name) for name, file in files.items() for tensor in file.tensors}
     for tensor, name in sorted(places.items() - found):
-        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is not in {name}, where the index has it")
+        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is not in {name}, but the index lists it there")
     for tensor, name in sorted(found - places.items()):
-        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is in {name}, where the index has it not")
+        raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is in {name}, but the index does not list it there")
 
 
 def _read_json(path: str) -> "dict[str, Any]":
@@ -343,17 +342,17 @@ def _read_json(path: str) -> "dict[str, Any]":
 
 
 def parse_settings(text: bytes, path: str) -> "dict[str, Any]":
-    """A config.json or index that came from outside."""
+    """Parse an untrusted config.json or index. Raises CheckpointError."""
     if len(text) > JSON_LIMIT:
-        raise CheckpointError(f"{path}: longer than {JSON_LIMIT} bytes: no model's settings are")
+        raise CheckpointError(f"{path}: longer than {JSON_LIMIT} bytes: too long for the settings of a model")
     return parse_object(text, path)
 
 
 def pickle_error(place: str) -> CheckpointError:
-    """Why a pickle is not opened, and what to do."""
+    """Return the error for a pickle, with the reason and the way out."""
     return CheckpointError(
-        f"{place}: a PyTorch pickle: loading one runs whatever code is in it, so pygpt never does; take the same model's "
-        f"{MODEL_FILE}, or have transformers write it (save_pretrained)"
+        f"{place}: a PyTorch pickle: loading it can run any code, so pygpt never does; use the same model's {MODEL_FILE}, or "
+        "let transformers write it (save_pretrained)"
     )
 
 

@@ -1,13 +1,13 @@
 """llm.c's other files: the debug state, multiple-choice examples, and the vocabulary.
 
-    debug state   one batch through the network as PyTorch computed it: tokens, logits, loss and every gradient
-    examples      HellaSwag and its like: a context and four endings, of which one is right
+    debug state   one batch as PyTorch computed it: tokens, logits, loss and every gradient
+    examples      multiple choice such as HellaSwag: a context and four endings, of which one is right
     vocabulary    the bytes of every id, for programs that only decode
 
-All begin with a header of 256 int32, little-endian. The readers trust nothing: every field and length is checked against
-the file's end before it is used, and nothing may be left over.
+Each file begins with an int32[256] little-endian header. The readers check every field and length against the file's end before
+they use it, and refuse bytes after the last value.
 
-Refuses: files of another size, magic or version, ids outside the vocabulary, examples with other than four endings.
+Refuses files of another size, magic or version, ids outside the vocabulary, and examples without exactly four endings.
 Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py (write_evalfile), llmc/dataloader.h.
 """
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 STATE_MAGIC, EXAMPLES_MAGIC, VOCABULARY_MAGIC = 20240327, 20240522, 20240328
 STATE_VERSION = 2  # version 1 did not pad wte
-START = 65535  # begins an example
+START = 65535  # the first value of an example
 ENDINGS = 4
-VOCABULARY_VERSIONS = (1, 2)  # version 1 names no end of text: it is GPT-2's
+VOCABULARY_VERSIONS = (1, 2)  # version 1 does not contain the end of text: it is GPT-2's
 GPT2_V, GPT2_EOT = 50257, 50256
 
 
@@ -40,7 +40,7 @@ GPT2_V, GPT2_EOT = 50257, 50256
 
 
 class DebugState(NamedTuple):
-    """One batch and what PyTorch made of it; all but `loss` are read-only views of the file."""
+    """One batch and PyTorch's results for it. All fields but `loss` are read-only views of the file."""
 
     inputs: npt.NDArray[np.int32]  # (B, T)
     targets: npt.NDArray[np.int32]  # (B, T)
@@ -52,7 +52,7 @@ class DebugState(NamedTuple):
 def read_debug_state(path: "Path", config: Config) -> DebugState:
     """Read llm.c's debug state (`gpt2_124M_debug_state.bin`) of a model of this shape.
 
-    Raises DataError, with the found and the expected figures, for any file that is not exactly that.
+    Raises DataError, with the found and the expected numbers, for any file that is not exactly a debug state.
     """
     name = os.fspath(path)
     (_, B, T), mapped = map_data(name, "debug state", STATE_MAGIC, (STATE_VERSION,), 2)
@@ -75,7 +75,7 @@ def read_debug_state(path: "Path", config: Config) -> DebugState:
 
 
 def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
-    """Write a debug state, all or nothing. Raises InputError for arrays of other shapes than DebugState's, OSError."""
+    """Write a debug state atomically. Raises InputError for arrays whose shapes are not DebugState's, and OSError."""
     inputs, targets = (np.asarray(ids) for ids in (state.inputs, state.targets))
     if inputs.ndim != 2 or not inputs.size or not 1 <= inputs.shape[1] <= config.maxT:
         raise InputError(f"inputs have shape {inputs.shape}, expected (B, T) with T from 1 to maxT = {config.maxT}")
@@ -108,7 +108,7 @@ def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
 
 
 class Example(NamedTuple):
-    """A context and its endings, as token ids; ending `label` is right. `number` is its place in the file, from 0."""
+    """A context and its endings, as token ids. Ending `label` is right. `number` is the index in the file, from 0."""
 
     number: int
     label: int
@@ -117,35 +117,35 @@ class Example(NamedTuple):
 
 
 def read_examples(path: "Path", *, V: int | None = None) -> Iterator[Example]:
-    """Yield the examples of a multiple-choice file (`hellaswag_val.bin`), one after another.
+    """Yield the examples of a multiple-choice file (`hellaswag_val.bin`) in order.
 
-    V: the vocabulary that ids are checked against. Raises DataError for any file that is not exactly such a file: for the
-    header at once, for an example when it is reached, with its place in the file.
+    V: the vocabulary size, to check every id. Raises DataError for any file that is not exactly such a file. The header is
+    checked at once, and each example before it is yielded; the error gives the example's offset in the file.
     """
     name = os.fspath(path)
     (_, count, longest), mapped = map_data(name, "file of examples", EXAMPLES_MAGIC, (1,), 2)
     if count < 1:
         raise DataError(f"{name}: bad header: {count} examples, expected 1 or more")
     if len(mapped) % 2:
-        raise DataError(f"{name}: truncated: {len(mapped)} bytes, an odd number, where all values are of 2 bytes")
+        raise DataError(f"{name}: truncated: {len(mapped)} bytes is an odd number, but all values have 2 bytes")
     return _examples(name, np.frombuffer(mapped, TOKEN, offset=HEADER_BYTES), count, longest, V)
 
 
 def _examples(name: str, stream: npt.NDArray[np.uint16], count: int, longest: int, V: int | None) -> Iterator[Example]:
-    """Walk the stream; no more than the one example is ever looked at."""
+    """Yield the examples of a stream, reading one example at a time."""
     start = 0
     for index in range(count):
         where = f"{name}: example {index} at byte {HEADER_BYTES + 2 * start}"
         head = stream[start : start + 2].tolist()
         if len(head) < 2:
-            raise DataError(f"{where}: truncated: the file ends, and its header promises {count} examples")
+            raise DataError(f"{where}: truncated: the file ends, but its header promises {count} examples")
         if head[0] != START:
             raise DataError(f"{where}: it begins with {head[0]}, expected {START}")
         if head[1] % 2 or head[1] > longest:
             raise DataError(f"{where}: it has {head[1]} bytes, expected an even number up to the header's {longest}")
         values = stream[start : start + head[1] // 2]
         if 2 * len(values) != head[1]:
-            raise DataError(f"{where}: truncated: it has {head[1]} bytes, and the file only {2 * len(values)} more")
+            raise DataError(f"{where}: truncated: it has {head[1]} bytes, but the file has only {2 * len(values)} more")
         yield _example(where, index, values[2:].tolist(), V)
         start += len(values)
     if start != len(stream):
@@ -153,11 +153,11 @@ def _examples(name: str, stream: npt.NDArray[np.uint16], count: int, longest: in
 
 
 def _example(where: str, index: int, values: list[int], V: int | None) -> Example:
-    """Read one example's values, those after its length."""
+    """Read one example from its values after the length."""
 
     def take(number: int, what: str) -> list[int]:
         if len(values) < number:
-            raise DataError(f"{where}: its {what} needs {number} values, and {len(values)} are left")
+            raise DataError(f"{where}: its {what} needs {number} values, but {len(values)} are left")
         taken = values[:number]
         del values[:number]
         return taken
@@ -183,9 +183,9 @@ def _example(where: str, index: int, values: list[int], V: int | None) -> Exampl
 
 
 def write_examples(path: "Path", examples: Iterable[Example]) -> int:
-    """Write a multiple-choice file, all or nothing; return how many examples it holds.
+    """Write a multiple-choice file atomically; return how many examples it has.
 
-    Indices count from 0. Raises InputError for an example that the format cannot hold, OSError.
+    Examples are numbered from 0. Raises InputError for an example that does not fit in the format, and OSError.
     """
     count = longest = 0
     with atomic_file(path) as file:
@@ -199,7 +199,7 @@ def write_examples(path: "Path", examples: Iterable[Example]) -> int:
                 values += [len(tokens), *tokens]
             size = 2 * (2 + len(values))
             if count >= START or size > START:
-                raise InputError(f"example {count} of {size} bytes: the format holds {START} examples of up to {START} bytes")
+                raise InputError(f"example {count} has {size} bytes: at most {START} examples of at most {START} bytes fit")
             _example(f"example {count}", count, list(values), None)
             file.write(np.array([START, size, *values], TOKEN).tobytes())
             count, longest = count + 1, max(longest, size)
@@ -214,9 +214,9 @@ def write_examples(path: "Path", examples: Iterable[Example]) -> int:
 
 
 def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
-    """Read llm.c's vocabulary (`gpt2_tokenizer.bin`): the bytes of every id, and the id that ends a text.
+    """Read llm.c's vocabulary (`gpt2_tokenizer.bin`); return the bytes of every id, and the id that ends a text.
 
-    Raises DataError for any file that is not exactly that.
+    Raises DataError for any file that is not exactly a vocabulary.
     """
     name = os.fspath(path)
     (version, V, eot), mapped = map_data(name, "vocabulary", VOCABULARY_MAGIC, VOCABULARY_VERSIONS, 2)
@@ -241,12 +241,12 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
 
 
 def write_tokenizer(path: "Path", tokens: Sequence[bytes], eot: int) -> None:
-    """Write a vocabulary (version 2), all or nothing. Raises InputError for what the format cannot hold, OSError."""
+    """Write a vocabulary (version 2) atomically. Raises InputError for values that do not fit in the format, and OSError."""
     if not is_whole(eot, 0, len(tokens) - 1):
-        raise InputError(f"eot is {shown(eot)}: of {len(tokens)} tokens it must be a whole number from 0 to {len(tokens) - 1}")
+        raise InputError(f"eot is {shown(eot)}: with {len(tokens)} tokens it must be a whole number, 0 to {len(tokens) - 1}")
     for token, content in enumerate(tokens):
         if len(content) > 255:
-            raise InputError(f"token {token} has {len(content)} bytes: the format holds up to 255")
+            raise InputError(f"token {token} has {len(content)} bytes: at most 255 fit in the format")
     with atomic_file(path) as file:
         file.write(header_bytes(VOCABULARY_MAGIC, 2, len(tokens), eot))
         file.write(b"".join(bytes([len(content)]) + content for content in tokens))

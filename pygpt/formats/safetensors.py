@@ -1,11 +1,11 @@
-"""safetensors files: read strictly and in place, written as a stream.
+"""safetensors files: read them strictly and in place, write them as a stream.
 
-A file is the length of a header (uint64, little-endian), the header (a JSON object: name -> dtype, shape, data_offsets),
-and the tensors' bytes, which follow each other without a gap up to the file's end. The reader trusts none of it: every name
-comes once, every range has its shape's size, and the ranges fill the file, so no view can leave the map.
+A file has the length of a header (uint64, little-endian), the header, and the tensors' bytes without gaps up to the file's end.
+The header is a JSON object: name -> dtype, shape, data_offsets. The reader checks that every name is unique, that every range
+has the size of its shape, and that the ranges fill the file. So every view is inside the map.
 
-Why not the `safetensors` package: its NumPy interface has no bfloat16, it can write only tensors that are all in memory at
-once, and of two tensors of one name it silently takes the last. Source: the format's description in its repository.
+We do not use the `safetensors` package: its NumPy interface does not support bfloat16, and it needs all tensors in memory to
+write them. If two tensors have one name, it silently uses the last. Source: the description of the format in its repository.
 """
 
 import json
@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from ..errors import CheckpointError, InputError, is_whole
-from .checkpoint import MODEL_KIND, _write_values
-from .files import Windows
+from .checkpoint import MODEL_KIND
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32
+from .files import HEADER_BYTES, Windows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,27 +26,30 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 LENGTH_BYTES = 8
-HEADER_LIMIT = 1 << 22  # bytes: ten times what the largest GPT-2 needs; the format's own limit, 10^8, lets JSON take gigabytes
+HEADER_LIMIT = 1 << 22  # bytes, ten times the largest GPT-2's; with the format's limit of 10^8, parsing can take gigabytes
 MEMBERS = {"dtype", "shape", "data_offsets"}
 DTYPES = {1: "BOOL U8 I8 F8_E5M2 F8_E4M3", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64"}
 DTYPE_BYTES = {dtype: width for width, dtypes in DTYPES.items() for dtype in dtypes.split()}
-VIEWS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # what can be read; bfloat16 as its bits
-WRITERS = {"F32": 3, "BF16": 5}  # the checkpoint version that holds such values
+FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}  # the dtypes that can be read
 
 Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 
 
 class SafetensorsFile:
-    """An open file, of which no more is mapped than is being looked at. Use it in a `with` block or close() it.
+    """An open file that maps only the tensors in use. Use it in a `with` block, or close() it.
 
-    `tensors` maps each name to (dtype, shape, offset). Raises CheckpointError for any file that is not exactly in the format.
+    `tensors` maps each name to (dtype, shape, offset), in the order of the offsets; `metadata` is the header's __metadata__;
+    `start` the file's first bytes, as map_file() shows them. Raises CheckpointError for any file that is not exactly in the
+    format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file = Windows(self.path, MODEL_KIND, CheckpointError)
         self.size = self._file.size
+        self.metadata: dict[str, str] = {}
         try:
+            self.start = bytes(self._file.view(0, min(HEADER_BYTES, self.size)))
             self.tensors = self._check()
         except BaseException:
             self.close()
@@ -63,7 +67,7 @@ class SafetensorsFile:
             raise self._bad(f"its header has {length} bytes, at most {HEADER_LIMIT} are allowed")
         start = LENGTH_BYTES + length
         if start > self.size:
-            raise self._bad(f"truncated: {self.size} bytes, and its header alone has {length}")
+            raise self._bad(f"truncated: {self.size} bytes, but its header alone has {length}")
         text = bytes(self._file.view(LENGTH_BYTES, start))
         if not text.startswith(b"{"):
             raise self._bad("its header does not begin with {")
@@ -71,6 +75,7 @@ class SafetensorsFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._bad("__metadata__ is not an object of strings")
+        self.metadata = metadata
         ranges = sorted(self._range(name, entry) for name, entry in header.items())
         end = 0
         for begin, stop, name in ranges:
@@ -83,9 +88,9 @@ class SafetensorsFile:
         return {name: (header[name]["dtype"], tuple(header[name]["shape"]), start + begin) for begin, _, name in ranges}
 
     def _range(self, name: str, entry: "Any") -> tuple[int, int, str]:
-        """A tensor's place, (begin, end, name), its entry checked."""
+        """Check a tensor's entry in the header; return (begin, end, name)."""
         if not isinstance(entry, dict) or set(entry) != MEMBERS:
-            raise self._bad(f"tensor {name!r} has no dtype, shape and data_offsets, or has more than these")
+            raise self._bad(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
             raise self._bad(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
@@ -99,24 +104,29 @@ class SafetensorsFile:
         return offsets[0], offsets[1], name
 
     def stored(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[Any]":
-        """One tensor, or some of its rows, as it is in the file, a read-only view: float32, float16, or the bits of bfloat16.
+        """Return a tensor, or some of its rows, as a read-only view of the file: float32, float16, or the bits of bfloat16.
 
         Raises CheckpointError for a tensor of another dtype.
         """
         import numpy as np
 
         dtype, shape, offset = self.tensors[name]
-        if dtype not in VIEWS:
+        if dtype not in FORMATS:
             raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
         width = DTYPE_BYTES[dtype]
         if rows != slice(None):
             start, stop, _ = rows.indices(shape[0])
             offset += start * prod(shape[1:]) * width
             shape = (stop - start, *shape[1:])
-        return np.frombuffer(self._file.view(offset, offset + prod(shape) * width), VIEWS[dtype]).reshape(shape)
+        return np.frombuffer(self._file.view(offset, offset + prod(shape) * width), FORMATS[dtype].dtype).reshape(shape)
+
+    def tensor(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[np.float32]":
+        """Return one tensor, or some of its rows, as exact float32. Raises the errors of stored()."""
+        array = self.stored(name, rows)
+        return FORMATS[self.tensors[name][0]].to_float32(array)
 
     def close(self) -> None:
-        """Close the file; arrays of it stay. May be called twice."""
+        """Close the file; its arrays stay valid. May be called twice."""
         self._file.close()
 
     def __enter__(self) -> "SafetensorsFile":
@@ -134,12 +144,12 @@ def write_safetensors(
 ) -> None:
     """Write tensors (name, shape) of one dtype, F32 or BF16 (nearest even), to an open file.
 
-    `values` are their float32 values in the same order, in pieces of any shape: each is dropped once it is written. Raises
-    InputError when they are more or fewer than the shapes say.
+    values: their float32 values in the same order, in pieces of any shape. Each piece is dropped after it is written. Raises
+    InputError if the number of values does not match the shapes.
     """
     import numpy as np
 
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     expected = end = 0
     for name, shape in tensors:
         size = prod(shape)
@@ -147,18 +157,18 @@ def write_safetensors(
         expected += size
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)  # so that the values are aligned
+    text += b" " * (-len(text) % LENGTH_BYTES)  # aligns the values
     file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     found = 0
     for piece in values:
-        _write_values(file, np.ascontiguousarray(piece, "<f4"), WRITERS[dtype])
+        FORMATS[dtype].write(file, np.ascontiguousarray(piece, "<f4"))
         found += piece.size
     if found != expected:
-        raise InputError(f"{found} values were given, and the shapes have {expected}")
+        raise InputError(f"{found} values were given, but the shapes have {expected}")
 
 
 def parse_object(text: bytes, what: str) -> "dict[str, Any]":
-    """A JSON object from outside, no name in it given twice. `what` names it in the CheckpointError for anything else."""
+    """Parse an untrusted JSON object with unique names. Raises CheckpointError, which names it by `what`, for other text."""
     try:
         found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
     except (ValueError, RecursionError) as error:
@@ -169,9 +179,9 @@ def parse_object(text: bytes, what: str) -> "dict[str, Any]":
 
 
 def unique(pairs: "list[tuple[str, Any]] | str") -> "dict[str, Any]":
-    """A JSON object's members; refuses a name given twice, and the numbers that JSON does not have (NaN, Infinity)."""
+    """Return a JSON object's members. Raises ValueError for a repeated name, and for NaN and Infinity."""
     if isinstance(pairs, str):
-        raise ValueError(f"{pairs} is no number")
+        raise ValueError(f"{pairs} is not a number in JSON")
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

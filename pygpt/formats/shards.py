@@ -1,7 +1,7 @@
-"""llm.c's data files: the header that they share, and token shards.
+"""llm.c's data files: their common header, and token shards.
 
-A shard is an int32[256] little-endian header (magic, version, count, zeros), then `count` uint16 ids. The reader checks that
-the count and the file's size agree. Tokens stay in the file, mapped, until they are used.
+A shard has an int32[256] little-endian header (magic, version, count, zeros), then `count` uint16 ids. The reader checks that
+the count and the file's size agree. Tokens stay in the mapped file until they are used.
 
 Refuses files of another size, magic, version or vocabulary. Source: llm.c, dev/data/data_common.py (write_datafile).
 """
@@ -32,9 +32,9 @@ PIECE = 1 << 20  # tokens checked or written at a time
 
 
 def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: int) -> tuple[list[int], mmap.mmap]:
-    """Map one of llm.c's data files; return its version and the `named` fields after it, and the map, header included.
+    """Map one of llm.c's data files; return ([version, next `named` fields], the map with the header).
 
-    Raises DataError for another magic or version, a file shorter than a header, and values in the header's other fields.
+    Raises DataError for another magic or version, a file shorter than a header, and a header whose other fields are not 0.
     """
     fields: list[int] = []
 
@@ -56,7 +56,7 @@ def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: i
 
 
 def check_size(path: str, found: int, expected: int, what: str) -> None:
-    """Refuse a file that has not exactly the bytes that its header promises."""
+    """Raise DataError unless the file has exactly the size that its header promises."""
     if found != expected:
         raise DataError(
             f"{path}: {'truncated' if found < expected else 'too long'}: {found} bytes, expected {expected} for {what}"
@@ -64,12 +64,12 @@ def check_size(path: str, found: int, expected: int, what: str) -> None:
 
 
 def header_bytes(magic: int, version: int, *fields: int) -> bytes:
-    """The header of a data file."""
+    """Return the header of a data file."""
     return struct.pack("<256i", magic, version, *fields, *[0] * (254 - len(fields)))
 
 
 def check_ids(tokens: "Tokens", V: int, where: str) -> None:
-    """Refuse ids outside [0, V), the first of them by its position."""
+    """Raise DataError, with the position of the first wrong id, unless all ids are in [0, V)."""
     for start in range(0, len(tokens), PIECE):
         piece = tokens[start : start + PIECE]
         if piece.max() >= V or piece.min() < 0:
@@ -83,10 +83,10 @@ def check_ids(tokens: "Tokens", V: int, where: str) -> None:
 
 
 def read_tokens(path: "Path", *, V: int | None = None) -> "Shard":
-    """Open a token shard: a read-only uint16 array (tokens,) that views the mapped file.
+    """Open a token shard as a read-only uint16 array (tokens,), a view of the mapped file.
 
-    V: the vocabulary; every id is checked against it. Raises DataError, with the found and the expected figures, for any
-    file that is not exactly a shard.
+    V: the vocabulary size, to check every id. Raises DataError, with the found and the expected numbers, for any file that is
+    not exactly a shard.
     """
     name = os.fspath(path)
     (_, count), mapped = map_data(name, "token file", MAGIC, (1,), 1)
@@ -100,10 +100,10 @@ def read_tokens(path: "Path", *, V: int | None = None) -> "Shard":
 
 
 def write_tokens(path: "Path", tokens: "npt.ArrayLike | Iterator[npt.ArrayLike]") -> int:
-    """Write a token shard, all or nothing; return how many tokens it holds.
+    """Write a token shard atomically; return how many tokens it has.
 
-    `tokens` is one array of ids or an iterator of arrays, dropped one by one once written. Raises InputError for ids that
-    are no whole numbers from 0 to 65535, and for no tokens or more than 2**31 - 1; OSError when the file cannot be written.
+    tokens: one array of ids, or an iterator of arrays, each dropped after it is written. Raises InputError for zero tokens or
+    more than 2**31 - 1, and for ids that are not whole numbers from 0 to 65535. Raises OSError if the file cannot be written.
     """
     count = 0
     with atomic_file(path) as file:
@@ -114,7 +114,7 @@ def write_tokens(path: "Path", tokens: "npt.ArrayLike | Iterator[npt.ArrayLike]"
             if count > MOST_TOKENS:
                 raise InputError(f"{os.fspath(path)}: more than {MOST_TOKENS} tokens: write several shards")
             check_ids(ids, 1 << 16, os.fspath(path))
-            for start in range(0, len(ids), PIECE):  # they may be a view of a file larger than memory
+            for start in range(0, len(ids), PIECE):  # ids may view a file larger than memory
                 file.write(ids[start : start + PIECE].astype(TOKEN).data)
         if not count:
             raise InputError(f"{os.fspath(path)}: there are no tokens to write: a shard holds 1 or more")
@@ -124,13 +124,11 @@ def write_tokens(path: "Path", tokens: "npt.ArrayLike | Iterator[npt.ArrayLike]"
 
 
 def as_tokens(tokens: npt.ArrayLike) -> "Tokens":
-    """Tokens as a one-dimensional array of integers, or InputError."""
+    """Return tokens as a one-dimensional array of integers. Raises InputError for anything else."""
     try:
         array = np.asarray(tokens)
     except ValueError as error:
-        raise InputError(f"tokens are no array: {error}") from None
+        raise InputError(f"tokens must be an array (tokens,) of integers: {error}") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InputError(
-            f"tokens are an array of shape {array.shape} and type {array.dtype}: (tokens,) of integers is expected"
-        )
+        raise InputError(f"tokens have shape {array.shape} and type {array.dtype}: they must be an array (tokens,) of integers")
     return array if array.size else array.astype(TOKEN)

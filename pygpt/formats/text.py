@@ -1,7 +1,7 @@
-"""Text for training and evaluation: read in pieces, and turned into tokens.
+"""Text for training and evaluation: read it in pieces, and encode it as tokens.
 
-Text passes through in pieces, so that a file may be larger than memory. Refuses text that is not UTF-8.
-Source: llm.c, dev/data/tinyshakespeare.py, for where `<|endoftext|>` goes.
+Because text is read and encoded in pieces, a file may be larger than memory. Refuses text that is not UTF-8.
+Source: llm.c, dev/data/tinyshakespeare.py, for the positions of `<|endoftext|>`.
 """
 
 import codecs
@@ -27,17 +27,17 @@ EOT_MODES = ("document", "paragraph", "none")
 
 
 def read_text(path: "Path") -> Iterator[str]:
-    """Yield the text of a UTF-8 file, or of stdin for "-", some at a time, exactly as it is.
+    """Yield the exact text of a UTF-8 file, or of stdin if the path is "-", in pieces.
 
-    Raises DataError for what cannot be read, and for bytes that are not UTF-8, with their offset.
+    Raises DataError if the text cannot be read, and for bytes that are not UTF-8, with their offset.
     """
     if path == "-":
         if sys.stdin is None:
-            raise DataError("-: stdin is closed: there is no text to read")
+            raise DataError("-: stdin is closed: give the text on stdin, or the path of a file")
         yield from _decoded(sys.stdin.buffer, "stdin")
         return
     try:
-        file = open(path, "rb")  # noqa: SIM115 (its errors are not those of reading)
+        file = open(path, "rb")  # noqa: SIM115 (errors of opening and of reading have different messages)
     except (OSError, ValueError) as error:
         raise DataError(f"{os.fspath(path)!r}: cannot open the text: {getattr(error, 'strerror', None) or error}") from error
     with file:
@@ -65,18 +65,18 @@ def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
 
 
 def tokens_of_text(text: str | Iterable[str], *, eot: str = "paragraph") -> "Shard":
-    """GPT-2's tokens of a text, given whole or in pieces: a uint16 array (tokens,). `eot` is as for encode_text."""
+    """Return GPT-2's tokens of a text, given whole or in pieces, as a uint16 array (tokens,). eot: see encode_text()."""
     pieces = list(encode_text([text] if isinstance(text, str) else text, eot=eot))
     return np.concatenate(pieces) if pieces else np.empty(0, TOKEN)
 
 
 def encode_text(text: Iterable[str], *, eot: str = "paragraph") -> "Iterator[Shard]":
-    """Yield GPT-2's tokens of one text that comes in pieces, uint16 arrays; wherever it is cut, the tokens are the same.
+    """Yield GPT-2's tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
 
-    eot: where `<|endoftext|>` is put in: "paragraph", before the text and after every blank line (each "\\n\\n"), as llm.c
-    prepares tinyshakespeare; "document", before the text; "none". In the text itself it is ordinary text. White space that
-    follows other text is where pieces are encoded apart: a longer run of either has to fit in memory. Raises InputError
-    for another `eot`.
+    eot: the positions of `<|endoftext|>`. "paragraph" adds it before the text and after every blank line (each "\\n\\n"), as
+    llm.c prepares tinyshakespeare. "document" adds it before the text, "none" nowhere. In the text itself it is ordinary text.
+    The text is cut only before white space that follows other text, so a long run without such a place must fit in memory.
+    Raises InputError for another `eot`.
     """
     if not isinstance(eot, str) or eot not in EOT_MODES:
         raise InputError(f"eot is {shown(eot)}: it must be one of {', '.join(EOT_MODES)}")
@@ -96,12 +96,12 @@ def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str) -> "Iterator[S
         ids = []
 
 
-# No token of GPT-2 reaches from other text into white space after it, nor do blank lines.
+# A cut between other text and the white space after it never splits a token of GPT-2 or a blank line.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def _independent(text: Iterable[str]) -> Iterator[str]:
-    """Cut text anew, where tokens end whatever follows."""
+    """Yield the text in other pieces, cut at places where a token always ends."""
     kept: list[str] = []
     for piece in text:
         cut = _LAST_CUT.match(piece)

@@ -1,1 +1,1 @@
-"""From requests to tokens: the engine, samplers, stop conditions and prefix caches."""
+"""Complete requests: the engine, samplers, stop conditions and prefix caches."""

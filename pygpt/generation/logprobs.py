@@ -1,4 +1,4 @@
-"""How probable a token was: the network's own log-probabilities, before any sampler has its say."""
+"""Log-probabilities of tokens from the network's logits, before any sampler changes them."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 
 
 class TokenInfo(NamedTuple):
-    """A token, its log-probability (natural logarithm of the softmax of the logits, no sampler's option applied), and the most
-    probable tokens in its place with theirs, the most probable first, the lowest id of equals first."""
+    """A token, its log-probability, and the most probable tokens (id, log-probability) at the same position.
+
+    A log-probability is the natural logarithm of the softmax of the logits, before any option of a sampler. `top` has the most
+    probable token first, and the lowest id first among equals."""
 
     token: int
     logprob: float
@@ -20,7 +22,7 @@ class TokenInfo(NamedTuple):
 
 
 def token_info(logits: "Logits", row: int, token: int, count: int) -> TokenInfo:
-    """What row `row` of logits (rows, V) says about `token` and the `count` most probable ones."""
+    """Return the TokenInfo of `token` with the `count` most probable tokens, from row `row` of logits (rows, V)."""
     found = log_probabilities(logits, row, token, count)
     if found is None:
         raise not_finite()

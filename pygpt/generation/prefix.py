@@ -1,84 +1,154 @@
-"""What the network has already run of a sequence is not run again: a key-value cache with its tokens beside it.
+"""Cache computed prefixes: key-value caches with their tokens.
 
-A request that begins as an earlier one did goes on from where they part. Cached or not, the bits are the same.
+If a request shares a prefix with an earlier one, only the remaining tokens are computed. The bits of the result are the same.
 """
 
 from collections.abc import Sequence
 
-from .._kernels import copy_keys_values
-from ..cache import KVCache
-from ..errors import InputError
+from ..errors import InputError, is_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..model import GPT2
+    from typing import Any, Protocol
+
+    from .._kernels import Logits
+    from ..config import Config
+
+    class Cache(Protocol):
+        """The interface of a cache: network.KVCache, or the serial reference's cache."""
+
+        @property
+        def length(self) -> int:
+            """The number of tokens in the cache."""
+
+        @property
+        def capacity(self) -> int:
+            """The largest number of tokens."""
+
+        def truncate(self, length: int) -> None:
+            """Keep the first `length` tokens."""
+
+        def copy(self, length: int | None = None, *, capacity: int | None = None) -> "Cache":
+            """Return an independent cache of the first `length` tokens."""
+
+    class AnyNetwork(Protocol):
+        """The interface of a network: network.Network, or the serial reference's network."""
+
+        config: Config
+        chunk: int  # the most rows of prompts in one step
+
+        @property
+        def position_bytes(self) -> int:
+            """The bytes that one token takes in a cache."""
+
+        def new_cache(self, capacity: int | None = None) -> Cache:
+            """Return an empty cache."""
+
+        def step(self, rows: list[tuple[int, Any, bool]]) -> Logits:
+            """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
 
 
 class Memory:
-    """A cache and the tokens that it holds. Serves one completion at a time.
+    """A cache and its tokens, for one completion at a time.
 
-    The tokens are noted after the cache has them and forgotten before, so that they never promise too much, whatever is
-    interrupted."""
+    A token is added to `tokens` after the cache has it, and removed before the cache drops it. So `tokens` never has a token
+    that the cache does not have, even after an interruption.
+    """
 
-    __slots__ = ("cache", "tokens")
+    __slots__ = ("cache", "positions", "tokens")
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: "Cache", tokens: Sequence[int] = ()) -> None:
         self.cache = cache
-        self.tokens: list[int] = []
+        self.tokens = list(tokens)
+        self.positions = len(self.tokens)  # positions of the cache that were ever used, so they take memory
 
-    def recall(self, tokens: Sequence[int]) -> list[int]:
-        """Keep what the cache and a sequence share at their beginning; return the tokens that are still to be run: the last
-        one at least, for its logits."""
-        known = self.tokens
-        shared = len(known)
-        if known != tokens[:shared]:
-            shared = next(i for i, token in enumerate(known) if i == len(tokens) or token != tokens[i])
-        shared = min(shared, len(tokens) - 1)
-        del known[shared:]
+    def shared(self, window: Sequence[int]) -> int:
+        """Return the length of the common prefix with a window, less than the whole: the last token runs for its logits."""
+        return common_prefix(self.tokens, window, len(window) - 1)
+
+    def keep(self, shared: int) -> None:
+        """Keep the first `shared` tokens."""
+        del self.tokens[shared:]
         self.cache.truncate(shared)
-        return list(tokens[shared:])
 
-    def become(self, other: "Memory") -> None:
-        """Copy another memory into this empty one."""
-        copy_keys_values(self.cache, other.cache)
-        self.tokens = other.tokens.copy()
+    def note(self, tokens: Sequence[int]) -> None:
+        """Note tokens that a step has appended to the cache."""
+        self.tokens += tokens
+        self.positions = max(self.positions, len(self.tokens))
+
+    def copy(self, shared: int, capacity: int) -> "Memory":
+        """Return an independent memory of the first `shared` tokens, with room for `capacity`."""
+        return Memory(self.cache.copy(shared, capacity=capacity), self.tokens[:shared])
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    """Return the length of the common prefix of two sequences, at most `most`."""
+    most = min(most, len(a))
+    if a[:most] == b[:most]:
+        return most
+    return next(i for i in range(most) if a[i] != b[i])
 
 
 class PrefixCache:
-    """Remembers the latest completion that was given it; make it with GPT2.new_prefix_cache(). `generate(tokens, cache=cache)`
-    runs only what follows the longest common beginning, with the same bits. Costs L * 2 * C float32 values a token.
+    """Idle memories of completed requests, the least recently used first; made with GPT2.new_prefix_cache().
 
-    Any number of completions may be given one cache: the first that runs has it, the others run without.
+    `generate(tokens, cache=cache)` computes only the tokens after the longest common prefix. max_bytes: the most bytes of keys
+    and values to keep (default: those of one full context, maxT tokens). Any number of completions may share a cache.
     """
 
-    def __init__(self, model: "GPT2") -> None:
-        self._model = model
-        self._idle = [Memory(model.new_cache())]  # one, or none while a completion has it: popping is atomic
+    def __init__(self, network: "AnyNetwork", max_bytes: int | None = None) -> None:
+        one = network.position_bytes * network.config.maxT
+        if max_bytes is not None and not is_whole(max_bytes, 0, 1 << 62):
+            raise InputError(f"max_bytes is {shown(max_bytes)}: it must be a whole number from 0 to 2^62")
+        self._network = network
+        self.max_bytes = one if max_bytes is None else max_bytes
+        self._idle: list[Memory] = []
 
     @property
     def tokens(self) -> list[int]:
-        """The tokens that need not be run again; none while a completion runs."""
-        return [token for memory in self._idle for token in memory.tokens]
+        """The tokens of the latest memory. The list is empty while a completion uses the only memory."""
+        return list(self._idle[-1].tokens) if self._idle else []
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all idle memories."""
+        return sum(memory.positions for memory in self._idle) * self._network.position_bytes
 
     def clear(self) -> None:
-        """Forget the tokens and give their memory back."""
-        self._idle = [Memory(self._model.new_cache())]
+        """Drop all memories."""
+        self._idle = []
 
-    def check(self, model: object) -> None:
-        """Raise InputError unless this cache was made for `model`."""
-        if model is not self._model:
+    def check(self, network: object) -> None:
+        """Raise InputError unless this cache was made for `network`."""
+        if network is not self._network:
             raise InputError("the prefix cache belongs to another model: make one with this model's new_prefix_cache()")
 
-    def lend(self) -> Memory:
-        """What is remembered, or a memory of nothing while another completion has it."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return Memory(self._model.new_cache())
+    def best(self, window: Sequence[int]) -> "tuple[Memory | None, int]":
+        """Return the idle memory with the longest common prefix with a window, and the length of that prefix."""
+        found, most = None, 0
+        for memory in list(self._idle):
+            if (shared := memory.shared(window)) >= max(most, 1):
+                found, most = memory, shared
+        return found, most
 
-    def take_back(self, memory: Memory) -> None:
-        """Remember this from now on."""
-        self._idle = [memory]
+    def take(self, memory: Memory) -> bool:
+        """Remove a memory for use by one completion; return False if another completion has taken it."""
+        try:
+            self._idle.remove(memory)
+        except ValueError:
+            return False
+        return True
+
+    def give(self, memory: Memory) -> None:
+        """Keep a memory; then drop the least recently used ones until the rest fit in max_bytes."""
+        if memory.tokens:
+            self._idle.append(memory)
+        self.shrink(self.max_bytes)
+
+    def shrink(self, max_bytes: int) -> None:
+        """Drop the least recently used memories until the rest fit in `max_bytes`."""
+        while self._idle and self.nbytes > max_bytes:
+            del self._idle[:1]
 
     def __repr__(self) -> str:
-        return f"PrefixCache({len(self.tokens)} tokens)"
+        return f"PrefixCache({len(self._idle)} sequences, {self.nbytes} bytes)"

@@ -1,13 +1,13 @@
-"""How the next token is chosen from the logits of a row.
+"""Choose the next token from the logits of a row.
 
-median   the serial program's rule: the first id, in id order, at which the running sum of the softmax exceeds one half; all
-         in float32, one after another (sampler.h). Deterministic, and not argmax.
-greedy   the most probable id, the lowest of equals.
-sample   at random, by the probabilities that are left when these have had their turn: repetition penalty, temperature, top_k,
-         top_p, min_p, in the order and with the meaning of Hugging Face's transformers. Random numbers are counted, not drawn
-         from a state: number n of stream s of a seed (sampler.h), so that a seed gives the same tokens on any machine.
+median   the serial program's rule: the first id, in id order, at which the running sum of the softmax exceeds one half. The
+         sum is float32, in ascending order (sampler.h). The choice is deterministic, but it is not the argmax.
+greedy   the most probable id; the lowest of equals.
+sample   a random id, after repetition penalty, temperature, top_k, top_p and min_p. These have the names and meaning, and
+         apply in the order, of Hugging Face's transformers. A random number depends only on seed, stream and step (sampler.h),
+         so a seed gives the same tokens on every machine.
 
-The reference and the fast path call these same functions.
+The reference and the fast path call the same functions.
 """
 
 import os
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 DETERMINISTIC = {"median": median, "greedy": greedy}
 SAMPLERS = (*DETERMINISTIC, "sample")
 DEFAULT_SAMPLER = "median"
-SEEDS = 1 << 64  # how many there are
+SEEDS = 1 << 64  # the number of seeds
 INFINITY = float("inf")
 
 
 def sample(name: str, logits: "Logits", row: int) -> int:
-    """Choose a token id by row `row` of logits (rows, V), by "median" or "greedy". Raises NumericalError when that row is not
-    finite."""
+    """Choose a token id from row `row` of logits (rows, V) by "median" or "greedy".
+
+    Raises NumericalError if the row is not finite."""
     token = DETERMINISTIC[name](logits, row)
     if token < 0:
         raise not_finite()
@@ -39,23 +40,23 @@ def sample(name: str, logits: "Logits", row: int) -> int:
 
 
 def not_finite() -> NumericalError:
-    """What to raise about logits that are not finite."""
+    """Return the error for logits that are not finite."""
     return NumericalError("the network's logits are not finite: the model file's weights are damaged or out of range")
 
 
 class Sampler:
-    """A checked choice of sampler, and the options of "sample", which any of them implies. Immutable by convention.
+    """A checked sampler with the options of "sample". Do not change it after construction.
 
-    name: "median", "greedy" or "sample" (default: "sample" where one of its options is given, else "median"). do_sample:
-    True stands for "sample", False for "greedy".
+    name: "median", "greedy" or "sample" (default: "sample" if one of its options is given, else "median"). do_sample: True
+    means "sample", False means "greedy".
 
-    Options of "sample", None for what changes nothing: temperature divides the logits, above 0; top_k keeps the k most
-    probable ids and the equals of the last, 0 for all; top_p, 0 to 1, keeps the most probable ids that hold this share
-    together, one at least; min_p, 0 to 1, keeps ids at least so many times as probable as the most probable one;
-    repetition_penalty, above 0, divides positive logits of ids already in the sequence by this, and multiplies negative
-    ones; seed, 0 to 2^64 - 1, makes it repeatable.
+    Options of "sample"; None has no effect. temperature, above 0, divides the logits. top_k keeps the k most probable ids, and
+    ids as probable as the last of them; 0 keeps all. top_p, 0 to 1, keeps the most probable ids that together reach this
+    share, at least one id. min_p, 0 to 1, keeps ids whose probability is at least min_p times the highest. For ids already in
+    the sequence, repetition_penalty, above 0, divides positive logits and multiplies negative ones. seed, 0 to 2^64 - 1, makes
+    the result repeatable.
 
-    Raises InputError for a value out of its range, and for options of "sample" beside another sampler.
+    Raises InputError for a value out of its range, and for an option of "sample" with another sampler.
     """
 
     __slots__ = ("min_p", "name", "repetition_penalty", "seed", "temperature", "top_k", "top_p")
@@ -92,7 +93,7 @@ class Sampler:
         )
 
     def start(self) -> int | None:
-        """The seed of a new sequence: the given one, else a truly random one; None where nothing is random."""
+        """Return the seed of a new sequence: the given one, else a truly random one; None if nothing is random."""
         if self.name != "sample":
             return None
         return int.from_bytes(os.urandom(8)) if self.seed is None else self.seed
@@ -103,8 +104,9 @@ class Sampler:
         return self.repetition_penalty != 1.0
 
     def choose(self, logits: "Logits", row: int, seed: int | None, stream: int, step: int, seen: bytearray | None) -> int:
-        """Choose a token id by row `row` of logits (rows, V): for "sample" by number `step` of a stream of the seed, where it
-        looks back by `seen` (V,), marks of the ids in the sequence. Raises NumericalError when that row is not finite."""
+        """Choose a token id from row `row` of logits (rows, V). "sample" uses number `step` of stream `stream` of the seed.
+
+        seen: marks of the ids in the sequence, (V,), if looks_back. Raises NumericalError if the row is not finite."""
         if seed is None:
             return sample(self.name, logits, row)
         weights = sample_weights(
@@ -123,7 +125,7 @@ class Sampler:
 
 
 def _name(name: str | None, do_sample: bool | None, option: str | None) -> str:
-    """The sampler that is meant; `option` is one of "sample" that was given, if any."""
+    """Return the sampler's name. option: a given option of "sample", or None. Raises InputError for a contradiction."""
     if name is not None and not (isinstance(name, str) and name in SAMPLERS):
         raise InputError(f"sampler is {shown(name)}: it must be one of {', '.join(SAMPLERS)}")
     if do_sample is not None:
@@ -143,7 +145,7 @@ def _name(name: str | None, do_sample: bool | None, option: str | None) -> str:
 
 
 def _number(value: "SupportsFloat") -> float:
-    """A number as a float, NaN for what is none."""
+    """Return a number as a float, and NaN for anything else."""
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         return float("nan")
     try:
@@ -155,7 +157,7 @@ def _number(value: "SupportsFloat") -> float:
 
 
 def _positive(name: str, value: "SupportsFloat", way_out: str = "") -> float:
-    """A finite number above 0."""
+    """Return a finite number above 0. Raises InputError for anything else."""
     number = _number(value)
     if not 0 < number < INFINITY:
         raise InputError(f"{name} is {shown(value)}: it must be a finite number above 0{way_out}")
@@ -163,13 +165,13 @@ def _positive(name: str, value: "SupportsFloat", way_out: str = "") -> float:
 
 
 def _temperature(value: "SupportsFloat") -> float:
-    """A temperature; 0 is answered with what is meant by it elsewhere."""
-    way_out = "; for the most probable token each time take sampler greedy" if _number(value) == 0 else ""
+    """Return a temperature. The error for 0, which means greedy in other programs, recommends sampler greedy."""
+    way_out = "; to choose the most probable token each time, use sampler greedy" if _number(value) == 0 else ""
     return _positive("temperature", value, way_out)
 
 
 def _share(name: str, value: "SupportsFloat") -> float:
-    """A number from 0 to 1."""
+    """Return a number from 0 to 1. Raises InputError for anything else."""
     number = _number(value)
     if not 0 <= number <= 1:
         raise InputError(f"{name} is {shown(value)}: it must be a number from 0 to 1")
@@ -177,7 +179,7 @@ def _share(name: str, value: "SupportsFloat") -> float:
 
 
 def _whole(name: str, value: "SupportsIndex", high: float, rule: str) -> int:
-    """A whole number from 0 to `high`."""
+    """Return a whole number from 0 to `high`. Raises InputError, which states the rule, for anything else."""
     try:
         number = -1 if isinstance(value, bool) else index(value)
     except TypeError:

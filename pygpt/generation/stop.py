@@ -1,10 +1,10 @@
-"""When a completion ends before its length: at a stop token, or where its text has come to hold a stop string.
+"""Stop conditions: end a completion before its length at a stop token, or if its text contains a stop string.
 
-The text is that of the whole sequence, the prompt included, and a stop string may begin and end anywhere within tokens; it
-counts when the newest token completes it. So the token that completes it is the last one, and it may carry text beyond the
-stop string. Source: the rule of Hugging Face's StopStringCriteria. The vocabulary is loaded when there are stop strings.
+The text is that of the whole sequence with the prompt. A stop string may begin and end inside tokens. It counts if the newest
+token completes it, so that token is the last one, and may add text after the stop string. Source: the rule of Hugging Face's
+StopStringCriteria. The vocabulary is loaded only for stop strings.
 
-Refuses: stop strings for a model whose vocabulary is not GPT-2's, for nothing says what its ids spell.
+Refuses stop strings for a model whose vocabulary is not GPT-2's, because the text of its ids is unknown.
 """
 
 from collections.abc import Iterable
@@ -22,8 +22,9 @@ GPT2_VOCABULARY = 50257  # ids
 
 
 class Stop:
-    """Checked stop tokens and stop strings. Raises InputError for an id outside the vocabulary, an empty stop string, or stop
-    strings where the vocabulary is not GPT-2's."""
+    """Checked stop tokens and stop strings.
+
+    Raises InputError for an id outside the vocabulary, an empty stop string, or stop strings without GPT-2's vocabulary."""
 
     __slots__ = ("longest", "strings", "tokenizer", "tokens")
 
@@ -37,19 +38,19 @@ class Stop:
 
 
 class Watch:
-    """Looks at the tokens of one sequence as they come."""
+    """Watch the new tokens of one sequence for stop conditions."""
 
     __slots__ = ("_stop", "_tail")
 
     def __init__(self, stop: Stop, prompt: list[int]) -> None:
         self._stop = stop
-        self._tail = b""  # the end of the text: what a stop string may have begun with
+        self._tail = b""  # the end of the text, where a stop string may begin
         if stop.tokenizer is not None:
-            before = prompt[-stop.longest :]  # no token is without a byte
+            before = prompt[-stop.longest :]  # enough tokens, because each has at least one byte
             self._tail = self._end_of(stop.tokenizer.decode_bytes(before))
 
     def ends(self, token: int) -> bool:
-        """Take the next token: whether it is a stop token or completes a stop string."""
+        """Take the next token; return whether it is a stop token or completes a stop string."""
         found = token in self._stop.tokens
         if self._stop.tokenizer is not None:
             known = len(self._tail)
@@ -59,15 +60,15 @@ class Watch:
         return found
 
     def _end_of(self, text: bytes) -> bytes:
-        """The bytes that may begin a stop string which is not complete."""
+        """Return the end of the text, in which an incomplete stop string may begin."""
         return text[max(len(text) - self._stop.longest + 1, 0) :]
 
 
 def _tokenizer(config: Config) -> "Tokenizer":
-    """What the ids of a model spell."""
+    """Return the tokenizer of a model. Raises InputError unless its vocabulary is GPT-2's."""
     if config.V != GPT2_VOCABULARY:
         raise InputError(
-            f"stop_strings need GPT-2's vocabulary of {GPT2_VOCABULARY} ids, and this model has {config.V}: give stop_token_ids"
+            f"stop_strings need GPT-2's vocabulary of {GPT2_VOCABULARY} ids, but this model has {config.V}: give stop_token_ids"
         )
     from ..tokenizer import Tokenizer
 
@@ -75,7 +76,7 @@ def _tokenizer(config: Config) -> "Tokenizer":
 
 
 def _several(name: str, values: object, kind: type) -> "Iterable[object]":
-    """One value of a kind or any number of them."""
+    """Return the given values, one value of a kind or an iterable of values, as an iterable."""
     if values is None:
         return ()
     if isinstance(values, kind):
@@ -87,12 +88,12 @@ def _several(name: str, values: object, kind: type) -> "Iterable[object]":
 
 
 def _encoded(text: object) -> bytes:
-    """A stop string's bytes. What the command line could not decode is given back as it was."""
+    """Return a stop string's bytes. Bytes that the command line could not decode are restored."""
     if not isinstance(text, str):
         raise InputError(f"stop string {shown(text)} is not a string")
     if not text:
-        raise InputError("a stop string is empty: it would be found everywhere; leave it out")
+        raise InputError("a stop string is empty, so every text would contain it: leave it out")
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise InputError(f"stop string {shown(text)} has no UTF-8 form: it holds half a surrogate pair") from None
+        raise InputError(f"stop string {shown(text)} has no UTF-8 form: it contains half a surrogate pair") from None

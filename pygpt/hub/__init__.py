@@ -1,1 +1,1 @@
-"""Which models there are, where they lie, and how they are downloaded."""
+"""Find and download models."""

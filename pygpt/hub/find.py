@@ -1,22 +1,26 @@
-"""Which model file answers, and where downloaded models lie. Opens no file."""
+"""Find the model file to use, and the folder of downloaded models. Opens no file, and imports no code that downloads."""
 
 import os
+import re
 import sys
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 
 GPT2_FILE = "gpt2_124M.bin"
 EMBEDDED_MODEL = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "shakespeare.bin")
 
-# The names by which `pygpt download` fetches models. Where no file has such a name, they mean the downloaded models.
+# `pygpt download` fetches a name, or a repository OWNER/NAME. @REVISION (a branch, tag or commit) may follow.
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2_124M", "gpt2_124M_bf16")
+PART = r"\w(?:[\w.+-]{0,94}\w)?"
+DOWNLOADABLE = rf"(?:{'|'.join(MODELS)}|{PART}/{PART})(?:@{PART}(?:/{PART}){{0,2}})?"
 
 
 def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
-    """Say which model answers: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the small embedded model.
+    """Return (path, origin) of the model to use: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the embedded model.
 
-    A path may also be one of MODELS. Returns (path, origin) with origin "given", "PYGPT_MODEL", "folder" or "embedded". The
-    file is not opened. Raises CheckpointError when the named file does not exist.
+    If no file has that path, it can be the name of a downloaded model: one of MODELS, or a repository. origin is "given",
+    "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises CheckpointError if there is no such file or downloaded
+    model, and InputError for the name of a downloaded model without a cache folder.
     """
     if path is not None:
         name, origin, via = os.fspath(path), "given", ""
@@ -28,26 +32,41 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
         name, origin, via = GPT2_FILE, "folder", ""
     else:
         return EMBEDDED_MODEL, "embedded"
-    if name in MODELS and not os.path.isfile(name):
-        fetched = cached_model(name)
-        if not os.path.exists(fetched):
-            raise CheckpointError(f"{name}{via}: not downloaded yet: run `pygpt download {name}` first")
-        return fetched, origin
+    if not os.path.isfile(name) and is_downloadable(name):
+        if os.path.exists(fetched := cached_model(name)):
+            return fetched, origin
+        if not os.path.exists(name):
+            raise CheckpointError(f"{name}{via}: neither a file nor a downloaded model: run `pygpt download {name}` first")
     if not os.path.exists(name):
         raise CheckpointError(f"{name}{via}: no such model file; give the path of an llm.c checkpoint such as {GPT2_FILE}")
     return name, origin
 
 
+def is_downloadable(name: str) -> bool:
+    """Return whether `pygpt download` accepts this name. A name with the extension of a model file is a path instead."""
+    if name.endswith((".bin", ".safetensors", ".git")) or "--" in name:
+        return False
+    return re.fullmatch(DOWNLOADABLE, name, re.ASCII) is not None
+
+
 def cached_model(name: str) -> str:
-    """Where a model of this name is once it was fetched."""
-    return os.path.join(cache_folder(), f"{name}.bin")
+    """Return the path of a downloaded model, for a name that is_downloadable() accepts."""
+    return os.path.join(cache_folder(), f"{name.replace('/', '--')}.bin")
 
 
 def cache_folder() -> str:
-    """Where fetched models are: PYGPT_HOME, else pygpt in the user's folder for caches on this system."""
-    if home := os.environ.get("PYGPT_HOME"):
-        return home
-    if sys.platform == "darwin":
-        return os.path.expanduser("~/Library/Caches/pygpt")
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    return os.path.join(caches if os.path.isabs(caches) else os.path.expanduser("~/.cache"), "pygpt")
+    """Return the folder of downloaded models: PYGPT_HOME, else pygpt in the user's cache folder on this system.
+
+    Raises InputError if that folder begins with ~ and the user has no home folder.
+    """
+    folder = os.environ.get("PYGPT_HOME", "")
+    if not folder:
+        caches = os.environ.get("XDG_CACHE_HOME", "")
+        if sys.platform == "darwin":
+            caches = "~/Library/Caches"
+        elif not os.path.isabs(caches):
+            caches = "~/.cache"
+        folder = os.path.join(caches, "pygpt")
+    if (found := os.path.expanduser(folder)).startswith("~"):
+        raise InputError(f"{folder}: there is no home folder: set PYGPT_HOME to the folder for downloaded models")
+    return found

@@ -1,6 +1,6 @@
-"""What goes into training: tokens of shards or arrays, in batches.
+"""Training data: the tokens of shards or arrays, in batches.
 
-A data set is one shard or many. Tokens stay in the file, mapped, until a batch needs them. Refuses shards that are too small
+A data set is one or more shards. Tokens stay in the mapped file until a batch needs them. Refuses shards that are too small
 for one batch. Source: llm.c, llmc/dataloader.h.
 """
 
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
     Batch = npt.NDArray[np.int32]  # (B, T)
 
-# What the fingerprint of a data set is made of: all tokens, or where there are more than WHOLE some of every shard, for
-# reading a hundred gigabytes takes minutes.
+# The fingerprint of a data set hashes all its tokens, up to WHOLE of them. Reading a hundred gigabytes takes minutes, so the
+# fingerprint of a larger data set hashes samples of every shard.
 WHOLE = 1 << 24
 PIECE = 1 << 20  # tokens hashed at a time
-SAMPLES, SAMPLE = 16, 1 << 12  # places of a shard, evenly spaced from its first token to its last, and tokens of each
+SAMPLES, SAMPLE = 16, 1 << 12  # samples in a shard, evenly spaced from its first token to its last; tokens in one sample
 
 
 def split(tokens: "Tokens", *, val_tokens: int | None = None, val_fraction: float | None = None) -> "tuple[Tokens, Tokens]":
-    """Split tokens into (train, val), views of them.
+    """Split tokens into (train, val), two views.
 
-    val_tokens: the first so many validate, as llm.c splits tinyshakespeare. val_fraction: the last part validates. Raises
-    InputError unless one of the two is given and leaves tokens on both sides.
+    val_tokens: the number of tokens for validation, from the beginning, as llm.c splits tinyshakespeare. val_fraction: the
+    share for validation, from the end. Raises InputError unless exactly one of them is given and both parts get tokens.
     """
     count = len(tokens)
     if (val_tokens is None) == (val_fraction is None):
-        raise InputError("give either val_tokens, the first so many, or val_fraction, the last part")
+        raise InputError("give either val_tokens, a number of first tokens, or val_fraction, a share at the end")
     if val_tokens is not None:
         if not is_whole(val_tokens, 1, count - 1):
             raise InputError(
-                f"val_tokens is {shown(val_tokens)}: of {count} tokens it must be a whole number from 1 to {count - 1}"
+                f"val_tokens is {shown(val_tokens)}: with {count} tokens it must be a whole number from 1 to {count - 1}"
             )
         return tokens[val_tokens:], tokens[:val_tokens]
     if not isinstance(val_fraction, float) or not 0 < val_fraction < 1 or not 0 < round(count * val_fraction) < count:
         raise InputError(
-            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and leave some of {count} tokens on both sides"
+            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and both parts of {count} tokens must get some"
         )
     train = count - round(count * val_fraction)
     return tokens[:train], tokens[train:]
@@ -57,15 +57,16 @@ def split(tokens: "Tokens", *, val_tokens: int | None = None, val_fraction: floa
 
 
 class DataLoader:
-    """Endless batches of B sequences of T tokens, in llm.c's order: B*T + 1 tokens are read, and the next batch begins B*T on.
+    """Serve endless batches of B sequences of T tokens, in llm.c's order.
 
-    source: a path or a pattern of shards (sorted), a list of paths, or tokens in memory. A shard gives
-    floor((tokens - 1) / (B*T)) batches, then comes the next; after the last one a new epoch begins. With `shuffle_seed`,
-    every epoch has an order of its own of the shards and of the batches in each, a function of seed and epoch alone: the
-    same on every machine. V: the vocabulary; every id is checked against it as its shard is opened.
+    A batch reads B*T + 1 tokens, and the next batch starts B*T tokens later. source: a path or a pattern of shards (sorted),
+    a list of paths, or tokens in memory. A shard gives floor((tokens - 1) / (B*T)) batches. After the last shard a new epoch
+    begins. shuffle_seed: shuffle the shards, and the batches in each shard, again in every epoch. The order depends only on
+    seed and epoch, so it is the same on every machine. V: the vocabulary size; opening a shard checks every id against it.
 
-    `batches` is their number in an epoch, `tokens` that in all shards, `fingerprint` a hash by which state() tells other data
-    from these. Raises InputError for a bad B, T or seed, DataError for a shard that is none or is too small for one batch.
+    `batches` is the number of batches in an epoch, and `tokens` the number of tokens in all shards. `fingerprint` is a hash
+    that identifies the data in a state(). Raises InputError for a bad B, T, V or seed. Raises DataError for a file that is
+    not a shard or is too small for one batch.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class DataLoader:
         self.reset()
 
     def next_batch(self) -> "tuple[Batch, Batch]":
-        """Return the next (inputs, targets), fresh int32 arrays (B, T); targets are the inputs' successors."""
+        """Return the next (inputs, targets), fresh int32 arrays (B, T); each target is the token after its input."""
         if self._batch == len(self._order):
             last = self._shard == len(self._counts) - 1
             self._move(*((self._epoch + 1, 0, 0) if last else (self._epoch, self._shard + 1, 0)))
@@ -114,29 +115,29 @@ class DataLoader:
         return tokens[:-1].astype(np.int32).reshape(B, T), tokens[1:].astype(np.int32).reshape(B, T)
 
     def reset(self) -> None:
-        """Go to the first batch of the first epoch, as validation does before each evaluation."""
+        """Go to the first batch of the first epoch. Validation does so before each evaluation."""
         self._move(0, 0, 0)
 
     @property
     def epoch(self) -> int:
-        """The epoch of the batch that came last, from 0."""
+        """The epoch of the latest batch, counted from 0."""
         return self._epoch
 
     def state(self) -> dict[str, int | str | None]:
-        """The position, and what it is a position in, for JSON: restore() continues there, with the very same batches."""
+        """Return the position and the identity of the data, for JSON. restore() continues there with the same batches."""
         return {"epoch": self._epoch, "shard": self._shard, "batch": self._batch, **self._identity()}
 
     def restore(self, state: Mapping[str, int | str | None]) -> None:
-        """Go to the position of a state(). Raises InputError for the state of a loader with other data, B, T or seed."""
+        """Go to the position of a state(). Raises InputError if that loader had other data, B, T or seed."""
         identity = self._identity()
-        state = {"fingerprint": self.fingerprint, **state}  # the first states had none
+        state = {"fingerprint": self.fingerprint, **state}  # the oldest states lack a fingerprint
         if set(state) != {"epoch", "shard", "batch", *identity}:
             raise InputError(f"the loader's state has the fields {shown(sorted(state))}, expected {sorted(self.state())}")
         for name, value in identity.items():
             if state[name] != value:
                 raise InputError(
-                    f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}: give it the same "
-                    "data, B, T and seed, or begin anew"
+                    f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}: use the same data, "
+                    "B, T and seed, or start a new run"
                 )
         place = []
         for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
@@ -147,7 +148,7 @@ class DataLoader:
         self._move(*place)
 
     def _identity(self) -> dict[str, int | str | None]:
-        """What a position means something for."""
+        """Return the values on which the meaning of a position depends."""
         return {
             "B": self.B,
             "T": self.T,
@@ -158,7 +159,7 @@ class DataLoader:
         }
 
     def _move(self, epoch: int, shard: int, batch: int) -> None:
-        """Go to a batch of the epoch's shard number `shard`, and open that. If it fails, the loader stays where it is."""
+        """Open the epoch's shard number `shard`, and go to one of its batches. On failure the position does not change."""
         index = int(self._permutation(epoch, 0, len(self._counts))[shard])
         if batch > self._batches[index]:
             raise InputError(f"the loader's state has batch = {batch}: its shard has {self._batches[index]} batches")
@@ -173,10 +174,10 @@ class DataLoader:
         self._tokens, self._epoch, self._shard, self._batch = tokens, epoch, shard, batch
 
     def _permutation(self, epoch: int, stream: int, count: int) -> "Sequence[int] | npt.NDArray[np.intp]":
-        """The order of `count` things: stream 0 is the epoch's shards, stream 1 + i the batches of shard i.
+        """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i.
 
-        Sorted by 64 random bits each. Philox with a given key and counter, its raw output and a stable sort are the same in
-        every NumPy and on every machine; what NumPy's Generator makes of them is not.
+        Each item gets 64 random bits, by which the items are sorted. Philox's raw output and a stable sort are the same in
+        every version of NumPy and on every machine. The numbers of NumPy's Generator can differ.
         """
         if self.shuffle_seed is None:
             return range(count)
@@ -185,12 +186,12 @@ class DataLoader:
 
 
 def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], Tokens | None]":
-    """A loader's source as the names of files, or as tokens."""
+    """Return a loader's source as file names, or as tokens."""
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
         if not files:
-            raise DataError(f"{name!r}: no such file, and as a pattern it matches none; tools/shards.py makes token files")
+            raise DataError(f"{name!r}: no such file, and as a pattern it matches no file; `pygpt shards` makes token files")
         return files, None
     if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
         if not source:
@@ -200,7 +201,7 @@ def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], 
 
 
 def _fingerprint(shards: "Iterable[Tokens]", total: int) -> str:
-    """32 hexadecimal digits that tell a data set of `total` tokens from another of as many, wherever its files are."""
+    """Return 32 hexadecimal digits that identify a data set of `total` tokens by its contents, not by its file names."""
     digest = hashlib.sha256()
     for tokens in shards:
         count = len(tokens)

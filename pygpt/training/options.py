@@ -1,8 +1,8 @@
-"""How the weights are moved: the options of AdamW, gradient clipping, accumulation, and the learning-rate schedule.
+"""The options of AdamW, gradient clipping, accumulation, and the learning-rate schedule.
 
-Everything here is a pure function of the options and the step, in float64 additions, multiplications and divisions alone: the
-schedule's cosine is our own polynomial, for libm's differs by machine. The arithmetic on the weights is the engine's
-(TrainableGPT2.update), the order of things the Trainer's.
+Everything here is a pure function of the options and the step. It uses only float64 additions, multiplications and divisions.
+The schedule's cosine is our own polynomial, because libm's cosine differs between machines. TrainableGPT2.update() changes
+the weights, and the Trainer orders the operations of a step.
 
 Defaults are those of llm.c's CPU program. Sources: Loshchilov & Hutter 2019 (AdamW) and 2017 (cosine); llm.c, train_gpt2.c
 (gpt2_update) and llmc/schedulers.h.
@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+ADAMW = ("beta1", "beta2", "eps", "weight_decay", "decay_matrices_only")
 SCHEDULES = ("constant", "cosine")
 MOST_STEPS = 2**31 - 1
 MOST_MICRO_BATCHES = 10**6
@@ -25,19 +26,19 @@ MOST_MICRO_BATCHES = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What one training run does at each step; immutable. Raises InputError for an option out of its range.
+    """Hold the options of one training run; immutable. Raises InputError for an option out of its range.
 
-    steps                   updates in all; the cosine schedule ends there
-    lr                      learning rate, the highest one
-    beta1, beta2, eps       AdamW's averages and the term beside the square root
-    weight_decay            pulls weights towards zero, apart from the gradient; on every tensor, as llm.c does
-    decay_matrices_only     only on matrices: not on biases and LayerNorms
-    clip                    the largest global norm of the gradient, which is scaled down to it; 0: as it is
-    accumulate              micro-batches of one step, their gradients averaged; a power of two of them gives the gradients of
-                            one large batch, bit for bit but for wte's
+    steps                   the number of updates; the cosine schedule ends there
+    lr                      the highest learning rate
+    beta1, beta2, eps       AdamW's decay rates of the running means, and the number added to the square root
+    weight_decay            pulls weights towards zero, independent of the gradient; on every tensor, as in llm.c
+    decay_matrices_only     decay only matrices, not biases and LayerNorms
+    clip                    the largest global norm; a larger gradient is scaled down to it; 0: no clipping
+    accumulate              micro-batches in one step, whose gradients are averaged. With a power of two, all gradients but
+                            wte's have the same bits as those of one large batch.
     warmup                  steps in which the learning rate rises from lr / warmup to lr
     schedule                "constant" after the warm-up, or "cosine": half a wave from lr down to min_lr
-    min_lr                  where the cosine ends
+    min_lr                  the learning rate at the end of the cosine
     """
 
     steps: int = 40
@@ -67,14 +68,14 @@ class TrainingOptions:
             ("clip", 0.0, 1e30),
         ):
             check_number(name, getattr(self, name), low, high)
-            object.__setattr__(self, name, float(getattr(self, name)))  # a NumPy scalar would compute, and be saved, otherwise
+            object.__setattr__(self, name, float(getattr(self, name)))  # NumPy scalars round and serialize differently
         if not isinstance(self.decay_matrices_only, bool):
             raise InputError(f"decay_matrices_only is {shown(self.decay_matrices_only)}: it must be True or False")
         if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
             raise InputError(f"schedule is {shown(self.schedule)}: it must be one of {', '.join(SCHEDULES)}")
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: warm-up, then constant, or cosine to min_lr."""
+        """Return the learning rate of a step, counted from 0: warm-up, then constant, or cosine to min_lr."""
         if step < self.warmup:
             return self.lr * ((step + 1) / self.warmup)
         if self.schedule == "constant":
@@ -85,19 +86,23 @@ class TrainingOptions:
         return self.min_lr + 0.5 * (1 + cos_pi(done)) * (self.lr - self.min_lr)
 
     def gradient_scale(self, norm: float) -> float:
-        """What the gradient is multiplied by so that its global norm is at most `clip`."""
+        """Return the factor that reduces a gradient's global norm to at most `clip`."""
         return self.clip / norm if 0 < self.clip < norm else 1.0
 
+    def adamw(self) -> "dict[str, Any]":
+        """Return the options that every AdamW step takes unchanged."""
+        return {name: getattr(self, name) for name in ADAMW}
+
     def as_dict(self) -> "dict[str, Any]":
-        """The options as TrainingOptions(**...) takes them."""
+        """Return the options as keyword arguments for TrainingOptions."""
         return asdict(self)
 
 
 def cos_pi(x: float) -> float:
-    """cos(pi x) for x in [0, 1], by its Taylor polynomial: the same bits on every machine, within 1e-15."""
+    """Return cos(pi x) for x in [0, 1] by a Taylor polynomial: the same bits on every machine, error below 1e-15."""
     if x > 0.5:
         return -cos_pi(1 - x)
-    square = (math.pi * x) * (math.pi * x)  # not **, which is libm's pow
+    square = (math.pi * x) * (math.pi * x)  # ** would call libm's pow
     total = 0.0
     for k in range(11, -1, -1):  # the next term is below 1e-18
         total = total * square + (-1) ** k / math.factorial(2 * k)

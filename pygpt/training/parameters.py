@@ -1,9 +1,8 @@
-"""Parameters: the four flat arrays of a network in training, and everything about them that is not arithmetic of the network.
+"""Parameters: the four flat arrays of a network in training, with loading, saving and checks.
 
-Parameters, gradients and AdamW's two moments are float32 arrays in the order and layout of a version 3 file (wte padded to Vp
-rows, whose padding stays zero), so that every element of one belongs to the same element of the others. What computes with
-them, TrainableGPT2 and its serial twin, derives from this class and shares its checks. Refuses to know about activations,
-workers and kernels.
+Parameters, gradients and AdamW's two moments are float32 arrays with the layout of a version 3 file. In it, wte is padded to
+Vp rows, and the padding stays zero. Equal indices in the four arrays belong to the same parameter. TrainableGPT2 and its
+serial twin derive from this class and share its checks. Refuses to know about activations, workers and kernels.
 """
 
 import math
@@ -14,7 +13,9 @@ from typing import NamedTuple
 
 from ..config import TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
-from ..formats.checkpoint import Checkpoint, write_checkpoint
+from ..formats.checkpoint import stored_tensors, write_checkpoint
+from ..formats.dtypes import FLOAT32, Format
+from ..formats.open import open_floats
 from ..hub.find import find_model
 
 TYPE_CHECKING = False
@@ -26,21 +27,21 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction set
 PAGE = 4096  # bytes
-APART = 576  # bytes from where one array begins in its page to where the next does in its own
+APART = 576  # bytes: the offset in a page at which an array begins grows by this from one array to the next
 STD = 0.02  # of GPT-2's initial weights
-MATRICES = tuple(name for name, dims in TENSORS if len([dim for dim in dims if dim != "L"]) == 2)  # the others are vectors
+MATRICES = tuple(name for name, dims in TENSORS if len([dim for dim in dims if dim != "L"]) == 2)  # the rest are vectors
 GAINS = ("ln1w", "ln2w", "lnfw")
-RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L times in all
-PIECE = 1 << 16  # random numbers made at a time: they stay in the cache
+RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L in total
+PIECE = 1 << 16  # random numbers made at a time: few enough to stay in the cache
 LARGEST_SEED = 2**64 - 1
 
 
 class AdamW(NamedTuple):
-    """One checked step of AdamW, as numbers: every engine computes with the same ones.
+    """Hold the numbers of one checked AdamW step, the same for every engine.
 
-    m = beta1 * m + rest1 * g and v = beta2 * v + rest2 * g * g, where g is the gradient times gradient_scale; then the
-    parameter loses lr * (m / correction1 / (sqrt(v / correction2) + eps) + decay * parameter). What depends on betas and step
-    is worked out once, in double precision. Source: Loshchilov and Hutter 2019, as llm.c and PyTorch compute it.
+    If g is the gradient times gradient_scale, m = beta1 * m + rest1 * g and v = beta2 * v + rest2 * g * g. Then the parameter
+    decreases by lr * (m / correction1 / (sqrt(v / correction2) + eps) + decay * parameter). The rests and corrections are
+    computed once, in double precision. Source: Loshchilov and Hutter 2019, as llm.c and PyTorch compute it.
     """
 
     lr: float
@@ -52,45 +53,52 @@ class AdamW(NamedTuple):
     correction2: float  # 1 - beta2 ** step
     eps: float
     gradient_scale: float
-    spans: list[tuple[int, int, float]]  # (start, stop, decay): all parameters in order, neighbours of equal decay together
+    spans: list[tuple[int, int, float]]  # (start, stop, decay) over all parameters in order; equal neighbours are merged
 
 
 class LiveWeights(NamedTuple):
-    """Weights in memory, with what a model asks of an open Checkpoint. close() leaves them as they are."""
+    """Weights in memory, with the interface of an open Checkpoint. close() does not change them."""
 
     config: Config
-    values: memoryview  # bytes, as of a version 3 file from the first tensor on
-    version: int = 3
-    bf16: bool = False
+    values: memoryview  # the bytes of a version 3 file after its header
+    format: Format = FLOAT32
+
+    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+        """Map each tensor to its format's name and its bytes, as Checkpoint.stored() does."""
+        return stored_tensors(self.config, self.values, self.format, padded=True)
 
     def close(self) -> None:
-        """Do nothing: the memory is its owner's."""
+        """Do nothing: the memory belongs to the Parameters."""
 
 
 class Parameters:
-    """A network's weights, their gradients and moments; all zeros at first. `threads` is for the engine derived from this.
+    """Hold a network's weights, gradients and moments, all zeros at first.
+
+    `threads` and `all_workers` are for the engines that derive from this class.
 
     `parameters`, `gradients`, `first_moments` and `second_moments` are live, writable arrays of shape (P,) with
     P = config.parameters(padded=True), each aligned to 64 bytes.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None) -> None:
+    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
         self.config = config
         self._places = {name: (shape, offset, size) for name, shape, offset, size in config.tensors(padded=True)}
         P = config.parameters(padded=True)
         self.parameters, self.gradients, self.first_moments, self.second_moments = zeros_to_update(P)
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None) -> "Self":
-        """Begin from a checkpoint of any version, widened to float32: `path`, else as find_model() finds one.
+    def load(
+        cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, all_workers: bool = False
+    ) -> "Self":
+        """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
-        Raises CheckpointError for a file that is not a checkpoint or holds weights that are not finite, InputError for a bad
-        thread count.
+        Raises CheckpointError for a file that is not a model, or has quantised weights or weights that are not finite,
+        InputError for a bad thread count.
         """
         import numpy as np
 
-        with Checkpoint(find_model(path)[0]) as checkpoint:
-            model = cls(checkpoint.config, threads=threads)
+        with open_floats(find_model(path)[0]) as checkpoint:
+            model = cls(checkpoint.config, threads=threads, all_workers=all_workers)
             for name in model._places:
                 start = 0
                 for rows in checkpoint.pieces(name):
@@ -103,10 +111,10 @@ class Parameters:
 
     @classmethod
     def random(cls, config: Config, *, seed: int, threads: int | None = None) -> "Self":
-        """Begin as GPT-2 does: weights of mean 0 and standard deviation 0.02, those of the residual projections divided by
-        sqrt(2L); biases 0, gains of the layer norms 1. Equal seeds give equal bits on every machine.
+        """Start from GPT-2's random weights. Equal seeds give equal bits on every machine.
 
-        seed: a whole number from 0 to 2**64 - 1. Source: Radford et al. 2019; nanoGPT and llm.c for the details.
+        Matrices have mean 0 and standard deviation 0.02, and 0.02 / sqrt(2L) for residual projections. Biases are 0, and gains
+        of layer norms 1. seed: 0 to 2**64 - 1. Source: Radford et al. 2019; details from nanoGPT and llm.c.
         """
         import numpy as np
 
@@ -126,11 +134,11 @@ class Parameters:
         return model
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
-        """One tensor of the parameters by its name in config.TENSORS, wte with V rows: a live view."""
+        """Return a live view of one tensor of the parameters by its name in config.TENSORS, wte with V rows."""
         return self._view(self.parameters, name)
 
     def gradient(self, name: str) -> "npt.NDArray[np.float32]":
-        """The gradient of one tensor, of the same shape: a live view."""
+        """Return a live view of the gradient of one tensor, with the tensor's shape."""
         return self._view(self.gradients, name)
 
     def _view(self, flat: "npt.NDArray[np.float32]", name: str) -> "npt.NDArray[np.float32]":
@@ -141,19 +149,19 @@ class Parameters:
         return array[: self.config.V] if name == "wte" else array
 
     def save(self, path: "str | os.PathLike[str]", *, version: int = 3) -> None:
-        """Write the parameters as a checkpoint of version 1, 3 or 5, which takes its name only once it is whole."""
+        """Write the parameters as a checkpoint of version 1, 3 or 5. The file gets its name only when it is complete."""
         write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
 
     def weights(self) -> "LiveWeights":
-        """The parameters in the place of an open checkpoint, for a model that computes with them while they change."""
+        """Return the parameters with a checkpoint's interface, for a model that uses them while they change."""
         return LiveWeights(self.config, self.parameters.data.cast("B"))
 
     def check_batch(
         self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike"
     ) -> "tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]":
-        """Return inputs and targets as fresh contiguous int32 arrays (B, T), B at least 1, T from 1 to maxT, ids below V.
+        """Return inputs and targets as fresh contiguous int32 arrays (B, T), with B >= 1, 1 <= T <= maxT and ids below V.
 
-        Raises InputError, which names the first value that is wrong, for anything else.
+        Raises InputError for anything else; the error names the first wrong value.
         """
         checked = self._check_ids("inputs", inputs), self._check_ids("targets", targets)
         if checked[0].shape != checked[1].shape:
@@ -161,12 +169,12 @@ class Parameters:
         return checked
 
     def _check_ids(self, name: str, ids: "npt.ArrayLike") -> "npt.NDArray[np.int32]":
-        """Check one of a batch's two arrays of token ids; return it as contiguous int32."""
+        """Check one of the batch's two arrays of token ids; return it as contiguous int32."""
         import numpy as np
 
         try:
-            array: npt.NDArray[Any] = np.array(ids)  # a copy: what is checked does not change any more
-        except (ValueError, TypeError, OverflowError) as error:  # rows of unequal length, for one
+            array: npt.NDArray[Any] = np.array(ids)  # a copy: the caller cannot change it after the check
+        except (ValueError, TypeError, OverflowError) as error:  # for example rows of unequal length
             raise InputError(f"{name} is not an array (B, T) of token ids: {error}") from None
         if array.ndim != 2 or not array.size:
             raise InputError(f"{name} has shape {array.shape}: it must be (B, T), at least one sequence of at least one token")
@@ -178,7 +186,7 @@ class Parameters:
         if wrong.any():
             b, t = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
             limit = self.config.V - 1
-            raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it is no token id of this model, which are 0 to {limit}")
+            raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, from 0 to {limit}")
         return np.ascontiguousarray(array, np.int32)
 
     def update(
@@ -193,43 +201,13 @@ class Parameters:
         decay_matrices_only: bool = False,
         gradient_scale: float = 1.0,
     ) -> None:
-        """Change the parameters by one step of AdamW; arguments and errors as check_update()."""
-        self._update(
-            self.check_update(
-                lr=lr,
-                step=step,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-                decay_matrices_only=decay_matrices_only,
-                gradient_scale=gradient_scale,
-            )
-        )
+        """Update the parameters by one step of AdamW. Raises InputError for a value out of its range.
 
-    def _update(self, numbers: AdamW) -> None:
-        """Apply a checked step: the engine's part."""
-        raise NotImplementedError
-
-    def check_update(
-        self,
-        *,
-        lr: float,
-        step: int,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decay_matrices_only: bool = False,
-        gradient_scale: float = 1.0,
-    ) -> AdamW:
-        """Check the arguments of one AdamW step and work out its numbers. Raises InputError for a value out of its range.
-
-        step counts from 1. decay_matrices_only spares biases and layer norms, as GPT-2's training does; else every parameter
-        decays, as in llm.c's CPU program.
+        step counts from 1. With decay_matrices_only, biases and layer norms do not decay, as in GPT-2's training. Otherwise
+        every parameter decays, as in llm.c's CPU program.
         """
         if not is_whole(step, 1, 2**31 - 1):
-            raise InputError(f"step is {shown(step)}: it must be a whole number from 1, and counts the updates")
+            raise InputError(f"step is {shown(step)}: it must be a whole number from 1, the count of updates")
         for name, value, low, high in (
             ("lr", lr, 0.0, 1e6),
             ("beta1", beta1, 0.0, 0.9999999),
@@ -241,10 +219,15 @@ class Parameters:
             check_number(name, value, low, high)
         spans = list(self._spans(weight_decay, decay_matrices_only))
         correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
-        return AdamW(lr, beta1, beta2, 1 - beta1, 1 - beta2, correction1, correction2, eps, gradient_scale, spans)
+        rest = 1 - beta1, 1 - beta2
+        self._update(AdamW(lr, beta1, beta2, *rest, correction1, correction2, eps, gradient_scale, spans))
+
+    def _update(self, numbers: AdamW) -> None:
+        """Apply a checked step. The engine implements this."""
+        raise NotImplementedError
 
     def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:
-        """Yield (start, stop, decay), neighbouring tensors of equal decay together."""
+        """Yield (start, stop, decay); neighbouring tensors of equal decay share one span."""
         begin, end, current = 0, 0, weight_decay  # wte, the first tensor, is a matrix
         for name, (_, offset, size) in self._places.items():
             decay = weight_decay if name in MATRICES or not decay_matrices_only else 0.0
@@ -256,13 +239,13 @@ class Parameters:
 
 
 def check_number(name: str, value: float, low: float, high: float) -> None:
-    """Raise InputError unless a value is a real number from low to high."""
+    """Raise InputError unless the value is a real number from low to high."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise InputError(f"{name} is {shown(value)}: it must be a number from {low:.9g} to {high:.9g}")
 
 
 def power(base: float, exponent: int) -> float:
-    """base ** exponent by squaring, of multiplications only: a system's pow() may differ in the last bit."""
+    """Return base ** exponent by repeated squaring: the last bit of pow() can differ between systems."""
     result = 1.0
     while exponent:
         if exponent & 1:
@@ -273,8 +256,9 @@ def power(base: float, exponent: int) -> float:
 
 
 def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt.NDArray[np.float32]":
-    """An array (size,) of zeros whose first element lies `shift` bytes beyond a multiple of `alignment`. Pages cost nothing
-    until they are written."""
+    """Return zeros (size,) whose first element has an address of `shift` bytes beyond a multiple of `alignment`.
+
+    The system reserves memory for a page only when the page is first written."""
     import numpy as np
 
     room = np.zeros(size + (alignment + shift) // 4, np.float32)
@@ -283,21 +267,23 @@ def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt
 
 
 def zeros_to_update(size: int) -> "list[npt.NDArray[np.float32]]":
-    """Four arrays for AdamW to pass through side by side. Left to the allocator, large ones would begin at one place of their
-    pages, and the pass take 1.06 times as long: lines whose addresses agree so far share a set of the first-level cache."""
+    """Return four arrays (size,) of zeros that begin at different offsets in their pages.
+
+    The allocator would give large arrays equal offsets. Then equal indices of the four arrays share one set of the first-level
+    cache, and AdamW's pass takes 1.06 times as long."""
     return [aligned_zeros(size, PAGE, i * APART) for i in range(4)]
 
 
 def normal(source: "np.random.PCG64", size: int) -> "npt.NDArray[np.float64]":
-    """`size` random numbers, nearly normal: sums of twelve uniform numbers, less their mean. Mean 0, variance 1, kurtosis 2.9
-    where the normal distribution has 3, and none beyond 6.
+    """Return `size` nearly normal random numbers, each the sum of twelve uniform numbers minus its mean.
 
-    Made of whole numbers and two exact operations, so the bits are the same everywhere, which logarithms of a system's library
-    would not grant; NumPy promises the stream of PCG64.random_raw() for all versions. Each number takes three words of 64 bits,
-    each word gives four uniform numbers of 16 bits. Source: the sum is Irwin 1927 and Hall 1927; PCG64 is O'Neill 2014.
+    The mean is 0, the variance 1 and the largest magnitude 6. The kurtosis is 2.9; the normal distribution's is 3. Integers and
+    two exact operations give the same bits on every system; a library's logarithm would not. NumPy guarantees the stream of
+    PCG64.random_raw() in all versions. Each number takes three 64-bit words, and each word gives four 16-bit uniform numbers.
+    Source: Irwin 1927 and Hall 1927 for the sum; O'Neill 2014 for PCG64.
     """
     words = source.random_raw(3 * size).reshape(size, 3)
-    pairs = (words & 0x0000FFFF0000FFFF) + (words >> 16 & 0x0000FFFF0000FFFF)  # two sums of two in every word
-    sixes = pairs[:, 0] + pairs[:, 1] + pairs[:, 2]  # two sums of six
+    pairs = (words & 0x0000FFFF0000FFFF) + (words >> 16 & 0x0000FFFF0000FFFF)  # each word has two sums of two numbers
+    sixes = pairs[:, 0] + pairs[:, 1] + pairs[:, 2]  # each word has two sums of six numbers
     total = (sixes & 0xFFFFFFFF) + (sixes >> 32)
     return (total.astype("f8") - 6 * 0xFFFF) / 0x10000

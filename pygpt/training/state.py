@@ -1,13 +1,13 @@
-"""Files of training states: everything that a run needs to go on as if it had never stopped.
+"""Files of training states, from which a run continues as if it had never stopped.
 
-A file is an int32[256] little-endian header (magic, version, maxT, V, L, NH, C, Vp, bytes of JSON, zeros), the JSON object
-(step, options, loader, job; padded with spaces to whole 64 bytes), the three flat float32 buffers as a version 3 checkpoint
-lays them out (parameters, first moments, second moments), and the SHA-256 of all that. The reader checks every field, the
-exact size and the sum before anything is taken over.
+    header     int32[256], little-endian: magic, version, maxT, V, L, NH, C, Vp, bytes of JSON, zeros
+    JSON       an object with step, options, loader and job, padded with spaces to a multiple of 64 bytes
+    buffers    parameters, first moments and second moments: float32, with the layout of a version 3 checkpoint
+    SHA-256    of all these bytes
 
-Two generations are kept: PATH, and the one before it as PATH.1. At every moment one of them is whole, and open_state() falls
-back to the older one. Writing and reading stream; there is no second copy in memory. Refuses pickles, and files of another
-version.
+The reader checks every field, the exact size and the SHA-256 before it returns any value. A run keeps two generations: PATH,
+and the previous state as PATH.1. One of them is complete at every moment, and open_state() falls back to the older one.
+Writing and reading stream, without a second copy in memory. Refuses pickles, and files of another version.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ MAGIC, VERSION = 20261122, 1
 SUM_BYTES = 32
 JSON_LIMIT = 1 << 24
 BUFFERS = 3  # parameters, first moments, second moments
-PIECE = 1 << 22  # bytes written or summed at a time
+PIECE = 1 << 22  # bytes written or hashed at a time
 
 
 @dataclass
 class Progress:
-    """What a training state holds beside the three buffers.
+    """The JSON part of a training state.
 
-    step: updates made; options: the run's; loader: DataLoader.state(); job: whatever the caller wants to find again, as JSON.
+    step: number of updates made. options: the run's options. loader: DataLoader.state(). job: JSON data of the caller.
     """
 
     step: int
@@ -54,13 +54,13 @@ class Progress:
     job: "dict[str, Any]"
 
     def to_json(self) -> bytes:
-        """One JSON object, padded to whole 64 bytes so that the values after it are aligned."""
+        """Return one JSON object, padded to a multiple of 64 bytes to align the values after it."""
         text = json.dumps({**vars(self), "options": self.options.as_dict()}, allow_nan=False).encode()
         return text + b" " * (-len(text) % 64)
 
     @classmethod
     def from_json(cls, text: bytes) -> "Progress":
-        """Read to_json()'s text; raises ValueError for anything else."""
+        """Read the text of to_json(). Raises ValueError for anything else."""
         try:
             found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique, parse_float=_finite)
         except (ValueError, RecursionError) as error:
@@ -72,7 +72,7 @@ class Progress:
         if not all(isinstance(found[name], dict) for name in ("options", "loader", "job")):
             raise ValueError("bad JSON: options, loader and job must be objects")
         if unknown := sorted(found["options"].keys() - TrainingOptions.__dataclass_fields__.keys()):
-            raise ValueError(f"bad options: {shown(unknown[0])} is none")
+            raise ValueError(f"bad options: {shown(unknown[0])} is unknown")
         try:
             return cls(**{**found, "options": TrainingOptions(**found["options"])})
         except (TypeError, ValueError) as error:
@@ -80,10 +80,10 @@ class Progress:
 
 
 class TrainingState:
-    """A training state in a file, open and checked, its values still in the file. Use it in a `with` block or close() it.
+    """An open, checked training state whose values stay in the file. Use it in a `with` block, or close() it.
 
-    `config` is the model's, `progress` the rest. Raises CheckpointError, with the found and the expected figures, for any file
-    that is not exactly a training state.
+    `config` is the model's shape, `progress` the JSON part. Raises CheckpointError, with the found and the expected numbers,
+    for any file that is not exactly a training state.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -98,15 +98,15 @@ class TrainingState:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from None
 
     def _check(self, header: bytes, found: int) -> None:
-        """Check every field of the header, and the file's size against it; take `config` from it."""
+        """Check every field of the header, and the file's size; set `config`."""
         try:
             self.config, json_bytes = _read_header(header, found)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        self._values = HEADER_BYTES + json_bytes  # where they begin
+        self._values = HEADER_BYTES + json_bytes  # the offset of the first buffer
 
     def _check_sum(self) -> None:
-        """Compare the SHA-256 of all that comes before it with the one at the end; raises ValueError."""
+        """Compare the SHA-256 at the end with that of the bytes before it. Raises ValueError if they differ."""
         digest, end = hashlib.sha256(), len(self._view) - SUM_BYTES
         for start in range(0, end, PIECE):
             digest.update(self._view[start : min(start + PIECE, end)])
@@ -114,7 +114,7 @@ class TrainingState:
             raise ValueError(f"damaged: its SHA-256 is {digest.hexdigest()}, expected {self._view[end:].hex()}")
 
     def read_into(self, buffers: "Buffers") -> None:
-        """Copy the file's values to the three buffers, P values each. Raises InputError for others, ClosedError."""
+        """Copy the file's values to three buffers (P,). Raises InputError for other buffers, ClosedError after close()."""
         start = self._values
         for target in _bytes_of(buffers, self.config):
             try:
@@ -143,7 +143,10 @@ def _finite(text: str) -> float:
 
 
 def _read_header(header: bytes, found: int) -> tuple[Config, int]:
-    """The shape and the JSON's size from the header of a file of `found` bytes; raises ValueError for a wrong field or size."""
+    """Read the shape and the JSON's size from the header of a file of `found` bytes.
+
+    Raises ValueError for a wrong field or size.
+    """
     if len(header) < HEADER_BYTES:
         raise ValueError(f"truncated: {found} bytes, shorter than the header of {HEADER_BYTES} bytes")
     magic, version, maxT, V, L, NH, C, Vp, json_bytes, *reserved = struct.unpack("<256i", header)
@@ -168,9 +171,9 @@ def _read_header(header: bytes, found: int) -> tuple[Config, int]:
 
 
 def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
-    """Open a training state, or the generation before it where it is missing or damaged; return it, and what to say about it.
+    """Open a training state, or the previous one if it is missing or damaged; return the state and a notice for the user.
 
-    Raises CheckpointError, about both, when neither can be used.
+    Raises CheckpointError about both files if neither can be used.
     """
     try:
         return TrainingState(path), ""
@@ -180,17 +183,17 @@ def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
             state = TrainingState(older)
         except CheckpointError as second:
             raise CheckpointError(f"{error}; {second}" if os.path.lexists(older) else str(error)) from error
-        return state, f"{error}: the state before it is used, {older} (step {state.progress.step})"
+        return state, f"{error}: using the previous state, {older} (step {state.progress.step})"
 
 
 def write_state(
     path: str | os.PathLike[str], config: Config, progress: Progress, buffers: "Buffers", *, after: str | None = None
 ) -> str:
-    """Write a training state: to a temporary file in the same folder, then renamed. Returns its path, links resolved.
+    """Write a training state to a temporary file in the same folder, then rename it. Return its path, links resolved.
 
-    after: the file that this run last wrote or read, known to be whole. If it is the one that is replaced, it is kept as the
-    generation before; if it is that generation, it stays; else an older generation is another run's, and goes. Raises OSError
-    when the file cannot be written; what was there is intact then.
+    after: the file that this run last wrote or read, known to be complete. If that is PATH, it is kept as PATH.1. If that is
+    PATH.1, PATH.1 stays. Otherwise an existing PATH.1 belongs to another run, and is deleted. Raises OSError if the file cannot
+    be written; then the old files are intact.
     """
     path = os.path.realpath(path)
     text = progress.to_json()
@@ -212,37 +215,37 @@ def write_state(
 
 
 def _settle(file: "IO[bytes]") -> None:
-    """The new file is whole on the disk before an older one is touched."""
+    """Write the new file to the disk completely, before any older file changes."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _keep_previous(path: str, after: str | None) -> None:
-    """Make the file that is about to be replaced the generation before, if this run knows it to be whole (write_state)."""
+    """Keep the file that will be replaced as the previous one, if this run knows that it is complete (write_state)."""
     older = previous(path)
     if after == older or (after == path and not os.path.exists(path)):
-        return  # there is nothing to keep but that
+        return  # only PATH.1 can be complete: keep it
     with suppress(FileNotFoundError):
         os.unlink(older)
     if after == path:
         try:
-            os.link(path, older)  # both names are there until the new file takes one
+            os.link(path, older)  # the old state has both names until the new file takes one of them
         except OSError:  # a file system without links
             os.replace(path, older)
 
 
 def previous(path: str | os.PathLike[str]) -> str:
-    """Where the generation before is kept."""
+    """Return the path of the previous state."""
     return os.path.realpath(path) + ".1"
 
 
 def state_bytes(config: Config, json_bytes: int) -> int:
-    """The exact size in bytes of a training state."""
+    """Return the exact size of a training state in bytes."""
     return HEADER_BYTES + json_bytes + BUFFERS * 4 * config.parameters(padded=True) + SUM_BYTES
 
 
 def _bytes_of(buffers: "Buffers", config: Config) -> list[memoryview]:
-    """The buffers as bytes; they must be the three of a model of this shape."""
+    """Return the buffers as bytes. Raises InputError unless they are the three buffers of a model of this shape."""
     sizes = [buffer.size for buffer in buffers]
     if sizes != [config.parameters(padded=True)] * BUFFERS:
         raise InputError(f"buffers of {sizes} values, expected {BUFFERS} of {config.parameters(padded=True)} for {config}")

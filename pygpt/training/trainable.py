@@ -1,14 +1,16 @@
-"""TrainableGPT2: GPT-2 whose weights change: forward, backward and AdamW on the pool of workers.
+"""TrainableGPT2: train GPT-2 with forward, backward and AdamW on the pool of workers.
 
-A batch's forward pass is the step that generates tokens, over B sequences x T rows, with its activations kept. Losses,
-gradients and updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
+The forward pass of a batch is the network's step over B sequences x T rows, and keeps the activations. Losses, gradients and
+updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
 """
 
+from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Weights
 from ..config import Config
-from ..model import CHUNK, FLOP_PER_US, GPT2, READ_BYTES_PER_US, spins_for, workers_for
-from ..pool import ThreadPool, resolve_threads
+from ..model import GPT2
+from ..network import CHUNK
+from ..pool import ThreadPool
 from .parameters import AdamW, Parameters, check_number
 
 TYPE_CHECKING = False
@@ -22,20 +24,22 @@ if TYPE_CHECKING:
 class TrainableGPT2(Parameters):
     """A GPT-2 in training on `threads` workers. Use it in a `with` block, or close() it.
 
-    Memory: four float32 values a parameter, and the activations of a batch. Threads may share it: their calls take turns.
+    It takes memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
+    calls take turns. all_workers: use all workers even if the work is too small to gain from them.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None) -> None:
-        self._pool = ThreadPool(resolve_threads(threads))
+    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
+        self._all_workers = all_workers
+        self._pool = ThreadPool(cpus.resolve_threads(threads))
         count = self._pool.nth
-        super().__init__(config, threads=count)
-        self._weights = Weights(self.weights().values, config, padded=True, bf16=False)
+        super().__init__(config, threads=count, all_workers=all_workers)
+        self._weights = Weights(config, self.weights().stored())
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
-        self._values = config.parameters(padded=False) - config.maxT * config.C  # weights that a row meets
+        self._values = config.parameters(padded=False) - config.maxT * config.C  # weights that each row uses
 
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments
-        return TrainStep(self._weights, count, spins_for(count), self.config, *flat, keep=keep)
+        return TrainStep(self._weights, count, cpus.spins_for(count), self.config, *flat, keep=keep)
 
     @property
     def threads(self) -> int:
@@ -44,33 +48,36 @@ class TrainableGPT2(Parameters):
 
     @property
     def updates(self) -> int:
-        """How many updates were made: one that Ctrl-C interrupts was made by all workers, and counts, or by none."""
+        """The number of updates made. If Ctrl-C interrupts an update, it is complete and counts, or it changed no weight."""
         return self._step.updates
 
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """The loss of predicting each target, (B, T), from token ids (B, T); the activations are kept for backward().
+        """Return the loss of predicting each target, (B, T), and keep the activations for backward().
 
-        Raises InputError for ids that are not the model's, shapes that differ, or more than maxT tokens in a sequence.
+        inputs, targets: token ids (B, T). Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
         """
         import numpy as np
 
         return np.asarray(self._losses(self._step, *self.check_batch(inputs, targets)))
 
     def evaluate(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """The losses as forward() gives them, (B, T); nothing is kept, and what an earlier forward() kept stays."""
+        """Return the losses that forward() would return, (B, T). The activations of the last forward() stay."""
         import numpy as np
 
         inputs, targets = self.check_batch(inputs, targets)
         B, T = inputs.shape
-        together = max(1, CHUNK // T)  # sequences: few enough that the activations stay small
+        together = max(1, CHUNK // T)  # sequences at a time: few enough that the activations stay small
         some = [slice(b, b + together) for b in range(0, B, together)]
         return np.concatenate([self._losses(self._evaluation, inputs[part], targets[part]) for part in some])
 
     def backward(self, *, accumulate: bool = False, scale: float = 1.0) -> None:
-        """Set `gradients` to those of scale * mean loss of the last forward(), or add these to them; once a forward()."""
+        """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
+
+        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before.
+        """
         check_number("scale", scale, -1e30, 1e30)
         step = self._step
-        workers = self._workers(2 * step.rows)  # there are two products for each of the forward pass
+        workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
         self._pool.run(
             step,
             abort=step.abort,
@@ -79,7 +86,7 @@ class TrainableGPT2(Parameters):
         )
 
     def gradient_norm(self) -> float:
-        """The 2-norm of all gradients together, summed in float64 in a fixed order."""
+        """Return the 2-norm of all gradients together, summed in float64 in a fixed order."""
         step, workers = self._step, self._workers_for_arrays(1)
         norm = self._pool.run(step, before=lambda: step.begin_norm(workers), after=step.finish_norm, alone=workers == 1)
         assert norm is not None
@@ -89,30 +96,34 @@ class TrainableGPT2(Parameters):
         import numpy as np
 
         step, spans = self._step, np.array(numbers.spans, np.float64)
-        workers = self._workers_for_arrays(7)  # four are read, three written
-        rest = lambda: step(0, workers)  # noqa: E731 (what an interrupted caller has left out)
+        workers = self._workers_for_arrays(7)  # AdamW reads four arrays and writes three
+        rest = lambda: step(0, workers)  # noqa: E731 (completes the caller's share after an interruption)
         self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)
 
     def _workers(self, rows: int) -> int:
-        """How many workers a pass over so many rows is worth."""
-        alone_us = self._values * (4 / READ_BYTES_PER_US + 2 * rows / FLOP_PER_US)
-        return workers_for(self.threads, alone_us, 7 * self.config.L + 3)
+        """Return how many workers to use for a pass over `rows` rows."""
+        if self._all_workers:
+            return self.threads
+        alone_us = self._values * (4 / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
+        return cpus.workers_for(self.threads, alone_us, 7 * self.config.L + 3)
 
     def _workers_for_arrays(self, count: int) -> int:
-        """How many workers going through so many of the flat arrays is worth."""
-        return workers_for(self.threads, count * self.parameters.nbytes / READ_BYTES_PER_US)
+        """Return how many workers to use for a pass over `count` flat arrays."""
+        if self._all_workers:
+            return self.threads
+        return cpus.workers_for(self.threads, count * self.parameters.nbytes / cpus.READ_BYTES_PER_US)
 
     def record(self, trace: "Trace | None") -> None:
-        """Let the workers note their phases in `trace`, as GPT2.record() does; None ends it."""
+        """Record the workers' phases in `trace`, as GPT2.record() does; None stops the recording."""
         self._pool.run(_nothing, before=lambda: setattr(self._step, "trace", trace), alone=True)
 
     def model(self) -> GPT2:
-        """A GPT-2 over the live weights, with workers of its own, for samples: close it before this one."""
-        self._pool.run(_nothing, alone=True)  # raises when this is closed
+        """Return a GPT2 over the live weights with its own workers, for samples. Close it before this object."""
+        self._pool.run(_nothing, alone=True)  # raises ClosedError after close()
         return GPT2(self.weights(), threads=self.threads)
 
     def _losses(self, step: TrainStep, inputs: "npt.NDArray[np.int32]", targets: "npt.NDArray[np.int32]") -> "Floats":
-        """One forward pass over a checked batch."""
+        """Run one forward pass over a checked batch; return its losses (B, T)."""
         workers = self._workers(inputs.size)
         losses = self._pool.run(
             step,
@@ -125,7 +136,7 @@ class TrainableGPT2(Parameters):
         return losses
 
     def close(self) -> None:
-        """Stop the workers. The arrays of parameters, gradients and moments stay. May be called twice."""
+        """Stop the workers. The arrays of parameters, gradients and moments remain. May be called twice."""
         self._pool.close()
 
     def __enter__(self) -> "TrainableGPT2":
@@ -136,4 +147,4 @@ class TrainableGPT2(Parameters):
 
 
 def _nothing(ith: int, nth: int) -> None:
-    """A job that only takes its turn."""
+    """Do nothing: a job that only takes its turn in the pool."""

@@ -1,10 +1,10 @@
-"""Trainer: the engine, the data and the options put together, one step after the other, and the whole of it saved and restored.
+"""Trainer: run training steps with an engine, a loader and options; save and restore their whole state.
 
-A step reads `accumulate` batches, adds up the gradients of their mean losses divided by that number, in order, clips the
-global norm and updates the weights with AdamW. Nothing in it depends on time, threads or chance, so a run that is restored
-from a training state (state.py) goes on with the very same bits.
+A step averages the gradients of `accumulate` batches in order, clips the global norm, and updates the weights with AdamW. A
+step does not depend on time, threads or chance. So a run that is restored from a training state (state.py) continues with the
+same bits.
 
-Refuses to update weights by a loss or gradient that is not finite. Knows nothing of text, files of data, and terminals.
+Refuses to update weights if the loss or the gradient is not finite. Refuses to know about text, data files and terminals.
 """
 
 import math
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-    """What a step did. step counts from 0; loss and norm (of the gradient, before clipping) are of the weights before it."""
+    """The result of a step. step counts from 0. loss, and norm (of the gradient before clipping), are of the old weights."""
 
     step: int
     loss: float
@@ -42,9 +42,10 @@ class Record(NamedTuple):
 
 
 class Trainer:
-    """Trains `engine` on the batches of `loader` as `options` say (default: TrainingOptions()).
+    """Train `engine` on the batches of `loader` with `options` (default: TrainingOptions()).
 
-    `done` counts the updates made. Raises InputError for a loader whose T exceeds the model's maxT, and for other options.
+    `done` counts the updates made. Raises InputError if the loader's T exceeds the model's maxT, or if `options` has another
+    type.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class Trainer:
         self.engine, self.loader = engine, loader
         self.options = options or TrainingOptions()
         self.done = 0
-        self._file: str | None = None  # what this run last wrote or read, known to be whole
-        self._whole = True  # but while a state is taken over
+        self._file: str | None = None  # the file that this run last wrote or read: it is complete
+        self._whole = True  # False while a state is restored
 
     def step(self) -> Record:
-        """Make one update. If it raises, Ctrl-C included, either nothing has changed, or the whole step was made and `done`
-        counts it: training goes on from there, or is saved.
+        """Make one update. If it raises, Ctrl-C included, the step is either undone, or complete and counted by `done`.
 
-        Raises NumericalError when the loss or the gradient's norm is not finite; PyGPTError after a restore() that failed.
+        In both cases training can continue or be saved. Raises NumericalError if the loss or the gradient's norm is not finite,
+        PyGPTError after a restore() that failed.
         """
         self._check_whole()
         begin = time.perf_counter()
@@ -83,16 +84,7 @@ class Trainer:
             norm = self.engine.gradient_norm()
             self._check_finite("gradient's norm", norm, place)
             lr = options.learning_rate(self.done)
-            self.engine.update(
-                lr=lr,
-                step=step,
-                beta1=options.beta1,
-                beta2=options.beta2,
-                eps=options.eps,
-                weight_decay=options.weight_decay,
-                decay_matrices_only=options.decay_matrices_only,
-                gradient_scale=options.gradient_scale(norm),
-            )
+            self.engine.update(lr=lr, step=step, gradient_scale=options.gradient_scale(norm), **options.adamw())
             self.done = step
         except BaseException:
             see_through(settle, TRIES)
@@ -102,7 +94,7 @@ class Trainer:
         return Record(self.done - 1, loss, lr, norm, 1000 * seconds, tokens / seconds)
 
     def _gradients(self) -> float:
-        """Leave the step's gradients in the engine; return its mean loss."""
+        """Compute the step's gradients in the engine; return its mean loss."""
         parts = []
         for part in range(self.options.accumulate):
             parts.append(self._loss(self.loader))
@@ -110,7 +102,7 @@ class Trainer:
         return math.fsum(parts) / len(parts)
 
     def _loss(self, loader: "DataLoader", *, validation: bool = False) -> float:
-        """The mean loss of the loader's next batch, rounded once: the order of its terms does not matter."""
+        """Return the mean loss of the loader's next batch. fsum() rounds once, so the order of the terms does not matter."""
         place = loader.state()
         losses = (self.engine.evaluate if validation else self.engine.forward)(*loader.next_batch())
         loss = math.fsum(losses.flat) / losses.size
@@ -121,14 +113,14 @@ class Trainer:
         if not math.isfinite(value):
             where = ", ".join(f"{name} {place[name]}" for name in ("epoch", "shard", "batch"))
             raise NumericalError(
-                f"step {self.done}: the {what} is {value} at the loader's {where}: the weights have not changed since the step "
-                "before; a lower lr, a warm-up or clipping may help"
+                f"step {self.done}: the {what} is {value} at the loader's {where}: this step has not changed the weights; a "
+                "lower lr, a warm-up or clipping may help"
             )
 
     def evaluate(self, loader: "DataLoader", batches: int) -> float:
-        """The mean loss over the next `batches` batches of a loader, which then goes back to where it was.
+        """Return the mean loss over the next `batches` batches of a loader, then restore the loader's position.
 
-        Raises InputError for a bad number of batches, NumericalError when a loss is not finite.
+        Raises InputError for a bad number of batches, NumericalError if a loss is not finite.
         """
         if not is_whole(batches, 1, 1 << 30):
             raise InputError(f"batches is {shown(batches)}: it must be a whole number from 1 to {1 << 30}")
@@ -139,10 +131,10 @@ class Trainer:
             loader.restore(start)
 
     def save(self, path: str | os.PathLike[str], job: "dict[str, Any] | None" = None) -> None:
-        """Write the whole training state to a file, and keep the one before it as PATH.1 (write_state).
+        """Write the whole training state to a file, and keep the previous one as PATH.1 (write_state).
 
-        job: JSON that the caller wants to find again. Raises PyGPTError when the file cannot be written; the older state, if
-        any, is intact then; and after a restore() that failed halfway.
+        job: JSON data of the caller, saved with the state. Raises PyGPTError if the file cannot be written (an older state then
+        stays intact), and after a restore() that failed halfway.
         """
         self._check_whole()
         progress = Progress(self.done, self.options, self.loader.state(), job or {})
@@ -152,10 +144,10 @@ class Trainer:
             raise PyGPTError(f"{os.fspath(path)}: cannot write the training state: {error.strerror or error}") from error
 
     def restore(self, state: "TrainingState | str | os.PathLike[str]") -> str:
-        """Take over a training state: weights, moments, step, options and the loader's position. Returns what to say about it.
+        """Restore weights, moments, step, options and the loader's position; return a notice for the user, possibly "".
 
-        state: an open one, or a file's path; where that is damaged or missing, the generation before it is taken, and said so.
-        Raises InputError for the state of another model, of other data, or with other B, T or seed; nothing has changed then.
+        state: an open state, or the path of one. If that file is damaged or missing, the previous state is used, and the notice
+        says so. Raises InputError if the model, the data, B, T or the seed differ; nothing has changed then.
         """
         if not isinstance(state, TrainingState):
             found, notice = open_state(state)
@@ -172,7 +164,7 @@ class Trainer:
 
     def _check_whole(self) -> None:
         if not self._whole:
-            raise PyGPTError("restore() was interrupted and has left a mixture of two states: call it again first")
+            raise PyGPTError("restore() was interrupted and left a mixture of two states: call restore() again first")
 
     def _buffers(self) -> "list[npt.NDArray[np.float32]]":
         return [self.engine.parameters, self.engine.first_moments, self.engine.second_moments]

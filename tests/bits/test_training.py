@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pygpt.model
-from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpu_info
+from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpu_info, cpus
 from pygpt._kernels import PHASES
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 60
+BEST = cpus.workers_for  # as it is outside of tests
 # Heads of an odd size, more rows than the packed products begin with, a ragged last panel in every matrix.
 SHAPE = Config(maxT=80, V=301, L=2, NH=3, C=57)
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "beta2": 0.95, "decay_matrices_only": True}
@@ -82,19 +82,13 @@ def test_choice_of_workers_changes_no_bit(
     alone: tuple[list[bytes], bytes, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All workers for one call, one for the next, and as the engine finds best."""
-    weights = iter([0, 1e9, 1, 1e9, 0, 0.1] * 100)
-    workers_for = pygpt.model.workers_for
-
-    def changing(*arguments: Any) -> int:
-        monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", next(weights))
-        return workers_for(*arguments)
-
-    monkeypatch.setattr("pygpt.training.trainable.workers_for", changing)
+    wanted = iter([3, 1, 2, 1, 3] * 100)
+    monkeypatch.setattr(cpus, "workers_for", lambda *_: next(wanted))
     assert run(SHAPE, 3, steps=20, B=3, T=31) == alone
 
 
 def test_a_tiny_network_takes_one_worker_and_a_larger_one_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pygpt.model, "MEETING_WEIGHT", 1)
+    monkeypatch.setattr(cpus, "workers_for", BEST)
     for config, B, T, working in (
         (Config(maxT=8, V=50, L=1, NH=1, C=8), 1, 4, 1),
         (Config(maxT=64, V=5000, L=2, NH=4, C=64), 2, 64, 3),
@@ -115,9 +109,10 @@ PROGRAM = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import hashlib
-import pygpt.model
-pygpt.model.MEETING_WEIGHT = 0
+import pygpt.cpus
+pygpt.cpus.workers_for = lambda threads, *_: threads
 from test_training import SHAPE, run
+
 losses, arrays, norms = run(SHAPE, 2, steps=20, B=3, T=31)
 print(hashlib.sha256(b"".join(losses) + arrays + repr(norms).encode()).hexdigest())
 """
@@ -243,7 +238,7 @@ import numpy as np
 import pygpt.model
 from pygpt import InputError, TrainableGPT2
 from test_training import SHAPE, batch
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 class Now(Exception): pass
 def handler(*_): raise Now
 signal.signal(signal.SIGUSR1, handler)

@@ -133,7 +133,7 @@ def test_what_another_thread_appended_survives_a_refusal(path: str) -> None:
     with GPT2.load(path, threads=1) as model:
         cache = model.new_cache(4)
         inside, go = threading.Event(), threading.Event()
-        run = model._pool.run
+        run = model.network._pool.run
 
         def delayed(*words: Any, **more: Any) -> Any:
             if threading.current_thread() is not threading.main_thread():
@@ -141,7 +141,7 @@ def test_what_another_thread_appended_survives_a_refusal(path: str) -> None:
                 assert go.wait(DEADLINE)
             return run(*words, **more)
 
-        model._pool.run = delayed  # type: ignore[method-assign]
+        model.network._pool.run = delayed  # type: ignore[method-assign]
         failed: list[BaseException] = []
 
         def late() -> None:
@@ -185,7 +185,7 @@ def test_an_iterator_is_one_threads_at_a_time(model: GPT2, monkeypatch: pytest.M
 
     assert together(3, work) == [None] * 3
     assert order == wanted
-    step = model._step
+    step = model.network.step
 
     def intruding(*words: Any) -> Any:
         [found] = together(1, lambda _: next(busy))
@@ -193,7 +193,7 @@ def test_an_iterator_is_one_threads_at_a_time(model: GPT2, monkeypatch: pytest.M
         assert "already executing" in str(found)
         return step(*words)
 
-    monkeypatch.setattr(model, "_step", intruding)
+    monkeypatch.setattr(model.network, "step", intruding)
     busy = model.generate(TOKENS[:5], total=8)
     assert list(busy) == wanted[:3]
 
@@ -373,7 +373,7 @@ def test_a_restore_that_was_interrupted_is_not_trained_on(tmp_path: Path, monkey
             with pytest.raises(KeyboardInterrupt):
                 trainer.restore(tmp_path / "run.state")
         for use in (trainer.step, lambda: trainer.save(tmp_path / "other.state")):
-            with pytest.raises(PyGPTError, match=r"restore\(\) was interrupted .* call it again"):
+            with pytest.raises(PyGPTError, match=r"restore\(\) was interrupted .* call restore\(\) again"):
                 use()
         assert not (tmp_path / "other.state").exists()
         trainer.restore(tmp_path / "run.state")
@@ -418,7 +418,7 @@ def test_a_round_at_the_end_of_the_stack() -> None:
 def test_a_stop_in_a_worker_about_to_wait() -> None:
     """The garbage collector may run a forgotten pool's end in one of its workers, between its look at the flag and its wait."""
     pool = ThreadPool(2)
-    crew = pool._crew
+    crew = pool._workers
     assert crew is not None
     wait = crew.wake.wait
     stopped: list[threading.Thread] = []
@@ -458,7 +458,7 @@ def test_after_a_fork_everything_works_on_both_sides(path: str) -> None:
         import numpy as np
         import pygpt.model
         from pygpt import GPT2, TrainableGPT2
-        pygpt.model.MEETING_WEIGHT = 0
+        pygpt.cpus.workers_for = lambda threads, *_: threads
         model = GPT2.load(sys.argv[1], threads=3, mmap=False)
         training = TrainableGPT2.load(sys.argv[1], threads=2)
         ids = np.arange(64).reshape(2, 32) % 211

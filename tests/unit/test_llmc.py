@@ -215,27 +215,27 @@ AT = "example 0 at byte 1024: "
         (file_of(ONE, magic=20240520), "magic number 20240520, expected 20240522: not a file of examples of llm.c"),
         (file_of(ONE, count=0), "bad header: 0 examples, expected 1 or more"),
         (file_of(ONE, count=-1), "bad header: -1 examples, expected 1 or more"),
-        (file_of(ONE) + b"\0", "truncated: 1065 bytes, an odd number, where all values are of 2 bytes"),
-        (file_of(ONE, [1]), "example 1 at byte 1064: truncated: the file ends, and its header promises 2 examples"),
-        (file_of(ONE, count=2), "example 1 at byte 1064: truncated: the file ends, and its header promises 2 examples"),
+        (file_of(ONE) + b"\0", "truncated: 1065 bytes is an odd number, but all values have 2 bytes"),
+        (file_of(ONE, [1]), "example 1 at byte 1064: truncated: the file ends, but its header promises 2 examples"),
+        (file_of(ONE, count=2), "example 1 at byte 1064: truncated: the file ends, but its header promises 2 examples"),
         (file_of(ONE, [7], count=1), "too long: 2 bytes after the last of 1 examples"),
         (file_of(changed(0, 65534)), AT + "it begins with 65534, expected 65535"),
         (file_of(changed(1, 35)), AT + "it has 35 bytes, expected an even number up to the header's 40"),
         (file_of(changed(1, 42)), AT + "it has 42 bytes, expected an even number up to the header's 40"),
-        (file_of(changed(1, 42), longest=42), AT + "truncated: it has 42 bytes, and the file only 40 more"),
-        (file_of(changed(1, 0)), AT + "its index, label and number of endings needs 3 values, and 0 are left"),
-        (file_of(changed(1, 10)), AT + "its context's length needs 1 values, and 0 are left"),
+        (file_of(changed(1, 42), longest=42), AT + "truncated: it has 42 bytes, but the file has only 40 more"),
+        (file_of(changed(1, 0)), AT + "its index, label and number of endings needs 3 values, but 0 are left"),
+        (file_of(changed(1, 10)), AT + "its context's length needs 1 values, but 0 are left"),
         (file_of(changed(2, 1)), AT + "its index is 1, expected 0"),
         (file_of(changed(3, 4)), AT + "its label is 4, expected 0 to 3"),
         (file_of(changed(4, 5)), AT + "it has 5 endings, expected 4"),
         (file_of(changed(5, 0)), AT + "its context has no tokens"),
-        (file_of(changed(5, 15)), AT + "its context needs 15 values, and 14 are left"),
+        (file_of(changed(5, 15)), AT + "its context needs 15 values, but 14 are left"),
         (
             file_of(changed(6, 65535)),
             AT + "its context: token id 65535 at position 0: it must be below the vocabulary of 65535 ids",
         ),
         (file_of(changed(9, 0)), AT + "its ending 0 has no tokens"),
-        (file_of(changed(16, 9)), AT + "its ending 3 needs 9 values, and 3 are left"),
+        (file_of(changed(16, 9)), AT + "its ending 3 needs 9 values, but 3 are left"),
         (file_of(changed(16, 2)), AT + "1 values are left after its last ending"),
     ],
 )
@@ -278,13 +278,13 @@ def test_damaged_examples_are_read_or_refused(tmp_path_factory: pytest.TempPathF
         ([Example(0, 0.5, [1], ENDINGS)], "its label is 0.5"),  # type: ignore[arg-type]
         ([Example(0, "0", [1], ENDINGS)], "its label is '0'"),  # type: ignore[arg-type]
         ([Example(0, 0, False, ENDINGS)], r"shape \(\)"),  # type: ignore[arg-type]
-        ([Example(0, 0, [1.5], ENDINGS)], "integers is expected"),  # type: ignore[list-item]
-        ([Example(0, 0, [1], [*ENDINGS[:3], [[1], [2, 3]]])], "tokens are no array"),  # type: ignore[list-item]
+        ([Example(0, 0, [1.5], ENDINGS)], "of integers"),  # type: ignore[list-item]
+        ([Example(0, 0, [1], [*ENDINGS[:3], [[1], [2, 3]]])], "must be an array"),  # type: ignore[list-item]
         ([Example(0, 0, [], ENDINGS)], "its context has no tokens"),
         ([Example(0, 0, [1], ENDINGS[:3])], "it has 3 endings"),
         ([Example(0, 0, [65535], ENDINGS)], "token id 65535"),
         ([Example(0, 0, [1], [*ENDINGS[:3], [-1]])], "token id -1"),
-        ([Example(0, 0, [1] * 32768, ENDINGS)], r"example 0 of \d+ bytes: the format holds"),
+        ([Example(0, 0, [1] * 32768, ENDINGS)], r"example 0 has \d+ bytes: at most 65535"),
     ],
 )
 def test_writing_refuses_what_is_no_example(tmp_path: Path, examples: list[Example], message: str) -> None:
@@ -368,7 +368,7 @@ def test_what_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes, messag
     ("tokens", "eot", "message"),
     [
         ([b"a" * 256], 0, "token 0 has 256 bytes"),
-        ([b"a"], 1, "eot is 1: of 1 tokens"),
+        ([b"a"], 1, "eot is 1: with 1 tokens"),
         ([], 0, "eot is 0"),
         ([b"a"], True, "eot is True"),
     ],

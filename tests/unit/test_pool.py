@@ -26,7 +26,7 @@ from make_checkpoint import make
 import pygpt.model
 from pygpt import GPT2, ClosedError, InputError, PyGPTError, ThreadPool, default_threads
 from pygpt import pool as pool_module
-from pygpt.pool import MAX_THREADS, resolve_threads
+from pygpt.cpus import MAX_THREADS, resolve_threads
 
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
@@ -90,7 +90,7 @@ import atexit, gc, os, random, signal, sys, threading, time
 import numpy as np
 import pygpt.model
 from pygpt import GPT2, ClosedError, PyGPTError, ThreadPool
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 PATH = sys.argv[1]
 TOKENS = [(17 * i + 3) % 211 for i in range(64)]
 with GPT2.load(PATH, threads=1) as model:
@@ -863,7 +863,7 @@ def test_the_collector_runs_no_code_for_a_closed_model(path: Path) -> None:
         model.close()
         assert len(threads) == 2
         assert all(thread() is None for thread in threads)
-        assert all(reference.__callback__ is None for reference in weakref.getweakrefs(model._pool))
+        assert all(reference.__callback__ is None for reference in weakref.getweakrefs(model.network._pool))
     finally:
         gc.enable()
 
@@ -1146,8 +1146,8 @@ def last_words():
     print("fine")
 atexit.register(last_words)
 sys.path.insert(0, {str(ROOT)!r})
-import pygpt.model
-pygpt.model.MEETING_WEIGHT = 0
+import pygpt.cpus
+pygpt.cpus.workers_for = lambda threads, *_: threads
 from pygpt import GPT2
 model = GPT2.load(sys.argv[1], threads=3)
 before = list(model.generate([1, 2], total=5))

@@ -27,7 +27,8 @@ def test_without_the_runtime_library(gcc: str, said: str, tmp_path: Path) -> Non
         pytest.skip("needs gcc")
     for name in ("pygpt", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("data", "*.so", "__pycache__"))
-    (tmp_path / "tests").mkdir()
+    for name in ("tests", "examples"):
+        (tmp_path / name).mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "chat.py", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "bin").mkdir()

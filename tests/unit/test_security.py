@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from make_checkpoint import make
@@ -18,7 +17,6 @@ import pygpt
 from pygpt.__main__ import main
 from pygpt.commands.console import one_line
 from pygpt.formats.files import atomic_file
-from pygpt.hub.http_client import Progress
 
 ROOT = Path(pygpt.__file__).parent.parent
 SOURCES = sorted([*(ROOT / "pygpt").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "chat.py", ROOT / "setup.py"])
@@ -143,15 +141,6 @@ def test_messages_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]
     assert error.startswith("pygpt: error: \\x1b]0;title\\x07\\x9b2J \\u202e.bin: no such model file")
     assert error.removesuffix("\n").isprintable()
     assert one_line("naïve 中文 🙂\n\udcff") == "naïve 中文 🙂 \\udcff"
-
-
-def test_progress_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It shows the name that -o gives."""
-    drawn: list[str] = []
-    screen = SimpleNamespace(isatty=lambda: True, write=drawn.append, flush=lambda: None)
-    monkeypatch.setattr(sys, "stderr", screen)
-    Progress("\x1b[31m\n.bin").show(1, 4)
-    assert "".join(drawn) == f"\r{chr(92)}x1b[31m .bin: 25 % of 0.0 MB, 0.0 MB/s, 0:00 left".ljust(79)
 
 
 def test_messages_have_an_end() -> None:

@@ -1,6 +1,6 @@
-"""The tokenizer against GPT-2's published vocabulary and tiktoken's own definition of it, and its promises about errors.
+"""Compare the tokenizer with GPT-2's published vocabulary and with tiktoken's own definition; test its errors.
 
-No test needs a network: tiktoken's own loader is given the carried files in place of its downloads.
+The tests need no network: tiktoken's own loader gets the package's files instead of its downloads.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ from pygpt import tokenizer as module
 from pygpt.errors import InputError, PyGPTError
 from pygpt.tokenizer import END_OF_TEXT, PATTERN, VOCABULARY_FILE, StreamDecoder, Tokenizer
 
-# sha256 of the lines "<id> <bytes in hex>" of all 50,257 entries of GPT-2's encoder.json in the order of their ids,
+# sha256 of the lines "<id> <bytes in hex>" of all 50,257 entries of GPT-2's encoder.json, in the order of their ids. It was
 # computed from the published file (sha256 196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783).
 ENCODER_JSON_SHA256 = "c0cbb77810dc181ea5f911df052ec89a82d5e1fd33da8e41adf71a54a9735656"
 
-# GPT-2's own split pattern, for the `regex` module: tiktoken and this project use a faster equivalent.
+# GPT-2's own split pattern, for the `regex` module. tiktoken and this project use a faster equivalent.
 ORIGINAL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 TOKENIZER = Tokenizer()
 EOT = 50256
 
-# Text as it comes, and text dense in what the split pattern tells apart: spaces of all kinds, apostrophes, scripts.
+# Any text, and text full of what the split pattern distinguishes: spaces of all kinds, apostrophes, scripts.
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 DENSE = st.text(st.sampled_from(" \t\n\r\x0b\x1c\x85\xa0\u2003\u3000'stremvld1²aéж\u017f中🙂!.<|>"))
 TEXTS = st.text(CHARACTERS) | DENSE
 IDS = st.lists(st.integers(0, EOT))
-# Ids of single bytes, so that characters are cut everywhere and invalid sequences abound.
+# Ids of single bytes cut characters everywhere, and give many invalid sequences.
 BYTE_IDS = st.lists(st.integers(0, 255) | st.just(EOT))
 
 
@@ -64,7 +64,7 @@ def test_vocabulary_is_that_of_encoder_json() -> None:
 
 @pytest.fixture
 def definition(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """tiktoken's own gpt2 definition, computed by tiktoken from the carried vocabulary."""
+    """Return tiktoken's own gpt2 definition, which tiktoken computes from the package's vocabulary."""
     spelled = {chr(byte): byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "}
     others = [byte for byte in range(256) if chr(byte) not in spelled]
     character = {byte: char for char, byte in spelled.items()} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -100,10 +100,10 @@ def test_text_is_split_as_by_the_original_pattern(text: str) -> None:
     assert TOKENIZER.encode(text) == [token for piece in pieces for token in TOKENIZER.encode(piece)]
 
 
-def test_pattern_is_tiktokens_where_it_has_the_same_spelling() -> None:
+def test_pattern_is_tiktokens_if_it_has_the_same_spelling() -> None:
     public = import_module("tiktoken_ext.openai_public")
     spelling = getattr(public, "r50k_pat_str", PATTERN)  # older releases have no such constant
-    assert "++" not in spelling or spelling == PATTERN  # and yet others spelled it without possessive quantifiers
+    assert "++" not in spelling or spelling == PATTERN  # other releases spelled it without possessive quantifiers
 
 
 # ---------------------------------------------------------------- text to ids and back
@@ -149,7 +149,7 @@ def test_long_white_space_gives_the_ids_of_the_uncut_text(length: int, space: st
 
 
 def test_a_million_spaces_do_not_overflow_the_stack() -> None:
-    text = " " * 1_500_000 + "x"  # as one piece, this ends in a panic inside tiktoken
+    text = " " * 1_500_000 + "x"  # in one piece, tiktoken panics
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
@@ -245,7 +245,7 @@ def assert_refused(path: Path, reason: str) -> None:
 
 @pytest.fixture
 def fresh_cache() -> Iterator[None]:
-    """Make the next Tokenizer load its vocabulary anew."""
+    """Make the next Tokenizer load its vocabulary again."""
     module._load.cache_clear()
     yield
     module._load.cache_clear()
@@ -285,7 +285,7 @@ sys.addaudithook(forbid)
 from pygpt.tokenizer import Tokenizer
 print(Tokenizer().encode("hello there"))
 """
-    cache = tmp_path / "cache"  # where tiktoken would keep what it downloads
+    cache = tmp_path / "cache"  # tiktoken would keep downloads here
     assert run_python(script, TIKTOKEN_CACHE_DIR=str(cache)) == "[31373, 612]\n"
     assert not cache.exists()
 

@@ -580,7 +580,7 @@ def test_it_falls_back_and_says_so(tmp_path: Path, damage: str) -> None:
         path.write_bytes(content[:-40] + bytes(40) if damage == "flipped" else content[:-1])
     other = trainer(weights=2)
     said = other.restore(path)
-    assert re.search(rf"{re.escape(str(path))}'?: .*: the state before it is used, .*run\.state\.1 \(step 1\)$", said)
+    assert re.search(rf"{re.escape(str(path))}'?: .*: using the previous state, .*run\.state\.1 \(step 1\)$", said)
     assert other.done == 1
     steps(other, 1)
     other.save(path)  # the damaged one is replaced, and the good one stays

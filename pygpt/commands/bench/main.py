@@ -1,26 +1,43 @@
-"""Speed: prefill (pp) and decode (tg) in tokens a second, held against what the machine can do in the same minutes.
+"""Measure speed: prefill (pp) and decode (tg) in tokens a second, beside the machine's limits in the same minutes.
 
-    python tools/bench.py -m gpt2_124M.bin                     the table, for 1 and 2 threads
-    python tools/bench.py -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
-    python tools/bench.py -m gpt2_124M.bin --reference         and the serial reference, with the speed-up over it
-    python tools/bench.py -m gpt2_124M.bin --against all       and the installed peers on the same weights
-    python tools/bench.py -m gpt2_124M.bin --train -B 4 -T 64  training, with --reference and --against too (bench_train.py)
+    pygpt bench -m gpt2_124M.bin                     the table, for 1 and 2 threads
+    pygpt bench -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
+    pygpt bench -m gpt2_124M.bin --reference         also the serial reference, and the speed-up over it
+    pygpt bench -m gpt2_124M.bin --against all       also the installed peers, on the same weights
+    pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  training; --reference and --against work, too
 
-Names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
-sequences together, process the whole command, two tokens in and eight new ones. Every round runs each test once, then the next
-round: what a shared machine does in one minute touches all alike. Figures are medians; the spread is the middle half.
+Test names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
+sequences together. process is the whole command, with two tokens in and eight new ones. Each round runs every test once, so
+that a slow minute of a shared machine affects all tests alike. Figures are medians; the spread is the middle half.
 
 Limits: a prefill does 2 operations for each weight and token (the head once) and 4 x position x C for each token and layer
-of attention, against the FMA peak; decode reads every weight but wpe once a step, and the keys and values of its context,
+of attention, against the FMA peak. Decode reads every weight except wpe once a step, and the keys and values of its context,
 against the read bandwidth. A process has no limit of this kind.
 
-JSON: a list. First the object with test "ceilings": cpu, isa, python, pygpt, commit, model {L, NH, C, V, maxT, version},
-read_gb_s and fma_gflop_s by threads. Then one for each test, by whom and for how many threads it was run: test, by, threads,
-tokens_per_s (median), tokens_per_s_middle_half [low, high], seconds (median), rounds, percent_of_limit (null: it has none),
-peak_anon_bytes (null: not measured): resident memory that is not the file's after the test, in a process of its own, of which
-anon_before_bytes were there before it, without the keys and values, which take cache_bytes; mapped_bytes of files beside it;
-with one thread in the same run speed_up, hardware_speed_up, percent_of_hardware_scaling, and with --reference
-speed_up_over_reference, efficiency_over_reference. CSV has the same in columns. (Training's are in bench_train.py.)
+JSON (-o json): a list of objects; CSV (-o csv) has the fields of the tests as columns. The first object is the machine:
+
+    test                "ceilings"
+    cpu, isa, python, pygpt, commit
+    model               L, NH, C, V, maxT, version
+    read_gb_s, fma_gflop_s, stream_gb_s (with --train)
+                        the limits, by threads
+
+Then there is one object for each test, program and number of threads:
+
+    test, by, threads, rounds
+    tokens_per_s, seconds
+                        medians
+    tokens_per_s_middle_half
+                        [low, high]
+    percent_of_limit    null without a limit
+    peak_anon_bytes     resident memory after the test, in a process of its own, without the file's pages; null: not measured
+    anon_before_bytes   the part of it that was there before the test
+    cache_bytes         keys and values, which are not in peak_anon_bytes
+    mapped_bytes        resident pages of files
+    speed_up, hardware_speed_up, percent_of_hardware_scaling
+                        if the same run measured one thread
+    speed_up_over_reference, efficiency_over_reference
+                        with --reference
 """
 
 import argparse
@@ -38,21 +55,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pygpt import (
-    GPT2,
-    Ceilings,
-    Checkpoint,
-    Config,
-    InputError,
-    PyGPTError,
-    SerialGPT2,
-    TrainableGPT2,
-    __version__,
-    cpu_info,
-    find_model,
-)
-from pygpt.commands.console import HelpFormatter, Parser, check_stdout, say, status_of
-
+from ... import __version__
+from ..._kernels import cpu_info
+from ...ceilings import Ceilings
+from ...config import Config
+from ...errors import InputError, PyGPTError
+from ...formats.checkpoint import Checkpoint
+from ...hub.find import find_model
+from ...model import GPT2
+from ...reference import SerialGPT2
+from ...training.trainable import TrainableGPT2
+from ..child import child_environment
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
+from ..progress import Progress
 from . import peers as bench_peers
 from . import train as bench_train
 
@@ -149,7 +164,7 @@ def time_process(path: str, *options: str) -> float:
     """Seconds of the whole command for that job, interpreter start included."""
     command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
     start = time.perf_counter()
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    status = subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()).returncode
     if status:
         raise PyGPTError(f"the command that is measured ended with status {status}")
     return time.perf_counter() - start
@@ -158,8 +173,9 @@ def time_process(path: str, *options: str) -> float:
 def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]:
     """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file; of
     training, the most there was."""
-    command = [sys.executable, __file__, "--memory-of", json.dumps([test, path, threads, *sizes])]
-    found: dict[str, int] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    command = [sys.executable, "-m", "pygpt", "bench", "--memory-of", json.dumps([test, path, threads, *sizes])]
+    done = subprocess.run(command, capture_output=True, check=True, env=child_environment())
+    found: dict[str, int] = json.loads(done.stdout)
     return found
 
 
@@ -262,20 +278,15 @@ def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list
 
 def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[int, Ceilings]) -> None:
     """Every test once a round, after one round that does not count; the ceilings between."""
-    for number in range(options.rounds + 1):
-        for ceiling in ceilings.values():
-            ceiling.measure(1)
-        for test in tests:
-            seconds = test.run()
-            if number:
-                test.seconds.append(seconds)
-        progress(options.rounds, number)
-
-
-def progress(rounds: int, number: int) -> None:
-    """Say how far it is."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"\rround {number} of {rounds}", end="\n" if number == rounds else "", file=sys.stderr, flush=True)
+    with Progress("rounds", options.rounds) as progress:
+        for number in range(options.rounds + 1):
+            for ceiling in ceilings.values():
+                ceiling.measure(1)
+            for test in tests:
+                seconds = test.run()
+                if number:
+                    test.seconds.append(seconds)
+            progress.update(number)
 
 
 def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
@@ -308,11 +319,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
+    """The clone's commit; empty for an installed package, and without git."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-    except OSError:  # there is no git
+        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    except OSError:
         return ""
     return result.stdout.strip()
 
@@ -378,14 +391,6 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def one_number(text: str) -> int:
-    """A positive whole number."""
-    found = numbers(text)
-    if len(found) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is a list: one whole number is wanted")
-    return found[0]
-
-
 GENERATION = {"prompts": [64, 512, 1000], "new": 64, "depths": [8, 512], "batches": [1, BATCH]}
 TRAINING = {"B": 4, "T": 64}
 
@@ -393,23 +398,23 @@ TRAINING = {"B": 4, "T": 64}
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
-        prog="bench",
-        usage="python tools/bench.py [options]",
-        description=__doc__,
+        prog="pygpt bench",
+        usage="pygpt bench [options]",
+        description=f"{__doc__}\n{bench_train.__doc__}",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, whole(1, 999_999)
     add("-m", "--model", help="an llm.c checkpoint (default: as the command finds one)")
     add("-p", "--prompts", type=numbers, help="prompt lengths (64,512,1000)")
-    add("-n", "--new", type=one_number, help="new tokens of a decode test (64)")
+    add("-n", "--new", type=count, help="new tokens of a decode test (64)")
     add("-d", "--depths", type=numbers, help="tokens of context before them (8,512)")
     add("-b", "--batches", type=numbers, help=f"sequences decoded together (1,{BATCH})")
     add("--train", action="store_true", help="training instead: forward, backward, norm, update")
-    add("-B", type=one_number, help="its sequences in a batch (4)")
-    add("-T", type=one_number, help="its tokens in a sequence (64)")
+    add("-B", type=count, help="its sequences in a batch (4)")
+    add("-T", type=count, help="its tokens in a sequence (64)")
     add("-t", "--threads", type=numbers, default="1,2", help="thread counts (1,2)")
-    add("-r", "--rounds", type=one_number, default="5", help="rounds (5)")
+    add("-r", "--rounds", type=count, default=5, help="rounds (5)")
     add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md, json or csv")
     add("--reference", action="store_true", help="the serial reference too (slow)")
     add("--against", default="", help="peers, separated by commas, or all that are installed")
@@ -417,8 +422,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-memory", dest="memory", action="store_false", help="leave out the memory figures")
     add(
         "--limit-megabytes",
-        type=one_number,
-        default="512",
+        type=count,
+        default=512,
         help="memory that the limits are measured in: no cache holds it (512)",
     )
     add("--memory-of", help=argparse.SUPPRESS)
@@ -493,7 +498,7 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
         models = [stack.enter_context(GPT2.load(path, threads=threads)) for threads in options.threads]
         ceilings = open_ceilings(options, stack)
         leave_out(options, config.maxT)
-        tests = [test for model in models for test in own_tests(options, model, 2 if checkpoint.bf16 else 4, path)]
+        tests = [test for model in models for test in own_tests(options, model, checkpoint.format.block_bytes, path)]
         if options.reference:
             serial = stack.enter_context(SerialGPT2.load(path))
             tests += reference_tests(serial, models, path, options.process)
@@ -513,7 +518,7 @@ def leave_out(options: argparse.Namespace, maxT: int) -> None:
         names += ["process"] * options.process + ["the reference"] * options.reference
         options.process = options.reference = False
     if names:
-        say(f"left out, for the model takes {maxT} tokens: {', '.join(names)}")
+        say(f"left out, because the model takes {maxT} tokens: {', '.join(names)}")
 
 
 def open_ceilings(options: argparse.Namespace, stack: ExitStack) -> dict[int, Ceilings]:
@@ -528,7 +533,7 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
         config, version = checkpoint.config, checkpoint.version
     batch = bench_train.batch_of(config, options.B, options.T)
     with ExitStack() as stack:
-        ceilings = open_ceilings(options, stack)
+        ceilings, progress = open_ceilings(options, stack), stack.enter_context(Progress("rounds", options.rounds))
         results = bench_train.measure(
             path,
             config,
@@ -538,6 +543,6 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
             memory_of=(lambda threads: memory_of("train", path, threads, options.B, options.T)) if options.memory else None,
             peers=options.against,
             reference=options.reference,
-            progress=partial(progress, options.rounds),
+            progress=progress.update,
         )
         return describe(config, version, ceilings), results

@@ -1,18 +1,18 @@
-"""Other implementations of GPT-2 on the same checkpoint, each in its own process, for bench.py to alternate with pygpt.
+"""Other implementations of GPT-2 on the same checkpoint, each in its own process, to take turns with pygpt in a benchmark.
 
     with Peer("numpy", "gpt2_124M.bin", threads=2) as peer:
         peer.prefill(512), peer.decode(64, 8)              # seconds
     with Peer("torch", "gpt2_124M.bin", threads=2) as peer:
         peer.train(inputs, targets, lr=1e-4, ...)          # a loss, and seconds
 
-A process each, because these libraries bring thread pools and allocators that disturb each other and pygpt, and read their
+Each peer has its own process: the libraries' thread pools and allocators disturb each other and pygpt, and they read their
 thread counts when they are imported. The child (main()) answers JSON lines: {"call": "prefill", "n": 512} on its standard
 input, {"result": 0.41} or {"error": "..."} on its standard output.
 
-Each peer gets the best that its ordinary interface offers for one sequence in float32 (llama.cpp in bfloat16 where the file
-is): a key-value cache, the head for the last row only, weights in memory of its own, first calls not counted. Refuses to
-download anything: every weight comes from the checkpoint, and what is not installed is not run. The head is tied to wte,
-whose padding stays away.
+Each peer gets the best that its ordinary interface offers for one sequence in float32 (llama.cpp: in bfloat16, if the file is).
+That is a key-value cache, the head for the last row only, and weights in memory of its own; first calls do not count. Nothing
+is downloaded: every weight comes from the checkpoint, and only installed peers run. The head is tied to wte without its
+padding.
 """
 
 import importlib
@@ -32,11 +32,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from ..child import child_environment
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from pygpt import Config
+    from ...config import Config
 
     Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -50,6 +52,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "ctranslate2": ("numpy", "ctranslate2"),
 }
 TRAINING = ("torch", "transformers")  # those that train, too
+CHILD = (sys.executable, "-m", "pygpt.commands.bench.peers")
 EPSILON = 1e-5
 CLOSE_SECONDS = 2.0  # what a child may take to end by itself
 SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: that is not the next test's load
@@ -82,11 +85,11 @@ class Peer:
             raise RuntimeError(f"peer {name}: not installed: {', '.join(missing)}")
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, __file__, name, os.fspath(model_path), str(threads)],
+            [*CHILD, name, os.fspath(model_path), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **child_environment(threads)},
+            env={**child_environment(), **library_settings(threads)},
             text=True,
         )
         try:
@@ -163,7 +166,7 @@ def _pipes(process: "subprocess.Popen[str]") -> tuple[IO[str], IO[str]]:
     return process.stdin, process.stdout
 
 
-def child_environment(threads: int) -> dict[str, str]:
+def library_settings(threads: int) -> dict[str, str]:
     """What the libraries read when they are imported: the thread count, and to stay away from the network."""
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     return {
@@ -230,8 +233,8 @@ def read_weights(path: str) -> "tuple[Config, Weights]":
     """
     import numpy as np
 
-    from pygpt import Checkpoint
-    from pygpt.config import TENSORS
+    from ...config import TENSORS
+    from ...formats.checkpoint import Checkpoint
 
     weights = {}
     for name, _ in TENSORS:
@@ -458,7 +461,7 @@ class LlamaCpp(Engine):
     """
 
     def __init__(self, path: str, threads: int) -> None:
-        from pygpt import Checkpoint
+        from ...formats.checkpoint import Checkpoint
 
         with Checkpoint(path) as checkpoint:
             self.config = checkpoint.config
@@ -488,7 +491,7 @@ class CTranslate2(Engine):
     """CTranslate2's Generator, greedy. It has no step of its own: tokens are timed as its callback reports them."""
 
     def __init__(self, path: str, threads: int) -> None:
-        from pygpt import Checkpoint
+        from ...formats.checkpoint import Checkpoint
 
         with Checkpoint(path) as checkpoint:
             self.config = checkpoint.config
@@ -550,8 +553,9 @@ ENGINES: dict[str, Callable[[str, int], Engine]] = {
 def converted(name: str, path: str) -> Iterator[str]:
     """A temporary folder with the model in a peer's own format, written by another process: its memory is not the peer's."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--convert", name, path, folder]
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        command = [*CHILD, "--convert", name, path, folder]
+        environment = child_environment()
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
         if result.returncode:
             raise RuntimeError(f"conversion failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
         yield folder
@@ -560,10 +564,10 @@ def converted(name: str, path: str) -> Iterator[str]:
 def convert_to_gguf(path: str, folder: str) -> None:
     """Write model.gguf: matrices in the checkpoint's precision, vectors and positions in float32, no vocabulary."""
     gguf: Any = importlib.import_module("gguf")
-    from pygpt import Checkpoint
+    from ...formats.checkpoint import Checkpoint
 
     with Checkpoint(path) as checkpoint:
-        bf16 = checkpoint.bf16
+        bf16 = checkpoint.format.name == "bfloat16"
     config, weights = read_weights(path)
     writer = gguf.GGUFWriter(os.path.join(folder, "model.gguf"), "gpt2")
     writer.add_context_length(config.maxT)
@@ -722,15 +726,14 @@ def _one_line(error: Exception) -> str:
 
 def main(arguments: list[str]) -> int:
     """The child: NAME MODEL THREADS. Or its conversion: --convert NAME MODEL FOLDER."""
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this checkout's pygpt; not tools/, whose names shadow others
     if arguments[:1] == ["--convert"] and len(arguments) == 4 and arguments[1] in CONVERTERS:
         CONVERTERS[arguments[1]](arguments[2], arguments[3])
         return 0
     if len(arguments) != 3 or arguments[0] not in PEERS or not arguments[2].isdecimal() or int(arguments[2]) < 1:
-        print(f"usage: bench_peers.py {{{','.join(PEERS)}}} MODEL THREADS", file=sys.stderr)
+        print(f"usage: python -m pygpt.commands.bench.peers {{{','.join(PEERS)}}} MODEL THREADS", file=sys.stderr)
         return 2
     name, path, threads = arguments[0], arguments[1], int(arguments[2])
-    os.environ.update(child_environment(threads))
+    os.environ.update(library_settings(threads))
     with open(os.dup(0)) as requests, open(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what libraries print must not become an answer
         with open(os.devnull) as nothing:

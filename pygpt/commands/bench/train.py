@@ -1,20 +1,29 @@
-"""What `bench.py --train` does: iterations of training, part by part, held against what the machine can do.
+"""Measure training for `pygpt bench --train`: iterations, part by part, beside the machine's limits.
 
-An iteration is forward, backward, the gradient's norm and one step of AdamW on one batch of B x T tokens, the same every time;
-all who train begin with the same weights. Every round each of them does one iteration; the first round, which brings pages
-and plans into being, does not count. The serial reference does a single iteration after all rounds. Nobody's times are
-reported unless the losses agree: those of all thread counts to the last bit, a peer's and the reference's to TOLERANCE.
+An iteration is forward, backward, the gradient's norm and one step of AdamW, always on the same batch of B x T tokens. All
+programs begin with the same weights and do one iteration a round. The first round does not count: it touches pages and makes
+plans. The serial reference does a single iteration after all rounds. Times are reported only if the losses agree: those of all
+thread counts to the last bit, those of peers and of the reference to TOLERANCE.
 
 Limits. Forward and backward count 2 and 4 operations for each weight of a product and token (12 L C^2 + V C weights), and 4 and
-8 C for each token, layer and key it sees, against the FMA peak; what the backward pass computes again is not credited. The norm
-reads 4 bytes a parameter, against the read bandwidth; AdamW moves 28, against the same traffic without its arithmetic. Above
-100% some of it came from a cache.
+8 C for each token, layer and key it sees, against the FMA peak. What the backward pass computes again does not count. The norm
+reads 4 bytes a parameter, against the read bandwidth. AdamW moves 28, against the same traffic without its arithmetic. Above
+100%, some of the data came from a cache.
 
-Fields of a test in JSON, beside those that all tests have: B, T; forward_ms, backward_ms, norm_ms, update_ms and total_ms,
-medians, with ..._middle_half of each; ..._percent_of_limit of each part, and percent_of_limit: the least times of all parts
-together over total_ms; losses of the first iterations, the uncounted one included; speed_up over one thread, efficiency
-(speed_up / threads), ..._speed_up of each part, hardware_speed_up (of the least times) and percent_of_hardware_scaling; the
-first three again with _over_reference; peak_rss_bytes, peak_anon_bytes, parameter_bytes.
+Fields of a test in JSON, beside those of all tests:
+
+    B, T
+    forward_ms, backward_ms, norm_ms, update_ms, total_ms
+                        medians; with _middle_half behind the name, the middle half of each
+    forward_percent_of_limit ... percent_of_limit
+                        of each part; of all: the least times of all parts over total_ms
+    losses              of the first iterations, the uncounted one included
+    speed_up, efficiency, forward_speed_up ...
+                        over one thread; efficiency is speed_up / threads
+    hardware_speed_up   of the least times
+    percent_of_hardware_scaling
+    ..._over_reference  speed_up, efficiency and the parts' speed_up, over the reference
+    peak_rss_bytes, peak_anon_bytes, parameter_bytes
 """
 
 import time
@@ -25,8 +34,11 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
-from pygpt import Ceilings, Config, InputError, PyGPTError, SerialTrainableGPT2, TrainableGPT2
-
+from ...ceilings import Ceilings
+from ...config import Config
+from ...errors import InputError, PyGPTError
+from ...reference import SerialTrainableGPT2
+from ...training.trainable import TrainableGPT2
 from .peers import Peer
 
 PARTS = ("forward", "backward", "norm", "update")
@@ -191,7 +203,7 @@ def measure(
     reference: bool = False,
     progress: Callable[[int], None],
 ) -> list[Result]:
-    """Train on `path` with each of the ceilings' thread counts, and beside it whoever is wanted: results in that order."""
+    """Train on `path` with each of the ceilings' thread counts, then by the peers and the reference; results in that order."""
     with ExitStack() as stack:
         models = [stack.enter_context(TrainableGPT2.load(path, threads=threads)) for threads in ceilings]
         others = [stack.enter_context(Peer(name, path, max(ceilings))) for name in peers]

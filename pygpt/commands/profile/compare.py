@@ -4,8 +4,7 @@ import json
 import os
 from typing import Any
 
-from pygpt import InputError
-
+from ...errors import InputError
 from .text import CALLS, WIDTH, ms, table
 
 SCHEMA = 1
@@ -14,7 +13,7 @@ Report = dict[str, Any]
 
 
 def load(path: str) -> Report:
-    """Read a report; raises InputError for a file that is none."""
+    """Read a report; raises InputError for any other file."""
     try:
         with open(path, encoding="utf-8") as file:
             report = json.load(file)

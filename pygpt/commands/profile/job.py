@@ -15,10 +15,14 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
-from pygpt import GPT2, Checkpoint, Config, InputError, NumericalError, SerialTrainableGPT2, Trace, TrainableGPT2
-from pygpt._kernels import PHASES
-from pygpt.config import TENSORS
-from pygpt.generation.sampling import sample
+from ..._kernels import PHASES, Trace
+from ...config import TENSORS, Config
+from ...errors import InputError, NumericalError
+from ...formats.checkpoint import Checkpoint
+from ...generation.sampling import sample
+from ...model import GPT2
+from ...reference import SerialTrainableGPT2
+from ...training.trainable import TrainableGPT2
 
 WAKE = "wake-up"  # the time in which some workers are up and others are still asleep
 FIRST = ("encoder", "dlogits", "norm", "update")  # the phases that begin a step
@@ -82,13 +86,14 @@ class Generation:
     prompt: list[int]
     new: int
     sampler: str = "median"
+    all_workers: bool = False  # even for steps too small to be worth it
 
     modes: ClassVar = ("prefill", "decode")
     timed: ClassVar = modes  # what is compared between runs
 
     def open(self, path: str, threads: int | None) -> GPT2:
         """The model that runs it."""
-        return GPT2.load(path, threads=threads)
+        return GPT2.load(path, threads=threads, all_workers=self.all_workers)
 
     def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
         """Run it once: its calls, and a digest of the bits of all logits (made between the calls)."""
@@ -130,12 +135,13 @@ class Training:
     inputs: list[list[int]]
     targets: list[list[int]]
     iterations: int
+    all_workers: bool = False  # even for steps too small to be worth it
 
     modes: ClassVar = ("train",)
     timed: ClassVar = ("train", *STAGES)
 
     @classmethod
-    def of(cls, path: str, B: int, T: int, iterations: int) -> "Training":
+    def of(cls, path: str, B: int, T: int, iterations: int, *, all_workers: bool = False) -> "Training":
         """A made-up batch; raises InputError for sequences that the model cannot take."""
         with Checkpoint(path) as checkpoint:
             V, maxT = checkpoint.config.V, checkpoint.config.maxT
@@ -143,11 +149,11 @@ class Training:
             raise InputError(f"-T is {T}: the model takes at most {maxT} tokens")
         ids = [(13 + 7919 * i) % V for i in range(B * T + 1)]
         inputs, targets = ([ids[start + b * T : start + (b + 1) * T] for b in range(B)] for start in (0, 1))
-        return cls(path, inputs, targets, iterations)
+        return cls(path, inputs, targets, iterations, all_workers)
 
     def open(self, path: str, threads: int | None) -> TrainableGPT2:
         """The model that runs it."""
-        return TrainableGPT2.load(path, threads=threads)
+        return TrainableGPT2.load(path, threads=threads, all_workers=self.all_workers)
 
     def run(self, model: TrainableGPT2 | SerialTrainableGPT2, *, digest: bool = True) -> tuple[list[Call], str]:
         """Run it once: its calls, and a digest of the bits of all losses, norms and of the weights at the end."""

@@ -1,13 +1,13 @@
-"""Where the time goes: a hotspot report of a prompt and of the tokens after it, or of an iteration of training.
+"""Report where the time goes: in a prompt and the tokens after it, or in iterations of training.
 
-    python tools/profile.py                                   the model that the command would use, two tokens in, 32 out
-    python tools/profile.py -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
-    python tools/profile.py --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
-    python tools/profile.py --skip all                        hotspots only, in a second
-    python tools/profile.py -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
-    python tools/profile.py --stretch fc=3 --stretch 1:all=2  plant slowness, to see whether the report finds it
+    pygpt profile                                   the model that pygpt would use, two tokens in, 32 out
+    pygpt profile -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
+    pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
+    pygpt profile --skip all                        hotspots only, in a second
+    pygpt profile -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
+    pygpt profile --stretch fc=3 --stretch 1:all=2  slow parts down, to see whether the report finds them
 
-JSON, schema 1 (all times in ns, summed over the rounds unless they are called median; null or empty where not measured):
+JSON, schema 1 (times in ns, summed over the rounds except for medians; null or empty: not measured):
 
     schema, pygpt           1, and the package's version
     model                   path, name, L, NH, C, V, maxT, version, value_bytes
@@ -47,21 +47,15 @@ import json
 import os
 import platform
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pygpt.model
-from pygpt import (
-    Checkpoint,
-    InputError,
-    Trace,
-    __version__,
-    cpu_info,
-    default_threads,
-    find_model,
-)
-from pygpt.commands.console import Parser, check_stdout, say, status_of
-
+from ... import __version__
+from ..._kernels import Trace, cpu_info
+from ...cpus import default_threads
+from ...errors import InputError
+from ...formats.checkpoint import Checkpoint
+from ...hub.find import find_model
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
 from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
@@ -82,36 +76,55 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
     parser = Parser(
-        prog="profile",
-        usage="python tools/profile.py [options]",
-        description="Where the time goes: a hotspot report of a prompt and of the tokens decoded after it, or of training.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+        prog="pygpt profile",
+        usage="pygpt profile [options]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that `python -m pygpt` would use)")
+    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that pygpt would use)")
     add("--tokens", metavar="IDS", help="the prompt, as in 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="a made-up prompt of so many tokens instead")
     add(
-        "-n", "--new", metavar="N", help="tokens to decode after the prompt, one by one (default 32); or iterations (default 3)"
+        "-n",
+        "--new",
+        metavar="N",
+        type=whole(1, 1 << 20),
+        help="tokens to decode after the prompt, one by one (default 32); or iterations (default 3)",
     )
     add("--train", action="store_true", help="training instead: forward, backward, gradient's norm, AdamW")
-    add("-B", metavar="N", help="its sequences in a batch (default 4)")
-    add("-T", metavar="N", help="its tokens in a sequence (default 64)")
-    add("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
-    add("-r", "--rounds", metavar="N", default="3", help="rounds of the job, untraced and traced in turn (default 3)")
+    add("-B", metavar="N", type=whole(1, 1 << 16), help="its sequences in a batch (default 4)")
+    add("-T", metavar="N", type=whole(1, 1 << 16), help="its tokens in a sequence (default 64)")
+    add(
+        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
+    )
+    add(
+        "-r",
+        "--rounds",
+        metavar="N",
+        type=whole(1, 1000),
+        default=3,
+        help="rounds of the job, untraced and traced in turn (default 3)",
+    )
     add("--sampler", metavar="NAME", help="median (default) or greedy")
     add("--by-layer", action="store_true", help="add a table by layer")
     add("--skip", metavar="LIST", default="", help=f"leave out parts: all, or some of {','.join(PARTS)}")
-    add("--serial-tokens", metavar="N", default="8", help="tokens of the strategies: the serial reference is slow (default 8)")
-    add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib, the extra `tools`)")
+    add(
+        "--serial-tokens",
+        metavar="N",
+        type=whole(1, 1 << 20),
+        default=8,
+        help="tokens of the strategies: the serial reference is slow (default 8)",
+    )
+    add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too and print the hottest symbols")
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, whose schema heads this file")
+    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, with the schema above")
     add("--compare", metavar=("A", "B"), nargs=2, help="print what moved between two reports in JSON; nothing runs")
     add("--all-workers", action="store_true", help="use all workers even for steps too small to be worth it")
-    add("--capacity", metavar="N", help="events that a worker can note in a round (default: enough)")
+    add("--capacity", metavar="N", type=whole(1, 1 << 24), help="events that a worker can note in a round (default: enough)")
     planting = "debugging: make a phase (or `all`) last K times as long, on worker W or on all; may be repeated"
     add("--stretch", metavar="[W:]PHASE=K", action="append", default=[], help=planting)
     return parser
@@ -123,15 +136,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, flag in (GENERATION if options.train else TRAINING).items():
         if getattr(options, name) is not None:
             raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
-    for name, usual in ("new", "3" if options.train else "32"), ("B", "4"), ("T", "64"), ("sampler", "median"):
+    for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)
-    options.new = count("-n", options.new, 1, 1 << 20)
-    options.B, options.T = count("-B", options.B, 1, 1 << 16), count("-T", options.T, 1, 1 << 16)
-    options.rounds = count("-r", options.rounds, 1, 1000)
-    options.serial_tokens = count("--serial-tokens", options.serial_tokens, 1, 1 << 20)
-    options.threads = None if options.threads is None else count("-t", options.threads, 1, 256)
-    options.capacity = None if options.capacity is None else count("--capacity", options.capacity, 1, 1 << 24)
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     if options.sampler not in ("median", "greedy"):
@@ -172,7 +179,7 @@ def planted(given: str) -> job.Planted:
 def make_job(options: argparse.Namespace, path: str) -> job.Job:
     """What is to be run; raises InputError for what does not fit the model."""
     if options.train:
-        return job.Training.of(path, options.B, options.T, options.new)
+        return job.Training.of(path, options.B, options.T, options.new, all_workers=options.all_workers)
     with Checkpoint(path) as checkpoint:
         V, maxT = checkpoint.config.V, checkpoint.config.maxT
     if options.prompt_length is not None:
@@ -184,7 +191,7 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
         prompt = [token % V for token in PROMPT]
     if len(prompt) + options.new > maxT:
         raise InputError(f"a prompt of {len(prompt)} and {options.new} new tokens exceed the model's {maxT} tokens")
-    return job.Generation(prompt, options.new, options.sampler)
+    return job.Generation(prompt, options.new, options.sampler, options.all_workers)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -198,8 +205,6 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.plot:
         plots.matplotlib()  # if it is missing, say so now
-    if options.all_workers:
-        pygpt.model.MEETING_WEIGHT = 0
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:
@@ -246,7 +251,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     if "strategies" in parts:
         report["strategies"] = ways(options, path, task, nth)
     if "startup" in parts:
-        report["startup"] = startup.measure(path, task, nth, str(Path(__file__).resolve().parents[3]))
+        report["startup"] = startup.measure(path, task, nth)
     return report, recording, task
 
 
@@ -256,7 +261,7 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Rep
         maxT = checkpoint.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
     if isinstance(task, job.Training):
-        small = job.Training.of(path, 1, min(tokens, maxT), 1)
+        small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
         return strategies.compare_training(small, nth, options.rounds, with_serial=serial)
     prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
     return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial)
@@ -265,7 +270,7 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Rep
 def hotspots(path: str, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
     """The figures of the job itself: wall_ns, kernels, modes."""
     with Checkpoint(path) as checkpoint:
-        config, value_bytes = checkpoint.config, 2 if checkpoint.bf16 else 4
+        config, value_bytes = checkpoint.config, checkpoint.format.block_bytes
     modes, kernels = {}, []
     for mode in task.modes:
         calls, untraced = ([call for call in found if call.mode == mode] for found in (recording.calls, recording.untraced))
@@ -279,7 +284,7 @@ def facts(options: argparse.Namespace, path: str, task: job.Job, recording: job.
     """What ran on what."""
     with Checkpoint(path) as checkpoint:
         shape = {name: getattr(checkpoint.config, name) for name in ("L", "NH", "C", "V", "maxT")}
-        values = {"version": checkpoint.version, "value_bytes": 2 if checkpoint.bf16 else 4}
+        values = {"version": checkpoint.version, "value_bytes": checkpoint.format.block_bytes}
     nth = len(recording.dropped)
     machine = {"processor": processor(), "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth}
     described = []

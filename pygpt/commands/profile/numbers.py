@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from pygpt import Config
-
+from ...config import Config
 from .job import STAGES, WAKE, Call, Step, place
 from .work import work
 

@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pygpt import PyGPTError
-
+from ...errors import PyGPTError
 from .job import Job, clock
 
 Row = dict[str, Any]

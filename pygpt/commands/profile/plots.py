@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-from pygpt import PyGPTError
-from pygpt.formats.files import atomic_file
-
+from ...errors import PyGPTError
+from ...formats.files import atomic_file
 from .job import WAKE, Call, Event
 
 Report = dict[str, Any]
@@ -50,7 +49,7 @@ def matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise PyGPTError("--plot needs matplotlib: python -m pip install -e '.[tools]'") from None
+        raise PyGPTError("--plot needs matplotlib: python -m pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,5 +1,7 @@
-"""A fresh process until its first token, or its first iteration of training, part by part, with the page faults of each. Run
-as a script it is that process."""
+"""The start of a fresh process, part by part, with the page faults of each part.
+
+It ends with the first token, or with the first iteration of training. This module, run with -m, is that process.
+"""
 
 import json
 import os
@@ -8,22 +10,23 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from ...errors import PyGPTError
+from ..child import child_environment
+
 if TYPE_CHECKING:
     from .job import Job
 
 Row = dict[str, Any]
 
 
-def measure(path: str, job: "Job", threads: int, root: str) -> list[Row]:
-    """Start a process and report its parts: name, ns, minor and major page faults. `root` has pygpt if it is not installed."""
+def measure(path: str, job: "Job", threads: int) -> list[Row]:
+    """Start a process and report its parts: name, ns, minor and major page faults."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     given = {name: value for name, value in vars(job).items() if name in ("prompt", "inputs", "targets")}
-    order = {"path": os.path.abspath(path), **given, "threads": threads, "began": began, "root": root}
-    command = [sys.executable, os.path.abspath(__file__)]
-    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
+    order = {"path": os.path.abspath(path), **given, "threads": threads, "began": began}
+    command = [sys.executable, "-m", "pygpt.commands.profile.startup"]
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=child_environment())
     if done.returncode:
-        from pygpt import PyGPTError  # not at the top: a fresh process has this file as its script
-
         raise PyGPTError(f"the start-up process failed: {(done.stderr.strip().splitlines() or ['it does not say why'])[-1]}")
     parts: list[Row] = json.loads(done.stdout)
     return parts
@@ -34,7 +37,6 @@ def main() -> None:
     import resource
 
     order = json.load(sys.stdin)
-    sys.path[:] = [*sys.path[1:], order["root"]]  # this folder's modules are not meant to be found by their bare names
     parts: list[Row] = []
     since, minor, major = order["began"], 0, 0
 
@@ -46,9 +48,9 @@ def main() -> None:
 
     part("interpreter")
     if training := "inputs" in order:
-        from pygpt import TrainableGPT2
+        from ...training.trainable import TrainableGPT2
     else:
-        from pygpt import GPT2
+        from ...model import GPT2
 
     part("import pygpt")
     import numpy  # noqa: F401  (what a command that prints ids does without)

@@ -14,8 +14,10 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from pygpt import GPT2, Ceilings, SerialGPT2, SerialTrainableGPT2, TrainableGPT2
-
+from ...ceilings import Ceilings
+from ...model import GPT2
+from ...reference import SerialGPT2, SerialTrainableGPT2
+from ...training.trainable import TrainableGPT2
 from .job import Call, Job, Training, clock
 
 Row = dict[str, Any]

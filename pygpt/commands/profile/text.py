@@ -16,7 +16,7 @@ rows of a mode add up to the time measured around its calls. "wake-up": some wor
 the rows of a large product are rearranged, by all workers for all of them. \
 "python, pool": checks, the Condition that wakes the workers, the Barrier that gathers them; nobody computes. ms and calls \
 are of one round of the job.
-GFLOP/s and GB/s hold the least work of a kernel (tools/profiler/work.py) against its self time; roof is the nearer of this \
+GFLOP/s and GB/s hold the least work of a kernel (profile/work.py) against its self time; roof is the nearer of this \
 machine's two ceilings, f for fused multiply-add, r for reading memory (for AdamW, which writes too, s: its own traffic \
 without its arithmetic), measured before and after the job with as many workers. Above 100% of r or s the data came from a \
 cache.

@@ -11,8 +11,7 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from pygpt.formats.files import atomic_file
-
+from ...formats.files import atomic_file
 from .job import STAGES, WAKE, Call, Event, place
 
 # ------------------------------------------------------------------------------------------------ Chrome

@@ -12,8 +12,7 @@ them) and 28: parameter, gradient and two moments in, all but the gradient out.
 
 from collections.abc import Iterable
 
-from pygpt import Config
-
+from ...config import Config
 from .job import Call
 
 Work = dict[str, tuple[int, int]]  # phase -> (operations, bytes)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import SerialTrainableGPT2, TrainableGPT2, read_debug_state
+from ...formats.llmc import read_debug_state
+from ...reference import SerialTrainableGPT2
+from ...training.trainable import TrainableGPT2
 
 FORWARD, GRADIENT = 1e-2, 2e-2
 STEPS, LR, WEIGHT_DECAY = 10, 1e-4, 0.01

@@ -7,28 +7,19 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import (
-    Config,
-    DataError,
-    DataLoader,
-    InputError,
-    PyGPTError,
-    TrainingOptions,
-    TrainingState,
-    read_text,
-    read_tokens,
-    split,
-    tokens_of_text,
-)
-from pygpt.errors import is_whole, shown
-
+from ...config import Config
+from ...errors import DataError, InputError, PyGPTError, is_whole, shown
+from ...formats.shards import read_tokens
+from ...formats.text import read_text, tokens_of_text
+from ...training.data import DataLoader, split
+from ...training.options import TrainingOptions
+from ...training.state import TrainingState
 from .report import pictures
 
 SHAPES = {
@@ -52,7 +43,7 @@ WHOLE = {
     "save_every": (0, MOST),
     "version": (3, 5),
 }
-SHARD = ".bin"  # what is no shard is text
+SHARD = ".bin"  # a file with another ending is text
 VALUE_BYTES = {3: 4, 5: 2}
 FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader's position means nothing with others
 
@@ -127,7 +118,7 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
     try:
         job = Job(**state.progress.job)
     except (TypeError, InputError):
-        raise InputError(f"{state.path}: this state is not of tools/train.py: Trainer.restore() can read it") from None
+        raise InputError(f"{state.path}: this state is not of pygpt train: Trainer.restore() can read it") from None
     part, old = _job_part(given), vars(job)
     for name in FIXED:
         if name in part and part[name] != old[name]:
@@ -156,17 +147,6 @@ def _absolute(path: str) -> str:
 def flag(name: str) -> str:
     """An option as users write it."""
     return f"-{name}" if name in ("B", "T") else f"--{name.replace('_', '-')}"
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number in these limits."""
-
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 21 and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a whole number from {low} to {high}")
-        return int(text)
-
-    return read
 
 
 def number(text: str) -> float:

@@ -1,27 +1,29 @@
-"""Train GPT-2: fine-tune a checkpoint on a text, or begin with random weights.
+"""Train GPT-2 on text or token shards: fine-tune a checkpoint, or begin with random weights.
 
-    python tools/train.py --data my.txt --init gpt2_124M.bin --out mine.bin
-    python tools/train.py --data my.txt --shape L=4,NH=4,C=128,maxT=256 -B 8 -T 128 --steps 500 --lr 1e-3 --out mine.bin
-    python tools/train.py --resume mine.state
-    python tools/train.py --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
+    pygpt train --data my.txt --init gpt2_124M.bin --out mine.bin
+    pygpt train --data my.txt --shape L=4,NH=4,C=128,maxT=256 -B 8 -T 128 --steps 500 --lr 1e-3 --out mine.bin
+    pygpt train --resume mine.state
+    pygpt train --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
 
---out mine.bin saves the model as mine.bin, which `python -m pygpt -m mine.bin` uses at once, and the training state as
-mine.state: weights, AdamW's moments, step, options and the place in the data. --resume continues from it bit for bit as if the
-run had never stopped, for any number of threads; the state before it is kept as mine.state.1, and used where mine.state is
-damaged. Ctrl-C and SIGTERM finish the step and save; a second one ends at once. Files that exist are never replaced, but for
-those of the run that is resumed, and with --force.
+The defaults are those of llm.c's CPU program.
 
-stdout has a line for each step and validation, and between lines of --- samples of text, begun by <|endoftext|> and drawn at
-random with the step as seed. --log FILE has a line of JSON for each step:
+--out mine.bin saves the model as mine.bin, and the training state as mine.state. `pygpt chat -m mine.bin` answers with the
+model. The state holds weights, AdamW's moments, step, options and the place in the data. --resume continues from it with the
+same bits as a run that never stopped, with any number of threads. The state before it stays as mine.state.1; if mine.state is
+damaged, --resume uses that one. Ctrl-C and SIGTERM finish the step and save; a second one ends at once. Existing files are
+replaced only if they belong to the resumed run, or with --force.
 
-    step            from 0: updates made before it
-    loss            of the step's batches, before the update; norm: of its gradient, before clipping
+stdout has a line for each step and each validation. Samples of text stand between lines of ---; they begin with
+<|endoftext|> and are drawn at random, with the step as seed. --log FILE has a line of JSON for each step:
+
+    step            updates made before it, from 0
+    loss, norm      of the step's batches before the update; of their gradient before clipping
     lr, ms, tokens_per_s
-    val_loss        of the same weights, where they were validated; a last line has only this and step
+    val_loss        of the same weights, if they were validated; a last line has only this and step
 
-Exit status: 0; 1 for a failure at run time, such as a loss that is not finite, and for differences found by --check; 2 for bad
-input; 130 after Ctrl-C, 143 after SIGTERM, 141 when the reader of stdout has gone, with everything saved. What a run that ends
-by an error has made is saved too, unless it made a loss that is not finite and there is an earlier save.
+Exit status: 0; 1 for a failure at run time, such as a loss that is not finite, or if --check finds a difference; 2 for bad
+input; 130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout has gone. The run is saved in the last three cases. It
+is saved after an error, too, except if the loss is not finite and there is an earlier save.
 """
 
 import argparse
@@ -34,22 +36,16 @@ from typing import Any
 
 import numpy as np
 
-from pygpt import (
-    Checkpoint,
-    Config,
-    DataLoader,
-    InputError,
-    NumericalError,
-    PyGPTError,
-    SerialTrainableGPT2,
-    TrainableGPT2,
-    Trainer,
-    TrainingState,
-    find_model,
-    open_state,
-)
-from pygpt.commands.console import HelpFormatter, Parser, say, status_of
-
+from ...config import Config
+from ...errors import InputError, NumericalError, PyGPTError
+from ...formats.open import open_floats
+from ...hub.find import find_model
+from ...reference import SerialTrainableGPT2
+from ...training.data import DataLoader
+from ...training.state import TrainingState, open_state
+from ...training.trainable import TrainableGPT2
+from ...training.trainer import Trainer
+from ..console import HelpFormatter, Parser, say, status_of, whole
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
@@ -69,7 +65,6 @@ from .job import (
     open_data,
     resumed,
     shape_of,
-    whole,
 )
 
 RANDOM = "random"  # instead of a checkpoint's name
@@ -86,10 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help. An option that is not given is None: a resumed run has its own."""
     parser = Parser(
-        prog="train",
-        usage="python tools/train.py [options]",
-        description="Train GPT-2 on text or token shards. The defaults are those of llm.c's CPU program.",
-        epilog="tools/train.py begins with examples, and with what is printed, logged and saved.",
+        prog="pygpt train",
+        usage="pygpt train [options]",
+        description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -256,7 +250,7 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str]:
     path, origin = find_model(init)
     if origin == "embedded":
         say("begins from the small embedded model (Shakespeare); --init names another, or `random` with --shape")
-    with Checkpoint(path) as checkpoint:
+    with open_floats(path) as checkpoint:
         return checkpoint.config, path
 
 
@@ -347,7 +341,7 @@ class Run:
         elif stop.signal is None:
             say(f"{ended}; saved {output.model} and {output.state}")
         else:
-            say(f"{ended}; saved; to go on: python tools/train.py --resume {shlex.quote(output.state)}")
+            say(f"{ended}; saved; to go on: pygpt train --resume {shlex.quote(output.state)}")
 
     def look(self, lines: report.Report) -> bool:
         """Validate and sample where it is time to; return whether all steps were made."""

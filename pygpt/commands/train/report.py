@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from pygpt import GPT2, InputError, PyGPTError, Record, SerialGPT2, Tokenizer
-from pygpt.commands.console import for_terminal
-from pygpt.formats.files import atomic_file
-
+from ...errors import InputError, PyGPTError
+from ...formats.files import atomic_file
+from ...model import GPT2
+from ...reference import SerialGPT2
+from ...tokenizer import Tokenizer
+from ...training.trainer import Record
+from ..console import for_terminal
 from ..profile.plots import matplotlib, save
 from ..progress import Progress
 

@@ -1,0 +1,95 @@
+"""Choose the number of workers for this machine, and for a step of a known amount of work. No result depends on it."""
+
+import os
+from collections.abc import Iterator
+
+from .errors import InputError, is_whole, shown
+
+MAX_THREADS = 256
+
+# Pauses that a worker spins at a native barrier before it sleeps. Spinning is faster if each worker has its own core. Workers
+# that share cores must sleep soon.
+SPINS, SPINS_CROWDED = 4000, 50
+
+# Rough speed of one core, with data in its cache, to decide whether more workers make a step faster.
+READ_BYTES_PER_US, FLOP_PER_US = 30_000, 100_000
+ROUND_US, BARRIER_US = 15, 1.2  # cost of a round of the pool, and of a native barrier
+
+
+def spins_for(threads: int) -> int:
+    """Return how many pauses each of `threads` workers spins at a barrier."""
+    return SPINS if threads <= default_threads() else SPINS_CROWDED
+
+
+def workers_for(threads: int, alone_us: float, barriers: int = 0) -> int:
+    """Return how many workers to use for work that takes one worker `alone_us` microseconds: all of them, or one.
+
+    One worker is faster if the others save less time than the round and its barriers cost."""
+    return threads if alone_us * (1 - 1 / threads) > ROUND_US + BARRIER_US * barriers else 1
+
+
+def check_threads(threads: int) -> int:
+    """Return `threads`. Raises InputError unless it is a whole number from 1 to MAX_THREADS."""
+    if not is_whole(threads, 1, MAX_THREADS):
+        raise InputError(f"threads is {shown(threads)}: it must be a whole number from 1 to {MAX_THREADS}")
+    return threads
+
+
+def resolve_threads(threads: int | None = None) -> int:
+    """Return the number of workers: `threads`, else PYGPT_THREADS, else default_threads(). Raises InputError."""
+    if threads is not None:
+        return check_threads(threads)
+    text = os.environ.get("PYGPT_THREADS")
+    if not text:
+        return default_threads()
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_THREADS):
+        raise InputError(f"PYGPT_THREADS is {text[:40]!r}: it must be a whole number from 1 to {MAX_THREADS}")
+    return int(text)
+
+
+def default_threads(root: str = "/") -> int:
+    """Return how many workers can run at the same time, at least 1. More workers would take turns at every barrier.
+
+    That is the least of: the processors that this process may use, their physical cores, and the cgroup's CPU quota rounded
+    down."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    limits = [len(cpus), _physical_cores(root, cpus), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))]
+    return max(1, min(limits))
+
+
+def _physical_cores(root: str, cpus: set[int]) -> int:
+    """Return the number of physical cores of these processors. A processor without topology files counts as a core."""
+    cores = {_read(f"{root}sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus}
+    return len(cores)
+
+
+def _cpu_quotas(root: str) -> Iterator[float]:
+    """Yield every CPU quota of this process, in processors, from cgroup versions 2 (cpu.max) and 1 (cpu.cfs_quota_us)."""
+    for line in _read(f"{root}proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        parts = [part for part in path.split("/") if part and part != ".."]
+        for mount in {controllers, "cpu"} if controllers else {""}:  # version 1: if names differ, "cpu" is a link
+            for depth in range(len(parts), -1, -1):
+                folder = "/".join([f"{root}sys/fs/cgroup/{mount}".rstrip("/"), *parts[:depth]])
+                yield from _quota(folder, version=1 if controllers else 2)
+
+
+def _quota(folder: str, *, version: int) -> Iterator[float]:
+    """Yield the CPU quota of one cgroup, if it has one."""
+    if version == 1:
+        words = [_read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")]
+    else:
+        words = _read(f"{folder}/cpu.max").split()
+    if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # "max" and -1 mean no quota
+        yield int(words[0]) / int(words[1])
+
+
+def _read(path: str) -> str:
+    """Return the text of a small system file without its newline, or "" if it cannot be read."""
+    try:
+        with open(path, errors="surrogateescape") as file:  # a cgroup's name may contain any bytes
+            return file.read().strip()
+    except OSError:
+        return ""

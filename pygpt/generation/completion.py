@@ -1,0 +1,87 @@
+"""One completion of a request: its tokens so far, and the state of its sampler and stop conditions.
+
+Refuses to know how logits are computed.
+"""
+
+from .request import Request
+from .stop import Watch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from .._kernels import Logits
+    from .logprobs import TokenInfo
+
+
+class Completion:
+    """A running or finished completion of a request.
+
+    prompt and tokens: the given ids and the new ids. finish_reason: None while it runs, "stop" after a stop token or stop
+    string, "length" at the full length, or "cancelled". seed: the same seed and options give the same tokens; None if nothing
+    is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty.
+    """
+
+    __slots__ = ("_request", "_seen", "_sequence", "_start", "_stream", "_watch", "finish_reason", "infos", "seed")
+
+    def __init__(self, request: Request, *, seed: int | None = None, stream: int = 0) -> None:
+        """Start a completion. seed: replaces the request's. stream: which stream of the seed's random numbers to use."""
+        self._request = request
+        self._sequence = list(request.tokens)
+        self._start = 0  # the position at which the network's window begins
+        self._stream = stream
+        self._watch = Watch(request.stop, request.tokens)
+        self._seen: bytearray | None = None  # marks of the ids in the sequence, if the sampler needs them
+        if request.sampler.looks_back:
+            self._seen = bytearray(request.config.V)
+            for token in request.tokens:
+                self._seen[token] = 1
+        self.seed = request.sampler.start() if seed is None else seed
+        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+        self.infos: list[TokenInfo] = []
+
+    @property
+    def prompt(self) -> list[int]:
+        """The given ids."""
+        return list(self._request.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new ids."""
+        return self._sequence[len(self._request.tokens) :]
+
+    @property
+    def new(self) -> int:
+        """The number of tokens to add, unless a stop ends the completion earlier."""
+        return self._request.new
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens in the network's window."""
+        return min(self._request.total, self._request.config.maxT)
+
+    def window(self) -> list[int]:
+        """Return the tokens in the network's window: the whole sequence, or its last tokens after a slide."""
+        if len(self._sequence) - self._start > self._request.config.maxT:
+            self._start = len(self._sequence) - self._request.slide_to
+        return self._sequence[self._start :]
+
+    def take(self, logits: "Logits", row: int) -> int:
+        """Choose a token from row `row` of logits (rows, V), add it to the sequence and return it."""
+        request, step = self._request, len(self._sequence) - len(self._request.tokens)
+        token = request.sampler.choose(logits, row, self.seed, self._stream, step, self._seen)
+        if request.top_logprobs is not None:
+            from .logprobs import token_info
+
+            self.infos.append(token_info(logits, row, token, request.top_logprobs))
+        self._sequence.append(token)
+        if self._seen is not None:
+            self._seen[token] = 1
+        if self._watch.ends(token):
+            self.finish_reason = "stop"
+        elif len(self._sequence) == request.total:
+            self.finish_reason = "length"
+        return token
+
+    def __repr__(self) -> str:
+        return f"Completion(prompt={self.prompt}, tokens={self.tokens}, finish_reason={self.finish_reason!r})"

@@ -1,0 +1,334 @@
+"""Continuous batching: requests join and leave, and each step of the network serves all live requests.
+
+    engine = Engine(network)
+    job = engine.add(request)
+    for event in engine.run():              # step after step
+        print(event.job is job, event.token)
+
+A step has one row for each decoding sequence, then rows of prompts in order of arrival. Sequences share prefixes: if a cache
+has keys and values for the beginning of a new prompt, the engine copies them instead of computing them. Batching and sharing
+do not change results, because the logits of a row do not depend on the other rows.
+
+add() and cancel() may be called on any thread, step() on one thread at a time.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from ..errors import InputError, is_whole, shown
+from .completion import Completion
+from .prefix import Memory, PrefixCache, common_prefix
+from .request import Request
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .._kernels import Logits
+    from .prefix import AnyNetwork
+
+LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
+WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
+FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
+WEIGHT = 0.1  # the weight of the latest step in the running means of times
+
+
+class Job:
+    """A request in an engine. `completions` are its n results, which grow step by step.
+
+    error: the exception that ended the job, or None. cancelled: whether cancel() was called.
+    """
+
+    __slots__ = ("cancelled", "completions", "error", "request")
+
+    def __init__(self, request: Request, completions: list[Completion]) -> None:
+        self.request, self.completions = request, completions
+        self.cancelled = False
+        self.error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has no more events."""
+        return self.cancelled or self.error is not None or all(c.finish_reason is not None for c in self.completions)
+
+
+class Event:
+    """A new token of completion number `choice` of a job; or, with token None, the error that ended the job."""
+
+    __slots__ = ("choice", "error", "job", "token")
+
+    def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
+        self.job, self.choice, self.token, self.error = job, choice, token, error
+
+
+class _Sequence:
+    """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
+
+    __slots__ = ("choice", "completion", "job", "memory")
+
+    def __init__(self, job: Job, choice: int) -> None:
+        self.job, self.choice, self.completion = job, choice, job.completions[choice]
+        self.memory: Memory | None = None
+
+
+class _Part:
+    """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window."""
+
+    __slots__ = ("last", "memory", "sequence", "tokens", "window")
+
+    def __init__(self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool) -> None:
+        self.sequence, self.memory, self.window, self.tokens, self.last = sequence, memory, window, tokens, last
+
+
+class Engine:
+    """Complete requests together on one network.
+
+    prefix: keeps idle caches of completed requests for later ones (default: keep none). max_live: the most sequences in a
+    step. cache_bytes: the most bytes of keys and values of live and idle sequences together (default: no limit). A sequence
+    reserves the most that it can need before it starts, so it never runs out of memory later. target_ms: the approximate time
+    of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts).
+    """
+
+    def __init__(
+        self,
+        network: "AnyNetwork",
+        *,
+        prefix: PrefixCache | None = None,
+        max_live: int = LIVE,
+        cache_bytes: int | None = None,
+        target_ms: float | None = None,
+    ) -> None:
+        if not is_whole(max_live, 1, 1 << 20):
+            raise InputError(f"max_live is {shown(max_live)}: it must be a whole number from 1 to {1 << 20}")
+        if cache_bytes is not None and not is_whole(cache_bytes, 1, 1 << 62):
+            raise InputError(f"cache_bytes is {shown(cache_bytes)}: it must be a whole number from 1 to 2^62")
+        self.network = network
+        self.prefix = PrefixCache(network, 0) if prefix is None else prefix
+        self.max_live, self.cache_bytes = max_live, cache_bytes
+        self._clock = None if target_ms is None else _Clock(target_ms)
+        self._inbox: deque[_Sequence] = deque()  # any thread may fill it
+        self._waiting: deque[_Sequence] = deque()
+        self._live: list[_Sequence] = []
+        self._ended = False  # whether a job was cancelled or has failed since the last _drop_ended()
+
+    # ---------------------------------------------------------------- from any thread
+
+    def add(self, request: Request, *, n: int = 1, seed: int | None = None) -> Job:
+        """Add a request to complete n times; return its job. Completion i uses stream i of one seed.
+
+        seed: replaces the request's. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
+        """
+        if not is_whole(n, 1, 1 << 20):
+            raise InputError(f"n is {shown(n)}: it must be a whole number from 1 to {1 << 20}")
+        needed = self._bytes(min(request.total, request.config.maxT))
+        if self.cache_bytes is not None and needed > self.cache_bytes:
+            raise InputError(
+                f"the request needs {needed} bytes of keys and values, but the limit is {self.cache_bytes}: use fewer tokens"
+            )
+        seed = request.sampler.start() if seed is None else seed
+        job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)])
+        self._inbox.extend([_Sequence(job, choice) for choice in range(n)])
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job. After the step that runs now, the job has no more events."""
+        job.cancelled = True
+        self._ended = True
+
+    # ---------------------------------------------------------------- from one thread
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self._inbox or self._waiting or self._live)
+
+    def run(self) -> Iterator[Event]:
+        """Step until all jobs are done; yield their events."""
+        while self.busy:
+            yield from self.step()
+
+    def step(self) -> list[Event]:
+        """Run the network once for all live jobs; return the events, an empty list if the engine is not busy.
+
+        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again.
+        """
+        while self._inbox:
+            self._waiting.append(self._inbox.popleft())
+        self._drop_ended()
+        self._admit()
+        plan = self._plan()
+        if not plan:
+            return []
+        rows = []
+        for part in plan:
+            rows += [(token, part.memory.cache, False) for token in part.tokens[:-1]]
+            rows.append((part.tokens[-1], part.memory.cache, part.last))
+        began = time.perf_counter()
+        logits = self.network.step(rows)
+        if self._clock is not None:
+            self._clock.note(len(plan), len(rows), time.perf_counter() - began)
+        for part in plan:
+            part.memory.note(part.tokens)
+        events = self._choose(plan, logits)
+        self._drop_ended()
+        return events
+
+    def close(self) -> None:
+        """Cancel all jobs, and give their caches to the prefix cache."""
+        for sequence in [*self._inbox, *self._waiting, *self._live]:
+            self.cancel(sequence.job)
+        self._waiting += self._inbox
+        self._inbox.clear()
+        self._drop_ended()
+
+    # ---------------------------------------------------------------- the parts of a step
+
+    def _drop_ended(self) -> None:
+        """Remove sequences whose completion or job has ended, and give their caches to the prefix cache."""
+        if self._ended:
+            self._ended = False
+            self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
+        for sequence in [sequence for sequence in self._live if _has_ended(sequence)]:
+            self._live.remove(sequence)
+            if sequence.memory is not None:
+                self.prefix.give(sequence.memory)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop idle caches until the rest, and the reservations of live sequences, fit in cache_bytes."""
+        if self.cache_bytes is not None:
+            self.prefix.shrink(self.cache_bytes - self._reserved())
+
+    def _admit(self) -> None:
+        """Start waiting sequences in order of arrival, as long as their reservations fit in cache_bytes."""
+        while self._waiting and len(self._live) < self.max_live:
+            needed = self._bytes(self._waiting[0].completion.longest)
+            if self.cache_bytes is not None and self._reserved() + needed > self.cache_bytes:
+                return
+            self._live.append(self._waiting.popleft())
+
+    def _plan(self) -> list[_Part]:
+        """Return the work of the next step: decoding sequences, then prompts as long as the step has room for rows."""
+        windows = [sequence.completion.window() for sequence in self._live]
+        for i, sequence in enumerate(self._live):
+            if sequence.memory is None:
+                self._begin(sequence, windows[i], list(zip(self._live[:i], windows, strict=False)))
+        self._make_room()
+        decoding: list[_Part] = []
+        prompts: list[_Part] = []
+        for sequence, window in zip(self._live, windows, strict=True):
+            if (memory := sequence.memory) is not None:
+                shared = memory.shared(window)
+                memory.keep(shared)
+                (decoding if len(window) - shared == 1 else prompts).append(
+                    _Part(sequence, memory, window, window[shared:], True)
+                )
+        left = self._clock.rows(self.network.chunk) if self._clock is not None and decoding else self.network.chunk
+        plan = decoding
+        for part in prompts:
+            if left:
+                part.last = len(part.tokens) <= left
+                part.tokens = part.tokens[:left]
+                plan.append(part)
+                left -= len(part.tokens)
+        return plan
+
+    def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
+        """Give a sequence a cache with the longest prefix of its window that any cache has.
+
+        If an earlier sequence will soon compute a longer prefix, give it no cache. The sequence then waits."""
+        live, held, coming = None, 0, 0
+        for other, its_window in earlier:
+            if other.memory is not None:
+                if its_window == window:
+                    return
+                if (shared := other.memory.shared(window)) > held:
+                    live, held = other.memory, shared
+                coming = max(coming, common_prefix(its_window, window, len(window) - 1))
+        idle, kept = self.prefix.best(window)
+        if coming - max(held, kept) >= WORTH_WAITING:
+            return
+        if idle is not None and kept >= held and self.prefix.take(idle):  # another thread may take it first
+            if self._may_take(idle, kept, sequence.completion.longest):
+                idle.keep(kept)
+                sequence.memory = idle
+            else:
+                sequence.memory = idle.copy(kept, self._capacity(sequence))
+                self.prefix.give(idle)
+        elif live is not None:
+            sequence.memory = live.copy(held, self._capacity(sequence))
+        else:
+            sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
+
+    def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
+        """Whether to take an idle memory instead of a copy: most of it is shared, or cache_bytes has no room for a copy."""
+        full = self.cache_bytes is not None and self._reserved() + self.prefix.nbytes > self.cache_bytes
+        return donor.cache.capacity >= longest and (full or 2 * shared >= len(donor.tokens))
+
+    def _capacity(self, sequence: _Sequence) -> int:
+        """Return the capacity of a new cache: the whole context if later requests may reuse it, else the sequence's need."""
+        return self.network.config.maxT if self.prefix.max_bytes else sequence.completion.longest
+
+    def _choose(self, plan: list[_Part], logits: "Logits") -> list[Event]:
+        """Let completions choose their next tokens. Sequences that wait for the same window choose from the same logits."""
+        events = []
+        waiting = [sequence for sequence in self._live if sequence.memory is None]
+        for row, part in enumerate(part for part in plan if part.last):
+            twins = [
+                sequence for sequence in waiting if sequence.memory is None and sequence.completion.window() == part.window
+            ]
+            for twin in twins:
+                twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
+            events += [self._take(sequence, logits, row) for sequence in (part.sequence, *twins)]
+        return events
+
+    def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:
+        """Let one completion choose its next token. An error ends only its job."""
+        try:
+            return Event(sequence.job, sequence.choice, sequence.completion.take(logits, row))
+        except Exception as error:
+            sequence.job.error = error
+            self._ended = True
+            return Event(sequence.job, sequence.choice, None, error)
+
+    def _bytes(self, positions: int) -> int:
+        """Return the bytes of keys and values of `positions` tokens."""
+        return positions * self.network.position_bytes
+
+    def _reserved(self) -> int:
+        """Return the most bytes that the live sequences can need."""
+        used = (0 if sequence.memory is None else sequence.memory.positions for sequence in self._live)
+        return self._bytes(sum(max(s.completion.longest, n) for s, n in zip(self._live, used, strict=True)))
+
+
+def _has_ended(sequence: _Sequence) -> bool:
+    """Whether a sequence needs no more steps. Also sets the finish_reason of a cancelled completion."""
+    job, completion = sequence.job, sequence.completion
+    if job.cancelled and completion.finish_reason is None:
+        completion.finish_reason = "cancelled"
+    return completion.finish_reason is not None or job.error is not None
+
+
+class _Clock:
+    """Keep running means of times, to choose how many prompt rows fit in a step of about `target_ms`."""
+
+    def __init__(self, target_ms: float) -> None:
+        self._target_s = target_ms / 1000
+        self._decode_s: float | None = None  # time of a step with only decoding sequences
+        self._row_s: float | None = None  # time of one row of a prompt
+
+    def note(self, sequences: int, rows: int, seconds: float) -> None:
+        """Note the time of a step with this number of sequences and rows."""
+        if rows == sequences:
+            self._decode_s = _mean(self._decode_s, seconds)
+        else:
+            self._row_s = _mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
+
+    def rows(self, most: int) -> int:
+        """Return how many prompt rows, at most `most`, to run together with decoding sequences."""
+        if not self._row_s:
+            return FEWEST_ROWS
+        return min(max(int((self._target_s - (self._decode_s or 0.0)) / self._row_s), FEWEST_ROWS), most)
+
+
+def _mean(before: float | None, now: float) -> float:
+    return now if before is None else before + WEIGHT * (now - before)

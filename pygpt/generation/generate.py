@@ -1,0 +1,151 @@
+"""generate() and generate_batch(): complete tokens with an engine."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..config import Config
+from ..errors import InputError, is_whole, shown
+from .completion import Completion
+from .engine import LIVE, Engine
+from .prefix import PrefixCache
+from .request import UNBOUNDED, Request
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol, SupportsIndex, Unpack
+
+    from .prefix import AnyNetwork
+    from .request import Options
+
+    class Streamer(Protocol):
+        """A receiver of tokens from generate(): a streamer of transformers, or any object with these two methods."""
+
+        def put(self, value: Any) -> object:
+            """Take int64 ids: first the prompt (1, T), then each new token (1,)."""
+
+        def end(self) -> object:
+            """Take note that no more ids follow."""
+
+
+class Generator:
+    """A model that completes tokens with engines on its network: GPT2, and the serial reference."""
+
+    def __init__(self, network: "AnyNetwork") -> None:
+        self.network = network
+        self.config: Config = network.config
+
+    def new_prefix_cache(self, max_bytes: int | None = None) -> PrefixCache:
+        """Return a cache for generate(). If a prompt shares a prefix with an earlier one, only the other tokens are computed.
+
+        max_bytes: the most bytes of keys and values to keep (default: those of one full context).
+        """
+        return PrefixCache(self.network, max_bytes)
+
+    def engine(
+        self,
+        *,
+        prefix: PrefixCache | None = None,
+        max_live: int = LIVE,
+        cache_bytes: int | None = None,
+        target_ms: float | None = None,
+    ) -> Engine:
+        """Return an engine on this model's network, for requests that join and leave. Engine describes the arguments."""
+        if prefix is not None:
+            self._check_cache(prefix)
+        return Engine(self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
+
+    def complete(self, request: Request, cache: PrefixCache | None = None) -> Iterator[int]:
+        """Complete a checked request; yield each new id as soon as it is known."""
+        engine = Engine(self.network, prefix=cache)
+        engine.add(request)
+        try:
+            for event in engine.run():
+                if event.error is not None:
+                    raise event.error
+                assert event.token is not None
+                yield event.token
+        finally:
+            engine.close()
+
+    def _check_cache(self, cache: PrefixCache) -> None:
+        """Raise InputError unless this is a prefix cache of this model."""
+        if not isinstance(cache, PrefixCache):
+            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache")
+        cache.check(self.network)
+
+    def generate(
+        self,
+        tokens: Iterable[int],
+        *,
+        cache: "PrefixCache | None" = None,
+        streamer: "Streamer | None" = None,
+        seed: "SupportsIndex | None" = None,
+        **options: "Unpack[Options]",
+    ) -> Iterator[int]:
+        """Complete a sequence of token ids; yield each new id as soon as it is known. Raises InputError before anything runs.
+
+        Length: total, the number of tokens with the given ones (default 10); or max_new_tokens, the number of tokens to add.
+
+        Choice: sampler "median" (default, the serial program's rule), "greedy" or "sample". do_sample=True means "sample", and
+        False "greedy". temperature, top_k, top_p, min_p, repetition_penalty and seed imply "sample" (see Sampler).
+
+        Stop: stop_token_ids and stop_strings, one or several. The last token is a stop token or completes a stop string.
+
+        More than maxT tokens: by default they are refused. With overflow="stop", the completion ends at maxT. With
+        overflow="slide", it continues with only the latest slide_to tokens (default: half of maxT) each time the window of maxT
+        tokens is full. The network forgets the others, so the result depends on the kept tokens alone.
+
+        cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
+        each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
+        For several sequences, and for log-probabilities, see generate_batch().
+        """
+        if cache is not None:
+            self._check_cache(cache)
+        request = Request(self.config, tokens, seed=seed, **options)
+        if streamer is None:
+            return self.complete(request, cache)
+        return iter(self._stream(request, cache, streamer))
+
+    def _stream(self, request: Request, cache: PrefixCache | None, streamer: "Streamer") -> list[int]:
+        """Complete a request, passing each token to the streamer; return the new tokens."""
+        import numpy as np
+
+        streamer.put(np.array([request.tokens], np.int64))
+        found = []
+        for token in self.complete(request, cache):
+            found.append(token)
+            streamer.put(np.array([token], np.int64))
+        streamer.end()
+        return found
+
+    def generate_batch(
+        self,
+        prompts: "Iterable[Iterable[int]]",
+        *,
+        num_return_sequences: int = 1,
+        seed: "SupportsIndex | Sequence[SupportsIndex] | None" = None,
+        top_logprobs: int | None = None,
+        **options: "Unpack[Options]",
+    ) -> list[Completion]:
+        """Complete several prompts together, each num_return_sequences times; return the completions in order of the prompts.
+
+        A step of the network serves up to LIVE completions. Every completion has the same bits as alone. The options are those
+        of generate(). seed: one for all prompts, or one for each; None: a truly random seed for each. Completion i of a prompt
+        uses stream i of its seed; generate(prompt, seed=seed) uses stream 0. top_logprobs: keep each new token's
+        log-probability, and this number of most probable tokens, in Completion.infos.
+        """
+        if not is_whole(num_return_sequences, 1, UNBOUNDED):
+            raise InputError(f"num_return_sequences is {shown(num_return_sequences)}: it must be a whole number of at least 1")
+        prompts = list(prompts)
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each, or one for all")
+        requests = [
+            Request(self.config, prompt, seed=own, top_logprobs=top_logprobs, **options)
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+        engine = Engine(self.network)
+        jobs = [engine.add(request, n=num_return_sequences) for request in requests]
+        for event in engine.run():
+            if event.error is not None:
+                raise event.error
+        return [completion for job in jobs for completion in job.completions]

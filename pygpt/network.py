@@ -1,0 +1,203 @@
+"""The network: the weights in the file, a pool of workers, and step(), the one forward pass.
+
+A row is one token of one sequence. All rows of a prompt are prefill. One row is decode. One row from each of B sequences is
+batched decode. One function computes all of these. The bits of a row's logits do not depend on the other rows of the step, the
+division of a prompt into steps, or the number of workers.
+
+Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view.
+"""
+
+from collections.abc import Iterable
+
+from . import cpus
+from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
+from .config import Config
+from .errors import InputError, is_whole, shown
+from .pool import ThreadPool
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from ._kernels import Trace
+    from .formats.dtypes import Format
+
+    class OpenModel(Protocol):
+        """Where a network's weights come from: an open file, or arrays in memory."""
+
+        @property
+        def config(self) -> Config:
+            """The dimensions."""
+
+        @property
+        def format(self) -> Format:
+            """The weight format of most tensors."""
+
+        def stored(self) -> dict[str, tuple[str, memoryview]]:
+            """Map each tensor's name to its weight format and its bytes, which are used in place."""
+
+        def close(self) -> None:
+            """Give the bytes back."""
+
+
+CHUNK = 512  # rows of a prompt in one step: so Ctrl-C takes effect soon, and the activations stay small
+
+Row = tuple[int, "KVCache", bool]
+
+
+class KVCache(KeysValues):
+    """Keys and values of one sequence, made with GPT2.new_cache(). It holds `length` tokens of at most `capacity`.
+
+    GPT2.step() appends to it. A position takes memory when it is first used: L * 2 * C float32 values, each head rounded up
+    to 16 channels. Raises InputError for a capacity outside 1 to maxT, and MemoryError if the address space has no room.
+    """
+
+    def __init__(self, weights: Weights, config: Config, capacity: int | None = None) -> None:
+        capacity = config.maxT if capacity is None else capacity
+        if not is_whole(capacity, 1, config.maxT):
+            raise InputError(f"capacity is {shown(capacity)}: it must be a whole number from 1 to maxT = {config.maxT}")
+        super().__init__(weights, capacity)
+        self._weights, self._config = weights, config
+
+    def truncate(self, length: int) -> None:
+        """Keep only the first `length` tokens. Raises InputError unless 0 <= length <= self.length."""
+        if not is_whole(length, 0, self.length):
+            raise InputError(f"cannot truncate to {shown(length)}: the cache holds {self.length} tokens")
+        self._truncate(length)
+
+    def copy(self, length: int | None = None, *, capacity: int | None = None) -> "KVCache":
+        """Return an independent cache with the first `length` tokens (default: all).
+
+        capacity: of the new cache (default: the same). Raises InputError if `length` exceeds self.length or `capacity`."""
+        length = self.length if length is None else length
+        if not is_whole(length, 0, self.length):
+            raise InputError(f"cannot copy {shown(length)} tokens: the cache holds {self.length}")
+        cache = KVCache(self._weights, self._config, self.capacity if capacity is None else capacity)
+        copy_keys_values(cache, self, length)
+        return cache
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        return f"KVCache(length={self.length}, capacity={self.capacity})"
+
+
+class Network:
+    """GPT-2's forward pass over the weights of a checkpoint, on `threads` workers.
+
+    Threads may share a network: their steps take turns. all_workers: use all workers even if a step is too small to gain from
+    them.
+    """
+
+    chunk = CHUNK
+
+    def __init__(self, checkpoint: "OpenModel", *, threads: int | None = None, all_workers: bool = False) -> None:
+        self.config = checkpoint.config
+        self._checkpoint = checkpoint
+        stored = checkpoint.stored()
+        self._weights = Weights(self.config, stored)
+        self._pool = ThreadPool(cpus.resolve_threads(threads))
+        self._all_workers = all_workers
+        self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
+        self._value_bytes = sum(data.nbytes for _, data in stored.values()) / self.config.parameters(padded=False)
+        self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
+
+    @property
+    def threads(self) -> int:
+        """The number of workers, the caller included."""
+        return self._pool.nth
+
+    @property
+    def position_bytes(self) -> int:
+        """The bytes of keys and values that one token takes in a cache."""
+        return 2 * self.config.L * self.config.NH * -(-self.config.HS // 16) * 16 * 4
+
+    def new_cache(self, capacity: int | None = None) -> KVCache:
+        """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
+        return KVCache(self._weights, self.config, capacity)
+
+    def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None) -> Floats:
+        """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
+
+        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, no
+        cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
+
+        lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
+        after the step, lengths.restore() can undo the step.
+        """
+        rows = list(rows)
+        workers = self._workers(len(rows))
+
+        def prepare() -> None:
+            self._work.prepare(rows, workers)
+            if lengths is not None:
+                for _, cache, _ in rows:
+                    lengths.setdefault(cache, cache.length)
+
+        logits = self._pool.run(
+            self._work,
+            abort=self._work.abort,
+            before=prepare,
+            again=self._work.more,
+            after=self._work.finish,
+            alone=workers == 1,
+        )
+        assert logits is not None
+        return logits
+
+    def extend(self, cache: KVCache, tokens: Iterable[int], lengths: "Lengths | None" = None) -> Floats:
+        """Append tokens to a cache, in chunks; return the logits after the last one, (1, V).
+
+        Raises InputError, before anything runs, for zero tokens and for more tokens than the cache has room for. lengths: as
+        for step(). If a later chunk fails, the earlier chunks stay in the cache.
+        """
+        tokens = list(tokens)
+        room = cache.capacity - cache.length
+        if not 1 <= len(tokens) <= room:
+            raise InputError(f"{len(tokens)} tokens were given: at least 1 is needed, and the cache has room for {room}")
+        rows = [(token, cache, i == len(tokens)) for i, token in enumerate(tokens, 1)]
+        for start in range(0, len(rows) - CHUNK, CHUNK):
+            self.step(rows[start : start + CHUNK], lengths)
+        return self.step(rows[(len(rows) - 1) // CHUNK * CHUNK :], lengths)
+
+    def _workers(self, rows: int) -> int:
+        """Return how many workers to use for a step of `rows` rows."""
+        if self._all_workers:
+            return self.threads
+        alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
+        return cpus.workers_for(self.threads, alone_us, 5 * self.config.L + 3)
+
+    def record(self, trace: "Trace | None") -> None:
+        """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""
+        if trace is not None and trace.nth < self.threads:
+            raise InputError(f"the trace is for {trace.nth} workers, and this model has {self.threads}")
+        self._pool.run(_nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
+
+    def fork_join(self, on: bool) -> None:
+        """Run later steps as one round of the pool for each kernel, for comparison; False returns to one round per step.
+
+        The kernels and the bits are the same, but the additional rounds take time."""
+        self._pool.run(_nothing, before=lambda: setattr(self._work, "forked", on), alone=True)
+
+    def close(self) -> None:
+        """Stop the workers and unmap the file, after a running step has ended. May be called twice."""
+        self._pool.close()  # after this, no step can run
+        self._weights.close()
+        self._checkpoint.close()
+
+
+class Lengths(dict[KVCache, int]):
+    """The lengths of caches before a step."""
+
+    def restore(self) -> bool:
+        """Give the caches these lengths again; return True. This undoes even a committed step.
+
+        Ctrl-C can arrive after a step is committed, before its caller has the logits."""
+        for cache, length in self.items():
+            cache._truncate(length)
+        return True
+
+
+def _nothing(ith: int, nth: int) -> None:
+    """Do nothing: a job that only takes its turn in the pool."""

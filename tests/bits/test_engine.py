@@ -1,0 +1,317 @@
+"""Requests that join and leave an engine get the same tokens and log-probabilities as alone.
+
+This holds for every order, for every set of other requests, and for all limits.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_checkpoint import make
+
+from pygpt import GPT2, InputError, NumericalError, SerialGPT2
+from pygpt.generation.completion import Completion
+from pygpt.generation.engine import FEWEST_ROWS, Engine, Event, Job, _Clock
+from pygpt.generation.request import Request
+from pygpt.network import Network
+
+MAXT = 24
+SHAPE = {"L": 2, "NH": 2, "C": 16, "V": 97, "maxT": MAXT}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"sampler": "greedy"},
+    {"temperature": 0.8, "seed": 5},
+    {"seed": 3, "top_k": 9, "repetition_penalty": 1.3},
+    {"seed": 7, "overflow": "slide", "max_new_tokens": 30},
+    {"sampler": "greedy", "stop_token_ids": list(range(0, 97, 5))},
+    {"seed": 1, "overflow": "slide", "slide_to": 3, "max_new_tokens": 26},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GPT2]:
+    path = tmp_path_factory.mktemp("engine") / "model.bin"
+    make(path, **SHAPE, seed=4)
+    with GPT2.load(path, threads=2) as opened:
+        yield opened
+
+
+def request(model: GPT2, prompt: list[int], options: dict[str, Any]) -> Request:
+    asked = {"max_new_tokens": min(8, MAXT - len(prompt)), **options}
+    return Request(model.config, prompt, top_logprobs=2, **asked)
+
+
+Bits = list[tuple[list[int], str | None, list[Any]]]
+
+
+def bits(completions: list[Completion]) -> Bits:
+    return [(c.tokens, c.finish_reason, c.infos) for c in completions]
+
+
+class Alone:
+    """Computes once what each request gives alone."""
+
+    def __init__(self, model: GPT2) -> None:
+        self.model = model
+        self.known: dict[Any, Bits] = {}
+
+    def __call__(self, prompt: list[int], number: int, n: int) -> Bits:
+        key = (tuple(prompt), number, n)
+        if key not in self.known:
+            engine = Engine(self.model.network)
+            job = engine.add(request(self.model, prompt, OPTIONS[number]), n=n)
+            list(engine.run())
+            self.known[key] = bits(job.completions)
+        return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def alone(model: GPT2) -> Alone:
+    return Alone(model)
+
+
+prompts = st.lists(st.sampled_from([1, 2]), min_size=0, max_size=15).flatmap(
+    lambda tail: st.sampled_from([[9, 8, 7, 6, 5, 4, 3][: MAXT - 1 - len(tail)] + tail, [*tail, 3]])
+)
+
+
+@settings(deadline=None, max_examples=120)
+@given(data=st.data())
+def test_every_request_is_as_alone(model: GPT2, alone: Alone, data: st.DataObject) -> None:
+    one = model.network.position_bytes
+    most = data.draw(st.sampled_from([None, MAXT * one, 2 * MAXT * one, 5 * MAXT * one]), label="cache_bytes")
+    kept = data.draw(st.sampled_from([0, MAXT * one, 9 * MAXT * one]), label="prefix bytes")
+    engine = model.engine(
+        prefix=model.new_prefix_cache(kept),
+        max_live=data.draw(st.integers(1, 6), label="max_live"),
+        cache_bytes=most,
+        target_ms=data.draw(st.sampled_from([None, 0.001, 1000.0]), label="target_ms"),
+    )
+    jobs: list[tuple[Job, Bits]] = []
+    seen: dict[int, list[list[int]]] = {}
+    for _ in range(data.draw(st.integers(1, 40), label="moves")):
+        move = data.draw(st.sampled_from(["add", "step", "step", "step", "cancel"]))
+        if move == "add":
+            prompt, number = data.draw(prompts), data.draw(st.integers(0, len(OPTIONS) - 1))
+            n = data.draw(st.sampled_from([1, 1, 2, 3]))
+            job = engine.add(request(model, prompt, OPTIONS[number]), n=n)
+            jobs.append((job, alone(prompt, number, n)))
+            seen[id(job)] = [[] for _ in range(n)]
+        elif move == "cancel" and jobs:
+            engine.cancel(data.draw(st.sampled_from(jobs))[0])
+        else:
+            note(seen, engine.step())
+            check_limits(engine, most, kept)
+    while engine.busy:
+        note(seen, engine.step())
+        check_limits(engine, most, kept)
+    assert not engine.step()
+    for job, wanted in jobs:
+        found = bits(job.completions)
+        assert [tokens for tokens, _, _ in found] == seen[id(job)]
+        for (tokens, reason, infos), (its_tokens, its_reason, its_infos) in zip(found, wanted, strict=True):
+            if reason == "cancelled":
+                assert job.cancelled
+                assert (tokens, infos) == (its_tokens[: len(tokens)], its_infos[: len(tokens)])
+            else:
+                assert (tokens, reason, infos) == (its_tokens, its_reason, its_infos)
+
+
+def note(seen: dict[int, list[list[int]]], events: list[Event]) -> None:
+    for event in events:
+        assert event.error is None
+        assert event.token is not None
+        assert not event.job.cancelled  # a job that was cancelled before the step has no event
+        seen[id(event.job)][event.choice].append(event.token)
+
+
+def check_limits(engine: Engine, most: int | None, kept: int) -> None:
+    assert len(engine._live) <= engine.max_live
+    assert engine.prefix.nbytes <= kept
+    if most is not None:
+        assert engine._reserved() + engine.prefix.nbytes <= most
+    caches = [sequence.memory.cache for sequence in engine._live if sequence.memory]
+    caches += [memory.cache for memory in engine.prefix._idle]
+    assert len({id(cache) for cache in caches}) == len(caches)  # no two sequences share one
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_any_budget(model: GPT2, alone: Alone, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(Network, "chunk", chunk)
+    engine = model.engine(prefix=model.new_prefix_cache())
+    asked = [([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], 0), ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], 2), ([2, 7], 1), ([3, 1, 4], 3)]
+    jobs = [engine.add(request(model, prompt, OPTIONS[number]), n=2) for prompt, number in asked]
+    list(engine.run())
+    for job, (prompt, number) in zip(jobs, asked, strict=True):
+        assert bits(job.completions) == alone(prompt, number, 2)
+
+
+def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counts: list[int] = []
+    step = Network.step
+
+    def counting(self: Network, rows: Any, lengths: Any = None) -> Any:
+        counts.append(len(rows))
+        return step(self, rows, lengths)
+
+    monkeypatch.setattr(Network, "step", counting)
+    return counts
+
+
+def test_a_shared_prefix_is_computed_once(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five prompts share ten tokens, and each adds one. One sequence computes the ten, the others copy them."""
+    counts = rows_of(monkeypatch)
+    engine = model.engine()
+    common = list(range(20, 30))
+    for last in range(5):
+        engine.add(Request(model.config, [*common, last], max_new_tokens=2))
+    list(engine.run())
+    assert counts == [11, 1 + 4, 4]
+
+
+def test_a_request_goes_on_from_an_idle_and_from_a_live_cache(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = model.engine(prefix=model.new_prefix_cache())
+    first = engine.add(Request(model.config, list(range(10)), max_new_tokens=3))
+    list(engine.run())
+    counts = rows_of(monkeypatch)
+    engine.add(Request(model.config, [*range(10), *first.completions[0].tokens], max_new_tokens=8))
+    engine.step()
+    assert counts == [1]  # the last token, which was drawn but not computed
+    engine.add(Request(model.config, [*range(10), 50, 51], max_new_tokens=1))
+    engine.step()
+    assert counts == [1, 1 + 2]
+
+
+def test_requests_wait_for_room(model: GPT2) -> None:
+    """Two sequences of twelve positions fit. The third begins when one of them is done."""
+    one = model.network.position_bytes
+    engine = model.engine(cache_bytes=30 * one)
+    jobs = [engine.add(Request(model.config, [token], total=12)) for token in range(3)]
+    running = {id(event.job) for event in engine.step()}
+    assert running == {id(jobs[0]), id(jobs[1])}
+    list(engine.run())
+    assert all(job.done and job.completions[0].finish_reason == "length" for job in jobs)
+    with pytest.raises(InputError, match=f"{20 * one} bytes.*limit is {10 * one}"):
+        model.engine(cache_bytes=10 * one).add(Request(model.config, [1], total=20))
+
+
+def test_an_error_ends_one_job_alone(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Completion.take
+    poor = Request(model.config, [1, 2], total=6)
+
+    def failing(self: Completion, logits: Any, row: int) -> int:
+        if self._request is poor and len(self.tokens) == 1:
+            raise NumericalError("planted")
+        return take(self, logits, row)
+
+    monkeypatch.setattr(Completion, "take", failing)
+    engine = model.engine()
+    bad, good = engine.add(poor, n=2), engine.add(Request(model.config, [1, 2], total=6))
+    errors = [event for event in engine.run() if event.error is not None]
+    assert {id(event.job) for event in errors} == {id(bad)}
+    assert isinstance(bad.error, NumericalError)
+    assert bad.done
+    assert not engine.busy
+    assert good.completions[0].tokens == list(model.generate([1, 2], total=6))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_step_that_fails_loses_nothing(model: GPT2, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """Every second step is interrupted, before or after it runs. The same engine continues."""
+    wanted = [list(model.generate([1, 2, 3], max_new_tokens=6)), list(model.generate([4], max_new_tokens=5))]
+    step, calls = Network.step, iter(range(1000))
+
+    def interrupted(self: Network, rows: Any, lengths: Any = None) -> Any:
+        fail = next(calls) % 2 == 0
+        if before and fail:
+            raise KeyboardInterrupt
+        logits = step(self, rows, lengths)
+        if fail:
+            raise KeyboardInterrupt
+        return logits
+
+    monkeypatch.setattr(Network, "step", interrupted)
+    engine = model.engine()
+    jobs = [
+        engine.add(Request(model.config, [1, 2, 3], max_new_tokens=6)),
+        engine.add(Request(model.config, [4], max_new_tokens=5)),
+    ]
+    while engine.busy:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            pass
+    assert [job.completions[0].tokens for job in jobs] == wanted
+
+
+def test_the_serial_reference_runs_in_the_same_engine(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("serial") / "model.bin"
+    make(path, **SHAPE, seed=4)
+    with SerialGPT2.load(path) as serial:
+        engines = [model.engine(), serial.engine()]
+        for engine in engines:
+            jobs = [engine.add(Request(model.config, [token, 5, 6], total=8, seed=token), n=2) for token in range(3)]
+            list(engine.run())
+            found = [c.tokens for job in jobs for c in job.completions]
+            assert found == [
+                c.tokens
+                for c in model.generate_batch(
+                    [[token, 5, 6] for token in range(3)], total=8, seed=[0, 1, 2], num_return_sequences=2
+                )
+            ]
+
+
+def test_close_gives_the_work_to_the_prefix_cache(model: GPT2) -> None:
+    prefix = model.new_prefix_cache()
+    engine = model.engine(prefix=prefix, max_live=1)
+    running, waiting = (engine.add(Request(model.config, [7, 8, token], max_new_tokens=9)) for token in (1, 2))
+    engine.step()
+    engine.close()
+    assert prefix.tokens == [7, 8, 1]
+    assert [job.completions[0].finish_reason for job in (running, waiting)] == ["cancelled", "cancelled"]
+    assert not engine.busy
+
+
+def test_the_clock_keeps_steps_near_their_target() -> None:
+    clock = _Clock(60)
+    assert clock.rows(512) == FEWEST_ROWS  # before the first measurement
+    for _ in range(50):
+        clock.note(4, 4, 0.020)  # four sequences decode
+        clock.note(5, 104, 0.120)  # with 100 rows of a prompt
+    assert 30 <= clock.rows(512) <= 60
+    assert clock.rows(20) == 20
+    slow = _Clock(1)
+    slow.note(1, 1, 0.5)
+    slow.note(2, 100, 0.9)
+    assert slow.rows(512) == FEWEST_ROWS
+
+
+@pytest.mark.parametrize("limits", [{"max_live": 0}, {"max_live": True}, {"cache_bytes": 0}, {"cache_bytes": 1.5}], ids=str)
+def test_bad_limits(model: GPT2, limits: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(limits))):
+        model.engine(**limits)
+
+
+def test_engines_on_threads_share_a_prefix_cache(model: GPT2) -> None:
+    """Four threads go on from one cache at once: no two of them ever compute in the same keys and values."""
+    prefix = model.new_prefix_cache(9 * MAXT * model.network.position_bytes)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9, *tail] for tail in ([1], [2], [1, 1], [2, 2], [1, 2], [2, 1])]
+    wanted = [list(model.generate(prompt, max_new_tokens=6)) for prompt in prompts]
+    wrong: list[list[int]] = []
+
+    def ask(first: int) -> None:
+        for i in range(60):
+            number = (first + 5 * i) % len(prompts)
+            if list(model.generate(prompts[number], max_new_tokens=6, cache=prefix)) != wanted[number]:
+                wrong.append(prompts[number])
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert prefix.nbytes <= prefix.max_bytes

@@ -1,0 +1,723 @@
+"""Hugging Face models in and out: the bytes of the tests' own writers, and one line for everything that is not such a model."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import make_huggingface as hf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from limits import full_disk
+from make_checkpoint import make
+from make_huggingface import SHAPE, Raw
+
+from pygpt.commands.convert import main
+from pygpt.config import Config
+from pygpt.errors import CheckpointError, ClosedError, InputError
+from pygpt.formats import dtypes
+from pygpt.formats.checkpoint import Checkpoint
+from pygpt.formats.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
+from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safetensors
+
+Tensors = dict[str, Raw]
+ROOT = Path(__file__).resolve().parents[2]
+MB = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tensors(dtype: str = "F32", **changes: Any) -> Tensors:
+    return hf.named(hf.weights(**SHAPE), dtype, **changes)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], *named: str, status: int = 2) -> None:
+    """This status, one line on stderr that names these, nothing on stdout, nothing written."""
+    before = tree(folder)
+    capsys.readouterr()
+    assert main(arguments) == status
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err)
+    for word in named:
+        assert word in output.err
+    assert tree(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From Hugging Face
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("version", [1, 3, 5])
+@pytest.mark.parametrize(("prefix", "shards", "masks"), [("", 0, True), ("transformer.", 3, False), ("transformer.", 0, True)])
+def test_a_folder_becomes_a_file(folder: Path, dtype: str, version: int, prefix: str, shards: int, masks: bool) -> None:
+    values = hf.weights(**SHAPE)
+    hf.make_model(Path("model"), hf.named(values, dtype, prefix=prefix, masks=masks), hf.settings(**SHAPE), shards=shards)
+    assert main(["model", "a.bin", "--version", str(version)]) == 0
+    assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(hf.rounded(values, dtype), version, **SHAPE)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    L=st.integers(1, 3),
+    NH=st.integers(1, 3),
+    HS=st.integers(1, 5),
+    V=st.integers(1, 300),
+    maxT=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(tmp_path_factory: pytest.TempPathFactory, L: int, NH: int, HS: int, V: int, maxT: int, seed: int) -> None:
+    shape = {"L": L, "NH": NH, "C": NH * HS, "V": V, "maxT": maxT}
+    place = tmp_path_factory.mktemp("hf")
+    values = hf.weights(seed, **shape)
+    hf.make_model(place / "model", hf.named(values), hf.settings(**shape), shards=seed % 3)
+    assert main([str(place / "model"), str(place / "a.bin")]) == 0
+    assert (place / "a.bin").read_bytes() == hf.checkpoint_bytes(values, 3, **shape)
+    assert main([str(place / "a.bin"), str(place / "back/") + "/"]) == 0
+    assert main([str(place / "back"), str(place / "b.bin")]) == 0
+    assert (place / "b.bin").read_bytes() == (place / "a.bin").read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "version"), [("F32", 3), ("F16", 3), ("BF16", 5)])
+def test_by_default_every_value_is_kept(folder: Path, capfd: pytest.CaptureFixture[str], dtype: str, version: int) -> None:
+    hf.make_model(Path("model"), tensors(dtype), hf.settings(**SHAPE))
+    assert main(["model/", "a.bin"]) == 0
+    kind = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    size, written = os.path.getsize("model/model.safetensors"), os.path.getsize("a.bin")
+    assert capfd.readouterr() == (
+        "",
+        f"pygpt: model/ (Hugging Face, {kind}, {size} bytes) -> "
+        f"a.bin (version {version}, {'bfloat16' if version == 5 else 'float32'}, {written} bytes)\n",
+    )
+
+
+def test_dtypes_may_be_mixed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = hf.weights(**SHAPE)
+    mixed = {**hf.named(values, "BF16"), "wpe.weight": hf.raw(values["wpe"], "F32")}
+    hf.make_model(Path("model"), mixed, hf.settings(**SHAPE))
+    assert main(["model", "a.bin"]) == 0
+    assert "(Hugging Face, mixed," in capsys.readouterr().err
+    expected = {**hf.rounded(values, "BF16"), "wpe": values["wpe"]}
+    assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(expected, 3, **SHAPE)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100])
+def test_the_size_of_the_pieces_does_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    values = hf.weights(**SHAPE)
+    hf.make_model(Path("model"), hf.named(values), hf.settings(**SHAPE))
+    monkeypatch.setattr(dtypes, "PIECE", piece)
+    assert main(["model", "a.bin"]) == 0
+    assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(values, 3, **SHAPE)
+
+
+def test_a_head_that_is_wte(folder: Path) -> None:
+    values = hf.weights(**SHAPE)
+    model = {**tensors(prefix="transformer."), "lm_head.weight": hf.raw(values["wte"], "F32")}
+    hf.make_model(Path("model"), model, hf.settings(**SHAPE))
+    assert main(["model", "a.bin"]) == 0
+    assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(values, 3, **SHAPE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activation_function": "gelu_pytorch_tanh", "n_inner": 24, "scale_attn_weights": True, "tie_word_embeddings": True},
+        {
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": True,
+            "add_cross_attention": False,
+            "n_inner": None,
+        },
+    ],
+)
+def test_settings_that_change_nothing(folder: Path, settings: dict[str, Any]) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE) | settings)
+    assert main(["model", "a.bin"]) == 0
+
+
+def test_symbolic_links_of_a_cache_are_followed(folder: Path) -> None:
+    hf.make_model(Path("blobs"), tensors(), hf.settings(**SHAPE))
+    Path("snapshot").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        os.symlink(f"../blobs/{name}", f"snapshot/{name}")
+    assert main(["snapshot", "a.bin"]) == 0
+    assert main(["snapshot/model.safetensors", "b.bin"]) == 0
+    assert Path("a.bin").read_bytes() == Path("b.bin").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file, and how many heads
+
+
+def test_one_file_with_its_settings_beside_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    assert main(["model/model.safetensors", "a.bin"]) == 0
+    with Checkpoint("a.bin") as found:
+        assert found.config == Config(**SHAPE)
+    refused(folder, capsys, ["--heads", "2", "model/model.safetensors", "b.bin"], "config.json", "leave out --heads")
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6])
+def test_one_file_alone_wants_to_be_told(folder: Path, capsys: pytest.CaptureFixture[str], heads: int) -> None:
+    values = hf.weights(**SHAPE)
+    hf.write(Path("m.safetensors"), hf.named(values))
+    refused(folder, capsys, ["m.safetensors", "a.bin"], "m.safetensors", "--heads")
+    refused(folder, capsys, ["m.safetensors", "a.bin", "--heads", "4"], "C is 6, which is not a multiple of NH = 4")
+    assert main(["m.safetensors", "a.bin", "--heads", str(heads)]) == 0
+    assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(values, 3, **SHAPE | {"NH": heads})
+
+
+@pytest.mark.parametrize("heads", ["0", "-1", "two", "", "1025", "9" * 5000, "0" * 8 + "1" * 5000, "²"])
+def test_heads_that_are_no_number(folder: Path, capsys: pytest.CaptureFixture[str], heads: str) -> None:
+    hf.write(Path("m.safetensors"), tensors())
+    refused(folder, capsys, ["m.safetensors", "a.bin", f"--heads={heads}"], "--heads", "from 1 to 1024")
+
+
+def test_a_file_of_the_source_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    for target in ("model/config.json", "model/../model/config.json"):
+        refused(folder, capsys, ["model", target], "config.json", "belongs to SRC")
+    assert main(["model", "model/new.bin"]) == 0
+
+
+def test_heads_of_a_bin_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("a.bin", **SHAPE)
+    refused(folder, capsys, ["--heads", "2", "a.bin", "b.bin"], "a.bin", "leave out --heads")
+
+
+def sparse(path: Path, dtype: str, *, L: int, NH: int, C: int, V: int, maxT: int) -> None:
+    """A model of zeros that takes no room on the disk."""
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (maxT, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    outs: dict[str, tuple[int, ...]] = {
+        "attn.c_attn": (C, 3 * C),
+        "attn.c_proj": (C, C),
+        "mlp.c_fc": (C, 4 * C),
+        "mlp.c_proj": (4 * C, C),
+    }
+    for layer in range(L):
+        for name, shape in outs.items():
+            shapes |= {f"h.{layer}.{name}.weight": shape, f"h.{layer}.{name}.bias": shape[1:]}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{layer}.{name}.weight": (C,), f"h.{layer}.{name}.bias": (C,)}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = int(np.prod(shape)) * (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end + size)}
+        end += size
+    with path.open("wb") as file:
+        file.write(hf.file_of(json.dumps(header).encode(), b""))
+        file.truncate(file.tell() + end)
+
+
+@pytest.mark.parametrize(("L", "C", "NH"), [(12, 768, 12), (24, 1024, 16), (36, 1280, 20), (48, 1600, 25)])
+def test_the_four_sizes_are_known(folder: Path, L: int, C: int, NH: int) -> None:
+    sparse(Path("m.safetensors"), "BF16", L=L, NH=NH, C=C, V=50257, maxT=1024)
+    with HuggingFaceModel.open("m.safetensors") as model:
+        assert model.config == Config(L=L, NH=NH, C=C, V=50257, maxT=1024)
+        assert model.notice == f"without config.json, assuming {NH} heads, as in GPT-2 with {L} layers and {C} channels"
+    with HuggingFaceModel.open("m.safetensors", heads=1) as model:
+        assert (model.config.NH, model.notice) == (1, "")
+
+
+def test_a_guess_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(KNOWN_HEADS, (SHAPE["L"], SHAPE["C"]), 3)
+    hf.write(Path("m.safetensors"), tensors())
+    assert main(["m.safetensors", "a.bin"]) == 0
+    output = capsys.readouterr().err
+    assert output.endswith("; without config.json, assuming 3 heads, as in GPT-2 with 2 layers and 6 channels\n")
+    assert output.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is no model
+
+
+def without(name: str) -> Callable[[Tensors], object]:
+    return lambda model: model.pop(name)
+
+
+def with_tensor(name: str, dtype: str, *shape: int) -> Callable[[Tensors], object]:
+    size = int(np.prod(shape)) * {"F64": 8, "F32": 4, "BF16": 2, "I8": 1}[dtype]
+    return lambda model: model.update({name: (dtype, shape, bytes(size))})
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (without("wte.weight"), "tensor wte.weight is missing"),
+        (without("ln_f.bias"), "tensor ln_f.bias is missing"),
+        (without("h.1.mlp.c_proj.weight"), "tensor h.1.mlp.c_proj.weight is missing"),
+        (with_tensor("h.2.ln_1.weight", "F32", 6), "tensor 'h.2.ln_1.weight' is unknown"),
+        (with_tensor("h.2.attn.bias", "F32", 6), "tensor 'h.2.attn.bias' is unknown"),
+        (with_tensor("h.0.crossattention.c_attn.weight", "F32", 6, 12), "tensor 'h.0.crossattention.c_attn.weight' is unknown"),
+        (with_tensor("score.weight", "F32", 2, 6), "tensor 'score.weight' is unknown"),
+        (with_tensor("h.1.attn.c_attn.weight", "F32", 18, 6), "h.1.attn.c_attn.weight has shape (18, 6), expected (6, 18)"),
+        (with_tensor("wpe.weight", "F32", 6, 6), "tensor wpe.weight has shape (6, 6), expected (5, 6)"),
+        (with_tensor("h.0.ln_2.bias", "F32", 6, 1), "tensor h.0.ln_2.bias has shape (6, 1), expected (6,)"),
+        (with_tensor("h.0.ln_2.bias", "F64", 6), "tensor h.0.ln_2.bias is of dtype F64, expected F32, F16, BF16"),
+        (with_tensor("h.1.attn.c_attn.weight", "I8", 6, 18), "tensor h.1.attn.c_attn.weight is of dtype I8"),
+        (with_tensor("lm_head.weight", "F32", 130, 6), "lm_head.weight differs from wte.weight"),
+        (
+            with_tensor("lm_head.weight", "BF16", 130, 6),
+            "lm_head.weight is ('BF16', (130, 6)), and wte.weight ('F32', (130, 6))",
+        ),
+        (with_tensor("lm_head.weight", "F32", 131, 6), "(131, 6)"),
+        (with_tensor("transformer.wpe.weight", "F32", 5, 6), "tensor wpe.weight occurs twice"),
+    ],
+)
+def test_tensors_that_are_not_gpt2s(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Tensors], object], named: str, shards: int
+) -> None:
+    model = tensors()
+    change(model)
+    hf.make_model(Path("model"), model, hf.settings(**SHAPE), shards=shards)
+    refused(folder, capsys, ["model", "a.bin"], "model: not a GPT-2 model: ", named)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo', expected 'gpt2'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, expected 1e-05"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu', expected 'gelu_new' or 'gelu_pytorch_tanh'"),
+        ({"activation_function": ["gelu_new"]}, "activation_function is ['gelu_new']"),
+        ({"n_inner": 25}, "n_inner is 25, expected null or 24"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"n_head": None}, "NH is None"),
+        ({"n_head": 4}, "C is 6, which is not a multiple of NH = 4"),
+        ({"n_head": True}, "NH is True"),
+        ({"n_layer": 1}, "tensor 'h.1.attn.bias' is unknown"),
+        ({"n_layer": 3}, "tensor h.2.ln_1.weight is missing"),
+        ({"n_layer": 10**9}, "L is 1000000000: it must be a whole number from 1 to 256"),
+        ({"n_positions": 6}, "wpe.weight has shape (5, 6), expected (6, 6)"),
+        ({"vocab_size": 131}, "wte.weight has shape (130, 6), expected (131, 6)"),
+        ({"n_embd": "6"}, "C is '6'"),
+    ],
+)
+def test_settings_that_are_not_ours(
+    folder: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], named: str
+) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE) | settings)
+    refused(folder, capsys, ["model", "a.bin"], "model: ", named)
+
+
+@pytest.mark.parametrize("missing", ["model_type", "n_positions", "vocab_size", "n_layer", "n_head", "n_embd"])
+def test_settings_that_are_missing(folder: Path, capsys: pytest.CaptureFixture[str], missing: str) -> None:
+    config = hf.settings(**SHAPE)
+    del config[missing]
+    hf.make_model(Path("model"), tensors(), config)
+    refused(folder, capsys, ["model", "a.bin"], "config.json", missing)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (b"", "is not JSON"),
+        (b"[]", "is not a JSON object"),
+        (b"\xff{}", "is not JSON"),
+        (b'{"n_head": 2, "n_head": 3}', "'n_head' is given twice"),
+        (b'{"n_head": NaN}', "NaN is not a number"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": "' + b"x" * (1 << 22) + b'"}', "longer than 4194304 bytes"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_none(folder: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes, named: str) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE), shards=2)
+    Path("model", name).write_bytes(text)
+    refused(folder, capsys, ["model", "a.bin"], f"model/{name}", named)
+
+
+def test_files_that_are_missing_or_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    refused(folder, capsys, ["empty", "a.bin"], "empty: it has no config.json")
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    Path("model/model.safetensors").rename("model/other.safetensors")
+    refused(folder, capsys, ["model", "a.bin"], "neither model.safetensors nor model.safetensors.index.json")
+    Path("model/pytorch_model.bin").touch()
+    refused(folder, capsys, ["model", "a.bin"], "model: a PyTorch pickle", "model.safetensors", "save_pretrained")
+    os.mkfifo("model/model.safetensors")
+    refused(folder, capsys, ["model", "a.bin"], "model/model.safetensors: not a regular file")
+    Path("model/config.json").unlink()
+    os.mkfifo("model/config.json")
+    refused(folder, capsys, ["model/other.safetensors", "a.bin"], "model/config.json: not a regular file")
+    refused(folder, capsys, ["absent.safetensors", "a.bin"], "absent.safetensors", "No such file")
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95"])
+def test_a_pickle_is_not_opened(folder: Path, capsys: pytest.CaptureFixture[str], start: bytes) -> None:
+    Path("pytorch_model.bin").write_bytes(start + bytes(2000))
+    refused(folder, capsys, ["pytorch_model.bin", "a.bin"], "pytorch_model.bin: a PyTorch pickle: loading it can run any code")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "/etc/x.safetensors",
+        "sub/x.safetensors",
+        "..",
+        "",
+        "x.bin",
+        "a\\b.safetensors",
+        "x.safetensors\n",
+    ],
+)
+def test_an_index_cannot_point_elsewhere(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE), shards=2)
+    hf.write(Path("model.safetensors"), tensors())
+    index = Path("model/model.safetensors.index.json")
+    places = json.loads(index.read_text())
+    places["weight_map"]["wte.weight"] = name
+    index.write_text(json.dumps(places))
+    refused(folder, capsys, ["model", "a.bin"], str(index), "is not the name of a safetensors file in this folder")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda places: places.pop("wpe.weight"), "'wpe.weight' is in model-00002-of-00002.safetensors, but"),
+        (lambda places: places.update({"h.9.x": "model-00001-of-00002.safetensors"}), "'h.9.x' is not in model-00001-of"),
+        (
+            lambda places: places.update({"wpe.weight": "model-00001-of-00002.safetensors"}),
+            "'wpe.weight' is not in model-00001-of",
+        ),
+        (lambda places: places.update({"wpe.weight": "model-00003-of-00003.safetensors"}), "model-00003-of-00003.safetensors"),
+        (lambda places: places.update({"wpe.weight": 3}), "no weight_map from tensors to files"),
+        (lambda places: places.clear(), "no weight_map from tensors to files"),
+    ],
+)
+def test_an_index_that_is_wrong(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object], named: str
+) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE), shards=2)
+    index = Path("model/model.safetensors.index.json")
+    content = json.loads(index.read_text())
+    change(content["weight_map"])
+    index.write_text(json.dumps(content))
+    refused(folder, capsys, ["model", "a.bin"], named)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The safetensors format
+
+GOOD = {
+    "a": ("F32", (2, 3), bytes(range(24))),
+    "b": ("BOOL", (5,), bytes(5)),
+    "c": ("BF16", (), b"\x80\x3f"),
+    "d": ("F16", (0, 4), b""),
+}
+GOOD_DATA = b"".join(data for _, _, data in GOOD.values())
+
+
+def test_a_sound_file(tmp_path: Path) -> None:
+    hf.write(tmp_path / "x.safetensors", GOOD)
+    with SafetensorsFile(tmp_path / "x.safetensors") as file:
+        assert {name: (dtype, shape) for name, (dtype, shape, _) in file.tensors.items()} == {
+            name: (dtype, shape) for name, (dtype, shape, _) in GOOD.items()
+        }
+        np.testing.assert_array_equal(file.stored("a"), np.frombuffer(bytes(range(24)), "<f4").reshape(2, 3))
+        assert file.stored("c") == 0x3F80
+        assert file.stored("d").shape == (0, 4)
+        assert not file.stored("a").flags.writeable
+        with pytest.raises(CheckpointError, match="tensor 'b' is of dtype BOOL, expected F32, F16 or BF16"):
+            file.stored("b")
+
+
+def changed(**changes: Any) -> bytes:
+    """The good file, tensor b's entry changed."""
+    header = hf.header_of(GOOD)
+    header["b"] |= changes
+    return hf.file_of(json.dumps(header).encode(), GOOD_DATA)
+
+
+def replaced(old: str, new: str) -> bytes:
+    """The good file, something in its header replaced."""
+    text = json.dumps(hf.header_of(GOOD))
+    assert old in text
+    return hf.file_of(text.replace(old, new).encode(), GOOD_DATA)
+
+
+SOUND = hf.file_of(json.dumps(hf.header_of(GOOD)).encode(), GOOD_DATA)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", "0 bytes, shorter than the length of a header"),
+        (bytes(7), "7 bytes, shorter"),
+        (bytes(8), "its header does not begin with {"),
+        (struct.pack("<Q", HEADER_LIMIT + 1) + bytes(100), "header has 4194305 bytes, at most 4194304 are allowed"),
+        (struct.pack("<Q", 2**64 - 1) + b"{}", "header has 18446744073709551615 bytes"),
+        (struct.pack("<Q", 3) + b"{}", "truncated: 10 bytes, but its header alone has 3"),
+        (hf.file_of(b"[]", b""), "does not begin with {"),
+        (hf.file_of(b" {}", b""), "does not begin with {"),
+        (hf.file_of(b"{}x", b""), "header is not JSON"),
+        (hf.file_of(b'{"\xff": 1}', b""), "header is not JSON"),
+        (hf.file_of(b'{"a":' * 100_000, b""), "header is not JSON"),
+        (hf.file_of(b"{}", b"x"), "too long: 11 bytes, expected 10"),
+        (SOUND[:-1], "truncated: "),
+        (SOUND + b"x", "too long: "),
+        (replaced('"b"', '"a"'), "'a' is given twice"),
+        (replaced('"format"', '"format": "np", "format"'), "'format' is given twice"),
+        (replaced('"shape": [5]', '"shape": [5], "shape": [5]'), "'shape' is given twice"),
+        (replaced('{"format": "pt"}', '{"format": 1}'), "__metadata__ is not an object of strings"),
+        (replaced('{"format": "pt"}', '["format"]'), "__metadata__ is not an object of strings"),
+        (replaced('"shape": [5], ', ""), "tensor 'b' must have exactly dtype, shape and data_offsets"),
+        (replaced('"shape": [5]', '"shape": [5], "scale": 2'), "tensor 'b' must have exactly dtype, shape and data_offsets"),
+        (hf.file_of(b'{"a": 1}', b""), "tensor 'a' must have exactly dtype"),
+        (changed(dtype="F4"), "unknown dtype 'F4'"),
+        (changed(dtype=["BOOL"]), "unknown dtype"),
+        (changed(shape=[-5]), "tensor 'b' has a shape that is not a short list"),
+        (changed(shape=[5.0]), "a shape that is not"),
+        (changed(shape=[True, 5]), "a shape that is not"),
+        (changed(shape=5), "a shape that is not"),
+        (changed(shape=[5] + [1] * 8), "a shape that is not"),
+        (changed(shape=[2**62, 2**62]), "a shape that is not"),
+        (changed(shape=[2**32, 2**32]), "tensor 'b' takes 5 bytes, expected 18446744073709551616 for BOOL"),
+        (changed(shape=[4]), "tensor 'b' takes 5 bytes, expected 4"),
+        (changed(dtype="F16"), "tensor 'b' takes 5 bytes, expected 10"),
+        (changed(data_offsets=[24]), "data_offsets that are not two whole numbers"),
+        (changed(data_offsets=[24, 29, 30]), "data_offsets that are not two"),
+        (changed(data_offsets=[-5, 0]), "data_offsets that are not two"),
+        (changed(data_offsets=["24", "29"]), "data_offsets that are not two"),
+        (changed(data_offsets=[29, 24]), "tensor 'b' takes -5 bytes"),
+        (changed(data_offsets=[23, 28]), "begins at 23, expected 24: there is an overlap"),
+        (changed(data_offsets=[25, 30]), "begins at 25, expected 24: there is a hole"),
+        (changed(data_offsets=[2**61, 2**61 + 5]), "a hole"),
+        (changed(data_offsets=[0, 5]), "an overlap"),
+    ],
+)
+def test_a_file_that_is_not_sound(folder: Path, capsys: pytest.CaptureFixture[str], data: bytes, named: str) -> None:
+    Path("x.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        SafetensorsFile("x.safetensors")
+    refused(folder, capsys, ["x.safetensors", "a.bin"], "x.safetensors: not a sound safetensors file: ", named)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_no_damage_is_a_surprise(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whatever bytes change: a CheckpointError, or a file whose every tensor can be read and lies within it."""
+    damaged = bytearray(SOUND)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at : at + data.draw(st.integers(0, 3))] = data.draw(
+            st.binary(max_size=3) | st.sampled_from([b"0", b"9", b"]", b'"'])
+        )
+    path = tmp_path_factory.mktemp("damage") / "x.safetensors"
+    path.write_bytes(damaged)
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError:
+        return
+    with file:
+        covered = 0
+        for name, (dtype, shape, offset) in file.tensors.items():
+            size = int(np.prod(shape)) * {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}.get(dtype, 1)
+            assert 0 <= offset <= len(damaged)
+            covered += size
+            if dtype in ("F32", "F16", "BF16"):
+                file.stored(name).sum()
+        assert covered <= len(damaged) - 10
+
+
+def test_values_that_do_not_fill_their_shapes(tmp_path: Path) -> None:
+    for count in (5, 7):
+        with (
+            (tmp_path / "x").open("wb") as file,
+            pytest.raises(InputError, match=f"{count} values were given, but the shapes have 6"),
+        ):
+            write_safetensors(file, "F32", [("a", (2, 3))], iter([np.zeros(count, np.float32)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To Hugging Face
+
+
+@pytest.mark.parametrize("version", [1, 3, 5])
+def test_a_file_becomes_a_folder(folder: Path, capfd: pytest.CaptureFixture[str], version: int) -> None:
+    values = hf.weights(**SHAPE)
+    Path("a.bin").write_bytes(hf.checkpoint_bytes(values, version, **SHAPE))
+    assert main(["a.bin", "model/"]) == 0
+    dtype, kind = ("BF16", "bfloat16") if version == 5 else ("F32", "float32")
+    size = os.path.getsize("model/model.safetensors")
+    assert capfd.readouterr().err.endswith(f"-> model/ (Hugging Face, {kind}, {size} bytes)\n")
+    assert sorted(os.listdir()) == ["a.bin", "model"]
+    assert sorted(os.listdir("model")) == ["config.json", "model.safetensors"]
+    metadata, found = hf.read(Path("model/model.safetensors"))
+    assert metadata == {"format": "pt"}
+    expected = hf.named(values, dtype, prefix="transformer.", masks=False)
+    assert found.keys() == expected.keys()
+    for name, (kind_found, array) in found.items():
+        assert (kind_found, array.shape, array.tobytes()) == expected[name], name
+    (length,) = struct.unpack("<Q", Path("model/model.safetensors").read_bytes()[:8])
+    assert length % 8 == 0
+    config = json.loads(Path("model/config.json").read_text())
+    assert config["dtype"] == kind
+    for key, value in hf.settings(**SHAPE).items():
+        if key not in ("n_ctx", "summary_type", "task_specific_params"):
+            assert config[key] == value, key
+    assert main(["model", "b.bin", "--version", str(version)]) == 0
+    assert Path("b.bin").read_bytes() == Path("a.bin").read_bytes()
+
+
+def test_the_end_of_text_is_named_where_the_vocabulary_has_it() -> None:
+    assert settings_of(Config(L=1, NH=1, C=1, V=50257, maxT=1), "float32")["eos_token_id"] == 50256
+    assert settings_of(Config(L=1, NH=1, C=1, V=50256, maxT=1), "float32")["eos_token_id"] is None
+
+
+def test_the_safetensors_package_reads_the_same(folder: Path) -> None:
+    package = pytest.importorskip("safetensors.numpy")
+    values = hf.weights(**SHAPE)
+    Path("a.bin").write_bytes(hf.checkpoint_bytes(values, 3, **SHAPE))
+    assert main(["a.bin", "model/"]) == 0
+    found = package.load_file("model/model.safetensors")
+    for name, (_, shape, data) in hf.named(values, prefix="transformer.", masks=False).items():
+        assert (found[name].shape, found[name].tobytes()) == (shape, data)
+
+
+def test_an_empty_folder_is_filled(folder: Path) -> None:
+    make("a.bin", **SHAPE)
+    Path("model").mkdir()
+    assert main(["a.bin", "model/"]) == 0
+    assert sorted(os.listdir("model")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["a.bin", "full/"], ["full/", "not an empty folder"]),
+        (["a.bin", "b.bin/"], ["b.bin/", "not an empty folder"]),
+        (["a.bin", "dangling/"], ["dangling/", "not an empty folder"]),
+        (["a.bin", "absent/model/"], ["absent", "does not exist"]),
+        (["a.bin", "/"], ["/", "not an empty folder"]),
+        (["a.bin", "new.safetensors"], ["new.safetensors", "end DST with a /"]),
+        (["a.bin", "new/", "--version", "5"], ["new/", "leave out --version"]),
+        (["model", "new/"], ["new/", "a .bin file"]),
+        (["model", "full"], ["full", "not a regular file"]),
+        (["model", "model/model.safetensors"], ["end DST with a /"]),
+    ],
+)
+def test_targets_that_cannot_be(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]
+) -> None:
+    make("a.bin", **SHAPE)
+    make("b.bin", **SHAPE)
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    Path("full").mkdir()
+    Path("full/file").touch()
+    os.symlink("nowhere", "dangling")
+    refused(folder, capsys, arguments, *named)
+
+
+def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("a.bin", **SHAPE)
+    with full_disk(3000):
+        refused(folder, capsys, ["a.bin", "model/"], "model: cannot write the model: File too large", status=1)
+    assert os.listdir() == ["a.bin"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (MemoryError, 1)])
+def test_a_failure_midway_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], status: int
+) -> None:
+    def fail(*_: Any) -> Any:
+        assert len(os.listdir()) == 2  # a temporary folder beside the file
+        raise error
+
+    make("a.bin", version=5, **SHAPE)
+    monkeypatch.setattr(dtypes.Format, "write", fail)
+    assert main(["a.bin", "model/"]) == status
+    assert os.listdir() == ["a.bin"]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_it_needs_little_memory(folder: Path, dtype: str) -> None:
+    shape = {"maxT": 64, "V": 20000, "L": 40, "NH": 1, "C": 128}
+    sparse(Path("m.safetensors"), dtype, **shape)
+    size = os.path.getsize("m.safetensors")
+    main([])  # what is imported once does not count
+    tracemalloc.start()
+    try:
+        assert main(["m.safetensors", "a.bin", "--heads", "1"]) == 0
+        assert main(["a.bin", "model/"]) == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert os.path.getsize("model/model.safetensors") > size - 100_000
+    assert peak < 8 * MB < size / 2
+
+
+@pytest.mark.parametrize("source", ["a.bin", "model/model.safetensors"])
+def test_a_source_that_is_cut_short_meanwhile(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    make("a.bin", **SHAPE)
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    write = dtypes.Format.write
+
+    def write_and_cut(*arguments: Any) -> None:
+        write(*arguments)
+        os.truncate(source, 100)
+
+    monkeypatch.setattr(dtypes.Format, "write", write_and_cut)
+    assert main([source, "new/" if source == "a.bin" else "b.bin"]) == 2
+    assert re.fullmatch(rf"pygpt: error: {source}: cannot map the model file: [^\n]+\n", capsys.readouterr().err)
+    assert sorted(os.listdir()) == ["a.bin", "model"]
+
+
+def test_a_closed_file(folder: Path) -> None:
+    hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
+    with SafetensorsFile("model/model.safetensors") as file:
+        kept = file.stored("wpe.weight")
+        copy = kept.copy()
+    file.close()
+    np.testing.assert_array_equal(kept, copy)
+    with pytest.raises(ClosedError, match=r"model\.safetensors: the model file is closed"):
+        file.stored("wpe.weight")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
+def test_it_needs_less_room_than_the_file(folder: Path) -> None:
+    """Nor are more than some rows or a layer of it mapped at a time: neither ulimit -v nor a container's limit minds."""
+    shape = {"maxT": 64, "V": 20000, "L": 60, "NH": 1, "C": 128}
+    sparse(Path("m.safetensors"), "F32", **shape)
+    assert os.path.getsize("m.safetensors") > 54 * MB
+    limited = """
+import os, resource
+from pygpt.commands.convert import main
+import numpy
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + (24 << 20),) * 2)
+assert main(["m.safetensors", "a.bin", "--heads", "1"]) == 0
+assert main(["a.bin", "model/"]) == 0
+assert main(["a.bin", "b.bin"]) == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", limited], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

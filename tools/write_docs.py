@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Write the generated parts of the documentation: what has one source elsewhere, in the code or in the measurements.
+
+    python tools/write_docs.py          write them all
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->` in a page. commands comes from the
+parsers, python from the docstrings, speed and limits from tools/benchmarks/. A test compares the pages with their sources.
+"""
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
+
+import chart  # noqa: E402
+
+import pygpt  # noqa: E402
+from pygpt.commands import COMMANDS  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+def commands() -> Iterator[str]:
+    """Every command: usage, description, options, examples."""
+    modules = {"": "complete", **{name: module for name, (module, _) in COMMANDS.items()}}
+    for name, module in modules.items():
+        yield from command(f"pygpt {name}".strip(), import_module(f"pygpt.commands.{module}").build_parser())
+
+
+def command(name: str, parser: argparse.ArgumentParser, level: str = "##") -> Iterator[str]:
+    """One parser as Markdown."""
+    yield f"{level} {name}"
+    if parser.usage:
+        yield f"```text\n{parser.usage}\n```"
+    if parser.description:
+        yield fenced(parser.description)
+    actions = [action for action in parser._actions if not isinstance(action, argparse._SubParsersAction)]
+    rows = [f"| {option(action)} | {cell(meaning(parser, action))} |" for action in actions if action.help != argparse.SUPPRESS]
+    yield "\n".join(["| option | meaning |", "|---|---|", *rows])
+    if parser.epilog:
+        yield fenced(parser.epilog)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for task, subparser in action.choices.items():
+                yield from command(f"{name} {task}", subparser, level + "#")
+
+
+def fenced(text: str) -> str:
+    """Several lines as they are; one line as a paragraph."""
+    text = inspect.cleandoc(text)
+    return f"```text\n{text}\n```" if "\n" in text else text
+
+
+def option(action: argparse.Action) -> str:
+    """How an option or argument is written."""
+    metavar = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
+    value = "" if action.nargs == 0 else " ".join(metavar) if isinstance(metavar, tuple) else metavar
+    return cell(f"`{', '.join(action.option_strings)} {value}`".replace("` ", "`").replace(" `", "`"))
+
+
+def meaning(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    """An option's help, its default filled in."""
+    return (action.help or "") % {**vars(action), "prog": parser.prog}
+
+
+def cell(text: str) -> str:
+    """Text in a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+# ------------------------------------------------------------------------------------------------ the public names
+
+
+def python() -> Iterator[str]:
+    """Every public name: signature, docstring, members."""
+    for name in sorted(set(pygpt.__all__) - {"__version__"}, key=str.lower):
+        found = getattr(pygpt, name)
+        yield f"### {name}"
+        yield f"`{name}{signature(found)}`\n\n{inspect.cleandoc(found.__doc__ or '')}"
+        if inspect.isclass(found) and not issubclass(found, Exception):
+            yield "\n".join(member(*pair) for pair in members(found))
+
+
+def members(found: type) -> Iterator[tuple[str, Any]]:
+    """A class's public methods and properties, those of its bases included, by name."""
+    ours = [base for base in reversed(found.__mro__) if base.__module__.startswith("pygpt")]
+    for name in dict.fromkeys(name for base in ours for name in vars(base)):
+        value = inspect.getattr_static(found, name)
+        if not name.startswith("_") and (inspect.getdoc(value) or "").strip() and not is_field(value):
+            yield name, value
+
+
+def is_field(value: object) -> bool:
+    """Whether a member is data that the class's own docstring describes: a field or a slot."""
+    return type(value).__name__ in ("_tuplegetter", "member_descriptor") or isinstance(value, int | float | str | dict)
+
+
+def member(name: str, value: Any) -> str:
+    """A method or property as an item of a list."""
+    inner = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+    text = inspect.cleandoc(inspect.getdoc(inner) or "").replace("\n", "\n  ")
+    return f"- `.{name}{signature(inner) if callable(inner) else ''}`\n\n  {text}\n"
+
+
+def signature(found: Any) -> str:
+    """The arguments without types: those are in the code, for tools."""
+    try:
+        arguments = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    shown = [each.replace(annotation=inspect.Parameter.empty) for each in arguments if each.name not in ("self", "cls")]
+    return str(inspect.Signature(shown)) if not issubclass_of_exception(found) else ""
+
+
+def issubclass_of_exception(found: Any) -> bool:
+    """Whether this is an exception, whose arguments say nothing."""
+    return inspect.isclass(found) and issubclass(found, Exception)
+
+
+# ------------------------------------------------------------------------------------------------ the measurements
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    """A file of measurements."""
+    found: list[dict[str, Any]] = json.loads((TOOLS / "benchmarks" / f"{name}.json").read_text())
+    return found
+
+
+def speed() -> Iterator[str]:
+    """Tokens a second of pygpt and its peers."""
+    tests = chart.TESTS.split(",")
+    block = chart.read_block(str(TOOLS / "benchmarks" / "float32.json"), tests)
+    lines = [f"| program | {' | '.join(map(chart.title_of, tests))} |", f"|---|{'---:|' * len(tests)}"]
+    for program in block.programs():
+        rates = [chart.figure(block.tests[test][program]) for test in tests]
+        lines.append(f"| {program} | {' | '.join(rates)} |")
+    yield "\n".join(lines)
+    yield f"Tokens a second: {block.title}, {block.machine}. Medians of alternating runs."
+
+
+def limits() -> Iterator[str]:
+    """What pygpt reaches of the machine's limits."""
+    lines = ["| weights | test | tokens a second | middle half | of the limit |", "|---|---|---:|---:|---:|"]
+    for name in ("float32", "bfloat16"):
+        for result in measured(name)[1:]:
+            if result["by"] == "pygpt" and result["percent_of_limit"] is not None:
+                low, high = map(chart.figure, result["tokens_per_s_middle_half"])
+                rate, share = chart.figure(result["tokens_per_s"]), f"{result['percent_of_limit']:.0f}%"
+                lines.append(f"| {name} | {chart.title_of(result['test'])} | {rate} | {low} to {high} | {share} |")
+    yield "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the pages
+
+PARTS: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
+    "README.md": {"speed": speed},
+    "docs/explanation/performance.md": {"limits": limits},
+    "docs/reference/commands.md": {"commands": commands},
+    "docs/reference/python.md": {"python": python},
+}
+
+
+def filled(page: str) -> str:
+    """A page with its generated parts as they must be."""
+    text = (ROOT / page).read_text()
+    for name, part in PARTS[page].items():
+        content = "\n\n".join(part())
+        found = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+        text, count = found.subn(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)  # type: ignore[misc]
+        assert count == 1, f"{page} has {count} parts {name}"
+    return text
+
+
+if __name__ == "__main__":
+    for page in PARTS:
+        (ROOT / page).write_text(filled(page))
