@@ -101,25 +101,26 @@ def run(options: argparse.Namespace) -> None:
 
 
 def load(path: str | None, threads: int | None, options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
-    """Open the model; return it with a notice to print before its first answer, or "". Import only the chosen model class."""
+    """Open the model; return it with a notice to print before its first answer, or ""."""
     from ..hub.find import GPT2_FILE, find_model
 
     path, origin = find_model(path)
-    how: dict[str, Any] = {"mmap": not options.no_mmap, "weights": options.weights}
-    model: "GPT2 | SerialGPT2"
-    if options.reference:
-        from ..reference import SerialGPT2
-
-        model = SerialGPT2.load(path, **how)
-    else:
-        from ..model import GPT2
-
-        model = GPT2.load(path, threads=threads, **how)
     notice = (
         f"using the small embedded Shakespeare model, because this folder has no {GPT2_FILE}; "
         "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
-    return model, notice if origin == "embedded" else ""
+    return open_model(path, threads, options), notice if origin == "embedded" else ""
+
+
+def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "GPT2 | SerialGPT2":
+    """Open the parallel model, or the serial reference. Import only the class that is used."""
+    if options.reference:
+        from ..reference import SerialGPT2
+
+        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)
+    from ..model import GPT2
+
+    return GPT2.load(path, threads=threads, mmap=not options.no_mmap, weights=options.weights)
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:
