@@ -6,9 +6,9 @@
     python tools/fuzz.py --seconds 3600               every target, an hour each
     python tools/fuzz.py checkpoint --input FILE      try one input again
 
-If the package atheris is installed, libFuzzer chooses the inputs, guided by coverage. Otherwise mutations of sound inputs and
-of tests/corpus/ are chosen at random. Each target runs in a process of its own. The input of a finding is saved in --output,
-also if it crashes the process; put it into tests/corpus/TARGET/, where tests/unit/test_readers.py tries it from then on.
+If the package atheris is installed, libFuzzer chooses the inputs, guided by coverage. Otherwise the inputs are random mutations
+of sound ones and of tests/corpus/. Each target runs in a process of its own. The input of a finding is saved in --output, also
+if it crashes the process. Put it into tests/corpus/TARGET/, and tests/unit/test_readers.py tries it from then on.
 
 Exit status: 0; 1 if there is a finding; 2 for bad arguments; 130 after Ctrl-C.
 """
@@ -77,16 +77,7 @@ def run_all(chosen: Sequence[str], options: argparse.Namespace) -> int:
     before = set(options.output.iterdir())
     failed = False
     for name in chosen:
-        words = [
-            name,
-            "--child",
-            "--seconds",
-            str(options.seconds),
-            "--seed",
-            str(options.seed),
-            "--output",
-            str(options.output),
-        ]
+        words = [name, "--child", f"--seconds={options.seconds}", f"--seed={options.seed}", f"--output={options.output}"]
         print(f"{name}: {options.seconds} seconds", flush=True)
         failed |= subprocess.run([sys.executable, __file__, *words]).returncode != 0
     for path in sorted(set(options.output.iterdir()) - before):

@@ -235,12 +235,12 @@ def test_piped_text_is_whole_but_for_its_last_newline(fake: Fake) -> None:
 
 @pytest.mark.parametrize("text", [b"", b"\n"])
 def test_empty_piped_text_is_refused(fake: Fake, text: bytes) -> None:
-    assert_refused(fake.run(text=text), 2, "pygpt: error: ", "empty")
+    assert_refused(fake.run(text=text), 2, "empty")
 
 
 @pytest.mark.parametrize("words", [[""], ["", ""], ["--", ""]])
 def test_empty_words_are_refused_before_anything_starts(fake: Fake, words: list[str]) -> None:
-    assert_refused(fake.run(*words), 2, "pygpt: error: ", "empty")
+    assert_refused(fake.run(*words), 2, "empty")
     assert fake.log("pid") == []
 
 
@@ -322,7 +322,7 @@ def test_new_tokens_have_three_names(fake: Fake, flag: str) -> None:
     ],
 )
 def test_bad_usage_is_one_line(fake: Fake, words: list[str], part: str) -> None:
-    assert_refused(fake.run("hi", *words), 2, "pygpt: error: ", part)
+    assert_refused(fake.run("hi", *words), 2, part)
     assert fake.log("pid") == []
 
 
@@ -355,7 +355,7 @@ def test_long_text_keeps_its_last_tokens(fake: Fake, how: str) -> None:
 def test_text_that_fills_the_context_is_refused_where_the_end_of_it_is_the_end(fake: Fake) -> None:
     words = ["-m", fake.model(16), "-n", "100", "--overflow", "stop"]
     assert fake.run(*words, text=b" y" * 15).stdout == b" y" * 15 + b"\n"
-    assert_refused(fake.run(*words, text=b" y" * 16), 2, "pygpt: error: 16 tokens", "slide")
+    assert_refused(fake.run(*words, text=b" y" * 16), 2, "16 tokens", "slide")
     assert len(fake.log("tokens")) == 1
 
 
@@ -371,7 +371,7 @@ def test_text_of_any_length_slides(fake: Fake) -> None:
 def test_as_many_new_tokens_as_the_context_has_room_for(fake: Fake) -> None:
     model = fake.model(16)
     assert fake.run("-m", model, "-n", "15", "one").returncode == 0
-    assert_refused(fake.run("-m", model, "-n", "16", "one"), 2, "pygpt: error: max_new_tokens is 16", "from 1 to 15")
+    assert_refused(fake.run("-m", model, "-n", "16", "one"), 2, "max_new_tokens is 16", "from 1 to 15")
     assert fake.run("-m", model, "one").returncode == 0
     assert fake.log("max_new_tokens") == [15, 15]
 
@@ -446,33 +446,34 @@ BEGUN = "def answer(tokens, new):\n    put('31373 612')\n    "  # the second id 
 
 
 @pytest.mark.parametrize(
-    ("end", "line"),
+    ("end", "named"),
     [
-        ("tell('pygpt: error: out of luck\\n'); sys.exit(1)", "pygpt: error: out of luck"),
-        ("tell('pygpt: error: bad line\\n'); sys.exit(2)", "pygpt: error: bad line"),
-        ("tell('pygpt: error: no newline'); sys.exit(1)", "pygpt: error: no newline"),
-        ("raise LookupError('lost')", "pygpt: error: the pygpt command ended with status 1: LookupError: lost"),
-        ("sys.exit(0)", "pygpt: error: the pygpt command ended with status 0"),
-        ("sys.exit(130)", "pygpt: error: the pygpt command ended with status 130"),
-        ("os.kill(os.getpid(), 9)", "pygpt: error: the pygpt command was ended by signal 9"),
-        ("tell('dying\\n'); os._exit(70)", "pygpt: error: the pygpt command ended with status 70: dying"),
-        ("put(' foo 613\\n')", "pygpt: error: the pygpt command answered 'foo' where a token id was expected"),
-        ("put(' -1\\n')", "pygpt: error: the pygpt command answered '-1' where a token id was expected"),
-        ("put(' \\0\\n')", "pygpt: error: the pygpt command answered '\\x00' where a token id was expected"),
-        ("put(' 50257\\n')", "pygpt: error: token id is 50257: it must be a whole number from 0 to 50256"),
+        ("tell('pygpt: error: out of luck\\n'); sys.exit(1)", "out of luck"),
+        ("tell('pygpt: error: bad line\\n'); sys.exit(2)", "bad line"),
+        ("tell('pygpt: error: no newline'); sys.exit(1)", "no newline"),
+        ("raise LookupError('lost')", "status 1: LookupError: lost"),
+        ("sys.exit(0)", "status 0"),
+        ("sys.exit(130)", "status 130"),
+        ("os.kill(os.getpid(), 9)", "signal 9"),
+        ("tell('dying\\n'); os._exit(70)", "status 70: dying"),
+        ("put(' foo 613\\n')", "'foo'"),
+        ("put(' -1\\n')", "'-1'"),
+        ("put(' \\0\\n')", r"'\x00'"),
+        ("put(' 50257\\n')", "50257"),
     ],
 )
-def test_end_in_the_middle_of_a_reply_is_one_line(fake: Fake, end: str, line: str) -> None:
+def test_end_in_the_middle_of_a_reply_is_one_line(fake: Fake, end: str, named: str) -> None:
     fake.code(BEGUN + end)
     result = fake.run("hi")
     shown = b"hello there\n" if end.startswith("put") else b"hello\n"
-    assert (result.returncode, result.stdout, result.stderr.decode()) == (1, shown, line + "\n")
+    assert (result.returncode, result.stdout) == (1, shown)
+    assert_one_line_error(result.stderr.decode(), named)
 
 
 @pytest.mark.parametrize("text", [None, b"hi"])
 def test_end_before_any_reply_is_one_line(fake: Fake, text: bytes | None) -> None:
     fake.code("def start():\n    tell('pygpt: error: bad option\\n')\n    sys.exit(2)")
-    assert_refused(fake.run(*([] if text else ["hi"]), text=text), 1, "pygpt: error: bad option\n")
+    assert_refused(fake.run(*([] if text else ["hi"]), text=text), 1, "bad option")
 
 
 def test_number_without_end_is_no_id(fake: Fake) -> None:
@@ -730,24 +731,24 @@ def test_set_changes_the_next_requests(
     ("wish", "part"),
     [
         ("temperature 0", "sampler greedy"),
-        ("temp -1", "pygpt: temp is -1.0: it must be"),
-        ("temperature hot", "pygpt: temperature is 'hot': it must be"),
+        ("temp -1", "temp is -1.0"),
+        ("temperature hot", "temperature is 'hot'"),
         ("temperature 1 2", "'1 2'"),
         ("temperature nan", "nan"),
-        ("top_k -1", "pygpt: top_k is '-1': it must be"),
-        ("--top-k x", "pygpt: --top-k is 'x': it must be"),
+        ("top_k -1", "top_k is '-1'"),
+        ("--top-k x", "--top-k is 'x'"),
         ("top_p 1.1", "1.1"),
         ("min_p x", "'x'"),
         ("repetition_penalty 0", "0"),
         ("seed 18446744073709551616", "2^64"),
         ("sampler dice", "'dice'"),
-        ("n 0", "pygpt: n is 0: "),
+        ("n 0", "n is 0"),
         ("n 64", "from 1 to 63"),
-        ("new 400", "pygpt: new is 400: "),
-        ("new many", "pygpt: new is 'many': it must be"),
-        ("max_new_tokens 400", "pygpt: max_new_tokens is 400: "),
+        ("new 400", "new is 400"),
+        ("new many", "new is 'many'"),
+        ("max_new_tokens 400", "max_new_tokens is 400"),
         ('stop "', "'\"'"),
-        ('stop_strings "', "pygpt: stop_strings is '\"': quotes must"),
+        ('stop_strings "', "stop_strings is '\"'"),
         ('stop "a" b', "quotes"),
         ('stop ""', "empty"),
         ("stop_token 50257", "50257"),
@@ -834,7 +835,9 @@ def test_what_is_no_command_is_one_line(bench: Bench, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("line", ["/again", "/more", "/tokens", "/probs"])
 def test_commands_about_the_last_text_want_one(bench: Bench, capsys: pytest.CaptureFixture[str], line: str) -> None:
     bench.take(line)
-    assert capsys.readouterr() == ("", "pygpt: there is no text yet: type one first\n")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert "no text yet" in shown.err
     assert bench.echo.asked == []
 
 
@@ -1233,7 +1236,7 @@ def test_child_that_died_between_two_texts_is_reported(fake: Fake) -> None:
         chat.type("again\n")  # if the end is noticed before the next prompt, nobody reads this
         status, shown = chat.finish()
     assert status == 1
-    assert "pygpt: error: the pygpt command was ended by signal 9\n" in shown  # the terminal may echo "again" after it
+    assert "signal 9\n" in shown  # the terminal may echo "again" after it
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see that a process has ended")
@@ -1247,7 +1250,7 @@ def test_child_that_died_at_the_prompt_is_reported_before_the_next(fake: Fake) -
         status, shown = chat.finish()
     assert status == 1
     assert "Text: " not in shown
-    assert "pygpt: error: the pygpt command was ended by signal 9\n" in shown  # the terminal may echo "again" after it
+    assert "signal 9\n" in shown  # the terminal may echo "again" after it
 
 
 def test_prompt_keeps_off_a_stdout_that_is_not_the_terminal(fake: Fake) -> None:
@@ -1573,12 +1576,12 @@ def answer(tokens, new):
     tell("pygpt: error: a file in use was cut short\\n")
     os.kill(os.getpid(), signal.SIGBUS)
 """)
-    assert_refused(fake.run("hi"), 1, "pygpt: error: a file in use was cut short")
+    assert_refused(fake.run("hi"), 1, "a file in use was cut short")
 
 
 @pytest.mark.parametrize("options", [["-m", "no.bin"], ["-t", "0"], ["-t", "x"]])
 def test_real_error_is_one_line(real: Fake, options: list[str]) -> None:
-    assert_refused(real.run(*options, "hi"), 1, "pygpt: ", options[1])
+    assert_refused(real.run(*options, "hi"), 1, options[1])
 
 
 def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> None:
@@ -1603,11 +1606,11 @@ def test_damaged_vocabulary_is_one_line(real: Fake, tmp_path: Path) -> None:
     copy = copied_chat(tmp_path)
     with open(copy.parent / "pygpt" / "data" / "vocab.bpe", "ab") as file:
         file.write(b"\n")
-    assert_refused(run_copy(real, copy), 1, "pygpt: error: ", "damaged")
+    assert_refused(run_copy(real, copy), 1, "damaged")
 
 
 def test_kernels_that_were_not_built_are_one_line(real: Fake, tmp_path: Path) -> None:
     copy = copied_chat(tmp_path)
     for built in (copy.parent / "pygpt").glob("*.so"):
         built.unlink()
-    assert_refused(run_copy(real, copy), 1, "pygpt: error: ", "'_signals'")
+    assert_refused(run_copy(real, copy), 1, "'_signals'")

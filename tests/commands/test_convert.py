@@ -270,7 +270,7 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(
     if existed:
         Path("b.bin").write_bytes(b"older")
     before = contents(folder)
-    monkeypatch.setitem(checkpoint.FORMATS, 5, dtypes.BFLOAT16._replace(from_float32=fail))
+    monkeypatch.setitem(checkpoint.FORMATS, 5, dtypes.Format("bfloat16", "<u2", 1, 2, dtypes.BFLOAT16.to_float32, fail))
     assert main(["a.bin", "b.bin"]) == status
     assert calls == [1] * 9  # a temporary file beside its target
     assert contents(folder) == before

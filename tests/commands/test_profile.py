@@ -550,9 +550,7 @@ def test_compare_training(trained: Report, base: Report, tmp_path: Path) -> None
     at = next(i for i, line in enumerate(lines) if line.startswith("TRAIN") and "ms an iteration" in line)
     assert lines[at + 2].startswith("update ")
     done = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
-    assert (done.returncode, done.stdout) == (2, "")
-    wrong = "a.json is of train, c.json is of prefill and decode: give two reports of the same kind of job"
-    assert done.stderr == f"pygpt: error: --compare: {wrong}\n"
+    assert_refused(done, "a.json is of train", "c.json is of prefill and decode")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,9 +694,7 @@ def test_compare_says_what_else_differs(base: Report, tmp_path: Path) -> None:
 def test_without_perf(tmp_path: Path) -> None:
     done = profiled(*SMALL, "--sample", PATH=str(tmp_path))
     assert done.returncode == 0
-    assert done.stderr.splitlines() == [
-        "pygpt: --sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)"
-    ]
+    assert re.fullmatch(r"pygpt: --sample: perf is not installed [^\n]+\n", done.stderr)
     assert "DECODE" in done.stdout
 
 

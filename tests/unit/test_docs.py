@@ -30,11 +30,11 @@ ELSEWHERE = {
     "python -m pytest": "runs this test",
     "python setup.py": "compiles: tools/check does",
     "pygpt download": "needs a network: tests/commands/test_download.py brings one",
-    "pygpt eval hellaswag": "needs llm.c's file of examples: tests/test_eval.py makes one",
+    "pygpt eval hellaswag": "needs llm.c's file of examples: tests/commands/test_eval.py makes one",
     "tools/check": "runs all checks, this test among them",
     "python tools/write_docs.py": "writes into this checkout; the same functions are called here",
     "python tools/pictures.py": "the same",
-    "FLOAT16 = Format(": "a part of a file, which tests/test_neon.py tries",
+    "FLOAT16 = Format(": "a part of a file, which tests/bits/test_neon.py tries",
 }
 # What makes a command short enough for a test.
 SHORTER = {

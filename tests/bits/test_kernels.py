@@ -51,7 +51,9 @@ VERSIONS = (1, 3, 5)
 ISAS = cpu_info()["available"]
 LANES = 16
 EPS = 2.0**-24  # half the distance of 1 to the next float32: the relative error of one operation
-GOLDENS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "goldens.json").read_text())["cases"]
+GOLDENS: dict[str, list[dict[str, Any]]] = json.loads(Path(__file__).parents[1].joinpath("data/goldens.json").read_text())[
+    "cases"
+]
 GPT2_SHAPE = "make_checkpoint.py"
 
 fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -29,7 +29,7 @@ from pygpt.formats.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
 from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safetensors
 
 Tensors = dict[str, Raw]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MB = 1 << 20
 
 

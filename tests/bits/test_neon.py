@@ -14,7 +14,7 @@ import pytest
 
 from pygpt import cpu_info
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FUSED = [isa for isa in cpu_info()["available"] if isa in ("avx2", "avx512")]
 NATIVE, CROSS = shutil.which("cc") or shutil.which("gcc"), shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

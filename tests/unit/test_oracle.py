@@ -14,7 +14,9 @@ from pygpt.config import Config
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
 
-GOLDENS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "data" / "goldens.json").read_text())["cases"]
+GOLDENS: dict[str, list[dict[str, Any]]] = json.loads(Path(__file__).parents[1].joinpath("data/goldens.json").read_text())[
+    "cases"
+]
 GPT2_SHAPE = "make_checkpoint.py"  # without options: half a gigabyte, too large for float64 arrays here
 TOP5_TOLERANCE = 6e-6  # the goldens have five decimals: half a unit of the last, and a little for the order of sums
 CONTINUATION = 10  # tokens in all, as in the serial program

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pygpt import InputError, Tokenizer
 from pygpt.hub.find import EMBEDDED_MODEL
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "make_model.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "make_model.py"
 
 PLAY = """\
 # A Play

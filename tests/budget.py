@@ -1,0 +1,28 @@
+"""How much a test tries."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Budget:
+    """How much a test tries: one round and a few cases in the default run; with `-m slow` every case, until its time is up."""
+
+    def __init__(self, seconds: float, seed: int) -> None:
+        self.long, self.seconds, self.random = seconds > 0, seconds, random.Random(seed)
+
+    def rounds(self) -> Iterator[int]:
+        """Yield 0, 1, ... at least once, and until the time is up."""
+        end, number = time.monotonic() + self.seconds, 0
+        while number == 0 or time.monotonic() < end:
+            yield number
+            number += 1
+
+    def some(self, cases: Sequence[T], few: int = 2) -> Sequence[T]:
+        """All cases, or a few of them in their order."""
+        if self.long or few >= len(cases):
+            return cases
+        return [cases[i] for i in sorted(self.random.sample(range(len(cases)), few))]
