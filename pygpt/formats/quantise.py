@@ -5,6 +5,7 @@ are few. The numbers are those of a converted file (dtypes.py), whatever the num
 Refuses weights that are not finite, and those too large for a float16 scale.
 """
 
+from math import prod
 from typing import NamedTuple
 
 from .._kernels import Floats, matrix_bytes, quantise_panels
@@ -16,7 +17,18 @@ from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .open import Model
+    from typing import Protocol
+
+    class Model(Protocol):
+        """What is quantised: an open file, or weights in memory."""
+
+        @property
+        def config(self) -> Config:
+            """The dimensions."""
+
+        def stored(self) -> dict[str, tuple[str, memoryview]]:
+            """Map each tensor's name to its weight format and its bytes."""
+
 
 QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the format that its head has by default
 LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # what a float16 scale reaches
@@ -49,7 +61,7 @@ def quantised(checkpoint: "Model", format: str, head: str | None = None, threads
     config, stored = checkpoint.config, checkpoint.stored()
     shapes = {name: shape for name, shape, _, _ in config.tensors(padded=False)}
     formats = {name: format for name in shapes if len(shapes[name]) == 3} | {"wte": head or QUANTISED[format]}
-    sizes = {name: _layers(shapes[name]) * matrix_bytes(kind, *shapes[name][-2:]) for name, kind in formats.items()}
+    sizes = {name: prod(shapes[name][:-2]) * matrix_bytes(kind, *shapes[name][-2:]) for name, kind in formats.items()}
     memory = memoryview(Floats(1, sum(sizes.values()) // 4, dense=True)).cast("B")  # every size is a multiple of 64
     tensors = {name: (kind, memoryview(bytes(data))) for name, (kind, data) in stored.items() if name not in formats}
     offset = 0
@@ -58,11 +70,6 @@ def quantised(checkpoint: "Model", format: str, head: str | None = None, threads
         offset += size
     _fill(tensors, formats, stored, shapes, resolve_threads(threads))
     return QuantisedWeights(config, FORMATS[format], {name: tensors[name] for name in shapes})
-
-
-def _layers(shape: tuple[int, ...]) -> int:
-    """How many matrices a tensor of this shape holds."""
-    return shape[0] if len(shape) == 3 else 1
 
 
 def _fill(
@@ -77,9 +84,8 @@ def _fill(
 
     def job(ith: int, nth: int) -> None:
         for name in formats:
-            (kind, out), (source_kind, source) = tensors[name], stored[name]
-            N, K = shapes[name][-2:]
-            if not quantise_panels(out, kind, source, source_kind, _layers(shapes[name]), N, K, ith, nth):
+            (*layers, N, K), (kind, out), (source_kind, source) = shapes[name], tensors[name], stored[name]
+            if not quantise_panels(out, kind, source, source_kind, prod(layers), N, K, ith, nth):
                 refused.add(name)
 
     with ThreadPool(threads) as pool:
