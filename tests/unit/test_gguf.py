@@ -23,7 +23,7 @@ from pygpt.formats.checkpoint import Checkpoint
 from pygpt.formats.dtypes import FLOAT32, FORMATS, Q4_0, Q8_0
 from pygpt.formats.gguf import HEAD, NAMES, GGUFFile
 from pygpt.formats.open import open_model
-from pygpt.formats.panels import PanelFile
+from pygpt.formats.panels import PanelFile, quantise
 from pygpt.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -286,8 +286,8 @@ def test_layers_of_different_types_are_widened(folder: Path, monkeypatch: pytest
     name = "blk.1.ffn_up.weight"
     matrix = np.frombuffer(table[name][3], "<f4").reshape(-1, 32)
     for kind, number in ((Q8_0, 8), (Q4_0, 2)):
-        assert kind.from_float32 is not None
-        blocks = kind.from_float32(matrix)
+        blocks = quantise(kind, matrix)
+        assert blocks is not None
         table[name] = (name, number, (32, 128), blocks.tobytes())
         Path("mixed.gguf").write_bytes(build(list(keys().values()), list(table.values())))
         with GGUFFile("mixed.gguf") as found:
