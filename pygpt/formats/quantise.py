@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from .._kernels import Floats, matrix_bytes, quantise_panels
 from ..config import Config
+from ..cpus import resolve_threads
 from ..errors import InputError, shown
-from ..pool import ThreadPool, resolve_threads
+from ..pool import ThreadPool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
