@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dtypes import Format
     from .huggingface import HuggingFaceModel
     from .panels import Blocks, ModelFile
+    from .quantise import QuantisedWeights
 
     Model = Checkpoint | ModelFile  # to compute with: config, format, stored(), pieces(), path, close()
     Source = Model | HuggingFaceModel  # to convert: config, pieces(), close()
@@ -47,6 +48,24 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
 
         return GGUFFile(path)
     return Checkpoint(path, mmap=mmap)
+
+
+def open_weights(
+    path: str | os.PathLike[str], *, mmap: bool = True, weights: str | None = None, threads: int | None = None
+) -> "Model | QuantisedWeights":
+    """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on so many threads.
+
+    Raises what open_model() raises, and InputError for weights that cannot be quantised.
+    """
+    model = open_model(path, mmap=mmap)
+    if weights is None:
+        return model
+    from .quantise import quantised
+
+    try:
+        return quantised(model, weights, threads=threads)
+    finally:
+        model.close()
 
 
 def open_floats(path: str | os.PathLike[str]) -> "Model":
