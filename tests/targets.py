@@ -55,7 +55,12 @@ from pygpt.__main__ import main
 from pygpt.errors import DataError
 from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from pygpt.formats.gguf import TYPES, GGUFFile, write_gguf
+<<<<<<< HEAD
 from pygpt.formats.panels import PanelFile, formats_of, layout, write_panels
+=======
+from pygpt.formats.huggingface import write_model
+from pygpt.formats.panels import PanelFile, formats_of, layout, quantise, write_panels
+>>>>>>> h7
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
 
 TINY = Config(maxT=3, V=5, L=1, NH=2, C=4)
@@ -346,13 +351,12 @@ class PanelTarget(FileTarget):
 
 def blocks_by_layer(config: Config, formats: dict[str, Format]) -> dict[str, list[Any]]:
     """Random weights as blocks of these formats, layer by layer."""
-    found = {}
+    found: dict[str, list[Any]] = {}
     for name, array in weights(config).items():
         layers, N, K = layout(config, name)
         kind = formats[name]
-        assert kind.from_float32 is not None
         rows = np.pad(array.reshape(layers, N, K), ((0, 0), (0, 0), (0, -K % kind.block_values)))
-        found[name] = [kind.from_float32(np.ascontiguousarray(layer)) for layer in rows]
+        found[name] = [kind.from_float32(layer) if kind.from_float32 else quantise(kind, layer) for layer in rows]
     return found
 
 

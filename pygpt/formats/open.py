@@ -132,17 +132,22 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
     """Turn float32 rows (rows, K) into blocks."""
     import numpy as np
 
+    from .panels import QUANTISED, quantise
+
     if not (finite := np.isfinite(rows)).all():
         raise CheckpointError(f"{_place(model)}: {name} holds {rows[~finite][0]}: weights must be finite")
     if padding := -rows.shape[1] % kind.block_values:
         rows = np.pad(rows, ((0, 0), (0, padding)))
-    assert kind.from_float32 is not None
-    blocks = kind.from_float32(np.ascontiguousarray(rows, "<f4"))
-    scales = blocks["d"] if blocks.dtype.names else kind.to_float32(blocks)
-    if not np.isfinite(scales).all():
-        raise CheckpointError(
-            f"{_place(model)}: {name} holds {rows.flat[np.abs(rows).argmax()]}: out of the range of {kind.name}"
-        )
+    rows = np.ascontiguousarray(rows, "<f4")
+    if kind.name in QUANTISED:
+        blocks = quantise(kind, rows)
+    else:
+        assert kind.from_float32 is not None
+        rounded = kind.from_float32(rows)
+        blocks = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
+    if blocks is None:
+        largest = rows.flat[np.abs(rows).argmax()]
+        raise CheckpointError(f"{_place(model)}: {name} holds {largest}: out of the range of {kind.name}")
     return blocks
 
 

@@ -21,7 +21,7 @@ from pygpt.config import TENSORS, Config
 from pygpt.errors import CheckpointError
 from pygpt.formats.gguf import GGUFFile
 from pygpt.formats.open import open_model, open_source
-from pygpt.formats.panels import PanelFile
+from pygpt.formats.panels import PanelFile, quantise
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 130, "maxT": 8}
 QUANTISED = ("qkvw", "attprojw", "fcw", "fcprojw")
@@ -62,8 +62,11 @@ def all_of(path: str) -> Tensors:
 def rounded(array: npt.NDArray[np.float32], form: str) -> npt.NDArray[np.float32]:
     """What is left of a matrix in a format."""
     kind = FORMATS[form]
-    assert kind.from_float32 is not None
-    return kind.to_float32(kind.from_float32(array))
+    if kind.from_float32 is not None:
+        return kind.to_float32(kind.from_float32(array))
+    blocks = quantise(kind, np.ascontiguousarray(array.reshape(-1, array.shape[-1])))
+    assert blocks is not None
+    return kind.to_float32(blocks).reshape(array.shape)
 
 
 def expected(source: Tensors, form: str, head: str) -> Tensors:
