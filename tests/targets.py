@@ -55,12 +55,8 @@ from pygpt.__main__ import main
 from pygpt.errors import DataError
 from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from pygpt.formats.gguf import TYPES, GGUFFile, write_gguf
-<<<<<<< HEAD
-from pygpt.formats.panels import PanelFile, formats_of, layout, write_panels
-=======
 from pygpt.formats.huggingface import write_model
 from pygpt.formats.panels import PanelFile, formats_of, layout, quantise, write_panels
->>>>>>> h7
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
 
 TINY = Config(maxT=3, V=5, L=1, NH=2, C=4)
