@@ -703,7 +703,7 @@ def test_perf_sees_the_kernels() -> None:
     if report["perf"] is None:
         pytest.skip("perf is not here or not permitted")
     names = {row["symbol"] for row in report["perf"]["symbols"]}
-    assert "gemm" in names
+    assert any(name.startswith("gemm_") for name in names)
     assert sum(row["share"] for row in report["perf"]["symbols"]) == pytest.approx(1, abs=0.05)
     assert sum(report["perf"]["families"].values()) == pytest.approx(1)
     assert report["perf"]["reported"].keys() == report["perf"]["families"].keys()
