@@ -502,7 +502,7 @@ def test_every_part_of_training(small: str) -> None:
     assert [row["name"].split()[0] for row in report["startup"]] == ["interpreter", "import", "import", "read", "first", "the"]
     lines = text.render(report).splitlines()
     assert max(map(len, lines)) <= 100
-    assert "Bits: all but the reference give the same bits; all end at the same loss." in lines
+    assert "Bits: all except the reference give the same bits; all end at the same loss." in lines
     assert any(line.startswith("START-UP") for line in lines)
 
 
@@ -530,7 +530,7 @@ def test_the_text_of_training_fits_and_reads(small: str) -> None:
     assert re.search(r"^ceiling  2 threads: .* AdamW's traffic$", done.stdout, re.MULTILINE)
     assert re.search(r"^Stages: forward [\d.]+ ms \([\d.]+%\), backward ", done.stdout, re.MULTILINE)
     assert re.search(r"^112 .* prediction only$", done.stdout, re.MULTILINE)
-    assert re.search(r"^in all .* 100.0%", done.stdout, re.MULTILINE)
+    assert re.search(r"^total .* 100.0%", done.stdout, re.MULTILINE)
 
 
 def test_training_overflow_is_reported(small: str) -> None:
@@ -601,7 +601,7 @@ def test_a_slow_worker_is_imbalance(worker: int) -> None:
     warnings = re.findall(r"IMBALANCE: worker (\d) computes (\d+)\.\d% longer", " ".join(done.stdout.split()))
     assert [int(name) for name, _ in warnings] == [worker, worker]
     assert all(25 < int(excess) <= 100 for _, excess in warnings)
-    assert f"PLANTED  every phase takes 20 times as long on worker {worker}" in done.stdout
+    assert f"STRETCH  every phase takes 20 times as long on worker {worker}" in done.stdout
 
 
 def test_overflow_is_reported() -> None:
@@ -610,7 +610,7 @@ def test_overflow_is_reported() -> None:
     noted = 7 * report["model"]["L"] + 3
     assert report["trace"]["dropped"] == [2 * (6 * noted - 50)] * 2  # two rounds of six steps
     text = profiled(*arguments).stdout
-    assert "MIND     the trace overflowed" in text
+    assert "WARNING  the trace overflowed" in text
     assert str(2 * (6 * noted - 50)) in text
 
 
@@ -655,7 +655,7 @@ def test_the_text_fits_and_reads(base: Report) -> None:
         assert f"\n{title}" in done.stdout
     assert re.search(r"^ceiling  2 threads: +\d+ GFLOP/s", done.stdout, re.MULTILINE)
     assert re.search(r"^112 .* prediction only$", done.stdout, re.MULTILINE)
-    totals = re.findall(r"^in all .* (\d+\.\d)%", done.stdout, re.MULTILINE)
+    totals = re.findall(r"^total .* (\d+\.\d)%", done.stdout, re.MULTILINE)
     assert [float(total) for total in totals] == [pytest.approx(100, abs=2)] * 2
 
 
@@ -668,7 +668,7 @@ def test_compare(base: Report, tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(moved))
     same = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
     assert same.returncode == 0
-    assert "MIND" not in same.stdout
+    assert "WARNING" not in same.stdout
     assert set(re.findall(r"([\d.]+)x", same.stdout)) <= {"1.00"}
     found = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     lines = found.stdout.splitlines()
@@ -684,7 +684,7 @@ def test_compare_says_what_else_differs(base: Report, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(base))
     (tmp_path / "b.json").write_text(json.dumps(other))
     shown = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout
-    assert "MIND  machine threads: 2 in a, 7 in b" in shown
+    assert "WARNING  machine threads: 2 in a, 7 in b" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -703,7 +703,7 @@ def test_perf_sees_the_kernels() -> None:
     if report["perf"] is None:
         pytest.skip("perf is not here or not permitted")
     names = {row["symbol"] for row in report["perf"]["symbols"]}
-    assert "gemm" in names
+    assert any(name.startswith("gemm_") for name in names)
     assert sum(row["share"] for row in report["perf"]["symbols"]) == pytest.approx(1, abs=0.05)
     assert sum(report["perf"]["families"].values()) == pytest.approx(1)
     assert report["perf"]["reported"].keys() == report["perf"]["families"].keys()
@@ -769,7 +769,7 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["-m", "missing.bin"], "missing.bin"),
         (["--compare", "missing.json", "missing.json"], "missing.json"),
         (["--compare", __file__, __file__], "test_profile.py"),
-        (["--compare", "{half}", "{half}"], "not a report of this program"),
+        (["--compare", "{half}", "{half}"], "not a report of pygpt profile"),
         (["-B", "2"], "-B has no meaning without --train"),
         (["-T", "2"], "-T has no meaning without --train"),
         (["--train", "--tokens", "1"], "--tokens has no meaning with --train"),

@@ -172,7 +172,7 @@ def test_from_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     begin = [word for word in RUN if word not in ("--shape", SHAPE)]
     status, output, error = here(capsys, *begin, "--init", "tiny.bin", "--steps", "1")
     assert (status, error.count("\n")) == (0, 2)
-    assert error.startswith("pygpt: nothing will be saved: --out")
+    assert error.startswith("pygpt: nothing will be saved: ")
     assert "1 step;" in error
     with TrainableGPT2.load("tiny.bin") as engine:
         losses = engine.forward(*DataLoader("train.bin", 2, 8).next_batch())
@@ -394,13 +394,13 @@ def test_resumed_from_another_folder_with_other_options(folder: Path, capsys: py
     assert status == 0
     assert [step for step, _ in numbers(output)] == [2]
     changes = {tuple(re.findall(r"--[a-z-]+|\d[\d.]*", line)) for line in error.splitlines()[:-1]}
-    assert changes == {("--steps", "3", "2"), ("--lr", "0.02", "0.01"), ("--save-every", "7", "100")}
+    assert changes == {("--steps", "2", "3"), ("--lr", "0.01", "0.02"), ("--save-every", "100", "7")}
     assert os.listdir() == []
     assert [entry["lr"] for entry in log_of("../log")] == [0.01, 0.01, 0.02]
     shutil.move("../train.bin", "moved.bin")
     status, _, error = here(capsys, "--resume", "../run.state", "--steps", "4", "--data", "moved.bin", "--out", "new")
     assert (status, sorted(os.listdir())) == (0, ["moved.bin", "new.bin", "new.state"])
-    assert f"--data is {folder}/other/moved.bin from here on, it was {folder}/train.bin" in error
+    assert f"--data changes from {folder}/train.bin to {folder}/other/moved.bin" in error
 
 
 def test_a_log_with_half_a_line() -> None:
@@ -437,10 +437,10 @@ def test_the_picture_of_a_resumed_run_is_drawn_anew(capsys: pytest.CaptureFixtur
     before = Path("run.png").read_bytes()
     status, _, error = here(capsys, "--resume", "run.state")  # without a log nothing is known of the steps before
     assert (status, Path("run.png").read_bytes()) == (0, before)
-    assert error.endswith(f"no step to draw: {os.getcwd()}/run.png not written\n")
+    assert f"pygpt: did not write {os.getcwd()}/run.png: " in error
     status, _, error = here(capsys, "--resume", "run.state", "--plot", "other.png")
     assert (status, Path("other.png").read_bytes()) == (2, b"me")
-    assert "other.png: it exists already" in error
+    assert "other.png: exists already" in error
 
 
 def test_without_matplotlib(folder: Path) -> None:
@@ -567,11 +567,11 @@ def files() -> dict[str, bytes]:
         (["--data", "latin.txt", "--shape", TEXT_SHAPE], "latin.txt: byte 0xe4"),
         (["--data", "empty.txt", "--shape", TEXT_SHAPE], "empty.txt: tokens: 1 tokens are too few for one batch"),
         (["--data", "few.txt", "--shape", TEXT_SHAPE], "few.txt: tokens: 9 tokens are too few for one batch"),
-        (["--data", "few.txt"], "few.txt: text becomes GPT-2's tokens, 50257 ids, and the model has V = 61"),
-        (["--val", "few.txt"], "few.txt: text becomes GPT-2's tokens"),
+        (["--data", "few.txt"], "few.txt: text becomes tokens with 50257 ids, but the model has V = 61"),
+        (["--val", "few.txt"], "few.txt: text becomes tokens with 50257 ids"),
         (["--val-tokens", "9"], "validation: {folder}/train.bin: tokens: 9 tokens are too few"),
         (["--data", "folder"], "folder: a folder: name its files by a pattern in quotes"),
-        (["--data", "fifo", "--shape", TEXT_SHAPE], "fifo: not a regular file: --resume reads the text again"),
+        (["--data", "fifo", "--shape", TEXT_SHAPE], "fifo: not a regular file: save it as a file first"),
         (["--val", "/dev/zero"], "/dev/zero: not a regular file"),
         (["--data", "short.bin"], "short.bin: truncated"),
         (["--data", "large.bin"], "token id 61 at position 1: it must be below the vocabulary of 61"),
@@ -622,10 +622,10 @@ def files() -> dict[str, bytes]:
         (["--resume", ""], "--resume is empty"),
         (["--out", "folder"], "--out is 'folder'"),
         (["--out", ".bin"], "--out is '.bin'"),
-        (["--out", "val.bin"], "val.bin: it exists already"),
-        (["--out", "train.bin"], "train.bin: it was given for two uses"),
+        (["--out", "val.bin"], "val.bin: exists already"),
+        (["--out", "train.bin"], "train.bin: was given for two uses"),
         (["--out", "folder/"], "folder/"),
-        (["--out", "old"], "old.state.1: it exists already"),
+        (["--out", "old"], "old.state.1: exists already"),
         (["--out", "x" * 240], "File name too long"),
         (["--out", "missing/run"], "missing/run.bin: cannot write into the folder"),
         (["--out", "val.bin/run"], "Not a directory"),
@@ -638,19 +638,19 @@ def files() -> dict[str, bytes]:
         (["--val-batches", "0"], "--val-batches"),
         (["--sample-every", "x"], "--sample-every"),
         (["--sample-tokens", "0"], "--sample-tokens"),
-        (["--log", "val.bin"], "val.bin: it exists already"),
+        (["--log", "val.bin"], "val.bin: exists already"),
         (["--log", "missing/log"], "missing/log: cannot write into the folder"),
         (["--log", "same.bin", "--out", "same"], "two uses"),
-        (["--log", "folder"], "folder: it exists already"),
+        (["--log", "folder"], "folder: exists already"),
         (["--plot", "val.bin"], "val.bin/loss.svg: cannot write into the folder"),
-        (["--plot", "folder/x.svg"], "x.svg: it exists already"),
+        (["--plot", "folder/x.svg"], "x.svg: exists already"),
         (["--plot", "folder/x.svg", "--force"], "x.svg: not a regular file"),
-        (["--plot", "photo.png"], "photo.png: it exists already"),
+        (["--plot", "photo.png"], "photo.png: exists already"),
         (["--plot", "new.svg", "--log", "new.svg"], "two uses"),
         (["--plot", "new.bin", "--out", "new"], "two uses"),
         (["--log", "new.state.1", "--out", "new"], "two uses"),
         (["--data", "few.state.1", "--out", "few", "--force"], "two uses"),
-        (["--check", "missing.bin"], "--check trains nothing: -B"),
+        (["--check", "missing.bin"], "--check does not train, so leave out -B"),
         (["--speed", "9"], "--speed"),
         (["surplus"], "surplus"),
     ],
@@ -686,15 +686,15 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--init", "tiny.bin"], "--init and --resume"),
         (["--shape", SHAPE], "--shape and --resume"),
-        (["-B", "3"], "-B is 3, and the state's is 2"),
+        (["-B", "3"], "-B is 3, but the state has 2"),
         (["-T", "4"], "-T is 4"),
         (["--seed", "2"], "--seed is 2"),
         (["--shuffle"], "--shuffle is True"),
-        (["--val-tokens", "30"], "--val-tokens is 30, and the state's is None"),
+        (["--val-tokens", "30"], "--val-tokens is 30, but the state has None"),
         (["--data", "val.bin"], "tokens = 400"),
         (["--data", "other.bin"], "state is for fingerprint = "),
-        (["--out", "taken"], "taken.bin: it exists already"),
-        (["--log", "taken.bin"], "taken.bin: it exists already"),
+        (["--out", "taken"], "taken.bin: exists already"),
+        (["--log", "taken.bin"], "taken.bin: exists already"),
         (["--warmup", "3"], "warmup is 3: it must be a whole number from 0 to 2"),
     ],
 )
@@ -721,7 +721,7 @@ def test_states_with_other_names(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_state_of_another_program(capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8)).save("x.state", {"mine": 1})
-    assert_refuses(train.main, capsys, ["--resume", "x.state"], "x.state: this state is not of pygpt train")
+    assert_refuses(train.main, capsys, ["--resume", "x.state"], "x.state: pygpt train did not write")
 
 
 @pytest.mark.parametrize(
@@ -746,7 +746,7 @@ def test_a_state_with_nonsense_for_options(capsys: pytest.CaptureFixture[str], c
         found = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
         found.restore(state)
         found.save("x.state", {**state.progress.job, **change})
-    assert_refuses(train.main, capsys, ["--resume", "x.state", "--steps", "3"], "x.state: this state is not of pygpt train")
+    assert_refuses(train.main, capsys, ["--resume", "x.state", "--steps", "3"], "x.state: pygpt train did not write")
 
 
 def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -757,7 +757,7 @@ def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFi
     Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8)).save("x.state", job)
     status, _, error = here(capsys, "--resume", "x.state")
     assert status == 2
-    assert "log: line 1 is not of a training log" in error
+    assert "log: line 1 is not an entry of a training log" in error
     assert Path("log").read_text() == "dear diary\n"
 
 
@@ -769,7 +769,7 @@ def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pyte
     trainer.save("x.state", vars(job.Job(data=f"{folder}/train.bin", B=2, T=8, plot=str(photo))))
     status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
     assert (status, photo.read_bytes()) == (2, b"me")
-    assert error.endswith("it exists already, and the state names it as the picture of its run: give --plot again\n")
+    assert error.endswith(f"{photo}: exists already outside the state's folder: to replace it, give --plot again\n")
 
 
 def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -785,7 +785,7 @@ def test_a_log_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     Path("log").write_text("dear diary\n")
     status, _, error = here(capsys, "--resume", "run.state", "--steps", "3")
     assert status == 2
-    assert f"pygpt: error: {os.getcwd()}/log: line 1 is not of a training log" in error
+    assert f"pygpt: error: {os.getcwd()}/log: line 1 is not an entry of a training log" in error
     assert Path("log").read_text() == "dear diary\n"
 
 
@@ -822,7 +822,7 @@ def test_a_disk_that_fills_up() -> None:
     before = files()
     result = command("--resume", "run.state", "--steps", "5", shell='ulimit -f 8; exec "$@"')
     assert result.returncode == 1
-    assert re.search(r"^pygpt: run\.state has the run after 2 steps", result.stderr, re.MULTILINE)
+    assert re.search(r"^pygpt: run\.state contains the run after 2 steps", result.stderr, re.MULTILINE)
     assert re.search(r"\npygpt: error: run\.state: .*File too large\n$", result.stderr)
     assert files() == before
     succeed("--resume", "run.state", "--steps", "5")
@@ -861,7 +861,7 @@ def test_a_run_that_diverges_before_the_first_save(capsys: pytest.CaptureFixture
     done = len(numbers(output))
     assert (status, done > 0) == (1, True)
     assert re.fullmatch(
-        rf"pygpt: run\.state has the run after {done} steps[^\n]*\n"
+        rf"pygpt: run\.state contains the run after {done} steps[^\n]*\n"
         rf"pygpt: error: step {done}: the loss is nan [^\n]* epoch 0, shard 0, batch {done}[^\n]+\n",
         error,
     )
@@ -874,11 +874,11 @@ def test_a_run_that_diverges_leaves_the_last_save(capsys: pytest.CaptureFixture[
     done = len(numbers(here(capsys, *RUN, *DIVERGING, "40")[1]))
     status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", str(done - 1))
     assert status == 1
-    assert f"pygpt: run.state has the run after {done - 1} steps" in error
+    assert f"pygpt: run.state contains the run after {done - 1} steps" in error
     assert state_of("run.state").progress.step == done - 1
     status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", "1")
     assert status == 1
-    assert f"pygpt: run.state has the run after {done} steps (run.state.1 after fewer)" in error
+    assert f"pygpt: run.state contains the run after {done} steps (run.state.1 after fewer)" in error
     assert state_of("run.state.1").progress.step == done - 1
 
 
@@ -921,7 +921,7 @@ def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
     before = files()
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9")
     assert status == 1
-    assert "pygpt: nan.state has the run after 3 steps" in error
+    assert "pygpt: nan.state contains the run after 3 steps" in error
     assert "step 3: the loss is nan at the loader's epoch 0, shard 0, batch 3" in error
     assert files() == before
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9", "--out", "new")
@@ -934,7 +934,7 @@ def test_a_shard_that_goes_bad_within_the_run(folder: Path, capsys: pytest.Captu
     status, output, error = here(capsys, *RUN, "--data", "train*.bin", "--steps", "40", "--save-every", "10", "--out", "run")
     assert status == 2
     assert len(numbers(output)) == 24  # floor(399 / 16)
-    assert "pygpt: run.state has the run after 24 steps" in error
+    assert "pygpt: run.state contains the run after 24 steps" in error
     assert "train_2.bin: token id 61 at position 40" in error
     assert (state_of("run.state").progress.step, state_of("run.state.1").progress.step) == (24, 20)
 

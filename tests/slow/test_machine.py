@@ -46,7 +46,7 @@ def test_streams_that_are_closed_or_full(budget: Budget, files: Files) -> None:
     ]
     for argv, streams, status in budget.some(cases, few=4):
         outcome = run(["/bin/sh", "-c", f'"$@" {streams}', "sh", *argv], b"1 2\n")
-        for notice in ("nothing will be saved: --out names the model to write", "2 steps; nothing was saved"):
+        for notice in ("nothing will be saved: to save, name a file with --out", "2 steps; nothing was saved"):
             outcome.err = outcome.err.replace(f"pygpt: {notice}\n", "") if argv is train else outcome.err
         assert outcome.status == status, (argv[3:], streams, outcome)
         told = not outcome.err if status == 0 or streams == "2>&-" else outcome.one_line
