@@ -14,8 +14,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off"]
-MICROKERNELS = [f"pygpt/csrc/micro_{isa}.c" for isa in ("avx512", "avx2", "baseline", "neon")]
-HEADERS = [f"pygpt/csrc/{name}.h" for name in ("micro", "micro_body", "micro_training", "sync", "trace", "sampler")]
+QUANTISED = [f"pygpt/csrc/quantised_{isa}.c" for isa in ("avx512vnni", "avxvnni", "avx2", "baseline", "neondot", "neon")]
+MICROKERNELS = [f"pygpt/csrc/micro_{isa}.c" for isa in ("avx512", "avx2", "baseline", "neon")] + QUANTISED
+HEADERS = [
+    f"pygpt/csrc/{name}.h"
+    for name in ("micro", "micro_body", "micro_training", "quantised_body", "quantise", "blocks", "sync", "trace", "sampler")
+]
 CORES = os.cpu_count() or 1
 
 

@@ -22,7 +22,7 @@ from libc.string cimport memcpy, memset
 
 from pygpt._kernels cimport (
     Floats, KeysValues, Net, Row, State, Step, Tensor, Tensors, Weights, adamw_numbers, barrier_reset, done, float32, floats_of,
-    done_and_wait, forward, micro, padded, shard, share, trace_begin, trace_worker,
+    done_and_wait, forward, gemm_floats, micro, padded, shard, share, trace_begin, trace_worker,
 )
 
 from ._kernels import PHASES
@@ -159,13 +159,13 @@ cdef void attend_backward(
     t0 = 0
     while t0 < T:
         rows = min(<Py_ssize_t> SPAN_ROWS, T - t0)
-        float32.gemm(p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, t0 + rows, HSp, NULL)
-        float32.gemm(ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, t0 + rows, HSp, NULL)
+        gemm_floats(float32, p + t0 * ldp, ldp, q + t0 * HSp, HSp, rows, keys, t0 + rows, HSp)
+        gemm_floats(float32, ds + t0 * ldp, ldp, dout + t0 * HSp, HSp, rows, values, t0 + rows, HSp)
         for t in range(t0, t0 + rows):
             total = micro.softmax(p + t * ldp, t + 1, scale, NULL)
             micro.store_scaled(p + t * ldp, p + t * ldp, <float> 1 / total, t + 1)
             memset(p + t * ldp + t + 1, 0, (ldp - t - 1) * sizeof(float))
-            float32.gemm(&dot, 1, p + t * ldp, ldp, 1, ds + t * ldp, 1, t + 1, NULL)
+            gemm_floats(float32, &dot, 1, p + t * ldp, ldp, 1, ds + t * ldp, 1, t + 1)
             micro.softmax_backward(ds + t * ldp, p + t * ldp, dot, scale, t + 1, ldp)
         micro.mix(dq + t0 * HSp, ds + t0 * ldp, ldp, rows, keys, HSp, 0, t0 + rows)
         t0 += rows

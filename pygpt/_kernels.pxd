@@ -8,20 +8,26 @@ cdef extern from "micro.h" nogil:
     ctypedef struct adamw_numbers:
         float lr, beta1, beta2, rest1, rest2, over_correction1, over_correction2, eps, decay, gradient_scale
 
+    ctypedef struct weight_matrix:
+        const void* data
+        ptrdiff_t N, K
+
     ctypedef struct weight_format:
         const char* name
-        int block_values, block_bytes, interleave, panel
+        int block_values, value_bytes, scale_bytes, interleave, panel, narrow
         void (*gemm)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t,
-                     const void*, ptrdiff_t, ptrdiff_t, void*) noexcept nogil
+                     const weight_matrix*, ptrdiff_t, ptrdiff_t, void*) noexcept nogil
         void (*pack_rows)(void*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
-        const void* (*pack_weights)(void*, const void*, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*product)(float*, ptrdiff_t, const void*, ptrdiff_t, const void*, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*widen)(float*, const void*, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*pack_weights)(void*, const weight_matrix*, ptrdiff_t, ptrdiff_t) noexcept nogil
+        void (*product)(float*, ptrdiff_t, const void*, ptrdiff_t,
+                        const weight_matrix*, ptrdiff_t, ptrdiff_t, const void*) noexcept nogil
+        void (*widen)(float*, const weight_matrix*, ptrdiff_t) noexcept nogil
+        int (*quantise)(void*, const weight_format*, const weight_matrix*, ptrdiff_t, ptrdiff_t, float*) noexcept nogil
 
     ctypedef struct microkernels:
         const char* isa
         int fused
-        const weight_format* formats
+        const weight_format* const* formats
         void (*outer)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
                       ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*) noexcept nogil
         void (*layernorm)(float*, const float*, const float*, const float*, ptrdiff_t, float*) noexcept nogil
@@ -40,17 +46,23 @@ cdef extern from "micro.h" nogil:
         void (*softmax_backward)(float*, const float*, float, float, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*adamw)(float*, const float*, float*, float*, ptrdiff_t, const adamw_numbers*) noexcept nogil
         double (*square_sum)(const float*, ptrdiff_t) noexcept nogil
-        int narrow, panel
+        int panel
         ptrdiff_t outer_room
         float (*probe_read)(const float*, ptrdiff_t, int) noexcept nogil
         float (*probe_fma)(ptrdiff_t) noexcept nogil
         double probe_flop
         void (*probe_stream)(float*, const float*, float*, float*, ptrdiff_t) noexcept nogil
 
+    void gemm_floats(const weight_format* float32, float* out, ptrdiff_t ldo, const float* inp, ptrdiff_t ldi, ptrdiff_t rows,
+                     const float* w, ptrdiff_t N, ptrdiff_t K)
+
     const microkernels* micro_baseline()
     const microkernels* micro_avx2()
+    const microkernels* micro_avxvnni()
     const microkernels* micro_avx512()
+    const microkernels* micro_avx512vnni()
     const microkernels* micro_neon()
+    const microkernels* micro_neondot()
 
 
 cdef extern from "sync.h" nogil:
@@ -113,7 +125,7 @@ cdef extern from "sampler.h" nogil:
 cdef struct Tensor:           # one of the sixteen, all layers' parts one after another
     const char* data
     Py_ssize_t step           # bytes from one layer's part to the next
-    const weight_format* format    # of vectors always float32
+    const weight_format* format    # float32 for every vector
 
 
 cdef struct Tensors:          # in the order of config.TENSORS, so that one loop fills them
@@ -136,7 +148,7 @@ cdef struct Tensors:          # in the order of config.TENSORS, so that one loop
 
 
 cdef struct Net:              # what is fixed: dimensions and weights
-    Py_ssize_t L, NH, C, HS, V
+    Py_ssize_t L, NH, C, HS, V, maxT
     Py_ssize_t HSp            # HS rounded up to a multiple of 16: the head size in a cache
     Tensors w
 
@@ -166,12 +178,12 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     Py_ssize_t ln_size        # values between one worker's ln and the next: 0 where all share one
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
-    float* proj               # (R, C) attproj, fcproj before they join the stream; before them the positions' embeddings
+    float* proj               # (R, C) attproj, fcproj before they join the stream; in the encoder, rows of wpe
     float* fch                # (R, 4C of fch_row) fch
     float* fch_gelu           # (R, 4C of fch_row) fch itself, or, where activations are kept, an array of its own
     Py_ssize_t logits_row     # values from one row of logits to the next
     float* logits             # (W, V of logits_row)
-    float* scratch            # (nth, scratch_size) for the attention, and for the gemm of a format
+    float* scratch            # (nth, scratch_size) for the attention, and for gemm
     Py_ssize_t scratch_size
     float* packed             # (R, 4C) and padding: the rows of a product, packed; or NULL
     float* blocks             # (nth, block_size) each worker's packed weights; or NULL
@@ -189,7 +201,7 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
 
 
 cdef const microkernels* micro      # the chosen instruction set's
-cdef const weight_format* float32   # and its format of keys, values and vectors
+cdef const weight_format* float32   # and the format of its keys, values and vectors
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil
 cdef void share(

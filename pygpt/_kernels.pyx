@@ -43,6 +43,9 @@ cdef extern from *:
         huge_page             # bytes, on the systems that have such
     void ask_huge_pages(void* memory, size_t size) noexcept nogil
 
+cdef extern from "blocks.h" nogil:
+    void panels_of_blocks(char* out, const char* blocks, int bits, ptrdiff_t N, ptrdiff_t K, ptrdiff_t start, ptrdiff_t stop)
+
 # ------------------------------------------------------------------------------------------------ (a) instruction set
 
 
@@ -50,7 +53,10 @@ def _available() -> dict:
     """Map each instruction set that this build and this processor have to its table, best first."""
     cdef const microkernels* found
     names = {}
-    for address in (<size_t> micro_avx512(), <size_t> micro_avx2(), <size_t> micro_neon(), <size_t> micro_baseline()):
+    for address in (
+        <size_t> micro_avx512vnni(), <size_t> micro_avx512(), <size_t> micro_avxvnni(), <size_t> micro_avx2(),
+        <size_t> micro_neondot(), <size_t> micro_neon(), <size_t> micro_baseline(),
+    ):
         found = <const microkernels*> <size_t> address
         if found != NULL:
             names[found.isa.decode()] = address
@@ -66,25 +72,25 @@ def select_isa(name=None) -> None:
     if name not in available:
         raise InputError(f"instruction set {name!r} is not available: this processor and build have {', '.join(available)}")
     micro = <const microkernels*> <size_t> available[name]
-    float32 = micro.formats
+    float32 = micro.formats[0]
 
 
 def weight_formats() -> dict:
     """Map the name of each weight format that the kernels read to (values, bytes) of a block."""
-    cdef const weight_format* format = micro.formats
+    cdef const weight_format* const* format = micro.formats
     found = {}
-    while format.name != NULL:
-        found[format.name.decode()] = format.block_values, format.block_bytes
+    while format[0] != NULL:
+        found[format[0].name.decode()] = format[0].block_values, format[0].value_bytes + format[0].scale_bytes
         format += 1
     return found
 
 
 cdef const weight_format* format_named(name) except NULL:
-    """The chosen instruction set's row of a format. Raises InputError for an unknown name."""
+    """Find a format's row in the chosen instruction set's table. Raises InputError for an unknown name."""
     names = list(weight_formats())
     if name not in names:
         raise InputError(f"weights are of format {shown(name)}: the kernels read {', '.join(names)}")
-    return micro.formats + <Py_ssize_t> names.index(name)
+    return micro.formats[<Py_ssize_t> names.index(name)]
 
 
 def cpu_info() -> dict:
@@ -175,25 +181,26 @@ cdef inline Tensor part(const Tensor* tensor, Py_ssize_t layer) noexcept nogil:
 
 
 cdef inline Py_ssize_t bytes_of(const weight_format* format, Py_ssize_t rows, Py_ssize_t K) noexcept nogil:
-    """Bytes of `rows` rows of K values, in whole groups of rows and whole blocks."""
-    cdef Py_ssize_t blocks = (K + format.block_values - 1) // format.block_values
-    return (rows + format.interleave - 1) // format.interleave * format.interleave * blocks * format.block_bytes
+    """Bytes of a matrix of `rows` rows of K values: whole groups of rows, whole blocks, and the scales filled up."""
+    cdef Py_ssize_t groups = (rows + format.interleave - 1) // format.interleave
+    cdef Py_ssize_t blocks = groups * format.interleave * ((K + format.block_values - 1) // format.block_values)
+    return blocks * format.value_bytes + (blocks * format.scale_bytes + 63) // 64 * 64
 
 
-cdef inline const char* outputs_from(const Product* p, Py_ssize_t n) noexcept nogil:
-    """Where the weights of the outputs from n on begin; n is at the start of a group of rows."""
-    return p.weight.data + bytes_of(p.weight.format, n, p.K)
+cdef inline weight_matrix matrix(const Tensor* tensor, Py_ssize_t N, Py_ssize_t K) noexcept nogil:
+    """The first layer's part of a tensor, as the microkernels take it."""
+    return weight_matrix(tensor.data, N, K)
 
 
 cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """residual[r] = wte[token] + wpe[pos], (R, C). Rows are split over the workers."""
     cdef Py_ssize_t r, start, stop, C = net.C
-    cdef const Tensor* wte = &net.w.wte
-    cdef const Tensor* wpe = &net.w.wpe
+    cdef weight_matrix wte = matrix(&net.w.wte, net.V, C)
+    cdef weight_matrix wpe = matrix(&net.w.wpe, net.maxT, C)
     shard(s.R, ith, nth, &start, &stop)
     for r in range(start, stop):
-        wte.format.widen(s.residual + r * C, wte.data, s.rows[r].token, C)
-        wpe.format.widen(s.proj + r * C, wpe.data, s.rows[r].pos, C)
+        net.w.wte.format.widen(s.residual + r * C, &wte, s.rows[r].token)
+        net.w.wpe.format.widen(s.proj + r * C, &wpe, s.rows[r].pos)
         micro.add_bias(s.residual + r * C, s.proj + r * C, C)
 
 
@@ -222,8 +229,9 @@ cdef void layernorm(
 
 
 cdef inline Py_ssize_t block_outputs(const weight_format* format, Py_ssize_t K) noexcept nogil:
-    """How many outputs of K weights make a block: BLOCK_BYTES in whole panels, one at least."""
-    return max(<Py_ssize_t> BLOCK_BYTES // (4 * K * format.panel), 1) * format.panel
+    """How many outputs of K weights make a block: BLOCK_BYTES, packed or in place, in whole panels, one at least."""
+    cdef Py_ssize_t bytes = 4 * K if format.pack_weights != NULL else bytes_of(format, format.panel, K) // format.panel
+    return max(<Py_ssize_t> BLOCK_BYTES // (bytes * format.panel), 1) * format.panel
 
 
 cdef Py_ssize_t block_size(const Net* net) noexcept nogil:
@@ -231,9 +239,21 @@ cdef Py_ssize_t block_size(const Net* net) noexcept nogil:
     cdef const Tensor* tensor = <const Tensor*> &net.w
     cdef Py_ssize_t most = 0, C = net.C
     while tensor <= &net.w.lnfb:
-        most = max(most, block_outputs(tensor.format, C) * padded(C), block_outputs(tensor.format, 4 * C) * padded(4 * C))
+        if tensor.format.pack_weights != NULL:
+            most = max(most, block_outputs(tensor.format, C) * padded(C))
+            most = max(most, block_outputs(tensor.format, 4 * C) * padded(4 * C))
         tensor += 1
     return most
+
+
+cdef Py_ssize_t rows_of_gemm(const Net* net, bint most) noexcept nogil:
+    """Up to how many rows gemm serves the products of every tensor; `most`: of any tensor."""
+    cdef const Tensor* tensor = <const Tensor*> &net.w
+    cdef Py_ssize_t found = tensor.format.narrow
+    while tensor < &net.w.lnfb:
+        tensor += 1
+        found = max(found, <Py_ssize_t> tensor.format.narrow) if most else min(found, <Py_ssize_t> tensor.format.narrow)
+    return found
 
 
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
@@ -287,14 +307,16 @@ cdef void finish(
 cdef void block_of_outputs(
     const Net* net, State* s, const Product* p, float* block, Py_ssize_t n, Py_ssize_t width,
 ) noexcept nogil:
-    """The outputs [n, n + width) of all rows of a large product: the weights are packed, all rows pass, the epilogue follows
-    on every few of them."""
+    """The outputs [n, n + width) of all rows of a large product: the weights are packed, if their format needs it, all rows
+    pass, the epilogue follows on every few of them."""
     cdef Py_ssize_t r = 0, rows
     cdef const weight_format* format = p.weight.format
-    cdef const void* packed = format.pack_weights(block, outputs_from(p, n), width, p.K)
+    cdef weight_matrix w = matrix(&p.weight, p.N, p.K)
+    if format.pack_weights != NULL:
+        format.pack_weights(block, &w, n, n + width)
     while r < p.rows:
         rows = min(<Py_ssize_t> BAND_ROWS, p.rows - r)
-        format.product(p.out + r * p.ldo + n, p.ldo, s.packed + r * padded(p.K), rows, packed, width, p.K)
+        format.product(p.out + r * p.ldo + n, p.ldo, s.packed + r * padded(p.K), rows, &w, n, n + width, block)
         finish(net, s, p, r, rows, n, width)
         r += rows
 
@@ -306,10 +328,10 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
     of outputs, as large as stay in cache, until none is left."""
     cdef Py_ssize_t n, start, stop, width
     cdef const weight_format* format = p.weight.format
-    if p.rows <= micro.narrow:
+    cdef weight_matrix w = matrix(&p.weight, p.N, p.K)
+    if p.rows <= format.narrow:
         share(p.N, format.interleave, me.ith, me.nth, &start, &stop)
-        format.gemm(p.out + start, p.ldo, p.inp, p.ldi, p.rows, outputs_from(p, start), stop - start, p.K,
-                    s.scratch + me.ith * s.scratch_size)
+        format.gemm(p.out + start, p.ldo, p.inp, p.ldi, p.rows, &w, start, stop, s.scratch + me.ith * s.scratch_size)
         finish(net, s, p, 0, p.rows, start, stop - start)
         return 0
     share(p.rows, 16, me.ith, me.nth, &start, &stop)
@@ -343,7 +365,7 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
     for i in range(rows):
         memcpy(q + i * HSp, qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
-    float32.gemm(att, ldp, q, HSp, rows, keys, common + rows - 1, HSp, NULL)
+    gemm_floats(float32, att, ldp, q, HSp, rows, keys, common + rows - 1, HSp)
     for i in range(rows):
         total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS), NULL)
     micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
@@ -522,16 +544,16 @@ cdef class Floats:
 
 
 cdef class Weights:
-    """Where the sixteen tensors lie in memory. What they lie in is kept, a mapped file for one, until close()."""
+    """Where the sixteen tensors lie. Their memory, a mapped file for example, is kept until close()."""
 
     def __init__(self, config not None, tensors not None):
-        """tensors: for each name of config.TENSORS a pair (name of the weight format, bytes), wte with V rows.
+        """Take for each name of config.TENSORS a pair (name of its weight format, its bytes), wte with V rows.
 
-        The bytes are used in place and may change. Only a vector of another format than float32 is copied: biases and gains
-        are widened to float32 here. Raises InputError for an unknown format and for bytes of another size than the shape's."""
+        The bytes are used in place, so later changes of them count. Biases and gains are an exception: unless they are float32,
+        they are widened here, once. Raises InputError for an unknown format, and for bytes that do not fit the shape."""
         cdef Net* net = &self.net
         cdef Tensor* tensor = <Tensor*> &net.w
-        net.L, net.NH, net.C, net.V, net.HS = config.L, config.NH, config.C, config.V, config.HS
+        net.L, net.NH, net.C, net.V, net.HS, net.maxT = config.L, config.NH, config.C, config.V, config.HS, config.maxT
         net.HSp = padded(net.HS)
         self.kept = []
         for (name, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
@@ -547,7 +569,10 @@ cdef class Weights:
         cdef const unsigned char[::1] view = data
         cdef Py_ssize_t layer, K = shape[len(shape) - 1]
         cdef Floats wide
+        cdef weight_matrix vector
         tensor.format = format_named(format)
+        if len(shape) == 1 and tensor.format.interleave > 1:
+            raise InputError(f"{name} is a vector: it cannot be of format {format}, only matrices can")
         tensor.step = bytes_of(tensor.format, shape[0] if len(shape) == 2 else 1, K)
         if view.shape[0] != layers * tensor.step:
             raise InputError(f"{name} takes {layers * tensor.step} bytes in {format}, {view.shape[0]} bytes given")
@@ -557,7 +582,8 @@ cdef class Weights:
             return
         wide = Floats(layers, K)
         for layer in range(layers):
-            tensor.format.widen(wide.data + layer * K, tensor.data + layer * tensor.step, 0, K)
+            vector = weight_matrix(tensor.data + layer * tensor.step, 1, K)
+            tensor.format.widen(wide.data + layer * K, &vector, 0)
         tensor[0] = Tensor(<const char*> wide.data, K * <Py_ssize_t> sizeof(float), float32)
         self.kept.append(wide)
 
@@ -591,7 +617,7 @@ cdef class KeysValues:
         self.length = min(self.length, max(length, 0))
 
     def __copy__(self):
-        """A cache of its own with the same rows, for the same model."""
+        """Return an independent cache with the same rows, for the same model."""
         cdef KeysValues copy = type(self).__new__(type(self))
         KeysValues.__init__(copy, self.weights, self.capacity)
         getattr(copy, "__dict__", {}).update(getattr(self, "__dict__", {}))   # of a subclass
@@ -772,7 +798,7 @@ cdef class Step:
         """Make room for what a step of R rows needs beside its activations."""
         cdef State* s = &self.state
         cdef Py_ssize_t C = self.weights.net.C
-        if R > micro.narrow:
+        if R > rows_of_gemm(&self.weights.net, most=False):
             s.block_size = block_size(&self.weights.net)
             self.packed = Floats(1, padded(R) * padded(4 * C) + self.nth * s.block_size, dense=True)
             s.packed = self.packed.data
@@ -791,11 +817,11 @@ cdef class Step:
         return (self.weights.net.L + 2) * LAYER_PHASES * sizeof(work_pile)
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
-        """Make room for each worker's attention tile over `longest` keys, and for the rows of a product of few."""
+        """Make room for each worker: for an attention tile over `longest` keys, and for the few rows that gemm may repack."""
         cdef State* s = &self.state
         cdef Py_ssize_t ldp = padded(longest)
         cdef Py_ssize_t size = max(
-            SPAN_ROWS * (2 * self.weights.net.HSp + ldp), min(s.R, <Py_ssize_t> micro.narrow) * padded(4 * self.weights.net.C))
+            SPAN_ROWS * (2 * self.weights.net.HSp + ldp), min(s.R, rows_of_gemm(&self.weights.net, most=True)) * padded(4 * self.weights.net.C))
         if self.scratch is None or self.scratch.shape[1] < size:
             self.scratch = Floats(self.nth, 2 * size)   # twice: a growing sequence asks rarely
         s.scratch = self.scratch.data
@@ -860,7 +886,81 @@ cdef class Step:
     def __reduce__(self):
         raise TypeError("a step cannot be copied or pickled: it belongs to one model and its workers, so make another one")
 
-# ------------------------------------------------------------------------------------------------ (e) probes
+# ------------------------------------------------------------------------------------------------ (e) quantised weights
+
+
+cdef const weight_format* quantised_format(name) except NULL:
+    """The row of a quantised format. Raises InputError for another one."""
+    cdef const weight_format* format = format_named(name)
+    if format.quantise == NULL:
+        raise InputError(f"{name} is not a quantised weight format")
+    return format
+
+
+cdef check_bytes(what, Py_ssize_t found, Py_ssize_t expected):
+    if found != expected:
+        raise InputError(f"{what} has {found} bytes, expected {expected}")
+
+
+def matrix_bytes(format, Py_ssize_t N, Py_ssize_t K) -> int:
+    """Bytes of a matrix of N outputs and K inputs in a weight format. Raises InputError for an unknown format."""
+    return bytes_of(format_named(format), N, K)
+
+
+def quantise_panels(
+    unsigned char[::1] out not None, format, const unsigned char[::1] source not None, source_format,
+    Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth,
+) -> bool:
+    """Quantise worker ith's share of `layers` matrices (N, K) of any weight format to panels, without the GIL.
+
+    Returns whether every number of the share could be held: a finite one, of a size that a float16 scale reaches. Raises
+    InputError for buffers of another size, and where `format` is not a quantised one."""
+    cdef const weight_format* to = quantised_format(format)
+    cdef const weight_format* come = format_named(source_format)
+    cdef Py_ssize_t step = bytes_of(to, N, K), source_step = bytes_of(come, N, K), groups = (N + 15) // 16
+    cdef Py_ssize_t start, stop, layer, first, last
+    cdef weight_matrix w
+    cdef bint held = True
+    cdef Floats room = Floats(16, (K + 31) // 32 * 32 + 16)
+    check_bytes("out", out.shape[0], layers * step)
+    check_bytes("source", source.shape[0], layers * source_step)
+    shard(layers * groups, ith, nth, &start, &stop)
+    with nogil:
+        while start < stop:
+            layer, first = start // groups, start % groups
+            last = min(groups, first + stop - start)
+            w = weight_matrix(&source[0] + layer * source_step, N, K)
+            held &= to.quantise(&out[0] + layer * step, come, &w, 16 * first, min(16 * last, N), room.data)
+            start += last - first
+    return held
+
+
+def blocks_to_panels(
+    unsigned char[::1] out not None, format, const unsigned char[::1] blocks not None,
+    Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth,
+) -> None:
+    """Lay worker ith's share of `layers` matrices (N, K), given in GGUF's blocks, out in panels, without the GIL.
+
+    Raises InputError for buffers of another size, for a K that is not a multiple of 32, and where `format` is not a
+    quantised one."""
+    cdef const weight_format* to = quantised_format(format)
+    cdef Py_ssize_t step = bytes_of(to, N, K), size = N * (K // 32) * (to.value_bytes + to.scale_bytes)
+    cdef Py_ssize_t start, stop, layer, first, last, groups = (N + 15) // 16
+    if K % 32:
+        raise InputError(f"rows of {K} values cannot be blocks of 32")
+    check_bytes("out", out.shape[0], layers * step)
+    check_bytes("blocks", blocks.shape[0], layers * size)
+    shard(layers * groups, ith, nth, &start, &stop)
+    with nogil:
+        while start < stop:
+            layer, first = start // groups, start % groups
+            last = min(groups, first + stop - start)
+            panels_of_blocks(<char*> &out[0] + layer * step, <const char*> &blocks[0] + layer * size, to.value_bytes // 4,
+                             N, K, first, last)
+            start += last - first
+
+
+# ------------------------------------------------------------------------------------------------ (f) probes
 
 
 def probe_read(Floats memory not None, int streams, Py_ssize_t ith, Py_ssize_t nth) -> float:
@@ -886,7 +986,7 @@ def zero(Floats memory not None) -> None:
     """Fill with zeros, so that every page is there."""
     memset(memory.data, 0, memory.shape[0] * memory.strides[0])
 
-# ------------------------------------------------------------------------------------------------ (f) samplers
+# ------------------------------------------------------------------------------------------------ (g) samplers
 
 
 cdef const float* row_of(const float[:, ::1] logits, Py_ssize_t row) except NULL:
@@ -970,8 +1070,8 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
 
 
 def copy_keys_values(KeysValues to not None, KeysValues source not None, length=None) -> None:
-    """Give an empty cache the first `length` rows (default all) of another cache of the same model: the two then share a
-    beginning and no memory. Raises InputError for caches that do not fit, and for a length beyond the source's."""
+    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches share no memory
+    afterwards. Raises InputError for caches that do not fit, and for more rows than the source holds."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
     cdef Py_ssize_t count = source.length if length is None else length
     cdef Py_ssize_t size = count * width * sizeof(float)

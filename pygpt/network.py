@@ -95,11 +95,12 @@ class Network:
     def __init__(self, checkpoint: "OpenModel", *, threads: int | None = None, all_workers: bool = False) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        self._weights = Weights(self.config, checkpoint.stored())
+        stored = checkpoint.stored()
+        self._weights = Weights(self.config, stored)
         self._pool = ThreadPool(cpus.resolve_threads(threads))
         self._all_workers = all_workers
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
-        self._value_bytes = checkpoint.format.block_bytes / checkpoint.format.block_values
+        self._value_bytes = sum(data.nbytes for _, data in stored.values()) / self.config.parameters(padded=False)
         self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
 
     @property

@@ -1,5 +1,5 @@
 /* The kernels of one instruction set on fixed inputs, one line for each case: its name and a hash of its output's bits.
- * test_neon.py compiles it for aarch64 and for this machine, and compares the lines. MICRO names the set: micro_neon, ...
+ * test_neon.py compiles it for aarch64 and for this machine, and compares the lines. The argument names the set: neon, avx2, ...
  *
  * Inputs come from an integer generator and exact scaling alone, outputs are hashed with a margin on each side that must not
  * change. NaNs are hashed as one value: IEEE 754 leaves their bits open, and processors differ in them. */
@@ -45,16 +45,24 @@ static float *scratch(ptrdiff_t count) { /* its size differs by set, and must no
 
 static void release(void *p) { free((float *)p - MARGIN); }
 
-/* Weights of a format: float32, or the upper halves of float32. */
-static void *weights(ptrdiff_t count, int spread, const weight_format *format) {
-    float *p = numbers(count, spread);
-    if (!strcmp(format->name, "bfloat16"))
-        for (ptrdiff_t i = 0; i < count; i++) {
-            uint32_t bits;
-            memcpy(&bits, p + i, 4);
-            const uint16_t upper = bits >> 16;
-            memcpy((uint16_t *)p + i, &upper, 2);
-        }
+/* A matrix of N x K weights of a format. Single values are float32 or the upper halves of float32, which are finite as float16, too.
+ * Blocks have random values, the least among them, and finite float16 scales of both signs, subnormals among them. */
+static void *weights(ptrdiff_t N, ptrdiff_t K, int spread, const weight_format *format) {
+    const ptrdiff_t block = format->block_values, group = format->interleave;
+    const ptrdiff_t blocks = (N + group - 1) / group * group * ((K + block - 1) / block);
+    float *p = numbers(blocks * block, spread);
+    for (ptrdiff_t i = 0; format->scale_bytes == 0 && format->value_bytes == 2 && i < blocks; i++) {
+        uint32_t bits;
+        memcpy(&bits, p + i, 4);
+        const uint16_t upper = bits >> 16;
+        memcpy((uint16_t *)p + i, &upper, 2);
+    }
+    if (format->scale_bytes) {
+        uint8_t *values = (uint8_t *)p;
+        uint16_t *scales = (uint16_t *)(values + blocks * format->value_bytes);
+        for (ptrdiff_t i = 0; i < blocks * format->value_bytes; i++) values[i] = next_random() % 9 ? next_random() : 0x80;
+        for (ptrdiff_t i = 0; i < blocks; i++) scales[i] = next_random() & (next_random() % 9 ? 0xbbff : 0x83ff);
+    }
     return p;
 }
 
@@ -75,19 +83,21 @@ static void test_products(const weight_format *format, ptrdiff_t rows, ptrdiff_t
     const ptrdiff_t ldo = N + 3, ldi = K + 5, Kp = (K + 15) / 16 * 16, Np = (N + format->panel - 1) / format->panel * format->panel;
     float *inp = numbers(rows * ldi, 12), *out = numbers(rows * ldo, 0), *same = numbers(rows * ldo, 0);
     float *packed = scratch((rows + 15) / 16 * 16 * Kp), *room = scratch(Np * Kp), *free_room = scratch(rows * Kp);
-    void *w = weights(N * K, 3, format);
+    const weight_matrix w = {weights(N, K, 3, format), N, K};
+    const ptrdiff_t half = N / 2 / format->interleave * format->interleave;
     memcpy(same - MARGIN, out - MARGIN, (rows * ldo + 2 * MARGIN) * sizeof *out);
-    format->gemm(out, ldo, inp, ldi, rows, w, N, K, free_room);
+    format->gemm(out, ldo, inp, ldi, rows, &w, 0, half, free_room); /* as two workers do */
+    format->gemm(out + half, ldo, inp, ldi, rows, &w, half, N, free_room);
     snprintf(name, sizeof name, "gemm rows=%td N=%td K=%td %s", rows, N, K, format->name);
     report(name, out, rows * ldo);
     format->pack_rows(packed, inp, ldi, rows, K);
-    const void *panels = format->pack_weights(room, w, N, K);
+    if (format->pack_weights) format->pack_weights(room, &w, 0, N);
     for (ptrdiff_t r = 0; r < rows; r += 48) /* in parts */
-        format->product(same + r * ldo, ldo, packed + r * Kp, rows - r < 48 ? rows - r : 48, panels, N, K);
+        format->product(same + r * ldo, ldo, packed + r * Kp, rows - r < 48 ? rows - r : 48, &w, 0, N, room);
     snprintf(name, sizeof name, "product rows=%td N=%td K=%td %s", rows, N, K, format->name);
     report(name, same, rows * ldo);
     if (memcmp(same - MARGIN, out - MARGIN, (rows * ldo + 2 * MARGIN) * sizeof *out)) fprintf(stderr, "%s: not gemm's bits\n", name);
-    release(inp), release(out), release(same), release(packed), release(room), release(free_room), release(w);
+    release(inp), release(out), release(same), release(packed), release(room), release(free_room), release((void *)w.data);
 }
 
 /* Sums of outer products against the plain loop that defines them. */
@@ -114,13 +124,27 @@ static void test_outer(const microkernels *m, ptrdiff_t M, ptrdiff_t N, ptrdiff_
 static void test_widen(const weight_format *format, ptrdiff_t K) {
     char name[80];
     float *out = numbers(K, 2);
-    void *w = weights(5 * K, 3, format);
+    const weight_matrix w = {weights(5, K, 3, format), 5, K};
     for (ptrdiff_t row = 0; row < 5; row += 2) {
-        format->widen(out, w, row, K);
+        format->widen(out, &w, row);
         snprintf(name, sizeof name, "widen K=%td row=%td %s", K, row, format->name);
         report(name, out, K);
     }
-    release(out), release(w);
+    release(out), release((void *)w.data);
+}
+
+/* A matrix of float32 in panels. Some blocks are zeros, one number is huge, others are subnormal. */
+static void test_quantise(const weight_format *const *formats, const weight_format *format, ptrdiff_t N, ptrdiff_t K) {
+    char name[80];
+    const ptrdiff_t Np = (N + 15) / 16 * 16, Kp = (K + 31) / 32 * 32, bytes = Np * Kp / 32 * (format->value_bytes + 2);
+    float *w = numbers(N * K, 6), *room = scratch(16 * (Kp + 16)), *out = numbers((bytes + 3) / 4, 0);
+    const weight_matrix matrix = {w, N, K};
+    for (ptrdiff_t i = 0; i < N * K / 3; i++) w[i] = i % 96 < 32 ? 0.0f : i % 96 < 64 ? ldexpf(w[i], -140) : w[i];
+    w[N * K / 2] = 4e5f;
+    const int held = format->quantise(out, formats[0], &matrix, 0, N, room);
+    snprintf(name, sizeof name, "quantise N=%td K=%td held=%d %s", N, K, held, format->name);
+    report(name, out, (bytes + 3) / 4);
+    release(w), release(room), release(out);
 }
 
 static void test_row(const microkernels *m, ptrdiff_t C) {
@@ -230,23 +254,36 @@ static void test_training(const microkernels *m, ptrdiff_t N, ptrdiff_t rows, in
     release(out), release(second), release(inp), release(x), release(weight), release(stats), release(v);
 }
 
-int main(void) {
+static const microkernels *named(const char *name) {
+    const microkernels *sets[] = {micro_baseline(), micro_avx2(), micro_avxvnni(), micro_avx512(), micro_avx512vnni(),
+                                  micro_neon(), micro_neondot()};
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
+        if (sets[i] && !strcmp(sets[i]->isa, name)) return sets[i];
+    return NULL;
+}
+
+int main(int argc, char **argv) {
     static const ptrdiff_t rows[] = {1, 2, 5, 20, 70}, outputs[] = {1, 7, 33, 48}, sizes[] = {1, 15, 16, 48, 87, 512};
     static const ptrdiff_t channels[] = {1, 15, 16, 17, 87, 768};
-    const microkernels *m = MICRO();
-    if (!m || !m->fused) {
+    const microkernels *m = argc == 2 ? named(argv[1]) : NULL;
+    if (!m) {
         fprintf(stderr, "this processor lacks the instruction set\n");
         return 1;
     }
     fprintf(stderr, "%s\n", m->isa);
-    for (const weight_format *format = m->formats; format->name; format++) {
+    for (const weight_format *const *each = m->formats; *each; each++) {
+        const weight_format *format = *each;
+        if (!m->fused && !format->quantise) continue; /* only these have the bits of the sets with FMA */
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             for (size_t n = 0; n < sizeof outputs / sizeof *outputs; n++)
                 for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) test_products(format, rows[r], outputs[n], sizes[k]);
             test_products(format, rows[r], 101, 700);
         }
         for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_widen(format, channels[c]);
+        for (size_t c = 0; format->quantise && c < sizeof channels / sizeof *channels; c++)
+            test_quantise(m->formats, format, 37, channels[c]);
     }
+    if (!m->fused) return 0;
     for (size_t c = 0; c < sizeof channels / sizeof *channels; c++) test_row(m, channels[c]);
     for (int way = 0; way < 4; way++) {
         test_outer(m, 1, 1, 1, way & 1, way >> 1);

@@ -9,7 +9,7 @@
  * So a register tile may hold any number of rows and outputs, and one row or a thousand give the same bits.
  *
  * Every weight format is one row of a table, weight_format; all other arrays are float32. Rows are contiguous along K, and
- * every leading dimension counts values. Nothing is allocated, nothing outside the given arrays is read (prefetches aside). */
+ * every leading dimension counts values. The quantised formats have an arithmetic of their own: quantised_body.h. Nothing is allocated, nothing outside the given arrays is read (prefetches aside). */
 #ifndef PYGPT_MICRO_H
 #define PYGPT_MICRO_H
 #include <stddef.h>
@@ -18,38 +18,51 @@ typedef struct { /* one step of AdamW; corrections are 1 / (1 - beta^step) */
     float lr, beta1, beta2, rest1, rest2, over_correction1, over_correction2, eps, decay, gradient_scale;
 } adamw_numbers;
 
-/* One weight format: how the numbers of a matrix (N, K) lie in memory, and the functions that compute with them. A block holds
- * block_values neighbours of one row in block_bytes bytes; a row's last block may be partly used. Row after row follows, or, in
- * an interleaved format, one group of rows after another; pointers into the matrix then begin at a whole group. */
-typedef struct {
+typedef struct { /* one layer's part of a tensor: N outputs of K weights each */
+    const void *data;
+    ptrdiff_t N, K;
+} weight_matrix;
+
+/* One weight format: how the numbers of a matrix lie in memory, and the functions that compute with them. A block holds
+ * block_values neighbours of one row: their values in value_bytes bytes, and scale_bytes bytes of what they share. Rows are
+ * interleaved in groups. The values of all groups come first, then their scales, filled up to a multiple of 64 bytes. The functions
+ * take outputs [start, stop) of a matrix, start at the beginning of a group, and number those of `out` from 0. */
+typedef struct weight_format weight_format;
+struct weight_format {
     const char *name;
-    int block_values, block_bytes;
+    int block_values, value_bytes, scale_bytes;
     int interleave; /* rows of a group: 1 where each row lies by itself */
-    int panel;      /* outputs of a packed panel: blocks of a multiple have no ragged edge */
+    int panel;      /* outputs of a register tile of product: blocks of a multiple have no ragged edge */
+    int narrow;     /* up to so many rows gemm is the faster one, beyond them product */
 
-    /* out[r * ldo + n] = dot(inp + r * ldi, row n of w) for r < rows, n < N: for a few rows. The weights stream from memory
-     * once, from a few far-apart places. `room`: the format's own, rows x (K rounded up to 16) float32 values, or NULL for
-     * float32. */
-    void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w,
-                 ptrdiff_t N, ptrdiff_t K, void *room);
+    /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows: for a few rows. The weights stream from memory
+     * once. `room` is scratch memory of rows x (K rounded up to 16) float32 values, for activations in another form; float32
+     * needs none and may get NULL. */
+    void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const weight_matrix *w,
+                 ptrdiff_t start, ptrdiff_t stop, void *room);
 
-    /* The same, bit for bit, for many rows and their weights, both packed before. Packed rows take (rows rounded up to 16) x (K
-     * rounded up to 16) float32 values at most; rows from a multiple r of 16 on may be taken alone, r x (K rounded up to 16)
-     * values further. Packed weights take (N rounded up to panels) x (K rounded up to 16) values at most, which should fit the
-     * second-level cache. pack_weights returns what product reads: `room`, or `w` where the format needs no packing. */
+    /* The same, bit for bit, for many rows. The rows are packed before: they take (rows rounded up to 16) x (K rounded up to 16)
+     * float32 values at most, and rows from a multiple r of 16 on may be taken alone, r x (K rounded up to 16) values further.
+     * The weights are packed into `room`, (outputs rounded up to panels) x (K rounded up to 16) float32 values, which should fit
+     * the second-level cache; a format that needs no packing has no pack_weights, and product takes NULL. */
     void (*pack_rows)(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K);
-    const void *(*pack_weights)(void *room, const void *w, ptrdiff_t N, ptrdiff_t K);
-    void (*product)(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_t rows, const void *packed_weights,
-                    ptrdiff_t N, ptrdiff_t K);
+    void (*pack_weights)(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop);
+    void (*product)(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_t rows, const weight_matrix *w,
+                    ptrdiff_t start, ptrdiff_t stop, const void *room);
 
-    void (*widen)(float *out, const void *w, ptrdiff_t row, ptrdiff_t K); /* out[k] = w[row][k] for k < K */
-} weight_format;
+    void (*widen)(float *out, const weight_matrix *w, ptrdiff_t row); /* out[k] = w[row][k] for k < K */
+
+    /* Quantised formats: write the groups [start, stop) of `out` from a matrix of the same shape in another format. `room`:
+     * (rows of a group) x (K rounded up to 32, and 16) float32 values. Returns whether every number could be held: finite, and not too
+     * large for a scale. NULL for the others. */
+    int (*quantise)(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, float *room);
+};
 
 typedef struct {
     const char *isa; /* "baseline", "avx2", ... */
     int fused;       /* whether multiply-add rounds once */
 
-    const weight_format *formats; /* float32 first; after the last, a row without a name */
+    const weight_format *const *formats; /* float32 first; after the last, NULL */
 
     /* out[m * ldo + n] = (add_to ? out[m * ldo + n] : 0) + sum over k < K, ascending, by FMA, of a[m * a_row + k * a_step] *
      * b[k * ldb + n], for m < M, n < N. `room`: outer_room values. */
@@ -90,7 +103,6 @@ typedef struct {
     void (*adamw)(float *p, const float *g, float *m, float *v, ptrdiff_t count, const adamw_numbers *numbers);
     double (*square_sum)(const float *g, ptrdiff_t count);
 
-    int narrow;           /* up to so many rows gemm is the faster one, beyond them product */
     int panel;            /* columns of a panel of outer: shares of a multiple have no ragged edge */
     ptrdiff_t outer_room; /* values */
 
@@ -101,9 +113,24 @@ typedef struct {
     void (*probe_stream)(float *p, const float *g, float *m, float *v, ptrdiff_t count); /* AdamW's reads and writes alone */
 } microkernels;
 
-/* Each returns NULL where the build or this processor lacks the instruction set. */
+/* Dots with the N rows of a float32 array. */
+static inline void gemm_floats(const weight_format *float32, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
+                               ptrdiff_t rows, const float *w, ptrdiff_t N, ptrdiff_t K) {
+    const weight_matrix matrix = {w, N, K};
+    float32->gemm(out, ldo, inp, ldi, rows, &matrix, 0, N, NULL);
+}
+
+/* Each returns NULL where the build or this processor lacks the instruction set. Two names of one width share every kernel but those
+ * of the quantised formats. */
 const microkernels *micro_baseline(void);
 const microkernels *micro_avx2(void);
+const microkernels *micro_avxvnni(void);
 const microkernels *micro_avx512(void);
+const microkernels *micro_avx512vnni(void);
 const microkernels *micro_neon(void);
+const microkernels *micro_neondot(void);
+
+/* The quantised formats of each instruction set (quantised_body.h): q8_0, then q4_0. */
+extern const weight_format quantised_baseline[2], quantised_avx2[2], quantised_avxvnni[2], quantised_avx512vnni[2],
+    quantised_neon[2], quantised_neondot[2];
 #endif

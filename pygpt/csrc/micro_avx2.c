@@ -6,8 +6,8 @@
 #else
 #pragma GCC target("avx2,fma")
 #endif
+#include <cpuid.h>
 #include <immintrin.h>
-#define ISA "avx2"
 #define W 8
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
 #define FUSED 1
@@ -20,15 +20,31 @@
 #define MIX_ROWS 3
 #define MIX_VECS 2
 #include "micro_body.h"
+TABLE(avx2, quantised_avx2)
+TABLE(avxvnni, quantised_avxvnni)
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC reset_options
 #endif
 
-const microkernels *micro_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &table : NULL;
+/* Two features that older compilers cannot ask for by name. That the system keeps the registers follows from AVX2. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+static int has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+
+const microkernels *micro_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() ? &table_avx2 : NULL;
+}
+
+const microkernels *micro_avxvnni(void) { return has_avxvnni() && micro_avx2() ? &table_avxvnni : NULL; }
 #else
 const microkernels *micro_avx2(void) { return NULL; }
+const microkernels *micro_avxvnni(void) { return NULL; }
 #endif

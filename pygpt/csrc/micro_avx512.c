@@ -7,7 +7,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #endif
 #include <immintrin.h>
-#define ISA "avx512"
 #define W 16
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
 #define FUSED 1
@@ -20,6 +19,8 @@
 #define MIX_ROWS 4
 #define MIX_VECS 4
 #include "micro_body.h"
+TABLE(avx512, quantised_avx2)
+TABLE(avx512vnni, quantised_avx512vnni)
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -28,10 +29,15 @@
 
 const microkernels *micro_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")
-               ? &table
+                   __builtin_cpu_supports("avx512dq") && micro_avx2() /* whose quantised kernels serve here, too */
+               ? &table_avx512
                : NULL;
+}
+
+const microkernels *micro_avx512vnni(void) {
+    return __builtin_cpu_supports("avx512vnni") && micro_avx512() ? &table_avx512vnni : NULL;
 }
 #else
 const microkernels *micro_avx512(void) { return NULL; }
+const microkernels *micro_avx512vnni(void) { return NULL; }
 #endif

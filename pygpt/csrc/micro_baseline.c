@@ -1,6 +1,5 @@
 /* Microkernels for any processor: 128-bit vectors, product and sum rounded apart. Equal to itself for every thread count,
  * batch and cache use, but not to the bits of the sets with FMA. */
-#define ISA "baseline"
 #define W 4
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define FUSED 0
@@ -13,5 +12,6 @@
 #define MIX_ROWS 1
 #define MIX_VECS 2
 #include "micro_body.h"
+TABLE(baseline, quantised_baseline)
 
-const microkernels *micro_baseline(void) { return &table; }
+const microkernels *micro_baseline(void) { return &table_baseline; }

@@ -1,10 +1,11 @@
 /* The microkernels' one source. The including file sets, before it includes this:
- *   ISA        the set's name          W           floats in one register (16, 8 or 4)
+ *   W          floats in one register (16, 8 or 4)
  *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
- * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. */
+ * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. After the include, TABLE(name, quantised)
+ * makes the set's table. */
 #include "micro.h"
 
 #include <math.h>
@@ -71,14 +72,14 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
     memcpy(p, buffer, n * sizeof *p);
 }
 
-/* The weight formats whose values lie one by one: name, bytes of a value, and W values from i on as float32. The bits 0 must mean
- * 0. From a line here follow the functions of the format and its row in the table. A bfloat16 is the upper half of its float32. */
+/* The weight formats of single values: name, bytes of a value, W values from i on as float32. A line here makes the functions of the
+ * format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
 #define EACH_FORMAT(f)                                                \
     f(float32, 4, *(const vec_unaligned *)((const float *)w + i))     \
     f(bfloat16, 2, (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16))
 
 #define KIND(name, bytes, load) KIND_##name,
-enum { EACH_FORMAT(KIND) }; /* a format as a constant: every function below that takes one is inlined for each */
+enum { EACH_FORMAT(KIND) }; /* constants: functions that take one are inlined, once for each format */
 #undef KIND
 
 INLINE ptrdiff_t value_bytes(const int kind) {
@@ -473,8 +474,9 @@ INLINE void pack_weights_of(float *packed, const char *w, ptrdiff_t N, ptrdiff_t
                    n < N ? N - n : 0, K, kind);
 }
 
-static void product(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_t rows, const void *packed_weights,
-                    ptrdiff_t N, ptrdiff_t K) {
+static void product(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_t rows, const weight_matrix *w,
+                    ptrdiff_t start, ptrdiff_t stop, const void *packed_weights) {
+    const ptrdiff_t N = stop - start, K = w->K;
     const ptrdiff_t steps = (K + LANES - 1) / LANES;
     for (ptrdiff_t r = 0; r < rows; r += TILE_ROWS) {
         const float *a = (const float *)packed_rows + r / LANES * (steps * LANES * LANES) + r % LANES;
@@ -779,41 +781,44 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-#define FUNCTIONS(name, bytes, load)                                                                                     \
-    static void gemm_##name(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const void *w,   \
-                            ptrdiff_t N, ptrdiff_t K, void *room) {                                                      \
+#define FUNCTIONS(id, bytes, load)                                                                                       \
+    static void gemm_##id(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,                    \
+                            const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {                       \
+        const char *from = (const char *)w->data + start * w->K * bytes;                                                 \
         (void)room;                                                                                                      \
         if (rows == 1)                                                                                                   \
-            gemm_of(STREAMS, out, ldo, inp, ldi, 1, w, N, K, KIND_##name);                                               \
+            gemm_of(STREAMS, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                                \
         else                                                                                                             \
-            gemm_of(NR, out, ldo, inp, ldi, rows, w, N, K, KIND_##name);                                                 \
+            gemm_of(NR, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                  \
     }                                                                                                                    \
-    static const void *pack_weights_##name(void *room, const void *w, ptrdiff_t N, ptrdiff_t K) {                        \
-        pack_weights_of(room, w, N, K, KIND_##name);                                                                     \
-        return room;                                                                                                     \
+    static void pack_weights_##id(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {                 \
+        pack_weights_of(room, (const char *)w->data + start * w->K * bytes, stop - start, w->K, KIND_##id);              \
     }                                                                                                                    \
-    static void widen_##name(float *out, const void *w, ptrdiff_t row, ptrdiff_t K) {                                    \
+    static void widen_##id(float *out, const weight_matrix *w, ptrdiff_t row) {                                          \
+        const char *from = (const char *)w->data + row * w->K * bytes;                                                   \
         ptrdiff_t k = 0;                                                                                                 \
-        for (; k + LANES <= K; k += LANES) store(out + k, load_weights(w, row * K + k, KIND_##name));                    \
-        if (k < K) store_tail(out + k, load_weights_tail(w, row * K + k, K - k, KIND_##name), K - k);                    \
-    }
+        for (; k + LANES <= w->K; k += LANES) store(out + k, load_weights(from, k, KIND_##id));                          \
+        if (k < w->K) store_tail(out + k, load_weights_tail(from, k, w->K - k, KIND_##id), w->K - k);                    \
+    }                                                                                                                    \
+    static const weight_format format_##id = {                                                                           \
+        .name = #id, .block_values = 1, .value_bytes = bytes, .interleave = 1, .panel = PANEL, .narrow = NARROW,         \
+        .gemm = gemm_##id, .pack_rows = pack_rows, .pack_weights = pack_weights_##id, .product = product,                \
+        .widen = widen_##id,                                                                                             \
+    };
 EACH_FORMAT(FUNCTIONS)
 #undef FUNCTIONS
 
-static const weight_format formats[] = {
-#define ROW(name, bytes, load) \
-    {#name, 1, bytes, 1, PANEL, gemm_##name, pack_rows, pack_weights_##name, product, widen_##name},
-    EACH_FORMAT(ROW)
-#undef ROW
-    {0},
-};
-
-static const microkernels table = {
-    .isa = ISA, .fused = FUSED, .formats = formats, .outer = outer, .layernorm = layernorm,
-    .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,
-    .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,
-    .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,
-    .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw, .square_sum = square_sum,
-    .narrow = NARROW, .panel = PANEL, .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * LANES,
-    .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS, .probe_stream = probe_stream,
-};
+/* An instruction set's table: its name, and where its quantised formats are. The including file makes one or more. */
+#define ROW(name, bytes, load) &format_##name,
+#define TABLE(set, quantised)                                                                                            \
+    static const weight_format *const formats_##set[] = {EACH_FORMAT(ROW) &quantised[0], &quantised[1], NULL};           \
+    static const microkernels table_##set = {                                                                            \
+        .isa = #set, .fused = FUSED, .formats = formats_##set, .outer = outer, .layernorm = layernorm,                   \
+        .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,                    \
+        .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,                                      \
+        .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,                  \
+        .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw,                        \
+        .square_sum = square_sum, .panel = PANEL, .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * LANES,        \
+        .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,                          \
+        .probe_stream = probe_stream,                                                                                    \
+    };

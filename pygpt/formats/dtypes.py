@@ -1,8 +1,8 @@
-"""The weight formats, one row each: how numbers are stored, and how float32 values become such numbers and come back.
+"""The weight formats, one row each: how numbers are stored, and their conversion from and to float32.
 
-A format is known to the readers and writers of files by its row here, and to the kernels by the row of the same name in
-micro.h's table. A format whose row is only here can be read and converted, but no model computes with it.
-docs/add-a-weight-format.md says how to add one.
+Readers and writers of files use the rows of this table. The kernels have a table of their own (csrc/micro.h), whose rows have
+the same names. A format without a row there can be read and converted, but a model cannot compute with it.
+docs/add-a-weight-format.md says how to add a format.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Format:
         return f"Format({self.name})"
 
     def size(self, values: int) -> int:
-        """Bytes of so many values, a multiple of block_values."""
+        """Return the bytes of so many values, a multiple of block_values."""
         return values // self.block_values * self.block_bytes
 
     def values(self, data: memoryview) -> "npt.NDArray[np.float32]":

@@ -1,6 +1,9 @@
 """NEON gives the same bits as the x86-64 sets with FMA. Every kernel is cross-compiled for aarch64 and runs in an emulator.
 
-Needs an x86-64 machine with FMA, a C compiler, and Debian's gcc-aarch64-linux-gnu and qemu-user. Elsewhere the test is skipped.
+The kernels are compiled here, so this is also where the format of docs/add-a-weight-format.md is added and tried.
+
+Needs an x86-64 machine with FMA and a C compiler, for NEON also Debian's gcc-aarch64-linux-gnu and qemu-user. Elsewhere the
+tests are skipped.
 """
 
 import ast
@@ -15,36 +18,47 @@ import pytest
 from pygpt import cpu_info
 
 ROOT = Path(__file__).resolve().parents[2]
-FUSED = [isa for isa in cpu_info()["available"] if isa in ("avx2", "avx512")]
+FUSED = [isa for isa in cpu_info()["available"] if isa != "baseline"]
 NATIVE, CROSS = shutil.which("cc") or shutil.which("gcc"), shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64" or not FUSED, reason="needs an x86-64 machine with FMA to compare with"),
     pytest.mark.skipif(not NATIVE, reason="needs a C compiler"),
-    pytest.mark.skipif(not CROSS, reason="needs aarch64-linux-gnu-gcc (Debian: gcc-aarch64-linux-gnu)"),
-    pytest.mark.skipif(not EMULATOR, reason="needs qemu-aarch64 (Debian: qemu-user)"),
 ]
+SOURCES = ROOT / "pygpt" / "csrc"
 
 
-def results(folder: Path, isa: str) -> dict[str, str]:
-    """Compile the harness with the kernels of one set and the flags of setup.py; run it; return the hash of each case."""
-    compiler, emulator = ([CROSS, "-static"], [EMULATOR]) if isa == "neon" else ([NATIVE], [])
+def build(folder: Path, csrc: Path = SOURCES, *, cross: bool = False) -> list[str]:
+    """Compile the harness with every set's kernels and the build's own flags: the command that runs it."""
     found = re.search(r"^FLAGS = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert found
-    flags = [*ast.literal_eval(found[1]), "-I", str(ROOT / "pygpt" / "csrc"), f"-DMICRO=micro_{isa}"]
-    sources = [str(ROOT / "pygpt" / "csrc" / f"micro_{isa}.c"), str(ROOT / "tests" / "neon_harness.c")]
-    program = str(folder / isa)
-    for command in [*compiler, *flags, *sources, "-lm", "-o", program], [*emulator, program]:
-        assert None not in command
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=100, check=False)
-        assert done.returncode == 0, done.stderr
+    assert NATIVE and (CROSS or not cross)
+    compiler = [CROSS, "-static"] if cross and CROSS else [NATIVE]
+    program = str(folder / ("cross" if cross else "native"))
+    sources = [*csrc.glob("micro_*.c"), *csrc.glob("quantised_*.c"), ROOT / "tests" / "neon_harness.c"]
+    run([*compiler, *ast.literal_eval(found[1]), "-I", str(csrc), *map(str, sources), "-lm", "-o", program])
+    return [EMULATOR, program] if cross and EMULATOR else [program]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def results(program: list[str], isa: str) -> dict[str, str]:
+    """Run a set's kernels: the hash of each case."""
+    done = run([*program, isa])
     assert done.stderr == f"{isa}\n"
     return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
 
 
+@pytest.mark.skipif(not CROSS, reason="needs aarch64-linux-gnu-gcc (Debian: gcc-aarch64-linux-gnu)")
+@pytest.mark.skipif(not EMULATOR, reason="needs qemu-aarch64 (Debian: qemu-user)")
 def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
-    neon = results(tmp_path, "neon")
+    cross, native = build(tmp_path, cross=True), build(tmp_path)
+    neon = results(cross, "neon")
     kernels = {name.split()[0] for name in neon}
     assert kernels >= {
         "gemm",
@@ -57,6 +71,7 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
         "softmax",
         "mix",
         "widen",
+        "quantise",
         "exps",
         "add_rows",
         "gelu_backward",
@@ -68,7 +83,34 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
     }
     cases = {name: value for name, value in neon.items() if not name.startswith("product") and "in place" not in name}
     assert len(set(cases.values())) > 0.95 * len(cases)  # the cases really differ
+    assert results(cross, "neondot") == neon
     for isa in FUSED:
-        expected = results(tmp_path, isa)
+        expected = results(native, isa)
         assert list(neon) == list(expected)
         assert [name for name in neon if neon[name] != expected[name]] == [], isa
+
+
+def test_the_baseline_gives_the_same_bits_for_quantised_weights(tmp_path: Path) -> None:
+    program = build(tmp_path)
+    baseline, expected = results(program, "baseline"), results(program, FUSED[0])
+    assert {name.split()[0] for name in baseline} == {"gemm", "product", "widen", "quantise"}
+    assert {name.split()[-1] for name in baseline} == {"q8_0", "q4_0"}
+    assert baseline.items() <= expected.items()
+
+
+def test_the_format_of_the_guide(tmp_path: Path) -> None:
+    """What the guide says to add for float16 is all that the kernels need."""
+    guide = (ROOT / "docs" / "add-a-weight-format.md").read_text()
+    line, function = re.findall(r"```c\n(.*?)```", guide, re.DOTALL)[:2]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(SOURCES, csrc)
+    body = (csrc / "micro_body.h").read_text()
+    rows = re.search(r"#define EACH_FORMAT\(f\)(?:[^\\\n]*\\\n)+.*", body)
+    assert rows
+    (csrc / "micro_body.h").write_text(body.replace(rows[0], f"{function}\n{rows[0]} \\\n{line}"))
+    program = build(tmp_path, csrc)
+    found = [results(program, isa) for isa in FUSED]
+    float16 = {name for name in found[0] if name.endswith(" float16")}
+    assert {name.split()[0] for name in float16} == {"gemm", "product", "widen"}
+    assert len(float16) * 3 == sum(name.endswith((" float32", " bfloat16", " float16")) for name in found[0])
+    assert all(cases == found[0] for cases in found)

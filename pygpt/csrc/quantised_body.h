@@ -1,0 +1,286 @@
+/* The kernels of the quantised formats q8_0 and q4_0: one source, compiled for each instruction set that has an integer dot of its own.
+ *
+ * Layout. A matrix of N outputs and K inputs lies in panels of 16 outputs, N padded to 16 and K to groups of 32 with zeros:
+ *   q8_0 values  int8  [N/16][K/4][16][4]
+ *   q4_0 values  uint8 [N/16][K/8][16][4]: low nibbles inputs 8i to 8i+3, high nibbles 8i+4 to 8i+7; the number is nibble - 8
+ *   then scales  float16 [N/16][K/32][16], for a group of 32 inputs of one output each
+ * So 64 bytes hold one or two steps of four inputs for 16 outputs, and lanes are outputs in every instruction set.
+ *
+ * Arithmetic, the same bits in every set:
+ *   rows      per group of 32: s = max|x| / 127 and q = x * (127 / max) rounded to nearest, ties to even. Where max is so small that 127 / max
+ *             is infinite, q is 0; where it is not finite, q is 0 and s is NaN, so that it shows
+ *   products  per output one chain over ascending groups, from 0: sum = fma((float)(sum of q * q), weight scale * s, sum). The integer
+ *             sum is below 2^24, so exact however it is computed
+ *
+ * The including file sets:
+ *   W            int32 or float32 lanes of a register (16, 8 or 4)
+ *   FMA(a,b,c)   a * b + c, rounded once          HALVES(p)  W float16 values from p on as float32
+ *   PREPARE(w)   a register of int8 weights as DOT8 takes them; BIAS is what that adds to each
+ *   DOT8(sum, w, prepared, x)   sum[l] += four products of lane l, int8 weights and int8 x
+ *   DOT4(sum, w, x)             the same for weights from 0 to 15
+ *   START4(n), FINISH4(sum, n)  where DOT4 begins, and the int32 sums plus n at the end of a group
+ *   STREAMS      panels read side by side for one row          TALL  rows of gemm's tallest tile, 4 or 8
+ *   TILE_ROWS, TILE_PANELS      register tile of product; TILE_ROWS divides 16
+ * and afterwards makes the table with QUANTISED(set). */
+#include "micro.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define OUTPUTS 16 /* of a panel */
+#define GROUP 32   /* inputs with one scale */
+#define NV (OUTPUTS / W)
+#define BAND 16 /* rows that are packed together */
+#define FEW 16  /* so few rows that each worker packs them for itself rather than wait for the others */
+#define PREFETCH 2048 /* bytes ahead of a tile's own loads */
+#define TILE_LIMIT 64 /* sums of the largest tile, registers or not */
+
+typedef float vec __attribute__((vector_size(W * 4)));
+typedef float vec_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(W * 4)));
+typedef int32_t ivec_unaligned __attribute__((vector_size(W * 4), aligned(1), may_alias));
+typedef int32_t int_unaligned __attribute__((aligned(1), may_alias));
+
+enum { Q8 = 8, Q4 = 4 }; /* bits of a weight: a constant that every function below is inlined for */
+
+INLINE vec broadcast(float x) { return x - (vec){0}; }
+INLINE ivec broadcast_int(int32_t x) { return x - (ivec){0}; }
+INLINE ivec load_int(const void *p) { return *(const ivec_unaligned *)p; }
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+INLINE ptrdiff_t groups_of(ptrdiff_t K) { return (K + GROUP - 1) / GROUP; }
+INLINE ptrdiff_t panels_of(ptrdiff_t N) { return (N + OUTPUTS - 1) / OUTPUTS; }
+
+/* Where one panel's values and scales begin. */
+INLINE const char *values_of(const weight_matrix *w, ptrdiff_t panel, const int bits) {
+    return (const char *)w->data + panel * groups_of(w->K) * (GROUP * OUTPUTS * bits / 8);
+}
+
+INLINE const uint16_t *scales_of(const weight_matrix *w, ptrdiff_t panel, const int bits) {
+    return (const uint16_t *)values_of(w, panels_of(w->N), bits) + panel * groups_of(w->K) * OUTPUTS;
+}
+
+/* ---------------------------------------------------------------------------------------- rows */
+
+/* A quantised row: int8 values, zeros up to a whole group; then for each group its scale, then its sum. */
+INLINE ptrdiff_t row_bytes(ptrdiff_t K) { return groups_of(K) * (GROUP + 8); }
+INLINE char *row_at(const void *packed, ptrdiff_t r, ptrdiff_t K) {
+    return (char *)packed + r / BAND * BAND * ((K + 15) / 16 * 16 * 4) + r % BAND * row_bytes(K);
+}
+
+/* One group of a row; `inp` has 32 values. */
+INLINE void quantise_group(char *values, float *scale, int32_t *sum, const float *inp) {
+    const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
+    vec x[GROUP / W];
+    ivec top = {0};
+    UNROLL for (int i = 0; i < GROUP / W; i++) {
+        x[i] = *(const vec_unaligned *)(inp + i * W);
+        const ivec size = (ivec)x[i] & 0x7fffffff; /* as integers the sizes have the order of floats, and NaN is the greatest */
+        top = (size & (size > top)) | (top & ~(size > top));
+    }
+    int32_t bits = top[0];
+    UNROLL for (int l = 1; l < W; l++) bits = top[l] > bits ? top[l] : bits;
+    float max, inverse;
+    memcpy(&max, &bits, sizeof max);
+    inverse = 127.0f / max;
+    *scale = max < INFINITY ? max / 127.0f : NAN;
+    if (!(inverse < INFINITY && max < INFINITY)) inverse = 0.0f;
+    ivec total = {0};
+    UNROLL for (int i = 0; i < GROUP / W; i++) {
+        const vec scaled = inverse == 0.0f ? (vec){0} : x[i] * broadcast(inverse);
+        const ivec q = (ivec)(scaled + broadcast(ROUND)) - 0x4b400000;
+        total += q;
+        UNROLL for (int l = 0; l < W; l++) values[i * W + l] = (char)q[l];
+    }
+    *sum = total[0];
+    UNROLL for (int l = 1; l < W; l++) *sum += total[l];
+}
+
+static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
+    const ptrdiff_t groups = groups_of(K);
+    for (ptrdiff_t r = 0; r < rows; r++, inp += ldi) {
+        char *values = row_at(packed, r, K);
+        float *scales = (float *)(values + groups * GROUP);
+        int32_t *sums = (int32_t *)(scales + groups);
+        ptrdiff_t g = 0;
+        for (; g < K / GROUP; g++) quantise_group(values + g * GROUP, scales + g, sums + g, inp + g * GROUP);
+        if (g < groups) {
+            float rest[GROUP] = {0};
+            memcpy(rest, inp + g * GROUP, (K - g * GROUP) * sizeof *rest);
+            quantise_group(values + g * GROUP, scales + g, sums + g, rest);
+        }
+    }
+}
+
+/* ---------------------------------------------------------------------------------------- products */
+
+/* The integer sums of one group, rows x panels: for the outputs from h * W on of each panel. */
+INLINE void dot_group(const int bits, const int rows, const int panels, ivec *sum, const char *const *weights, const char *row,
+                      ptrdiff_t step, int h) {
+    const ivec low = broadcast_int(0x0f0f0f0f);
+    UNROLL for (int k = 0; k < GROUP; k += 32 / bits) {
+        ivec w[8], other[8]; /* the same weights prepared; or the high nibbles */
+        UNROLL for (int p = 0; p < panels; p++) {
+            const char *from = weights[p] + k * OUTPUTS * bits / 8;
+            w[p] = load_int(from + h * W * 4);
+            if (bits == Q8)
+                other[p] = PREPARE(w[p]);
+            else
+                other[p] = (w[p] >> 4) & low, w[p] = w[p] & low;
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            const ivec x = broadcast_int(*(const int_unaligned *)(row + r * step + k));
+            const ivec next = broadcast_int(bits == Q4 ? *(const int_unaligned *)(row + r * step + k + 4) : 0);
+            UNROLL for (int p = 0; p < panels; p++) {
+                ivec *to = sum + r * panels + p;
+                *to = bits == Q8 ? DOT8(*to, w[p], other[p], x) : DOT4(DOT4(*to, w[p], x), other[p], next);
+            }
+        }
+    }
+}
+
+/* One register tile: `rows` packed rows times `panels` panels of weights, `apart` from one to the next; the last one may be the
+ * matrix's last and ragged. out[r * ldo + p * apart * 16 + n]. */
+INLINE void tile(const int bits, const int rows, const int panels, const int prefetch, float *out, ptrdiff_t ldo, const char *row,
+                 const weight_matrix *w, ptrdiff_t panel, ptrdiff_t apart) {
+    const ptrdiff_t groups = groups_of(w->K), step = row_bytes(w->K);
+    const char *weights[8];
+    const uint16_t *scales[8];
+    vec acc[TILE_LIMIT];
+    UNROLL for (int p = 0; p < panels; p++) {
+        weights[p] = values_of(w, panel + p * apart, bits);
+        scales[p] = scales_of(w, panel + p * apart, bits);
+    }
+    _Pragma("GCC unroll 64") for (int i = 0; i < rows * panels * NV; i++) acc[i] = (vec){0};
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        const float *row_scale = (const float *)(row + groups * GROUP) + g;
+        if (prefetch)
+            UNROLL for (int p = 0; p < panels; p++)
+                UNROLL for (int line = 0; line < GROUP * bits / 8 * OUTPUTS; line += 64)
+                    __builtin_prefetch(weights[p] + line + PREFETCH);
+        _Pragma("GCC unroll 1") for (int h = 0; h < NV; h++) { /* its sums wait in memory: a group has few registers to spare */
+            ivec sum[TILE_LIMIT];
+            int32_t offset[BAND];
+            UNROLL for (int r = 0; r < rows; r++) {
+                offset[r] = ((const int32_t *)(row_scale + groups))[r * (step / 4)] * -(bits == Q8 ? BIAS : 8);
+                UNROLL for (int p = 0; p < panels; p++)
+                    sum[r * panels + p] = bits == Q8 ? BIAS ? broadcast_int(offset[r]) : (ivec){0} : START4(offset[r]);
+            }
+            dot_group(bits, rows, panels, sum, weights, row + g * GROUP, step, h);
+            UNROLL for (int p = 0; p < panels; p++) {
+                const vec scale = HALVES(scales[p] + h * W);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const ivec whole = bits == Q8 ? sum[r * panels + p] : FINISH4(sum[r * panels + p], offset[r]);
+                    vec *to = acc + (r * panels + p) * NV + h;
+                    *to = FMA(__builtin_convertvector(whole, vec), scale * broadcast(row_scale[r * (step / 4)]), *to);
+                }
+            }
+        }
+        UNROLL for (int p = 0; p < panels; p++) weights[p] += GROUP * OUTPUTS * bits / 8, scales[p] += OUTPUTS;
+    }
+    UNROLL for (int p = 0; p < panels; p++) {
+        const ptrdiff_t count = w->N - (panel + p * apart) * OUTPUTS;
+        UNROLL for (int r = 0; r < rows; r++) {
+            float *to = out + r * ldo + p * apart * OUTPUTS, whole[OUTPUTS];
+            UNROLL for (int h = 0; h < NV; h++) *(vec_unaligned *)((count < OUTPUTS ? whole : to) + h * W) = acc[(r * panels + p) * NV + h];
+            if (count < OUTPUTS) memcpy(to, whole, count * sizeof *to);
+        }
+    }
+}
+
+/* A few rows against all panels from `start` on; `panels` at a time, from as many equal parts, which are so many streams from memory. */
+INLINE void gemm_of(const int bits, const int rows, const int panels, float *out, ptrdiff_t ldo, const char *row,
+                    const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {
+    const ptrdiff_t first = start / OUTPUTS, part = (panels_of(stop) - first) / panels;
+    for (ptrdiff_t n = 0; n < part; n++) tile(bits, rows, panels, 1, out + n * OUTPUTS, ldo, row, w, first + n, part);
+    for (ptrdiff_t n = part * panels; n < panels_of(stop) - first; n++)
+        tile(bits, rows, 1, 1, out + n * OUTPUTS, ldo, row, w, first + n, 0);
+}
+
+/* Tiles as tall as the rows, up to TALL; the rest in two halves. */
+INLINE void gemm(const int bits, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
+                 const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {
+    pack_rows(room, inp, ldi, rows, w->K);
+    for (ptrdiff_t r = 0, tall; r < rows; r += tall) {
+        tall = rows - r <= TALL ? rows - r : rows - r < 2 * TALL ? (rows - r + 1) / 2 : TALL;
+        if (r / BAND != (r + tall - 1) / BAND) tall = BAND - r % BAND;
+        switch (tall) {
+#define ROWS(count, panels) \
+    case count: gemm_of(bits, count, panels, out + r * ldo, ldo, row_at(room, r, w->K), w, start, stop); break
+            ROWS(1, STREAMS);
+            ROWS(2, TILE_LIMIT / NV < 8 ? 1 : 2);
+            ROWS(3, TILE_LIMIT / NV < 8 ? 1 : 2);
+            ROWS(4, TILE_LIMIT / NV < 8 ? 1 : 2);
+#if TALL > 4
+            ROWS(5, 1);
+            ROWS(6, 1);
+            ROWS(7, 1);
+            ROWS(8, 1);
+#endif
+#undef ROWS
+        }
+    }
+}
+
+/* Many rows: a few panels at a time stay in the first-level cache while the rows pass. */
+INLINE void product(const int bits, float *out, ptrdiff_t ldo, const void *packed, ptrdiff_t rows, const weight_matrix *w,
+                    ptrdiff_t start, ptrdiff_t stop) {
+    const ptrdiff_t first = start / OUTPUTS, last = panels_of(stop);
+    ptrdiff_t n = first;
+#define BAND_OF(panels)                                                                                                  \
+    for (; n + panels <= last; n += panels) {                                                                            \
+        float *to = out + (n - first) * OUTPUTS;                                                                         \
+        ptrdiff_t r = 0;                                                                                                 \
+        for (; r + TILE_ROWS <= rows; r += TILE_ROWS)                                                                    \
+            tile(bits, TILE_ROWS, panels, 0, to + r * ldo, ldo, row_at(packed, r, w->K), w, n, 1);                       \
+        for (; r < rows; r++) tile(bits, 1, panels, 0, to + r * ldo, ldo, row_at(packed, r, w->K), w, n, 1);             \
+    }
+    BAND_OF(TILE_PANELS)
+    BAND_OF(1)
+#undef BAND_OF
+}
+
+/* ---------------------------------------------------------------------------------------- one row as numbers */
+
+INLINE void widen(const int bits, float *out, const weight_matrix *w, ptrdiff_t row) {
+    const char *values = values_of(w, row / OUTPUTS, bits) + row % OUTPUTS * 4;
+    const uint16_t *scales = scales_of(w, row / OUTPUTS, bits) + row % OUTPUTS;
+    for (ptrdiff_t k = 0; k < w->K; k++) {
+        const char byte = values[k / (32 / bits) * (OUTPUTS * 4) + k % 4];
+        const int number = bits == Q8 ? (signed char)byte : (byte >> (k & 4) & 15) - 8;
+        uint16_t scale[W] = {scales[k / GROUP * OUTPUTS]};
+        out[k] = HALVES(scale)[0] * (float)number; /* exact: 11 bits times 8 */
+    }
+}
+
+#include "quantise.h"
+
+/* ---------------------------------------------------------------------------------------- the table */
+
+#define EACH_QUANTISED(f) f(q8_0, Q8) f(q4_0, Q4)
+#define FUNCTIONS(name, bits)                                                                                            \
+    static void gemm_##name(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,                  \
+                            const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {                       \
+        gemm(bits, out, ldo, inp, ldi, rows, w, start, stop, room);                                                      \
+    }                                                                                                                    \
+    static void product_##name(float *out, ptrdiff_t ldo, const void *packed, ptrdiff_t rows, const weight_matrix *w,    \
+                               ptrdiff_t start, ptrdiff_t stop, const void *room) {                                      \
+        (void)room;                                                                                                      \
+        product(bits, out, ldo, packed, rows, w, start, stop);                                                           \
+    }                                                                                                                    \
+    static void widen_##name(float *out, const weight_matrix *w, ptrdiff_t row) { widen(bits, out, w, row); }            \
+    static int quantise_##name(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start,            \
+                               ptrdiff_t stop, float *room) {                                                            \
+        return quantise(bits, out, from, w, start, stop, room);                                                          \
+    }
+EACH_QUANTISED(FUNCTIONS)
+#undef FUNCTIONS
+
+#define ROW(id, bits)                                                                                                    \
+    {.name = #id, .block_values = GROUP, .value_bytes = GROUP * bits / 8, .scale_bytes = 2, .interleave = OUTPUTS,       \
+     .panel = TILE_PANELS * OUTPUTS, .narrow = FEW, .gemm = gemm_##id, .pack_rows = pack_rows, .product = product_##id,  \
+     .widen = widen_##id, .quantise = quantise_##id},
+#define QUANTISED(set) const weight_format quantised_##set[2] = {EACH_QUANTISED(ROW)};
