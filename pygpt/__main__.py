@@ -1,7 +1,7 @@
 """The `pygpt` command: complete token ids, or run a subcommand.
 
-`python -m pygpt 31373 612` completes ids (commands/complete.py). `python -m pygpt train ...` runs commands/train. Only the
-module of the command that runs is imported.
+`python -m pygpt 31373 612` completes ids (commands/complete.py). `python -m pygpt train ...` runs commands/train. This module
+imports only the chosen command.
 """
 
 import signal
@@ -17,7 +17,7 @@ from .commands.console import complain, import_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name; return its exit status."""
+    """Run the command named by the first argument; return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     first = arguments[0] if arguments else ""
     if first in COMMANDS:

@@ -34,6 +34,8 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_SPACE}])")
 
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that are printable in Latin-1
+
 _loading = threading.Lock()
 
 
@@ -139,19 +141,30 @@ def _load() -> "tuple[list[bytes], tiktoken.Encoding]":
 
 
 def _read_tokens(path: str) -> list[bytes]:
-    """Read vocab.bpe: the bytes of every ordinary token in the order of their ids.
+    """Read vocab.bpe: the bytes of every ordinary token in the order of their ids."""
+    tokens, _ = spelled_vocabulary(path)
+    byte_of = dict(zip(_symbols(), _order(), strict=True))
+    return [bytes([byte_of[char] for char in token]) for token in tokens]
+
+
+def spelled_vocabulary(path: str = VOCABULARY_FILE) -> tuple[list[str], list[str]]:
+    """Return every ordinary token in the order of their ids, and the merges, as vocab.bpe spells them.
 
     First come the 256 single bytes, the 188 printable ones of Latin-1 before the other 68; then one token a line, the
     two it is merged from. The file spells a byte as its Latin-1 character if printable, else as U+0100 and up.
     """
-    text = _read_checked(path).decode("utf-8")
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    _version, *merges = text.splitlines()
-    return [bytes([byte]) for byte in printable + others] + [
-        bytes([byte_of[char] for char in merge.replace(" ", "")]) for merge in merges
-    ]
+    _version, *merges = _read_checked(path).decode("utf-8").splitlines()
+    return _symbols() + [merge.replace(" ", "") for merge in merges], merges
+
+
+def _order() -> list[int]:
+    """The 256 bytes in the order of their ids."""
+    return _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]
+
+
+def _symbols() -> list[str]:
+    """How vocab.bpe spells the 256 bytes, in the order of their ids."""
+    return [*map(chr, _PRINTABLE), *(chr(0x100 + i) for i in range(256 - len(_PRINTABLE)))]
 
 
 def _read_checked(path: str) -> bytes:

@@ -273,6 +273,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s\n", m->isa);
     for (const weight_format *const *each = m->formats; *each; each++) {
         const weight_format *format = *each;
+        state = 0; /* the same inputs whatever comes before */
         if (!m->fused && !format->quantise) continue; /* only these have the bits of the sets with FMA */
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             for (size_t n = 0; n < sizeof outputs / sizeof *outputs; n++)

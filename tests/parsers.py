@@ -1,7 +1,7 @@
-"""Parsers of the file formats, written apart from pygpt's with struct and json alone: what they find sound, pygpt must read,
-and to the same values; everything else it must refuse. None stands for a file that is not sound.
+"""Parsers of the file formats, apart from pygpt's and with struct and json alone. A file that a parser finds sound pygpt must
+read, to the same values. Any other file it must refuse. None stands for a file that is not sound.
 
-Sources: llm.c, train_gpt2.py and dev/data/data_common.py; the description of safetensors; transformers, modeling_gpt2.py.
+Sources: llm.c, train_gpt2.py and dev/data/data_common.py; the description of safetensors.
 """
 
 import hashlib
@@ -19,13 +19,6 @@ Tensors = dict[str, bytes]
 Floats = npt.NDArray[np.float32]
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "U8": 1, "I8": 1, "BOOL": 1, "F8_E5M2": 1, "F8_E4M3": 1}
 WIDTHS |= {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
-LAYER = {
-    "ln_1.weight": "ln1w", "ln_1.bias": "ln1b", "attn.c_attn.weight": "qkvw", "attn.c_attn.bias": "qkvb",
-    "attn.c_proj.weight": "attprojw", "attn.c_proj.bias": "attprojb", "ln_2.weight": "ln2w", "ln_2.bias": "ln2b",
-    "mlp.c_fc.weight": "fcw", "mlp.c_fc.bias": "fcb", "mlp.c_proj.weight": "fcprojw", "mlp.c_proj.bias": "fcprojb",
-}  # fmt: skip
-WHOLE = {"wte.weight": "wte", "wpe.weight": "wpe", "ln_f.weight": "lnfw", "ln_f.bias": "lnfb"}
-EXTRA = ("attn.bias", "attn.masked_bias")
 
 
 def shape_of(maxT: int, V: int, L: int, NH: int, C: int) -> Shape | None:
@@ -255,26 +248,179 @@ def safetensors_bytes(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) ->
     return struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values())
 
 
+GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its type
+GGUF_CODES = dict(zip(GGUF_WIDTHS, "BbHhIif?Qqd", strict=True))
+GGUF_BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 14: (256, 210), 30: (1, 2)}  # values and bytes of a block
+GGUF_LAYER = {
+    "attn_norm.weight": "ln1w", "attn_norm.bias": "ln1b", "attn_qkv.weight": "qkvw", "attn_qkv.bias": "qkvb",
+    "attn_output.weight": "attprojw", "attn_output.bias": "attprojb", "ffn_norm.weight": "ln2w", "ffn_norm.bias": "ln2b",
+    "ffn_up.weight": "fcw", "ffn_up.bias": "fcb", "ffn_down.weight": "fcprojw", "ffn_down.bias": "fcprojb",
+}  # fmt: skip
+GGUF_WHOLE = {
+    "token_embd.weight": "wte",
+    "position_embd.weight": "wpe",
+    "output_norm.weight": "lnfw",
+    "output_norm.bias": "lnfb",
+}
+GGUF_KEYS = {"maxT": "context_length", "C": "embedding_length", "L": "block_count", "NH": "attention.head_count"}
+
+
+class _Bytes:
+    """A reader of little-endian fields; struct.error or ValueError at the end or beyond a limit."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def number(self, code: str, limit: float = math.inf) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        if value > limit:
+            raise ValueError
+        return value
+
+    def skip(self, size: int) -> bytes:
+        self.at += size
+        if self.at > len(self.data):
+            raise ValueError
+        return self.data[self.at - size : self.at]
+
+    def text(self, limit: int) -> str:
+        return self.skip(self.number("Q", limit)).decode()
+
+    def value(self) -> Any:
+        """A value; an array as the pair of its name and length."""
+        kind = self.number("I")
+        if kind == 8:
+            return self.text(1 << 20)
+        if kind != 9:
+            return self.number(GGUF_CODES[kind])
+        kind, length = self.number("I"), self.number("Q", 1 << 21)
+        if kind != 8:
+            self.skip(length * GGUF_WIDTHS[kind])
+        else:
+            for _ in range(length):
+                self.skip(self.number("Q", 1 << 20))
+        return ("array", length)
+
+
+def gguf(data: bytes) -> tuple[Shape, dict[tuple[str, int], tuple[int, bytes]]] | None:
+    """A gpt2 model's shape, and for each of our tensors and each layer the type and the bytes."""
+    try:
+        return _gguf(_Bytes(data))
+    except (struct.error, ValueError, KeyError):
+        return None
+
+
+def _gguf(source: _Bytes) -> tuple[Shape, dict[tuple[str, int], tuple[int, bytes]]] | None:
+    if source.skip(4) != b"GGUF" or source.number("I") != 3:
+        return None
+    count, pairs = source.number("Q", 8192), source.number("Q", 4096)
+    keys: dict[str, Any] = {}
+    for _ in range(pairs):
+        key = source.text(1024)
+        if key in keys:
+            return None
+        keys[key] = source.value()
+    table = []
+    for _ in range(count):
+        name, dimensions = source.text(64), source.number("I", 4)
+        extents = tuple(source.number("Q", 1 << 32) for _ in range(dimensions))
+        table.append((name, extents, source.number("I"), source.number("Q", 1 << 62)))
+        if not extents or 0 in extents or extents[0] % GGUF_BLOCKS[table[-1][2]][0]:
+            return None
+    alignment = 32 if type(keys.get("general.alignment")) is tuple else keys.get("general.alignment", 32)
+    if type(alignment) is not int or not 8 <= alignment <= 65536 or alignment % 8:
+        return None
+    start = end = source.at + -source.at % alignment
+    found = {}
+    for name, extents, kind, offset in table:
+        begin = end + -end % alignment
+        values, width = GGUF_BLOCKS[kind]
+        end = begin + math.prod(extents) // values * width
+        if offset != begin - start or name in found:
+            return None
+        found[name] = extents, kind, source.data[begin:end]
+    if not end <= len(source.data) <= end + -end % alignment:
+        return None
+    return _gguf_model(keys, found)
+
+
+def _gguf_model(keys: dict[str, Any], found: dict[str, Any]) -> tuple[Shape, dict[tuple[str, int], tuple[int, bytes]]] | None:
+    dims = {ours: keys.get(f"gpt2.{theirs}") for ours, theirs in GGUF_KEYS.items()}
+    if any(type(value) is not int for value in dims.values()) or len(found["token_embd.weight"][0]) != 2:
+        return None
+    s = shape_of(V=found["token_embd.weight"][0][1], **dims)  # type: ignore[arg-type]
+    epsilon, scalars = keys.get("gpt2.attention.layer_norm_epsilon"), {k: v for k, v in keys.items() if type(v) is not tuple}
+    if s is None or keys.get("general.architecture") != "gpt2" or type(epsilon) is not float or abs(epsilon) > 1:
+        return None
+    if np.float32(epsilon) != np.float32(1e-5) or scalars.get("split.count", 1) not in (0, 1):
+        return None
+    if scalars.get("gpt2.feed_forward_length", 4 * s["C"]) != 4 * s["C"]:
+        return None
+    if scalars.get("gpt2.attention.head_count_kv", s["NH"]) != s["NH"]:
+        return None
+    tokens = keys.get("tokenizer.ggml.tokens")
+    if type(tokens) is tuple and tokens[1] != s["V"]:
+        return None
+    if found.pop("output.weight", found["token_embd.weight"]) != found["token_embd.weight"]:
+        return None
+    C = s["C"]
+    shapes = {"wte": (C, s["V"]), "wpe": (C, s["maxT"]), "qkvw": (C, 3 * C), "attprojw": (C, C), "fcw": (C, 4 * C)}
+    shapes |= {"fcprojw": (4 * C, C), "qkvb": (3 * C,), "fcb": (4 * C,)}
+    wanted = {theirs: (ours, 0) for theirs, ours in GGUF_WHOLE.items()}
+    wanted |= {f"blk.{i}.{theirs}": (ours, i) for i in range(s["L"]) for theirs, ours in GGUF_LAYER.items()}
+    if found.keys() != wanted.keys() or any(found[name][0] != shapes.get(wanted[name][0], (C,)) for name in wanted):
+        return None
+    return s, {place: found[name][1:] for name, place in wanted.items()}
+
+
+def panels(data: bytes) -> tuple[Shape, dict[str, tuple[str, bytes]]] | None:
+    """A panel file's shape, and the format and all bytes of each tensor."""
+    tensors = safetensors(data)
+    if tensors is None:
+        return None
+    size = int.from_bytes(data[:8], "little")
+    header = strict_json(data[8 : 8 + size])
+    metadata = (header or {}).get("__metadata__", {})
+    dims = [metadata.get(name, "") for name in ("maxT", "V", "L", "NH", "C")]
+    if size % 64 != 56 or not all(len(text) < 10 and text.isascii() and text.isdigit() for text in dims):
+        return None
+    fixed = {"format": "pygpt panels", "version": "1", "panel": "16", "group": "32"}
+    s = shape_of(*map(int, dims))
+    if (
+        s is None
+        or any(metadata.get(key) != value for key, value in fixed.items())
+        or len(metadata.get("source_sha256", "")) != 64
+    ):
+        return None
+    floats = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+    kinds = dict.fromkeys(("qkvw", "attprojw", "fcw", "fcprojw"), metadata.get("kind", "")) | {"wte": metadata.get("head", "")}
+    kinds["wpe"] = metadata.get("positions", "")
+    C, found, at = s["C"], {}, 0
+    outputs = {"wte": (s["V"], C, 1), "qkvw": (3 * C, C, s["L"]), "attprojw": (C, C, s["L"]), "fcw": (4 * C, C, s["L"])}
+    outputs["fcprojw"] = (C, 4 * C, s["L"])
+    for name, values in tensor_sizes(s, s["V"]).items():
+        kind = kinds.get(name, "float32")
+        if kind in floats:
+            dtype, width = floats[kind]
+            wanted = values * width
+        elif kind in ("q8_0", "q4_0") and name != "wpe":
+            (N, K, layers), dtype, width = outputs[name], "U8", 1
+            blocks = (N + 15) // 16 * 16 * ((K + 31) // 32)
+            wanted = layers * (blocks * (32 if kind == "q8_0" else 16) + (2 * blocks + 63) // 64 * 64)
+        else:
+            return None
+        wanted = (wanted + 63) // 64 * 64
+        content = data[8 + size + at : 8 + size + at + wanted]
+        if tensors.get(name) != (dtype, (wanted // width,), content):
+            return None
+        found[name], at = (kind, content), at + wanted
+    offsets = [entry["data_offsets"][0] for name, entry in (header or {}).items() if name != "__metadata__"]
+    return (s, found) if len(tensors) == len(found) == len(set(offsets)) else None
+
+
 def as_floats(dtype: str, data: bytes) -> Floats:
     """The values of a tensor in float32."""
     if dtype == "BF16":
         return np.array(np.frombuffer(data, "<u2").astype("<u4") << 16, "<u4").view("<f4")
     return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype("<f4")
-
-
-def model_of(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> tuple[dict[str, Floats], set[str]]:
-    """The flat values of our sixteen tensors in Hugging Face's, and the dtypes they had."""
-    parts: dict[str, dict[int, Floats]] = {}
-    dtypes = set()
-    for full, (dtype, shape, data) in tensors.items():
-        name, layer = full.removeprefix("transformer."), 0
-        ours = WHOLE.get(name)
-        if name.startswith("h."):
-            _, number, rest = name.split(".", 2)
-            ours, layer = LAYER.get(rest), int(number)
-        if ours is None:
-            continue
-        values = as_floats(dtype, data).reshape(shape)
-        dtypes.add(dtype)
-        parts.setdefault(ours, {})[layer] = values.T if ours.endswith("w") and ours[:2] in ("qk", "at", "fc") else values
-    return {ours: np.concatenate([layers[i].ravel() for i in sorted(layers)]) for ours, layers in parts.items()}, dtypes

@@ -1,11 +1,11 @@
-"""Chat with GPT-2: a text goes in, the model's continuation comes out while it is generated.
+"""Chat with GPT-2: read a text, and print the model's continuation while it is generated.
 
-The `pygpt` command does the work, as one child process for all texts (child.py). This program is its user interface: it turns
-text into ids, and ids into text in whole characters. Standard output carries only the replies. If it is not the terminal,
-prompts and the output of / commands go to standard error, like notices and errors.
+One child process, the `pygpt` command, runs the model for all texts (child.py). This program is its user interface: it turns
+text into ids, and ids into text in whole characters. stdout carries only the replies. If stdout is not a terminal, prompts and
+the output of / commands go to stderr, like notices and errors.
 
-The child judges the model file and the thread count; its one-line error is shown. GPT-2 completes each text on its own: a
-conversation has no roles.
+The child checks the model file and the thread count; the chat shows its one-line error. GPT-2 completes each text on its own,
+because it was not trained on dialogues.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from ..config import Config
 from ..errors import CheckpointError, InputError
-from ..formats.checkpoint import Checkpoint
+from ..formats.open import open_model
 from ..generation.request import SAMPLING, Request, complete_order
 from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
@@ -36,39 +36,39 @@ from .options import add_completion_options, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
-MOST_TOKENS = LINE_LIMIT // 8  # of a request: a line of the child's input holds them, whatever their ids
-PROBABLE = 10  # tokens that /probs shows
-BAR = 40  # columns of the longest bar, where the terminal has them
+MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
+PROBABLE = 10  # number of tokens that /probs shows
+BAR = 40  # columns of the longest bar, if the terminal is wide enough
 
 EXAMPLES = """\
 examples:
-  pygpt chat                            ask for texts until Ctrl-D or an empty line; /help lists the commands
-  pygpt chat "Ladies and"               answer once
+  pygpt chat                            ask for texts until Ctrl-D or an empty line; /help lists commands
+  pygpt chat "Ladies and"               complete one text
   pygpt chat -n 100 -m gpt2_124M.bin --temp 0.8 --top-p 0.95 Ladies and
-  pygpt chat < letter.txt > reply.txt   the whole input is one text
+  pygpt chat < letter.txt > reply.txt   complete the whole input as one text
 
-If a text is too long for the model's context, its beginning is dropped; --overflow changes that.
-Ctrl-C stops a reply; pressed twice, it leaves the chat.
+If a text is too long for the model's context, its beginning is dropped; --overflow changes this.
+Press Ctrl-C once to stop a reply, twice to leave the chat.
 """
 
 HELP = """\
 /set               list the settings
-/set NAME VALUE    change one, as in /set temperature 0.8; "default" undoes that
-/again             another completion of the last text
-/more              go on with the last reply
-/tokens            ids and pieces of the last text and reply
-/probs             the most probable tokens after the last text, by the network
-/help              this list
-/quit              leave, as Ctrl-D and an empty line do
+/set NAME VALUE    change a setting (/set temperature 0.8); "default" resets it
+/again             complete the last text again
+/more              continue the last reply
+/tokens            show the ids and pieces of the last text and reply
+/probs             show the most probable tokens after the last text
+/help              show this list
+/quit              leave the chat; Ctrl-D and an empty line do the same
 
-//text             a text that begins with a slash
-text\\              goes on in the next line; \\\\ at the end is a backslash
+//text             send a text that begins with a slash
+text\\              continue the text on the next line; \\\\ stands for a final \\
 """
 
 
 # ---------------------------------------------------------------- settings
 
-# What /set knows: a setting's name, its other names, and what the `pygpt` command's requests call it.
+# The settings of /set: name, aliases, and the field of a `pygpt` request.
 SETTINGS = {
     "new": (("n", "max_new_tokens"), "max_new_tokens"),
     "sampler": ((), "sampler"),
@@ -86,21 +86,21 @@ SETTINGS = {
 
 
 class Settings:
-    """How replies are made: options of the command line, which /set changes. Raises InputError for a bad one.
+    """The options of replies, from the command line and from /set. Raises InputError for a bad value.
 
-    config: the dimensions of the model that will answer; None if the model does not open, which the child reports.
+    config: the model's dimensions, or None if the model cannot be opened. The child reports why.
     """
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.config = config
         self.stats: bool = options.stats
         self._defaults = {"max_new_tokens": NEW_TOKENS if config is None else min(NEW_TOKENS, config.maxT - 1)}
-        self._asked = read_options(options)  # in a request's words
+        self._asked = read_options(options)  # by the names of a request's fields
         self.check([0])
 
     @property
     def request(self) -> dict[str, Any]:
-        """The options of a request."""
+        """Return the options of a request."""
         return self._defaults | self._asked
 
     def check(self, tokens: Sequence[int]) -> None:
@@ -109,7 +109,10 @@ class Settings:
             Request(self.config, tokens, **self.request)
 
     def change(self, name: str, value: str) -> None:
-        """Set one from what the user has typed. For a bad value, raise InputError in the user's words and change nothing."""
+        """Set a setting to the value that the user typed.
+
+        For a bad value, change nothing and raise InputError with the setting's name as the user typed it.
+        """
         typed = name
         name, key = find_setting(typed)
         if key == "stats":
@@ -122,7 +125,7 @@ class Settings:
             if value == "default":
                 self._asked = {other: kept for other, kept in before.items() if other != key}
             else:
-                self._asked = complete_order(read_setting(name, key, value), before)  # drops what the new one rules out
+                self._asked = complete_order(read_setting(name, key, value), before)  # removes settings that contradict it
             self.check([0])
         except InputError as error:
             self._asked = before
@@ -132,7 +135,7 @@ class Settings:
             raise
 
     def show(self, name: str) -> str:
-        """One of them as a line."""
+        """Return a setting's name and value as a line."""
         name, key = find_setting(name)
         if key == "stats":
             shown = "on" if self.stats else "off"
@@ -147,7 +150,10 @@ class Settings:
 
 
 def find_setting(name: str) -> tuple[str, str]:
-    """A setting as its user calls it (top-k, --top-k, TOP_K) -> its name, and a request's. Raises InputError."""
+    """Find a setting by any spelling of its name (top-k, --top-k, TOP_K); return its name and its request field.
+
+    Raises InputError for an unknown name.
+    """
     wanted = name.lower().lstrip("-").replace("-", "_")
     for known, (others, key) in SETTINGS.items():
         if wanted == known or wanted in others:
@@ -156,13 +162,13 @@ def find_setting(name: str) -> tuple[str, str]:
 
 
 def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
-    """Read a value as the command line would. A stop string may be quoted as in JSON, for its spaces and newlines."""
+    """Read a value as the command line reads it. A quoted stop string is JSON, so that it can hold spaces and newlines."""
     given: str | list[str] = value
     if key == "stop_strings" and value.startswith('"'):
         try:
             given = str(json.loads(value))
         except ValueError:
-            raise InputError(f'{name} is {value!r:.40}: quotes must enclose it all, as in "\\n\\n"') from None
+            raise InputError(f'{name} is {value!r:.40}: the quotes must enclose the whole text, as in "\\n\\n"') from None
     blank = build_parser().parse_args([])
     setattr(blank, key, [given] if key in ("stop_strings", "stop_token_ids") else given)
     return read_options(blank)
@@ -172,18 +178,18 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
 
 
 class Chat:
-    """A conversation of independent texts and replies, and the commands between them.
+    """A conversation of independent texts and replies, with / commands between them.
 
-    model, threads: as on the command line, for /probs, which the child cannot answer.
+    model, threads: the values of -m and -t. /probs needs them, because it runs the model in this process.
     """
 
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
         self._command, self._settings = command, settings
         self._model, self._threads = model, threads
         self._tokenizer = Tokenizer()
-        self._text: list[int] = []  # the latest, as ids; empty: there was none
-        self._reply: list[int] = []  # to it, as far as it was shown
-        self._repeated = 0  # times that this text was completed again
+        self._text: list[int] = []  # ids of the latest text; empty before the first text
+        self._reply: list[int] = []  # ids of its reply that were printed
+        self._repeated = 0  # how often /again repeated this text
         self._leaving = False
         self._commands: dict[str, Callable[[], None]] = {
             "/again": self._again,
@@ -195,12 +201,12 @@ class Chat:
         }
 
     def answer(self, text: str) -> int:
-        """Print the reply to one text and return the exit status: 130 when Ctrl-C stopped it."""
+        """Print the reply to one text and return the exit status: 0, or 130 if Ctrl-C stopped the reply."""
         self._complete(text)
         return 130 if self._command.stopped else 0
 
     def converse(self) -> int:
-        """Ask on the terminal for text after text, until Ctrl-D, an empty line, or Ctrl-C twice (KeyboardInterrupt)."""
+        """Ask for texts on the terminal until Ctrl-D, an empty line, or Ctrl-C twice, which raises KeyboardInterrupt."""
         ask = line_reader()
         hinted = False
         while not self._leaving:
@@ -211,7 +217,7 @@ class Chat:
                 if hinted:
                     raise
                 hinted = True
-                show("\n(Ctrl-C again leaves, and so does Ctrl-D)")
+                show("\n(to leave, press Ctrl-C again or Ctrl-D)")
                 continue
             except EOFError:
                 show("")
@@ -224,7 +230,7 @@ class Chat:
         return 0
 
     def take(self, text: str) -> None:
-        """Complete a text or obey a command; report an error in one line."""
+        """Complete a text or run a / command; report an error in one line."""
         try:
             if text.startswith("/") and not text.startswith("//"):
                 self._obey(text)
@@ -234,7 +240,7 @@ class Chat:
             say(str(error))
 
     def _obey(self, line: str) -> None:
-        """Run a / command. Raises InputError if there is no command of this name."""
+        """Run a / command. Raises InputError if the command does not exist."""
         name, *rest = line.split(maxsplit=1)
         if name == "/set":
             self._set(rest[0].strip() if rest else "")
@@ -243,12 +249,12 @@ class Chat:
                 f"{name!r:.40} is not a command: /help lists the commands; to send a text that begins with a slash, type //"
             )
         elif rest:
-            raise InputError(f"{name} takes nothing after it, and there is {rest[0]!r:.40}; to send this as a text, type //")
+            raise InputError(f"{name} takes no argument, but {rest[0]!r:.40} was given; to send this as a text, begin with //")
         else:
             self._commands[name]()
 
     def _set(self, wish: str) -> None:
-        """/set, /set NAME or /set NAME VALUE."""
+        """Run /set, /set NAME or /set NAME VALUE."""
         name, *value = wish.split(maxsplit=1)[:2] if wish else ("",)
         before = self._settings.request
         if value:
@@ -256,7 +262,7 @@ class Chat:
         lines = [self._settings.show(known) for known in ([name] if name else SETTINGS)]
         dropped = [name for name, (_, key) in SETTINGS.items() if key in before and key not in self._settings.request]
         if value and value[0] != "default" and dropped:
-            lines[0] += f" (and no more {', '.join(dropped)})"
+            lines[0] += f" (removed: {', '.join(dropped)})"
         show("\n".join(lines))
 
     def _complete(self, text: str) -> None:
@@ -272,31 +278,31 @@ class Chat:
         self._go_on()
 
     def _more(self) -> None:
-        """Print what follows the last reply."""
+        """Print the continuation of the last reply."""
         self._require_text()
         self._go_on()
 
     def _require_text(self) -> None:
-        """Raise InputError if there was no text yet."""
+        """Raise InputError before the first text."""
         if not self._text:
-            raise InputError("there is no text yet: type one first")
+            raise InputError("there is no text yet: enter a text first")
 
     def _leave(self) -> None:
         self._leaving = True
 
     def _go_on(self) -> None:
-        """Print what follows the text and the reply so far, token by token.
+        """Print the continuation of the text and the reply so far, token by token.
 
-        Raises InputError before the first token, ChildError after it. An error ends a begun line first, so that the message
-        has a line of its own.
+        Raises InputError for bad tokens or settings, and ChildError for a failure of the child. If a part of the reply is
+        printed already, end its line first, so that the error message begins a new line.
         """
         tokens = self._fitting(self._text + self._reply)
         self._settings.check(tokens)
         request = self._settings.request
-        if "seed" in request:  # the same text again gets another reply, and the next session the same ones in this order
+        if "seed" in request:  # each /again gives another reply, and another session can repeat them all in order
             request["seed"] = (request["seed"] + self._repeated) % SEEDS
         decoder = StreamDecoder(self._tokenizer)
-        for token in self._reply[-3:]:  # a character that the last reply broke off is completed
+        for token in self._reply[-3:]:  # /more completes a character that the last reply left incomplete
             decoder.push(token)
         times = [perf_counter()]
         with self._command.interruptible():
@@ -315,32 +321,32 @@ class Chat:
             say(speed(times))
 
     def _fitting(self, tokens: list[int]) -> list[int]:
-        """Return the last tokens that leave room for the reply in the context, with a notice if some are dropped.
+        """Return the last tokens that leave room for the reply in the context. Print a notice if tokens are dropped.
 
-        With --overflow, the child deals with long texts: all tokens that fit into a request are returned.
+        With --overflow, the child handles long texts: then return all tokens that fit into a request.
         """
         config, request = self._settings.config, self._settings.request
         if config is None or request.get("overflow") == "stop":
             return tokens
         if "overflow" in request:  # slide
-            room, rule = MOST_TOKENS, f"a request holds {MOST_TOKENS}"
+            room, rule = MOST_TOKENS, f"a request holds at most {MOST_TOKENS}"
         else:
             new = request["max_new_tokens"]
-            room, rule = config.maxT - new, f"the context holds {config.maxT}, {new} of them new"
+            room, rule = config.maxT - new, f"the context holds {config.maxT}, including {new} new tokens"
         if len(tokens) <= room:
             return tokens
         what = "text and the reply so far have" if self._reply else "text has"
-        say(f"the {what} {len(tokens)} tokens, of which the last {room} are used: {rule}")
+        say(f"the {what} {len(tokens)} tokens; only the last {room} are used, because {rule}")
         return tokens[-room:]
 
     def _show_tokens(self) -> None:
-        """Show the ids of text and reply with the pieces that they stand for."""
+        """Show the ids of the text and the reply, each with its piece of text."""
         self._require_text()
         for name, tokens in ("text", self._text), ("reply", self._reply):
             show("\n".join([f"{name}: {len(tokens)} tokens", *(f"{token:>7}  {self._piece(token)}" for token in tokens)]))
 
     def _show_probabilities(self) -> None:
-        """Show the most probable tokens after the text, with bars. The child tells ids only, so the model is opened here."""
+        """Show the most probable tokens after the text, with bars. The child returns only ids, so run the model here."""
         self._require_text()
         from ..model import GPT2
 
@@ -358,14 +364,14 @@ class Chat:
         [info] = completion.infos
         pieces = [self._piece(token) for token, _ in info.top]
         width = max(map(len, pieces))
-        longest = max(1, min(BAR, get_terminal_size().columns - width - 21))  # all in one line
+        longest = max(1, min(BAR, get_terminal_size().columns - width - 21))  # each token fits on one line
         block = "█" if "█".encode(prompt_stream().encoding, "ignore") else "#"
         for piece, (token, logprob) in zip(pieces, info.top, strict=True):
             bar = block * round(longest * exp(logprob - info.top[0][1]))
             show(f"{token:>7}  {piece:<{width}}  {100 * exp(logprob):6.2f} %  {bar}".rstrip())
 
     def _piece(self, token: int) -> str:
-        """What an id stands for, in quotes: text, or the bytes of a part of a character."""
+        """Return the text of an id in quotes, or its bytes if it is a part of a character."""
         content = self._tokenizer.decode_bytes([token])
         try:
             return repr(content.decode())
@@ -374,29 +380,29 @@ class Chat:
 
 
 def speed(times: Sequence[float]) -> str:
-    """When a reply was asked for and when each token came, in seconds, as a sentence."""
+    """Describe a reply's speed. times: when it was requested and when each token arrived, in seconds."""
     begin, *tokens = times
     if not tokens:
-        return "no token"
-    told = f"{len(tokens)} tokens, the first after {tokens[0] - begin:.2f} s"
+        return "0 tokens"
+    text = f"{len(tokens)} tokens, the first after {tokens[0] - begin:.2f} s"
     if tokens[-1] > tokens[0]:
-        told += f", then {(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s"
-    return told
+        text += f", then {(len(tokens) - 1) / (tokens[-1] - tokens[0]):.1f} tokens/s"
+    return text
 
 
 # ---------------------------------------------------------------- terminal and pipes
 
 
 def line_reader() -> Callable[[str], str]:
-    """Return how to ask for a line on the terminal. A pasted text of several lines may come as one line.
+    """Return a function that asks for a line on the terminal. It may return several pasted lines as one text.
 
-    prompt_toolkit gives history, editing and pasting; without it, readline does; without both, or on a dumb terminal, input().
+    prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input().
     """
     if not sys.stdout.isatty():
         return ask_plainly
     readline = None
     with suppress(ImportError):
-        readline = import_module("readline")  # for input(); without a terminal, importing it may write to stdout
+        readline = import_module("readline")  # input() uses it; if stdout is not a terminal, this import may write to it
     if os.environ.get("TERM", "dumb") == "dumb":
         return input
     bold = not os.environ.get("NO_COLOR")
@@ -405,18 +411,18 @@ def line_reader() -> Callable[[str], str]:
         return lambda prompt: str(session.prompt([("bold" if bold else "", prompt)]))
     if readline is None:
         return input
-    readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off; libedit has none
+    readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off; libedit lacks it
     return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
 
 
 def ask_plainly(prompt: str) -> str:
-    """Ask for a line where standard output is not the terminal."""
+    """Ask for a line with the prompt on stderr, because stdout is not a terminal."""
     print(prompt, end="", file=sys.stderr, flush=True)
     return input()
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
-    """Ask for a text: a line, and the next line if it ends in a backslash. Two backslashes at the end stand for one."""
+    """Ask for a text. If a line ends in a backslash, ask for the next line too. Two backslashes at the end stand for one."""
     text = ask(PROMPT)
     while text.endswith("\\") and not text.endswith("\\\\"):
         text = text[:-1] + "\n" + ask(CONTINUED)
@@ -424,32 +430,32 @@ def ask_text(ask: Callable[[str], str]) -> str:
 
 
 def input_waits() -> bool:
-    """Whether more was typed. An empty line is then part of a pasted text, and the shell must not get the rest."""
+    """Return whether more input waits. If so, an empty line is part of a pasted text, and the shell must not run the rest."""
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def prompt_stream() -> TextIO:
-    """The stream that shows the prompt, for what belongs to it."""
+    """Return the stream of the prompt, which also shows the output of / commands."""
     return sys.stdout if sys.stdout.isatty() else sys.stderr
 
 
 def show(text: str) -> None:
-    """Show what a / command answers."""
+    """Show the output of a / command."""
     print(text, file=prompt_stream())
 
 
 def read_piped() -> str:
-    """Read the whole of standard input as one text, without its last newline."""
+    """Read all of stdin as one text, without its last newline. Raises InputError if it is empty."""
     print(PROMPT, end="", file=sys.stderr, flush=True)
     text = sys.stdin.buffer.read().removesuffix(b"\n").decode("utf-8", "replace")
     print(file=sys.stderr)
     if not text:
-        raise InputError("the text on standard input is empty")
+        raise InputError("the text on standard input is empty: send at least one character")
     return text
 
 
 def write(text: str) -> None:
-    """Write reply text, at once."""
+    """Print a part of the reply and flush."""
     sys.stdout.write(for_terminal(text, sys.stdout))
     sys.stdout.flush()
 
@@ -458,12 +464,12 @@ def write(text: str) -> None:
 
 
 class PassOn(argparse.Action):
-    """Keep an option as it was given, in `passed`, for the child to judge."""
+    """Add an option to `passed`, the child's options, exactly as the user gave it. The child checks it."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        """Note the option's last value, and add its words to those that the child gets."""
+        """Keep the option's last value, and append the option to `passed`."""
         assert option_string is not None
         setattr(namespace, self.dest, values)
         word = option_string if self.nargs == 0 else f"{option_string}{'=' * option_string.startswith('--')}{values}"
@@ -471,57 +477,66 @@ class PassOn(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt chat",
         usage="pygpt chat [options] [TEXT ...]",
-        description="Chat with GPT-2 on the CPU.",
+        description="Complete texts with GPT-2. Each text is completed on its own.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.set_defaults(passed=[], total=None)
-    parser.add_argument("words", nargs="*", metavar="TEXT", help="answer this text once; without it, ask for texts")
+    parser.add_argument("words", nargs="*", metavar="TEXT", help="complete this text and exit; without TEXT, ask for texts")
     parser.add_argument(
         "-n",
         "--new",
         "--max-new-tokens",
         dest="max_new_tokens",
         metavar="N",
-        help=f"new tokens in a reply (default {NEW_TOKENS})",
+        help=f"number of new tokens in a reply (default {NEW_TOKENS})",
     )
-    parser.add_argument("-m", "--model", action=PassOn, metavar="FILE", help="llm.c checkpoint, as for the pygpt command")
-    parser.add_argument("-t", "--threads", action=PassOn, metavar="N", help="worker threads, as for the pygpt command")
-    parser.add_argument("--no-mmap", action=PassOn, nargs=0, help="read the model into memory, as the pygpt command does")
+    parser.add_argument(
+        "-m", "--model", action=PassOn, metavar="MODEL", help="a checkpoint or a downloaded model (default: see pygpt --help)"
+    )
+    parser.add_argument(
+        "-t", "--threads", action=PassOn, metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)"
+    )
+    parser.add_argument(
+        "--weights", action=PassOn, metavar="FORMAT", help="quantise the weights in memory, as the pygpt command does"
+    )
+    parser.add_argument(
+        "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
+    )
     add_completion_options(parser)
-    parser.add_argument("--stats", action="store_true", help="after each reply its speed, on standard error")
+    parser.add_argument("--stats", action="store_true", help="print the speed on stderr after each reply")
     return parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    cut = argv.index("--") if "--" in argv else len(argv)  # argparse itself loses it between words
+    cut = argv.index("--") if "--" in argv else len(argv)  # argparse itself drops a -- between words
     options = build_parser().parse_intermixed_args(argv[:cut])
     options.words += argv[cut + 1 :]
     return options
 
 
 def model_config(model: str | None) -> Config | None:
-    """Return the dimensions of the model that will answer, or None if it does not open: the child reports why."""
+    """Return the model's dimensions, or None if the model cannot be opened. The child reports why."""
     try:
-        with Checkpoint(find_model(model)[0]) as checkpoint:
+        with open_model(find_model(model)[0]) as checkpoint:
             return checkpoint.config
     except (CheckpointError, MemoryError):
         return None
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer the text given in words or through a pipe, or else converse. Returns the exit status."""
+    """Complete the text in the arguments or on stdin; if stdin is a terminal, converse. Return the exit status."""
     if options.words and not any(options.words):
-        raise InputError("the text is empty")
+        raise InputError("the text is empty: give at least one character")
     settings = Settings(options, model_config(options.model))
-    with Command(options.passed) as command:  # started first, to load the model meanwhile
+    with Command(options.passed) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
             return chat.answer(" ".join(options.words))
@@ -531,10 +546,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def prepare_streams() -> None:
-    """Make the standard streams take any text, and the null device stand for those that are closed (`2>&-`)."""
+    """Let stdin and stdout replace characters they cannot encode. Open the null device for closed streams (`2>&-`)."""
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open until exit)
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

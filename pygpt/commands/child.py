@@ -1,7 +1,7 @@
-"""Child processes of commands: how they find this package, and the `pygpt` command as a child that answers requests.
+"""Child processes of commands: their environment, and the `pygpt` command as a child that answers requests.
 
-The chat's child opens the model and owns the threads. As a process of its own, it is not disturbed by the terminal's Ctrl-C and
-by the interface's work. The child judges the model file and the thread count, and its one-line error is passed on.
+The chat's child opens the model and owns the threads. Because it is a separate process, the terminal's Ctrl-C and the work of
+the user interface do not disturb it. The child checks the model file and the thread count; the chat shows its one-line error.
 """
 
 import json
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any
 
-NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # how the child's own lines on its standard error begin
-LONGEST_ID = 7  # digits: no vocabulary has more than 2^20 ids
-GRACE_SECONDS = 5.0  # for the child to end once its input has ended
-INTERRUPTED = (130, -signal.SIGINT)  # exit statuses after Ctrl-C: the command's own, and during its imports
+NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # prefixes of the child's lines on stderr
+LONGEST_ID = 7  # digits: a vocabulary has at most 2^20 ids
+GRACE_SECONDS = 5.0  # the child may take this long to end after its input is closed
+INTERRUPTED = (130, -signal.SIGINT)  # exit statuses after Ctrl-C: from the running command, and from its imports
 
 
 class ChildError(PyGPTError):
-    """The child has failed; the message is the child's own if it left an error line."""
+    """The child process failed. The message is the child's error line, if it wrote one."""
 
 
 class Command:
     """The `pygpt` command as a long-lived child process. Use it in a `with` block.
 
-    The protocol: a JSON object a line on its input; on its output the new ids, each written when it is known, separated by
-    spaces and ended by a newline. SIGINT ends a reply early, and ends the child if it is idle.
+    The protocol: this process writes one JSON object per line. For each, the child writes a line of new ids separated by
+    spaces, each id as soon as it is computed. SIGINT ends a reply early, or ends an idle child.
 
-    The child has a process group of its own, so that the terminal's Ctrl-C reaches only the chat, which passes it on. If the
-    chat is killed, the child's input ends, and so does the child.
+    The child has its own process group. So the terminal's Ctrl-C reaches only the chat, and the chat passes it on. If the chat
+    is killed, the child reaches the end of its input and ends.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
-        self.stopped = False  # whether Ctrl-C stopped the latest reply
+        self.stopped = False  # True if Ctrl-C stopped the latest reply
         self._argv = [sys.executable, "-m", "pygpt", *options, "-"]
-        self._shown: set[str] = set()  # notices: a restarted child repeats them
+        self._shown: set[str] = set()  # notices already shown: a restarted child repeats them
         self._start()
 
     def _start(self) -> None:
@@ -58,41 +58,41 @@ class Command:
             start_new_session=True,
         )
         pipes = self._child.stdin, self._child.stdout, self._child.stderr
-        self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # there are three, as asked
+        self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # all three exist; the `if` is for mypy
         for pipe in self._stdin, self._stdout, self._stderr:
             os.set_blocking(pipe.fileno(), False)
-        self._unseen = b""  # what it wrote to its standard error, not shown yet
-        self._signalled = False  # whether this child ever got a Ctrl-C
+        self._unseen = b""  # the child's stderr output that is not shown yet
+        self._signalled = False  # True once Ctrl-C was passed on to this child
 
     def ask(self, tokens: Sequence[int], options: "Mapping[str, Any]") -> Iterator[int]:
-        """Yield the ids that continue `tokens`, each as soon as it arrives, and none after stop(). `options`: a request's.
+        """Yield the ids that continue `tokens`, each as soon as it arrives. After stop(), yield no more ids.
 
-        Raises ChildError when the child ends in between or says anything but ids.
+        options: the other fields of the JSON request. Raises ChildError if the child ends early or writes anything but ids.
         """
         if self.stopped:
             return
-        self._stdout.read(1 << 20)  # after a Ctrl-C, the child may have written beyond the end of its reply
+        self._stdout.read(1 << 20)  # drop what the child wrote after the end of a reply that Ctrl-C stopped
         request = json.dumps({"tokens": tokens, **options}).encode() + b"\n"
         silent = True
         try:
             for token in read_ids(self._exchange(request)):
                 if silent:
-                    self.show_notices()  # before the reply, as the child wrote them
+                    self.show_notices()  # before the reply, in the child's order
                 silent = False
                 if not self.stopped:
                     yield token
         except EOFError:
             if not self._ended_by_ctrl_c():
                 raise self._failure() from None
-            if silent and not self.stopped:  # an earlier Ctrl-C reached the child after that reply, and ended it
+            if silent and not self.stopped:  # an earlier Ctrl-C reached the idle child and ended it
                 self._end()
                 self._start()
                 yield from self.ask(tokens, options)
 
     def _exchange(self, request: bytes) -> Iterator[bytes]:
-        """Send the request and yield what the child answers, until it closes its output.
+        """Send the request and yield the child's output in pieces, until the child closes its stdout.
 
-        One loop serves all three pipes, so that neither process waits for the other to empty a full pipe.
+        One loop serves all three pipes. So a full pipe cannot make both processes wait for each other.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(self._stdin, selectors.EVENT_WRITE)
@@ -106,28 +106,28 @@ class Command:
                     selector.unregister(self._stderr)
                 if self._stdout in ready:
                     data = self._stdout.read(65536)
-                    self._listen()  # a notice written before this data must not be seen after it
+                    self._listen()  # a notice that the child wrote before this data must appear before it
                     if not data:
                         return
                     yield data
 
     def _send(self, request: bytes) -> bytes:
-        """Write what the pipe takes and return the rest. If the child has ended, return nothing: its output tells."""
+        """Write as much as the pipe takes and return the rest; return b"" if the child has ended, which its stdout shows."""
         try:
             return request[self._stdin.write(request) or 0 :]
         except BrokenPipeError:
             return b""
 
     def _listen(self) -> bool:
-        """Keep what the child has written to its standard error. Return False at the end of that stream."""
-        data = self._stderr.read(1 << 20)  # None: nothing now
+        """Read and keep the child's stderr output. Return False at the end of that stream."""
+        data = self._stderr.read(1 << 20)  # None if there is no data yet
         self._unseen += data or b""
         return data != b""
 
     def show_notices(self, *, others: bool = False) -> None:
-        """Show the child's notices, each once; with `others`, all of its whole lines except errors.
+        """Print each of the child's notices once. With `others`, print all of its complete lines except errors.
 
-        Other lines may begin a traceback, so they wait until it is clear that the child goes on.
+        A line that is not a notice may begin a traceback. Print such lines only after a reply: then the child still runs.
         """
         kept = b""
         for raw in self._unseen.splitlines(keepends=True):
@@ -140,16 +140,16 @@ class Command:
         self._unseen = kept
 
     def check(self) -> None:
-        """Raise ChildError if the child has ended by itself, as it does for a bad option."""
+        """Raise ChildError if the child has ended by itself, for example because of a bad option."""
         if self._child.poll() is not None and not self._ended_by_ctrl_c():
             raise self._failure()
 
     def _ended_by_ctrl_c(self) -> bool:
-        """Whether the child, whose output has ended, was ended by a Ctrl-C that was passed on to it."""
+        """Wait for the child to end; return whether the Ctrl-C that was passed on ended it."""
         return self._child.wait() in INTERRUPTED and self._signalled
 
     def _failure(self) -> ChildError:
-        """Return an error that says in one line why the child has ended."""
+        """Return an error that explains in one line why the child ended."""
         status = self._child.wait()
         self._listen()
         heard, _, last = self._unseen.decode("utf-8", "replace").rstrip().rpartition("\n")
@@ -165,7 +165,7 @@ class Command:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In this block Ctrl-C stops the reply without an exception; a second one raises KeyboardInterrupt."""
+        """In this block, the first Ctrl-C stops the reply without an exception; the second raises KeyboardInterrupt."""
 
         def on_ctrl_c(_signal: int, _frame: "FrameType | None") -> None:
             if self.stopped:
@@ -180,19 +180,19 @@ class Command:
             signal.signal(signal.SIGINT, before)
 
     def stop(self) -> None:
-        """Stop the reply: pass Ctrl-C on to the child, which ends its line."""
+        """Pass Ctrl-C on to the child, so that it stops the reply and ends its line."""
         self.stopped = self._signalled = True
         self._child.send_signal(signal.SIGINT)
 
     def _end(self) -> None:
-        """End the child by closing its input; kill it after GRACE_SECONDS or at a Ctrl-C."""
+        """Close the child's input, so that it ends. Kill it after GRACE_SECONDS, or at a Ctrl-C."""
         self._stdin.close()
         try:
             self._child.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            self._child.kill()  # does nothing to a child that has ended
+            self._child.kill()  # has no effect if the child has ended
             self._child.wait()
             self._stdout.close()
             self._stderr.close()
@@ -201,29 +201,32 @@ class Command:
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if exception is not None:  # it may be in a long computation whose result is not wanted any more
+        if exception is not None:  # do not wait for the result of a long computation
             self._child.kill()
         self._end()
 
 
 def child_environment() -> dict[str, str]:
-    """The environment in which a child process finds this package.
+    """Return an environment in which a child process imports this package.
 
-    A script's folder is on this process's path, but not on the child's: if the child would find no pygpt, PYTHONPATH names
-    this one. Because of PYTHONSAFEPATH, files in the current folder cannot take the place of modules.
+    This process may have found pygpt in its script's folder, which is not on the child's path. If the child could not find
+    pygpt, add this package's folder to PYTHONPATH. PYTHONSAFEPATH keeps files in the current folder from replacing modules.
     """
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if os.path.basename(here) in ("site-packages", "dist-packages"):
         return environment
     spec = PathFinder.find_spec("pygpt", [entry for entry in sys.path if os.path.realpath(entry) != here])
-    if spec is None or spec.origin is None:  # without an origin, it is a mere folder of that name
+    if spec is None or spec.origin is None:  # without an origin, it is a folder of that name but not a package
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
     return environment
 
 
 def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
-    """Yield the ids of one line, each once the space or newline after it has arrived. Raises EOFError if no newline comes."""
+    """Yield the ids of one line. Yield each id after the space or newline behind it has arrived.
+
+    Raises EOFError if the chunks end before a newline.
+    """
     rest = b""
     for chunk in chunks:
         line, newline, _ = (rest + chunk).partition(b"\n")
@@ -238,8 +241,8 @@ def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
 
 
 def read_id(word: bytes) -> int:
-    """Read one id, or raise ChildError."""
+    """Read one id. Raises ChildError if the word is not an id."""
     if not word.isdigit() or len(word) > LONGEST_ID:
         found = word[:40].decode("utf-8", "replace")
-        raise ChildError(f"the pygpt command answered {found!r} where a token id was expected")
+        raise ChildError(f"the pygpt command answered {found!r} instead of a token id")
     return int(word)

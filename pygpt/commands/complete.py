@@ -1,7 +1,7 @@
-"""The `pygpt` command: completes a sequence of GPT-2 token ids. `python -m pygpt --help` says how.
+"""The `pygpt` command: complete a sequence of GPT-2 token ids. `python -m pygpt --help` shows its options.
 
-stdout carries ids and nothing else. Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr;
-130 after Ctrl-C; 141 when the reader of stdout has gone.
+stdout carries only ids. Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr;
+130 after Ctrl-C; 141 if the reader closed stdout.
 """
 
 import argparse
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m pygpt 31373 612                     complete "hello there" to 10 tokens in all
-  python -m pygpt -m gpt2_124M.bin -n 64 31373  64 tokens in all, with the model in this file
-  python -m pygpt --sampler greedy 31373 612    the most probable token each time
-  python -m pygpt --temp 0.8 -s 7 31373 612     at random, and the same again for the same seed
-  python -m pygpt --reference 31373 612         the serial program, for comparison
-  echo 31373 612 | python -m pygpt -            serve requests: one a line, the model stays loaded
+  python -m pygpt 31373 612                     continue "hello there" to a total of 10 tokens
+  python -m pygpt -m gpt2_124M.bin -n 64 31373  continue to 64 tokens, with the model in this file
+  python -m pygpt --sampler greedy 31373 612    choose the most probable token each time
+  python -m pygpt --temp 0.8 -s 7 31373 612     choose at random; seed 7 makes the choice repeatable
+  python -m pygpt --reference 31373 612         run the serial reference, for comparison
+  echo 31373 612 | python -m pygpt -            answer one request per line; the model stays loaded
   echo '{"tokens": [31373], "max_new_tokens": 5, "sampler": "greedy"}' | python -m pygpt -
 
-the model is MODEL, else $PYGPT_MODEL, else ./gpt2_124M.bin, else a small one that comes with the package
+The model is MODEL if given, else $PYGPT_MODEL, else ./gpt2_124M.bin, else the small model in the package.
 
-commands, each with a --help of its own:
+commands (`pygpt COMMAND --help` shows the options of each):
 """ + "".join(f"  {name:<10}{summary}\n" for name, (_, summary) in COMMANDS.items())
 
-LINE_LIMIT = 1 << 20  # bytes of one request: more than the longest sequence of any model needs
+LINE_LIMIT = 1 << 20  # bytes of one request: enough for the longest sequence of any model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,46 +47,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options and help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt",
         usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
-        description="Complete a sequence of GPT-2 token ids; print each new id on a line of its own as soon as it is known.",
+        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line at once.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to serve requests from stdin")
+    parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
     parser.add_argument(
         "-m", "--model", metavar="MODEL", help="an llm.c checkpoint (version 1, 3 or 5), or the name of a downloaded model"
     )
-    parser.add_argument("-n", "--total", metavar="N", help="tokens in all, the given ones included (default 10)")
-    parser.add_argument("--max-new-tokens", metavar="N", help="new tokens, instead of --total")
-    parser.add_argument("-t", "--threads", metavar="N", help="workers (default $PYGPT_THREADS, else what fits this machine)")
+    parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
+    parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
+    parser.add_argument("-t", "--threads", metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)")
     add_completion_options(parser)
-    parser.add_argument("--no-mmap", action="store_true", help="read the model into memory: others may write to its file")
-    parser.add_argument("--reference", action="store_true", help="compute as the serial program does; -t has no effect")
+    parser.add_argument(
+        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: as the file has them)"
+    )
+    parser.add_argument(
+        "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
+    )
+    parser.add_argument("--reference", action="store_true", help="run the slow serial reference; -t has no effect")
     parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, open the model, complete or serve."""
+    """Check the arguments, open the model, and complete the tokens or answer requests from stdin."""
     check_stdout("the ids")
     serving = options.tokens == ["-"]
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:
-        raise InputError("no token was given: name at least one token id, as in `python -m pygpt 31373 612`")
+        raise InputError("no token ids were given: give at least one, as in `python -m pygpt 31373 612`")
     threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     defaults = read_options(options)
     from ..cpus import check_threads
     from ..generation.request import Request
 
     if threads is not None:
-        check_threads(threads)  # --reference does not use them, but a typing error is one
-    model, notice = load(options.model, threads, reference=options.reference, mmap=not options.no_mmap)
+        check_threads(threads)  # --reference uses no threads, but a wrong count is still the user's mistake
+    model, notice = load(options.model, threads, options)
     with model:
-        request = Request(model.config, tokens or [0], **defaults)  # bad options are refused first
+        request = Request(model.config, tokens or [0], **defaults)  # report bad options before serving
         if serving:
             serve(model, defaults, notice)
         else:
@@ -95,35 +100,34 @@ def run(options: argparse.Namespace) -> None:
                 put(f"{token}\n")
 
 
-def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) -> "tuple[GPT2 | SerialGPT2, str]":
-    """Open the model; return it with what is to be said when it answers. Only what is used is imported."""
+def load(path: str | None, threads: int | None, options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
+    """Open the model; return it with a notice to print before its first answer, or ""."""
     from ..hub.find import GPT2_FILE, find_model
 
     path, origin = find_model(path)
-    model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
-        f"no {GPT2_FILE} here: a small embedded model (Shakespeare) answers; for GPT-2 run `pygpt download gpt2`, "
-        "then name it with -m gpt2 or PYGPT_MODEL=gpt2"
+        f"using the small embedded Shakespeare model, because this folder has no {GPT2_FILE}; "
+        "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
-    return model, notice if origin == "embedded" else ""
+    return open_model(path, threads, options), notice if origin == "embedded" else ""
 
 
-def open_model(path: str, threads: int | None, *, mmap: bool) -> "GPT2":
-    """The cached, parallel model."""
+def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "GPT2 | SerialGPT2":
+    """Open the parallel model, or the serial reference. Import only the class that is used."""
+    if options.reference:
+        from ..reference import SerialGPT2
+
+        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)
     from ..model import GPT2
 
-    return GPT2.load(path, threads=threads, mmap=mmap)
-
-
-def open_reference(path: str, *, mmap: bool) -> "SerialGPT2":
-    """The serial reference."""
-    from ..reference import SerialGPT2
-
-    return SerialGPT2.load(path, mmap=mmap)
+    return GPT2.load(path, threads=threads, mmap=not options.no_mmap, weights=options.weights)
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:
-    """Answer requests from stdin, one a line, until it ends. Ctrl-C ends an answer's line; when idle, the process."""
+    """Answer the requests on stdin, one per line, until stdin ends.
+
+    Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process.
+    """
     engine = model.engine(prefix=model.new_prefix_cache())
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
         ended = False
@@ -140,25 +144,30 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -
                 if event.error is not None:
                     raise event.error
                 ended = job.done
-                put(f"{event.token}\n" if ended else f"{event.token} ")  # the space says at once that the id is whole
-        except KeyboardInterrupt:  # put() leaves nothing half-done: stdout's buffer holds what a full pipe did not take
+                put(f"{event.token}\n" if ended else f"{event.token} ")  # the space marks the end of the id
+        except KeyboardInterrupt:  # put() wrote its whole text: stdout's buffer holds the part that a full pipe refused
             engine.close()
-            put("" if ended else "\n")  # a second newline would answer a request that nobody made
+            put("" if ended else "\n")  # one newline per request: the client would take a second one for the next answer
 
 
 def put(text: str) -> None:
-    """Write to stdout at once, and in one piece: where it is unbuffered (PYTHONUNBUFFERED), print() writes a line's end on its
-    own, and Ctrl-C may come before that."""
+    """Write text to stdout at once, in one call.
+
+    If stdout is unbuffered (PYTHONUNBUFFERED), print() writes the newline in a second call, and Ctrl-C may come between them.
+    """
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
-    """One line of stdin -> what it asks for: ids, or a JSON object; None for a blank line."""
+    """Read one line of stdin, ids or a JSON object, as a Request; return None for a blank line.
+
+    Raises InputError for a line longer than LINE_LIMIT, and for a bad request.
+    """
     from ..generation.request import Request, request_from_json
 
     if len(line) > LINE_LIMIT:
-        raise InputError(f"a request is longer than {LINE_LIMIT} bytes: give one request a line")
+        raise InputError(f"a request is longer than {LINE_LIMIT} bytes: write one request per line")
     text = line.strip()
     if not text:
         return None

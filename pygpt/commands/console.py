@@ -1,6 +1,6 @@
-"""What the commands share: one-line errors, exit statuses, argument parsing, help of one width.
+"""Shared by all commands: one-line errors, exit statuses, argument parsing, help of a fixed width.
 
-Exit status: 0; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C; 141 if the reader of stdout has gone.
+Exit status: 0 for success; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C; 141 if the reader closed stdout.
 """
 
 import argparse
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, TextIO
 
 CUT_SHORT = (
-    b"pygpt: error: a file in use was cut short by another process, or its disk failed (SIGBUS): replace a file by renaming "
-    b"a new one over it; for models that are written in place there is --no-mmap\n"
+    b"pygpt: error: another process truncated a file in use, or its disk failed (SIGBUS): to replace a file, rename a new "
+    b"one over it; to run a model that another process rewrites in place, use --no-mmap\n"
 )
-LONGEST_LINE = 5000  # characters: a path may have 4,096
+LONGEST_LINE = 5000  # characters of a message: a path alone may have 4,096
 
 
 def status_of(job: Callable[[], object]) -> int:
     """Run a command's job; report an exception in one line; return the exit status.
 
-    If a mapped file is cut short, SIGBUS ends the process, after one line, too.
+    If a mapped file is truncated meanwhile, the process prints one line and ends by SIGBUS.
     """
     try:
         with Interrupts():
             explained(job)
             if sys.stdout is not None:
-                sys.stdout.flush()  # here: at exit, the interpreter would report a failure with a traceback
+                sys.stdout.flush()  # flush here: a failure at exit would print a traceback
     except KeyboardInterrupt:
         return 130
     except (InputError, CheckpointError) as error:
@@ -43,11 +43,11 @@ def status_of(job: Callable[[], object]) -> int:
     except (ImportError, RuntimeError, SystemError) as error:
         if made_of_ctrl_c(error):
             return 130
-        if isinstance(error, ImportError):  # a module that is not built, or no memory to map it
+        if isinstance(error, ImportError):  # the module is not built, or the system has no memory to map it
             return complain(str(error) or "out of memory", 1)
         raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush succeeds
         return 141
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -56,7 +56,7 @@ def status_of(job: Callable[[], object]) -> int:
 
 
 def import_command(name: str) -> "Callable[[Sequence[str]], int]":
-    """Import a command's module and return its main(). If the import fails, say so in one line and exit."""
+    """Import a command's module and return its main(). If the import fails, report it in one line and exit."""
     found: list[Callable[[Sequence[str]], int]] = []
     if status := status_of(lambda: found.append(import_module(f".{name}", __package__).main)):
         sys.exit(status)
@@ -64,8 +64,8 @@ def import_command(name: str) -> "Callable[[Sequence[str]], int]":
 
 
 def explained(job: Callable[[], object]) -> None:
-    """Do a job. If a mapped file is cut short meanwhile, print CUT_SHORT before the process ends."""
-    from .. import _signals  # here: if it is not built, status_of() reports that in one line
+    """Run a job. If a mapped file is truncated meanwhile, print CUT_SHORT before the process ends."""
+    from .. import _signals  # import here: if the module is not built, status_of() reports that in one line
 
     begun = _signals.begin(CUT_SHORT)
     try:
@@ -76,64 +76,65 @@ def explained(job: Callable[[], object]) -> None:
 
 
 def complain(error: object, status: int) -> int:
-    """Print one line on stderr; return the status."""
+    """Print an error in one line on stderr; return the status."""
     say(f"error: {error}")
     return status
 
 
 def say(text: str) -> None:
-    """Print one line on stderr. The job goes on if stderr is closed or full."""
+    """Print a notice in one line on stderr. If stderr is closed or full, drop the notice."""
     if text and sys.stderr is not None:
         try:
             print("pygpt:", one_line(text), file=sys.stderr, flush=True)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the interpreter's last flush must not fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # so that the interpreter's last flush succeeds
 
 
 def check_stdout(what: str) -> None:
-    """Raise PyGPTError if stdout is closed: print() itself would ignore that."""
+    """Raise PyGPTError if stdout is closed. print() itself would ignore this."""
     if sys.stdout is None:
-        raise PyGPTError(f"stdout is closed: there is nowhere to print {what}")
+        raise PyGPTError(f"stdout is closed, so {what} cannot be printed: run the command with stdout open")
 
 
 def one_line(text: str) -> str:
-    """Return text as one readable line. Control characters are escaped: names and servers' answers may hold commands for the
-    terminal."""
+    """Return text as one line with control characters escaped, shortened to LONGEST_LINE.
+
+    File names and servers' answers may contain control sequences for the terminal.
+    """
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} [...] {line[-400:]}"
 
 
 def for_terminal(text: str, stream: "TextIO | None") -> str:
-    """Return a model's or a file's text for `stream`: as it is, or on a terminal with control characters escaped, except for
-    newlines and tabs."""
+    """Return a model's or a file's text for `stream`. For a terminal, escape control characters except newlines and tabs."""
     if stream is None or not stream.isatty():
         return text
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports every error in one line, also if stdout does not take the help."""
+    """An argument parser that reports every error in one line, even an error in writing the help."""
 
     def error(self, message: str) -> "NoReturn":
-        """Exit with status 2 and one line, without the usage block."""
-        raise InputError(f"{message[:200]}; see --help")  # a message may repeat the whole command line
+        """Raise InputError with a one-line message. status_of() turns it into exit status 2."""
+        raise InputError(f"{message[:200]}; see --help")  # argparse's message may repeat the whole command line
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> "Any":
-        """Refuse -- as a value, as in -t=--, which Python before 3.13 turns into an empty list."""
+        """Return an option's values. Refuse the value --, as in -t=--: Python before 3.13 turns it into an empty list."""
         values = super()._get_values(action, arg_strings)
         if action.nargs is None and values == []:
             self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: -- is not a value")
         return values
 
     def _print_message(self, message: str, file: object = None) -> None:
-        """Print the help or the version at once: argparse itself would ignore a failure."""
+        """Print the help or the version and flush. argparse itself would ignore a write error."""
         check_stdout("the help")
         sys.stdout.write(message)
         sys.stdout.flush()
 
 
 def whole(low: int, high: int) -> "Callable[[str], int]":
-    """A type for argparse: a whole number in these limits, written in ASCII digits."""
+    """Return an argparse type that reads a whole number from `low` to `high` in ASCII digits."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) < 21 and low <= int(text) <= high):
@@ -144,7 +145,7 @@ def whole(low: int, high: int) -> "Callable[[str], int]":
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help of one width on every terminal."""
+    """Format help for 100 columns on every terminal."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=100)

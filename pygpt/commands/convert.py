@@ -1,12 +1,12 @@
-"""Convert a model file to another format. `pygpt convert --help` says how.
+"""Convert a model file to another format. `pygpt convert --help` shows the options.
 
 llm.c's versions 1 and 3 hold float32 (version 3 with padded rows of wte), version 5 holds bfloat16. A Hugging Face model is a
 folder with safetensors of float32, bfloat16 or float16. Conversion to bfloat16 rounds each value to the nearest, ties to even.
-All other conversions are exact; padding becomes zeros. Conversion streams, so memory use stays low. A file is not converted in
-place, nor to the format that it has.
+All other conversions are exact; padding becomes zeros. Conversion streams, so memory use stays low. The command refuses to
+convert a file in place, or to the format that it has.
 
-stdout stays empty. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
-After a failure, an older DST is unchanged, and no half-written file is left.
+stdout stays empty. Exit status: 0 with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
+After a failure, an older DST is unchanged, and an incomplete new file is removed.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from .console import HelpFormatter, Parser, say, status_of
 
 EXAMPLES = """\
 examples:
-  pygpt convert gpt2_124M.bin gpt2_124M_bf16.bin              to bfloat16: half the size, and the faster one
-  pygpt convert gpt2_124M_bf16.bin gpt2_float32.bin           and back, each value exactly as it is
-  pygpt convert --version 1 gpt2_124M.bin gpt2_unpadded.bin   for programs that read version 1 only
-  pygpt convert gpt2_124M.bin gpt2-hf/                        to a folder that transformers loads
-  pygpt convert gpt2-hf/ gpt2.bin                             from one
+  pygpt convert gpt2_124M.bin gpt2_124M_bf16.bin              to bfloat16: half the size, and faster
+  pygpt convert gpt2_124M_bf16.bin gpt2_float32.bin           to float32: every value stays the same
+  pygpt convert --version 1 gpt2_124M.bin gpt2_unpadded.bin   for programs that read only version 1
+  pygpt convert gpt2_124M.bin gpt2-hf/                        to a folder for Hugging Face transformers
+  pygpt convert gpt2-hf/ gpt2.bin                             from such a folder
 """
 
-DEFAULTS = {1: 5, 3: 5, 5: 3}  # target by source; from Hugging Face: the one that keeps every value
-FOLDER = "/"  # what a DST that is to be a folder ends with
-PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # PyTorch's files begin so
+DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
+FOLDER = "/"  # the ending of a DST that names a folder
+PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # first bytes of PyTorch's files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,29 +40,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options and help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt convert",
         usage="pygpt convert [options] SRC DST",
-        description="Convert an llm.c checkpoint (.bin) between versions 1, 3 (float32) and 5 (bfloat16, nearest even), "
-        "from a\nHugging Face GPT-2 (safetensors), or to one.",
+        description="Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors).\n"
+        "Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", help="a .bin file, a Hugging Face model's folder, or a .safetensors file")
+    parser.add_argument("source", metavar="SRC", help="a .bin file, a folder of a Hugging Face model, or a .safetensors file")
     parser.add_argument(
-        "target", metavar="DST", help="the file to write, replaced once the new one is whole; with a / at its end, a new folder"
+        "target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end"
     )
     parser.add_argument(
-        "--version", metavar="N", help="1, 3 or 5 (default 5 for a file of version 1 or 3, 3 for one of 5; else the exact one)"
+        "--version",
+        metavar="N",
+        help="version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; from Hugging Face, the version that keeps "
+        "all values exact)",
     )
-    parser.add_argument("--heads", metavar="N", help="attention heads, for a .safetensors file without a config.json beside it")
+    parser.add_argument(
+        "--heads", metavar="N", help="number of attention heads, for a .safetensors file without a config.json in its folder"
+    )
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, convert, say what was done."""
+    """Check the arguments, convert, and print a summary."""
     version = parse_version(options.version)
     heads = options.heads
     if heads is not None and not (re.fullmatch("[0-9]{1,9}", heads) and is_whole(int(heads), 1, LIMITS["NH"])):
@@ -71,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parse_version(text: str | None) -> int | None:
-    """The value of --version."""
+    """Read the value of --version. Raises InputError unless it is 1, 3 or 5."""
     if text is None:
         return None
     if text not in map(str, FORMATS):
@@ -80,21 +85,21 @@ def parse_version(text: str | None) -> int | None:
 
 
 def convert(source: str, target: str, version: int | None = None, *, heads: int | None = None) -> str:
-    """Write the model `source` to `target`, a file in `version` or, if it ends with /, a folder; return a line that says so.
+    """Write the model `source` to `target`, a file of this version or, if it ends with /, a folder. Return a one-line summary.
 
-    Raises InputError and CheckpointError for what cannot be converted, PyGPTError when writing fails.
+    Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails.
     """
     with open_model(source, heads) as model:
         before = describe(source, model)
         if target.endswith(FOLDER):
             if not isinstance(model, Checkpoint) or version is not None:
-                raise InputError(f"{target}: a Hugging Face folder is written from a .bin file, as it is: without --version")
+                raise InputError(f"{target}: to write a Hugging Face folder, give a .bin file as SRC, and leave out --version")
             check_folder(target)
             write_model(os.path.realpath(target), model)
         else:
             version = default_version(model) if version is None else version
             if isinstance(model, Checkpoint) and version == model.version:
-                raise InputError(f"{source}: of version {version} already: there is nothing to convert")
+                raise InputError(f"{source}: is of version {version} already: choose another --version, or copy the file")
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""
@@ -103,11 +108,11 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
 
 
 def open_model(source: str, heads: int | None) -> Checkpoint | HuggingFaceModel:
-    """Open SRC as what it is."""
+    """Open SRC as a .bin file or a Hugging Face model. Raises CheckpointError if it is neither."""
     if os.path.isdir(source) or source.endswith(".safetensors"):
         return HuggingFaceModel.open(source, heads=heads)
     if heads is not None:
-        raise InputError(f"{source}: a .bin file says how many heads there are: leave out --heads")
+        raise InputError(f"{source}: a .bin file contains its number of heads: leave out --heads")
     if os.path.isfile(source) and os.access(source, os.R_OK):
         with open(source, "rb") as file:
             if file.read(4).startswith(PICKLES):
@@ -116,14 +121,14 @@ def open_model(source: str, heads: int | None) -> Checkpoint | HuggingFaceModel:
 
 
 def default_version(model: Checkpoint | HuggingFaceModel) -> int:
-    """The version that is meant when none is named."""
+    """Return the target version if --version is not given. For a Hugging Face model, it keeps every value exactly."""
     if isinstance(model, Checkpoint):
         return DEFAULTS[model.version]
     return 5 if model.dtype == "bfloat16" else 3
 
 
 def write_bin(target: str, model: Checkpoint | HuggingFaceModel, version: int) -> None:
-    """Write the model as a .bin file."""
+    """Write the model as a .bin file. Raises PyGPTError if writing fails."""
     tensors = {name: model.pieces(name) for name, _, _, _ in model.config.tensors(padded=False)}
     try:
         write_checkpoint(target, model.config, tensors, version=version)
@@ -132,37 +137,37 @@ def write_bin(target: str, model: Checkpoint | HuggingFaceModel, version: int) -
 
 
 def check_target(source: str, target: str) -> None:
-    """Refuse a target that is the source, is no file, or has no folder."""
+    """Raise InputError if the target is the source, is not a regular file, or lies in a folder that does not exist."""
     if not target:
         raise InputError("DST is empty: it must be the name of a file")
     if target.endswith(".safetensors"):
-        raise InputError(f"{target}: a Hugging Face model is a folder ({CONFIG_FILE}, {MODEL_FILE}): end DST with a /")
+        raise InputError(f"{target}: a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}: end DST with a /")
     check_parent(target)
     if os.path.exists(target):
         if os.path.samefile(source, target):
             raise InputError(f"{target}: SRC and DST are the same file: give DST another name")
         if os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target))):
-            raise InputError(f"{target}: a file of SRC itself: give DST another name")
+            raise InputError(f"{target}: this file belongs to SRC: give DST another name")
         if not os.path.isfile(target):
-            raise InputError(f"{target}: not a regular file: it is not replaced")
+            raise InputError(f"{target}: not a regular file, so it is not replaced: give DST another name")
 
 
 def check_folder(target: str) -> None:
-    """Refuse a target folder that is there and holds anything, or that cannot be."""
+    """Raise InputError if the target folder exists and is not empty, or if its own folder does not exist."""
     check_parent(os.path.realpath(target))
     if os.path.lexists(target.rstrip(FOLDER) or FOLDER) and not (os.path.isdir(target) and not os.listdir(target)):
-        raise InputError(f"{target}: there already, and not an empty folder: give DST another name")
+        raise InputError(f"{target}: exists and is not an empty folder: give DST another name")
 
 
 def check_parent(target: str) -> None:
-    """Refuse a target in a folder that is not there."""
+    """Raise InputError if the target's folder does not exist."""
     folder = os.path.dirname(os.path.realpath(target))
     if not os.path.isdir(folder):
-        raise InputError(f"{target}: there is no folder {folder}")
+        raise InputError(f"{target}: the folder {folder} does not exist: make it first")
 
 
 def describe(path: str, model: Checkpoint | HuggingFaceModel) -> str:
-    """A model in a few words."""
+    """Return a short description of a model: path, version, format, size."""
     if isinstance(model, HuggingFaceModel):
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
     size = file_bytes(model.config, model.version)

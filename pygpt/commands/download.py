@@ -1,10 +1,11 @@
-"""Download a GPT-2 model. `pygpt download --help` says how.
+"""Download a GPT-2 model. `pygpt download --help` shows the options.
 
-huggingface_hub fetches the files and keeps them in its cache (hub/fetch.py). Safetensors are converted to a .bin file in
-pygpt's cache folder, where `-m NAME` finds it. llm.c's .bin files are used in place: the cache folder gets a link.
+huggingface_hub fetches the files and keeps them in its cache (hub/fetch.py). This command converts safetensors to a .bin file
+in pygpt's cache folder, where `-m NAME` finds it. For llm.c's .bin files, the cache folder gets a link and no second copy.
 
-stdout stays empty; a progress bar is for terminals. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2
-for bad input; 130 after Ctrl-C. Unless it is 0 there is no new model file, or a whole one if all but the last line was done.
+stdout stays empty. The progress bar appears only on a terminal. Exit status: 0 with one line on stderr; 1 for a failure at run
+time; 2 for bad input; 130 after Ctrl-C. A failed download leaves no incomplete model file. A complete file can remain if the
+failure comes after it was written.
 """
 
 import argparse
@@ -23,13 +24,14 @@ from .convert import check_parent, default_version, describe, open_model, parse_
 
 EXAMPLES = """\
 examples:
-  pygpt download gpt2                     OpenAI's GPT-2 124M; then: pygpt -m gpt2 31373 612
-  pygpt download --version 5 gpt2-xl      the largest, as bfloat16
-  pygpt download distilbert/distilgpt2    a repository on Hugging Face; then: pygpt -m distilbert/distilgpt2 31373 612
+  pygpt download gpt2                     OpenAI's GPT-2 124M; use it with pygpt -m gpt2 31373 612
+  pygpt download --version 5 gpt2-xl      the largest model, as bfloat16
+  pygpt download distilbert/distilgpt2    a repository; use it with pygpt -m distilbert/distilgpt2 31373 612
   pygpt download gpt2_124M -o gpt2.bin    llm.c's own file, into this folder
 
 names: gpt2, gpt2-medium, gpt2-large, gpt2-xl; llm.c's gpt2_124M, gpt2_124M_bf16
-environment: PYGPT_HOME (the cache folder); huggingface_hub's HF_HOME (its own), HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...
+environment: PYGPT_HOME is pygpt's cache folder. huggingface_hub reads HF_HOME (its cache folder), HF_ENDPOINT, HF_TOKEN,
+HF_HUB_OFFLINE and others.
 """
 
 
@@ -39,32 +41,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options and help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt download",
         usage="pygpt download [options] NAME",
-        description="Download a GPT-2 model from Hugging Face, by a name below or by its repository.",
+        description="Download a GPT-2 model from Hugging Face. Afterwards, -m NAME finds it in every command.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="NAME", help="one of the names below, or a repository: OWNER/NAME")
-    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit; NAME@REV says the same (default: main)")
-    parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: in the cache folder, for -m NAME)")
-    parser.add_argument("--version", metavar="N", help="1, 3 (float32) or 5 (bfloat16): convert to it (default: the exact one)")
+    parser.add_argument("model", metavar="NAME", help="one of the names below, or a repository OWNER/NAME")
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit, as in NAME@REV (default: main)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: a file in pygpt's cache folder)")
+    parser.add_argument(
+        "--version", metavar="N", help="convert to version 1, 3 (float32) or 5 (bfloat16) (default: keep all values exact)"
+    )
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, download, say what was done."""
+    """Check the arguments, download, and print a summary."""
     name = options.model if options.revision is None else f"{options.model}@{options.revision}"
     say(download(name, options.output, parse_version(options.version)))
 
 
 def download(name: str, target: str | None = None, version: int | None = None) -> str:
-    """Download the model of this name to file `target`; return a line that says so. A model that is there stays.
+    """Download the model of this name to the file `target` (default: in the cache folder). Return a one-line summary.
 
-    Raises InputError for what cannot be asked for, CheckpointError for what is not a model, PyGPTError when downloading fails.
+    An existing model of the same version stays as it is. Raises InputError for a bad name or target, CheckpointError if the
+    download is not a model, PyGPTError if downloading or writing fails.
     """
     check_name(name)
     linked = target is None
@@ -73,7 +78,7 @@ def download(name: str, target: str | None = None, version: int | None = None) -
         with disk_errors(target):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             if os.path.islink(target) and not os.path.exists(target):
-                os.unlink(target)  # its file was removed from huggingface_hub's cache
+                os.unlink(target)  # a link to a file that was removed from huggingface_hub's cache
     if there := present(target, version):
         return there
     source = fetch(name, say)
@@ -90,18 +95,20 @@ def download(name: str, target: str | None = None, version: int | None = None) -
 
 
 def check_name(name: str) -> None:
-    """Refuse what is not the name of a model that can be downloaded."""
+    """Raise InputError if this is not the name of a model that can be downloaded."""
     if "://" in name:
-        raise InputError(f"{name[:200]}: an address is not downloaded: fetch the file with any tool, then use `pygpt convert`")
+        raise InputError(
+            f"{name[:200]}: pygpt does not download from an address: fetch the file with any tool, then use `pygpt convert`"
+        )
     if not is_downloadable(name):
         raise InputError(f"{name[:80]!r} is neither a name ({', '.join(MODELS)}) nor a repository OWNER/NAME; see --help")
 
 
 def place(source: str, target: str, *, linked: bool) -> None:
-    """Put a whole .bin file in place: as a link, or as a copy."""
+    """Put a complete .bin file in place, as a link or as a copy."""
     with disk_errors(target):
         if linked:
-            with suppress(FileExistsError):  # another process has just done the same
+            with suppress(FileExistsError):  # another process made the link just now
                 os.symlink(os.path.abspath(source), target)
         else:
             with open(source, "rb") as file, atomic_file(target) as copy:
@@ -109,7 +116,10 @@ def place(source: str, target: str, *, linked: bool) -> None:
 
 
 def present(target: str, version: int | None) -> str:
-    """Say that a model is there already; "" if nothing is. Refuses a target that is something else, or cannot be."""
+    """Return a line about an existing model at `target`, or "" if there is no file.
+
+    Raises InputError if the target is another kind of file, a model of another version, or cannot be a file name.
+    """
     if not os.path.basename(target):
         raise InputError(f"{target!r} is not the name of a file")
     check_parent(target)
@@ -118,16 +128,16 @@ def present(target: str, version: int | None) -> str:
     try:
         with Checkpoint(target) as found:
             if version in (None, found.version):
-                return f"{describe(target, found)} is there already: nothing to download"
-            raise InputError(f"{target}: there already, of version {found.version}: remove it, or use pygpt convert")
+                return f"{describe(target, found)} exists already, so it was not downloaded again"
+            raise InputError(f"{target}: exists already, with version {found.version}: remove it, or use pygpt convert")
     except CheckpointError:
-        raise InputError(f"{target}: there already, and not a model file: remove it, or give another name with -o") from None
+        raise InputError(f"{target}: exists already and is not a model file: remove it, or give another name with -o") from None
 
 
 @contextmanager
 def disk_errors(path: str) -> Iterator[None]:
-    """Say in one line what the disk refuses."""
+    """Turn an OSError into a PyGPTError with a one-line message."""
     try:
         yield
     except OSError as error:
-        raise PyGPTError(f"{path}: cannot write here: {reason(error)}: name another place with -o or PYGPT_HOME") from error
+        raise PyGPTError(f"{path}: cannot write here: {reason(error)}: choose another place with -o or PYGPT_HOME") from error

@@ -1,20 +1,26 @@
-"""Measure a model: perplexity of a text, HellaSwag, and the most probable next tokens.
+"""Measure a model: perplexity of a text, HellaSwag, the most probable next tokens, and the distance from another model.
 
     pygpt eval perplexity book.txt                          each token once, with at least half a window of context
     pygpt eval perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
     pygpt eval hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
     pygpt eval next "The capital of France is" -k 5
     pygpt eval next "To be, or not to" -o json
+    pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
 
 Perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
 window scores the tokens that the window before did not reach. So each token except the first is scored once, and in later
 windows with at least window - stride tokens of context. --window T+1 --stride T scores blocks of T tokens, as training does.
 If the stride is the whole window, the first token of each window is left out, because it has no context.
+compare slides the same windows over a text for two models A and B of any formats. It gives the perplexity of each, and the mean
+Kullback-Leibler divergence of B from A, in nats: the sum of p_A (log p_A - log p_B) over the next token. Top-1 agreement is
+the share of positions at which both models have the same most probable token.
 HellaSwag counts an example as right if its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
 
 JSON (-o json), one object: task, model, threads, seconds, tokens_per_s (of the rows that ran), and
     perplexity    file, tokens, scored, window, stride, loss (nats a token), perplexity (null above 1e307)
     hellaswag     file, examples, right, right_norm, acc, acc_norm
+    compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement
+                  (0 to 1); model is [A, B]
     next          prompt [ids], next [id, text (null for a part of a character), bytes (hex), probability, logprob (nats)]
 
 Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
@@ -26,7 +32,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -63,42 +70,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options and their help."""
-    shared = Parser(add_help=False)
+    one_model, shared = Parser(add_help=False), Parser(add_help=False)
+    one_model.add_argument(
+        "-m", "--model", metavar="MODEL", help="a model file, or a downloaded model's name (default: as the command finds one)"
+    )
     add = shared.add_argument
-    add("-m", "--model", metavar="MODEL", help="a checkpoint, or a downloaded model's name (default: as the command finds one)")
     add(
         "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
     )
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
         prog="pygpt eval",
-        usage="pygpt eval perplexity|hellaswag|next ... [options]",
+        usage="pygpt eval perplexity|hellaswag|next|compare ... [options]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
 
-    def task(name: str, positional: str, meaning: str, summary: str) -> argparse.ArgumentParser:
+    def task(name: str, positional: str, meaning: str, summary: str, before: Sequence[str] = ()) -> argparse.ArgumentParser:
         made = tasks.add_parser(
             name,
-            parents=[shared],
-            usage=f"pygpt eval {name} {positional} [options]",
+            parents=[shared] if before else [one_model, shared],
+            usage=f"pygpt eval {' '.join([name, *before, positional])} [options]",
             description=summary,
             help=summary,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        for model in before:
+            made.add_argument(model.lower(), metavar=model, help="a model file, or a downloaded model's name")
         made.add_argument("subject", metavar=positional, help=meaning)
         return made
 
-    one = task("perplexity", "TEXT", "UTF-8 text, or - for stdin, or a token file (.bin)", "perplexity and loss of a text")
+    text = "UTF-8 text, or - for stdin, or a token file (.bin)"
+    one = task("perplexity", "TEXT", text, "perplexity and loss of a text")
+    four = task("compare", "TEXT", text, "two models on a text: perplexity, divergence, agreement", before=("A", "B"))
     count = whole(1, MOST)
-    one.add_argument(
-        "--window", metavar="W", type=count, help="tokens that the model sees at once (default maxT, at most maxT + 1)"
-    )
-    one.add_argument("--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)")
-    one.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N tokens only")
+    for made in (one, four):
+        made.add_argument(
+            "--window", metavar="W", type=count, help="tokens that the model sees at once (default maxT, at most maxT + 1)"
+        )
+        made.add_argument(
+            "--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)"
+        )
+        made.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N tokens only")
     two = task("hellaswag", "FILE", "llm.c's hellaswag_val.bin, or any file of its format", "multiple choice: acc and acc_norm")
     two.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N examples only")
     three = task("next", "PROMPT", "the text before", "what the model expects next")
@@ -109,25 +125,27 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the model, do the task, print what it gave."""
     if options.task is None:
-        raise InputError("no task was given: perplexity, hellaswag or next; see --help")
+        raise InputError("no task was given: perplexity, hellaswag, next or compare; see --help")
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
-    path, _ = find_model(options.model)
-    with GPT2.load(path, threads=options.threads) as model:
+    names = [options.a, options.b] if options.task == "compare" else [options.model]
+    paths = [find_model(name)[0] for name in names]
+    with ExitStack() as opened:
+        models = [opened.enter_context(GPT2.load(path, threads=options.threads)) for path in paths]
         start = time.perf_counter()
-        result, rows, text = {"perplexity": perplexity, "hellaswag": hellaswag, "next": following}[options.task](model, options)
+        result, rows, text = TASKS[options.task](*models, options)
         seconds = time.perf_counter() - start
         facts = {
             "task": options.task,
-            "model": path,
-            "threads": model.threads,
+            "model": paths if len(paths) > 1 else paths[0],
+            "threads": models[0].threads,
             "seconds": seconds,
             "tokens_per_s": rows / seconds,
         }
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
-        print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {path}")
+        print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -168,16 +186,8 @@ def score(model: GPT2, cache: KVCache, tokens: Sequence[int], targets: Sequence[
 
 def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """The result, the rows that ran, and the result in words."""
-    most = model.config.maxT + 1  # a window's last token is only predicted
-    window = max(2, model.config.maxT) if options.window is None else options.window
-    if not 2 <= window <= most:
-        raise InputError(f"--window is {window}: it must be from 2 to maxT + 1 = {most}")
-    stride = window // 2 if options.stride is None else options.stride
-    if not 1 <= stride <= window:
-        raise InputError(f"--stride is {stride}: it must be from 1 to the window's {window}")
-    tokens = tokens_in(options.subject, model)[: options.limit]
-    if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed: the first one has no context")
+    window, stride = window_of(model.config.maxT, options)
+    tokens = scored_tokens(model, options)
     rows = scored = 0
     sums: list[float] = []  # of the losses, by window
     with Progress("tokens", len(tokens) - 1) as progress:
@@ -187,7 +197,7 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
             rows, scored = rows + len(ids) - 1, scored + end - first
             progress.update(scored, f", loss {sum(sums) / scored:.4f}")
     loss = math.fsum(sums) / scored
-    power = math.exp(loss) if loss < LARGEST_LOSS else None
+    power = power_of(loss)
     result = {
         "file": options.subject,
         "tokens": len(tokens),
@@ -197,8 +207,38 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
         "loss": loss,
         "perplexity": power,
     }
-    shown = "infinite" if power is None else f"{power:.4f}"
-    return result, rows, f"perplexity {shown}, loss {loss:.6f} nats a token, {scored} tokens, window {window}, stride {stride}"
+    where = f"{scored} tokens, window {window}, stride {stride}"
+    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats a token, {where}"
+
+
+def power_of(loss: float) -> float | None:
+    """The perplexity of a loss, or None where no float holds it."""
+    return math.exp(loss) if loss < LARGEST_LOSS else None
+
+
+def shown_power(power: float | None) -> str:
+    """A perplexity for a report."""
+    return "infinite" if power is None else f"{power:.4f}"
+
+
+def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
+    """The window and the stride that the options ask for, checked."""
+    most = maxT + 1  # a window's last token is only predicted
+    window = max(2, maxT) if options.window is None else options.window
+    if not 2 <= window <= most:
+        raise InputError(f"--window is {window}: it must be from 2 to maxT + 1 = {most}")
+    stride = window // 2 if options.stride is None else options.stride
+    if not 1 <= stride <= window:
+        raise InputError(f"--stride is {stride}: it must be from 1 to the window's {window}")
+    return window, stride
+
+
+def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.integer[Any]]:
+    """The tokens to score: the first --limit of the subject, two at least."""
+    tokens = tokens_in(options.subject, model)[: options.limit]
+    if len(tokens) < 2:
+        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed: the first one has no context")
+    return tokens
 
 
 def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -228,6 +268,68 @@ def tokenizer_of(model: GPT2) -> Tokenizer:
             f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids cannot be read as text"
         )
     return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ two models
+
+
+def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
+    """The result, the rows that ran in both models, and the result in words."""
+    if model.config.V != other.config.V:
+        raise InputError(f"A has {model.config.V} ids and B {other.config.V}: models of one vocabulary can be compared")
+    window, stride = window_of(min(model.config.maxT, other.config.maxT), options)
+    tokens = scored_tokens(model, options)
+    rows = scored = 0
+    found: list[npt.NDArray[np.float64]] = []  # by window: the sums of A's loss, B's loss, the divergence, the agreements
+    with Progress("tokens", len(tokens) - 1) as progress:
+        for begin, first, end in windows(len(tokens), window, stride):
+            ids = tokens[begin:end].tolist()
+            found.append(divergence(model, other, ids[:-1], ids[first - begin :]))
+            rows, scored = rows + 2 * (len(ids) - 1), scored + end - first
+            progress.update(scored)
+    loss, loss_of_other, kl, agreement = (math.fsum(column) / scored for column in np.transpose(found))
+    powers = power_of(loss), power_of(loss_of_other)
+    result = {
+        "file": options.subject,
+        "tokens": len(tokens),
+        "scored": scored,
+        "window": window,
+        "stride": stride,
+        "loss": [loss, loss_of_other],
+        "perplexity": powers,
+        "kl_divergence": kl,
+        "top1_agreement": agreement,
+    }
+    lines = [
+        f"A: perplexity {shown_power(powers[0])}, loss {loss:.6f} nats a token",
+        f"B: perplexity {shown_power(powers[1])}, loss {loss_of_other:.6f} ({loss_of_other - loss:+.6f})",
+        f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %",
+        f"{scored} tokens, window {window}, stride {stride}",
+    ]
+    return result, rows, "\n".join(lines)
+
+
+def divergence(model: GPT2, other: GPT2, tokens: Sequence[int], targets: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Run tokens through both models; sum over the last ones, whose successors are `targets`: loss of the one, loss of the
+    other, divergence of the other from the one in nats, and rows with the same most likely token: [4]."""
+    caches = [one.new_cache(len(tokens)) for one in (model, other)]
+    silent = len(tokens) - len(targets)  # rows that only give context
+    sums = np.zeros(4)
+    for start in range(0, len(tokens), ROWS):
+        stop = min(start + ROWS, len(tokens))
+        pair = [
+            one.step([(tokens[i], cache, i >= silent) for i in range(start, stop)])
+            for one, cache in zip((model, other), caches, strict=True)
+        ]
+        wanted = targets[max(0, start - silent) : max(0, stop - silent)]
+        for at in range(0, len(wanted), FLOAT64_ROWS):
+            logits = [rows[at : at + FLOAT64_ROWS].astype(np.float64) for rows in pair]  # [16, V] each
+            logprobs, others = (rows - log_sums(rows)[:, None] for rows in logits)
+            chosen = np.arange(len(logprobs)), wanted[at : at + FLOAT64_ROWS]
+            kl = (np.exp(logprobs) * (logprobs - others)).sum()
+            agreements = (logprobs.argmax(axis=1) == others.argmax(axis=1)).sum()
+            sums += [-logprobs[chosen].sum(), -others[chosen].sum(), kl, agreements]
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------ HellaSwag
@@ -320,3 +422,11 @@ def table(choices: list[Result]) -> str:
         bar = block * round(BAR * choice["probability"] / choices[0]["probability"])
         lines.append(f"{choice['id']:>6}  {name:<{width}}  {100 * choice['probability']:7.3f}  {bar}".rstrip())
     return "\n".join(lines)
+
+
+TASKS: dict[str, Callable[..., tuple[Result, int, str]]] = {
+    "perplexity": perplexity,
+    "hellaswag": hellaswag,
+    "next": following,
+    "compare": compare,
+}

@@ -1,4 +1,5 @@
-"""Ctrl-C in commands: it always takes effect, and never prints a traceback. A library must leave signals alone."""
+"""Ctrl-C in commands: it always takes effect and never prints a traceback. Only commands use this: a library must not handle
+signals."""
 
 import signal
 import sys
@@ -10,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def made_of_ctrl_c(error: BaseException | None) -> bool:
-    """Whether an exception is a KeyboardInterrupt or was caused by one.
+    """Return whether an exception is a KeyboardInterrupt or was caused by one.
 
-    Compiled code turns it into an ImportError or a SystemError, the body of a class into a RuntimeError (before Python 3.12),
-    and a handler may raise an exception of its own.
+    Compiled code can turn a KeyboardInterrupt into an ImportError or a SystemError. Before Python 3.12, a class body turns it
+    into a RuntimeError. An exception handler may raise another exception.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
@@ -21,15 +22,15 @@ def made_of_ctrl_c(error: BaseException | None) -> bool:
 
 
 class Interrupts:
-    """Raise KeyboardInterrupt for Ctrl-C in a `with` block of a command's main thread, if necessary a little later:
+    """Raise KeyboardInterrupt for Ctrl-C in a `with` block of a command's main thread. Two cases delay it:
 
-    - During an import: when the outermost import has ended. Compiled modules would swallow the exception or turn it into
-      another one, and a half-imported module cannot be imported again. A second Ctrl-C does not wait.
-    - In a finalizer (__del__, a callback of a weak reference): after the finalizer. Python would print and forget it there.
+    - During an import, raise it after the outermost import. Compiled modules would swallow the exception or replace it, and a
+      half-imported module cannot be imported again. A second Ctrl-C raises it immediately.
+    - In a finalizer (__del__, a callback of a weak reference), raise it after the finalizer. There, Python would only print it.
 
-    The wait uses Python's profiler hook, which costs nothing while no Ctrl-C comes. If SIGINT is ignored, or has a handler that
-    is not Python's own, nothing changes. Before the block (the command is imported) and after it (the interpreter ends), Ctrl-C
-    ends the process by its signal: each script begins with that setting, and the block restores it.
+    The delay uses Python's profiler hook, which costs nothing until Ctrl-C is pressed. If SIGINT is ignored, or has a handler
+    other than Python's, nothing changes. Before the block, during imports, and after it, at the interpreter's exit, Ctrl-C
+    ends the process by the signal: each script begins with that setting, and the block restores it.
     """
 
     def __enter__(self) -> None:
@@ -39,7 +40,7 @@ class Interrupts:
             try:
                 signal.signal(signal.SIGINT, self._on_ctrl_c)
                 sys.unraisablehook = self._on_lost
-            except ValueError:  # not the main thread, the only one that signals interrupt
+            except ValueError:  # not the main thread: signals interrupt only the main thread
                 self._ours = False
 
     def __exit__(self, *_: object) -> None:
@@ -49,8 +50,8 @@ class Interrupts:
         del self._base
 
     def _on_ctrl_c(self, _: int, frame: "FrameType | None") -> None:
-        """The signal's handler."""
-        outermost = None  # of the import's frames, if there is an import
+        """Handle SIGINT: raise KeyboardInterrupt now, or after the current import."""
+        outermost = None  # the outermost frame of the current import, if there is one
         while frame is not None and frame is not self._base:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
                 outermost = frame
@@ -60,7 +61,7 @@ class Interrupts:
         raise_later(lambda frame, event: frame is outermost and event == "return")
 
     def _on_lost(self, lost: "sys.UnraisableHookArgs") -> None:
-        """Python's hook for exceptions that nobody can catch."""
+        """Handle an exception that Python cannot propagate (sys.unraisablehook)."""
         if issubclass(lost.exc_type, KeyboardInterrupt) and sys.getprofile() is None:
             raise_later(lambda frame, event: True)
         else:
@@ -68,8 +69,7 @@ class Interrupts:
 
 
 def raise_later(now: "Callable[[FrameType, str], bool]") -> None:
-    """Raise KeyboardInterrupt at the first event of Python's profiler (a call, a return) that now() accepts, after the caller
-    has returned."""
+    """Raise KeyboardInterrupt at the first profiler event (a call or return) that now() accepts after the caller returned."""
     here = sys._getframe()
     before = here, here.f_back
 

@@ -1,4 +1,4 @@
-"""The options of a completion, as every command that completes takes them."""
+"""The command-line options of a completion, shared by `pygpt` and `pygpt chat`."""
 
 import argparse
 
@@ -8,34 +8,43 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: an id like any other unless --stop-at-eot is given
+END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: without --stop-at-eot, generation continues after it
 
 
 def add_completion_options(parser: argparse.ArgumentParser) -> None:
-    """The options that read_options() reads, but for the lengths: what chat.py takes, too."""
-    parser.add_argument("--sampler", metavar="NAME", help="median (default), greedy or sample, which the next six imply")
-    parser.add_argument("--temp", dest="temperature", metavar="X", help="divide the logits by this (default 1)")
-    parser.add_argument("--top-k", metavar="K", help="only the K most probable tokens (default 0: all)")
-    parser.add_argument("--top-p", metavar="P", help="only the most probable tokens that hold this share (default 1: all)")
-    parser.add_argument("--min-p", metavar="P", help="only tokens at least P times as probable as the first (default 0)")
+    """Add all options that read_options() reads, except the lengths."""
     parser.add_argument(
-        "--repeat-penalty", dest="repetition_penalty", metavar="X", help="make tokens of the sequence less probable (default 1)"
+        "--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next six options implies sample"
     )
-    parser.add_argument("-s", "--seed", metavar="N", help="the same tokens for the same seed (default: a random one)")
+    parser.add_argument("--temp", dest="temperature", metavar="X", help="divide the logits by X (default 1)")
+    parser.add_argument("--top-k", metavar="K", help="keep only the K most probable tokens (default 0: all)")
     parser.add_argument(
-        "--stop", dest="stop_strings", action="append", metavar="TEXT", help="end after this text; may be given again"
+        "--top-p", metavar="P", help="keep only the most probable tokens whose probabilities add up to P (default 1: all)"
     )
     parser.add_argument(
-        "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="end after this token; may be given again"
+        "--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)"
     )
-    parser.add_argument("--stop-at-eot", action="store_true", help=f"end after <|endoftext|>, token {END_OF_TEXT}")
     parser.add_argument(
-        "--overflow", metavar="HOW", help="past the model's context: stop, or slide to its latest half (default: refuse)"
+        "--repeat-penalty",
+        dest="repetition_penalty",
+        metavar="X",
+        help="above 1, make tokens that already occurred less probable (default 1: off)",
+    )
+    parser.add_argument("-s", "--seed", metavar="N", help="random seed; the same seed gives the same tokens (default: random)")
+    parser.add_argument("--stop", dest="stop_strings", action="append", metavar="TEXT", help="stop after TEXT; may be repeated")
+    parser.add_argument(
+        "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated"
+    )
+    parser.add_argument("--stop-at-eot", action="store_true", help=f"stop after <|endoftext|>, token {END_OF_TEXT}")
+    parser.add_argument(
+        "--overflow",
+        metavar="HOW",
+        help="when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)",
     )
 
 
 def read_options(options: argparse.Namespace) -> "dict[str, Any]":
-    """What the options ask of every completion, in the words of a request; only those that were given."""
+    """Return the given options as keyword arguments of a Request. Raises InputError for a value that is not a number."""
     asked: dict[str, Any] = {}
     for name, flag in ("total", "-n"), ("max_new_tokens", "--max-new-tokens"), ("top_k", "--top-k"), ("seed", "--seed"):
         if (text := getattr(options, name)) is not None:
@@ -56,23 +65,23 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
 
 
 def parse_id(text: str) -> int:
-    """A token id: ASCII digits only."""
+    """Read a token id. Raises InputError if the text is anything but ASCII digits."""
     if not (text.isascii() and text.isdigit()):
         raise InputError(f"token {text[:40]!r} is not a token id: ids are whole numbers written in digits, such as 31373")
     if len(text.lstrip("0")) > 18:
-        raise InputError(f"token {text[:40]!r} is not a token id: no vocabulary is that large")
+        raise InputError(f"token {text[:40]!r} is not a token id: it is larger than any vocabulary")
     return int(text[-18:])
 
 
 def parse_count(name: str, text: str) -> int:
-    """A count of an option: ASCII digits only."""
+    """Read an option's whole number. Raises InputError if the text is anything but 1 to 20 ASCII digits."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
         raise InputError(f"{name} is {text[:40]!r}: it must be a whole number")
     return int(text)
 
 
 def parse_number(name: str, text: str) -> float:
-    """A number of an option, in any form that a computer prints one."""
+    """Read an option's number, in any form that float() reads except with underscores, spaces or non-ASCII digits."""
     try:
         return float("" if "_" in text or not text.isascii() or text != text.strip() else text)
     except ValueError:

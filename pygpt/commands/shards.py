@@ -1,19 +1,23 @@
-"""Turn texts into llm.c's token shards, for training; or show a shard.
+"""Turn texts into llm.c's token shards for training, or show the content of a shard.
 
-    pygpt shards input.txt -o data/ --val-tokens 32768    data/input_train.bin and data/input_val.bin
+    pygpt shards input.txt -o data/ --val-tokens 32768    writes data/input_train.bin and data/input_val.bin
     pygpt shards 'books/*.txt' -o data/books --shard-size 100000000 --val-fraction 0.01
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. Tokens are GPT-2's. --eot says where <|endoftext|> goes. paragraph: before each
-text and after every blank line, as llm.c prepares tinyshakespeare; document: before each text; none: nowhere.
-The files are NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin and so on. If NAME ends in a /, it is
-a folder, and is created if necessary.
+Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's. --eot sets the places of <|endoftext|>:
 
-All files appear together once they are whole. Until then, they and a second copy of all tokens are in a temporary folder beside
-them. The command refuses to write beside older files of the same name: a pattern would take both for one data set.
+    paragraph    before each text and after each blank line, as llm.c prepares tinyshakespeare (default)
+    document     before each text
+    none         nowhere
 
-Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
+`-o NAME` writes NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin, NAME_train_000002.bin and so on.
+If NAME is a folder, the files in it begin with the name of the first text. If NAME ends in /, the folder is created if needed.
+
+All files appear together at the end. Until then, the files and a second copy of all tokens are in a temporary folder next to
+them. The command refuses to write files next to older shards of the same NAME, because a pattern would match both.
+
+Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse
@@ -48,53 +52,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt shards",
-        usage="pygpt shards TEXT... -o DIR_OR_PREFIX [options]\n       pygpt shards --show FILE [-n N]",
+        usage="pygpt shards TEXT... -o NAME [options]\n       pygpt shards --show FILE [-n N]",
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="UTF-8 text files, patterns of them, or - for stdin")
-    add("-o", "--output", metavar="DIR_OR_PREFIX", help="where the files go: a folder, or the beginning of their names")
+    add("texts", nargs="*", metavar="TEXT", help="UTF-8 text files, quoted patterns, or - for stdin")
+    add("-o", "--output", metavar="NAME", help="a folder for the files, or the beginning of their names")
     count = whole(1, MOST_TOKENS)
-    add("--shard-size", metavar="N", type=count, help="tokens of a shard, the last one's rest excepted (default: one file)")
-    add("--val-tokens", metavar="N", type=count, help="the first N tokens validate")
-    add("--val-fraction", metavar="F", type=fraction, help="the last part validates, as in 0.1")
-    add("--eot", metavar="WHERE", default="paragraph", help="paragraph (default), document or none")
-    add("--show", metavar="FILE", help="print a shard's header and first tokens")
-    add("-n", "--tokens", metavar="N", type=count, help="how many tokens --show prints (default 64)")
+    add("--shard-size", metavar="N", type=count, help="tokens in each shard; the last may have fewer (default: one file)")
+    add("--val-tokens", metavar="N", type=count, help="use the first N tokens for validation")
+    add("--val-fraction", metavar="F", type=fraction, help="use this last part of the tokens for validation, such as 0.1")
+    add("--eot", metavar="WHERE", default="paragraph", help="where to put <|endoftext|>: paragraph (default), document or none")
+    add("--show", metavar="FILE", help="print the size and the first tokens of a shard")
+    add("-n", "--tokens", metavar="N", type=count, help="number of tokens that --show prints (default 64)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, then show or make."""
+    """Check the arguments, then show a shard or write shards."""
     if options.show is not None:
         if options.texts or options.output is not None:
-            raise InputError("--show reads a shard, TEXT and -o write some: give one or the other")
+            raise InputError("--show reads a shard, but TEXT and -o write shards: give one or the other")
         show(options.show, options.tokens or 64)
         return
     if options.tokens is not None:
-        raise InputError("-n goes with --show; the sizes of files are --shard-size and --val-tokens")
+        raise InputError("-n goes with --show: to set the sizes of files, use --shard-size and --val-tokens")
     if not options.texts:
         raise InputError("no text was given: name at least one text file, or - for stdin")
     if options.output is None:
-        raise InputError("-o is missing: name the folder of the files, or how their names begin")
+        raise InputError("-o is missing: give a folder for the files, or the beginning of their names")
     if options.eot not in EOT:
         raise InputError(f"--eot is {options.eot[:40]!r}: it must be one of {', '.join(EOT)}")
     if options.val_tokens is not None and options.val_fraction is not None:
         raise InputError("--val-tokens and --val-fraction were both given: give one")
     texts = [name for given in options.texts for name in expand(given)]
     if texts.count(STDIN) > 1:
-        raise InputError("- was given twice: stdin can be read once")
+        raise InputError("- was given twice, but stdin can be read once: give it once")
     prefix = target(options.output, texts[0])
     say(make(texts, prefix, options.eot, options.shard_size, options.val_tokens, options.val_fraction))
 
 
 def fraction(text: str) -> float:
-    """A type for argparse: a number between 0 and 1."""
+    """Read a number between 0 and 1, as a type for argparse."""
     if not re.fullmatch(r"0?\.[0-9]{1,16}", text) or not float(text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number between 0 and 1, such as 0.1")
     return float(text)
@@ -104,17 +108,22 @@ def fraction(text: str) -> float:
 
 
 def expand(given: str) -> list[str]:
-    """The texts that a word of the command line means: a file, a pattern's files sorted, or stdin."""
+    """Return the texts named by one argument: a file, the sorted files that match a pattern, or stdin.
+
+    Raises InputError if there are no such files.
+    """
     if given == STDIN or os.path.lexists(given):
         return [given]
     if found := sorted(glob.glob(given)):
         return found
-    raise InputError(f"{given!r}: no such text file, and as a pattern it matches none")
+    raise InputError(f"{given!r}: no such text file, and no file matches it as a pattern: check the name")
 
 
 def target(output: str, first: str) -> str:
-    """How the files' names begin; makes the folder that a slash asks for. Raises InputError where there is no other folder, or
-    where older files would be among them."""
+    """Return the beginning of the files' names. If `output` ends in /, make that folder.
+
+    Raises InputError if the folder does not exist and cannot be made here, or if it holds older files of the same name.
+    """
     asked = output.endswith("/")
     if os.path.isdir(output) or asked:
         output = os.path.join(output, "stdin" if first == STDIN else Path(first).stem)
@@ -122,10 +131,10 @@ def target(output: str, first: str) -> str:
     if asked and not os.path.lexists(folder) and os.path.isdir(os.path.dirname(folder) or "."):
         os.mkdir(folder)
     if not name or not os.path.isdir(folder or "."):
-        raise InputError(f"-o is {output!r}: there is no folder {folder!r}")
+        raise InputError(f"-o is {output!r}: the folder {folder!r} does not exist: make it first")
     pattern = re.compile(rf"{re.escape(name)}_(train|val)(_[0-9]+)?\.bin")
     if older := sorted(filter(pattern.fullmatch, os.listdir(folder or "."))):
-        raise InputError(f"{os.path.join(folder, older[0])} is there already: delete it, or choose another name with -o")
+        raise InputError(f"{os.path.join(folder, older[0])} exists already: delete it, or choose another name with -o")
     return output
 
 
@@ -140,7 +149,7 @@ def make(
     val_tokens: int | None = None,
     val_fraction: float | None = None,
 ) -> str:
-    """Write the files; return a line that says what was done."""
+    """Write the files; return a one-line summary. Raises PyGPTError if writing fails."""
     folder, name = os.path.split(prefix)
     try:
         with tempfile.TemporaryDirectory(dir=folder or ".", prefix=f".{name}.") as work:
@@ -157,7 +166,10 @@ def make(
 
 
 def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
-    """All tokens, in a file: where validation begins may be known at the end only."""
+    """Write all tokens of the texts to the file `spool`; return them as a mapped array.
+
+    The split needs the number of all tokens, which is known only at the end. Raises InputError if there are no tokens.
+    """
     total = None if any(not os.path.isfile(text) for text in texts) else sum(map(os.path.getsize, texts))
     count = 0
     with open(spool, "wb") as file, Progress("bytes", total) as progress:
@@ -165,12 +177,12 @@ def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
             file.write(piece.data)
             count += len(piece)
     if not count:
-        raise InputError("the texts are empty: there are no tokens to write")
+        raise InputError("the texts are empty: give at least one character")
     return np.memmap(spool, "<u2", "r")
 
 
 def tokenized(texts: Sequence[str], eot: str, progress: Progress) -> Iterator[Tokens]:
-    """The tokens of the texts, piece by piece."""
+    """Yield the tokens of the texts in pieces, and update the progress bar."""
     done = 0
 
     def watched(text: Iterator[str]) -> Iterator[str]:
@@ -185,7 +197,7 @@ def tokenized(texts: Sequence[str], eot: str, progress: Progress) -> Iterator[To
 
 
 def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[str]:
-    """Write tokens as one file or as shards; return the files' names."""
+    """Write tokens to the folder `work` as one file or as shards; return the files' names."""
     if shard_size is None:
         files = [(f"{name}.bin", tokens)]
     else:
@@ -197,15 +209,15 @@ def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[
 
 
 def described(first: str, files: int, tokens: int) -> str:
-    """Some files in a few words."""
+    """Return a short description of the written files."""
     return f"{first}{f' and {files - 1} more' if files > 1 else ''}: {tokens} tokens"
 
 
-# ------------------------------------------------------------------------------------------------ a look into a shard
+# ------------------------------------------------------------------------------------------------ show a shard
 
 
 def show(path: str, count: int) -> None:
-    """Print a shard's size, its first ids, and the text that they are."""
+    """Print a shard's size, its first `count` ids, and their text. Raises DataError if the file is not a shard."""
     check_stdout("the tokens")
     tokenizer = Tokenizer()
     tokens = read_tokens(path, V=tokenizer.V)
@@ -216,7 +228,7 @@ def show(path: str, count: int) -> None:
     content = tokenizer.decode_bytes(ids)
     if sys.stdout.isatty():
         print(for_terminal(content.decode("utf-8", "replace"), sys.stdout))
-    else:  # as they are, also where they are no text
+    else:  # write the bytes as they are, even if they are not UTF-8
         sys.stdout.flush()
         sys.stdout.buffer.write(content + b"\n")
     sys.stdout.flush()

@@ -173,6 +173,11 @@ class HuggingFaceModel:
             raise self._bad(f"{HEAD} differs from wte.weight: a separate head is not supported")
 
     @property
+    def paths(self) -> list[str]:
+        """The safetensors files."""
+        return [file.path for file in self._files.values()]
+
+    @property
     def size(self) -> int:
         """The size of all its files in bytes."""
         return sum(file.size for file in self._files.values())

@@ -1,7 +1,7 @@
 """Quantise the weights of an open model in memory: q8_0 and q4_0, by tensor.
 
 Matrices of the layers take one format, the head and embedding (wte) another. Positions, biases and gains stay as they are: they
-are few. The same numbers come out whatever the number of workers and the instruction set; csrc/quantise.h says how.
+are few. The numbers are those of a converted file (dtypes.py), whatever the number of workers and the instruction set.
 Refuses weights that are not finite, and those too large for a float16 scale.
 """
 
@@ -9,21 +9,24 @@ from typing import NamedTuple
 
 from .._kernels import Floats, matrix_bytes, quantise_panels
 from ..config import Config
+from ..cpus import resolve_threads
 from ..errors import InputError, shown
-from ..pool import ThreadPool, resolve_threads
+from ..pool import ThreadPool
+from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from .open import Model
 
 QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the format that its head has by default
 LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # what a float16 scale reaches
 
 
 class QuantisedWeights(NamedTuple):
-    """Weights in memory, with what a model asks of an open Checkpoint."""
+    """Weights in memory, with what a network asks of an open model."""
 
     config: Config
+    format: Format  # of the layers' matrices
     tensors: dict[str, tuple[str, memoryview]]
 
     def stored(self) -> dict[str, tuple[str, memoryview]]:
@@ -34,7 +37,7 @@ class QuantisedWeights(NamedTuple):
         """Do nothing: the memory is given back with the last who uses it."""
 
 
-def quantised(checkpoint: "Checkpoint", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
+def quantised(checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
     """Quantise the matrices of an open model; the result outlives the model.
 
     format: of the layers' matrices, q8_0 or q4_0. head: of wte, by default q8_0. threads: workers, as for GPT2.load().
@@ -54,7 +57,7 @@ def quantised(checkpoint: "Checkpoint", format: str, head: str | None = None, th
         tensors[name] = formats[name], memory[offset : offset + size]
         offset += size
     _fill(tensors, formats, stored, shapes, resolve_threads(threads))
-    return QuantisedWeights(config, {name: tensors[name] for name in shapes})
+    return QuantisedWeights(config, FORMATS[format], {name: tensors[name] for name in shapes})
 
 
 def _layers(shape: tuple[int, ...]) -> int:
@@ -74,8 +77,9 @@ def _fill(
 
     def job(ith: int, nth: int) -> None:
         for name in formats:
-            shape, (kind, out), (source_kind, source) = shapes[name], tensors[name], stored[name]
-            if not quantise_panels(out, kind, source, source_kind, _layers(shape), *shape[-2:], ith, nth):
+            (kind, out), (source_kind, source) = tensors[name], stored[name]
+            N, K = shapes[name][-2:]
+            if not quantise_panels(out, kind, source, source_kind, _layers(shapes[name]), N, K, ith, nth):
                 refused.add(name)
 
     with ThreadPool(threads) as pool:

@@ -16,7 +16,7 @@ from math import prod
 from ..errors import CheckpointError, InputError, is_whole
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
-from .files import Windows
+from .files import HEADER_BYTES, Windows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,14 +38,18 @@ Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 class SafetensorsFile:
     """An open file that maps only the tensors in use. Use it in a `with` block, or close() it.
 
-    `tensors` maps each name to (dtype, shape, offset). Raises CheckpointError for any file that is not exactly in the format.
+    `tensors` maps each name to (dtype, shape, offset), in the order of the offsets; `metadata` is the header's __metadata__;
+    `start` the file's first bytes, as map_file() shows them. Raises CheckpointError for any file that is not exactly in the
+    format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file = Windows(self.path, MODEL_KIND, CheckpointError)
         self.size = self._file.size
+        self.metadata: dict[str, str] = {}
         try:
+            self.start = bytes(self._file.view(0, min(HEADER_BYTES, self.size)))
             self.tensors = self._check()
         except BaseException:
             self.close()
@@ -71,6 +75,7 @@ class SafetensorsFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._bad("__metadata__ is not an object of strings")
+        self.metadata = metadata
         ranges = sorted(self._range(name, entry) for name, entry in header.items())
         end = 0
         for begin, stop, name in ranges:

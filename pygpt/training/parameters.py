@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from ..config import TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
-from ..formats.checkpoint import Checkpoint, stored_tensors, write_checkpoint
+from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import FLOAT32, Format
+from ..formats.open import open_floats
 from ..hub.find import find_model
 
 TYPE_CHECKING = False
@@ -89,14 +90,14 @@ class Parameters:
     def load(
         cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, all_workers: bool = False
     ) -> "Self":
-        """Start from a checkpoint of any version, widened to float32: `path`, else the one that find_model() finds.
+        """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
-        Raises CheckpointError for a file that is not a checkpoint or has weights that are not finite, InputError for a bad
-        thread count.
+        Raises CheckpointError for a file that is not a model, or has quantised weights or weights that are not finite,
+        InputError for a bad thread count.
         """
         import numpy as np
 
-        with Checkpoint(find_model(path)[0]) as checkpoint:
+        with open_floats(find_model(path)[0]) as checkpoint:
             model = cls(checkpoint.config, threads=threads, all_workers=all_workers)
             for name in model._places:
                 start = 0

@@ -25,6 +25,7 @@ EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64" or not FUSED, reason="needs an x86-64 machine with FMA to compare with"),
     pytest.mark.skipif(not NATIVE, reason="needs a C compiler"),
+    pytest.mark.timeout(900),  # compiles every kernel
 ]
 SOURCES = ROOT / "pygpt" / "csrc"
 
@@ -33,7 +34,8 @@ def build(folder: Path, csrc: Path = SOURCES, *, cross: bool = False) -> list[st
     """Compile the harness with every set's kernels and the build's own flags: the command that runs it."""
     found = re.search(r"^FLAGS = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert found
-    assert NATIVE and (CROSS or not cross)
+    assert NATIVE
+    assert CROSS or not cross
     compiler = [CROSS, "-static"] if cross and CROSS else [NATIVE]
     program = str(folder / ("cross" if cross else "native"))
     sources = [*csrc.glob("micro_*.c"), *csrc.glob("quantised_*.c"), ROOT / "tests" / "neon_harness.c"]
@@ -54,10 +56,15 @@ def results(program: list[str], isa: str) -> dict[str, str]:
     return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
 
 
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return build(tmp_path_factory.mktemp("native"))
+
+
 @pytest.mark.skipif(not CROSS, reason="needs aarch64-linux-gnu-gcc (Debian: gcc-aarch64-linux-gnu)")
 @pytest.mark.skipif(not EMULATOR, reason="needs qemu-aarch64 (Debian: qemu-user)")
-def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
-    cross, native = build(tmp_path, cross=True), build(tmp_path)
+def test_neon_gives_the_same_bits(tmp_path: Path, native: list[str]) -> None:
+    cross = build(tmp_path, cross=True)
     neon = results(cross, "neon")
     kernels = {name.split()[0] for name in neon}
     assert kernels >= {
@@ -90,9 +97,8 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
         assert [name for name in neon if neon[name] != expected[name]] == [], isa
 
 
-def test_the_baseline_gives_the_same_bits_for_quantised_weights(tmp_path: Path) -> None:
-    program = build(tmp_path)
-    baseline, expected = results(program, "baseline"), results(program, FUSED[0])
+def test_the_baseline_gives_the_same_bits_for_quantised_weights(native: list[str]) -> None:
+    baseline, expected = results(native, "baseline"), results(native, FUSED[0])
     assert {name.split()[0] for name in baseline} == {"gemm", "product", "widen", "quantise"}
     assert {name.split()[-1] for name in baseline} == {"q8_0", "q4_0"}
     assert baseline.items() <= expected.items()

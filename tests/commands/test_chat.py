@@ -364,7 +364,7 @@ def test_text_of_any_length_slides(fake: Fake) -> None:
     assert fake.run(*words, text=b" y" * 100).stderr == b"Text: \n"
     result = fake.run(*words, text=b" y" * 140000)  # more ids than a line of the real command's input takes
     assert (result.returncode, result.stdout) == (0, b" y\n")
-    assert b"140000 tokens, of which the last 131072" in result.stderr
+    assert b"140000 tokens; only the last 131072 are used" in result.stderr
     assert [len(tokens) for tokens in fake.log("tokens")] == [100, 131072]
 
 
@@ -479,7 +479,7 @@ def test_end_before_any_reply_is_one_line(fake: Fake, text: bytes | None) -> Non
 def test_number_without_end_is_no_id(fake: Fake) -> None:
     fake.code("def answer(tokens, new):\n    while True: put('1' * 1000)")
     result = fake.run("hi")
-    assert_refused(result, 1, "where a token id was expected")
+    assert_refused(result, 1, "instead of a token id")
     assert gone(fake.log("pid")[0])
 
 
@@ -571,7 +571,7 @@ def test_a_number_too_long_for_an_id_is_not_waited_for() -> None:
 
     found = read_ids(chunks())
     assert next(found) == 5
-    with pytest.raises(ChildError, match="'12345678' where a token id was expected"):
+    with pytest.raises(ChildError, match="'12345678' instead of a token id"):
         next(found)
 
 
@@ -776,10 +776,10 @@ def test_what_cannot_be_set_is_one_line_and_changes_nothing(
 def test_newer_setting_replaces_what_it_rules_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench.take("/set temp 0.8", "/set seed 3", "/set sampler greedy")
     assert bench.request == {"max_new_tokens": 40, "sampler": "greedy"}
-    assert capsys.readouterr().err.splitlines()[-1].split(None, 1) == ["sampler", "greedy (and no more temperature, seed)"]
+    assert capsys.readouterr().err.splitlines()[-1].split(None, 1) == ["sampler", "greedy (removed: temperature, seed)"]
     bench.take("/set top_k 3")
     assert bench.request == {"max_new_tokens": 40, "top_k": 3}
-    assert "(and no more sampler)" in capsys.readouterr().err
+    assert "(removed: sampler)" in capsys.readouterr().err
 
 
 def test_set_alone_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -815,9 +815,9 @@ def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[st
         ("/SET n 3", "'/SET' is not a command"),
         ("/ help", "'/' is not a command"),
         ("/a\n\nb", "'/a' is not a command"),
-        ("/help me", "/help takes nothing after it, and there is 'me'"),
-        ("/quit\nnow", "/quit takes nothing after it, and there is 'now'"),
-        ("/again 2", "/again takes nothing after it, and there is '2'"),
+        ("/help me", "/help takes no argument, but 'me'"),
+        ("/quit\nnow", "/quit takes no argument, but 'now'"),
+        ("/again 2", "/again takes no argument, but '2'"),
         ("/" + "x" * 500, "'/xxx"),
     ],
 )
@@ -876,7 +876,7 @@ def test_long_conversation_keeps_its_last_tokens_slides_or_stops(capsys: pytest.
         assert [len(tokens) for tokens, _ in bench.echo.asked] == lengths
         told = capsys.readouterr().err
         if overflow is None:
-            assert "text and the reply so far have 7 tokens, of which the last 6 are used" in told
+            assert "text and the reply so far have 7 tokens; only the last 6 are used" in told
         elif overflow == "stop":
             assert told.startswith("pygpt: 9 tokens were given")
             assert told.count("\n") == 1
@@ -961,13 +961,13 @@ def test_stats_go_to_stderr_on_request(bench: Bench, capsys: pytest.CaptureFixtu
     assert re.fullmatch(r"pygpt: 2 tokens, the first after \d+\.\d\d s(, then \d+\.\d tokens/s)?", shown.err.splitlines()[1])
     bench.echo.reply = []
     bench.take("hi", "/set stats off", "hi")
-    assert capsys.readouterr().err.splitlines()[0] == "pygpt: no token"
+    assert capsys.readouterr().err.splitlines()[0] == "pygpt: 0 tokens"
 
 
 @pytest.mark.parametrize(
     ("times", "told"),
     [
-        ([5.0], "no token"),
+        ([5.0], "0 tokens"),
         ([5.0, 5.25], "1 tokens, the first after 0.25 s"),
         ([5.0, 5.0, 5.0], "2 tokens, the first after 0.00 s"),
         ([5.0, 6.0, 6.5, 7.0], "3 tokens, the first after 1.00 s, then 2.0 tokens/s"),
@@ -1010,7 +1010,7 @@ def test_any_lines_are_answered_or_refused_in_one(capsys: pytest.CaptureFixture[
         capsys.readouterr()
         bench.take(line)
         refusals = [told for told in capsys.readouterr().err.split("\n") if told.startswith("pygpt: ")]
-        refusals = [told for told in refusals if not re.match(r"pygpt: (\d+ tokens, the first|no token|the text )", told)]
+        refusals = [told for told in refusals if not re.match(r"pygpt: (\d+ tokens, the first|0 tokens$|the text )", told)]
         assert len(refusals) <= 1
         if refusals:
             assert (bench.request, len(bench.echo.asked)) == (before, asked)
@@ -1193,7 +1193,7 @@ def test_ctrl_c_twice_at_the_prompt_leaves(fake: Fake) -> None:
         chat.type("half a te")
         chat.expect("half a te")
         chat.type(CTRL_C)
-        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+        assert "press Ctrl-C again" in chat.expect("Text: ")
         chat.type(CTRL_C)
         status, shown = chat.finish()
     assert status == 130
@@ -1205,7 +1205,7 @@ def test_text_between_two_ctrl_c_at_the_prompt_lets_the_chat_go_on(fake: Fake) -
     with Terminal(fake) as chat:
         for _ in range(2):
             chat.type(CTRL_C)
-            assert "Ctrl-C again leaves" in chat.expect("Text: ")
+            assert "press Ctrl-C again" in chat.expect("Text: ")
             chat.type("hi\n")
             assert chat.expect("Text: ") == "hi\nhi\nText: "
 
@@ -1218,7 +1218,7 @@ def test_ctrl_c_in_a_reply_does_not_count_at_the_prompt(fake: Fake) -> None:
         chat.type(CTRL_C)
         chat.expect("Text: ")
         chat.type(CTRL_C)
-        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+        assert "press Ctrl-C again" in chat.expect("Text: ")
 
 
 def test_error_in_the_child_leaves(fake: Fake) -> None:
@@ -1258,7 +1258,7 @@ def test_prompt_keeps_off_a_stdout_that_is_not_the_terminal(fake: Fake) -> None:
         chat.type("hi\n")
         chat.expect("Text: ")
         chat.type(CTRL_C)
-        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+        assert "press Ctrl-C again" in chat.expect("Text: ")
         chat.type(CTRL_D)
         assert chat.finish()[0] == 0
         assert chat.process.stdout is not None
@@ -1325,7 +1325,7 @@ def test_ctrl_c_and_ctrl_d_in_a_text_of_several_lines(fake: Fake) -> None:
         chat.type("one\\\n")
         chat.expect(" ...  ")
         chat.type(CTRL_C)
-        assert "Ctrl-C again leaves" in chat.expect("Text: ")
+        assert "press Ctrl-C again" in chat.expect("Text: ")
         chat.type("two\\\n")
         chat.expect(" ...  ")
         chat.type(CTRL_D)
@@ -1411,7 +1411,7 @@ def test_ctrl_c_with_an_editor(fake: Fake, editor: str) -> None:
         chat.type(CTRL_C)
         chat.expect("Text:")
         chat.type(CTRL_C)
-        chat.expect("Ctrl-C again leaves")
+        chat.expect("press Ctrl-C again")
         chat.expect("Text:")
         chat.type(CTRL_C)
         status, shown = chat.finish()

@@ -218,8 +218,8 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["a.bin", "sub"], ["sub", "not a regular file"]),
         (["a.bin", "fifo"], ["fifo", "not a regular file"]),
         (["a.bin", "/dev/null"], ["/dev/null", "not a regular file"]),
-        (["a.bin", "absent/b.bin"], ["absent", "no folder"]),
-        (["a.bin", "text.txt/b.bin"], ["text.txt", "no folder"]),
+        (["a.bin", "absent/b.bin"], ["absent", "does not exist"]),
+        (["a.bin", "text.txt/b.bin"], ["text.txt", "does not exist"]),
     ],
 )
 def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]) -> None:

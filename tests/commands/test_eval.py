@@ -19,6 +19,7 @@ from test_data import shard_bytes
 
 from pygpt import GPT2, Example, Tokenizer, read_examples, write_examples
 from pygpt.commands import eval as evaluate
+from pygpt.commands.quantize import main as quantize
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
 
@@ -123,6 +124,62 @@ def test_a_perplexity_beyond_floats(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["perplexity"] is None
     assert evaluate.main(["perplexity", "tokens.bin", "-m", "sure.bin"]) == 0
     assert capsys.readouterr().out.startswith("perplexity infinite, loss ")
+
+
+@pytest.mark.parametrize(
+    ("options", "window", "stride"), [([], 24, 12), (["--window", "9", "--stride", "9", "-n", "50"], 9, 9)]
+)
+@pytest.mark.parametrize("rows", [3, 128])
+def test_compare(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], window: int, stride: int, rows: int
+) -> None:
+    monkeypatch.setattr(evaluate, "ROWS", rows)
+    monkeypatch.setattr(evaluate, "FLOAT64_ROWS", 2)
+    make("other.bin", seed=6, **SHAPE)
+    found = result_of(capsys, "compare", "model.bin", "other.bin", "tokens.bin", *options)
+    tokens = ids_of("tokens.bin")[: 50 if options else None]
+    columns: list[Floats] = []
+    for begin, first, end in evaluate.windows(len(tokens), window, stride):
+        pair = []
+        for path in ("model.bin", "other.bin"):
+            with Checkpoint(path) as checkpoint:
+                logits = oracle.forward(oracle.weights(checkpoint), checkpoint.config, tokens[begin : end - 1])
+            pair.append(oracle.softmax(logits)[first - begin - 1 :])
+        p, q = pair
+        chosen = np.arange(len(p)), tokens[first:end]
+        kl = (p * np.log(p / q)).sum(axis=1)
+        columns.append(np.stack([-np.log(p[chosen]), -np.log(q[chosen]), kl, p.argmax(axis=1) == q.argmax(axis=1)]))
+    expected = np.concatenate(columns, axis=1).mean(axis=1)
+    assert found["model"] == ["model.bin", "other.bin"]
+    assert (found["tokens"], found["window"], found["stride"]) == (len(tokens), window, stride)
+    assert found["scored"] == sum(column.shape[1] for column in columns)
+    assert [*found["loss"], found["kl_divergence"]] == pytest.approx(expected[:3].tolist(), abs=TOLERANCE)
+    assert found["top1_agreement"] == pytest.approx(expected[3])
+    assert found["perplexity"] == [math.exp(loss) for loss in found["loss"]]
+    assert expected[2] > 0.1  # the models differ
+
+
+def test_a_model_is_no_way_from_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    found = result_of(capsys, "compare", "model.bin", "model.bin", "tokens.bin")
+    assert (found["kl_divergence"], found["top1_agreement"]) == (0, 1)
+    assert found["loss"][0] == found["loss"][1] == result_of(capsys, "perplexity", "tokens.bin")["loss"]
+
+
+def test_quantised_models_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Worse numbers, more divergence; the text names both models and every figure."""
+    divergences = []
+    for form in ("f32", "q8_0", "q4_0"):
+        assert quantize(["--format", form, "--head", form, "model.bin", f"{form}.safetensors"]) == 0
+        capsys.readouterr()
+        divergences.append(result_of(capsys, "compare", "model.bin", f"{form}.safetensors", "tokens.bin")["kl_divergence"])
+    assert divergences[0] == 0 < 5 * divergences[1] < divergences[2]
+    assert evaluate.main(["compare", "model.bin", "q4_0.safetensors", "tokens.bin"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"A: perplexity \d+\.\d{4}, loss \d\.\d{6} nats a token", lines[0])
+    assert re.fullmatch(r"B: perplexity \d+\.\d{4}, loss \d\.\d{6} \([+-]\d\.\d{6}\)", lines[1])
+    assert re.fullmatch(r"KL divergence \d\.\d{6} nats, top-1 agreement \d+\.\d\d %", lines[2])
+    assert lines[3] == "99 tokens, window 24, stride 12"
+    assert lines[4].endswith("model.bin, q4_0.safetensors")
 
 
 @pytest.mark.parametrize("subject", ["text.txt", "-"])
@@ -267,6 +324,13 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
         (["hellaswag", "high_examples.bin"], ["high_examples.bin: example 0", "token id 211"]),
         (["hellaswag", "long.bin"], ["example 0 has 25 tokens to run: the model takes 24"]),
         (["hellaswag", "examples.bin", "-n", "x"], ["--limit", "'x'"]),
+        (["compare", "model.bin", "tokens.bin"], ["TEXT"]),
+        (["compare", "model.bin", "absent", "tokens.bin"], ["absent", "no such model file"]),
+        (["compare", "model.bin", "tokens.bin", "tokens.bin"], ["tokens.bin: magic number"]),
+        (["compare", "model.bin", EMBEDDED_MODEL, "tokens.bin"], ["A has 211 ids and B 50257"]),
+        (["compare", "model.bin", "short.bin", "tokens.bin", "--window", "10"], ["--window is 10", "maxT + 1 = 9"]),
+        (["compare", "model.bin", "model.bin", "tokens.bin", "-n", "1"], ["1 tokens: at least 2 are needed"]),
+        (["compare", "model.bin", "model.bin", "tokens.bin", "-m", "model.bin"], ["-m"]),
         (["next", "a"], ["the model has 211 ids, GPT-2's vocabulary 50257"]),
         (["next", "", "-m", EMBEDDED_MODEL], ["the prompt is empty"]),
         (["next", "a " * 300, "-m", EMBEDDED_MODEL], ["tokens were given", "256"]),
@@ -277,6 +341,7 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
 def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]) -> None:
     Path("high.bin").write_bytes(shard_bytes([1, 211]))
     Path("high.txt").write_text("hello there")
+    make("short.bin", **SHAPE | {"maxT": 8})
     write_examples("high_examples.bin", [Example(0, 0, [1, 211], [[1]] * 4)])
     write_examples("long.bin", [Example(0, 0, [1] * 20, [[1]] * 3 + [[1] * 6])])
     assert_refuses(evaluate.main, capsys, arguments, *named)
@@ -302,5 +367,10 @@ def test_an_instruction_set_that_is_not_there(words: str) -> None:
 def test_the_commands_of_the_help() -> None:
     done = run("eval", "--help")
     assert done.returncode == 0
-    assert set(re.findall(r"^    pygpt eval (\w+)", done.stdout, re.MULTILINE)) == {"perplexity", "hellaswag", "next"}
-    assert {"perplexity", "hellaswag", "next"} <= set(re.findall(r"^ +(\w+)  +\w", done.stdout, re.MULTILINE))
+    assert set(re.findall(r"^    pygpt eval (\w+)", done.stdout, re.MULTILINE)) == {
+        "perplexity",
+        "hellaswag",
+        "next",
+        "compare",
+    }
+    assert {"perplexity", "hellaswag", "next", "compare"} <= set(re.findall(r"^ +(\w+)  +\w", done.stdout, re.MULTILINE))

@@ -82,7 +82,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small files by the names that the pages give to large ones."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "my.txt").write_text("Once upon a time there was a king, and he had a daughter.\n\n" * 1500)
-    with pygpt.TrainableGPT2.random(pygpt.Config(L=1, NH=2, C=16, V=50257, maxT=128), seed=1, threads=1) as engine:
+    with pygpt.TrainableGPT2.random(pygpt.Config(L=1, NH=2, C=32, V=50257, maxT=128), seed=1, threads=1) as engine:
         engine.save(folder / "checkpoint.bin")
     (folder / "home").mkdir()
     shutil.copy(folder / "checkpoint.bin", folder / "home" / "gpt2.bin")

@@ -194,7 +194,7 @@ def test_heads_that_are_no_number(folder: Path, capsys: pytest.CaptureFixture[st
 def test_a_file_of_the_source_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
     for target in ("model/config.json", "model/../model/config.json"):
-        refused(folder, capsys, ["model", target], "config.json", "a file of SRC itself")
+        refused(folder, capsys, ["model", target], "config.json", "belongs to SRC")
     assert main(["model", "model/new.bin"]) == 0
 
 
@@ -613,11 +613,11 @@ def test_an_empty_folder_is_filled(folder: Path) -> None:
         (["a.bin", "full/"], ["full/", "not an empty folder"]),
         (["a.bin", "b.bin/"], ["b.bin/", "not an empty folder"]),
         (["a.bin", "dangling/"], ["dangling/", "not an empty folder"]),
-        (["a.bin", "absent/model/"], ["no folder", "absent"]),
+        (["a.bin", "absent/model/"], ["absent", "does not exist"]),
         (["a.bin", "/"], ["/", "not an empty folder"]),
         (["a.bin", "new.safetensors"], ["new.safetensors", "end DST with a /"]),
-        (["a.bin", "new/", "--version", "5"], ["new/", "without --version"]),
-        (["model", "new/"], ["new/", "from a .bin file"]),
+        (["a.bin", "new/", "--version", "5"], ["new/", "leave out --version"]),
+        (["model", "new/"], ["new/", "a .bin file"]),
         (["model", "full"], ["full", "not a regular file"]),
         (["model", "model/model.safetensors"], ["end DST with a /"]),
     ],

@@ -38,7 +38,7 @@ import numpy as np
 
 from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
-from ...formats.checkpoint import Checkpoint
+from ...formats.open import open_floats
 from ...hub.find import find_model
 from ...reference import SerialTrainableGPT2
 from ...training.data import DataLoader
@@ -250,7 +250,7 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str]:
     path, origin = find_model(init)
     if origin == "embedded":
         say("begins from the small embedded model (Shakespeare); --init names another, or `random` with --shape")
-    with Checkpoint(path) as checkpoint:
+    with open_floats(path) as checkpoint:
         return checkpoint.config, path
 
 

@@ -1,0 +1,149 @@
+"""Write a model in another weight format: quantised, or in floats. `pygpt quantize --help` says how.
+
+q8_0 and q4_0 are GGUF's: 32 neighbours of a row share a float16 scale, and a weight takes 8.5 or 4.5 bits. f16, bf16 and f32
+are plain floats. The four matrices of each layer and the head (wte, the embedding too) are quantised; the positions and all
+vectors stay as they are. A `.gguf` file is for exchange, and llama.cpp runs it; a `.safetensors` file holds the same numbers
+as the kernels read them, so that it is mapped in place. The values pass through some at a time. Numbers that have the format
+already are copied unchanged.
+
+stdout stays empty. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
+Unless it is 0 the older DST, if any, is as it was, and no half-written file is left.
+"""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+
+from ..config import TENSORS
+from ..errors import InputError, PyGPTError
+from ..formats.checkpoint import Checkpoint
+from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
+from ..formats.files import reason
+from ..formats.gguf import write_gguf
+from ..formats.huggingface import HuggingFaceModel
+from ..formats.open import Source, blocks_of, open_source
+from ..formats.panels import ModelFile, formats_of, write_panels
+from .console import HelpFormatter, Parser, say, status_of
+from .convert import check_parent
+from .progress import Progress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..formats.panels import Blocks
+
+EXAMPLES = """\
+examples:
+  pygpt quantize gpt2_124M.bin gpt2_q8.safetensors                    8.5 bits a weight, mapped in place
+  pygpt quantize --format q4_0 gpt2_124M.bin gpt2_q4.gguf             4.5 bits, the head 8.5; for llama.cpp, too
+  pygpt quantize --format q4_0 --head q4_0 gpt2-hf/ gpt2.safetensors  from a Hugging Face folder, the head in q4_0 as well
+"""
+
+FORMATS = {"q8_0": Q8_0, "q4_0": Q4_0, "f16": FLOAT16, "bf16": BFLOAT16, "f32": FLOAT32}
+HEADS = {"q4_0": "q8_0"}  # the head's format by the layers', where it is another one: a head in q4_0 costs more than it saves
+ENDINGS = (".gguf", ".safetensors")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return status_of(lambda: run(build_parser().parse_args(arguments)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options and help."""
+    names = ", ".join(FORMATS)
+    parser = Parser(
+        prog="pygpt quantize",
+        usage="pygpt quantize [options] SRC DST",
+        description="Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file\n"
+        "(mapped in place by pygpt).",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
+    parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors, replaced once it is whole")
+    parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{names} (default q8_0)")
+    parser.add_argument("--head", metavar="NAME", help="the format of the head (default that of --format; q8_0 for q4_0)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the arguments, quantise, say what was done."""
+    head = HEADS.get(options.format, options.format) if options.head is None else options.head
+    for name, given in (("format", options.format), ("head", head)):
+        if given not in FORMATS:
+            raise InputError(f"--{name} is {given[:40]!r}: it must be {', '.join(FORMATS)}")
+    if not options.target.endswith(ENDINGS):
+        raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; for a .bin file there is `pygpt convert`")
+    check_target(options.source, options.target)
+    with open_source(options.source) as model:
+        before = describe(options.source, model)
+        quantise(model, options.target, FORMATS[options.format], FORMATS[head])
+    size = os.path.getsize(options.target)
+    say(f"{before} -> {options.target} ({FORMATS[options.format].name}, head {FORMATS[head].name}, {size} bytes)")
+
+
+def quantise(model: Source, target: str, kind: Format, head: Format) -> None:
+    """Write the model to `target`, a .gguf or .safetensors file. Raises PyGPTError when writing fails."""
+    gguf = target.endswith(".gguf")
+    formats = formats_of(kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
+    with Progress("weights", model.config.parameters(padded=False)) as progress:
+        counter = Counter(progress)
+        tensors = {name: counter.watch(blocks_of(model, name, formats[name]), formats[name]) for name, _ in TENSORS}
+        try:
+            if gguf:
+                write_gguf(target, model.config, formats, tensors)
+            else:
+                write_panels(target, model.config, formats, tensors, sha256_of(model))
+        except OSError as error:
+            raise PyGPTError(f"{target}: cannot write the model file: {reason(error)}") from error
+
+
+class Counter:
+    """Shows how many weights have passed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._done = progress, 0
+
+    def watch(self, pieces: "Iterator[Blocks]", kind: Format) -> "Iterator[Blocks]":
+        """Pass the pieces of a tensor on."""
+        for piece in pieces:
+            yield piece
+            self._done += piece.size * kind.block_values
+            self._progress.update(self._done)
+
+
+def positions_of(model: Source) -> Format:
+    """The format of wpe."""
+    if isinstance(model, ModelFile):
+        return model.formats["wpe"]
+    return model.format if isinstance(model, Checkpoint) else BFLOAT16 if model.dtype == "bfloat16" else FLOAT32
+
+
+def sha256_of(model: Source) -> str:
+    """The sha256 of a model's file, or of its files one after the other, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in model.paths if isinstance(model, HuggingFaceModel) else [model.path]:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_target(source: str, target: str) -> None:
+    """Refuse a target that is the source or a file of it, is no file, or has no folder."""
+    check_parent(target)
+    if os.path.exists(target):
+        if not os.path.isfile(target):
+            raise InputError(f"{target}: not a regular file: it is not replaced")
+        inside = os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target)))
+        if inside or (os.path.exists(source) and os.path.samefile(source, target)):
+            raise InputError(f"{target}: a file of SRC itself: give DST another name")
+
+
+def describe(path: str, model: Source) -> str:
+    """A model in a few words."""
+    if isinstance(model, HuggingFaceModel):
+        return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
+    return f"{path} ({model.format.name}, {os.path.getsize(path)} bytes)"

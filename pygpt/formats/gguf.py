@@ -1,0 +1,437 @@
+"""GGUF files of GPT-2 models (version 3, llama.cpp's architecture `gpt2`): read strictly, written as a stream.
+
+A file is a header (magic, version, counts), key-value pairs, a table of tensors (name, extents, type, offset), padding, and
+the tensors, each at a multiple of general.alignment. The reader trusts none of it: every field is bounded, every key and
+name comes once, the tensors follow each other in order and fill the file. Sizes are computed on Python integers and
+compared with the file before anything is allocated. Values are read exactly, whoever quantised them.
+
+Refuses: other architectures and versions, split files, tensors of types that pygpt does not compute with, tensors that are
+missing, unknown or of another shape, and a head that differs from the token embedding.
+Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), llama-model.cpp (what a gpt2 model has).
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+from ..config import LIMITS, TENSORS, Config
+from ..errors import CheckpointError, InputError, is_whole, shown
+from ..tokenizer import END_OF_TEXT, spelled_vocabulary
+from .checkpoint import MODEL_KIND
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
+from .files import Windows, atomic_file
+from .panels import MATRICES, QUANTISED, ModelFile, aligned_bytes, layout, panel_sizes, stored_size, to_panels
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import IO
+
+    from .panels import Blocks
+
+MAGIC, VERSION = b"GGUF", 3
+ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
+TYPES = {0: FLOAT32, 1: FLOAT16, 2: Q4_0, 8: Q8_0, 14: Q6_K, 30: BFLOAT16}
+TYPE_OF = {row.name: number for number, row in TYPES.items()}
+OTHER_TYPES = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 15: "Q8_K"}
+OTHER_TYPES |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"}
+OTHER_TYPES |= {24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+FILE_TYPE = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "bfloat16": 32}  # general.file_type, by the layers' format
+
+# Limits far above any GPT-2's, so that a damaged count costs neither memory nor time.
+HEADER_LIMIT = 1 << 26  # bytes before the tensors
+KEYS_LIMIT, KEY_LIMIT, STRING_LIMIT, ARRAY_LIMIT = 4096, 1024, 1 << 20, 1 << 21
+NAME_LIMIT, EXTENTS_LIMIT = 64, 4  # ggml's own
+TENSORS_LIMIT = 2 * len(TENSORS) * LIMITS["L"]
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by value type
+BOOL, STRING, ARRAY = 7, 8, 9
+UINT32, INT32, FLOAT = 4, 5, 6
+
+DIMENSIONS = {"maxT": "context_length", "C": "embedding_length", "L": "block_count", "NH": "attention.head_count"}
+NAMES = {
+    "wte": "token_embd.weight",
+    "wpe": "position_embd.weight",
+    "ln1w": "blk.{}.attn_norm.weight",
+    "ln1b": "blk.{}.attn_norm.bias",
+    "qkvw": "blk.{}.attn_qkv.weight",
+    "qkvb": "blk.{}.attn_qkv.bias",
+    "attprojw": "blk.{}.attn_output.weight",
+    "attprojb": "blk.{}.attn_output.bias",
+    "ln2w": "blk.{}.ffn_norm.weight",
+    "ln2b": "blk.{}.ffn_norm.bias",
+    "fcw": "blk.{}.ffn_up.weight",
+    "fcb": "blk.{}.ffn_up.bias",
+    "fcprojw": "blk.{}.ffn_down.weight",
+    "fcprojb": "blk.{}.ffn_down.bias",
+    "lnfw": "output_norm.weight",
+    "lnfb": "output_norm.bias",
+}
+HEAD = "output.weight"
+EPSILON = 1e-5
+GPT2_V = 50257
+
+Value = int | float | bool | str
+
+
+class Tensor(NamedTuple):
+    """A tensor's place in the file: `extents` as GGUF has them, the length of a row first."""
+
+    kind: Format
+    extents: tuple[int, ...]
+    start: int  # byte of the file
+    stop: int
+
+
+class _Cursor:
+    """Reads a header's fields in order; every one is bounded by the bytes that are there."""
+
+    def __init__(self, path: str, data: memoryview) -> None:
+        self._path, self._data, self.at = path, data, 0
+
+    def bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._path}: not a sound GGUF file: {what}")
+
+    def skip(self, size: int, what: str) -> int:
+        """Step over `size` bytes; return where they begin."""
+        begin = self.at
+        if size > len(self._data) - begin:
+            limit = f", and at most {HEADER_LIMIT} bytes of header are read" if len(self._data) == HEADER_LIMIT else ""
+            raise self.bad(f"truncated: {what} of {size} bytes at byte {begin} of {len(self._data)}{limit}")
+        self.at += size
+        return begin
+
+    def scalar(self, code: str, what: str) -> int | float | bool:
+        """Read one number of struct's type `code`."""
+        begin = self.skip(struct.calcsize("<" + code), what)
+        value: int | float | bool = struct.unpack_from("<" + code, self._data, begin)[0]
+        return value
+
+    def count(self, code: str, low: int, high: int, what: str) -> int:
+        """Read a whole number from low to high."""
+        value = self.scalar(code, what)
+        if not is_whole(value, low, high):
+            raise self.bad(f"{what} is {value}, expected {low} to {high}")
+        return int(value)
+
+    def string(self, limit: int, what: str) -> str:
+        """Read a string of UTF-8."""
+        size = self.count("Q", 0, limit, f"the length of {what}")
+        begin = self.skip(size, what)
+        try:
+            return bytes(self._data[begin : begin + size]).decode()
+        except UnicodeDecodeError as error:
+            raise self.bad(f"{what} is not UTF-8: {error.reason}") from None
+
+    def array(self, what: str) -> int:
+        """Step over an array; return how many elements it has."""
+        kind = self.count("I", 0, max(SCALARS), f"the type of {what}")
+        number = self.count("Q", 0, ARRAY_LIMIT, f"the length of {what}")
+        if kind in SCALARS:
+            self.skip(number * struct.calcsize("<" + SCALARS[kind]), what)
+        elif kind == STRING:
+            for _ in range(number):
+                self.skip(self.count("Q", 0, STRING_LIMIT, f"the length of a string of {what}"), what)
+        else:
+            raise self.bad(f"{what} is an array of arrays")
+        return number
+
+
+class GGUFFile(ModelFile):
+    """An open GGUF file of a gpt2 model, of which no more is mapped than is being looked at. Close it, or use `with`.
+
+    Raises CheckpointError for any file that is not exactly one that pygpt computes with.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._file = Windows(self.path, MODEL_KIND, CheckpointError)
+        self.size = self._file.size
+        try:
+            self._tensors = self._read_header()
+            self.config = self._read_config()
+            self.formats = self._check_tensors()
+            self._check_head()
+        except BaseException:
+            self.close()
+            raise
+
+    # -------------------------------------------------------------------------------------------- the header
+
+    def _read_header(self) -> dict[str, Tensor]:
+        """Read the key-value pairs into self._values and the lengths of arrays into self._lengths; return the tensors."""
+        cursor = self._cursor = _Cursor(self.path, self._file.view(0, min(self.size, HEADER_LIMIT)))
+        magic = bytes(self._file.view(0, min(self.size, len(MAGIC))))
+        cursor.skip(len(MAGIC), "the magic")
+        if magic != MAGIC:
+            raise cursor.bad(f"it begins with {magic!r}, expected {MAGIC!r}")
+        version = int(cursor.scalar("I", "the version"))
+        if version != VERSION:
+            hint = "; a file of the other byte order" if version == VERSION << 24 else ""
+            raise cursor.bad(f"version {version}, expected {VERSION}: convert the model again with a current llama.cpp{hint}")
+        tensors = cursor.count("Q", 0, TENSORS_LIMIT, "the number of tensors")
+        pairs = cursor.count("Q", 0, KEYS_LIMIT, "the number of keys")
+        self._values: dict[str, Value] = {}
+        self._lengths: dict[str, int] = {}
+        for _ in range(pairs):
+            self._read_pair(cursor)
+        table = [self._read_tensor(cursor) for _ in range(tensors)]
+        return self._place(cursor, table)
+
+    def _read_pair(self, cursor: _Cursor) -> None:
+        """Read one key and its value."""
+        key = cursor.string(KEY_LIMIT, "a key")
+        if key in self._values or key in self._lengths:
+            raise cursor.bad(f"key {key[:80]!r} is given twice")
+        kind = cursor.count("I", 0, max(SCALARS), f"the type of {key[:80]!r}")
+        if kind == ARRAY:
+            self._lengths[key] = cursor.array(repr(key[:80]))
+        elif kind == STRING:
+            self._values[key] = cursor.string(STRING_LIMIT, repr(key[:80]))
+        else:
+            self._values[key] = cursor.scalar(SCALARS[kind], repr(key[:80]))
+
+    def _read_tensor(self, cursor: _Cursor) -> tuple[str, Format, tuple[int, ...], int]:
+        """Read one row of the table: name, format, extents, offset."""
+        name = cursor.string(NAME_LIMIT, "the name of a tensor")
+        dimensions = cursor.count("I", 1, EXTENTS_LIMIT, f"the number of extents of {name!r}")
+        extents = tuple(cursor.count("Q", 1, 1 << 32, f"an extent of {name!r}") for _ in range(dimensions))
+        number = int(cursor.scalar("I", f"the type of {name!r}"))
+        if number not in TYPES:
+            found = OTHER_TYPES.get(number, f"number {number}")
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is of type {found}, and pygpt reads F32, F16, BF16, Q8_0, Q4_0 and Q6_K: "
+                "take the model's F16 or F32 file, and quantise that with `pygpt quantize`"
+            )
+        kind = TYPES[number]
+        if extents[0] % kind.block_values:
+            raise cursor.bad(
+                f"tensor {name!r} has rows of {extents[0]} values, no multiple of {kind.name}'s {kind.block_values}"
+            )
+        return name, kind, extents, cursor.count("Q", 0, 1 << 62, f"the offset of {name!r}")
+
+    def _place(self, cursor: _Cursor, table: list[tuple[str, Format, tuple[int, ...], int]]) -> dict[str, Tensor]:
+        """Check that the tensors follow each other, aligned, up to the file's end; return where each one is."""
+        alignment = self._values.get("general.alignment", ALIGNMENT)
+        if not is_whole(alignment, 8, 1 << 16) or alignment % 8:
+            raise cursor.bad(f"general.alignment is {shown(alignment)}, expected a multiple of 8 up to {1 << 16}")
+        step = int(alignment)
+        begin = end = _aligned(cursor.at, step)
+        found: dict[str, Tensor] = {}
+        for name, kind, extents, offset in table:
+            if name in found:
+                raise cursor.bad(f"tensor {name!r} is there twice")
+            start = _aligned(end, step)
+            if begin + offset != start:
+                raise cursor.bad(f"tensor {name!r} begins at {offset}, expected {start - begin}: after the one before it")
+            end = start + kind.size(prod(extents))
+            found[name] = Tensor(kind, extents, start, end)
+        if not end <= self.size <= _aligned(end, step):
+            flaw = "truncated" if self.size < end else "too long"
+            raise cursor.bad(f"{flaw}: {self.size} bytes, expected {end}; fetch it again")
+        return found
+
+    # -------------------------------------------------------------------------------------------- the model
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
+
+    def _read_config(self) -> Config:
+        """Take the dimensions from the keys, and V from the token embedding; refuse what would be computed otherwise."""
+        values = self._values
+        architecture = values.get("general.architecture")
+        if architecture != "gpt2":
+            raise self._bad(f"general.architecture is {shown(architecture)}, expected 'gpt2'")
+        if values.get("split.count", 1) not in (0, 1):
+            raise self._bad(f"one of {shown(values['split.count'])} parts of a split model: merge them with llama-gguf-split")
+        found = {ours: values.get(f"gpt2.{theirs}") for ours, theirs in DIMENSIONS.items()}
+        embedding = self._tensors.get(NAMES["wte"])
+        if embedding is None or len(embedding.extents) != 2:
+            raise self._bad(f"tensor {NAMES['wte']} is missing or has not two extents")
+        try:
+            config = Config(V=embedding.extents[1], **found)  # type: ignore[arg-type]
+        except InputError as error:
+            meaning = ", ".join(f"{ours} is its gpt2.{theirs}" for ours, theirs in DIMENSIONS.items())
+            raise self._bad(f"{error} ({meaning})") from None
+        epsilon = values.get("gpt2.attention.layer_norm_epsilon")
+        if not isinstance(epsilon, float) or struct.pack("<f", epsilon) != struct.pack("<f", EPSILON):
+            raise self._bad(f"gpt2.attention.layer_norm_epsilon is {shown(epsilon)}, expected {EPSILON}")
+        for key, wanted in (("feed_forward_length", 4 * config.C), ("attention.head_count_kv", config.NH)):
+            if values.get(f"gpt2.{key}", wanted) != wanted:
+                raise self._bad(f"gpt2.{key} is {shown(values[f'gpt2.{key}'])}, expected {wanted} for {config}")
+        tokens = self._lengths.get("tokenizer.ggml.tokens", config.V)
+        if tokens != config.V:
+            raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, and {NAMES['wte']} {config.V} rows")
+        return config
+
+    def _check_tensors(self) -> dict[str, Format]:
+        """Compare names and extents with what the dimensions ask for; return each tensor's format, float32 if layers differ."""
+        formats, known = {}, {HEAD}
+        for name in NAMES:
+            layers, N, K = layout(self.config, name)
+            extents = (K, N) if name in MATRICES else (K,)
+            found = set()
+            for theirs in _theirs(name, layers):
+                if theirs not in self._tensors:
+                    raise self._bad(f"tensor {theirs} is missing")
+                if self._tensors[theirs].extents != extents:
+                    raise self._bad(f"tensor {theirs} has extents {self._tensors[theirs].extents}, expected {extents}")
+                found.add(self._tensors[theirs].kind.name)
+                known.add(theirs)
+            formats[name] = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
+        if unknown := sorted(self._tensors.keys() - known):
+            raise self._bad(f"tensor {unknown[0]!r} is unknown in a model with {self.config}")
+        return formats
+
+    def _check_head(self) -> None:
+        """Refuse a head that is not the token embedding: the kernels have none apart from it."""
+        if HEAD not in self._tensors:
+            return
+        head, wte = self._tensors[HEAD], self._tensors[NAMES["wte"]]
+        if (head.kind, head.extents) != (wte.kind, wte.extents):
+            raise self._bad(
+                f"{HEAD} is {head.kind.name} {head.extents}, and {NAMES['wte']} {wte.kind.name} {wte.extents}: a head of "
+                "its own is not supported; convert the model again with a current llama.cpp, which writes the two as one"
+            )
+        for at in range(0, head.stop - head.start, HEADER_LIMIT):
+            size = min(HEADER_LIMIT, head.stop - head.start - at)
+            one, other = (self._file.view(tensor.start + at, tensor.start + at + size) for tensor in (head, wte))
+            if one != other:
+                raise self._bad(f"{HEAD} differs from {NAMES['wte']}: a head of its own is not supported")
+
+    # -------------------------------------------------------------------------------------------- values
+
+    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+        """Rows [start, stop) of one layer's part of a tensor, as ModelFile.part() says: a view of the file."""
+        import numpy as np
+
+        tensor = self._tensors[NAMES[name].format(layer)]
+        row = tensor.kind.size(tensor.extents[0])
+        data = self._file.view(tensor.start + start * row, tensor.start + stop * row)
+        return tensor.kind, np.frombuffer(data, tensor.kind.dtype).reshape(stop - start, -1)
+
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        """All layers of a tensor one after the other in memory, quantised ones in panels."""
+        layers, N, K = layout(self.config, name)
+        kind = self.formats[name]
+        if any(self._tensors[theirs].kind != kind for theirs in _theirs(name, layers)):
+            return FLOAT32.name, self.widened(name)
+        out = aligned_bytes(stored_size(self.config, name, kind))
+        step = len(out) // layers
+        for layer in range(layers):
+            _, blocks = self.part(name, layer, 0, N)
+            into = out[layer * step : (layer + 1) * step]
+            if kind.name in QUANTISED:
+                values, scales = to_panels(kind, blocks)
+                split = panel_sizes(kind, N, K)[0]
+                into[:split], into[split : split + len(scales)] = values, scales
+            else:
+                into[:] = blocks.reshape(-1).view("u1")
+        return kind.name, out.data
+
+    def close(self) -> None:
+        """Close the file; arrays of it stay. May be called twice."""
+        self._file.close()
+
+
+def _theirs(name: str, layers: int) -> list[str]:
+    """The names in GGUF of the layers of one of our tensors."""
+    return [NAMES[name].format(layer) for layer in range(layers)]
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    config: Config,
+    formats: "Mapping[str, Format]",
+    tensors: "Mapping[str, Iterator[Blocks]]",
+) -> None:
+    """Write a GGUF file that llama.cpp runs, all or nothing: arguments and errors as panels.write_panels().
+
+    A vocabulary of 50,257 ids is GPT-2's, and stands in the file; any other is left out. Raises InputError for rows that do
+    not fill whole blocks.
+    """
+    for name, kind in formats.items():
+        _, _, K = layout(config, name)
+        if K % kind.block_values:
+            raise InputError(
+                f"{os.fspath(path)}: {name} has rows of {K} values, and GGUF's {kind.name} needs a multiple of "
+                f"{kind.block_values}: write a .safetensors file, which pads them, or take --format f16"
+            )
+    table, end = [], 0
+    for name in NAMES:
+        layers, N, K = layout(config, name)
+        for theirs in _theirs(name, layers):
+            extents = (K, N) if name in MATRICES else (K,)
+            size = formats[name].size(N * K)
+            table.append(
+                _string(theirs) + struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
+            )
+            end = _aligned(end + size, ALIGNMENT)
+    pairs = _pairs(config, formats)
+    header = MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)
+    with atomic_file(path) as file:
+        file.write(header + bytes(-len(header) % ALIGNMENT))
+        for name in NAMES:
+            layers, N, K = layout(config, name)
+            for _ in range(layers):
+                _write_rows(file, tensors[name], N)
+                file.write(bytes(-formats[name].size(N * K) % ALIGNMENT))
+
+
+def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
+    """Write N rows, in as many pieces as hold them."""
+    while N:
+        piece = next(pieces)
+        file.write(piece.data)
+        N -= len(piece)
+
+
+def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
+    """The key-value pairs, as bytes."""
+    kind = formats["qkvw"].name
+    whole = {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
+    whole |= {"gpt2.feed_forward_length": 4 * config.C, "general.file_type": FILE_TYPE[kind]}
+    if {formats["qkvw"].name, formats["wte"].name} & QUANTISED.keys():
+        whole["general.quantization_version"] = 2
+    pairs = [_pair("general.architecture", STRING, _string("gpt2"))]
+    pairs += [_pair(key, UINT32, struct.pack("<I", value)) for key, value in whole.items()]
+    pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", EPSILON)))
+    return pairs + _vocabulary(config.V)
+
+
+def _vocabulary(V: int) -> list[bytes]:
+    """The key-value pairs of the vocabulary: GPT-2's, or for ids of any other number none."""
+    if V != GPT2_V:
+        return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
+    ordinary, merges = spelled_vocabulary()
+    tokens = [*ordinary, END_OF_TEXT]
+    normal, control = 1, 3
+    types = struct.pack(f"<{V}i", *[normal] * len(ordinary), control)
+    end = struct.pack("<I", V - 1)
+    return [
+        _pair("tokenizer.ggml.model", STRING, _string("gpt2")),
+        _pair("tokenizer.ggml.pre", STRING, _string("gpt-2")),
+        _pair("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, V) + b"".join(map(_string, tokens))),
+        _pair("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", INT32, V) + types),
+        _pair("tokenizer.ggml.merges", ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(_string, merges))),
+        _pair("tokenizer.ggml.bos_token_id", UINT32, end),
+        _pair("tokenizer.ggml.eos_token_id", UINT32, end),
+    ]
+
+
+def _pair(key: str, kind: int, value: bytes) -> bytes:
+    return _string(key) + struct.pack("<I", kind) + value
+
+
+def _string(text: str) -> bytes:
+    content = text.encode()
+    return struct.pack("<Q", len(content)) + content

@@ -1,0 +1,394 @@
+"""Quantised matrices as the kernels read them: panels of 16 outputs, and the `.safetensors` files that hold them.
+
+One layer's matrix (N outputs, K inputs), N padded to a multiple of 16 and K to one of 32 with zeros, is
+    q8_0    int8 [N/16][K/4][16][4], then the scales, float16 [N/16][K/32][16]
+    q4_0    uint8 [N/16][K/8][16][4], low nibbles inputs 8i..8i+3, high ones 8i+4..8i+7, then the scales alike
+and zeros up to a multiple of 64 bytes. Layers follow one another. Every other format lies row-major, as in llm.c's files.
+
+A panel file is a safetensors file of the sixteen tensors in config.TENSORS' order, each a flat array of its format, padded
+with zeros to a multiple of 64 bytes; a quantised tensor is one of bytes (U8). `__metadata__` holds format, version, kind
+(of the four matrices of each layer), head (of wte), positions (of wpe), panel, group, the five dimensions, and the sha256
+of the file that it was made from. The header is padded so that the values begin at a multiple of 64: they are mapped and
+used in place.
+
+Refuses: any other safetensors file, an unknown version, and any file whose header differs from the one that its dimensions
+and formats ask for. Source: the layout of the kernels' products (micro.h).
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+from ..config import LIMITS, TENSORS, Config
+from ..errors import CheckpointError, ClosedError, InputError
+from .checkpoint import MODEL_KIND
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, PIECE, Q4_0, Q8_0, Format, nibbles
+from .files import atomic_file, map_file
+from .safetensors import LENGTH_BYTES, SafetensorsFile
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import IO, Any, Self
+
+    import numpy as np
+    import numpy.typing as npt
+
+    Blocks = npt.NDArray[Any]  # (rows, blocks): a part of a matrix in its format, row-major
+
+PANEL, GROUP, ALIGNMENT = 16, 32, 64  # outputs; inputs that share a scale; bytes
+QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # what lies in panels
+LAYERED = ("qkvw", "attprojw", "fcw", "fcprojw")  # the matrices of a layer, which have the format `kind`
+EMBEDDINGS = ("wte", "wpe")
+MATRICES = (*EMBEDDINGS, *LAYERED)
+FILE_FORMAT, FILE_VERSION = "pygpt panels", "1"
+STORED = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
+DTYPE = {row.name: dtype for dtype, row in STORED.items()} | dict.fromkeys(QUANTISED, "U8")
+
+
+def aligned(size: int) -> int:
+    """Round a size up to a multiple of 64 bytes."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+
+def panel_sizes(kind: Format, N: int, K: int) -> tuple[int, int]:
+    """Bytes of the values, and of the scales with their padding, of one layer's matrix in panels."""
+    panels, groups = -(-N // PANEL), kind.blocks(K)
+    return panels * groups * PANEL * (kind.block_bytes - 2), aligned(panels * groups * PANEL * 2)
+
+
+def to_panels(kind: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]":
+    """Lay blocks (N, K/32) out in panels: return the bytes of the values and of the scales, without padding of these."""
+    import numpy as np
+
+    N, groups = blocks.shape
+    if N % PANEL:
+        padding = kind.from_float32(np.zeros((PANEL - N % PANEL, groups * GROUP), "<f4"))  # type: ignore[misc]
+        blocks = np.concatenate([blocks, padding])
+    scales = np.ascontiguousarray(blocks["d"].reshape(-1, PANEL, groups).swapaxes(1, 2))
+    if kind == Q8_0:
+        words = blocks["q"].reshape(-1, PANEL, groups * 8, 4)  # [panel][output][four inputs][input]
+    else:
+        halves = nibbles(blocks["q"]).reshape(-1, PANEL, groups * 4, 2, 4)  # [panel][output][eight inputs][half][input]
+        words = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
+    values = np.ascontiguousarray(words.swapaxes(1, 2))
+    return values.reshape(-1).view("u1"), scales.reshape(-1).view("u1")
+
+
+def from_panels(kind: Format, values: memoryview, scales: memoryview, N: int, K: int) -> "Blocks":
+    """Read whole panels back as blocks (N, K/32), the exact inverse of to_panels(): `scales` may have padding at its end."""
+    import numpy as np
+
+    panels, groups = -(-N // PANEL), kind.blocks(K)
+    blocks = np.empty((panels * PANEL, groups), kind.dtype)
+    d = np.frombuffer(scales, "<f2", panels * groups * PANEL).reshape(panels, groups, PANEL)
+    blocks["d"] = d.swapaxes(1, 2).reshape(-1, groups)
+    if kind == Q8_0:
+        words = np.frombuffer(values, "i1").reshape(panels, groups * 8, PANEL, 4)
+        blocks["q"] = words.swapaxes(1, 2).reshape(-1, groups, GROUP)
+    else:
+        words = np.frombuffer(values, "u1").reshape(panels, groups * 4, PANEL, 4).swapaxes(1, 2)
+        levels = np.stack([words & 15, words >> 4], axis=3).reshape(-1, groups, GROUP)
+        blocks["q"] = levels[:, :, :16] | levels[:, :, 16:] << 4
+    return blocks[:N]
+
+
+def stored_size(config: Config, name: str, kind: Format) -> int:
+    """Bytes of one of the sixteen tensors as Weights takes it, all layers."""
+    layers, N, K = layout(config, name)
+    return layers * (sum(panel_sizes(kind, N, K)) if kind.name in QUANTISED else kind.size(N * K))
+
+
+def layout(config: Config, name: str) -> tuple[int, int, int]:
+    """One of the sixteen tensors as (layers, rows, columns): a vector is one row, wte and wpe have one layer."""
+    for (found, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
+        if found == name:
+            layers, rest = (shape[0], shape[1:]) if symbols[0] == "L" else (1, shape)
+            return layers, (rest[0] if len(rest) == 2 else 1), rest[-1]
+    raise InputError(f"no tensor is named {name!r}")
+
+
+def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
+    """Zeroed memory that begins at a multiple of 64."""
+    import numpy as np
+
+    room = np.zeros(size + ALIGNMENT, "u1")
+    skip = -room.ctypes.data % ALIGNMENT
+    return room[skip : skip + size]
+
+
+# ------------------------------------------------------------------------------------------------ models of any layout
+
+
+class ModelFile:
+    """An open model whose tensors have formats of their own: what panel and GGUF files share. Close it, or use `with`.
+
+    `config`; `formats`, by tensor; `format`, of the layers' matrices. A subclass reads part() from its file.
+    """
+
+    path: str
+    config: Config
+    formats: "dict[str, Format]"
+
+    @property
+    def format(self) -> Format:
+        """The format of the layers' matrices."""
+        return self.formats["qkvw"]
+
+    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+        """Rows [start, stop) of one layer's part of a tensor, as the file has them; start is a multiple of 16.
+
+        A vector is one row. Returns the format and the blocks (rows, blocks of a row). Raises ClosedError.
+        """
+        raise NotImplementedError
+
+    def parts(self, name: str) -> "Iterator[tuple[Format, Blocks]]":
+        """Yield a tensor's part()s in order, some rows at a time."""
+        layers, N, K = layout(self.config, name)
+        step = max(1, PIECE // (PANEL * K)) * PANEL
+        for layer in range(layers):
+            for start in range(0, N, step):
+                yield self.part(name, layer, start, min(start + step, N))
+
+    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
+        """Yield a tensor as float32 in order: rows of an embedding, else layer by layer, as Checkpoint.pieces() does."""
+        import numpy as np
+
+        layers, N, K = layout(self.config, name)
+        if name in EMBEDDINGS:
+            for kind, blocks in self.parts(name):
+                yield kind.to_float32(blocks)[:, :K]
+            return
+        shape = next(shape for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
+        for layer in range(layers):
+            kind, blocks = self.part(name, layer, 0, N)
+            values = np.ascontiguousarray(kind.to_float32(blocks)[:, :K])
+            yield values.reshape(-1) if len(shape) == 1 else values.reshape(1, *shape[1:])
+
+    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+        """Map each tensor to (format's name, bytes) as Weights takes them.
+
+        A tensor of a format that the kernels do not read is widened to float32.
+        """
+        from .._kernels import weight_formats
+
+        known = weight_formats()
+        return {
+            name: self._stored(name) if self.formats[name].name in known else ("float32", self.widened(name))
+            for name, _ in TENSORS
+        }
+
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        """One tensor in its own format, as Weights takes it."""
+        raise NotImplementedError
+
+    def widened(self, name: str) -> memoryview:
+        """The bytes of one tensor as float32, in memory of their own."""
+        import numpy as np
+
+        layers, N, K = layout(self.config, name)
+        out = aligned_bytes(4 * layers * N * K)
+        flat, done = out.view("<f4"), 0
+        for piece in self.pieces(name):
+            flat[done : done + piece.size] = np.ravel(piece)
+            done += piece.size
+        return out.data
+
+    def close(self) -> None:
+        """Close the file. May be called twice."""
+        raise NotImplementedError
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def entries(config: Config, formats: "Mapping[str, Format]") -> dict[str, tuple[str, int, int]]:
+    """What the header of such a model must say: name -> dtype, length of the flat array, bytes."""
+    found = {}
+    for name, _ in TENSORS:
+        dtype = DTYPE[formats[name].name]
+        size = aligned(stored_size(config, name, formats[name]))
+        found[name] = dtype, size // (1 if dtype == "U8" else formats[name].block_bytes), size
+    return found
+
+
+def formats_of(kind: Format, head: Format, positions: Format) -> "dict[str, Format]":
+    """The format of each tensor: vectors are float32."""
+    return {name: FLOAT32 for name, _ in TENSORS} | dict.fromkeys(LAYERED, kind) | {"wte": head, "wpe": positions}
+
+
+class PanelFile(ModelFile):
+    """An open panel file, its values mapped read-only and used in place; with mmap=False it is read into memory instead.
+
+    Raises CheckpointError for any file that is not exactly a panel file; nothing of it is mapped before it is checked.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+        self.path = os.fspath(path)
+        with SafetensorsFile(self.path) as file:
+            metadata, size, start = file.metadata, file.size, file.start
+            self._check(metadata, {name: (dtype, shape) for name, (dtype, shape, _) in file.tensors.items()})
+            self._places = {name: offset for name, (_, _, offset) in file.tensors.items()}
+        begin = self._places["wte"]
+        if begin % ALIGNMENT or list(self._places) != [name for name, _ in TENSORS]:
+            raise self._bad(f"its values begin at byte {begin}, expected a multiple of {ALIGNMENT}, in the order of a model")
+        self.sha256 = metadata["source_sha256"]
+        self._map = map_file(self.path, MODEL_KIND, CheckpointError, lambda *now: self._same(now, (start, size)), read=not mmap)
+        self.values = memoryview(self._map).toreadonly()
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a sound panel file: {what}")
+
+    def _same(self, now: tuple[bytes, int], before: tuple[bytes, int]) -> None:
+        """Refuse a file that was exchanged since it was checked."""
+        if now != before:
+            raise CheckpointError(f"{self.path}: the {MODEL_KIND} has changed while it was opened: try again when it is whole")
+
+    def _check(self, metadata: dict[str, str], found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Check the metadata and every tensor's dtype and size; take config and formats from them."""
+        if metadata.get("format") != FILE_FORMAT:
+            raise CheckpointError(
+                f"{self.path}: no file of `pygpt quantize`: its format is {metadata.get('format', '')[:40]!r}, expected "
+                f"{FILE_FORMAT!r}; `pygpt convert` or `pygpt quantize` make a model file of a Hugging Face model"
+            )
+        if metadata.get("version") != FILE_VERSION:
+            version = metadata.get("version", "")[:40]
+            raise self._bad(f"version {version!r}, expected {FILE_VERSION!r}: quantise the model again, or update pygpt")
+        for key, size in (("panel", PANEL), ("group", GROUP)):
+            if metadata.get(key) != str(size):
+                raise self._bad(f"{key} is {metadata.get(key, '')[:40]!r}, expected '{size}'")
+        if len(metadata.get("source_sha256", "")) != 64:
+            raise self._bad("source_sha256 is not one of 64 characters")
+        kind, head, positions = (self._format(metadata, key) for key in ("kind", "head", "positions"))
+        if positions.name in QUANTISED:
+            raise self._bad(f"positions is {positions.name!r}, expected float32, float16 or bfloat16")
+        try:
+            self.config = Config(**{key: self._whole(metadata, key) for key in LIMITS})
+        except InputError as error:
+            raise self._bad(str(error)) from None
+        self.formats = formats_of(kind, head, positions)
+        expected = {name: (dtype, (length,)) for name, (dtype, length, _) in entries(self.config, self.formats).items()}
+        if found != expected:
+            name = next((name for name in expected if found.get(name) != expected[name]), None)
+            if name is None:
+                raise self._bad(f"tensor {min(found.keys() - expected.keys())[:40]!r} is unknown")
+            raise self._bad(f"tensor {name} is {found.get(name, 'missing')}, expected {expected[name]} for {self.config}")
+
+    def _format(self, metadata: dict[str, str], key: str) -> Format:
+        name = metadata.get(key, "")
+        if name not in DTYPE:
+            raise self._bad(f"{key} is {name[:40]!r}, expected {', '.join(DTYPE)}")
+        return FORMATS[name]
+
+    def _whole(self, metadata: dict[str, str], key: str) -> int:
+        text = metadata.get(key, "")
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise self._bad(f"{key} is {text[:40]!r}, expected a whole number")
+        return int(text)
+
+    def _bytes(self, name: str) -> memoryview:
+        """All bytes of one tensor, without the padding at its end. Raises ClosedError."""
+        start = self._places[name]
+        try:
+            return self.values[start : start + stored_size(self.config, name, self.formats[name])]
+        except ValueError:
+            raise ClosedError(f"{self.path}: the model is closed; read its tensors before close()") from None
+
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        return self.formats[name].name, self._bytes(name)
+
+    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+        """Rows [start, stop) as ModelFile.part() says: panels are laid out as blocks again."""
+        import numpy as np
+
+        _, N, K = layout(self.config, name)
+        kind, data = self.formats[name], self._bytes(name)
+        if kind.name not in QUANTISED:
+            first = layer * N
+            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
+            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
+        values, scales = panel_sizes(kind, N, K)
+        base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
+        ends = (start, -(-stop // PANEL) * PANEL)
+        of_values, of_scales = ([base + end * row for end in ends], [base + values + end * groups * 2 for end in ends])
+        return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
+
+    def close(self) -> None:
+        """Unmap the file once no array views it any more. May be called twice."""
+        with suppress(BufferError):
+            self.values.release()
+            self._map.close()
+
+
+def write_panels(
+    path: str | os.PathLike[str],
+    config: Config,
+    formats: "Mapping[str, Format]",
+    tensors: "Mapping[str, Iterator[Blocks]]",
+    sha256: str,
+) -> None:
+    """Write a panel file, all or nothing: `tensors` are the blocks of each tensor in its format, rows in order, in pieces.
+
+    A piece does not reach over two layers. `formats` as formats_of() gives them; sha256: of the source, 64 characters.
+    Raises OSError when the file cannot be written; the older file, if any, is intact then.
+    """
+    metadata = {
+        "format": FILE_FORMAT,
+        "version": FILE_VERSION,
+        "kind": formats["qkvw"].name,
+        "head": formats["wte"].name,
+        "positions": formats["wpe"].name,
+        "panel": str(PANEL),
+        "group": str(GROUP),
+        **{key: str(getattr(config, key)) for key in LIMITS},
+        "source_sha256": sha256,
+    }
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, (dtype, length, size) in entries(config, formats).items():
+        header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (aligned(LENGTH_BYTES + len(text)) - LENGTH_BYTES - len(text))
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for name, _ in TENSORS:
+            layers, N, _ = layout(config, name)
+            begin = file.tell()
+            if formats[name].name in QUANTISED:
+                for _ in range(layers):
+                    _write_layer(file, formats[name], N, tensors[name])
+            else:
+                for piece in tensors[name]:
+                    file.write(piece.data)
+            file.write(bytes(aligned(file.tell() - begin) - (file.tell() - begin)))
+
+
+def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Blocks]") -> None:
+    """Write one layer's matrix in panels from as many pieces as hold N rows; its scales wait until the values are written."""
+    import numpy as np
+
+    scales: list[npt.NDArray[np.uint8]] = []
+    held: Blocks | None = None  # rows that do not fill a panel yet
+    while N:
+        piece = next(pieces)
+        N -= len(piece)
+        rows = piece if held is None else np.concatenate([held, piece])
+        whole = len(rows) - len(rows) % PANEL if N else len(rows)
+        held = rows[whole:]
+        values, d = to_panels(kind, rows[:whole])
+        file.write(values.data)
+        scales.append(d)
+    written = np.concatenate(scales)
+    file.write(written.data)
+    file.write(bytes(aligned(len(written)) - len(written)))

@@ -1,0 +1,262 @@
+"""pygpt quantize: every source to every format, numbers passed on unchanged, all or nothing, one line for what goes wrong."""
+
+import hashlib
+import json
+import os
+import re
+import tracemalloc
+from pathlib import Path
+
+import make_huggingface as hf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from limits import full_disk
+from make_checkpoint import make
+
+from pygpt import GPT2, TrainableGPT2
+from pygpt.commands.complete import main as complete
+from pygpt.commands.quantize import FORMATS, main
+from pygpt.config import TENSORS, Config
+from pygpt.errors import CheckpointError
+from pygpt.formats.gguf import GGUFFile
+from pygpt.formats.open import open_model, open_source
+from pygpt.formats.panels import PanelFile
+
+SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 130, "maxT": 8}
+QUANTISED = ("qkvw", "attprojw", "fcw", "fcprojw")
+MB = 1 << 20
+Tensors = dict[str, npt.NDArray[np.float32]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with source.bin."""
+    monkeypatch.chdir(tmp_path)
+    make("source.bin", seed=4, **SHAPE)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], *named: str, status: int = 2) -> None:
+    """This status, one line on stderr that names these, nothing on stdout, nothing written."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert main(arguments) == status
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err)
+    for word in named:
+        assert word in output.err
+    assert contents(folder) == before
+
+
+def all_of(path: str) -> Tensors:
+    with open_source(path) as model:
+        return {name: np.concatenate(list(model.pieces(name))) for name, _ in TENSORS}
+
+
+def rounded(array: npt.NDArray[np.float32], form: str) -> npt.NDArray[np.float32]:
+    """What is left of a matrix in a format."""
+    kind = FORMATS[form]
+    assert kind.from_float32 is not None
+    return kind.to_float32(kind.from_float32(array))
+
+
+def expected(source: Tensors, form: str, head: str) -> Tensors:
+    found = {name: rounded(array, form) if name in QUANTISED else array for name, array in source.items()}
+    return found | {"wte": rounded(source["wte"], head)}
+
+
+def equal(one: Tensors, other: Tensors) -> bool:
+    return all(one[name].shape == other[name].shape and np.array_equal(one[name], other[name]) for name in other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("ending", [".gguf", ".safetensors"])
+def test_every_format_holds_the_rounded_source(folder: Path, form: str, ending: str) -> None:
+    assert main(["--format", form, "source.bin", f"target{ending}"]) == 0
+    head = {"q4_0": "q8_0"}.get(form, form)
+    assert equal(all_of(f"target{ending}"), expected(all_of("source.bin"), form, head))
+    with open_model(f"target{ending}") as model:
+        assert (model.format, model.config) == (FORMATS[form], Config(**SHAPE))
+
+
+@pytest.mark.parametrize("ending", [".gguf", ".safetensors"])
+def test_the_default_is_q8_0_and_the_head_may_differ(folder: Path, ending: str) -> None:
+    source = all_of("source.bin")
+    assert main(["source.bin", f"a{ending}"]) == 0
+    assert equal(all_of(f"a{ending}"), expected(source, "q8_0", "q8_0"))
+    assert main(["--format", "bf16", "--head", "q4_0", "source.bin", f"b{ending}"]) == 0
+    assert equal(all_of(f"b{ending}"), expected(source, "bf16", "q4_0"))
+
+
+def test_a_model_of_any_format_is_a_source(folder: Path) -> None:
+    hf.make_model(folder / "hf", hf.named(hf.weights(4, **SHAPE)), hf.settings(**SHAPE))
+    make("five.bin", seed=4, version=5, **SHAPE)
+    assert main(["--format", "f32", "source.bin", "source.gguf"]) == 0
+    assert main(["--format", "f32", "source.bin", "source.safetensors"]) == 0
+    for source in ("hf", "hf/model.safetensors", "five.bin", "source.gguf", "source.safetensors"):
+        assert main(["--format", "q4_0", source, "target.safetensors"]) == 0
+        assert equal(all_of("target.safetensors"), expected(all_of(source), "q4_0", "q8_0")), source
+
+
+@pytest.mark.parametrize("form", ["q8_0", "q4_0"])
+def test_numbers_of_the_format_pass_unchanged_from_file_to_file(folder: Path, form: str) -> None:
+    """Quantising again would change them: what was rounded need not reach 127 any more."""
+    options = ["--format", form, "--head", form]
+    assert main([*options, "source.bin", "one.gguf"]) == 0
+    content = bytearray(Path("one.gguf").read_bytes())
+    with GGUFFile("one.gguf") as model:
+        start = model._tensors["blk.1.ffn_up.weight"].start
+    content[start : start + 10] = b"\x01\x00" + b"\x80\x7f" * 4  # a subnormal scale, and -128 or both ends of four bits
+    Path("one.gguf").write_bytes(content)
+    for source, target in (("one.gguf", "two.safetensors"), ("two.safetensors", "three.safetensors")):
+        assert main([*options, source, target]) == 0
+    assert main([*options, "three.safetensors", "four.gguf"]) == 0
+    assert Path("four.gguf").read_bytes() == content
+
+
+def test_rows_that_fill_no_block_are_padded_in_panels_and_refused_for_gguf(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("odd.bin", L=1, NH=1, C=20, V=9, maxT=3)
+    refused(folder, capsys, ["odd.bin", "odd.gguf"], "odd.gguf", "rows of 20 values", "q8_0", "multiple of 32", ".safetensors")
+    assert main(["odd.bin", "odd.safetensors"]) == 0
+    source, found = all_of("odd.bin"), all_of("odd.safetensors")
+    for name in (*QUANTISED, "wte"):
+        padded = np.pad(source[name], [(0, 0)] * (source[name].ndim - 1) + [(0, -source[name].shape[-1] % 32)])
+        assert np.array_equal(found[name], rounded(padded, "q8_0")[..., : source[name].shape[-1]])
+    assert main(["--format", "f16", "odd.bin", "odd.gguf"]) == 0
+
+
+def test_the_panel_file_names_its_source_by_its_sha256(folder: Path) -> None:
+    assert main(["source.bin", "target.safetensors"]) == 0
+    with PanelFile("target.safetensors") as model:
+        assert model.sha256 == hashlib.sha256(Path("source.bin").read_bytes()).hexdigest()
+
+
+def test_the_same_source_gives_the_same_file(folder: Path) -> None:
+    for ending in (".gguf", ".safetensors"):
+        for name in ("a", "b"):
+            assert main(["--format", "q4_0", "source.bin", name + ending]) == 0
+        assert Path("a" + ending).read_bytes() == Path("b" + ending).read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".gguf", ".safetensors"])
+def test_a_model_needs_no_memory_of_its_size(folder: Path, ending: str) -> None:
+    make("large.bin", L=12, NH=4, C=256, V=20000, maxT=1024)
+    size = Path("large.bin").stat().st_size
+    main([])  # what is imported once does not count
+    tracemalloc.start()
+    try:
+        assert main(["large.bin", f"large{ending}"]) == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * MB < size / 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What answers
+
+
+@pytest.mark.parametrize("target", ["target.gguf", "target.safetensors"])
+def test_the_commands_answer_from_it(folder: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    assert main(["source.bin", target]) == 0
+    capsys.readouterr()
+    assert complete(["-m", target, "-n", "6", "-t", "2", "1", "2"]) == 0
+    ids = capsys.readouterr().out.split()
+    with GPT2.load(target, mmap=False) as model:
+        assert ids[-4:] == [str(token) for token in model.generate([1, 2], total=6)]
+
+
+@pytest.mark.parametrize("target", ["target.gguf", "target.safetensors"])
+@pytest.mark.parametrize(("form", "named"), [("q8_0", "q8_0"), ("f32", "q4_0")])
+def test_training_refuses_quantised_weights_and_takes_floats(folder: Path, target: str, form: str, named: str) -> None:
+    assert main(["--format", form, "--head", named, "source.bin", target]) == 0
+    with pytest.raises(CheckpointError, match=f"{target}: {named} weights cannot be trained") as caught:
+        TrainableGPT2.load(target)
+    assert "\n" not in str(caught.value)
+    assert main(["--format", "f32", "source.bin", target]) == 0
+    with TrainableGPT2.load(target) as model:
+        assert np.array_equal(model.tensor("fcw"), all_of("source.bin")["fcw"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_it_says_what_it_did(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--format", "q4_0", "source.bin", "target.gguf"]) == 0
+    output = capfd.readouterr()
+    assert output.out == ""
+    sizes = [Path(name).stat().st_size for name in ("source.bin", "target.gguf")]
+    line = f"pygpt: source.bin (float32, {sizes[0]} bytes) -> target.gguf (q4_0, head q8_0, {sizes[1]} bytes)\n"
+    assert output.err == line
+
+
+def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkdir("folder.gguf")
+    hf.make_model(folder / "hf", hf.named(hf.weights(4, **SHAPE)), hf.settings(**SHAPE))
+    refused(folder, capsys, ["source.bin"], "DST")
+    refused(folder, capsys, ["source.bin", "target.bin"], "target.bin", ".gguf", ".safetensors", "pygpt convert")
+    refused(folder, capsys, ["--format", "q5_0", "source.bin", "a.gguf"], "--format", "'q5_0'", "q8_0, q4_0, f16, bf16, f32")
+    refused(folder, capsys, ["--head", "float32", "source.bin", "a.gguf"], "--head", "'float32'")
+    refused(folder, capsys, ["source.bin", "no/a.gguf"], "there is no folder")
+    refused(folder, capsys, ["source.bin", "folder.gguf"], "not a regular file")
+    refused(folder, capsys, ["missing.bin", "a.gguf"], "missing.bin", "No such file")
+    refused(folder, capsys, ["missing.gguf", "a.gguf"], "missing.gguf", "No such file")
+    refused(folder, capsys, ["hf", "hf/model.safetensors"], "a file of SRC itself")
+    assert main(["source.bin", "a.gguf"]) == 0
+    refused(folder, capsys, ["a.gguf", "./a.gguf"], "a file of SRC itself")
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "named"),
+    [
+        ("q8_0", np.nan, "nan"),
+        ("f32", np.inf, "inf"),
+        ("f16", 1e5, "100000"),
+        ("q8_0", 9e6, "9000000"),
+        ("q4_0", 6e5, "600000"),
+    ],
+)
+def test_values_that_no_number_holds_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], form: str, value: float, named: str
+) -> None:
+    offset = next(offset for name, _, offset, _ in Config(**SHAPE).tensors(padded=True) if name == "fcw")
+    with open("source.bin", "r+b") as file:
+        file.seek(1024 + 4 * (offset + 77))
+        file.write(np.array([value], "<f4").tobytes())
+    refused(folder, capsys, ["--format", form, "source.bin", "target.gguf"], "source.bin", "fcw", named)
+
+
+def test_a_full_disk_leaves_the_older_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for target in ("target.gguf", "target.safetensors"):
+        assert main(["source.bin", target]) == 0
+        with full_disk(20_000):
+            refused(folder, capsys, ["--format", "f32", "source.bin", target], target, "File too large", status=1)
+
+
+def test_a_hugging_face_model_is_not_computed_with_in_place(folder: Path) -> None:
+    hf.make_model(folder / "hf", hf.named(hf.weights(4, **SHAPE)), hf.settings(**SHAPE))
+    for path in ("hf", "hf/model.safetensors"):
+        with pytest.raises(CheckpointError, match="pygpt convert"):
+            GPT2.load(path)
+
+
+def test_a_damaged_source_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["source.bin", "a.gguf"]) == 0
+    Path("b.gguf").write_bytes(Path("a.gguf").read_bytes()[:-100])
+    refused(folder, capsys, ["b.gguf", "c.gguf"], "b.gguf", "truncated")
+    header = json.dumps({"x": 1}).encode()
+    Path("b.safetensors").write_bytes(hf.file_of(header, b""))
+    refused(folder, capsys, ["b.safetensors", "c.gguf"], "b.safetensors")
