@@ -55,7 +55,6 @@ from pygpt.__main__ import main
 from pygpt.errors import DataError
 from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from pygpt.formats.gguf import TYPES, GGUFFile, write_gguf
-from pygpt.formats.huggingface import write_model
 from pygpt.formats.panels import PanelFile, formats_of, layout, quantise, write_panels
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
 
