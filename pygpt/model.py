@@ -45,8 +45,8 @@ class GPT2(Generator):
         """Open a model file: `path`, else the one that find_model() finds. Unless mmap is False, the file is mapped, not read.
 
         threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
-        weights: "q8_0" or "q4_0" quantises the matrices in memory; else they are used as the file has them. Raises
-        CheckpointError for a file that is not a model, InputError for a bad thread count or unknown weights.
+        weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. Raises CheckpointError for a
+        file that is not a model, InputError for a bad thread count or unknown weights.
         """
         checkpoint = open_weights(find_model(path)[0], mmap=mmap, weights=weights, threads=threads)
         try:

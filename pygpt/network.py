@@ -1,8 +1,8 @@
 """The network: the weights in the file, a pool of workers, and step(), the one forward pass.
 
 A row is one token of one sequence. All rows of a prompt are prefill. One row is decode. One row from each of B sequences is
-batched decode. One function computes all of these. The bits of a row's logits do not depend on the other rows of the step, the
-division of a prompt into steps, or the number of workers.
+batched decode. One function computes all of these. The bits of a row's logits do not depend on other rows, on the division of
+a prompt into steps, or on the number of workers.
 
 Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view.
 """

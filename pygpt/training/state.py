@@ -136,7 +136,7 @@ class TrainingState:
 
 
 def _finite(text: str) -> float:
-    """A number of the JSON. Refuses one beyond float64: it could not be written again."""
+    """Return a JSON number. Raises ValueError beyond the range of float64, because to_json() could not write the number."""
     if math.isinf(number := float(text)):
         raise ValueError(f"{text[:40]} is beyond float64")
     return number
