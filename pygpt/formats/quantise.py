@@ -16,7 +16,8 @@ from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .open import Model
+    from .checkpoint import Checkpoint
+    from .panels import ModelFile
 
 QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the format that its head has by default
 LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # what a float16 scale reaches
@@ -37,7 +38,9 @@ class QuantisedWeights(NamedTuple):
         """Do nothing: the memory is given back with the last who uses it."""
 
 
-def quantised(checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
+def quantised(
+    checkpoint: "Checkpoint | ModelFile", format: str, head: str | None = None, threads: int | None = None
+) -> QuantisedWeights:
     """Quantise the matrices of an open model; the result outlives the model.
 
     format: of the layers' matrices, q8_0 or q4_0. head: of wte, by default q8_0. threads: workers, as for GPT2.load().
