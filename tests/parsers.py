@@ -306,7 +306,7 @@ class _Bytes:
             self.skip(length * GGUF_WIDTHS[kind])
         else:
             for _ in range(length):
-                self.skip(self.number("Q", 1 << 20))
+                self.skip(self.number("Q"))
         return ("array", length)
 
 
