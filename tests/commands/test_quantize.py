@@ -213,7 +213,7 @@ def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixtur
     refused(folder, capsys, ["source.bin", "target.bin"], "target.bin", ".gguf", ".safetensors", "pygpt convert")
     refused(folder, capsys, ["--format", "q5_0", "source.bin", "a.gguf"], "--format", "'q5_0'", "q8_0, q4_0, f16, bf16, f32")
     refused(folder, capsys, ["--head", "float32", "source.bin", "a.gguf"], "--head", "'float32'")
-    refused(folder, capsys, ["source.bin", "no/a.gguf"], "there is no folder")
+    refused(folder, capsys, ["source.bin", "no/a.gguf"], "no/a.gguf", "does not exist")
     refused(folder, capsys, ["source.bin", "folder.gguf"], "not a regular file")
     refused(folder, capsys, ["missing.bin", "a.gguf"], "missing.bin", "No such file")
     refused(folder, capsys, ["missing.gguf", "a.gguf"], "missing.gguf", "No such file")

@@ -363,7 +363,7 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"a": pair("x", 8, struct.pack("<Q", 1) + b"\xff")}, ("'x' is not UTF-8",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 9, 1))}, ("'x' is an array of arrays",)),
     ({"a": pair("x", 9, struct.pack("<IQ", 0, 1 << 62))}, ("the length of 'x'",)),
-    ({"a": pair("x", 9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 1 << 62))}, ("a string of 'x'",)),
+    ({"a": pair("x", 9, struct.pack("<IQ", 8, 1) + struct.pack("<Q", 1 << 62))}, ("truncated: 'x'",)),
     ({"a": pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 1) + string("a"))}, ("tokens has 1 tokens", "65 rows")),
 ]
 
