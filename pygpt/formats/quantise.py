@@ -49,9 +49,7 @@ class QuantisedWeights(NamedTuple):
         """Do nothing: the memory is given back with the last who uses it."""
 
 
-def quantised(
-    checkpoint: "Checkpoint | ModelFile", format: str, head: str | None = None, threads: int | None = None
-) -> QuantisedWeights:
+def quantised(checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
     """Quantise the matrices of an open model; the result outlives the model.
 
     format: of the layers' matrices, q8_0 or q4_0. head: of wte, by default q8_0. threads: workers, as for GPT2.load().
