@@ -17,7 +17,6 @@ from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from typing import Protocol
 
     class Model(Protocol):
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
         def stored(self) -> dict[str, tuple[str, memoryview]]:
             """Map each tensor's name to its weight format and its bytes."""
 
-=======
-    from .checkpoint import Checkpoint
-    from .panels import ModelFile
->>>>>>> h7
 
 QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the format that its head has by default
 LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # what a float16 scale reaches
