@@ -50,7 +50,7 @@ class QuantisedWeights(NamedTuple):
 
 
 def quantised(
-    checkpoint: "Checkpoint | ModelFile", format: str, head: str | None = None, threads: int | None = None
+    checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None
 ) -> QuantisedWeights:
     """Quantise the matrices of an open model; the result outlives the model.
 
