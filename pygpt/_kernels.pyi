@@ -1,6 +1,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol, Self, TypedDict
 
+import numpy as np
+import numpy.typing as npt
+
 from .config import Config
 
 class Logits(Protocol):
@@ -8,6 +11,8 @@ class Logits(Protocol):
 
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+
+Bytes = memoryview | npt.NDArray[np.uint8]
 
 class CPUInfo(TypedDict):
     isa: str
@@ -67,11 +72,19 @@ def weight_formats() -> dict[str, tuple[int, int]]: ...
 def cpu_info() -> CPUInfo: ...
 def matrix_bytes(format: str, N: int, K: int) -> int: ...
 def quantise_panels(
-    out: memoryview, format: str, source: memoryview, source_format: str, layers: int, N: int, K: int, ith: int, nth: int
+    out: Bytes, format: str, source: Bytes, source_format: str, layers: int, N: int, K: int, ith: int, nth: int
 ) -> bool: ...
-def blocks_to_panels(
-    out: memoryview, format: str, blocks: memoryview, layers: int, N: int, K: int, ith: int, nth: int
+def matrix_product(
+    out: npt.NDArray[np.float32],
+    inp: npt.NDArray[np.float32],
+    format: str,
+    weights: Bytes,
+    start: int,
+    stop: int,
+    *,
+    packed: bool,
 ) -> None: ...
+def blocks_to_panels(out: Bytes, format: str, blocks: Bytes, layers: int, N: int, K: int, ith: int, nth: int) -> None: ...
 def probe_read(memory: Floats, streams: int, ith: int, nth: int) -> float: ...
 def probe_fma(times: int) -> float: ...
 def zero(memory: Floats) -> None: ...

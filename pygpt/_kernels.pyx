@@ -337,7 +337,7 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
     share(p.rows, 16, me.ith, me.nth, &start, &stop)
     if start < stop:
         format.pack_rows(s.packed + start * padded(p.K), p.inp + start * p.ldi, p.ldi, stop - start, p.K)
-    if meet(me, PACK, <int32_t> p.layer):
+    if done_and_wait(me, PACK, <int32_t> p.layer):
         return 1
     width = min(p.N // (SHARES * me.nth) // format.panel * format.panel, block_outputs(format, p.K))
     width = max(width, <Py_ssize_t> format.panel)
@@ -478,7 +478,7 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
         own = s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)
         if own or i == phases(net, s) - 1:
             done(me, phase, layer)
-        elif meet(me, phase, layer):
+        elif done_and_wait(me, phase, layer):
             return 1
     return 0
 
@@ -933,6 +933,30 @@ def quantise_panels(
             held &= to.quantise(&out[0] + layer * step, come, &w, 16 * first, min(16 * last, N), room.data)
             start += last - first
     return held
+
+
+def matrix_product(
+    float[:, ::1] out not None, const float[:, ::1] inp not None, format, const unsigned char[::1] weights not None,
+    Py_ssize_t start, Py_ssize_t stop, *, bint packed,
+) -> None:
+    """out = inp weights^T for the outputs [start, stop) of a matrix: inp (rows, K), out (rows, N). `packed`: the way of many rows,
+    else that of few. For tests and probes of one microkernel."""
+    cdef const weight_format* form = format_named(format)
+    cdef Py_ssize_t rows = inp.shape[0], N = out.shape[1], K = inp.shape[1]
+    cdef weight_matrix w = weight_matrix(&weights[0], N, K)
+    cdef Floats room = Floats(padded(rows) + (stop - start + form.panel), padded(K))
+    cdef float* packed_weights = room.data + padded(rows) * padded(K)
+    check_bytes("weights", weights.shape[0], bytes_of(form, N, K))
+    if not 0 <= start < stop <= N or start % form.interleave or (stop != N and stop % form.interleave) or out.shape[0] != rows:
+        raise InputError(f"no such outputs: [{start}, {stop}) of {N}")
+    with nogil:
+        if not packed:
+            form.gemm(&out[0, start], N, &inp[0, 0], K, rows, &w, start, stop, room.data)
+        else:
+            form.pack_rows(room.data, &inp[0, 0], K, rows, K)
+            if form.pack_weights != NULL:
+                form.pack_weights(packed_weights, &w, start, stop)
+            form.product(&out[0, start], N, room.data, rows, &w, start, stop, packed_weights)
 
 
 def blocks_to_panels(

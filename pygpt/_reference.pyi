@@ -9,7 +9,12 @@ from .config import Config
 KERNELS: dict[str, int]
 
 class Reference:
-    def __init__(self, config: Config, arrays: Mapping[str, npt.NDArray[np.float32] | memoryview[float]]) -> None: ...
+    def __init__(
+        self,
+        config: Config,
+        arrays: Mapping[str, npt.NDArray[np.float32] | memoryview[float]],
+        panels: Mapping[str, tuple[str, memoryview]] | None = None,
+    ) -> None: ...
     @property
     def config(self) -> Config: ...
     def forward(self, tokens: Sequence[int]) -> tuple[memoryview, memoryview]: ...

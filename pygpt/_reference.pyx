@@ -14,7 +14,7 @@ Source: llm.c, train_gpt2.c, its functions without OpenMP.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.math cimport INFINITY, coshf, expf, logf, sqrt, sqrtf, tanhf
+from libc.math cimport INFINITY, NAN, coshf, expf, fabsf, fmaf, logf, rintf, sqrt, sqrtf, tanhf
 from libc.string cimport memcpy, memset
 
 from .config import TENSORS
@@ -73,6 +73,75 @@ cdef void matmul_forward(
             for i in range(C):
                 val += inp[n * C + i] * weight[o * C + i]
             out[n * OC + o] = val
+
+
+cdef void matmul_quantised_forward(
+    float* out, const float* inp,                     # OUT (N, OC), IN (N, C)
+    const signed char* weight, const float* scale,    # IN (OC, C), (OC, groups of 32 channels)
+    const float* bias,                                # IN (OC,) or NULL
+    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
+) noexcept nogil:
+    """The arithmetic of q8_0 and q4_0 (csrc/quantised_body.h). Each group of 32 inputs is rounded to int8. Its products with the
+    weights are summed as integers; the sums of the groups are added in ascending order, each by a fused multiply-add."""
+    cdef Py_ssize_t n, o, i, group, count, groups = (C + 31) // 32
+    cdef float most, inverse, row_scale
+    cdef int[32] q
+    cdef int total
+    for n in range(N):
+        for o in range(OC):
+            out[n * OC + o] = 0
+        for group in range(groups):
+            count = min(<Py_ssize_t> 32, C - 32 * group)
+            most = 0
+            for i in range(count):
+                if not fabsf(inp[n * C + 32 * group + i]) <= most:    # a NaN stays
+                    most = fabsf(inp[n * C + 32 * group + i])
+                    if most != most:
+                        break
+            inverse = <float> 127 / most
+            row_scale = most / <float> 127 if most < INFINITY else NAN
+            for i in range(count):
+                q[i] = 0
+                if most < INFINITY and inverse < INFINITY:
+                    q[i] = <int> rintf(inp[n * C + 32 * group + i] * inverse)
+            for o in range(OC):
+                total = 0
+                for i in range(count):
+                    total += weight[o * C + 32 * group + i] * q[i]
+                out[n * OC + o] = fmaf(total, scale[o * groups + group] * row_scale, out[n * OC + o])
+        for o in range(OC):
+            if bias != NULL:
+                out[n * OC + o] += bias[o]
+
+
+cdef float float16(unsigned bits) noexcept nogil:
+    """The value of a float16, which float32 holds exactly."""
+    cdef unsigned exponent = bits >> 10 & 31
+    cdef float fraction = bits & 1023
+    if exponent == 31:
+        fraction = NAN if bits & 1023 else INFINITY
+    elif exponent:
+        fraction = (1024 + fraction) * <float> (1 << (exponent - 1))
+    return -fraction / (1 << 24) if bits >> 15 else fraction / (1 << 24)
+
+
+cdef void unpack_panels(
+    signed char* weight, float* scale,                # OUT (OC, C), (OC, groups of 32 channels)
+    const unsigned char* panels,                      # IN values, then scales, of 16 outputs together
+    int bits, Py_ssize_t C, Py_ssize_t OC,            # bits of a value: 8 or 4
+) noexcept nogil:
+    cdef Py_ssize_t o, i, at, groups = (C + 31) // 32
+    cdef const unsigned char* scales = panels + (OC + 15) // 16 * groups * 64 * bits
+    for o in range(OC):
+        for i in range(C):
+            at = o // 16 * groups * 64 * bits
+            if bits == 8:
+                weight[o * C + i] = <signed char> panels[at + i // 4 * 64 + o % 16 * 4 + i % 4]
+            else:
+                weight[o * C + i] = (panels[at + i // 8 * 64 + o % 16 * 4 + i % 4] >> (i & 4) & 15) - 8
+        for i in range(groups):
+            at = 2 * ((o // 16 * groups + i) * 16 + o % 16)
+            scale[o * groups + i] = float16(scales[at] | scales[at + 1] << 8)
 
 
 cdef void attention_forward(
@@ -355,14 +424,27 @@ cdef struct Tensors:  # in the order of config.TENSORS: the weights, which are o
     Py_ssize_t[COUNT] step  # values from one layer's part to the next; 0 where there are no layers
 
 
+cdef struct Quantised:  # a matrix as integers and their scales; all NULL where it is float32
+    signed char* weight
+    float* scale
+    Py_ssize_t step, scale_step  # from one layer's part to the next
+
+
+cdef struct Matrices:  # the tensors that may be quantised
+    Quantised wte, qkvw, attprojw, fcw, fcprojw
+
+
 cdef Tensors tensors_in(config, arrays) except *:
-    """Point to the sixteen tensors, given as flat float32 arrays by name."""
+    """Point to the sixteen tensors, given as flat float32 arrays by name; to nothing for a name that is missing."""
     cdef Tensors tensors
     cdef float** field = <float**> &tensors
     cdef const float[::1] values
     cdef Py_ssize_t i
     for i in range(COUNT):
         name, dims = TENSORS[i]
+        field[i], tensors.step[i] = NULL, 0
+        if name not in arrays:
+            continue
         values = arrays[name]
         field[i] = <float*> &values[0]
         tensors.step[i] = values.shape[0] // <Py_ssize_t> config.L if dims[0] == "L" else 0
@@ -374,8 +456,22 @@ cdef Tensors tensors_of_layer(Tensors w, Py_ssize_t layer) noexcept nogil:
     cdef float** field = <float**> &w
     cdef Py_ssize_t i
     for i in range(COUNT):
-        field[i] += layer * w.step[i]
+        if field[i] != NULL:
+            field[i] += layer * w.step[i]
     return w
+
+
+cdef void product_forward(
+    float* out, const float* inp, const float* weight, const Quantised* quantised, Py_ssize_t layer, const float* bias,
+    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
+) noexcept nogil:
+    """matmul_forward in the arithmetic of the layer's weights."""
+    if quantised.weight == NULL:
+        matmul_forward(out, inp, weight, bias, N, C, OC)
+    else:
+        matmul_quantised_forward(
+            out, inp, quantised.weight + layer * quantised.step, quantised.scale + layer * quantised.scale_step, bias, N, C, OC
+        )
 
 
 cdef struct Acts:  # pointers only; Activations makes room for each
@@ -443,7 +539,9 @@ cdef int stop_if_interrupted() except -1 with gil:
     return 0
 
 
-cdef int network_forward(Acts acts, Tensors weights, const int* tokens, Shape s, bint keep) except -1 nogil:
+cdef int network_forward(
+    Acts acts, Tensors weights, const Matrices* m, const int* tokens, Shape s, bint keep,
+) except -1 nogil:
     """Fill the activations up to the logits. `keep`: those of all layers; else each layer overwrites the one before."""
     cdef Py_ssize_t N = s.B * s.T, C = s.C, layer
     cdef const float* residual = acts.encoded
@@ -454,19 +552,19 @@ cdef int network_forward(Acts acts, Tensors weights, const int* tokens, Shape s,
         w = tensors_of_layer(weights, layer)
         a = acts_of_layer(acts, s, layer if keep else 0)
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b, N, C)
-        matmul_forward(a.qkv, a.ln1, w.qkvw, w.qkvb, N, C, 3 * C)
+        product_forward(a.qkv, a.ln1, w.qkvw, &m.qkvw, layer, w.qkvb, N, C, 3 * C)
         attention_forward(a.atty, a.att, a.qkv, s.B, s.T, C, s.NH)
-        matmul_forward(a.attproj, a.atty, w.attprojw, w.attprojb, N, C, C)
+        product_forward(a.attproj, a.atty, w.attprojw, &m.attprojw, layer, w.attprojb, N, C, C)
         residual_forward(a.residual2, residual, a.attproj, N * C)
         layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C)
-        matmul_forward(a.fch, a.ln2, w.fcw, w.fcb, N, C, 4 * C)
+        product_forward(a.fch, a.ln2, w.fcw, &m.fcw, layer, w.fcb, N, C, 4 * C)
         gelu_forward(a.fch_gelu, a.fch, N * 4 * C)
-        matmul_forward(a.fcproj, a.fch_gelu, w.fcprojw, w.fcprojb, N, 4 * C, C)
+        product_forward(a.fcproj, a.fch_gelu, w.fcprojw, &m.fcprojw, layer, w.fcprojb, N, 4 * C, C)
         residual_forward(a.residual3, a.residual2, a.fcproj, N * C)
         residual = a.residual3
         stop_if_interrupted()
     layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, weights.lnfw, weights.lnfb, N, C)
-    matmul_forward(acts.logits, acts.lnf, weights.wte, NULL, N, C, s.V)
+    product_forward(acts.logits, acts.lnf, weights.wte, &m.wte, 0, NULL, N, C, s.V)
     stop_if_interrupted()
     return 0
 
@@ -557,10 +655,10 @@ cdef class Activations:
         cdef float[::1] logits = self.logits
         self.acts.logits = &logits[0]
 
-    cdef void forward(self, Tensors weights, const int* tokens) except *:
+    cdef void forward(self, Tensors weights, const Matrices* matrices, const int* tokens) except *:
         """Run the network without the GIL, up to the logits."""
         with nogil:
-            network_forward(self.acts, weights, tokens, self.shape, self.keep)
+            network_forward(self.acts, weights, matrices, tokens, self.shape, self.keep)
 
 
 cdef class Reference:
@@ -569,11 +667,38 @@ cdef class Reference:
     cdef readonly object config
     cdef object arrays                  # what the weights point into
     cdef Tensors weights
+    cdef Matrices matrices
 
-    def __init__(self, config, arrays):
-        """arrays: the sixteen tensors by name, flat float32 arrays, used in place; wte has V rows at least."""
-        self.config, self.arrays = config, arrays
+    def __init__(self, config, arrays, panels=None):
+        """Take the sixteen tensors by name. arrays: flat float32 arrays, used in place; wte has V rows at least. panels: pairs
+        (q8_0 or q4_0, bytes) of the quantised ones."""
+        arrays = dict(arrays)
+        self.config, self.arrays = config, [arrays]
+        for name, (format, data) in (panels or {}).items():
+            values = self._unpack(name, {"q8_0": 8, "q4_0": 4}[format], data)
+            if name == "wte":
+                arrays[name] = values
         self.weights = tensors_in(config, arrays)
+
+    cdef _unpack(self, name, int bits, const unsigned char[::1] data):
+        """Unpack a quantised tensor, and point to it. Returns its values."""
+        cdef Quantised* fields = <Quantised*> &self.matrices
+        cdef Quantised* to = fields + <Py_ssize_t> ("wte", "qkvw", "attprojw", "fcw", "fcprojw").index(name)
+        cdef Py_ssize_t layer, o, i, layers, N, K, groups
+        shapes = {found: shape for found, shape, _, _ in self.config.tensors(padded=False)}
+        layers, N, K = shapes[name] if len(shapes[name]) == 3 else (1, *shapes[name])
+        groups = (K + 31) // 32
+        weights = memoryview(bytearray(layers * N * K)).cast("b")
+        cdef signed char[::1] weight = weights
+        cdef float[::1] scale = _floats(layers * N * groups), values = _floats(N * K)
+        self.arrays += [weight, scale]
+        to.weight, to.scale, to.step, to.scale_step = &weight[0], &scale[0], N * K, N * groups
+        for layer in range(layers):
+            unpack_panels(to.weight + layer * N * K, to.scale + layer * N * groups, &data[layer * (data.shape[0] // layers)], bits, K, N)
+        for o in range(N):
+            for i in range(K):
+                values[o * K + i] = scale[o * groups + i // 32] * weight[o * K + i]
+        return values
 
     def forward(self, tokens) -> tuple:
         """Return (logits, probs), memoryviews of shape (T, V), for T token ids, each below V, T at most maxT."""
@@ -585,7 +710,7 @@ cdef class Reference:
         cdef const int[::1] token_ids = ids
         probs = _floats(T * V)
         cdef float[::1] probs_view = probs
-        activations.forward(self.weights, &token_ids[0])
+        activations.forward(self.weights, &self.matrices, &token_ids[0])
         with nogil:
             softmax_forward(&probs_view[0], activations.acts.logits, T, V)
         return tuple(flat.cast("B").cast("f", [T, V]) for flat in (activations.logits, probs))
@@ -626,10 +751,12 @@ cdef class Training:
     cdef losses(self, Activations activations, const int[:, ::1] inputs, const int[:, ::1] targets):
         """Run the network, turn its logits into probabilities in their place, and return the losses."""
         cdef Shape s = activations.shape
+        cdef Matrices floats
         cdef float* logits = activations.acts.logits
+        memset(&floats, 0, sizeof(floats))
         losses = _floats(s.B * s.T)
         cdef float[::1] out = losses
-        activations.forward(self.weights, &inputs[0, 0])
+        activations.forward(self.weights, &floats, &inputs[0, 0])
         with nogil:
             softmax_forward(logits, logits, s.B * s.T, s.V)
             crossentropy_forward(&out[0], logits, &targets[0, 0], s.B * s.T, s.V)
@@ -686,6 +813,8 @@ KERNELS = {
     "encoder_forward": <size_t> &encoder_forward,
     "layernorm_forward": <size_t> &layernorm_forward,
     "matmul_forward": <size_t> &matmul_forward,
+    "matmul_quantised_forward": <size_t> &matmul_quantised_forward,
+    "unpack_panels": <size_t> &unpack_panels,
     "attention_forward": <size_t> &attention_forward,
     "gelu_forward": <size_t> &gelu_forward,
     "residual_forward": <size_t> &residual_forward,

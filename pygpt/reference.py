@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from ._reference import Reference, Training
 from .config import Config
 from .errors import ClosedError, InputError
-from .formats.checkpoint import Checkpoint
 from .formats.dtypes import FORMATS
+from .formats.open import open_weights
+from .formats.quantise import QUANTISED
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -55,11 +56,14 @@ class SerialNetwork:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
+        stored = checkpoint.stored()
+        panels = {name: tensor for name, tensor in stored.items() if tensor[0] in QUANTISED}
         arrays = {
-            name: data.cast("f") if stored == "float32" else FORMATS[stored].values(data)  # float32 needs no NumPy
-            for name, (stored, data) in checkpoint.stored().items()
+            name: data.cast("f") if kind == "float32" else FORMATS[kind].values(data)  # float32 needs no NumPy
+            for name, (kind, data) in stored.items()
+            if name not in panels
         }
-        self._reference: Reference | None = Reference(self.config, arrays)
+        self._reference: Reference | None = Reference(self.config, arrays, panels)
 
     def new_cache(self, capacity: int | None = None) -> SerialCache:
         """Return an empty cache."""
@@ -101,9 +105,11 @@ class SerialGPT2(Generator):
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
+    def load(
+        cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True, weights: str | None = None
+    ) -> "SerialGPT2":
         """Open the checkpoint that GPT2.load() would open."""
-        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
+        return cls(open_weights(find_model(path)[0], mmap=mmap, weights=weights))
 
     def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Return the logits of every position of a sequence, (T, V)."""

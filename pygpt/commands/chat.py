@@ -503,6 +503,9 @@ def build_parser() -> argparse.ArgumentParser:
         "-t", "--threads", action=PassOn, metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)"
     )
     parser.add_argument(
+        "--weights", action=PassOn, metavar="FORMAT", help="quantise the weights in memory, as the pygpt command does"
+    )
+    parser.add_argument(
         "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
     )
     add_completion_options(parser)

@@ -1,12 +1,13 @@
-/* Making panels of the quantised formats (part of quantised_body.h): W outputs at a time, lanes are outputs, so the numbers of one output
- * are the same in every instruction set. Products and sums are rounded apart: the baseline has no other ones.
+/* Making panels of the quantised formats (part of quantised_body.h). W outputs are done at a time, and lanes are outputs, so the numbers
+ * are the same in every instruction set. Products and sums are rounded apart: the baseline has no other ones. The numbers are those of
+ * _to_q8_0 and _to_q4_0 in pygpt/formats/dtypes.py, which say how the scales are found:
  *
- *   q8_0   d = max|w| / 127 as float16, rounded to nearest, or up where the quotient would exceed 127; q = w * (1 / d) to the nearest
- *   q4_0   a search, as llama.cpp does it: m is the first number of greatest size. For each of the SEARCH candidates c in ascending order,
- *          q = clamp(round(w * -c / m), -8, 7), and d = sum(w q) / sum(q q) is the scale of least squares, which leaves an error of
- *          sum(w w) - sum(w q)^2 / sum(q q). The first candidate of the least error gives d, rounded to float16; then q anew from d */
+ *   q8_0   d = max|w| / 127, rounded up to a float16; q = w / d to the nearest, ties to even
+ *   q4_0   a search. Let e be the first number of the greatest size. A candidate c of LEVELS gives q = w (c / e), rounded and clipped to -8..7, then
+ *          the scale of least squares, weighted by |w|: d = sum(|w| w q) / sum(|w| q q), rounded to a float16. The first greatest saving of error,
+ *          d (2 sum(|w| w q) - d sum(|w| q q)), wins if it is above 0; at last q = w / d, rounded and clipped. Sums fold 16+16, 8+8, ... */
 
-#define SEARCH {8.0f, 7.0f, 7.2f, 7.4f, 7.6f, 7.8f, 8.2f, 8.4f, 8.6f, 8.8f}
+#define LEVELS {-9.0f, -8.75f, -8.5f, -8.25f, -8.0f, -7.75f, -7.5f, -7.25f, -7.0f}
 
 /* float32 to the bits of float16, to the nearest, ties to even (F. Giesen's float_to_half_fast3_rtne). */
 INLINE ivec half_bits(vec x) {
@@ -25,38 +26,51 @@ INLINE vec store_scales(uint16_t *to, ivec bits) {
 }
 
 INLINE vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
-INLINE ivec rounded(vec x) { return (ivec)(x + broadcast(12582912.0f)) - 0x4b400000; } /* |x| below 2^22, ties to even */
-INLINE vec inverse_of(vec d) { return (vec)((ivec)(1.0f / d) & ~(d == broadcast(0.0f))); } /* 0 for 0 */
+
+#define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, ties to even, left in the low bits */
+INLINE ivec integer(vec x) { return (ivec)(x + broadcast(ROUND)) - 0x4b400000; }
+
+/* x rounded and clipped to -8..7; NaN becomes -8. */
+INLINE vec level(vec x) {
+    const vec least = broadcast(-8.0f), most = broadcast(7.0f);
+    x = choose(x > least, x, least);
+    return choose(x < most, x, most) + broadcast(ROUND) - broadcast(ROUND);
+}
+
+INLINE vec fold(vec *terms) {
+    for (int half = GROUP / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) terms[k] += terms[k + half];
+    return terms[0];
+}
+
 INLINE int any(ivec mask) {
     int32_t found = 0;
     UNROLL for (int l = 0; l < W; l++) found |= mask[l];
     return found != 0;
 }
 
-/* x times inverse, from -8 to 7, rounded. */
-INLINE vec nibble_of(vec x, vec inverse) {
-    const vec scaled = x * inverse, least = broadcast(-8.0f), most = broadcast(7.0f);
-    const vec low = choose(scaled > least, scaled, least);
-    return choose(low < most, low, most) + broadcast(12582912.0f) - broadcast(12582912.0f);
-}
-
-/* The scale of least squares of 32 numbers, in float32. */
-INLINE vec search_scale(const vec *x) {
-    static const float candidates[] = SEARCH;
-    vec extreme = x[0], best = {0}, scale = {0};
-    for (int k = 1; k < GROUP; k++) extreme = choose(magnitude(x[k]) > magnitude(extreme), x[k], extreme);
-    for (size_t c = 0; c < sizeof candidates / sizeof *candidates; c++) {
-        const vec inverse = broadcast(-candidates[c]) / extreme;
-        vec products = {0}, squares = {0};
+/* The searched scale of 32 numbers, as the bits of a float16 */
+INLINE ivec search_scale(const vec *x, vec largest) {
+    static const float levels[] = LEVELS;
+    vec extreme = x[GROUP - 1], best = {0};
+    ivec scale = {0};
+    for (int k = GROUP - 2; k >= 0; k--) extreme = choose(magnitude(x[k]) == largest, x[k], extreme);
+    for (size_t c = 0; c < sizeof levels / sizeof *levels; c++) {
+        const vec factor = broadcast(levels[c]) / extreme;
+        vec wq[GROUP], qq[GROUP];
+        uint16_t stored[W];
         for (int k = 0; k < GROUP; k++) {
-            const vec q = nibble_of(x[k], inverse);
-            products += x[k] * q;
-            squares += q * q;
+            const vec q = level(x[k] * factor);
+            wq[k] = magnitude(x[k]) * x[k] * q;
+            qq[k] = magnitude(x[k]) * (q * q);
         }
-        const vec found = products / squares, gain = found * products;
-        const ivec better = gain > best;
-        best = choose(better, gain, best);
-        scale = choose(better, found, scale);
+        const vec products = fold(wq), squares = fold(qq);
+        const ivec bits = half_bits(products / squares);
+        const vec d = store_scales(stored, bits);
+        const vec saving = d * (2.0f * products - d * squares);
+        const ivec better = saving > best;
+        best = choose(better, saving, best);
+        scale = (bits & better) | (scale & ~better);
     }
     return scale;
 }
@@ -64,24 +78,33 @@ INLINE vec search_scale(const vec *x) {
 /* Quantise one group of W outputs, x[k] its numbers. Returns whether all could be held; a scale is NaN where not. */
 INLINE int quantise_values(const int bits, char *values, uint16_t *scales, const vec *x) {
     vec largest = magnitude(x[0]), d;
-    ivec odd = {0}, half, q[GROUP];
+    ivec odd = {0}, scale, q[GROUP];
     for (int k = 0; k < GROUP; k++) {
         largest = choose(magnitude(x[k]) > largest, magnitude(x[k]), largest);
         odd |= ((ivec)x[k] & 0x7f800000) == 0x7f800000; /* infinite or NaN */
     }
-    half = half_bits(bits == Q8 ? largest / broadcast(127.0f) : search_scale(x));
-    if (bits == Q8) half -= rounded(largest * inverse_of(store_scales(scales, half))) > 127; /* the next float16: minus -1 */
-    odd |= (half & 0x7c00) == 0x7c00;
-    d = store_scales(scales, (half & ~odd) | (0x7e00 & odd));
-    d = (vec)((ivec)inverse_of(d) & ~odd);
-    for (int k = 0; k < GROUP; k++) q[k] = bits == Q8 ? rounded(x[k] * d) & ~odd & 0xff : rounded(nibble_of(x[k], d)) + 8;
+    if (bits == Q8) {
+        const vec wanted = largest / broadcast(127.0f);
+        scale = half_bits(wanted);
+        scale -= store_scales(scales, scale) < wanted; /* the next float16: minus -1 */
+        odd |= (scale & 0x7c00) == 0x7c00;
+    } else {
+        scale = search_scale(x, largest);
+        odd |= (scale == 0) & (largest > broadcast(1.0f)); /* no candidate was a finite float16 */
+    }
+    d = store_scales(scales, (scale & ~odd) | (0x7e00 & odd));
+    odd |= d == broadcast(0.0f);
+    for (int k = 0; k < GROUP; k++) {
+        const vec quotient = (vec)((ivec)(x[k] / d) & ~odd);
+        q[k] = bits == Q8 ? integer(quotient) & 0xff : integer(level(quotient)) + 8;
+    }
     for (int k = 0; k < GROUP; k += 32 / bits) {
         ivec word = {0};
         UNROLL for (int i = 0; i < 4; i++)
             word |= q[k + i] << 8 * i | (bits == Q4 ? q[k + 4 + i] << (8 * i + 4) : (ivec){0});
         *(ivec_unaligned *)(values + k * OUTPUTS * bits / 8) = word;
     }
-    return !any(odd);
+    return !any(odd & (d != broadcast(0.0f))); /* a scale of 0 holds zeros */
 }
 
 INLINE int quantise(const int bits, void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start,

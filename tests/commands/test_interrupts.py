@@ -205,7 +205,7 @@ def raises(error: BaseException, *, cause: BaseException | None = None, context:
     return lambda: (_ for _ in ()).throw(error)
 
 
-@pytest.mark.parametrize("kind", [ImportError, SystemError])
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError, SystemError])
 def test_what_is_made_of_ctrl_c(kind: type[Exception], capfd: pytest.CaptureFixture[str]) -> None:
     between = ValueError()
     between.__context__ = KeyboardInterrupt()

@@ -21,7 +21,7 @@ from pygpt.config import TENSORS, Config
 from pygpt.errors import CheckpointError
 from pygpt.formats.gguf import GGUFFile
 from pygpt.formats.open import open_model, open_source
-from pygpt.formats.panels import PanelFile
+from pygpt.formats.panels import PanelFile, quantise
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 130, "maxT": 8}
 QUANTISED = ("qkvw", "attprojw", "fcw", "fcprojw")
@@ -62,8 +62,11 @@ def all_of(path: str) -> Tensors:
 def rounded(array: npt.NDArray[np.float32], form: str) -> npt.NDArray[np.float32]:
     """What is left of a matrix in a format."""
     kind = FORMATS[form]
-    assert kind.from_float32 is not None
-    return kind.to_float32(kind.from_float32(array))
+    if kind.from_float32 is not None:
+        return kind.to_float32(kind.from_float32(array))
+    blocks = quantise(kind, np.ascontiguousarray(array.reshape(-1, array.shape[-1])))
+    assert blocks is not None
+    return kind.to_float32(blocks).reshape(array.shape)
 
 
 def expected(source: Tensors, form: str, head: str) -> Tensors:
@@ -210,7 +213,7 @@ def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixtur
     refused(folder, capsys, ["source.bin", "target.bin"], "target.bin", ".gguf", ".safetensors", "pygpt convert")
     refused(folder, capsys, ["--format", "q5_0", "source.bin", "a.gguf"], "--format", "'q5_0'", "q8_0, q4_0, f16, bf16, f32")
     refused(folder, capsys, ["--head", "float32", "source.bin", "a.gguf"], "--head", "'float32'")
-    refused(folder, capsys, ["source.bin", "no/a.gguf"], "there is no folder")
+    refused(folder, capsys, ["source.bin", "no/a.gguf"], "no/a.gguf", "does not exist")
     refused(folder, capsys, ["source.bin", "folder.gguf"], "not a regular file")
     refused(folder, capsys, ["missing.bin", "a.gguf"], "missing.bin", "No such file")
     refused(folder, capsys, ["missing.gguf", "a.gguf"], "missing.gguf", "No such file")
