@@ -465,7 +465,7 @@ class Transformers(Torch):
 class LlamaCpp(Engine):
     """llama.cpp through the C interface of llama-cpp-python. Its Python class would keep the logits of every row.
 
-    The defaults are the fastest settings: keys, values and GELU's table in float16. The logits agree to 2e-3 of the largest logit.
+    The defaults are the fastest settings: keys, values and GELU's table are float16. Logits agree to 2e-3 of the largest.
     """
 
     def __init__(self, path: str, threads: int) -> None:
