@@ -1,5 +1,6 @@
-"""pygpt bench --train: its figures follow from each other and from the network's shapes, losses that do not agree are
-refused, and so is nonsense, in one line. Nothing here depends on how fast the machine is, and nothing needs PyTorch.
+"""Test pygpt bench --train: its numbers agree with each other and with the network's shapes.
+
+Losses that differ and bad arguments are refused in one line. No test depends on the machine's speed or needs PyTorch.
 """
 
 import csv
@@ -28,7 +29,7 @@ SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 200, "maxT": 24}
 CONFIG = Config(**SHAPE)
 PARTS = ("forward", "backward", "norm", "update")
 Result = dict[str, Any]
-NOBODY: Any = None  # trains in tests whose iterations are given
+NOBODY: Any = None  # replaces training in tests with given iterations
 
 
 def bench_run(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -44,7 +45,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def found(path: str) -> list[Result]:
-    """All objects of a run: the machine's, one thread's, two threads', the reference's."""
+    """All objects of a run: the machine, one thread, two threads, the reference."""
     done = bench_run("--train", "-m", path, "-B", "2", "-T", "8", "-r", "3", "--reference", "-o", "json")
     assert (done.returncode, done.stderr) == (0, "")
     objects: list[Result] = json.loads(done.stdout)
@@ -105,7 +106,7 @@ def test_figures_follow_from_each_other(found: list[Result]) -> None:
 
 
 def least_seconds(machine: Result, threads: str) -> dict[str, float]:
-    """What the documented operations and bytes take at the limits, counted product by product."""
+    """Return the least seconds for the documented operations and bytes, counted product by product."""
     B, T, C, L, V = 2, 8, SHAPE["C"], SHAPE["L"], SHAPE["V"]
     products = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L + [(V, C)]
     operations = sum(2 * B * T * N * K for N, K in products)
@@ -208,7 +209,7 @@ def test_losses_that_do_not_agree(by: str, theirs: tuple[float, ...], named: str
 
 
 class OtherNetwork:
-    """A peer that trains well, on something else by `off`."""
+    """A peer whose losses are too large by the share `off`."""
 
     off = 0.0
 

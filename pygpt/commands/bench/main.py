@@ -161,7 +161,7 @@ def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
     return time.perf_counter() - start
 
 
-def time_usual_job(model: GPT2 | SerialGPT2) -> float:
+def time_reference_job(model: GPT2 | SerialGPT2) -> float:
     """Return the seconds of the reference's job: 2 prompt tokens and 8 new tokens."""
     start = time.perf_counter()
     list(model.generate([0, 0], max_new_tokens=REFERENCE_TOKENS))
@@ -260,9 +260,9 @@ def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: 
 
 def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: bool) -> list[Test]:
     """Return the tests of the serial reference, and the same job with pygpt."""
-    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_usual_job(serial), by="reference")]
+    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference_job(serial), by="reference")]
     for model in models:
-        run = partial(time_usual_job, model)
+        run = partial(time_reference_job, model)
         tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by="pygpt"))
     if process:
         tests.append(Test("process", 1, REFERENCE_TOKENS, lambda: time_process(path, "--reference"), by="reference"))
