@@ -365,18 +365,8 @@ def _gguf_model(keys: dict[str, Any], found: dict[str, Any]) -> tuple[Shape, dic
     if found.pop("output.weight", found["token_embd.weight"]) != found["token_embd.weight"]:
         return None
     C = s["C"]
-<<<<<<< HEAD
     shapes: dict[str, tuple[int, ...]] = {"wte": (C, s["V"]), "wpe": (C, s["maxT"]), "qkvw": (C, 3 * C), "attprojw": (C, C)}
     shapes["fcw"] = (C, 4 * C)
-=======
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte": (C, s["V"]),
-        "wpe": (C, s["maxT"]),
-        "qkvw": (C, 3 * C),
-        "attprojw": (C, C),
-        "fcw": (C, 4 * C),
-    }
->>>>>>> h7
     shapes |= {"fcprojw": (4 * C, C), "qkvb": (3 * C,), "fcb": (4 * C,)}
     wanted = {theirs: (ours, 0) for theirs, ours in GGUF_WHOLE.items()}
     wanted |= {f"blk.{i}.{theirs}": (ours, i) for i in range(s["L"]) for theirs, ours in GGUF_LAYER.items()}

@@ -17,7 +17,6 @@ from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from typing import Protocol
 
     class Model(Protocol):
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
         def stored(self) -> dict[str, tuple[str, memoryview]]:
             """Map each tensor's name to its weight format and its bytes."""
 
-=======
-    from .checkpoint import Checkpoint
-    from .panels import ModelFile
->>>>>>> h7
 
 QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the format that its head has by default
 LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # what a float16 scale reaches
@@ -54,9 +49,7 @@ class QuantisedWeights(NamedTuple):
         """Do nothing: the memory is given back with the last who uses it."""
 
 
-def quantised(
-    checkpoint: "Checkpoint | ModelFile", format: str, head: str | None = None, threads: int | None = None
-) -> QuantisedWeights:
+def quantised(checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
     """Quantise the matrices of an open model; the result outlives the model.
 
     format: of the layers' matrices, q8_0 or q4_0. head: of wte, by default q8_0. threads: workers, as for GPT2.load().

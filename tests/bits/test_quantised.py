@@ -359,25 +359,19 @@ def test_the_serial_reference(name: str) -> None:
     assert np.abs(found - expected).max() <= 0.3 * np.abs(found - exact).max()
 
 
-def test_a_row_of_the_embedding() -> None:
-    """widen() gives each number of a quantised wte exactly: with no layer's help, the residual stream is wte + wpe."""
-    for name in NAMES:
-        config = Config(maxT=4, V=50, L=1, NH=1, C=33)
-        source = Random(config, 1)
-        for array in ("attprojw", "attprojb", "fcprojw", "fcprojb"):
-            source.arrays[array][:] = 0
-        model = quantised(source, name, name)
-        values = values_of(model)
-        widened = {key: ("float32", memoryview(value.astype(np.float32).tobytes())) for key, value in values.items()}
-        mixed = QuantisedWeights(config, model.format, model.tensors | {"wte": widened["wte"]})
-        with GPT2(model, threads=1) as a, GPT2(mixed, threads=1) as b:
-            for token in (0, 17, 49):
-                keys = [gpt2.new_cache() for gpt2 in (a, b)]
-                a.step([(token, keys[0], False)])
-                b.step([(token, keys[1], False)])
-                assert same(a.step([(token, keys[0], True)]), logits(model, [token, token])[1:])
-                exact = oracle.forward(values, config, [token, token])[1:]
-                assert np.abs(b.step([(token, keys[1], True)]) - exact).max() < 1e-4  # float32 head: embeddings alone
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_quantised_matrix(name: str, isa: str) -> None:
+    """widen() gives every number exactly: positions, which are only widened, have the bits of the same float32 values."""
+    config = Config(maxT=19, V=50, L=1, NH=1, C=43)
+    source = Random(config, 1)
+    quantised_wpe = np.zeros(matrix_bytes(name, 19, 43), np.uint8)
+    assert quantise_panels(quantised_wpe, name, source.arrays["wpe"].view("u1").reshape(-1), "float32", 1, 19, 43, 0, 1)
+    panels = QuantisedWeights(config, FLOAT32, source.stored() | {"wpe": (name, quantised_wpe.data)})
+    source.arrays["wpe"] = values_of(panels)["wpe"].astype(np.float32)
+    plain = QuantisedWeights(config, FLOAT32, source.stored())
+    with instruction_set(isa):
+        assert same(logits(panels, [7] * 19), logits(plain, [7] * 19))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
