@@ -1,5 +1,6 @@
-"""pygpt train as its users run it: what it prints, logs and saves, how it is interrupted, killed and resumed, what it
-refuses. Nothing depends on how fast the machine is: processes are stopped after lines that they have printed.
+"""Test pygpt train: its output, logs and saved files, interrupts, kills, --resume, and refused options.
+
+No test depends on the machine's speed: a process is stopped after a line that it printed.
 """
 
 import io
@@ -56,14 +57,14 @@ RUN = ("--data", "train.bin", "--shape", SHAPE, *BATCH, "-t", "1", "--lr", "0.01
 
 
 def shard(path: Path, tokens: Any) -> None:
-    """llm.c's token file, written here."""
+    """Write llm.c's token file with the test's own code."""
     values = np.asarray(tokens, "<u2")
     path.write_bytes(struct.pack("<256i", 20240520, 1, len(values), *[0] * 253) + values.tobytes())
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with data for training and validation, the current one."""
+    """A current folder with data for training and validation."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ:
         if name.startswith("PYGPT"):
@@ -79,21 +80,21 @@ def command(*arguments: str, shell: str = 'exec "$@"', **variables: str) -> "sub
 
 
 def succeed(*arguments: str, **variables: str) -> str:
-    """Run it; it must succeed. Returns its output."""
+    """Run the command and assert that it succeeds; return its output."""
     result = command(*arguments, **variables)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run it in this process: (status, stdout, stderr)."""
+    """Run the command in this process; return (status, stdout, stderr)."""
     status = train.main(arguments)
     output = capsys.readouterr()
     return status, output.out, output.err
 
 
 def numbers(output: str, kind: str = "train") -> list[tuple[int, float]]:
-    """(step, loss) of the lines of a kind."""
+    """Return (step, loss) of each line of a kind."""
     return [(int(step), float(loss)) for step, loss in re.findall(rf"^step (\d+): {kind} loss (\S+)", output, re.MULTILINE)]
 
 
@@ -107,11 +108,11 @@ def state_of(path: Path | str) -> TrainingState:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it does
+# Runs
 
 
 def test_a_run() -> None:
-    """Lines, log and files are those of the Trainer used by hand."""
+    """Lines, log and files are equal to those of a Trainer in this process."""
     options = ("--steps", "7", "--val", "val.bin", "--val-every", "3", "--val-batches", "2", "--accumulate", "2", "--clip", "1")
     result = command(*RUN, *options, "--seed", "4", "--shuffle", "--out", "run.bin", "--log", "run.jsonl", "--save-every", "5")
     assert (result.returncode, result.stderr.count("\n")) == (0, 1)
@@ -196,7 +197,7 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("stream", [Screen, io.StringIO])
 def test_a_sample_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
-    """Whoever made the model chose the text. Elsewhere it stays as it is."""
+    """On a terminal, control characters in the text are escaped: the model's author could choose them."""
     output = stream()
     monkeypatch.setattr(sys, "stdout", output)
     report.Report(Progress("steps"), report.Log(None, None, keep=False)).sampled(3, "a\x1b[2J\tb\n\x9bc")
@@ -208,7 +209,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind a
 
 
 def test_a_text_is_learned_and_completed() -> None:
-    """From nothing to a model that knows its text by heart, with two commands."""
+    """Training from random weights learns a text by heart, and the model completes it."""
     Path("my.txt").write_text(TEXT * 4)
     shape = ("--shape", "L=1,NH=2,C=32,maxT=32", "-B", "2", "-T", "16")
     options = ("--steps", "100", "--lr", "0.01", "--schedule", "cosine", "--warmup", "5", "--beta2", "0.95")
@@ -277,7 +278,7 @@ def test_signals_finish_the_step_and_save(which: signal.Signals, status: int) ->
             if line.startswith("step 2: train"):
                 process.send_signal(which)
                 break
-        output = "".join(lines_of(process))  # not communicate(), which would lose what has been read ahead
+        output = "".join(lines_of(process))  # communicate() would lose the buffered lines
         error = process.communicate(timeout=60)[1]
     done = numbers(output)[-1][0] + 1 if numbers(output) else 3
     assert f"stopped by {which.name} after {done} steps" in error
@@ -335,7 +336,7 @@ KILLS = int(os.environ.get("TRAIN_KILLS", "10"))
 
 
 def test_kill_9_at_any_moment() -> None:
-    """However often it is killed, wherever, the run ends with the bytes of one that nobody disturbed."""
+    """A run that is killed many times at any moment ends with the same bytes as a run without kills."""
     options = (*LONG[: LONG.index("--steps")], *LONG[LONG.index("--steps") + 2 :], "--save-every", "1", "--accumulate", "2")
     options += ("--schedule", "cosine", "--warmup", "3", "--clip", "1")
     chance, kills = random.Random(KILLS), 0
@@ -348,7 +349,7 @@ def test_kill_9_at_any_moment() -> None:
             for _, _line in zip(range(after), lines_of(process), strict=False):
                 pass
             if kills < KILLS:
-                time.sleep(chance.uniform(0, 0.02))  # some moment of the next steps and their saves
+                time.sleep(chance.uniform(0, 0.02))  # a random moment in the next steps and saves
                 process.kill()
                 kills += 1
                 process.communicate(timeout=60)
@@ -361,7 +362,7 @@ def test_kill_9_at_any_moment() -> None:
     assert steps == list(range(total + 1))
     for name in (*found, "run.state.1", "run.jsonl"):
         Path(name).unlink()
-    assert sorted(os.listdir()) == ["train.bin", "val.bin"]  # no half-written file is left
+    assert sorted(os.listdir()) == ["train.bin", "val.bin"]  # no temporary file remains
     succeed(*begin)
     assert {name: Path(name).read_bytes() for name in found} == found
 
@@ -435,7 +436,7 @@ def test_the_picture_of_a_resumed_run_is_drawn_anew(capsys: pytest.CaptureFixtur
         assert here(capsys, "--resume", "run.state", *again)[0] == 0
         assert Path("run.png").read_bytes().startswith(b"\x89PNG")
     before = Path("run.png").read_bytes()
-    status, _, error = here(capsys, "--resume", "run.state")  # without a log nothing is known of the steps before
+    status, _, error = here(capsys, "--resume", "run.state")  # without a log, the losses of earlier steps are lost
     assert (status, Path("run.png").read_bytes()) == (0, before)
     assert f"pygpt: did not write {os.getcwd()}/run.png: " in error
     status, _, error = here(capsys, "--resume", "run.state", "--plot", "other.png")
@@ -450,7 +451,7 @@ def test_without_matplotlib(folder: Path) -> None:
 
 
 def on_a_terminal(*arguments: str, **variables: str) -> tuple[str, str]:
-    """Run it with stderr on a terminal; returns (stdout, what the terminal got)."""
+    """Run the command with stderr on a terminal; return (stdout, output of the terminal)."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
     words, pipe = [*PYGPT, "train", *arguments], subprocess.PIPE
@@ -460,7 +461,7 @@ def on_a_terminal(*arguments: str, **variables: str) -> tuple[str, str]:
         try:
             while piece := os.read(leader, 4096):
                 seen += piece
-        except OSError:  # Linux: the other end has been closed
+        except OSError:  # on Linux, the other end was closed
             pass
         output = process.communicate(timeout=60)[0]
     os.close(leader)
@@ -489,7 +490,7 @@ def test_a_terminal_without_tqdm(folder: Path) -> None:
 
 @pytest.fixture
 def debug_state(folder: Path) -> Path:
-    """A small model, and what the serial reference makes of a batch."""
+    """A small model, and the results of the serial reference for a batch, as llm.c's debug state."""
     make("tiny.bin", L=2, NH=2, C=8, V=V, maxT=16)
     inputs, targets = (np.random.default_rng(i).integers(0, V, (2, 6), dtype="i4") for i in range(2))
     with SerialTrainableGPT2.load("tiny.bin") as engine:
@@ -780,7 +781,7 @@ def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureF
     assert Path("diary").read_text() == "dear diary"
 
 
-def test_a_log_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run", "--log", "log")
     Path("log").write_text("dear diary\n")
     status, _, error = here(capsys, "--resume", "run.state", "--steps", "3")
@@ -817,7 +818,7 @@ def test_no_room_for_one_state(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_a_disk_that_fills_up() -> None:
-    """States no longer fit from some step on: the error, status 1, and what was saved before is intact."""
+    """If a new state does not fit on the disk, the status is 1, and the previous save stays intact."""
     succeed(*RUN, "--steps", "2", "--out", "run")
     before = files()
     result = command("--resume", "run.state", "--steps", "5", shell='ulimit -f 8; exec "$@"')
@@ -856,7 +857,7 @@ DIVERGING = ("--lr", "1", "--weight-decay", "1000", "--out", "run", "--steps")  
 
 
 def test_a_run_that_diverges_before_the_first_save(capsys: pytest.CaptureFixture[str]) -> None:
-    """What it has made until then is saved, for there is nothing better."""
+    """The weights are saved, because there is no earlier save."""
     status, output, error = here(capsys, *RUN, *DIVERGING, "40")
     done = len(numbers(output))
     assert (status, done > 0) == (1, True)
@@ -910,7 +911,7 @@ def test_a_signal_before_a_resumed_run_made_a_step(capsys: pytest.CaptureFixture
 
 
 def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
-    """They are never saved; the last saved state stays, and it is said which one it is."""
+    """Weights that are not finite are not saved. The last state stays, and a line on stderr names it."""
     here(capsys, *RUN, "--steps", "3", "--out", "run")
     with TrainingState("run.state") as state:
         engine = TrainableGPT2(CONFIG)
@@ -925,7 +926,7 @@ def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
     assert "step 3: the loss is nan at the loader's epoch 0, shard 0, batch 3" in error
     assert files() == before
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9", "--out", "new")
-    assert (status, "new.state" in error) == (1, False)  # there is none
+    assert (status, "new.state" in error) == (1, False)  # it does not exist
     assert files() == before
 
 
@@ -946,11 +947,11 @@ def test_a_reader_that_goes_away() -> None:
     assert result.stderr.count("\n") == 1
     result = command(*RUN, "--steps", "1000000000", "--out", "run", shell='("$@"; echo $? >&2) | head -n 2; exit 0')
     assert (len(result.stdout.splitlines()), result.stderr) == (2, "141\n")
-    assert state_of("run.state").progress.step >= 2  # what it had made was saved
+    assert state_of("run.state").progress.step >= 2  # its steps were saved
 
 
 def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """Their options are there, and their values are accepted; so are the options that the text names."""
+    """The parser accepts the commands of the help. All options named in the text exist."""
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     text, _, options = capsys.readouterr().out.partition("\noptions:")
