@@ -263,7 +263,7 @@ static const microkernels *named(const char *name) {
 }
 
 int main(int argc, char **argv) {
-    static const ptrdiff_t rows[] = {1, 2, 5, 20, 70}, outputs[] = {1, 7, 33, 48}, sizes[] = {1, 15, 16, 48, 87, 512};
+    static const ptrdiff_t rows[] = {1, 2, 4, 5, 6, 8, 11, 20, 70}, outputs[] = {1, 7, 33, 48}, sizes[] = {1, 15, 16, 48, 87, 512};
     static const ptrdiff_t channels[] = {1, 15, 16, 17, 87, 768};
     const microkernels *m = argc == 2 ? named(argv[1]) : NULL;
     if (!m) {

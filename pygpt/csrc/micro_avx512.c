@@ -13,6 +13,7 @@
 #define SQRT(a) ((vec)_mm512_sqrt_ps(a))
 #define MR 5
 #define NR 5
+#define TALL_TILES
 #define TILE_ROWS 8
 #define TILE_VECS 3
 #define STREAMS 4

@@ -2,6 +2,7 @@
  *   W          floats in one register (16, 8 or 4)
  *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
+ *   TALL_TILES where 24 sums of 6 rows x 4 outputs have registers, too
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
  * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. After the include, TABLE(name, quantised)
@@ -226,10 +227,19 @@ INLINE lanes gelu16(lanes x) {
 
 /* ---------------------------------------------------------------------------------------- matrix products */
 
+/* What a tile brings into the cache: of its weight rows, every `every`th 16 values (1 or 2) from number `first` on, `ahead` bytes
+ * ahead of use. */
+typedef struct {
+    ptrdiff_t ahead;
+    int every, first;
+} fetch;
+
+INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
 /* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`: as far
- * apart as streams from memory want to be, which `prefetch` brings in ahead of use. */
+ * apart as streams from memory want to be. */
 INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
-                 const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind, const int prefetch) {
+                 const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind, fetch next) {
     const ptrdiff_t bytes = value_bytes(kind);
     const char *wrow[8];
     lanes acc[40];
@@ -237,7 +247,8 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
     _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
     ptrdiff_t k = 0;
     for (; k + LANES <= K; k += LANES) {
-        if (prefetch) UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + 2048);
+        if ((k / LANES & (next.every - 1)) == next.first)
+            UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + next.ahead);
         UNROLL for (int h = 0; h < NV; h++) { /* one register of the 16 lanes at a time: narrow sets have few */
             vec b[8];
             UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weight_vec(wrow[n], k + h * W, kind);
@@ -265,42 +276,38 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 #undef OUT
 }
 
-/* The row tiles of a few rows against `outputs` (a constant) weight rows, `wstep` apart. The first tile brings in the weights
- * that come next in each stream; the others find theirs in cache. */
-INLINE void dots_column(const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp, ptrdiff_t ldi,
-                        ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind) {
-#define ROWS(count, fetch) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, fetch)
-    ptrdiff_t r = 0;
-    if (rows > MR) {
-        ROWS(MR, 1);
-        for (r = MR; r + MR <= rows; r += MR) ROWS(MR, 0);
-    }
-    switch (rows - r) {
-#if MR > 4
-    case 5: ROWS(5, 1); break;
-#endif
-#if MR > 3
-    case 4: ROWS(4, 1); break;
-#endif
-#if MR > 2
-    case 3: ROWS(3, 1); break;
-#endif
-#if MR > 1
-    case 2: ROWS(2, 1); break;
-#endif
-    case 1: ROWS(1, 1); break;
-    }
+/* The row tiles of a few rows against `outputs` (a constant) weight rows, `wstep` apart. Two tiles are about equally tall and share
+ * the next weight rows, every other line each. Of more, the first and a lower last one fetch; the others find weights in cache. */
+INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp,
+                        ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind) {
+    const int two = rows > tallest && rows <= 2 * tallest;
+    for (ptrdiff_t r = 0, height; r < rows; r += height) {
+        height = two && !r ? (rows + 1) / 2 : least(rows - r, tallest);
+        fetch next = {2048, 1, r && height == tallest}; /* there is no second of one line: none */
+        if (two) next = (fetch){K * value_bytes(kind), 2, r != 0};
+        switch (height) {
+#define ROWS(count) \
+    case count: if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next); break
+            ROWS(1);
+            ROWS(2);
+            ROWS(3);
+            ROWS(4);
+            ROWS(5);
+            ROWS(6);
 #undef ROWS
+        }
+    }
 }
 
 /* The weights stream from memory once, as `streams` (a constant) far-apart rows at a time, one from each of as many equal parts
  * of w, which keeps more reads on their way than one stream can. */
-INLINE void gemm_of(const int streams, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
-                    const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
+INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
+                    ptrdiff_t rows, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
     const ptrdiff_t part = N / streams, row_bytes = K * value_bytes(kind);
     for (ptrdiff_t n = 0; n < part; n++)
-        dots_column(streams, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * K, K, kind);
-    for (ptrdiff_t n = part * streams; n < N; n++) dots_column(1, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, K, K, kind);
+        dots_column(streams, tallest, out + n, ldo, part, inp, ldi, rows, w + n * row_bytes, part * K, K, kind);
+    for (ptrdiff_t n = part * streams; n < N; n++)
+        dots_column(1, MR, out + n, ldo, 1, inp, ldi, rows, w + n * row_bytes, K, K, kind);
 }
 
 /* ---------------------------------------------------------------------------------------- packed matrix products
@@ -313,7 +320,6 @@ INLINE void gemm_of(const int streams, float *out, ptrdiff_t ldo, const float *i
 #define OUTER_STEPS 256      /* steps of k whose panels are packed together ... */
 #define OUTER_PANELS 16      /* ... and how many: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
 
-INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 typedef struct {
     lanes v[TILE_ROWS][TILE_VECS];
@@ -781,15 +787,27 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
+/* Where there are registers for it, taller tiles of fewer outputs pass a weight row less often. 4 rows of float32 gain from fewer
+ * streams. */
+#ifdef TALL_TILES
+#define TALL_CASES(id, bytes)                                                                                            \
+        else if (rows == 4 && bytes == 4)                                                                                \
+            gemm_of(4, 4, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                \
+        else if (rows == 6 || rows == 11 || rows == 12)                                                                  \
+            gemm_of(4, 6, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
+#else
+#define TALL_CASES(id, bytes)
+#endif
 #define FUNCTIONS(id, bytes, load)                                                                                       \
     static void gemm_##id(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,                    \
                             const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {                       \
         const char *from = (const char *)w->data + start * w->K * bytes;                                                 \
         (void)room;                                                                                                      \
         if (rows == 1)                                                                                                   \
-            gemm_of(STREAMS, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                                \
+            gemm_of(STREAMS, 1, out, ldo, inp, ldi, 1, from, stop - start, w->K, KIND_##id);                             \
+        TALL_CASES(id, bytes)                                                                                            \
         else                                                                                                             \
-            gemm_of(NR, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                  \
+            gemm_of(NR, MR, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                              \
     }                                                                                                                    \
     static void pack_weights_##id(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {                 \
         pack_weights_of(room, (const char *)w->data + start * w->K * bytes, stop - start, w->K, KIND_##id);              \
