@@ -58,14 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
     parser.add_argument(
-        "-m", "--model", metavar="MODEL", help="an llm.c checkpoint (version 1, 3 or 5), or the name of a downloaded model"
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="an llm.c checkpoint (version 1, 3 or 5), a .gguf file, a file of `pygpt quantize`, or a downloaded model's name",
     )
     parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
     parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
     parser.add_argument("-t", "--threads", metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)")
     add_completion_options(parser)
     parser.add_argument(
-        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: as the file has them)"
+        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
     )
     parser.add_argument(
         "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"

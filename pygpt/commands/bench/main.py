@@ -415,7 +415,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add, count = parser.add_argument, whole(1, 999_999)
-    add("-m", "--model", help="a checkpoint or a downloaded model (default: see pygpt --help)")
+    add("-m", "--model", help="an llm.c checkpoint or a downloaded model (default: see pygpt --help)")
     add("-p", "--prompts", type=numbers, help="lengths of prompts (default 64,512,1000)")
     add("-n", "--new", type=count, help="new tokens in a decode test (default 64)")
     add("-d", "--depths", type=numbers, help="tokens of context before the new tokens (default 8,512)")
