@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pygpt",
         usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
-        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line at once.",
+        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line as soon as it is computed.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -154,7 +154,7 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -
 
 
 def put(text: str) -> None:
-    """Write text to stdout at once, in one call.
+    """Write text to stdout in one call, and flush.
 
     If stdout is unbuffered (PYTHONUNBUFFERED), print() writes the newline in a second call, and Ctrl-C may come between them.
     """

@@ -16,9 +16,9 @@ Tests are named as in llama-bench:
 Each round runs every test once, so that a slow minute of a shared machine affects all tests alike. The results are medians. The
 middle half is the range without the lowest and the highest quarter of the rounds.
 
-Limits: prefill does 2 operations for each weight and token (the head for one token only), and attention 4 x position x C for
-each token and layer. Its limit is the FMA peak. Each decode step reads every weight except wpe, and the keys and values of its
-context. Its limit is the read bandwidth. The test "process" has no limit.
+Limits: prefill does 2 operations for each weight and token (the head for one token only). Its attention does 4 x position x C
+operations for each token and layer. The limit of prefill is the FMA peak. Each decode step reads every weight except wpe, and
+the keys and values of its context. The limit of decode is the read bandwidth. The test "process" has no limit.
 
 JSON (-o json) is a list of objects. CSV (-o csv) has the fields of the tests as columns. The first object of the JSON describes
 the machine:
