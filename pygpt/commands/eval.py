@@ -321,7 +321,7 @@ def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Resu
 def divergence(model: GPT2, other: GPT2, tokens: Sequence[int], targets: Sequence[int]) -> npt.NDArray[np.float64]:
     """Run tokens through both models; return four sums over the last len(targets) tokens, whose successors are `targets`.
 
-    The first three are in nats: the loss of `model`, the loss of `other`, and the divergence of `other` from `model`. The fourth
+    Three sums are in nats: the loss of `model`, the loss of `other`, and the divergence of `other` from `model`. The fourth sum
     is the number of rows at which both models have the same most probable token.
     """
     caches = [one.new_cache(len(tokens)) for one in (model, other)]
