@@ -51,21 +51,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pygpt",
         usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
-        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line at once.",
+        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line as soon as it is computed.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
     parser.add_argument(
-        "-m", "--model", metavar="MODEL", help="an llm.c checkpoint (version 1, 3 or 5), or the name of a downloaded model"
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="an llm.c checkpoint (version 1, 3 or 5), a .gguf file, a file of `pygpt quantize`, or a downloaded model's name",
     )
     parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
     parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
     parser.add_argument("-t", "--threads", metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)")
     add_completion_options(parser)
     parser.add_argument(
-        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: as the file has them)"
+        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
     )
     parser.add_argument(
         "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
@@ -151,7 +154,7 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -
 
 
 def put(text: str) -> None:
-    """Write text to stdout at once, in one call.
+    """Write text to stdout in one call, and flush.
 
     If stdout is unbuffered (PYTHONUNBUFFERED), print() writes the newline in a second call, and Ctrl-C may come between them.
     """

@@ -1,4 +1,4 @@
-"""pygpt quantize: every source to every format, numbers passed on unchanged, all or nothing, one line for what goes wrong."""
+"""Test pygpt quantize: every source and format, numbers that stay unchanged, atomic files, one line for each failure."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with source.bin."""
+    """A current folder with source.bin."""
     monkeypatch.chdir(tmp_path)
     make("source.bin", seed=4, **SHAPE)
     return tmp_path
@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], *named: str, status: int = 2) -> None:
-    """This status, one line on stderr that names these, nothing on stdout, nothing written."""
+    """Assert this status, one line on stderr with these words, an empty stdout, and unchanged files."""
     before = contents(folder)
     capsys.readouterr()
     assert main(arguments) == status
@@ -60,7 +60,7 @@ def all_of(path: str) -> Tensors:
 
 
 def rounded(array: npt.NDArray[np.float32], form: str) -> npt.NDArray[np.float32]:
-    """What is left of a matrix in a format."""
+    """Return a matrix rounded to a format."""
     kind = FORMATS[form]
     if kind.from_float32 is not None:
         return kind.to_float32(kind.from_float32(array))
@@ -79,7 +79,7 @@ def equal(one: Tensors, other: Tensors) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is written
+# The written files
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -113,7 +113,7 @@ def test_a_model_of_any_format_is_a_source(folder: Path) -> None:
 
 @pytest.mark.parametrize("form", ["q8_0", "q4_0"])
 def test_numbers_of_the_format_pass_unchanged_from_file_to_file(folder: Path, form: str) -> None:
-    """Quantising again would change them: what was rounded need not reach 127 any more."""
+    """Quantising twice would change them, because the largest rounded number of a block can be below 127."""
     options = ["--format", form, "--head", form]
     assert main([*options, "source.bin", "one.gguf"]) == 0
     content = bytearray(Path("one.gguf").read_bytes())
@@ -157,7 +157,7 @@ def test_the_same_source_gives_the_same_file(folder: Path) -> None:
 def test_a_model_needs_no_memory_of_its_size(folder: Path, ending: str) -> None:
     make("large.bin", L=12, NH=4, C=256, V=20000, maxT=1024)
     size = Path("large.bin").stat().st_size
-    main([])  # what is imported once does not count
+    main([])  # modules imported here do not count below
     tracemalloc.start()
     try:
         assert main(["large.bin", f"large{ending}"]) == 0
@@ -168,7 +168,7 @@ def test_a_model_needs_no_memory_of_its_size(folder: Path, ending: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What answers
+# Running the files
 
 
 @pytest.mark.parametrize("target", ["target.gguf", "target.safetensors"])

@@ -16,9 +16,9 @@ Tests are named as in llama-bench:
 Each round runs every test once, so that a slow minute of a shared machine affects all tests alike. The results are medians. The
 middle half is the range without the lowest and the highest quarter of the rounds.
 
-Limits: prefill does 2 operations for each weight and token (the head for one token only), and attention 4 x position x C for
-each token and layer. Its limit is the FMA peak. Each decode step reads every weight except wpe, and the keys and values of its
-context. Its limit is the read bandwidth. The test "process" has no limit.
+Limits: prefill does 2 operations for each weight and token (the head for one token only). Its attention does 4 x position x C
+operations for each token and layer. The limit of prefill is the FMA peak. Each decode step reads every weight except wpe, and
+the keys and values of its context. The limit of decode is the read bandwidth. The test "process" has no limit.
 
 JSON (-o json) is a list of objects. CSV (-o csv) has the fields of the tests as columns. The first object of the JSON describes
 the machine:
@@ -415,7 +415,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add, count = parser.add_argument, whole(1, 999_999)
-    add("-m", "--model", help="a checkpoint or a downloaded model (default: see pygpt --help)")
+    add("-m", "--model", help="an llm.c checkpoint or a downloaded model (default: see pygpt --help)")
     add("-p", "--prompts", type=numbers, help="lengths of prompts (default 64,512,1000)")
     add("-n", "--new", type=count, help="new tokens in a decode test (default 64)")
     add("-d", "--depths", type=numbers, help="tokens of context before the new tokens (default 8,512)")

@@ -5,9 +5,9 @@
     with Peer("torch", "gpt2_124M.bin", threads=2) as peer:
         peer.train(inputs, targets, lr=1e-4, ...)          # a loss, and seconds
 
-Each peer has its own process, because the libraries' thread pools and allocators disturb each other and pygpt, and because
-they read their numbers of threads at import. The child (main()) reads JSON lines such as {"call": "prefill", "n": 512} from
-stdin, and answers with {"result": 0.41} or {"error": "..."} on stdout.
+Each peer has its own process, because the libraries' thread pools and allocators disturb each other and pygpt. Also, the
+libraries read their numbers of threads at import. The child (main()) reads JSON lines such as {"call": "prefill", "n": 512}
+from stdin, and answers with {"result": 0.41} or {"error": "..."} on stdout.
 
 Each peer uses the fastest way that its public interface offers for one sequence in float32 (llama.cpp: in bfloat16 if the file
 is). This means a key-value cache, the head for the last row only, and a copy of the weights. First calls are not timed. Only

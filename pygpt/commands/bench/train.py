@@ -5,10 +5,10 @@ programs begin with the same weights and run one iteration per round. The first 
 one iteration after all rounds. Times are reported only if the losses agree. The losses of all numbers of threads must have the
 same bits. The losses of peers and of the reference may differ by 0.001, relative to a loss above 1.
 
-Limits of training: for each token, forward does 2 operations for each of the 12 L C^2 + V C weights of products, and 4 C for
-each layer and visible key. Backward does twice as many; recomputed values do not count. The limit of both is the FMA peak. The
-norm reads 4 bytes for each parameter; its limit is the read bandwidth. AdamW moves 28 bytes for each parameter; its limit is
-the same traffic without arithmetic. Above 100%, some of the data came from a cache.
+Limits of training: for each token, forward does 2 operations for each of the 12 L C^2 + V C weights of products. Its attention
+does 4 C operations for each token, layer and visible key. Backward does twice as many; recomputed values do not count. The
+limit of both is the FMA peak. The norm reads 4 bytes for each parameter; its limit is the read bandwidth. AdamW moves 28 bytes
+for each parameter; its limit is the same traffic without arithmetic. Above 100%, some of the data came from a cache.
 
 With --train, the JSON object of a test has these fields in addition:
 

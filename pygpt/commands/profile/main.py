@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="PATH", help="a checkpoint or a downloaded model (default: see pygpt --help)")
+    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint or a downloaded model (default: see pygpt --help)")
     add("--tokens", metavar="IDS", help="the prompt, such as 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="use an artificial prompt of N tokens instead")
     add(

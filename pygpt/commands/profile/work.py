@@ -1,8 +1,9 @@
 """Compute the least work of each kernel of a call: floating-point operations, and bytes that must move in each step.
 
-Forward operations: a product has 2 for each weight and row, attention 4 for each channel of a visible key, layernorm 8 and the
-encoder 1 for each value. GELU, exp and biases do not count. Bytes are compulsory traffic: each weight once per step, each
-visible key and value once per step, activations in and out. If a kernel reads weights again for more rows, that does not count.
+Forward operations: a product has 2 for each weight and row. Attention has 4 for each channel of a visible key. layernorm has 8
+and the encoder 1 for each value. GELU, exp and biases do not count. Bytes are compulsory traffic: each weight once per step,
+each visible key and value once per step, activations in and out. If a kernel reads weights again for more rows, that does not
+count.
 
 Backward operations: a product has twice the operations of the forward pass, for the gradients of its inputs and its weights.
 Attention has twice too; recomputed scores do not count. layernorm has 16 for each value, the loss 2 and its gradient 1 for each

@@ -12,8 +12,8 @@ state contains the weights, AdamW's moments, the step, the options and the posit
 any number of threads, and gives the same bits as a run without a stop. The previous state is kept as mine.state.1; if
 mine.state is damaged, --resume uses mine.state.1.
 
-At Ctrl-C or SIGTERM, training finishes the step and saves; a second signal ends it at once. Existing files are replaced only
-if they belong to the resumed run, or with --force.
+At Ctrl-C or SIGTERM, training finishes the step and saves. A second signal ends it immediately. Existing files are replaced
+only if they belong to the resumed run, or with --force.
 
 stdout has a line for each step and each validation. Samples of text are printed between lines of ---. Each sample continues
 <|endoftext|> at random, with the step as the seed. --log FILE writes a line of JSON for each step:
@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
 class Stop:
     """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step.
 
-    A second signal takes effect at once.
+    A second signal takes effect immediately.
     """
 
     def __init__(self) -> None:
