@@ -12,7 +12,7 @@ Ids = npt.NDArray[np.int32]
 
 @type_check_only
 class AdamWNumbers(Protocol):
-    """One checked step of AdamW: parameters.AdamW says what each number is."""
+    """One checked step of AdamW; parameters.AdamW describes the numbers."""
 
     @property
     def lr(self) -> float: ...

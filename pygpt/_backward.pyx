@@ -1,17 +1,17 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Training: the backward pass, AdamW and the gradient's norm, on the workers, kernels and activations of the forward pass.
+"""Training: the backward pass, AdamW and the gradient's norm, with the workers, kernels and activations of the forward pass.
 
-How this file is built:
-  (a) kernels: each mirrors one of _kernels.pyx, in reverse order, with `d` names for gradients; (ith, nth) as there;
-  (b) backward: one function that every worker runs, layer by layer from the last, with native barriers between kernels;
-  (c) update and norm: one pass over flat arrays;
-  (d) TrainStep: a Step that keeps its activations, and what the workers do with them.
+Parts of this file:
+  (a) kernels: each mirrors one of _kernels.pyx, in reverse order, with `d` names for gradients and the same (ith, nth);
+  (b) backward: one function that every worker runs, from the last layer to the first, with native barriers between kernels;
+  (c) norm and update: one pass over flat arrays;
+  (d) TrainStep: a Step that keeps its activations and runs these parts on the workers.
 
-The order of every sum. A gradient of weights is a sum over rows, in ascending order (batch by batch, position by position),
-that begins at zero or, when it is accumulated, at the gradient that is there: split over outputs, so no worker adds to
-another's numbers, and the bits do not depend on the number of workers. A gradient of inputs is a sum over outputs, ascending.
-Both add by fused multiply-add, one after another. Sums within a row (layernorm, softmax) have 16 lanes. wte's gradient is the
-head's part first; then, row by row, the encoder's.
+Order of sums. A weight's gradient is a sum over rows in ascending order (batch by batch, position by position). It starts at
+zero, or at the present gradient if accumulated. The work is split over outputs, so no worker adds to another's numbers, and the
+bits do not depend on the number of workers. An input's gradient is a sum over outputs, ascending. Both sums are sequential and
+use fused multiply-add. Sums within a row (layernorm, softmax) use 16 lanes. wte's gradient adds the head's part first, then the
+encoder's part row by row.
 
 Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update.
 """
@@ -22,16 +22,16 @@ from libc.string cimport memcpy, memset
 
 from pygpt._kernels cimport (
     Floats, KeysValues, Net, Row, State, Step, Tensor, Tensors, Weights, adamw_numbers, barrier_reset, done, float32, floats_of,
-    forward, gemm_floats, meet, micro, padded, shard, share, trace_begin, trace_worker,
+    done_and_wait, forward, gemm_floats, micro, padded, shard, share, trace_begin, trace_worker,
 )
 
 from ._kernels import PHASES
 from .errors import ClosedError, InputError
 
 cdef enum:
-    NORM_BLOCK = 1 << 16      # values whose squares one worker sums
-    SPAN_ROWS = 16            # queries of one tile of the attention
-    SPAN_KEYS = 64            # keys whose gradients are summed together
+    NORM_BLOCK = 1 << 16      # values in one sum of squares
+    SPAN_ROWS = 16            # queries in one tile of the attention
+    SPAN_KEYS = 64            # keys whose gradients are computed together
 
 
 cdef int _phase(name) except -1:
@@ -43,9 +43,9 @@ cdef int DQKV = _phase("dqkv"), DLN1 = _phase("dln1"), DENCODER = _phase("dencod
 cdef int NORM = _phase("norm"), UPDATE = _phase("update")
 
 
-cdef struct Back:             # what moves in the backward pass
+cdef struct Back:             # the state of the backward pass
     Tensors d                 # each tensor's gradient, float32
-    int add_to                # whether gradients are added to what is there
+    int add_to                # whether to add to the present gradients
     float dloss               # the gradient of every row's loss
     Py_ssize_t B, T, maxT
     float* dresidual          # (R, C) of the residual stream
@@ -56,13 +56,13 @@ cdef struct Back:             # what moves in the backward pass
     Py_ssize_t scratch_size
 
 
-cdef struct Flat:             # the update: parameters and what belongs to each
+cdef struct Flat:             # the flat arrays: parameters, gradients, first and second moments
     float* p
     float* g
     float* m
     float* v
     Py_ssize_t size
-    double* squares           # a sum for each block of NORM_BLOCK
+    double* squares           # the sum of squares of each block of NORM_BLOCK values
 
 # ------------------------------------------------------------------------------------------------ (a) kernels
 
@@ -110,8 +110,9 @@ cdef void layernorm_backward(
     const float* weight,                    # IN  (C,)
     Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
-    """dresidual += what dinp, the gradient of this layernorm's output, means for its input (rows are split); dweight and
-    dbias (channels are split)."""
+    """dresidual += the gradient of this layernorm's input, from dinp, the gradient of its output. Rows are split.
+
+    Also computes dweight and dbias. Channels are split."""
     cdef Py_ssize_t r, start, stop, C = net.C
     cdef const float* x = s.residual + index * s.residual_step
     cdef const float* stats = s.stats + 2 * index * s.R
@@ -123,18 +124,19 @@ cdef void layernorm_backward(
 
 
 cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:
-    """Values that attend_backward() needs beside micro.outer's room."""
+    """Return the values of scratch memory that attend_backward() needs in addition to micro.outer's."""
     return T * (2 * padded(T) + 3 * net.HSp)
 
 
 cdef void attend_backward(
     const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch,
 ) noexcept nogil:
-    """One head of one sequence: dq, dk and dv from datty. The probabilities are computed again, as in the forward pass.
+    """One head of one sequence: compute dq, dk and dv from datty, with the forward pass's probabilities computed again.
 
     With p = softmax(q k^T scale), out = p v:  dv = p^T dout,  dp = dout v^T,  ds = p (dp - dot(p, dp)) scale,
-    dq = ds k,  dk = ds^T q. Every dq adds keys in ascending order, every dk and dv queries. dot(dout, out) is the same number,
-    but its rounding is not that of dp: where one key has nearly all the attention, what is left of dp - dot would be noise."""
+    dq = ds k,  dk = ds^T q. dq adds keys in ascending order, dk and dv add queries in ascending order. dot(dout, out) is the
+    same number as dot(p, dp), but rounded differently from dp. If one key has nearly all the attention, dp - dot(dout, out)
+    would be only rounding noise."""
     cdef Py_ssize_t batch = pair // net.NH, head = pair % net.NH, T = b.T, C = net.C, HS = net.HS, HSp = net.HSp
     cdef Py_ssize_t ldp = padded(T), first = batch * T, t, t0, rows
     cdef Row* row = s.rows + first
@@ -170,7 +172,7 @@ cdef void attend_backward(
     for t in range(T):
         memcpy(dqkv + t * 3 * C, dq + t * HSp, HS * sizeof(float))
     t0 = 0
-    while t0 < T:                                                       # earlier queries do not see these keys
+    while t0 < T:                                                       # only queries from t0 on use these keys
         rows = min(<Py_ssize_t> SPAN_KEYS, T - t0)
         micro.outer(dqkv + C + t0 * 3 * C, 3 * C, ds + t0 * ldp + t0, 1, ldp, q + t0 * HSp, HSp, rows, HS, T - t0, 0, room)
         micro.outer(dqkv + 2 * C + t0 * 3 * C, 3 * C, p + t0 * ldp + t0, 1, ldp, dout + t0 * HSp, HSp, rows, HS, T - t0, 0,
@@ -189,7 +191,7 @@ cdef void attention_backward(
 
 
 cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """dwte[token] += dresidual[r] on top of the head's part; dwpe[pos] (+)= dresidual[r]. Channels are split."""
+    """dwte[token] += dresidual[r], after the head's part; dwpe[pos] (+)= dresidual[r]. Channels are split."""
     cdef Py_ssize_t r, t, start, stop, C = net.C
     cdef const float* row
     cdef float* dwte = floats_of(&b.d.wte, 0)
@@ -209,7 +211,7 @@ cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t i
 cdef void run_layer(
     const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
-    """Worker ith's share of one phase of layer l: run_phase() of the forward pass, backwards."""
+    """Run worker ith's share of one phase of layer l, as run_phase() does in the forward pass."""
     cdef Py_ssize_t R = s.R, C = net.C
     cdef const Tensors* w = &net.w
     cdef const Tensors* d = &b.d
@@ -239,13 +241,13 @@ cdef void run_layer(
 
 
 cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* me) noexcept nogil:
-    """Gradients of all tensors from the kept activations, worker me.ith's share. Returns 1 when the step was aborted."""
+    """Compute worker me.ith's share of all gradients from the kept activations. Return 1 if the step was aborted."""
     cdef Py_ssize_t R = s.R, C = net.C, start, stop
     cdef int layer, phase
     cdef float* dwte = floats_of(&b.d.wte, 0)
     trace_begin(me)
     cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)
-    if meet(me, DLOGITS, 0):
+    if done_and_wait(me, DLOGITS, 0):
         return 1
     shard(R * C, me.ith, me.nth, &start, &stop)
     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
@@ -254,16 +256,16 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
         memset(dwte + net.V * C + start, 0, (stop - start) * sizeof(float))                  # wte's padding
     matmul_backward(b, b.dinp, C, dwte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
                     floats_of(&net.w.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
-    if meet(me, DHEAD, 0):
+    if done_and_wait(me, DHEAD, 0):
         return 1
     layernorm_backward(net, s, b, 2 * net.L, floats_of(&b.d.lnfw, 0), floats_of(&b.d.lnfb, 0), floats_of(&net.w.lnfw, 0),
                        me.ith, me.nth)
-    if meet(me, DLNF, 0):
+    if done_and_wait(me, DLNF, 0):
         return 1
     for layer in range(<int> net.L - 1, -1, -1):
         for phase in range(DFCPROJ, DLN1 + 1):
             run_layer(net, s, b, phase, layer, me.ith, me.nth)
-            if meet(me, phase, layer):
+            if done_and_wait(me, phase, layer):
                 return 1
     encoder_backward(net, s, b, me.ith, me.nth)                                                 # dwte, dwpe
     done(me, DENCODER, 0)
@@ -295,7 +297,7 @@ cdef void update(
 # ------------------------------------------------------------------------------------------------ (d) the step
 
 
-cdef enum Task:               # what a round of the workers is about
+cdef enum Task:               # the work of a round
     FORWARD
     BACKWARD
     SQUARES
@@ -304,30 +306,30 @@ cdef enum Task:               # what a round of the workers is about
 
 
 cdef class TrainStep(Step):
-    """A batch forward to its losses; backward, if everything that needs is kept; and the update of all parameters.
+    """Run a batch forward to its losses, backward if the activations are kept, and update all parameters.
 
-    Each begin_...() is for the caller of a round, under the GIL, before it; then every worker calls the step."""
+    Before a round, its caller calls a begin_...() method under the GIL. Then every worker calls the step."""
 
     cdef Back back
     cdef Flat flat
     cdef Task task
     cdef bint keeps                 # whether the activations of every layer are kept for backward()
-    cdef Floats kept                # they, or the room of one layer's
-    cdef Floats moving              # what moves backwards
+    cdef Floats kept                # these activations, or one layer's
+    cdef Floats moving              # the gradients of activations
     cdef Floats backward_scratch
     cdef Floats all_logits
-    cdef readonly Py_ssize_t rows   # R that they are for
-    cdef list caches                # of the batch's sequences: their keys and values
+    cdef readonly Py_ssize_t rows   # the R of these buffers
+    cdef list caches                # keys and values of the batch's sequences
     cdef object config
-    cdef object views               # the four flat arrays, kept alive
+    cdef object views               # keeps the four flat arrays alive
     cdef object squares
     cdef const int32_t[:, ::1] targets
     cdef const double[:, ::1] spans
     cdef adamw_numbers numbers
-    cdef bint owed                  # whether worker 0 has not begun its share of the update
-    cdef Py_ssize_t unfinished      # shares of the update
-    cdef readonly Py_ssize_t updates   # wholly made
-    cdef readonly bint ready        # whether activations are there for backward()
+    cdef bint owed                  # whether worker 0 still has to begin its share of the update
+    cdef Py_ssize_t unfinished      # unfinished shares of the update
+    cdef readonly Py_ssize_t updates   # complete updates
+    cdef readonly bint ready        # whether backward() has activations
 
     def __init__(
         self, Weights weights not None, Py_ssize_t nth, uint32_t spins, config,
@@ -356,7 +358,7 @@ cdef class TrainStep(Step):
     def begin_forward(
         self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active,
     ) -> None:
-        """Take a checked batch, (B, T) each, for the first `active` workers."""
+        """Prepare the forward pass of a checked batch, both (B, T), on the first `active` workers."""
         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
         self.ready = False
         if self.weights.net.w.wte.data == NULL:
@@ -372,7 +374,7 @@ cdef class TrainStep(Step):
         self.prepare([(inputs[b, t], self.caches[b], True) for b in range(B) for t in range(T)], active)
 
     def finish_forward(self) -> Floats:
-        """The losses, (B, T)."""
+        """Return the losses, (B, T)."""
         losses = Floats(self.back.B, self.back.T)
         memcpy(losses.data, self.state.losses, self.state.R * sizeof(float))
         self.keep = None
@@ -380,14 +382,14 @@ cdef class TrainStep(Step):
         return losses
 
     cdef _reserve(self, Py_ssize_t R):
-        """Make room for the activations of R rows: all layers', or one layer's where none are kept."""
+        """Make room for the activations of R rows: of all layers, or of one layer if they are not kept."""
         cdef State* s = &self.state
         cdef Py_ssize_t C = self.weights.net.C, L = self.weights.net.L if self.keeps else 1
         cdef Py_ssize_t norms = 2 * L + 1 if self.keeps else 1
         if R == self.rows:
             return
         self.rows = 0
-        self.kept = self.moving = self.all_logits = self.backward_scratch = None   # the old ones go before the new ones come
+        self.kept = self.moving = self.all_logits = self.backward_scratch = None   # free the old ones first
         self._reserve_rows(R)
         s.fch_row = 4 * C + 16
         self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2), dense=True)
@@ -411,7 +413,7 @@ cdef class TrainStep(Step):
         self.rows = R
 
     cdef _reserve_backward(self, Py_ssize_t R):
-        """Make room for what moves in the backward pass."""
+        """Make room for the gradients of activations and the scratch memory of the backward pass."""
         cdef State* s = &self.state
         cdef Py_ssize_t C = self.weights.net.C
         self.moving = Floats(1, R * (5 * C + s.fch_row), dense=True)
@@ -424,10 +426,10 @@ cdef class TrainStep(Step):
         self.back.scratch = self.backward_scratch.data
 
     cdef _reserve_logits(self):
-        """The logits are not the caller's here: their memory is used again."""
+        """Do nothing: the logits stay in the step, which reuses their memory."""
 
     def begin_backward(self, bint accumulate, double scale, Py_ssize_t active) -> None:
-        """Take the gradient of the last forward's mean loss, times scale, by the first `active` workers."""
+        """Prepare the gradients of scale * mean loss of the last forward pass, on the first `active` workers."""
         if not self.ready:
             raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
         self.ready = False
@@ -437,11 +439,11 @@ cdef class TrainStep(Step):
         barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
     def begin_norm(self, Py_ssize_t active) -> None:
-        """Take the gradients' norm, by the first `active` workers."""
+        """Prepare the norm of the gradients, on the first `active` workers."""
         self.task, self.active = SQUARES, active
 
     def finish_norm(self) -> float:
-        """The 2-norm: the blocks' sums of squares are added in ascending order."""
+        """Return the 2-norm; the blocks' sums of squares are added in ascending order."""
         cdef double total = 0
         cdef Py_ssize_t i
         for i in range(len(self.squares) // 8):
@@ -449,8 +451,9 @@ cdef class TrainStep(Step):
         return sqrt(total)
 
     def begin_update(self, numbers, const double[:, ::1] spans not None, Py_ssize_t active) -> None:
-        """Take one step of AdamW by checked numbers (parameters.AdamW), by the first `active` workers; spans are rows (start,
-        stop, decay)."""
+        """Prepare one step of AdamW with checked numbers (parameters.AdamW), on the first `active` workers.
+
+        spans: rows (start, stop, decay)."""
         cdef adamw_numbers* n = &self.numbers
         self.task, self.active, self.spans = ADAMW, active, spans
         n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2
@@ -459,12 +462,11 @@ cdef class TrainStep(Step):
         self.owed, self.unfinished = True, active
 
     def begin_stream(self) -> None:
-        """Read and write what an update does, and compute next to nothing: a measurement, which spoils the arrays."""
+        """Prepare a measurement: read and write the arrays as an update does, almost without computing. It destroys them."""
         self.task, self.active = STREAM, self.nth
 
     def __call__(self, Py_ssize_t ith, Py_ssize_t nth) -> None:
-        """Run worker ith's share of this round, without the GIL. Worker 0's share of an update is made once, however often it
-        is called for."""
+        """Run worker ith's share of this round, without the GIL. Repeated calls run worker 0's share of an update only once."""
         cdef Py_ssize_t start, stop
         cdef trace_worker me
         if ith >= self.active:
@@ -472,7 +474,7 @@ cdef class TrainStep(Step):
         if self.task == ADAMW and ith == 0:
             if not self.owed:
                 return
-            self.owed = False   # nothing interrupts what follows
+            self.owed = False   # from here on, signals cannot interrupt the share
         me = self._worker(ith)
         with nogil:
             if self.task == FORWARD:
@@ -492,6 +494,6 @@ cdef class TrainStep(Step):
                 micro.probe_stream(
                     self.flat.p + start, self.flat.g + start, self.flat.m + start, self.flat.v + start, stop - start)
         if self.task == ADAMW:
-            self.unfinished -= 1   # under the GIL
+            self.unfinished -= 1   # safe under the GIL
             if self.unfinished == 0:
                 self.updates += 1

@@ -97,7 +97,7 @@ cdef extern from "trace.h" nogil:
 
     void trace_begin(const trace_worker*)
     void done(const trace_worker*, int32_t phase, int32_t layer)
-    int meet(const trace_worker*, int32_t phase, int32_t layer)
+    int done_and_wait(const trace_worker*, int32_t phase, int32_t layer)
 
 
 cdef extern from "sampler.h" nogil:

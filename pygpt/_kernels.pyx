@@ -337,7 +337,7 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
     share(p.rows, 16, me.ith, me.nth, &start, &stop)
     if start < stop:
         format.pack_rows(s.packed + start * padded(p.K), p.inp + start * p.ldi, p.ldi, stop - start, p.K)
-    if meet(me, PACK, <int32_t> p.layer):
+    if done_and_wait(me, PACK, <int32_t> p.layer):
         return 1
     width = min(p.N // (SHARES * me.nth) // format.panel * format.panel, block_outputs(format, p.K))
     width = max(width, <Py_ssize_t> format.panel)
@@ -478,7 +478,7 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
         own = s.ln_size and (phase == LN1 or phase == LN2 or phase == LNF)
         if own or i == phases(net, s) - 1:
             done(me, phase, layer)
-        elif meet(me, phase, layer):
+        elif done_and_wait(me, phase, layer):
             return 1
     return 0
 

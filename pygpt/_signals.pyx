@@ -1,10 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""What Python alone cannot do about signals: a line about a mapped file that is cut short, for commands; and for the pool a
-stretch of work that is seen through, whatever the handlers of signals raise meanwhile.
+"""Signal handling that needs compiled code.
 
-Another process that cuts short a file in use takes mapped pages away: the system ends the process with SIGBUS then, without a
-word. begin() and end() are for commands only: a library must not take a signal that is its program's. A handler in Python
-would come too late, for the fault is in the middle of an instruction that can never be completed.
+begin() and end() report a truncated file. If another process truncates a file in use, its mapped pages disappear, and the
+system ends this process with SIGBUS and without a message. A handler in Python would run too late, because the faulting
+instruction can never complete. Only commands may call begin(): a library must not take a signal from its program.
+
+see_through() completes a piece of work for the pool, even if signal handlers raise exceptions during it.
 """
 
 from libc.string cimport memcpy
@@ -21,25 +22,25 @@ cdef extern from * nogil:
     static volatile int bus_said = 0;
     static struct sigaction bus_before;
 
-    /* Is the fault a page that a mapped file does not have (any more)? */
+    /* Whether the fault is at a page that a mapped file does not have. */
     static int bus_of_file(const siginfo_t *info) {
     #ifdef BUS_MCEERR_AR
-        if (info->si_code == BUS_MCEERR_AR)   /* broken memory */
+        if (info->si_code == BUS_MCEERR_AR)   /* a hardware error of the memory */
             return 0;
     #endif
         return info->si_code > 0 && info->si_code != SI_USER;
     }
 
-    /* Async-signal-safe: write(), sigaction() and raise() are. Several workers may come here at once: one of them speaks. */
+    /* Calls only async-signal-safe functions: write(), sigaction(), raise(). If several workers fault at once, one writes. */
     static void on_bus_error(int number, siginfo_t *info, void *context) {
         (void) context;
         if (!__sync_lock_test_and_set(&bus_said, 1)) {
             if (bus_of_file(info) && write(2, bus_line, bus_size) < 0) {
-                /* there is no stderr: the exit status says it alone */
+                /* stderr is closed: only the exit status reports the fault */
             }
             sigaction(SIGBUS, &bus_before, NULL);
         }
-        raise(number);   /* it waits until this returns, and then has its usual effect */
+        raise(number);   /* it is blocked until this function returns; then the earlier action runs */
     }
 
     static int bus_begin(void) {
@@ -63,8 +64,9 @@ cdef extern from * nogil:
 
 
 def begin(bytes line not None) -> bool:
-    """From now on write this line, of at most 512 bytes, to descriptor 2 at a fault in a mapped file; then the signal has
-    the effect that it had before. Returns False, and changes nothing, where it has begun already."""
+    """Write this line, 1 to 512 bytes, to descriptor 2 at a fault in a mapped file; then the earlier action of SIGBUS runs.
+
+    Return False, and change nothing, if a line is already set."""
     global bus_size
     if bus_size:
         return False
@@ -77,7 +79,7 @@ def begin(bytes line not None) -> bool:
 
 
 def end() -> None:
-    """Put back what there was before begin()."""
+    """Restore the action of SIGBUS from before begin()."""
     global bus_size
     if bus_size:
         bus_end()
@@ -85,13 +87,14 @@ def end() -> None:
 
 
 def see_through(proceed, Py_ssize_t tries=0) -> None:
-    """Call proceed() until it returns True, and then raise what was raised meanwhile: the first exception that ends programs
-    (KeyboardInterrupt, SystemExit), else the first of all. tries: call it so often at most, where not only handlers may
-    make it fail (0: for ever).
+    """Call proceed() until it returns True. Then raise the first exception that it raised, if any.
 
-    Compiled, for Python runs the handlers of signals between its own instructions, where a function begins and a loop jumps
-    back: a loop in Python has such places outside of its `try`, and two signals that wait together do meet them. Here
-    there are none. proceed() must be safe to enter again wherever it was left.
+    The first exception that ends programs (KeyboardInterrupt, SystemExit) is raised in preference to others. tries: the most
+    calls, if not only signal handlers can make proceed() fail (0: no limit). proceed() must be safe to call again after an
+    exception at any place.
+
+    Python runs signal handlers between its instructions, when a function begins and when a loop jumps back. A loop in Python
+    has such places outside its `try`, where the second of two pending signals could raise. This compiled loop has none.
     """
     cdef Py_ssize_t tried = 0
     first = ending = None

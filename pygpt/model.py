@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ._signals import see_through
-from .formats.open import open_model
+from .formats.open import open_weights
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -39,14 +39,16 @@ class GPT2(Generator):
         *,
         threads: int | None = None,
         mmap: bool = True,
+        weights: str | None = None,
         all_workers: bool = False,
     ) -> "GPT2":
         """Open a model file: `path`, else the one that find_model() finds. Unless mmap is False, the file is mapped, not read.
 
         threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
-        Raises CheckpointError for a file that is not a model, InputError for a bad thread count.
+        weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. Raises CheckpointError for a
+        file that is not a model, InputError for a bad thread count or unknown weights.
         """
-        checkpoint = open_model(find_model(path)[0], mmap=mmap)
+        checkpoint = open_weights(find_model(path)[0], mmap=mmap, weights=weights, threads=threads)
         try:
             return cls(checkpoint, threads=threads, all_workers=all_workers)
         except BaseException:

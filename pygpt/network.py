@@ -1,8 +1,8 @@
 """The network: the weights in the file, a pool of workers, and step(), the one forward pass.
 
 A row is one token of one sequence. All rows of a prompt are prefill. One row is decode. One row from each of B sequences is
-batched decode. One function computes all of these. The bits of a row's logits do not depend on the other rows of the step, the
-division of a prompt into steps, or the number of workers.
+batched decode. One function computes all of these. The bits of a row's logits do not depend on other rows, on the division of
+a prompt into steps, or on the number of workers.
 
 Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .formats.dtypes import Format
 
     class OpenModel(Protocol):
-        """Where a network's weights come from: an open file, or arrays in memory."""
+        """The source of a network's weights: an open file, or arrays in memory."""
 
         @property
         def config(self) -> Config:
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
             """The weight format of most tensors."""
 
         def stored(self) -> dict[str, tuple[str, memoryview]]:
-            """Map each tensor's name to its weight format and its bytes, which are used in place."""
+            """Map each tensor's name to its weight format and its bytes; the network uses the bytes in place."""
 
         def close(self) -> None:
-            """Give the bytes back."""
+            """Release the bytes."""
 
 
 CHUNK = 512  # rows of a prompt in one step: so Ctrl-C takes effect soon, and the activations stay small

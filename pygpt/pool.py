@@ -114,9 +114,7 @@ class ThreadPool:
                 self._workers.stop()
                 self._workers.join()
                 self._finalizer.detach()
-                self._workers.end = (
-                    None  # break the cycle, so that the threads go now, not in the garbage collector (see _pools)
-                )
+                self._workers.end = None  # break the cycle: threads must not be left to the garbage collector (see _pools)
                 self._workers = None
 
     def _refuse_own_workers(self) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from ._reference import Reference, Training
 from .config import Config
 from .errors import ClosedError, InputError
-from .formats.checkpoint import Checkpoint
 from .formats.dtypes import FORMATS
+from .formats.open import open_weights
 from .formats.quantise import QUANTISED
 from .generation.generate import Generator
 from .generation.request import check_tokens
@@ -105,9 +105,11 @@ class SerialGPT2(Generator):
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod
-    def load(cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True) -> "SerialGPT2":
+    def load(
+        cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True, weights: str | None = None
+    ) -> "SerialGPT2":
         """Open the checkpoint that GPT2.load() would open."""
-        return cls(Checkpoint(find_model(path)[0], mmap=mmap))
+        return cls(open_weights(find_model(path)[0], mmap=mmap, weights=weights))
 
     def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
         """Return the logits of every position of a sequence, (T, V)."""

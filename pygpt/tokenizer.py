@@ -75,8 +75,8 @@ class Tokenizer:
         """Encode text as ordinary text.
 
         To match a run of white space without its last character, the pattern backtracks. tiktoken's stack then overflows at
-        about a million characters. A cut before that last character gives the same pieces, but the run is then at the end of
-        its part, where the pattern matches it without backtracking.
+        about a million characters. A cut before that last character gives the same pieces without backtracking, because the
+        run is then at the end of its part.
         """
         ids: list[int] = []
         start = 0
@@ -148,22 +148,23 @@ def _read_tokens(path: str) -> list[bytes]:
 
 
 def spelled_vocabulary(path: str = VOCABULARY_FILE) -> tuple[list[str], list[str]]:
-    """Return every ordinary token in the order of their ids, and the merges, as vocab.bpe spells them.
+    """Return all ordinary tokens in the order of their ids, and the merges, with the spelling of vocab.bpe.
 
-    First come the 256 single bytes, the 188 printable ones of Latin-1 before the other 68; then one token a line, the
-    two it is merged from. The file spells a byte as its Latin-1 character if printable, else as U+0100 and up.
+    The first 256 ids are single bytes: the 188 bytes that are printable in Latin-1, then the other 68. Each line of the file
+    then defines one token by the two tokens that it merges. The file spells a printable byte as its Latin-1 character, and
+    the others as U+0100 and up.
     """
     _version, *merges = _read_checked(path).decode("utf-8").splitlines()
     return _symbols() + [merge.replace(" ", "") for merge in merges], merges
 
 
 def _order() -> list[int]:
-    """The 256 bytes in the order of their ids."""
+    """Return the 256 bytes in the order of their ids."""
     return _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]
 
 
 def _symbols() -> list[str]:
-    """How vocab.bpe spells the 256 bytes, in the order of their ids."""
+    """Return vocab.bpe's spelling of the 256 bytes, in the order of their ids."""
     return [*map(chr, _PRINTABLE), *(chr(0x100 + i) for i in range(256 - len(_PRINTABLE)))]
 
 

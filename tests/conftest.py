@@ -1,5 +1,6 @@
 """What every test shares, and how long slow tests take."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ from programs import Files
 
 from pygpt import cpus
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes start faster from compiled modules
 SECONDS = 120.0  # of all slow tests together
 GRACE_S = 600.0  # beyond its share, after which a slow test is a hang
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import struct
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -66,6 +68,25 @@ def _int32(random: Random, data: bytes) -> bytes:
         near = struct.unpack_from("<i", data, 4 * random.randrange(8))[0] + random.choice((-1, 1))
         return struct.pack("<q", near)[:4]
     return struct.pack("<i", random.choice(INT32))
+
+
+def neighbours(data: bytes, fields: int) -> Iterator[bytes]:
+    """Yield an input with one number changed: each of a header's fields and of the first values after it, to what is beside it
+    or a boundary; each number in its JSON, to what is beside it; one byte of the last ones."""
+    for at in range(0, 4 * min(fields, len(data) // 4), 4):
+        [old] = struct.unpack_from("<i", data, at)
+        for new in (old - 1, old + 1, 0, -1, 2**31 - 1):
+            yield put(data, at, struct.pack("<q", new)[:4])
+    for at in range(1024, min(len(data) - 1, 1088), 2):
+        [old] = struct.unpack_from("<H", data, at)
+        for new in (old - 1, old + 1):
+            yield put(data, at, struct.pack("<i", new)[:2])
+    for found in re.finditer(rb"(?<=[ \[:,])\d+(?=[,\]} ])", data[:4096]):
+        for new in (int(found[0]) - 1, int(found[0]) + 1):
+            if len(text := b"%d" % new) == len(found[0]):
+                yield put(data, found.start(), text)
+    if data:
+        yield data[:-1] + bytes([data[-1] ^ 1])
 
 
 def put(data: bytes, at: int, piece: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""Parsers of the file formats, written apart from pygpt's with struct and json alone: what they find sound, pygpt must read,
-and to the same values; everything else it must refuse. None stands for a file that is not sound.
+"""Parsers of the file formats, apart from pygpt's and with struct and json alone. A file that a parser finds sound pygpt must
+read, to the same values. Any other file it must refuse. None stands for a file that is not sound.
 
-Sources: llm.c, train_gpt2.py and dev/data/data_common.py; the description of safetensors; transformers, modeling_gpt2.py.
+Sources: llm.c, train_gpt2.py and dev/data/data_common.py; the description of safetensors.
 """
 
 import hashlib
@@ -19,13 +19,6 @@ Tensors = dict[str, bytes]
 Floats = npt.NDArray[np.float32]
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "U8": 1, "I8": 1, "BOOL": 1, "F8_E5M2": 1, "F8_E4M3": 1}
 WIDTHS |= {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
-LAYER = {
-    "ln_1.weight": "ln1w", "ln_1.bias": "ln1b", "attn.c_attn.weight": "qkvw", "attn.c_attn.bias": "qkvb",
-    "attn.c_proj.weight": "attprojw", "attn.c_proj.bias": "attprojb", "ln_2.weight": "ln2w", "ln_2.bias": "ln2b",
-    "mlp.c_fc.weight": "fcw", "mlp.c_fc.bias": "fcb", "mlp.c_proj.weight": "fcprojw", "mlp.c_proj.bias": "fcprojb",
-}  # fmt: skip
-WHOLE = {"wte.weight": "wte", "wpe.weight": "wpe", "ln_f.weight": "lnfw", "ln_f.bias": "lnfb"}
-EXTRA = ("attn.bias", "attn.masked_bias")
 
 
 def shape_of(maxT: int, V: int, L: int, NH: int, C: int) -> Shape | None:
@@ -306,7 +299,7 @@ class _Bytes:
             self.skip(length * GGUF_WIDTHS[kind])
         else:
             for _ in range(length):
-                self.skip(self.number("Q", 1 << 20))
+                self.skip(self.number("Q"))
         return ("array", length)
 
 
@@ -372,7 +365,8 @@ def _gguf_model(keys: dict[str, Any], found: dict[str, Any]) -> tuple[Shape, dic
     if found.pop("output.weight", found["token_embd.weight"]) != found["token_embd.weight"]:
         return None
     C = s["C"]
-    shapes = {"wte": (C, s["V"]), "wpe": (C, s["maxT"]), "qkvw": (C, 3 * C), "attprojw": (C, C), "fcw": (C, 4 * C)}
+    shapes: dict[str, tuple[int, ...]] = {"wte": (C, s["V"]), "wpe": (C, s["maxT"]), "qkvw": (C, 3 * C), "attprojw": (C, C)}
+    shapes["fcw"] = (C, 4 * C)
     shapes |= {"fcprojw": (4 * C, C), "qkvb": (3 * C,), "fcb": (4 * C,)}
     wanted = {theirs: (ours, 0) for theirs, ours in GGUF_WHOLE.items()}
     wanted |= {f"blk.{i}.{theirs}": (ours, i) for i in range(s["L"]) for theirs, ours in GGUF_LAYER.items()}
@@ -431,21 +425,3 @@ def as_floats(dtype: str, data: bytes) -> Floats:
     if dtype == "BF16":
         return np.array(np.frombuffer(data, "<u2").astype("<u4") << 16, "<u4").view("<f4")
     return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype("<f4")
-
-
-def model_of(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> tuple[dict[str, Floats], set[str]]:
-    """The flat values of our sixteen tensors in Hugging Face's, and the dtypes they had."""
-    parts: dict[str, dict[int, Floats]] = {}
-    dtypes = set()
-    for full, (dtype, shape, data) in tensors.items():
-        name, layer = full.removeprefix("transformer."), 0
-        ours = WHOLE.get(name)
-        if name.startswith("h."):
-            _, number, rest = name.split(".", 2)
-            ours, layer = LAYER.get(rest), int(number)
-        if ours is None:
-            continue
-        values = as_floats(dtype, data).reshape(shape)
-        dtypes.add(dtype)
-        parts.setdefault(ours, {})[layer] = values.T if ours.endswith("w") and ours[:2] in ("qk", "at", "fc") else values
-    return {ours: np.concatenate([layers[i].ravel() for i in sorted(layers)]) for ours, layers in parts.items()}, dtypes

@@ -47,9 +47,9 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 PREAMBLE = """
 import os, sys, threading, time
 import numpy as np
-import pygpt.model
+import pygpt.cpus
 from pygpt import *
-pygpt.model.MEETING_WEIGHT = 0
+pygpt.cpus.workers_for = lambda threads, *_: threads
 """
 
 

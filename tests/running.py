@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PYGPT = [sys.executable, "-W", "error", "-m", "pygpt"]
-PATIENCE = 100  # seconds; only a failing test waits so long
+PATIENCE = 100  # seconds; only a failing test waits this long
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This environment without settings of pygpt and Python; the package is found from any folder."""
+    """Return this environment without variables of pygpt and Python, with the package on the path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYGPT", "PYTHON", "COLUMNS"))}
     path = os.pathsep.join(filter(None, [variables.get("PYTHONPATH"), str(ROOT)]))
     return {**kept, **variables, "PYTHONPATH": path}
@@ -24,7 +24,7 @@ def environment(**variables: str) -> dict[str, str]:
 def run(
     *arguments: str, stdin: str | bytes = "", shell: str = 'exec "$@"', cwd: str | Path | None = None, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run `pygpt ARGUMENTS` to its end. `shell` is a line of sh in which "$@" is the command."""
+    """Run `pygpt ARGUMENTS` until it ends. shell: a line of sh in which "$@" is the command."""
     done = subprocess.run(
         ["/bin/sh", "-c", shell, "sh", *PYGPT, *arguments],
         input=stdin.encode() if isinstance(stdin, str) else stdin,
@@ -38,7 +38,7 @@ def run(
 
 
 def assert_one_line_error(err: str, *named: str) -> None:
-    """`err` is one printable line, neither usage nor traceback, and has all these words."""
+    """Assert that `err` is one printable line that contains all these words, without usage or traceback."""
     assert re.fullmatch(r"pygpt: error: [^\n]+\n", err)
     assert err[:-1].isprintable()
     assert len(err) < 600
@@ -48,7 +48,7 @@ def assert_one_line_error(err: str, *named: str) -> None:
 
 
 def assert_refused(done: "subprocess.CompletedProcess[str]", *named: str, status: int = 2, stdout: str = "") -> None:
-    """A run ended with this status and stdout, and one line on stderr that has all these words."""
+    """Assert that a run ended with this status and stdout, and with one line on stderr that contains all these words."""
     assert (done.returncode, done.stdout) == (status, stdout), done.stderr
     assert_one_line_error(done.stderr, *named)
 
@@ -60,7 +60,7 @@ def assert_refuses(
     *named: str,
     status: int = 2,
 ) -> None:
-    """A command's main(), in this process, ends with this status, nothing on stdout, and one line that has all these words."""
+    """Assert that main() returns this status, prints one line with all these words on stderr, and writes nothing to stdout."""
     assert main(list(arguments)) == status
     out, err = capsys.readouterr()
     assert out == ""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import parsers
-from mutate import UINT64, dump, mutate_bytes, mutate_json_text, put
+from mutate import UINT64, dump, mutate_bytes, mutate_json_text, neighbours, put
 from run_main import Outcome, bounded, judge, run_main
 
 from pygpt import (
@@ -55,8 +55,7 @@ from pygpt.__main__ import main
 from pygpt.errors import DataError
 from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from pygpt.formats.gguf import TYPES, GGUFFile, write_gguf
-from pygpt.formats.huggingface import write_model
-from pygpt.formats.panels import PanelFile, formats_of, layout, write_panels
+from pygpt.formats.panels import PanelFile, formats_of, layout, quantise, write_panels
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
 
 TINY = Config(maxT=3, V=5, L=1, NH=2, C=4)
@@ -146,6 +145,10 @@ class FileTarget(Target):
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         return mutate_bytes(random, data, other, fields=self.fields)
 
+    def neighbours(self, data: bytes) -> Iterator[bytes]:
+        """An input with one number changed."""
+        return neighbours(data, self.fields)
+
     def run(self, data: bytes) -> str:
         path = self.folder / "input.bin"
         path.write_bytes(data)
@@ -227,7 +230,9 @@ class SafetensorsTarget(FileTarget):
             "x": ("F16", (2, 3), bytes(12)), "y": ("BF16", (1,), b"\x80\x3f"), "empty": ("I64", (0, 7), b""),
             "scalar": ("F64", (), bytes(8)),
         }  # fmt: skip
-        files = [parsers.safetensors_bytes({}), parsers.safetensors_bytes(by_hand), struct.pack("<Q", 8) + b"[]      "]
+        pair = parsers.safetensors_bytes(dict.fromkeys("ab", ("F32", (1,), bytes(4))))
+        files = [parsers.safetensors_bytes(found) for found in ({}, by_hand)]
+        files += [pair, pair.replace(b'"b"', b'"a"'), struct.pack("<Q", 8) + b"[]      "]  # a name twice; not an object
         for dtype in ("F32", "BF16"):
             with (self.folder / "output.bin").open("wb") as file:
                 write_safetensors(file, dtype, [("a", (2, 3)), ("bc", (4,))], iter(arrays))
@@ -341,13 +346,12 @@ class PanelTarget(FileTarget):
 
 def blocks_by_layer(config: Config, formats: dict[str, Format]) -> dict[str, list[Any]]:
     """Random weights as blocks of these formats, layer by layer."""
-    found = {}
+    found: dict[str, list[Any]] = {}
     for name, array in weights(config).items():
         layers, N, K = layout(config, name)
         kind = formats[name]
-        assert kind.from_float32 is not None
         rows = np.pad(array.reshape(layers, N, K), ((0, 0), (0, 0), (0, -K % kind.block_values)))
-        found[name] = [kind.from_float32(np.ascontiguousarray(layer)) for layer in rows]
+        found[name] = [kind.from_float32(layer) if kind.from_float32 else quantise(kind, layer) for layer in rows]
     return found
 
 
@@ -404,7 +408,7 @@ class VocabularyTarget(FileTarget):
     def seeds(self) -> list[bytes]:
         vocabularies = (([b"a"], 0), ([b"", b"\xff" * 255, b"<|endoftext|>"], 2), ([b"ab"] * 40, 39))
         first = struct.pack("<256i", 20240328, 1, 50257, *[0] * 253) + bytes(50257)
-        return [first, *(self.written(write_tokenizer, tokens, eot) for tokens, eot in vocabularies)]
+        return [*(self.written(write_tokenizer, tokens, eot) for tokens, eot in vocabularies), first]
 
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.tokenizer(data)
@@ -480,31 +484,38 @@ class StateTarget(FileTarget):
         return Trainer(TrainableGPT2.random(ONE, seed=1, threads=1), loader, TrainingOptions())
 
     def seeds(self) -> list[bytes]:
-        files = []
-        kinds: tuple[tuple[int, dict[str, Any], dict[str, Any]], ...] = (
-            (0, {}, {}),
-            (2, {"schedule": "cosine", "warmup": 2}, {"a": 1}),
-        )
-        for steps, options, job in kinds:
-            trainer = self.trainer()
-            trainer.options = TrainingOptions(**options)
-            for _ in range(steps):
-                trainer.step()
-            trainer.save(self.folder / "run.state", job)
-            files.append((self.folder / "run.state").read_bytes())
-            trainer.engine.close()
-        return files
+        trainer = self.trainer()
+        with trainer.engine:
+            trainer.step()
+            trainer.save(self.folder / "run.state", {"a": 1})
+        sound = (self.folder / "run.state").read_bytes()
+        text = sound[1024 : 1024 + int.from_bytes(sound[32:36], "little")].rstrip()
+        odd = (b'"a": 1, "a": 1', b'"a": NaN', b'"a": 1e999', b'"a": "\\ud800"')
+        return [sound, *(self.with_json(sound, text.replace(b'"a": 1', one)) for one in odd)]
+
+    def with_json(self, data: bytes, text: bytes) -> bytes:
+        """A state that says this, with a sum that fits."""
+        text += b" " * (-len(text) % 64)
+        size = int.from_bytes(data[32:36], "little")
+        return self.sealed(data[:32] + struct.pack("<I", len(text)) + data[36:1024] + text + data[1024 + size :])
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         """Change JSON, header or values, mostly with a sum that fits."""
         size = int.from_bytes(data[32:36], "little")
         if random.random() < 0.5 and 1024 + size + 32 < len(data):
             text = mutate_json_text(random, data[1024 : 1024 + size].rstrip(), other[1024:2048]) or b" "
-            text += b" " * (-len(text) % 64)
-            data = data[:32] + struct.pack("<I", len(text)) + data[36:1024] + text + data[1024 + size :]
-        else:
-            data = mutate_bytes(random, data, other, fields=10)
-        return data[:-32] + hashlib.sha256(data[:-32]).digest() if random.random() < 0.9 else data
+            return self.with_json(data, text)
+        data = mutate_bytes(random, data, other, fields=10)
+        return self.sealed(data) if random.random() < 0.9 else data
+
+    def neighbours(self, data: bytes) -> Iterator[bytes]:
+        for one in neighbours(data, self.fields):
+            yield one
+            yield self.sealed(one)
+
+    def sealed(self, data: bytes) -> bytes:
+        """With a sum that fits."""
+        return data[:-32] + hashlib.sha256(data[:-32]).digest()
 
     def read(self, path: Path, data: bytes) -> str:
         expected = parsers.state(data)
@@ -577,21 +588,6 @@ class TextTarget(FileTarget):
 # ------------------------------------------------------------------------------------------------ commands
 
 
-def pack(files: dict[str, bytes]) -> bytes:
-    """Several files as one input."""
-    return b"".join(f"{len(data)} {name}\n".encode() + data for name, data in files.items())
-
-
-def unpack(data: bytes) -> dict[str, bytes]:
-    """The files of an input; none of what is not such an input."""
-    files: dict[str, bytes] = {}
-    while match := re.match(rb"(\d{1,9}) ([\w.-]{1,80})\n", data):
-        end = match.end() + int(match[1])
-        files[match[2].decode().replace("..", "_")] = data[match.end() : end]
-        data = data[end:]
-    return files
-
-
 def load_json(data: bytes) -> Any:
     """An input that is JSON, or None."""
     try:
@@ -660,8 +656,11 @@ class LineTarget(Target):
     def seeds(self) -> list[bytes]:
         lines = [{"argv": line.split(), "stdin": "Ladies and"} for line in LINES]
         closed = [{"argv": argv.split(), "closed": [name]} for argv in ("0", "--help", "-") for name in ("stdin", "stdout")]
-        resumed = [{"argv": ["train", "--resume", "run.state"], "progress": self.progress()}]
-        return [dump(one) for one in [*lines, *closed, *resumed]]
+        others = [
+            {"argv": ["train", "--resume", "run.state"], "progress": self.progress()},
+            {"argv": ["-m", "\x1b[31m\x9b2J", "0"]},
+        ]
+        return [dump(one) for one in [*lines, *closed, *others]]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         found, more = load_json(data), load_json(other)
@@ -819,123 +818,7 @@ class ServeTarget(Target):
         return found
 
 
-class FolderTarget(Target):
-    """`pygpt convert` of Hugging Face's folders and of checkpoints: what it makes has the source's values.
-
-    An input is several files: "argv", a checkpoint a.bin, and those of the folder hf. The first "\\0pad" in a file is more than
-    such a file may have; one that is "\\0fifo" is a pipe.
-    """
-
-    name = "convert"
-
-    def seeds(self) -> list[bytes]:
-        found: list[dict[str, bytes]] = []
-        for config, version in ((TINY, 3), (TINY, 5), (SMALL, 1)):
-            path = self.folder / "a.bin"
-            write_checkpoint(path, config, weights(config), version=version)
-            shutil.rmtree(self.folder / "hf", ignore_errors=True)
-            with Checkpoint(path) as checkpoint:
-                write_model(str(self.folder / "hf"), checkpoint)
-            whole = {name: (self.folder / "hf" / name).read_bytes() for name in ("config.json", "model.safetensors")}
-            single = {"x.safetensors": whole["model.safetensors"]}
-            found.append({"argv": b'["a.bin", "out/"]', "a.bin": path.read_bytes()})
-            found.append({"argv": b'["--version", "1", "a.bin", "out.bin"]', "a.bin": path.read_bytes()})
-            found.append({"argv": b'["hf", "out.bin"]', **whole})
-            found.append({"argv": b'["--heads", "2", "hf/x.safetensors", "out.bin"]', **single})
-        return [pack(files) for files in found]
-
-    def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
-        """Change one of the files, put in one of another input, or take one away."""
-        files, others = unpack(data), unpack(other)
-        if not files or not others:
-            return other
-        name, kind = random.choice(sorted(files)), random.random()
-        content, like = files[name], others.get(name, b"")
-        if kind < 0.07:
-            del files[name]
-        elif kind < 0.17:
-            name = random.choice(sorted(others))
-            files[name] = others[name]
-        elif name == "argv":
-            words = [*words_of(load_json(content)), *words_of(load_json(like))]
-            files[name] = dump([random.choice([*words, *WORDS]) for _ in range(random.choice((2, 2, 3, 4)))])
-        elif name.endswith(".json"):
-            files[name] = mutate_json_text(random, content, like)
-        else:
-            files[name] = mutate_safetensors(random, content, like)
-        return pack(files)
-
-    def run(self, data: bytes) -> str:
-        files = unpack(data)
-        (self.folder / "hf").mkdir()
-        argv = words_of(load_json(files.pop("argv", b"")))
-        for name, content in files.items():
-            path = self.folder / ("" if name == "a.bin" else "hf") / name
-            if content == b"\0fifo":
-                os.mkfifo(path)
-            else:
-                path.write_bytes(content.replace(b"\0pad", b" " * (1 << 22), 1))
-        before, here = self.tree(), os.getcwd()
-        os.chdir(self.folder)
-        try:
-            outcome = run_main(main, ["convert", *argv])
-        finally:
-            os.chdir(here)
-        judge(outcome, argv)
-        after = self.tree()
-        if outcome.status or "-h" in argv or "--help" in argv:
-            assert after == before
-        else:
-            assert outcome.out == b""
-            self.compare(before, {name: after[name] for name in after if after[name] != before.get(name)})
-        return f"status {outcome.status} {skeleton(outcome.err.strip())}"
-
-    def tree(self) -> dict[str, bytes]:
-        """All files."""
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
-
-    def compare(self, before: dict[str, bytes], made: dict[str, bytes]) -> None:
-        """The result is sound, and has a source's values, rounded where it is bfloat16."""
-        if len(made) == 1:
-            checkpoint = parsers.checkpoint(*made.values())
-            assert checkpoint is not None, f"the result is not a sound checkpoint: {sorted(made)}"
-            values, bf16 = flat(checkpoint), checkpoint[0] == 5
-        else:
-            tensors = parsers.safetensors(next(made[name] for name in made if name.endswith(".safetensors")))
-            settings = parsers.strict_json(next(made[name] for name in made if name.endswith(".json")))
-            assert (len(made), tensors is None, settings is None) == (2, False, False), f"not sound: {sorted(made)}"
-            assert tensors is not None
-            values, dtypes = parsers.model_of(tensors)
-            bf16 = dtypes == {"BF16"}
-        sources = [flat(sound) for content in before.values() if (sound := parsers.checkpoint(content))]
-        parts = [tensors for content in before.values() if (tensors := parsers.safetensors(content))]
-        together = {name: tensor for part in parts for name, tensor in part.items()}
-        for part in [*parts, together]:
-            try:
-                sources.append(parsers.model_of(part)[0])
-            except (ValueError, KeyError):  # not a model
-                continue
-        right = [all(equal(source.get(name), array, bf16) for name, array in values.items()) for source in sources]
-        assert any(right), "the result has not the source's values"
-
-
-def flat(checkpoint: "tuple[int, parsers.Shape, parsers.Tensors]") -> dict[str, parsers.Floats]:
-    """A checkpoint's values, wte without padding."""
-    version, shape, tensors = checkpoint
-    values = {name: parsers.as_floats("BF16" if version == 5 else "F32", data) for name, data in tensors.items()}
-    return {**values, "wte": values["wte"][: shape["V"] * shape["C"]]}
-
-
-def equal(source: parsers.Floats | None, found: parsers.Floats, bf16: bool) -> bool:
-    """Whether values are the source's, or its nearest bfloat16."""
-    if source is None or source.shape != found.shape or not np.array_equal(nan := np.isnan(source), np.isnan(found)):
-        return False
-    bits, wanted = source[~nan].view("<u4").astype("u8"), found[~nan].view("<u4")
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
-    return np.array_equal(bits, wanted) or (bf16 and np.array_equal(rounded, wanted))
-
-
 READERS: tuple[type[Target], ...] = (CheckpointTarget, SafetensorsTarget, ShardTarget, VocabularyTarget, DebugStateTarget)
 READERS += (ExamplesTarget, StateTarget, TextTarget, GGUFTarget, PanelTarget)
 TARGETS: dict[str, type[Target]] = {target.name: target for target in READERS}
-TARGETS |= {"convert": FolderTarget, "serve": ServeTarget, "command": LineTarget}
+TARGETS |= {"serve": ServeTarget, "command": LineTarget}

@@ -10,7 +10,7 @@ COMMANDS = {  # name: its module in this folder, and one line for the help
     "shards": ("shards", "turn texts into llm.c's token files"),
     "convert": ("convert", "convert a model file to another format"),
     "quantize": ("quantize", "write a model in another weight format, for pygpt or llama.cpp"),
-    "download": ("download", "fetch a GPT-2 model"),
+    "download": ("download", "download a GPT-2 model"),
     "bench": ("bench.main", "compare speed with the machine's limits and with other programs"),
     "profile": ("profile.main", "show where GPT-2 spends its time"),
 }

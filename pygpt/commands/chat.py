@@ -497,11 +497,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"number of new tokens in a reply (default {NEW_TOKENS})",
     )
     parser.add_argument(
-        "-m", "--model", action=PassOn, metavar="MODEL", help="a checkpoint or a downloaded model (default: see pygpt --help)"
+        "-m", "--model", action=PassOn, metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)"
     )
     parser.add_argument(
         "-t", "--threads", action=PassOn, metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)"
     )
+    parser.add_argument("--weights", action=PassOn, metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
     parser.add_argument(
         "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
     )

@@ -51,19 +51,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pygpt",
         usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
-        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line at once.",
+        description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line as soon as it is computed.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
     parser.add_argument(
-        "-m", "--model", metavar="MODEL", help="an llm.c checkpoint (version 1, 3 or 5), or the name of a downloaded model"
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="an llm.c checkpoint (version 1, 3 or 5), a .gguf file, a file of `pygpt quantize`, or a downloaded model's name",
     )
     parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
     parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
     parser.add_argument("-t", "--threads", metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)")
     add_completion_options(parser)
+    parser.add_argument(
+        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
+    )
     parser.add_argument(
         "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
     )
@@ -86,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
 
     if threads is not None:
         check_threads(threads)  # --reference uses no threads, but a wrong count is still the user's mistake
-    model, notice = load(options.model, threads, reference=options.reference, mmap=not options.no_mmap)
+    model, notice = load(options.model, threads, options)
     with model:
         request = Request(model.config, tokens or [0], **defaults)  # report bad options before serving
         if serving:
@@ -97,31 +103,27 @@ def run(options: argparse.Namespace) -> None:
                 put(f"{token}\n")
 
 
-def load(path: str | None, threads: int | None, *, reference: bool, mmap: bool) -> "tuple[GPT2 | SerialGPT2, str]":
-    """Open the model; return it with a notice to print before its first answer, or "". Import only the chosen model class."""
+def load(path: str | None, threads: int | None, options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
+    """Open the model; return it with a notice to print before its first answer, or ""."""
     from ..hub.find import GPT2_FILE, find_model
 
     path, origin = find_model(path)
-    model = open_reference(path, mmap=mmap) if reference else open_model(path, threads, mmap=mmap)
     notice = (
         f"using the small embedded Shakespeare model, because this folder has no {GPT2_FILE}; "
         "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
-    return model, notice if origin == "embedded" else ""
+    return open_model(path, threads, options), notice if origin == "embedded" else ""
 
 
-def open_model(path: str, threads: int | None, *, mmap: bool) -> "GPT2":
-    """Open the parallel model with a KV cache."""
+def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "GPT2 | SerialGPT2":
+    """Open the parallel model, or the serial reference. Import only the class that is used."""
+    if options.reference:
+        from ..reference import SerialGPT2
+
+        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)
     from ..model import GPT2
 
-    return GPT2.load(path, threads=threads, mmap=mmap)
-
-
-def open_reference(path: str, *, mmap: bool) -> "SerialGPT2":
-    """Open the serial reference model."""
-    from ..reference import SerialGPT2
-
-    return SerialGPT2.load(path, mmap=mmap)
+    return GPT2.load(path, threads=threads, mmap=not options.no_mmap, weights=options.weights)
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:
@@ -152,7 +154,7 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -
 
 
 def put(text: str) -> None:
-    """Write text to stdout at once, in one call.
+    """Write text to stdout in one call, and flush.
 
     If stdout is unbuffered (PYTHONUNBUFFERED), print() writes the newline in a second call, and Ctrl-C may come between them.
     """

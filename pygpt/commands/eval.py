@@ -1,29 +1,35 @@
-"""Measure a model: perplexity of a text, HellaSwag, the most probable next tokens, and the distance from another model.
+"""Measure a model: perplexity of a text, HellaSwag accuracy, the most probable next tokens, the difference from another model.
 
-    pygpt eval perplexity book.txt                          each token once, with at least half a window of context
+    pygpt eval perplexity book.txt
     pygpt eval perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
     pygpt eval hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
     pygpt eval next "The capital of France is" -k 5
     pygpt eval next "To be, or not to" -o json
     pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
 
-Perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
-window scores the tokens that the window before did not reach. So each token except the first is scored once, and in later
-windows with at least window - stride tokens of context. --window T+1 --stride T scores blocks of T tokens, as training does.
-If the stride is the whole window, the first token of each window is left out, because it has no context.
-compare slides the same windows over a text for two models A and B of any formats. It gives the perplexity of each, and the mean
-Kullback-Leibler divergence of B from A, in nats: the sum of p_A (log p_A - log p_B) over the next token. Top-1 agreement is
-the share of positions at which both models have the same most probable token.
-HellaSwag counts an example as right if its right ending has the lowest summed loss (acc) or mean loss (acc_norm).
+perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
+window scores the tokens after the previous window, so each token except the first is scored once. In all windows except the
+first, a scored token has at least window - stride tokens of context. --window T+1 --stride T scores blocks of T tokens, as in
+training. If the stride equals the window, the first token of each window has no context and is not scored.
 
-JSON (-o json), one object: task, model, threads, seconds, tokens_per_s (of the rows that ran), and
-    perplexity    file, tokens, scored, window, stride, loss (nats a token), perplexity (null above 1e307)
-    hellaswag     file, examples, right, right_norm, acc, acc_norm
+compare slides the same windows over the text for two models A and B, in any formats. It prints the perplexity of each, the mean
+Kullback-Leibler divergence of B from A, and the top-1 agreement. The divergence is the sum of p_A (log p_A - log p_B) over the
+vocabulary, in nats. The agreement is the share of positions at which both models have the same most probable token.
+
+hellaswag counts an example as right if its right ending has the lowest sum of losses (acc) or the lowest mean loss (acc_norm).
+
+next prints the most probable tokens after the prompt.
+
+JSON (-o json) is one object with the fields task, model, threads, seconds, tokens_per_s (computed rows per second), and
+
+    perplexity    file, tokens (number read), scored (number scored), window, stride, loss (nats per token), perplexity (null
+                  above 1e307)
+    hellaswag     file, examples, right, right_norm (right examples by sum and by mean), acc, acc_norm
     compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement
                   (0 to 1); model is [A, B]
-    next          prompt [ids], next [id, text (null for a part of a character), bytes (hex), probability, logprob (nats)]
+    next          prompt (ids), next [id, text (null for a part of a character), bytes (hex), probability, logprob (nats)]
 
-Exit status: 0; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
+Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 Sources: Hugging Face, "Perplexity of fixed-length models"; llm.c, dev/data/hellaswag.py.
 """
 
@@ -51,11 +57,11 @@ from ..tokenizer import Tokenizer
 from .console import HelpFormatter, Parser, check_stdout, status_of, whole
 from .progress import Progress
 
-ROWS = 128  # of one step: their logits take 26 MB with GPT-2's vocabulary
-FLOAT64_ROWS = 16  # rows of logits widened at a time: 6 MB
-LARGEST_LOSS = 709  # nats: e to a higher power overflows a float
-BAR = 30  # columns
-MOST = 2**31 - 1  # tokens or examples
+ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
+FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
+LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
+BAR = 30  # columns of the longest bar
+MOST = 2**31 - 1  # largest number of tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
 
@@ -69,15 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their help."""
+    """Return the parser of the command's options."""
     one_model, shared = Parser(add_help=False), Parser(add_help=False)
     one_model.add_argument(
-        "-m", "--model", metavar="MODEL", help="a model file, or a downloaded model's name (default: as the command finds one)"
+        "-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)"
     )
     add = shared.add_argument
-    add(
-        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
-    )
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
         prog="pygpt eval",
@@ -99,33 +103,32 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         for model in before:
-            made.add_argument(model.lower(), metavar=model, help="a model file, or a downloaded model's name")
+            made.add_argument(model.lower(), metavar=model, help="a model file or a downloaded model")
         made.add_argument("subject", metavar=positional, help=meaning)
         return made
 
-    text = "UTF-8 text, or - for stdin, or a token file (.bin)"
-    one = task("perplexity", "TEXT", text, "perplexity and loss of a text")
-    four = task("compare", "TEXT", text, "two models on a text: perplexity, divergence, agreement", before=("A", "B"))
+    text = "UTF-8 text, - for stdin, or a token file (.bin)"
+    one = task("perplexity", "TEXT", text, "print the perplexity and the loss of a text")
+    four = task("compare", "TEXT", text, "compare two models on a text: perplexity, divergence, agreement", before=("A", "B"))
     count = whole(1, MOST)
     for made in (one, four):
-        made.add_argument(
-            "--window", metavar="W", type=count, help="tokens that the model sees at once (default maxT, at most maxT + 1)"
-        )
+        made.add_argument("--window", metavar="W", type=count, help="tokens in a window (default maxT, at most maxT + 1)")
         made.add_argument(
             "--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)"
         )
-        made.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N tokens only")
-    two = task("hellaswag", "FILE", "llm.c's hellaswag_val.bin, or any file of its format", "multiple choice: acc and acc_norm")
-    two.add_argument("-n", "--limit", metavar="N", type=count, help="take the first N examples only")
-    three = task("next", "PROMPT", "the text before", "what the model expects next")
-    three.add_argument("-k", "--top", metavar="K", type=count, default=10, help="how many tokens to show (default 10)")
+        made.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N tokens")
+    file = "llm.c's hellaswag_val.bin, or another file of this format"
+    two = task("hellaswag", "FILE", file, "print the accuracy on HellaSwag's multiple-choice examples")
+    two.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N examples")
+    three = task("next", "PROMPT", "the text before the next token", "print the most probable next tokens")
+    three.add_argument("-k", "--top", metavar="K", type=count, default=10, help="number of tokens to print (default 10)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, open the model, do the task, print what it gave."""
+    """Check the arguments, open the models, run the task, and print the result."""
     if options.task is None:
-        raise InputError("no task was given: perplexity, hellaswag, next or compare; see --help")
+        raise InputError("no task was given: give perplexity, hellaswag, next or compare; see --help")
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
@@ -152,7 +155,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses:
-    """Minus the log-probability of each row's target, in nats: [rows, V], [rows] -> [rows], computed in float64."""
+    """Return minus the log-probability of each row's target, in nats: [rows, V], [rows] -> [rows], computed in float64."""
     out = np.empty(len(targets))
     for start in range(0, len(targets), FLOAT64_ROWS):
         rows = logits[start : start + FLOAT64_ROWS].astype(np.float64)  # [16, V]
@@ -162,7 +165,10 @@ def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses
 
 
 def log_sums(rows: Losses) -> Losses:
-    """The logarithm of the summed exponentials of each row's logits: [rows, V] -> [rows]."""
+    """Return the logarithm of the sum of exponentials of each row's logits: [rows, V] -> [rows].
+
+    Raises NumericalError if a result is not finite.
+    """
     top = rows.max(axis=1)  # [rows]
     out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
@@ -171,8 +177,8 @@ def log_sums(rows: Losses) -> Losses:
 
 
 def score(model: GPT2, cache: KVCache, tokens: Sequence[int], targets: Sequence[int]) -> Losses:
-    """Append tokens to the cache; return the losses of the last ones' successors, `targets`."""
-    silent = len(tokens) - len(targets)  # rows that only give context
+    """Append tokens to the cache; return the losses of `targets`, the successors of the last len(targets) tokens."""
+    silent = len(tokens) - len(targets)  # number of rows that are only context
     found = [np.empty(0)]
     for start in range(0, len(tokens), ROWS):
         stop = min(start + ROWS, len(tokens))
@@ -185,11 +191,11 @@ def score(model: GPT2, cache: KVCache, tokens: Sequence[int], targets: Sequence[
 
 
 def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
-    """The result, the rows that ran, and the result in words."""
+    """Return the result, the number of computed rows, and the result as text."""
     window, stride = window_of(model.config.maxT, options)
     tokens = scored_tokens(model, options)
     rows = scored = 0
-    sums: list[float] = []  # of the losses, by window
+    sums: list[float] = []  # the sum of losses of each window
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
@@ -208,22 +214,22 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
         "perplexity": power,
     }
     where = f"{scored} tokens, window {window}, stride {stride}"
-    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats a token, {where}"
+    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats per token, {where}"
 
 
 def power_of(loss: float) -> float | None:
-    """The perplexity of a loss, or None where no float holds it."""
+    """Return the perplexity of a loss, or None if it overflows a float."""
     return math.exp(loss) if loss < LARGEST_LOSS else None
 
 
 def shown_power(power: float | None) -> str:
-    """A perplexity for a report."""
+    """Return a perplexity as text."""
     return "infinite" if power is None else f"{power:.4f}"
 
 
 def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
-    """The window and the stride that the options ask for, checked."""
-    most = maxT + 1  # a window's last token is only predicted
+    """Return the window and the stride of the options. Raises InputError if they are out of range."""
+    most = maxT + 1  # the last token of a window is a target, not an input
     window = max(2, maxT) if options.window is None else options.window
     if not 2 <= window <= most:
         raise InputError(f"--window is {window}: it must be from 2 to maxT + 1 = {most}")
@@ -234,15 +240,15 @@ def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
 
 
 def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.integer[Any]]:
-    """The tokens to score: the first --limit of the subject, two at least."""
+    """Return the first --limit tokens of the subject. Raises InputError if there are fewer than 2."""
     tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed: the first one has no context")
+        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first has no context")
     return tokens
 
 
 def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, first, end): a window [begin, end) scores the tokens [first, end), one at least."""
+    """Yield (begin, first, end) for each window: it contains the tokens [begin, end), and scores [first, end), at least one."""
     first = 1
     for begin in range(0, count - 1, stride):
         end = min(begin + window, count)
@@ -253,7 +259,10 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 
 
 def tokens_in(subject: str, model: GPT2) -> npt.NDArray[np.integer[Any]]:
-    """The tokens of a token file (.bin), or of a text, to which nothing is added."""
+    """Return the tokens of a token file (.bin), or of a text without added <|endoftext|>.
+
+    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is not GPT-2's.
+    """
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
     tokenizer_of(model)
@@ -261,11 +270,11 @@ def tokens_in(subject: str, model: GPT2) -> npt.NDArray[np.integer[Any]]:
 
 
 def tokenizer_of(model: GPT2) -> Tokenizer:
-    """GPT-2's tokenizer, if the model's ids are its ids."""
+    """Return GPT-2's tokenizer. Raises InputError if the model has another vocabulary."""
     tokenizer = Tokenizer()
     if model.config.V != tokenizer.V:
         raise InputError(
-            f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: its ids cannot be read as text"
+            f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: use token files (.bin) with this model"
         )
     return tokenizer
 
@@ -274,13 +283,13 @@ def tokenizer_of(model: GPT2) -> Tokenizer:
 
 
 def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
-    """The result, the rows that ran in both models, and the result in words."""
+    """Return the result, the number of rows computed by both models, and the result as text."""
     if model.config.V != other.config.V:
-        raise InputError(f"A has {model.config.V} ids and B {other.config.V}: models of one vocabulary can be compared")
+        raise InputError(f"A has {model.config.V} ids and B {other.config.V}: give two models with the same vocabulary")
     window, stride = window_of(min(model.config.maxT, other.config.maxT), options)
     tokens = scored_tokens(model, options)
     rows = scored = 0
-    found: list[npt.NDArray[np.float64]] = []  # by window: the sums of A's loss, B's loss, the divergence, the agreements
+    found: list[npt.NDArray[np.float64]] = []  # of each window: the sums that divergence() returns
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
@@ -301,7 +310,7 @@ def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Resu
         "top1_agreement": agreement,
     }
     lines = [
-        f"A: perplexity {shown_power(powers[0])}, loss {loss:.6f} nats a token",
+        f"A: perplexity {shown_power(powers[0])}, loss {loss:.6f} nats per token",
         f"B: perplexity {shown_power(powers[1])}, loss {loss_of_other:.6f} ({loss_of_other - loss:+.6f})",
         f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %",
         f"{scored} tokens, window {window}, stride {stride}",
@@ -310,10 +319,13 @@ def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Resu
 
 
 def divergence(model: GPT2, other: GPT2, tokens: Sequence[int], targets: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Run tokens through both models; sum over the last ones, whose successors are `targets`: loss of the one, loss of the
-    other, divergence of the other from the one in nats, and rows with the same most likely token: [4]."""
+    """Run tokens through both models; return four sums over the last len(targets) tokens, whose successors are `targets`.
+
+    Three sums are in nats: the loss of `model`, the loss of `other`, and the divergence of `other` from `model`. The fourth sum
+    is the number of rows at which both models have the same most probable token.
+    """
     caches = [one.new_cache(len(tokens)) for one in (model, other)]
-    silent = len(tokens) - len(targets)  # rows that only give context
+    silent = len(tokens) - len(targets)  # number of rows that are only context
     sums = np.zeros(4)
     for start in range(0, len(tokens), ROWS):
         stop = min(start + ROWS, len(tokens))
@@ -336,7 +348,7 @@ def divergence(model: GPT2, other: GPT2, tokens: Sequence[int], targets: Sequenc
 
 
 def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
-    """The result, the rows that ran, and the result in words."""
+    """Return the result, the number of computed rows, and the result as text."""
     done = right = right_norm = rows = 0
     cache = model.new_cache()
     with Progress("examples", options.limit) as progress:
@@ -360,10 +372,13 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
 
 
 def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]:
-    """The losses of each ending's tokens, after the context, which runs once."""
-    longest = len(example.context) + max(map(len, example.endings)) - 1  # an ending's last token is only predicted
+    """Return the losses of the tokens of each ending. The context runs once for all endings.
+
+    Raises InputError if the example exceeds the model's context.
+    """
+    longest = len(example.context) + max(map(len, example.endings)) - 1  # the last token of an ending is not an input
     if longest > cache.capacity:
-        raise InputError(f"example {example.number} has {longest} tokens to run: the model takes {cache.capacity}")
+        raise InputError(f"example {example.number} has {longest} tokens to run: the model takes at most {cache.capacity}")
     after_context = model.prefill(cache, example.context)[None]  # [1, V]
     losses = []
     for ending in example.endings:
@@ -373,21 +388,21 @@ def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]
     return losses
 
 
-# ------------------------------------------------------------------------------------------------ what comes next
+# ------------------------------------------------------------------------------------------------ next tokens
 
 
-def following(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
-    """The result, the rows that ran, and the result as a table."""
+def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
+    """Return the result, the number of computed rows, and the result as a table."""
     tokenizer = tokenizer_of(model)
     if options.top > tokenizer.V:
-        raise InputError(f"--top is {options.top}: the vocabulary has {tokenizer.V} ids")
+        raise InputError(f"--top is {options.top}: it must be at most {tokenizer.V}, the number of ids in the vocabulary")
     prompt = tokenizer.encode(options.subject)
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
     logits = model.prefill(model.new_cache(), prompt).astype(np.float64)  # [V]
     logprobs = logits - log_sums(logits[None])  # [V]
     choices = []
-    for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # the lowest id of equals first
+    for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # equal logits: the lowest id first
         logprob = float(logprobs[token])
         content = tokenizer.decode_bytes([token])
         choices.append(
@@ -403,7 +418,7 @@ def following(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
 
 
 def as_text(content: bytes) -> str | None:
-    """Bytes as text, or None for a part of a character."""
+    """Return bytes as text, or None for a part of a character."""
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -411,7 +426,7 @@ def as_text(content: bytes) -> str | None:
 
 
 def table(choices: list[Result]) -> str:
-    """One line a token: its id, its text, its probability, and a bar as long as that is beside the first one's."""
+    """Return a line for each token: id, text, probability, and a bar that compares it with the most probable token."""
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     names = [repr(bytes.fromhex(choice["bytes"])) if choice["text"] is None else repr(choice["text"]) for choice in choices]
     names = [name.encode(encoding, "backslashreplace").decode(encoding) for name in names]
@@ -427,6 +442,6 @@ def table(choices: list[Result]) -> str:
 TASKS: dict[str, Callable[..., tuple[Result, int, str]]] = {
     "perplexity": perplexity,
     "hellaswag": hellaswag,
-    "next": following,
+    "next": next_tokens,
     "compare": compare,
 }

@@ -29,8 +29,8 @@ class Interrupts:
     - In a finalizer (__del__, a callback of a weak reference), raise it after the finalizer. There, Python would only print it.
 
     The delay uses Python's profiler hook, which costs nothing until Ctrl-C is pressed. If SIGINT is ignored, or has a handler
-    other than Python's, nothing changes. Before the block, during imports, and after it, at the interpreter's exit, Ctrl-C
-    ends the process by the signal: each script begins with that setting, and the block restores it.
+    other than Python's, nothing changes. Before the block (during the command's imports) and after it (at the interpreter's
+    exit), Ctrl-C ends the process by the signal: each script begins with that setting, and the block restores it.
     """
 
     def __enter__(self) -> None:

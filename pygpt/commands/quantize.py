@@ -22,7 +22,7 @@ from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from ..formats.files import reason
 from ..formats.gguf import write_gguf
 from ..formats.huggingface import HuggingFaceModel
-from ..formats.open import Source, blocks_of, open_source
+from ..formats.open import blocks_of, open_source
 from ..formats.panels import ModelFile, formats_of, write_panels
 from .console import HelpFormatter, Parser, say, status_of
 from .convert import check_parent
@@ -30,6 +30,7 @@ from .progress import Progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ..formats.open import Source
     from ..formats.panels import Blocks
 
 EXAMPLES = """\
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     say(f"{before} -> {options.target} ({FORMATS[options.format].name}, head {FORMATS[head].name}, {size} bytes)")
 
 
-def quantise(model: Source, target: str, kind: Format, head: Format) -> None:
+def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
     """Write the model to `target`, a .gguf or .safetensors file. Raises PyGPTError when writing fails."""
     gguf = target.endswith(".gguf")
     formats = formats_of(kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
@@ -114,14 +115,14 @@ class Counter:
             self._progress.update(self._done)
 
 
-def positions_of(model: Source) -> Format:
+def positions_of(model: "Source") -> Format:
     """The format of wpe."""
     if isinstance(model, ModelFile):
         return model.formats["wpe"]
     return model.format if isinstance(model, Checkpoint) else BFLOAT16 if model.dtype == "bfloat16" else FLOAT32
 
 
-def sha256_of(model: Source) -> str:
+def sha256_of(model: "Source") -> str:
     """The sha256 of a model's file, or of its files one after the other, in hexadecimal digits."""
     digest = hashlib.sha256()
     for path in model.paths if isinstance(model, HuggingFaceModel) else [model.path]:
@@ -142,7 +143,7 @@ def check_target(source: str, target: str) -> None:
             raise InputError(f"{target}: a file of SRC itself: give DST another name")
 
 
-def describe(path: str, model: Source) -> str:
+def describe(path: str, model: "Source") -> str:
     """A model in a few words."""
     if isinstance(model, HuggingFaceModel):
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"

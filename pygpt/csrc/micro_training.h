@@ -1,5 +1,5 @@
-/* The microkernels of the backward pass and of AdamW; part of micro_body.h, which defines the lanes. All values are float32.
- * Names and formulas: llm.c, train_gpt2.c. Sums over rows run in ascending order, a sum within a row in 16 lanes. */
+/* The microkernels of the backward pass and of AdamW, included by micro_body.h, which defines the lanes. All values are
+ * float32. Names and formulas: llm.c, train_gpt2.c. Sums over rows are in ascending order, sums within a row in 16 lanes. */
 
 /* out[n] = (add_to ? out[n] : 0) + sum over r < rows, ascending, of inp[r * ld + n]. */
 static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
@@ -13,8 +13,8 @@ static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows,
 #undef BODY
 }
 
-/* The derivative of gelu(x) = x s(x), s = 1 / (1 + exp(-2u)): s + x s (1 - s) 2u', u = sqrt(2 / pi) (x + 0.044715 x^3). Beyond 16
- * s is 0 or 1 to the last bit, and so is the derivative. */
+/* d[n] *= the derivative of gelu at x[n]. gelu(x) = x s(x) with s = 1 / (1 + exp(-2u)) and u = sqrt(2 / pi) (x + 0.044715 x^3);
+ * the derivative is s + x s (1 - s) 2u'. If |x| > 16, s and the derivative are exactly 0 or 1 in float32, so x is clamped. */
 static void gelu_backward(float *d, const float *x, ptrdiff_t N) {
     const float A = -1.59576912f, B = -0.0713548163f; /* as in gelu16 */
 #define BODY(i, n)                                                                                 \
@@ -86,7 +86,7 @@ static void softmax_backward(float *d, const float *p, float dot, float scale, p
     for (ptrdiff_t t = T; t < Tp; t++) d[t] = 0.0f;
 }
 
-/* Passes over arrays in memory ask for lines so many values ahead of use: left to itself, the processor keeps fewer on their way. */
+/* Passes over arrays prefetch lines this many values ahead, because the processor's own prefetcher requests fewer lines. */
 #define AHEAD 512
 
 INLINE void read_all_ahead(const float *p, const float *g, const float *m, const float *v) {
@@ -96,8 +96,8 @@ INLINE void read_all_ahead(const float *p, const float *g, const float *m, const
     __builtin_prefetch(v + AHEAD, 0, 2);
 }
 
-/* AdamW on count values: m and v are running means of g and g^2, corrected for their start at zero; the decay is decoupled.
- * Source: Loshchilov and Hutter 2019. */
+/* AdamW on count values: m and v are running means of g and g^2, corrected for their start at zero. The weight decay is
+ * decoupled from the gradient. Source: Loshchilov and Hutter 2019. */
 static void adamw(float *p, const float *g, float *m, float *v, ptrdiff_t count, const adamw_numbers *c) {
 #define BODY(i, n)                                                                                                   \
     do {                                                                                                             \
@@ -117,7 +117,7 @@ static void adamw(float *p, const float *g, float *m, float *v, ptrdiff_t count,
 #undef BODY
 }
 
-/* The sum of squares in float64: the products of float32 values are exact there; 16 lanes, folded like a dot's. */
+/* Return the sum of squares in float64, where products of float32 values are exact; 16 lanes, folded as in dot. */
 static double square_sum(const float *g, ptrdiff_t count) {
     double lane[LANES] = {0};
     double_vec sum[2 * NV] = {{0}};
@@ -136,7 +136,7 @@ static double square_sum(const float *g, ptrdiff_t count) {
     return lane[0];
 }
 
-/* What AdamW could reach at most: four arrays read, three written, hardly anything computed. */
+/* Measure AdamW's upper limit: read four arrays, write three, and compute almost nothing. */
 static void probe_stream(float *p, const float *g, float *m, float *v, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i + LANES <= count; i += LANES) {
         read_all_ahead(p + i, g + i, m + i, v + i);

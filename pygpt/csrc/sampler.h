@@ -1,8 +1,8 @@
-/* The samplers' arithmetic, each sum in one fixed order and no libm, so that every machine and build chooses alike.
+/* The samplers' arithmetic: every sum has one fixed order and libm is not used, so all machines and builds choose the same id.
  *
- * The median is float32 throughout, one after another in ascending id, as the serial program does it: with thousands of
- * nearly equal tiny probabilities another order, or float64 sums, picks another id now and then. Random sampling and
- * log-probabilities take the same exponentials and sum them in float64. */
+ * The median's sums are float32, sequential in ascending id, as in the serial program. With thousands of nearly equal tiny
+ * probabilities, another order or float64 sums would sometimes choose another id. Random sampling and log-probabilities use the
+ * same exponentials, and sum them in float64. */
 #ifndef PYGPT_SAMPLER_H
 #define PYGPT_SAMPLER_H
 #include <float.h>
@@ -13,7 +13,7 @@
 
 typedef void exps_function(float *e, const float *logits, float max, ptrdiff_t V); /* micro.h */
 
-/* The highest logit; NaN when a logit is NaN. Sixteen searches side by side: a maximum is exact in any order. */
+/* Return the highest logit, or NaN if any logit is NaN. Sixteen lanes search: a maximum is exact in any order. */
 static inline float highest(const float *logits, ptrdiff_t V) {
     float max[16], nan = 0.0f;
     for (int l = 0; l < 16; l++) max[l] = -INFINITY;
@@ -31,7 +31,7 @@ static inline float highest(const float *logits, ptrdiff_t V) {
     return max[0] + nan;
 }
 
-/* The first id of the highest logit; -1 when a logit is NaN or the highest is not finite. */
+/* Return the first id of the highest logit; -1 if any logit is NaN or the highest is not finite. */
 static inline ptrdiff_t greedy_id(const float *logits, ptrdiff_t V) {
     const float max = highest(logits, V);
     if (!isfinite(max)) return -1;
@@ -40,9 +40,9 @@ static inline ptrdiff_t greedy_id(const float *logits, ptrdiff_t V) {
     return i;
 }
 
-/* The first id whose running sum of softmax(logits) exceeds `coin`, V - 1 if rounding leaves none; -1 when the logits are
- * not finite. `e` is room for V values; `exps` fills it with exp(logit - max), each correctly rounded but for about one case
- * in a million (micro.h). */
+/* Return the first id at which the running sum of softmax(logits) exceeds `coin`. If rounding leaves no such id, return V - 1;
+ * if the logits are not finite, -1. `e` has room for V values. `exps` fills it with exp(logit - max), correctly rounded in all
+ * but about one case in a million (micro.h). */
 static inline ptrdiff_t inverse_cdf_id(const float *logits, float *e, ptrdiff_t V, float coin, exps_function *exps) {
     const float max = highest(logits, V);
     if (!isfinite(max)) return -1;
@@ -56,14 +56,14 @@ static inline ptrdiff_t inverse_cdf_id(const float *logits, float *e, ptrdiff_t 
     return V - 1;
 }
 
-/* ---------------------------------------------------------------------------------------- an order of ids */
+/* ---------------------------------------------------------------------------------------- ranking ids */
 
 typedef struct {
     uint32_t key, id; /* the lower the key, the higher the value */
 } ranked;
 
-/* All ids by falling value; of equal values the lower id first if `low`, else the higher one. A radix sort, byte by byte: its
- * time does not depend on the values. No value is NaN. */
+/* Sort all ids by falling value; of equal values the lower id first if `low`, else the higher one. Values must not be NaN. A
+ * radix sort by bytes, whose time does not depend on the values. */
 static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdiff_t V, int low) {
     for (ptrdiff_t i = 0; i < V; i++) {
         const uint32_t id = (uint32_t)(low ? i : V - 1 - i);
@@ -80,7 +80,7 @@ static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdif
         ranked *const sorted = spare;
         spare = order;
         order = sorted;
-    } /* four times: what the caller calls `order` is sorted */
+    } /* after four swaps, the caller's `order` has the result */
 }
 
 /* ---------------------------------------------------------------------------------------- random sampling */
@@ -90,8 +90,8 @@ typedef struct {
     ptrdiff_t top_k;                                      /* 0: all */
 } sample_options;
 
-/* Logits of ids already seen move towards the improbable: positive ones are divided by the penalty, the others multiplied.
- * A result beyond float32 becomes its largest number. Source: Keskar et al. 2019 (CTRL), as Hugging Face signs it. */
+/* For ids already seen, divide positive logits by the penalty, and multiply the others by it. A result beyond the range of
+ * float32 becomes its largest number. Source: Keskar et al. 2019 (CTRL), with Hugging Face's treatment of signs. */
 static inline void penalise(float *x, const unsigned char *seen, ptrdiff_t V, double penalty) {
     for (ptrdiff_t i = 0; i < V; i++)
         if (seen[i] && isfinite(x[i])) {
@@ -106,7 +106,7 @@ static inline double sum_of(const float *e, ptrdiff_t V) {
     return sum;
 }
 
-/* Keep the k highest logits and all that equal the k-th: the others get weight 0. Returns how many are kept. */
+/* Keep the k highest logits and all that equal the k-th; the others get weight 0. Return the number of kept logits. */
 static inline ptrdiff_t keep_top_k(float *e, const ranked *order, ptrdiff_t V, ptrdiff_t k) {
     ptrdiff_t n = k < V ? k : V;
     while (n < V && order[n].key == order[n - 1].key) n++;
@@ -114,8 +114,8 @@ static inline ptrdiff_t keep_top_k(float *e, const ranked *order, ptrdiff_t V, p
     return n;
 }
 
-/* Of the n most probable ids keep the first that hold the share top_p of the weight, one at least: an id stays while those
- * before it hold less. */
+/* Of the n most probable ids, keep the first ones that together have the share top_p of the weight, at least one. An id stays
+ * if the ids before it have less. */
 static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdiff_t V, double top_p) {
     const double share = top_p * sum_of(e, V);
     double before = 0.0;
@@ -125,10 +125,10 @@ static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdif
     for (; i < n; i++) e[order[i].id] = 0.0f;
 }
 
-/* The weights (V,) by which sampling chooses: exp of the logits after repetition penalty and temperature, 1 for the highest, 0
- * for those that top_k, top_p and min_p in turn leave out. Of equal logits top_p takes the higher id first, a choice
- * that Hugging Face leaves to the sort. Returns 0 when the logits are not finite. `x` is room for V values, `order` and `spare` for V ids.
- * Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
+/* Compute the weights (V,) for sampling: exp of the logits after repetition penalty and temperature, 1 for the highest. Then
+ * top_k, top_p and min_p, in this order, set the weights of the ids that they exclude to 0. Of equal logits top_p takes the
+ * higher id first; in Hugging Face the sort decides. Returns 0 if the logits are not finite, else 1. `x` has room for V values,
+ * `order` and `spare` for V ids. Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
 static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, const unsigned char *seen, const sample_options *o,
                                     float *x, ranked *order, ranked *spare, exps_function *exps) {
     if (!isfinite(highest(logits, V))) return 0;
@@ -146,7 +146,7 @@ static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, 
     return 1;
 }
 
-/* The first id, in id order, at which the running sum of the weights exceeds `coin` (0 <= coin < 1) of their sum. */
+/* Return the first id, in id order, at which the running sum of the weights exceeds `coin` (0 <= coin < 1) of their sum. */
 static inline ptrdiff_t weighted_id(const float *e, ptrdiff_t V, double coin) {
     const double target = coin * sum_of(e, V);
     double running = 0.0;
@@ -160,8 +160,8 @@ static inline ptrdiff_t weighted_id(const float *e, ptrdiff_t V, double coin) {
     return last;
 }
 
-/* Philox4x32-10: a bijection that stirs a 128-bit counter under a 64-bit key, so that any number of any stream is had without
- * those before it. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
+/* Philox4x32-10: a bijection that mixes a 128-bit counter with a 64-bit key. It gives any number of any stream without the
+ * numbers before it. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
 static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; round++) {
         const uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
@@ -174,7 +174,7 @@ static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
     }
 }
 
-/* Number `step` of stream `stream` of a seed: uniform over the multiples of 2^-53 in [0, 1). */
+/* Return number `step` of stream `stream` of a seed: uniform over the multiples of 2^-53 in [0, 1). */
 static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
     uint32_t c[4] = {(uint32_t)step, (uint32_t)(step >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
     philox(c, (uint32_t)seed, (uint32_t)(seed >> 32));
@@ -183,8 +183,8 @@ static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
 
 /* ---------------------------------------------------------------------------------------- log-probabilities, losses */
 
-/* ln(x) of a normal float64 x > 0, to a few units of the last place; a NaN stays one. x = m 2^k with sqrt(1/2) <= m < sqrt(2),
- * and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. No libm. */
+/* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place; a NaN stays a NaN. It uses no libm.
+ * x = m 2^k with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. */
 static inline double natural_log(double x) {
     const double LN2 = 0.6931471805599453;
     int k = 0;
@@ -196,7 +196,7 @@ static inline double natural_log(double x) {
     return k * LN2 + 2 * s * p;
 }
 
-/* ln of the sum of exp(logit - max); NaN when the logits are not finite. `e` is room for V. */
+/* Return ln of the sum of exp(logit - max); NaN if the logits are not finite. `e` has room for V values. */
 static inline double log_sum(const float *logits, float max, float *e, ptrdiff_t V, exps_function *exps) {
     if (!isfinite(max)) return NAN;
     exps(e, logits, max, V);

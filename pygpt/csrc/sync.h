@@ -1,8 +1,8 @@
-/* The native barrier: where the workers of one step meet between phases, without the GIL.
+/* The native barrier: the workers of one step wait here for each other between phases, without the GIL.
  *
- * The last to arrive opens the next phase; the others spin for a bounded number of pauses, then sleep in the kernel, so a
- * worker without a core of its own costs a wake-up and never a time slice. abort() lets everyone through, now and until
- * reset(): a worker that cannot come must not hold the others. Memory written before wait() is visible after it. */
+ * The last worker to arrive opens the next phase. The others spin for a bounded number of pauses, then sleep in the kernel. So
+ * a worker without its own core costs a wake-up, not a time slice. After abort(), and until reset(), nobody waits: a worker
+ * that cannot arrive must not block the others. Memory written before wait() is visible after it. */
 #ifndef PYGPT_SYNC_H
 #define PYGPT_SYNC_H
 #include <stdatomic.h>
@@ -14,7 +14,7 @@
 #include <limits.h>
 #include <sys/syscall.h>
 
-#ifndef FUTEX_WAIT_PRIVATE /* of <linux/futex.h>, which comes with the C library on some systems only; they never change */
+#ifndef FUTEX_WAIT_PRIVATE /* constants of <linux/futex.h>, which not every C library has */
 #define FUTEX_WAIT_PRIVATE 128
 #define FUTEX_WAKE_PRIVATE 129
 #endif
@@ -24,14 +24,14 @@
 
 typedef struct {
     _Alignas(64) _Atomic uint32_t arrived;
-    _Alignas(64) _Atomic uint32_t phase; /* the word that waiters watch and sleep on */
+    _Alignas(64) _Atomic uint32_t phase; /* waiting workers watch this word, and sleep on it */
     _Atomic uint32_t sleepers;
     _Atomic uint32_t aborted;
     uint32_t parties, spins;
 #if !defined(__linux__)
-    pthread_mutex_t mutex; /* the barrier's own: the modules that include this file share barriers, not variables */
+    pthread_mutex_t mutex; /* in the barrier: modules that include this file share barriers, but not variables */
     pthread_cond_t cond;
-    pid_t made_in; /* the process that made them: a child of fork() may have got a mutex that nobody will unlock */
+    pid_t made_in; /* the process that made them: after fork(), a child may have a mutex that stays locked */
 #endif
 } native_barrier;
 
@@ -72,7 +72,7 @@ static inline void pause_cpu(void) {
 #endif
 }
 
-/* Before the first use, of zeroed memory, and before each step; only while nobody waits. */
+/* Call this on zeroed memory before the first use, and before each step, while no worker waits. */
 static inline void barrier_reset(native_barrier *b, uint32_t parties, uint32_t spins) {
     atomic_store(&b->arrived, 0);
     atomic_store(&b->sleepers, 0);
@@ -84,7 +84,7 @@ static inline void barrier_reset(native_barrier *b, uint32_t parties, uint32_t s
 
 static inline void barrier_open(native_barrier *b) {
     atomic_fetch_add(&b->phase, 1);
-    if (atomic_load(&b->sleepers)) wake_all(b); /* a sleeper counts itself before it looks at phase */
+    if (atomic_load(&b->sleepers)) wake_all(b); /* a sleeper increments `sleepers` before it reads phase */
 }
 
 static inline void barrier_abort(native_barrier *b) {
@@ -92,10 +92,10 @@ static inline void barrier_abort(native_barrier *b) {
     barrier_open(b);
 }
 
-/* Returns 0 when all parties met, 1 when the step was aborted. Never inlined: a sampling profiler then names the waiting. */
+/* Wait for all parties. Returns 0, or 1 if the step was aborted. Not inlined, so that sampling profilers show the waiting. */
 static __attribute__((noinline)) int barrier_wait(native_barrier *b) {
     uint32_t phase = atomic_load(&b->phase);
-    if (atomic_load(&b->aborted)) return 1; /* read after phase: a later abort moves phase on */
+    if (atomic_load(&b->aborted)) return 1; /* read after phase: a later abort changes phase */
     if (atomic_fetch_add(&b->arrived, 1) + 1 == b->parties) {
         atomic_store(&b->arrived, 0);
         barrier_open(b);
@@ -111,7 +111,7 @@ static __attribute__((noinline)) int barrier_wait(native_barrier *b) {
     return (int)atomic_load(&b->aborted);
 }
 
-/* Work that is taken part by part, 0, 1, 2, ..., each by one worker. All zeros before the first; one begins between barriers. */
+/* Numbered parts of work, 0, 1, 2, ...; one worker takes each part. Zero the pile between barriers before its first part. */
 typedef struct {
     _Atomic uint32_t taken;
 } work_pile;

@@ -1,7 +1,7 @@
-/* What a worker notes about the phases of a step, into memory of its own; nothing when it has no log.
+/* Each worker records the phases of a step in its own log, if it has one.
  *
- * An event is one phase: it begins when the last one was left, ends when the worker's share is done, and is left when the
- * barrier after it (if there is one) opens. A full log counts what it drops. */
+ * An event is one phase. It begins when the previous phase was left, and ends when the worker's share is done. It is left when
+ * the barrier after it, if any, opens. A full log counts the dropped events. */
 #ifndef PYGPT_TRACE_H
 #define PYGPT_TRACE_H
 #include <stddef.h>
@@ -16,11 +16,11 @@ typedef struct {
 } trace_event;
 
 typedef struct {
-    _Alignas(64) trace_event *events; /* a cache line for each worker */
+    _Alignas(64) trace_event *events; /* each worker has its own cache line */
     int64_t capacity, count, dropped;
-    int64_t mark_ns;                  /* when the last phase was left */
-    int32_t stretched;                /* debugging: this phase (-1: every phase) ... */
-    double stretch;                   /* ... is made to last so many times as long, to see whether a report finds it */
+    int64_t mark_ns;                  /* the time when the previous phase was left */
+    int32_t stretched;                /* to test reports: this phase (-1: every phase) ... */
+    double stretch;                   /* ... lasts this many times as long */
 } trace_log;
 
 typedef struct {
@@ -51,13 +51,13 @@ static inline trace_event *trace_end(trace_log *log, int32_t phase, int32_t laye
     return event;
 }
 
-/* A phase is done, and the next one needs nobody else's share of it. */
+/* End a phase if the next one does not need the other workers' shares. */
 static inline void done(const trace_worker *me, int32_t phase, int32_t layer) {
     if (me->log) trace_end(me->log, phase, layer);
 }
 
-/* A phase is done; wait until it is for all. Returns 1 when the step was aborted. */
-static inline int meet(const trace_worker *me, int32_t phase, int32_t layer) {
+/* End a phase, and wait for the other workers' shares. Returns 1 if the step was aborted, else 0. */
+static inline int done_and_wait(const trace_worker *me, int32_t phase, int32_t layer) {
     if (!me->log) return barrier_wait(me->barrier);
     trace_event *event = trace_end(me->log, phase, layer);
     int aborted = barrier_wait(me->barrier);

@@ -1,4 +1,4 @@
-"""llm.c checkpoints (`.bin`, versions 1, 3 and 5): find, check, map, write.
+"""llm.c checkpoints (`.bin`, versions 1, 3 and 5): check, map and write them.
 
 A file has an int32[256] little-endian header: magic, version, maxT, V, L, NH, C, Vp, zeros. The sixteen tensors of
 config.TENSORS follow, each for all layers. Version 1 has float32 and V rows of wte, version 3 float32 and Vp rows, version 5

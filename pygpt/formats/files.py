@@ -133,7 +133,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator["IO[bytes]"]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # another's
+        if not (isinstance(error, FileExistsError) and (error.filename, error.filename2) == (temporary, None)):  # not ours
             with suppress(OSError):
                 os.unlink(temporary)
         raise

@@ -22,7 +22,7 @@ from ..tokenizer import END_OF_TEXT, spelled_vocabulary
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
-from .panels import MATRICES, QUANTISED, ModelFile, aligned_bytes, layout, panel_sizes, stored_size, to_panels
+from .panels import MATRICES, QUANTISED, ModelFile, aligned_bytes, layout, stored_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -132,11 +132,20 @@ class _Cursor:
         if kind in SCALARS:
             self.skip(number * struct.calcsize("<" + SCALARS[kind]), what)
         elif kind == STRING:
-            for _ in range(number):
-                self.skip(self.count("Q", 0, STRING_LIMIT, f"the length of a string of {what}"), what)
+            self.skip(self._strings(number), what)
         else:
             raise self.bad(f"{what} is an array of arrays")
         return number
+
+    def _strings(self, number: int) -> int:
+        """Measure so many strings, more than there is if they do not end: a vocabulary has 100,000, so the loop is tight."""
+        at, unpack = self.at, struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(number):
+                at += 8 + unpack(self._data, at)[0]
+        except (struct.error, OverflowError):
+            at = self.at + len(self._data) + 1
+        return at - self.at
 
 
 class GGUFFile(ModelFile):
@@ -314,6 +323,8 @@ class GGUFFile(ModelFile):
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
         """All layers of a tensor one after the other in memory, quantised ones in panels."""
+        from .._kernels import blocks_to_panels
+
         layers, N, K = layout(self.config, name)
         kind = self.formats[name]
         if any(self._tensors[theirs].kind != kind for theirs in _theirs(name, layers)):
@@ -322,13 +333,11 @@ class GGUFFile(ModelFile):
         step = len(out) // layers
         for layer in range(layers):
             _, blocks = self.part(name, layer, 0, N)
-            into = out[layer * step : (layer + 1) * step]
+            into, rows = out[layer * step : (layer + 1) * step], blocks.reshape(-1).view("u1")
             if kind.name in QUANTISED:
-                values, scales = to_panels(kind, blocks)
-                split = panel_sizes(kind, N, K)[0]
-                into[:split], into[split : split + len(scales)] = values, scales
+                blocks_to_panels(into.data, kind.name, rows.data, 1, N, K, 0, 1)
             else:
-                into[:] = blocks.reshape(-1).view("u1")
+                into[:] = rows
         return kind.name, out.data
 
     def close(self) -> None:

@@ -174,7 +174,7 @@ class HuggingFaceModel:
 
     @property
     def paths(self) -> list[str]:
-        """The safetensors files."""
+        """The paths of the safetensors files."""
         return [file.path for file in self._files.values()]
 
     @property

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dtypes import Format
     from .huggingface import HuggingFaceModel
     from .panels import Blocks, ModelFile
+    from .quantise import QuantisedWeights
 
     Model = Checkpoint | ModelFile  # to compute with: config, format, stored(), pieces(), path, close()
     Source = Model | HuggingFaceModel  # to convert: config, pieces(), close()
@@ -47,6 +48,24 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
 
         return GGUFFile(path)
     return Checkpoint(path, mmap=mmap)
+
+
+def open_weights(
+    path: str | os.PathLike[str], *, mmap: bool = True, weights: str | None = None, threads: int | None = None
+) -> "Model | QuantisedWeights":
+    """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on so many threads.
+
+    Raises what open_model() raises, and InputError for weights that cannot be quantised.
+    """
+    model = open_model(path, mmap=mmap)
+    if weights is None:
+        return model
+    from .quantise import quantised
+
+    try:
+        return quantised(model, weights, threads=threads)
+    finally:
+        model.close()
 
 
 def open_floats(path: str | os.PathLike[str]) -> "Model":
@@ -113,17 +132,22 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
     """Turn float32 rows (rows, K) into blocks."""
     import numpy as np
 
+    from .panels import QUANTISED, quantise
+
     if not (finite := np.isfinite(rows)).all():
         raise CheckpointError(f"{_place(model)}: {name} holds {rows[~finite][0]}: weights must be finite")
     if padding := -rows.shape[1] % kind.block_values:
         rows = np.pad(rows, ((0, 0), (0, padding)))
-    assert kind.from_float32 is not None
-    blocks = kind.from_float32(np.ascontiguousarray(rows, "<f4"))
-    scales = blocks["d"] if blocks.dtype.names else kind.to_float32(blocks)
-    if not np.isfinite(scales).all():
-        raise CheckpointError(
-            f"{_place(model)}: {name} holds {rows.flat[np.abs(rows).argmax()]}: out of the range of {kind.name}"
-        )
+    rows = np.ascontiguousarray(rows, "<f4")
+    if kind.name in QUANTISED:
+        blocks = quantise(kind, rows)
+    else:
+        assert kind.from_float32 is not None
+        rounded = kind.from_float32(rows)
+        blocks = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
+    if blocks is None:
+        largest = rows.flat[np.abs(rows).argmax()]
+        raise CheckpointError(f"{_place(model)}: {name} holds {largest}: out of the range of {kind.name}")
     return blocks
 
 

@@ -67,7 +67,8 @@ def to_panels(kind: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], n
 
     N, groups = blocks.shape
     if N % PANEL:
-        padding = kind.from_float32(np.zeros((PANEL - N % PANEL, groups * GROUP), "<f4"))  # type: ignore[misc]
+        padding = np.zeros((PANEL - N % PANEL, groups), kind.dtype)
+        padding["q"] = 0 if kind == Q8_0 else 0x88
         blocks = np.concatenate([blocks, padding])
     scales = np.ascontiguousarray(blocks["d"].reshape(-1, PANEL, groups).swapaxes(1, 2))
     if kind == Q8_0:
@@ -95,6 +96,17 @@ def from_panels(kind: Format, values: memoryview, scales: memoryview, N: int, K:
         levels = np.stack([words & 15, words >> 4], axis=3).reshape(-1, groups, GROUP)
         blocks["q"] = levels[:, :, :16] | levels[:, :, 16:] << 4
     return blocks[:N]
+
+
+def quantise(kind: Format, rows: "npt.NDArray[np.float32]") -> "Blocks | None":
+    """Quantise contiguous rows (N, K), K a multiple of 32, to blocks (N, K/32); None if a value is not finite or too large."""
+    from .._kernels import quantise_panels
+
+    N, K = rows.shape
+    values, scales = panel_sizes(kind, N, K)
+    out = aligned_bytes(values + scales)
+    held = quantise_panels(out.data, kind.name, rows.reshape(-1).view("u1").data, FLOAT32.name, 1, N, K, 0, 1)
+    return from_panels(kind, out[:values].data, out[values:].data, N, K) if held else None
 
 
 def stored_size(config: Config, name: str, kind: Format) -> int:

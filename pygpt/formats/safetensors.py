@@ -38,9 +38,8 @@ Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 class SafetensorsFile:
     """An open file that maps only the tensors in use. Use it in a `with` block, or close() it.
 
-    `tensors` maps each name to (dtype, shape, offset), in the order of the offsets; `metadata` is the header's __metadata__;
-    `start` the file's first bytes, as map_file() shows them. Raises CheckpointError for any file that is not exactly in the
-    format.
+    `tensors` maps each name to (dtype, shape, offset), in ascending order of offsets. `metadata` is the header's __metadata__.
+    `start` is the file's first 1,024 bytes. Raises CheckpointError for any file that is not exactly in the format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

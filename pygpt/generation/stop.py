@@ -82,7 +82,7 @@ def _several(name: str, values: object, kind: type) -> "Iterable[object]":
     if isinstance(values, kind):
         return (values,)
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, dict)):
-        with suppress(TypeError):  # an array without dimensions is Iterable by name only
+        with suppress(TypeError):  # an array without dimensions is Iterable, but iter() refuses it
             return iter(values)
     raise InputError(f"{name} is {shown(values)}: it must be a list of {kind.__name__}")
 

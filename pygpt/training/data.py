@@ -47,7 +47,7 @@ def split(tokens: "Tokens", *, val_tokens: int | None = None, val_fraction: floa
         return tokens[val_tokens:], tokens[:val_tokens]
     if not isinstance(val_fraction, float) or not 0 < val_fraction < 1 or not 0 < round(count * val_fraction) < count:
         raise InputError(
-            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and both parts of {count} tokens must get some"
+            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and each part of {count} tokens needs one"
         )
     train = count - round(count * val_fraction)
     return tokens[:train], tokens[train:]

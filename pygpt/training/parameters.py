@@ -39,7 +39,7 @@ LARGEST_SEED = 2**64 - 1
 class AdamW(NamedTuple):
     """Hold the numbers of one checked AdamW step, the same for every engine.
 
-    If g is the gradient times gradient_scale, m = beta1 * m + rest1 * g and v = beta2 * v + rest2 * g * g. Then the parameter
+    g is the gradient times gradient_scale; m = beta1 * m + rest1 * g; v = beta2 * v + rest2 * g * g. Then the parameter
     decreases by lr * (m / correction1 / (sqrt(v / correction2) + eps) + decay * parameter). The rests and corrections are
     computed once, in double precision. Source: Loshchilov and Hutter 2019, as llm.c and PyTorch compute it.
     """
@@ -92,7 +92,7 @@ class Parameters:
     ) -> "Self":
         """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
-        Raises CheckpointError for a file that is not a model, or has quantised weights or weights that are not finite,
+        Raises CheckpointError for a file that is not a model, and for weights that are quantised or not finite. Raises
         InputError for a bad thread count.
         """
         import numpy as np

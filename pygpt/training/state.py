@@ -7,11 +7,12 @@
 
 The reader checks every field, the exact size and the SHA-256 before it returns any value. A run keeps two generations: PATH,
 and the previous state as PATH.1. One of them is complete at every moment, and open_state() falls back to the older one.
-Writing and reading stream, without a second copy in memory. Refuses pickles, and files of another version.
+Files are written and read as streams, without a second copy in memory. Refuses pickles, and files of another version.
 """
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class Progress:
     def from_json(cls, text: bytes) -> "Progress":
         """Read the text of to_json(). Raises ValueError for anything else."""
         try:
-            found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
+            found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"bad JSON: {error}") from None
         if not isinstance(found, dict) or set(found) != set(cls.__dataclass_fields__):
@@ -132,6 +133,13 @@ class TrainingState:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _finite(text: str) -> float:
+    """Return a JSON number. Raises ValueError beyond the range of float64, because to_json() could not write the number."""
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:40]} is beyond float64")
+    return number
 
 
 def _read_header(header: bytes, found: int) -> tuple[Config, int]:

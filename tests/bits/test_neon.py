@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,24 @@ SOURCES = ROOT / "pygpt" / "csrc"
 
 
 def build(folder: Path, csrc: Path = SOURCES, *, cross: bool = False) -> list[str]:
-    """Compile the harness with every set's kernels and the build's own flags: the command that runs it."""
+    """Compile the harness with the kernels of every set and the flags of setup.py, files side by side. Return its command."""
     found = re.search(r"^FLAGS = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert found
-    assert NATIVE
-    assert CROSS or not cross
-    compiler = [CROSS, "-static"] if cross and CROSS else [NATIVE]
-    program = str(folder / ("cross" if cross else "native"))
+    compiler = CROSS if cross else NATIVE
+    assert compiler
+    flags = [*ast.literal_eval(found[1]), "-I", str(csrc)]
+    objects = folder / ("cross" if cross else "native")
+    objects.mkdir()
+
+    def compiled(source: Path) -> str:
+        target = str(objects / f"{source.stem}.o")
+        run([compiler, *flags, "-c", str(source), "-o", target])
+        return target
+
     sources = [*csrc.glob("micro_*.c"), *csrc.glob("quantised_*.c"), ROOT / "tests" / "neon_harness.c"]
-    run([*compiler, *ast.literal_eval(found[1]), "-I", str(csrc), *map(str, sources), "-lm", "-o", program])
-    return [EMULATOR, program] if cross and EMULATOR else [program]
+    with ThreadPoolExecutor() as jobs:
+        run([compiler, *["-static"] * cross, *jobs.map(compiled, sources), "-lm", "-o", str(objects / "harness")])
+    return [*[EMULATOR] * cross, str(objects / "harness")] if EMULATOR else [str(objects / "harness")]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -104,6 +113,7 @@ def test_the_baseline_gives_the_same_bits_for_quantised_weights(native: list[str
     assert baseline.items() <= expected.items()
 
 
+@pytest.mark.slow  # half a minute of compiling
 def test_the_format_of_the_guide(tmp_path: Path) -> None:
     """What the guide says to add for float16 is all that the kernels need."""
     guide = (ROOT / "docs" / "add-a-weight-format.md").read_text()

@@ -7,8 +7,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import textwrap
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -208,75 +206,6 @@ def test_a_loss_that_is_not_finite_is_reported_as_it_is() -> None:
         assert np.isnan(model.forward(*batch(SHAPE, 1, 3))).all()
         model.backward()
         assert np.isnan(model.gradient_norm())
-
-
-def test_threads_take_turns() -> None:
-    """Two threads share the arrays of one model; each evaluates what is its own, and gets its own losses."""
-    with TrainableGPT2.random(SHAPE, seed=10, threads=2) as model:
-        batches = [batch(SHAPE, 2, 30, seed=seed) for seed in range(4)]
-        expected = [model.evaluate(*some) for some in batches]
-        wrong: list[int] = []
-
-        def work(i: int) -> None:
-            for _ in range(10):
-                if not np.array_equal(model.evaluate(*batches[i]), expected[i]):
-                    wrong.append(i)
-
-        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(DEADLINE)
-            assert not thread.is_alive()
-        assert wrong == []
-
-
-INTERRUPTED = """
-import os, random, signal, sys, threading, time
-sys.path[:0] = sys.argv[1:3]
-import numpy as np
-import pygpt.model
-from pygpt import InputError, TrainableGPT2
-from test_training import SHAPE, batch
-pygpt.cpus.workers_for = lambda threads, *_: threads
-class Now(Exception): pass
-def handler(*_): raise Now
-signal.signal(signal.SIGUSR1, handler)
-inputs, targets = batch(SHAPE, 3, 31)
-random.seed(3)
-with TrainableGPT2.random(SHAPE, seed=1, threads=3) as model:
-    losses = model.forward(inputs, targets)
-    model.backward()
-    gradients, norm = model.gradients.copy(), model.gradient_norm()
-    parameters = model.parameters.copy()
-    for _ in range(60):
-        late = threading.Timer(random.random() * 0.01, os.kill, (os.getpid(), signal.SIGUSR1))
-        try:
-            late.start()
-            while True:
-                assert np.array_equal(model.forward(inputs, targets), losses)
-                model.backward()
-                assert np.array_equal(model.gradients, gradients)
-                assert model.gradient_norm() == norm
-        except Now:
-            late.join()
-    assert np.array_equal(model.parameters, parameters)
-    assert np.array_equal(model.forward(inputs, targets), losses)
-    model.backward()
-    assert np.array_equal(model.gradients, gradients)
-print("fine")
-"""
-
-
-def test_signals_at_any_moment_leave_it_usable() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(ROOT), str(ROOT / "tests" / "bits")],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "fine\n", "")
 
 
 def test_the_trace_names_every_phase() -> None:

@@ -1,5 +1,7 @@
-"""pygpt bench: prefill, decode and the whole process. Its figures follow from each other and from the network's shapes, it
-times what it says, and what cannot be is said in one line. Nothing here depends on how fast the machine is.
+"""Test pygpt bench with prefill, decode and the whole process.
+
+Its numbers agree with each other and with the network's shapes, it times the documented work, and bad input is refused in one
+line. No test depends on the machine's speed.
 """
 
 import csv
@@ -40,7 +42,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(path: Path) -> list[Result]:
-    """All objects of a run with everything, from the model's folder."""
+    """All objects of a run with all options, in the model's folder."""
     done = bench_run("-m", path.name, *SIZES, "--reference", "-o", "json", cwd=path.parent)
     assert (done.returncode, done.stderr) == (0, "")
     objects: list[Result] = json.loads(done.stdout)
@@ -64,7 +66,7 @@ def test_machine_and_tests_are_named(found: list[Result]) -> None:
 
 
 def tokens_of(test: str) -> int:
-    """How many tokens a test is about, by its name."""
+    """Return the number of tokens of a test, by its name."""
     if test == "process":
         return 8
     if test.startswith("pp"):
@@ -97,7 +99,7 @@ def test_figures_follow_from_each_other(found: list[Result]) -> None:
 
 
 def test_limits_are_the_networks(found: list[Result]) -> None:
-    """Operations product by product, and bytes tensor by tensor, as the documentation counts them."""
+    """The limits count operations of each product, and bytes of each tensor, as documented."""
     machine, *results = found
     C, L, V = SHAPE["C"], SHAPE["L"], SHAPE["V"]
     products = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L
@@ -136,7 +138,7 @@ def test_memory_is_of_a_process_of_its_own(found: list[Result]) -> None:
 
 
 def test_ceilings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every measurement took two seconds, and the reading in 4 streams one: the best of them counts."""
+    """Every measurement takes two seconds here, and reading in 4 streams takes one. The fastest counts."""
     with Ceilings(2, megabytes=3, stream=True) as ceilings:
         assert all(math.isnan(rate) for rate in (ceilings.read_gb_s, ceilings.fma_gflop_s, ceilings.stream_gb_s))
 
@@ -150,14 +152,14 @@ def test_ceilings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ceilings.stream_gb_s == pytest.approx(7 * 4 * (3 * 2**16) / 2 / 1e9)  # 7 values of 4 bytes for each parameter
 
 
-def test_ceilings_of_no_sensible_size() -> None:
+def test_ceilings_that_are_too_large() -> None:
     for megabytes in (1 << 62, 1 << 45, -1):
         with pytest.raises(MemoryError, match="no room for"):
             Ceilings(1, megabytes=megabytes)
 
 
 def test_it_times_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of each pass through the network, and the lengths of the caches afterwards."""
+    """Check the rows of each pass through the network, and the lengths of the caches after it."""
     passes: list[dict[int, int]] = []
     caches: dict[int, KVCache] = {}
     step = Network.step
@@ -177,13 +179,13 @@ def test_it_times_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert [list(rows.values()) for rows in passes] == [[4], [4], [1, 1], [1, 1], [1, 1]]
         assert [cache.length for cache in caches.values()] == [7, 7]
         passes.clear()
-        assert bench.time_usual_job(model) > 0
+        assert bench.time_reference_job(model) > 0
         assert [list(rows.values()) for rows in passes] == [[2], *[[1]] * 7]
 
 
 def test_csv_and_table(path: Path) -> None:
     common = ("-m", str(path), "-p", "5", "-d", "2", "-n", "1", "-b", "1", "-t", "1", "-r", "1", "--no-memory")
-    table = list(csv.DictReader(io.StringIO(bench_run(*common, "-o", "csv", PATH="").stdout)))  # without git, too
+    table = list(csv.DictReader(io.StringIO(bench_run(*common, "-o", "csv", PATH="").stdout)))  # also without git
     assert [row["test"] for row in table] == ["pp5", "tg1@d2", "process"]
     assert all(float(row["tokens_per_s"]) > 0 for row in table)
     lines = bench_run(*common, "--no-process").stdout.splitlines()

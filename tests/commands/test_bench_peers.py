@@ -1,6 +1,6 @@
-"""The peers of pygpt bench: the NumPy peer computes pygpt's network, and every way to fail is one clear line.
+"""Test the peers of pygpt bench: the NumPy peer computes pygpt's network, and every failure is one clear line.
 
-The other peers need packages that a test run does not install; whoever adds one compares their logits by Peer.logits().
+The other peers need packages that a test run does not install. To check a new peer, compare its Peer.logits() with pygpt's.
 """
 
 import importlib.util
@@ -74,7 +74,7 @@ def test_decode_does_not_count_its_context(monkeypatch: pytest.MonkeyPatch) -> N
     engine.config, engine._run = SimpleNamespace(V=100, maxT=64), run
     assert bench_peers.time_call(engine, "decode", 7, 3, warm) == 7
     assert bench_peers.time_call(engine, "prefill", 5, 0, warm) == 1000
-    assert [len(tokens) for tokens in prompts] == [3, 3, 5, 5]  # each kind of call once before it is timed
+    assert [len(tokens) for tokens in prompts] == [3, 3, 5, 5]  # one warm-up call of each kind before the timed call
     assert prompts[-1] == [13, 32, 51, 70, 89]
     bench_peers.time_call(engine, "prefill", 5, 0, warm)
     assert len(prompts) == 5
@@ -92,7 +92,7 @@ def test_too_many_or_too_few_tokens_are_refused_and_the_peer_goes_on(small: Path
 
 
 def test_wrong_name() -> None:
-    with pytest.raises(RuntimeError, match=r"^'nunpy' is not a peer; peers are numpy, torch, .*ctranslate2$"):
+    with pytest.raises(RuntimeError, match=r"^'nunpy' is not a peer: it must be one of numpy, torch, .*ctranslate2$"):
         bench_peers.Peer("nunpy", EMBEDDED_MODEL, 1)
 
 

@@ -1,5 +1,6 @@
-"""pygpt bench --train: its figures follow from each other and from the network's shapes, losses that do not agree are
-refused, and so is nonsense, in one line. Nothing here depends on how fast the machine is, and nothing needs PyTorch.
+"""Test pygpt bench --train: its numbers agree with each other and with the network's shapes.
+
+Losses that differ and bad arguments are refused in one line. No test depends on the machine's speed or needs PyTorch.
 """
 
 import csv
@@ -28,7 +29,7 @@ SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 200, "maxT": 24}
 CONFIG = Config(**SHAPE)
 PARTS = ("forward", "backward", "norm", "update")
 Result = dict[str, Any]
-NOBODY: Any = None  # trains in tests whose iterations are given
+NOBODY: Any = None  # replaces training in tests with given iterations
 
 
 def bench_run(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -44,7 +45,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def found(path: str) -> list[Result]:
-    """All objects of a run: the machine's, one thread's, two threads', the reference's."""
+    """All objects of a run: the machine, one thread, two threads, the reference."""
     done = bench_run("--train", "-m", path, "-B", "2", "-T", "8", "-r", "3", "--reference", "-o", "json")
     assert (done.returncode, done.stderr) == (0, "")
     objects: list[Result] = json.loads(done.stdout)
@@ -105,7 +106,7 @@ def test_figures_follow_from_each_other(found: list[Result]) -> None:
 
 
 def least_seconds(machine: Result, threads: str) -> dict[str, float]:
-    """What the documented operations and bytes take at the limits, counted product by product."""
+    """Return the least seconds for the documented operations and bytes, counted product by product."""
     B, T, C, L, V = 2, 8, SHAPE["C"], SHAPE["L"], SHAPE["V"]
     products = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)] * L + [(V, C)]
     operations = sum(2 * B * T * N * K for N, K in products)
@@ -147,8 +148,8 @@ def test_the_table_and_csv_show_the_same(found: list[Result], path: str, capsys:
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert lines[3].startswith(f"| pygpt | 2 | {found[2]['forward_ms']:.4g} | {found[2]['backward_ms']:.4g} | ")
     assert lines[-2:] == [
-        "train_b2_t8: medians of 3 iterations after one that does not count.",
-        "The reference did one iteration, not repeated.",
+        "train_b2_t8: medians of 3 iterations after one warm-up iteration.",
+        "The reference ran one iteration only.",
     ]
     done = bench_run("--train", "-m", path, "-B", "1", "-T", "1", "-t", "1", "-r", "1", "--no-memory", "-o", "csv")
     (row,) = csv.DictReader(io.StringIO(done.stdout))
@@ -208,7 +209,7 @@ def test_losses_that_do_not_agree(by: str, theirs: tuple[float, ...], named: str
 
 
 class OtherNetwork:
-    """A peer that trains well, on something else by `off`."""
+    """A peer whose losses are too large by the share `off`."""
 
     off = 0.0
 
@@ -247,7 +248,7 @@ def test_a_peer_takes_its_turns_and_must_train_the_same(
         return results
 
     if off:
-        with pytest.raises(PyGPTError, match="iteration 1 does not compare"):
+        with pytest.raises(PyGPTError, match="losses of iteration 1 differ"):
             measure()
         assert rounds == []
         return
@@ -263,7 +264,7 @@ def test_a_peer_takes_its_turns_and_must_train_the_same(
 
 def test_a_peer_that_does_not_train_says_so(path: str) -> None:
     with bench_peers.Peer("numpy", path, 1) as peer:
-        with pytest.raises(RuntimeError, match=r"^peer numpy: NotImplementedError: it does not train here$"):
+        with pytest.raises(RuntimeError, match=r"^peer numpy: NotImplementedError: this peer cannot train$"):
             peer.train([[1]], [[2]], lr=1e-4)
         assert peer.prefill(2) > 0
 
@@ -308,24 +309,24 @@ def test_a_batch_is_sequences_and_what_follows() -> None:
     assert [token for row in batch.targets for token in row][:-1] == flat[1:]
     assert (batch.tokens, len(batch.inputs), len(batch.inputs[0])) == (15, 3, 5)
     assert all(0 <= token < SHAPE["V"] for token in flat)
-    with pytest.raises(InputError, match=r"^-T is 25: the model takes at most 24 tokens$"):
+    with pytest.raises(InputError, match=r"^-T is 25: .* 24 tokens$"):
         bench_train.batch_of(CONFIG, 1, 25)
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["-B", "2"], "-B has no meaning without --train: leave it out"),
-        (["-T", "2"], "-T has no meaning without --train: leave it out"),
-        (["--train", "-p", "8"], "-p has no meaning with --train: leave it out"),
-        (["--train", "-n", "8"], "-n has no meaning with --train: leave it out"),
+        (["-B", "2"], "-B has no meaning without --train"),
+        (["-T", "2"], "-T has no meaning without --train"),
+        (["--train", "-p", "8"], "-p has no meaning with --train"),
+        (["--train", "-n", "8"], "-n has no meaning with --train"),
         (["--train", "-B", "0"], "'0'"),
         (["--train", "-B", "1,2"], "'1,2'"),
-        (["--train", "-T", "25"], "-T is 25: the model takes at most 24 tokens"),
+        (["--train", "-T", "25"], "-T is 25: it must be at most the model's context of 24"),
         (["--train", "-t", "two"], "'two' is not a list"),
         (["--train", "-o", "xml"], "'xml'"),
-        (["--train", "--against", "numpy"], "'numpy' is not a peer here; peers are torch, transformers"),
-        (["--against", "nunpy"], "'nunpy' is not a peer here; peers are numpy, torch"),
+        (["--train", "--against", "numpy"], "'numpy' is not a peer here: it must be one of torch, transformers"),
+        (["--against", "nunpy"], "'nunpy' is not a peer here: it must be one of numpy, torch"),
         (["--train", "-m", "missing.bin"], "missing.bin: no such model file"),
         (["--limit-megabytes", "0"], "'0'"),
         (["--what"], "--what"),

@@ -1,5 +1,5 @@
-"""tools/chart.py: bars are as long as what was measured, the committed picture is that of the committed data, and what is no
-measurement is refused in one line.
+"""Test tools/chart.py: bars have the measured lengths, the committed picture shows the committed data, and data that are not
+measurements are refused in one line.
 """
 
 import json
@@ -47,7 +47,7 @@ def texts(picture: ElementTree.Element) -> list[str]:
 
 
 def bars(picture: ElementTree.Element) -> list[tuple[float, float, float, str]]:
-    """(x, y, width, colour) of each."""
+    """Return (x, y, width, colour) of each bar."""
     found = picture.iter(f"{SVG}rect")
     return [(float(bar.attrib["x"]), float(bar.attrib["y"]), float(bar.attrib["width"]), bar.attrib["fill"]) for bar in found]
 
@@ -73,7 +73,7 @@ def test_bars_are_as_long_as_rates(tmp_path: Path) -> None:
         row("pp512", "pygpt", 100, limit=25),
         row("pp512", "pygpt", 77, limit=25, threads=1),  # not at the highest number of threads
         row("tg64@d8", "pygpt", 40),
-        row("tg64@d8xb8", "pygpt", 1e6),  # not wanted
+        row("tg64@d8xb8", "pygpt", 1e6),  # not requested
     ]
     picture = drawn(tmp_path, objects)
     by_length = sorted(bars(picture), key=lambda bar: bar[2])
@@ -84,7 +84,7 @@ def test_bars_are_as_long_as_rates(tmp_path: Path) -> None:
     assert float(limit.attrib["x1"]) == float(limit.attrib["x2"])
     assert float(limit.attrib["x1"]) - x1 == pytest.approx(4 * hundred, abs=0.4)
     assert x1 == x2 != x3
-    assert y2 < y1 == y3  # whose only rate is the best of its test, or nearer to it on average, stands first
+    assert y2 < y1 == y3  # the program with the best rates on average comes first
     shown = texts(picture)
     assert shown[0] == "GPT-2 124M in float32, 2 threads"
     assert shown[1:3] == ["peer <1>", "pygpt"]
@@ -130,7 +130,7 @@ def test_what_bench_prints_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_it_can_be_read_on_white_and_on_black() -> None:
-    """Contrast as WCAG 2 defines it: 3 for shapes and large text; GitHub's dark background stands for black."""
+    """WCAG 2 requires a contrast of 3 for shapes and large text. GitHub's dark background is used for black."""
 
     def luminance(colour: str) -> float:
         parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))

@@ -1,8 +1,8 @@
-"""pygpt chat as its users meet it: as a process, on pipes and on a terminal.
+"""Test pygpt chat as a process, on pipes and on a terminal.
 
-Most tests give it a `pygpt` command of their own, a small package on PYTHONPATH that speaks the protocol and logs what
-it was asked; so a test decides every id, and every fault, that the chat meets. The last section runs the real command.
-No test depends on time: whoever waits, waits for a text, a line of the log or the end of a process.
+Most tests replace the `pygpt` command by a fake: a small package on PYTHONPATH that speaks the protocol and logs all requests.
+So a test controls every id and every fault that the chat sees. The last section runs the real command. No test depends on
+time: tests wait for a text, a line of the log or the end of a process.
 """
 
 import json
@@ -36,9 +36,9 @@ from pygpt.tokenizer import Tokenizer
 
 CHAT = ROOT / "chat.py"
 TOKENIZER = Tokenizer()
-PATIENCE = 60.0  # seconds; only a failing test waits so long
+PATIENCE = 60.0  # seconds; only a failing test waits this long
 
-# Runs a command as a shell would: Ctrl-C has its default effect, and a terminal on stdin is the controlling one.
+# Runs a command as a shell does: Ctrl-C has its default effect, and a terminal on stdin is the controlling terminal.
 LAUNCHER = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -70,7 +70,7 @@ def put_ids(ids):
 def start():
     pass
 
-def answer(tokens, new):  # by default: an echo; more of the request is in `request`
+def answer(tokens, new):  # by default, an echo; `request` has the other fields of the request
     put_ids(tokens[:new])
 
 def interrupted():
@@ -78,7 +78,7 @@ def interrupted():
 
 #CODE#
 
-signal.alarm(120)  # none outlives its test for long, whatever it waits for
+signal.alarm(120)  # ends this process soon after its test
 try:
     log(pid=os.getpid(), argv=sys.argv[1:], group=os.getpgrp())
     start()
@@ -95,7 +95,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
 
-# Some ids, and then nothing until Ctrl-C; the second time an echo.
+# Writes some ids, then waits for Ctrl-C. Answers later requests with an echo.
 ENDLESS_ONCE = """
 def answer(tokens, new):
     global answer
@@ -109,10 +109,10 @@ def put_ids_of(tokens, new):
 
 
 class Fake:
-    """The fake command's package, its log, and the environment in which chat.py finds it."""
+    """The package of the fake command, its log, and the environment in which chat.py finds it."""
 
     def __init__(self, folder: Path, code: str = "") -> None:
-        self.cwd = folder / "cwd"  # empty: no ./gpt2_124M.bin here
+        self.cwd = folder / "cwd"  # empty, so without gpt2_124M.bin
         self.cwd.mkdir()
         self._log = folder / "log"
         package = folder / "fake" / "pygpt"
@@ -124,7 +124,7 @@ class Fake:
             "FAKE_LOG": str(self._log),
             "PYTHONPATH": str(package.parent),
             "PYTHONUTF8": "1",
-            "TERM": "dumb",  # line editing without colours and bracketed paste
+            "TERM": "dumb",  # turns off colours and bracketed paste
         }
 
     def code(self, code: str) -> None:
@@ -134,7 +134,7 @@ class Fake:
         return [sys.executable, "-c", LAUNCHER, sys.executable, str(CHAT), *words]
 
     def run(self, *words: str | bytes, text: bytes | None = None, **environment: str) -> "subprocess.CompletedProcess[bytes]":
-        """Run chat.py to its end on pipes, `text` on its stdin."""
+        """Run chat.py on pipes until it ends, with `text` on its stdin."""
         return subprocess.run(
             self.command(*words),
             input=text,
@@ -146,7 +146,7 @@ class Fake:
         )
 
     def log(self, key: str) -> list[Any]:
-        """What the children logged under this key, in order."""
+        """Return the values that the children logged under this key, in order."""
         if not self._log.exists():
             return []
         entries = [json.loads(line) for line in self._log.read_text().splitlines()]
@@ -157,7 +157,7 @@ class Fake:
         wait_until(lambda: bool(self.log(key)))
 
     def model(self, maxT: int) -> str:
-        """Write a model file with this context and GPT-2's ids, as small as can be."""
+        """Write the smallest model file with this context and GPT-2's vocabulary; return its name."""
         config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
         path = self.cwd / f"context{maxT}.bin"
         write_checkpoint(path, config, {name: np.zeros(shape) for name, shape, _, _ in config.tensors(padded=False)})
@@ -172,7 +172,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def state(pid: int) -> str:
-    """Whether a process runs (R), sleeps (S) or has ended (Z): Linux's letters, and an S where there is no /proc."""
+    """Return Linux's letter for the state of a process: R runs, S sleeps, Z has ended. Without /proc, return S."""
     path = Path(f"/proc/{pid}/stat")
     return path.read_text().rpartition(")")[2].split()[0] if path.exists() else "S"
 
@@ -190,7 +190,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def replying(text: str, *, cut: int = 0) -> str:
-    """Code of a fake that answers with this text, less its last `cut` ids."""
+    """Return the code of a fake that answers with this text without its last `cut` ids."""
     tokens = ids_of(text)
     return f"def answer(tokens, new): put_ids({tokens[: len(tokens) - cut]})"
 
@@ -201,7 +201,7 @@ def fake(tmp_path: Path) -> Fake:
 
 
 def assert_refused(result: "subprocess.CompletedProcess[bytes]", status: int, *named: str) -> None:
-    """The run wrote nothing but one error line, and the prompt if it read a pipe."""
+    """Assert that the run wrote only one error line, and the prompt if it read a pipe."""
     assert (result.returncode, result.stdout) == (status, b""), result.stderr
     assert_one_line_error(result.stderr.decode().removeprefix("Text: \n"), *named)
 
@@ -256,7 +256,7 @@ def test_invalid_utf8_is_accepted(fake: Fake) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 10**6])
 def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
-    text = b"x" + b" y" * length  # at the most, many times what a pipe holds
+    text = b"x" + b" y" * length  # the longest text is much larger than a pipe's buffer
     assert fake.run("-m", "none", "-n", str(length + 1), text=text).stdout == text + b"\n"
 
 
@@ -362,7 +362,7 @@ def test_text_that_fills_the_context_is_refused_where_the_end_of_it_is_the_end(f
 def test_text_of_any_length_slides(fake: Fake) -> None:
     words = ["-m", fake.model(16), "-n", "1", "--overflow", "slide"]
     assert fake.run(*words, text=b" y" * 100).stderr == b"Text: \n"
-    result = fake.run(*words, text=b" y" * 140000)  # more ids than a line of the real command's input takes
+    result = fake.run(*words, text=b" y" * 140000)  # more ids than fit into an input line of the real command
     assert (result.returncode, result.stdout) == (0, b" y\n")
     assert b"140000 tokens; only the last 131072 are used" in result.stderr
     assert [len(tokens) for tokens in fake.log("tokens")] == [100, 131072]
@@ -442,7 +442,7 @@ def test_empty_reply_is_an_empty_line(fake: Fake) -> None:
 
 # ---------------------------------------------------------------- faults of the child
 
-BEGUN = "def answer(tokens, new):\n    put('31373 612')\n    "  # the second id is not ended, so it is none yet
+BEGUN = "def answer(tokens, new):\n    put('31373 612')\n    "  # the second id is incomplete until a space or newline follows
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_end_before_any_reply_is_one_line(fake: Fake, text: bytes | None) -> Non
     assert_refused(fake.run(*([] if text else ["hi"]), text=text), 1, "bad option")
 
 
-def test_number_without_end_is_no_id(fake: Fake) -> None:
+def test_number_without_end_is_refused(fake: Fake) -> None:
     fake.code("def answer(tokens, new):\n    while True: put('1' * 1000)")
     result = fake.run("hi")
     assert_refused(result, 1, "instead of a token id")
@@ -533,12 +533,12 @@ class Piped:
         )
 
     def read(self, count: int) -> bytes:
-        """Read exactly so many bytes of the reply."""
+        """Read exactly `count` bytes of the reply."""
         assert self.process.stdout is not None
         return self.process.stdout.read(count)
 
     def finish(self) -> tuple[int, bytes, bytes]:
-        """Read on to the end: status, stdout, stderr."""
+        """Read until the end; return status, stdout and stderr."""
         out, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, out, err
 
@@ -654,7 +654,7 @@ def test_closed_input_is_empty_text(fake: Fake) -> None:
 
 
 class Echo:
-    """Stands for the child: answers with the ids in `reply`, and keeps what it was asked."""
+    """A replacement for the child: it answers with the ids in `reply`, and stores the requests."""
 
     def __init__(self, reply: str = "hello there") -> None:
         self.reply = ids_of(reply)
@@ -673,7 +673,7 @@ class Echo:
 
 
 class Bench:
-    """A chat in this process, for a model of this context, and the Echo that answers in it."""
+    """A chat in this process, for a model with this context, and the Echo that answers it."""
 
     def __init__(self, *words: str, maxT: int = 64, model: str | None = None) -> None:
         self.echo = Echo()
@@ -821,7 +821,7 @@ def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[st
         ("/" + "x" * 500, "'/xxx"),
     ],
 )
-def test_what_is_no_command_is_one_line(bench: Bench, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
+def test_unknown_command_is_one_line(bench: Bench, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
     bench.take("hi")
     capsys.readouterr()
     bench.take(line)
@@ -1014,7 +1014,7 @@ def test_any_lines_are_answered_or_refused_in_one(capsys: pytest.CaptureFixture[
         assert len(refusals) <= 1
         if refusals:
             assert (bench.request, len(bench.echo.asked)) == (before, asked)
-        json.dumps(bench.request)  # it can be sent, and the child takes it
+        json.dumps(bench.request)  # the request can be sent, and the child accepts it
         bench.settings.check([0])
 
 
@@ -1022,7 +1022,7 @@ def test_any_lines_are_answered_or_refused_in_one(capsys: pytest.CaptureFixture[
 
 
 class Terminal:
-    """chat.py on a terminal of its own. With `piped`, only its stdin and stderr are the terminal."""
+    """chat.py on its own terminal. With `piped`, only its stdin and stderr are the terminal."""
 
     def __init__(self, fake: Fake, *words: str, piped: bool = False, prompt: str = "Text: ") -> None:
         self._prompt = prompt
@@ -1040,7 +1040,7 @@ class Terminal:
         self._unread = b""
 
     def expect(self, text: str) -> str:
-        """Wait for this text and return all up to its end."""
+        """Wait for this text; return all output up to its end."""
         wanted = text.encode()
         while wanted not in self._unread:
             ready, _, _ = select.select([self._screen], [], [], PATIENCE)
@@ -1051,13 +1051,13 @@ class Terminal:
         return (before + found).decode(errors="replace").replace("\r\n", "\n")
 
     def type(self, keys: str | bytes) -> None:
-        """Type these keys; Ctrl-C as people do, when the chat waits: input() only notices a signal once it does."""
+        """Type these keys. Type Ctrl-C only when the chat waits, as people do: input() notices a signal only then."""
         if keys == CTRL_C:
             wait_until(lambda: state(self.process.pid) == "S")
         os.write(self._screen, keys if isinstance(keys, bytes) else keys.encode())
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the end: status, and what was still shown."""
+        """Wait for the end; return the status and the remaining output."""
         while data := self._read():
             self._unread += data
         return self.process.wait(PATIENCE), self._unread.decode().replace("\r\n", "\n")
@@ -1065,7 +1065,7 @@ class Terminal:
     def _read(self) -> bytes:
         try:
             return os.read(self._screen, 65536)
-        except OSError:  # how Linux says that the last program on the terminal has gone
+        except OSError:  # Linux's sign that the last program on the terminal has ended
             return b""
 
     def __enter__(self) -> "Terminal":
@@ -1094,7 +1094,7 @@ def test_terminal_asks_again_and_again(fake: Fake) -> None:
 
 
 def test_a_reply_does_not_command_the_terminal(fake: Fake) -> None:
-    """Whatever the model says is text there; elsewhere every byte of it counts."""
+    """On a terminal, control characters in a reply are escaped. On a pipe, the reply stays as it is."""
     hostile = "a\x1b]0;title\x07b\x1b[2J\r\x9bc\td\n"
     fake.code(f"def answer(tokens, new): put_ids({ids_of(hostile)})")
     with Terminal(fake) as chat:
@@ -1233,7 +1233,7 @@ def test_child_that_died_between_two_texts_is_reported(fake: Fake) -> None:
     with Terminal(fake) as chat:
         chat.type("hi\n")
         chat.expect("hello\n".replace("\n", "\r\n"))
-        chat.type("again\n")  # if the end is noticed before the next prompt, nobody reads this
+        chat.type("again\n")  # the chat reads this only if it has not yet noticed the child's end
         status, shown = chat.finish()
     assert status == 1
     assert "signal 9\n" in shown  # the terminal may echo "again" after it
@@ -1246,7 +1246,7 @@ def test_child_that_died_at_the_prompt_is_reported_before_the_next(fake: Fake) -
         pid = fake.log("pid")[0]
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: state(pid) == "Z")
-        chat.type(CTRL_C)  # the chat would ask anew
+        chat.type(CTRL_C)  # the chat would ask again
         status, shown = chat.finish()
     assert status == 1
     assert "Text: " not in shown
@@ -1278,7 +1278,7 @@ def test_commands_on_the_terminal(fake: Fake) -> None:
     with Terminal(fake, "-n", "9") as chat:
         for keys in "/set n 7\n", "hi\n", "/more\n", "/nonsense\n", "/again\n", "//x\n":
             chat.type(keys)
-            assert chat.expect("Text: ").count("\n") == 2  # what was typed, and one line
+            assert chat.expect("Text: ").count("\n") == 2  # the typed text, and one line
         chat.type("/quit\n")
         assert chat.finish() == (0, "/quit\n")
     assert fake.log("tokens") == [ids_of("hi"), [*ids_of("hi"), 31373], ids_of("hi"), ids_of("/x")]
@@ -1286,7 +1286,7 @@ def test_commands_on_the_terminal(fake: Fake) -> None:
     assert fake.log("ended") == [True]
 
 
-def test_commands_answer_beside_a_stdout_that_is_not_the_terminal(fake: Fake) -> None:
+def test_commands_answer_on_stderr_if_stdout_is_not_the_terminal(fake: Fake) -> None:
     with Terminal(fake, piped=True) as chat:
         for keys in "hi\n", "/set n\n", "/tokens\n", "/probs\n", "/help\n":
             chat.type(keys)
@@ -1366,7 +1366,7 @@ GREET = "def answer(tokens, new): put_ids([31373, 612])"
 
 
 def editing(fake: Fake, editor: str, code: str = GREET) -> Terminal:
-    """The chat with this line editor, on a terminal that can do more than a dumb one."""
+    """Start the chat with this line editor, on a terminal that is not dumb."""
     module = pytest.importorskip(editor)
     if editor == "readline":
         if "libedit" in (module.__doc__ or ""):
@@ -1378,7 +1378,7 @@ def editing(fake: Fake, editor: str, code: str = GREET) -> Terminal:
 
 
 def type_text(chat: Terminal, keys: str) -> None:
-    """Type a text and wait for the prompt after its reply."""
+    """Type a text, and wait for the prompt after its reply."""
     chat.type(keys + "\r")
     chat.expect("hello there\r\n")
     chat.expect("Text:")
@@ -1451,7 +1451,7 @@ def test_other_pygpt_on_the_path_is_left_alone(tmp_path: Path, monkeypatch: pyte
 
 
 def test_folder_of_chat_comes_last_where_no_other_pygpt_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pygpt").mkdir()  # a mere folder, such as the clone of this project in its parent folder
+    (tmp_path / "pygpt").mkdir()  # a folder of that name without a package, such as a clone of this project
     monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path)])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert child_environment()["PYTHONPATH"] == f"{tmp_path}{os.pathsep}{ROOT}"
@@ -1468,14 +1468,14 @@ def test_files_in_the_current_folder_do_not_stand_for_modules(fake: Fake) -> Non
 
 @pytest.fixture
 def real(tmp_path: Path) -> Fake:
-    """The real command, in a folder far from the project, with the small carried model."""
+    """An environment in which the chat finds the real command, in a folder outside the project."""
     fake = Fake(tmp_path)
     del fake.environment["PYTHONPATH"]
     return fake
 
 
 def real_ids(fake: Fake, request: dict[str, Any] | str, *options: str) -> list[int]:
-    """The ids that the real command answers to one request."""
+    """Return the real command's answer to one request, as ids."""
     line = request if isinstance(request, str) else json.dumps(request)
     result = subprocess.run(
         [sys.executable, "-m", "pygpt", *options, "-"],
@@ -1494,7 +1494,7 @@ def test_real_reply_is_what_the_command_generates(real: Fake) -> None:
     assert len(expected) == 12
     result = real.run("-n", "12", "hello", "there")
     assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
-    assert result.stderr.count(b"\n") == 1  # the notice of the small model
+    assert result.stderr.count(b"\n") == 1  # the notice about the embedded model
 
 
 def test_real_command_answers_text_after_text(real: Fake) -> None:
@@ -1534,7 +1534,7 @@ def test_real_command_survives_a_full_context(real: Fake, overflow: str | None) 
     with Checkpoint(EMBEDDED_MODEL) as checkpoint:
         maxT = checkpoint.config.maxT
     with Terminal(real, "-n", "4", *([] if overflow is None else ["--overflow", overflow])) as chat:
-        chat.type("\u2603" + " word" * (maxT - 9) + "\n")  # all but seven of the context
+        chat.type("\u2603" + " word" * (maxT - 9) + "\n")  # all tokens of the context except seven
         chat.expect("Text: ")
         for _ in range(2):
             chat.type("/more\n")
@@ -1549,7 +1549,7 @@ def test_real_command_survives_ctrl_c(real: Fake) -> None:
     tokens = real_ids(real, {"tokens": ids_of("hi"), "max_new_tokens": 200})
     first, whole = (TOKENIZER.decode(ids).replace("\n", "\r\n") for ids in (tokens[:1], tokens))
     with Terminal(real, "-n", "200") as chat:
-        for _ in range(3):  # whether Ctrl-C comes in the reply, at its end or at the prompt after it
+        for _ in range(3):  # Ctrl-C comes in the reply, at its end or at the next prompt
             chat.type("hi\n")
             chat.expect("hi\r\n")
             chat.expect(first)
@@ -1569,7 +1569,7 @@ def test_real_command_cuts_a_long_text(real: Fake) -> None:
 
 
 def test_words_before_a_bus_error_are_shown(fake: Fake) -> None:
-    """The command says why before a model file that was cut short ends it."""
+    """If the model file is truncated, the command explains that before the signal ends it."""
     fake.code("""
 import signal
 def answer(tokens, new):
@@ -1591,7 +1591,7 @@ def test_relative_model_path_is_meant_from_the_current_folder(real: Fake) -> Non
 
 
 def copied_chat(folder: Path) -> Path:
-    """A chat.py with a package of its own beside it."""
+    """A chat.py with its own package in the same folder."""
     shutil.copytree(ROOT / "pygpt", folder / "copy" / "pygpt")
     return Path(shutil.copy(CHAT, folder / "copy"))
 

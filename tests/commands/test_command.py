@@ -1,7 +1,7 @@
-"""`python -m pygpt` as its users run it: a process of its own, in a folder of its own, judged by stdout, stderr and status.
+"""Test `python -m pygpt` as a process in its own folder, by its stdout, stderr and exit status.
 
-Nothing depends on how fast the machine is. Where the moment matters (streaming, Ctrl-C within an answer) the model is stepped
-by the test: it makes a token only when a byte comes through a pipe.
+No test depends on the machine's speed. If the moment matters (streaming, Ctrl-C within an answer), the test steps the model:
+the model computes a token only after a byte has come through a pipe.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ from pygpt.commands import COMMANDS
 
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 64, "seed": 5}
 MAIN_JOB = [284, 869, 502, 307, 1221, 3166, 26, 198]
-DEADLINE = 60  # seconds for what takes a tenth of one: reached only by a hang
+DEADLINE = 60  # seconds for jobs of a tenth of a second: only a hang takes this long
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running it
@@ -49,20 +49,20 @@ pytestmark = pytest.mark.usefixtures("folder")
 
 
 def serving(*arguments: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
-    """The command as it serves requests, still running."""
+    """Start the command with -, which answers requests."""
     pipe = subprocess.PIPE
     return subprocess.Popen([*PYGPT, *arguments, "-"], stdin=pipe, stdout=stdout, stderr=pipe, env=environment())
 
 
 def succeed(*arguments: str, stdin: str | bytes = "", **variables: str) -> str:
-    """Run it; it must succeed in silence. Return its output."""
+    """Run the command; assert that it succeeds without a line on stderr. Return its output."""
     result = run(*arguments, stdin=stdin, **variables)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
 def ids(*arguments: str, **variables: str) -> list[int]:
-    """The ids that it prints, one a line."""
+    """Return the ids that the command prints, one per line."""
     return numbers(succeed(*arguments, **variables))
 
 
@@ -81,7 +81,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def nan_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose weights are damaged."""
+    """A model file with damaged weights."""
     path = tmp_path_factory.mktemp("command") / "nan.bin"
     config = Config(maxT=64, V=5, L=1, NH=1, C=4)
     write_checkpoint(path, config, {name: np.full(shape, np.nan) for name, shape, _, _ in config.tensors(padded=False)})
@@ -98,7 +98,7 @@ def generate(path: str, tokens: Sequence[int], **options: Any) -> list[int]:
 
 
 def test_the_main_job() -> None:
-    """Eight ids, one a line; one line on stderr says which model answers and how to get the real one."""
+    """The command prints eight ids, one per line. One line on stderr names the model, and how to get the real one."""
     result = run("31373", "612")
     assert result.returncode == 0
     assert result.stdout == "".join(f"{token}\n" for token in MAIN_JOB)
@@ -133,7 +133,7 @@ def test_a_model_read_into_memory_may_be_written_over(small: str, tmp_path: Path
     assert child.stdout is not None
     child.stdin.write(b"\n")
     child.stdin.flush()
-    assert child.stdout.readline() == b"\n"  # it has opened the model
+    assert child.stdout.readline() == b"\n"  # the model is open now
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     out, err = child.communicate(b"1 2\n", timeout=DEADLINE)
@@ -141,7 +141,7 @@ def test_a_model_read_into_memory_may_be_written_over(small: str, tmp_path: Path
 
 
 def test_a_module_that_cannot_be_loaded_is_one_line(small: str) -> None:
-    """As where the memory limit leaves no room to map it."""
+    """This happens if the memory limit leaves no room to map the module."""
     program = """
 import sys
 sys.modules["pygpt._reference"] = None
@@ -164,7 +164,7 @@ def test_a_named_model_answers_in_silence(small: str) -> None:
 
 
 def test_which_model_goes_first(small: str, tmp_path: Path) -> None:
-    """The option, then the variable, then the folder."""
+    """The option comes before the variable, and the variable before the folder."""
     paths = [small]
     for seed in (6, 7):
         paths.append(str(tmp_path / f"{seed}.bin"))
@@ -207,7 +207,7 @@ def test_threads(small: str) -> None:
     for nth in (1, 2, 3, 16, 256):
         assert ids("-m", small, "-t", str(nth), "1", "2") == expected
         assert ids("-m", small, "1", "2", PYGPT_THREADS=str(nth)) == expected
-    assert ids("-m", small, "--threads", "2", "1", "2", PYGPT_THREADS="nonsense") == expected  # the option goes first
+    assert ids("-m", small, "--threads", "2", "1", "2", PYGPT_THREADS="nonsense") == expected  # the option is used
 
 
 def test_ways_to_write_ids(small: str) -> None:
@@ -228,7 +228,7 @@ def test_file_versions(tmp_path: Path, version: int) -> None:
 # Bad input
 
 HUGE = "9" * 5000
-NINES = "9" * 40  # what an error shows of it
+NINES = "9" * 40  # the part that an error shows
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ NINES = "9" * 40  # what an error shows of it
     ids=lambda words: " ".join(words)[:40].encode("ascii", "backslashreplace").decode(),
 )
 def test_bad_arguments(arguments: list[str], named: list[str]) -> None:
-    """One line, though the embedded model would have its own line to say: it does not answer."""
+    """The error is the only line: the notice about the embedded model appears only if that model answers."""
     assert_refused(run(*arguments), *named)
 
 
@@ -319,7 +319,8 @@ def test_bad_models(small: str, tmp_path: Path) -> None:
         ("short.bin", whole[:-1], ["truncated", str(len(whole) - 1), str(len(whole))]),
         ("half.bin", whole[: len(whole) // 2], ["truncated", str(len(whole) // 2), str(len(whole))]),
         ("long.bin", whole + b"\0", ["too long", str(len(whole) + 1), str(len(whole))]),
-        ("foreign.bin", b"GGUF" + whole[4:], ["magic"]),
+        ("foreign.bin", b"GGUF" + whole[4:], ["GGUF"]),
+        ("zip.bin", b"PK\3\4" + whole[4:], ["magic"]),
         ("text.bin", b"hello\n" * 1000, ["magic"]),
         ("version.bin", whole[:4] + struct.pack("<i", 2) + whole[8:], ["version 2", "1, 3", "5"]),
         ("heads.bin", whole[:20] + struct.pack("<i", 5) + whole[24:], ["NH = 5"]),
@@ -332,7 +333,7 @@ def test_bad_models(small: str, tmp_path: Path) -> None:
             assert_refused(run("-m", path, *options, "5"), *named)
     for path, named in (
         (str(tmp_path / "none.bin"), ["none.bin", "no such"]),
-        (str(tmp_path), [str(tmp_path), "regular file"]),
+        (str(tmp_path), [str(tmp_path), "a folder", "pygpt convert"]),
         ("/dev/zero", ["/dev/zero", "regular file"]),
         ("", ["no such"]),
         (str(tmp_path / "none" / "x.bin"), ["no such"]),
@@ -345,7 +346,7 @@ def test_bad_models(small: str, tmp_path: Path) -> None:
 
 
 def test_arguments_are_checked_before_the_model() -> None:
-    """What can be judged without a model is judged without one."""
+    """Errors that need no model are reported before the model is opened."""
     for arguments in (["foo"], [], ["-n", "x", "5"], ["-t", "x", "5"], [HUGE]):
         result = run("-m", "/no/such/model.bin", *arguments)
         assert_refused(result)
@@ -363,7 +364,7 @@ def test_damaged_weights(nan_model: str) -> None:
 
 
 def answer(path: str, *prompts: Sequence[int], **options: Any) -> str:
-    """What `-` prints for these requests."""
+    """Return the output of `-` for these requests."""
     return "".join(" ".join(map(str, generate(path, prompt, **options))) + "\n" for prompt in prompts)
 
 
@@ -503,20 +504,20 @@ def test_the_embedded_model_serves() -> None:
     ids=lambda value: repr(value)[:40],
 )
 def test_bad_requests(small: str, line: bytes, named: list[str]) -> None:
-    """Earlier answers stand; one line on stderr; status 2; what follows is not answered."""
+    """Earlier requests are answered, later ones are not. stderr has one line, and the status is 2."""
     result = run("-m", small, "-", stdin=b"1 2\n" + line + b"\n3\n")
     assert_refused(result, *named, stdout=answer(small, [1, 2]))
 
 
 def test_a_bad_first_request_to_the_embedded_model() -> None:
-    """It has answered nothing, so that there is nothing to say about it."""
+    """The embedded model did not answer, so the notice about it does not appear."""
     assert_refused(run("-", stdin="foo\n"), "'foo'")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling, stops, overflow
 
-# The command's words, and the same as generate() takes it.
+# Options of the command, and the same options for generate().
 CHOICES: list[tuple[list[str], dict[str, Any]]] = [
     (["--sampler", "sample", "-s", "3"], {"sampler": "sample", "seed": 3}),
     (["--seed=18446744073709551615"], {"seed": 2**64 - 1}),
@@ -532,11 +533,11 @@ CHOICES: list[tuple[list[str], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("words", "keywords"), CHOICES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_options_of_generation(small: str, words: list[str], keywords: dict[str, Any]) -> None:
-    """On the command line, in a request, as a default of requests; with any number of workers, and by the reference."""
+    """An option gives the same ids on the command line, in a request, as a default of requests, and by the reference."""
     expected = generate(small, [1, 2], **keywords)
     assert ids("-m", small, *words, "1", "2") == expected
     assert ids("-m", small, "-t", "3", *words, "1", "2") == expected
-    if len(expected) < 100:  # every token of the reference runs the whole sequence
+    if len(expected) < 100:  # the reference is slow: each token computes the whole sequence
         assert ids("-m", small, "--reference", *words, "1", "2") == expected
     line = " ".join(map(str, expected)) + "\n"
     assert succeed("-m", small, *words, "-", stdin="1 2\n1 2\n") == line * 2
@@ -559,7 +560,7 @@ def test_stop_tokens(small: str) -> None:
 
 
 def test_stop_strings_and_end_of_text() -> None:
-    """The embedded model speaks GPT-2's vocabulary, and its greedy answer to the main job holds 50256."""
+    """The embedded model has GPT-2's vocabulary, and its greedy answer to the main job contains 50256."""
     job = [13, 628, 50256, 33, 11262, 9795, 25, 198]  # as recorded in data/goldens.json
     words = ["--sampler", "greedy", "31373", "612"]
     end = job.index(50256) + 1
@@ -575,7 +576,7 @@ def test_stop_strings_and_end_of_text() -> None:
 
 
 def test_requests_complete_the_commands_options(small: str) -> None:
-    """What a request says goes first, and rules out what goes against it."""
+    """Fields of a request override options of the command, and remove options that contradict them."""
     words = ["-n", "30", "--temp", "0.7", "--top-k", "20", "-s", "8"]
     options: dict[str, Any] = {"total": 30, "temperature": 0.7, "top_k": 20, "seed": 8}
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -664,7 +665,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_requests_go_on_from_where_they_part(small: str) -> None:
-    """What the answer before has run is not run again."""
+    """A request computes only the tokens after the prefix that it shares with the previous one."""
     start = generate(small, [1, 2, 3], max_new_tokens=3)
     talk = [1, 2, 3, *start, 9, 9]
     requests = [[1, 2, 3], talk, talk[:4], [5, 2]]
@@ -710,7 +711,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 class Stepped:
-    """The command with a model that the test steps. Output is read byte by byte, as far as it has been flushed."""
+    """The command with a model that the test steps. The test reads the flushed output byte by byte."""
 
     def __init__(self, *arguments: str) -> None:
         gate, self.gate = os.pipe()
@@ -733,7 +734,7 @@ class Stepped:
         os.write(self.gate, byte)
 
     def read(self, count: int) -> bytes:
-        """Exactly so many bytes of output; fails when they do not come."""
+        """Read exactly `count` bytes of output; fail if they do not come."""
         assert self.process.stdout is not None
         data = b""
         while len(data) < count:
@@ -749,7 +750,7 @@ class Stepped:
         assert select.select([self.process.stdout], [], [], 0) == ([], [], [])
 
     def end(self) -> tuple[int, bytes, bytes]:
-        """Close its input and gate; return its status and what was left of its output."""
+        """Close the command's input and gate; return its status and the rest of its output."""
         os.close(self.gate)
         out, err = self.process.communicate(timeout=DEADLINE)
         return self.process.returncode, out, err
@@ -757,7 +758,7 @@ class Stepped:
 
 @pytest.fixture
 def stepped(small: str) -> Iterator[Stepped]:
-    """A serving command, stepped."""
+    """A command that answers requests with a stepped model."""
     child = Stepped("-m", small, "-t", "1", "-n", "4", "-")
     yield child
     if child.process.poll() is None:
@@ -766,14 +767,14 @@ def stepped(small: str) -> Iterator[Stepped]:
 
 
 def test_requests_stream(stepped: Stepped) -> None:
-    """Each id arrives while the next one is not yet made: the space after it says that it is whole."""
+    """Each id arrives before the next one is computed. The space after an id marks its end."""
     for _ in range(2):
         stepped.ask(b"1\n")
         for expected in (b"10 ", b"11 ", b"12\n"):
             stepped.nothing_more()
             stepped.step()
             assert stepped.read(3) == expected
-        stepped.step()  # out of complete()
+        stepped.step()  # raised inside complete()
     stepped.ask(b"\n")
     assert stepped.read(1) == b"\n"
     assert stepped.end() == (0, b"", b"")
@@ -791,7 +792,7 @@ def test_plain_output_streams(small: str) -> None:
 
 @pytest.mark.parametrize("made", [0, 1, 2])
 def test_interrupt_ends_an_answers_line(stepped: Stepped, made: int) -> None:
-    """With any number of tokens out; then the next request is answered."""
+    """Ctrl-C ends the line after any number of tokens. Then the next request is answered."""
     stepped.ask(b"1\n\n")
     for token in range(made):
         stepped.step()
@@ -799,7 +800,7 @@ def test_interrupt_ends_an_answers_line(stepped: Stepped, made: int) -> None:
     wait_until_asleep(stepped.process.pid)
     stepped.process.send_signal(signal.SIGINT)
     assert stepped.read(1) == b"\n"
-    assert stepped.read(1) == b"\n"  # the blank line's answer
+    assert stepped.read(1) == b"\n"  # the answer to the blank line
     stepped.ask(b"1\n")
     for _ in range(4):
         stepped.step()
@@ -808,7 +809,7 @@ def test_interrupt_ends_an_answers_line(stepped: Stepped, made: int) -> None:
 
 
 def test_interrupt_just_after_an_answer(stepped: Stepped) -> None:
-    """The line has ended already: another newline would answer the next request, and every later answer would be misread."""
+    """The answer's line has ended. A second newline would be read as the next answer, and shift all later answers."""
     stepped.ask(b"1\n1\n")
     for byte in (b"g", b"g", b"g", b"i"):
         stepped.step(byte=byte)
@@ -819,8 +820,8 @@ def test_interrupt_just_after_an_answer(stepped: Stepped) -> None:
     assert stepped.end() == (0, b"", b"")
 
 
-def test_interrupt_while_nobody_reads(small: str) -> None:
-    """The command is about to end a line and waits for a full pipe: the line ends once, not twice."""
+def test_interrupt_while_the_pipe_is_full(small: str) -> None:
+    """If the command waits for a full pipe to write the end of a line, Ctrl-C does not end that line twice."""
     if not hasattr(fcntl, "F_SETPIPE_SZ"):
         pytest.skip("needs pipes of a given size")
     read, write = os.pipe()
@@ -844,7 +845,7 @@ def test_interrupt_while_nobody_reads(small: str) -> None:
 
 
 def wait_until_asleep(pid: int) -> None:
-    """Until the process waits in a system call: for a token, or for a request."""
+    """Wait until the process sleeps in a system call, waiting for a token or a request."""
     stat = Path(f"/proc/{pid}/stat")
     if not stat.exists():
         pytest.skip("needs /proc")
@@ -877,7 +878,7 @@ def test_interrupt_of_a_completion(small: str) -> None:
 
 @pytest.mark.parametrize("threads", ["1", "2", "8"])
 def test_interrupt_of_a_real_answer(tmp_path: Path, threads: str) -> None:
-    """Thousands of tokens are under way; the line ends early, and the same process answers the next request in full."""
+    """Ctrl-C ends an answer of thousands of tokens early. The same process then answers the next request completely."""
     path = str(tmp_path / "long.bin")
     make(path, **{**SHAPE, "maxT": 20000})
     child = serving("-m", path, "-t", threads)
@@ -904,7 +905,7 @@ def test_interrupt_of_a_real_answer(tmp_path: Path, threads: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["1"], ["-n", "64", "1"], ["--reference", "1"], ["-"]], ids=" ".join)
 def test_broken_pipe(small: str, arguments: list[str]) -> None:
-    """The reader has gone: status 141, in silence."""
+    """If the reader closes the pipe, the status is 141, without a message."""
     read, write = os.pipe()
     os.close(read)
     result = subprocess.run(
@@ -942,7 +943,7 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /d
 @needs_full
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]], ids=" ".join)
-def test_help_that_nobody_gets(arguments: list[str], unbuffered: str) -> None:
+def test_help_that_cannot_be_written(arguments: list[str], unbuffered: str) -> None:
     result = run(*arguments, shell='"$@" > /dev/full', PYTHONUNBUFFERED=unbuffered)
     assert_refused(result, "No space left on device", status=1)
     assert_refused(run(*arguments, shell='"$@" >&-'), "stdout is closed", status=1)
@@ -957,7 +958,7 @@ def test_full_disk(small: str, arguments: list[str]) -> None:
 
 @needs_full
 def test_output_that_is_still_buffered_when_the_job_is_done() -> None:
-    """As a report's is, which is not printed line by line."""
+    """A report is buffered in this way, because it is not flushed line by line."""
     program = "import sys; from pygpt.commands.console import status_of; sys.exit(status_of(lambda: print('a report')))"
     words = [sys.executable, "-c", program]
     read, write = os.pipe()
@@ -984,8 +985,8 @@ def test_closed_stdin(small: str) -> None:
 
 
 @pytest.mark.parametrize("stderr", ["2>&-", pytest.param("2>/dev/full", marks=needs_full)])
-def test_stderr_that_takes_nothing(stderr: str) -> None:
-    """What cannot be said on stderr is not said on stdout, and stops nothing."""
+def test_stderr_that_cannot_be_written(stderr: str) -> None:
+    """If stderr cannot be written, the messages are dropped. They do not appear on stdout, and the job continues."""
     shell = f'"$@" {stderr}'
     assert numbers(run("31373", "612", shell=shell).stdout) == MAIN_JOB
     assert run("31373", "612", shell=shell).returncode == 0
@@ -1030,7 +1031,7 @@ def test_help_names_every_option() -> None:
 
 
 def examples() -> list[str]:
-    """The commands that --help shows, without what is said about them."""
+    """Return the example commands of --help, without their descriptions."""
     text = succeed("--help").partition("examples:\n")[2]
     lines = [line.strip() for line in text.splitlines() if "python -m pygpt" in line]
     return [re.split(r"\s{2,}", line)[0] for line in lines]
@@ -1070,7 +1071,7 @@ def test_examples_of_the_help_run(tmp_path: Path) -> None:
     ],
 )
 def test_light_imports(small: str, arguments: list[str]) -> None:
-    """The command starts fast: what the job does not need is not imported."""
+    """The command imports only the modules that its job needs, so that it starts fast."""
     program = """
 import sys
 from pygpt.__main__ import main
@@ -1096,7 +1097,7 @@ sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
 
 
 def test_wherever_it_runs(small: str) -> None:
-    """The package answers from any folder, and reads nothing there that it was not told to."""
+    """The package works from any folder, and reads only named files there."""
     for name in ("json.py", "numpy.py", "argparse.py"):
         (Path("elsewhere") / name).parent.mkdir(exist_ok=True)
         (Path("elsewhere") / name).write_text("raise SystemExit('the wrong module')\n")

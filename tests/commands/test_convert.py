@@ -1,4 +1,4 @@
-"""Conversion between versions: the bytes of the tests' own writer, all or nothing, one line for everything that goes wrong."""
+"""Test pygpt convert between versions: the bytes are those of the tests' writer, files are atomic, each failure is one line."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def converted(source: Path, version: int | None = None) -> bytes:
-    """What the file becomes."""
+    """Return the bytes of the file after a conversion."""
     target = source.with_name("converted.bin")
     assert main([str(source), str(target), *([] if version is None else ["--version", str(version)])]) == 0
     return target.read_bytes()
@@ -55,12 +55,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def widened(bfloat16: bytes) -> bytes:
-    """The values of a version 5 file as float32."""
+    """Return the values of a version 5 file as float32."""
     return b"".join(b"\0\0" + bfloat16[i : i + 2] for i in range(0, len(bfloat16), 2))
 
 
 def as_float32(path: Path, version: int, *, C: int, V: int) -> bytes:
-    """The values of a version 5 file as one of version 1 or 3 holds them."""
+    """Return the bytes of a version 5 file's values in version 1 or 3."""
     values = widened(path.read_bytes()[HEADER_BYTES:])
     padded = -(-V // 128) * 128
     return values if version == 3 else values[: V * C * 4] + values[padded * C * 4 :]
@@ -72,7 +72,7 @@ def test_every_pair_of_versions(tmp_path: Path, found: int, version: int, V: int
     shape = {**SMALL, "V": V}
     make(tmp_path / "source.bin", version=found, seed=V, **shape)
     make(tmp_path / "other.bin", version=version, seed=V, **shape)
-    expected = (tmp_path / "other.bin").read_bytes()  # the tests' own rounding
+    expected = (tmp_path / "other.bin").read_bytes()  # rounded by the tests' code
     if found == 5:
         expected = expected[:HEADER_BYTES] + as_float32(tmp_path / "source.bin", version, C=shape["C"], V=V)
     assert converted(tmp_path / "source.bin", version) == expected
@@ -81,7 +81,7 @@ def test_every_pair_of_versions(tmp_path: Path, found: int, version: int, V: int
 @pytest.mark.parametrize(("found", "version"), PAIRS)
 def test_back_again_is_the_same_file(tmp_path: Path, found: int, version: int) -> None:
     make(tmp_path / "source.bin", version=found, **SMALL)
-    if found != 5 and version == 5:  # what bfloat16 can hold
+    if found != 5 and version == 5:  # values that bfloat16 represents exactly
         converted(tmp_path / "source.bin", 5)
         (tmp_path / "converted.bin").rename(tmp_path / "rounded.bin")
         converted(tmp_path / "rounded.bin", found)
@@ -112,7 +112,7 @@ def test_every_bfloat16_widens_exactly(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=50)
 @given(values=st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
 def test_float32_moves_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, values: list[int]) -> None:
-    """Between versions 1 and 3 no arithmetic touches a value, whatever it is."""
+    """A conversion between versions 1 and 3 copies all values, including NaNs, bit for bit."""
     source = tmp_path_factory.mktemp("convert") / "source.bin"
     make(source, version=1, **SMALL)
     before = source.read_bytes()[:-24] + struct.pack("<6I", *values)
@@ -150,7 +150,7 @@ def test_it_needs_little_memory(tmp_path: Path, found: int, version: int) -> Non
     with (tmp_path / "source.bin").open("wb") as file:
         file.write(struct.pack("<8i", 20240326, found, 64, 20000, 40, 1, 128, 0 if found == 1 else 20096))
         file.truncate(size)
-    main([])  # what is imported once does not count
+    main([])  # modules imported here do not count below
     tracemalloc.start()
     try:
         assert main([str(tmp_path / "source.bin"), str(tmp_path / "target.bin"), "--version", str(version)]) == 0
@@ -272,7 +272,7 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(
     before = contents(folder)
     monkeypatch.setitem(checkpoint.FORMATS, 5, dtypes.Format("bfloat16", "<u2", 1, 2, dtypes.BFLOAT16.to_float32, fail))
     assert main(["a.bin", "b.bin"]) == status
-    assert calls == [1] * 9  # a temporary file beside its target
+    assert calls == [1] * 9  # a temporary file in the target's folder
     assert contents(folder) == before
     out, err = capsys.readouterr()
     assert out == ""
@@ -292,7 +292,7 @@ def test_as_a_process(folder: Path) -> None:
 
 
 def test_ctrl_c(folder: Path) -> None:
-    """A signal in the middle of the file: status 130, in silence."""
+    """If a signal comes in the middle of the file, the status is 130, without a message."""
     make("a.bin", version=3, **SMALL)
     program = """
 import os, signal, sys

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that also misbehaves: a whole and right model, or one clear line and no model."""
+"""Test pygpt download with a local server that can fail: it saves a complete model, or prints one line and saves none."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ SHA = hashlib.sha256(FILE).hexdigest()
 
 @pytest.fixture(autouse=True)
 def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty folder, the current one; caches of its own; nothing of the user's settings; small reads; no waits."""
+    """Set an empty current folder, new cache folders, default settings, small reads, and retries without waits."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.startswith(("HF_", "HUGGING", "PYGPT_", "XDG_")):
             monkeypatch.delenv(name)
@@ -62,12 +62,12 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(constants, constant, value)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     yield
-    hub.close_session()  # its connections are to a server that ends
+    hub.close_session()  # its connections end with the server
 
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A server with GPT-2 and llm.c's file, which is the endpoint."""
+    """Start a server with GPT-2 and llm.c's file, and use it instead of Hugging Face."""
     with Site() as found:
         found.files = {CONFIG: SETTINGS, f"{GPT2}/{COMMIT}/config.json": SETTINGS, MODEL: FILE, LLMC: BIN[3]}
         monkeypatch.setenv("HF_ENDPOINT", found.url)
@@ -78,12 +78,12 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def snapshot(name: str = "models--openai-community--gpt2") -> Path:
-    """Where huggingface_hub keeps a repository's files."""
+    """Return the folder of a repository's files in huggingface_hub's cache."""
     return Path(constants.HF_HUB_CACHE, name, "snapshots", COMMIT)
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *left: str) -> str:
-    """The line about a failure, after which no model is there. What huggingface_hub warned of before is in lines, too."""
+    """Return the error line. Assert that no model was saved, and that each warning of huggingface_hub is one line."""
     output = capsys.readouterr()
     assert output.out == ""
     *before, last = output.err.splitlines()
@@ -96,7 +96,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *left: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# It arrives
+# Successful downloads
 
 
 def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +112,7 @@ def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
     assert os.listdir(cache_folder()) == ["gpt2.bin"]
     assert find_model("gpt2") == (target, "given")
     asked = [(command, path) for command, path, _ in site.requests]
-    assert asked == [("HEAD", CONFIG), ("GET", CONFIG), ("HEAD", MODEL), ("GET", MODEL)]  # all of the first one's commit
+    assert asked == [("HEAD", CONFIG), ("GET", CONFIG), ("HEAD", MODEL), ("GET", MODEL)]  # all of the commit of the first file
     assert all(headers["user-agent"].startswith(f"pygpt/{__version__}; hf_hub/") for _, _, headers in site.requests)
     site.requests.clear()
     assert main(["gpt2"]) == 0
@@ -167,7 +167,7 @@ def test_llmcs_file_lies_on_the_disk_once(site: Site) -> None:
     assert main(["gpt2_124M", "-o", "own.bin"]) == 0
     assert Path("own.bin").read_bytes() == BIN[3]
     assert not os.path.samefile("own.bin", theirs)
-    theirs.unlink()  # as `hf cache` does
+    theirs.unlink()  # `hf cache` does this
     with pytest.raises(CheckpointError, match="neither a file nor a downloaded model"):
         find_model("gpt2_124M")
     assert main(["gpt2_124M", "--version", "5"]) == 0
@@ -175,11 +175,11 @@ def test_llmcs_file_lies_on_the_disk_once(site: Site) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What arrived, or lies in huggingface_hub's cache, is right
+# Checks of the files, downloaded or from huggingface_hub's cache
 
 
 def test_offline(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What huggingface_hub's cache has is used, and nothing is asked for."""
+    """Files in huggingface_hub's cache are used without a request."""
     assert main(["gpt2"]) == 0
     os.unlink(cached_model("gpt2"))
     site.requests.clear()
@@ -195,14 +195,14 @@ def test_offline(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_a_damaged_cache(site: Site, capsys: pytest.CaptureFixture[str], data: bytes) -> None:
     assert main(["gpt2"]) == 0
     os.unlink(cached_model("gpt2"))
-    (snapshot() / "model.safetensors").write_bytes(data)  # through the link
+    (snapshot() / "model.safetensors").write_bytes(data)  # writes through the link
     assert main(["gpt2"]) == 1
     line = error_of(capsys)
     assert f"model.safetensors: wrong bytes: sha256 {hashlib.sha256(data).hexdigest()}, expected {SHA}: delete " in line
     os.unlink(re.findall("delete (.*) and download it again", line)[0])
     assert main(["gpt2"]) == 0
     os.unlink(cached_model("gpt2"))
-    (snapshot() / "model.safetensors").unlink()  # with HF_HUB_DISABLE_SYMLINKS no file is named by its sha256
+    (snapshot() / "model.safetensors").unlink()  # as with HF_HUB_DISABLE_SYMLINKS, where sha256 is not the file's name
     (snapshot() / "model.safetensors").write_bytes(data)
     if len(data) < len(FILE):
         assert main(["gpt2"]) == 2
@@ -210,7 +210,7 @@ def test_a_damaged_cache(site: Site, capsys: pytest.CaptureFixture[str], data: b
 
 
 def test_wrong_bytes_arrive(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    """Hugging Face says the sha256 of a large file when it leads to another host."""
+    """Hugging Face sends the sha256 of a large file when it redirects to another host."""
     sound: dict[str, str | int] = {"X_Linked_ETag": f'"{SHA}"', "X_Linked_Size": len(FILE), "X_Repo_Commit": COMMIT}
     with Site() as other:
         other.files["/blob"] = FILE[:-1] + b"?"
@@ -239,7 +239,7 @@ def test_llmcs_known_file(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: p
         ({"config.json": SETTINGS[:-1], "model.safetensors": FILE}, "config.json is not JSON"),
     ],
 )
-def test_no_model(site: Site, capsys: pytest.CaptureFixture[str], files: dict[str, bytes], named: str) -> None:
+def test_without_a_model(site: Site, capsys: pytest.CaptureFixture[str], files: dict[str, bytes], named: str) -> None:
     site.files = {f"{GPT2}/{COMMIT}/{name}": data for name, data in files.items()}
     site.files[CONFIG] = files.get("config.json", SETTINGS)
     assert main(["gpt2"]) == 2
@@ -253,7 +253,7 @@ def test_no_model(site: Site, capsys: pytest.CaptureFixture[str], files: dict[st
 
 
 def test_breaks(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    """The download goes on where it stopped, and says so in lines."""
+    """A broken download continues at the same byte, and prints a line."""
     offsets = [1024, 3072, 5120]
     site.plans["GET", MODEL] = [lambda handler, data, at=at: handler.send_file(data, at) for at in offsets]  # type: ignore[misc]
     assert main(["gpt2"]) == 0
@@ -278,7 +278,7 @@ def test_ctrl_c(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     def half(handler: Handler, data: bytes) -> None:
         handler.send_file(data, len(data) // 2)
         os.kill(os.getpid(), signal.SIGINT)
-        threading.Event().wait(0.5)  # the connection is still there
+        threading.Event().wait(0.5)  # keeps the connection open
 
     site.plans["GET", MODEL] = [half]
     assert main(["gpt2"]) == 130
@@ -288,7 +288,7 @@ def test_ctrl_c(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_what_is_warned_of_is_a_line(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_one_line(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.plans["HEAD", MODEL] = [lambda handler, data: handler.send_file(data, Content_Length=10**17)]
     assert main(["gpt2"]) == 1
     assert capsys.readouterr().err.startswith("pygpt: Not enough free disk space to download the file. ")
@@ -340,7 +340,7 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert main(["gpt2", "--version", "3"]) == 1
     assert "gpt2.bin: cannot write the model file: File too large" in error_of(capsys)
     site.plans["GET", MODEL] = [status(410)]
-    assert main(["gpt2", "-o", "x.bin"]) == main(["gpt2_124M", "-o", "y.bin"]) == 0  # what has arrived is not fetched again
+    assert main(["gpt2", "-o", "x.bin"]) == main(["gpt2_124M", "-o", "y.bin"]) == 0  # complete files are not downloaded again
     capsys.readouterr()
     with full_disk(100):
         assert main(["gpt2_124M", "-o", "z.bin"]) == 1
@@ -383,7 +383,7 @@ def test_a_file_of_that_name_wins() -> None:
     os.makedirs(cache_folder())
     for name in "gpt2", "me/model":
         Path(cached_model(name)).touch()
-        Path(name).mkdir(parents=True)  # a folder does not
+        Path(name).mkdir(parents=True)  # a folder of that name does not count
         assert find_model(name) == (cached_model(name), "given")
         Path(name).rmdir()
         Path(name).touch()
@@ -397,7 +397,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         ("~/models", "/caches", "linux", "/home/someone/models"),
         ("", "", "linux", linux),
         ("", "/caches", "linux", "/caches/pygpt"),
-        ("", "relative", "linux", linux),  # to be ignored, says the specification
+        ("", "relative", "linux", linux),  # the specification says to ignore it
         ("", "/caches", "darwin", mac),
     ]:
         for name, value in ("PYGPT_HOME", home), ("XDG_CACHE_HOME", caches):
@@ -422,7 +422,7 @@ WITHOUT_HOME = "import pwd, sys; pwd.getpwuid = {}.__getitem__; from pygpt.__mai
 
 
 def test_as_a_process(site: Site, tmp_path: Path) -> None:
-    """With the environment's own settings: without a home folder, with a token. Nobody else imports huggingface_hub."""
+    """The process reads its settings from the environment: no home folder, a token. Other commands do not import the hub."""
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "PYGPT_HOME", "HF_HOME")}
     environment |= {"PYTHONPATH": str(Path(download.__file__).parents[2]), "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_TELEMETRY": "1"}
 

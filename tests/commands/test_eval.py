@@ -1,4 +1,4 @@
-"""pygpt eval against the float64 oracle: each loss, the windows as Hugging Face's guide slides them, llm.c's accuracies."""
+"""Test pygpt eval against the float64 oracle: losses, the windows of Hugging Face's guide, the accuracies of llm.c."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from pygpt.formats.checkpoint import Checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
 
 SHAPE = {"L": 2, "NH": 2, "C": 16, "V": 211, "maxT": 24}
-TOLERANCE = 2e-6  # of a loss near 5 computed by a float32 network
+TOLERANCE = 2e-6  # for a loss near 5 that a float32 network computes
 Floats = npt.NDArray[np.float64]
 
 
@@ -57,7 +57,7 @@ def result_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 def losses(path: str, tokens: list[int]) -> Floats:
-    """The oracle's losses of tokens[1:], in nats."""
+    """Return the oracle's losses of tokens[1:], in nats."""
     with Checkpoint(path) as checkpoint:
         logits = oracle.forward(oracle.weights(checkpoint), checkpoint.config, tokens[:-1])
     found: Floats = -np.log(oracle.softmax(logits)[np.arange(len(tokens) - 1), tokens[1:]])
@@ -74,15 +74,17 @@ def ids_of(name: str) -> list[int]:
 
 
 def guide(path: str, tokens: list[int], window: int, stride: int) -> tuple[float, int]:
-    """The mean loss and how many tokens it is of, as Hugging Face's guide computes them: targets before the last trg_len
-    are masked, and a window's first token has no prediction."""
+    """Return the mean loss and the number of scored tokens, computed as in Hugging Face's guide.
+
+    Targets before the last trg_len are masked, and the first token of a window has no prediction.
+    """
     total, count, previous_end = 0.0, 0, 0
     for begin in range(0, len(tokens), stride):
         end = min(begin + window, len(tokens))
         trg_len = end - previous_end
         found = losses(path, tokens[begin:end])[-trg_len:]
         total, count, previous_end = total + found.sum(), count + len(found), end
-        if end >= len(tokens) - (stride == window):  # a window of one token predicts nothing
+        if end >= len(tokens) - (stride == window):  # a window of one token has no prediction
             break
     return total / count, count
 
@@ -109,7 +111,7 @@ def test_perplexity(
 
 
 def test_the_validation_loss(capsys: pytest.CaptureFixture[str]) -> None:
-    """Blocks of T inputs and their successors, as a trainer's batches are."""
+    """Blocks of T inputs and their successors are the batches of a trainer."""
     tokens = ids_of("tokens.bin")
     found = result_of(capsys, "perplexity", "tokens.bin", "--window", "25", "--stride", "24", "-n", "97")
     blocks = [losses("model.bin", tokens[start : start + 25]).mean() for start in range(0, 96, 24)]
@@ -118,7 +120,7 @@ def test_the_validation_loss(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_perplexity_beyond_floats(capsys: pytest.CaptureFixture[str]) -> None:
-    make("sure.bin", peak=1e5, **SHAPE)  # sure of itself, and wrong
+    make("sure.bin", peak=1e5, **SHAPE)  # predicts wrong tokens with probability 1
     result = result_of(capsys, "perplexity", "tokens.bin", "-m", "sure.bin")
     assert result["loss"] > 709
     assert result["perplexity"] is None
@@ -159,14 +161,14 @@ def test_compare(
     assert expected[2] > 0.1  # the models differ
 
 
-def test_a_model_is_no_way_from_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_agrees_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
     found = result_of(capsys, "compare", "model.bin", "model.bin", "tokens.bin")
     assert (found["kl_divergence"], found["top1_agreement"]) == (0, 1)
     assert found["loss"][0] == found["loss"][1] == result_of(capsys, "perplexity", "tokens.bin")["loss"]
 
 
 def test_quantised_models_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    """Worse numbers, more divergence; the text names both models and every figure."""
+    """A coarser format gives a larger divergence. The text names both models and all numbers."""
     divergences = []
     for form in ("f32", "q8_0", "q4_0"):
         assert quantize(["--format", form, "--head", form, "model.bin", f"{form}.safetensors"]) == 0
@@ -175,7 +177,7 @@ def test_quantised_models_are_compared(capsys: pytest.CaptureFixture[str]) -> No
     assert divergences[0] == 0 < 5 * divergences[1] < divergences[2]
     assert evaluate.main(["compare", "model.bin", "q4_0.safetensors", "tokens.bin"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"A: perplexity \d+\.\d{4}, loss \d\.\d{6} nats a token", lines[0])
+    assert re.fullmatch(r"A: perplexity \d+\.\d{4}, loss \d\.\d{6} nats per token", lines[0])
     assert re.fullmatch(r"B: perplexity \d+\.\d{4}, loss \d\.\d{6} \([+-]\d\.\d{6}\)", lines[1])
     assert re.fullmatch(r"KL divergence \d\.\d{6} nats, top-1 agreement \d+\.\d\d %", lines[2])
     assert lines[3] == "99 tokens, window 24, stride 12"
@@ -212,7 +214,7 @@ def test_hellaswag(capsys: pytest.CaptureFixture[str], limit: int) -> None:
 
 
 def test_the_losses_of_endings() -> None:
-    """The context runs once for all four; each loss is that of the whole sequence."""
+    """The context runs once for all endings. Each loss equals the loss in the whole sequence."""
     with GPT2.load("model.bin", threads=2) as model:
         cache = model.new_cache()
         for example in read_examples("examples.bin"):
@@ -223,7 +225,7 @@ def test_the_losses_of_endings() -> None:
 
 
 def test_acc_and_acc_norm_differ_where_lengths_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """The label is the ending of the lowest mean, made long, so that its sum is not the lowest."""
+    """The label is a long ending with the lowest mean loss, but not the lowest sum."""
     weak, context = losses("model.bin", [1, 2])[0], [1]
     best = min(range(211), key=lambda token: float(losses("model.bin", [1, token])[0]))
     loop = [best]
@@ -236,7 +238,7 @@ def test_acc_and_acc_norm_differ_where_lengths_do(capsys: pytest.CaptureFixture[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What comes next
+# Next tokens
 
 
 def test_next(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +291,7 @@ def test_the_result_in_words(capsys: pytest.CaptureFixture[str], task: list[str]
     assert output.err == ""
     assert output.out.count("\n") == 2
     for name in ("perplexity", "loss", "acc", "acc_norm"):
-        assert name not in result or f"{name} {result[name]:.4f}" in output.out  # the same bits for one worker
+        assert name not in result or f"{name} {result[name]:.4f}" in output.out  # one worker gives the same bits
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
         (["perplexity", "high.txt"], ["the model has 211 ids, GPT-2's vocabulary 50257"]),
         (["hellaswag", "tokens.bin"], ["tokens.bin: magic number 20240520, expected 20240522"]),
         (["hellaswag", "high_examples.bin"], ["high_examples.bin: example 0", "token id 211"]),
-        (["hellaswag", "long.bin"], ["example 0 has 25 tokens to run: the model takes 24"]),
+        (["hellaswag", "long.bin"], ["example 0 has 25 tokens to run: the model takes at most 24"]),
         (["hellaswag", "examples.bin", "-n", "x"], ["--limit", "'x'"]),
         (["compare", "model.bin", "tokens.bin"], ["TEXT"]),
         (["compare", "model.bin", "absent", "tokens.bin"], ["absent", "no such model file"]),
@@ -334,7 +336,7 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
         (["next", "a"], ["the model has 211 ids, GPT-2's vocabulary 50257"]),
         (["next", "", "-m", EMBEDDED_MODEL], ["the prompt is empty"]),
         (["next", "a " * 300, "-m", EMBEDDED_MODEL], ["tokens were given", "256"]),
-        (["next", "a", "-m", EMBEDDED_MODEL, "-k", "50258"], ["--top is 50258", "50257 ids"]),
+        (["next", "a", "-m", EMBEDDED_MODEL, "-k", "50258"], ["--top is 50258", "50257"]),
         (["next", "a", "-m", EMBEDDED_MODEL, "-k", "0"], ["--top", "'0'"]),
     ],
 )
@@ -360,7 +362,7 @@ def test_damaged_weights(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("words", ["1", "eval next x", "train x", "bench --help", "profile --help", "chat x"])
 def test_an_instruction_set_that_is_not_there(words: str) -> None:
-    """A command that needs the kernels says in one line that it cannot import them."""
+    """A command that needs the kernels reports in one line that it cannot import them."""
     assert_refused(run(*words.split(), PYGPT_ISA="sse9"), "'sse9'", "baseline")
 
 

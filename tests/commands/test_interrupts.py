@@ -1,6 +1,7 @@
-"""Ctrl-C in commands: it ends them with status 130 and without a word, wherever it comes: while modules are imported, also
-those that make another error of it, in finalizers, before the job and after it. No outcome depends on a clock: the signal is
-sent by what is interrupted.
+"""Test Ctrl-C in commands: it ends them with status 130 and without a message, whenever it comes.
+
+It may come during an import, even if the module turns it into another error, in a finalizer, before the job or after it. No
+test depends on time: the interrupted code itself sends the signal.
 """
 
 import io
@@ -25,13 +26,13 @@ SCRIPTS = ["chat.py", *(f"tools/{name}.py" for name in ("chart", "make_model", "
 
 
 def press() -> None:
-    """Ctrl-C."""
+    """Press Ctrl-C."""
     signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(autouse=True)
 def python_handles_ctrl_c() -> Iterator[None]:
-    """Where the tests themselves run as a shell's background job, it is ignored."""
+    """Set Python's handler: in a shell's background job, Ctrl-C is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -45,7 +46,7 @@ def python_handles_ctrl_c() -> Iterator[None]:
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """write(text): makes the module `interrupted_import`, whose text may use press()."""
+    """Return write(text), which makes the module `interrupted_import`. Its text may use press()."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(text: str) -> None:
@@ -57,7 +58,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def importing(after: list[object]) -> Callable[[], None]:
-    """A job that imports it."""
+    """A job that imports the module."""
 
     def job() -> None:
         import interrupted_import  # type: ignore[import-not-found]
@@ -77,7 +78,7 @@ def importing(after: list[object]) -> Callable[[], None]:
     ],
 )
 def test_an_import_is_finished_first(module: Callable[[str], None], capfd: pytest.CaptureFixture[str], text: str) -> None:
-    """What it would make of a KeyboardInterrupt does not matter, and it can be used and imported again."""
+    """The import ends before the KeyboardInterrupt, so the module cannot swallow it, and can be imported again."""
     module(text)
     after: list[object] = []
     assert status_of(importing(after)) == 130
@@ -99,7 +100,7 @@ def test_the_second_ctrl_c_does_not_wait_for_an_import(module: Callable[[str], N
 
 
 def test_imports_below_a_command_do_not_count(module: Callable[[str], None]) -> None:
-    """Where the command itself runs in the import of some program, Ctrl-C takes effect at once."""
+    """If a program runs a command during an import, Ctrl-C takes effect at once."""
     module(
         "from pygpt.commands.console import status_of\nfound = []\n"
         "def job():\n    press()\n    found.append('later')\n"
@@ -132,13 +133,13 @@ sys.exit(status)
 
 @pytest.mark.parametrize("name", ["numpy", "datetime", "numpy.linalg"])
 def test_ctrl_c_while_numpy_is_imported(name: str) -> None:
-    """Its compiled modules import others, such as datetime, and make an ImportError of what these raise, without a trace."""
+    """NumPy's compiled modules import others, such as datetime, and turn their exceptions into a plain ImportError."""
     result = program(NUMPY, name)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 class Finalized:
-    """Ctrl-C comes while its end is dealt with."""
+    """An object whose finalizer presses Ctrl-C."""
 
     def __del__(self) -> None:
         press()
@@ -205,7 +206,7 @@ def raises(error: BaseException, *, cause: BaseException | None = None, context:
     return lambda: (_ for _ in ()).throw(error)
 
 
-@pytest.mark.parametrize("kind", [ImportError, SystemError])
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError, SystemError])
 def test_what_is_made_of_ctrl_c(kind: type[Exception], capfd: pytest.CaptureFixture[str]) -> None:
     between = ValueError()
     between.__context__ = KeyboardInterrupt()
@@ -216,7 +217,7 @@ def test_what_is_made_of_ctrl_c(kind: type[Exception], capfd: pytest.CaptureFixt
     assert not made_of_ctrl_c(kind())
 
 
-def test_an_import_that_fails_by_itself_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_import_that_fails_by_itself_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     assert status_of(raises(ImportError("not built"), context=ValueError())) == 1  # type: ignore[arg-type]
     assert capfd.readouterr() == ("", "pygpt: error: not built\n")
     with pytest.raises(SystemError, match="another"):
@@ -224,7 +225,7 @@ def test_an_import_that_fails_by_itself_is_said(capfd: pytest.CaptureFixture[str
 
 
 def test_other_handlers_stay() -> None:
-    """A program's own, and none: background jobs ignore Ctrl-C."""
+    """A program's own handler stays, and so does the ignored signal of a background job."""
     calls: list[int] = []
 
     def handler(number: int, _: object) -> None:
@@ -250,7 +251,7 @@ def test_ctrl_c_is_given_back() -> None:
 
 
 def test_a_command_in_another_thread() -> None:
-    """Signals do not interrupt it there, and it changes nothing."""
+    """Signals do not interrupt other threads, so the command leaves the handler as it is."""
     found: list[object] = []
 
     def work() -> None:
@@ -264,7 +265,7 @@ def test_a_command_in_another_thread() -> None:
 
 
 class Unbuffered(io.StringIO):
-    """A stdout that passes on each write at once, as with PYTHONUNBUFFERED: Ctrl-C may come between any two."""
+    """An unbuffered stdout, as with PYTHONUNBUFFERED. Ctrl-C may come between any two writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +278,7 @@ class Unbuffered(io.StringIO):
 
 @pytest.mark.parametrize(("words", "given"), [(["1", "2", "-n", "6"], b""), (["-n", "6", "-"], b"1 2\n\n1 2\n")])
 def test_what_is_written_at_once_is_whole(monkeypatch: pytest.MonkeyPatch, words: list[str], given: bytes) -> None:
-    """An id with the space or newline after it."""
+    """Each write is an id with the space or newline after it."""
     monkeypatch.setattr(sys, "stdout", out := Unbuffered())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
     assert main(words) == 0
@@ -290,7 +291,7 @@ def test_what_is_written_at_once_is_whole(monkeypatch: pytest.MonkeyPatch, words
 
 
 def program(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run Python code, where Ctrl-C is not ignored."""
+    """Run Python code in a process that does not ignore Ctrl-C."""
     return subprocess.run(
         [
             sys.executable,
@@ -339,7 +340,7 @@ PROGRAMS = (
 @pytest.mark.parametrize(("kind", "name"), PROGRAMS)
 @pytest.mark.parametrize("moment", ["argparse", "pygpt.errors"])
 def test_ctrl_c_while_a_command_is_imported(kind: str, name: str, moment: str) -> None:
-    """The first module that it imports, and one of ours: it ends as the system lets it, which says nothing."""
+    """Ctrl-C comes in the first import, or in an import of pygpt. The signal ends the process without a message."""
     result = program(BEFORE, kind, name, moment)
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
 

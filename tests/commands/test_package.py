@@ -1,7 +1,8 @@
-"""What is published: the sdist has all that a build needs and nothing that a build made; a wheel made from it works in an empty
-environment without a compiler, and carries its types, its data and its licences.
+"""Test the published packages.
 
-Needs setuptools and Cython (the `dev` extra); the types need mypy.
+The sdist contains all files that a build needs, and no product of a build. A wheel built from it works in an empty environment
+without a compiler, and contains its types, data and licences. The tests need setuptools and Cython (the `dev` extra). The tests
+of types need mypy.
 """
 
 import importlib.metadata
@@ -30,12 +31,12 @@ from pygpt.commands import COMMANDS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTENSIONS = sorted(path.stem for path in (ROOT / "pygpt").glob("*.pyx"))
-METADATA = {"PKG-INFO", "setup.cfg"}  # what an sdist has besides sources
+METADATA = {"PKG-INFO", "setup.cfg"}  # files that an sdist has in addition to sources
 HELLO = ("-m", "pygpt", "31373", "612")
 
 
 def installed(name: str, oldest: tuple[int, ...] = (0,)) -> bool:
-    """Whether a distribution is there, and not too old to build with."""
+    """Return whether a distribution is installed and recent enough for a build."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -51,14 +52,14 @@ types = pytest.mark.skipif(not installed("mypy"), reason="needs mypy")
 
 
 def is_made(path: str) -> bool:
-    """Whether a file of the project's folder was made by a build, a test or a tool."""
+    """Return whether a build, a test or a tool made this file."""
     return bool(
         re.search(r"(^|/)(__pycache__|\.\w+_cache|\.hypothesis|build|dist|\w+\.egg-info)/|\.(so|pyc)$|^pygpt/_\w+\.c$", path)
     )
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    """A command's stdout, in an environment without PYGPT_* and PYTHON*."""
+    """Run a command without PYGPT_* and PYTHON* in its environment; return its stdout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYGPT_", "PYTHON"))}
     done = subprocess.run(
         command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, timeout=800, check=False
@@ -77,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources() -> list[str]:
-    """The project's files: those that git knows, or in an unpacked sdist all that no build has made."""
+    """Return the project's files: those that git tracks, or in an unpacked sdist all except products of a build."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         names = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
         return [name for name in names if (ROOT / name).is_file() and name != ".gitignore"]
@@ -87,7 +88,7 @@ def sources() -> list[str]:
 
 @pytest.fixture(scope="module")
 def tree(folder: Path) -> Path:
-    """A copy of the project's folder in which somebody has worked."""
+    """A copy of the project's folder with the leftovers of earlier work."""
     copy = folder / "tree"
     for name in sources():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def unpacked(wheel: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def empty(wheel: Path, folder: Path) -> Path:
-    """The interpreter of an environment that has the wheel and nothing else, not even pip."""
+    """The interpreter of an environment that has only the wheel, without pip."""
     run(sys.executable, "-m", "venv", "--without-pip", str(folder / "venv"), cwd=folder)
     python = folder / "venv" / "bin" / "python"
     options = ["--no-deps", "--no-index", "--quiet"]
@@ -196,7 +197,7 @@ def test_the_wheel_has_every_instruction_set(unpacked: Path) -> None:
 @builds
 @pytest.mark.timeout(900)
 def test_the_wheel_works_in_an_empty_environment(empty: Path, folder: Path) -> None:
-    """The command needs neither NumPy nor tiktoken, nor anything to compile with; every instruction set computes."""
+    """The command runs without NumPy, tiktoken and a compiler, with every instruction set."""
     bare = {"PATH": str(empty.parent)}
     assert run("python", "-c", "import sys; print(*sys.path[1:], sep='\\n')", cwd=folder, **bare).count("site-packages") == 1
     assert Path(run("python", "-c", "import pygpt; print(pygpt.__file__)", cwd=folder, **bare)).is_relative_to(folder)
@@ -215,7 +216,7 @@ def test_the_wheel_works_in_an_empty_environment(empty: Path, folder: Path) -> N
 
 @pytest.fixture(scope="module")
 def furnished(empty: Path, folder: Path) -> Path:
-    """The same with this environment's packages behind it: NumPy, tiktoken, pytest."""
+    """The same interpreter with this environment's packages, such as NumPy, tiktoken and pytest."""
     places = sorted({str(Path(module.__file__ or "").parent.parent) for module in (numpy, pytest)})
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     (site / "more.pth").write_text("\n".join(places) + "\n")
@@ -225,7 +226,7 @@ def furnished(empty: Path, folder: Path) -> Path:
 TEXT = "Once upon a time there was a king, and he had a daughter.\n" * 9
 SMALL = "--shape L=1,NH=1,C=8,maxT=16 -B 2 -T 8 -t 1 --steps 2"
 TINY = "-t 1 -r 1 -n 2 -o json"
-RUNS = {  # what each command is run with, in this order; {} is the command's output
+RUNS = {  # the arguments of each command, in this order; {} is the output of the command
     "chat": "-n 4 Ladies and",
     "shards": "my.txt -o my",
     "train": f"--data my_train.bin {SMALL} --out mine.bin",
@@ -239,7 +240,7 @@ RUNS = {  # what each command is run with, in this order; {} is the command's ou
 @builds
 @pytest.mark.timeout(900)
 def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> None:
-    """In a folder that has nothing but a text: child processes find the wheel, too."""
+    """The commands run in a folder that contains only a text. Child processes find the wheel too."""
     place = folder / "work"
     place.mkdir()
     (place / "my.txt").write_text(TEXT)
@@ -272,7 +273,7 @@ def test_the_wheel_passes_recorded_tests(furnished: Path, folder: Path) -> None:
 @types
 @pytest.mark.timeout(900)
 def test_types_reach_the_user(furnished: Path, folder: Path) -> None:
-    """Under mypy --strict, README's examples are right and no public name is Any."""
+    """mypy --strict accepts the README's examples, and every public name has a type other than Any."""
     readme = (ROOT / "README.md").read_text()
     examples = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     names = [f"reveal_type(pygpt.{name})" for name in pygpt.__all__]
@@ -297,8 +298,8 @@ def test_types_reach_the_user(furnished: Path, folder: Path) -> None:
     assert "Any" not in revealed
 
 
-# What stubtest may say of a compiled module: a stub declares what others use, and names for types that exist in it alone;
-# Cython's classes are made by __cinit__, whose arguments cannot be inspected, and a __buffer__ shows from Python 3.12 on.
+# Allowed messages of stubtest. A stub declares only names that others use, and has its own names for types. The arguments of
+# Cython's __cinit__ cannot be inspected. A __buffer__ is visible since Python 3.12.
 ALLOWED = r"""
 pygpt\.\w+\.\w+ is not present in stub
 pygpt\.\w+\.\w+\.__(setstate|reduce)_cython__ is not present in stub
@@ -310,7 +311,7 @@ pygpt\._kernels\.Floats\.__buffer__ is not present at runtime
 
 @types
 def test_stubs_say_what_is_compiled(tmp_path: Path) -> None:
-    """Each .pyi against its module: names, arguments, kinds."""
+    """Each .pyi agrees with its module in names, arguments and kinds."""
     (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = true\n")  # of the extras
     command = [sys.executable, "-m", "mypy.stubtest", "--concise", "--ignore-disjoint-bases", "--mypy-config-file", "mypy.ini"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -328,7 +329,7 @@ def test_every_compiled_module_has_types() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is promised
+# Promises of the metadata
 
 
 def test_the_changelog_has_this_version() -> None:

@@ -1,5 +1,7 @@
-"""pygpt profile: its figures agree with each other and with what independent parsers find in its traces, it changes no
-bit, it finds slowness that was planted, and it refuses nonsense in one line. Nothing here depends on how fast the machine is.
+"""Test pygpt profile: its numbers agree with each other, and with independent parsers of its traces.
+
+Profiling keeps all bits, the report finds artificial slowdowns, and bad arguments are refused in one line. No test depends on
+the machine's speed.
 """
 
 import hashlib
@@ -26,7 +28,7 @@ from pygpt.commands.profile import main as profile
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
 
-BEST = cpus.workers_for  # as it is outside of tests
+BEST = cpus.workers_for  # the value outside tests
 Report = dict[str, Any]
 SMALL = ("-m", EMBEDDED_MODEL, "-t", "2", "--all-workers", "--skip", "all", "--prompt-length", "40", "-n", "5", "-r", "2")
 TRAIN = ("--train", "-t", "2", "--all-workers", "--skip", "all", "-B", "2", "-T", "16", "-n", "3", "-r", "2")
@@ -46,7 +48,7 @@ def report_of(*arguments: str, **variables: str) -> Report:
 
 
 def traced_report(folder: Path, *arguments: str) -> tuple[Report, Path]:
-    """A report with both kinds of traces: the folder has out.json and out.prv, .pcf, .row."""
+    """Return a report, and the folder of its traces: out.json, out.prv, out.pcf and out.row."""
     return report_of(*arguments, "--trace", str(folder / "out.json"), "--paraver", str(folder / "out")), folder
 
 
@@ -95,7 +97,7 @@ def model() -> Iterator[GPT2]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The figures agree with each other
+# The numbers agree with each other
 
 
 def test_rows_add_up_to_the_wall_time(any_report: Report) -> None:
@@ -125,7 +127,7 @@ def test_calls_are_counted(base: Report) -> None:
 
 
 def test_computing_together_by_hand() -> None:
-    """How long none, one and two of two workers compute, with a gap between and a wait that does not count."""
+    """The times in which 0, 1 and 2 of two workers compute, with a gap and a wait, which do not count."""
     step = [
         [job.Event("fc", 0, 0, 10, 12), job.Event("fcproj", 0, 12, 20, 25)],
         [job.Event("fc", 0, 4, 6, 12), job.Event("fcproj", 0, 12, 14, 25)],
@@ -134,7 +136,7 @@ def test_computing_together_by_hand() -> None:
 
 
 def test_a_tally_by_hand() -> None:
-    """Two instances of a kernel: two workers, of which the second is the slower one, and then one of them alone."""
+    """Two instances of a kernel: the first on two workers, where the second is slower, and the second on one worker."""
     tally = numbers.Tally(2)
     tally.add([(0, 10, 20), (1, 30, 0)], 2)
     tally.add([(0, 40, 6)], 2)
@@ -190,9 +192,9 @@ def test_the_schema_is_documented(any_report: Report) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Traces, read by other eyes
+# Traces, read by independent parsers
 
-APART = ("encoder", "wake-up", "dencoder", "norm", "update")  # what is in no layer
+APART = ("encoder", "wake-up", "dencoder", "norm", "update")  # phases outside the layers and the head
 Sums = dict[tuple[int, str], int]  # (worker, phase) -> ns
 
 
@@ -250,7 +252,7 @@ def test_chrome_trace(traced: tuple[Report, Path]) -> None:
 
 
 def parse_pcf(text: str) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
-    """The names of states, and of the values of every event type."""
+    """Return the names of states, and the names of the values of each event type."""
     states: dict[int, str] = {}
     types: dict[int, dict[int, str]] = {}
     section, current = "", 0
@@ -284,7 +286,7 @@ def test_paraver_trace(traced: tuple[Report, Path]) -> None:
     assert found
     end = int(found[1])
     intervals: dict[int, list[tuple[int, int, int]]] = {0: [], 1: []}
-    current: dict[int, tuple[int, str]] = {}  # worker -> when its phase began, which
+    current: dict[int, tuple[int, str]] = {}  # worker -> begin and name of its phase
     selves: Sums = defaultdict(int)
     last = 0
     for record in records:
@@ -338,7 +340,7 @@ def test_paraver_names_every_row(traced: tuple[Report, Path]) -> None:
 # The same bits
 
 
-def test_profiling_changes_no_bit(base: Report, model: GPT2) -> None:
+def test_profiling_keeps_all_bits(base: Report, model: GPT2) -> None:
     assert base["bits"]["same"]
     digest = hashlib.blake2b(digest_size=16)
     cache = model.new_cache()
@@ -365,7 +367,7 @@ def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
 
 @pytest.mark.parametrize("all_workers", [False, True])
 def test_a_step_that_is_too_small_is_one_workers(small: str, monkeypatch: pytest.MonkeyPatch, all_workers: bool) -> None:
-    """Unless all workers are asked for."""
+    """With all_workers, all workers run it."""
     monkeypatch.setattr(cpus, "workers_for", BEST)
     trace = Trace(2, 64)
     with GPT2.load(small, threads=2, all_workers=all_workers) as model:
@@ -383,7 +385,7 @@ def test_one_round_a_kernel_gives_the_same_bits(model: GPT2) -> None:
     assert together == apart == task.run(model)[1]
 
 
-def test_profiling_training_changes_no_bit(trained: Report, small: str) -> None:
+def test_profiling_training_keeps_all_bits(trained: Report, small: str) -> None:
     bits = hashlib.blake2b(digest_size=16)
     ids = [(13 + 7919 * i) % 300 for i in range(33)]
     with TrainableGPT2.load(small, threads=1) as model:
@@ -468,7 +470,7 @@ def events_of(*phases: tuple[str, int, int]) -> list[Any]:
 
 
 def test_a_worker_may_finish_before_worker_0_begins() -> None:
-    """Norm and update have no meeting: the pool wakes the others first, and worker 0 may come late."""
+    """Norm and update have no barrier. The pool wakes the other workers first, so worker 0 may begin later."""
     mine = events_of(("norm", 50, 60), ("update", 100, 140))
     theirs = events_of(("norm", 20, 30), ("update", 70, 90))
     calls = [job.Call("train", 0, 1, 0, 150, 150, (5, 10, 65, 150))]
@@ -502,7 +504,7 @@ def test_every_part_of_training(small: str) -> None:
     assert [row["name"].split()[0] for row in report["startup"]] == ["interpreter", "import", "import", "read", "first", "the"]
     lines = text.render(report).splitlines()
     assert max(map(len, lines)) <= 100
-    assert "Bits: all but the reference give the same bits; all end at the same loss." in lines
+    assert "Bits: all except the reference give the same bits; all end at the same loss." in lines
     assert any(line.startswith("START-UP") for line in lines)
 
 
@@ -530,7 +532,7 @@ def test_the_text_of_training_fits_and_reads(small: str) -> None:
     assert re.search(r"^ceiling  2 threads: .* AdamW's traffic$", done.stdout, re.MULTILINE)
     assert re.search(r"^Stages: forward [\d.]+ ms \([\d.]+%\), backward ", done.stdout, re.MULTILINE)
     assert re.search(r"^112 .* prediction only$", done.stdout, re.MULTILINE)
-    assert re.search(r"^in all .* 100.0%", done.stdout, re.MULTILINE)
+    assert re.search(r"^total .* 100.0%", done.stdout, re.MULTILINE)
 
 
 def test_training_overflow_is_reported(small: str) -> None:
@@ -554,11 +556,11 @@ def test_compare_training(trained: Report, base: Report, tmp_path: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Planted slowness
+# Artificial slowdowns
 
 
 def median_of(model: GPT2, task: Any, planted: list[Any]) -> float:
-    """Row fc of the prefill: the median of a call's self time."""
+    """Return the median self time of a call of fc in the prefill."""
     recording = job.record(model, task, 1, planted=planted)
     calls = [call for call in recording.calls if call.mode == "prefill"]
     rows = numbers.hotspots(model.config, 2, calls, model.threads, None)
@@ -569,7 +571,7 @@ def median_of(model: GPT2, task: Any, planted: list[Any]) -> float:
 def test_a_repeated_kernel_moves_its_own_row(model: GPT2, times: float) -> None:
     task = job.Generation([(7 * i) % model.config.V for i in range(200)], 1)
     ratios = []
-    for _ in range(6):  # a shared machine changes speed between two runs: they take turns, and a bad minute is tried again
+    for _ in range(6):  # a shared machine changes its speed: alternate the runs, and try again after a bad minute
         plain, slow = [], []
         for _ in range(9):
             plain.append(median_of(model, task, []))
@@ -581,7 +583,7 @@ def test_a_repeated_kernel_moves_its_own_row(model: GPT2, times: float) -> None:
 
 
 def test_the_planted_bottleneck_is_named() -> None:
-    """By its median, and tried again: a loaded system may hold up another kernel for longer than all of these take."""
+    """Compare medians and try again, because a loaded system may delay another kernel for longer than these take."""
     named = []
     for _ in range(6):
         report = report_of(*SMALL, "--stretch", "attproj=200")
@@ -601,7 +603,7 @@ def test_a_slow_worker_is_imbalance(worker: int) -> None:
     warnings = re.findall(r"IMBALANCE: worker (\d) computes (\d+)\.\d% longer", " ".join(done.stdout.split()))
     assert [int(name) for name, _ in warnings] == [worker, worker]
     assert all(25 < int(excess) <= 100 for _, excess in warnings)
-    assert f"PLANTED  every phase takes 20 times as long on worker {worker}" in done.stdout
+    assert f"STRETCH  every phase takes 20 times as long on worker {worker}" in done.stdout
 
 
 def test_overflow_is_reported() -> None:
@@ -610,7 +612,7 @@ def test_overflow_is_reported() -> None:
     noted = 7 * report["model"]["L"] + 3
     assert report["trace"]["dropped"] == [2 * (6 * noted - 50)] * 2  # two rounds of six steps
     text = profiled(*arguments).stdout
-    assert "MIND     the trace overflowed" in text
+    assert "WARNING  the trace overflowed" in text
     assert str(2 * (6 * noted - 50)) in text
 
 
@@ -655,7 +657,7 @@ def test_the_text_fits_and_reads(base: Report) -> None:
         assert f"\n{title}" in done.stdout
     assert re.search(r"^ceiling  2 threads: +\d+ GFLOP/s", done.stdout, re.MULTILINE)
     assert re.search(r"^112 .* prediction only$", done.stdout, re.MULTILINE)
-    totals = re.findall(r"^in all .* (\d+\.\d)%", done.stdout, re.MULTILINE)
+    totals = re.findall(r"^total .* (\d+\.\d)%", done.stdout, re.MULTILINE)
     assert [float(total) for total in totals] == [pytest.approx(100, abs=2)] * 2
 
 
@@ -668,7 +670,7 @@ def test_compare(base: Report, tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(moved))
     same = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
     assert same.returncode == 0
-    assert "MIND" not in same.stdout
+    assert "WARNING" not in same.stdout
     assert set(re.findall(r"([\d.]+)x", same.stdout)) <= {"1.00"}
     found = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     lines = found.stdout.splitlines()
@@ -684,11 +686,11 @@ def test_compare_says_what_else_differs(base: Report, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(base))
     (tmp_path / "b.json").write_text(json.dumps(other))
     shown = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout
-    assert "MIND  machine threads: 2 in a, 7 in b" in shown
+    assert "WARNING  machine threads: 2 in a, 7 in b" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What may be missing
+# Optional packages and programs
 
 
 def test_without_perf(tmp_path: Path) -> None:
@@ -703,7 +705,7 @@ def test_perf_sees_the_kernels() -> None:
     if report["perf"] is None:
         pytest.skip("perf is not here or not permitted")
     names = {row["symbol"] for row in report["perf"]["symbols"]}
-    assert "gemm" in names
+    assert any(name.startswith("gemm_") for name in names)
     assert sum(row["share"] for row in report["perf"]["symbols"]) == pytest.approx(1, abs=0.05)
     assert sum(report["perf"]["families"].values()) == pytest.approx(1)
     assert report["perf"]["reported"].keys() == report["perf"]["families"].keys()
@@ -769,7 +771,7 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["-m", "missing.bin"], "missing.bin"),
         (["--compare", "missing.json", "missing.json"], "missing.json"),
         (["--compare", __file__, __file__], "test_profile.py"),
-        (["--compare", "{half}", "{half}"], "not a report of this program"),
+        (["--compare", "{half}", "{half}"], "not a report of pygpt profile"),
         (["-B", "2"], "-B has no meaning without --train"),
         (["-T", "2"], "-T has no meaning without --train"),
         (["--train", "--tokens", "1"], "--tokens has no meaning with --train"),
@@ -797,7 +799,7 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], argum
 
 
 def test_the_script_is_the_command(tmp_path: Path) -> None:
-    """From any folder, with this checkout's package, installed or not; its folder's names shadow no standard module."""
+    """The script runs from any folder with this checkout's package. Scripts next to it do not hide standard modules."""
     script = [sys.executable, "-W", "error", str(ROOT / "tools" / "profile.py"), "--help"]
     kept = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     done = subprocess.run(script, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=PATIENCE)

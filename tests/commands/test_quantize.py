@@ -1,4 +1,4 @@
-"""pygpt quantize: every source to every format, numbers passed on unchanged, all or nothing, one line for what goes wrong."""
+"""Test pygpt quantize: every source and format, numbers that stay unchanged, atomic files, one line for each failure."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from pygpt.config import TENSORS, Config
 from pygpt.errors import CheckpointError
 from pygpt.formats.gguf import GGUFFile
 from pygpt.formats.open import open_model, open_source
-from pygpt.formats.panels import PanelFile
+from pygpt.formats.panels import PanelFile, quantise
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 130, "maxT": 8}
 QUANTISED = ("qkvw", "attprojw", "fcw", "fcprojw")
@@ -31,7 +31,7 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with source.bin."""
+    """A current folder with source.bin."""
     monkeypatch.chdir(tmp_path)
     make("source.bin", seed=4, **SHAPE)
     return tmp_path
@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], *named: str, status: int = 2) -> None:
-    """This status, one line on stderr that names these, nothing on stdout, nothing written."""
+    """Assert this status, one line on stderr with these words, an empty stdout, and unchanged files."""
     before = contents(folder)
     capsys.readouterr()
     assert main(arguments) == status
@@ -60,10 +60,13 @@ def all_of(path: str) -> Tensors:
 
 
 def rounded(array: npt.NDArray[np.float32], form: str) -> npt.NDArray[np.float32]:
-    """What is left of a matrix in a format."""
+    """Return a matrix rounded to a format."""
     kind = FORMATS[form]
-    assert kind.from_float32 is not None
-    return kind.to_float32(kind.from_float32(array))
+    if kind.from_float32 is not None:
+        return kind.to_float32(kind.from_float32(array))
+    blocks = quantise(kind, np.ascontiguousarray(array.reshape(-1, array.shape[-1])))
+    assert blocks is not None
+    return kind.to_float32(blocks).reshape(array.shape)
 
 
 def expected(source: Tensors, form: str, head: str) -> Tensors:
@@ -76,7 +79,7 @@ def equal(one: Tensors, other: Tensors) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is written
+# The written files
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -110,7 +113,7 @@ def test_a_model_of_any_format_is_a_source(folder: Path) -> None:
 
 @pytest.mark.parametrize("form", ["q8_0", "q4_0"])
 def test_numbers_of_the_format_pass_unchanged_from_file_to_file(folder: Path, form: str) -> None:
-    """Quantising again would change them: what was rounded need not reach 127 any more."""
+    """Quantising twice would change them, because the largest rounded number of a block can be below 127."""
     options = ["--format", form, "--head", form]
     assert main([*options, "source.bin", "one.gguf"]) == 0
     content = bytearray(Path("one.gguf").read_bytes())
@@ -154,7 +157,7 @@ def test_the_same_source_gives_the_same_file(folder: Path) -> None:
 def test_a_model_needs_no_memory_of_its_size(folder: Path, ending: str) -> None:
     make("large.bin", L=12, NH=4, C=256, V=20000, maxT=1024)
     size = Path("large.bin").stat().st_size
-    main([])  # what is imported once does not count
+    main([])  # modules imported here do not count below
     tracemalloc.start()
     try:
         assert main(["large.bin", f"large{ending}"]) == 0
@@ -165,7 +168,7 @@ def test_a_model_needs_no_memory_of_its_size(folder: Path, ending: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What answers
+# Running the files
 
 
 @pytest.mark.parametrize("target", ["target.gguf", "target.safetensors"])
@@ -210,7 +213,7 @@ def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixtur
     refused(folder, capsys, ["source.bin", "target.bin"], "target.bin", ".gguf", ".safetensors", "pygpt convert")
     refused(folder, capsys, ["--format", "q5_0", "source.bin", "a.gguf"], "--format", "'q5_0'", "q8_0, q4_0, f16, bf16, f32")
     refused(folder, capsys, ["--head", "float32", "source.bin", "a.gguf"], "--head", "'float32'")
-    refused(folder, capsys, ["source.bin", "no/a.gguf"], "there is no folder")
+    refused(folder, capsys, ["source.bin", "no/a.gguf"], "no/a.gguf", "does not exist")
     refused(folder, capsys, ["source.bin", "folder.gguf"], "not a regular file")
     refused(folder, capsys, ["missing.bin", "a.gguf"], "missing.bin", "No such file")
     refused(folder, capsys, ["missing.gguf", "a.gguf"], "missing.gguf", "No such file")

@@ -1,4 +1,4 @@
-"""pygpt shards: the files that llm.c's people expect, all of them or none, and one line for everything that goes wrong."""
+"""Test pygpt shards: it writes files as llm.c does, all or none of them, and reports each failure in one line."""
 
 import io
 import os
@@ -27,14 +27,14 @@ IDS = by_hand(TEXT, "paragraph")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with one text, the current one."""
+    """A current folder with one text."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.txt").write_text(TEXT, "utf-8")
     return tmp_path
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    """Everything in the folder and below but the text."""
+    """Return all files in the folder except the text."""
     files = (path for path in folder.rglob("*") if path.name != "in.txt")
     return {str(path.relative_to(folder)): b"" if path.is_dir() else path.read_bytes() for path in files}
 
@@ -95,21 +95,21 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(module, "PIECE", 1 << 14)
     line = "To be, or not to be, that is the question.\n"
     Path("long.txt").write_text(line * 50_000)
-    shards.main(["in.txt", "-o", "first"])  # what is loaded once
+    shards.main(["in.txt", "-o", "first"])  # data that are loaded once do not count below
     tracemalloc.start()
     try:
         assert shards.main(["long.txt", "-o", "long", "--val-fraction", "0.1"]) == 0
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < Path("long.txt").stat().st_size / 4  # less than the tokens take
+    assert peak < Path("long.txt").stat().st_size / 4  # less than the size of the tokens
     assert sum(path.stat().st_size - 1024 for path in folder.glob("long_*.bin")) == 2 * (
         1 + 50_000 * len(by_hand(line, "none"))
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused, and what stays then
+# Refusals, and files after a failure
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_folder_is_made_where_a_slash_asks_for_it(folder: Path) -> None:
     assert list(Path("new").iterdir()) == []
 
 
-def test_other_files_are_no_hindrance(folder: Path) -> None:
+def test_other_files_do_not_matter(folder: Path) -> None:
     for name in ("b_train.txt", "b_train_x.bin", "bb_train.bin", "b.bin"):
         Path(name).touch()
     assert shards.main(["in.txt", "-o", "b"]) == 0
@@ -199,7 +199,7 @@ def test_a_failure_midway_leaves_the_folder_as_it_was(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A look, the process, the progress bar
+# --show, the process, the progress bar
 
 
 def test_showing(folder: Path) -> None:
@@ -210,9 +210,9 @@ def test_showing(folder: Path) -> None:
 
 
 def test_showing_does_not_command_the_terminal(folder: Path) -> None:
-    """A shard comes from anywhere, and so does its name. Elsewhere than on a terminal the bytes are those of the tokens."""
+    """On a terminal, control characters in a shard and in its name are escaped. On a pipe, the bytes are the tokens' bytes."""
     hostile = "a\x1b]0;title\x07b\x1b[2J\r\x9bc\td\n"
-    ids = [*Tokenizer().encode(hostile), 128]  # and a byte that is no text
+    ids = [*Tokenizer().encode(hostile), 128]  # and a byte that is not UTF-8
     Path("\x1b[2J.bin").write_bytes(shard_bytes(ids))
     words = [*PYGPT, "shards", "--show", "\x1b[2J.bin"]
     done = subprocess.run(words, capture_output=True, env=environment(), timeout=100)
@@ -229,7 +229,7 @@ def test_showing_does_not_command_the_terminal(folder: Path) -> None:
 
 
 def test_as_a_process(folder: Path) -> None:
-    """What the help says, with nothing on stdout and no progress where no terminal is."""
+    """The commands of the help run without output on stdout. Without a terminal, there is no progress bar."""
     Path("input.txt").write_text(TEXT * 10, "utf-8")
     Path("books").mkdir()
     Path("books/a.txt").write_text(TEXT, "utf-8")
@@ -251,7 +251,7 @@ def test_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", screen)
     with progress.Progress("tokens", 200) as bar:
         bar.update(50)
-    assert screen.getvalue() == ""  # no terminal
+    assert screen.getvalue() == ""  # not a terminal
     monkeypatch.setattr(screen, "isatty", lambda: True)
     with progress.Progress("tokens", 200, 50) as bar:
         bar.update(70, ", so far")

@@ -1,5 +1,6 @@
-"""pygpt train as its users run it: what it prints, logs and saves, how it is interrupted, killed and resumed, what it
-refuses. Nothing depends on how fast the machine is: processes are stopped after lines that they have printed.
+"""Test pygpt train: its output, logs and saved files, interrupts, kills, --resume, and refused options.
+
+No test depends on the machine's speed: a process is stopped after a line that it printed.
 """
 
 import io
@@ -56,14 +57,14 @@ RUN = ("--data", "train.bin", "--shape", SHAPE, *BATCH, "-t", "1", "--lr", "0.01
 
 
 def shard(path: Path, tokens: Any) -> None:
-    """llm.c's token file, written here."""
+    """Write llm.c's token file with the test's own code."""
     values = np.asarray(tokens, "<u2")
     path.write_bytes(struct.pack("<256i", 20240520, 1, len(values), *[0] * 253) + values.tobytes())
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with data for training and validation, the current one."""
+    """A current folder with data for training and validation."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ:
         if name.startswith("PYGPT"):
@@ -79,21 +80,21 @@ def command(*arguments: str, shell: str = 'exec "$@"', **variables: str) -> "sub
 
 
 def succeed(*arguments: str, **variables: str) -> str:
-    """Run it; it must succeed. Returns its output."""
+    """Run the command and assert that it succeeds; return its output."""
     result = command(*arguments, **variables)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run it in this process: (status, stdout, stderr)."""
+    """Run the command in this process; return (status, stdout, stderr)."""
     status = train.main(arguments)
     output = capsys.readouterr()
     return status, output.out, output.err
 
 
 def numbers(output: str, kind: str = "train") -> list[tuple[int, float]]:
-    """(step, loss) of the lines of a kind."""
+    """Return (step, loss) of each line of a kind."""
     return [(int(step), float(loss)) for step, loss in re.findall(rf"^step (\d+): {kind} loss (\S+)", output, re.MULTILINE)]
 
 
@@ -107,11 +108,11 @@ def state_of(path: Path | str) -> TrainingState:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it does
+# Runs
 
 
 def test_a_run() -> None:
-    """Lines, log and files are those of the Trainer used by hand."""
+    """Lines, log and files are equal to those of a Trainer in this process."""
     options = ("--steps", "7", "--val", "val.bin", "--val-every", "3", "--val-batches", "2", "--accumulate", "2", "--clip", "1")
     result = command(*RUN, *options, "--seed", "4", "--shuffle", "--out", "run.bin", "--log", "run.jsonl", "--save-every", "5")
     assert (result.returncode, result.stderr.count("\n")) == (0, 1)
@@ -172,7 +173,7 @@ def test_from_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     begin = [word for word in RUN if word not in ("--shape", SHAPE)]
     status, output, error = here(capsys, *begin, "--init", "tiny.bin", "--steps", "1")
     assert (status, error.count("\n")) == (0, 2)
-    assert error.startswith("pygpt: nothing will be saved: --out")
+    assert error.startswith("pygpt: nothing will be saved: ")
     assert "1 step;" in error
     with TrainableGPT2.load("tiny.bin") as engine:
         losses = engine.forward(*DataLoader("train.bin", 2, 8).next_batch())
@@ -196,7 +197,7 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("stream", [Screen, io.StringIO])
 def test_a_sample_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
-    """Whoever made the model chose the text. Elsewhere it stays as it is."""
+    """On a terminal, control characters in the text are escaped: the model's author could choose them."""
     output = stream()
     monkeypatch.setattr(sys, "stdout", output)
     report.Report(Progress("steps"), report.Log(None, None, keep=False)).sampled(3, "a\x1b[2J\tb\n\x9bc")
@@ -208,7 +209,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind a
 
 
 def test_a_text_is_learned_and_completed() -> None:
-    """From nothing to a model that knows its text by heart, with two commands."""
+    """Training from random weights learns a text by heart, and the model completes it."""
     Path("my.txt").write_text(TEXT * 4)
     shape = ("--shape", "L=1,NH=2,C=32,maxT=32", "-B", "2", "-T", "16")
     options = ("--steps", "100", "--lr", "0.01", "--schedule", "cosine", "--warmup", "5", "--beta2", "0.95")
@@ -277,7 +278,7 @@ def test_signals_finish_the_step_and_save(which: signal.Signals, status: int) ->
             if line.startswith("step 2: train"):
                 process.send_signal(which)
                 break
-        output = "".join(lines_of(process))  # not communicate(), which would lose what has been read ahead
+        output = "".join(lines_of(process))  # communicate() would lose the buffered lines
         error = process.communicate(timeout=60)[1]
     done = numbers(output)[-1][0] + 1 if numbers(output) else 3
     assert f"stopped by {which.name} after {done} steps" in error
@@ -335,7 +336,7 @@ KILLS = int(os.environ.get("TRAIN_KILLS", "10"))
 
 
 def test_kill_9_at_any_moment() -> None:
-    """However often it is killed, wherever, the run ends with the bytes of one that nobody disturbed."""
+    """A run that is killed many times at any moment ends with the same bytes as a run without kills."""
     options = (*LONG[: LONG.index("--steps")], *LONG[LONG.index("--steps") + 2 :], "--save-every", "1", "--accumulate", "2")
     options += ("--schedule", "cosine", "--warmup", "3", "--clip", "1")
     chance, kills = random.Random(KILLS), 0
@@ -348,7 +349,7 @@ def test_kill_9_at_any_moment() -> None:
             for _, _line in zip(range(after), lines_of(process), strict=False):
                 pass
             if kills < KILLS:
-                time.sleep(chance.uniform(0, 0.02))  # some moment of the next steps and their saves
+                time.sleep(chance.uniform(0, 0.02))  # a random moment in the next steps and saves
                 process.kill()
                 kills += 1
                 process.communicate(timeout=60)
@@ -361,7 +362,7 @@ def test_kill_9_at_any_moment() -> None:
     assert steps == list(range(total + 1))
     for name in (*found, "run.state.1", "run.jsonl"):
         Path(name).unlink()
-    assert sorted(os.listdir()) == ["train.bin", "val.bin"]  # no half-written file is left
+    assert sorted(os.listdir()) == ["train.bin", "val.bin"]  # no temporary file remains
     succeed(*begin)
     assert {name: Path(name).read_bytes() for name in found} == found
 
@@ -394,13 +395,13 @@ def test_resumed_from_another_folder_with_other_options(folder: Path, capsys: py
     assert status == 0
     assert [step for step, _ in numbers(output)] == [2]
     changes = {tuple(re.findall(r"--[a-z-]+|\d[\d.]*", line)) for line in error.splitlines()[:-1]}
-    assert changes == {("--steps", "3", "2"), ("--lr", "0.02", "0.01"), ("--save-every", "7", "100")}
+    assert changes == {("--steps", "2", "3"), ("--lr", "0.01", "0.02"), ("--save-every", "100", "7")}
     assert os.listdir() == []
     assert [entry["lr"] for entry in log_of("../log")] == [0.01, 0.01, 0.02]
     shutil.move("../train.bin", "moved.bin")
     status, _, error = here(capsys, "--resume", "../run.state", "--steps", "4", "--data", "moved.bin", "--out", "new")
     assert (status, sorted(os.listdir())) == (0, ["moved.bin", "new.bin", "new.state"])
-    assert f"--data is {folder}/other/moved.bin from here on, it was {folder}/train.bin" in error
+    assert f"--data changes from {folder}/train.bin to {folder}/other/moved.bin" in error
 
 
 def test_a_log_with_half_a_line() -> None:
@@ -435,12 +436,12 @@ def test_the_picture_of_a_resumed_run_is_drawn_anew(capsys: pytest.CaptureFixtur
         assert here(capsys, "--resume", "run.state", *again)[0] == 0
         assert Path("run.png").read_bytes().startswith(b"\x89PNG")
     before = Path("run.png").read_bytes()
-    status, _, error = here(capsys, "--resume", "run.state")  # without a log nothing is known of the steps before
+    status, _, error = here(capsys, "--resume", "run.state")  # without a log, the losses of earlier steps are lost
     assert (status, Path("run.png").read_bytes()) == (0, before)
-    assert error.endswith(f"no step to draw: {os.getcwd()}/run.png not written\n")
+    assert f"pygpt: did not write {os.getcwd()}/run.png: " in error
     status, _, error = here(capsys, "--resume", "run.state", "--plot", "other.png")
     assert (status, Path("other.png").read_bytes()) == (2, b"me")
-    assert "other.png: it exists already" in error
+    assert "other.png: exists already" in error
 
 
 def test_without_matplotlib(folder: Path) -> None:
@@ -450,7 +451,7 @@ def test_without_matplotlib(folder: Path) -> None:
 
 
 def on_a_terminal(*arguments: str, **variables: str) -> tuple[str, str]:
-    """Run it with stderr on a terminal; returns (stdout, what the terminal got)."""
+    """Run the command with stderr on a terminal; return (stdout, output of the terminal)."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
     words, pipe = [*PYGPT, "train", *arguments], subprocess.PIPE
@@ -460,7 +461,7 @@ def on_a_terminal(*arguments: str, **variables: str) -> tuple[str, str]:
         try:
             while piece := os.read(leader, 4096):
                 seen += piece
-        except OSError:  # Linux: the other end has been closed
+        except OSError:  # on Linux, the other end was closed
             pass
         output = process.communicate(timeout=60)[0]
     os.close(leader)
@@ -489,7 +490,7 @@ def test_a_terminal_without_tqdm(folder: Path) -> None:
 
 @pytest.fixture
 def debug_state(folder: Path) -> Path:
-    """A small model, and what the serial reference makes of a batch."""
+    """A small model, and the results of the serial reference for a batch, as llm.c's debug state."""
     make("tiny.bin", L=2, NH=2, C=8, V=V, maxT=16)
     inputs, targets = (np.random.default_rng(i).integers(0, V, (2, 6), dtype="i4") for i in range(2))
     with SerialTrainableGPT2.load("tiny.bin") as engine:
@@ -567,11 +568,11 @@ def files() -> dict[str, bytes]:
         (["--data", "latin.txt", "--shape", TEXT_SHAPE], "latin.txt: byte 0xe4"),
         (["--data", "empty.txt", "--shape", TEXT_SHAPE], "empty.txt: tokens: 1 tokens are too few for one batch"),
         (["--data", "few.txt", "--shape", TEXT_SHAPE], "few.txt: tokens: 9 tokens are too few for one batch"),
-        (["--data", "few.txt"], "few.txt: text becomes GPT-2's tokens, 50257 ids, and the model has V = 61"),
-        (["--val", "few.txt"], "few.txt: text becomes GPT-2's tokens"),
+        (["--data", "few.txt"], "few.txt: text becomes tokens with 50257 ids, but the model has V = 61"),
+        (["--val", "few.txt"], "few.txt: text becomes tokens with 50257 ids"),
         (["--val-tokens", "9"], "validation: {folder}/train.bin: tokens: 9 tokens are too few"),
         (["--data", "folder"], "folder: a folder: name its files by a pattern in quotes"),
-        (["--data", "fifo", "--shape", TEXT_SHAPE], "fifo: not a regular file: --resume reads the text again"),
+        (["--data", "fifo", "--shape", TEXT_SHAPE], "fifo: not a regular file: save it as a file first"),
         (["--val", "/dev/zero"], "/dev/zero: not a regular file"),
         (["--data", "short.bin"], "short.bin: truncated"),
         (["--data", "large.bin"], "token id 61 at position 1: it must be below the vocabulary of 61"),
@@ -622,10 +623,10 @@ def files() -> dict[str, bytes]:
         (["--resume", ""], "--resume is empty"),
         (["--out", "folder"], "--out is 'folder'"),
         (["--out", ".bin"], "--out is '.bin'"),
-        (["--out", "val.bin"], "val.bin: it exists already"),
-        (["--out", "train.bin"], "train.bin: it was given for two uses"),
+        (["--out", "val.bin"], "val.bin: exists already"),
+        (["--out", "train.bin"], "train.bin: was given for two uses"),
         (["--out", "folder/"], "folder/"),
-        (["--out", "old"], "old.state.1: it exists already"),
+        (["--out", "old"], "old.state.1: exists already"),
         (["--out", "x" * 240], "File name too long"),
         (["--out", "missing/run"], "missing/run.bin: cannot write into the folder"),
         (["--out", "val.bin/run"], "Not a directory"),
@@ -638,19 +639,19 @@ def files() -> dict[str, bytes]:
         (["--val-batches", "0"], "--val-batches"),
         (["--sample-every", "x"], "--sample-every"),
         (["--sample-tokens", "0"], "--sample-tokens"),
-        (["--log", "val.bin"], "val.bin: it exists already"),
+        (["--log", "val.bin"], "val.bin: exists already"),
         (["--log", "missing/log"], "missing/log: cannot write into the folder"),
         (["--log", "same.bin", "--out", "same"], "two uses"),
-        (["--log", "folder"], "folder: it exists already"),
+        (["--log", "folder"], "folder: exists already"),
         (["--plot", "val.bin"], "val.bin/loss.svg: cannot write into the folder"),
-        (["--plot", "folder/x.svg"], "x.svg: it exists already"),
+        (["--plot", "folder/x.svg"], "x.svg: exists already"),
         (["--plot", "folder/x.svg", "--force"], "x.svg: not a regular file"),
-        (["--plot", "photo.png"], "photo.png: it exists already"),
+        (["--plot", "photo.png"], "photo.png: exists already"),
         (["--plot", "new.svg", "--log", "new.svg"], "two uses"),
         (["--plot", "new.bin", "--out", "new"], "two uses"),
         (["--log", "new.state.1", "--out", "new"], "two uses"),
         (["--data", "few.state.1", "--out", "few", "--force"], "two uses"),
-        (["--check", "missing.bin"], "--check trains nothing: -B"),
+        (["--check", "missing.bin"], "--check does not train, so leave out -B"),
         (["--speed", "9"], "--speed"),
         (["surplus"], "surplus"),
     ],
@@ -686,15 +687,15 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--init", "tiny.bin"], "--init and --resume"),
         (["--shape", SHAPE], "--shape and --resume"),
-        (["-B", "3"], "-B is 3, and the state's is 2"),
+        (["-B", "3"], "-B is 3, but the state has 2"),
         (["-T", "4"], "-T is 4"),
         (["--seed", "2"], "--seed is 2"),
         (["--shuffle"], "--shuffle is True"),
-        (["--val-tokens", "30"], "--val-tokens is 30, and the state's is None"),
+        (["--val-tokens", "30"], "--val-tokens is 30, but the state has None"),
         (["--data", "val.bin"], "tokens = 400"),
         (["--data", "other.bin"], "state is for fingerprint = "),
-        (["--out", "taken"], "taken.bin: it exists already"),
-        (["--log", "taken.bin"], "taken.bin: it exists already"),
+        (["--out", "taken"], "taken.bin: exists already"),
+        (["--log", "taken.bin"], "taken.bin: exists already"),
         (["--warmup", "3"], "warmup is 3: it must be a whole number from 0 to 2"),
     ],
 )
@@ -721,7 +722,7 @@ def test_states_with_other_names(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_state_of_another_program(capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8)).save("x.state", {"mine": 1})
-    assert_refuses(train.main, capsys, ["--resume", "x.state"], "x.state: this state is not of pygpt train")
+    assert_refuses(train.main, capsys, ["--resume", "x.state"], "x.state: pygpt train did not write")
 
 
 @pytest.mark.parametrize(
@@ -746,7 +747,7 @@ def test_a_state_with_nonsense_for_options(capsys: pytest.CaptureFixture[str], c
         found = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
         found.restore(state)
         found.save("x.state", {**state.progress.job, **change})
-    assert_refuses(train.main, capsys, ["--resume", "x.state", "--steps", "3"], "x.state: this state is not of pygpt train")
+    assert_refuses(train.main, capsys, ["--resume", "x.state", "--steps", "3"], "x.state: pygpt train did not write")
 
 
 def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -757,7 +758,7 @@ def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFi
     Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8)).save("x.state", job)
     status, _, error = here(capsys, "--resume", "x.state")
     assert status == 2
-    assert "log: line 1 is not of a training log" in error
+    assert "log: line 1 is not an entry of a training log" in error
     assert Path("log").read_text() == "dear diary\n"
 
 
@@ -769,7 +770,7 @@ def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pyte
     trainer.save("x.state", vars(job.Job(data=f"{folder}/train.bin", B=2, T=8, plot=str(photo))))
     status, _, error = here(capsys, "--resume", "x.state", "--steps", "1")
     assert (status, photo.read_bytes()) == (2, b"me")
-    assert error.endswith("it exists already, and the state names it as the picture of its run: give --plot again\n")
+    assert error.endswith(f"{photo}: exists already outside the state's folder: to replace it, give --plot again\n")
 
 
 def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -780,12 +781,12 @@ def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureF
     assert Path("diary").read_text() == "dear diary"
 
 
-def test_a_log_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run", "--log", "log")
     Path("log").write_text("dear diary\n")
     status, _, error = here(capsys, "--resume", "run.state", "--steps", "3")
     assert status == 2
-    assert f"pygpt: error: {os.getcwd()}/log: line 1 is not of a training log" in error
+    assert f"pygpt: error: {os.getcwd()}/log: line 1 is not an entry of a training log" in error
     assert Path("log").read_text() == "dear diary\n"
 
 
@@ -817,12 +818,12 @@ def test_no_room_for_one_state(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_a_disk_that_fills_up() -> None:
-    """States no longer fit from some step on: the error, status 1, and what was saved before is intact."""
+    """If a new state does not fit on the disk, the status is 1, and the previous save stays intact."""
     succeed(*RUN, "--steps", "2", "--out", "run")
     before = files()
     result = command("--resume", "run.state", "--steps", "5", shell='ulimit -f 8; exec "$@"')
     assert result.returncode == 1
-    assert re.search(r"^pygpt: run\.state has the run after 2 steps", result.stderr, re.MULTILINE)
+    assert re.search(r"^pygpt: run\.state contains the run after 2 steps", result.stderr, re.MULTILINE)
     assert re.search(r"\npygpt: error: run\.state: .*File too large\n$", result.stderr)
     assert files() == before
     succeed("--resume", "run.state", "--steps", "5")
@@ -856,12 +857,12 @@ DIVERGING = ("--lr", "1", "--weight-decay", "1000", "--out", "run", "--steps")  
 
 
 def test_a_run_that_diverges_before_the_first_save(capsys: pytest.CaptureFixture[str]) -> None:
-    """What it has made until then is saved, for there is nothing better."""
+    """The weights are saved, because there is no earlier save."""
     status, output, error = here(capsys, *RUN, *DIVERGING, "40")
     done = len(numbers(output))
     assert (status, done > 0) == (1, True)
     assert re.fullmatch(
-        rf"pygpt: run\.state has the run after {done} steps[^\n]*\n"
+        rf"pygpt: run\.state contains the run after {done} steps[^\n]*\n"
         rf"pygpt: error: step {done}: the loss is nan [^\n]* epoch 0, shard 0, batch {done}[^\n]+\n",
         error,
     )
@@ -874,11 +875,11 @@ def test_a_run_that_diverges_leaves_the_last_save(capsys: pytest.CaptureFixture[
     done = len(numbers(here(capsys, *RUN, *DIVERGING, "40")[1]))
     status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", str(done - 1))
     assert status == 1
-    assert f"pygpt: run.state has the run after {done - 1} steps" in error
+    assert f"pygpt: run.state contains the run after {done - 1} steps" in error
     assert state_of("run.state").progress.step == done - 1
     status, _, error = here(capsys, *RUN, *DIVERGING, "40", "--force", "--save-every", "1")
     assert status == 1
-    assert f"pygpt: run.state has the run after {done} steps (run.state.1 after fewer)" in error
+    assert f"pygpt: run.state contains the run after {done} steps (run.state.1 after fewer)" in error
     assert state_of("run.state.1").progress.step == done - 1
 
 
@@ -910,7 +911,7 @@ def test_a_signal_before_a_resumed_run_made_a_step(capsys: pytest.CaptureFixture
 
 
 def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
-    """They are never saved; the last saved state stays, and it is said which one it is."""
+    """Weights that are not finite are not saved. The last state stays, and a line on stderr names it."""
     here(capsys, *RUN, "--steps", "3", "--out", "run")
     with TrainingState("run.state") as state:
         engine = TrainableGPT2(CONFIG)
@@ -921,11 +922,11 @@ def test_weights_that_went_bad(capsys: pytest.CaptureFixture[str]) -> None:
     before = files()
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9")
     assert status == 1
-    assert "pygpt: nan.state has the run after 3 steps" in error
+    assert "pygpt: nan.state contains the run after 3 steps" in error
     assert "step 3: the loss is nan at the loader's epoch 0, shard 0, batch 3" in error
     assert files() == before
     status, _, error = here(capsys, "--resume", "nan.state", "--steps", "9", "--out", "new")
-    assert (status, "new.state" in error) == (1, False)  # there is none
+    assert (status, "new.state" in error) == (1, False)  # it does not exist
     assert files() == before
 
 
@@ -934,7 +935,7 @@ def test_a_shard_that_goes_bad_within_the_run(folder: Path, capsys: pytest.Captu
     status, output, error = here(capsys, *RUN, "--data", "train*.bin", "--steps", "40", "--save-every", "10", "--out", "run")
     assert status == 2
     assert len(numbers(output)) == 24  # floor(399 / 16)
-    assert "pygpt: run.state has the run after 24 steps" in error
+    assert "pygpt: run.state contains the run after 24 steps" in error
     assert "train_2.bin: token id 61 at position 40" in error
     assert (state_of("run.state").progress.step, state_of("run.state.1").progress.step) == (24, 20)
 
@@ -946,11 +947,11 @@ def test_a_reader_that_goes_away() -> None:
     assert result.stderr.count("\n") == 1
     result = command(*RUN, "--steps", "1000000000", "--out", "run", shell='("$@"; echo $? >&2) | head -n 2; exit 0')
     assert (len(result.stdout.splitlines()), result.stderr) == (2, "141\n")
-    assert state_of("run.state").progress.step >= 2  # what it had made was saved
+    assert state_of("run.state").progress.step >= 2  # its steps were saved
 
 
 def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    """Their options are there, and their values are accepted; so are the options that the text names."""
+    """The parser accepts the commands of the help. All options named in the text exist."""
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     text, _, options = capsys.readouterr().out.partition("\noptions:")

@@ -46,7 +46,7 @@ def test_streams_that_are_closed_or_full(budget: Budget, files: Files) -> None:
     ]
     for argv, streams, status in budget.some(cases, few=4):
         outcome = run(["/bin/sh", "-c", f'"$@" {streams}', "sh", *argv], b"1 2\n")
-        for notice in ("nothing will be saved: --out names the model to write", "2 steps; nothing was saved"):
+        for notice in ("nothing will be saved: to save, name a file with --out", "2 steps; nothing was saved"):
             outcome.err = outcome.err.replace(f"pygpt: {notice}\n", "") if argv is train else outcome.err
         assert outcome.status == status, (argv[3:], streams, outcome)
         told = not outcome.err if status == 0 or streams == "2>&-" else outcome.one_line
@@ -87,7 +87,7 @@ with Scarce(1 << 20):
     fails("load into memory", lambda: GPT2.load(long, threads=1, mmap=False))
     fails("cache", model.new_cache)
     fails("completion", lambda: list(model.generate(tokens, total=9000)))
-    fails("prefix cache", model.new_prefix_cache)
+    fails("prefix cache", lambda: list(model.generate(tokens, total=9000, cache=model.new_prefix_cache())))
     fails("logits", lambda: model.logits(tokens))
 cache = model.new_cache()
 first = model.prefill(cache, tokens[:7])
@@ -103,7 +103,7 @@ model.close()
 with GPT2.load(big, threads=2) as model:
     cache = model.new_cache()
     model.prefill(cache, tokens[:7])
-    with Scarce(1 << 18):
+    with Scarce(0):
         fails("prompt", lambda: model.prefill(cache, tokens[7:200]))
     assert cache.length == 7, cache.length
     last = model.prefill(cache, tokens[7:200])
@@ -358,7 +358,7 @@ def test_what_sigbus_says(tmp_path: Path, end: str, said: int) -> None:
     del variables["PYTHONFAULTHANDLER"]
     outcome = run([PYTHON, "-c", f"{SIGBUS_PROGRAM}\n{end}", tmp_path / "file"], env=variables)
     assert (outcome.status, outcome.out) == (-signal.SIGBUS, b"")
-    assert outcome.err.count("\n") == outcome.err.count("cut short by another process") == said
+    assert outcome.err.count("\n") == outcome.err.count("(SIGBUS)") == said
     assert outcome.one_line == bool(said)
 
 
@@ -366,5 +366,5 @@ def test_another_handler_comes_after_ours(tmp_path: Path) -> None:
     """Faulthandler's traceback, for one, once our line is written."""
     outcome = run([PYTHON, "-X", "faulthandler", "-c", f"{SIGBUS_PROGRAM}\nstatus_of(touch)", tmp_path / "file"])
     assert outcome.status == -signal.SIGBUS
-    assert outcome.err.startswith("pygpt: error: a file in use was cut short")
+    assert "(SIGBUS)" in outcome.err.splitlines()[0]
     assert "Fatal Python error: Bus error" in outcome.err

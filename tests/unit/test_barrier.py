@@ -363,7 +363,7 @@ MISTAKES = [
         "phase read after arriving",
         """\
     uint32_t phase = atomic_load(&b->phase);
-    if (atomic_load(&b->aborted)) return 1; /* read after phase: a later abort moves phase on */
+    if (atomic_load(&b->aborted)) return 1; /* read after phase: a later abort changes phase */
     if (atomic_fetch_add(&b->arrived, 1) + 1 == b->parties) {
 """,
         """\

@@ -28,15 +28,12 @@ from pygpt import (
     InputError,
     PyGPTError,
     SerialTrainableGPT2,
-    StreamDecoder,
     ThreadPool,
-    Tokenizer,
     TrainableGPT2,
     Trainer,
     TrainingOptions,
     TrainingState,
 )
-from pygpt.commands.console import status_of
 
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
@@ -198,18 +195,6 @@ def test_an_iterator_is_one_threads_at_a_time(model: GPT2, monkeypatch: pytest.M
     assert list(busy) == wanted[:3]
 
 
-def test_tokenizers_are_shared_and_decoders_are_not_copied() -> None:
-    tokenizer = Tokenizer()
-    texts = [f"Ladies \u00fc {i} \U0001f600 " * (20 + i) for i in range(6)]
-
-    def work(i: int) -> bool:
-        ids = tokenizer.encode(texts[i])
-        decoder = StreamDecoder(tokenizer)
-        return "".join([*(decoder.push(token) for token in ids), decoder.finish()]) == tokenizer.decode(ids) == texts[i]
-
-    assert together(6, work) == [True] * 6
-
-
 def test_a_checkpoint_is_read_by_all_and_closed_by_one(path: str) -> None:
     """Whoever has an array keeps it; whoever comes too late is told."""
     for mmap in (True, False):
@@ -229,22 +214,6 @@ def test_a_checkpoint_is_read_by_all_and_closed_by_one(path: str) -> None:
         assert together(6, work) == [True] * 6
         with pytest.raises(ClosedError):
             checkpoint.tensor("wte")
-
-
-def test_close_waits_for_the_turn_and_the_others_are_told(path: str) -> None:
-    for _ in range(5):
-        model = GPT2.load(path, threads=2)
-        wanted = list(model.generate(TOKENS[:5], total=100))
-
-        def work(i: int, model: GPT2 = model) -> Any:
-            if i == 0:
-                model.close()
-                return None
-            return list(model.generate(TOKENS[:5], total=100))
-
-        found = together(4, work)
-        assert found[0] is None
-        assert all(isinstance(result, ClosedError) or result == wanted for result in found[1:])
 
 
 def test_trainings_calls_take_turns(path: str) -> None:
@@ -271,25 +240,6 @@ def test_trainings_calls_take_turns(path: str) -> None:
         found = together(3, work)
         assert set().union(*found) <= set(states)
         assert training.evaluate(ids, ids).tobytes() == states[3]
-
-
-def test_a_loader_is_one_threads(path: str) -> None:
-    """Threads that share one lock it; loaders of the same data are independent."""
-    data = np.arange(2000, dtype=np.uint16) % 211
-    loaders = [DataLoader(data, B=2, T=16) for _ in range(4)]
-    found = together(4, lambda i: [loaders[i].next_batch()[0].tobytes() for _ in range(50)])
-    assert len({tuple(batches) for batches in found}) == 1
-    shared, lock = DataLoader(data, B=2, T=16), threading.Lock()
-
-    def work(i: int) -> list[bytes]:
-        batches = []
-        for _ in range(10):
-            with lock:
-                batches.append(shared.next_batch()[0].tobytes())
-        return batches
-
-    taken = [batch for batches in together(4, work) for batch in batches]
-    assert sorted(taken) == sorted(found[0][:40])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,21 +281,6 @@ def test_a_chunk_that_fails_takes_the_whole_prompt_back(path: str, monkeypatch: 
             model.prefill(cache, [*TOKENS[7:40], 211])
         assert cache.length == 7
         assert np.array_equal(model.prefill(cache, TOKENS[7:20]), model.logits(TOKENS[:20])[-1])
-
-
-def test_ctrl_c_in_the_body_of_a_class_is_ctrl_c() -> None:
-    """Python before 3.12 makes a RuntimeError of it, as where another module is imported: commands know it nevertheless."""
-
-    class Interrupted:
-        def __set_name__(self, *_: object) -> None:
-            raise KeyboardInterrupt
-
-    def imported() -> None:
-        type("Encoding", (), {"cached": Interrupted()})
-
-    assert status_of(imported) == 130
-    with pytest.raises(RuntimeError, match="another"):
-        status_of(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_updates_are_counted(path: str) -> None:

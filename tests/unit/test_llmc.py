@@ -252,24 +252,6 @@ def test_examples_outside_the_vocabulary(tmp_path: Path) -> None:
     refused(path, message, lambda path: list(read_examples(path, V=11)))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_damaged_examples_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, drawn: st.DataObject) -> None:
-    """Any value anywhere: what is read has the promised form, and nothing but DataError is raised."""
-    values = [*ONE, *TWO]
-    for _ in range(drawn.draw(st.integers(1, 3))):
-        values[drawn.draw(st.integers(0, len(values) - 1))] = drawn.draw(st.integers(0, 40) | st.integers(0, 65535))
-    path = tmp_path_factory.mktemp("damaged") / "a.bin"
-    path.write_bytes(file_of(values, count=2, longest=40))
-    try:
-        examples = list(read_examples(path))
-    except DataError:
-        return
-    assert [example.number for example in examples] == [0, 1]
-    assert all(len(example.endings) == 4 and all(map(len, [example.context, *example.endings])) for example in examples)
-    assert file_of(*(example_values(*example) for example in examples), longest=40) == path.read_bytes()
-
-
 @pytest.mark.parametrize(
     ("examples", "message"),
     [

@@ -14,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make, tensors
 
-import pygpt._kernels
+from pygpt._kernels import weight_formats
 from pygpt.commands.quantize import main
 from pygpt.config import TENSORS
 from pygpt.errors import CheckpointError, ClosedError
 from pygpt.formats.checkpoint import Checkpoint
-from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FORMATS, Q4_0, Q6_K, Q8_0, Format
+from pygpt.formats.dtypes import BFLOAT16, FLOAT16, Q4_0, Q6_K, Q8_0, Format
 from pygpt.formats.open import open_model
-from pygpt.formats.panels import PanelFile, from_panels, panel_sizes, to_panels
+from pygpt.formats.panels import PanelFile, from_panels, panel_sizes, quantise, to_panels
+from pygpt.formats.quantise import quantised
 
 SHAPE = {"L": 2, "NH": 2, "C": 20, "V": 37, "maxT": 5}  # nothing is a multiple of a panel or a group
 f4 = np.float32
@@ -33,6 +34,12 @@ BLOCK = st.lists(WEIGHTS, min_size=32, max_size=32) | st.lists(st.floats(-0.125,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
+
+
+def blocks_of(kind: Format, rows: npt.NDArray[f4]) -> npt.NDArray[Any]:
+    found = quantise(kind, np.ascontiguousarray(rows, "f4"))
+    assert found is not None
+    return found
 
 
 def fold(terms: list[f4]) -> f4:
@@ -105,6 +112,32 @@ def test_zeros_stay_zeros_and_what_is_not_finite_shows(kind: Format) -> None:
     assert np.isnan(found[1:4]).all()
     assert abs(found[4]).max() < 1e-7
     assert found[5, 7] == blocks[5, 7]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from([Q8_0, Q4_0]), st.lists(BLOCK, min_size=1, max_size=20))
+def test_the_kernels_quantise_as_numpy_does(kind: Format, rows: list[list[float]]) -> None:
+    assert kind.from_float32 is not None
+    values = np.array(rows, f4)
+    expected, found = kind.from_float32(values), quantise(kind, values)
+    if found is None:
+        assert np.isnan(expected["d"]).any()
+    else:
+        assert found.tobytes() == expected.tobytes()
+
+
+@QUANTISED
+def test_the_kernels_refuse_what_cannot_be_held(kind: Format) -> None:
+    rows = np.zeros((16, 32), f4)
+    rows[1, 3] = 1e-45
+    rows[2, 7] = 65504 * (127 if kind == Q8_0 else 6)
+    found = kind.to_float32(blocks_of(kind, rows))
+    assert not found[0].any()
+    assert abs(found[1]).max() < 1e-7
+    assert found[2, 7] == pytest.approx(rows[2, 7], rel=2**-11)
+    for value in (np.nan, np.inf, -np.inf, 3e38, 65504 * 127.1):
+        rows[3, 5] = value
+        assert quantise(kind, rows) is None
 
 
 @QUANTISED
@@ -213,8 +246,7 @@ def built(header: Mapping[str, Any], data: bytes, alignment: int = 64) -> bytes:
 def expected_blocks(kind: Format, matrix: npt.NDArray[f4]) -> npt.NDArray[Any]:
     """A matrix padded to whole panels and groups, quantised."""
     N, K = matrix.shape
-    assert kind.from_float32 is not None
-    return kind.from_float32(np.pad(matrix, ((0, -N % 16), (0, -K % 32))))
+    return blocks_of(kind, np.pad(matrix, ((0, -N % 16), (0, -K % 32))))
 
 
 def test_the_file_holds_the_numbers_of_its_source(folder: Path) -> None:
@@ -242,8 +274,7 @@ def test_the_file_holds_the_numbers_of_its_source(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_tensors_are_used_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch, *, mmap: bool) -> None:
-    monkeypatch.setattr(pygpt._kernels, "weight_formats", lambda: dict.fromkeys(FORMATS))
+def test_tensors_are_used_in_place(folder: Path, *, mmap: bool) -> None:
     data = (folder / "model.safetensors").read_bytes()
     header, values = parsed(data)
     with PanelFile("model.safetensors", mmap=mmap) as model:
@@ -255,9 +286,11 @@ def test_tensors_are_used_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch
             assert np.frombuffer(content, "u1").ctypes.data % 64 == 0
 
 
-def test_what_the_kernels_do_not_read_is_widened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pygpt._kernels, "weight_formats", lambda: dict.fromkeys(["float32"]))
-    with PanelFile("model.safetensors") as model:
+def test_what_the_kernels_do_not_read_is_widened(folder: Path) -> None:
+    assert main(["--format", "f16", "source.bin", "half.safetensors"]) == 0
+    assert "float16" not in weight_formats()
+    with PanelFile("half.safetensors") as model:
+        assert model.format == FLOAT16
         stored = model.stored()
         assert {kind for kind, _ in stored.values()} == {"float32"}
         for name, (_, content) in stored.items():
@@ -275,6 +308,20 @@ def test_pieces_have_the_shapes_of_a_checkpoint(folder: Path) -> None:
                 assert np.array_equal(found, expected)
             else:
                 assert 0 < abs(found - expected).max() < abs(expected).max() / 7
+
+
+@QUANTISED
+def test_a_file_has_the_numbers_of_quantising_in_memory(folder: Path, kind: Format) -> None:
+    make("wide.bin", L=2, NH=2, C=32, V=64, maxT=5)  # without padding at the end of scales
+    assert main(["--format", kind.name, "--head", "q4_0", "wide.bin", "wide.safetensors"]) == 0
+    assert main(["--format", kind.name, "--head", "q4_0", "wide.bin", "wide.gguf"]) == 0
+    with Checkpoint("wide.bin") as source:
+        memory = quantised(source, kind.name, "q4_0", threads=2).stored()
+    for path in ("wide.safetensors", "wide.gguf"):
+        with open_model(path) as model:
+            assert {name: (form, bytes(data)) for name, (form, data) in model.stored().items()} == {
+                name: (form, bytes(data)) for name, (form, data) in memory.items()
+            }
 
 
 def test_bfloat16_positions_stay_bfloat16(folder: Path) -> None:

@@ -356,7 +356,7 @@ def test_step_inside_a_signal_handler(path: Path) -> None:
             busy.clear()
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
-        for _ in range(150):
+        for _ in range(60):
             assert np.array_equal(model.logits(TOKENS), EXPECTED)
         signal.setitimer(signal.ITIMER_REAL, 0)
         assert outcomes
@@ -531,61 +531,6 @@ def test_interrupt_of_a_long_prefill(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGALRM"])
-@pytest.mark.parametrize("threads", [1, 2, 8])
-def test_many_interrupts_of_decode(path: Path, number: str, threads: int) -> None:
-    """Signals at random moments, their handlers raising: each decode is done, or has not happened; no third thing."""
-    succeed(
-        f"""
-        NUMBER, ROUNDS = signal.{number}, {300 if threads < 8 else 100}
-        class Now(Exception): pass
-        def handler(*_):
-            raise Now
-        signal.signal(NUMBER, handler)
-        model = GPT2.load(PATH, threads={threads})
-        read, write = os.pipe()
-        random.seed(1)
-        def shoot():
-            while os.read(read, 1) == b"x":
-                time.sleep(random.random() * 0.002)
-                os.kill(os.getpid(), NUMBER)
-        threading.Thread(target=shoot, daemon=True).start()
-        model.logits(TOKENS)
-        cache, done = model.new_cache(), 0
-        for i in range(ROUNDS):
-            if cache.length == len(TOKENS):
-                cache.truncate(0)
-            length = before = cache.length          # the signal may come before the first decode begins
-            logits = None
-            try:
-                os.write(write, b"x")
-                while True:
-                    before = cache.length
-                    if before == len(TOKENS):
-                        time.sleep(0.001)
-                        continue
-                    logits = None
-                    logits = model.decode(cache, TOKENS[before])
-            except Now:
-                pass
-            if cache.length > length:
-                done += 1
-                if logits is None:      # interrupted in the decode after the last complete one
-                    pass
-                else:
-                    assert np.array_equal(logits, EXPECTED[cache.length - 1]), cache.length
-            if logits is None and before < len(TOKENS):
-                assert cache.length == before, (cache.length, before)
-        signal.signal(NUMBER, signal.SIG_IGN)
-        assert right(model)
-        assert len([t for t in threading.enumerate() if t.name.startswith("pygpt-") ]) == {threads - 1}
-        model.close()
-        print("fine")
-        """,
-        path,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Fork
 
@@ -727,26 +672,6 @@ def test_threads_share_a_pool() -> None:
         threads = [in_thread(lambda name=name: caller(name)) for name in range(4)]  # type: ignore[misc]
         finish(*threads)
         assert overlaps == []
-
-
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_threads_share_a_model(path: Path, expected: npt.NDArray[np.float32], workers: int) -> None:
-    """Each with caches of its own; steps take turns."""
-    with GPT2.load(path, threads=workers) as model:
-        wrong: list[str] = []
-
-        def caller(offset: int) -> None:
-            for count in range(offset, offset + 12):
-                if not np.array_equal(model.logits(TOKENS[:count]), expected[:count]):
-                    wrong.append(f"logits {count}")
-                cache = model.new_cache()
-                model.prefill(cache, TOKENS[:count])
-                for i in range(count, count + 4):
-                    if not np.array_equal(model.decode(cache, TOKENS[i]), expected[i]):
-                        wrong.append(f"decode {count} {i}")
-
-        finish(*[in_thread(lambda offset=offset: caller(offset)) for offset in (1, 5, 20, 40)])  # type: ignore[misc]
-        assert wrong == []
 
 
 def test_two_models_side_by_side(path: Path, expected: npt.NDArray[np.float32]) -> None:
@@ -1162,145 +1087,100 @@ before = list(model.generate([1, 2], total=5))
 # How many threads
 
 
-class Machine:
+V1 = {"proc/self/cgroup": "12:cpuset:/x\n4:cpu,cpuacct:/d/1\n1:name=systemd:/x\n0::/x"}
+V1 |= {f"sys/fs/cgroup/cpuset/x/cpu.cfs_{name}_us": "100000" for name in ("quota", "period")}  # not the controller of time
+V2 = {"proc/self/cgroup": "0::/a/b/c", "sys/fs/cgroup/a/b/c/cpu.max": "max 100000"}
+
+
+def version_1(quota: str, period: str, folder: str = "cpu,cpuacct/d/1") -> dict[str, str]:
+    return {f"sys/fs/cgroup/{folder}/cpu.cfs_{name}_us": text for name, text in (("quota", quota), ("period", period))}
+
+
+def version_2(quota: str) -> dict[str, str]:
+    return {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": quota}
+
+
+def cores(*groups: str) -> dict[str, str]:
+    """Which processors share a core."""
+    found = {}
+    for group in groups:
+        first, _, last = group.partition("-")
+        for cpu in range(int(first), int(last) + 1) if last else map(int, group.split(",")):
+            found[f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = group
+    return found
+
+
+PAIRS = cores("0-1", "2-3", "4-5", "6-7")
+MACHINES: list[tuple[dict[str, str], set[int], int]] = [  # files below the root, allowed processors, threads
+    ({}, set(range(8)), 8),
+    ({}, set(range(1000)), MAX_THREADS),
+    (cores("0,4", "1,5", "2,6", "3,7"), set(range(8)), 4),
+    *(
+        (PAIRS, allowed, count)
+        for allowed, count in ((set(range(8)), 4), ({0, 1}, 1), ({1, 2}, 2), ({0, 2, 3, 7}, 3), ({5}, 1))
+    ),
+    *(
+        (version_2(quota), set(range(8)), count)
+        for quota, count in (
+            *(("max 100000", 8), ("400000 100000", 4), ("399999 100000", 3), ("150000 100000", 1), ("1600000 100000", 8)),
+            *(("50000 100000", 1), ("25000 5000", 5), ("", 8), ("nonsense", 8), ("100000 0", 8)),  # less than 1: still a thread
+        )
+    ),
+    # The least of nested quotas; not that of a group beside this process's.
+    ({**V2, "sys/fs/cgroup/a/b/cpu.max": "700000 100000"}, set(range(8)), 7),
+    ({**V2, "sys/fs/cgroup/a/b/cpu.max": "700000 100000", "sys/fs/cgroup/a/cpu.max": "300000 100000"}, set(range(8)), 3),
+    ({**V2, "sys/fs/cgroup/a/b/other/cpu.max": "100000 100000"}, set(range(8)), 8),
+    # In a container: /proc names the host's path, and the quota lies at the root of what the container sees.
+    ({"proc/self/cgroup": "0::/../../docker/1234", "sys/fs/cgroup/cpu.max": "200000 100000"}, set(range(8)), 2),
+    *(
+        ({**V1, **version_1(quota, period)}, set(range(8)), count)
+        for quota, period, count in (("-1", "100000", 8), ("250000", "100000", 2), ("99999", "100000", 1), ("", "", 8))
+    ),
+    *(
+        ({"proc/self/cgroup": f"4:{name}:/d/1", **version_1("600000", "100000", f"{name}/d/1")}, set(range(8)), 6)
+        for name in ("cpu", "cpuacct,cpu")
+    ),
+    ({**PAIRS, **version_2("600000 100000")}, set(range(8)), 4),
+    ({**PAIRS, **version_2("300000 100000")}, set(range(8)), 3),
+]
+
+
+def made(root: Path, files: dict[str, str]) -> str:
     """A root directory that looks like a machine's, for default_threads()."""
-
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, cpus: int) -> None:
-        self.root = root
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
-
-    def write(self, name: str, text: str) -> None:
-        file = self.root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-
-    def siblings(self, *groups: str) -> None:
-        for group in groups:
-            first, _, last = group.partition("-")
-            numbers = range(int(first), int(last) + 1) if last else map(int, group.split(","))
-            for cpu in numbers:
-                self.write(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", group)
-
-    def threads(self) -> int:
-        return default_threads(f"{self.root}/")
+    for name, text in files.items():
+        (file := root / name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(os.fsencode(text) + b"\n")
+    return f"{root}/"
 
 
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Eight processors, and nothing known about them."""
-    return Machine(tmp_path, monkeypatch, 8)
+@pytest.mark.parametrize(("files", "allowed", "threads"), MACHINES)
+def test_default(
+    files: dict[str, str], allowed: set[int], threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processors that this process may use, or their cores, or the cgroup's quota: the least of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed, raising=False)
+    assert default_threads(made(tmp_path, files)) == threads
 
 
-def test_default_is_the_processors(machine: Machine) -> None:
-    assert machine.threads() == 8
-
-
-def test_default_counts_cores_not_hyperthreads(machine: Machine) -> None:
-    machine.siblings("0,4", "1,5", "2,6", "3,7")
-    assert machine.threads() == 4
-
-
-def test_default_counts_cores_of_allowed_processors(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine.siblings("0-1", "2-3", "4-5", "6-7")
-    assert machine.threads() == 4
-    for allowed, cores in (({0, 1}, 1), ({1, 2}, 2), ({0, 2, 3, 7}, 3), ({5}, 1)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, allowed=allowed: allowed, raising=False)
-        assert machine.threads() == cores
-
-
-def test_default_without_affinity(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_without_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert machine.threads() == 6
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert machine.threads() == 1
-
-
-def test_default_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Machine(tmp_path, monkeypatch, 1000).threads() == MAX_THREADS
-
-
-@pytest.mark.parametrize(
-    ("quota", "threads"),
-    [
-        ("max 100000", 8),
-        ("400000 100000", 4),
-        ("399999 100000", 3),
-        ("150000 100000", 1),
-        ("50000 100000", 1),  # less than one processor: still one thread
-        ("25000 5000", 5),
-        ("1600000 100000", 8),
-        ("", 8),
-        ("nonsense", 8),
-        ("100000 0", 8),
-    ],
-)
-def test_default_keeps_to_a_version_2_quota(machine: Machine, quota: str, threads: int) -> None:
-    machine.write("proc/self/cgroup", "0::/")
-    machine.write("sys/fs/cgroup/cpu.max", quota)
-    assert machine.threads() == threads
-
-
-def test_default_keeps_to_the_least_of_nested_quotas(machine: Machine) -> None:
-    machine.write("proc/self/cgroup", "0::/a/b/c")
-    machine.write("sys/fs/cgroup/a/b/c/cpu.max", "max 100000")
-    machine.write("sys/fs/cgroup/a/b/cpu.max", "700000 100000")
-    assert machine.threads() == 7
-    machine.write("sys/fs/cgroup/a/cpu.max", "300000 100000")
-    assert machine.threads() == 3
-    machine.write("sys/fs/cgroup/a/b/c/cpu.max", "200000 100000")
-    assert machine.threads() == 2
-    machine.write("sys/fs/cgroup/a/b/other/cpu.max", "100000 100000")  # not above this process
-    assert machine.threads() == 2
+    for count, threads in ((6, 6), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert default_threads(f"{tmp_path}/") == threads
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
-def test_default_in_a_cgroup_of_any_name(machine: Machine) -> None:
+def test_default_in_a_cgroup_of_any_name(tmp_path: Path) -> None:
     name = b"\xff\xc3".decode("utf-8", "surrogateescape")
-    machine.write("proc/self/cgroup", "")
-    (machine.root / "proc/self/cgroup").write_bytes(b"0::/\xff\xc3\n")
-    machine.write(f"sys/fs/cgroup/{name}/cpu.max", "300000 100000")
-    assert machine.threads() == 3
+    files = {"proc/self/cgroup": f"0::/{name}", f"sys/fs/cgroup/{name}/cpu.max": "100000 100000"}
+    assert default_threads(made(tmp_path, files)) == 1
 
 
-def test_default_in_a_container_that_sees_its_own_root(machine: Machine) -> None:
-    """/proc names the host's path, which the container cannot see: its quota lies at the root of what it can."""
-    machine.write("proc/self/cgroup", "0::/../../docker/1234")
-    machine.write("sys/fs/cgroup/cpu.max", "200000 100000")
-    assert machine.threads() == 2
-
-
-@pytest.mark.parametrize(
-    ("quota", "period", "threads"),
-    [("-1", "100000", 8), ("250000", "100000", 2), ("99999", "100000", 1), ("600000", "100000", 6), ("", "", 8)],
-)
-@pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct", "cpuacct,cpu"])
-def test_default_keeps_to_a_version_1_quota(machine: Machine, controllers: str, quota: str, period: str, threads: int) -> None:
-    machine.write("proc/self/cgroup", f"12:cpuset:/x\n4:{controllers}:/docker/1234\n1:name=systemd:/x\n0::/x")
-    folder = f"sys/fs/cgroup/{controllers}/docker/1234"
-    machine.write(f"{folder}/cpu.cfs_quota_us", quota)
-    machine.write(f"{folder}/cpu.cfs_period_us", period)
-    machine.write("sys/fs/cgroup/cpuset/x/cpu.cfs_quota_us", "100000")  # not the controller of time
-    machine.write("sys/fs/cgroup/cpuset/x/cpu.cfs_period_us", "100000")
-    assert machine.threads() == threads
-
-
-def test_default_finds_a_version_1_mount_of_another_name(machine: Machine) -> None:
+def test_default_finds_a_version_1_mount_of_another_name(tmp_path: Path) -> None:
     """/proc says cpuacct,cpu where systemd has mounted cpu,cpuacct; the link cpu leads there."""
-    machine.write("proc/self/cgroup", "4:cpuacct,cpu:/job")
-    machine.write("sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us", "300000")
-    machine.write("sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us", "100000")
-    (machine.root / "sys/fs/cgroup/cpu").symlink_to("cpu,cpuacct")
-    assert machine.threads() == 3
-
-
-def test_default_takes_the_least_of_all(machine: Machine) -> None:
-    machine.siblings("0-1", "2-3", "4-5", "6-7")
-    machine.write("proc/self/cgroup", "0::/")
-    machine.write("sys/fs/cgroup/cpu.max", "600000 100000")
-    assert machine.threads() == 4
-    machine.write("sys/fs/cgroup/cpu.max", "300000 100000")
-    assert machine.threads() == 3
+    root = made(tmp_path, {"proc/self/cgroup": "4:cpuacct,cpu:/job", **version_1("100000", "100000", "cpu,cpuacct/job")})
+    (tmp_path / "sys/fs/cgroup/cpu").symlink_to("cpu,cpuacct")
+    assert default_threads(root) == 1
 
 
 def test_default_on_this_machine() -> None:

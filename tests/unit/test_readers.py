@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from make_checkpoint import make
 
 CORPUS = Path(__file__).parents[1] / "corpus"
-FEW = {"command": 40, "serve": 40, "convert": 60, "text": 40, "state": 60}  # examples of slow targets; 100 of the others
+FEW = {"command": 40, "serve": 60, "text": 40, "state": 100}  # examples of slow targets; 200 of the others
 Sound = dict[str, tuple[targets.Target, list[bytes]]]
 
 
@@ -37,16 +37,18 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[tar
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_no_finding(sound: Any, name: str) -> None:
     target, inputs = sound(name)
-    labels = [target.check(data) for data in inputs]
-    assert len(set(labels)) > 1  # some are taken, some refused
+    labels = {target.check(data) for data in inputs}
+    if isinstance(target, targets.FileTarget):
+        labels |= {target.check(one) for data in target.seeds()[:2] for one in target.neighbours(data)}
+    assert len(labels) > 1  # some are taken, some refused
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_no_finding_among_mutations(sound: Any, name: str) -> None:
     target, inputs = sound(name)
 
-    @settings(max_examples=FEW.get(name, 100), deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.randoms(use_true_random=False), st.integers(1, 3))
+    @settings(max_examples=FEW.get(name, 200), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.randoms(use_true_random=True), st.integers(1, 3))
     def check(random: Random, times: int) -> None:
         data = random.choice(inputs)
         for _ in range(times):
@@ -74,7 +76,6 @@ def test_no_finding_among_mutations(sound: Any, name: str) -> None:
         ("gguf", "pygpt.formats.gguf._aligned", lambda size, alignment: size),
         ("panels", "pygpt.formats.panels.ALIGNMENT", 32),
         ("serve", "pygpt.generation.prefix.PrefixCache.best", lambda *_: 1 // 0),
-        ("convert", "pygpt.formats.huggingface.NAMES", {}),
     ],
 )
 def test_a_defect_is_found(sound: Any, monkeypatch: pytest.MonkeyPatch, name: str, replaced: str, by: Any) -> None:
@@ -112,9 +113,3 @@ def test_mutations_reach_every_field_and_boundary() -> None:
     for field in range(8):
         assert {-1, 1, 2**31 - 1, -(2**31), 46341} <= set(numbers[:, field].tolist())
     assert len({len(one) for one in found}) > 500
-
-
-def test_several_files_in_one_input() -> None:
-    files = {"a.json": b"{}", "b-1.safetensors": b"\x00\n7 x\n", "empty": b""}
-    assert targets.unpack(targets.pack(files)) == files
-    assert targets.unpack(b"nonsense") == {}

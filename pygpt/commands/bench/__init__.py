@@ -1,1 +1,1 @@
-"""The command `pygpt bench`: speed beside the machine's limits and beside other programs."""
+"""The command `pygpt bench`: compare speed with the machine's limits and with other programs."""

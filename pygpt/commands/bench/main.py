@@ -1,41 +1,49 @@
-"""Measure speed: prefill (pp) and decode (tg) in tokens a second, beside the machine's limits in the same minutes.
+"""Measure speed in tokens per second, and compare it with the machine's limits, measured in the same minutes.
 
-    pygpt bench -m gpt2_124M.bin                     the table, for 1 and 2 threads
+    pygpt bench -m gpt2_124M.bin                     print the table for 1 and 2 threads
     pygpt bench -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
-    pygpt bench -m gpt2_124M.bin --reference         also the serial reference, and the speed-up over it
-    pygpt bench -m gpt2_124M.bin --against all       also the installed peers, on the same weights
-    pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  training; --reference and --against work, too
+    pygpt bench -m gpt2_124M.bin --reference         also run the serial reference, and show the speed-up over it
+    pygpt bench -m gpt2_124M.bin --against all       also run installed peers (other programs) on the same weights
+    pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  measure training; --reference and --against work too
 
-Test names are llama-bench's: pp512 is a prompt of 512 tokens, tg64@d8 is 64 new tokens after 8, tg64@d8xb8 the same for 8
-sequences together. process is the whole command, with two tokens in and eight new ones. Each round runs every test once, so
-that a slow minute of a shared machine affects all tests alike. Figures are medians; the spread is the middle half.
+Tests are named as in llama-bench:
 
-Limits: a prefill does 2 operations for each weight and token (the head once) and 4 x position x C for each token and layer
-of attention, against the FMA peak. Decode reads every weight except wpe once a step, and the keys and values of its context,
-against the read bandwidth. A process has no limit of this kind.
+    pp512        prefill of a prompt of 512 tokens
+    tg64@d8      decode of 64 new tokens after a context of 8 tokens
+    tg64@d8xb8   the same for 8 sequences together
+    process      the whole command, with 2 prompt tokens and 8 new tokens
 
-JSON (-o json): a list of objects; CSV (-o csv) has the fields of the tests as columns. The first object is the machine:
+Each round runs every test once, so that a slow minute of a shared machine affects all tests alike. The results are medians. The
+middle half is the range without the lowest and the highest quarter of the rounds.
+
+Limits: prefill does 2 operations for each weight and token (the head for one token only). Its attention does 4 x position x C
+operations for each token and layer. The limit of prefill is the FMA peak. Each decode step reads every weight except wpe, and
+the keys and values of its context. The limit of decode is the read bandwidth. The test "process" has no limit.
+
+JSON (-o json) is a list of objects. CSV (-o csv) has the fields of the tests as columns. The first object of the JSON describes
+the machine:
 
     test                "ceilings"
     cpu, isa, python, pygpt, commit
     model               L, NH, C, V, maxT, version
     read_gb_s, fma_gflop_s, stream_gb_s (with --train)
-                        the limits, by threads
+                        the limits, by number of threads
 
-Then there is one object for each test, program and number of threads:
+Each other object is a test of one program with one number of threads:
 
     test, by, threads, rounds
+                        name of the test, program, number of threads, number of rounds
     tokens_per_s, seconds
                         medians
     tokens_per_s_middle_half
                         [low, high]
-    percent_of_limit    null without a limit
-    peak_anon_bytes     resident memory after the test, in a process of its own, without the file's pages; null: not measured
-    anon_before_bytes   the part of it that was there before the test
-    cache_bytes         keys and values, which are not in peak_anon_bytes
+    percent_of_limit    null if the test has no limit
+    peak_anon_bytes     resident memory after the test in a fresh process, without pages of files; null if not measured
+    anon_before_bytes   the part of peak_anon_bytes that was resident before the test
+    cache_bytes         size of keys and values, which peak_anon_bytes does not include
     mapped_bytes        resident pages of files
     speed_up, hardware_speed_up, percent_of_hardware_scaling
-                        if the same run measured one thread
+                        over one thread, if the run measured one thread
     speed_up_over_reference, efficiency_over_reference
                         with --reference
 """
@@ -72,11 +80,11 @@ from . import peers as bench_peers
 from . import train as bench_train
 
 BATCH = 8
-REFERENCE_TOKENS = 8  # new ones in the serial program's usual job, after two
+REFERENCE_TOKENS = 8  # new tokens in the reference's job, after 2 prompt tokens
 
 
 class Test:
-    """One thing to time: run() returns seconds; the rest says what they mean."""
+    """A test. run: a function that runs it once and returns seconds. flop, read_bytes: its least work, for the limit."""
 
     def __init__(
         self, name: str, threads: int, tokens: int, run: Callable[[], float], *, flop: float = 0, read_bytes: float = 0, by: str
@@ -87,7 +95,7 @@ class Test:
         self.memory: dict[str, int] = {}
 
     def result(self, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
-        """The test as one object of the JSON output."""
+        """Return the test as an object of the JSON output."""
         rates = sorted(self.tokens / seconds for seconds in self.seconds)
         low, high = rates[len(rates) // 4], rates[-1 - len(rates) // 4]
         seconds = statistics.median(self.seconds)
@@ -110,30 +118,30 @@ class Test:
         }
 
 
-# ------------------------------------------------------------------------------------------------ what is timed
+# ------------------------------------------------------------------------------------------------ measurements
 
 
 def prompt(config: Config, length: int) -> list[int]:
-    """Token ids of no meaning, spread over the vocabulary."""
+    """Return artificial token ids, spread over the vocabulary."""
     return [(i * 7919 + 13) % config.V for i in range(length)]
 
 
 def prefill_flop(config: Config, length: int) -> float:
-    """Operations of a prompt, the head for its last token only."""
+    """Return the number of operations of a prompt, with the head for its last token only."""
     weights = 12 * config.L * config.C**2
     attention = 4 * config.L * config.C * length * (length + 1) / 2
     return 2.0 * weights * length + 2.0 * config.V * config.C + attention
 
 
 def decode_bytes(config: Config, value_bytes: int, depth: int, new: int, batch: int) -> float:
-    """Bytes that `new` decode steps read: the weights each time, and each sequence's keys and values so far."""
+    """Return the number of bytes that `new` decode steps read: each time the weights, and all keys and values so far."""
     weights = (config.parameters(padded=False) - config.maxT * config.C) * value_bytes
     context = sum(2 * 4 * config.L * config.C * (depth + i + 1) for i in range(new))
     return float(new * weights + batch * context)
 
 
 def time_prefill(model: GPT2, length: int) -> float:
-    """Seconds for a prompt."""
+    """Return the seconds of a prompt."""
     tokens = prompt(model.config, length)
     cache = model.new_cache(length)
     start = time.perf_counter()
@@ -142,7 +150,7 @@ def time_prefill(model: GPT2, length: int) -> float:
 
 
 def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
-    """Seconds for `new` tokens each of `batch` sequences after `depth` tokens that are not timed."""
+    """Return the seconds for `new` tokens of each of `batch` sequences. Their context of `depth` tokens is not timed."""
     caches = [model.new_cache(depth + new) for _ in range(batch)]
     for cache in caches:
         model.prefill(cache, prompt(model.config, depth))
@@ -153,26 +161,28 @@ def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
     return time.perf_counter() - start
 
 
-def time_usual_job(model: GPT2 | SerialGPT2) -> float:
-    """Seconds of the serial program's usual job: 2 tokens in, 8 new ones."""
+def time_reference_job(model: GPT2 | SerialGPT2) -> float:
+    """Return the seconds of the reference's job: 2 prompt tokens and 8 new tokens."""
     start = time.perf_counter()
     list(model.generate([0, 0], max_new_tokens=REFERENCE_TOKENS))
     return time.perf_counter() - start
 
 
 def time_process(path: str, *options: str) -> float:
-    """Seconds of the whole command for that job, interpreter start included."""
+    """Return the seconds of the whole command for the same job, including the start of the interpreter."""
     command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
     start = time.perf_counter()
     status = subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()).returncode
     if status:
-        raise PyGPTError(f"the command that is measured ended with status {status}")
+        raise PyGPTError(f"the measured command ended with status {status}")
     return time.perf_counter() - start
 
 
 def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]:
-    """Resident memory after a test, in a process of its own: anonymous (without the caches) and mapped from the file; of
-    training, the most there was."""
+    """Return the resident memory after a test in a fresh process, without the caches, and the resident pages of files.
+
+    For training, also return the peak of the resident memory.
+    """
     command = [sys.executable, "-m", "pygpt", "bench", "--memory-of", json.dumps([test, path, threads, *sizes])]
     done = subprocess.run(command, capture_output=True, check=True, env=child_environment())
     found: dict[str, int] = json.loads(done.stdout)
@@ -180,12 +190,12 @@ def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]
 
 
 def report_memory(test: str, path: str, threads: int, *sizes: int) -> None:
-    """The child of memory_of(): run the test once and print this process's resident memory."""
+    """Run a test once and print this process's resident memory. memory_of() runs this function in a child process."""
     print(json.dumps((memory_of_training if test == "train" else memory_of_step)(test, path, threads, *sizes)))
 
 
 def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> dict[str, int]:
-    """After two iterations."""
+    """Return the memory after two iterations of training."""
     with TrainableGPT2.load(path, threads=threads) as model:
         for step in (1, 2):
             bench_train.iterate(model, bench_train.batch_of(model.config, B, T), step)
@@ -199,7 +209,7 @@ def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> di
 
 
 def memory_of_step(test: str, path: str, threads: int, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
-    """After a prefill or a decode, when its caches are gone."""
+    """Return the memory after a prefill or a decode, when its caches are freed."""
     with GPT2.load(path, threads=threads) as model:
         before = _resident()
         if test == "pp":
@@ -224,11 +234,11 @@ def _resident() -> dict[str, int]:
     return {name: int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
-# ------------------------------------------------------------------------------------------------ which tests
+# ------------------------------------------------------------------------------------------------ the tests
 
 
 def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: str) -> list[Test]:
-    """pygpt's tests for one thread count."""
+    """Return pygpt's tests with one number of threads."""
     config, threads, tests = model.config, model.threads, []
     for length in options.prompts:
         run = partial(time_prefill, model, length)
@@ -249,10 +259,10 @@ def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: 
 
 
 def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: bool) -> list[Test]:
-    """The serial reference, and the same job on the fast path."""
-    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_usual_job(serial), by="reference")]
+    """Return the tests of the serial reference, and the same job with pygpt."""
+    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference_job(serial), by="reference")]
     for model in models:
-        run = partial(time_usual_job, model)
+        run = partial(time_reference_job, model)
         tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by="pygpt"))
     if process:
         tests.append(Test("process", 1, REFERENCE_TOKENS, lambda: time_process(path, "--reference"), by="reference"))
@@ -260,7 +270,7 @@ def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: 
 
 
 def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list[Test]:
-    """The peers' tests: each peer in its own process, at the highest thread count."""
+    """Return the tests of the peers. Each peer runs in its own process with the largest number of threads."""
     threads, tests = max(options.threads), []
     for name in options.against:
         peer = stack.enter_context(bench_peers.Peer(name, path, threads))
@@ -277,7 +287,7 @@ def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list
 
 
 def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[int, Ceilings]) -> None:
-    """Every test once a round, after one round that does not count; the ceilings between."""
+    """Run every test once in each round, and measure the ceilings in between. The first round is a warm-up."""
     with Progress("rounds", options.rounds) as progress:
         for number in range(options.rounds + 1):
             for ceiling in ceilings.values():
@@ -290,7 +300,7 @@ def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[in
 
 
 def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
-    """The object `ceilings` of the JSON output: the machine, the model, the limits."""
+    """Return the first object of the JSON output: the machine, the model, the limits."""
     return {
         "test": "ceilings",
         "cpu": _cpu_name(),
@@ -306,7 +316,7 @@ def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dic
 
 
 def _streams(ceilings: dict[int, Ceilings]) -> dict[str, float]:
-    """What an update of parameters could reach, where it was measured."""
+    """Return the limits of AdamW's memory traffic, by number of threads, if they were measured."""
     found = {str(threads): ceiling.stream_gb_s for threads, ceiling in ceilings.items()}
     return {threads: rate for threads, rate in found.items() if rate == rate}
 
@@ -319,7 +329,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The clone's commit; empty for an installed package, and without git."""
+    """Return the clone's commit, or "" for an installed package or without git."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return ""
@@ -331,7 +341,7 @@ def _commit() -> str:
 
 
 def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
-    """Add speed-up and efficiency over one thread, and over the reference, where both were run."""
+    """Add speed-up and efficiency over one thread, and over the reference, if they were measured."""
     rate = {(r["by"], r["test"], r["threads"]): r["tokens_per_s"] for r in results}
     for r in results:
         alone = rate.get((r["by"], r["test"], 1))
@@ -347,17 +357,17 @@ def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
 
 
 def print_machine(machine: dict[str, Any]) -> None:
-    """What ran on what, and the limits."""
+    """Print the machine, the versions and the limits."""
     print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}, pygpt {machine['pygpt']} {machine['commit']}")
     for threads in machine["read_gb_s"]:
         read, fma = machine["read_gb_s"][threads], machine["fma_gflop_s"][threads]
-        update = f", update's traffic {machine['stream_gb_s'][threads]:.1f} GB/s" if "stream_gb_s" in machine else ""
+        update = f", AdamW's traffic {machine['stream_gb_s'][threads]:.1f} GB/s" if "stream_gb_s" in machine else ""
         print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s{update}")
     print()
 
 
 def print_markdown(results: list[dict[str, Any]]) -> None:
-    """A table to read, and to paste into BENCHMARKS.md."""
+    """Print the results as a Markdown table."""
     print("| test | by | threads | tokens/s | middle half | % of limit | x 1 thread | x reference | anon MB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in results:
@@ -373,7 +383,7 @@ def print_markdown(results: list[dict[str, Any]]) -> None:
 
 
 def print_csv(results: list[dict[str, Any]]) -> None:
-    """One line a test, the union of their fields as columns."""
+    """Print one line for each test. The columns are the union of their fields."""
     fields = list(dict.fromkeys(name for r in results for name in r))
     writer = csv.DictWriter(sys.stdout, fields)
     writer.writeheader()
@@ -384,7 +394,7 @@ def print_csv(results: list[dict[str, Any]]) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """A list of positive whole numbers, such as 64,512,1000."""
+    """Read a list of positive whole numbers such as 64,512,1000, as a type for argparse."""
     words = text.split(",")
     if not all(word.isascii() and word.isdigit() and 0 < int(word) < 10**6 for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive whole numbers such as 64,512")
@@ -396,7 +406,7 @@ TRAINING = {"B": 4, "T": 64}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt bench",
         usage="pygpt bench [options]",
@@ -405,39 +415,39 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add, count = parser.add_argument, whole(1, 999_999)
-    add("-m", "--model", help="an llm.c checkpoint (default: as the command finds one)")
-    add("-p", "--prompts", type=numbers, help="prompt lengths (64,512,1000)")
-    add("-n", "--new", type=count, help="new tokens of a decode test (64)")
-    add("-d", "--depths", type=numbers, help="tokens of context before them (8,512)")
-    add("-b", "--batches", type=numbers, help=f"sequences decoded together (1,{BATCH})")
-    add("--train", action="store_true", help="training instead: forward, backward, norm, update")
-    add("-B", type=count, help="its sequences in a batch (4)")
-    add("-T", type=count, help="its tokens in a sequence (64)")
-    add("-t", "--threads", type=numbers, default="1,2", help="thread counts (1,2)")
-    add("-r", "--rounds", type=count, default=5, help="rounds (5)")
-    add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md, json or csv")
-    add("--reference", action="store_true", help="the serial reference too (slow)")
-    add("--against", default="", help="peers, separated by commas, or all that are installed")
-    add("--no-process", dest="process", action="store_false", help="leave out the whole process")
-    add("--no-memory", dest="memory", action="store_false", help="leave out the memory figures")
+    add("-m", "--model", help="an llm.c checkpoint or a downloaded model (default: see pygpt --help)")
+    add("-p", "--prompts", type=numbers, help="lengths of prompts (default 64,512,1000)")
+    add("-n", "--new", type=count, help="new tokens in a decode test (default 64)")
+    add("-d", "--depths", type=numbers, help="tokens of context before the new tokens (default 8,512)")
+    add("-b", "--batches", type=numbers, help=f"numbers of sequences decoded together (default 1,{BATCH})")
+    add("--train", action="store_true", help="measure training: forward, backward, norm, update")
+    add("-B", type=count, help="with --train, sequences in a batch (default 4)")
+    add("-T", type=count, help="with --train, tokens in a sequence (default 64)")
+    add("-t", "--threads", type=numbers, default="1,2", help="numbers of threads (default 1,2)")
+    add("-r", "--rounds", type=count, default=5, help="number of rounds (default 5)")
+    add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md (a Markdown table, default), json or csv")
+    add("--reference", action="store_true", help="also run the serial reference, which is slow")
+    add("--against", default="", help="peers to run too, separated by commas, or all for the installed ones")
+    add("--no-process", dest="process", action="store_false", help="leave out the test process")
+    add("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     add(
         "--limit-megabytes",
         type=count,
         default=512,
-        help="memory that the limits are measured in: no cache holds it (512)",
+        help="size of the arrays that measure the limits, larger than any cache (default 512)",
     )
     add("--memory-of", help=argparse.SUPPRESS)
     return parser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Read and check the options. Raises InputError for bad ones."""
     options = build_parser().parse_args(arguments)
     mine, others = (TRAINING, GENERATION) if options.train else (GENERATION, TRAINING)
     for name in others:
         if getattr(options, name) is not None:
             flag = f"-{name[0]}"
-            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
+            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave out {flag}")
     for name, usual in mine.items():
         if getattr(options, name) is None:
             setattr(options, name, usual)
@@ -447,14 +457,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def resolve_peers(text: str, known: Iterable[str]) -> list[str]:
-    """The peers to run; raises InputError for one that is unknown or not installed."""
+    """Return the peers to run. Raises InputError for a peer that is unknown or not installed."""
     installed = [name for name in bench_peers.available() if name in known]
     wanted = installed if text == "all" else [*filter(None, text.split(","))]
     for name in wanted:
         if name not in known:
-            raise InputError(f"--against: {name!r} is not a peer here; peers are {', '.join(known)}")
+            raise InputError(f"--against: {name!r} is not a peer here: it must be one of {', '.join(known)}")
         if name not in installed:
-            raise InputError(f"--against: {name!r} is not installed; installed are {', '.join(installed) or 'none'}")
+            raise InputError(f"--against: {name!r} is not installed: the installed peers are {', '.join(installed) or 'none'}")
     return wanted
 
 
@@ -464,15 +474,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     if options.memory_of:
         report_memory(*json.loads(options.memory_of))
         return
     check_stdout("the results")
-    path = os.path.abspath(find_model(options.model)[0])  # the processes that are measured have another current folder
+    path = os.path.abspath(find_model(options.model)[0])  # absolute: a child may have another current folder
     try:
         machine, results = (measure_training if options.train else measure)(options, path)
-    except (RuntimeError, subprocess.SubprocessError) as error:  # a peer's, a child's
+    except (RuntimeError, subprocess.SubprocessError) as error:  # from a peer or a child
         raise PyGPTError(str(error)) from None
     if options.train:
         bench_train.scaling(results)
@@ -487,11 +497,11 @@ def run(options: argparse.Namespace) -> None:
         (bench_train.print_markdown if options.train else print_markdown)(results)
 
 
-Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # the machine's object, the tests' objects
+Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # the object of the machine, the objects of the tests
 
 
 def measure(options: argparse.Namespace, path: str) -> Measured:
-    """Open everything and run the rounds."""
+    """Open the models, run all rounds, and return the results."""
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(path))
         config = checkpoint.config
@@ -509,7 +519,7 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
 
 
 def leave_out(options: argparse.Namespace, maxT: int) -> None:
-    """Take out of the options what the model's context has no room for, and say so."""
+    """Remove tests that exceed the model's context from the options, and print a notice."""
     names = [f"pp{length}" for length in options.prompts if length > maxT]
     names += [f"tg{options.new}@d{depth}" for depth in options.depths if depth + options.new > maxT]
     options.prompts = [length for length in options.prompts if length <= maxT]
@@ -518,17 +528,17 @@ def leave_out(options: argparse.Namespace, maxT: int) -> None:
         names += ["process"] * options.process + ["the reference"] * options.reference
         options.process = options.reference = False
     if names:
-        say(f"left out, because the model takes {maxT} tokens: {', '.join(names)}")
+        say(f"left out, because they exceed the model's context of {maxT} tokens: {', '.join(names)}")
 
 
 def open_ceilings(options: argparse.Namespace, stack: ExitStack) -> dict[int, Ceilings]:
-    """The machine's limits, yet to be measured, by thread count."""
+    """Return the machine's limits, not measured yet, by number of threads."""
     size = options.limit_megabytes
     return {n: stack.enter_context(Ceilings(n, megabytes=size, stream=options.train)) for n in options.threads}
 
 
 def measure_training(options: argparse.Namespace, path: str) -> Measured:
-    """The same for training."""
+    """Do the same as measure() for training."""
     with Checkpoint(path) as checkpoint:
         config, version = checkpoint.config, checkpoint.version
     batch = bench_train.batch_of(config, options.B, options.T)

@@ -1,18 +1,17 @@
-"""Other implementations of GPT-2 on the same checkpoint, each in its own process, to take turns with pygpt in a benchmark.
+"""Peers: other implementations of GPT-2 that run the same checkpoint in their own processes, alternating with pygpt.
 
     with Peer("numpy", "gpt2_124M.bin", threads=2) as peer:
         peer.prefill(512), peer.decode(64, 8)              # seconds
     with Peer("torch", "gpt2_124M.bin", threads=2) as peer:
         peer.train(inputs, targets, lr=1e-4, ...)          # a loss, and seconds
 
-Each peer has its own process: the libraries' thread pools and allocators disturb each other and pygpt, and they read their
-thread counts when they are imported. The child (main()) answers JSON lines: {"call": "prefill", "n": 512} on its standard
-input, {"result": 0.41} or {"error": "..."} on its standard output.
+Each peer has its own process, because the libraries' thread pools and allocators disturb each other and pygpt. Also, the
+libraries read their numbers of threads at import. The child (main()) reads JSON lines such as {"call": "prefill", "n": 512}
+from stdin, and answers with {"result": 0.41} or {"error": "..."} on stdout.
 
-Each peer gets the best that its ordinary interface offers for one sequence in float32 (llama.cpp: in bfloat16, if the file is).
-That is a key-value cache, the head for the last row only, and weights in memory of its own; first calls do not count. Nothing
-is downloaded: every weight comes from the checkpoint, and only installed peers run. The head is tied to wte without its
-padding.
+Each peer uses the fastest way that its public interface offers for one sequence in float32 (llama.cpp: in bfloat16 if the file
+is). This means a key-value cache, the head for the last row only, and a copy of the weights. First calls are not timed. Only
+installed peers run, and every weight comes from the checkpoint; this module does not download. The head is wte without padding.
 """
 
 import importlib
@@ -42,20 +41,20 @@ if TYPE_CHECKING:
 
     Weights = dict[str, npt.NDArray[np.float32]]
 
-# Names, and the packages that each needs.
+# The peers, and the packages that each needs.
 PEERS: dict[str, tuple[str, ...]] = {
     "numpy": ("numpy",),
     "torch": ("numpy", "torch"),
-    "torch-compile": ("numpy", "torch"),  # and a C++ compiler, which torch calls
+    "torch-compile": ("numpy", "torch"),  # also needs a C++ compiler
     "transformers": ("numpy", "torch", "transformers"),
     "llama.cpp": ("numpy", "llama_cpp", "gguf"),
     "ctranslate2": ("numpy", "ctranslate2"),
 }
-TRAINING = ("torch", "transformers")  # those that train, too
+TRAINING = ("torch", "transformers")  # the peers that can train
 CHILD = (sys.executable, "-m", "pygpt.commands.bench.peers")
 EPSILON = 1e-5
-CLOSE_SECONDS = 2.0  # what a child may take to end by itself
-SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: that is not the next test's load
+CLOSE_SECONDS = 2.0  # the time for a child to end by itself
+SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: wait, so that they do not slow the next test
 WARM_UP_TOKENS = 4
 
 
@@ -63,7 +62,7 @@ WARM_UP_TOKENS = 4
 
 
 def available() -> list[str]:
-    """The peers whose packages are installed; nothing is imported."""
+    """Return the peers whose packages are installed, without importing them."""
     return [name for name in PEERS if not _missing(name)]
 
 
@@ -72,15 +71,15 @@ def _missing(name: str) -> list[str]:
 
 
 class Peer:
-    """A peer in a child process, with a checkpoint loaded. Use it in a `with` block, or close() it.
+    """A peer that runs a checkpoint in a child process. Use it in a `with` block, or close() it.
 
-    Every failure is a RuntimeError of one line: an unknown name, a missing package, a file that the child cannot load, a
-    request beyond the model's maxT, a child that died.
+    Raises RuntimeError with one line for every failure: an unknown name, a missing package, a file that the child cannot load,
+    a request beyond the model's maxT, a child that died.
     """
 
     def __init__(self, name: str, model_path: str | os.PathLike[str], threads: int) -> None:
         if name not in PEERS:
-            raise RuntimeError(f"{name!r} is not a peer; peers are {', '.join(PEERS)}")
+            raise RuntimeError(f"{name!r} is not a peer: it must be one of {', '.join(PEERS)}")
         if missing := _missing(name):
             raise RuntimeError(f"peer {name}: not installed: {', '.join(missing)}")
         self.name = name
@@ -99,28 +98,31 @@ class Peer:
             raise
 
     def prefill(self, n: int) -> float:
-        """Seconds for a prompt of n tokens, up to the last one's logits."""
+        """Return the seconds for a prompt of n tokens, up to the logits of the last token."""
         return float(self._ask("prefill", n=n))
 
     def decode(self, n: int, depth: int) -> float:
-        """Seconds for n further tokens after a context of `depth`, which is not timed."""
+        """Return the seconds for n more tokens after a context of `depth` tokens, which is not timed."""
         return float(self._ask("decode", n=n, depth=depth))
 
     def logits(self, tokens: Sequence[int]) -> list[float]:
-        """The last token's logits, (V,): they show that the peer computes the same network."""
+        """Return the last token's logits, (V,), to check that the peer computes the same network."""
         return [float(value) for value in self._ask("logits", tokens=list(tokens))]
 
     def train(self, inputs: list[list[int]], targets: list[list[int]], **adamw: float) -> dict[str, float]:
-        """One iteration of training on a batch (B, T), AdamW's lr, beta1, beta2 and eps given: the mean `loss` before it, and
-        the seconds of `forward`, `backward`, `norm` (the gradient's, not used) and `update`."""
+        """Run one iteration of training on a batch (B, T). adamw: lr, beta1, beta2 and eps.
+
+        Return the mean `loss` before the update, and the seconds of `forward`, `backward`, `norm` and `update`. The norm of the
+        gradient is computed but not used.
+        """
         return {name: float(value) for name, value in self._ask("train", inputs=inputs, targets=targets, adamw=adamw).items()}
 
     def peak_rss_bytes(self) -> int:
-        """The most memory that the child held so far, files that it maps included."""
+        """Return the child's peak resident memory in bytes, including mapped files."""
         return int(self._ask("peak"))
 
     def close(self) -> None:
-        """End the child, by force when it is slow. May be called twice."""
+        """End the child; kill it if it takes longer than CLOSE_SECONDS. Safe to call twice."""
         stdin, stdout = _pipes(self.process)
         with suppress(BrokenPipeError):
             stdin.close()
@@ -142,13 +144,13 @@ class Peer:
         stdin, _ = _pipes(self.process)
         if stdin.closed:
             raise RuntimeError(f"peer {self.name}: closed before this call")
-        with suppress(BrokenPipeError):  # of a child that died: _answer() tells how
+        with suppress(BrokenPipeError):  # the child died: _answer() reports how
             stdin.write(json.dumps({"call": call, **arguments}) + "\n")
             stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:
-        """Wait for one line of the child; return its result, raise its error, or tell how the child ended."""
+        """Wait for one line from the child and return its result. Raises RuntimeError for an error, or if the child died."""
         line = _pipes(self.process)[1].readline()
         if not line.endswith("\n"):
             status = self.process.wait()
@@ -167,11 +169,11 @@ def _pipes(process: "subprocess.Popen[str]") -> tuple[IO[str], IO[str]]:
 
 
 def library_settings(threads: int) -> dict[str, str]:
-    """What the libraries read when they are imported: the thread count, and to stay away from the network."""
+    """Return environment variables that the libraries read at import: the number of threads, and no network access."""
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     return {
         **dict.fromkeys(pools, str(threads)),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile in the child: no compiler processes that stay
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile in the child, because compiler processes would stay
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -180,17 +182,20 @@ def library_settings(threads: int) -> dict[str, str]:
 
 
 class Engine:
-    """One implementation inside the child, with one sequence."""
+    """An implementation in the child process, with one sequence."""
 
     config: "Config"
     length = 0
 
     def _run(self, tokens: list[int], start: int) -> Any:
-        """Run tokens at positions from `start` on: 0 forgets the sequence so far, else it is one token. The last logits."""
+        """Run tokens from position `start`; return the last token's logits.
+
+        start 0 begins a new sequence. With any other start, there is one token.
+        """
         raise NotImplementedError
 
     def prefill(self, tokens: list[int]) -> Any:
-        """Forget the sequence so far and run a prompt; return the last token's logits."""
+        """Begin a new sequence with a prompt; return the last token's logits."""
         self.length = len(tokens)
         return self._run(tokens, 0)
 
@@ -200,24 +205,24 @@ class Engine:
         return self._run([token], self.length - 1)
 
     def logits(self, tokens: list[int]) -> list[float]:
-        """The last token's logits as floats, through both paths: a prompt, then the last token as a step."""
+        """Return the last token's logits as floats. Run the last token as a step, to check both prefill and decode."""
         last = self.prefill(tokens[:-1] or tokens)
         if len(tokens) > 1:
             last = self.step(tokens[-1])
         return [float(value) for value in last[: self.config.V]]
 
     def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
-        """One iteration of training, as Peer.train() promises."""
-        raise NotImplementedError("it does not train here")
+        """Run one iteration of training; return the results that Peer.train() describes."""
+        raise NotImplementedError("this peer cannot train")
 
     def time_prefill(self, tokens: list[int]) -> float:
-        """Seconds for a prompt."""
+        """Return the seconds for a prompt."""
         start = time.perf_counter()
         self.prefill(tokens)
         return time.perf_counter() - start
 
     def time_decode(self, context: list[int], new: list[int]) -> float:
-        """Seconds for the tokens `new` one by one after a context."""
+        """Return the seconds for the tokens `new`, one by one, after a context."""
         self.prefill(context)
         start = time.perf_counter()
         for token in new:
@@ -226,10 +231,10 @@ class Engine:
 
 
 def read_weights(path: str) -> "tuple[Config, Weights]":
-    """The sixteen tensors as float32 arrays of this process, wte unpadded.
+    """Return the sixteen tensors as float32 arrays, with wte unpadded.
 
-    Copies, as a peer's own loader would make them; each through a map of its own, so that the file's pages do not count in
-    the peer's memory.
+    The arrays are copies, like those of a peer's own loader. Each tensor is read through a separate map, so that the file's
+    pages do not count in the peer's memory.
     """
     import numpy as np
 
@@ -244,7 +249,7 @@ def read_weights(path: str) -> "tuple[Config, Weights]":
 
 
 class NumPyGPT2(Engine):
-    """NumPy and its BLAS, written by hand."""
+    """A handwritten GPT-2 with NumPy and its BLAS."""
 
     def __init__(self, path: str, threads: int) -> None:
         import numpy as np
@@ -264,7 +269,7 @@ class NumPyGPT2(Engine):
         return (self._layernorm(x[-1:], w["lnfw"], w["lnfb"]) @ w["wte"].T)[0]
 
     def _attention(self, i: int, x: Any, start: int, stop: int) -> Any:
-        """Causal attention of rows [start, stop) over all rows so far; several rows are a whole prompt."""
+        """Compute causal attention of rows [start, stop) over all rows so far. Several rows are always a whole prompt."""
         np, w, T = self.np, self.weights, stop - start
         qkv = x @ w["qkvw"][i].T + w["qkvb"][i]  # (T, 3C)
         q, k, v = qkv.reshape(T, 3, self.config.NH, self.config.HS).transpose(1, 2, 0, 3)  # (NH, T, HS) each
@@ -300,7 +305,7 @@ class NumPyGPT2(Engine):
 
 
 class Torch(Engine):
-    """What the peers of PyTorch share: how they train, with its fused AdamW, all weights decayed by nothing."""
+    """The training of all PyTorch peers, with PyTorch's fused AdamW and weight decay 0."""
 
     def __init__(self, threads: int) -> None:
         self.torch: Any = importlib.import_module("torch")
@@ -309,11 +314,11 @@ class Torch(Engine):
         self.optimizer: Any = None
 
     def _parameters(self) -> list[Any]:
-        """The network's weights, each once."""
+        """Return the network's weights, each once."""
         raise NotImplementedError
 
     def _batch(self, inputs: Any) -> Any:
-        """Logits (B, T, V) of a batch (B, T), in a graph for autograd."""
+        """Return logits (B, T, V) of a batch (B, T), with a graph for autograd."""
         raise NotImplementedError
 
     def _optimizer(self, lr: float, beta1: float, beta2: float, eps: float) -> Any:
@@ -321,7 +326,7 @@ class Torch(Engine):
         return self.torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0, fused=True)
 
     def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
-        """One iteration; forgetting the gradients is part of the update."""
+        """Run one iteration. Clearing the gradients is part of the update."""
         torch = self.torch
         if self.optimizer is None:
             self.optimizer = self._optimizer(**adamw)
@@ -343,7 +348,7 @@ class Torch(Engine):
 
 
 class TorchGPT2(Torch):
-    """PyTorch, written by hand: fused attention; tokens without autograd."""
+    """A handwritten GPT-2 with PyTorch and its fused attention. Generation runs without autograd."""
 
     def __init__(self, path: str, threads: int) -> None:
         super().__init__(threads)
@@ -360,7 +365,7 @@ class TorchGPT2(Torch):
             return (self.run_step if start else self.run_prompt)(self.torch.tensor(tokens), start)
 
     def _forward(self, tokens: Any, start: int) -> Any:
-        """Logits (V,) of the last of the tokens (T,)."""
+        """Return logits (V,) of the last of the tokens (T,)."""
         w, layer_norm, linear = self.weights, self.functional.layer_norm, self.functional.linear
         C, stop = (self.config.C,), start + tokens.shape[0]
         x = w["wte"][tokens] + w["wpe"][start:stop]  # (T, C)
@@ -371,12 +376,12 @@ class TorchGPT2(Torch):
         return linear(layer_norm(x[-1:], C, w["lnfw"], w["lnfb"], EPSILON), w["wte"])[0]
 
     def _attention(self, i: int, x: Any, start: int, stop: int) -> Any:
-        """Causal attention of rows [start, stop) over all rows so far; several rows are a whole prompt."""
+        """Compute causal attention of rows [start, stop) over all rows so far. Several rows are always a whole prompt."""
         w, linear, T = self.weights, self.functional.linear, x.shape[0]
         qkv = linear(x, w["qkvw"][i], w["qkvb"][i]).view(T, 3, self.config.NH, self.config.HS)
         q, k, v = qkv.permute(1, 2, 0, 3).unbind(0)  # (NH, T, HS) each
         positions = self.torch.arange(start, stop)
-        self.keys[i].index_copy_(1, positions, k)  # not a slice: the compiler would copy the whole cache to assign one
+        self.keys[i].index_copy_(1, positions, k)  # for a slice assignment, the compiler would copy the whole cache
         self.values[i].index_copy_(1, positions, v)
         keys, values = (k, v) if T > 1 else (self.keys[i][:, :stop], self.values[i][:, :stop])
         atty = self.functional.scaled_dot_product_attention(q[None], keys[None], values[None], is_causal=T > 1)
@@ -400,11 +405,11 @@ class TorchGPT2(Torch):
 
 
 class CompiledGPT2(TorchGPT2):
-    """The same under torch.compile: once for each prompt length, once for steps at any position."""
+    """TorchGPT2 under torch.compile, compiled once for each prompt length, and once for steps at any position."""
 
     def __init__(self, path: str, threads: int) -> None:
         super().__init__(path, threads)
-        importlib.import_module("torch._dynamo").config.recompile_limit = 64  # beyond it, lengths would run uncompiled
+        importlib.import_module("torch._dynamo").config.recompile_limit = 64  # above this limit, new lengths run uncompiled
         self.run_prompt = self.torch.compile(self._forward, dynamic=False)
         self.run_step = self.torch.compile(self._forward, dynamic=True)
 
@@ -418,14 +423,17 @@ class Transformers(Torch):
         self.config, weights = read_weights(path)
         c = self.config
         options = {"vocab_size": c.V, "n_positions": c.maxT, "n_embd": c.C, "n_layer": c.L, "n_head": c.NH}
-        with self.torch.device("meta"):  # without memory: random values would take seconds
+        with self.torch.device("meta"):  # allocate nothing: filling random weights would take seconds
             self.model = library.GPT2LMHeadModel(library.GPT2Config(**options, attn_implementation="sdpa")).eval()
         self.model.load_state_dict(self._renamed(weights), strict=True, assign=True)
-        self.model.tie_weights()  # assigned apart, wte and the head would be two parameters
+        self.model.tie_weights()  # otherwise wte and the head would be two parameters
         self.cache: Any = None
 
     def _renamed(self, weights: "Weights") -> dict[str, Any]:
-        """Its names and layout: layer by layer, matrices as (in, out). Empties `weights`, to hold them once."""
+        """Return the weights by the library's names and layout: by layer, with matrices as (in, out).
+
+        Empties `weights`, so that each weight is in memory once.
+        """
         names = {
             "ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj",
             "ln2": "ln_2", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj",
@@ -451,13 +459,13 @@ class Transformers(Torch):
         return list(self.model.parameters())
 
     def _batch(self, inputs: Any) -> Any:
-        return self.model(inputs, use_cache=False).logits  # without dropout: eval() is in force
+        return self.model(inputs, use_cache=False).logits  # without dropout, because of eval()
 
 
 class LlamaCpp(Engine):
-    """llama.cpp through the C interface of llama-cpp-python: its Python class would keep every row's logits.
+    """llama.cpp through the C interface of llama-cpp-python. Its Python class would keep the logits of every row.
 
-    Its defaults, which are its fastest: keys, values and GELU's table in float16, so logits agree to 2e-3 of the largest.
+    The defaults are the fastest settings: keys, values and GELU's table are float16. Logits agree to 2e-3 of the largest.
     """
 
     def __init__(self, path: str, threads: int) -> None:
@@ -470,25 +478,25 @@ class LlamaCpp(Engine):
         options = self.lib.llama_context_default_params()
         options.n_ctx = options.n_batch = self.config.maxT
         options.n_threads = options.n_threads_batch = threads
-        with converted("llama.cpp", path) as folder:  # the file stays mapped when its name is gone
+        with converted("llama.cpp", path) as folder:  # the file stays mapped after it is deleted
             name = os.path.join(folder, "model.gguf").encode()
             self.model = self.lib.llama_model_load_from_file(name, self.lib.llama_model_default_params())
             self.context = self.model and self.lib.llama_init_from_model(self.model, options)
         if not self.context:
-            raise RuntimeError("llama.cpp refuses the converted model")
+            raise RuntimeError("llama.cpp cannot load the converted model")
 
     def _run(self, tokens: list[int], start: int) -> Any:
-        """Logits of the last token only: that is what a batch made by llama_batch_get_one asks for."""
+        """Return the logits of the last token. A batch of llama_batch_get_one computes no others."""
         if not start:
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        ids = (self.lib.llama_token * len(tokens))(*tokens)  # the batch only points at them
+        ids = (self.lib.llama_token * len(tokens))(*tokens)  # the batch keeps a pointer to this array
         if status := self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(tokens))):
             raise RuntimeError(f"llama_decode failed with status {status}")
         return self.lib.llama_get_logits(self.context)
 
 
 class CTranslate2(Engine):
-    """CTranslate2's Generator, greedy. It has no step of its own: tokens are timed as its callback reports them."""
+    """CTranslate2's Generator with greedy sampling. It offers no single step, so tokens are timed in its callback."""
 
     def __init__(self, path: str, threads: int) -> None:
         from ...formats.checkpoint import Checkpoint
@@ -502,7 +510,7 @@ class CTranslate2(Engine):
             )
 
     def _generate(self, tokens: list[int], new: int, callback: Callable[[Any], bool] | None = None, **options: Any) -> Any:
-        """Run a prompt, the head for its last token only, then new - 1 of the tokens that it chooses itself."""
+        """Run a prompt with the head for its last token only, then generate new - 1 tokens."""
         return self.generator.generate_batch(
             [[str(token) for token in tokens]],
             max_length=new,
@@ -517,12 +525,12 @@ class CTranslate2(Engine):
         self._generate(tokens, 1)
 
     def time_decode(self, context: list[int], new: list[int]) -> float:
-        """Seconds from the first token that it chooses to the one len(new) later."""
+        """Return the seconds from the first generated token to the token len(new) later."""
         times: list[float] = []
 
         def note(_: Any) -> bool:
             times.append(time.perf_counter())
-            return False  # go on
+            return False  # continue
 
         self._generate(context, len(new) + 1, note)
         if len(times) != len(new) + 1:
@@ -530,7 +538,7 @@ class CTranslate2(Engine):
         return times[-1] - times[0]
 
     def logits(self, tokens: list[int]) -> list[float]:
-        """The last token's logits."""
+        """Return the last token's logits."""
         import numpy as np
 
         return [float(value) for value in np.array(self._generate(tokens, 1, return_logits_vocab=True).logits[0][0])]
@@ -551,18 +559,18 @@ ENGINES: dict[str, Callable[[str, int], Engine]] = {
 
 @contextmanager
 def converted(name: str, path: str) -> Iterator[str]:
-    """A temporary folder with the model in a peer's own format, written by another process: its memory is not the peer's."""
+    """Convert the model to a peer's format in a temporary folder, in another process, whose memory does not count."""
     with tempfile.TemporaryDirectory() as folder:
         command = [*CHILD, "--convert", name, path, folder]
         environment = child_environment()
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
         if result.returncode:
-            raise RuntimeError(f"conversion failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
+            raise RuntimeError(f"conversion failed: {(result.stderr.strip() or 'it printed no reason').splitlines()[-1]}")
         yield folder
 
 
 def convert_to_gguf(path: str, folder: str) -> None:
-    """Write model.gguf: matrices in the checkpoint's precision, vectors and positions in float32, no vocabulary."""
+    """Write model.gguf without a vocabulary: matrices in the checkpoint's precision, vectors and positions in float32."""
     gguf: Any = importlib.import_module("gguf")
     from ...formats.checkpoint import Checkpoint
 
@@ -590,7 +598,7 @@ def convert_to_gguf(path: str, folder: str) -> None:
 
 
 def _gguf_tensors(config: "Config", weights: "Weights") -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
-    """(name, array) as llama.cpp calls them; without output.weight it ties the head."""
+    """Yield (name, array) by llama.cpp's names. Without output.weight, llama.cpp ties the head to token_embd."""
     names = {
         "ln1": "attn_norm", "qkv": "attn_qkv", "attproj": "attn_output",
         "ln2": "ffn_norm", "fc": "ffn_up", "fcproj": "ffn_down",
@@ -605,9 +613,9 @@ def _gguf_tensors(config: "Config", weights: "Weights") -> "Iterator[tuple[str, 
 
 
 def convert_to_ctranslate2(path: str, folder: str) -> None:
-    """Write CTranslate2's model files from its own description of a decoder; the vocabulary is the ids in decimal.
+    """Write CTranslate2's model files from its specification of a decoder. The vocabulary is the ids in decimal.
 
-    What its converter for transformers does, without the need of that package and of a tokenizer.
+    This does the same as CTranslate2's converter for transformers, without that package and a tokenizer.
     """
     library: Any = importlib.import_module("ctranslate2")
     config, weights = read_weights(path)
@@ -646,14 +654,14 @@ CONVERTERS = {"llama.cpp": convert_to_gguf, "ctranslate2": convert_to_ctranslate
 
 
 def prompt(config: "Config", start: int, stop: int) -> list[int]:
-    """Token ids of no meaning, spread over the vocabulary, for positions [start, stop)."""
+    """Return artificial token ids, spread over the vocabulary, for positions [start, stop)."""
     if not 0 <= start < stop <= config.maxT:
-        raise ValueError(f"positions {start} to {stop} were asked for; the model has {config.maxT}")
+        raise ValueError(f"positions {start} to {stop} were requested, but the model has {config.maxT}")
     return [(i * 7919 + 13) % config.V for i in range(start, stop)]
 
 
 def respond(engine: Engine, request: dict[str, Any], warm: set[str]) -> Any:
-    """Answer one request."""
+    """Return the result of one request."""
     call, config = request["call"], engine.config
     if call == "peak":
         return peak_rss_bytes()
@@ -671,7 +679,7 @@ def respond(engine: Engine, request: dict[str, Any], warm: set[str]) -> Any:
 
 
 def time_call(engine: Engine, call: str, n: int, depth: int, warm: set[str]) -> float:
-    """Seconds of a prefill or decode. A kind and size that is new runs once before it is timed."""
+    """Return the seconds of a prefill or decode. Before the first timing of a kind and size, run it once as a warm-up."""
     cold = (key := f"{call} {n} {depth}") not in warm
     warm.add(key)
     if call == "prefill":
@@ -686,8 +694,8 @@ def time_call(engine: Engine, call: str, n: int, depth: int, warm: set[str]) -> 
 
 
 def peak_rss_bytes() -> int:
-    """This process's highest resident memory."""
-    with suppress(OSError):  # Linux; there getrusage would count the parent's memory at the fork, too
+    """Return this process's peak resident memory in bytes."""
+    with suppress(OSError):  # on Linux, because getrusage would include the parent's memory at the fork
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -697,7 +705,7 @@ def peak_rss_bytes() -> int:
 
 
 def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str]) -> int:
-    """Load the model, say so, then answer requests until their end."""
+    """Load the model and report that, then answer requests until the input ends. Return the exit status."""
 
     def answer(work: Callable[[], Any]) -> bool:
         try:
@@ -718,14 +726,14 @@ def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str
 
 
 def _one_line(error: Exception) -> str:
-    """An error for a reader who does not see the traceback."""
+    """Describe an error in one line, without a traceback."""
     if isinstance(error, ImportError):
         return f"cannot import {error.name or 'a package'}: {error}".splitlines()[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main(arguments: list[str]) -> int:
-    """The child: NAME MODEL THREADS. Or its conversion: --convert NAME MODEL FOLDER."""
+    """Run the child with NAME MODEL THREADS, or a conversion with --convert NAME MODEL FOLDER. Return the exit status."""
     if arguments[:1] == ["--convert"] and len(arguments) == 4 and arguments[1] in CONVERTERS:
         CONVERTERS[arguments[1]](arguments[2], arguments[3])
         return 0
@@ -735,7 +743,7 @@ def main(arguments: list[str]) -> int:
     name, path, threads = arguments[0], arguments[1], int(arguments[2])
     os.environ.update(library_settings(threads))
     with open(os.dup(0)) as requests, open(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # what libraries print must not become an answer
+        os.dup2(2, 1)  # libraries print to stdout: this keeps their output out of the answers
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
         return serve(name, path, threads, requests, answers)

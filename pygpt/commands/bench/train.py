@@ -1,29 +1,34 @@
-"""Measure training for `pygpt bench --train`: iterations, part by part, beside the machine's limits.
+"""With --train, measure iterations of training, and compare each part with the machine's limits.
 
 An iteration is forward, backward, the gradient's norm and one step of AdamW, always on the same batch of B x T tokens. All
-programs begin with the same weights and do one iteration a round. The first round does not count: it touches pages and makes
-plans. The serial reference does a single iteration after all rounds. Times are reported only if the losses agree: those of all
-thread counts to the last bit, those of peers and of the reference to TOLERANCE.
+programs begin with the same weights and run one iteration per round. The first round is a warm-up. The serial reference runs
+one iteration after all rounds. Times are reported only if the losses agree. The losses of all numbers of threads must have the
+same bits. The losses of peers and of the reference may differ by 0.001, relative to a loss above 1.
 
-Limits. Forward and backward count 2 and 4 operations for each weight of a product and token (12 L C^2 + V C weights), and 4 and
-8 C for each token, layer and key it sees, against the FMA peak. What the backward pass computes again does not count. The norm
-reads 4 bytes a parameter, against the read bandwidth. AdamW moves 28, against the same traffic without its arithmetic. Above
-100%, some of the data came from a cache.
+Limits of training: for each token, forward does 2 operations for each of the 12 L C^2 + V C weights of products. Its attention
+does 4 C operations for each token, layer and visible key. Backward does twice as many; recomputed values do not count. The
+limit of both is the FMA peak. The norm reads 4 bytes for each parameter; its limit is the read bandwidth. AdamW moves 28 bytes
+for each parameter; its limit is the same traffic without arithmetic. Above 100%, some of the data came from a cache.
 
-Fields of a test in JSON, beside those of all tests:
+With --train, the JSON object of a test has these fields in addition:
 
     B, T
     forward_ms, backward_ms, norm_ms, update_ms, total_ms
-                        medians; with _middle_half behind the name, the middle half of each
-    forward_percent_of_limit ... percent_of_limit
-                        of each part; of all: the least times of all parts over total_ms
-    losses              of the first iterations, the uncounted one included
-    speed_up, efficiency, forward_speed_up ...
+                        medians
+    forward_ms_middle_half, ..., total_ms_middle_half
+                        [low, high]
+    forward_percent_of_limit, ..., percent_of_limit
+                        least time over measured time, of each part and of the whole iteration
+    losses              of the first iterations, including the warm-up
+    forward_speed_up, ..., speed_up, efficiency
                         over one thread; efficiency is speed_up / threads
-    hardware_speed_up   of the least times
+    hardware_speed_up   speed-up of the least times
     percent_of_hardware_scaling
-    ..._over_reference  speed_up, efficiency and the parts' speed_up, over the reference
+                        speed_up relative to hardware_speed_up
+    forward_speed_up_over_reference, ..., speed_up_over_reference, efficiency_over_reference
+                        over the reference
     peak_rss_bytes, peak_anon_bytes, parameter_bytes
+                        peak and final resident memory, and the size of weights, gradients and moments
 """
 
 import time
@@ -43,14 +48,14 @@ from .peers import Peer
 
 PARTS = ("forward", "backward", "norm", "update")
 ADAMW: dict[str, Any] = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # as llm.c's train_gpt2.c
-TOLERANCE = 1e-3  # of a loss, relative to it where it is above 1
-COMPARED = 3  # iterations whose losses are
+TOLERANCE = 1e-3  # of a loss; relative to the loss if it is above 1
+COMPARED = 3  # number of iterations whose losses are compared
 Ids = list[list[int]]
 Result = dict[str, Any]
 
 
 class Batch(NamedTuple):
-    """B sequences of T tokens and, for each token, the one after it."""
+    """B sequences of T tokens, and for each token the next one."""
 
     inputs: Ids
     targets: Ids
@@ -62,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Iteration(NamedTuple):
-    """One iteration: its mean loss, and the seconds of each part."""
+    """The mean loss of one iteration, and the seconds of each part."""
 
     loss: float
     forward: float
@@ -72,23 +77,23 @@ class Iteration(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Seconds of all parts."""
+        """Return the seconds of all parts."""
         return self.forward + self.backward + self.norm + self.update
 
 
 def batch_of(config: Config, B: int, T: int) -> Batch:
-    """Token ids of no meaning, spread over the vocabulary; raises InputError for sequences that the model cannot take."""
+    """Return an artificial batch with ids spread over the vocabulary. Raises InputError if T exceeds the model's context."""
     if config.maxT < T:
-        raise InputError(f"-T is {T}: the model takes at most {config.maxT} tokens")
+        raise InputError(f"-T is {T}: it must be at most the model's context of {config.maxT} tokens")
     ids = [(i * 7919 + 13) % config.V for i in range(B * T + 1)]
     return Batch(*([ids[start + b * T : start + (b + 1) * T] for b in range(B)] for start in (0, 1)))
 
 
-# ------------------------------------------------------------------------------------------------ who trains
+# ------------------------------------------------------------------------------------------------ iterations
 
 
 def iterate(model: TrainableGPT2 | SerialTrainableGPT2, batch: Batch, step: int) -> Iteration:
-    """One iteration, the step-th (from 1) of this model's training."""
+    """Run one iteration. step: its number in this model's training, from 1."""
     times = [time.perf_counter()]
     losses = model.forward(*batch)
     times.append(time.perf_counter())
@@ -103,12 +108,12 @@ def iterate(model: TrainableGPT2 | SerialTrainableGPT2, batch: Batch, step: int)
 
 
 def iterate_peer(peer: Peer, batch: Batch, step: int) -> Iteration:
-    """The same of a peer, which counts its steps itself."""
+    """Run one iteration of a peer, which counts its steps itself."""
     return Iteration(**peer.train(*batch, **ADAMW))
 
 
 class Test:
-    """One who trains, and its iterations so far."""
+    """A program that trains, and its iterations so far. uncounted: the number of warm-up iterations."""
 
     def __init__(self, by: str, threads: int, iterate: Callable[[Batch, int], Iteration], *, uncounted: int = 1) -> None:
         self.by, self.threads, self.iterate, self.uncounted = by, threads, iterate, uncounted
@@ -116,11 +121,11 @@ class Test:
         self.memory: dict[str, int] = {}
 
     def run(self, batch: Batch) -> None:
-        """One iteration more."""
+        """Run one more iteration."""
         self.iterations.append(self.iterate(batch, len(self.iterations) + 1))
 
     def result(self, batch: Batch, least: Iteration | None) -> Result:
-        """The test as an object of the JSON output; `least` are the times that the machine's limits allow."""
+        """Return the test as an object of the JSON output. least: the shortest times that the machine's limits allow."""
         counted = self.iterations[self.uncounted :]
         B, T = len(batch.inputs), len(batch.inputs[0])
         found: Result = {"test": f"train_b{B}_t{T}", "by": self.by, "threads": self.threads, "B": B, "T": T}
@@ -139,15 +144,15 @@ class Test:
 
 
 def check_losses(tests: Iterable[Test]) -> None:
-    """Raise PyGPTError unless all tests train the same network: the first test's losses are held against the others'."""
+    """Raise PyGPTError if a test's losses differ from the first test's: then they do not train the same network."""
     first, *others = tests
     for other in others:
         for number, (ours, theirs) in enumerate(zip(first.iterations[:COMPARED], other.iterations, strict=False), 1):
             allowed = 0.0 if other.by == first.by else TOLERANCE * max(1.0, abs(ours.loss))
-            if not abs(ours.loss - theirs.loss) <= allowed:  # NaN agrees with nothing
+            if not abs(ours.loss - theirs.loss) <= allowed:  # NaN differs from everything
                 whose = f"{other.by}'s with {other.threads} threads is {theirs.loss!r}"
                 raise PyGPTError(
-                    f"iteration {number} does not compare: {first.by}'s loss with {first.threads} threads is {ours.loss!r}, "
+                    f"losses of iteration {number} differ: {first.by}'s loss with {first.threads} threads is {ours.loss!r}, "
                     f"{whose}, and they may differ by {allowed:g}"
                 )
 
@@ -156,7 +161,7 @@ def check_losses(tests: Iterable[Test]) -> None:
 
 
 def flop(config: Config, batch: Batch) -> tuple[float, float]:
-    """Operations of the forward and of the backward pass."""
+    """Return the numbers of operations of the forward and of the backward pass."""
     B, T = len(batch.inputs), len(batch.inputs[0])
     weights = 12 * config.L * config.C**2 + config.V * config.C
     attention = 4.0 * config.L * config.C * B * T * (T + 1) / 2
@@ -165,14 +170,14 @@ def flop(config: Config, batch: Batch) -> tuple[float, float]:
 
 
 def least_times(config: Config, batch: Batch, ceiling: Ceilings) -> Iteration:
-    """The seconds that each part takes at the machine's limits."""
+    """Return the seconds that each part takes at the machine's limits."""
     forward, backward = (amount / (ceiling.fma_gflop_s * 1e9) for amount in flop(config, batch))
     size = 4 * config.parameters(padded=True)
     return Iteration(0.0, forward, backward, size / (ceiling.read_gb_s * 1e9), 7 * size / (ceiling.stream_gb_s * 1e9))
 
 
 def scaling(results: list[Result]) -> None:
-    """Add speed-up and efficiency over one thread, and over the reference, where both were run."""
+    """Add speed-up and efficiency over one thread, and over the reference, if they were measured."""
     for suffix, by in (("", "pygpt"), ("_over_reference", "reference")):
         base = next((r for r in results if r["by"] == by and r["threads"] == 1), None)
         for r in results:
@@ -182,7 +187,7 @@ def scaling(results: list[Result]) -> None:
                 r[f"{part}_speed_up{suffix}"] = base[f"{part}_ms"] / r[f"{part}_ms"]
             r[f"speed_up{suffix}"] = base["total_ms"] / r["total_ms"]
             r[f"efficiency{suffix}"] = r[f"speed_up{suffix}"] / r["threads"]
-            if not suffix:  # the machine's own speed-up: of the least times
+            if not suffix:  # the machine's own speed-up, which is the speed-up of the least times
                 times = [r["percent_of_limit"] * r["total_ms"] for r in (base, r)]
                 r["hardware_speed_up"] = times[0] / times[1]
                 r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
@@ -203,7 +208,10 @@ def measure(
     reference: bool = False,
     progress: Callable[[int], None],
 ) -> list[Result]:
-    """Train on `path` with each of the ceilings' thread counts, then by the peers and the reference; results in that order."""
+    """Train the model `path` with pygpt, the peers and the reference; return their results in this order.
+
+    ceilings: by number of threads; pygpt runs with each of these numbers.
+    """
     with ExitStack() as stack:
         models = [stack.enter_context(TrainableGPT2.load(path, threads=threads)) for threads in ceilings]
         others = [stack.enter_context(Peer(name, path, max(ceilings))) for name in peers]
@@ -220,7 +228,7 @@ def measure(
         if memory_of:
             for test, peer in zip(tests[len(models) :], others, strict=True):
                 test.memory = {"peak_rss_bytes": peer.peak_rss_bytes()}
-    if memory_of:  # of processes of their own, now that the models here are gone
+    if memory_of:  # measure in fresh processes, after the models of this process are closed
         for test in tests[: len(models)]:
             test.memory = memory_of(test.threads)
     if reference:
@@ -231,7 +239,7 @@ def measure(
 
 
 def reference_test(path: str, batch: Batch) -> Test:
-    """The serial reference's one iteration, with its pages in place."""
+    """Run one iteration of the serial reference, after touching the pages of its arrays."""
     with SerialTrainableGPT2.load(path) as model:
         for array in (model.gradients, model.first_moments, model.second_moments):
             array.fill(0)
@@ -241,7 +249,7 @@ def reference_test(path: str, batch: Batch) -> Test:
 
 
 def print_markdown(results: list[Result]) -> None:
-    """A table to read, and to paste into BENCHMARKS.md."""
+    """Print the results as a Markdown table."""
     heads = [
         *("by", "threads", "forward ms", "backward ms", "norm ms", "update ms", "total ms", "middle half", "tokens/s"),
         *("% of limit: forward", "backward", "norm", "update", "total"),
@@ -260,11 +268,11 @@ def print_markdown(results: list[Result]) -> None:
         ]  # fmt: skip
         print("| " + " | ".join(str(column) for column in columns) + " |")
     first = results[0]
-    print(f"\n{first['test']}: medians of {first['rounds']} iterations after one that does not count.")
+    print(f"\n{first['test']}: medians of {first['rounds']} iterations after one warm-up iteration.")
     if results[-1]["by"] == "reference":
-        print("The reference did one iteration, not repeated.")
+        print("The reference ran one iteration only.")
 
 
 def _figure(result: Result, name: str, digits: int, unit: float = 1) -> str:
-    """A field that may be missing."""
+    """Return a field as text, or "" if it is missing."""
     return f"{result[name] / unit:.{digits}f}" if name in result else ""

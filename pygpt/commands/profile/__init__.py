@@ -1,1 +1,1 @@
-"""The command `pygpt profile`: where the time goes."""
+"""The command `pygpt profile`: show where GPT-2 spends its time."""

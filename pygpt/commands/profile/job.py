@@ -1,9 +1,8 @@
-"""The job that is profiled, a Generation (a prompt, then tokens one by one) or a Training (iterations on one batch); and what
-the workers noted meanwhile.
+"""The profiled job, and the recording of its calls and events.
 
-A Call is one prefill() or decode() and the choice of the next token, or one iteration of training, timed from outside; its
-steps are what happened inside, worker by worker. All times are nanoseconds of one monotonic clock, the same that the kernels'
-trace reads.
+A job is a Generation (a prompt, then tokens one by one) or a Training (iterations on one batch). A Call is one prefill() or
+decode() with the choice of the next token, or one iteration of training, timed from outside. The steps of a call contain the
+events of each worker. All times are nanoseconds of one monotonic clock, which the kernels' trace reads too.
 """
 
 import hashlib
@@ -24,19 +23,19 @@ from ...model import GPT2
 from ...reference import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 
-WAKE = "wake-up"  # the time in which some workers are up and others are still asleep
+WAKE = "wake-up"  # the time in which some workers are awake and others are not
 FIRST = ("encoder", "dlogits", "norm", "update")  # the phases that begin a step
-STAGES = ("forward", "backward", "norm", "update")  # of an iteration of training: a step each
+STAGES = ("forward", "backward", "norm", "update")  # the steps of an iteration of training
 HEAD = ("lnf", "logits", "loss", "dlogits", "dhead", "dlnf")
 
 
 def clock() -> int:
-    """The kernels' clock."""
+    """Return the time of the kernels' clock, in ns."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 class Event(NamedTuple):
-    """One phase on one worker: it computes from begin to end and waits for the others from end to left."""
+    """One phase on one worker. It computes from begin to end, and waits at the barrier from end to left."""
 
     phase: str
     layer: int
@@ -46,7 +45,7 @@ class Event(NamedTuple):
 
 
 def place(phase: str, layer: int) -> str:
-    """Where in the network a phase is: a layer's number, the encoder before the layers, the head behind them; else itself."""
+    """Return the place of a phase in the network: a layer's number, "encoder", "head", or the name of the phase itself."""
     if phase in HEAD:
         return "head"
     if phase in ("encoder", "dencoder"):
@@ -54,16 +53,19 @@ def place(phase: str, layer: int) -> str:
     return phase if phase in (WAKE, "norm", "update") else str(layer)
 
 
-Step = list[list[Event]]  # one pass through the network: each worker's events in time order, empty where it took no part
+Step = list[list[Event]]  # one pass through the network: for each worker its events in time order, or [] if it did not run
 
 
 @dataclass
 class Call:
-    """One prefill or decode from outside: `ran` is when the logits were there, `done` when the next token was chosen. Or one
-    iteration of training, where these are the same, and `stages` says when each of STAGES ended."""
+    """One prefill, decode or iteration of training, timed from outside.
+
+    ran: the time when the logits were ready. done: the time when the next token was chosen; in training, the same as ran.
+    stages: in training, the end of each of STAGES.
+    """
 
     mode: str
-    position: int  # tokens in the cache before
+    position: int  # number of tokens in the cache before the call
     rows: int
     begin: int
     ran: int
@@ -73,7 +75,7 @@ class Call:
     steps: list[Step] = field(default_factory=list)
 
     def times(self) -> Iterator[tuple[str, int]]:
-        """What is compared between runs: the call's own time by its mode, then each stage's by its name."""
+        """Yield the times that are compared between runs: (mode, time of the call), then (name, time) of each stage."""
         yield self.mode, self.done - self.begin
         for name, (begin, end) in zip(STAGES, pairwise((self.begin, *self.stages)), strict=False):
             yield name, end - begin
@@ -81,22 +83,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Generation:
-    """What to run: the prompt, how many tokens to decode after it, and how each is chosen."""
+    """A job that runs a prompt, then decodes `new` tokens one by one."""
 
     prompt: list[int]
     new: int
     sampler: str = "median"
-    all_workers: bool = False  # even for steps too small to be worth it
+    all_workers: bool = False  # use all workers even for steps that are faster on one worker
 
     modes: ClassVar = ("prefill", "decode")
-    timed: ClassVar = modes  # what is compared between runs
+    timed: ClassVar = modes  # the times that are compared between runs
 
     def open(self, path: str, threads: int | None) -> GPT2:
-        """The model that runs it."""
+        """Open the model that runs this job."""
         return GPT2.load(path, threads=threads, all_workers=self.all_workers)
 
     def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
-        """Run it once: its calls, and a digest of the bits of all logits (made between the calls)."""
+        """Run the job once; return its calls and a digest of all logits. The digest is computed between the calls."""
         cache = model.new_cache(len(self.prompt) + self.new)
         bits = hashlib.blake2b(digest_size=16)
         calls = []
@@ -118,45 +120,47 @@ class Generation:
         replace(self, new=min(self.new, 2)).run(model, digest=False)
 
     def events(self, config: Config) -> int:
-        """Room for all events that a worker can note: steps of a prompt have 16 rows at the least."""
+        """Return the largest number of events of a worker. A step of a prompt has at least 16 rows."""
         return (11 * config.L + 4) * (self.new + len(self.prompt) // 16 + 2)
 
     def describe(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """Return the fields of the report that describe this job."""
         return {"prompt_tokens": len(self.prompt), "new_tokens": self.new, "sampler": self.sampler}
 
 
 @dataclass(frozen=True)
 class Training:
-    """What to run: iterations of training on one batch, each from the weights that the one before left. Every run begins with
-    the weights of the file."""
+    """A job that runs iterations of training on one batch. Every run begins with the weights in the file."""
 
     path: str
     inputs: list[list[int]]
     targets: list[list[int]]
     iterations: int
-    all_workers: bool = False  # even for steps too small to be worth it
+    all_workers: bool = False  # use all workers even for steps that are faster on one worker
 
     modes: ClassVar = ("train",)
     timed: ClassVar = ("train", *STAGES)
 
     @classmethod
     def of(cls, path: str, B: int, T: int, iterations: int, *, all_workers: bool = False) -> "Training":
-        """A made-up batch; raises InputError for sequences that the model cannot take."""
+        """Return a job with an artificial batch of B x T tokens. Raises InputError if T exceeds the model's context."""
         with Checkpoint(path) as checkpoint:
             V, maxT = checkpoint.config.V, checkpoint.config.maxT
         if maxT < T:
-            raise InputError(f"-T is {T}: the model takes at most {maxT} tokens")
+            raise InputError(f"-T is {T}: it must be at most the model's context of {maxT} tokens")
         ids = [(13 + 7919 * i) % V for i in range(B * T + 1)]
         inputs, targets = ([ids[start + b * T : start + (b + 1) * T] for b in range(B)] for start in (0, 1))
         return cls(path, inputs, targets, iterations, all_workers)
 
     def open(self, path: str, threads: int | None) -> TrainableGPT2:
-        """The model that runs it."""
+        """Open the model that runs this job."""
         return TrainableGPT2.load(path, threads=threads, all_workers=self.all_workers)
 
     def run(self, model: TrainableGPT2 | SerialTrainableGPT2, *, digest: bool = True) -> tuple[list[Call], str]:
-        """Run it once: its calls, and a digest of the bits of all losses, norms and of the weights at the end."""
+        """Run the job once; return its calls and a digest of all losses, all norms and the final weights.
+
+        Raises NumericalError if a gradient norm is not finite.
+        """
         self._restore(model)
         bits = hashlib.blake2b(digest_size=16)
         calls = []
@@ -174,7 +178,7 @@ class Training:
             bits.update(losses.data)
             bits.update(struct.pack("d", norm))
             if not math.isfinite(norm):
-                raise NumericalError(f"the gradient's norm is {norm} in iteration {step}: take fewer iterations (-n)")
+                raise NumericalError(f"the gradient norm is {norm} in iteration {step}: run fewer iterations (-n)")
         if digest:
             bits.update(model.parameters.data)
         return calls, bits.hexdigest()
@@ -191,11 +195,11 @@ class Training:
         replace(self, iterations=1).run(model, digest=False)
 
     def events(self, config: Config) -> int:
-        """Room for all events that a worker can note."""
+        """Return the largest number of events of a worker."""
         return (18 * config.L + 12) * self.iterations
 
     def describe(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """Return the fields of the report that describe this job."""
         return {"B": len(self.inputs), "T": len(self.inputs[0]), "iterations": self.iterations}
 
 
@@ -203,7 +207,7 @@ Job = Generation | Training
 
 
 class Planted(NamedTuple):
-    """Slowness planted to see whether the report finds it: `times` as long in a phase (None: all), on a worker (None: all)."""
+    """A slowdown by the factor `times`, of a phase (None: all phases) on a worker (None: all workers). It tests the report."""
 
     phase: str | None
     times: float
@@ -211,7 +215,7 @@ class Planted(NamedTuple):
 
 
 class Recording:
-    """All rounds of a job: calls of the traced ones, calls of the untraced ones, and digests of their logits."""
+    """All rounds of a job: the calls of the traced rounds, the calls of the untraced rounds, and the digests of both."""
 
     def __init__(self, capacity: int, nth: int) -> None:
         self.capacity = capacity
@@ -222,12 +226,12 @@ class Recording:
 
     @property
     def same_bits(self) -> bool:
-        """Whether every logit of every round had the same bits, traced or not."""
+        """Return whether all rounds, traced or not, computed the same bits."""
         return len(self.digests["profiled"] | self.digests["unprofiled"]) == 1
 
 
 def record(model: Any, job: Job, rounds: int, capacity: int | None = None, planted: Sequence[Planted] = ()) -> Recording:
-    """Run the job `rounds` times untraced and traced in turn, on a model that its open() made."""
+    """Run the job `rounds` times, each time without and with a trace, on a model that job.open() returned."""
     out = Recording(capacity or job.events(model.config), model.threads)
     trace = Trace(model.threads, out.capacity)
     plant(trace, planted)
@@ -250,24 +254,27 @@ def record(model: Any, job: Job, rounds: int, capacity: int | None = None, plant
 
 
 def plant(trace: Trace, planted: Sequence[Planted]) -> None:
-    """Plant slowness in a trace; raises InputError for a phase or a worker that is not there."""
+    """Add slowdowns to a trace. Raises InputError for a phase or a worker that does not exist."""
     for phase, times, worker in planted:
         for ith in range(trace.nth) if worker is None else [worker]:
             try:
                 trace.stretch(ith, phase, times)
             except InputError:
-                raise InputError(f"--stretch: no worker {ith}: workers are 0 to {trace.nth - 1}") from None
+                raise InputError(f"--stretch: worker {ith} does not exist: workers are 0 to {trace.nth - 1}") from None
             except ValueError:
-                raise InputError(f"--stretch: no phase {phase!r}: phases are {', '.join(PHASES)}, or all") from None
+                raise InputError(f"--stretch: {phase!r} is not a phase: phases are {', '.join(PHASES)}, or all") from None
 
 
 # ------------------------------------------------------------------------------------------------ from events to steps
 
 
 def assign(calls: list[Call], notes: list[list[Event]]) -> list[Call]:
-    """Give each call its steps. A step begins with a phase of FIRST; another worker's events belong to the last step that
-    worker 0 had begun when they were left, for no step begins before all workers have finished the one before. Where workers
-    never meet, another one may have left a step before worker 0 began it: then it is the next that begins as the events do."""
+    """Divide each worker's events into steps, and add the steps to their calls.
+
+    A step begins with a phase of FIRST, and only after all workers have finished the previous step. So events of another worker
+    belong to the last step that worker 0 had begun when the events ended. In a step without barriers, another worker may
+    finish before worker 0 begins. Then its events belong to the next step of worker 0 that begins with the same phase.
+    """
     parts = [_split(events) for events in notes]
     starts = [part[0].begin for part in parts[0]]
     steps: list[Step] = [[part, *([] for _ in notes[1:])] for part in parts[0]]
@@ -290,7 +297,7 @@ def assign(calls: list[Call], notes: list[list[Event]]) -> list[Call]:
 
 
 def _split(events: list[Event]) -> list[list[Event]]:
-    """Cut one worker's events where a step begins."""
+    """Split one worker's events at the beginning of each step."""
     parts: list[list[Event]] = []
     for event in events:
         if event.phase in FIRST or not parts:
@@ -300,8 +307,10 @@ def _split(events: list[Event]) -> list[list[Event]]:
 
 
 def settle(step: Step) -> Step:
-    """Make the workers of a step begin and end together: who is up first waits for the others to wake up, and who is done
-    first waits for the others in the pool."""
+    """Add waits so that all workers of a step begin and end together.
+
+    A worker that wakes up early waits for the other workers. A worker that finishes early waits in the pool.
+    """
     present = [events for events in step if events]
     first, up = min(events[0].begin for events in present), max(events[0].begin for events in present)
     last = max(events[-1].left for events in present)
@@ -309,12 +318,15 @@ def settle(step: Step) -> Step:
 
 
 def _settle(events: list[Event], first: int, up: int, last: int) -> list[Event]:
-    """One worker's part of settle(): the others are all up at `up`, and all done at `last`."""
+    """Return one worker's events with the waits of settle().
+
+    first, up: the times at which the first and the last worker wake up. last: the time at which the last worker finishes.
+    """
     head, *rest = events
     begun = [head]
     if head.begin > first:
         begun = [Event(WAKE, 0, first, first, head.begin), head]
-    elif (asleep := min(up, head.left)) > head.end:  # its first phase was done, and the others had not begun
+    elif (asleep := min(up, head.left)) > head.end:  # it finished its first phase before the others began
         waited = Event(WAKE, 0, head.end, head.end, asleep)
         begun = [head._replace(left=head.end), waited, head._replace(begin=asleep, end=asleep)]
     settled = begun + rest

@@ -1,45 +1,55 @@
-"""Report where the time goes: in a prompt and the tokens after it, or in iterations of training.
+"""Show where GPT-2 spends its time: in a prompt and the tokens after it, or in iterations of training.
 
-    pygpt profile                                   the model that pygpt would use, two tokens in, 32 out
+    pygpt profile                                   the default model, 2 prompt tokens, 32 new tokens
     pygpt profile -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
     pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
-    pygpt profile --skip all                        hotspots only, in a second
-    pygpt profile -o json > a.json                  the same as JSON; --compare a.json b.json says what moved
-    pygpt profile --stretch fc=3 --stretch 1:all=2  slow parts down, to see whether the report finds them
+    pygpt profile --skip all                        only the hotspots, in a second
+    pygpt profile -o json > a.json                  print JSON; --compare a.json b.json shows the differences of two reports
+    pygpt profile --stretch fc=3 --stretch 1:all=2  slow down a kernel and a worker, to check that the report shows it
 
-JSON, schema 1 (times in ns, summed over the rounds except for medians; null or empty: not measured):
+JSON (-o json), schema 1. Times are in ns, summed over all rounds, except medians. Values that were not measured are null, and
+lists of them are empty. [a, b] is a list of objects with the fields a and b.
 
-    schema, pygpt           1, and the package's version
-    model                   path, name, L, NH, C, V, maxT, version, value_bytes
-    machine                 processor, isa, cores, threads (workers)
-    job                     prompt_tokens, new_tokens, sampler, or B, T, iterations; rounds, all_workers, planted [text]
-    bits                    profiled, unprofiled: digests of all logits (of losses, norms and weights); same
-    trace                   capacity, dropped [events that found no room, by worker]
-    ceilings                [threads, read_gb_s, fma_gflop_s, stream_gb_s (AdamW's traffic)]
-    wall_ns                 time around all profiled calls
-    kernels                 [mode, name, kind (kernel, wait or outside), calls, total_ns = self_ns + wait_ns, median_ns (self,
-                            of one call), share (of the mode's wall_ns), cumulative, imbalance, flop, bytes, gflop_s, gb_s,
-                            roof, bound (fma, read or stream), workers [calls, self_ns, wait_ns]]; a mode's total_ns add up to
-                            its wall_ns
-    modes.prefill, .decode; .train
-                            wall_ns, calls, tokens, steps, workers_used, median_call_ns, untraced_median_call_ns, wait_ns,
-                            flop, bytes, imbalance {self_ns [by worker], slowest, excess}, layers [layer, else as kernels],
-                            stages [name (forward, backward, norm, update), wall_ns, median_ns, untraced_median_ns, share] of
-                            an iteration, amdahl {serial_ns, serial_share, serial_fraction, one_thread_ns, predictions
-                            [threads, prediction, amdahl, bandwidth]}
-    scaling                 [threads, prediction (false), prefill_ns, prefill_speedup, decode_ns, decode_speedup]; of training
-                            train_ns, train_speedup and the same of forward, backward, norm and update: forward_ns,
-                            forward_speedup, backward_ns, backward_speedup, norm_ns, norm_speedup, update_ns, update_speedup
-    strategies              prompt_tokens, same_bits, same_tokens, ways [name, threads, rounds_a_step, meetings_a_step,
-                            prefill_ns, prefill_speedup, prefill_efficiency, decode_ns, decode_speedup, decode_efficiency];
-                            of training B, T, same_bits, same_losses, and in a way (whose step is an iteration) train_ns,
-                            train_speedup, train_efficiency and the same of its stages: forward_efficiency,
-                            backward_efficiency, norm_efficiency, update_efficiency
-    startup                 [name, ns, minor, major (page faults)]
-    perf                    samples, symbols [symbol, object, share], families {name: share of computing}, reported {the
-                            same from the kernels}
+    schema, pygpt    1, and the version of the package
+    model            path, name, L, NH, C, V, maxT, version, value_bytes (bytes of a weight)
+    machine          processor, isa, cores, threads (number of workers)
+    job              prompt_tokens, new_tokens, sampler, or with --train B, T, iterations; always rounds, all_workers,
+                     planted (a text for each --stretch)
+    bits             profiled, unprofiled (digests of all logits, or of all losses, norms and final weights), same (true if all
+                     rounds agree)
+    trace            capacity (events per worker and round), dropped (for each worker, events that exceeded the capacity)
+    ceilings         the machine's limits: [threads, read_gb_s, fma_gflop_s, stream_gb_s (memory traffic of AdamW)]
+    wall_ns          time measured around all profiled calls
+    kernels          [mode, name, kind, calls, total_ns, self_ns, wait_ns, median_ns, share, cumulative, imbalance, flop, bytes,
+                     gflop_s, gb_s, roof, bound, workers]; the total_ns of a mode's rows add up to the mode's wall_ns
+        kind         kernel, wait, or outside (the kernels)
+        total_ns     self_ns (computing) + wait_ns (waiting at the barrier), each the mean over the workers
+        median_ns    median of self_ns of one call
+        share        total_ns / wall_ns of the mode; cumulative is the running sum
+        imbalance    how much longer the slowest worker computes than the mean; 0.1 is 10%
+        roof, bound  share of the machine's nearest limit, and which limit: fma, read or stream
+        workers      for each worker: [calls, self_ns, wait_ns]
+    modes            an object for each of prefill and decode, or for train: wall_ns, calls, tokens, steps, workers_used,
+                     median_call_ns, untraced_median_call_ns, wait_ns, flop, bytes, imbalance, layers, stages, amdahl
+        imbalance    self_ns (for each worker), slowest (a worker's number), excess (its time over the mean, as a share)
+        layers       [layer, total_ns, self_ns, wait_ns, share, imbalance, workers], as in kernels
+        stages       of an iteration of training: [name (forward, backward, norm, update), wall_ns, median_ns,
+                     untraced_median_ns, share]
+        amdahl       serial_ns (time in which fewer than all workers compute), serial_share (of wall_ns), serial_fraction (of
+                     one_thread_ns), one_thread_ns, predictions [threads, prediction (true), amdahl, bandwidth (speed-ups)]
+    scaling          measured with each number of threads: [threads, prediction (false), prefill_ns, prefill_speedup,
+                     decode_ns, decode_speedup]; with --train train_ns, train_speedup, forward_ns, forward_speedup,
+                     backward_ns, backward_speedup, norm_ns, norm_speedup, update_ns, update_speedup
+    strategies       ways to run the same kernels: prompt_tokens, same_bits, same_tokens, ways [name, threads, rounds_a_step
+                     (of the pool), meetings_a_step (native barriers), prefill_ns, prefill_speedup, prefill_efficiency,
+                     decode_ns, decode_speedup, decode_efficiency]; with --train B, T, same_bits, same_losses, and ways with
+                     train_ns, train_speedup, train_efficiency, the fields of the stages as in scaling, forward_efficiency,
+                     backward_efficiency, norm_efficiency, update_efficiency; a step is then an iteration
+    startup          parts of a fresh process: [name, ns, minor, major (page faults)]
+    perf             samples, symbols [symbol, object, share], families (shares of computing time by kind of kernel),
+                     reported (the same shares from this report's kernels)
 
-Exit status: 0; 1 for a failure at run time; 2 for bad arguments, with one line on stderr; 130 after Ctrl-C.
+Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
 
 import argparse
@@ -60,7 +70,7 @@ from . import compare, job, numbers, perf, plots, startup, strategies, text, tra
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
-GENERATION = {"tokens": "--tokens", "prompt_length": "--prompt-length", "sampler": "--sampler"}  # options of one kind of job
+GENERATION = {"tokens": "--tokens", "prompt_length": "--prompt-length", "sampler": "--sampler"}  # options without --train
 TRAINING = {"B": "-B", "T": "-T"}
 Report = dict[str, Any]
 
@@ -74,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their help."""
+    """Return the parser of the command's options."""
     parser = Parser(
         prog="pygpt profile",
         usage="pygpt profile [options]",
@@ -83,59 +93,57 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint (default: the one that pygpt would use)")
-    add("--tokens", metavar="IDS", help="the prompt, as in 31373,612 (the default)")
-    add("--prompt-length", metavar="N", help="a made-up prompt of so many tokens instead")
+    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint or a downloaded model (default: see pygpt --help)")
+    add("--tokens", metavar="IDS", help="the prompt, such as 31373,612 (the default)")
+    add("--prompt-length", metavar="N", help="use an artificial prompt of N tokens instead")
     add(
         "-n",
         "--new",
         metavar="N",
         type=whole(1, 1 << 20),
-        help="tokens to decode after the prompt, one by one (default 32); or iterations (default 3)",
+        help="number of tokens to decode one by one (default 32); with --train, number of iterations (default 3)",
     )
-    add("--train", action="store_true", help="training instead: forward, backward, gradient's norm, AdamW")
-    add("-B", metavar="N", type=whole(1, 1 << 16), help="its sequences in a batch (default 4)")
-    add("-T", metavar="N", type=whole(1, 1 << 16), help="its tokens in a sequence (default 64)")
-    add(
-        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
-    )
+    add("--train", action="store_true", help="profile training: forward, backward, gradient norm, AdamW")
+    add("-B", metavar="N", type=whole(1, 1 << 16), help="with --train, sequences in a batch (default 4)")
+    add("-T", metavar="N", type=whole(1, 1 << 16), help="with --train, tokens in a sequence (default 64)")
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add(
         "-r",
         "--rounds",
         metavar="N",
         type=whole(1, 1000),
         default=3,
-        help="rounds of the job, untraced and traced in turn (default 3)",
+        help="run the job N times without a trace and N times with a trace, alternating (default 3)",
     )
     add("--sampler", metavar="NAME", help="median (default) or greedy")
-    add("--by-layer", action="store_true", help="add a table by layer")
-    add("--skip", metavar="LIST", default="", help=f"leave out parts: all, or some of {','.join(PARTS)}")
+    add("--by-layer", action="store_true", help="add a table of the layers")
+    add("--skip", metavar="LIST", default="", help=f"leave out parts of the report: all, or some of {','.join(PARTS)}")
     add(
         "--serial-tokens",
         metavar="N",
         type=whole(1, 1 << 20),
         default=8,
-        help="tokens of the strategies: the serial reference is slow (default 8)",
+        help="number of tokens in the comparison of strategies, because the serial reference is slow (default 8)",
     )
-    add("--plot", metavar="DIR", help="write pictures there, SVG and PNG (needs matplotlib)")
+    add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
-    add("--sample", action="store_true", help="run the job under Linux perf too and print the hottest symbols")
+    add("--sample", action="store_true", help="run the job under Linux perf too, and print the hottest symbols")
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, with the schema above")
-    add("--compare", metavar=("A", "B"), nargs=2, help="print what moved between two reports in JSON; nothing runs")
-    add("--all-workers", action="store_true", help="use all workers even for steps too small to be worth it")
-    add("--capacity", metavar="N", type=whole(1, 1 << 24), help="events that a worker can note in a round (default: enough)")
-    planting = "debugging: make a phase (or `all`) last K times as long, on worker W or on all; may be repeated"
+    add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
+    add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
+    add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")
+    planting = "for tests: slow down a phase (or `all`) by the factor K, on worker W or on all workers; may be repeated"
     add("--stretch", metavar="[W:]PHASE=K", action="append", default=[], help=planting)
     return parser
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Check all that can be checked without the model."""
+    """Read the arguments. Raises InputError for everything that can be checked without the model."""
     options = build_parser().parse_args(arguments)
     for name, flag in (GENERATION if options.train else TRAINING).items():
         if getattr(options, name) is not None:
-            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave it out")
+            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave out {flag}")
     for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)
@@ -147,24 +155,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError("--tokens and --prompt-length were both given: give one")
     skipped = set(filter(None, options.skip.split(",")))
     if unknown := sorted(skipped - {*PARTS, "all"}):
-        raise InputError(f"--skip: no part {unknown[0][:40]!r}: parts are {', '.join(PARTS)}, or all")
+        raise InputError(f"--skip: {unknown[0][:40]!r} is not a part: it must be all, or some of {', '.join(PARTS)}")
     options.parts = set() if "all" in skipped else {*PARTS} - skipped
     options.stretch = [planted(given) for given in options.stretch]
     for flag, path in ("--trace", options.trace), ("--paraver", options.paraver):
         if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"{flag}: {path}: there is no folder {os.path.dirname(path)!r}: make it first")
+            raise InputError(f"{flag}: {path}: the folder {os.path.dirname(path)!r} does not exist: make it first")
     return options
 
 
 def count(name: str, given: str, least: int, most: int) -> int:
-    """A whole number of an option."""
+    """Read an option's whole number from `least` to `most`. Raises InputError for anything else."""
     if not (given.isascii() and given.isdigit() and len(given) < 12 and least <= int(given) <= most):
         raise InputError(f"{name} is {given[:40]!r}: it must be a whole number from {least} to {most}")
     return int(given)
 
 
 def planted(given: str) -> job.Planted:
-    """--stretch [W:]PHASE=K."""
+    """Read the value of --stretch: [W:]PHASE=K. Raises InputError for anything else."""
     where, _, times = given.rpartition("=")
     worker, colon, phase = where.rpartition(":")
     try:
@@ -172,12 +180,12 @@ def planted(given: str) -> job.Planted:
     except ValueError:
         factor = 0.0
     if not phase or not 1 <= factor <= 1000 or (colon and not (worker.isascii() and worker.isdigit() and len(worker) < 5)):
-        raise InputError(f"--stretch is {given[:40]!r}: it must look like fc=3, 1:fc=3 or 1:all=2, times from 1 to 1000")
+        raise InputError(f"--stretch is {given[:40]!r}: it must look like fc=3, 1:fc=3 or 1:all=2, the factor from 1 to 1000")
     return job.Planted(None if phase == "all" else phase, factor, int(worker) if colon else None)
 
 
 def make_job(options: argparse.Namespace, path: str) -> job.Job:
-    """What is to be run; raises InputError for what does not fit the model."""
+    """Return the job to run. Raises InputError for options that do not fit the model."""
     if options.train:
         return job.Training.of(path, options.B, options.T, options.new, all_workers=options.all_workers)
     with Checkpoint(path) as checkpoint:
@@ -190,7 +198,9 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
     else:
         prompt = [token % V for token in PROMPT]
     if len(prompt) + options.new > maxT:
-        raise InputError(f"a prompt of {len(prompt)} and {options.new} new tokens exceed the model's {maxT} tokens")
+        raise InputError(
+            f"{len(prompt)} prompt tokens and {options.new} new tokens exceed the model's context of {maxT}: make -n smaller"
+        )
     return job.Generation(prompt, options.new, options.sampler, options.all_workers)
 
 
@@ -198,13 +208,13 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Profile, print the report, write the files that were asked for."""
+    """Profile the job, print the report, and write the requested files."""
     check_stdout("the report")
     if options.compare:
         print(compare.compare(*options.compare))
         return
     if options.plot:
-        plots.matplotlib()  # if it is missing, say so now
+        plots.matplotlib()  # if it is missing, report that now
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:
@@ -219,7 +229,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) -> list[str]:
-    """Write pictures and traces; returns their names."""
+    """Write the requested pictures and traces; return their names."""
     nth = report["machine"]["threads"]
     written = []
     if options.trace:
@@ -233,12 +243,12 @@ def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) ->
 
 
 def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recording, job.Job]:
-    """Run all parts that are wanted: the report, what was noted, and the job."""
+    """Run all requested parts; return the report, the recording and the job."""
     cores, parts = default_threads(), options.parts
     task = make_job(options, path)
     with task.open(path, options.threads) as model:
         nth = model.threads
-        job.plant(Trace(nth, 1), options.stretch)  # refused before anything runs
+        job.plant(Trace(nth, 1), options.stretch)  # raises InputError before the job runs
         counts = sorted({*strategies.thread_counts(cores), nth})
         limits = partial(strategies.ceilings, counts, stream=options.train)
         ceilings = limits(2) if "ceilings" in parts else []
@@ -256,7 +266,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
 
 
 def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Report:
-    """The ways to dispatch a smaller job."""
+    """Compare the strategies on a smaller job."""
     with Checkpoint(path) as checkpoint:
         maxT = checkpoint.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
@@ -268,7 +278,7 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Rep
 
 
 def hotspots(path: str, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
-    """The figures of the job itself: wall_ns, kernels, modes."""
+    """Return the part of the report about the job itself: wall_ns, kernels, modes."""
     with Checkpoint(path) as checkpoint:
         config, value_bytes = checkpoint.config, checkpoint.format.block_bytes
     modes, kernels = {}, []
@@ -281,7 +291,7 @@ def hotspots(path: str, task: job.Job, recording: job.Recording, ceilings: list[
 
 
 def facts(options: argparse.Namespace, path: str, task: job.Job, recording: job.Recording) -> Report:
-    """What ran on what."""
+    """Return the part of the report about the model, the machine and the job's options."""
     with Checkpoint(path) as checkpoint:
         shape = {name: getattr(checkpoint.config, name) for name in ("L", "NH", "C", "V", "maxT")}
         values = {"version": checkpoint.version, "value_bytes": checkpoint.format.block_bytes}
@@ -308,7 +318,7 @@ def facts(options: argparse.Namespace, path: str, task: job.Job, recording: job.
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

@@ -1,8 +1,8 @@
-"""Everything that follows from a job's events: hotspots, layers, the serial fraction, predictions.
+"""Compute the numbers of the report from a job's events: hotspots, layers, the serial fraction, predictions.
 
-Times of a kernel are means over the workers that took part in the step, so that a mode's rows add up to the time measured
-around its calls: self (computing) and wait (at the barrier after it) make total; what no kernel accounts for is a row of
-its own, "python, pool", and so is the sampler, where there is one. Rates hold a kernel's work against its self time.
+Times of a kernel are means over the workers that ran the step. So a mode's rows add up to the time measured around its calls.
+total is self (computing) plus wait (at the barrier after it). The sampler has its own row. The remaining time, outside all
+kernels, is the row "python, pool". Rates divide a kernel's work by its self time.
 """
 
 from collections import defaultdict
@@ -26,13 +26,13 @@ class Tally:
 
     def __init__(self, nth: int) -> None:
         self.calls = 0
-        self.self_ns = self.wait_ns = 0.0  # means over the workers of the step
-        self.slowest_ns = 0.0  # the slowest worker of each instance
+        self.self_ns = self.wait_ns = 0.0  # sums of means over the workers of the step
+        self.slowest_ns = 0.0  # sum over the instances of the slowest worker's self time
         self.selves: list[float] = []
         self.workers: list[Row] = [{"calls": 0, "self_ns": 0, "wait_ns": 0} for _ in range(nth)]
 
     def add(self, times: Sequence[tuple[int, int, int]], present: int) -> None:
-        """Add one instance: (worker, self, wait) of those who noted it, of `present` in the step."""
+        """Add one instance. times: (worker, self, wait) of each worker that ran it. present: number of workers in the step."""
         mean = sum(busy for _, busy, _ in times) / present
         self.calls += 1
         self.self_ns += mean
@@ -46,7 +46,7 @@ class Tally:
             worker["wait_ns"] += wait
 
     def row(self, wall_ns: int) -> Row:
-        """The sums as a row."""
+        """Return the sums as a row of the report."""
         total = self.self_ns + self.wait_ns
         return {
             "calls": self.calls,
@@ -61,7 +61,7 @@ class Tally:
 
 
 def instances(step: Step) -> dict[tuple[str, int], list[tuple[int, int, int]]]:
-    """A step's phases by (phase, layer): (worker, self, wait) of each worker."""
+    """Return the times of a step's phases by (phase, layer), as (worker, self, wait) of each worker."""
     found: dict[tuple[str, int], dict[int, tuple[int, int]]] = defaultdict(dict)
     for ith, events in enumerate(step):
         for event in events:
@@ -71,12 +71,12 @@ def instances(step: Step) -> dict[tuple[str, int], list[tuple[int, int, int]]]:
 
 
 def wall_of(calls: Iterable[Call]) -> int:
-    """The time measured around calls, the choice of the next token included."""
+    """Return the time measured around calls, including the choice of the next token."""
     return sum(call.done - call.begin for call in calls)
 
 
 def hotspots(config: Config, value_bytes: int, calls: list[Call], nth: int, ceiling: Ceiling | None) -> list[Row]:
-    """The rows of one mode, the longest total first, shares summing to 1."""
+    """Return the rows of one mode, the longest total first. Their shares add up to 1."""
     wall = wall_of(calls)
     tallies: dict[str, Tally] = {}
     for call in calls:
@@ -103,18 +103,18 @@ def hotspots(config: Config, value_bytes: int, calls: list[Call], nth: int, ceil
 
 
 def _outside(name: str, calls: int, total: float, wall: int) -> Row:
-    """A row of what happens outside the kernels, on the calling thread."""
+    """Return a row for time outside the kernels, on the calling thread."""
     times = {"calls": calls, "total_ns": total, "self_ns": total, "median_ns": total / calls, "share": total / wall}
     return {"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(name, 0, 0, 0, None)}
 
 
 def moved_by(name: str) -> str:
-    """Which of a machine's ceilings holds for the bytes of a kernel: AdamW writes nearly as much as it reads."""
+    """Return the ceiling for a kernel's bytes: "stream" for AdamW, which writes nearly as much as it reads, else "read"."""
     return "stream" if name == "update" else "read"
 
 
 def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | None) -> Row:
-    """Operations and bytes a second, and the share of what this machine allows (roofline): the nearer of two ceilings."""
+    """Return a kernel's operations and bytes per second, and its share of the nearer of two ceilings (roofline model)."""
     row: Row = {"flop": flop, "bytes": size, "gflop_s": None, "gb_s": None, "roof": None, "bound": None}
     if self_ns and flop:
         row["gflop_s"], row["gb_s"] = flop / self_ns, size / self_ns
@@ -125,7 +125,7 @@ def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | No
 
 
 def layers(calls: list[Call], nth: int) -> list[Row]:
-    """Total, self and wait by layer, its backward pass included; what lies before and after the layers is named so."""
+    """Return total, self and wait of each layer with its backward pass, and of the parts before and after the layers."""
     tallies: dict[str, Tally] = {}
     for call in calls:
         for step in call.steps:
@@ -134,7 +134,7 @@ def layers(calls: list[Call], nth: int) -> list[Row]:
                 tallies.setdefault(place(phase, layer), Tally(nth)).add(times, present)
     rows = [{"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies.items()]
     for row in rows:
-        del row["median_ns"], row["calls"]  # of single kernels
+        del row["median_ns"], row["calls"]  # they count single kernels, not layers
     return rows
 
 
@@ -142,7 +142,7 @@ def layers(calls: list[Call], nth: int) -> list[Row]:
 
 
 def computing(step: Step) -> dict[int, int]:
-    """How long exactly k workers compute in a step, by k (k = 0: none)."""
+    """Return for each k how long exactly k workers compute in a step, in ns."""
     events = [event for noted in step for event in noted]
     edges = sorted([(event.begin, 1) for event in events] + [(event.end, -1) for event in events])
     found: dict[int, int] = defaultdict(int)
@@ -154,10 +154,11 @@ def computing(step: Step) -> dict[int, int]:
 
 
 def amdahl(serial: float, parallel: float, nth: int, floor: float | None) -> Row:
-    """Predictions from a run of nth workers with `serial` ns in which fewer compute and `parallel` ns in which all do.
+    """Predict speed-ups over one thread of the same kernels, from a run with nth workers.
 
-    amdahl: the parallel part shrinks as 1/n, and nothing else does. bandwidth: nor does it get shorter than `floor`, what its
-    bytes take at this machine's read ceiling. Both relative to one thread of the same kernels."""
+    serial: ns in which fewer than all workers compute. parallel: ns in which all compute. The prediction "amdahl" divides the
+    parallel part by n. In "bandwidth", the parallel part takes at least `floor` ns, the time of its bytes at the read ceiling.
+    """
     alone = serial + nth * parallel
     predictions = [
         {
@@ -178,8 +179,10 @@ def amdahl(serial: float, parallel: float, nth: int, floor: float | None) -> Row
 
 
 def bandwidth_floor(rows: list[Row], ceilings: Sequence[Ceiling]) -> float | None:
-    """The least time that the rows' bytes take with as many threads as this machine has; None where the ceiling is not
-    known, or where the bytes came faster than that and so out of a cache."""
+    """Return the least time in ns that the rows' bytes take with all of this machine's threads.
+
+    Return None if the ceiling is unknown, or if the bytes came faster than it allows, because then they came from a cache.
+    """
     if not ceilings:
         return None
     most = max(ceilings, key=lambda ceiling: int(ceiling["threads"]))
@@ -191,7 +194,7 @@ def bandwidth_floor(rows: list[Row], ceilings: Sequence[Ceiling]) -> float | Non
 def mode_report(
     config: Config, value_bytes: int, calls: list[Call], untraced: list[Call], nth: int, ceilings: Sequence[Ceiling]
 ) -> tuple[Row, list[Row]]:
-    """One mode's summary and its rows."""
+    """Return the summary and the rows of one mode."""
     wall = wall_of(calls)
     steps = [step for call in calls for step in call.steps]
     used = max((sum(bool(events) for events in step) for step in steps), default=nth)
@@ -217,7 +220,7 @@ def mode_report(
 
 
 def stages(calls: list[Call], untraced: list[Call]) -> list[Row]:
-    """The stages of an iteration of training, whose wall_ns add up to the mode's; none of other calls."""
+    """Return the stages of an iteration of training, or [] for other calls. Their wall_ns add up to the mode's wall_ns."""
     times, plain = ([dict(call.times()) for call in found if call.stages] for found in (calls, untraced))
     return [
         {
@@ -232,7 +235,7 @@ def stages(calls: list[Call], untraced: list[Call]) -> list[Row]:
 
 
 def _imbalance(rows: list[Row], nth: int) -> Row:
-    """How much longer the busiest worker computes than the mean of those who do, over the whole mode."""
+    """Compare the busiest worker of the whole mode with the mean of all workers that compute."""
     busy = [sum(row["workers"][ith]["self_ns"] for row in rows if row["workers"]) for ith in range(nth)]
     mean = sum(busy) / max(1, sum(ns > 0 for ns in busy))
     worst = max(range(nth), key=busy.__getitem__)

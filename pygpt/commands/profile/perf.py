@@ -1,7 +1,7 @@
-"""The same job seen by Linux perf: where the processor was found, 997 times a second, by symbol.
+"""Run the job under Linux perf, which samples the running symbol 997 times a second.
 
-perf attaches to this process once the model is warm, so that start-up is left out; it is told to begin and to stop through
-its control pipe. Its shares are of processor time, in which a worker that sleeps at a barrier has no share.
+perf attaches to this process after the model is warm, so that it excludes start-up. Its control pipe starts and stops it. The
+shares are of processor time, so a worker that sleeps at a barrier does not count.
 """
 
 import os
@@ -17,10 +17,10 @@ from ...errors import PyGPTError
 from .job import Job, clock
 
 Row = dict[str, Any]
-SECONDS = 2.0  # at least so long, and at least one round
-PATIENCE = 20.0
+SECONDS = 2.0  # the least duration of the run, which has at least one round
+PATIENCE = 20.0  # seconds to wait for perf to end
 
-# Which symbols of the kernels do what; the first that matches counts.
+# Families of kernels, and the symbols that belong to them. The first match counts.
 FAMILIES = (
     ("layernorm", r"layernorm"),
     ("sampler", r"inverse_cdf|median|greedy"),
@@ -40,14 +40,17 @@ PHASES = {
 
 
 class PerfAbsent(PyGPTError):
-    """perf is not here, or not allowed; the message says which."""
+    """perf is not installed or not permitted. The message says which."""
 
 
 def look(path: str, job: Job, threads: int) -> Row:
-    """Run the job for about two seconds under perf: samples, symbols, and the kernels' symbols by what they do."""
+    """Run the job under perf for about two seconds; return samples, symbols, and the shares of the families of kernels.
+
+    Raises PerfAbsent if perf is not installed or not permitted.
+    """
     perf = shutil.which("perf")
     if not sys.platform.startswith("linux") or perf is None:
-        raise PerfAbsent("--sample: perf is not installed here (Linux only; the package linux-perf or linux-tools has it)")
+        raise PerfAbsent("--sample: perf is not installed here: on Linux, install the package linux-perf or linux-tools")
     with tempfile.TemporaryDirectory() as folder, _opened(path, job, threads) as model:
         data = os.path.join(folder, "perf.data")
         job.warm_up(model)
@@ -56,13 +59,13 @@ def look(path: str, job: Job, threads: int) -> Row:
 
 
 def _opened(path: str, job: Job, threads: int) -> Any:
-    """The model that runs the job: one kind for each kind of job."""
+    """Open the model of the job. This function hides the kind of model from mypy."""
     return job.open(path, threads)
 
 
 def _record(perf: str, data: str, model: Any, job: Job) -> None:
-    """Let perf look on while the job runs."""
-    orders, order = os.pipe()  # perf reads orders, and answers each
+    """Run the job while perf records into the file `data`."""
+    orders, order = os.pipe()  # perf reads each order and answers it
     answer, answers = os.pipe()
     log = Path(f"{data}.log")
     command = [
@@ -101,7 +104,7 @@ def _record(perf: str, data: str, model: Any, job: Job) -> None:
 
 
 def _order(order: int, answer: int, word: bytes, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Give perf an order and wait until it has been carried out."""
+    """Send perf an order and wait until perf confirms it. Raises PerfAbsent with perf's reason if perf ends instead."""
     try:
         os.write(order, word)
         answered = os.read(answer, 16)
@@ -111,12 +114,12 @@ def _order(order: int, answer: int, word: bytes, process: "subprocess.Popen[byte
         process.wait(PATIENCE)
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip(" :")]
         telling = [line for line in lines if re.search("denied|permi|paranoid|not supported|unknown", line, re.IGNORECASE)]
-        reason = (telling or lines[-1:] or ["it does not say why"])[0]
-        raise PerfAbsent(f"--sample: perf is installed but cannot look on here: {reason}")
+        reason = (telling or lines[-1:] or ["it printed no reason"])[0]
+        raise PerfAbsent(f"--sample: perf is installed but cannot record here: {reason}")
 
 
 def _report(perf: str, data: str) -> Row:
-    """perf's own summary, parsed."""
+    """Parse the summary of `perf report`. Raises PerfAbsent if there are no samples."""
     command = [perf, "report", "-i", data, "--stdio", "--no-children", "-g", "none", "-t", ";", "--sort", "symbol,dso", "-n"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     symbols: list[Row] = []
@@ -128,12 +131,12 @@ def _report(perf: str, data: str) -> Row:
             symbols.append({"symbol": name, "object": os.path.basename(binary), "share": float(share[:-1]) / 100})
             samples += int(count)
     if not samples:
-        raise PerfAbsent("--sample: perf looked on but found no sample")
+        raise PerfAbsent("--sample: perf recorded 0 samples: run more rounds (-r) or tokens (-n)")
     return {"samples": samples, "symbols": symbols, "families": families(symbols)}
 
 
 def families(symbols: list[Row]) -> dict[str, float]:
-    """The kernels' symbols by what they do, as shares of all computing; waiting and Python are left out."""
+    """Return the share of each family of kernels in all computing. Waiting and Python are excluded."""
     sums = {name: 0.0 for name, _ in FAMILIES}
     for row in symbols:
         family = next((name for name, pattern in FAMILIES if re.search(pattern, row["symbol"])), None)
@@ -143,7 +146,7 @@ def families(symbols: list[Row]) -> dict[str, float]:
 
 
 def reported(kernels: list[Row]) -> dict[str, float]:
-    """The same families out of the report's rows: processor time of all workers."""
+    """Return the shares of the same families from the report's rows, by processor time of all workers."""
     sums = {name: 0.0 for name, _ in FAMILIES}
     for row in kernels:
         if row["kind"] == "kernel" or row["name"] == "sampler":

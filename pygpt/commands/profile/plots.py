@@ -1,4 +1,4 @@
-"""Pictures of a report, as SVG and PNG: hotspots, the workers' timeline, speed-up against the ideal. Needs matplotlib."""
+"""Draw a report as SVG and PNG: hotspots, the workers' timeline, speed-up against the ideal. Needs matplotlib."""
 
 import os
 from typing import Any
@@ -9,8 +9,8 @@ from .job import WAKE, Call, Event
 
 Report = dict[str, Any]
 
-# One colour for each kernel wherever it appears: products in blues, attention orange, small kernels in greens; backwards the
-# same a shade away; what training alone does in browns.
+# One colour for each kernel in all pictures: products blue, attention orange, small kernels green. A backward kernel has a
+# similar shade. Kernels that only training has are brown.
 COLOURS = {
     "qkv": "#4292c6",
     "attproj": "#9ecae1",
@@ -45,7 +45,7 @@ OTHER = "#555555"
 
 
 def matplotlib() -> Any:
-    """matplotlib's pyplot, drawing to files; raises PyGPTError with the way to get it."""
+    """Return matplotlib's pyplot, set up to draw to files. Raises PyGPTError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -58,7 +58,7 @@ def matplotlib() -> Any:
 
 
 def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
-    """Write all pictures into the folder; returns their names."""
+    """Write all pictures into the folder; return their names."""
     plt = matplotlib()
     os.makedirs(folder, exist_ok=True)
     figures = {
@@ -76,13 +76,13 @@ def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
 
 
 def save(figure: Any, name: str) -> None:
-    """Write a picture, which takes its name once it is whole; the kind is the name's ending."""
+    """Write a picture atomically. The ending of the name is the format."""
     with atomic_file(name) as file:
         figure.savefig(file, format=name.rpartition(".")[2], dpi=120)
 
 
 def hotspots(plt: Any, report: Report) -> Any:
-    """Bars of self and wait for every row of each mode."""
+    """Draw bars of self and wait for every row of each mode."""
     modes, rows_of_all = list(report["modes"]), report["kernels"]
     longest = max(sum(row["mode"] == mode for row in rows_of_all) for mode in modes)
     size = (5.5 * len(modes) if len(modes) > 1 else 8, max(5, 0.27 * longest))
@@ -106,7 +106,7 @@ def hotspots(plt: Any, report: Report) -> Any:
 
 
 def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
-    """The workers of the last call of each mode, phase by phase; waiting is red, Python and pool are blank."""
+    """Draw the workers' phases in the last call of each mode. Waiting is red; Python and pool are blank."""
     from matplotlib.patches import Patch
 
     shown = [*{call.mode: call for call in calls}.values()]
@@ -138,14 +138,14 @@ def _title(call: Call) -> str:
 
 
 def _bars(event: Event) -> list[tuple[str, int, int]]:
-    """A phase and the wait after it as (name, begin, end), empty ones left out."""
+    """Return a phase and the wait after it as (name, begin, end), without empty ones."""
     waiting = WAKE if event.phase == WAKE else "wait"
     bars = [(event.phase, event.begin, event.end), (waiting, event.end, event.left)]
     return [bar for bar in bars if bar[2] > bar[1]]
 
 
 def speedup(plt: Any, report: Report) -> Any:
-    """Speed-up over one thread against the ideal: measured points, and the two predictions."""
+    """Draw the speed-up over one thread: the ideal, the measured points, and the two predictions."""
     modes = list(report["modes"])
     figure, axes = plt.subplots(1, len(modes), figsize=(5.5 * len(modes), 4.6), layout="constrained", squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=True):

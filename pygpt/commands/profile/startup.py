@@ -1,6 +1,6 @@
-"""The start of a fresh process, part by part, with the page faults of each part.
+"""Measure the parts of a fresh process's start, with the page faults of each part.
 
-It ends with the first token, or with the first iteration of training. This module, run with -m, is that process.
+The start ends with the first token, or with the first iteration of training. The fresh process runs this module with -m.
 """
 
 import json
@@ -20,20 +20,20 @@ Row = dict[str, Any]
 
 
 def measure(path: str, job: "Job", threads: int) -> list[Row]:
-    """Start a process and report its parts: name, ns, minor and major page faults."""
+    """Start a fresh process; return its parts: name, ns, minor and major page faults. Raises PyGPTError if it fails."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     given = {name: value for name, value in vars(job).items() if name in ("prompt", "inputs", "targets")}
     order = {"path": os.path.abspath(path), **given, "threads": threads, "began": began}
     command = [sys.executable, "-m", "pygpt.commands.profile.startup"]
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=child_environment())
     if done.returncode:
-        raise PyGPTError(f"the start-up process failed: {(done.stderr.strip().splitlines() or ['it does not say why'])[-1]}")
+        raise PyGPTError(f"the start-up process failed: {(done.stderr.strip().splitlines() or ['it printed no reason'])[-1]}")
     parts: list[Row] = json.loads(done.stdout)
     return parts
 
 
 def main() -> None:
-    """The fresh process."""
+    """Run the fresh process: read the job from stdin, and write the parts to stdout as JSON."""
     import resource
 
     order = json.load(sys.stdin)
@@ -53,13 +53,13 @@ def main() -> None:
         from ...model import GPT2
 
     part("import pygpt")
-    import numpy  # noqa: F401  (what a command that prints ids does without)
+    import numpy  # noqa: F401  (a command that only prints ids does not import numpy)
 
     part("import numpy")
     if training:
         with TrainableGPT2.load(order["path"], threads=order["threads"]) as network:
             part("read the weights, start the workers")
-            for step, name in enumerate(("first iteration, first touch of pages", "the same again, pages there"), 1):
+            for step, name in enumerate(("first iteration, touching its pages", "the same again, pages in memory"), 1):
                 network.forward(order["inputs"], order["targets"])
                 network.backward()
                 network.gradient_norm()
@@ -70,10 +70,10 @@ def main() -> None:
             cache = model.new_cache()
             part("map the model, start the workers")
             model.prefill(cache, order["prompt"])
-            part("first prefill, first touch of pages")
+            part("first prefill, touching its pages")
             cache.truncate(0)
             model.prefill(cache, order["prompt"])
-            part("the same again, pages there")
+            part("the same again, pages in memory")
     json.dump(parts, sys.stdout)
 
 

@@ -1,8 +1,8 @@
-"""Timed against each other, untraced: thread counts, the serial reference, ways to dispatch the same kernels, in generation
-and in training.
+"""Compare thread counts and strategies in generation and in training, without a trace.
 
-Everything here takes turns over a few rounds and reports medians, so that a slow minute of a shared machine touches all
-alike. The sources of the strategies are in the report's notes (text.py).
+A strategy is a way to dispatch the same kernels, or the serial reference. All candidates run in turns over a few rounds. The
+results are medians, so that a slow minute of a shared machine affects all candidates alike. The report's notes (text.py) name
+the sources of the strategies.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from .job import Call, Job, Training, clock
 
 Row = dict[str, Any]
 Times = dict[str, list[int]]  # ns of each call or stage, by its name
-Outcome = tuple[Times, str, list[float]]  # times, digest of the bits, and what even the reference must agree with
+Outcome = tuple[Times, str, list[float]]  # times, digest of the bits, and results that must agree with the reference too
 DECODES = 8  # tokens decoded in each round of a comparison
 SERIAL = "serial reference"
 
 
 def ceilings(counts: list[int], rounds: int, *, stream: bool) -> list[Row]:
-    """This machine's limits for each number of threads; that of an update's traffic only if it is wanted."""
+    """Measure this machine's limits with each number of threads; with `stream`, also the limit of AdamW's memory traffic."""
     found = []
     for threads in counts:
         with Ceilings(threads, stream=stream) as limit:
@@ -39,7 +39,7 @@ def ceilings(counts: list[int], rounds: int, *, stream: bool) -> list[Row]:
 
 
 def best(first: list[Row], second: list[Row]) -> list[Row]:
-    """The larger of two measurements of the same ceilings: a ceiling is what was reached at any time."""
+    """Return the larger of two measurements of each ceiling: a ceiling is the highest speed that was reached."""
     return [
         {key: None if value is None else max(value, two[key]) for key, value in one.items()}
         for one, two in zip(first, second, strict=True)
@@ -47,12 +47,12 @@ def best(first: list[Row], second: list[Row]) -> list[Row]:
 
 
 def thread_counts(cores: int) -> list[int]:
-    """1, 2, 4 .. and the number of cores."""
+    """Return the powers of two up to the number of cores, and the number of cores."""
     return sorted({*(1 << k for k in range(cores.bit_length()) if 1 << k <= cores), cores})
 
 
 def times_of(calls: Iterable[Call]) -> Times:
-    """The times of calls and of their stages."""
+    """Return the times of calls and of their stages, in ns."""
     found: Times = defaultdict(list)
     for call in calls:
         for name, ns in call.times():
@@ -61,7 +61,7 @@ def times_of(calls: Iterable[Call]) -> Times:
 
 
 def scaling(path: str, job: Job, counts: list[int], rounds: int) -> list[Row]:
-    """The job with each number of threads: median times of each kind of call (and stage), and the speed-ups."""
+    """Run the job with each number of threads; return the median times of calls and stages, and the speed-ups."""
     taken: dict[int, Times] = {threads: defaultdict(list) for threads in counts}
     with ExitStack() as stack:
         models: dict[int, Any] = {threads: stack.enter_context(job.open(path, threads)) for threads in counts}
@@ -82,22 +82,22 @@ def scaling(path: str, job: Job, counts: list[int], rounds: int) -> list[Row]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ ways to dispatch
+# ------------------------------------------------------------------------------------------------ strategies
 
 
 class Way:
-    """One way to run the small job: its times, digests of its bits, and what it found."""
+    """A strategy for the small job: its times, the digests of its bits, and its latest results."""
 
-    def __init__(self, name: str, threads: int, rounds_a_step: int, meetings: int, once: Callable[[], Outcome]) -> None:
+    def __init__(self, name: str, threads: int, rounds_a_step: int, barriers: int, once: Callable[[], Outcome]) -> None:
         self.name, self.threads = name, threads
-        self.rounds_a_step, self.meetings = rounds_a_step, meetings
+        self.rounds_a_step, self.barriers = rounds_a_step, barriers
         self.once = once
         self.times: Times = defaultdict(list)
         self.digests: set[str] = set()
         self.found: list[float] = []
 
     def measure(self) -> None:
-        """Run once more."""
+        """Run the job once and keep its outcome."""
         times, digest, self.found = self.once()
         for name, ns in times.items():
             self.times[name] += ns
@@ -105,7 +105,7 @@ class Way:
 
 
 def fast(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
-    """The cached model: the prompt at once, then given tokens one by one. The sampler is left out."""
+    """Run the prompt, then the given tokens one by one, with the KV cache and without a sampler."""
     cache = model.new_cache(len(prompt) + len(extra))
     begin = clock()
     logits = model.prefill(cache, prompt)
@@ -122,7 +122,7 @@ def fast(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
 
 
 def forked(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
-    """The same with one round of the pool for each kernel."""
+    """Run the same as fast(), with one round of the pool for each kernel."""
     model.fork_join(True)
     try:
         return fast(model, prompt, extra)
@@ -131,7 +131,7 @@ def forked(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
 
 
 def serial(model: SerialGPT2, prompt: list[int], extra: list[int]) -> Outcome:
-    """The serial reference: no cache, so a token costs the whole sequence again. One token only: it is slow."""
+    """Run the prompt and one more token with the serial reference, which has no cache and computes the sequence twice."""
     begin = clock()
     first = model.logits(prompt)
     middle = clock()
@@ -142,14 +142,14 @@ def serial(model: SerialGPT2, prompt: list[int], extra: list[int]) -> Outcome:
 
 
 def trained(model: TrainableGPT2 | SerialTrainableGPT2, job: Training) -> Outcome:
-    """An iteration of training, and the loss that it leaves."""
+    """Run an iteration of training, and compute the loss after it."""
     calls, digest = job.run(model)
     losses = model.evaluate(job.inputs, job.targets)
     return times_of(calls), digest, [float(losses.mean(dtype="f8"))]
 
 
 def compare(path: str, prompt: list[int], threads: int, rounds: int, *, with_serial: bool) -> Row:
-    """Ways to generate against each other."""
+    """Compare the strategies of generation."""
     with ExitStack() as stack:
         many = stack.enter_context(GPT2.load(path, threads=threads))
         extra = [prompt[i % len(prompt)] for i in range(min(DECODES, many.config.maxT - len(prompt)))]
@@ -169,7 +169,7 @@ def compare(path: str, prompt: list[int], threads: int, rounds: int, *, with_ser
 
 
 def compare_training(job: Training, threads: int, rounds: int, *, with_serial: bool) -> Row:
-    """Ways to train against each other, one iteration each."""
+    """Compare the strategies of training, with one iteration each."""
     with ExitStack() as stack:
         many = stack.enter_context(job.open(job.path, threads))
         ways = [Way("one round a stage", threads, 4, 14 * many.config.L + 6, lambda: trained(many, job))]
@@ -185,11 +185,13 @@ def compare_training(job: Training, threads: int, rounds: int, *, with_serial: b
 
 
 def measured(ways: list[Way], rounds: int, timed: Iterable[str]) -> list[Row]:
-    """Run the ways in turns, the reference once: a row each with times, speed-up (T_serial / T_parallel) and efficiency
-    (speed-up / threads)."""
+    """Run the strategies in turns, and the reference once.
+
+    Return for each a row with times in ns, speed-up (T_serial / T_parallel) and efficiency (speed-up / threads).
+    """
     fast_ways = [way for way in ways if way.name != SERIAL]
     for way in fast_ways:
-        way.once()  # warm
+        way.once()  # warm up
     for _ in range(rounds):
         for way in fast_ways:
             way.measure()
@@ -199,23 +201,23 @@ def measured(ways: list[Way], rounds: int, timed: Iterable[str]) -> list[Row]:
 
 
 def same_bits(ways: list[Way]) -> bool:
-    """Whether all ways but the reference computed the same bits."""
+    """Return whether all strategies except the reference computed the same bits."""
     return len(set().union(*(way.digests for way in ways if way.name != SERIAL))) == 1
 
 
 def same_findings(ways: list[Way], within: float = 0.0) -> bool:
-    """Whether all ways found the same, within a share of it."""
+    """Return whether all strategies have the same results, within a relative tolerance."""
     pairs = [pair for way in ways for pair in zip(way.found, ways[-1].found, strict=True)]
     return all(math.isclose(a, b, rel_tol=within) for a, b in pairs)
 
 
 def _row(way: Way, base: Way | None, timed: Iterable[str]) -> Row:
-    """A way's row; speed-up and efficiency against the base."""
+    """Return a strategy's row, with speed-up and efficiency relative to `base`."""
     row: Row = {
         "name": way.name,
         "threads": way.threads,
         "rounds_a_step": way.rounds_a_step,
-        "meetings_a_step": way.meetings,
+        "meetings_a_step": way.barriers,
     }
     for name in timed:
         taken = median(way.times[name])

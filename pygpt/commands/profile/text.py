@@ -1,4 +1,4 @@
-"""The report as text, at most 100 columns wide."""
+"""Write the report as text, at most 100 columns wide."""
 
 import textwrap
 from typing import Any
@@ -8,46 +8,45 @@ Report = dict[str, Any]
 Row = dict[str, Any]
 
 CALLS = {"prefill": "a prompt", "decode": "a token", "train": "an iteration"}
-TIMED = {"train": ("train", "forward", "backward", "norm", "update")}  # what else is compared beside a mode itself
+TIMED = {"train": ("train", "forward", "backward", "norm", "update")}  # the times compared for a mode, if there are several
 
 NOTES = """\
-Rows are means over the workers of a step: self is computing, wait is standing at the barrier after it, total is both; the \
-rows of a mode add up to the time measured around its calls. "wake-up": some workers are up and others still asleep. "pack": \
-the rows of a large product are rearranged, by all workers for all of them. \
-"python, pool": checks, the Condition that wakes the workers, the Barrier that gathers them; nobody computes. ms and calls \
-are of one round of the job.
-GFLOP/s and GB/s hold the least work of a kernel (profile/work.py) against its self time; roof is the nearer of this \
-machine's two ceilings, f for fused multiply-add, r for reading memory (for AdamW, which writes too, s: its own traffic \
-without its arithmetic), measured before and after the job with as many workers. Above 100% of r or s the data came from a \
-cache.
-imbal: by how much the slowest worker of each instance computes longer than the mean; slow names the worker that computes \
-longest in sum.
-Serial: fewer than all workers compute (Python, pool, sampler and waits count). Amdahl: 1 / (f + (1 - f) / n) with f the \
-serial share of one thread's time (Amdahl 1967). With bandwidth, the parallel part takes no less than its bytes take at the \
-read ceiling; a dash where they came out of a cache. Both are predictions, for the machine's own threads too."""
+Each row is a mean over the workers of a step. self is computing, wait is waiting at the barrier after it, and total is both. \
+The rows of a mode add up to the time measured around its calls. ms and calls are for one round of the job. During \
+"wake-up", some workers are awake and others are not. In "pack", all workers rearrange the rows of a large product. In \
+"python, pool", no worker computes: Python checks arguments, a Condition wakes the workers, and a Barrier gathers them.
+GFLOP/s and GB/s are the least work of a kernel (profile/work.py) divided by its self time. roof compares them with this \
+machine's ceilings and shows the nearer one: f for fused multiply-add, r for reading memory. AdamW also writes, so its \
+ceiling s is the same traffic without arithmetic. The ceilings are measured before and after the job, with as many workers. \
+Above 100% of r or s, the data came from a cache.
+imbal is how much longer than the mean the slowest worker of a kernel computes. slow is the worker with the most computing time.
+Serial means that fewer than all workers compute; Python, pool, sampler and waits count. Amdahl is 1 / (f + (1 - f) / n), with \
+f the serial share of one thread's time (Amdahl 1967). With bandwidth, the parallel part takes at least the time to read its \
+bytes at the read ceiling. A dash means that the bytes came from a cache. Both are predictions, even for this machine's own \
+number of threads."""
 
 STRATEGY_NOTES = """\
-serial reference: one thread, scalar loops, no cache, as llm.c's train_gpt2.c; a token costs the whole sequence again.
-one worker: the same kernels as below, without any meeting.
-one round a kernel: fork-join, the pool is woken and gathered for every kernel, as llm.c's OpenMP parallel-for regions do.
-one round a step: the pool is woken once, and workers meet at native barriers between kernels, as ggml's graph threads do; \
-persistent workers and a static split of output channels, the only split that also helps at one token.
+serial reference: one thread and scalar loops, like llm.c's train_gpt2.c. Without a cache, each token costs the whole sequence.
+one worker: the same kernels as below, without barriers.
+one round a kernel: fork-join. The pool is woken and gathered for every kernel, like OpenMP's parallel-for regions in llm.c.
+one round a step: the pool is woken once, and the workers wait at native barriers between kernels, like ggml's graph threads. \
+The workers persist, and the output channels are split statically. Only this split helps for a single token too.
 speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
 token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 \
 cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
 
 
 TRAINING_NOTES = """\
-serial reference: one thread, scalar loops, as llm.c's train_gpt2.c.
-one worker: the same kernels as below, without any meeting.
-one round a stage: the pool is woken for forward, backward, norm and update, and workers meet at native barriers between \
-kernels; outputs are split, rows and channels of gradients alike, so nobody adds to another's sums.
-speed-up = T_serial / T_parallel, efficiency = speed-up / threads, both of the small batch above. A published run of llm.c's \
+serial reference: one thread and scalar loops, like llm.c's train_gpt2.c.
+one worker: the same kernels as below, without barriers.
+one round a stage: the pool is woken for forward, backward, norm and update. The workers wait at native barriers between \
+kernels. The outputs are split (rows, and channels of gradients), so that no two workers add to the same sum.
+speed-up = T_serial / T_parallel, efficiency = speed-up / threads, both for the small batch above. A published run of llm.c's \
 training on 112 cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
 
 
 def render(report: Report, *, by_layer: bool = False) -> str:
-    """The whole report."""
+    """Return the whole report as text."""
     parts = [head(report)]
     for mode in report["modes"]:
         parts.append(mode_text(report, mode))
@@ -62,7 +61,7 @@ def render(report: Report, *, by_layer: bool = False) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]], widths: list[int]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right; trailing blanks cut."""
+    """Return the lines of a table: the first column left-aligned, the others right-aligned."""
     lines = []
     for first, *rest in [heads, *rows]:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
@@ -71,7 +70,7 @@ def table(heads: list[str], rows: list[list[str]], widths: list[int]) -> list[st
 
 
 def ms(ns: float | None) -> str:
-    """Milliseconds with three significant figures or so."""
+    """Return nanoseconds as milliseconds, with about three significant digits."""
     if ns is None:
         return "-"
     value = ns / 1e6
@@ -80,37 +79,37 @@ def ms(ns: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in per cent."""
+    """Return a share in percent, or a dash for None."""
     return "-" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A figure, or a dash."""
+    """Return a number, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def plural(n: int, thing: str) -> str:
-    """1 worker, 2 workers."""
+    """Return a count with its noun: 1 worker, 2 workers."""
     return f"{n} {thing}{'' if n == 1 else 's'}"
 
 
 def wrap(text: str, indent: str = "") -> str:
-    """Fill each line of a text to the width."""
+    """Wrap each line of a text at WIDTH."""
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) for line in text.splitlines())
 
 
-# ------------------------------------------------------------------------------------------------ what ran
+# ------------------------------------------------------------------------------------------------ the head
 
 
 def head(report: Report) -> str:
-    """What ran on what, and what to mind."""
+    """Describe the model, the job, the machine and its ceilings, with warnings."""
     model, machine, job = report["model"], report["machine"], report["job"]
     shape = f"L{model['L']} NH{model['NH']} C{model['C']} V{model['V']} maxT{model['maxT']}"
     if "train" in report["modes"]:
         what = f"{plural(job['iterations'], 'iteration')} of training on {job['B']} x {job['T']} tokens"
     else:
         what = f"{plural(job['prompt_tokens'], 'token')} in, {job['new_tokens']} decoded one by one ({job['sampler']} sampler)"
-    bits = "the same as unprofiled" if report["bits"]["same"] else "NOT the same as unprofiled"
+    bits = "the same as without profiling" if report["bits"]["same"] else "NOT the same as without profiling"
     lines = [
         f"pygpt {report['pygpt']} on {machine['processor']}, {machine['isa']}",
         f"model    {model['name']} ({shape}, {8 * model['value_bytes']}-bit values)",
@@ -123,37 +122,37 @@ def head(report: Report) -> str:
         if ceiling["stream_gb_s"]:
             limits += f", {ceiling['stream_gb_s']:.1f} GB/s of AdamW's traffic"
         lines.append(f"ceiling  {plural(ceiling['threads'], 'thread')}: {limits}")
-    lines += [f"MIND     {warning}" for warning in warnings(report)]
-    lines += [f"PLANTED  {text}" for text in job["planted"]]
+    lines += [f"WARNING  {warning}" for warning in warnings(report)]
+    lines += [f"STRETCH  {text}" for text in job["planted"]]
     return "\n".join(wrap(line, " " * 9) for line in lines)
 
 
 def warnings(report: Report) -> list[str]:
-    """What makes the figures worth less."""
+    """Return warnings about conditions that make the numbers less reliable."""
     found = []
     if report["ceilings"]:
         one, most = report["ceilings"][0], report["ceilings"][-1]
         gain = most["fma_gflop_s"] / one["fma_gflop_s"]
         if gain < 0.8 * most["threads"]:
             found.append(
-                f"{plural(most['threads'], 'thread')} together reach {gain:.1f} times the arithmetic of one: the machine is "
-                "busy, or its processors share cores. Waiting is then no fault of the program."
+                f"{plural(most['threads'], 'thread')} together reach only {gain:.1f} times the arithmetic of one. The machine "
+                "is busy, or its processors share cores. This causes waiting that the program cannot avoid."
             )
     trace = report["trace"]
     if any(trace["dropped"]):
         lost = ", ".join(f"worker {ith} {count}" for ith, count in enumerate(trace["dropped"]))
         found.append(
-            f"the trace overflowed: {trace['capacity']} events fit a round; dropped: {lost}. Their time appears as "
-            '"python, pool". Raise --capacity.'
+            f"the trace overflowed: it holds {trace['capacity']} events of a worker in a round. Dropped: {lost}. Their time "
+            'appears as "python, pool". Raise --capacity.'
         )
     return found
 
 
-# ------------------------------------------------------------------------------------------------ where the time goes
+# ------------------------------------------------------------------------------------------------ hotspots
 
 
 def mode_text(report: Report, mode: str) -> str:
-    """The hotspots of one mode."""
+    """Return the table of hotspots of one mode."""
     summary, rounds = report["modes"][mode], report["job"]["rounds"]
     rows = [row for row in report["kernels"] if row["mode"] == mode]
     rate = summary["tokens"] / summary["wall_ns"] * 1e9
@@ -165,7 +164,7 @@ def mode_text(report: Report, mode: str) -> str:
     heads = ["kernel", "calls", "total ms", "self ms", "wait ms", "share", "cum", "GFLOP/s", "GB/s", "roof", "imbal", "slow"]
     widths = [13, 7, 10, 9, 9, 8, 8, 9, 7, 7, 8, 5]
     total = [
-        "in all",
+        "total",
         "",
         ms(summary["wall_ns"] / rounds),
         ms((summary["wall_ns"] - summary["wait_ns"]) / rounds),
@@ -181,13 +180,13 @@ def mode_text(report: Report, mode: str) -> str:
 
 
 def stage_lines(summary: Row) -> list[str]:
-    """The stages of an iteration of training."""
+    """Return a line with the stages of an iteration of training, or none for other modes."""
     found = [f"{row['name']} {ms(row['median_ns'])} ms ({percent(row['share'])})" for row in summary["stages"]]
     return [wrap(f"Stages: {', '.join(found)}.")] if found else []
 
 
 def _hotspot(row: Row, rounds: int) -> list[str]:
-    """One kernel's cells."""
+    """Return the cells of one kernel."""
     roof = "-" if row["roof"] is None else f"{100 * row['roof']:.0f}%{row['bound'][0]}"
     slow, imbalance = "-", "-"
     if row["kind"] == "kernel" and sum(worker["calls"] > 0 for worker in row["workers"]) > 1:
@@ -210,7 +209,7 @@ def _hotspot(row: Row, rounds: int) -> list[str]:
 
 
 def reading(summary: Row, rows: list[Row]) -> str:
-    """What the table says, in a line or two."""
+    """Summarize the table in a line or two."""
     most = rows[0]
     outside = sum(row["share"] for row in rows if row["kind"] == "outside")
     text = f"Most time: {most['name']}, {percent(most['share'])}"
@@ -226,7 +225,7 @@ def reading(summary: Row, rows: list[Row]) -> str:
 
 
 def layer_text(report: Report, mode: str) -> str:
-    """One mode by layer."""
+    """Return the table of one mode's layers."""
     rounds = report["job"]["rounds"]
     rows = [
         [row["layer"], *(ms(row[f"{key}_ns"] / rounds) for key in ("total", "self", "wait")), percent(row["share"])]
@@ -240,7 +239,7 @@ def layer_text(report: Report, mode: str) -> str:
 
 
 def amdahl_text(report: Report) -> str:
-    """The serial fraction, what it predicts, and what was measured."""
+    """Return the serial fraction, its predictions, and the measured speed-ups."""
     lines = ["SPEED-UP over one thread of the same kernels"]
     workers = plural(report["machine"]["threads"], "worker")
     for mode, summary in report["modes"].items():
@@ -269,7 +268,7 @@ def amdahl_text(report: Report) -> str:
 
 
 def strategies_text(report: Report) -> str:
-    """The ways to dispatch, against each other."""
+    """Return the table that compares the strategies."""
     found, training = report["strategies"], "train" in report["modes"]
     timed = TIMED["train"] if training else ("prefill", "decode")
     rows = []
@@ -281,22 +280,22 @@ def strategies_text(report: Report) -> str:
             else:
                 row.append(number(way[f"{name}_speedup"]))
         rows.append(row)
-    bits = "all but the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
+    bits = "all except the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
     if training:
         title = f"STRATEGIES  an iteration of training on {found['B']} x {found['T']} tokens; medians, untraced"
-        results = "all end at the same loss" if found["same_losses"] else "the losses after it are NOT the same"
-        group = ["", "", "pool", "native", "in all", "speed-", "effi-", *timed[1:]]
-        heads = ["strategy", "threads", "rounds", "meetings", "ms", "up", "ciency", *["speed-up"] * 4]
+        results = "all end at the same loss" if found["same_losses"] else "the final losses are NOT the same"
+        group = ["", "", "pool", "native", "total", "speed-", "effi-", *timed[1:]]
+        heads = ["strategy", "threads", "rounds", "barriers", "ms", "up", "ciency", *["speed-up"] * 4]
         widths = [17, 8, 7, 9, 9, 7, 7, *[9] * 4]
     else:
         prompt = plural(found["prompt_tokens"], "token")
         title = f"STRATEGIES  prefill of {prompt}, then single tokens; medians, no sampler, untraced"
         results = "all choose the same tokens" if found["same_tokens"] else "the most probable tokens are NOT the same"
         group = ["", "", "pool rounds", "native", "prefill", "speed-", "effi-", "a token", "speed-", "effi-"]
-        heads = ["strategy", "threads", "a step", "meetings", "ms", "up", "ciency", "ms", "up", "ciency"]
+        heads = ["strategy", "threads", "a step", "barriers", "ms", "up", "ciency", "ms", "up", "ciency"]
         widths = [18, 8, 12, 9, 9, 9, 8, 9, 9, 8]
     if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
-        results += "; steps too small for the pool ran on one worker (--all-workers)"
+        results += "; small steps ran on one worker (--all-workers changes this)"
     lines = [title, *table(group, [heads, *rows], widths), wrap(f"Bits: {bits}; {results}.")]
     return "\n".join([*lines, wrap(TRAINING_NOTES if training else STRATEGY_NOTES, "  ")])
 
@@ -305,20 +304,20 @@ def strategies_text(report: Report) -> str:
 
 
 def startup_text(report: Report) -> str:
-    """A fresh process until its first result."""
+    """Return the table of a fresh process's start, until its first result."""
     rows = [[row["name"], ms(row["ns"]), str(row["minor"]), str(row["major"])] for row in report["startup"]]
-    rows.append(["in all", ms(sum(row["ns"] for row in report["startup"])), "", ""])
+    rows.append(["total", ms(sum(row["ns"] for row in report["startup"])), "", ""])
     lines = table(["part", "ms", "minor faults", "major faults"], rows, [37, 10, 14, 14])
-    return "\n".join(["START-UP  a fresh process; page faults as the system counts them (getrusage)", *lines])
+    return "\n".join(["START-UP  a fresh process; the system counts page faults (getrusage)", *lines])
 
 
 def perf_text(report: Report) -> str:
-    """The hottest symbols that perf saw."""
+    """Return the table of the hottest symbols found by perf."""
     found = report["perf"]
     shown = [row for row in found["symbols"] if row["share"] >= 0.002][:16]
     rows = [[row["symbol"][:44], row["object"][:44], percent(row["share"])] for row in shown]
     lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
     lines += table(["symbol", "object", "share"], rows, [44, 46, 8])
     compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
-    lines += table(["of computing only", *found["families"]], compared, [20, 11, 10, 10, 14, 22])
+    lines += table(["share of computing", *found["families"]], compared, [20, 11, 10, 10, 14, 22])
     return "\n".join(lines)

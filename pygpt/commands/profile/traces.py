@@ -1,7 +1,7 @@
-"""Traces for viewers: Chrome's trace events (Perfetto, chrome://tracing) and Paraver's .prv, .pcf and .row.
+"""Write traces for viewers: Chrome's trace events (Perfetto, chrome://tracing), and Paraver's .prv, .pcf and .row.
 
-Sources: "Trace Event Format" (Google; complete events "X" and metadata "M"); "Paraver: trace format" (Barcelona
-Supercomputing Center). Times count from the first call's begin.
+Times begin with the first call. Sources: "Trace Event Format" (Google; complete events "X" and metadata "M"); "Paraver: trace
+format" (Barcelona Supercomputing Center).
 """
 
 import json
@@ -18,8 +18,11 @@ from .job import STAGES, WAKE, Call, Event, place
 
 
 def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str) -> None:
-    """Write trace events: one track a worker; worker 0's holds the calls and the sampler too. A call holds steps (an iteration
-    of training its stages, and these the steps), a step holds layers, a layer holds phases and the waits after them."""
+    """Write trace events with one track for each worker.
+
+    A call contains steps, a step contains layers, and a layer contains phases and the waits after them. In training, a call
+    contains stages, which contain the steps. Calls, stages and the sampler are on the track of worker 0.
+    """
     zero = calls[0].begin
     events: list[dict[str, Any]] = [_meta("process_name", 0, name=title)]
     events += [_meta("thread_name", ith, name=f"worker {ith}") for ith in range(nth)]
@@ -38,7 +41,7 @@ def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str
 
 
 def _nested(ith: int, noted: list[Event], zero: int) -> Iterator[dict[str, Any]]:
-    """One worker's step, outermost first."""
+    """Yield the events of one worker's step, the outermost first."""
     if not noted:
         return
     yield _span(ith, "step", "step", noted[0].begin - zero, noted[-1].left - zero)
@@ -54,7 +57,7 @@ def _nested(ith: int, noted: list[Event], zero: int) -> Iterator[dict[str, Any]]
 
 
 def _by_layer(noted: list[Event]) -> Iterator[list[Event]]:
-    """Cut a worker's step into the layers, the head, and what belongs to neither."""
+    """Split a worker's step into the layers, the head, and the phases outside both."""
     part: list[Event] = []
     for event in noted:
         if part and _layer(event) != _layer(part[0]):
@@ -65,19 +68,19 @@ def _by_layer(noted: list[Event]) -> Iterator[list[Event]]:
 
 
 def _layer(event: Event) -> str:
-    """The layer's name, or the head's; empty for what belongs to neither."""
+    """Return the name of the event's layer, "head", or "" for a phase outside both."""
     where = place(event.phase, event.layer)
     return f"layer {where}" if where.isdigit() else where if where == "head" else ""
 
 
 def _span(ith: int, name: str, category: str, begin: int, end: int, **args: object) -> dict[str, Any]:
-    """A complete event: microseconds with three decimals, so that nothing is lost."""
+    """Return a complete event. Its times are microseconds with three decimals, and so exact to the nanosecond."""
     times = {"ts": round(begin / 1000, 3), "dur": round((end - begin) / 1000, 3)}
     return {"name": name, "cat": category, "ph": "X", "pid": 1, "tid": ith, **times, "args": args}
 
 
 def _meta(kind: str, ith: int, **args: object) -> dict[str, Any]:
-    """What a viewer shows about a track."""
+    """Return a metadata event, for example the name of a track."""
     return {"name": kind, "ph": "M", "pid": 1, "tid": ith, "args": args}
 
 
@@ -92,7 +95,7 @@ STATES = {
     9: ("Blocked", "0,162,0"),
     12: ("I/O", "172,174,41"),
 }
-MODE, PHASE, LAYER = 60000001, 60000002, 60000003  # event types; value 0 ends one
+MODE, PHASE, LAYER = 60000001, 60000002, 60000003  # event types; the value 0 ends an event
 SAMPLER = "sampler"
 PCF_HEAD = """\
 DEFAULT_OPTIONS
@@ -113,11 +116,11 @@ THREAD_FUNC         State As Is
 
 """
 
-Interval = tuple[int, int, int, str, str]  # begin, end, state, phase and place, or ""
+Interval = tuple[int, int, int, str, str]  # begin, end, state, phase or "", place or ""
 
 
 def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[str]:
-    """Write STEM.prv, STEM.pcf and STEM.row; returns their names. Every worker is in one state at every time."""
+    """Write STEM.prv, STEM.pcf and STEM.row; return their names. Every worker has exactly one state at every time."""
     events = [event for call in calls for step in call.steps for noted in step for event in noted]
     names = {
         MODE: [*dict.fromkeys(call.mode for call in calls)],
@@ -132,12 +135,12 @@ def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[s
 
 
 def _place(event: Event) -> str:
-    """Where in the network."""
+    """Return the place of an event in the network."""
     return _layer(event) or place(event.phase, event.layer)
 
 
 def _prv(calls: list[Call], nth: int, names: dict[int, list[str]]) -> str:
-    """The records, sorted by time; at equal times states come first, then events that end, then those that begin."""
+    """Return the records, sorted by time. At equal times, states come first, then ends of events, then begins of events."""
     zero, end = calls[0].begin, calls[-1].done
     records: list[tuple[int, int, int, str]] = []  # time, rank, worker, text
     for ith in range(nth):
@@ -160,8 +163,10 @@ def _prv(calls: list[Call], nth: int, names: dict[int, list[str]]) -> str:
 
 
 def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
-    """One worker's states from the first call's begin to the last one's end, without gaps: what no event covers is Python
-    and pool on worker 0, and idle on the others."""
+    """Yield one worker's states, without gaps, from the begin of the first call to the end of the last.
+
+    Time without an event is Python and pool on worker 0, and idle on the other workers.
+    """
     between = FORK_JOIN if ith == 0 else IDLE
     at = calls[0].begin
     for call in calls:
@@ -184,7 +189,7 @@ def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
 
 
 def _pcf(names: dict[int, list[str]]) -> str:
-    """What the numbers of the .prv mean, and their colours."""
+    """Return the names and colours of the numbers in the .prv file."""
     lines = ["STATES", *(f"{number}    {name}" for number, (name, _) in STATES.items())]
     lines += ["", "", "STATES_COLOR", *(f"{number}    {{{colour}}}" for number, (_, colour) in STATES.items())]
     for number, label in ((MODE, "Call"), (PHASE, "Phase"), (LAYER, "Layer")):
@@ -194,7 +199,7 @@ def _pcf(names: dict[int, list[str]]) -> str:
 
 
 def _row(nth: int) -> str:
-    """The names of processors, nodes and threads."""
+    """Return the names of processors, nodes and threads."""
     levels = {
         "CPU": [f"CPU {ith + 1}" for ith in range(nth)],
         "NODE": ["node 1"],

@@ -1,13 +1,15 @@
-"""How much work each kernel of a call has at least: floating-point operations, and bytes that must move once a step.
+"""Compute the least work of each kernel of a call: floating-point operations, and bytes that must move in each step.
 
-Products count 2 operations for each weight and row, attention 4 for each channel of a visible key; layernorm 8, encoder 1 a
-value. GELU, exp and biases are left out. Bytes are compulsory traffic: every weight once a step, keys and values that a step
-sees once, activations in and out; a kernel that reads weights again for more rows is not credited for it.
+Forward operations: a product has 2 for each weight and row. Attention has 4 for each channel of a visible key. layernorm has 8
+and the encoder 1 for each value. GELU, exp and biases do not count. Bytes are compulsory traffic: each weight once per step,
+each visible key and value once per step, activations in and out. If a kernel reads weights again for more rows, that does not
+count.
 
-Backwards a product counts twice what it does forwards (the gradients of its inputs and of its weights), and so does attention,
-whose scores computed again are not credited; layernorm 16 a value, the loss 2 and its gradient 1 a logit. Weights are read
-and their gradients written once. The norm counts 2 operations and 4 bytes a parameter, AdamW 17 (a root and a division among
-them) and 28: parameter, gradient and two moments in, all but the gradient out.
+Backward operations: a product has twice the operations of the forward pass, for the gradients of its inputs and its weights.
+Attention has twice too; recomputed scores do not count. layernorm has 16 for each value, the loss 2 and its gradient 1 for each
+logit. Weights are read once and their gradients are written once. The norm has 2 operations and 4 bytes for each parameter.
+AdamW has 17 operations, including a root and a division, and 28 bytes: it reads parameter, gradient and two moments, and writes
+all except the gradient.
 """
 
 from collections.abc import Iterable
@@ -19,7 +21,7 @@ Work = dict[str, tuple[int, int]]  # phase -> (operations, bytes)
 
 
 def work(config: Config, value_bytes: int, calls: Iterable[Call]) -> Work:
-    """The work of all calls by kernel."""
+    """Return the work of all calls by kernel."""
     total: Work = {}
     for call in calls:
         if call.stages:
@@ -33,10 +35,10 @@ def work(config: Config, value_bytes: int, calls: Iterable[Call]) -> Work:
 
 
 def _call(config: Config, value_bytes: int, T: int, position: int, steps: int) -> Work:
-    """The work of one call: T rows behind `position` others, in equal steps; the last row's logits are wanted."""
+    """Return the work of one call: T rows after `position` others, in equal steps, with the logits of the last row."""
     L, C, V = config.L, config.C, config.V
-    pairs = T * position + T * (T + 1) // 2  # (row, key) with the key visible to the row
-    seen = sum(position + T * step // steps for step in range(1, steps + 1))  # keys that the steps read
+    pairs = T * position + T * (T + 1) // 2  # number of (row, visible key)
+    seen = sum(position + T * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
 
     def product(N: int, K: int, rows: int, steps: int, extra: int = 0) -> tuple[int, int]:
         return 2 * rows * N * K, steps * N * K * value_bytes + 4 * rows * (N + K + extra)
@@ -59,7 +61,7 @@ def _call(config: Config, value_bytes: int, T: int, position: int, steps: int) -
 
 
 def _iteration(config: Config, B: int, T: int) -> Work:
-    """The work of one iteration of training on B x T tokens, in float32."""
+    """Return the work of one iteration of training on B x T tokens, in float32."""
     L, C, V, P = config.L, config.C, config.V, config.parameters(padded=True)
     R, pairs = B * T, B * T * (T + 1) // 2
 
@@ -76,9 +78,9 @@ def _iteration(config: Config, B: int, T: int) -> Work:
         "attention": (4 * C * pairs, 4 * 4 * R * C),
         "attproj": product(C, C, extra=2 * C),  # the residual stream is read and written
         "ln2": norm,
-        "fc": product(4 * C, C, extra=4 * C),  # fch is kept beside fch_gelu
+        "fc": product(4 * C, C, extra=4 * C),  # fch is stored as well as fch_gelu
         "fcproj": product(C, 4 * C, extra=2 * C),
-        "dfcproj": dproduct(C, 4 * C, extra=4 * C),  # GELU's derivative wants fch
+        "dfcproj": dproduct(C, 4 * C, extra=4 * C),  # GELU's derivative reads fch
         "dfc": dproduct(4 * C, C),
         "dln2": dnorm,
         "dattproj": dproduct(C, C),

@@ -1,7 +1,7 @@
-"""--check: what the engine computes against what PyTorch computed, as llm.c's debug state holds it.
+"""--check: compare the engine's results with PyTorch's, which llm.c's debug state file contains.
 
-The tolerances are llm.c's (test_gpt2.c): absolute, 1e-2 on logits and loss, 2e-2 on gradients; and as there, ten steps of AdamW
-follow on the same batch.
+The absolute tolerances are llm.c's (test_gpt2.c): 1e-2 for logits and loss, 2e-2 for gradients. As in test_gpt2.c, ten steps of
+AdamW on the same batch follow.
 """
 
 from typing import Any
@@ -18,7 +18,10 @@ STEPS, LR, WEIGHT_DECAY = 10, 1e-4, 0.01
 
 
 def check(engine: "TrainableGPT2 | SerialTrainableGPT2", path: str) -> bool:
-    """Print the table of differences and the losses of ten steps; return whether all differences are within the tolerances."""
+    """Print the table of differences and the losses of ten steps. Return whether all differences are within tolerance.
+
+    path: llm.c's debug state. Raises DataError if the file does not fit the model.
+    """
     state = read_debug_state(path, engine.config)
     loss = mean(engine.forward(state.inputs, state.targets))
     engine.backward()
@@ -38,11 +41,11 @@ def check(engine: "TrainableGPT2 | SerialTrainableGPT2", path: str) -> bool:
 
 
 def mean(losses: npt.NDArray[np.float32]) -> float:
-    """The mean loss of a batch."""
+    """Return the mean loss of a batch."""
     return float(losses.mean(dtype="f8"))
 
 
 def largest(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """The largest absolute difference; NaN, which is within no tolerance, where either has one."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity
+    """Return the largest absolute difference. If an array holds NaN, return NaN, which is outside every tolerance."""
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
         return float(np.abs(found.astype("f8") - expected).max())

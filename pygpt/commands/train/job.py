@@ -1,4 +1,4 @@
-"""What a training run is: its options, where its files are, and what of it a training state remembers."""
+"""The definition of a training run: its options, its data, its files, and the part that a training state stores."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ SHAPES = {
 }
 GPT2_V, GPT2_MAXT = 50257, 1024
 MOST = 1 << 30
-# The limits of a job's whole numbers, as options and in a state.
+# Limits of a job's whole numbers, on the command line and in a training state.
 WHOLE = {
     "val_tokens": (1, MOST),
     "B": (1, MOST),
@@ -43,9 +43,9 @@ WHOLE = {
     "save_every": (0, MOST),
     "version": (3, 5),
 }
-SHARD = ".bin"  # a file with another ending is text
-VALUE_BYTES = {3: 4, 5: 2}
-FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader's position means nothing with others
+SHARD = ".bin"  # data files with another ending are text
+VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
+FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # the stored position in the data depends on these
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -53,8 +53,11 @@ FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # a loader'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """All options of a run that a training state remembers beside TrainingOptions, so that --resume needs no others. Raises
-    TypeError for a value of another type, which only a state that another program wrote can have, and InputError."""
+    """The options that a training state stores in addition to TrainingOptions, so that --resume works without options.
+
+    Raises InputError for a value out of its range, and TypeError for a value of a wrong type. Only a training state of another
+    program can contain a wrong type.
+    """
 
     data: str
     val: str | None = None
@@ -80,7 +83,7 @@ class Job:
             if not isinstance(value, field.type):  # type: ignore[arg-type]  # the annotations are types, not strings
                 raise TypeError(f"{name} is {shown(value)}")
             if isinstance(value, str) and not is_name(value):
-                raise InputError(f"{flag(name)} is {shown(value)}: it must be a name")
+                raise InputError(f"{flag(name)} is {shown(value)}: it must be the name of a file")
             low, high = WHOLE.get(name, (0, 0))
             if name in WHOLE and value is not None and not is_whole(value, low, high):
                 raise InputError(f"{flag(name)} is {shown(value)}: it must be a whole number from {low} to {high}")
@@ -89,7 +92,7 @@ class Job:
 
 
 def is_name(text: str) -> bool:
-    """Whether a file can be called so."""
+    """Return whether a file can have this name."""
     try:
         return text != "" and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -98,39 +101,42 @@ def is_name(text: str) -> bool:
 
 JOB = {field.name for field in dataclasses.fields(Job)}
 OPTIMIZER = {field.name for field in dataclasses.fields(TrainingOptions)}
-PATHS = ("data", "val", "log", "plot")  # remembered as absolute ones: a run may be resumed from another folder
+PATHS = ("data", "val", "log", "plot")  # stored as absolute paths, so that a run can be resumed from another folder
 
 
 def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
-    """A new run of the options that were given."""
+    """Return the job and the optimizer's options of a new run. Raises InputError for missing or bad options."""
     if "data" not in given:
         raise InputError("--data is missing: name a text file, or llm.c's token shards (.bin)")
     if sum(name in given for name in ("val", "val_tokens", "val_fraction")) > 1:
-        raise InputError("--val, --val-tokens and --val-fraction: give one of them at most")
+        raise InputError("--val, --val-tokens and --val-fraction exclude each other: give at most one of them")
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
 def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
-    """The run of a training state, options that were given taking the place of its own; and what changes, in words."""
+    """Return the job and the optimizer's options of a resumed run, and a notice for each option that changes.
+
+    Given options replace those of the state. Raises InputError if an option cannot change or another program wrote the state.
+    """
     for name in ("init", "shape"):
         if name in given:
-            raise InputError(f"--{name} and --resume were both given: the state has the weights already")
+            raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
     try:
         job = Job(**state.progress.job)
     except (TypeError, InputError):
-        raise InputError(f"{state.path}: this state is not of pygpt train: Trainer.restore() can read it") from None
+        raise InputError(f"{state.path}: pygpt train did not write this state: read it with Trainer.restore()") from None
     part, old = _job_part(given), vars(job)
     for name in FIXED:
         if name in part and part[name] != old[name]:
-            raise InputError(f"{flag(name)} is {part[name]}, and the state's is {old[name]}: leave it out, or begin anew")
+            raise InputError(f"{flag(name)} is {part[name]}, but the state has {old[name]}: leave it out, or start a new run")
     if part.get("val") and (job.val_tokens or job.val_fraction):
-        raise InputError("--val: the state's run validates on a part of --data: leave it out, or begin anew")
+        raise InputError("--val was given, but this run validates on a part of --data: leave it out, or start a new run")
     settings = {name: given[name] for name in OPTIMIZER & set(given)}
     before = state.progress.options
     changes = [(name, old[name], value) for name, value in part.items()]
     changes += [(name, getattr(before, name), value) for name, value in settings.items()]
-    said = [f"{flag(name)} is {value} from here on, it was {was}" for name, was, value in changes if value != was]
-    return dataclasses.replace(job, **part), dataclasses.replace(before, **settings), said
+    notices = [f"{flag(name)} changes from {was} to {value}" for name, was, value in changes if value != was]
+    return dataclasses.replace(job, **part), dataclasses.replace(before, **settings), notices
 
 
 def _job_part(given: dict[str, Any]) -> dict[str, Any]:
@@ -139,20 +145,20 @@ def _job_part(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    """A file's or pattern's name for use from any folder."""
+    """Return the absolute path of a file or a pattern."""
     here = os.getcwd()
     return os.path.join(here if os.path.lexists(path) else glob.escape(here), path)
 
 
 def flag(name: str) -> str:
-    """An option as users write it."""
+    """Return an option as it is written on the command line."""
     return f"-{name}" if name in ("B", "T") else f"--{name.replace('_', '-')}"
 
 
 def number(text: str) -> float:
-    """A type for argparse: any number; whoever uses it knows the limits."""
+    """Read any number, as a type for argparse. The user of the number checks its limits."""
     try:
-        if text.isascii() and "_" not in text:  # float() takes more than options should: 1_0, digits of any script
+        if text.isascii() and "_" not in text:  # float() would also accept 1_0 and digits of other scripts
             return float(text)
     except ValueError:
         pass
@@ -163,7 +169,7 @@ def number(text: str) -> float:
 
 
 def shape_of(text: str) -> Config:
-    """--shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]."""
+    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else."""
     if text in SHAPES:
         return Config(V=GPT2_V, maxT=GPT2_MAXT, **SHAPES[text])
     parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]
@@ -177,7 +183,10 @@ def shape_of(text: str) -> Config:
 
 
 def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
-    """The loaders of training and validation data; every id is checked against V."""
+    """Return the loaders of training and validation data (None without validation). Every id is checked against V.
+
+    Raises DataError for missing, damaged or unsuitable files, InputError for options that do not fit the data.
+    """
     seed = job.seed if job.shuffle else None
     if job.val_tokens is None and job.val_fraction is None:
         train = _loader(job, job.data, _source(job.data, V), V, seed=seed)
@@ -185,7 +194,7 @@ def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
     tokens = _source(job.data, V)
     if isinstance(tokens, list):
         if len(tokens) > 1:
-            raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name the one that validates with --val")
+            raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name a shard for validation with --val")
         tokens = read_tokens(tokens[0], V=V)
     left, right = split(tokens, val_tokens=job.val_tokens, val_fraction=job.val_fraction)
     return _loader(job, job.data, left, V, seed=seed), _validation(job, job.data, right, V)
@@ -195,116 +204,116 @@ def _loader(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int,
     try:
         return DataLoader(source, job.B, job.T, shuffle_seed=seed, V=V)
     except DataError as error:
-        raise DataError(f"{name}: {error}" if isinstance(source, np.ndarray) else str(error)) from None  # a shard is named
+        raise DataError(f"{name}: {error}" if isinstance(source, np.ndarray) else str(error)) from None  # names a shard already
 
 
 def _validation(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int) -> DataLoader:
     try:
-        return _loader(job, name, source, V)  # never shuffled: every evaluation sees the same batches
+        return _loader(job, name, source, V)  # not shuffled: every evaluation uses the same batches
     except DataError as error:
         raise DataError(f"validation: {error}") from None
 
 
 def check_text(path: str) -> None:
-    """Refuse a text that cannot be read to its end and read again."""
+    """Raise DataError if the path is a folder or a device: --resume must be able to read the text again."""
     if os.path.isdir(path):
         raise DataError(f"{path}: a folder: name its files by a pattern in quotes, such as {os.path.join(path, '*.bin')!r}")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DataError(f"{path}: not a regular file: --resume reads the text again; save it as a file first")
+        raise DataError(f"{path}: not a regular file: save it as a file first, so that --resume can read the text again")
 
 
 def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
-    """A file or pattern as a list of shards, or as the tokens of text."""
+    """Return the shards that a file name or pattern matches, as a list of names; or, for text files, their tokens."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
-        raise DataError(f"{pattern!r}: no such file, and as a pattern it matches none")
+        raise DataError(f"{pattern!r}: no such file, and no file matches it as a pattern: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
         return shards
     for name in names:
         check_text(name)
     if shards:
-        raise DataError(f"{pattern!r}: {shards[0]} holds tokens and {min({*names} - {*shards})} is text: train on one kind")
+        raise DataError(f"{pattern!r}: {shards[0]} holds tokens, but {min({*names} - {*shards})} is text: train on one kind")
     if V < GPT2_V:
         raise InputError(
-            f"{names[0]}: text becomes GPT-2's tokens, {GPT2_V} ids, and the model has V = {V}: train on token shards (.bin)"
+            f"{names[0]}: text becomes tokens with {GPT2_V} ids, but the model has V = {V}: train on token shards (.bin)"
         )
     return np.concatenate([tokens_of_text(read_text(name)) for name in names])
 
 
-# ------------------------------------------------------------------------------------------------ what is written
+# ------------------------------------------------------------------------------------------------ output files
 
 
 class Output(NamedTuple):
-    """Where a run saves: the model, and the training state."""
+    """The files in which a run saves the model and the training state."""
 
     model: str
     state: str
 
     @classmethod
     def named(cls, name: str) -> "Output":
-        """--out STEM or --out STEM.bin."""
+        """Return the files of --out STEM or --out STEM.bin. Raises InputError for a name that cannot be a file."""
         stem = name.removesuffix(SHARD)
         if not os.path.basename(stem) or os.path.isdir(name):
             raise InputError(f"--out is {name!r}: it must be the name of a file, such as run.bin")
         return cls(f"{stem}{SHARD}", f"{stem}.state")
 
     @classmethod
-    def beside(cls, state: str) -> "Output":
-        """Where the run of a state saved before."""
+    def of_state(cls, state: str) -> "Output":
+        """Return the files in which the run of a training state saved before. Raises InputError for an unusual name."""
         stem = re.fullmatch(r"(.*[^/])\.state(\.1)?", state, re.DOTALL)
         if not stem:
-            raise InputError(f"--resume is {state!r}, which does not end in .state: say with --out where the run saves")
+            raise InputError(f"--resume is {state!r}, which does not end in .state: name the new files with --out")
         return cls.named(stem[1])
 
 
 def files_of(state: TrainingState) -> set[str]:
-    """What the run of a state has written, links resolved: this may be replaced."""
-    path = state.path.removesuffix(".1")  # the generation before it
+    """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
+    path = state.path.removesuffix(".1")  # .1 is the previous generation
     model, log, plot = path.removesuffix(".state") + SHARD, state.progress.job.get("log"), state.progress.job.get("plot")
     return {os.path.realpath(name) for name in (path, f"{path}.1", model, log, *(pictures(plot) if plot else ())) if name}
 
 
 def check_distinct(paths: list[str]) -> None:
-    """Refuse one file for two uses."""
+    """Raise InputError if one file was given for two uses."""
     names = [os.path.realpath(path) for path in paths]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
-            raise InputError(f"{path}: it was given for two uses: data, --out, --log and --plot need files of their own")
+            raise InputError(f"{path}: was given for two uses: data, --out, --log and --plot must be different files")
 
 
 def check_new(path: str) -> None:
-    """Refuse a file that exists already."""
+    """Raise InputError if the file exists already."""
     if os.path.lexists(path):
-        raise InputError(f"{path}: it exists already: give another name, --force to replace it, or --resume to go on")
+        raise InputError(f"{path}: exists already: give another name, --force to replace it, or --resume to continue its run")
 
 
 def check_writable(path: str, *, make_folder: bool = False) -> None:
-    """Find out before the work whether a file can be written to this folder and take this name."""
+    """Raise InputError before training if a file of this name cannot be written."""
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: not a regular file: it is not replaced")
+        raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
     folder = os.path.dirname(os.path.realpath(path))
     try:
         if make_folder:
             os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        with suppress(FileNotFoundError):  # a name that is too long, with what atomic_file() adds to it, is another error
+        with suppress(FileNotFoundError):  # any other error means that the name is too long with atomic_file()'s suffix
             os.lstat(f"{os.path.realpath(path)}.{'0' * 8}.tmp")
     except OSError as error:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 
 
 def check_room(output: Output, config: Config, version: int) -> None:
-    """Refuse to begin what could not be saved once."""
+    """Raise PyGPTError if the disk has no room for one state and one model."""
     P = config.parameters(padded=True)
     needed = (3 * 4 + VALUE_BYTES[version]) * P
     folder = os.path.dirname(os.path.realpath(output.state))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise PyGPTError(f"{folder}: {free} bytes are free, and state and model take {needed}: make room, or save elsewhere")
+        raise PyGPTError(f"{folder}: {free} bytes are free, but state and model take {needed}: make room, or save elsewhere")
 
 
 def leftovers(path: str) -> list[str]:
-    """Temporary files of this one that a killed run has left behind (atomic_file's names)."""
+    """Return the temporary files of this path that a killed run left behind. atomic_file() chose their names."""
     path = os.path.realpath(path)
     return [name for name in glob.glob(f"{glob.escape(path)}.*.tmp") if re.fullmatch(r"\.[0-9a-f]{8}\.tmp", name[len(path) :])]

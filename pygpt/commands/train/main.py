@@ -1,4 +1,4 @@
-"""Train GPT-2 on text or token shards: fine-tune a checkpoint, or begin with random weights.
+"""Train GPT-2 on text or token shards. Begin with a checkpoint (fine-tuning) or with random weights.
 
     pygpt train --data my.txt --init gpt2_124M.bin --out mine.bin
     pygpt train --data my.txt --shape L=4,NH=4,C=128,maxT=256 -B 8 -T 128 --steps 500 --lr 1e-3 --out mine.bin
@@ -7,23 +7,30 @@
 
 The defaults are those of llm.c's CPU program.
 
---out mine.bin saves the model as mine.bin, and the training state as mine.state. `pygpt chat -m mine.bin` answers with the
-model. The state holds weights, AdamW's moments, step, options and the place in the data. --resume continues from it with the
-same bits as a run that never stopped, with any number of threads. The state before it stays as mine.state.1; if mine.state is
-damaged, --resume uses that one. Ctrl-C and SIGTERM finish the step and save; a second one ends at once. Existing files are
-replaced only if they belong to the resumed run, or with --force.
+--out mine.bin saves the model as mine.bin and the training state as mine.state. `pygpt chat -m mine.bin` runs the model. The
+state contains the weights, AdamW's moments, the step, the options and the position in the data. --resume continues a run with
+any number of threads, and gives the same bits as a run without a stop. The previous state is kept as mine.state.1; if
+mine.state is damaged, --resume uses mine.state.1.
 
-stdout has a line for each step and each validation. Samples of text stand between lines of ---; they begin with
-<|endoftext|> and are drawn at random, with the step as seed. --log FILE has a line of JSON for each step:
+At Ctrl-C or SIGTERM, training finishes the step and saves. A second signal ends it immediately. Existing files are replaced
+only if they belong to the resumed run, or with --force.
 
-    step            updates made before it, from 0
-    loss, norm      of the step's batches before the update; of their gradient before clipping
-    lr, ms, tokens_per_s
-    val_loss        of the same weights, if they were validated; a last line has only this and step
+stdout has a line for each step and each validation. Samples of text are printed between lines of ---. Each sample continues
+<|endoftext|> at random, with the step as the seed. --log FILE writes a line of JSON for each step:
 
-Exit status: 0; 1 for a failure at run time, such as a loss that is not finite, or if --check finds a difference; 2 for bad
-input; 130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout has gone. The run is saved in the last three cases. It
-is saved after an error, too, except if the loss is not finite and there is an earlier save.
+    step            number of updates before this step, from 0
+    loss            mean loss of the step's batches before the update, in nats per token
+    norm            norm of the gradient before clipping
+    lr              learning rate
+    ms              time of the step in milliseconds
+    tokens_per_s    training speed
+    val_loss        validation loss of the weights before this step, if they were validated
+
+After the last step, a line with only step and val_loss follows if the final weights were validated.
+
+Exit status: 0 for success; 1 for a failure at run time, such as a loss that is not finite, or if --check finds a difference;
+2 for bad input; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader closed stdout. A run that ends with 130, 141, 143 or
+an error is saved. But if the loss is not finite, an earlier save is kept instead.
 """
 
 import argparse
@@ -67,8 +74,8 @@ from .job import (
     shape_of,
 )
 
-RANDOM = "random"  # instead of a checkpoint's name
-NAMES = {"data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take a file's name
+RANDOM = "random"  # the value of --init for random weights
+NAMES = {"data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
 Engine = TrainableGPT2 | SerialTrainableGPT2
 
 
@@ -79,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options and their help. An option that is not given is None: a resumed run has its own."""
+    """Return the parser of the command's options. Missing options are None: a resumed run has its own values."""
     parser = Parser(
         prog="pygpt train",
         usage="pygpt train [options]",
@@ -88,66 +95,69 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FILE", help="UTF-8 text, or llm.c's token shards (.bin); a file, or a pattern in quotes")
-    add("--val", metavar="FILE", help="the same for validation")
+    add("--data", metavar="FILE", help="training data: UTF-8 text or llm.c's token shards (.bin); a file or a quoted pattern")
+    add("--val", metavar="FILE", help="validation data, in the same forms as --data")
     add("--val-tokens", metavar="N", type=whole(*WHOLE["val_tokens"]), help="validate on the first N tokens of --data instead")
-    add("--val-fraction", metavar="F", type=number, help="validate on the last part of --data instead, as in 0.1")
-    add("-B", metavar="N", type=whole(*WHOLE["B"]), help="sequences of a batch (default 4)")
-    add("-T", metavar="N", type=whole(*WHOLE["T"]), help="tokens of a sequence (default 64)")
-    add("--shuffle", action="store_true", default=None, help="another order of the batches in every epoch")
-    add("--seed", metavar="N", type=whole(*WHOLE["seed"]), help="of random weights and of --shuffle (default 1)")
+    add("--val-fraction", metavar="F", type=number, help="validate on this last part of --data instead, such as 0.1")
+    add("-B", metavar="N", type=whole(*WHOLE["B"]), help="sequences in a batch (default 4)")
+    add("-T", metavar="N", type=whole(*WHOLE["T"]), help="tokens in a sequence (default 64)")
+    add("--shuffle", action="store_true", default=None, help="shuffle the batches, differently in every epoch")
+    add("--seed", metavar="N", type=whole(*WHOLE["seed"]), help="seed of random weights and of --shuffle (default 1)")
 
     add = parser.add_argument_group("model").add_argument
-    add("--init", metavar="FILE", help="begin from this checkpoint, or with `random` weights (default: as -m of the command)")
+    add(
+        "--init",
+        metavar="FILE",
+        help="begin with this checkpoint, or with `random` weights (default: the model that `pygpt` uses, see pygpt --help)",
+    )
     add(
         "--shape",
         metavar="SHAPE",
-        help="of random weights: gpt2, gpt2-medium, -large, -xl, or L=4,NH=4,C=128,maxT=256[,V=50257]",
+        help="begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
+        "L=4,NH=4,C=128,maxT=256[,V=50257]",
     )
-    add(
-        "-t", "--threads", metavar="N", type=whole(1, 256), help="workers (default $PYGPT_THREADS, else what fits this machine)"
-    )
-    add("--reference", action="store_true", default=None, help="compute as the serial program does")
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add("--reference", action="store_true", default=None, help="train with the slow serial reference")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--steps", metavar="N", type=whole(1, 2**31 - 1), help="updates in all (default 40)")
+    add("--steps", metavar="N", type=whole(1, 2**31 - 1), help="total number of updates (default 40)")
     add("--lr", metavar="X", type=number, help="learning rate (default 1e-4)")
-    add("--schedule", metavar="NAME", help="constant (default) or cosine, which ends at --min-lr")
-    add("--warmup", metavar="N", type=whole(0, 2**31 - 1), help="steps in which the learning rate rises (default 0)")
-    add("--min-lr", metavar="X", type=number, help="where the cosine ends (default 0)")
-    add("--beta1", metavar="X", type=number, help="AdamW's average of gradients (default 0.9)")
-    add("--beta2", metavar="X", type=number, help="and of their squares (default 0.999)")
-    add("--eps", metavar="X", type=number, help="AdamW's term beside the root (default 1e-8)")
-    add("--weight-decay", metavar="X", type=number, help="of all tensors (default 0)")
-    add("--decay-matrices-only", action="store_true", default=None, help="not of biases and layer norms")
-    add("--clip", metavar="X", type=number, help="largest norm of the gradient (default 0: any)")
-    add("--accumulate", metavar="N", type=whole(1, 10**6), help="batches of a step, gradients averaged (default 1)")
+    add("--schedule", metavar="NAME", help="constant (default), or cosine, which falls to --min-lr")
+    add("--warmup", metavar="N", type=whole(0, 2**31 - 1), help="raise the learning rate during the first N steps (default 0)")
+    add("--min-lr", metavar="X", type=number, help="final learning rate of the cosine schedule (default 0)")
+    add("--beta1", metavar="X", type=number, help="AdamW's decay rate for the mean of gradients (default 0.9)")
+    add("--beta2", metavar="X", type=number, help="AdamW's decay rate for the mean of squared gradients (default 0.999)")
+    add("--eps", metavar="X", type=number, help="AdamW's term added to the square root (default 1e-8)")
+    add("--weight-decay", metavar="X", type=number, help="AdamW's weight decay of all tensors (default 0)")
+    add("--decay-matrices-only", action="store_true", default=None, help="exclude biases and layer norms from weight decay")
+    add("--clip", metavar="X", type=number, help="scale the gradient down to at most this norm (default 0: no limit)")
+    add("--accumulate", metavar="N", type=whole(1, 10**6), help="average the gradients of N batches for each step (default 1)")
 
     add = parser.add_argument_group("saving").add_argument
-    add("--out", metavar="FILE", help="save the model as FILE.bin and the state as FILE.state (default: nothing is saved)")
-    add("--version", metavar="N", type=whole(*WHOLE["version"]), help="of the model file: 3, float32 (default), or 5, bfloat16")
+    add("--out", metavar="FILE", help="save the model as FILE.bin and the state as FILE.state (default: save nothing)")
+    add("--version", metavar="N", type=whole(*WHOLE["version"]), help="version of FILE.bin: 3, float32 (default); 5, bfloat16")
     add(
         "--save-every",
         metavar="N",
         type=whole(*WHOLE["save_every"]),
-        help="steps between saves (default 100; 0: only at the end)",
+        help="save every N steps (default 100; 0: only at the end)",
     )
-    add("--resume", metavar="STATE", help="continue the run of this state; other options may be left out")
-    add("--force", action="store_true", help="replace files that exist")
+    add("--resume", metavar="STATE", help="continue the run of this state; its options are the defaults")
+    add("--force", action="store_true", help="replace existing files")
 
     add = parser.add_argument_group("reports").add_argument
-    add("--val-every", metavar="N", type=whole(*WHOLE["val_every"]), help="steps between validations (default 10)")
-    add("--val-batches", metavar="N", type=whole(*WHOLE["val_batches"]), help="batches of a validation (default 5)")
+    add("--val-every", metavar="N", type=whole(*WHOLE["val_every"]), help="validate every N steps (default 10)")
+    add("--val-batches", metavar="N", type=whole(*WHOLE["val_batches"]), help="use N batches for each validation (default 5)")
     add(
         "--sample-every",
         metavar="N",
         type=whole(*WHOLE["sample_every"]),
-        help="steps between samples of text (default 20; 0: none)",
+        help="print a sample of text every N steps (default 20; 0: never)",
     )
-    add("--sample-tokens", metavar="N", type=whole(*WHOLE["sample_tokens"]), help="tokens of a sample (default 64)")
+    add("--sample-tokens", metavar="N", type=whole(*WHOLE["sample_tokens"]), help="tokens in a sample (default 64)")
     add("--log", metavar="FILE", help="write a line of JSON for each step")
-    add("--plot", metavar="PATH", help="draw the loss: a .svg, .png or .pdf, or a folder (needs matplotlib)")
-    add("--check", metavar="STATE", help="compare with llm.c's debug state, and train nothing")
+    add("--plot", metavar="PATH", help="draw the loss: a .svg, .png or .pdf file, or a folder (needs matplotlib)")
+    add("--check", metavar="STATE", help="do not train, but compare the gradients with llm.c's debug state")
     return parser
 
 
@@ -155,7 +165,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Stop:
-    """In a `with` block, Ctrl-C and SIGTERM only ask for the end of the run; a second one takes effect at once."""
+    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step.
+
+    A second signal takes effect immediately.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -163,12 +176,12 @@ class Stop:
 
     @property
     def status(self) -> int:
-        """The exit status that a signal asks for, or 0."""
+        """Return the exit status for the signal, or 0 if no signal came."""
         return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> "Stop":
         for which in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(which) != signal.SIG_IGN:  # nohup's children keep ignoring
+            if signal.getsignal(which) != signal.SIG_IGN:  # a signal ignored by the parent, as with nohup, stays ignored
                 self._before[which] = signal.signal(which, self._note)
         return self
 
@@ -186,7 +199,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
     for name in NAMES & {*given}:
         if not given[name]:
-            raise InputError(f"{flag(name)} is empty: it must be a name")
+            raise InputError(f"{flag(name)} is empty: it must be the name of a file")
     if options.check is not None:
         return run_check(given)
     with ExitStack() as stack:
@@ -202,7 +215,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
             say(notice)
             job, settings, changes = resumed(given, state)
             config, init = state.config, None
-            output = Output.named(options.out) if options.out else Output.beside(options.resume)
+            output = Output.named(options.out) if options.out else Output.of_state(options.resume)
             if job.plot is not None and "plot" not in given:
                 check_pictures(report.pictures(job.plot), state)
         prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
@@ -213,11 +226,11 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
         if state is not None:
             trainer.restore(state)
             trainer.options = settings
-            state.close()  # or the disk would have to keep it when a newer one has replaced it twice
+            state.close()  # an open state would keep its disk space after newer saves replace it
         for change in changes:
             say(change)
         if output is None:
-            say("nothing will be saved: --out names the model to write")
+            say("nothing will be saved: to save, name a file with --out")
         log = stack.enter_context(report.Log(job.log, None if state is None else trainer.done, keep=job.plot is not None))
         with stop:
             Run(trainer, validation, job, output, log, state).train(stop)
@@ -227,39 +240,45 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
                 report.draw(names, log.entries)
                 say(f"wrote {' and '.join(names)}")
             else:
-                say(f"no step to draw: {' and '.join(names)} not written")
+                say(f"did not write {' and '.join(names)}: this run has no steps to draw, and no --log of earlier steps")
     return None
 
 
 def check_pictures(paths: list[str], state: TrainingState) -> None:
-    """Refuse to replace what a state says is its run's picture, unless it is beside it: anybody may have made the state."""
+    """Raise InputError if a picture that the state names exists in another folder than the state.
+
+    A state from an unknown author could otherwise overwrite any file.
+    """
     for path in paths:
         if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
-            raise InputError(f"{path}: it exists already, and the state names it as the picture of its run: give --plot again")
+            raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
 
 
 def beginning(given: dict[str, Any]) -> tuple[Config, str]:
-    """The shape of a new run's model, and the checkpoint that it begins from, or "random"."""
+    """Return the dimensions of a new run's model, and the path of its first checkpoint, or "random"."""
     init, shape = given.get("init"), given.get("shape")
     if init == RANDOM or (init is None and shape is not None):
         if shape is None:
-            raise InputError("--init random needs --shape: gpt2, or one like L=4,NH=4,C=128,maxT=256")
+            raise InputError("--init random needs --shape: give gpt2, or a shape such as L=4,NH=4,C=128,maxT=256")
         return shape_of(shape), RANDOM
     if shape is not None:
-        raise InputError(f"--shape and --init {init} were both given: a checkpoint has a shape of its own")
+        raise InputError(f"--shape and --init {init} were both given, but the checkpoint has a shape already: give one of them")
     path, origin = find_model(init)
     if origin == "embedded":
-        say("begins from the small embedded model (Shakespeare); --init names another, or `random` with --shape")
+        say("training the small embedded Shakespeare model; for another model use --init, for random weights --shape")
     with open_floats(path) as checkpoint:
         return checkpoint.config, path
 
 
 def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, force: bool) -> None:
-    """Find out before the work whether its results can be kept. `mine` are files of the run that is resumed."""
+    """Raise InputError or PyGPTError before training if its results cannot be saved; remove files of killed runs.
+
+    mine: the files of the resumed run, which it may replace.
+    """
     written = [*(output or ()), *filter(None, [job.log])]
     older = [] if output is None else [f"{output.state}.1"]
     pictures = [] if job.plot is None else report.pictures(job.plot)
-    drawn = {*pictures, *filter(None, [job.plot])}  # a folder of pictures is a use, too
+    drawn = {*pictures, *filter(None, [job.plot])}  # include the name of a folder of pictures
     check_distinct([*written, *older, *sorted(drawn), *filter(None, [job.data, job.val])])
     for path in () if force else (*written, *older, *pictures):
         if os.path.realpath(path) not in mine:
@@ -267,23 +286,23 @@ def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, 
     for path in pictures:
         check_writable(path, make_folder=True)
     if pictures:
-        matplotlib()  # if it is missing, say so now
+        matplotlib()  # if it is missing, report that now
     for path in written:
         check_writable(path)
         for left in leftovers(path):
             os.unlink(left)
-            say(f"removed {left}, which a killed run has left")
+            say(f"removed {left}, a temporary file of a killed run")
     if output is not None:
         check_room(output, config, job.version)
 
 
 def engine_kind(*, reference: bool) -> type[Engine]:
-    """The class of the engine."""
+    """Return the class of the engine."""
     return SerialTrainableGPT2 if reference else TrainableGPT2
 
 
 def make_engine(config: Config, init: str | None, job: Job, threads: int | None) -> Engine:
-    """The engine with the weights that the run begins from: a checkpoint's, "random" ones, or none yet."""
+    """Return the engine. init: a checkpoint's path, "random", or None for weights that a training state will fill."""
     kind = engine_kind(reference=job.reference)
     if init is None:
         return kind(config, threads=threads)
@@ -291,18 +310,20 @@ def make_engine(config: Config, init: str | None, job: Job, threads: int | None)
 
 
 def run_check(given: dict[str, Any]) -> None:
-    """--check: raises PyGPTError when a difference is too large."""
+    """Run --check. Raises PyGPTError if a difference is too large, InputError for options that do not go with --check."""
     if surplus := sorted({*given} - {"check", "init", "threads", "reference"}):
-        raise InputError(f"--check trains nothing: {flag(surplus[0])} means nothing there; it takes --init, -t and --reference")
+        raise InputError(f"--check does not train, so leave out {flag(surplus[0])}; it takes --init, -t and --reference")
     path, _ = find_model(given.get("init"))
     kind = engine_kind(reference="reference" in given)
     with kind.load(path, threads=given.get("threads")) as engine:
         if not check.check(engine, given["check"]):
-            raise PyGPTError(f"{given['check']}: the engine differs from it by more than the tolerances, with the model {path}")
+            raise PyGPTError(
+                f"{given['check']}: the engine's results differ by more than the tolerance: check that {path} is the same model"
+            )
 
 
 class Run:
-    """A run, all of it open. `state` is what it was resumed from."""
+    """A run with all its open files. state: the training state that it resumes, or None."""
 
     def __init__(
         self,
@@ -314,13 +335,13 @@ class Run:
         state: TrainingState | None,
     ) -> None:
         self.trainer, self.validation, self.job, self.output, self.log = trainer, validation, job, output, log
-        self.begun = trainer.done  # updates that the run began with
+        self.begun = trainer.done  # number of updates at the beginning
         here = output is not None and state is not None and state.path == os.path.realpath(output.state)
-        self.saved = self.begun if here else 0  # those in its own state on the disk, if there is one
+        self.saved = self.begun if here else 0  # number of updates in this run's state on the disk; 0 without a state
         self.saving = False
 
     def train(self, stop: Stop) -> None:
-        """Make the steps that are left, or those until a signal comes; report, save, and say what was saved."""
+        """Train until all steps are done or a signal comes. Report, save, and print what was saved."""
         trainer, job, output = self.trainer, self.job, self.output
         try:
             with Progress("steps", trainer.options.steps, trainer.done) as progress:
@@ -341,10 +362,10 @@ class Run:
         elif stop.signal is None:
             say(f"{ended}; saved {output.model} and {output.state}")
         else:
-            say(f"{ended}; saved; to go on: pygpt train --resume {shlex.quote(output.state)}")
+            say(f"{ended}; saved; to continue, run: pygpt train --resume {shlex.quote(output.state)}")
 
     def look(self, lines: report.Report) -> bool:
-        """Validate and sample where it is time to; return whether all steps were made."""
+        """Validate and print a sample if this step is due; return whether all steps are done."""
         trainer, job, done = self.trainer, self.job, self.trainer.done
         last = done >= trainer.options.steps
         if self.validation is not None and (done % job.val_every == 0 or last):
@@ -358,7 +379,7 @@ class Run:
         return last
 
     def save(self) -> None:
-        """Save state and model, each all or nothing, first what a run is resumed from."""
+        """Save the state, then the model, each atomically. Raises PyGPTError if writing fails."""
         if self.output is None:
             return
         self.saving = True
@@ -371,10 +392,10 @@ class Run:
         self.saving = False
 
     def rescue(self, error: Exception) -> None:
-        """The run ends by an error: save what its steps have made, if it is good, and say which state there is.
+        """Save the run after an error if its weights are useful, and print which state exists.
 
-        A step that fails has changed nothing. But weights whose loss is not finite are worth less than those of an earlier
-        save, and are saved only where there is none.
+        A failed step changes nothing, so the weights are those after the last good step. If their loss is not finite, save them
+        only if there is no earlier save.
         """
         if self.output is None:
             return
@@ -389,14 +410,14 @@ class Run:
             state, other = self.output.state, ""
             if suspect and self.saved == self.trainer.done and os.path.exists(f"{state}.1"):
                 other = f" ({state}.1 after fewer)"
-            say(f"{state} has the run after {counted(self.saved)}{other}, until this:")
+            say(f"{state} contains the run after {counted(self.saved)}{other}; then training failed:")
 
 
 def finite(engine: Engine) -> bool:
-    """Whether all weights and moments are finite."""
+    """Return whether all weights and moments are finite."""
     return all(np.isfinite(array).all() for array in (engine.parameters, engine.first_moments, engine.second_moments))
 
 
 def counted(steps: int) -> str:
-    """A number of steps in words."""
+    """Return a number of steps with its noun."""
     return f"{steps} step{'' if steps == 1 else 's'}"

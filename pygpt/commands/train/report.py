@@ -1,4 +1,4 @@
-"""What a run tells: lines on stdout, a progress bar on a terminal, a log of JSON lines, a picture of the loss."""
+"""The reports of a training run: lines on stdout, a progress bar on a terminal, a log of JSON lines, a picture of the loss."""
 
 import json
 import os
@@ -17,36 +17,36 @@ from ..console import for_terminal
 from ..profile.plots import matplotlib, save
 from ..progress import Progress
 
-BEGIN = b'{"step": '  # of a line of the log
+BEGIN = b'{"step": '  # the first bytes of each line of the log
 PICTURES = (".svg", ".png", ".pdf")
 TRAINING = {"color": "#4292c6", "lw": 1.2}
 VALIDATION = {"color": "#cb181d", "lw": 1.2, "marker": "o", "ms": 4}
 
 
 class Report:
-    """Prints what happens, and notes it for log and picture."""
+    """Print the events of a run, and add them to the log."""
 
     def __init__(self, progress: Progress, log: "Log") -> None:
         self._progress, self._log = progress, log
         self._val_loss: float | None = None
 
     def step(self, record: Record) -> None:
-        """A step was made."""
+        """Report a step."""
         self._progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
         self._progress.update(record.step + 1, f", loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
         self._note(record._asdict())
 
     def validated(self, step: int, loss: float) -> None:
-        """The weights before this step were evaluated: the step's line of the log says so."""
+        """Report the validation loss of the weights before this step. The log's line of this step will contain it."""
         self._progress.line(f"step {step}: val loss {loss:.6f}")
         self._val_loss = loss
 
     def sampled(self, step: int, text: str) -> None:
-        """The weights before this step made some text."""
+        """Report a text that the weights before this step generated."""
         self._progress.line(f"step {step}: sample:\n---\n{for_terminal(text, sys.stdout)}\n---")
 
     def finished(self, step: int) -> None:
-        """All steps were made: what was measured after the last one gets a line of its own in the log."""
+        """Log the validation loss after the last step, if there is one, on a line of its own."""
         if self._val_loss is not None:
             self._note({"step": step})
 
@@ -58,10 +58,11 @@ class Report:
 
 
 class Log:
-    """The entries of a run, one a step: with a path as lines of JSON in a file, with `keep` in `entries` too, for a picture.
+    """The log of a run, one entry per step: lines of JSON in the file `path` (None: no file).
 
-    A run that is resumed with `done` steps goes on behind the entries of those: later ones will be made again. Raises
-    InputError for an older file that is no such log. A new run, with None, has a new file.
+    keep: also keep the entries in `entries`, for a picture. done: the number of steps of a resumed run, or None for a new run.
+    A new run begins a new file. A resumed run keeps the entries of its first `done` steps and drops later ones, because it
+    repeats those steps. Raises InputError if an older file is not a training log.
     """
 
     def __init__(self, path: str | None, done: int | None, *, keep: bool) -> None:
@@ -72,14 +73,14 @@ class Log:
                 for entry in earlier(path, done):
                     file.write(encoded(entry))
                     self._kept(entry)
-            self._file = open(path, "ab")  # noqa: SIM115 (close() does)
+            self._file = open(path, "ab")  # noqa: SIM115 (close() closes it)
 
     def _kept(self, entry: dict[str, Any]) -> None:
         if self._keep:
             self.entries.append(entry)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Note an entry, which is in the file when this returns."""
+        """Add an entry and flush the file. Raises PyGPTError if writing fails."""
         self._kept(entry)
         if self._file is not None:
             try:
@@ -89,7 +90,7 @@ class Log:
                 raise PyGPTError(f"{self._path}: cannot write the log: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the file. What is left to write then is what add() has failed to write, and said so."""
+        """Close the file. An error here repeats one that add() has reported, so ignore it."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -102,7 +103,7 @@ class Log:
 
 
 def earlier(path: str, done: int | None) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a log's first `done` steps. What a kill has left of a last line is left out."""
+    """Yield the entries of a log's first `done` steps. Skip an incomplete last line, which a killed run can leave."""
     if done is None or not os.path.exists(path):
         return
     with open(path, "rb") as file:
@@ -114,17 +115,19 @@ def earlier(path: str, done: int | None) -> Iterator[dict[str, Any]]:
                 if entry["step"] < done and "loss" in entry:
                     yield entry
             except (ValueError, TypeError, KeyError):
-                raise InputError(f"{path}: line {number} is not of a training log: give --log another name") from None
+                raise InputError(f"{path}: line {number} is not an entry of a training log: give --log another name") from None
 
 
 def encoded(entry: dict[str, Any]) -> bytes:
-    """An entry as a line."""
+    """Return an entry as a line of JSON."""
     return json.dumps(entry).encode() + b"\n"
 
 
 def sample(model: "GPT2 | SerialGPT2", tokens: int, seed: int) -> str:
-    """Some text of the model's own, drawn by its probabilities after the end of another text; ids where its vocabulary is not
-    GPT-2's. The same seed gives the same text."""
+    """Return a text that the model generates at random after <|endoftext|>. The same seed gives the same text.
+
+    If the vocabulary is not GPT-2's, start with id 0 and return ids.
+    """
     tokenizer = Tokenizer()
     text = model.config.V == tokenizer.V
     begin = [tokenizer.eot if text else 0]
@@ -133,12 +136,12 @@ def sample(model: "GPT2 | SerialGPT2", tokens: int, seed: int) -> str:
 
 
 def pictures(path: str) -> list[str]:
-    """What --plot PATH writes: a picture of this name, or loss.svg and loss.png in this folder."""
+    """Return the files that --plot PATH writes: the picture PATH, or loss.svg and loss.png in the folder PATH."""
     return [path] if path.endswith(PICTURES) else [os.path.join(path, f"loss{suffix}") for suffix in PICTURES[:2]]
 
 
 def draw(names: list[str], entries: list[dict[str, Any]]) -> None:
-    """Draw the loss by step, as pictures of these names."""
+    """Draw the loss by step into files of these names."""
     plt = matplotlib()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for key, style, label in (("loss", TRAINING, "training"), ("val_loss", VALIDATION, "validation")):
@@ -146,7 +149,7 @@ def draw(names: list[str], entries: list[dict[str, Any]]) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
     axis.set_xlabel("step")
-    axis.set_ylabel("mean loss, nats a token")
+    axis.set_ylabel("mean loss, nats per token")
     axis.legend(frameon=False)
     for name in names:
         save(figure, name)
