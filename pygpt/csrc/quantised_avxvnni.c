@@ -17,7 +17,7 @@
 #define START4(n) broadcast_int(n)
 #define FINISH4(sum, n) (sum)
 #define STREAMS 2
-#define TALL 8
+#define TALL 4
 #define TILE_ROWS 4
 #define TILE_PANELS 1
 #include "quantised_body.h"
