@@ -4,13 +4,13 @@
 How this file is built, from the inside out:
   (a) microkernels: C, one source compiled for each instruction set (micro_body.h), chosen once at import;
   (b) kernels: `cdef ... noexcept nogil`, one for each operation of GPT-2, which take (ith, nth) and do that worker's share;
-  (c) forward: one function that every worker runs, layer by layer and kernel by kernel, with a native barrier (sync.h)
-      where one kernel reads what another worker wrote;
+  (c) forward: one function that every worker runs, layer by layer and kernel by kernel. The workers wait at a native
+      barrier (sync.h) before a kernel reads the results of other workers;
   (d) classes: validated Python objects that own memory and enter (c) without the GIL.
 
 Work is split over outputs, never inside a sum, so the bits do not depend on the number of workers. With one worker the
-barriers are empty and this is the serial program. Everything that can fail is checked before `nogil` begins: no worker can
-stop inside a step and leave the others waiting.
+barriers are empty, and the program is serial. All checks run before `nogil` begins. So a worker cannot stop inside a step
+and leave the others waiting.
 
 Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of operations and the names.
 """
@@ -33,14 +33,14 @@ cdef extern from *:
     enum { huge_page = 1 << 21 };
     static void ask_huge_pages(void *memory, size_t size) {
     #if defined(MADV_HUGEPAGE)
-        (void)madvise(memory, size, MADV_HUGEPAGE); /* a system that has none goes on with small ones */
+        (void)madvise(memory, size, MADV_HUGEPAGE); /* if the system has no huge pages, small pages serve */
     #else
         (void)memory, (void)size;
     #endif
     }
     """
     enum:
-        huge_page             # bytes, on the systems that have such
+        huge_page             # bytes, on systems with huge pages
     void ask_huge_pages(void* memory, size_t size) noexcept nogil
 
 cdef extern from "blocks.h" nogil:
@@ -50,7 +50,7 @@ cdef extern from "blocks.h" nogil:
 
 
 def _available() -> dict:
-    """Map each instruction set that this build and this processor have to its table, best first."""
+    """Map the name of each available instruction set to the address of its table, best first."""
     cdef const microkernels* found
     names = {}
     for address in (
@@ -64,7 +64,7 @@ def _available() -> dict:
 
 
 def select_isa(name=None) -> None:
-    """Choose the microkernels: the best this processor has, or the named set. Raises InputError when it is not there."""
+    """Choose the named instruction set, or by default the best one. Raises InputError if the set is not available."""
     global micro, float32
     available = _available()
     if name is None:
@@ -76,7 +76,7 @@ def select_isa(name=None) -> None:
 
 
 def weight_formats() -> dict:
-    """Map the name of each weight format that the kernels read to (values, bytes) of a block."""
+    """Map the name of each weight format to (values, bytes) of a block."""
     cdef const weight_format* const* format = micro.formats
     found = {}
     while format[0] != NULL:
@@ -94,7 +94,7 @@ cdef const weight_format* format_named(name) except NULL:
 
 
 def cpu_info() -> dict:
-    """Say which instruction set computes and why: keys isa, fused, available, reason."""
+    """Return the chosen instruction set and the reason: keys isa, fused, available, reason."""
     forced = os.environ.get("PYGPT_ISA")
     return {
         "isa": micro.isa.decode(),
@@ -110,18 +110,18 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 
 cdef enum:
     SPAN_ROWS = 20        # rows of one attention tile
-    FEW_ROWS = 4          # so few rows that each worker normalises all of them rather than wait for the others
-    BLOCK_BYTES = 5 << 17  # of weights packed at a time: they stay in the second-level cache while rows stream by
-    BAND_ROWS = 16        # of a product, whose outputs are still near when the epilogue takes them
-    SHARES = 4            # parts of a large product for each worker: who is held up takes fewer
+    FEW_ROWS = 4          # up to so many rows, each worker normalises all of them: a barrier would cost more
+    BLOCK_BYTES = 5 << 17  # of weights packed at a time: they stay in the second-level cache while the rows pass
+    BAND_ROWS = 16        # of a product between epilogues: the outputs are still in cache
+    SHARES = 4            # blocks of a large product for each worker: a delayed worker takes fewer blocks
 
 cdef enum Epilogue:
     NOTHING
     BIAS_KEYS_VALUES  # out += bias; keys and values go to the caches
-    BIAS_GELU         # after = gelu(out + bias); where after is not out itself, out += bias
+    BIAS_GELU         # after = gelu(out + bias); if after and out are different arrays, out += bias
     BIAS_RESIDUAL     # after = before + (out + bias)
 
-cdef struct Product:      # out = inp weight^T, and what follows
+cdef struct Product:      # out = inp weight^T, then the epilogue
     float* out            # OUT (rows, N), a row every ldo values
     Py_ssize_t ldo
     const float* inp      # IN  (rows, K), a row every ldi values
@@ -142,7 +142,7 @@ PHASES = (
     "dfcproj", "dfc", "dln2", "dattproj", "dattention", "dqkv", "dln1", "dencoder", "norm", "update",
 )
 
-cdef enum Phase:              # what a trace calls the parts of a step, in the order of PHASES
+cdef enum Phase:              # the parts of a step, in the order of PHASES
     ENCODER
     LN1
     QKV
@@ -161,7 +161,7 @@ cdef enum:
 
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil:
-    """Worker ith's share [start, stop) of n items, in equal contiguous parts."""
+    """Find worker ith's share [start, stop) of n items, split into equal contiguous parts."""
     start[0] = n * ith // nth
     stop[0] = n * (ith + 1) // nth
 
@@ -169,26 +169,26 @@ cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start,
 cdef void share(
     Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
 ) noexcept nogil:
-    """shard() of n items in whole units."""
+    """Find worker ith's share as shard() does, but in whole units of items."""
     shard((n + unit - 1) // unit, ith, nth, start, stop)
     start[0] = min(start[0] * unit, n)
     stop[0] = min(stop[0] * unit, n)
 
 
 cdef inline Tensor part(const Tensor* tensor, Py_ssize_t layer) noexcept nogil:
-    """One layer's part of a tensor."""
+    """Return one layer's part of a tensor."""
     return Tensor(tensor.data + layer * tensor.step, tensor.step, tensor.format)
 
 
 cdef inline Py_ssize_t bytes_of(const weight_format* format, Py_ssize_t rows, Py_ssize_t K) noexcept nogil:
-    """Bytes of a matrix of `rows` rows of K values: whole groups of rows, whole blocks, and the scales filled up."""
+    """Return the bytes of a matrix (rows, K): whole groups of rows, whole blocks, and scales padded to 64 bytes."""
     cdef Py_ssize_t groups = (rows + format.interleave - 1) // format.interleave
     cdef Py_ssize_t blocks = groups * format.interleave * ((K + format.block_values - 1) // format.block_values)
     return blocks * format.value_bytes + (blocks * format.scale_bytes + 63) // 64 * 64
 
 
 cdef inline weight_matrix matrix(const Tensor* tensor, Py_ssize_t N, Py_ssize_t K) noexcept nogil:
-    """The first layer's part of a tensor, as the microkernels take it."""
+    """Return the first layer's part of a tensor as a weight_matrix for the microkernels."""
     return weight_matrix(tensor.data, N, K)
 
 
@@ -206,16 +206,16 @@ cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noex
 
 cdef void layernorm(
     const Net* net, State* s,
-    Py_ssize_t index,           # of all layernorms of the network: 2 layer, 2 layer + 1, at last 2L
+    Py_ssize_t index,           # among all layernorms of the network: 2 layer, 2 layer + 1, and 2L for the last
     const float* weight,        # IN (C,)
     const float* bias,          # IN (C,)
-    const Py_ssize_t* wanted,   # IN (rows,) which rows of the stream, or NULL for all in order
+    const Py_ssize_t* wanted,   # IN (rows,) row numbers of the stream, or NULL for all rows in order
     Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
     """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016; eps 1e-5.
 
-    Rows are split over the workers, who meet afterwards; or, where rows are few, every worker makes all of them for itself,
-    which costs less than a barrier."""
+    Rows are split over the workers, which then wait at the barrier. If rows are few, every worker computes all of them for
+    itself, which costs less than a barrier."""
     cdef Py_ssize_t i, start = 0, stop = rows, C = net.C
     cdef const float* residual = s.residual + index * s.residual_step
     cdef float* ln = s.ln + index * s.ln_step + ith * s.ln_size
@@ -229,13 +229,13 @@ cdef void layernorm(
 
 
 cdef inline Py_ssize_t block_outputs(const weight_format* format, Py_ssize_t K) noexcept nogil:
-    """How many outputs of K weights make a block: BLOCK_BYTES, packed or in place, in whole panels, one at least."""
+    """Return the outputs of K weights that fit BLOCK_BYTES, packed or in place: whole panels, and at least one."""
     cdef Py_ssize_t bytes = 4 * K if format.pack_weights != NULL else bytes_of(format, format.panel, K) // format.panel
     return max(<Py_ssize_t> BLOCK_BYTES // (bytes * format.panel), 1) * format.panel
 
 
 cdef Py_ssize_t block_size(const Net* net) noexcept nogil:
-    """Values of the largest block of weights that a product packs."""
+    """Return the number of values of the largest block of weights that a product packs."""
     cdef const Tensor* tensor = <const Tensor*> &net.w
     cdef Py_ssize_t most = 0, C = net.C
     while tensor <= &net.w.lnfb:
@@ -247,7 +247,7 @@ cdef Py_ssize_t block_size(const Net* net) noexcept nogil:
 
 
 cdef Py_ssize_t rows_of_gemm(const Net* net, bint most) noexcept nogil:
-    """Up to how many rows gemm serves the products of every tensor; `most`: of any tensor."""
+    """Return up to how many rows gemm serves the products of every tensor, or, with `most`, of any tensor."""
     cdef const Tensor* tensor = <const Tensor*> &net.w
     cdef Py_ssize_t found = tensor.format.narrow
     while tensor < &net.w.lnfb:
@@ -257,7 +257,7 @@ cdef Py_ssize_t rows_of_gemm(const Net* net, bint most) noexcept nogil:
 
 
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
-    """n rounded up to a multiple of 16."""
+    """Return n rounded up to a multiple of 16."""
     return (n + 15) // 16 * 16
 
 
@@ -265,8 +265,8 @@ cdef void store_keys_values(
     const Net* net, State* s, Py_ssize_t layer,
     Py_ssize_t row, Py_ssize_t rows, Py_ssize_t start, Py_ssize_t stop,
 ) noexcept nogil:
-    """Copy the outputs [start, stop) of qkv that are keys or values to the caches of `rows` rows, head by head. The padding of
-    a head is zero: it must add nothing to a dot."""
+    """Copy the keys and values among the outputs [start, stop) of qkv to the caches of `rows` rows, head by head. The padding
+    of a head is zero, so that it adds nothing to a dot product."""
     cdef Py_ssize_t n = max(start, net.C), r, head, d, count, C = net.C, HS = net.HS
     cdef const float* qkv = s.qkv + layer * s.qkv_step
     cdef float* cache
@@ -285,7 +285,7 @@ cdef void store_keys_values(
 cdef void finish(
     const Net* net, State* s, const Product* p, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t n, Py_ssize_t count,
 ) noexcept nogil:
-    """The epilogue of `rows` rows and `count` outputs of a product, from (row, n) on."""
+    """Run the epilogue of a product on `rows` rows and `count` outputs, from (row, n) on."""
     cdef Py_ssize_t r
     cdef float* out
     cdef const float* bias
@@ -307,8 +307,8 @@ cdef void finish(
 cdef void block_of_outputs(
     const Net* net, State* s, const Product* p, float* block, Py_ssize_t n, Py_ssize_t width,
 ) noexcept nogil:
-    """The outputs [n, n + width) of all rows of a large product: the weights are packed, if their format needs it, all rows
-    pass, the epilogue follows on every few of them."""
+    """Compute the outputs [n, n + width) of all rows of a large product. The weights are packed first if their format needs
+    packing. The epilogue runs after each band of BAND_ROWS rows."""
     cdef Py_ssize_t r = 0, rows
     cdef const weight_format* format = p.weight.format
     cdef weight_matrix w = matrix(&p.weight, p.N, p.K)
@@ -322,10 +322,10 @@ cdef void block_of_outputs(
 
 
 cdef int matmul(const Net* net, State* s, const Product* p, int phase, const trace_worker* me) noexcept nogil:
-    """out = inp weight^T, then the epilogue. Returns 1 when the step was aborted, else 0.
+    """Compute out = inp weight^T, then the epilogue. Returns 1 if the step was aborted, else 0.
 
-    A few rows: each worker streams its share of the weights. Many: the workers pack the rows together, meet, and take blocks
-    of outputs, as large as stay in cache, until none is left."""
+    For few rows, each worker streams its share of the weights. For many rows, the workers pack the rows together and wait at
+    the barrier. Then they take blocks of outputs that fit the cache until all blocks are taken."""
     cdef Py_ssize_t n, start, stop, width
     cdef const weight_format* format = p.weight.format
     cdef weight_matrix w = matrix(&p.weight, p.N, p.K)
@@ -349,7 +349,7 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
 
 
 cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, const Span* span, float* scratch) noexcept nogil:
-    """One head of one span: atty = softmax(q keys^T / sqrt(HS)) values over the keys up to each row's own position."""
+    """Compute one head of one span: atty = softmax(q keys^T / sqrt(HS)) values, over the keys up to each row's position."""
     cdef Py_ssize_t i, rows = span.stop - span.start, C = net.C, HS = net.HS, HSp = net.HSp, ldp = s.ldp
     cdef Row* first = s.rows + span.start
     cdef Py_ssize_t common = first.pos + 1                              # keys that every row of the span sees
@@ -375,8 +375,8 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
 
 
 cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """Causal attention of all rows, (R, 3C) -> (R, C). Pairs of head and span are split over the workers so that each looks
-    at about the same number of keys: a later row costs more than an earlier one."""
+    """Compute causal attention of all rows, (R, 3C) -> (R, C). A later row has more keys than an earlier one. So pairs of
+    head and span are split over the workers by their numbers of keys."""
     cdef Py_ssize_t head, i, before, each = s.spans[s.n_spans - 1].cost, total = each * net.NH
     cdef float* scratch = s.scratch + ith * s.scratch_size
     for head in range(net.NH):
@@ -388,7 +388,9 @@ cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, 
 
 
 cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """losses[r] = -log(softmax(logits[r])[target]); logits becomes exp(logits - max), total its sum. Rows are split."""
+    """losses[r] = -log(softmax(logits[r])[target]). Rows are split over the workers.
+
+    The function overwrites logits with exp(logits - max), and writes the sum of each row to total."""
     cdef Py_ssize_t r, start, stop
     cdef float* row
     cdef float target, highest
@@ -403,7 +405,7 @@ cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth
 
 
 cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_worker* me) noexcept nogil:
-    """This worker's share of one phase: the network, line by line. Returns 1 when the step was aborted, else 0."""
+    """Compute this worker's share of one phase of the network. Returns 1 if the step was aborted, else 0."""
     cdef Py_ssize_t R = s.R, C = net.C, ith = me.ith, nth = me.nth
     cdef float* residual = s.residual + 2 * layer * s.residual_step     # the stream as it enters this layer ...
     cdef float* residual2 = residual + s.residual_step                  # ... after its attention ...
@@ -451,17 +453,17 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
 
 
 cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
-    """How many phases a step has: the encoder, seven for each layer, the last layernorm and the logits if they are wanted,
-    and the loss if that is."""
+    """Return the number of phases of a step: the encoder, seven for each layer, the last layernorm and the logits if logits
+    are wanted, and the loss if it is wanted."""
     return 1 + LAYER_PHASES * net.L + (2 if s.W else 0) + (1 if s.losses != NULL else 0)
 
 
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil:
-    """Run the network over s.rows: this worker's share of phases me.first to me.last - 1, all of them in most steps. Returns
-    1 when the step was aborted, else 0.
+    """Run this worker's share of phases me.first to me.last - 1 over s.rows; most steps run all phases at once. Returns 1 if
+    the step was aborted, else 0.
 
-    The workers meet wherever the next phase reads what others wrote: after every phase but a layernorm that each made for
-    itself, and the last."""
+    The workers wait at the barrier after every phase, because the next phase reads their results. Two kinds of phases need
+    no barrier: the last phase, and a layernorm that each worker computes for itself."""
     cdef Py_ssize_t i
     cdef int phase, layer
     cdef bint own
@@ -486,7 +488,7 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
 
 
 def check_token(token, Py_ssize_t V) -> int:
-    """Return a token id as an int; raises InputError unless it is a whole number from 0 to V - 1."""
+    """Return a token id as an int. Raises InputError unless the id is a whole number from 0 to V - 1."""
     try:
         number = whole_number(token)
     except TypeError:
@@ -500,8 +502,8 @@ def check_token(token, Py_ssize_t V) -> int:
 cdef class Floats:
     """A float32 array (rows, cols), C-contiguous, 64-byte aligned, not initialised. NumPy views it without a copy.
 
-    `dense`: all of it will be used, so large ones ask for huge pages, whose addresses are found faster. A cache of keys and
-    values is not dense: its heads begin far apart, and huge pages would fill the room between them."""
+    `dense` says that all of the array will be used. Large dense arrays ask for huge pages, whose addresses resolve faster. A
+    cache of keys and values is not dense: its heads begin far apart, and huge pages would fill the gaps between them."""
 
     def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols, *, bint dense=False):
         cdef void* memory = NULL
@@ -540,17 +542,17 @@ cdef class Floats:
         view.internal = NULL
 
     def __reduce__(self):
-        raise TypeError("Floats cannot be copied or pickled: make an array of its own with numpy.array(floats)")
+        raise TypeError("Floats cannot be copied or pickled: copy the values with numpy.array(floats)")
 
 
 cdef class Weights:
-    """Where the sixteen tensors lie. Their memory, a mapped file for example, is kept until close()."""
+    """The addresses of the sixteen tensors. Their memory, for example a mapped file, is kept until close()."""
 
     def __init__(self, config not None, tensors not None):
         """Take for each name of config.TENSORS a pair (name of its weight format, its bytes), wte with V rows.
 
-        The bytes are used in place, so later changes of them count. Biases and gains are an exception: unless they are float32,
-        they are widened here, once. Raises InputError for an unknown format, and for bytes that do not fit the shape."""
+        The bytes are used in place, so later changes take effect. Biases and gains of other formats than float32 are widened
+        here, once. Raises InputError for an unknown format, and for bytes that do not fit the shape."""
         cdef Net* net = &self.net
         cdef Tensor* tensor = <Tensor*> &net.w
         net.L, net.NH, net.C, net.V, net.HS, net.maxT = config.L, config.NH, config.C, config.V, config.HS, config.maxT
@@ -565,7 +567,7 @@ cdef class Weights:
             tensor += 1
 
     cdef _place(self, Tensor* tensor, str name, Py_ssize_t layers, tuple shape, format, data):
-        """Point a tensor to its bytes; `shape` is one layer's, (N, K) or (K,)."""
+        """Point a tensor to its bytes. `shape` is the shape of one layer, (N, K) or (K,)."""
         cdef const unsigned char[::1] view = data
         cdef Py_ssize_t layer, K = shape[len(shape) - 1]
         cdef Floats wide
@@ -588,7 +590,7 @@ cdef class Weights:
         self.kept.append(wide)
 
     def close(self) -> None:
-        """Give the memory back. Steps are refused from now on."""
+        """Release the memory. From now on, steps raise ClosedError."""
         self.net.w.wte.data = NULL
         self.kept = None
 
@@ -597,8 +599,8 @@ cdef class Weights:
 
 
 cdef class KeysValues:
-    """Keys and values of one sequence, (L, NH, capacity, HSp) float32 each. Untouched positions cost no memory: the system
-    hands out pages as they are written. Positions below `length` are committed."""
+    """Keys and values of one sequence, (L, NH, capacity, HSp) float32 each. Positions below `length` are committed. Unused
+    positions cost no memory, because the system allocates a page at its first write."""
 
     def __init__(self, Weights weights not None, Py_ssize_t capacity):
         self.weights = weights
@@ -610,7 +612,7 @@ cdef class KeysValues:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both arrays when every position is used."""
+        """Bytes of both arrays if every position is used."""
         return 2 * self.keys.shape[0] * self.keys.strides[0]
 
     def _truncate(self, Py_ssize_t length) -> None:
@@ -628,11 +630,11 @@ cdef class KeysValues:
         return self.__copy__()
 
     def __reduce__(self):
-        raise TypeError("a cache cannot be pickled: it belongs to an open model; keep the tokens, and run them again")
+        raise TypeError("a cache cannot be pickled: it belongs to an open model; keep the tokens and run them again")
 
 
 cdef class Trace:
-    """What the workers of a step noted about its phases: `capacity` events for each, later ones counted and dropped."""
+    """A log of the phases of a step: `capacity` events for each worker. Later events are counted and dropped."""
 
     def __cinit__(self, Py_ssize_t nth, Py_ssize_t capacity):
         cdef void* memory = NULL
@@ -640,7 +642,7 @@ cdef class Trace:
         if nth < 1 or capacity < 1:
             raise InputError(f"a trace of {capacity} events for {nth} workers: both must be at least 1")
         if (
-            nth > (<Py_ssize_t> 1 << 50) or capacity > (<Py_ssize_t> 1 << 50)   # or the sizes would wrap around
+            nth > (<Py_ssize_t> 1 << 50) or capacity > (<Py_ssize_t> 1 << 50)   # larger sizes would wrap around
             or posix_memalign(&memory, 64, nth * sizeof(trace_log))
         ):
             raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
@@ -652,7 +654,7 @@ cdef class Trace:
             self.logs[i].events = <trace_event*> malloc(capacity * sizeof(trace_event))
             if self.logs[i].events == NULL:
                 raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
-            memset(self.logs[i].events, 0, capacity * sizeof(trace_event))   # touched now, not while it is timed
+            memset(self.logs[i].events, 0, capacity * sizeof(trace_event))   # allocate the pages now, outside of the timed phases
 
     def __dealloc__(self):
         if self.logs != NULL:
@@ -666,7 +668,9 @@ cdef class Trace:
         return self.logs + ith
 
     def events(self, Py_ssize_t ith) -> list:
-        """Worker ith's events in time order: (phase name, layer, begin_ns, end_ns, left_ns). Only while no step runs."""
+        """Return worker ith's events in time order: (phase name, layer, begin_ns, end_ns, left_ns).
+
+        Call it only between steps."""
         cdef trace_log* log = self.log(ith)
         cdef trace_event* e
         cdef Py_ssize_t i
@@ -677,18 +681,18 @@ cdef class Trace:
         return found
 
     def dropped(self, Py_ssize_t ith) -> int:
-        """How many events of worker ith found no room."""
+        """Return the number of worker ith's events beyond the capacity."""
         return self.log(ith).dropped
 
     def clear(self) -> None:
-        """Forget all events. Only while no step runs."""
+        """Remove all events. Call it only between steps."""
         cdef Py_ssize_t i
         for i in range(self.nth):
             self.logs[i].count = self.logs[i].dropped = 0
 
     def stretch(self, Py_ssize_t ith, phase, double times) -> None:
-        """For debugging a report: make worker ith spend `times` as long in a phase (None: in every phase). Raises InputError
-        for a worker that is not there, ValueError for a phase that is none of PHASES."""
+        """Make worker ith spend `times` as long in a phase, or in every phase for None, to debug a report. Raises InputError for
+        an unknown worker and ValueError for an unknown phase."""
         cdef trace_log* log = self.log(ith)
         log.stretched = -1 if phase is None else PHASES.index(phase)
         log.stretch = times
@@ -698,9 +702,9 @@ cdef class Trace:
 
 
 cdef class Step:
-    """One step over ragged rows: prepare() it under the GIL, then let every worker call it.
+    """One step over ragged rows. prepare() runs under the GIL; then every worker calls the step.
 
-    Holds the activations between steps, so that a step of a known size allocates only its logits."""
+    The activations stay allocated between steps, so that a step of a known size allocates only its logits."""
 
     def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins, *_, **__):
         cdef void* memory = NULL
@@ -739,8 +743,8 @@ cdef class Step:
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
                 raise InputError(f"row {shown(entry)} is not (token, cache, want_logits)")
-        # All that can run the caller's code (an index(), a truth value) comes before anything is noted in a cache, and the
-        # caches are checked after it: it may have changed the caller's rows.
+        # The caller's code may run here (an index(), a truth value) and change the caller's rows. So this line comes before
+        # the checks of the caches and before any change of a cache.
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
         self.keep = [cache for _, cache, _ in rows]
         for cache in self.keep:
@@ -789,13 +793,13 @@ cdef class Step:
         self.room = R
 
     cdef _reserve_logits(self):
-        """Make room for the logits: fresh memory, for they are the caller's afterwards."""
+        """Make room for the logits: fresh memory, because the caller owns it after the step."""
         cdef State* s = &self.state
         self.logits = Floats(s.W, self.weights.net.V)
         s.logits, s.logits_row = self.logits.data, self.weights.net.V
 
     cdef _reserve_rows(self, Py_ssize_t R):
-        """Make room for what a step of R rows needs beside its activations."""
+        """Make room for the data of a step of R rows other than activations."""
         cdef State* s = &self.state
         cdef Py_ssize_t C = self.weights.net.C
         if R > rows_of_gemm(&self.weights.net, most=False):
@@ -813,7 +817,7 @@ cdef class Step:
             raise MemoryError(f"no room for a step of {R} rows")
 
     cdef size_t _piles(self):
-        """Bytes of s.piles: one for each phase that may be a product, the head's among them."""
+        """Return the bytes of s.piles: one pile for each phase that may be a product, including the logits."""
         return (self.weights.net.L + 2) * LAYER_PHASES * sizeof(work_pile)
 
     cdef _reserve_scratch(self, Py_ssize_t longest):
@@ -823,13 +827,13 @@ cdef class Step:
         cdef Py_ssize_t size = max(
             SPAN_ROWS * (2 * self.weights.net.HSp + ldp), min(s.R, rows_of_gemm(&self.weights.net, most=True)) * padded(4 * self.weights.net.C))
         if self.scratch is None or self.scratch.shape[1] < size:
-            self.scratch = Floats(self.nth, 2 * size)   # twice: a growing sequence asks rarely
+            self.scratch = Floats(self.nth, 2 * size)   # twice the need: a growing sequence then reallocates rarely
         s.scratch = self.scratch.data
         s.scratch_size = self.scratch.shape[1]
         s.ldp = ldp
 
     cdef _cut_spans(self):
-        """Cut the rows into spans of neighbours in one cache, SPAN_ROWS at most."""
+        """Cut the rows into spans of at most SPAN_ROWS neighbours in one cache."""
         cdef State* s = &self.state
         cdef Py_ssize_t r, cost = 0
         cdef Row* row
@@ -847,7 +851,7 @@ cdef class Step:
             s.spans[s.n_spans - 1].cost = cost
 
     def more(self) -> bool:
-        """After a round: whether the prepared step has phases left. The next round runs the next one."""
+        """Return whether the prepared step has phases left after a round, and select the next phase for the next round."""
         if self.last == phases(&self.weights.net, &self.state):
             return False
         self.first, self.last = self.last, self.last + 1
@@ -864,7 +868,7 @@ cdef class Step:
                 forward(&self.weights.net, &self.state, &me)
 
     cdef trace_worker _worker(self, Py_ssize_t ith) except *:
-        """What worker ith needs to know about this round."""
+        """Return worker ith's description of this round."""
         cdef trace_worker me
         me.ith, me.nth, me.barrier = ith, self.active, self.barrier
         me.first, me.last = self.first, self.last
@@ -872,11 +876,11 @@ cdef class Step:
         return me
 
     def abort(self) -> None:
-        """Let every worker out of the barriers: one of them cannot come. The step's results are void."""
+        """Release all workers from the barriers, because one worker cannot arrive. The results of the step are invalid."""
         barrier_abort(self.barrier)
 
     def finish(self) -> Floats:
-        """Commit the rows to their caches, all at once, and hand over the logits (W, V)."""
+        """Commit all rows to their caches at once, and return the logits (W, V)."""
         cdef KeysValues cache
         for cache in self.keep:
             cache.length = cache.ahead
@@ -890,7 +894,7 @@ cdef class Step:
 
 
 cdef const weight_format* quantised_format(name) except NULL:
-    """The row of a quantised format. Raises InputError for another one."""
+    """Find the table row of a quantised format. Raises InputError for other formats."""
     cdef const weight_format* format = format_named(name)
     if format.quantise == NULL:
         raise InputError(f"{name} is not a quantised weight format")
@@ -903,7 +907,7 @@ cdef check_bytes(what, Py_ssize_t found, Py_ssize_t expected):
 
 
 def matrix_bytes(format, Py_ssize_t N, Py_ssize_t K) -> int:
-    """Bytes of a matrix of N outputs and K inputs in a weight format. Raises InputError for an unknown format."""
+    """Return the bytes of a matrix of N outputs and K inputs in a weight format. Raises InputError for an unknown format."""
     return bytes_of(format_named(format), N, K)
 
 
@@ -913,8 +917,8 @@ def quantise_panels(
 ) -> bool:
     """Quantise worker ith's share of `layers` matrices (N, K) of any weight format to panels, without the GIL.
 
-    Returns whether every number of the share could be held: a finite one, of a size that a float16 scale reaches. Raises
-    InputError for buffers of another size, and where `format` is not a quantised one."""
+    Returns whether the format could represent every number of the share: finite, and in the range of a float16 scale. Raises
+    InputError for buffers of another size, and if `format` is not quantised."""
     cdef const weight_format* to = quantised_format(format)
     cdef const weight_format* come = format_named(source_format)
     cdef Py_ssize_t step = bytes_of(to, N, K), source_step = bytes_of(come, N, K), groups = (N + 15) // 16
@@ -939,8 +943,8 @@ def matrix_product(
     float[:, ::1] out not None, const float[:, ::1] inp not None, format, const unsigned char[::1] weights not None,
     Py_ssize_t start, Py_ssize_t stop, *, bint packed,
 ) -> None:
-    """out = inp weights^T for the outputs [start, stop) of a matrix: inp (rows, K), out (rows, N). `packed`: the way of many rows,
-    else that of few. For tests and probes of one microkernel."""
+    """Compute out = inp weights^T for the outputs [start, stop) of a matrix: inp (rows, K), out (rows, N). `packed` selects the
+    kernel for many rows, else the one for few rows. For tests and probes of one microkernel."""
     cdef const weight_format* form = format_named(format)
     cdef Py_ssize_t rows = inp.shape[0], N = out.shape[1], K = inp.shape[1]
     cdef weight_matrix w = weight_matrix(&weights[0], N, K)
@@ -963,10 +967,9 @@ def blocks_to_panels(
     unsigned char[::1] out not None, format, const unsigned char[::1] blocks not None,
     Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth,
 ) -> None:
-    """Lay worker ith's share of `layers` matrices (N, K), given in GGUF's blocks, out in panels, without the GIL.
+    """Convert worker ith's share of `layers` matrices (N, K) from GGUF's blocks to panels, without the GIL.
 
-    Raises InputError for buffers of another size, for a K that is not a multiple of 32, and where `format` is not a
-    quantised one."""
+    Raises InputError for buffers of another size, if K is not a multiple of 32, and if `format` is not quantised."""
     cdef const weight_format* to = quantised_format(format)
     cdef Py_ssize_t step = bytes_of(to, N, K), size = N * (K // 32) * (to.value_bytes + to.scale_bytes)
     cdef Py_ssize_t start, stop, layer, first, last, groups = (N + 15) // 16
@@ -988,8 +991,8 @@ def blocks_to_panels(
 
 
 def probe_read(Floats memory not None, int streams, Py_ssize_t ith, Py_ssize_t nth) -> float:
-    """Read worker ith's share of the memory in 1, 2, 4 or 8 streams, without the GIL. Returns the sum, so that nothing can
-    be left out."""
+    """Read worker ith's share of the memory in 1, 2, 4 or 8 streams, without the GIL. Returns the sum, so that the compiler
+    keeps every read."""
     cdef Py_ssize_t start, stop
     cdef float total
     shard(memory.shape[0] * memory.shape[1], ith, nth, &start, &stop)
@@ -1007,27 +1010,27 @@ def probe_fma(Py_ssize_t times) -> float:
 
 
 def zero(Floats memory not None) -> None:
-    """Fill with zeros, so that every page is there."""
+    """Fill the memory with zeros, so that every page is allocated."""
     memset(memory.data, 0, memory.shape[0] * memory.strides[0])
 
 # ------------------------------------------------------------------------------------------------ (g) samplers
 
 
 cdef const float* row_of(const float[:, ::1] logits, Py_ssize_t row) except NULL:
-    """The values of one row of (rows, V)."""
+    """Return the address of one row of (rows, V). Raises IndexError for an unknown row."""
     if not 0 <= row < logits.shape[0]:
         raise IndexError(f"row {row} of {logits.shape[0]}")
     return &logits[row, 0]
 
 
 def greedy(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
-    """The first id of the highest logit of a row of (rows, V), or -1 when a logit is NaN or the highest is not finite."""
+    """Return the first id of the highest logit in a row of (rows, V), or -1 if a logit is NaN or the highest is not finite."""
     return greedy_id(row_of(logits, row), logits.shape[1])
 
 
 def median(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
-    """The median id of softmax(logits[row]) in id order: the first whose running sum exceeds 0.5 (sampler.h), or -1 when
-    the logits are not finite."""
+    """Return the median id of softmax(logits[row]) in id order: the first id whose running sum exceeds 0.5 (sampler.h).
+    Returns -1 if the logits are not finite."""
     cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1], token
     cdef Floats e = Floats(1, V)
@@ -1041,9 +1044,9 @@ def sample_weights(
     *, double temperature, Py_ssize_t top_k, double top_p, double min_p, double repetition_penalty,
     const unsigned char[::1] seen=None,
 ):
-    """By which weights (1, V) random sampling chooses from a row of (rows, V), not normalised: 1 for the most probable id, 0
-    for those left out (sampler.h). None when the logits are not finite. Options are checked by the caller; `seen` (V,)
-    marks the ids that the repetition penalty meets."""
+    """Return the sampling weights (1, V) of a row of (rows, V), not normalised: 1 for the most probable id, 0 for excluded ids
+    (sampler.h). Returns None if the logits are not finite. The caller checks the options. `seen` (V,) marks the ids that the
+    repetition penalty applies to."""
     cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1]
     cdef const unsigned char* marks = NULL
@@ -1063,18 +1066,18 @@ def sample_weights(
 
 
 def pick(Floats weights not None, double coin) -> int:
-    """The first id at which the running sum of weights (1, V) exceeds `coin`, 0 <= coin < 1, of their sum."""
+    """Return the first id at which the running sum of weights (1, V) exceeds `coin` times their sum, 0 <= coin < 1."""
     return weighted_id(weights.data, weights.shape[1], coin)
 
 
 def uniform(uint64_t seed, uint64_t stream, uint64_t step) -> float:
-    """Random number `step` of a seed's stream, in [0, 1): any one without those before it (Philox, sampler.h)."""
+    """Return random number `step` of a seed's stream, in [0, 1), without computing earlier numbers (Philox, sampler.h)."""
     return uniform_of(seed, stream, step)
 
 
 def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ssize_t token, Py_ssize_t count):
-    """Natural logarithms of softmax(logits[row]): that of `token`, and (id, that of the id) for the `count` most probable
-    ids, the lowest of equals first. None when the logits are not finite."""
+    """Return natural logarithms of softmax(logits[row]): the one of `token`, and pairs (id, logarithm) of the `count` most
+    probable ids. Of equally probable ids, the lowest comes first. Returns None if the logits are not finite."""
     cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1], i
     cdef float max_logit = highest(values, V)
@@ -1094,8 +1097,8 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
 
 
 def copy_keys_values(KeysValues to not None, KeysValues source not None, length=None) -> None:
-    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches share no memory
-    afterwards. Raises InputError for caches that do not fit, and for more rows than the source holds."""
+    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches share no memory.
+    Raises InputError if the caches do not fit, and if the source has fewer rows than `length`."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
     cdef Py_ssize_t count = source.length if length is None else length
     cdef Py_ssize_t size = count * width * sizeof(float)
