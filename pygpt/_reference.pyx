@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The serial program, kernel for kernel: the yardstick for correctness and for speed-up, of inference and of training.
+"""The serial program, kernel by kernel: the reference for correctness and speed-up, of inference and of training.
 
 Plain scalar loops over float32, one thread, no cache: every call runs the whole network over all tokens so far, with logits
 and probabilities for every row, as the serial `gpt` program does for each new token. Sums run in ascending index, a dot
