@@ -1,4 +1,4 @@
-"""The structures that the forward pass moves through: what is fixed (Net), what moves (State), and who asks (Row)."""
+"""The structures that the forward pass moves through: what is fixed (Net), what moves (State), and a token of a sequence (Row)."""
 
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
@@ -122,10 +122,10 @@ cdef extern from "sampler.h" nogil:
     void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V, int low)
 
 
-cdef struct Tensor:           # one of the sixteen, all layers' parts one after another
+cdef struct Tensor:           # one of the sixteen tensors, all layers' parts one after another
     const char* data
     Py_ssize_t step           # bytes from one layer's part to the next
-    const weight_format* format    # float32 for every vector
+    const weight_format* format    # float32 for all vectors
 
 
 cdef struct Tensors:          # in the order of config.TENSORS, so that one loop fills them
@@ -156,31 +156,31 @@ cdef struct Net:              # what is fixed: dimensions and weights
 cdef struct Row:              # one token of one sequence
     Py_ssize_t token
     Py_ssize_t pos            # its position: how many keys lie before it
-    Py_ssize_t capacity       # positions that its cache has room for
+    Py_ssize_t capacity       # positions of its cache
     float* keys               # (L, NH, capacity, HSp)
     float* values             # (L, NH, capacity, HSp)
 
 
 cdef struct Span:             # neighbouring rows of one sequence: a tile of the attention
     Py_ssize_t start, stop    # rows
-    Py_ssize_t cost           # keys looked at by this span and those before it
+    Py_ssize_t cost           # keys read by this span and by all spans before it
 
 
 cdef struct State:            # what moves: activations of R rows, named as llm.c names them
-    Py_ssize_t R, W           # rows, rows that want logits
+    Py_ssize_t R, W           # number of rows, number of rows whose logits are wanted
     Py_ssize_t n_spans
     Row* rows                 # (R,)
     Span* spans               # (n_spans,)
     Py_ssize_t* wanted        # (W,) ascending row numbers
     float* residual           # (R, C) the residual stream: encoded, residual2, residual3
-    float* ln                 # (R, C) ln1, ln2, lnf, for every worker; or (R, C) for each where rows are few
-    Py_ssize_t fch_row        # values from one row of fch to the next: 4C and a bit, so that rows do not share cache sets
-    Py_ssize_t ln_size        # values between one worker's ln and the next: 0 where all share one
+    float* ln                 # (R, C) ln1, ln2, lnf, shared by the workers; or, for few rows, (R, C) for each worker
+    Py_ssize_t fch_row        # values from one row of fch to the next: 4C and padding, so that rows use different cache sets
+    Py_ssize_t ln_size        # values from one worker's ln to the next; 0 if the workers share one ln
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
     float* proj               # (R, C) attproj, fcproj before they join the stream; in the encoder, rows of wpe
     float* fch                # (R, 4C of fch_row) fch
-    float* fch_gelu           # (R, 4C of fch_row) fch itself, or, where activations are kept, an array of its own
+    float* fch_gelu           # (R, 4C of fch_row) the same array as fch, or a separate one if activations are kept
     Py_ssize_t logits_row     # values from one row of logits to the next
     float* logits             # (W, V of logits_row)
     float* scratch            # (nth, scratch_size) for the attention, and for gemm
@@ -188,20 +188,20 @@ cdef struct State:            # what moves: activations of R rows, named as llm.
     float* packed             # (R, 4C) and padding: the rows of a product, packed; or NULL
     float* blocks             # (nth, block_size) each worker's packed weights; or NULL
     Py_ssize_t block_size
-    work_pile* piles          # (L + 2, LAYER_PHASES) the blocks of each product that are not taken yet
+    work_pile* piles          # (L + 2, LAYER_PHASES) the next free block of each product
     Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16
-    # Where activations are kept for a backward pass; else every step is 0 (the next layer overwrites) and the rest NULL.
+    # Set if activations are kept for a backward pass. Otherwise all steps are 0 (layers overwrite each other), the rest NULL.
     Py_ssize_t residual_step  # values from one version of the stream to the next, two a layer
     Py_ssize_t ln_step        # from ln1 to ln2 to the next layer's ln1
     Py_ssize_t qkv_step, atty_step, fch_step    # from one layer to the next
     float* stats              # (2L + 1, R, 2) mean and rstd of every layernorm
-    const int32_t* targets    # (R,) the ids whose loss is wanted
+    const int32_t* targets    # (R,) the target ids of the loss
     float* total              # (R,) sum of exp(logits - max); the logits themselves become exp(logits - max)
     float* losses             # (R,)
 
 
-cdef const microkernels* micro      # the chosen instruction set's
-cdef const weight_format* float32   # and the format of its keys, values and vectors
+cdef const microkernels* micro      # the table of the chosen instruction set
+cdef const weight_format* float32   # the format of keys, values and vectors
 
 cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop) noexcept nogil
 cdef void share(
@@ -212,7 +212,7 @@ cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
 
 
 cdef inline float* floats_of(const Tensor* tensor, Py_ssize_t layer) noexcept nogil:
-    """One layer's part of a float32 tensor."""
+    """Return one layer's part of a float32 tensor."""
     return <float*> (tensor.data + layer * tensor.step)
 
 
@@ -224,7 +224,7 @@ cdef class Floats:
 
 cdef class Weights:
     cdef Net net
-    cdef list kept                  # what the tensors point into
+    cdef list kept                  # keeps the memory of the tensors
     cdef _place(self, Tensor* tensor, str name, Py_ssize_t layers, tuple shape, format, data)
 
 
@@ -234,7 +234,7 @@ cdef class KeysValues:
     cdef Weights weights
     cdef readonly Py_ssize_t capacity
     cdef readonly Py_ssize_t length
-    cdef Py_ssize_t ahead           # length plus the rows of the step being prepared
+    cdef Py_ssize_t ahead           # length plus the rows of the step in preparation
 
 
 cdef class Trace:
@@ -249,16 +249,16 @@ cdef class Step:
     cdef State state
     cdef native_barrier* barrier
     cdef Py_ssize_t nth             # workers of the pool
-    cdef Py_ssize_t active          # workers of the current step: the first so many
+    cdef Py_ssize_t active          # workers of the current step: numbers 0 to active - 1
     cdef uint32_t spins
     cdef Floats workspace
     cdef Floats scratch
     cdef Floats packed
-    cdef Py_ssize_t room            # rows that the arrays have room for
+    cdef Py_ssize_t room            # capacity of the arrays in rows
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step
     cdef public Trace trace         # where the workers log their phases, or None
-    cdef public bint forked         # whether workers meet in the pool after every phase: a round is one phase, not all
+    cdef public bint forked         # whether workers return to the pool after every phase; a round is then one phase
     cdef Py_ssize_t first, last     # the phases of the current round
     cdef _reserve(self, Py_ssize_t R)
     cdef _reserve_rows(self, Py_ssize_t R)

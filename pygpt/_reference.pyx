@@ -1,14 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The serial program, kernel by kernel: the reference for correctness and speed-up, of inference and of training.
+"""The serial program, kernel for kernel: the reference for correctness and speed-up, in inference and training.
 
-Plain scalar loops over float32, one thread, no cache: every call runs the whole network over all tokens so far, with logits
-and probabilities for every row, as the serial `gpt` program does for each new token. Sums run in ascending index, a dot
-product starts from its bias, exp, tanh, cosh and log are libm's. Compiled with the same flags as the fast path; nothing here
-is tuned, and nothing is slowed down on purpose. Every backward kernel adds to the gradients that it is given.
+The kernels are plain scalar loops over float32, with one thread and no cache. Every call runs the whole network over all
+tokens so far, and computes logits and probabilities for every row, as the serial `gpt` program does for each new token. Sums
+run in ascending index, and a dot product starts from its bias. exp, tanh, cosh and log come from libm. The compiler flags are
+those of the fast path; the loops are neither tuned nor slowed down on purpose. Backward kernels add to the given gradients.
 
-B sequences of T tokens, N = B * T rows. Less memory than llm.c takes, and the same numbers: the logits' place is taken by
-their probabilities and then by their gradients, activations that no backward kernel reads are those of one layer, and so are
-the gradients of activations. Ctrl-C takes effect between layers.
+There are B sequences of T tokens, N = B * T rows. The numbers equal llm.c's, and memory use is lower. Probabilities, and then
+gradients, overwrite the logits. Activations that no backward kernel reads, and gradients of activations, are kept for one
+layer only. Ctrl-C takes effect between layers.
 
 Source: llm.c, train_gpt2.c, its functions without OpenMP.
 """
@@ -94,7 +94,7 @@ cdef void matmul_quantised_forward(
             count = min(<Py_ssize_t> 32, C - 32 * group)
             most = 0
             for i in range(count):
-                if not fabsf(inp[n * C + 32 * group + i]) <= most:    # a NaN stays
+                if not fabsf(inp[n * C + 32 * group + i]) <= most:    # keep a NaN
                     most = fabsf(inp[n * C + 32 * group + i])
                     if most != most:
                         break
@@ -115,7 +115,7 @@ cdef void matmul_quantised_forward(
 
 
 cdef float float16(unsigned bits) noexcept nogil:
-    """The value of a float16, which float32 holds exactly."""
+    """Return the value of a float16; the conversion to float32 is exact."""
     cdef unsigned exponent = bits >> 10 & 31
     cdef float fraction = bits & 1023
     if exponent == 31:
@@ -127,7 +127,7 @@ cdef float float16(unsigned bits) noexcept nogil:
 
 cdef void unpack_panels(
     signed char* weight, float* scale,                # OUT (OC, C), (OC, groups of 32 channels)
-    const unsigned char* panels,                      # IN values, then scales, of 16 outputs together
+    const unsigned char* panels,                      # IN values, then scales, interleaved for 16 outputs
     int bits, Py_ssize_t C, Py_ssize_t OC,            # bits of a value: 8 or 4
 ) noexcept nogil:
     cdef Py_ssize_t o, i, at, groups = (C + 31) // 32
@@ -148,7 +148,7 @@ cdef void attention_forward(
     float* out, float* att, const float* qkv,         # OUT (B, T, C), (B, NH, T, T), IN (B, T, 3C)
     Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
 ) noexcept nogil:
-    """What lies above the diagonal of att is neither written nor read."""
+    """Compute causal attention. The kernel neither writes nor reads att above its diagonal."""
     cdef Py_ssize_t b, t, h, t2, i, HS = C // NH
     cdef float scale = <float> 1.0 / sqrtf(<float> HS), maxval, expsum, val
     cdef const float* q
@@ -199,7 +199,7 @@ cdef void residual_forward(float* out, const float* inp1, const float* inp2, Py_
 
 
 cdef void softmax_forward(float* probs, const float* logits, Py_ssize_t N, Py_ssize_t V) noexcept nogil:
-    """probs and logits may be one array."""
+    """Compute the softmax of every row. probs and logits may be the same array."""
     cdef Py_ssize_t n, i
     cdef float maxval, expsum
     for n in range(N):
@@ -226,7 +226,7 @@ cdef void crossentropy_forward(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels, backward: d before a name is the loss's gradient with respect to it
+# Kernels, backward: d before a name marks the gradient of the loss with respect to that name
 
 
 cdef void crossentropy_softmax_backward(
@@ -234,7 +234,7 @@ cdef void crossentropy_softmax_backward(
     const float* probs, const int* targets,           # IN (N, V), (N,)
     Py_ssize_t N, Py_ssize_t V,
 ) noexcept nogil:
-    """dlogits and probs may be one array: of all backward kernels this one replaces and does not add."""
+    """Compute dlogits, which may be the same array as probs. Unlike other backward kernels, this one overwrites its output."""
     cdef Py_ssize_t n, i
     cdef float indicator
     for n in range(N):
@@ -266,7 +266,7 @@ cdef void gelu_backward(float* dinp, const float* inp, const float* dout, Py_ssi
 
 cdef void attention_backward(
     float* dqkv,                                      # OUT (B, T, 3C)
-    float* dpreatt, float* datt,                      # SCRATCH (T,), (T,): of the row in hand
+    float* dpreatt, float* datt,                      # SCRATCH (T,), (T,) for the current row
     const float* dout, const float* qkv, const float* att,  # IN (B, T, C), (B, T, 3C), (B, NH, T, T)
     Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
 ) noexcept nogil:
@@ -404,7 +404,7 @@ cdef enum:
     COUNT = 16
 
 
-cdef struct Tensors:  # in the order of config.TENSORS: the weights, which are only read, or their gradients
+cdef struct Tensors:  # in the order of config.TENSORS: the weights (read only) or their gradients
     float* wte
     float* wpe
     float* ln1w
@@ -421,10 +421,10 @@ cdef struct Tensors:  # in the order of config.TENSORS: the weights, which are o
     float* fcprojb
     float* lnfw
     float* lnfb
-    Py_ssize_t[COUNT] step  # values from one layer's part to the next; 0 where there are no layers
+    Py_ssize_t[COUNT] step  # values from one layer's part to the next; 0 for tensors without layers
 
 
-cdef struct Quantised:  # a matrix as integers and their scales; all NULL where it is float32
+cdef struct Quantised:  # a matrix as integers and their scales; all NULL for float32
     signed char* weight
     float* scale
     Py_ssize_t step, scale_step  # from one layer's part to the next
@@ -435,7 +435,7 @@ cdef struct Matrices:  # the tensors that may be quantised
 
 
 cdef Tensors tensors_in(config, arrays) except *:
-    """Point to the sixteen tensors, given as flat float32 arrays by name; to nothing for a name that is missing."""
+    """Return pointers to the sixteen tensors in flat float32 arrays by name, and NULL for missing names."""
     cdef Tensors tensors
     cdef float** field = <float**> &tensors
     cdef const float[::1] values
@@ -452,7 +452,7 @@ cdef Tensors tensors_in(config, arrays) except *:
 
 
 cdef Tensors tensors_of_layer(Tensors w, Py_ssize_t layer) noexcept nogil:
-    """The same, each at the layer's part."""
+    """Return the pointers to one layer's part of each tensor."""
     cdef float** field = <float**> &w
     cdef Py_ssize_t i
     for i in range(COUNT):
@@ -465,7 +465,7 @@ cdef void product_forward(
     float* out, const float* inp, const float* weight, const Quantised* quantised, Py_ssize_t layer, const float* bias,
     Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
 ) noexcept nogil:
-    """matmul_forward in the arithmetic of the layer's weights."""
+    """Run matmul_forward, or its quantised form if the weights are quantised."""
     if quantised.weight == NULL:
         matmul_forward(out, inp, weight, bias, N, C, OC)
     else:
@@ -474,7 +474,7 @@ cdef void product_forward(
         )
 
 
-cdef struct Acts:  # pointers only; Activations makes room for each
+cdef struct Acts:  # pointers only; Activations allocates the arrays
     float* encoded
     float* ln1
     float* ln1_mean
@@ -498,7 +498,7 @@ cdef struct Acts:  # pointers only; Activations makes room for each
 
 
 cdef Acts acts_of_layer(Acts a, Shape s, Py_ssize_t layer) noexcept nogil:
-    """The activations of one layer, where those of all are kept."""
+    """Return the activations of one layer, if those of all layers are kept."""
     cdef Py_ssize_t N = s.B * s.T
     a.ln1 += layer * N * s.C
     a.ln1_mean += layer * N
@@ -516,9 +516,9 @@ cdef Acts acts_of_layer(Acts a, Shape s, Py_ssize_t layer) noexcept nogil:
     return a
 
 
-cdef struct Grads:  # gradients of activations, of the layer in hand; pointers only, room made by Training.backward
+cdef struct Grads:  # gradients of the current layer's activations; pointers only, Training.backward allocates the arrays
     float* residual3
-    float* residual   # of the stream that enters the layer: residual3 of the one before
+    float* residual   # of the stream that enters the layer: residual3 of the previous layer
     float* ln1
     float* qkv
     float* atty
@@ -542,7 +542,7 @@ cdef int stop_if_interrupted() except -1 with gil:
 cdef int network_forward(
     Acts acts, Tensors weights, const Matrices* m, const int* tokens, Shape s, bint keep,
 ) except -1 nogil:
-    """Fill the activations up to the logits. `keep`: those of all layers; else each layer overwrites the one before."""
+    """Compute the activations up to the logits. `keep` keeps all layers; else each layer overwrites the previous one."""
     cdef Py_ssize_t N = s.B * s.T, C = s.C, layer
     cdef const float* residual = acts.encoded
     cdef Tensors w
@@ -572,7 +572,7 @@ cdef int network_forward(
 cdef int network_backward(
     Acts acts, Grads d, Tensors weights, Tensors gradients, const int* inputs, const int* targets, float dloss, Shape s,
 ) except -1 nogil:
-    """Add every tensor's gradient, from activations that end in probabilities; those become gradients of the logits."""
+    """Add every tensor's gradient. The activations end in probabilities, which the logits' gradients overwrite."""
     cdef Py_ssize_t N = s.B * s.T, C = s.C, layer
     cdef const float* residual = acts_of_layer(acts, s, s.L - 1).residual3
     cdef size_t row_bytes = N * C * sizeof(float), other_bytes = <size_t> (<char*> d.preatt - <char*> d.residual)
@@ -609,22 +609,22 @@ cdef int network_backward(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What Python sees
+# The Python interface
 
 
 def _floats(size):
-    """Zeroed room for `size` float32 values, as a flat memoryview."""
+    """Return `size` zeroed float32 values as a flat memoryview."""
     return memoryview(bytearray(4 * size)).cast("f")
 
 
 def _cut(float[::1] flat, config):
-    """The sixteen tensors by name, parts of a flat array in a version 3 file's layout."""
+    """Return the sixteen tensors by name, as parts of a flat array in a version 3 file's layout."""
     view = memoryview(flat)
     return {name: view[offset : offset + size] for name, _, offset, size in config.tensors(padded=True)}
 
 
 cdef float[::1] point(float** fields, sizes):
-    """Make room for arrays of the given sizes, one after another, and point each field to its own; keep what is returned."""
+    """Allocate contiguous arrays of the given sizes, and point each field to one. The caller must keep the returned memory."""
     cdef float[::1] memory = _floats(sum(sizes))
     cdef float* place = &memory[0]
     for i, size in enumerate(sizes):
@@ -634,13 +634,13 @@ cdef float[::1] point(float** fields, sizes):
 
 
 cdef class Activations:
-    """What lies between the kernels for B sequences of T tokens: of every layer (`keep`), or of one after another."""
+    """The activations for B sequences of T tokens: of all layers with `keep`, else of the current layer only."""
 
     cdef Acts acts
     cdef Shape shape
     cdef bint keep
     cdef float[::1] memory
-    cdef readonly object logits         # (N, V), apart from the others: it may outlive them
+    cdef readonly object logits         # (N, V), allocated separately: the logits may outlive the other activations
 
     def __cinit__(self, config, Py_ssize_t B, Py_ssize_t T, *, bint keep):
         cdef Py_ssize_t C = config.C, V = config.V, N = B * T, layers = config.L if keep else 1
@@ -665,13 +665,13 @@ cdef class Reference:
     """GPT-2 as the serial program computes it. forward(tokens) gives logits and probabilities of every row."""
 
     cdef readonly object config
-    cdef object arrays                  # what the weights point into
+    cdef object arrays                  # keeps the memory of the weights
     cdef Tensors weights
     cdef Matrices matrices
 
     def __init__(self, config, arrays, panels=None):
-        """Take the sixteen tensors by name. arrays: flat float32 arrays, used in place; wte has V rows at least. panels: pairs
-        (q8_0 or q4_0, bytes) of the quantised ones."""
+        """Take the sixteen tensors by name. arrays: flat float32 arrays, used in place; wte has at least V rows. panels: pairs
+        (q8_0 or q4_0, bytes) of the quantised tensors."""
         arrays = dict(arrays)
         self.config, self.arrays = config, [arrays]
         for name, (format, data) in (panels or {}).items():
@@ -681,7 +681,7 @@ cdef class Reference:
         self.weights = tensors_in(config, arrays)
 
     cdef _unpack(self, name, int bits, const unsigned char[::1] data):
-        """Unpack a quantised tensor, and point to it. Returns its values."""
+        """Unpack a quantised tensor, and point to it. Returns its values as float32."""
         cdef Quantised* fields = <Quantised*> &self.matrices
         cdef Quantised* to = fields + <Py_ssize_t> ("wte", "qkvw", "attprojw", "fcw", "fcprojw").index(name)
         cdef Py_ssize_t layer, o, i, layers, N, K, groups
@@ -701,7 +701,7 @@ cdef class Reference:
         return values
 
     def forward(self, tokens) -> tuple:
-        """Return (logits, probs), memoryviews of shape (T, V), for T token ids, each below V, T at most maxT."""
+        """Return (logits, probs), memoryviews (T, V), for T token ids; each id is below V, and T is at most maxT."""
         cdef Py_ssize_t T = len(tokens), V = self.config.V
         cdef Activations activations = Activations(self.config, 1, T, keep=False)
         ids = memoryview(bytearray(4 * T)).cast("i")
@@ -717,19 +717,19 @@ cdef class Reference:
 
 
 cdef class Training:
-    """GPT-2's training as the serial program computes it, over flat arrays of its caller in a version 3 file's layout.
+    """GPT-2's training as the serial program computes it, over the caller's flat arrays in a version 3 file's layout.
 
-    Inputs and targets are int32 arrays (B, T), ids below V, T at most maxT: whoever calls has checked that.
+    Inputs and targets are int32 arrays (B, T) of ids below V, and T is at most maxT. The caller checks these limits.
     """
 
     cdef readonly object config
     cdef float[::1] parameters
     cdef float[::1] gradients
     cdef Tensors weights, dweights
-    cdef Activations activations        # of the last forward(), until backward() has spent them
-    cdef const int[:, ::1] inputs       # of the same
+    cdef Activations activations        # of the last forward(), until backward() consumes them
+    cdef const int[:, ::1] inputs       # of the last forward()
     cdef const int[:, ::1] targets
-    cdef readonly Py_ssize_t updates    # made
+    cdef readonly Py_ssize_t updates    # the number of updates so far
 
     def __init__(self, float[::1] parameters, float[::1] gradients, config):
         self.config = config
@@ -745,11 +745,11 @@ cdef class Training:
         return losses
 
     def evaluate(self, const int[:, ::1] inputs, const int[:, ::1] targets):
-        """Return the losses, a memoryview (B, T); what forward() kept stays."""
+        """Return the losses, a memoryview (B, T), and leave the activations of forward() unchanged."""
         return self.losses(Activations(self.config, inputs.shape[0], inputs.shape[1], keep=False), inputs, targets)
 
     cdef losses(self, Activations activations, const int[:, ::1] inputs, const int[:, ::1] targets):
-        """Run the network, turn its logits into probabilities in their place, and return the losses."""
+        """Run the network, convert its logits to probabilities in place, and return the losses."""
         cdef Shape s = activations.shape
         cdef Matrices floats
         cdef float* logits = activations.acts.logits
@@ -764,11 +764,11 @@ cdef class Training:
 
     @property
     def ready(self) -> bool:
-        """Whether forward() has left activations that backward() has not spent."""
+        """Return whether forward() has left activations for backward()."""
         return self.activations is not None
 
     def backward(self, *, bint accumulate, double scale) -> None:
-        """Add the gradients of scale * mean loss, to zeros unless `accumulate`. Needs ready, and ends it."""
+        """Add the gradients of scale * mean loss, to zeros unless `accumulate`. Needs `ready`, and consumes the activations."""
         cdef Activations activations = self.activations
         cdef const int[:, ::1] inputs = self.inputs, targets = self.targets
         self.activations = None  # from here on the probabilities are overwritten
@@ -776,7 +776,7 @@ cdef class Training:
         cdef Py_ssize_t NC = s.B * s.T * s.C
         cdef float dloss = <float> (scale / (s.B * s.T))
         cdef Grads d
-        cdef float[::1] _memory = point(  # named, so that it lives as long as `d`
+        cdef float[::1] _memory = point(  # the name keeps the memory alive as long as `d`
             <float**> &d, (NC, NC, NC, 3 * NC, NC, NC, NC, NC, 4 * NC, 4 * NC, NC, NC, s.T, s.T)
         )
         with nogil:
@@ -785,14 +785,14 @@ cdef class Training:
             network_backward(activations.acts, d, self.weights, self.dweights, &inputs[0, 0], &targets[0, 0], dloss, s)
 
     def gradient_norm(self) -> float:
-        """The 2-norm of all gradients, summed in float64 in ascending order."""
+        """Return the 2-norm of all gradients, summed in float64 in ascending order."""
         cdef double total
         with nogil:
             total = sum_of_squares(&self.gradients[0], self.gradients.shape[0])
         return sqrt(total)
 
     def update(self, float[::1] first_moments, float[::1] second_moments, numbers) -> None:
-        """Change the parameters by one step of AdamW; `numbers` is a parameters.AdamW."""
+        """Update the parameters by one step of AdamW. `numbers` is a parameters.AdamW."""
         cdef Py_ssize_t begin, size
         cdef Adam step = Adam(
             numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2,
@@ -808,7 +808,7 @@ cdef class Training:
         self.updates += 1
 
 
-# The kernels' addresses, for tests that call one alone through ctypes.
+# The addresses of the kernels, for tests that call a single kernel through ctypes.
 KERNELS = {
     "encoder_forward": <size_t> &encoder_forward,
     "layernorm_forward": <size_t> &layernorm_forward,

@@ -1,14 +1,14 @@
 /* GGUF's blocks of q8_0 and q4_0 as panels (quantised_body.h): the same numbers in another order.
  *
- * A block is 32 neighbours of one row: a float16 scale, then for q8_0 32 int8; for q4_0 16 bytes, whose low nibbles are inputs 0 to 15 and whose
- * high nibbles are inputs 16 to 31. K is a multiple of 32. Source: ggml-common.h, block_q8_0 and block_q4_0. */
+ * A block is 32 neighbours of one row: a float16 scale, then the values. q8_0 has 32 int8 values. q4_0 has 16 bytes: low nibbles are
+ * inputs 0 to 15, high nibbles are inputs 16 to 31. K is a multiple of 32. Source: ggml-common.h, block_q8_0 and block_q4_0. */
 #ifndef PYGPT_BLOCKS_H
 #define PYGPT_BLOCKS_H
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-/* Four inputs of a q4_0 block from input k on, a nibble in each byte. */
+/* Return four inputs of a q4_0 block from input k on, a nibble in each byte. */
 static inline uint32_t four_nibbles(const char *bytes, ptrdiff_t k) {
     uint32_t word;
     memcpy(&word, bytes + k % 16, sizeof word);

@@ -2,14 +2,15 @@
  *
  * One arithmetic. Every function below computes each output by one fixed sequence of IEEE-754 operations, the same for
  * every instruction set that has fused multiply-add (the baseline rounds products and sums apart):
- *   dot   16 lanes; lane l adds a[16i+l] * b[16i+l] by FMA in ascending i; a ragged tail counts as zeros; then the lanes
+ *   dot   16 lanes; lane l adds a[16i+l] * b[16i+l] by FMA in ascending i; a ragged tail is padded with zeros; then the lanes
  *         are folded 8+8, 4+4, 2+2, 1+1
  *   sum   the same with additions; max is exact in any order
  *   exp   one polynomial in FMA form; no libm
  * So a register tile may hold any number of rows and outputs, and one row or a thousand give the same bits.
  *
  * Every weight format is one row of a table, weight_format; all other arrays are float32. Rows are contiguous along K, and
- * every leading dimension counts values. The quantised formats have an arithmetic of their own: quantised_body.h. Nothing is allocated, nothing outside the given arrays is read (prefetches aside). */
+ * every leading dimension counts values. The quantised formats have an arithmetic of their own: quantised_body.h. The functions
+ * allocate no memory, and except for prefetches they read only the given arrays. */
 #ifndef PYGPT_MICRO_H
 #define PYGPT_MICRO_H
 #include <stddef.h>
@@ -24,25 +25,25 @@ typedef struct { /* one layer's part of a tensor: N outputs of K weights each */
 } weight_matrix;
 
 /* One weight format: how the numbers of a matrix lie in memory, and the functions that compute with them. A block holds
- * block_values neighbours of one row: their values in value_bytes bytes, and scale_bytes bytes of what they share. Rows are
+ * block_values neighbours of one row: their values in value_bytes bytes, and scale_bytes bytes of their shared scale. Rows are
  * interleaved in groups. The values of all groups come first, then their scales, filled up to a multiple of 64 bytes. The functions
  * take outputs [start, stop) of a matrix, start at the beginning of a group, and number those of `out` from 0. */
 typedef struct weight_format weight_format;
 struct weight_format {
     const char *name;
     int block_values, value_bytes, scale_bytes;
-    int interleave; /* rows of a group: 1 where each row lies by itself */
+    int interleave; /* rows of a group: 1 if rows are not interleaved */
     int panel;      /* outputs of a register tile of product: blocks of a multiple have no ragged edge */
-    int narrow;     /* up to so many rows gemm is the faster one, beyond them product */
+    int narrow;     /* up to so many rows gemm is faster; for more rows product is */
 
-    /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows: for a few rows. The weights stream from memory
-     * once. `room` is scratch memory of rows x (K rounded up to 16) float32 values, for activations in another form; float32
-     * needs none and may get NULL. */
+    /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows; use it for few rows. The weights stream from memory
+     * once. `room` is scratch memory of rows x (K rounded up to 16) float32 values, for converted activations; for float32
+     * it may be NULL. */
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const weight_matrix *w,
                  ptrdiff_t start, ptrdiff_t stop, void *room);
 
-    /* The same, bit for bit, for many rows. The rows are packed before: they take (rows rounded up to 16) x (K rounded up to 16)
-     * float32 values at most, and rows from a multiple r of 16 on may be taken alone, r x (K rounded up to 16) values further.
+    /* Compute the same bits for many rows. The caller packs the rows first; they take (rows rounded up to 16) x (K rounded up to 16)
+     * float32 values at most. Rows from a multiple r of 16 on begin r x (K rounded up to 16) values further.
      * The weights are packed into `room`, (outputs rounded up to panels) x (K rounded up to 16) float32 values, which should fit
      * the second-level cache; a format that needs no packing has no pack_weights, and product takes NULL. */
     void (*pack_rows)(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K);
@@ -53,8 +54,8 @@ struct weight_format {
     void (*widen)(float *out, const weight_matrix *w, ptrdiff_t row); /* out[k] = w[row][k] for k < K */
 
     /* Quantised formats: write the groups [start, stop) of `out` from a matrix of the same shape in another format. `room`:
-     * (rows of a group) x (K rounded up to 32, and 16) float32 values. Returns whether every number could be held: finite, and not too
-     * large for a scale. NULL for the others. */
+     * (rows of a group) x (K rounded up to 32, and 16) float32 values. Returns whether the format can represent every number: finite,
+     * and not too large for a scale. NULL for unquantised formats. */
     int (*quantise)(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, float *room);
 };
 
@@ -74,7 +75,7 @@ typedef struct {
 
     /* Epilogues of a matrix product, in place on N values of one row. */
     void (*add_bias)(float *out, const float *bias, ptrdiff_t N); /* out += bias */
-    /* gelu = gelu(out + bias); where gelu is not out itself, out += bias */
+    /* gelu = gelu(out + bias); if gelu and out are different arrays, out += bias */
     void (*add_bias_gelu)(float *gelu, float *out, const float *bias, ptrdiff_t N);
     /* after = before + (out + bias) */
     void (*add_bias_residual)(float *after, const float *before, const float *out, const float *bias, ptrdiff_t N);
@@ -106,7 +107,7 @@ typedef struct {
     int panel;            /* columns of a panel of outer: shares of a multiple have no ragged edge */
     ptrdiff_t outer_room; /* values */
 
-    /* The machine's limits: read `count` floats in 1, 2, 4 or 8 streams; multiply and add, probe_flop operations each time. */
+    /* Probes of the machine's limits: read `count` floats in 1, 2, 4 or 8 streams; multiply and add, probe_flop operations each time. */
     float (*probe_read)(const float *p, ptrdiff_t count, int streams);
     float (*probe_fma)(ptrdiff_t times);
     double probe_flop;
@@ -120,8 +121,8 @@ static inline void gemm_floats(const weight_format *float32, float *out, ptrdiff
     float32->gemm(out, ldo, inp, ldi, rows, &matrix, 0, N, NULL);
 }
 
-/* Each returns NULL where the build or this processor lacks the instruction set. Two names of one width share every kernel but those
- * of the quantised formats. */
+/* Each returns NULL if the build or this processor lacks the instruction set. Two names of one width share all kernels except
+ * those of the quantised formats. */
 const microkernels *micro_baseline(void);
 const microkernels *micro_avx2(void);
 const microkernels *micro_avxvnni(void);

@@ -2,7 +2,7 @@
  *   W          floats in one register (16, 8 or 4)
  *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
- *   TALL_TILES where 24 sums of 6 rows x 4 outputs have registers, too
+ *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
  * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. After the include, TABLE(name, quantised)
@@ -14,7 +14,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define NOINLINE static __attribute__((noinline)) /* whose sums would be spilled among the variables of a caller */
+#define NOINLINE static __attribute__((noinline)) /* for functions whose sums would spill if inlined into a caller */
 #define LANES 16
 #define NV (LANES / W)
 #define UNROLL _Pragma("GCC unroll 16")
@@ -212,7 +212,7 @@ INLINE lanes exp16(lanes x) {
         p = FMA(p, r, broadcast(4.9999994e-1f));
         p = FMA(p, r * r, r) + broadcast(1.0f);
         vec scaled = (vec)((uvec)p + ((uvec)shifted << 23)); /* times 2^n: n added to the exponent */
-        scaled = choose(a <= broadcast(88.0f), scaled, a * broadcast(INFINITY)); /* a NaN stays one */
+        scaled = choose(a <= broadcast(88.0f), scaled, a * broadcast(INFINITY)); /* keeps NaN */
         y.v[h] = (vec)((ivec)scaled & ~(a < broadcast(-87.0f)));
     }
     return y;
@@ -227,7 +227,7 @@ INLINE lanes gelu16(lanes x) {
 
 /* ---------------------------------------------------------------------------------------- matrix products */
 
-/* What a tile brings into the cache: of its weight rows, every `every`th 16 values (1 or 2) from number `first` on, `ahead` bytes
+/* What a tile prefetches of its weight rows: every `every`th 16 values (1 or 2) from number `first` on, `ahead` bytes
  * ahead of use. */
 typedef struct {
     ptrdiff_t ahead;
@@ -236,8 +236,8 @@ typedef struct {
 
 INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
-/* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`: as far
- * apart as streams from memory want to be. */
+/* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`: so that
+ * each row is a separate stream from memory. */
 INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
                  const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind, fetch next) {
     const ptrdiff_t bytes = value_bytes(kind);
@@ -283,7 +283,7 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
     const int two = rows > tallest && rows <= 2 * tallest;
     for (ptrdiff_t r = 0, height; r < rows; r += height) {
         height = two && !r ? (rows + 1) / 2 : least(rows - r, tallest);
-        fetch next = {2048, 1, r && height == tallest}; /* there is no second of one line: none */
+        fetch next = {2048, 1, r && height == tallest}; /* first = 1 with every = 1: no prefetch */
         if (two) next = (fetch){K * value_bytes(kind), 2, r != 0};
         switch (height) {
 #define ROWS(count) \
@@ -300,7 +300,7 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
 }
 
 /* The weights stream from memory once, as `streams` (a constant) far-apart rows at a time, one from each of as many equal parts
- * of w, which keeps more reads on their way than one stream can. */
+ * of w, which keeps more reads in flight than one stream does. */
 INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
                     ptrdiff_t rows, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
     const ptrdiff_t part = N / streams, row_bytes = K * value_bytes(kind);
@@ -312,11 +312,11 @@ INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t 
 
 /* ---------------------------------------------------------------------------------------- packed matrix products
  *
- * One register tile serves them all: TILE_ROWS x PANEL sums, to which every step of k adds TILE_ROWS values times PANEL values,
+ * One register tile serves all products: TILE_ROWS x PANEL sums, to which every step of k adds TILE_ROWS values times PANEL values,
  * a panel's values lying one after another in memory. Nothing is folded across a register. */
 
 #define PANEL (TILE_VECS * LANES)
-#define NARROW 64            /* so few rows that packing the weights costs more than it brings */
+#define NARROW 64            /* up to so many rows, packing the weights costs more than it saves */
 #define OUTER_STEPS 256      /* steps of k whose panels are packed together ... */
 #define OUTER_PANELS 16      /* ... and how many: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
 
@@ -349,7 +349,7 @@ INLINE void tile(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, c
 }
 
 /* The same, while `lines` of 16 values each, from `ahead` on, come into the second-level cache, one for every 8 steps: more at a
- * time, or into the first level, would hold up the tile's own loads. */
+ * time, or into the first level, would delay the tile's own loads. */
 INLINE void tile_reading(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t steps,
                          const float *ahead, ptrdiff_t lines) {
     const float *row[TILE_ROWS];
@@ -362,7 +362,7 @@ INLINE void tile_reading(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a
     }
 }
 
-/* A tile of `rows` x `count` sums goes out; what is beyond them is not stored. */
+/* A tile of `rows` x `count` sums is stored; sums beyond them are dropped. */
 INLINE void store_tile(float *out, ptrdiff_t ldo, const sums *sum, ptrdiff_t rows, ptrdiff_t count) {
     if (rows >= TILE_ROWS && count >= PANEL) {
         EACH_SUM store(out + r * ldo + c * LANES, sum->v[r][c]);
@@ -433,7 +433,7 @@ INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdi
 }
 
 /* Up to 16 rows of K values go, lane by lane of the dot, to out[(j * steps + i) * width + row] with k = 16i + fold_order[j] and
- * steps = K / 16 rounded up; rows and values that are not there are zeros, as in a dot. A tile reads them from end to end. */
+ * steps = K / 16 rounded up; missing rows and values are zeros, as in a dot. A tile reads them from end to end. */
 INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t K, const int kind) {
     const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = rows < LANES ? 0 : K / LANES;
     for (ptrdiff_t i = 0; i < whole; i++) pack_square(out + i * width, steps * width, from + i * LANES * value_bytes(kind), ld, kind);
@@ -507,7 +507,7 @@ INLINE void pack_panels(float *out, const float *b, ptrdiff_t ldb, ptrdiff_t ste
     }
 }
 
-/* 16 values for every step, those of `count` rows and zeros; the next 16 of each step are on their way. */
+/* Pack 16 values for every step, from `count` rows and then zeros; prefetch the next 16 of each step. */
 INLINE void pack_columns(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, ptrdiff_t count) {
     if (a_row == 1 && count >= LANES) {
         for (ptrdiff_t k = 0; k < steps; k++) {
@@ -520,13 +520,13 @@ INLINE void pack_columns(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t 
         for (ptrdiff_t r = 0; r < LANES; r++) out[k * LANES + r] = r < count ? a[r * a_row + k * a_step] : 0.0f;
 }
 
-/* Rows of b that are packed next: the tiles read them ahead, so that packing finds them in cache. */
+/* The rows of b to be packed next. The tiles prefetch them, so that packing finds them in cache. */
 typedef struct {
     const float *row;
     ptrdiff_t ld, rows, width, at;
 } coming;
 
-/* What a tile of so many steps reads ahead: from here, `lines` of 16 values. */
+/* Return where a tile of `steps` steps prefetches, and in `lines` how many times 16 values. */
 INLINE const float *read_ahead(coming *next, ptrdiff_t steps, ptrdiff_t *lines) {
     const float *from = next->row + next->at;
     *lines = next->rows <= 0 ? 0 : least((next->width - next->at + LANES - 1) / LANES, steps / 8);
@@ -561,7 +561,7 @@ NOINLINE void outer_row(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_r
 /* One block: `steps` of k from k on, the outputs [n, n + width) of all M rows; `room` has its packed panels. */
 INLINE void outer_block(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t M, ptrdiff_t steps,
                         ptrdiff_t width, int add_to, float *room, coming *next) {
-    float *columns = room + OUTER_PANELS * OUTER_PANEL; /* (steps, 16) of a, where a's rows are not in one line anyway */
+    float *columns = room + OUTER_PANELS * OUTER_PANEL; /* (steps, 16) of a, used if a's rows are not contiguous */
     for (ptrdiff_t m = 0; m < M; m += LANES) {
         const int in_place = a_step == 1 && M - m >= LANES;
         const float *from = a + m * a_row;
@@ -787,7 +787,7 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-/* Where there are registers for it, taller tiles of fewer outputs pass a weight row less often. 4 rows of float32 gain from fewer
+/* If registers suffice, taller tiles of fewer outputs read a weight row less often. 4 rows of float32 gain from fewer
  * streams. */
 #ifdef TALL_TILES
 #define TALL_CASES(id, bytes)                                                                                            \
@@ -826,7 +826,7 @@ static float probe_fma(ptrdiff_t times) {
 EACH_FORMAT(FUNCTIONS)
 #undef FUNCTIONS
 
-/* An instruction set's table: its name, and where its quantised formats are. The including file makes one or more. */
+/* TABLE defines an instruction set's table from its name and its quantised formats. The including file makes one or more. */
 #define ROW(name, bytes, load) &format_##name,
 #define TABLE(set, quantised)                                                                                            \
     static const weight_format *const formats_##set[] = {EACH_FORMAT(ROW) &quantised[0], &quantised[1], NULL};           \

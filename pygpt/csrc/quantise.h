@@ -1,11 +1,11 @@
 /* Making panels of the quantised formats (part of quantised_body.h). W outputs are done at a time, and lanes are outputs, so the numbers
- * are the same in every instruction set. Products and sums are rounded apart: the baseline has no other ones. The numbers are those of
- * _to_q8_0 and _to_q4_0 in pygpt/formats/dtypes.py, which say how the scales are found:
+ * are the same in every instruction set. Products and sums are rounded separately, because the baseline has no FMA. The numbers are
+ * those of _to_q8_0 and _to_q4_0 in pygpt/formats/dtypes.py. The scales are found so:
  *
  *   q8_0   d = max|w| / 127, rounded up to a float16; q = w / d to the nearest, ties to even
  *   q4_0   a search. Let e be the first number of the greatest size. A candidate c of LEVELS gives q = w (c / e), rounded and clipped to -8..7, then
  *          the scale of least squares, weighted by |w|: d = sum(|w| w q) / sum(|w| q q), rounded to a float16. The first greatest saving of error,
- *          d (2 sum(|w| w q) - d sum(|w| q q)), wins if it is above 0; at last q = w / d, rounded and clipped. Sums fold 16+16, 8+8, ... */
+ *          d (2 sum(|w| w q) - d sum(|w| q q)), wins if it is above 0; finally q = w / d, rounded and clipped. Sums fold 16+16, 8+8, ... */
 
 #define LEVELS {-9.0f, -8.75f, -8.5f, -8.25f, -8.0f, -7.75f, -7.5f, -7.25f, -7.0f}
 
@@ -19,7 +19,7 @@ INLINE ivec half_bits(vec x) {
     return (sign >> 16 & 0x8000) | (small & is_small) | (special & is_special) | (normal & ~is_small & ~is_special);
 }
 
-/* Store the scales of W outputs, and return them as they are now. */
+/* Store the scales of W outputs, and return the stored (rounded) scales. */
 INLINE vec store_scales(uint16_t *to, ivec bits) {
     UNROLL for (int l = 0; l < W; l++) to[l] = (uint16_t)bits[l];
     return HALVES(to);
@@ -75,7 +75,7 @@ INLINE ivec search_scale(const vec *x, vec largest) {
     return scale;
 }
 
-/* Quantise one group of W outputs, x[k] its numbers. Returns whether all could be held; a scale is NaN where not. */
+/* Quantise one group of W outputs, x[k] its numbers. Returns whether the format can represent all numbers; otherwise the scale is NaN. */
 INLINE int quantise_values(const int bits, char *values, uint16_t *scales, const vec *x) {
     vec largest = magnitude(x[0]), d;
     ivec odd = {0}, scale, q[GROUP];
@@ -110,9 +110,9 @@ INLINE int quantise_values(const int bits, char *values, uint16_t *scales, const
 INLINE int quantise(const int bits, void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start,
                     ptrdiff_t stop, float *room) {
     const weight_matrix to = {out, w->N, w->K};
-    const ptrdiff_t groups = groups_of(w->K), ld = groups * GROUP + 16; /* rows apart that do not share cache sets */
+    const ptrdiff_t groups = groups_of(w->K), ld = groups * GROUP + 16; /* padding, so that rows use different cache sets */
     int held = 1;
-    memset(room, 0, OUTPUTS * ld * sizeof *room); /* inputs and outputs that only fill up */
+    memset(room, 0, OUTPUTS * ld * sizeof *room); /* zero the padding of inputs and outputs */
     for (ptrdiff_t panel = start / OUTPUTS; panel < panels_of(stop); panel++) {
         char *values = (char *)values_of(&to, panel, bits);
         uint16_t *scales = (uint16_t *)scales_of(&to, panel, bits);

@@ -1,4 +1,4 @@
-/* The kernels of the quantised formats q8_0 and q4_0: one source, compiled for each instruction set that has an integer dot of its own.
+/* The kernels of the quantised formats q8_0 and q4_0: one source, compiled for each instruction set with its own integer dot product.
  *
  * Layout. A matrix of N outputs and K inputs lies in panels of 16 outputs, N padded to 16 and K to groups of 32 with zeros:
  *   q8_0 values  int8  [N/16][K/4][16][4]
@@ -7,15 +7,15 @@
  * So 64 bytes hold one or two steps of four inputs for 16 outputs, and lanes are outputs in every instruction set.
  *
  * Arithmetic, the same bits in every set:
- *   rows      per group of 32: s = max|x| / 127 and q = x * (127 / max) rounded to nearest, ties to even. Where max is so small that 127 / max
- *             is infinite, q is 0; where it is not finite, q is 0 and s is NaN, so that it shows
+ *   rows      per group of 32: s = max|x| / 127 and q = x * (127 / max) rounded to nearest, ties to even. If max is so small that 127 / max
+ *             is infinite, q is 0. If max is not finite, q is 0 and s is NaN, so that the output becomes NaN
  *   products  per output one chain over ascending groups, from 0: sum = fma((float)(sum of q * q), weight scale * s, sum). The integer
- *             sum is below 2^24, so exact however it is computed
+ *             sum is below 2^24, so it is exact in any order
  *
  * The including file sets:
  *   W            int32 or float32 lanes of a register (16, 8 or 4)
  *   FMA(a,b,c)   a * b + c, rounded once          HALVES(p)  W float16 values from p on as float32
- *   PREPARE(w)   a register of int8 weights as DOT8 takes them; BIAS is what that adds to each
+ *   PREPARE(w)   a register of int8 weights as DOT8 takes them; BIAS is the number that PREPARE adds to each
  *   DOT8(sum, w, prepared, x)   sum[l] += four products of lane l, int8 weights and int8 x
  *   DOT4(sum, w, x)             the same for weights from 0 to 15
  *   START4(n), FINISH4(sum, n)  where DOT4 begins, and the int32 sums plus n at the end of a group
@@ -34,9 +34,9 @@
 #define GROUP 32   /* inputs with one scale */
 #define NV (OUTPUTS / W)
 #define BAND 16 /* rows that are packed together */
-#define FEW 16  /* so few rows that each worker packs them for itself rather than wait for the others */
+#define FEW 16  /* up to so many rows, each worker packs all of them: a barrier would cost more */
 #define PREFETCH 2048 /* bytes ahead of a tile's own loads */
-#define TILE_LIMIT 64 /* sums of the largest tile, registers or not */
+#define TILE_LIMIT 64 /* sums of the largest tile, in registers or in memory */
 
 typedef float vec __attribute__((vector_size(W * 4)));
 typedef float vec_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -161,7 +161,7 @@ INLINE void tile(const int bits, const int rows, const int panels, const int pre
             UNROLL for (int p = 0; p < panels; p++)
                 UNROLL for (int line = 0; line < GROUP * bits / 8 * OUTPUTS; line += 64)
                     __builtin_prefetch(weights[p] + line + PREFETCH);
-        _Pragma("GCC unroll 1") for (int h = 0; h < NV; h++) { /* its sums wait in memory: a group has few registers to spare */
+        _Pragma("GCC unroll 1") for (int h = 0; h < NV; h++) { /* the float sums stay in memory: registers are scarce */
             ivec sum[TILE_LIMIT];
             int32_t offset[BAND];
             UNROLL for (int r = 0; r < rows; r++) {
@@ -191,7 +191,7 @@ INLINE void tile(const int bits, const int rows, const int panels, const int pre
     }
 }
 
-/* A few rows against all panels from `start` on; `panels` at a time, from as many equal parts, which are so many streams from memory. */
+/* A few rows against all panels from `start` on; `panels` at a time, one from each of as many equal parts, so that memory is read in several streams. */
 INLINE void gemm_of(const int bits, const int rows, const int panels, float *out, ptrdiff_t ldo, const char *row,
                     const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {
     const ptrdiff_t first = start / OUTPUTS, part = (panels_of(stop) - first) / panels;
@@ -200,7 +200,7 @@ INLINE void gemm_of(const int bits, const int rows, const int panels, float *out
         tile(bits, rows, 1, 1, out + n * OUTPUTS, ldo, row, w, first + n, 0);
 }
 
-/* Tiles as tall as the rows, up to TALL; the rest in two halves. */
+/* Use tiles as tall as the rows, up to TALL, and split the last rows into two halves. */
 INLINE void gemm(const int bits, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows,
                  const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, void *room) {
     pack_rows(room, inp, ldi, rows, w->K);
