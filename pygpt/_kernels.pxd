@@ -1,4 +1,4 @@
-"""The structures that the forward pass moves through: what is fixed (Net), what moves (State), and a token of a sequence (Row)."""
+"""The structures that the forward pass moves through: dimensions and weights (Net), activations (State), one token (Row)."""
 
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t

@@ -654,7 +654,7 @@ cdef class Trace:
             self.logs[i].events = <trace_event*> malloc(capacity * sizeof(trace_event))
             if self.logs[i].events == NULL:
                 raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
-            memset(self.logs[i].events, 0, capacity * sizeof(trace_event))   # allocate the pages now, outside of the timed phases
+            memset(self.logs[i].events, 0, capacity * sizeof(trace_event))   # touch the pages before timing begins
 
     def __dealloc__(self):
         if self.logs != NULL:
@@ -691,8 +691,9 @@ cdef class Trace:
             self.logs[i].count = self.logs[i].dropped = 0
 
     def stretch(self, Py_ssize_t ith, phase, double times) -> None:
-        """Make worker ith spend `times` as long in a phase, or in every phase for None, to debug a report. Raises InputError for
-        an unknown worker and ValueError for an unknown phase."""
+        """Make worker ith spend `times` as long in a phase, or in every phase for None, to debug a report.
+
+        Raises InputError for an unknown worker and ValueError for an unknown phase."""
         cdef trace_log* log = self.log(ith)
         log.stretched = -1 if phase is None else PHASES.index(phase)
         log.stretch = times
@@ -825,7 +826,8 @@ cdef class Step:
         cdef State* s = &self.state
         cdef Py_ssize_t ldp = padded(longest)
         cdef Py_ssize_t size = max(
-            SPAN_ROWS * (2 * self.weights.net.HSp + ldp), min(s.R, rows_of_gemm(&self.weights.net, most=True)) * padded(4 * self.weights.net.C))
+            SPAN_ROWS * (2 * self.weights.net.HSp + ldp),
+            min(s.R, rows_of_gemm(&self.weights.net, most=True)) * padded(4 * self.weights.net.C))
         if self.scratch is None or self.scratch.shape[1] < size:
             self.scratch = Floats(self.nth, 2 * size)   # twice the need: a growing sequence then reallocates rarely
         s.scratch = self.scratch.data

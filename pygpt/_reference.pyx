@@ -81,8 +81,8 @@ cdef void matmul_quantised_forward(
     const float* bias,                                # IN (OC,) or NULL
     Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
 ) noexcept nogil:
-    """The arithmetic of q8_0 and q4_0 (csrc/quantised_body.h). Each group of 32 inputs is rounded to int8. Its products with the
-    weights are summed as integers; the sums of the groups are added in ascending order, each by a fused multiply-add."""
+    """The arithmetic of q8_0 and q4_0 (csrc/quantised_body.h). Each group of 32 inputs is rounded to int8. Its products with
+    the weights are summed as integers; the sums of the groups are added in ascending order, each by a fused multiply-add."""
     cdef Py_ssize_t n, o, i, group, count, groups = (C + 31) // 32
     cdef float most, inverse, row_scale
     cdef int[32] q
@@ -516,7 +516,7 @@ cdef Acts acts_of_layer(Acts a, Shape s, Py_ssize_t layer) noexcept nogil:
     return a
 
 
-cdef struct Grads:  # gradients of the current layer's activations; pointers only, Training.backward allocates the arrays
+cdef struct Grads:  # gradients of the current layer's activations; Training.backward allocates the arrays
     float* residual3
     float* residual   # of the stream that enters the layer: residual3 of the previous layer
     float* ln1
@@ -624,7 +624,7 @@ def _cut(float[::1] flat, config):
 
 
 cdef float[::1] point(float** fields, sizes):
-    """Allocate contiguous arrays of the given sizes, and point each field to one. The caller must keep the returned memory."""
+    """Allocate contiguous arrays of the given sizes, and point each field to one. The caller keeps the returned memory."""
     cdef float[::1] memory = _floats(sum(sizes))
     cdef float* place = &memory[0]
     for i, size in enumerate(sizes):
@@ -694,7 +694,10 @@ cdef class Reference:
         self.arrays += [weight, scale]
         to.weight, to.scale, to.step, to.scale_step = &weight[0], &scale[0], N * K, N * groups
         for layer in range(layers):
-            unpack_panels(to.weight + layer * N * K, to.scale + layer * N * groups, &data[layer * (data.shape[0] // layers)], bits, K, N)
+            unpack_panels(
+                to.weight + layer * N * K, to.scale + layer * N * groups,
+                &data[layer * (data.shape[0] // layers)], bits, K, N,
+            )
         for o in range(N):
             for i in range(K):
                 values[o * K + i] = scale[o * groups + i // 32] * weight[o * K + i]
