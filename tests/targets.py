@@ -233,6 +233,7 @@ class SafetensorsTarget(FileTarget):
         pair = parsers.safetensors_bytes(dict.fromkeys("ab", ("F32", (1,), bytes(4))))
         files = [parsers.safetensors_bytes(found) for found in ({}, by_hand)]
         files += [pair, pair.replace(b'"b"', b'"a"'), struct.pack("<Q", 8) + b"[]      "]  # a name twice; not an object
+        files += [pair.replace(b"[4, 8]", b"[5, 9]") + b"\0", pair.replace(b"[4, 8]", b"[0, 4]")[:-4]]  # a hole; an overlap
         for dtype in ("F32", "BF16"):
             with (self.folder / "output.bin").open("wb") as file:
                 write_safetensors(file, dtype, [("a", (2, 3)), ("bc", (4,))], iter(arrays))

@@ -82,7 +82,7 @@ class DataLoader:
             if not is_whole(value, 1, 1 << 30):
                 raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {1 << 30}")
         if V is not None and not is_whole(V, 1, LIMITS["V"]):
-            raise InputError(f"V is {V!r}: it must be None or a whole number from 1 to {LIMITS['V']}")
+            raise InputError(f"V is {shown(V)}: it must be None or a whole number from 1 to {LIMITS['V']}")
         if shuffle_seed is not None and not is_whole(shuffle_seed, 0, 2**64 - 1):
             raise InputError(f"shuffle_seed is {shown(shuffle_seed)}: it must be None or a whole number from 0 to 2**64 - 1")
         self.B, self.T, self.shuffle_seed, self._V = B, T, shuffle_seed, V
@@ -134,7 +134,7 @@ class DataLoader:
         if set(state) != {"epoch", "shard", "batch", *identity}:
             raise InputError(f"the loader's state has the fields {shown(sorted(state))}, expected {sorted(self.state())}")
         for name, value in identity.items():
-            if state[name] != value:
+            if type(state[name]) is not type(value) or state[name] != value:  # an array compares with a number, too
                 raise InputError(
                     f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}: use the same data, "
                     "B, T and seed, or start a new run"
