@@ -1103,11 +1103,12 @@ def copy_keys_values(KeysValues to not None, KeysValues source not None, length=
     Raises InputError if the caches do not fit, and if the source has fewer rows than `length`."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
     cdef Py_ssize_t count = source.length if length is None else length
-    cdef Py_ssize_t size = count * width * sizeof(float)
+    cdef size_t size
     if not 0 <= count <= source.length:
         raise InputError(f"cannot copy {count} rows: the cache holds {source.length}")
     if to.weights is not source.weights or to.length or to.capacity < count:
         raise InputError("a cache can be copied to an empty one of the same model that has room for it")
+    size = count * width * sizeof(float)
     with nogil:
         for i in range(rows):
             memcpy(to.keys.data + i * to.capacity * width, source.keys.data + i * source.capacity * width, size)
