@@ -231,7 +231,7 @@ RUNS = {  # the arguments of each command, in this order; {} is the output of th
     "shards": "my.txt -o my",
     "train": f"--data my_train.bin {SMALL} --out mine.bin",
     "convert": "mine.bin small.bin",
-    "quantize": "small.bin small.gguf --format q8_0",
+    "quantize": "small.bin small.safetensors --format q8_0",
     "eval": "perplexity my.txt -m small.bin -n 20 -o json",
     "profile": f"-m small.bin --skip ceilings,scaling,strategies {TINY}",
     "bench": f"-m small.bin -p 4 -d 2 -b 1 --limit-megabytes 4 --reference --against numpy {TINY}",
@@ -250,7 +250,9 @@ def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> Non
     assert RUNS.keys() == COMMANDS.keys() - {"download"}
     assert len(out["chat"].split()) > 0
     assert re.findall(r"^step (\d): train loss", out["train"], re.MULTILINE) == ["0", "1"]
-    assert {"my_train.bin", "mine.bin", "mine.state", "small.bin", "small.gguf"} <= {path.name for path in place.iterdir()}
+    assert {"my_train.bin", "mine.bin", "mine.state", "small.bin", "small.safetensors"} <= {
+        path.name for path in place.iterdir()
+    }
     assert json.loads(out["eval"])["scored"] == 19
     assert [part["name"].split()[0] for part in json.loads(out["profile"])["startup"]][:2] == ["interpreter", "import"]
     tests = {(row["test"], row.get("by")) for row in json.loads(out["bench"])}
