@@ -261,6 +261,10 @@ class Engine:
 
     def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
         """Whether to take an idle memory instead of a copy: most of it is shared, or cache_bytes has no room for a copy."""
+        if self.cache_bytes is not None:  # a used cache may take more memory than the sequence has reserved
+            extra = self._bytes(max(donor.positions - longest, 0))
+            if self._reserved() + extra > self.cache_bytes:
+                return False
         full = self.cache_bytes is not None and self._reserved() + self.prefix.nbytes > self.cache_bytes
         return donor.cache.capacity >= longest and (full or 2 * shared >= len(donor.tokens))
 
