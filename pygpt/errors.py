@@ -122,7 +122,7 @@ def near(name: object, known: "Iterable[str]") -> str:
     from difflib import get_close_matches
 
     known = sorted(known)
-    alike = get_close_matches(str(name), known, cutoff=0.5)
+    alike = get_close_matches(str(name)[:40], known, cutoff=0.5)
     return f"did you mean {' or '.join(alike)}?" if alike else f"there are {', '.join(known)}"
 
 
