@@ -14,9 +14,8 @@ import re
 import threading
 from collections.abc import Iterable
 from functools import cache
-from operator import index
 
-from .errors import InputError, PyGPTError, shown
+from .errors import InputError, PyGPTError, shown, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,11 +97,8 @@ class Tokenizer:
 
     def _checked(self, token: int) -> int:
         """Return an id as an int. Accepts NumPy's integers; raises InputError for an id outside the vocabulary or a bool."""
-        try:
-            number = -1 if isinstance(token, bool) else index(token)
-        except TypeError:
-            number = -1
-        if not 0 <= number < self.V:
+        number = whole(token)
+        if number is None or not 0 <= number < self.V:
             raise InputError(f"token id is {shown(token)}: it must be a whole number from 0 to {self.eot}")
         return number
 

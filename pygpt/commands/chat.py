@@ -9,11 +9,14 @@ because it was not trained on dialogues.
 """
 
 import argparse
+import atexit
+import codecs
 import io
 import json
 import os
 import select
 import sys
+import termios
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -25,6 +28,7 @@ from typing import Any, TextIO
 from ..config import Config
 from ..errors import CheckpointError, InputError
 from ..formats.open import open_model
+from ..formats.text import given_text, read_text
 from ..generation.request import SAMPLING, Request, complete_order
 from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
@@ -32,11 +36,12 @@ from ..tokenizer import StreamDecoder, Tokenizer
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import HelpFormatter, Parser, for_terminal, say, status_of
-from .options import add_completion_options, parse_count, read_options
+from .options import CONTROL, LISTS, add_completion_options, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
+APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # settings of one value that the command line may repeat
 PROBABLE = 10  # number of tokens that /probs shows
 BAR = 40  # columns of the longest bar, if the terminal is wide enough
 
@@ -76,7 +81,7 @@ SETTINGS = {
     "top_k": ((), "top_k"),
     "top_p": ((), "top_p"),
     "min_p": ((), "min_p"),
-    "repetition_penalty": (("repeat_penalty",), "repetition_penalty"),
+    **{name: ((flag[2:].replace("-", "_"),), name) for flag, name, _, _ in CONTROL},
     "seed": ((), "seed"),
     "stop": (("stop_strings",), "stop_strings"),
     "stop_token": (("stop_token_ids",), "stop_token_ids"),
@@ -170,7 +175,7 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
         except ValueError:
             raise InputError(f'{name} is {value!r:.40}: the quotes must enclose the whole text, as in "\\n\\n"') from None
     blank = build_parser().parse_args([])
-    setattr(blank, key, [given] if key in ("stop_strings", "stop_token_ids") else given)
+    setattr(blank, key, str(given).split() if key in LISTS[:2] else [given] if key in APPENDED else given)
     return read_options(blank)
 
 
@@ -222,6 +227,9 @@ class Chat:
             except EOFError:
                 show("")
                 return 0
+            except InputError as error:
+                say(str(error))
+                continue
             hinted = False
             if text:
                 self.take(text)
@@ -399,7 +407,7 @@ def line_reader() -> Callable[[str], str]:
     prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input().
     """
     if not sys.stdout.isatty():
-        return ask_plainly
+        return PlainLines()
     readline = None
     with suppress(ImportError):
         readline = import_module("readline")  # input() uses it; if stdout is not a terminal, this import may write to it
@@ -415,17 +423,58 @@ def line_reader() -> Callable[[str], str]:
     return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
 
 
-def ask_plainly(prompt: str) -> str:
-    """Ask for a line with the prompt on stderr, because stdout is not a terminal."""
-    print(prompt, end="", file=sys.stderr, flush=True)
-    return input()
+class PlainLines:
+    """Ask for lines with the prompt and the echo on stderr, because stdout is not a terminal.
+
+    A terminal that collects lines itself cuts them at 4,095 bytes. So this class reads keys, and edits the line with the
+    terminal's keys: erase a character, erase the line, end the input."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdin.fileno()
+        before = termios.tcgetattr(self._terminal)
+        keys = before[6]
+        self._erase, self._kill, self._end = keys[termios.VERASE], keys[termios.VKILL], keys[termios.VEOF]
+        atexit.register(termios.tcsetattr, self._terminal, termios.TCSANOW, before)
+        self._mode = [*termios.tcgetattr(self._terminal)]
+        self._mode[0] &= ~termios.ICRNL
+        self._mode[3] &= ~(termios.ICANON | termios.ECHO)
+        self._mode[6][termios.VMIN], self._mode[6][termios.VTIME] = 1, 0
+        self._after_return = False
+
+    def __call__(self, prompt: str) -> str:
+        """Ask for a line. Raises EOFError at the end of the input."""
+        termios.tcsetattr(self._terminal, termios.TCSANOW, self._mode)  # each time: a shell resets it while we are stopped
+        self._echo(prompt)
+        line = ""
+        decoder = codecs.getincrementaldecoder(sys.stdin.encoding)("surrogateescape")
+        while True:
+            key = os.read(self._terminal, 1)
+            after, self._after_return = self._after_return, key == b"\r"
+            if key == b"\n" and after:  # the second half of a pasted CR LF
+                continue
+            if key in (b"\r", b"\n"):
+                self._echo("\n")
+                return line + decoder.decode(b"", final=True)
+            if key in (b"", self._end):
+                if not line:
+                    raise EOFError
+            elif key in (self._erase, self._kill):
+                gone = len(line) if key == self._kill else 1
+                self._echo("\b \b" * len(line[-gone:]))
+                line = line[:-gone]
+            else:
+                line += (char := decoder.decode(key))
+                self._echo(for_terminal(char, sys.stderr))
+
+    def _echo(self, text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
     """Ask for a text. If a line ends in a backslash, ask for the next line too. Two backslashes at the end stand for one."""
-    text = ask(PROMPT)
+    text = given_text(ask(PROMPT))
     while text.endswith("\\") and not text.endswith("\\\\"):
-        text = text[:-1] + "\n" + ask(CONTINUED)
+        text = text[:-1] + "\n" + given_text(ask(CONTINUED))
     return text[:-1] if text.endswith("\\\\") else text
 
 
@@ -445,9 +494,9 @@ def show(text: str) -> None:
 
 
 def read_piped() -> str:
-    """Read all of stdin as one text, without its last newline. Raises InputError if it is empty."""
+    """Read all of stdin as one text, without its last newline. Raises InputError if it is empty or not UTF-8."""
     print(PROMPT, end="", file=sys.stderr, flush=True)
-    text = sys.stdin.buffer.read().removesuffix(b"\n").decode("utf-8", "replace")
+    text = "".join(read_text("-")).removesuffix("\n")
     print(file=sys.stderr)
     if not text:
         raise InputError("the text on standard input is empty: send at least one character")
@@ -537,20 +586,22 @@ def run(options: argparse.Namespace) -> int:
     with Command(options.passed) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
-            return chat.answer(" ".join(options.words))
+            return chat.answer(given_text(" ".join(options.words)))
         if sys.stdin.isatty():
             return chat.converse()
         return chat.answer(read_piped())
 
 
 def prepare_streams() -> None:
-    """Let stdin and stdout replace characters they cannot encode. Open the null device for closed streams (`2>&-`)."""
+    """Let stdout replace characters that it cannot encode, and stdin keep bytes that it cannot decode, for given_text().
+
+    Open the null device for closed streams (`2>&-`)."""
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open until exit)
-    for stream in sys.stdin, sys.stdout:
+    for stream, errors in (sys.stdin, "surrogateescape"), (sys.stdout, "replace"):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,12 +49,13 @@ import numpy.typing as npt
 from ..errors import InputError, NumericalError
 from ..formats.llmc import Example, read_examples
 from ..formats.shards import read_tokens
-from ..formats.text import read_text, tokens_of_text
+from ..formats.text import encode_file, given_text, holds_rows, joined, read_text
 from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
 from ..tokenizer import Tokenizer
 from .console import HelpFormatter, Parser, check_stdout, status_of, whole
+from .options import add_text_options
 from .progress import Progress
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
@@ -107,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         made.add_argument("subject", metavar=positional, help=meaning)
         return made
 
-    text = "UTF-8 text, - for stdin, or a token file (.bin)"
+    text = "UTF-8 text, JSON lines (.jsonl), - for stdin, or a token file (.bin)"
     one = task("perplexity", "TEXT", text, "print the perplexity and the loss of a text")
     four = task("compare", "TEXT", text, "compare two models on a text: perplexity, divergence, agreement", before=("A", "B"))
     count = whole(1, MOST)
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)"
         )
         made.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N tokens")
+        add_text_options(made.add_argument)
     file = "llm.c's hellaswag_val.bin, or another file of this format"
     two = task("hellaswag", "FILE", file, "print the accuracy on HellaSwag's multiple-choice examples")
     two.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N examples")
@@ -241,7 +243,7 @@ def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
 
 def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.integer[Any]]:
     """Return the first --limit tokens of the subject. Raises InputError if there are fewer than 2."""
-    tokens = tokens_in(options.subject, model)[: options.limit]
+    tokens = tokens_in(options, model)[: options.limit]
     if len(tokens) < 2:
         raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first has no context")
     return tokens
@@ -258,15 +260,18 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
             return
 
 
-def tokens_in(subject: str, model: GPT2) -> npt.NDArray[np.integer[Any]]:
-    """Return the tokens of a token file (.bin), or of a text without added <|endoftext|>.
+def tokens_in(options: argparse.Namespace, model: GPT2) -> npt.NDArray[np.integer[Any]]:
+    """Return the tokens of a token file (.bin), of a text, or of JSON lines with <|endoftext|> before each document.
 
     Raises DataError for a bad file, and InputError for a text if the model's vocabulary is not GPT-2's.
     """
+    subject = options.subject
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
     tokenizer_of(model)
-    return tokens_of_text(read_text(subject), eot="none")
+    eot = "document" if holds_rows(subject, options.field) else "none"
+    pieces = encode_file(read_text(subject), subject, eot=eot, field=options.field, allow_special=not options.no_special)
+    return joined(pieces)
 
 
 def tokenizer_of(model: GPT2) -> Tokenizer:
@@ -396,7 +401,7 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
     tokenizer = tokenizer_of(model)
     if options.top > tokenizer.V:
         raise InputError(f"--top is {options.top}: it must be at most {tokenizer.V}, the number of ids in the vocabulary")
-    prompt = tokenizer.encode(options.subject)
+    prompt = tokenizer.encode(given_text(options.subject))
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
     logits = model.prefill(model.new_cache(), prompt).astype(np.float64)  # [V]

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ..config import LIMITS, TENSORS, Config
-from ..errors import CheckpointError, ClosedError, InputError
+from ..errors import CheckpointError, ClosedError, InputError, Uncopied
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, PIECE, Q4_0, Q8_0, Format, nibbles
 from .files import atomic_file, map_file
@@ -136,7 +136,7 @@ def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
 # ------------------------------------------------------------------------------------------------ models of any layout
 
 
-class ModelFile:
+class ModelFile(Uncopied):
     """An open model whose tensors have formats of their own: what panel and GGUF files share. Close it, or use `with`.
 
     `config`; `formats`, by tensor; `format`, of the layers' matrices. A subclass reads part() from its file.

@@ -17,7 +17,7 @@ from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Protocol, SupportsIndex
 
     class Model(Protocol):
         """What is quantised: an open file, or weights in memory."""
@@ -49,7 +49,9 @@ class QuantisedWeights(NamedTuple):
         """Do nothing: the memory is given back with the last who uses it."""
 
 
-def quantised(checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
+def quantised(
+    checkpoint: "Model", format: str, head: str | None = None, threads: "SupportsIndex | None" = None
+) -> QuantisedWeights:
     """Quantise the matrices of an open model; the result outlives the model.
 
     format: of the layers' matrices, q8_0 or q4_0. head: of wte, by default q8_0. threads: workers, as for GPT2.load().

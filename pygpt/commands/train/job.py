@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...config import Config
 from ...errors import DataError, InputError, PyGPTError, is_whole, shown
 from ...formats.shards import read_tokens
-from ...formats.text import read_text, tokens_of_text
+from ...formats.text import joined, tokens_and_labels
 from ...training.data import DataLoader, split
 from ...training.options import TrainingOptions
 from ...training.state import TrainingState
@@ -45,7 +45,17 @@ WHOLE = {
 }
 SHARD = ".bin"  # data files with another ending are text
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
-FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # the stored position in the data depends on these
+Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # shards, or tokens; labels or None
+FIXED = (
+    "val_tokens",
+    "val_fraction",
+    "B",
+    "T",
+    "seed",
+    "shuffle",
+    "field",
+    "no_special",
+)  # the stored position in the data depends on these
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -67,6 +77,8 @@ class Job:
     T: int = 64
     seed: int = 1
     shuffle: bool = False
+    field: str | None = None
+    no_special: bool = False
     reference: bool = False
     val_every: int = 10
     val_batches: int = 5
@@ -189,25 +201,29 @@ def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
     """
     seed = job.seed if job.shuffle else None
     if job.val_tokens is None and job.val_fraction is None:
-        train = _loader(job, job.data, _source(job.data, V), V, seed=seed)
-        return train, None if job.val is None else _validation(job, job.val, _source(job.val, V), V)
-    tokens = _source(job.data, V)
+        train = _loader(job, job.data, _source(job, job.data, V), V, seed=seed)
+        return train, None if job.val is None else _validation(job, job.val, _source(job, job.val, V), V)
+    tokens, labels = _source(job, job.data, V)
     if isinstance(tokens, list):
         if len(tokens) > 1:
             raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name a shard for validation with --val")
         tokens = read_tokens(tokens[0], V=V)
-    left, right = split(tokens, val_tokens=job.val_tokens, val_fraction=job.val_fraction)
-    return _loader(job, job.data, left, V, seed=seed), _validation(job, job.data, right, V)
+    sizes: dict[str, Any] = {"val_tokens": job.val_tokens, "val_fraction": job.val_fraction}
+    left, right = split(tokens, **sizes)
+    left_labels, right_labels = (None, None) if labels is None else split(labels, **sizes)
+    train = _loader(job, job.data, (left, left_labels), V, seed=seed)
+    return train, _validation(job, job.data, (right, right_labels), V)
 
 
-def _loader(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int, seed: int | None = None) -> DataLoader:
+def _loader(job: Job, name: str, source: Source, V: int, seed: int | None = None) -> DataLoader:
+    tokens, labels = source
     try:
-        return DataLoader(source, job.B, job.T, shuffle_seed=seed, V=V)
+        return DataLoader(tokens, job.B, job.T, shuffle_seed=seed, V=V, labels=labels)
     except DataError as error:
-        raise DataError(f"{name}: {error}" if isinstance(source, np.ndarray) else str(error)) from None  # names a shard already
+        raise DataError(f"{name}: {error}" if isinstance(tokens, np.ndarray) else str(error)) from None  # names a shard already
 
 
-def _validation(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int) -> DataLoader:
+def _validation(job: Job, name: str, source: Source, V: int) -> DataLoader:
     try:
         return _loader(job, name, source, V)  # not shuffled: every evaluation uses the same batches
     except DataError as error:
@@ -222,14 +238,14 @@ def check_text(path: str) -> None:
         raise DataError(f"{path}: not a regular file: save it as a file first, so that --resume can read the text again")
 
 
-def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
-    """Return the shards that a file name or pattern matches, as a list of names; or, for text files, their tokens."""
+def _source(job: Job, pattern: str, V: int) -> Source:
+    """Return the shards that a file name or pattern matches, as a list of names; or, for text files, tokens and labels."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
         raise DataError(f"{pattern!r}: no such file, and no file matches it as a pattern: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
-        return shards
+        return shards, None
     for name in names:
         check_text(name)
     if shards:
@@ -238,7 +254,11 @@ def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
         raise InputError(
             f"{names[0]}: text becomes tokens with {GPT2_V} ids, but the model has V = {V}: train on token shards (.bin)"
         )
-    return np.concatenate([tokens_of_text(read_text(name)) for name in names])
+    parts = [tokens_and_labels(name, job.field, allow_special=not job.no_special) for name in names]
+    tokens = joined([part for part, _ in parts])
+    if all(labels is None for _, labels in parts):
+        return tokens, None
+    return tokens, np.concatenate([part.astype(np.int32) if labels is None else labels for part, labels in parts])
 
 
 # ------------------------------------------------------------------------------------------------ output files

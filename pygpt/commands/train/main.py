@@ -53,6 +53,7 @@ from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
 from ..console import HelpFormatter, Parser, say, status_of, whole
+from ..options import add_text_options
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
@@ -95,10 +96,15 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FILE", help="training data: UTF-8 text or llm.c's token shards (.bin); a file or a quoted pattern")
+    add(
+        "--data",
+        metavar="FILE",
+        help="training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); a file or a quoted pattern",
+    )
     add("--val", metavar="FILE", help="validation data, in the same forms as --data")
     add("--val-tokens", metavar="N", type=whole(*WHOLE["val_tokens"]), help="validate on the first N tokens of --data instead")
     add("--val-fraction", metavar="F", type=number, help="validate on this last part of --data instead, such as 0.1")
+    add_text_options(add)
     add("-B", metavar="N", type=whole(*WHOLE["B"]), help="sequences in a batch (default 4)")
     add("-T", metavar="N", type=whole(*WHOLE["T"]), help="tokens in a sequence (default 64)")
     add("--shuffle", action="store_true", default=None, help="shuffle the batches, differently in every epoch")
@@ -122,9 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimizer").add_argument
     add("--steps", metavar="N", type=whole(1, 2**31 - 1), help="total number of updates (default 40)")
     add("--lr", metavar="X", type=number, help="learning rate (default 1e-4)")
-    add("--schedule", metavar="NAME", help="constant (default), or cosine, which falls to --min-lr")
+    add("--schedule", metavar="NAME", help="constant (default), or cosine or linear, which fall to --min-lr")
     add("--warmup", metavar="N", type=whole(0, 2**31 - 1), help="raise the learning rate during the first N steps (default 0)")
-    add("--min-lr", metavar="X", type=number, help="final learning rate of the cosine schedule (default 0)")
+    add("--min-lr", metavar="X", type=number, help="final learning rate of the cosine and linear schedules (default 0)")
     add("--beta1", metavar="X", type=number, help="AdamW's decay rate for the mean of gradients (default 0.9)")
     add("--beta2", metavar="X", type=number, help="AdamW's decay rate for the mean of squared gradients (default 0.999)")
     add("--eps", metavar="X", type=number, help="AdamW's term added to the square root (default 1e-8)")
