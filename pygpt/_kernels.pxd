@@ -223,6 +223,7 @@ cdef class Floats:
 
 cdef class Weights:
     cdef Net net
+    cdef Weights kin                # the weights whose caches steps extend, or None for these
     cdef list kept                  # keeps the memory of the tensors
     cdef _place(self, Tensor* tensor, str name, Py_ssize_t layers, tuple shape, format, data)
 

@@ -545,9 +545,11 @@ cdef class Floats:
 
 
 cdef class Weights:
-    """The addresses of the sixteen tensors. Their memory, for example a mapped file, is kept until close()."""
+    """The addresses of the sixteen tensors. Their memory, for example a mapped file, is kept until close().
 
-    def __init__(self, config not None, tensors not None):
+    kin: other weights of the same dimensions. Steps with these weights may extend the caches of kin."""
+
+    def __init__(self, config not None, tensors not None, Weights kin=None):
         """Take for each name of config.TENSORS a pair (name of its weight format, its bytes), wte with V rows.
 
         The bytes are used in place, so later changes take effect. Biases and gains of other formats than float32 are widened
@@ -556,6 +558,11 @@ cdef class Weights:
         cdef Tensor* tensor = <Tensor*> &net.w
         net.L, net.NH, net.C, net.V, net.HS, net.maxT = config.L, config.NH, config.C, config.V, config.HS, config.maxT
         net.HSp = padded(net.HS)
+        self.kin = kin
+        if kin is not None and (net.L, net.NH, net.C, net.V, net.maxT) != (
+            kin.net.L, kin.net.NH, kin.net.C, kin.net.V, kin.net.maxT
+        ):
+            raise InputError("the other weights have other dimensions")
         self.kept = []
         for (name, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
             format, data = tensors[name]
@@ -748,7 +755,7 @@ cdef class Step:
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
         self.keep = [cache for _, cache, _ in rows]
         for cache in self.keep:
-            if cache.weights is not self.weights:
+            if cache.weights is not (self.weights if self.weights.kin is None else self.weights.kin):
                 raise InputError("the cache belongs to another model: make one with this model's new_cache()")
             cache.ahead = cache.length
         self._reserve(len(rows))

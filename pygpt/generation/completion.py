@@ -3,6 +3,8 @@
 Refuses to know how logits are computed.
 """
 
+from collections.abc import Sequence
+
 from .request import Request
 from .stop import Watch
 
@@ -55,6 +57,21 @@ class Completion:
         """The largest number of tokens in the network's window."""
         return min(self._request.total, self._request.config.maxT)
 
+    @property
+    def speculation(self) -> int | None:
+        """How many tokens to guess in a step; 0: as many as pay; None: none."""
+        return self._request.speculation
+
+    @property
+    def sequence(self) -> list[int]:
+        """The given and the new ids. Do not change the list."""
+        return self._sequence
+
+    @property
+    def guesses(self) -> int:
+        """The most guesses that a step can use: each gives a token, and the step gives one more."""
+        return self._request.total - len(self._sequence) - 1
+
     def window(self) -> list[int]:
         """Return the tokens in the network's window: the whole sequence, or its last tokens after a slide."""
         if len(self._sequence) - self._start > self._request.config.maxT:
@@ -63,11 +80,7 @@ class Completion:
 
     def take(self, logits: "Logits", row: int) -> int:
         """Choose a token from row `row` of logits (rows, V), add it to the sequence and return it."""
-        request, step = self._request, len(self._sequence) - len(self._request.tokens)
-        changed, at = logits, row
-        if request.control is not None:
-            changed, at = request.control.change(logits, row, self._sequence, len(request.tokens)), 0
-        token = request.sampler.choose(changed, at, self.seed, self._stream, step)
+        request, token = self._request, self.choose(logits, row)
         if request.top_logprobs is not None:
             from .logprobs import token_info
 
@@ -78,6 +91,14 @@ class Completion:
         elif len(self._sequence) == request.total:
             self.finish_reason = "length"
         return token
+
+    def choose(self, logits: "Logits", row: int, ahead: Sequence[int] = ()) -> int:
+        """Return the token that row `row` of logits (rows, V) gives if the sequence goes on with the tokens `ahead`."""
+        request, sequence = self._request, [*self._sequence, *ahead] if ahead else self._sequence
+        if request.control is not None:
+            logits, row = request.control.change(logits, row, sequence, len(request.tokens)), 0
+        step = len(sequence) - len(request.tokens)
+        return request.sampler.choose(logits, row, self.seed, self._stream, step)
 
     def __repr__(self) -> str:
         return f"Completion(prompt={self.prompt}, tokens={self.tokens}, finish_reason={self.finish_reason!r})"

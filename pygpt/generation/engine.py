@@ -14,12 +14,13 @@ add() and cancel() may be called on any thread, step() on one thread at a time.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
+from .speculate import Guesses, Speculation, Speculator, mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
     from .._kernels import Logits
     from .prefix import AnyNetwork
+    from .speculate import Draft
 
 LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
 WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
 FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
-WEIGHT = 0.1  # the weight of the latest step in the running means of times
 
 
 class Job:
@@ -65,20 +66,29 @@ class Event:
 class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
 
-    __slots__ = ("choice", "completion", "job", "memory")
+    __slots__ = ("choice", "completion", "job", "memory", "speculation")
 
     def __init__(self, job: Job, choice: int) -> None:
         self.job, self.choice, self.completion = job, choice, job.completions[choice]
         self.memory: Memory | None = None
+        self.speculation = Speculation() if self.completion.speculation is not None else None
 
 
 class _Part:
-    """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window."""
+    """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window.
 
-    __slots__ = ("last", "memory", "sequence", "tokens", "window")
+    guesses: tokens that may follow, or None."""
+
+    __slots__ = ("guesses", "last", "memory", "sequence", "tokens", "window")
 
     def __init__(self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool) -> None:
         self.sequence, self.memory, self.window, self.tokens, self.last = sequence, memory, window, tokens, last
+        self.guesses: Guesses | None = None
+
+    @property
+    def ahead(self) -> list[int]:
+        """The guessed tokens."""
+        return [] if self.guesses is None else self.guesses.tokens
 
 
 class Engine(Uncopied):
@@ -87,7 +97,8 @@ class Engine(Uncopied):
     prefix: keeps idle caches of completed requests for later ones (default: keep none). max_live: the most sequences in a
     step. cache_bytes: the most bytes of keys and values of live and idle sequences together (default: no limit). A sequence
     reserves the most that it can need before it starts, so it never runs out of memory later. target_ms: the approximate time
-    of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts).
+    of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts). draft:
+    returns the network's draft, as Speculator asks for it (default: guesses come only from the text).
     """
 
     def __init__(
@@ -98,8 +109,12 @@ class Engine(Uncopied):
         max_live: "SupportsIndex" = LIVE,
         cache_bytes: "SupportsIndex | None" = None,
         target_ms: "SupportsFloat | None" = None,
+        draft: "Callable[[bool], Draft | None]" = lambda make: None,
     ) -> None:
         self.network = network
+        self.speculator = Speculator(draft)
+        own = draft(False)  # a draft with caches of its own takes more memory
+        self._position_bytes = network.position_bytes + (0 if own is None else own.position_bytes)
         self.prefix = PrefixCache(network, 0) if prefix is None else prefix
         self.max_live = check_whole("max_live", max_live, 1, 1 << 20)
         self.cache_bytes = None if cache_bytes is None else check_whole("cache_bytes", cache_bytes, 1, 1 << 62)
@@ -156,14 +171,21 @@ class Engine(Uncopied):
         plan = self._plan()
         if not plan:
             return []
+        decoding = all(part.last and len(part.tokens) == 1 for part in plan)
+        if decoding:
+            self._guess(plan)
         rows = []
         for part in plan:
             rows += [(token, part.memory.cache, False) for token in part.tokens[:-1]]
             rows.append((part.tokens[-1], part.memory.cache, part.last))
+            rows += [(token, part.memory.cache, True) for token in part.ahead]
         began = time.perf_counter()
         logits = self.network.step(rows)
-        if self._clock is not None:
-            self._clock.note(len(plan), len(rows), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if decoding:
+            self.speculator.note(len(plan), len(rows) - len(plan), seconds)
+        if self._clock is not None and (len(rows) == len(plan) or not decoding):
+            self._clock.note(len(plan), len(rows), seconds)
         for part in plan:
             part.memory.note(part.tokens)
         events = self._choose(plan, logits)
@@ -230,6 +252,14 @@ class Engine(Uncopied):
                 left -= len(part.tokens)
         return plan
 
+    def _guess(self, plan: list[_Part]) -> None:
+        """Guess the next tokens of the decoding sequences that ask for it."""
+        asking = [(part, state) for part in plan if (state := part.sequence.speculation) is not None]
+        if asking:
+            found = self.speculator.guess([(part.sequence.completion, part.memory, state) for part, state in asking])
+            for (part, _), guesses in zip(asking, found, strict=True):
+                part.guesses = guesses
+
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache with the longest prefix of its window that any cache has.
 
@@ -272,16 +302,32 @@ class Engine(Uncopied):
 
     def _choose(self, plan: list[_Part], logits: "Logits") -> list[Event]:
         """Let completions choose their next tokens. Sequences that wait for the same window choose from the same logits."""
-        events = []
+        events, row = [], 0
         waiting = [sequence for sequence in self._live if sequence.memory is None]
-        for row, part in enumerate(part for part in plan if part.last):
+        for part in [part for part in plan if part.last]:
             twins = [
                 sequence for sequence in waiting if sequence.memory is None and sequence.completion.window() == part.window
             ]
             for twin in twins:
                 twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
             events += [self._take(sequence, logits, row) for sequence in (part.sequence, *twins)]
+            if part.guesses is not None:
+                events += self._check(part, part.guesses, logits, row, events[-1 - len(twins)])
+            row += 1 + len(part.ahead)
         return events
+
+    def _check(self, part: _Part, guesses: Guesses, logits: "Logits", row: int, event: Event) -> list[Event]:
+        """Choose from the rows of a part's guesses as long as the guesses are right. event: of the row before them, `row`."""
+        events, right = [event], 0
+        for number, token in enumerate(guesses.tokens, 1):
+            if events[-1].token != token or _has_ended(part.sequence):
+                break
+            right = number
+            part.memory.note([token])
+            events.append(self._take(part.sequence, logits, row + number))
+        part.memory.cache.truncate(len(part.memory.tokens))
+        self.speculator.check(guesses, right, min(right + 1, len(guesses.tokens)))
+        return events[1:]
 
     def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:
         """Let one completion choose its next token. An error ends only its job."""
@@ -294,7 +340,7 @@ class Engine(Uncopied):
 
     def _bytes(self, positions: int) -> int:
         """Return the bytes of keys and values of `positions` tokens."""
-        return positions * self.network.position_bytes
+        return positions * self._position_bytes
 
     def _reserved(self) -> int:
         """Return the most bytes that the live sequences can need."""
@@ -321,16 +367,12 @@ class _Clock:
     def note(self, sequences: int, rows: int, seconds: float) -> None:
         """Note the time of a step with this number of sequences and rows."""
         if rows == sequences:
-            self._decode_s = _mean(self._decode_s, seconds)
+            self._decode_s = mean(self._decode_s, seconds)
         else:
-            self._row_s = _mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
+            self._row_s = mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
 
     def rows(self, most: int) -> int:
         """Return how many prompt rows, at most `most`, to run together with decoding sequences."""
         if not self._row_s:
             return FEWEST_ROWS
         return min(max(int((self._target_s - (self._decode_s or 0.0)) / self._row_s), FEWEST_ROWS), most)
-
-
-def _mean(before: float | None, now: float) -> float:
-    return now if before is None else before + WEIGHT * (now - before)

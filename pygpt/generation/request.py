@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_whole, near, sequence, shown
+from ..errors import InputError, check_whole, is_boolean, near, sequence, shown
 from .control import CONTROLS, Control
 from .sampling import Sampler
 from .stop import Stop
@@ -42,14 +42,18 @@ if TYPE_CHECKING:
         stop_strings: str | Iterable[str] | None
         overflow: str | None
         slide_to: SupportsIndex | None
+        speculation: bool | SupportsIndex | None
 
 
 DEFAULT_TOTAL = 10  # the serial program's n: the number of tokens with the prompt
 UNBOUNDED = 10**18  # more tokens than any user waits for
 OVERFLOWS = ("stop", "slide")
+MOST_GUESSES = 64  # in one step
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # options of sampler "sample"
 LENGTH = {"total", "max_new_tokens"}
-IN_JSON = {"sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS} - {"logits_processor"}
+IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS} - {
+    "logits_processor"
+}
 JSON_KEYS = {"tokens", *IN_JSON}
 OPTIONS = {*IN_JSON, "do_sample", "logits_processor", "slide_to"}
 
@@ -89,6 +93,7 @@ class Request:
         stop_token_ids: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
         stop_strings: "str | Iterable[str] | None" = None,
         top_logprobs: "SupportsIndex | None" = None,
+        speculation: "bool | SupportsIndex | None" = None,
         **options: "Any",
     ) -> None:
         if unknown := sorted(options.keys() - OPTIONS):
@@ -105,6 +110,7 @@ class Request:
         self.slide_to = self._check_slide_to(slide_to)
         self.top_logprobs = None if top_logprobs is None else check_whole("top_logprobs", top_logprobs, 0, config.V)
         self.total = self._check_total(total, max_new_tokens)
+        self.speculation = _check_speculation(speculation)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""
@@ -144,6 +150,13 @@ class Request:
     def new(self) -> int:
         """The number of tokens to add, unless a stop ends the completion earlier."""
         return self.total - len(self.tokens)
+
+
+def _check_speculation(value: "Any") -> int | None:
+    """Return how many tokens to guess in a step: 0 as many as pay, None none."""
+    if value is None or is_boolean(value):
+        return 0 if value else None
+    return check_whole("speculation", value, 1, MOST_GUESSES, f" from 1 to {MOST_GUESSES}, or True or False")
 
 
 def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -> Request:

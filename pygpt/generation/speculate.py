@@ -1,0 +1,229 @@
+"""Speculative decoding: guess the next tokens cheaply, then check all guesses in one step of the network.
+
+A step of k + 1 rows takes little longer than a step of one row, because both read all weights once. Each row of that step has
+the bits that plain decoding gives it. So the completion chooses from each row as it always does: while its choice equals the
+guess, the next row is valid, too. The first row whose choice differs still gives the right token. The tokens are therefore
+those of plain decoding for every sampler, and the guesses only decide how many tokens a step gives.
+
+Guesses come from the text so far, if its last tokens occurred before (prompt lookup), else from a draft: the same model with
+quantised weights, or another model. A draft of the same dimensions appends to the model's own caches. These rows are removed
+before the checked rows replace them.
+
+Sources: Leviathan et al. 2023 and Chen et al. 2023 (speculative decoding); Saxena 2023 (prompt lookup).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from .completion import Completion
+from .prefix import Memory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .._kernels import Logits
+    from .prefix import AnyNetwork
+
+MOST = 8  # guesses in one step: more are rarely all right
+NGRAM = 3  # equal tokens that a lookup asks for
+WORTH = 1.02  # the least predicted gain
+PATIENCE, MOST_PATIENCE = 16, 512  # plain steps of a sequence before guesses are tried again
+SOON = 48  # the fewest tokens still to come for which weights are quantised
+MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
+RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
+
+
+class Guesses:
+    """The guesses for one sequence in one step. source: the share of accepted guesses of the place they came from."""
+
+    __slots__ = ("source", "tokens")
+
+    def __init__(self, source: "Share", tokens: list[int]) -> None:
+        self.source, self.tokens = source, tokens
+
+
+class Share:
+    """A running mean of accepted guesses, which begins as if two guesses were known."""
+
+    __slots__ = ("count", "mean", "patience", "wait")
+
+    def __init__(self, mean: float) -> None:
+        self.mean, self.count = mean, 2
+        self.patience = self.wait = PATIENCE
+
+    def note(self, accepted: bool) -> None:
+        """Note one guess that was checked."""
+        self.count += 1
+        self.mean += max(RECENT, 1 / self.count) * (accepted - self.mean)
+        if accepted:
+            self.patience = PATIENCE
+
+    def best(self, most: int, plain: float, guess: float, row: float) -> int:
+        """Return the number of guesses, at most `most`, that promises the most tokens a second; 0 if none gains.
+
+        plain, guess, row: seconds of a plain step, of one guess, and of one more row in a step. After `patience` plain steps
+        one guess is tried anyway, and the patience doubles."""
+        best, gain, tokens, power = 0, WORTH, 1.0, 1.0
+        for k in range(1, most + 1):
+            power *= self.mean
+            tokens += power
+            if (speed := tokens * plain / (plain + k * (guess + row))) > gain:
+                best, gain = k, speed
+        if best:
+            self.wait = self.patience
+        elif most:
+            self.wait -= 1
+            if self.wait <= 0:
+                best, self.patience = 1, min(2 * self.patience, MOST_PATIENCE)
+                self.wait = self.patience
+        return best
+
+
+class Speculation:
+    """What one sequence remembers: where its n-grams end, and how often its guesses were right."""
+
+    __slots__ = ("_ends", "_known", "drafts", "lookups")
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._known = 0
+        self.drafts, self.lookups = Share(0.8), Share(0.6)
+
+    def look_up(self, sequence: Sequence[int], most: int) -> list[int]:
+        """Return up to `most` tokens that followed the latest earlier occurrence of the last NGRAM tokens."""
+        for end in range(max(self._known, NGRAM), len(sequence)):  # the last n-gram is looked up before it is known
+            self._ends[tuple(sequence[end - NGRAM : end])] = end
+        self._known = len(sequence)
+        found: list[int] = []
+        if (end := self._ends.get(tuple(sequence[-NGRAM:]))) is not None:
+            for place in range(end, end + most):  # beyond the end of the text, its repetition goes on
+                found.append(sequence[place] if place < len(sequence) else found[place - len(sequence)])
+        return found
+
+
+class Draft:
+    """A network that guesses for another one, the target. shared: whether it extends the target's caches.
+
+    position_bytes: the bytes of its own keys and values for one token."""
+
+    def __init__(self, network: "AnyNetwork", *, shared: bool) -> None:
+        self.network, self.shared = network, shared
+        self.position_bytes = 0 if shared else network.position_bytes
+        self.seconds: float | None = None  # of one guess for each sequence of a step, a running mean
+
+    def guess(self, wanted: list[tuple[Completion, Memory, int]]) -> list[list[int]]:
+        """Return for each (completion, memory, count) its guesses, at most `count`. No memory is changed.
+
+        The first token that a memory has not yet is the completion's last one."""
+        found: list[list[int]] = [[] for _ in wanted]
+        memories = [memory if self.shared else self._own(completion, memory) for completion, memory, _ in wanted]
+        began, rounds = time.perf_counter(), max(count for *_, count in wanted)
+        try:
+            for number in range(rounds):
+                active = [i for i, (*_, count) in enumerate(wanted) if len(found[i]) == number < count]
+                rows = []
+                for i in active:
+                    token = found[i][-1] if found[i] else wanted[i][0].sequence[-1]
+                    rows.append((token, memories[i].cache, True))
+                if not rows:
+                    break
+                logits = self.network.step(rows)
+                for row, i in enumerate(active):
+                    if (token := _choice(wanted[i][0], logits, row, found[i])) is not None:
+                        found[i].append(token)
+        finally:
+            for memory in memories:
+                memory.cache.truncate(len(memory.tokens))
+        self.seconds = mean(self.seconds, (time.perf_counter() - began) / rounds)
+        return found
+
+    def _own(self, completion: Completion, memory: Memory) -> Memory:
+        """Return the draft's own memory of a sequence, with all tokens of the target's memory in it."""
+        own = memory.draft
+        if own is None:
+            own = memory.draft = Memory(self.network.new_cache(min(memory.cache.capacity, self.network.config.maxT)))
+        tokens = memory.tokens
+        shared = own.shared([*tokens, -1])
+        own.keep(shared)
+        for start in range(shared, len(tokens), self.network.chunk):
+            chunk = tokens[start : start + self.network.chunk]
+            self.network.step([(token, own.cache, False) for token in chunk])
+            own.note(chunk)
+        return own
+
+
+def _choice(completion: Completion, logits: "Logits", row: int, ahead: list[int]) -> int | None:
+    """Return the token that a completion would choose after `ahead`, or None if it cannot choose from these logits."""
+    try:
+        return completion.choose(logits, row, ahead)
+    except Exception:  # a draft's logits may be NaN, and a user's function may fail on them: the check decides
+        return None
+
+
+class Speculator:
+    """Guess tokens for the decoding sequences of an engine's steps, as many as pay.
+
+    drafted, accepted: counts of guesses that were checked, and of those that were right."""
+
+    def __init__(self, draft: Callable[[bool], Draft | None]) -> None:
+        """draft(make) returns the draft, or None if there is none. It makes a missing draft only if `make` is True."""
+        self._draft = draft
+        self._plain: float | None = None  # seconds of a step with one row for each sequence
+        self._row: float | None = None  # seconds of one more row
+        self.drafted = self.accepted = 0
+
+    def guess(self, parts: list[tuple[Completion, Memory, Speculation]]) -> list[Guesses | None]:
+        """Return the guesses for each decoding sequence of the next step, which has no other rows."""
+        found: list[Guesses | None] = [None] * len(parts)
+        limit = min(MOST, MIXED_ROWS // len(parts))
+        wanted: list[tuple[int, int]] = []
+        for i, (completion, memory, state) in enumerate(parts):
+            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, limit)
+            if room < 1:
+                continue
+            fixed = completion.speculation
+            looked = state.look_up(completion.sequence, room)
+            if looked and (count := fixed or self._best(state.lookups, len(looked), len(parts), 0.0)):
+                found[i] = Guesses(state.lookups, looked[:count])
+            elif count := min(fixed, room) or self._count(state.drafts, room, completion.guesses, len(parts)):
+                wanted.append((i, count))
+        if wanted and (draft := self._draft(True)) is not None:
+            guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted])
+            for (i, _), tokens in zip(wanted, guesses, strict=True):
+                if tokens:
+                    found[i] = Guesses(parts[i][2].drafts, tokens)
+        return found
+
+    def _count(self, share: Share, room: int, ahead: int, sequences: int) -> int:
+        """Return how many guesses of the draft pay. A draft that was not timed yet makes one guess."""
+        draft = self._draft(False)
+        if draft is None and ahead < SOON:
+            return 0
+        seconds = None if draft is None else draft.seconds
+        return self._best(share, room if seconds is not None else 1, sequences, seconds)
+
+    def _best(self, share: Share, room: int, sequences: int, guess: float | None) -> int:
+        """Return how many guesses pay. Until a plain step was timed, none. guess: seconds, None if not known."""
+        if self._plain is None:
+            return 0
+        guess = 0.3 * self._plain if guess is None else guess
+        row = 0.05 * self._plain if self._row is None else self._row
+        return share.best(room, self._plain / sequences, guess / sequences, row)
+
+    def note(self, sequences: int, guesses: int, seconds: float) -> None:
+        """Note the time of a step with one row for each sequence and so many rows of guesses."""
+        if not guesses:
+            self._plain = mean(self._plain, seconds)
+        elif self._plain is not None:
+            self._row = mean(self._row, max(seconds - self._plain, 0.0) / guesses)
+
+    def check(self, guesses: Guesses, right: int, checked: int) -> None:
+        """Note that of `checked` guesses the first `right` were right."""
+        self.drafted += len(guesses.tokens)
+        self.accepted += right
+        for i in range(checked):
+            guesses.source.note(i < right)
+
+
+def mean(before: float | None, now: float, weight: float = 0.1) -> float:
+    """Return the running mean of times: the latest one has this weight."""
+    return now if before is None else before + weight * (now - before)
