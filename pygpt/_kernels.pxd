@@ -38,6 +38,7 @@ cdef extern from "micro.h" nogil:
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
         void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil
+        void (*noise)(uint32_t*, uint32_t, const uint32_t*, uint32_t, uint32_t) noexcept nogil
         void (*add_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
         void (*gelu_backward)(float*, const float*, ptrdiff_t) noexcept nogil
         void (*layernorm_backward)(float*, const float*, const float*, const float*, const float*, ptrdiff_t) noexcept nogil
@@ -113,9 +114,13 @@ cdef extern from "sampler.h" nogil:
     int sample_weights_of(
         float* e, const float* x, ptrdiff_t V, const sample_options*, ranked* order, ranked* spare, exps_function* exps,
     )
-    ptrdiff_t weighted_id(const float* e, ptrdiff_t V, double coin)
+    ctypedef void noise_function(uint32_t*, uint32_t, const uint32_t*, uint32_t, uint32_t) noexcept nogil
+    ctypedef struct noise_source:
+        uint64_t seed, step
+        uint32_t stream
+
+    ptrdiff_t race_id(const float* e, ptrdiff_t V, const noise_source*, noise_function* noise)
     double natural_log(double x)
-    double uniform_of(uint64_t seed, uint64_t stream, uint64_t step)
     float highest(const float* logits, ptrdiff_t V)
     double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)
     void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V, int low)

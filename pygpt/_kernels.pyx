@@ -1066,14 +1066,14 @@ def sample_weights(
     return e if finite else None
 
 
-def pick(Floats weights not None, double coin) -> int:
-    """Return the first id at which the running sum of weights (1, V) exceeds `coin` times their sum, 0 <= coin < 1."""
-    return weighted_id(weights.data, weights.shape[1], coin)
-
-
-def uniform(uint64_t seed, uint64_t stream, uint64_t step) -> float:
-    """Return random number `step` of a seed's stream, in [0, 1), without computing earlier numbers (Philox, sampler.h)."""
-    return uniform_of(seed, stream, step)
+def race(Floats weights not None, uint64_t seed, uint32_t stream, uint64_t step) -> int:
+    """Choose an id with a probability proportional to its weight (1, V), by random numbers that depend only on seed, stream,
+    step (below 2^60) and id (sampler.h). Returns -1 if no weight is above 0."""
+    cdef noise_source source = noise_source(seed=seed, step=step, stream=stream)
+    cdef Py_ssize_t token
+    with nogil:
+        token = race_id(weights.data, weights.shape[1], &source, micro.noise)
+    return token
 
 
 def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ssize_t token, Py_ssize_t count):

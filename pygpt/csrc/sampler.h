@@ -11,6 +11,7 @@
 #include <string.h>
 
 typedef void exps_function(float *e, const float *logits, float max, ptrdiff_t V); /* micro.h */
+typedef void noise_function(uint32_t words[256], uint32_t first, const uint32_t counter[3], uint32_t k0, uint32_t k1);
 
 /* Return the highest logit, or NaN if any logit is NaN. Sixteen lanes search: a maximum is exact in any order. */
 static inline float highest(const float *logits, ptrdiff_t V) {
@@ -133,43 +134,6 @@ static inline int sample_weights_of(float *e, const float *x, ptrdiff_t V, const
     return 1;
 }
 
-/* Return the first id, in id order, at which the running sum of the weights exceeds `coin` (0 <= coin < 1) of their sum. */
-static inline ptrdiff_t weighted_id(const float *e, ptrdiff_t V, double coin) {
-    const double target = coin * sum_of(e, V);
-    double running = 0.0;
-    ptrdiff_t last = -1;
-    for (ptrdiff_t i = 0; i < V; i++)
-        if (e[i] > 0.0f) {
-            running += e[i];
-            last = i;
-            if (running > target) break;
-        }
-    return last;
-}
-
-/* Philox4x32-10: a bijection that mixes a 128-bit counter with a 64-bit key. It gives any number of any stream without the
- * numbers before it. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
-static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
-    for (int round = 0; round < 10; round++) {
-        const uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
-        c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0;
-        c[1] = (uint32_t)b;
-        c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1;
-        c[3] = (uint32_t)a;
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
-    }
-}
-
-/* Return number `step` of stream `stream` of a seed: uniform over the multiples of 2^-53 in [0, 1). */
-static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
-    uint32_t c[4] = {(uint32_t)step, (uint32_t)(step >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
-    philox(c, (uint32_t)seed, (uint32_t)(seed >> 32));
-    return (((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
-}
-
-/* ---------------------------------------------------------------------------------------- log-probabilities, losses */
-
 /* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place; a NaN stays a NaN. It uses no libm.
  * x = m 2^k with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. */
 static inline double natural_log(double x) {
@@ -182,6 +146,56 @@ static inline double natural_log(double x) {
     for (int n = 19; n > 0; n -= 2) p = p * t + 1.0 / n;
     return k * LN2 + 2 * s * p;
 }
+
+/* The random numbers of one choice: 64 bits for each id, which depend only on seed, stream, step and id. */
+typedef struct {
+    uint64_t seed, step; /* step < 2^60 */
+    uint32_t stream;
+} noise_source;
+
+/* Fill words with half of the bits of ids [256 block, 256 block + 256): the upper 32 bits of each, or the lower ones. */
+static inline void noise_words(uint32_t words[256], const noise_source *from, ptrdiff_t block, int lower, noise_function *noise) {
+    const uint32_t counter[3] = {(uint32_t)from->step, (uint32_t)(from->step >> 32) | (uint32_t)lower << 31, from->stream};
+    noise(words, (uint32_t)(64 * block), counter, (uint32_t)from->seed, (uint32_t)(from->seed >> 32));
+}
+
+/* Return an id's number, uniform in (0, 1], from its two words. */
+static inline double uniform_of(uint32_t upper, uint32_t lower) {
+    return ((double)((uint64_t)upper << 32 | lower) + 0.5) * 0x1p-64;
+}
+
+/* Return -ln(1 - v), which is exponentially distributed if v is uniform. */
+static inline double exponential_of(double v) { return v < 0x1p-26 ? v * (1 + v / 2) : -natural_log(1 - v); }
+
+/* Choose an id with a probability that is proportional to its weight: the id with the least E / weight, where E is the id's
+ * exponentially distributed number. This is the Gumbel-max rule: the same as the highest ln(weight) + Gumbel noise. Weights that
+ * differ slightly nearly always give the same id for the same noise, so a draft can follow the choice. Returns -1 if no weight
+ * is above 0. Ids that cannot win are skipped by the upper bits of v alone, because E >= v.
+ *
+ * Sources: Gumbel 1954; Maddison et al. 2014 (A* sampling). */
+static inline ptrdiff_t race_id(const float *e, ptrdiff_t V, const noise_source *from, noise_function *noise) {
+    uint32_t upper[256], lower[256];
+    double best = INFINITY;
+    ptrdiff_t found = -1;
+    for (ptrdiff_t start = 0; start < V; start += 256) {
+        const ptrdiff_t n = V - start < 256 ? V - start : 256;
+        const float limit = (float)(best * 0x1.00001p24); /* a little more than best: the product below is rounded */
+        const float *const w = e + start;
+        int any = 0;
+        noise_words(upper, from, start / 256, 0, noise);
+        for (ptrdiff_t i = 0; i < n; i++) any |= (float)(int32_t)(upper[i] >> 8) <= limit * w[i];
+        if (!any) continue;
+        noise_words(lower, from, start / 256, 1, noise);
+        for (ptrdiff_t i = 0; i < n; i++)
+            if (w[i] > 0.0f && (float)(int32_t)(upper[i] >> 8) <= limit * w[i]) {
+                const double time = exponential_of(uniform_of(upper[i], lower[i])) / w[i];
+                if (time < best) best = time, found = start + i;
+            }
+    }
+    return found;
+}
+
+/* ---------------------------------------------------------------------------------------- log-probabilities, losses */
 
 /* Return ln of the sum of exp(logit - max); NaN if the logits are not finite. `e` has room for V values. */
 static inline double log_sum(const float *logits, float max, float *e, ptrdiff_t V, exps_function *exps) {
