@@ -123,7 +123,7 @@ cdef extern from "sampler.h" nogil:
     double natural_log(double x)
     float highest(const float* logits, ptrdiff_t V)
     double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)
-    void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V, int low)
+    void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V)
 
 
 cdef struct Tensor:           # one of the sixteen tensors, all layers' parts one after another

@@ -1090,7 +1090,7 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
     with nogil:
         total = log_sum(values, max_logit, e.data, V, micro.exps)
         if count and total == total:
-            rank_ids(order, order + V, values, V, 1)
+            rank_ids(order, order + V, values, V)
     if total != total:
         return None
     top = [(order[i].id, (<double> values[order[i].id] - max_logit) - total) for i in range(min(count, V))]

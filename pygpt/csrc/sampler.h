@@ -62,25 +62,40 @@ typedef struct {
     uint32_t key, id; /* the lower the key, the higher the value */
 } ranked;
 
-/* Sort all ids by falling value; of equal values the lower id first if `low`, else the higher one. Values must not be NaN. A
- * radix sort by bytes, whose time does not depend on the values. */
-static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdiff_t V, int low) {
-    for (ptrdiff_t i = 0; i < V; i++) {
-        const uint32_t id = (uint32_t)(low ? i : V - 1 - i);
-        const float value = x[id] + 0.0f; /* -0 equals 0 */
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        order[i] = (ranked){bits >> 31 ? bits : bits ^ 0x7FFFFFFF, id};
-    }
+/* Return the entry of an id. Values must not be NaN. */
+static inline ranked rank_of(const float *x, ptrdiff_t id) {
+    const float value = x[id] + 0.0f; /* -0 equals 0 */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (ranked){bits >> 31 ? bits : bits ^ 0x7FFFFFFF, (uint32_t)id};
+}
+
+/* Sort n ids by falling value; equal values keep their order. A radix sort by bytes, whose time does not depend on the values. */
+static inline void sort_ranked(ranked *order, ranked *spare, ptrdiff_t n) {
     for (int shift = 0; shift < 32; shift += 8) {
         ptrdiff_t next[257] = {0};
-        for (ptrdiff_t i = 0; i < V; i++) next[(order[i].key >> shift & 255) + 1]++;
+        for (ptrdiff_t i = 0; i < n; i++) next[(order[i].key >> shift & 255) + 1]++;
         for (int byte = 0; byte < 256; byte++) next[byte + 1] += next[byte];
-        for (ptrdiff_t i = 0; i < V; i++) spare[next[order[i].key >> shift & 255]++] = order[i];
+        for (ptrdiff_t i = 0; i < n; i++) spare[next[order[i].key >> shift & 255]++] = order[i];
         ranked *const sorted = spare;
         spare = order;
         order = sorted;
     } /* after four swaps, the caller's `order` has the result */
+}
+
+/* Sort all ids by falling value; of equal values the lower id comes first. Values must not be NaN. */
+static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdiff_t V) {
+    for (ptrdiff_t i = 0; i < V; i++) order[i] = rank_of(x, i);
+    sort_ranked(order, spare, V);
+}
+
+/* Sort the ids of weights of at least `least` by falling value x; of equal values the higher id comes first. Return their number. */
+static inline ptrdiff_t rank_likely(ranked *order, ranked *spare, const float *x, const float *e, ptrdiff_t V, float least) {
+    ptrdiff_t n = 0;
+    for (ptrdiff_t i = V - 1; i >= 0; i--)
+        if (e[i] >= least) order[n++] = rank_of(x, i);
+    sort_ranked(order, spare, n);
+    return n;
 }
 
 /* ---------------------------------------------------------------------------------------- random sampling */
@@ -96,23 +111,42 @@ static inline double sum_of(const float *e, ptrdiff_t V) {
     return sum;
 }
 
-/* Keep the k highest logits and all that equal the k-th; the others get weight 0. Return the number of kept logits. */
-static inline ptrdiff_t keep_top_k(float *e, const ranked *order, ptrdiff_t V, ptrdiff_t k) {
-    ptrdiff_t n = k < V ? k : V;
-    while (n < V && order[n].key == order[n - 1].key) n++;
-    for (ptrdiff_t i = n; i < V; i++) e[order[i].id] = 0.0f;
-    return n;
+/* Return how many of the n most probable ids top_k keeps: the k first, and all that equal the k-th. */
+static inline ptrdiff_t top_k_of(const ranked *order, ptrdiff_t n, ptrdiff_t k) {
+    ptrdiff_t kept = k < n ? k : n;
+    while (kept < n && order[kept].key == order[kept - 1].key) kept++;
+    return kept;
 }
 
-/* Of the n most probable ids, keep the first ones that together have the share top_p of the weight, at least one. An id stays
- * if the ids before it have less. */
-static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdiff_t V, double top_p) {
-    const double share = top_p * sum_of(e, V);
+/* Return how many of the n most probable ids top_p keeps: the first ones that together reach `share` of the weight, at least one.
+ * An id stays if the ids before it have less. */
+static inline ptrdiff_t top_p_of(const float *e, const ranked *order, ptrdiff_t n, double share) {
     double before = 0.0;
     ptrdiff_t i = 0;
     do before += e[order[i].id];
     while (++i < n && before < share);
-    for (; i < n; i++) e[order[i].id] = 0.0f;
+    return i;
+}
+
+/* Set the weights of all ids to 0 but for the first `kept` in order. `spare` has room for them. */
+static inline void keep_only(float *e, const ranked *order, ranked *spare, ptrdiff_t kept, ptrdiff_t V) {
+    for (ptrdiff_t i = 0; i < kept; i++) memcpy(&spare[i].key, &e[order[i].id], sizeof *e);
+    memset(e, 0, V * sizeof *e);
+    for (ptrdiff_t i = 0; i < kept; i++) memcpy(&e[order[i].id], &spare[i].key, sizeof *e);
+}
+
+/* Apply top_k, then top_p. Only likely ids are sorted if they decide, else all ids. */
+static inline void keep_top(float *e, const float *x, ptrdiff_t V, const sample_options *o, ranked *order, ranked *spare) {
+    const double share = o->top_p < 1.0 ? o->top_p * sum_of(e, V) : 0.0;
+    ptrdiff_t n = 0;
+    double likely = 0.0;
+    for (float least = 0x1p-8f; n < V && (o->top_k > 0 ? n < o->top_k : likely < share * 1.001); least *= 0x1p-5f) {
+        n = rank_likely(order, spare, x, e, V, least < 0x1p-24f ? 0.0f : least);
+        likely = 0.0;
+        for (ptrdiff_t i = 0; i < n; i++) likely += e[order[i].id];
+    }
+    if (o->top_k > 0) keep_only(e, order, spare, n = top_k_of(order, n, o->top_k), V);
+    if (o->top_p < 1.0) keep_only(e, order, spare, top_p_of(e, order, n, o->top_k > 0 ? o->top_p * sum_of(e, V) : share), V);
 }
 
 /* Compute the weights (V,) for sampling: exp of the logits divided by the temperature, 1 for the highest. Then top_k, top_p and
@@ -125,11 +159,7 @@ static inline int sample_weights_of(float *e, const float *x, ptrdiff_t V, const
     if (!isfinite(max)) return 0;
     for (ptrdiff_t i = 0; i < V; i++) e[i] = (float)((x[i] - max) / o->temperature);
     exps(e, e, 0.0f, V);
-    if (o->top_k > 0 || o->top_p < 1.0) {
-        rank_ids(order, spare, x, V, 0);
-        const ptrdiff_t n = o->top_k > 0 ? keep_top_k(e, order, V, o->top_k) : V;
-        if (o->top_p < 1.0) keep_top_p(e, order, n, V, o->top_p);
-    }
+    if (o->top_k > 0 || o->top_p < 1.0) keep_top(e, x, V, o, order, spare);
     for (ptrdiff_t i = 0; i < V; i++) e[i] = e[i] < o->min_p ? 0.0f : e[i];
     return 1;
 }
