@@ -496,8 +496,10 @@ def show(text: str) -> None:
 def read_piped() -> str:
     """Read all of stdin as one text, without its last newline. Raises InputError if it is empty or not UTF-8."""
     print(PROMPT, end="", file=sys.stderr, flush=True)
-    text = "".join(read_text("-")).removesuffix("\n")
-    print(file=sys.stderr)
+    try:
+        text = "".join(read_text("-")).removesuffix("\n")
+    finally:
+        print(file=sys.stderr)
     if not text:
         raise InputError("the text on standard input is empty: send at least one character")
     return text

@@ -249,9 +249,23 @@ def test_end_of_text_typed_as_text_is_text(fake: Fake) -> None:
     assert 50256 not in fake.log("tokens")[0]
 
 
-def test_invalid_utf8_is_accepted(fake: Fake) -> None:
-    assert fake.run(b"caf\xe9").stdout == "caf\ufffd\n".encode()
-    assert fake.run(text=b"caf\xe9").stdout == "caf\ufffd\n".encode()
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["utf8", "ascii"])
+def test_text_is_utf8_in_every_locale(fake: Fake, locale: dict[str, str]) -> None:
+    fake.environment.update(locale)
+    assert_refused(fake.run(b"caf\xe9"), 2, "is not UTF-8")
+    assert_refused(fake.run(text=b"caf\xe9"), 2, "byte 0xe9 at offset 3 is not UTF-8")
+    assert_refused(fake.run(text="café".encode("utf-16")), 2, "UTF-16")
+    fake.run("café")
+    fake.run(text="\ufeffcafé\r\n".encode())
+    assert fake.log("tokens") == [[66, 1878, 2634]] * 2
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_newlines_of_piped_and_given_text(fake: Fake, newline: str) -> None:
+    text = f"Ladies and{newline}{newline}gentlemen"
+    fake.run(text=(text + newline).encode())
+    fake.run(text)
+    assert fake.log("tokens") == [ids_of("Ladies and\n\ngentlemen")] * 2
 
 
 @pytest.mark.parametrize("length", [0, 1, 10**6])
@@ -1265,12 +1279,27 @@ def test_prompt_keeps_off_a_stdout_that_is_not_the_terminal(fake: Fake) -> None:
         assert chat.process.stdout.read() == b"hi\n"
 
 
-def test_invalid_utf8_typed_is_accepted(fake: Fake) -> None:
-    fake.environment["PYTHONIOENCODING"] = "utf-8:strict"
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii"])
+def test_typed_text_is_utf8(fake: Fake, encoding: str) -> None:
+    fake.environment["PYTHONIOENCODING"] = encoding
     with Terminal(fake, piped=True) as chat:
         chat.type(b"caf\xe9\n")
+        assert "is not UTF-8" in chat.expect("Text: ")
+        chat.type("café\n".encode())
         chat.expect("Text: ")
-    assert fake.log("tokens") == [ids_of("caf\ufffd")]
+    assert fake.log("tokens") == [[66, 1878, 2634]]
+
+
+def test_a_long_line_is_pasted_whole_while_stdout_is_a_file(fake: Fake) -> None:
+    """The terminal itself would cut it at 4,095 bytes. Its keys still edit the line."""
+    line = "lorem é " * 1000
+    with Terminal(fake, "-m", "none", piped=True) as chat:  # without a model's context, no text is too long
+        for text in line + "\r\n", "abé\x7f\x7fcd\x7f e\r", "xyz\x15a\n":
+            chat.type(text)
+            chat.expect("Text: ")
+        chat.type("\x04")  # Ctrl-D
+        assert chat.finish()[0] == 0
+    assert fake.log("tokens") == [ids_of(line), ids_of("ac e"), ids_of("a")]
 
 
 def test_commands_on_the_terminal(fake: Fake) -> None:
