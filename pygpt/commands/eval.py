@@ -16,8 +16,9 @@ compare slides the same windows over the text for two models A and B, in any for
 Kullback-Leibler divergence of B from A, and the top-1 agreement. The divergence is the sum of p_A (log p_A - log p_B) over the
 vocabulary, in nats. The agreement is the share of positions at which both models have the same most probable token.
 
-hellaswag reads llm.c's hellaswag_val.bin, or HellaSwag's own .jsonl files: each row has the fields ctx, endings and label. Each
-ending begins with a space, as in llm.c. An example counts as right if its right ending has the lowest sum of losses (acc) or the lowest mean loss (acc_norm).
+hellaswag reads llm.c's hellaswag_val.bin, or HellaSwag's own .jsonl file, whose rows have the fields ctx, endings and label.
+Each ending begins with a space, as in llm.c. It counts an example as right if its right ending has the lowest sum of losses
+(acc) or the lowest mean loss (acc_norm).
 
 next prints the most probable tokens after the prompt.
 
@@ -47,7 +48,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, InputError, NumericalError, shown, whole
+from ..errors import DataError, InputError, NumericalError, shown
 from ..formats.llmc import Example, read_examples
 from ..formats.shards import read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
@@ -372,6 +373,8 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
             right_norm += int(np.argmin([loss.mean() for loss in losses])) == example.label
             rows += len(example.context) + sum(len(ending) - 1 for ending in example.endings)
             progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
+    if not done:
+        raise DataError(f"{options.subject}: there are no examples: give a file with at least one")
     result = {
         "file": options.subject,
         "examples": done,
@@ -390,17 +393,15 @@ def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
         return
     tokenizer = tokenizer_of(model)
     for number, (where, row) in enumerate(read_rows(read_text(subject), subject)):
-        endings, label = row.get("endings"), whole(row.get("label"))
+        endings, label = row.get("endings"), row.get("label")
         if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(text, str) and text for text in endings):
             raise DataError(f"{where}: the field 'endings' is {shown(endings)}: it must be a list of texts")
-        if label is None or not 0 <= label < len(endings):
-            raise DataError(
-                f"{where}: the field 'label' is {shown(row.get('label'))}: it must be the number of the right ending"
-            )
+        if str(label) not in [str(i) for i in range(len(endings))]:
+            raise DataError(f"{where}: the field 'label' is {shown(label)}: it must be the number of the right ending")
         context = tokenizer.encode(field_of(where, row, "ctx"))
         if not context:
             raise DataError(f"{where}: the field 'ctx' is empty: it must be a text")
-        yield Example(number, label, context, [tokenizer.encode(f" {ending}") for ending in endings])
+        yield Example(number, int(str(label)), context, [tokenizer.encode(f" {ending}") for ending in endings])
 
 
 def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]:

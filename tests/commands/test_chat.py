@@ -323,7 +323,7 @@ def test_new_tokens_have_three_names(fake: Fake, flag: str) -> None:
         (["--fast"], "--fast"),
         (["--ne", "3"], "--ne"),
         (["--sampler", "dice"], "'dice'"),
-        (["--temp", "0"], "temperature is 0"),
+        (["--temp", "-1"], "temperature is -1"),
         (["--temp", "warm"], "'warm'"),
         (["--top-p", "2"], "top_p is 2"),
         (["--min-p=-1"], "min_p is -1"),
@@ -415,7 +415,8 @@ def test_character_cut_by_the_end_is_replaced(fake: Fake) -> None:
 
 def test_any_bytes_in_the_reply_are_shown(fake: Fake) -> None:
     fake.code("def answer(tokens, new): put_ids([*range(256), 50256])")
-    assert fake.run("hi").stdout.decode() == TOKENIZER.decode([*range(256), 50256]) + "\n"
+    assert fake.run("hi").stdout.decode() == TOKENIZER.decode([*range(256)]) + "\n"
+    assert fake.run("hi", "--show-stop").stdout.decode() == TOKENIZER.decode([*range(256), 50256]) + "\n"
 
 
 def test_output_that_cannot_show_a_character_replaces_it(fake: Fake) -> None:
@@ -689,10 +690,10 @@ class Echo:
 class Bench:
     """A chat in this process, for a model with this context, and the Echo that answers it."""
 
-    def __init__(self, *words: str, maxT: int = 64, model: str | None = None) -> None:
+    def __init__(self, *words: str, maxT: int = 64, model: str | None = None, eot: bool = False) -> None:
         self.echo = Echo()
         config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
-        self.settings = chat_module.Settings(chat_module.parse(words), config)
+        self.settings = chat_module.Settings(chat_module.parse(words if eot else ["--no-stop-at-eot", *words]), config)
         self.chat = chat_module.Chat(self.echo, self.settings, model=model)  # type: ignore[arg-type]
 
     def take(self, *lines: str) -> None:
@@ -727,6 +728,11 @@ def bench() -> Bench:
         ('stop "\\n \\u00e9 "', "stop_strings", ["\n é "]),
         ("stop_token 50256", "stop_token_ids", [50256]),
         ("overflow slide", "overflow", "slide"),
+        ("frequency_penalty -.5", "frequency_penalty", -0.5),
+        ("no-repeat-ngram-size 3", "no_repeat_ngram_size", 3),
+        ("logit_bias 5=1 7=-2.5", "logit_bias", {5: 1.0, 7: -2.5}),
+        ("suppress_tokens 5 7", "suppress_tokens", [5, 7]),
+        ("bad_words 5 7", "bad_words_ids", [[5, 7]]),
     ],
 )
 def test_set_changes_the_next_requests(
@@ -741,10 +747,22 @@ def test_set_changes_the_next_requests(
     assert bench.request == {"max_new_tokens": 40}
 
 
+def test_stop_text_and_the_end_of_text_end_a_reply_unseen(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(eot=True)
+    assert bench.request["stop_token_ids"] == [50256]
+    bench.echo.reply = [*ids_of("Hi.\n\n"), 50256]
+    bench.take("hello", '/set stop "\\n\\n"', "hello", "hello\\n", "/set show_stop on", "hello", "/set stop_at_eot off")
+    out = capsys.readouterr().out
+    assert out == "Hi.\n\n\n" + "Hi.\n" * 2 + "Hi.\n\n<|endoftext|>\n"
+    assert "stop_token_ids" not in bench.request
+
+
 @pytest.mark.parametrize(
     ("wish", "part"),
     [
-        ("temperature 0", "sampler greedy"),
+        ("logit_bias 5", "logit_bias is"),
+        ("bad_words x", "'x'"),
+        ("stop_at_eot 1", "on or off"),
         ("temp -1", "temp is -1.0"),
         ("temperature hot", "temperature is 'hot'"),
         ("temperature 1 2", "'1 2'"),
@@ -784,7 +802,7 @@ def test_what_cannot_be_set_is_one_line_and_changes_nothing(
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert shown.err.startswith("pygpt: ")
     assert part in shown.err
-    assert (bench.request, bench.settings.stats) == (before, True)
+    assert (bench.request, bench.settings.switches["stats"]) == (before, True)
 
 
 def test_newer_setting_replaces_what_it_rules_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
