@@ -66,7 +66,10 @@ class Completion:
         request, step = self._request, len(self._sequence) - len(self._request.tokens)
         changed, at = logits, row
         if request.control is not None:
-            changed, at = request.control.change(logits, row, self._sequence, len(request.tokens)), 0
+            import numpy as np
+
+            given = len(request.tokens)
+            changed, at = request.control.process(np.asarray(logits)[row], self._sequence, given)[None].data, 0
         token = request.sampler.choose(changed, at, self.seed, self._stream, step)
         if request.top_logprobs is not None:
             from .logprobs import token_info

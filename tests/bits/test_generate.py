@@ -79,7 +79,7 @@ def by_hand(model: GPT2, prompt: Sequence[int], new: int, *, slide_to: int = MAX
         if len(sequence) - start > model.config.maxT:
             start = len(sequence) - slide_to
         logits = model.logits(sequence[start:])
-        row = control.change(logits, -1, sequence, len(prompt))
+        row = control.process(logits[-1], sequence, len(prompt))[None].data
         sequence.append(sampler.choose(row, 0, sampler.seed, 0, step))
     return sequence[len(prompt) :]
 

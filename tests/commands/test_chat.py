@@ -1558,7 +1558,7 @@ def test_real_command_takes_every_option_of_a_completion(real: Fake) -> None:
     words = [word for flag, (_, value) in FLAGS.items() for word in (flag, str(value))]
     request = dict(FLAGS.values()) | {"stop_strings": ["zzz", "\n\n\n"], "stop_token_ids": [7]}
     expected = real_ids(real, {"tokens": ids_of("hello there"), **request})
-    result = real.run(*words, "--stop", "zzz", "--stop", "\n\n\n", "--stop-token", "7", "hello there")
+    result = real.run(*words, "--no-stop-at-eot", "--stop", "zzz", "--stop", "\n\n\n", "--stop-token", "7", "hello there")
     assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
 
 
@@ -1595,7 +1595,7 @@ def test_real_command_survives_a_full_context(real: Fake, overflow: str | None) 
 def test_real_command_survives_ctrl_c(real: Fake) -> None:
     tokens = real_ids(real, {"tokens": ids_of("hi"), "max_new_tokens": 200})
     first, whole = (TOKENIZER.decode(ids).replace("\n", "\r\n") for ids in (tokens[:1], tokens))
-    with Terminal(real, "-n", "200") as chat:
+    with Terminal(real, "--no-stop-at-eot", "-n", "200") as chat:
         for _ in range(3):  # Ctrl-C comes in the reply, at its end or at the next prompt
             chat.type("hi\n")
             chat.expect("hi\r\n")

@@ -1018,7 +1018,7 @@ def test_the_best_model_is_kept_and_training_stops_early(folder: Path) -> None:
     assert max(validated) == best + 6 < 60
     assert f"stopped early: the validation loss is not below that of step {best}" in done.stderr
     assert f"run.best.bin is the model of step {best}" in done.stderr
-    assert 0 < best
+    assert best > 0
     assert command(*options, "--steps", str(best), "--out", "short.bin").returncode == 0
     assert (folder / "run.best.bin").read_bytes() == (folder / "short.bin").read_bytes()
     with open(folder / "run.state", "rb") as file:

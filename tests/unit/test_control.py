@@ -138,7 +138,7 @@ def test_a_batch_gives_what_each_gives_alone(model: GPT2, path: str, options: di
     control, sampler, tokens = Control(SHAPE, **given_options), Sampler(rest.pop("sampler", None), **rest), [*prompts[2]]
     for step in range(20):  # row after row, as a later check of several rows would do it
         logits = model.logits(tokens)
-        tokens.append(sampler.choose(control.change(logits, -1, tokens, 7), 0, sampler.seed, 0, step))
+        tokens.append(sampler.choose(control.process(logits[-1], tokens, 7)[None].data, 0, sampler.seed, 0, step))
     assert tokens[7:] == alone[2]
 
 
