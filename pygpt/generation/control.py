@@ -32,7 +32,7 @@ MOST_PENALTY, MOST_BIAS = 1e6, 1e30  # far beyond any use, and their sums with l
 
 
 class Control:
-    """Checked options that change logits, in the order of CONTROLS.
+    """Checked options that change logits, in the order of CONTROLS. None has no effect.
 
     logit_bias: maps ids to numbers that are added to their logits. repetition_penalty, above 0: divides positive logits of ids
     in the sequence, and multiplies negative ones. frequency_penalty: is subtracted once for each time that an id was generated.
@@ -44,7 +44,8 @@ class Control:
     Raises InputError for a value out of its range and for an id outside the vocabulary.
     """
 
-    def __init__(self, config: Config, **given: "Any") -> None:
+    def __init__(self, config: Config, **options: "Any") -> None:
+        given = {name: value for name, value in options.items() if value is not None}
         self._bias = _bias(config, given.get("logit_bias", {}))
         self._repetition = check_positive("repetition_penalty", given.get("repetition_penalty", 1))
         self._frequency, self._presence = (

@@ -97,7 +97,7 @@ class Request:
             raise InputError(f"overflow is {shown(overflow)}: it must be one of {', '.join(OVERFLOWS)}")
         self.config, self.overflow = config, overflow
         self.tokens = check_ids(config, tokens) if overflow == "slide" else check_tokens(config, tokens)
-        given = {name: value for name in CONTROLS if (value := options.pop(name, None)) is not None}
+        given = {name: options.pop(name) for name in CONTROLS if name in options}
         self.control = Control(config, **given) if given else None
         if self.control is not None and self.control.idle:
             self.control = None

@@ -605,13 +605,6 @@ def test_a_completion_has_its_prompt_tokens_and_reason(model: GPT2) -> None:
     assert repr(completion) == f"Completion(prompt=[1, 2], tokens={tokens}, finish_reason='length')"
 
 
-def test_unknown_options_are_python_errors(model: GPT2) -> None:
-    generate_any: Callable[..., Any] = model.generate
-    batch_any: Callable[..., Any] = model.generate_batch
-    for call, prompt in (generate_any, [1]), (batch_any, [[1]]):
-        with pytest.raises(TypeError, match="num_beams"):
-            call(prompt, num_beams=3)
-
 
 def test_sequences_are_sampled_with_their_exact_probabilities(model: GPT2) -> None:
     """Pairs of tokens follow the product of two exact distributions; the second depends on the first token."""
