@@ -68,7 +68,7 @@ cdef struct Flat:             # the flat arrays: parameters, gradients, first an
 
 
 cdef void cross_entropy_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """dlogits = (softmax(logits) - [target]) dloss, in place of exp(logits - max), (R, V); 0 without a target. Rows are split."""
+    """dlogits = (softmax(logits) - [target]) dloss, in place of exp(logits - max), (R, V); 0 for -100. Rows are split."""
     cdef Py_ssize_t r, start, stop
     cdef float* row
     shard(s.R, ith, nth, &start, &stop)

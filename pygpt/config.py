@@ -32,6 +32,8 @@ TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lnfb", ("C",)),
 )
 
+IGNORED = -100  # the label of a token that is left out of the loss, as in PyTorch
+
 
 class Config:
     """A model's dimensions. Do not change them after construction. Configs are equal if all five numbers are equal.

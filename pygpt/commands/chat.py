@@ -36,12 +36,13 @@ from ..tokenizer import StreamDecoder, Tokenizer
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import HelpFormatter, Parser, for_terminal, say, status_of
-from .options import CONTROL, LISTS, add_completion_options, parse_count, read_options
+from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
 APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # settings of one value that the command line may repeat
+LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
 PROBABLE = 10  # number of tokens that /probs shows
 BAR = 40  # columns of the longest bar, if the terminal is wide enough
 
@@ -86,8 +87,11 @@ SETTINGS = {
     "stop": (("stop_strings",), "stop_strings"),
     "stop_token": (("stop_token_ids",), "stop_token_ids"),
     "overflow": ((), "overflow"),
+    "stop_at_eot": ((), "stop_at_eot"),
+    "show_stop": ((), "show_stop"),
     "stats": ((), "stats"),
 }
+SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and no field of a request
 
 
 class Settings:
@@ -98,7 +102,9 @@ class Settings:
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.config = config
-        self.stats: bool = options.stats
+        self._given = {name: getattr(options, name) for name in SWITCHES}
+        self._given["stop_at_eot"] = options.stop_at_eot is not False
+        self.switches = {**self._given}
         self._defaults = {"max_new_tokens": NEW_TOKENS if config is None else min(NEW_TOKENS, config.maxT - 1)}
         self._asked = read_options(options)  # by the names of a request's fields
         self.check([0])
@@ -106,7 +112,22 @@ class Settings:
     @property
     def request(self) -> dict[str, Any]:
         """Return the options of a request."""
-        return self._defaults | self._asked
+        request = self._defaults | self._asked
+        stops = request.get("stop_token_ids", [])
+        if (
+            self.switches["stop_at_eot"]
+            and self.config is not None
+            and END_OF_TEXT < self.config.V
+            and END_OF_TEXT not in stops
+        ):
+            request["stop_token_ids"] = [*stops, END_OF_TEXT]
+        return request
+
+    @property
+    def cuts(self) -> dict[str, Any]:
+        """Return the options of a decoder that leaves out the text at which a reply stops."""
+        request = {} if self.switches["show_stop"] else self.request
+        return {name: request[name] for name in ("stop_strings", "stop_token_ids") if name in request}
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise InputError if the child would refuse these tokens with these settings."""
@@ -120,10 +141,10 @@ class Settings:
         """
         typed = name
         name, key = find_setting(typed)
-        if key == "stats":
+        if key in SWITCHES:
             if value not in ("on", "off", "default"):
-                raise InputError(f"stats is {value!r:.40}: it must be on or off")
-            self.stats = value == "on"
+                raise InputError(f"{name} is {value!r:.40}: it must be on or off")
+            self.switches[key] = self._given[key] if value == "default" else value == "on"
             return
         before = self._asked
         try:
@@ -142,8 +163,8 @@ class Settings:
     def show(self, name: str) -> str:
         """Return a setting's name and value as a line."""
         name, key = find_setting(name)
-        if key == "stats":
-            shown = "on" if self.stats else "off"
+        if key in SWITCHES:
+            shown = "on" if self.switches[key] else "off"
         elif key in self.request:
             value = self.request[key]
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -309,9 +330,8 @@ class Chat:
         request = self._settings.request
         if "seed" in request:  # each /again gives another reply, and another session can repeat them all in order
             request["seed"] = (request["seed"] + self._repeated) % SEEDS
-        decoder = StreamDecoder(self._tokenizer)
-        for token in self._reply[-3:]:  # /more completes a character that the last reply left incomplete
-            decoder.push(token)
+        decoder = StreamDecoder(self._tokenizer, **self._settings.cuts)
+        decoder.begin((self._text + self._reply)[-LONGEST_STOP:])  # a stop, or a character that the last reply left incomplete
         times = [perf_counter()]
         with self._command.interruptible():
             try:
@@ -325,7 +345,7 @@ class Chat:
                     write("\n")
                 raise ChildError(str(error)) from None
         self._command.show_notices(others=True)
-        if self._settings.stats:
+        if self._settings.switches["stats"]:
             say(speed(times))
 
     def _fitting(self, tokens: list[int]) -> list[int]:
@@ -496,8 +516,10 @@ def show(text: str) -> None:
 def read_piped() -> str:
     """Read all of stdin as one text, without its last newline. Raises InputError if it is empty or not UTF-8."""
     print(PROMPT, end="", file=sys.stderr, flush=True)
-    text = "".join(read_text("-")).removesuffix("\n")
-    print(file=sys.stderr)
+    try:
+        text = "".join(read_text("-")).removesuffix("\n")
+    finally:
+        print(file=sys.stderr)
     if not text:
         raise InputError("the text on standard input is empty: send at least one character")
     return text
@@ -556,6 +578,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
     )
     add_completion_options(parser)
+    parser.add_argument("--show-stop", action="store_true", help="print also the stop text at which a reply ends")
     parser.add_argument("--stats", action="store_true", help="print the speed on stderr after each reply")
     return parser
 

@@ -16,14 +16,16 @@ compare slides the same windows over the text for two models A and B, in any for
 Kullback-Leibler divergence of B from A, and the top-1 agreement. The divergence is the sum of p_A (log p_A - log p_B) over the
 vocabulary, in nats. The agreement is the share of positions at which both models have the same most probable token.
 
-hellaswag counts an example as right if its right ending has the lowest sum of losses (acc) or the lowest mean loss (acc_norm).
+hellaswag reads llm.c's hellaswag_val.bin, or HellaSwag's own .jsonl file, whose rows have the fields ctx, endings and label.
+Each ending begins with a space, as in llm.c. It counts an example as right if its right ending has the lowest sum of losses
+(acc) or the lowest mean loss (acc_norm).
 
 next prints the most probable tokens after the prompt.
 
 JSON (-o json) is one object with the fields task, model, threads, seconds, tokens_per_s (computed rows per second), and
 
     perplexity    file, tokens (number read), scored (number scored), window, stride, loss (nats per token), perplexity (null
-                  above 1e307)
+                  above 1e307), bits_per_byte (of the scored text without <|endoftext|>; null for an unknown vocabulary)
     hellaswag     file, examples, right, right_norm (right examples by sum and by mean), acc, acc_norm
     compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement
                   (0 to 1); model is [A, B]
@@ -46,10 +48,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, NumericalError
+from ..errors import DataError, InputError, NumericalError, shown
 from ..formats.llmc import Example, read_examples
 from ..formats.shards import read_tokens
-from ..formats.text import encode_file, given_text, holds_rows, joined, read_text
+from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
@@ -62,6 +64,7 @@ ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
 LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
 BAR = 30  # columns of the longest bar
+GPT2_V = 50257  # ids of GPT-2's vocabulary
 MOST = 2**31 - 1  # largest number of tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
@@ -119,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         made.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N tokens")
         add_text_options(made.add_argument)
-    file = "llm.c's hellaswag_val.bin, or another file of this format"
+    file = "llm.c's hellaswag_val.bin, or HellaSwag's .jsonl"
     two = task("hellaswag", "FILE", file, "print the accuracy on HellaSwag's multiple-choice examples")
     two.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N examples")
     three = task("next", "PROMPT", "the text before the next token", "print the most probable next tokens")
@@ -196,13 +199,16 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
     """Return the result, the number of computed rows, and the result as text."""
     window, stride = window_of(model.config.maxT, options)
     tokens = scored_tokens(model, options)
-    rows = scored = 0
+    rows = scored = text_bytes = 0
     sums: list[float] = []  # the sum of losses of each window
+    tokenizer = Tokenizer() if model.config.V == GPT2_V else None
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
             sums.append(math.fsum(score(model, model.new_cache(len(ids) - 1), ids[:-1], ids[first - begin :])))
             rows, scored = rows + len(ids) - 1, scored + end - first
+            if tokenizer is not None:
+                text_bytes += len(tokenizer.decode_bytes(token for token in ids[first - begin :] if token != tokenizer.eot))
             progress.update(scored, f", loss {sum(sums) / scored:.4f}")
     loss = math.fsum(sums) / scored
     power = power_of(loss)
@@ -214,9 +220,11 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
         "stride": stride,
         "loss": loss,
         "perplexity": power,
+        "bits_per_byte": math.fsum(sums) / math.log(2) / text_bytes if text_bytes else None,
     }
+    bits = f"{result['bits_per_byte']:.4f} bits per byte, " if text_bytes else ""
     where = f"{scored} tokens, window {window}, stride {stride}"
-    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats per token, {where}"
+    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats per token, {bits}{where}"
 
 
 def power_of(loss: float) -> float | None:
@@ -357,7 +365,7 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
     done = right = right_norm = rows = 0
     cache = model.new_cache()
     with Progress("examples", options.limit) as progress:
-        for example in islice(read_examples(options.subject, V=model.config.V), options.limit):
+        for example in islice(examples_in(options.subject, model), options.limit):
             cache.truncate(0)
             losses = ending_losses(model, cache, example)
             done += 1
@@ -365,6 +373,8 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
             right_norm += int(np.argmin([loss.mean() for loss in losses])) == example.label
             rows += len(example.context) + sum(len(ending) - 1 for ending in example.endings)
             progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
+    if not done:
+        raise DataError(f"{options.subject}: there are no examples: give a file with at least one")
     result = {
         "file": options.subject,
         "examples": done,
@@ -374,6 +384,24 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
         "acc_norm": right_norm / done,
     }
     return result, rows, f"acc {right / done:.4f} ({right}/{done}), acc_norm {right_norm / done:.4f} ({right_norm}/{done})"
+
+
+def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
+    """Yield the examples of llm.c's file, or of HellaSwag's JSON lines. Raises DataError for a bad file."""
+    if not holds_rows(subject):
+        yield from read_examples(subject, V=model.config.V)
+        return
+    tokenizer = tokenizer_of(model)
+    for number, (where, row) in enumerate(read_rows(read_text(subject), subject)):
+        endings, label = row.get("endings"), row.get("label")
+        if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(text, str) and text for text in endings):
+            raise DataError(f"{where}: the field 'endings' is {shown(endings)}: it must be a list of texts")
+        if str(label) not in [str(i) for i in range(len(endings))]:
+            raise DataError(f"{where}: the field 'label' is {shown(label)}: it must be the number of the right ending")
+        context = tokenizer.encode(field_of(where, row, "ctx"))
+        if not context:
+            raise DataError(f"{where}: the field 'ctx' is empty: it must be a text")
+        yield Example(number, int(str(label)), context, [tokenizer.encode(f" {ending}") for ending in endings])
 
 
 def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]:

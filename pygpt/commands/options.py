@@ -53,7 +53,11 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated"
     )
-    parser.add_argument("--stop-at-eot", action="store_true", help=f"stop after <|endoftext|>, token {END_OF_TEXT}")
+    parser.add_argument(
+        "--stop-at-eot",
+        action=argparse.BooleanOptionalAction,
+        help=f"stop after <|endoftext|>, token {END_OF_TEXT} (default: only in chat)",
+    )
     parser.add_argument(
         "--overflow",
         metavar="HOW",
@@ -83,7 +87,7 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     for name in "sampler", "stop_strings", "overflow":
         if (text := getattr(options, name)) is not None:
             asked[name] = text
-    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * options.stop_at_eot
+    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 
 

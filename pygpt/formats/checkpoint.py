@@ -172,8 +172,9 @@ def write_checkpoint(
     then to bfloat16 (nearest even). Raises InputError for a wrong name or shape, and OSError if the file cannot be written. In
     both cases an older file stays intact.
     """
-    if (version := whole(version) or 0) not in FORMATS:
+    if (number := whole(version)) not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
+    version = number
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
         odd = sorted(map(str, set(tensors) ^ {name for name, _ in wanted}))

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
+from ..config import IGNORED
 from ..errors import DataError, InputError, check_flag, shown
 from ..tokenizer import Tokenizer
 
@@ -33,7 +34,6 @@ MARK = "\ufeff"  # the byte order mark
 OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # of UTF-16 and UTF-32
 ROWS = (".jsonl", ".ndjson")  # files with these endings hold a JSON object in each line
 PAIR = ("prompt", "completion")  # the fields of a row whose prompt is not trained on
-IGNORED = -100  # the label of a token that is left out of the loss, as in PyTorch
 WAY_OUT = "convert the text to UTF-8, for example with iconv"
 
 

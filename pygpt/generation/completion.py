@@ -96,7 +96,10 @@ class Completion:
         """Return the token that row `row` of logits (rows, V) gives if the sequence goes on with the tokens `ahead`."""
         request, sequence = self._request, [*self._sequence, *ahead] if ahead else self._sequence
         if request.control is not None:
-            logits, row = request.control.change(logits, row, sequence, len(request.tokens)), 0
+            import numpy as np
+
+            given = len(request.tokens)
+            logits, row = request.control.process(np.asarray(logits)[row], sequence, given)[None].data, 0
         step = len(sequence) - len(request.tokens)
         return request.sampler.choose(logits, row, self.seed, self._stream, step)
 

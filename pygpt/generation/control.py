@@ -16,31 +16,23 @@ from .sampling import check_positive, not_finite
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, SupportsFloat, SupportsIndex
+    from typing import Any
 
     import numpy as np
     import numpy.typing as npt
-
-    from .._kernels import Logits
 
     Row = npt.NDArray[np.float32]  # (V,)
     Processor = Callable[[list[int], Row], "npt.ArrayLike | None"]
 
 CONTROLS = (
-    "logit_bias",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "no_repeat_ngram_size",
-    "bad_words_ids",
-    "suppress_tokens",
-    "logits_processor",
+    *("logit_bias", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "logits_processor"),
 )
 MOST_PENALTY, MOST_BIAS = 1e6, 1e30  # far beyond any use, and their sums with logits stay in the range of float32
 
 
 class Control:
-    """Checked options that change logits, in this order. None has no effect.
+    """Checked options that change logits, in the order of CONTROLS. None has no effect.
 
     logit_bias: maps ids to numbers that are added to their logits. repetition_penalty, above 0: divides positive logits of ids
     in the sequence, and multiplies negative ones. frequency_penalty: is subtracted once for each time that an id was generated.
@@ -52,49 +44,27 @@ class Control:
     Raises InputError for a value out of its range and for an id outside the vocabulary.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        logit_bias: "Mapping[SupportsIndex, SupportsFloat] | None" = None,
-        repetition_penalty: "SupportsFloat | None" = None,
-        frequency_penalty: "SupportsFloat | None" = None,
-        presence_penalty: "SupportsFloat | None" = None,
-        no_repeat_ngram_size: "SupportsIndex | None" = None,
-        bad_words_ids: "Iterable[Iterable[SupportsIndex]] | None" = None,
-        suppress_tokens: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
-        logits_processor: "Processor | Sequence[Processor] | None" = None,
-    ) -> None:
-        self._bias = _bias(config, {} if logit_bias is None else logit_bias)
-        self._repetition = 1.0 if repetition_penalty is None else check_positive("repetition_penalty", repetition_penalty)
+    def __init__(self, config: Config, **options: "Any") -> None:
+        given = {name: value for name, value in options.items() if value is not None}
+        self._bias = _bias(config, given.get("logit_bias", {}))
+        self._repetition = check_positive("repetition_penalty", given.get("repetition_penalty", 1))
         self._frequency, self._presence = (
-            0.0 if value is None else check_number(name, value, -MOST_PENALTY, MOST_PENALTY)
-            for name, value in (("frequency_penalty", frequency_penalty), ("presence_penalty", presence_penalty))
+            check_number(name, given.get(name, 0), -MOST_PENALTY, MOST_PENALTY)
+            for name in ("frequency_penalty", "presence_penalty")
         )
-        n = 0 if no_repeat_ngram_size is None else no_repeat_ngram_size
-        self._ngram = check_whole("no_repeat_ngram_size", n, 0, 1 << 62, ", 0 (off) or more")
-        self._bad = [_ids(config, "a sequence of bad_words_ids", ids) for ids in _listed("bad_words_ids", bad_words_ids)]
+        self._ngram = check_whole("no_repeat_ngram_size", given.get("no_repeat_ngram_size", 0), 0, 1 << 62, ", 0 (off) or more")
+        self._bad = [_ids(config, "bad_words_ids", ids) for ids in _listed("bad_words_ids", given.get("bad_words_ids", ()))]
         if [] in self._bad:
             raise InputError("bad_words_ids holds an empty sequence, which would ban every token: leave it out")
-        suppressed = suppress_tokens if whole(suppress_tokens) is None else [suppress_tokens]
-        self._suppressed = _ids(config, "suppress_tokens", [] if suppressed is None else suppressed)
-        given = [] if logits_processor is None else logits_processor
-        self._processors = [given] if callable(given) else _listed("logits_processor", given)
+        suppressed = given.get("suppress_tokens", ())
+        self._suppressed = _ids(config, "suppress_tokens", suppressed if whole(suppressed) is None else [suppressed])
+        functions = given.get("logits_processor", ())
+        self._processors = [functions] if callable(functions) else _listed("logits_processor", functions)
         for function in self._processors:
             if not callable(function):
                 raise InputError(f"logits_processor is {shown(function)}: it must be a function of (tokens, row), or several")
-
-    @property
-    def idle(self) -> bool:
-        """Whether process() would change nothing."""
-        numbers = (self._repetition, self._frequency, self._presence, self._ngram) == (1, 0, 0, 0)
-        return numbers and not (self._bias or self._bad or self._suppressed or self._processors)
-
-    def change(self, logits: "Logits", row: int, tokens: Sequence[int], prompt: int) -> memoryview:
-        """Return row `row` of logits (rows, V) as process() changes it, (1, V)."""
-        import numpy as np
-
-        return self.process(np.asarray(logits)[row], tokens, prompt)[None].data
+        numbers = self._repetition != 1, self._frequency, self._presence, self._ngram
+        self.idle = not any((*numbers, self._bias, self._bad, self._suppressed, self._processors))
 
     def process(self, logits: "npt.ArrayLike", tokens: Sequence[int], prompt: int) -> "Row":
         """Return a changed copy of the logits (V,) that follow `tokens`. Its first `prompt` tokens were given.
@@ -161,7 +131,7 @@ def _returned(function: "Processor", tokens: list[int], row: "Row") -> "Row":
     return np.ascontiguousarray(array.reshape(row.shape), np.float32)
 
 
-def _bias(config: Config, given: "Mapping[SupportsIndex, SupportsFloat]") -> dict[int, float]:
+def _bias(config: Config, given: "Any") -> dict[int, float]:
     if not isinstance(given, Mapping):
         raise InputError(f"logit_bias is {shown(given)}: it must map token ids to numbers, such as {{50256: -5.0}}")
     return {
@@ -177,8 +147,6 @@ def _ids(config: Config, name: str, ids: "Any") -> list[int]:
 
 
 def _listed(name: str, values: "Any") -> "list[Any]":
-    if values is None:
-        return []
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise InputError(f"{name} is {shown(values)}: it must be a list")
     return list(values)

@@ -20,7 +20,7 @@ from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
-from .speculate import Guesses, Speculation, Speculator, mean
+from .speculate import Speculation, Speculator, mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,18 +77,13 @@ class _Sequence:
 class _Part:
     """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window.
 
-    guesses: tokens that may follow, or None."""
+    guesses: tokens that may follow."""
 
     __slots__ = ("guesses", "last", "memory", "sequence", "tokens", "window")
 
     def __init__(self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool) -> None:
         self.sequence, self.memory, self.window, self.tokens, self.last = sequence, memory, window, tokens, last
-        self.guesses: Guesses | None = None
-
-    @property
-    def ahead(self) -> list[int]:
-        """The guessed tokens."""
-        return [] if self.guesses is None else self.guesses.tokens
+        self.guesses: list[int] = []
 
 
 class Engine(Uncopied):
@@ -178,7 +173,7 @@ class Engine(Uncopied):
         for part in plan:
             rows += [(token, part.memory.cache, False) for token in part.tokens[:-1]]
             rows.append((part.tokens[-1], part.memory.cache, part.last))
-            rows += [(token, part.memory.cache, True) for token in part.ahead]
+            rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
         logits = self.network.step(rows)
         seconds = time.perf_counter() - began
@@ -311,22 +306,22 @@ class Engine(Uncopied):
             for twin in twins:
                 twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
             events += [self._take(sequence, logits, row) for sequence in (part.sequence, *twins)]
-            if part.guesses is not None:
-                events += self._check(part, part.guesses, logits, row, events[-1 - len(twins)])
-            row += 1 + len(part.ahead)
+            if part.guesses:
+                events += self._check(part, logits, row, events[-1 - len(twins)])
+            row += 1 + len(part.guesses)
         return events
 
-    def _check(self, part: _Part, guesses: Guesses, logits: "Logits", row: int, event: Event) -> list[Event]:
+    def _check(self, part: _Part, logits: "Logits", row: int, event: Event) -> list[Event]:
         """Choose from the rows of a part's guesses as long as the guesses are right. event: of the row before them, `row`."""
         events, right = [event], 0
-        for number, token in enumerate(guesses.tokens, 1):
-            if events[-1].token != token or _has_ended(part.sequence):
-                break
-            right = number
-            part.memory.note([token])
-            events.append(self._take(part.sequence, logits, row + number))
+        while right < len(part.guesses) and event.token == part.guesses[right] and not _has_ended(part.sequence):
+            part.memory.note([part.guesses[right]])
+            right += 1
+            event = self._take(part.sequence, logits, row + right)
+            events.append(event)
         part.memory.cache.truncate(len(part.memory.tokens))
-        self.speculator.check(guesses, right, min(right + 1, len(guesses.tokens)))
+        assert part.sequence.speculation is not None
+        self.speculator.check(part.sequence.speculation, part.guesses, right, event.token)
         return events[1:]
 
     def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from collections.abc import Generator as Steps
 
 from ..config import Config
-from ..errors import InputError, Uncopied, check_whole, shown
+from ..errors import InputError, Uncopied, check_whole, shown, whole
 from .completion import Completion
 from .engine import LIVE, Engine
 from .prefix import PrefixCache
@@ -99,7 +99,8 @@ class Generator(Uncopied):
         False "greedy". temperature, top_k, top_p, min_p and seed imply "sample" (see Sampler); temperature=0 means "greedy".
 
         Control, with every sampler: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, no_repeat_ngram_size,
-        bad_words_ids, suppress_tokens and logits_processor change the logits before the choice, in this order (see Control).
+        bad_words_ids, suppress_tokens and logits_processor change the logits before the choice, in this order. The last is
+        one function (tokens, row) or several: it gets the ids so far and the float32 logits (V,), and returns a row or None.
 
         Stop: stop_token_ids and stop_strings, one or several. The last token is a stop token or completes a stop string.
 
@@ -168,7 +169,7 @@ class Generator(Uncopied):
         """
         n = check_whole("num_return_sequences", num_return_sequences, 1, 1 << 20)
         prompts = list(prompts)
-        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
+        seeds = list(seed) if isinstance(seed, Iterable) and whole(seed) is None else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each, or one for all")
         requests = [

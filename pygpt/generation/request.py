@@ -102,9 +102,10 @@ class Request:
             raise InputError(f"overflow is {shown(overflow)}: it must be one of {', '.join(OVERFLOWS)}")
         self.config, self.overflow = config, overflow
         self.tokens = check_ids(config, tokens) if overflow == "slide" else check_tokens(config, tokens)
-        given = {name: value for name in CONTROLS if (value := options.pop(name, None)) is not None}
-        control = Control(config, **given) if given else None
-        self.control = None if control is None or control.idle else control
+        given = {name: options.pop(name) for name in CONTROLS if name in options}
+        self.control = Control(config, **given) if given else None
+        if self.control is not None and self.control.idle:
+            self.control = None
         self.sampler = Sampler(options.pop("sampler", None), **options)
         self.stop = Stop(config, stop_token_ids, stop_strings)
         self.slide_to = self._check_slide_to(slide_to)

@@ -26,78 +26,75 @@ if TYPE_CHECKING:
 MOST = 8  # guesses in one step: more are rarely all right
 NGRAM = 3  # equal tokens that a lookup asks for
 WORTH = 1.02  # the least predicted gain
+GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
 PATIENCE, MOST_PATIENCE = 16, 512  # plain steps of a sequence before guesses are tried again
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
 
 
-class Guesses:
-    """The guesses for one sequence in one step. source: the share of accepted guesses of the place they came from."""
-
-    __slots__ = ("source", "tokens")
-
-    def __init__(self, source: "Share", tokens: list[int]) -> None:
-        self.source, self.tokens = source, tokens
-
-
 class Share:
-    """A running mean of accepted guesses, which begins as if two guesses were known."""
+    """A running mean of right guesses, which begins as if two guesses were known."""
 
-    __slots__ = ("count", "mean", "patience", "wait")
+    __slots__ = ("count", "mean")
 
     def __init__(self, mean: float) -> None:
         self.mean, self.count = mean, 2
-        self.patience = self.wait = PATIENCE
 
-    def note(self, accepted: bool) -> None:
-        """Note one guess that was checked."""
-        self.count += 1
-        self.mean += max(RECENT, 1 / self.count) * (accepted - self.mean)
-        if accepted:
-            self.patience = PATIENCE
+    def note(self, guesses: Sequence[int], tokens: Sequence[int]) -> None:
+        """Compare guesses with the tokens that came: up to the first wrong guess, after which none was possible."""
+        for guess, token in zip(guesses, tokens, strict=False):
+            self.count += 1
+            self.mean += max(RECENT, 1 / self.count) * ((guess == token) - self.mean)
+            if guess != token:
+                break
 
-    def best(self, most: int, plain: float, guess: float, row: float) -> int:
-        """Return the number of guesses, at most `most`, that promises the most tokens a second; 0 if none gains.
+    def speed(self, count: int, guess: float) -> float:
+        """Return the expected tokens of a step with so many guesses, for each plain step's time that it takes.
 
-        plain, guess, row: seconds of a plain step, of one guess, and of one more row in a step. After `patience` plain steps
-        one guess is tried anyway, and the patience doubles."""
-        best, gain, tokens, power = 0, WORTH, 1.0, 1.0
-        for k in range(1, most + 1):
-            power *= self.mean
-            tokens += power
-            if (speed := tokens * plain / (plain + k * (guess + row))) > gain:
-                best, gain = k, speed
-        if best:
-            self.wait = self.patience
-        elif most:
-            self.wait -= 1
-            if self.wait <= 0:
-                best, self.patience = 1, min(2 * self.patience, MOST_PATIENCE)
-                self.wait = self.patience
-        return best
+        guess: the time of one guess and of its row, in plain steps."""
+        tokens = 1 + sum(self.mean**i for i in range(1, count + 1))
+        return tokens / (1 + count * guess)
+
+    def best(self, most: int, guess: float) -> tuple[float, int]:
+        """Return the highest speed(), and its number of guesses, from 1 to `most`; (0, 0) without any."""
+        return max(((self.speed(count, guess), count) for count in range(1, most + 1)), default=(0.0, 0))
 
 
 class Speculation:
-    """What one sequence remembers: where its n-grams end, and how often its guesses were right."""
+    """What one sequence remembers: where its n-grams end, how often guesses were right, and when to try again.
 
-    __slots__ = ("_ends", "_known", "drafts", "lookups")
+    drafts, lookups: the shares of right guesses. A lookup's guesses are noted even if they were not used."""
+
+    __slots__ = ("_ends", "_guessed", "_known", "drafts", "lookups", "patience", "wait")
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
         self._known = 0
+        self._guessed: list[int] = []  # what look_up() returned for the tokens from `_known` on
         self.drafts, self.lookups = Share(0.8), Share(0.6)
+        self.patience = self.wait = PATIENCE
 
     def look_up(self, sequence: Sequence[int], most: int) -> list[int]:
         """Return up to `most` tokens that followed the latest earlier occurrence of the last NGRAM tokens."""
+        self.lookups.note(self._guessed, sequence[self._known :])
         for end in range(max(self._known, NGRAM), len(sequence)):  # the last n-gram is looked up before it is known
             self._ends[tuple(sequence[end - NGRAM : end])] = end
         self._known = len(sequence)
         found: list[int] = []
-        if (end := self._ends.get(tuple(sequence[-NGRAM:]))) is not None:
+        if (end := self._ends.get(tuple(sequence[-NGRAM:]), 0)) > 0:
             for place in range(end, end + most):  # beyond the end of the text, its repetition goes on
                 found.append(sequence[place] if place < len(sequence) else found[place - len(sequence)])
+        self._guessed = found
         return found
+
+    def try_again(self) -> bool:
+        """Return whether to guess in this step although it does not seem to pay: rarely, and more rarely each time."""
+        self.wait -= 1
+        if self.wait > 0:
+            return False
+        self.patience = self.wait = min(2 * self.patience, MOST_PATIENCE)
+        return True
 
 
 class Draft:
@@ -171,43 +168,47 @@ class Speculator:
         self._row: float | None = None  # seconds of one more row
         self.drafted = self.accepted = 0
 
-    def guess(self, parts: list[tuple[Completion, Memory, Speculation]]) -> list[Guesses | None]:
+    def guess(self, parts: list[tuple[Completion, Memory, Speculation]]) -> list[list[int]]:
         """Return the guesses for each decoding sequence of the next step, which has no other rows."""
-        found: list[Guesses | None] = [None] * len(parts)
+        found: list[list[int]] = [[] for _ in parts]
         limit = min(MOST, MIXED_ROWS // len(parts))
         wanted: list[tuple[int, int]] = []
         for i, (completion, memory, state) in enumerate(parts):
-            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, limit)
+            fixed = completion.speculation or 0
+            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, fixed or limit)
             if room < 1:
                 continue
-            fixed = completion.speculation
             looked = state.look_up(completion.sequence, room)
-            if looked and (count := fixed or self._best(state.lookups, len(looked), len(parts), 0.0)):
-                found[i] = Guesses(state.lookups, looked[:count])
-            elif count := min(fixed, room) or self._count(state.drafts, room, completion.guesses, len(parts)):
+            count = self._count(completion, state, room, looked, len(parts))
+            if count < 0:
+                found[i] = looked[:-count]
+            elif count:
                 wanted.append((i, count))
         if wanted and (draft := self._draft(True)) is not None:
             guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted])
             for (i, _), tokens in zip(wanted, guesses, strict=True):
-                if tokens:
-                    found[i] = Guesses(parts[i][2].drafts, tokens)
+                found[i] = tokens
         return found
 
-    def _count(self, share: Share, room: int, ahead: int, sequences: int) -> int:
-        """Return how many guesses of the draft pay. A draft that was not timed yet makes one guess."""
-        draft = self._draft(False)
-        if draft is None and ahead < SOON:
-            return 0
-        seconds = None if draft is None else draft.seconds
-        return self._best(share, room if seconds is not None else 1, sequences, seconds)
+    def _count(self, completion: Completion, state: Speculation, room: int, looked: list[int], sequences: int) -> int:
+        """Return how many tokens the draft should guess, or as a negative number how many of the lookup to take.
 
-    def _best(self, share: Share, room: int, sequences: int, guess: float | None) -> int:
-        """Return how many guesses pay. Until a plain step was timed, none. guess: seconds, None if not known."""
-        if self._plain is None:
+        All times are in plain steps of one of the sequences. A draft that was not timed yet makes one guess."""
+        fixed, draft = completion.speculation, self._draft(False)
+        if self._plain is None and not fixed:
             return 0
-        guess = 0.3 * self._plain if guess is None else guess
-        row = 0.05 * self._plain if self._row is None else self._row
-        return share.best(room, self._plain / sequences, guess / sequences, row)
+        plain = self._plain or 1.0
+        row = ROW if self._row is None else self._row * sequences / plain
+        guess = GUESS if draft is None or draft.seconds is None else draft.seconds / plain
+        if fixed:
+            return -len(looked) if looked and state.lookups.speed(room, row) >= state.drafts.speed(room, row + guess) else room
+        by_lookup, looks = state.lookups.best(len(looked), row)
+        may_draft = draft is not None or completion.guesses >= SOON
+        new = draft is None or draft.seconds is None
+        by_draft, drafts = state.drafts.best(min(room, 1) if new else room, row + guess) if may_draft else (0.0, 0)
+        if max(by_lookup, by_draft) < WORTH:
+            return min(drafts, 1) if state.try_again() else 0
+        return -looks if by_lookup >= by_draft else drafts
 
     def note(self, sequences: int, guesses: int, seconds: float) -> None:
         """Note the time of a step with one row for each sequence and so many rows of guesses."""
@@ -216,12 +217,11 @@ class Speculator:
         elif self._plain is not None:
             self._row = mean(self._row, max(seconds - self._plain, 0.0) / guesses)
 
-    def check(self, guesses: Guesses, right: int, checked: int) -> None:
-        """Note that of `checked` guesses the first `right` were right."""
-        self.drafted += len(guesses.tokens)
+    def check(self, state: Speculation, guesses: list[int], right: int, token: int | None) -> None:
+        """Note that of these guesses the first `right` were right; the token after them was `token`."""
+        self.drafted += len(guesses)
         self.accepted += right
-        for i in range(checked):
-            guesses.source.note(i < right)
+        state.drafts.note(guesses, [*guesses[:right], -1 if token is None else token])
 
 
 def mean(before: float | None, now: float, weight: float = 0.1) -> float:

@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..config import TENSORS, Config
+from ..config import IGNORED, TENSORS, Config
 from ..errors import CheckpointError, InputError, Uncopied, check_flag, check_number, check_whole
 from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import FLOAT32, Format
 from ..formats.open import open_floats
-from ..formats.text import IGNORED
 from ..hub.find import find_model
 
 TYPE_CHECKING = False

@@ -79,7 +79,7 @@ def by_hand(model: GPT2, prompt: Sequence[int], new: int, *, slide_to: int = MAX
         if len(sequence) - start > model.config.maxT:
             start = len(sequence) - slide_to
         logits = model.logits(sequence[start:])
-        row = control.change(logits, -1, sequence, len(prompt))
+        row = control.process(logits[-1], sequence, len(prompt))[None].data
         sequence.append(sampler.choose(row, 0, sampler.seed, 0, step))
     return sequence[len(prompt) :]
 
@@ -604,13 +604,6 @@ def test_a_completion_has_its_prompt_tokens_and_reason(model: GPT2) -> None:
     assert completion.finish_reason == "length"
     assert repr(completion) == f"Completion(prompt=[1, 2], tokens={tokens}, finish_reason='length')"
 
-
-def test_unknown_options_are_python_errors(model: GPT2) -> None:
-    generate_any: Callable[..., Any] = model.generate
-    batch_any: Callable[..., Any] = model.generate_batch
-    for call, prompt in (generate_any, [1]), (batch_any, [[1]]):
-        with pytest.raises(TypeError, match="num_beams"):
-            call(prompt, num_beams=3)
 
 
 def test_sequences_are_sampled_with_their_exact_probabilities(model: GPT2) -> None:

@@ -518,3 +518,28 @@ def test_texts_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         list(read_text(tmp_path))
     with pytest.raises(DataError, match="cannot open the text: embedded null byte"):
         list(read_text("a\0b"))
+
+
+def test_the_last_shard_may_be_too_small_for_a_batch(tmp_path: Path) -> None:
+    """`pygpt shards --shard-size` writes the rest there. Its tokens are in no batch; every order of shards works."""
+    for number, count in enumerate((20, 20, 3), 1):
+        shard(tmp_path, list(range(count)), f"a_{number}.bin")
+    for seed in (None, 1, 2, 3, 4):
+        loader = DataLoader(str(tmp_path / "a_*.bin"), 2, 4, shuffle_seed=seed)
+        assert (loader.batches, loader.tokens) == (4, 43)
+        batches = [loader.next_batch()[0].tolist() for _ in range(8)]
+        assert sorted(batches[:4]) == sorted(batches[4:])
+        assert loader.epoch == 1
+        loader.restore(place := loader.state())
+        assert loader.state() == place
+
+
+def test_labels_replace_targets() -> None:
+    tokens, labels = np.arange(13), np.arange(13) - 100 * (np.arange(13) < 5)
+    loader, plain = DataLoader(tokens, 1, 4, labels=labels), DataLoader(tokens, 1, 4)
+    assert [loader.next_batch()[1].tolist() for _ in range(3)] == [[[-99, -98, -97, -96]], [[5, 6, 7, 8]], [[9, 10, 11, 12]]]
+    assert (loader.masked, plain.masked) == (True, False)
+    with pytest.raises(InputError, match="fingerprint"):
+        loader.restore(plain.state())
+    with pytest.raises(InputError, match="labels have shape"):
+        DataLoader(tokens, 1, 4, labels=labels[1:])

@@ -244,14 +244,15 @@ def test_a_full_context_has_no_room(model: GPT2) -> None:
 
 
 def test_unknown_options_name_the_near_ones(model: GPT2) -> None:
+    calls: list[Callable[..., Any]] = [
+        model.generate,
+        lambda ids, **o: model.generate_batch([ids], **o),
+        lambda ids, **o: Request(SHAPE, ids, **o),
+    ]
     for wrong, right in (("temprature", "temperature"), ("max_tokens", "max_new_tokens"), ("topk", "top_k"), ("stop", "stop_")):
-        for call in (
-            model.generate,
-            lambda ids, **o: model.generate_batch([ids], **o),
-            lambda ids, **o: Request(SHAPE, ids, **o),
-        ):
+        for call in calls:
             with pytest.raises(InputError, match=f"'{wrong}' is not an option: did you mean .*{right}"):
-                call([1], **{wrong: 1})  # type: ignore[operator]
+                call([1], **{wrong: 1})
         with pytest.raises(InputError, match=f"unknown key '{wrong}': did you mean .*{right}"):
             request_from_json(SHAPE, json.dumps({"tokens": [1], wrong: 1}).encode(), {})
     with pytest.raises(InputError, match=r"'xyzzy' is not an option: there are .*temperature"):

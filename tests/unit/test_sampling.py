@@ -286,9 +286,7 @@ def test_recorded_draws() -> None:
     """The same seed gives the same tokens on every machine."""
     logits = (np.arange(1000) * 7919 % 1009 / 128 - 4).astype(np.float32)[None]  # exact in float32
     ways: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_k": 50}, {"top_p": 0.5}, {"min_p": 0.2, "temperature": 3}]
-    found = [
-        Sampler("sample", **options).choose(logits.data, 0, 2**64 - 1, 3, step, None) for options in ways for step in range(5)
-    ]
+    found = [Sampler("sample", **options).choose(logits.data, 0, 2**64 - 1, 3, step) for options in ways for step in range(5)]
     assert found == RECORDED
 
 

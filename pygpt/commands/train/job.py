@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import glob
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import Config
-from ...errors import DataError, InputError, PyGPTError, is_whole, shown
+from ...errors import DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.shards import read_tokens
 from ...formats.text import joined, tokens_and_labels
 from ...training.data import DataLoader, split
@@ -41,8 +42,10 @@ WHOLE = {
     "sample_every": (0, MOST),
     "sample_tokens": (1, MOST),
     "save_every": (0, MOST),
+    "patience": (1, MOST),
     "version": (3, 5),
 }
+BEST = "best"  # the field of a training state with the best validation loss and its step
 SHARD = ".bin"  # data files with another ending are text
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
 Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # shards, or tokens; labels or None
@@ -85,6 +88,8 @@ class Job:
     sample_every: int = 20
     sample_tokens: int = 64
     save_every: int = 100
+    keep_best: bool = False
+    patience: int | None = None
     version: int = 3
     log: str | None = None
     plot: str | None = None
@@ -122,6 +127,8 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
         raise InputError("--data is missing: name a text file, or llm.c's token shards (.bin)")
     if sum(name in given for name in ("val", "val_tokens", "val_fraction")) > 1:
         raise InputError("--val, --val-tokens and --val-fraction exclude each other: give at most one of them")
+    if ("patience" in given or "keep_best" in given) and not {"val", "val_tokens", "val_fraction"} & set(given):
+        raise InputError("--keep-best and --patience need validation data: give --val, --val-tokens or --val-fraction")
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
@@ -134,7 +141,7 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
         if name in given:
             raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
     try:
-        job = Job(**state.progress.job)
+        job = Job(**{name: value for name, value in state.progress.job.items() if name != BEST})
     except (TypeError, InputError):
         raise InputError(f"{state.path}: pygpt train did not write this state: read it with Trainer.restore()") from None
     part, old = _job_part(given), vars(job)
@@ -270,6 +277,11 @@ class Output(NamedTuple):
     model: str
     state: str
 
+    @property
+    def best(self) -> str:
+        """The file of the model with the best validation loss."""
+        return f"{self.model.removesuffix(SHARD)}.best{SHARD}"
+
     @classmethod
     def named(cls, name: str) -> "Output":
         """Return the files of --out STEM or --out STEM.bin. Raises InputError for a name that cannot be a file."""
@@ -287,11 +299,24 @@ class Output(NamedTuple):
         return cls.named(stem[1])
 
 
+def best_of(state: TrainingState | None) -> tuple[float, int] | None:
+    """Return the best validation loss of a state's run, and its step; None if there is none."""
+    found = None if state is None else state.progress.job.get(BEST)
+    if not isinstance(found, list) or len(found) != 2 or not is_whole(found[1], 0, MOST) or not math.isfinite(real(found[0])):
+        return None
+    return float(found[0]), int(found[1])
+
+
 def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
-    model, log, plot = path.removesuffix(".state") + SHARD, state.progress.job.get("log"), state.progress.job.get("plot")
-    return {os.path.realpath(name) for name in (path, f"{path}.1", model, log, *(pictures(plot) if plot else ())) if name}
+    output, log, plot = (
+        Output(path.removesuffix(".state") + SHARD, path),
+        state.progress.job.get("log"),
+        state.progress.job.get("plot"),
+    )
+    names = (*output, f"{path}.1", output.best, log, *(pictures(plot) if plot else ()))
+    return {os.path.realpath(name) for name in names if name}
 
 
 def check_distinct(paths: list[str]) -> None:
@@ -323,10 +348,10 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 
 
-def check_room(output: Output, config: Config, version: int) -> None:
-    """Raise PyGPTError if the disk has no room for one state and one model."""
+def check_room(output: Output, config: Config, job: Job) -> None:
+    """Raise PyGPTError if the disk has no room for one state and one model, or two models with keep_best."""
     P = config.parameters(padded=True)
-    needed = (3 * 4 + VALUE_BYTES[version]) * P
+    needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * P
     folder = os.path.dirname(os.path.realpath(output.state))
     free = shutil.disk_usage(folder).free
     if free < needed:
