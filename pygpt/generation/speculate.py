@@ -64,15 +64,16 @@ class Share:
 class Speculation:
     """What one sequence remembers: where its n-grams end, how often guesses were right, and when to try again.
 
-    drafts, lookups: the shares of right guesses. A lookup's guesses are noted even if they were not used."""
+    drafts, lookups: the shares of right guesses. A lookup's guesses are noted even if they were not used. drafted: whether the
+    guesses of this step come from the draft."""
 
-    __slots__ = ("_ends", "_guessed", "_known", "drafts", "lookups", "patience", "wait")
+    __slots__ = ("_ends", "_guessed", "_known", "drafted", "drafts", "lookups", "patience", "wait")
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
         self._known = 0
         self._guessed: list[int] = []  # what look_up() returned for the tokens from `_known` on
-        self.drafts, self.lookups = Share(0.8), Share(0.6)
+        self.drafts, self.lookups, self.drafted = Share(0.8), Share(0.6), False
         self.patience = self.wait = PATIENCE
 
     def look_up(self, sequence: Sequence[int], most: int) -> list[int]:
@@ -135,10 +136,9 @@ class Draft:
 
     def _own(self, completion: Completion, memory: Memory) -> Memory:
         """Return the draft's own memory of a sequence, with all tokens of the target's memory in it."""
-        own = memory.draft
-        if own is None:
-            own = memory.draft = Memory(self.network.new_cache(min(memory.cache.capacity, self.network.config.maxT)))
-        tokens = memory.tokens
+        if memory.draft is None:
+            memory.draft = Memory(self.network.new_cache(min(memory.cache.capacity, self.network.config.maxT)))
+        own, tokens = memory.draft, memory.tokens
         shared = own.shared([*tokens, -1])
         own.keep(shared)
         for start in range(shared, len(tokens), self.network.chunk):
@@ -179,6 +179,7 @@ class Speculator:
             if room < 1:
                 continue
             looked = state.look_up(completion.sequence, room)
+            state.drafted = False
             count = self._count(completion, state, room, looked, len(parts))
             if count < 0:
                 found[i] = looked[:-count]
@@ -187,7 +188,7 @@ class Speculator:
         if wanted and (draft := self._draft(True)) is not None:
             guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted])
             for (i, _), tokens in zip(wanted, guesses, strict=True):
-                found[i] = tokens
+                found[i], parts[i][2].drafted = tokens, True
         return found
 
     def _count(self, completion: Completion, state: Speculation, room: int, looked: list[int], sequences: int) -> int:
@@ -221,7 +222,10 @@ class Speculator:
         """Note that of these guesses the first `right` were right; the token after them was `token`."""
         self.drafted += len(guesses)
         self.accepted += right
-        state.drafts.note(guesses, [*guesses[:right], -1 if token is None else token])
+        if state.drafted:
+            state.drafts.note(guesses, [*guesses[:right], -1 if token is None else token])
+        if right:
+            state.patience = PATIENCE
 
 
 def mean(before: float | None, now: float, weight: float = 0.1) -> float:
