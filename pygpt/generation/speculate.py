@@ -113,8 +113,13 @@ class Draft:
 
         The first token that a memory has not yet is the completion's last one."""
         found: list[list[int]] = [[] for _ in wanted]
-        memories = [memory if self.shared else self._own(completion, memory) for completion, memory, _ in wanted]
-        began, rounds = time.perf_counter(), max(count for *_, count in wanted)
+        if not self.shared:  # its context may be shorter
+            maxT = self.network.config.maxT
+            wanted = [(completion, memory, min(count, maxT - len(memory.tokens))) for completion, memory, count in wanted]
+        if (rounds := max(count for *_, count in wanted)) < 1:
+            return found
+        memories = [memory if self.shared or count < 1 else self._own(memory) for _, memory, count in wanted]
+        began = time.perf_counter()
         try:
             for number in range(rounds):
                 active = [i for i, (*_, count) in enumerate(wanted) if len(found[i]) == number < count]
@@ -134,7 +139,7 @@ class Draft:
         self.seconds = mean(self.seconds, (time.perf_counter() - began) / rounds)
         return found
 
-    def _own(self, completion: Completion, memory: Memory) -> Memory:
+    def _own(self, memory: Memory) -> Memory:
         """Return the draft's own memory of a sequence, with all tokens of the target's memory in it."""
         if memory.draft is None:
             memory.draft = Memory(self.network.new_cache(min(memory.cache.capacity, self.network.config.maxT)))

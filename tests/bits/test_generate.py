@@ -5,7 +5,7 @@ the logits of a fresh, whole sequence.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -603,7 +603,6 @@ def test_a_completion_has_its_prompt_tokens_and_reason(model: GPT2) -> None:
         assert completion.tokens == tokens
     assert completion.finish_reason == "length"
     assert repr(completion) == f"Completion(prompt=[1, 2], tokens={tokens}, finish_reason='length')"
-
 
 
 def test_sequences_are_sampled_with_their_exact_probabilities(model: GPT2) -> None:
