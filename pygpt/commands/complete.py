@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
     )
+    add_draft_option(parser.add_argument)
     parser.add_argument(
         "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
     )
@@ -121,10 +122,11 @@ def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "
     if options.reference:
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)
+        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)  # guesses come from the text
     from ..model import GPT2
 
-    return GPT2.load(path, threads=threads, mmap=not options.no_mmap, weights=options.weights)
+    mmap, draft = not options.no_mmap, options.draft_model
+    return GPT2.load(path, threads=threads, mmap=mmap, weights=options.weights, draft=draft)
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:

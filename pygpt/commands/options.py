@@ -63,6 +63,23 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)",
     )
+    parser.add_argument(
+        "--speculate",
+        metavar="K",
+        help="guess tokens ahead and check them together; the tokens stay the same: auto (as many as pay), a number, or off "
+        "(default)",
+    )
+
+
+def add_draft_option(add: "Callable[..., object]", **options: "Any") -> None:
+    """Add the option that says what guesses for --speculate, to a parser's add_argument()."""
+    add(
+        "--draft-model",
+        metavar="MODEL",
+        **options,
+        help="guess for --speculate with: q8_0 or q4_0, the model's weights quantised in memory (default: the one that suits "
+        "its format); lookup, only the text so far; or a smaller model with the same vocabulary",
+    )
 
 
 def add_text_options(add: "Callable[..., object]") -> None:
@@ -87,6 +104,10 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     for name in "sampler", "stop_strings", "overflow":
         if (text := getattr(options, name)) is not None:
             asked[name] = text
+    if options.speculate is not None:
+        words = {"auto": True, "off": False}
+        known = options.speculate in words
+        asked["speculation"] = words[options.speculate] if known else parse_count("speculation (--speculate)", options.speculate)
     stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 
