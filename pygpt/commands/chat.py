@@ -19,6 +19,7 @@ import sys
 import termios
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from math import exp
 from shutil import get_terminal_size
@@ -464,7 +465,8 @@ class PlainLines:
     def __call__(self, prompt: str) -> str:
         """Ask for a line. Raises EOFError at the end of the input."""
         termios.tcsetattr(self._terminal, termios.TCSANOW, self._mode)  # each time: a shell resets it while we are stopped
-        self._echo(prompt)
+        echo = partial(print, end="", file=sys.stderr, flush=True)
+        echo(prompt)
         line = ""
         decoder = codecs.getincrementaldecoder(sys.stdin.encoding)("surrogateescape")
         while True:
@@ -473,21 +475,18 @@ class PlainLines:
             if key == b"\n" and after:  # the second half of a pasted CR LF
                 continue
             if key in (b"\r", b"\n"):
-                self._echo("\n")
+                echo("\n")
                 return line + decoder.decode(b"", final=True)
             if key in (b"", self._end):
                 if not line:
                     raise EOFError
             elif key in (self._erase, self._kill):
                 gone = len(line) if key == self._kill else 1
-                self._echo("\b \b" * len(line[-gone:]))
+                echo("\b \b" * len(line[-gone:]))
                 line = line[:-gone]
             else:
                 line += (char := decoder.decode(key))
-                self._echo(for_terminal(char, sys.stderr))
-
-    def _echo(self, text: str) -> None:
-        print(text, end="", file=sys.stderr, flush=True)
+                echo(for_terminal(char, sys.stderr))
 
 
 def ask_text(ask: Callable[[str], str]) -> str:

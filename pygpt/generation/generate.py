@@ -178,21 +178,16 @@ async def _asynchronous(tokens: "Steps[int]") -> "AsyncGenerator[int]":
     """Yield the tokens of a completion, each computed by a call on another thread."""
     from asyncio import Future, get_running_loop, shield, wait
 
-    def run() -> "Future[int | None]":
-        return get_running_loop().run_in_executor(None, next, tokens, None)
-
-    def close(step: "Future[int | None]") -> None:
-        step.exception()  # if nobody waits for it any more, asyncio would report it
-        tokens.close()  # gives the cache back
-
-    step = run()
+    step: Future[int | None] | None = None
     try:
-        while (token := await shield(step)) is not None:
+        while True:
+            step = get_running_loop().run_in_executor(None, next, tokens, None)
+            if (token := await shield(step)) is None:
+                return
             yield token
-            step = run()
     finally:
-        if step.done():
-            tokens.close()
-        else:
-            step.add_done_callback(close)
+        if step is None or step.done():
+            tokens.close()  # gives the cache back
+        else:  # after the step that still runs; asyncio would report an exception that nobody has looked at
+            step.add_done_callback(lambda done: done.exception() or tokens.close())
             await wait([step])
