@@ -49,7 +49,7 @@ cdef struct Back:             # the state of the backward pass
     float dloss               # the gradient of every row's loss
     Py_ssize_t B, T, maxT
     float* dresidual          # (R, C) of the residual stream
-    float* dinp               # (R, C) dlnf, dln2, datty, dln1 in turn
+    float* dinp               # (R, C) dlnf, then dln2, datty, dln1 of each layer
     float* dqkv               # (R, 3C)
     float* dfch               # (R, 4C of fch_row)
     float* scratch            # (nth, scratch_size) for micro.outer and the attention

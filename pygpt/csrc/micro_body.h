@@ -289,7 +289,8 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
         switch (height) {
 #define ROWS(count) \
     case count:                                                                                                          \
-        if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next); break
+        if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next);    \
+        break
             ROWS(1);
             ROWS(2);
             ROWS(3);

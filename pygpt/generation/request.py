@@ -49,7 +49,7 @@ def check_ids(config: Config, tokens: Iterable[int]) -> list[int]:
         raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
     checked = [check_token(token, config.V) for token in tokens]
     if not checked:
-        raise InputError("no token was given: give at least one token id to continue")
+        raise InputError("the list of tokens is empty: give at least one token id to continue")
     return checked
 
 
@@ -127,12 +127,12 @@ class Request:
             )
         if count >= total:
             raise InputError(
-                f"{count} tokens were given, but a total of {total} leaves no room for a new one: "
+                f"{count} tokens were given, but the total is {total}, so a new one does not fit: "
                 f"give at most {total - 1}, or raise the total (-n)"
             )
         if self.overflow == "stop" and count == maxT:
             raise InputError(
-                f"{count} tokens were given, but the model takes {maxT}, so there is no room for a new one: "
+                f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "
                 "give fewer, or let the window slide (overflow slide)"
             )
         return min(total, maxT) if self.overflow == "stop" else total

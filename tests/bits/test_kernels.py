@@ -1130,7 +1130,7 @@ def test_the_beginning_of_a_cache_is_copied(plain: GPT2, length: int | None) -> 
 def test_more_rows_than_a_cache_has_are_not_copied(plain: GPT2, length: int) -> None:
     source, target = plain.new_cache(), plain.new_cache()
     plain.prefill(source, [1, 2, 3])
-    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache holds 3"):
+    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache has 3"):
         copy_keys_values(target, source, length)
     assert target.length == 0
 

@@ -381,8 +381,8 @@ def test_rows_of_a_quantised_matrix(name: str, isa: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: quantised(s, "q5_1"), "weights cannot be quantised to 'q5_1': the formats are q8_0, q4_0"),
-        (lambda s: quantised(s, "q8_0", "int3"), "weights cannot be quantised to 'int3': the formats are q8_0, q4_0"),
+        (lambda s: quantised(s, "q5_1"), "weights cannot be quantised to 'q5_1': choose one of q8_0, q4_0"),
+        (lambda s: quantised(s, "q8_0", "int3"), "weights cannot be quantised to 'int3': choose one of q8_0, q4_0"),
     ],
 )
 def test_unknown_formats(change: Callable[[Any], object], message: str) -> None:
@@ -397,7 +397,7 @@ def test_weights_that_cannot_be_held(name: str, odd: float) -> None:
     source.arrays[name].reshape(-1)[-1] = odd
     with pytest.raises(InputError) as caught:
         quantised(source, "q8_0", threads=2)
-    assert str(caught.value) == f"{name} cannot be q8_0: it holds a value that is not finite, or beyond 8319008"
+    assert str(caught.value) == f"{name} cannot be q8_0: it has a value that is not finite, or beyond 8319008"
 
 
 def test_vectors_stay_float32() -> None:

@@ -207,7 +207,7 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["absent.bin", "b.bin"], ["absent.bin"]),
         (["text.txt", "b.bin"], ["text.txt", "header"]),
         (["cut.bin", "b.bin"], ["cut.bin", "truncated"]),
-        (["sub", "b.bin"], ["sub", "no config.json"]),
+        (["sub", "b.bin"], ["sub", "config.json is missing"]),
         (["", "b.bin"], ["''"]),
         (["a.bin", ""], ["DST"]),
         (["a.bin", "a.bin"], ["a.bin", "same file"]),

@@ -841,7 +841,7 @@ def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None
         write_checkpoint("nan.bin", CONFIG, tensors)
         status, output, error = here(capsys, "--data", "train.bin", "--init", "nan.bin", *BATCH, "--out", "run")
         assert (status, output) == (2, "")
-        assert_one_line_error(error, f"nan.bin: wte holds {value}")
+        assert_one_line_error(error, f"nan.bin: wte has {value}")
         assert not Path("run.state").exists()
 
 

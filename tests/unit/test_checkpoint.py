@@ -390,7 +390,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         return real(fd, length, flags=flags)
 
     monkeypatch.setattr(mmap, "mmap", change_then_reserve)
-    with pytest.raises(CheckpointError, match=f"^{path}: the model file has changed while"):
+    with pytest.raises(CheckpointError, match=f"^{path}: the model file changed while"):
         Checkpoint(path, mmap=False)
 
 
@@ -691,7 +691,7 @@ def test_other_names_are_not_written(tmp_path: Path, change: str) -> None:
     if change != "missing":
         tensors["lm_head"] = np.zeros(3, np.float32)
     named = {"missing": "'fcb'", "added": "'lm_head'", "renamed": "'fcb', 'lm_head'"}[change]
-    with pytest.raises(InputError, match=rf"not the sixteen of a checkpoint: \[{named}\] are missing or unknown"):
+    with pytest.raises(InputError, match=rf"sixteen names of a checkpoint, but \[{named}\] are missing or unknown"):
         write_checkpoint(tmp_path / "model.bin", Config(**SMALL), tensors)
     assert os.listdir(tmp_path) == []
 

@@ -302,7 +302,7 @@ def test_a_head_that_is_the_embedding_is_accepted_and_another_one_refused(folder
     Path("tied.gguf").write_bytes(build(list(keys().values()), [*table.values(), (HEAD, kind, extents, content)]))
     assert equal(all_of("tied.gguf"), all_of("source.bin"))
     changed = content[:-1] + bytes([content[-1] ^ 1])
-    refused(build(list(keys().values()), [*table.values(), (HEAD, kind, extents, changed)]), HEAD, "a head of its own")
+    refused(build(list(keys().values()), [*table.values(), (HEAD, kind, extents, changed)]), HEAD, "a separate head")
     half = np.frombuffer(content, "<f4").astype("<f2").tobytes()
     refused(build(list(keys().values()), [*table.values(), (HEAD, 1, extents, half)]), HEAD, "float16", "float32")
 
@@ -357,7 +357,7 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"a": u32("general.alignment", 12)}, ("general.alignment is 12",)),
     ({"a": u32("general.alignment", 0)}, ("general.alignment is 0",)),
     ({"a": text("general.alignment", "32")}, ("general.alignment is '32'",)),
-    ({"a": u32("gpt2.block_count", 2)}, ("'gpt2.block_count' is given twice",)),
+    ({"a": u32("gpt2.block_count", 2)}, ("'gpt2.block_count' occurs twice",)),
     ({"a": pair("x", 13, b"")}, ("the type of 'x' is 13",)),
     ({"a": pair("x", 8, struct.pack("<Q", 1 << 40))}, ("the length of 'x'", str(1 << 40))),
     ({"a": pair("x", 8, struct.pack("<Q", 1) + b"\xff")}, ("'x' is not UTF-8",)),
@@ -388,14 +388,14 @@ TAMPERED: list[tuple[str, Callable[[Tensor], Tensor | None], tuple[str, ...]]] =
     ("output_norm.bias", lambda t: None, ("output_norm.bias is missing",)),
     ("output_norm.bias", lambda t: ("output_norm.gain", *t[1:]), ("output_norm.bias is missing",)),
     ("output_norm.bias", lambda t: (t[0], 0, (32, 1), t[3]), ("output_norm.bias", "(32, 1)", "(32,)")),
-    ("output_norm.bias", lambda t: ("output_norm.weight", *t[1:]), ("'output_norm.weight' is there twice",)),
+    ("output_norm.bias", lambda t: ("output_norm.weight", *t[1:]), ("'output_norm.weight' occurs twice",)),
     ("output_norm.bias", lambda t: (t[0], 0, (), t[3]), ("the number of extents of 'output_norm.bias' is 0",)),
     ("output_norm.bias", lambda t: (t[0], 0, (32, 1, 1, 1, 1), t[3]), ("extents of 'output_norm.bias' is 5",)),
     ("output_norm.bias", lambda t: (t[0], 0, (0,), t[3]), ("an extent of 'output_norm.bias' is 0",)),
     ("output_norm.bias", lambda t: (t[0], 0, (1 << 60,), t[3]), ("an extent of 'output_norm.bias'",)),
     ("output_norm.bias", lambda t: (t[0], 12, (256,), t[3]), ("Q4_K", "output_norm.bias", "pygpt quantize")),
     ("output_norm.bias", lambda t: (t[0], 99, (256,), t[3]), ("number 99", "output_norm.bias")),
-    ("output_norm.bias", lambda t: (t[0], 8, (31,), t[3]), ("rows of 31 values", "q8_0's 32")),
+    ("output_norm.bias", lambda t: (t[0], 8, (31,), t[3]), ("rows of 31 values", "multiple of 32 for q8_0")),
     ("output_norm.bias", lambda t: ("x" * 65, *t[1:]), ("the name of a tensor is 65",)),
     ("output_norm.bias", lambda t: (t[0], 0, (1 << 32, 1 << 32, 1 << 32, 1 << 32), t[3]), ("begins at",)),
 ]
@@ -427,7 +427,7 @@ def test_other_files_are_refused(folder: Path) -> None:
 
 def test_a_header_beyond_the_limit_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "HEADER_LIMIT", 200)
-    refused(sound(), "at most 200 bytes of header")
+    refused(sound(), "headers of at most 200 bytes")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

@@ -278,7 +278,7 @@ def with_tensor(name: str, dtype: str, *shape: int) -> Callable[[Tensors], objec
         (with_tensor("lm_head.weight", "F32", 130, 6), "lm_head.weight differs from wte.weight"),
         (
             with_tensor("lm_head.weight", "BF16", 130, 6),
-            "lm_head.weight is ('BF16', (130, 6)), and wte.weight ('F32', (130, 6))",
+            "lm_head.weight is ('BF16', (130, 6)), but wte.weight is ('F32', (130, 6))",
         ),
         (with_tensor("lm_head.weight", "F32", 131, 6), "(131, 6)"),
         (with_tensor("transformer.wpe.weight", "F32", 5, 6), "tensor wpe.weight occurs twice"),
@@ -353,10 +353,10 @@ def test_json_that_is_none(folder: Path, capsys: pytest.CaptureFixture[str], nam
 
 def test_files_that_are_missing_or_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
-    refused(folder, capsys, ["empty", "a.bin"], "empty: it has no config.json")
+    refused(folder, capsys, ["empty", "a.bin"], "empty: config.json is missing")
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
     Path("model/model.safetensors").rename("model/other.safetensors")
-    refused(folder, capsys, ["model", "a.bin"], "neither model.safetensors nor model.safetensors.index.json")
+    refused(folder, capsys, ["model", "a.bin"], "expected model.safetensors or model.safetensors.index.json")
     Path("model/pytorch_model.bin").touch()
     refused(folder, capsys, ["model", "a.bin"], "model: a PyTorch pickle", "model.safetensors", "save_pretrained")
     os.mkfifo("model/model.safetensors")
@@ -515,7 +515,7 @@ def test_a_file_that_is_not_sound(folder: Path, capsys: pytest.CaptureFixture[st
     Path("x.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=re.escape(named)):
         SafetensorsFile("x.safetensors")
-    refused(folder, capsys, ["x.safetensors", "a.bin"], "x.safetensors: not a sound safetensors file: ", named)
+    refused(folder, capsys, ["x.safetensors", "a.bin"], "x.safetensors: not a valid safetensors file: ", named)
 
 
 @settings(deadline=None, max_examples=300)

@@ -142,8 +142,8 @@ def test_what_is_no_debug_state_is_refused(tmp_path: Path, content: bytes, messa
         ({"targets": np.full((2, 3), 5)}, "targets: token id 5 at position 0"),
         ({"inputs": np.zeros((2, 3))}, "float64"),
         ({"logits": np.zeros((2, 3, 4))}, r"logits has shape \(2, 3, 4\), expected \(2, 3, 5\)"),
-        ({"gradients": {}}, r"gradients are not those of the sixteen tensors: \['attprojb', "),
-        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients are not those of the sixteen tensors: \['1', "),
+        ({"gradients": {}}, r"gradients: expected the sixteen tensors, but \['attprojb', "),
+        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients: expected the sixteen tensors, but \['1', "),
         (
             {"gradients": {**a_state().gradients, "wpe": np.zeros((4, 4))}},
             r"gradient wpe has shape \(4, 4\), expected \(3, 4\)",

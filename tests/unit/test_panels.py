@@ -341,8 +341,8 @@ def test_a_closed_file_says_so(folder: Path) -> None:
 
 
 METADATA = [
-    ({"format": "pt"}, "no file of `pygpt quantize`"),
-    ({"format": None}, "no file of `pygpt quantize`"),
+    ({"format": "pt"}, "not made by `pygpt quantize`"),
+    ({"format": None}, "not made by `pygpt quantize`"),
     ({"version": "2"}, "version '2', expected '1'"),
     ({"kind": "q6_k"}, "kind is 'q6_k'"),
     ({"kind": "q8_0"}, "tensor qkvw is"),
@@ -390,7 +390,7 @@ def test_tensors_of_another_dtype_name_order_or_place_are_refused(folder: Path) 
     refused(header | {"wte": header["wte"] | {"shape": [1, *header["wte"]["shape"]]}}, "tensor wte is")
     refused(header | {"zero": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}, "'zero' is unknown")
     swap = {"ln1w": header["ln1b"], "ln1b": header["ln1w"]}
-    refused(header | swap, "in the order of a model")
+    refused(header | swap, "the order of llm.c")
     odd = built({"__metadata__": metadata} | header, data, 64)
     length = struct.unpack_from("<Q", odd)[0] + 8
     (folder / "other.safetensors").write_bytes(struct.pack("<Q", length) + odd[8:length] + b" " * 8 + odd[length:])

@@ -747,7 +747,7 @@ def test_buffers_are_live_and_aligned(engine: Engine) -> None:
         for name, _, _, _ in SMALL.tensors(padded=True):
             assert model.tensor(name).flat[0] == 7
             assert model.gradient(name).flat[0] == 8
-        with pytest.raises(InputError, match="no tensor is named 'head': the names are wte, wpe"):
+        with pytest.raises(InputError, match="tensor 'head' is unknown: the names are wte, wpe"):
             model.tensor("head")
 
 
