@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     serving = options.tokens == ["-"]
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:
-        raise InputError("no token ids were given: give at least one, as in `python -m pygpt 31373 612`")
+        raise InputError("the list of token ids is empty: give at least one, as in `python -m pygpt 31373 612`")
     threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     defaults = read_options(options)
     from ..cpus import check_threads

@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the models, run the task, and print the result."""
     if options.task is None:
-        raise InputError("no task was given: give perplexity, hellaswag, next or compare; see --help")
+        raise InputError("the task is missing: give perplexity, hellaswag, next or compare; see --help")
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")

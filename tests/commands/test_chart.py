@@ -150,7 +150,7 @@ def test_it_can_be_read_on_white_and_on_black() -> None:
 # Refusals
 
 
-NOT_PRINTED = "not what pygpt bench prints: "
+NOT_PRINTED = "not an output of pygpt bench: "
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ NOT_PRINTED = "not what pygpt bench prints: "
         (b"[1]", "not a list of tests"),
         (b"[]", "does not begin with the machine's ceilings"),
         ([row("pp512", "pygpt", 1)], "does not begin with the machine's ceilings"),
-        ([machine()], "has none of the tests pp512, tg64@d8, tg64@d512: it has none; --tests names those to draw"),
-        ([machine(), row("pp64", "pygpt", 1)], "has none of the tests pp512, tg64@d8, tg64@d512: it has pp64;"),
+        ([machine()], "the tests pp512, tg64@d8, tg64@d512 are missing: it has none; choose tests with --tests"),
+        ([machine(), row("pp64", "pygpt", 1)], "the tests pp512, tg64@d8, tg64@d512 are missing: it has pp64;"),
         ([machine(), {"test": "pp512"}], NOT_PRINTED + "'threads' is missing"),
         ([machine(), row("pp512", "pygpt", 0)], NOT_PRINTED + "0 is not a positive number"),
         ([machine(), row("pp512", "pygpt", float("nan"))], NOT_PRINTED + "nan is not a positive number"),

@@ -234,7 +234,7 @@ NINES = "9" * 40  # the part that an error shows
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["no token"]),
+        ([], ["at least one"]),
         (["foo"], ["'foo'"]),
         (["7.9"], ["'7.9'"]),
         (["1_000"], ["'1_000'"]),
@@ -452,7 +452,7 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": "1"}', ["tokens"]),
         (b'{"tokens": null}', ["tokens"]),
         (b'{"tokens": {}}', ["tokens"]),
-        (b'{"tokens": []}', ["no token"]),
+        (b'{"tokens": []}', ["at least one"]),
         (b'{"tokens": ["1"]}', ["'1'"]),
         (b'{"tokens": [1.0]}', ["'1.0'"]),
         (b'{"tokens": [true]}', ["'True'"]),

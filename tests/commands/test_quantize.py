@@ -217,9 +217,9 @@ def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixtur
     refused(folder, capsys, ["source.bin", "folder.gguf"], "not a regular file")
     refused(folder, capsys, ["missing.bin", "a.gguf"], "missing.bin", "No such file")
     refused(folder, capsys, ["missing.gguf", "a.gguf"], "missing.gguf", "No such file")
-    refused(folder, capsys, ["hf", "hf/model.safetensors"], "a file of SRC itself")
+    refused(folder, capsys, ["hf", "hf/model.safetensors"], "belongs to SRC")
     assert main(["source.bin", "a.gguf"]) == 0
-    refused(folder, capsys, ["a.gguf", "./a.gguf"], "a file of SRC itself")
+    refused(folder, capsys, ["a.gguf", "./a.gguf"], "belongs to SRC")
 
 
 @pytest.mark.parametrize(

@@ -345,9 +345,9 @@ def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train", "-o", "nowhere"], "nowhere/train.txt: no such file: run the stage `texts` first"),
-        (["train", "-o", "x", "--from", "y"], "--from is for the stage `texts`: `train` needs no wheel"),
-        (["check"], "`check` needs a FILE, and the other stages take none"),
-        (["texts", "x"], "`check` needs a FILE, and the other stages take none"),
+        (["train", "-o", "x", "--from", "y"], "--from is for the stage `texts`: leave it out for `train`"),
+        (["check"], "`check` needs a FILE; leave it out"),
+        (["texts", "x"], "`check` needs a FILE; leave it out"),
         (["texts", "-o", str(SCRIPT)], "make_model.py: not a folder: -o must name the folder"),
         (["bake"], "invalid choice: 'bake'"),
         (["--out"], "expected one argument"),
