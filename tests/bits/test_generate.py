@@ -149,7 +149,7 @@ def test_long_prompts_are_run_in_chunks(model: GPT2, rows_run: list[int], monkey
 
 
 def test_return_sequences_are_streams_of_a_seed(model: GPT2) -> None:
-    """The first stream is that of generate(). The others are further draws, as random as with other seeds."""
+    """The first stream is the stream of generate(). The others are further draws, as random as with other seeds."""
     logits = model.logits([1, 2])[-1].astype(np.float64)
     completions = model.generate_batch([[1, 2]], num_return_sequences=3000, max_new_tokens=1, seed=11)
     assert completions[0].tokens == list(model.generate([1, 2], max_new_tokens=1, seed=11))
@@ -537,7 +537,7 @@ def test_stop_strings_need_the_vocabulary(model: GPT2, speller: GPT2) -> None:
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_infos(model: GPT2, path: str, options: dict[str, Any]) -> None:
-    """Log-probabilities are those of the network, whatever the sampler does."""
+    """Log-probabilities come from the network, for every sampler."""
     completions = model.generate_batch(PROMPTS[:3], top_logprobs=4, max_new_tokens=6, **options)
     for c in completions:
         assert [info.token for info in c.infos] == c.tokens

@@ -1,7 +1,8 @@
 """One arithmetic, bit for bit: threads, cache, chunks, batches, file versions and instruction sets change no bit of a logit.
 
-And what those bits are worth: the fixed order of a dot product against exact arithmetic, accuracy against the float64 oracle,
-agreement with the serial reference, recorded continuations, numbers at the edge of float32, and the samplers alone.
+The tests also measure accuracy: the fixed order of a dot product against exact arithmetic, and results against the float64
+oracle and the serial reference. Further tests have recorded continuations, numbers at the edge of float32, and the samplers
+alone.
 """
 
 import copy
@@ -64,7 +65,7 @@ fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Compute with the named set, then with the one that was in force."""
+    """Compute with the named set, then with the previous set."""
     before = cpu_info()["isa"]
     select_isa(name)
     try:
@@ -141,7 +142,7 @@ def whole(path: Path, tokens: Sequence[int], *, threads: int = 1) -> Float32:
 
 
 def same(a: Float32, b: Float32) -> bool:
-    """Equal bits, except that a NaN equals every NaN: its sign and payload are no result."""
+    """Check equal bits. A NaN equals every NaN, because its sign and payload are not results."""
     return a.dtype == b.dtype == np.float32 and a.shape == b.shape and np.array_equal(a, b, equal_nan=True)
 
 
@@ -185,7 +186,7 @@ def test_parallel_is_one_thread(
 
 
 def test_choice_of_workers_changes_no_bit(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one sequence on one worker, on all of them, and as the model finds best."""
+    """Steps of one sequence on one worker, on all workers, and with the model's choice."""
     config = Config(maxT=64, V=211, L=2, NH=3, C=93)
     path = files.random(config, 12)
     tokens = [(13 * i) % config.V for i in range(64)]
@@ -397,7 +398,7 @@ def specials() -> st.SearchStrategy[Float32]:
 @fuzz
 @given(data=st.data(), config=configs(), seed=seeds, nth=threads)
 def test_bits_at_the_edge_of_float32(files: Files, data: st.DataObject, config: Config, seed: int, nth: int) -> None:
-    """The same holds where numbers overflow, vanish or are none."""
+    """The bits are also the same if numbers overflow, become zero, or are NaN."""
     tokens = data.draw(prompts(config))
 
     def tweak(tensors: Tensors) -> None:
@@ -447,7 +448,7 @@ def test_wide_and_long(files: Files) -> None:
 
 @pytest.mark.parametrize("version", [1, 3, 5])
 def test_wide_ragged_head(files: Files, version: int) -> None:
-    """GPT-2's vocabulary on a width that is a multiple of nothing."""
+    """GPT-2's vocabulary with an odd width."""
     config = Config(maxT=24, V=50257, L=1, NH=7, C=77)
     path = files.random(config, 8, version)
     tokens = [50256, 0, 3, 49999, 256, 1, 50255, *range(40000, 40014)]
@@ -544,7 +545,7 @@ def test_fma32_rounds_once() -> None:
 @example(K=2048, V=130, rows=2, seed=0, nth=3)
 @example(K=3081, V=77, rows=13, seed=0, nth=1)
 def test_order_of_a_dot(files: Files, K: int, V: int, rows: int, seed: int, nth: int) -> None:
-    """With a gain of 0 the final LayerNorm gives its bias, and the logits are the bare dots of it with the rows of wte."""
+    """With a gain of 0 the final LayerNorm gives its bias, and the logits are its dots with the rows of wte."""
     config = Config(maxT=rows, V=V, L=1, NH=1, C=K)
     rng = np.random.default_rng(seed)
     scale = np.exp2(rng.integers(-12, 12, K)).astype(np.float32)  # cancellation: another order gives other bits
@@ -580,16 +581,16 @@ RECORDED = "3cfbf75d3720eb6be2efe59943a848fb41d00e2df647551cc55f752a6679c638"
 # Accuracy
 
 # How far float32 may be off depends on the network: LayerNorm over two nearly equal channels magnifies any rounding a hundred
-# times. So the tolerance is measured: how far the exact logits move when every weight moves by half a unit of its last place,
-# as if it had been rounded once. A forward pass rounds each product and sum as well, so that its error is of the same size: in
-# thousands of random models the ratio is 0.9 in the median, below 3 for 99 of 100, and 10 at most. What is allowed, about 3e-5
-# of the greatest logit, is far below what a wrong epsilon, scale, mask or GELU formula, or a lost lane, makes.
+# times. So the tolerance is measured: the change of the exact logits if every weight changes by half a unit of its last place.
+# A forward pass also rounds each product and sum, so its error has the same size. In thousands of random models the ratio is
+# 0.9 in the median, below 3 for 99 of 100, and 10 at most. The tolerance is about 3e-5 of the greatest logit. A wrong epsilon,
+# scale, mask or GELU formula, or a lost lane, causes a far greater error.
 SAFETY = 40
 TOLERANCE = 3e-5  # the same for well-conditioned networks, as a part of the row's greatest logit
 
 
 def exact_logits(path: Path, config: Config, tokens: Sequence[int]) -> tuple[oracle.Array, oracle.Array]:
-    """The logits (T, V) in float64, and what an honest float32 result may differ from them, (T, 1)."""
+    """Return the logits (T, V) in float64, and the tolerance of a correct float32 result, (T, 1)."""
     weights = oracle.weights(path)
     exact = oracle.forward(weights, config, tokens)
     moved = np.zeros((len(tokens), 1))
@@ -726,7 +727,7 @@ def assert_near_tie(exact: oracle.Array, tolerance: float, sampler: str, a: int,
     if sampler == "greedy":
         assert abs(exact[a] - exact[b]) <= 2 * tolerance
     else:
-        running = np.cumsum(oracle.softmax(exact))[min(a, b) : max(a, b)]  # where one of them stopped and the other went on
+        running = np.cumsum(oracle.softmax(exact))[min(a, b) : max(a, b)]  # where one stopped and the other continued
         assert (np.abs(running - 0.5) <= 2 * tolerance + len(exact) * EPS).all()
 
 
@@ -762,7 +763,7 @@ def test_gelu_over_its_range(files: Files, isa: str) -> None:
     with instruction_set(isa):
         logits = whole(path, [7, 3])
     exact = oracle.forward(oracle.weights(path), config, [7, 3])
-    # A logit is one channel, so what is seen is GELU's own error: a few EPS of the largest channel.
+    # A logit is one channel, so its error is GELU's error: a few EPS of the largest channel.
     assert_accurate(logits, exact, relative(exact, 16 * EPS))
 
 
@@ -788,7 +789,7 @@ def test_huge_gelu_inputs(files: Files, value: float) -> None:
 
 @pytest.mark.parametrize("gain", [30.0, 1e3, 1e6])
 def test_saturated_attention(files: Files, gain: float) -> None:
-    """Scores in the thousands and millions: softmax is a choice of one key, and nothing overflows on the way."""
+    """Scores in the thousands and millions: softmax chooses one key, without an overflow."""
 
     def tweak(tensors: Tensors) -> None:
         tensors["qkvw"][0, : 2 * PLAIN.C] *= np.float32(math.sqrt(gain))
@@ -798,8 +799,8 @@ def test_saturated_attention(files: Files, gain: float) -> None:
     tokens = [(11 * i) % PLAIN.V for i in range(40)]
     weights = oracle.weights(path)
     activations = oracle.forward_activations(weights, PLAIN, tokens)
-    # Scores of size s carry errors of a few s * EPS, and exp turns an absolute error into a relative one: where the two best
-    # keys lie closer than that, either choice is right. Rows in which the best key leads by more are compared.
+    # Scores of size s have errors of a few s * EPS, and exp turns an absolute error into a relative error. If the two best keys
+    # are closer than that, both choices are right. Rows in which the best key leads by more are compared.
     q, k, _ = activations["qkv"][0].reshape(len(tokens), 3, PLAIN.NH, PLAIN.HS).transpose(1, 2, 0, 3)
     scores = np.where(np.tri(len(tokens), dtype=bool), q @ k.transpose(0, 2, 1) / math.sqrt(PLAIN.HS), -np.inf)
     doubt = 16 * EPS * np.abs(np.where(np.isfinite(scores), scores, 0)).max()
@@ -862,7 +863,7 @@ def test_logits_beyond_float32(files: Files) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_denormals_are_numbers(files: Files, isa: str) -> None:
-    """Nothing flushes them to zero: neither a compiler flag nor a library that switches the processor's mode."""
+    """They stay: compiler flags and libraries that switch the processor's mode do not flush them to zero."""
     tiny = np.float32(2.0**-140)
     config = Config(maxT=2, V=3, L=1, NH=1, C=16)
 
@@ -919,7 +920,7 @@ nans = st.one_of(
 @settings(fuzz, max_examples=150)
 @given(data=st.data(), name=st.sampled_from(sorted(random_tensors(PLAIN, 0))), bits=nans, isa=isas, nth=st.integers(1, 3))
 def test_nan_weight_is_an_error(files: Files, data: st.DataObject, name: str, bits: int, isa: str, nth: int) -> None:
-    """One NaN, of any payload, in any tensor, is reported: whatever the prompt's length, no id comes out of it."""
+    """One NaN, of any payload, in any tensor, is reported for prompts of every length, and does not give an id."""
     count = data.draw(st.one_of(st.integers(1, 39), st.sampled_from([15, 16, 17, 31, 32, 33])), label="tokens")
     size = count * PLAIN.C if name == "wpe" else random_tensors(PLAIN, 0)[name].size
     place = data.draw(st.integers(0, size - 1), label="index")
@@ -970,7 +971,7 @@ def test_any_bits_at_all(files: Files, data: st.DataObject, seed: int, nth: int)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# step(): what it refuses, and that a refusal changes nothing
+# step(): refusals, which do not change anything
 
 
 @pytest.fixture
@@ -1035,7 +1036,7 @@ def test_cache_of_another_model(files: Files, plain: GPT2) -> None:
 
 @pytest.mark.parametrize("swapped", ["theirs", "no cache"])
 def test_rows_that_change_while_they_are_checked(files: Files, plain: GPT2, swapped: str) -> None:
-    """A token's __index__ may be anybody's code: what it puts into a later row is checked like the rest."""
+    """A token's __index__ may run any code. If it changes a later row, that row is checked, too."""
     with GPT2.load(files.random(PLAIN, 1)) as twin:
         mine, theirs = plain.new_cache(), twin.new_cache()
         later: list[Any] = [1, mine, True]

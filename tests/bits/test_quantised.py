@@ -1,6 +1,6 @@
-"""q8_0 and q4_0: the products are those of plain loops, bit for bit, and no logit depends on how it was computed.
+"""q8_0 and q4_0: products equal plain loops, bit for bit, and logits do not depend on threads, batches and caches.
 
-The scalar twin (_reference.pyx) and NumPy make the expected numbers; the float64 oracle says what they are worth.
+The scalar twin (_reference.pyx) and NumPy make the expected numbers; the float64 oracle measures their accuracy.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Compute with the named set, then with the one that was in force."""
+    """Compute with the named set, then with the previous set."""
     before = cpu_info()["isa"]
     select_isa(name)
     try:
@@ -71,7 +71,7 @@ SPECIAL = np.array([0, -0.0, 1e-45, -1e-38, 3e-37, 3.8e-37, 1, -1, 3e38, -3.4e38
 
 
 def rows_of(count: int, K: int, seed: int, specials: int) -> Float32:
-    """Rows of activations: groups of any size, whole groups of zeros, and so many special numbers."""
+    """Rows of activations: groups of any size, whole groups of zeros, and some special numbers."""
     rng = np.random.default_rng(seed)
     sizes = np.exp2(rng.integers(-30, 30, (count, (K + 31) // 32))).repeat(32, axis=1)[:, :K]
     rows = (rng.standard_normal((count, K)) * sizes).astype(np.float32)
@@ -209,7 +209,7 @@ def test_panels_are_a_files(name: str, N: int, K: int, seed: int, nth: int) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_and_layers(name: str) -> None:
-    """Panels of two layers of bfloat16 are those of the same numbers in float32."""
+    """Panels of two layers of bfloat16 equal the panels of the same numbers in float32."""
     array = np.random.default_rng(3).standard_normal((2, 40, 70)).astype(np.float32)
     array = (array.view("u4") & 0xFFFF0000).view("f4")
     made = []
@@ -278,7 +278,7 @@ class Random:
 
 
 def values_of(model: QuantisedWeights) -> dict[str, oracle.Array]:
-    """The numbers that a quantised model stands for, as float64."""
+    """Return the numbers of a quantised model as float64."""
     arrays = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
         kind, data = model.tensors[name]
@@ -334,7 +334,7 @@ SPREAD = 5 / 50
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", NAMES)
 def test_against_float64(name: str, seed: int) -> None:
-    """Only the rounding of activations tells the logits from the oracle's for the same quantised weights."""
+    """With the same quantised weights, the logits differ from the oracle's only by the rounding of activations."""
     config = Config(maxT=30, V=211, L=2, NH=3, C=96)
     model = quantised(Random(config, seed), name)
     tokens = [(37 * i + seed) % config.V for i in range(30)]

@@ -1,8 +1,8 @@
 """More workers than processors, and less than one processor for them: throughput must not collapse.
 
-Each number of workers decodes in a process of its own, on all processors, on one, and under a quota of half a processor (a
-cgroup where one may be made, else the process is stopped for half of every tenth of a second). The numbers of workers take
-turns and medians are compared, so that what else the machine does touches all alike. It should have little else to do.
+Each number of workers decodes in a separate process: on all processors, on one, and under a quota of half a processor. The
+quota is a cgroup, or the process is stopped for half of every tenth of a second. The numbers of workers take turns, and medians
+are compared, so other programs on the machine affect all equally. It should have little else to do.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a machine does to programs: no memory, no threads, streams that are closed or full, files that change in use.
+"""Failures of the machine: no memory, no threads, streams that are closed or full, files that change in use.
 
 An error is one line and the documented status. The object that raised it works on.
 """
@@ -236,8 +236,8 @@ def test_commands_without_threads(budget: Budget, files: Files) -> None:
 
 
 def without_threads() -> list[str] | None:
-    """What to put before a command that gets so many threads only (word 1 says how many). Root becomes a user of no processes
-    who may read root's files. None where this cannot be had."""
+    """Return the words before a command that limits its number of threads (word 1). Root becomes a user of no processes
+    who may read root's files. None if this is impossible here."""
     words = ["prlimit", "--nproc=1"]
     if not os.geteuid():
         one = "-all,+dac_override"
@@ -298,7 +298,7 @@ def test_a_model_file_that_changes_in_use(budget: Budget, files: Files, tmp_path
 
 
 def test_training_whose_data_is_cut_short(files: Files, tmp_path: Path) -> None:
-    """One line, and what was saved can be resumed."""
+    """One line is printed, and saved work can be resumed."""
     data, state = tmp_path / "data.bin", tmp_path / "m.state"
     shutil.copy(files.tokens, data)
     options = ["--data", data, "--init", files.small, *TRAINING, "--steps", 10**6, "--out", tmp_path / "m.bin"]

@@ -1,4 +1,4 @@
-"""Checkpoints: which file is chosen, what the strict reader refuses, what the writer leaves behind."""
+"""Checkpoints: the choice of the file, the refusals of the strict reader, and the files of the writer."""
 
 import errno
 import math
@@ -90,7 +90,7 @@ def random_tensors(config: Config, seed: int = 0) -> dict[str, npt.NDArray[np.fl
 
 
 def refusal(path: str | Path) -> str:
-    """Open a file that must be refused, without noticeable memory, and return the one line that says why."""
+    """Open a file that must be refused, without noticeable memory, and return the reason, one line."""
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as caught:
@@ -210,13 +210,13 @@ def test_the_message_names_what_was_found_and_expected(tmp_path: Path, index: in
 
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """One file a version whose header the tests below overwrite."""
+    """One file for each version. The tests below overwrite its header."""
     folder = tmp_path_factory.mktemp("headers")
     return {version: small_model(folder, version, name=f"v{version}.bin") for version in VERSIONS}
 
 
 def judge(path: Path, fields: Sequence[int]) -> None:
-    """Give the file this header: it must open exactly when the format says so, and be refused cheaply otherwise."""
+    """Give the file this header. It must open if the format allows it, and otherwise be refused with little memory."""
     with path.open("r+b") as file:
         file.write(pack(fields))
     tracemalloc.reset_peak()
@@ -649,7 +649,7 @@ def test_bfloat16_by_hand(tmp_path: Path, pattern: int, expected: int) -> None:
 
 
 def bfloat16_value(pattern: int) -> Fraction:
-    """The exact value of a finite bfloat16; the pattern of infinity stands for the power of two that comes next."""
+    """Return the exact value of a finite bfloat16. The pattern of infinity means the next power of two."""
     sign, exponent, fraction = pattern >> 15, pattern >> 7 & 0xFF, pattern & 0x7F
     magnitude = Fraction(fraction + 128 * (exponent > 0)) * Fraction(2) ** (max(exponent, 1) - 134)
     return -magnitude if sign else magnitude
@@ -711,7 +711,7 @@ def test_other_shapes_are_not_written(tmp_path: Path, name: str, shape: tuple[in
 
 
 class Interrupted(Mapping[str, Any]):
-    """Tensors that call `at_fcw` when the eleventh is asked for, in the middle of the file."""
+    """Tensors that call `at_fcw` for the eleventh tensor, in the middle of the file."""
 
     def __init__(self, at_fcw: Callable[[], None]) -> None:
         self.tensors = random_tensors(Config(**SMALL), seed=9)

@@ -21,7 +21,7 @@ import pictures  # noqa: E402
 import write_docs  # noqa: E402
 
 README = ROOT / "README.md"
-LOG = ROOT / "docs" / "benchmarks.md"  # a dated log: its commands and sentences are those of their day
+LOG = ROOT / "docs" / "benchmarks.md"  # a dated log, with the commands and sentences of its days
 PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if page != LOG)]
 
 # Commands that are not run here, by their beginnings, and why.
@@ -36,7 +36,7 @@ ELSEWHERE = {
     "python tools/pictures.py": "the same",
     "FLOAT16 = Format(": "a part of a file, which tests/bits/test_neon.py tries",
 }
-# What makes a command short enough for a test.
+# Replacements that make a command short enough for a test.
 SHORTER = {
     "pygpt train --data": "pygpt train --val-batches 1 --sample-every 0 --data",
     "--steps 200": "--steps 2",

@@ -1,5 +1,5 @@
-"""Ctrl-C at every moment of a step, of a training step, of a save and of a write: it is never lost, and everything or nothing
-is done."""
+"""Ctrl-C at every moment of a step, a training step, a save and a write. It is never lost, and the work is complete or
+undone."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def test_a_step_that_raises_has_changed_no_cache(model: GPT2, count: int) -> Non
 
 
 class Other(Exception):
-    """What the handler of another signal raises."""
+    """The exception of another signal's handler."""
 
 
 STRIKES = {"alone": None, "before": signal.SIGHUP, "after": signal.SIGUSR1}  # Python handles signals by their numbers

@@ -247,7 +247,7 @@ def test_the_vocabulary_is_gpt2s(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a model takes from it
+# The model of a file
 
 
 def test_a_file_of_the_tests_own_is_read(folder: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_closed_file_says_so(folder: Path) -> None:
 
 
 def changed(**pairs: bytes | None) -> bytes:
-    """A sound file but for some keys, named with _ for each dot."""
+    """Return a valid file with other keys, which have _ for each dot."""
     found = keys()
     for name, value in pairs.items():
         key = next((key for key in found if key.replace(".", "_") == name), name)
@@ -333,7 +333,7 @@ def changed(**pairs: bytes | None) -> bytes:
 
 
 def tampered(name: str, change: Callable[[Tensor], Tensor | None]) -> bytes:
-    """A sound file but for one tensor."""
+    """Return a valid file with another tensor."""
     table = [change(tensor) if tensor[0] == name else tensor for tensor in model().values()]
     return build(list(keys().values()), [tensor for tensor in table if tensor is not None])
 

@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: the bytes of the tests' own writers, and one line for everything that is not such a model."""
+"""Read and write Hugging Face models: the bytes of the tests' own writers, and one line for every other file."""
 
 import json
 import os
@@ -204,7 +204,7 @@ def test_heads_of_a_bin_file(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def sparse(path: Path, dtype: str, *, L: int, NH: int, C: int, V: int, maxT: int) -> None:
-    """A model of zeros that takes no room on the disk."""
+    """A model of zeros, as a sparse file."""
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (maxT, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     outs: dict[str, tuple[int, ...]] = {
         "attn.c_attn": (C, 3 * C),
@@ -247,7 +247,7 @@ def test_a_guess_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is no model
+# Files that are not models
 
 
 def without(name: str) -> Callable[[Tensors], object]:
@@ -521,7 +521,7 @@ def test_a_file_that_is_not_sound(folder: Path, capsys: pytest.CaptureFixture[st
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
 def test_no_damage_is_a_surprise(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Whatever bytes change: a CheckpointError, or a file whose every tensor can be read and lies within it."""
+    """Change any bytes. The result is a CheckpointError, or a file in which every tensor can be read."""
     damaged = bytearray(SOUND)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(damaged) - 1))
@@ -703,7 +703,7 @@ def test_a_closed_file(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
 def test_it_needs_less_room_than_the_file(folder: Path) -> None:
-    """Nor are more than some rows or a layer of it mapped at a time: neither ulimit -v nor a container's limit minds."""
+    """Only some rows or one layer are mapped at a time, so `ulimit -v` and a container's limit may be low."""
     shape = {"maxT": 64, "V": 20000, "L": 60, "NH": 1, "C": 128}
     sparse(Path("m.safetensors"), "F32", **shape)
     assert os.path.getsize("m.safetensors") > 54 * MB

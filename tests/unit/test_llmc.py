@@ -1,4 +1,4 @@
-"""llm.c's debug state, examples and vocabulary: bytes made by hand, every refusal, and what the writers leave behind."""
+"""llm.c's debug state, examples and vocabulary: bytes made by hand, every refusal, and the files of the writers."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Imports of the package go downwards only: no arrow upwards, and no circle, type checking and lazy imports included."""
+"""Imports of the package go only downwards, also imports for types and lazy imports. Circles are refused."""
 
 import ast
 import re
