@@ -348,7 +348,7 @@ cdef class TrainStep(Step):
         cdef Tensor* d = <Tensor*> &self.back.d
         for _, _, offset, _ in config.tensors(padded=True):
             if w.format != float32:
-                raise InputError("weights to train must be float32")
+                raise InputError("weights to train must be float32: open the model with TrainableGPT2")
             d[0] = Tensor(<const char*> (&gradients[0] + <Py_ssize_t> offset), w.step, float32)
             w += 1
             d += 1
@@ -362,7 +362,7 @@ cdef class TrainStep(Step):
         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
         self.ready = False
         if self.weights.net.w.wte.data == NULL:
-            raise ClosedError("the model is closed")
+            raise ClosedError("the model is closed: open it again")
         if (B, T) != (self.back.B, self.back.T):
             self.caches = []
             self.back.B, self.back.T = B, T

@@ -577,7 +577,7 @@ cdef class Weights:
             raise InputError(f"{name} is a vector: it cannot be of format {format}, only matrices can")
         tensor.step = bytes_of(tensor.format, shape[0] if len(shape) == 2 else 1, K)
         if view.shape[0] != layers * tensor.step:
-            raise InputError(f"{name} takes {layers * tensor.step} bytes in {format}, {view.shape[0]} bytes given")
+            raise InputError(f"{name} has {view.shape[0]} bytes, expected {layers * tensor.step} in {format}")
         tensor.data = <const char*> &view[0]
         if len(shape) == 2 or tensor.format == float32:
             self.kept.append(memoryview(data))
@@ -595,7 +595,7 @@ cdef class Weights:
         self.kept = None
 
     def __reduce__(self):
-        raise TypeError("weights cannot be copied or pickled: they lie in an open model, so open its file again")
+        raise TypeError("weights cannot be copied or pickled: they belong to an open model, so open its file again")
 
 
 cdef class KeysValues:
@@ -640,7 +640,7 @@ cdef class Trace:
         cdef void* memory = NULL
         cdef Py_ssize_t i
         if nth < 1 or capacity < 1:
-            raise InputError(f"a trace of {capacity} events for {nth} workers: both must be at least 1")
+            raise InputError(f"a trace is for {capacity} events and {nth} workers: both numbers must be at least 1")
         if (
             nth > (<Py_ssize_t> 1 << 50) or capacity > (<Py_ssize_t> 1 << 50)   # larger sizes would wrap around
             or posix_memalign(&memory, 64, nth * sizeof(trace_log))
@@ -664,7 +664,7 @@ cdef class Trace:
 
     cdef trace_log* log(self, Py_ssize_t ith) except NULL:
         if not 0 <= ith < self.nth:
-            raise InputError(f"worker {ith}: this trace has {self.nth}")
+            raise InputError(f"worker is {ith}: this trace has workers 0 to {self.nth - 1}")
         return self.logs + ith
 
     def events(self, Py_ssize_t ith) -> list:
@@ -736,14 +736,14 @@ cdef class Step:
         cdef KeysValues cache
         cdef State* s = &self.state
         if self.weights.net.w.wte.data == NULL:
-            raise ClosedError("the model is closed")
+            raise ClosedError("the model is closed: open it again")
         if not 1 <= active <= self.nth:
-            raise InputError(f"{active} workers: this step has 1 to {self.nth}")
+            raise InputError(f"active is {active}: this step has 1 to {self.nth} workers")
         self.active = active
         s.R = s.W = 0
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
-                raise InputError(f"row {shown(entry)} is not (token, cache, want_logits)")
+                raise InputError(f"row is {shown(entry)}: it must be (token, cache, want_logits)")
         # The caller's code may run here (an index(), a truth value) and change the caller's rows. So this line comes before
         # the checks of the caches and before any change of a cache.
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
@@ -899,7 +899,7 @@ cdef const weight_format* quantised_format(name) except NULL:
     """Find the table row of a quantised format. Raises InputError for other formats."""
     cdef const weight_format* format = format_named(name)
     if format.quantise == NULL:
-        raise InputError(f"{name} is not a quantised weight format")
+        raise InputError(f"weight format is {name}: it must be q8_0 or q4_0")
     return format
 
 
@@ -976,7 +976,7 @@ def blocks_to_panels(
     cdef Py_ssize_t step = bytes_of(to, N, K), size = N * (K // 32) * (to.value_bytes + to.scale_bytes)
     cdef Py_ssize_t start, stop, layer, first, last, groups = (N + 15) // 16
     if K % 32:
-        raise InputError(f"rows of {K} values cannot be blocks of 32")
+        raise InputError(f"K is {K}: it must be a multiple of 32")
     check_bytes("out", out.shape[0], layers * step)
     check_bytes("blocks", blocks.shape[0], layers * size)
     shard(layers * groups, ith, nth, &start, &stop)
@@ -1105,9 +1105,9 @@ def copy_keys_values(KeysValues to not None, KeysValues source not None, length=
     cdef Py_ssize_t count = source.length if length is None else length
     cdef size_t size
     if not 0 <= count <= source.length:
-        raise InputError(f"cannot copy {count} rows: the cache has {source.length}")
+        raise InputError(f"cannot copy {count} rows: the cache has only {source.length}")
     if to.weights is not source.weights or to.length or to.capacity < count:
-        raise InputError("a cache can be copied to an empty one of the same model that has room for it")
+        raise InputError("the target must be an empty cache of the same model, with room for all rows")
     size = count * width * sizeof(float)
     with nogil:
         for i in range(rows):

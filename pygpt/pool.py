@@ -90,7 +90,7 @@ class ThreadPool:
             self._busy = True
             try:
                 if self._closed:
-                    raise ClosedError("the model or its thread pool is closed")
+                    raise ClosedError("the model or its thread pool is closed: make a new one")
                 workers = self._ready()
                 if before is not None:
                     before()

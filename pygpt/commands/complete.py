@@ -109,7 +109,7 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
 
     path, origin = find_model(path)
     notice = (
-        f"using the small embedded Shakespeare model, because this folder has no {GPT2_FILE}; "
+        f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; "
         "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
     return open_model(path, threads, options), notice if origin == "embedded" else ""

@@ -101,7 +101,7 @@ def check_name(name: str) -> None:
             f"{name[:200]}: pygpt does not download from an address: fetch the file with any tool, then use `pygpt convert`"
         )
     if not is_downloadable(name):
-        raise InputError(f"{name[:80]!r} is neither a name ({', '.join(MODELS)}) nor a repository OWNER/NAME; see --help")
+        raise InputError(f"{name[:80]!r} must be a name ({', '.join(MODELS)}) or a repository OWNER/NAME; see --help")
 
 
 def place(source: str, target: str, *, linked: bool) -> None:
@@ -121,7 +121,7 @@ def present(target: str, version: int | None) -> str:
     Raises InputError if the target is another kind of file, a model of another version, or cannot be a file name.
     """
     if not os.path.basename(target):
-        raise InputError(f"{target!r} is not the name of a file")
+        raise InputError(f"-o is {target!r}: it must be the name of a file")
     check_parent(target)
     if not os.path.lexists(target):
         return ""

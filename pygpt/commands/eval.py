@@ -243,7 +243,7 @@ def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.in
     """Return the first --limit tokens of the subject. Raises InputError if there are fewer than 2."""
     tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first has no context")
+        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
     return tokens
 
 

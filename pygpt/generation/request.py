@@ -57,7 +57,7 @@ def check_tokens(config: Config, tokens: Iterable[int]) -> list[int]:
     """Return token ids as a list of 1 to maxT ints below V. Raises InputError for anything else."""
     checked = check_ids(config, tokens)
     if len(checked) > config.maxT:
-        raise InputError(f"{len(checked)} tokens were given: the model takes at most {config.maxT}")
+        raise InputError(f"{len(checked)} tokens were given: the model takes at most {config.maxT}, so give fewer")
     return checked
 
 
@@ -180,7 +180,7 @@ def parse_json(text: bytes) -> "dict[str, Any]":
     if unknown := sorted(set(request) - JSON_KEYS):
         raise InputError(f"request: unknown key {shown(unknown[0])}: keys are {', '.join(sorted(JSON_KEYS))}")
     if "tokens" not in request:
-        raise InputError('request: the key "tokens" is missing')
+        raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
     for key, value in request.items():
         if value is None:
             raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")

@@ -219,7 +219,7 @@ def test_an_error_ends_one_job_alone(model: GPT2, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_step_that_fails_loses_nothing(model: GPT2, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+def test_a_failed_step_keeps_all(model: GPT2, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
     """Every second step is interrupted, before or after it runs. The same engine continues."""
     wanted = [list(model.generate([1, 2, 3], max_new_tokens=6)), list(model.generate([4], max_new_tokens=5))]
     step, calls = Network.step, iter(range(1000))

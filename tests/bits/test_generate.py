@@ -252,7 +252,7 @@ def test_any_use_of_a_prefix_cache(model: GPT2, data: st.DataObject) -> None:
         assert list(answer) == rest
 
 
-def test_an_interrupted_completion_leaves_a_sound_cache(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_completion_leaves_a_valid_cache(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model.new_prefix_cache()
     wanted = by_hand(model, [1, 2, 3], 6)
     list(model.generate([1, 2, 3], max_new_tokens=3, cache=cache))
@@ -297,7 +297,7 @@ def test_a_copied_cache_must_fit(model: GPT2, path: str) -> None:
     with GPT2.load(path, threads=1) as other:
         for wrong in (full, model.new_cache(2), other.new_cache()):
             length = wrong.length
-            with pytest.raises(InputError, match="copied to an empty one of the same model"):
+            with pytest.raises(InputError, match="an empty cache of the same model"):
                 copy_keys_values(wrong, source, 3)
             assert wrong.length == length
     for capacity in (3, 7, MAXT):
@@ -506,9 +506,9 @@ def test_half_a_character_does_not_match(speller: GPT2, monkeypatch: pytest.Monk
         ({"stop_strings": ""}, "a stop string is empty"),
         ({"stop_strings": ["a", ""]}, "a stop string is empty"),
         ({"stop_strings": 5}, "stop_strings is 5: it must be a list of str"),
-        ({"stop_strings": [5]}, "stop string 5 is not a string"),
+        ({"stop_strings": [5]}, "stop string is 5: it must be text"),
         ({"stop_strings": b"a"}, "stop_strings is b'a'"),
-        ({"stop_strings": ["\ud800"]}, "has no UTF-8 form"),
+        ({"stop_strings": ["\ud800"]}, "cannot be written in UTF-8"),
         ({"stop_token_ids": 50257}, "token '50257' is not a token id"),
         ({"stop_token_ids": [-1]}, "token '-1'"),
         ({"stop_token_ids": "5"}, "stop_token_ids is '5': it must be a list of int"),
@@ -582,7 +582,7 @@ def test_streamer(model: GPT2) -> None:
     assert len(listener.got) == 12
 
 
-def test_nothing_runs_before_the_first_token_is_requested(model: GPT2, rows_run: list[int]) -> None:
+def test_generation_starts_with_the_first_requested_token(model: GPT2, rows_run: list[int]) -> None:
     running = model.generate([1, 2, 3], max_new_tokens=4)
     assert rows_run == []
     next(running)

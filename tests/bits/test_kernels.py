@@ -185,7 +185,7 @@ def test_parallel_is_one_thread(
         assert same(whole(path, tokens, threads=nth), one)
 
 
-def test_choice_of_workers_changes_no_bit(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_of_workers_keeps_the_bits(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of one sequence on one worker, on all workers, and with the model's choice."""
     config = Config(maxT=64, V=211, L=2, NH=3, C=93)
     path = files.random(config, 12)
@@ -273,9 +273,7 @@ def test_place_of_a_row(files: Files, data: st.DataObject, config: Config, seed:
 
 @fuzz
 @given(data=st.data(), config=configs(shortest=2), seed=seeds, isa=isas, nth=threads)
-def test_rows_taken_back_leave_no_trace(
-    files: Files, data: st.DataObject, config: Config, seed: int, isa: str, nth: int
-) -> None:
+def test_removed_rows_leave_no_trace(files: Files, data: st.DataObject, config: Config, seed: int, isa: str, nth: int) -> None:
     path = files.random(config, seed)
     kept = data.draw(st.integers(0, config.maxT - 1), label="kept")
     first = data.draw(prompts(config, at_least=max(kept, 1)), label="first")
@@ -372,8 +370,8 @@ def test_the_tables_of_formats_agree(isa: str) -> None:
     [
         ("qkvw", "q5_1", 0, "weights are of format 'q5_1': the kernels read float32, bfloat16, q8_0, q4_0"),
         ("lnfb", "float16", 0, "weights are of format 'float16': the kernels read float32, bfloat16, q8_0, q4_0"),
-        ("fcw", "float32", 1, "fcw takes 9216 bytes in float32, 9215 bytes given"),
-        ("lnfb", "bfloat16", 0, "lnfb takes 48 bytes in bfloat16, 96 bytes given"),
+        ("fcw", "float32", 1, "fcw has 9215 bytes, expected 9216 in float32"),
+        ("lnfb", "bfloat16", 0, "lnfb has 96 bytes, expected 48 in bfloat16"),
     ],
 )
 def test_weights_that_do_not_fit(name: str, stored: str, cut: int, message: str) -> None:
@@ -818,7 +816,7 @@ def test_saturated_attention(files: Files, gain: float) -> None:
         assert_accurate(logits[rows], exact, relative(exact, 4 * TOLERANCE))
 
 
-def test_attention_sees_no_later_key(files: Files) -> None:
+def test_attention_ignores_later_keys(files: Files) -> None:
     """A later row that is anything at all, even NaN, leaves the earlier rows' bits alone."""
     config = Config(maxT=40, V=4, L=2, NH=3, C=33)
 
@@ -980,7 +978,7 @@ def plain(files: Files) -> Iterator[GPT2]:
         yield model
 
 
-def test_no_rows_and_no_wants(plain: GPT2) -> None:
+def test_steps_without_rows_and_without_wants(plain: GPT2) -> None:
     cache = plain.new_cache()
     assert plain.step([]).shape == (0, PLAIN.V)
     assert plain.step([(1, cache, False), (2, cache, False)]).shape == (0, PLAIN.V)
@@ -1131,12 +1129,12 @@ def test_the_beginning_of_a_cache_is_copied(plain: GPT2, length: int | None) -> 
 def test_more_rows_than_a_cache_has_are_not_copied(plain: GPT2, length: int) -> None:
     source, target = plain.new_cache(), plain.new_cache()
     plain.prefill(source, [1, 2, 3])
-    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache has 3"):
+    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache has only 3"):
         copy_keys_values(target, source, length)
     assert target.length == 0
 
 
-def test_what_belongs_to_a_model_is_neither_copied_nor_pickled(plain: GPT2) -> None:
+def test_parts_of_a_model_are_not_copied_or_pickled(plain: GPT2) -> None:
     tensors = {name: ("float32", memoryview(array.tobytes())) for name, array in random_tensors(PLAIN, 0).items()}
     weights = Weights(PLAIN, tensors)
     for thing in weights, Step(weights, 1, 0), Trace(1, 1), Floats(1, 1):
@@ -1247,7 +1245,7 @@ def test_samplers_at_the_edges(logits: list[float], expected_median: int, expect
     [[math.nan], [0.0, math.nan], [math.nan, 0.0], [INF], [0.0, INF], [INF, INF], [-INF], [-INF, -INF], [INF, math.nan], []],
 )
 @pytest.mark.parametrize("sampler", ["median", "greedy"])
-def test_samplers_refuse_what_is_not_finite(sampler: str, logits: list[float]) -> None:
+def test_samplers_refuse_logits_that_are_not_finite(sampler: str, logits: list[float]) -> None:
     with pytest.raises(NumericalError, match="not finite"):
         sample(sampler, np.array([logits], np.float32).data, 0)
 

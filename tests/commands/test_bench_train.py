@@ -303,7 +303,7 @@ def test_limits_are_held_against_the_right_ceiling() -> None:
     assert least.total == pytest.approx(sum(least[1:]))
 
 
-def test_a_batch_is_sequences_and_what_follows() -> None:
+def test_a_batch_is_sequences_and_their_next_tokens() -> None:
     batch = bench_train.batch_of(CONFIG, 3, 5)
     flat = [token for row in batch.inputs for token in row]
     assert [token for row in batch.targets for token in row][:-1] == flat[1:]

@@ -117,7 +117,7 @@ def test_other_tests_can_be_named(tmp_path: Path) -> None:
     assert {"process", "decode after 8 tokens, 8 together", "7.12", "12,345"} <= set(shown)
 
 
-def test_what_bench_prints_can_be_drawn(tmp_path: Path) -> None:
+def test_output_of_bench_can_be_drawn(tmp_path: Path) -> None:
     small = ["-p", "8", "-n", "2", "-d", "4", "-b", "1", "-t", "1", "-r", "1", "--limit-megabytes", "8"]
     done = run("bench", *small, "--no-process", "--no-memory", "--against", "numpy", "-o", "json")
     assert (done.returncode, done.stderr) == (0, "")

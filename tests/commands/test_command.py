@@ -642,7 +642,7 @@ def test_bad_options_of_generation(arguments: list[str], named: list[str]) -> No
     assert_refused(run(*arguments, "5"), *named)
 
 
-def test_what_the_vocabulary_lacks(small: str) -> None:
+def test_stops_outside_the_vocabulary(small: str) -> None:
     assert_refused(run("-m", small, "--stop-at-eot", "5"), "50256", "210")
     assert_refused(run("-m", small, "--stop", "a", "5"), "50257", "211")
     assert_refused(run("-m", small, "--stop", "a", "-"), "50257", "211")

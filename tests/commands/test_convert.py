@@ -165,7 +165,7 @@ def test_it_needs_little_memory(tmp_path: Path, found: int, version: int) -> Non
 # The command
 
 
-def test_it_says_what_it_did(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_reports_its_work(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make("a.bin", version=3, **SMALL)
     assert main(["a.bin", "b.bin"]) == 0
     output = capfd.readouterr()

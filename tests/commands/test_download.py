@@ -354,11 +354,11 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
     ("arguments", "named"),
     [
         ("", "NAME; see --help"),
-        ("gpt3", "'gpt3' is neither a name (gpt2, gpt2-medium, "),
+        ("gpt3", "'gpt3' must be a name (gpt2, gpt2-medium, "),
         ("gpt2 gpt2", "gpt2"),
         ("gpt2 --version 4", "'4': it must be 1, 3 or 5"),
-        ("gpt2 -o ''", "'' is not the name of a file"),
-        ("gpt2 -o sub/", "'sub/' is not the name of a file"),
+        ("gpt2 -o ''", "-o is '': it must be the name of a file"),
+        ("gpt2 -o sub/", "-o is 'sub/': it must be the name of a file"),
         ("gpt2 -o absent/a.bin", "absent/a.bin: the folder "),
         (
             "https://host/a.bin",
@@ -450,7 +450,7 @@ def test_as_a_process(site: Site, tmp_path: Path) -> None:
     assert "does not accept a variable HF_...: invalid literal for int() with base 10: 'soon'" in stderr_of("gpt2-xl", 2)
 
 
-def test_examples_of_the_help_are_sound(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_of_the_help_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert EXAMPLES in capsys.readouterr().out

@@ -111,7 +111,7 @@ def make_cgroup() -> Path | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", [all_processors, one_processor, half_a_processor])
-def test_a_crowd_is_not_much_slower(
+def test_many_workers_are_not_much_slower(
     setting: Callable[[], AbstractContextManager[Governor]], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     if setting is one_processor and not hasattr(os, "sched_setaffinity"):

@@ -317,7 +317,7 @@ def test_with_busy_workers(budget: Budget, setting: Setting, code: str) -> None:
             assert (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", ""), outcome
 
 
-def test_no_source_waits_by_the_time_of_day() -> None:
+def test_waits_use_the_monotonic_clock() -> None:
     """A download's age and a trace's date have it."""
     sources = [path for pattern in ("*.py*", "*.h") for path in (ROOT / "pygpt").rglob(pattern) if path.suffix != ".pyc"]
     others = [path for path in sources if path.parent.name != "hub" and path.name != "traces.py"]

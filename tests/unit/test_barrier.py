@@ -459,7 +459,7 @@ def test_the_search_finds_mistakes(mistake: Mistake, sleep: str) -> None:
         search.run()
 
 
-def test_what_has_no_translation_is_refused() -> None:
+def test_unknown_c_is_refused() -> None:
     """Another memory order, another statement: the proof would not be of this code."""
     for old, new in [("memory_order_acquire", "memory_order_relaxed"), ("    barrier_open(b);", "    sched_yield();")]:
         assert old in SYNC
@@ -511,7 +511,7 @@ def sanitizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("flags", [[], [PORTABLE]], ids=["native", "portable"])
-def test_no_race_and_no_early_pass(flags: list[str], sanitizer: str, tmp_path: Path) -> None:
+def test_races_and_early_passes(flags: list[str], sanitizer: str, tmp_path: Path) -> None:
     program = build(tmp_path, "-Werror", sanitizer, *flags)
     for workers in (1, 2, 3, 4, 8):
         for spins, steps in ((0, 2000), (100, 500), (20_000, 200)):

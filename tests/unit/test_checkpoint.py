@@ -354,7 +354,7 @@ def test_a_file_that_shrinks_while_it_is_opened_is_refused(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_file_that_was_read_is_the_same_and_nobodys_any_more(tmp_path: Path, version: int) -> None:
+def test_a_file_read_into_memory_is_equal_and_independent(tmp_path: Path, version: int) -> None:
     path = small_model(tmp_path, version=version)
     with Checkpoint(path) as mapped, Checkpoint(path, mmap=False) as read:
         assert (read.config, read.version, bytes(read.values)) == (mapped.config, mapped.version, bytes(mapped.values))
@@ -395,7 +395,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_no_room_for_a_file_is_a_memory_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
+def test_a_file_too_large_for_memory_is_a_memory_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
     path = small_model(tmp_path)
 
     def refuse(*_: object, **__: object) -> Any:
@@ -537,7 +537,7 @@ def test_the_map_goes_with_the_last_view(tmp_path: Path) -> None:
     assert not mapped()
 
 
-def test_200_cycles_leak_no_descriptor(tmp_path: Path) -> None:
+def test_200_cycles_keep_the_number_of_descriptors(tmp_path: Path) -> None:
     good, bad = small_model(tmp_path), tmp_path / "bad.bin"
     bad.write_bytes(b"\0" * 2000)
     before = len(os.listdir("/dev/fd"))
@@ -576,7 +576,7 @@ def configs(draw: st.DrawFn) -> Config:
 
 @settings(max_examples=60, deadline=None)
 @given(config=configs(), version=st.sampled_from(VERSIONS), seed=st.integers(0, 99))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, config: Config, version: int, seed: int) -> None:
+def test_written_files_are_read(tmp_path_factory: pytest.TempPathFactory, config: Config, version: int, seed: int) -> None:
     path = tmp_path_factory.getbasetemp() / "round_trip.bin"
     tensors = random_tensors(config, seed)
     write_checkpoint(path, config, tensors, version=version)
@@ -763,7 +763,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     assert synced == [len(old)]
 
 
-def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = small_model(tmp_path)
     old = path.read_bytes()
     seen: list[bytes] = []
@@ -873,7 +873,7 @@ def test_models_are_looked_for_in_order(folder: Path, monkeypatch: pytest.Monkey
     assert find_model() == (EMBEDDED_MODEL, "embedded")
 
 
-def test_the_embedded_model_is_whole(folder: Path) -> None:
+def test_the_embedded_model_is_complete(folder: Path) -> None:
     with Checkpoint(find_model()[0]) as checkpoint:
         assert checkpoint.version == 5
         assert checkpoint.config.V == 50257

@@ -125,7 +125,7 @@ def test_a_full_cache_is_never_exceeded(model: GPT2) -> None:
     assert all(len(result) == 8 for result in done)
 
 
-def test_what_another_thread_appended_survives_a_refusal(path: str) -> None:
+def test_rows_of_another_thread_survive_a_refusal(path: str) -> None:
     """A refused step removes only its own rows."""
     with GPT2.load(path, threads=1) as model:
         cache = model.new_cache(4)
@@ -272,7 +272,7 @@ def test_an_interrupt_after_the_commit_takes_the_rows_back(path: str, monkeypatc
         assert np.array_equal(model.prefill(cache, TOKENS[7:9]), model.logits(TOKENS[:9])[-1])
 
 
-def test_a_chunk_that_fails_takes_the_whole_prompt_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_chunk_removes_the_whole_prompt(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pygpt.model, "CHUNK", 8)
     with GPT2.load(path, threads=2) as model:
         cache = model.new_cache()
@@ -347,27 +347,28 @@ def test_a_round_at_the_end_of_the_stack() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forgotten pools
+# Deleted pools
 
 
 def test_a_stop_in_a_worker_about_to_wait() -> None:
-    """The garbage collector may run a forgotten pool's end in one of its workers, between its look at the flag and its wait."""
+    """The garbage collector may stop a deleted pool in one of its workers, between the worker's test of the flag and its
+    wait."""
     pool = ThreadPool(2)
-    crew = pool._workers
-    assert crew is not None
-    wait = crew.wake.wait
+    workers = pool._workers
+    assert workers is not None
+    wait = workers.wake.wait
     stopped: list[threading.Thread] = []
 
     def stop_then_wait(timeout: float | None = None) -> bool:
         if not stopped:
             stopped.append(threading.current_thread())
-            crew.stop()
+            workers.stop()
         return wait(timeout)
 
-    crew.wake.wait = stop_then_wait  # type: ignore[method-assign]
+    workers.wake.wait = stop_then_wait  # type: ignore[method-assign]
     ran: list[int] = []
     pool.run(lambda ith, _: ran.append(ith))
-    [worker] = crew.threads
+    [worker] = workers.threads
     worker.join(DEADLINE)
     assert not worker.is_alive()
     assert stopped == [worker]
@@ -471,7 +472,7 @@ def test_a_second_interpreter_is_refused_clearly(path: str) -> None:
     assert result.stdout in ("fine\n", "none\n")
 
 
-def test_importing_takes_no_signal(path: str) -> None:
+def test_importing_keeps_signal_handlers(path: str) -> None:
     """The library leaves every signal as it was, used or not."""
     result = script(
         """

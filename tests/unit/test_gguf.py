@@ -373,7 +373,7 @@ def test_other_keys_are_refused(folder: Path, pairs: dict[str, bytes | None], na
     refused(changed(**pairs), *named)
 
 
-def test_what_does_not_matter_is_accepted(folder: Path) -> None:
+def test_harmless_settings_are_accepted(folder: Path) -> None:
     scalars = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     extra = {f"x{kind}": pair(f"x{kind}", kind, struct.pack("<" + code, 1)) for kind, code in scalars.items()}
     extra |= {f"y{kind}": pair(f"y{kind}", 9, struct.pack(f"<IQ3{code}", kind, 3, 1, 0, 1)) for kind, code in scalars.items()}

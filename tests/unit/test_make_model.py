@@ -146,7 +146,7 @@ def test_the_order_of_members_does_not_matter() -> None:
     assert make_model.make_texts(wheel_of(**plays)) == make_model.make_texts(wheel_of(**dict(reversed(plays.items()))))
 
 
-def test_no_member_becomes_a_path() -> None:
+def test_members_are_not_paths() -> None:
     assert set(make_model.read_plays(wheel_of(coriolanus=CORIOLANUS))) == {"coriolanus"}
 
 
@@ -235,7 +235,7 @@ def shares(kept: list[str], held_out: list[str]) -> bool:
 
 
 @given(PASSAGES, PASSAGES)
-def test_removal_leaves_nothing_shared_and_takes_nothing_needlessly(passages: list[str], held_out: list[str]) -> None:
+def test_removal_removes_only_shared_passages(passages: list[str], held_out: list[str]) -> None:
     wanted: list[str] = []
     for passage in passages:
         if not shares([*wanted, passage], held_out):

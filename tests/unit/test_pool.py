@@ -777,7 +777,7 @@ def test_a_thousand_models_leave_nothing(path: Path) -> None:
     assert resident_bytes() - memory < 8 << 20  # 8 KiB a cycle: less than one thread, map or workspace kept
 
 
-def test_the_collector_runs_no_code_for_a_closed_model(path: Path) -> None:
+def test_the_collector_skips_a_closed_model(path: Path) -> None:
     """Python drops a Ctrl-C that is raised in such code: a thread's or a weak reference's callback."""
     gc.collect()
     gc.disable()
@@ -1040,7 +1040,7 @@ def test_exit(path: Path, end: str) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_idle_workers_are_told_to_stop_at_exit(path: Path) -> None:
+def test_idle_workers_stop_at_exit(path: Path) -> None:
     """A handler that was registered before pygpt's runs after it, and finds them gone."""
     program = f"""
 import atexit, sys, threading

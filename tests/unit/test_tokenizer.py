@@ -275,7 +275,7 @@ def test_importing_the_module_does_not_import_tiktoken() -> None:
     assert run_python("import sys, pygpt.tokenizer; print('tiktoken' in sys.modules)") == "False\n"
 
 
-def test_no_socket_is_ever_made(tmp_path: Path) -> None:
+def test_sockets_are_never_made(tmp_path: Path) -> None:
     script = """
 import sys
 def forbid(event, args):

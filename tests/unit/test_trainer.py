@@ -506,7 +506,7 @@ def test_bad_positions(saved: tuple[bytes, Trainer], tmp_path: Path, change: Any
     assert contents(found) == before
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         open_state(tmp_path / "missing.state")
     with pytest.raises(CheckpointError, match="regular file"):

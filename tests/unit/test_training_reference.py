@@ -574,7 +574,7 @@ def test_gradients_replace_add_and_scale(engine: Engine) -> None:
             assert_close(name, model.gradient(name), exact, SAFETY * EPS * float(np.abs(exact).max()))
 
 
-def test_a_padded_row_is_no_token(engine: Engine) -> None:
+def test_padded_rows_are_not_tokens(engine: Engine) -> None:
     """V = 129 is padded to 256 rows: the loss must not depend on the padding."""
     config = Config(maxT=4, V=129, L=1, NH=1, C=4)
     with engine(config) as model:
@@ -726,7 +726,7 @@ def test_parameters_are_a_file_of_version_3(engine: Engine, tmp_path: Path) -> N
         assert (tmp_path / "model.bin").read_bytes()[1024:] == model.parameters.astype("<f4").tobytes()
 
 
-def test_load_refuses_what_is_no_checkpoint(engine: Engine, tmp_path: Path) -> None:
+def test_load_refuses_other_files(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model file"):
         engine.load(tmp_path / "none.bin")
     (tmp_path / "short.bin").write_bytes(bytes(100))
