@@ -20,9 +20,8 @@ The rooms, from the outside in. Each imports only rooms below it:
                   csrc has the inner loops, one source for every instruction set
 
 One arithmetic: each number comes from one fixed sequence of IEEE-754 operations. So the bits do not depend on thread count,
-batch, cache use and instruction set (of the sets with fused multiply-add). Only the names below are public. Before 1.0 they
-change incompatibly only with a new minor version, from then on only with a new major version. A name is imported when it is
-first used, so the command starts without NumPy.
+batch, cache use and instruction set (of the sets with fused multiply-add). Only the names below are public; README has the
+rules for their changes. A name is imported when it is first used, so the command starts without NumPy.
 """
 
 __version__ = "0.1.0"

@@ -62,9 +62,7 @@ class KVCache(KeysValues):
     def truncate(self, length: int) -> None:
         """Keep only the first `length` tokens. Raises InputError unless 0 <= length <= self.length."""
         if not is_whole(length, 0, self.length):
-            raise InputError(
-                f"cannot truncate to {shown(length)} tokens: give 0 to {self.length}, the cache's length"
-            )
+            raise InputError(f"cannot truncate to {shown(length)} tokens: give 0 to {self.length}, the cache's length")
         self._truncate(length)
 
     def copy(self, length: int | None = None, *, capacity: int | None = None) -> "KVCache":

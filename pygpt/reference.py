@@ -1,7 +1,6 @@
 """The serial reference with the interfaces of the fast path: SerialGPT2 for GPT2, SerialTrainableGPT2 for TrainableGPT2.
 
-Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector
-instructions.
+Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector instructions.
 """
 
 import os

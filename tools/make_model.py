@@ -13,8 +13,8 @@ wheel's code. train.txt is the same on every machine, and its sha256 is checked,
 
 tinyshakespeare validates on the beginning of Coriolanus. So this text is held out: it is val.txt, a few lines longer in this
 edition. Other speeches that share eight tokens or eight words in a row with val.txt are removed, also if the eight begin in the
-speech before. As in tinyshakespeare, the rest of the play is in train.txt, and a speech is a name with a colon, the lines, and
-a blank line.
+speech before. As in tinyshakespeare, the rest of the play is in train.txt. A speech is a name with a colon, the lines, a blank
+line.
 
 pygpt train trains with the recipe below. On every processor with FMA, the model gets the same bits. The last line reports
 whether they are the bits of the package's model. Ctrl-C saves the run, and pygpt train --resume continues it.

@@ -163,10 +163,7 @@ def ways() -> Iterator[str]:
     """Yield the ways to use two processors, from the newest table of the log that begins with `way`."""
     log = (ROOT / "docs" / "benchmarks.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in log[log.index("| way |") :].split("\n\n")[0].split("\n")[2:]]
-    lines = [
-        "| way | workers | a token, ms | speed-up | efficiency | over the serial program |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = ["| way | workers | a token, ms | speed-up | efficiency | over the serial program |", "|---|" + "---:|" * 5]
     for way, workers, *_, token, gain in rows:
         speedup = float(rows[1][-2]) / float(token)
         own = f"{speedup:.2f} | {speedup / int(workers):.2f}" if speedup >= 1 else " | "

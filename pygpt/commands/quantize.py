@@ -3,8 +3,7 @@
 q8_0 and q4_0 are formats of GGUF: 32 neighbours of a row share a float16 scale. A weight takes 8.5 or 4.5 bits. f16, bf16 and
 f32 are plain floats. The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep
 their format. A `.gguf` file is for exchange, and llama.cpp runs it. A `.safetensors` file has the same numbers in the layout of
-the kernels, so it is mapped in place. Conversion streams, so memory use stays low. Numbers that already have the format are
-copied unchanged.
+the kernels, so it is mapped in place. Conversion streams, so memory use stays low. Numbers in this format are copied.
 
 stdout stays empty. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
 After a failure, an older DST is unchanged, and an incomplete file is deleted.

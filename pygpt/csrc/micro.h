@@ -36,16 +36,15 @@ struct weight_format {
     int panel;      /* outputs of a register tile of product: use blocks of a multiple of it */
     int narrow;     /* up to this number of rows, gemm is faster than product */
 
-    /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows. For few rows: it reads the weights once. `room`
-     * is scratch memory of rows x (K rounded up to 16) float32 values, for converted activations; for float32
-     * it may be NULL. */
+    /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows. For few rows: it reads the weights once. `room` is
+     * scratch memory of rows x (K rounded up to 16) float32 values, for converted activations; for float32 it may be NULL. */
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const weight_matrix *w,
                  ptrdiff_t start, ptrdiff_t stop, void *room);
 
-    /* Compute the same bits for many rows. The caller packs the rows first. They take at most (rows rounded up to 16) x (K
-     * rounded up to 16) float32 values. Rows from a multiple r of 16 on begin r x (K rounded up to 16) values further. The
-     * weights are packed into `room`, (outputs rounded up to panels) x (K rounded up to 16) float32 values. Choose `room` to
-     * fit the second-level cache. If a format does not pack weights, pack_weights is NULL, and product takes NULL. */
+    /* Compute the same bits for many rows. The caller packs the rows first. They take at most (rows rounded up to 16) x (K rounded
+     * up to 16) float32 values; rows from a multiple r of 16 on begin r x (K rounded up to 16) values further. The weights are
+     * packed into `room`, (outputs rounded up to panels) x (K rounded up to 16) float32 values, chosen to fit the second-level
+     * cache. If a format does not pack weights, pack_weights is NULL, and product takes NULL. */
     void (*pack_rows)(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K);
     void (*pack_weights)(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop);
     void (*product)(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_t rows, const weight_matrix *w,

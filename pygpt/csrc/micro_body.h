@@ -227,8 +227,7 @@ INLINE lanes gelu16(lanes x) {
 
 /* ---------------------------------------------------------------------------------------- matrix products */
 
-/* How a tile prefetches its weight rows: every `every`th group of 16 values (1 or 2), from number `first` on, `ahead` bytes
- * before their use. */
+/* Prefetch of weight rows: every `every`th group of 16 values (1 or 2) from number `first` on, `ahead` bytes before use. */
 typedef struct {
     ptrdiff_t ahead;
     int every, first;
@@ -276,9 +275,8 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 #undef OUT
 }
 
-/* Compute a few rows against `outputs` (a constant) weight rows, which lie `wstep` apart. Two row tiles are about equally tall;
- * each prefetches every other line of the next weight rows. Of more tiles, the first and a lower last one prefetch, and the
- * others find the weights in cache. */
+/* Compute a few rows against `outputs` (a constant) weight rows, `wstep` apart. Two row tiles are about equally tall; each
+ * prefetches every other line of the next weight rows. Of more tiles, the first and a lower last one prefetch for all. */
 INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp,
                         ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind) {
     const int two = rows > tallest && rows <= 2 * tallest;
@@ -288,8 +286,7 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
         if (two) next = (fetch){K * value_bytes(kind), 2, r != 0};
         switch (height) {
 #define ROWS(count) \
-    case count:                                                                                                          \
-        if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next);    \
+    case count: if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next);\
         break
             ROWS(1);
             ROWS(2);
@@ -420,9 +417,8 @@ INLINE void transpose(vec x[W]) {
 #endif
 }
 
-/* The order in which the 16 lanes of a dot are computed: position i is the lane whose bits are those of i, read backwards.
- * After every second lane, both halves of a fold exist. So a stack holds at most four sums that wait for another half. The
- * order is its own inverse. */
+/* The order in which a dot's 16 lanes are computed: position i is lane i with its four bits reversed, so the order is its own
+ * inverse. A stack then holds at most four sums that wait for the other half of a fold. */
 static const unsigned char fold_order[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
 /* Transpose 16 rows of 16 values: out[i * lane_step + row] = row[fold_order[i]]. */
@@ -794,8 +790,7 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-/* If there are enough registers, taller tiles of fewer outputs read a weight row less often. For 4 rows of float32, fewer
- * streams are faster. */
+/* Taller tiles of fewer outputs read a weight row less often; for 4 rows of float32, fewer streams are faster. */
 #ifdef TALL_TILES
 #define TALL_CASES(id, bytes)                                                                                            \
         else if (rows == 4 && bytes == 4)                                                                                \
@@ -833,8 +828,7 @@ static float probe_fma(ptrdiff_t times) {
 EACH_FORMAT(FUNCTIONS)
 #undef FUNCTIONS
 
-/* TABLE defines the table of an instruction set from its name and its quantised formats. The including file uses it once or
- * more. */
+/* TABLE defines the table of an instruction set, from its name and its quantised formats. */
 #define ROW(name, bytes, load) &format_##name,
 #define TABLE(set, quantised)                                                                                            \
     static const weight_format *const formats_##set[] = {EACH_FORMAT(ROW) &quantised[0], &quantised[1], NULL};           \

@@ -1,6 +1,5 @@
-/* The microkernels of the backward pass and of AdamW. micro_body.h defines the lanes, and includes this file. All values are
- * float32. Names and formulas are those of llm.c, train_gpt2.c. Sums over rows are in ascending order; sums within a row use 16
- * lanes. */
+/* The microkernels of the backward pass and of AdamW, a part of micro_body.h. All values are float32. Names and formulas are those
+ * of llm.c, train_gpt2.c. Sums over rows are in ascending order; sums within a row use 16 lanes. */
 
 /* out[n] = (add_to ? out[n] : 0) + sum over r < rows, ascending, of inp[r * ld + n]. */
 static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
@@ -14,8 +13,8 @@ static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows,
 #undef BODY
 }
 
-/* d[n] *= the derivative of gelu at x[n]. gelu(x) = x s(x) with s = 1 / (1 + exp(-2u)) and u = sqrt(2 / pi) (x + 0.044715 x^3).
- * Its derivative is s + x s (1 - s) 2u'. If |x| > 16, s and the derivative are exactly 0 or 1 in float32, so x is clamped. */
+/* d[n] *= the derivative of gelu at x[n]: s + x s (1 - s) 2u', with gelu(x) = x s, s = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (x +
+ * 0.044715 x^3). If |x| > 16, s and the derivative are exactly 0 or 1 in float32, so x is clamped. */
 static void gelu_backward(float *d, const float *x, ptrdiff_t N) {
     const float A = -1.59576912f, B = -0.0713548163f; /* as in gelu16 */
 #define BODY(i, n)                                                                                 \

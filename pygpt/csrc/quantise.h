@@ -1,12 +1,6 @@
-/* Make panels of the quantised formats (a part of quantised_body.h). Lanes are outputs, W at a time, so the numbers are the
- * same in every instruction set. The baseline lacks FMA, so products and sums are rounded separately. _to_q8_0 and _to_q4_0 in
- * pygpt/formats/dtypes.py compute the same numbers. The scale d of a group:
- *
- *   q8_0   d = max|w| / 127, rounded up to a float16. Then q = w / d, rounded to nearest, ties to even.
- *   q4_0   Search. Let e be the first number of the greatest magnitude. Each candidate c of LEVELS gives q = w (c / e), rounded
- *          and clipped to -8..7. Its scale of least squares, weighted by |w|, is d = sum(|w| w q) / sum(|w| q q), rounded to a
- *          float16. It saves the error d (2 sum(|w| w q) - d sum(|w| q q)). The first candidate that saves most wins, if it saves
- *          more than 0. Then q = w / d, rounded and clipped. Sums fold 16+16, 8+8, ... */
+/* Make panels of the quantised formats (a part of quantised_body.h). _to_q8_0 and _to_q4_0 in pygpt/formats/dtypes.py describe and
+ * compute the same numbers. Lanes are outputs, W at a time, so the numbers are the same in every instruction set. The baseline
+ * lacks FMA, so products and sums are rounded separately. */
 
 #define LEVELS {-9.0f, -8.75f, -8.5f, -8.25f, -8.0f, -7.75f, -7.5f, -7.25f, -7.0f}
 

@@ -5,13 +5,9 @@ Zeros pad the N outputs of a layer's matrix to a multiple of 16, and its K input
     q4_0    uint8 [N/16][K/8][16][4], low nibbles inputs 8i..8i+3, high nibbles 8i+4..8i+7, then the same scales
 then zeros up to a multiple of 64 bytes. Layers follow one another. Other formats are row-major, as in llm.c's files.
 
-A panel file is a safetensors file of the sixteen tensors in the order of config.TENSORS. Each is a flat array of its format,
-padded with zeros to a multiple of 64 bytes. Quantised tensors have dtype U8. `__metadata__` has format, version, kind (of the
-four matrices of each layer), head (of wte), positions (of wpe), panel, group, the five dimensions, and the sha256 of the source
-file. The header is padded so that the values begin at a multiple of 64, because they are mapped and used in place.
-
-The reader refuses all other safetensors files, unknown versions, and headers that do not match their dimensions and formats.
-Source: the layout of the kernels' products (micro.h).
+docs/reference/file-formats.md describes panel files. Their header is padded so that the values begin at a multiple of 64,
+because they are mapped and used in place. The reader refuses all other safetensors files, unknown versions, and headers that do
+not match their dimensions and formats. Source: the layout of the kernels' products (micro.h).
 """
 
 import json
