@@ -4,7 +4,8 @@
 The kernels are plain scalar loops over float32, with one thread and without a cache. Every call runs the whole network over all
 tokens so far, and computes logits and probabilities for every row, as the serial `gpt` program does for each new token. Sums
 run in ascending index, and a dot product starts from its bias. exp, tanh, cosh and log come from libm. The compiler flags are
-the same as for the fast path. The loops are neither tuned nor slowed down on purpose. Backward kernels add to the given gradients.
+the same as for the fast path. The loops are neither tuned nor slowed down on purpose. Backward kernels add to the given
+gradients.
 
 There are B sequences of T tokens, N = B * T rows. The numbers equal llm.c's, and memory use is lower. Probabilities, and then
 gradients, overwrite the logits. Activations that no backward kernel reads, and gradients of activations, are kept for one

@@ -101,7 +101,7 @@ def check_name(name: str) -> None:
             f"{name[:200]}: pygpt does not download from an address: fetch the file with any tool, then use `pygpt convert`"
         )
     if not is_downloadable(name):
-        raise InputError(f"{name[:80]!r} must be a name ({', '.join(MODELS)}) or a repository OWNER/NAME; see --help")
+        raise InputError(f"{name[:80]!r} is neither a name ({', '.join(MODELS)}) nor a repository OWNER/NAME; see --help")
 
 
 def place(source: str, target: str, *, linked: bool) -> None:

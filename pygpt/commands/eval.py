@@ -1,8 +1,11 @@
 """Measure a model: perplexity of a text, HellaSwag accuracy, the most probable next tokens, the difference from another model.
 
-    pygpt eval perplexity book.txt pygpt eval perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000 pygpt eval hellaswag
-    hellaswag_val.bin -m gpt2_124M.bin -n 1000 pygpt eval next "The capital of France is" -k 5 pygpt eval next "To be, or not
-    to" -o json pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
+    pygpt eval perplexity book.txt
+    pygpt eval perplexity val.bin -m gpt2_124M.bin --stride 256 -n 100000
+    pygpt eval hellaswag hellaswag_val.bin -m gpt2_124M.bin -n 1000
+    pygpt eval next "The capital of France is" -k 5
+    pygpt eval next "To be, or not to" -o json
+    pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
 
 perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
 window scores the tokens after the previous window, so each token except the first is scored once. In all windows except the

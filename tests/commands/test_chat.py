@@ -837,7 +837,7 @@ def test_commands_about_the_last_text_want_one(bench: Bench, capsys: pytest.Capt
     bench.take(line)
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert "no text yet" in shown.err
+    assert "needs an earlier text" in shown.err
     assert bench.echo.asked == []
 
 

@@ -354,7 +354,7 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
     ("arguments", "named"),
     [
         ("", "NAME; see --help"),
-        ("gpt3", "'gpt3' must be a name (gpt2, gpt2-medium, "),
+        ("gpt3", "'gpt3' is neither a name (gpt2, gpt2-medium, "),
         ("gpt2 gpt2", "gpt2"),
         ("gpt2 --version 4", "'4': it must be 1, 3 or 5"),
         ("gpt2 -o ''", "-o is '': it must be the name of a file"),

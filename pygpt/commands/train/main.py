@@ -1,8 +1,9 @@
 """Train GPT-2 on text or token shards. Begin with a checkpoint (fine-tuning) or with random weights.
 
-    pygpt train --data my.txt --init gpt2_124M.bin --out mine.bin pygpt train --data my.txt --shape L=4,NH=4,C=128,maxT=256 -B 8
-    -T 128 --steps 500 --lr 1e-3 --out mine.bin pygpt train --resume mine.state pygpt train --check gpt2_124M_debug_state.bin
-    --init gpt2_124M.bin
+    pygpt train --data my.txt --init gpt2_124M.bin --out mine.bin
+    pygpt train --data my.txt --shape L=4,NH=4,C=128,maxT=256 -B 8 -T 128 --steps 500 --lr 1e-3 --out mine.bin
+    pygpt train --resume mine.state
+    pygpt train --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
 
 The defaults are those of llm.c's CPU program.
 
