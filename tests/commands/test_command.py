@@ -335,7 +335,7 @@ def test_bad_models(small: str, tmp_path: Path) -> None:
         (str(tmp_path / "none.bin"), ["none.bin", "no such"]),
         (str(tmp_path), [str(tmp_path), "a folder", "pygpt convert"]),
         ("/dev/zero", ["/dev/zero", "regular file"]),
-        ("", ["no such"]),
+        ("", ["name is empty"]),
         (str(tmp_path / "none" / "x.bin"), ["no such"]),
         (f"{small}/x", ["no such"]),
         ("x" * 300, []),
