@@ -72,7 +72,7 @@ class Generator(Uncopied):
     def _check_cache(self, cache: PrefixCache) -> None:
         """Raise InputError unless this is a prefix cache of this model."""
         if not isinstance(cache, PrefixCache):
-            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache")
+            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache, from new_prefix_cache()")
         cache.check(self.network)
 
     def generate(
@@ -178,6 +178,10 @@ async def _asynchronous(tokens: "Steps[int]") -> "AsyncGenerator[int]":
     """Yield the tokens of a completion, each computed by a call on another thread."""
     from asyncio import Future, get_running_loop, shield, wait
 
+    def close(step: "Future[int | None]") -> None:
+        step.exception()  # asyncio would report an exception that nobody has looked at
+        tokens.close()
+
     step: Future[int | None] | None = None
     try:
         while True:
@@ -188,6 +192,6 @@ async def _asynchronous(tokens: "Steps[int]") -> "AsyncGenerator[int]":
     finally:
         if step is None or step.done():
             tokens.close()  # gives the cache back
-        else:  # after the step that still runs; asyncio would report an exception that nobody has looked at
-            step.add_done_callback(lambda done: done.exception() or tokens.close())
+        else:  # after the step that still runs
+            step.add_done_callback(close)
             await wait([step])
