@@ -19,6 +19,7 @@ import sys
 import termios
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from math import exp
 from shutil import get_terminal_size
@@ -36,7 +37,7 @@ from ..tokenizer import StreamDecoder, Tokenizer
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import HelpFormatter, Parser, for_terminal, say, status_of
-from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, parse_count, read_options
+from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, add_draft_option, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -87,6 +88,7 @@ SETTINGS = {
     "stop": (("stop_strings",), "stop_strings"),
     "stop_token": (("stop_token_ids",), "stop_token_ids"),
     "overflow": ((), "overflow"),
+    "speculate": ((), "speculation"),
     "stop_at_eot": ((), "stop_at_eot"),
     "show_stop": ((), "show_stop"),
     "stats": ((), "stats"),
@@ -278,7 +280,7 @@ class Chat:
                 f"{name!r:.40} is not a command: /help lists the commands; to send a text that begins with a slash, type //"
             )
         elif rest:
-            raise InputError(f"{name} takes no argument, but {rest[0]!r:.40} was given; to send this as a text, begin with //")
+            raise InputError(f"{name} must be alone, but {rest[0]!r:.40} was given; to send this as a text, begin with //")
         else:
             self._commands[name]()
 
@@ -314,7 +316,7 @@ class Chat:
     def _require_text(self) -> None:
         """Raise InputError before the first text."""
         if not self._text:
-            raise InputError("there is no text yet: enter a text first")
+            raise InputError("this command needs an earlier text: enter a text first")
 
     def _leave(self) -> None:
         self._leaving = True
@@ -464,7 +466,8 @@ class PlainLines:
     def __call__(self, prompt: str) -> str:
         """Ask for a line. Raises EOFError at the end of the input."""
         termios.tcsetattr(self._terminal, termios.TCSANOW, self._mode)  # each time: a shell resets it while we are stopped
-        self._echo(prompt)
+        echo = partial(print, end="", file=sys.stderr, flush=True)
+        echo(prompt)
         line = ""
         decoder = codecs.getincrementaldecoder(sys.stdin.encoding)("surrogateescape")
         while True:
@@ -473,21 +476,18 @@ class PlainLines:
             if key == b"\n" and after:  # the second half of a pasted CR LF
                 continue
             if key in (b"\r", b"\n"):
-                self._echo("\n")
+                echo("\n")
                 return line + decoder.decode(b"", final=True)
             if key in (b"", self._end):
                 if not line:
                     raise EOFError
             elif key in (self._erase, self._kill):
                 gone = len(line) if key == self._kill else 1
-                self._echo("\b \b" * len(line[-gone:]))
+                echo("\b \b" * len(line[-gone:]))
                 line = line[:-gone]
             else:
                 line += (char := decoder.decode(key))
-                self._echo(for_terminal(char, sys.stderr))
-
-    def _echo(self, text: str) -> None:
-        print(text, end="", file=sys.stderr, flush=True)
+                echo(for_terminal(char, sys.stderr))
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
@@ -574,6 +574,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-t", "--threads", action=PassOn, metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)"
     )
     parser.add_argument("--weights", action=PassOn, metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
+    add_draft_option(parser.add_argument, action=PassOn)
     parser.add_argument(
         "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
     )

@@ -65,6 +65,7 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--speculate",
+        dest="speculation",
         metavar="K",
         help="guess tokens ahead and check them together; the tokens stay the same: auto (as many as pay), a number, or off "
         "(default)",
@@ -104,10 +105,10 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     for name in "sampler", "stop_strings", "overflow":
         if (text := getattr(options, name)) is not None:
             asked[name] = text
-    if options.speculate is not None:
+    if options.speculation is not None:
         words = {"auto": True, "off": False}
-        known = options.speculate in words
-        asked["speculation"] = words[options.speculate] if known else parse_count("speculation (--speculate)", options.speculate)
+        known = options.speculation in words
+        asked["speculation"] = words[options.speculation] if known else parse_count("speculation (--speculate)", options.speculation)
     stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 

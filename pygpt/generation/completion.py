@@ -21,10 +21,11 @@ class Completion:
 
     prompt and tokens: the given ids and the new ids. finish_reason: None while it runs, "stop" after a stop token or stop
     string, "length" at the full length, or "cancelled". seed: the same seed and options give the same tokens; None if nothing
-    is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty.
+    is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty. drafted and accepted: how many tokens
+    speculation guessed, and how many of them were right.
     """
 
-    __slots__ = ("_request", "_sequence", "_start", "_stream", "_watch", "finish_reason", "infos", "seed")
+    __slots__ = ("_request", "_sequence", "_start", "_stream", "_watch", "accepted", "drafted", "finish_reason", "infos", "seed")
 
     def __init__(self, request: Request, *, seed: int | None = None, stream: int = 0) -> None:
         """Start a completion. seed: replaces the request's. stream: which stream of the seed's random numbers to use."""
@@ -36,6 +37,7 @@ class Completion:
         self.seed = request.sampler.start() if seed is None else seed
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self.infos: list[TokenInfo] = []
+        self.drafted = self.accepted = 0
 
     @property
     def prompt(self) -> list[int]:

@@ -85,7 +85,10 @@ class Control:
             row[made] -= np.float32(self._frequency) * counts.astype(np.float32)
             row[made] -= np.float32(self._presence)
         if self._ngram and len(ids) >= self._ngram:
-            row[_after(ids, ids[len(ids) - self._ngram + 1 :])] = -np.inf
+            starts = np.ones(len(ids) - self._ngram + 1, bool)  # places at which the last n - 1 tokens occur
+            for i, token in enumerate(ids[len(starts) :]):
+                starts &= ids[i : i + len(starts)] == token
+            row[ids[self._ngram - 1 :][starts]] = -np.inf
         for *before, last in self._bad:
             if [*tokens[len(tokens) - len(before) :]] == before:
                 row[last] = -np.inf
@@ -108,16 +111,6 @@ def _repeat(row: "Row", seen: "npt.NDArray[np.int64]", penalty: float) -> None:
     x, most = row[seen].astype(np.float64), np.finfo(np.float32).max
     with np.errstate(over="ignore", under="ignore"):
         row[seen] = np.clip(np.where(x < 0, x * penalty, x / penalty), -most, most).astype(np.float32)
-
-
-def _after(ids: "npt.NDArray[np.int64]", last: "npt.NDArray[np.int64]") -> "npt.NDArray[np.int64]":
-    """Return the ids that follow earlier occurrences of `last`, which ends the sequence."""
-    import numpy as np
-
-    starts = np.ones(len(ids) - len(last), bool)
-    for i, token in enumerate(last):
-        starts &= ids[i : i + len(starts)] == token
-    return ids[len(last) :][starts]
 
 
 def _returned(function: "Processor", tokens: list[int], row: "Row") -> "Row":

@@ -55,12 +55,16 @@ class Job:
 
 
 class Event:
-    """A new token of completion number `choice` of a job; or, with token None, the error that ended the job."""
+    """A new token of completion number `choice` of a job; or, with token None, the error that ended the job.
 
-    __slots__ = ("choice", "error", "job", "token")
+    finish_reason: of the completion after this token; None unless this token is its last one. Several events of one completion
+    may come from one step."""
+
+    __slots__ = ("choice", "error", "finish_reason", "job", "token")
 
     def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
         self.job, self.choice, self.token, self.error = job, choice, token, error
+        self.finish_reason = job.completions[choice].finish_reason
 
 
 class _Sequence:
@@ -321,7 +325,8 @@ class Engine(Uncopied):
             events.append(event)
         part.memory.cache.truncate(len(part.memory.tokens))
         assert part.sequence.speculation is not None
-        self.speculator.check(part.sequence.speculation, part.guesses, right, event.token)
+        completion, state = part.sequence.completion, part.sequence.speculation
+        self.speculator.check(completion, state, part.guesses, right, event.token)
         return events[1:]
 
     def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:

@@ -79,7 +79,7 @@ class Generator(Uncopied):
     def _check_cache(self, cache: PrefixCache) -> None:
         """Raise InputError unless this is a prefix cache of this model."""
         if not isinstance(cache, PrefixCache):
-            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache")
+            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache, from new_prefix_cache()")
         cache.check(self.network)
 
     def generate(
@@ -188,21 +188,20 @@ async def _asynchronous(tokens: "Steps[int]") -> "AsyncGenerator[int]":
     """Yield the tokens of a completion, each computed by a call on another thread."""
     from asyncio import Future, get_running_loop, shield, wait
 
-    def run() -> "Future[int | None]":
-        return get_running_loop().run_in_executor(None, next, tokens, None)
-
     def close(step: "Future[int | None]") -> None:
-        step.exception()  # if nobody waits for it any more, asyncio would report it
-        tokens.close()  # gives the cache back
+        step.exception()  # asyncio would report an exception that nobody has looked at
+        tokens.close()
 
-    step = run()
+    step: Future[int | None] | None = None
     try:
-        while (token := await shield(step)) is not None:
+        while True:
+            step = get_running_loop().run_in_executor(None, next, tokens, None)
+            if (token := await shield(step)) is None:
+                return
             yield token
-            step = run()
     finally:
-        if step.done():
-            tokens.close()
-        else:
+        if step is None or step.done():
+            tokens.close()  # gives the cache back
+        else:  # after the step that still runs
             step.add_done_callback(close)
             await wait([step])

@@ -62,7 +62,7 @@ def check_ids(config: Config, tokens: "Iterable[SupportsIndex]") -> list[int]:
     """Return token ids as a list of at least one int below V. Raises InputError for anything else."""
     checked = [check_token(token, config.V) for token in sequence(tokens)]
     if not checked:
-        raise InputError("no token was given: give at least one token id to continue")
+        raise InputError("the list of tokens is empty: give at least one token id to continue")
     return checked
 
 
@@ -70,7 +70,7 @@ def check_tokens(config: Config, tokens: "Iterable[SupportsIndex]") -> list[int]
     """Return token ids as a list of 1 to maxT ints below V. Raises InputError for anything else."""
     checked = check_ids(config, tokens)
     if len(checked) > config.maxT:
-        raise InputError(f"{len(checked)} tokens were given: the model takes at most {config.maxT}")
+        raise InputError(f"{len(checked)} tokens were given: the model takes at most {config.maxT}, so give fewer")
     return checked
 
 
@@ -130,7 +130,7 @@ class Request:
             raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
         if self.overflow != "slide" and count == maxT:
             raise InputError(
-                f"{count} tokens were given, but the model takes {maxT}, so there is no room for a new one: "
+                f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "
                 "give fewer, or let the window slide (overflow slide)"
             )
         if max_new_tokens is not None:
@@ -142,7 +142,7 @@ class Request:
         total = check_whole("total", DEFAULT_TOTAL if total is None else total, 2, longest, rule)
         if count >= total:
             raise InputError(
-                f"{count} tokens were given, but a total of {total} leaves no room for a new one: "
+                f"{count} tokens were given, but the total is {total}, so a new one does not fit: "
                 f"give at most {total - 1}, or raise the total (-n)"
             )
         return min(total, maxT) if self.overflow == "stop" else total
@@ -197,7 +197,7 @@ def parse_json(text: bytes) -> "dict[str, Any]":
     if unknown := sorted(set(request) - JSON_KEYS):
         raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
     if "tokens" not in request:
-        raise InputError('request: the key "tokens" is missing')
+        raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
     if isinstance(bias := request.get("logit_bias"), dict):  # the keys of JSON objects are strings
         request["logit_bias"] = {
             int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key: bias[key] for key in bias

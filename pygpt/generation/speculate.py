@@ -223,10 +223,13 @@ class Speculator:
         elif self._plain is not None:
             self._row = mean(self._row, max(seconds - self._plain, 0.0) / guesses)
 
-    def check(self, state: Speculation, guesses: list[int], right: int, token: int | None) -> None:
+    def check(
+        self, completion: Completion, state: Speculation, guesses: list[int], right: int, token: int | None
+    ) -> None:
         """Note that of these guesses the first `right` were right; the token after them was `token`."""
-        self.drafted += len(guesses)
-        self.accepted += right
+        for counts in (self, completion):
+            counts.drafted += len(guesses)
+            counts.accepted += right
         if state.drafted:
             state.drafts.note(guesses, [*guesses[:right], -1 if token is None else token])
         if right:

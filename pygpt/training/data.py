@@ -203,7 +203,7 @@ def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], 
         name = os.fspath(source)
         files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
         if not files:
-            raise DataError(f"{name!r}: no such file, and as a pattern it matches no file; `pygpt shards` makes token files")
+            raise DataError(f"{name!r}: not a file, and not a pattern that matches files; make token files with `pygpt shards`")
         return files, None
     if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
         if not source:

@@ -233,7 +233,7 @@ def test_several_prompts_are_not_one(model: GPT2, shape: tuple[int, ...]) -> Non
 def test_a_full_context_has_no_room(model: GPT2) -> None:
     for options in ({}, {"max_new_tokens": 1}, {"overflow": "stop"}, {"total": SHAPE.maxT + 1}):
         with pytest.raises(
-            InputError, match=rf"{SHAPE.maxT} tokens were given, but the model takes {SHAPE.maxT}, so there is no"
+            InputError, match=rf"{SHAPE.maxT} tokens were given, but the model takes {SHAPE.maxT}, so a new one"
         ):
             model.generate([1] * SHAPE.maxT, **options)
     with pytest.raises(InputError, match="1 tokens cannot be split"):

@@ -229,7 +229,7 @@ def test_not_finite(bad: list[float]) -> None:
             token_info(row.data, 0, 0, 1)
 
 
-def test_kernels_refuse_what_does_not_fit() -> None:
+def test_kernels_refuse_wrong_sizes() -> None:
     row = np.zeros((1, 3), np.float32)
     for number in (-1, 1):
         with pytest.raises(IndexError):

@@ -249,14 +249,14 @@ def _source(job: Job, pattern: str, V: int) -> Source:
     """Return the shards that a file name or pattern matches, as a list of names; or, for text files, tokens and labels."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
-        raise DataError(f"{pattern!r}: no such file, and no file matches it as a pattern: check the name")
+        raise DataError(f"{pattern!r}: not a file, and not a pattern that matches files: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
         return shards, None
     for name in names:
         check_text(name)
     if shards:
-        raise DataError(f"{pattern!r}: {shards[0]} holds tokens, but {min({*names} - {*shards})} is text: train on one kind")
+        raise DataError(f"{pattern!r}: {shards[0]} has tokens, but {min({*names} - {*shards})} is text: train on one kind")
     if V < GPT2_V:
         raise InputError(
             f"{names[0]}: text becomes tokens with {GPT2_V} ids, but the model has V = {V}: train on token shards (.bin)"
