@@ -107,8 +107,8 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
             asked[name] = text
     if options.speculation is not None:
         words = {"auto": True, "off": False}
-        known = options.speculation in words
-        asked["speculation"] = words[options.speculation] if known else parse_count("speculation (--speculate)", options.speculation)
+        known, flag = options.speculation in words, "speculation (--speculate)"
+        asked["speculation"] = words[options.speculation] if known else parse_count(flag, options.speculation)
     stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 

@@ -140,7 +140,7 @@ static inline void keep_top(float *e, const float *x, ptrdiff_t V, const sample_
     const double share = o->top_p < 1.0 ? o->top_p * sum_of(e, V) : 0.0;
     ptrdiff_t n = 0;
     double likely = 0.0;
-    for (float least = 0x1p-8f; n < V && (o->top_k > 0 ? n < o->top_k : likely < share * 1.001); least *= 0x1p-5f) {
+    for (float least = 0x1p-8f; n == 0 || (n < V && (o->top_k > 0 ? n < o->top_k : likely < share * 1.001)); least *= 0x1p-5f) {
         n = rank_likely(order, spare, x, e, V, least < 0x1p-24f ? 0.0f : least);
         likely = 0.0;
         for (ptrdiff_t i = 0; i < n; i++) likely += e[order[i].id];

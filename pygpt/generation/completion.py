@@ -25,7 +25,18 @@ class Completion:
     speculation guessed, and how many of them were right.
     """
 
-    __slots__ = ("_request", "_sequence", "_start", "_stream", "_watch", "accepted", "drafted", "finish_reason", "infos", "seed")
+    __slots__ = (
+        "_request",
+        "_sequence",
+        "_start",
+        "_stream",
+        "_watch",
+        "accepted",
+        "drafted",
+        "finish_reason",
+        "infos",
+        "seed",
+    )
 
     def __init__(self, request: Request, *, seed: int | None = None, stream: int = 0) -> None:
         """Start a completion. seed: replaces the request's. stream: which stream of the seed's random numbers to use."""

@@ -108,11 +108,11 @@ class Engine(Uncopied):
         max_live: "SupportsIndex" = LIVE,
         cache_bytes: "SupportsIndex | None" = None,
         target_ms: "SupportsFloat | None" = None,
-        draft: "Callable[[bool], Draft | None]" = lambda make: None,
+        draft: "Callable[[bool], Draft | None] | None" = None,
     ) -> None:
         self.network = network
-        self.speculator = Speculator(draft)
-        own = draft(False)  # a draft with caches of its own takes more memory
+        self.speculator = Speculator(draft or (lambda make: None))
+        own = draft(False) if draft is not None else None  # a draft with caches of its own takes more memory
         self._position_bytes = network.position_bytes + (0 if own is None else own.position_bytes)
         self.prefix = PrefixCache(network, 0) if prefix is None else prefix
         self.max_live = check_whole("max_live", max_live, 1, 1 << 20)

@@ -125,8 +125,7 @@ class Draft:
                 active = [i for i, (*_, count) in enumerate(wanted) if len(found[i]) == number < count]
                 rows = []
                 for i in active:
-                    token = found[i][-1] if found[i] else wanted[i][0].sequence[-1]
-                    rows.append((token, memories[i].cache, True))
+                    rows.append(((found[i] or wanted[i][0].sequence)[-1], memories[i].cache, True))
                 if not rows:
                     break
                 logits = self.network.step(rows)
@@ -223,9 +222,7 @@ class Speculator:
         elif self._plain is not None:
             self._row = mean(self._row, max(seconds - self._plain, 0.0) / guesses)
 
-    def check(
-        self, completion: Completion, state: Speculation, guesses: list[int], right: int, token: int | None
-    ) -> None:
+    def check(self, completion: Completion, state: Speculation, guesses: list[int], right: int, token: int | None) -> None:
         """Note that of these guesses the first `right` were right; the token after them was `token`."""
         for counts in (self, completion):
             counts.drafted += len(guesses)

@@ -21,7 +21,7 @@ from pygpt.generation.completion import Completion
 from pygpt.generation.engine import FEWEST_ROWS, Engine, Event, Job, _Clock
 from pygpt.generation.request import Request
 from pygpt.generation.speculate import PATIENCE, WORTH, Draft, Share, Speculation, Speculator
-from pygpt.network import Network
+from pygpt.network import KVCache, Network
 
 MAXT = 24
 SHAPE = {"L": 2, "NH": 2, "C": 16, "V": 97, "maxT": MAXT}
@@ -58,9 +58,6 @@ def drafts(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             values[-SHAPE["C"] :] = np.nan  # the last bias
         found[name] = model._draft_from(open_weights(path))
     yield found
-    for draft in found.values():
-        if draft is not None:
-            draft.network._weights.close()
 
 
 def request(model: GPT2, prompt: list[int], options: dict[str, Any], speculation: int | bool | None = None) -> Request:
@@ -110,7 +107,7 @@ def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None],
     least = MAXT * (one if draft is None else one + draft.position_bytes)
     most = data.draw(st.sampled_from([None, least, 2 * least, 5 * least]), label="cache_bytes")
     kept = data.draw(st.sampled_from([0, MAXT * one, 9 * MAXT * one]), label="prefix bytes")
-    speculations = data.draw(st.sampled_from([[None], [True], [1, 3], [None, True, 2, 8, 64]]), label="speculation")
+    speculations: list[int | bool | None] = data.draw(st.sampled_from([[None], [True], [1, 3], [None, True, 2, 8, 64]]), label="speculation")
     engine = Engine(
         model.network,
         draft=lambda make: draft,
@@ -126,7 +123,7 @@ def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None],
         if move == "add":
             prompt, number = data.draw(prompts), data.draw(st.integers(0, len(OPTIONS) - 1))
             n = data.draw(st.sampled_from([1, 1, 2, 3]))
-            speculation = data.draw(st.sampled_from(speculations))
+            speculation: int | bool | None = data.draw(st.sampled_from(speculations))
             job = engine.add(request(model, prompt, OPTIONS[number], speculation), n=n)
             jobs.append((job, alone(prompt, number, n)))
             seen[id(job)] = [[] for _ in range(n)]
@@ -187,6 +184,8 @@ def test_guesses_leave_no_trace(
         assert name == "none" or (speculation is None) == (engine.speculator.drafted == 0)
     (tokens, plain), (its_tokens, cache) = caches
     assert tokens == its_tokens
+    assert isinstance(plain, KVCache)
+    assert isinstance(cache, KVCache)
     if len(tokens) < MAXT:
         assert np.array_equal(model.extend(cache, [7]), model.extend(plain, [7]))
 
