@@ -57,6 +57,11 @@ struct weight_format {
      * (rows of a group) x (K rounded up to 32, and 16) float32 values. Returns whether the format can represent every number: finite,
      * and not too large for a scale. NULL for unquantised formats. */
     int (*quantise)(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, float *room);
+
+    /* Probe of the machine's limit for formats of integer products, else NULL: the integer dot product alone, in registers,
+     * probe_operations each time. */
+    int (*probe)(ptrdiff_t times);
+    int probe_operations;
 };
 
 typedef struct {

@@ -258,6 +258,30 @@ INLINE void widen(const int bits, float *out, const weight_matrix *w, ptrdiff_t 
 
 #include "quantise.h"
 
+/* ---------------------------------------------------------------------------------------- the machine's own limit */
+
+#define PROBE_CHAINS 12 /* independent sums: more than latency times width of any of these machines */
+#if defined(__x86_64__)
+#define OPAQUE(x) __asm__ volatile("" : "+x"(x)) /* the compiler must compute with x again, even if its value is the same */
+#elif defined(__aarch64__)
+#define OPAQUE(x) __asm__ volatile("" : "+w"(x))
+#else
+#define OPAQUE(x) ((x) ^= 2)
+#endif
+
+INLINE int probe(const int bits, ptrdiff_t times) {
+    ivec sum[PROBE_CHAINS], x = broadcast_int(0x01010101), w = x; /* small, so that no sum overflows */
+    UNROLL for (int i = 0; i < PROBE_CHAINS; i++) sum[i] = broadcast_int(i);
+    for (ptrdiff_t t = 0; t < times; t++)
+        UNROLL for (int i = 0; i < PROBE_CHAINS; i++) {
+            sum[i] = bits == Q8 ? DOT8(sum[i], w, PREPARE(w), x) : DOT4(sum[i], w, x);
+            OPAQUE(x);
+        }
+    int32_t total = 0;
+    UNROLL for (int i = 0; i < PROBE_CHAINS; i++) total ^= sum[i][0];
+    return total;
+}
+
 /* ---------------------------------------------------------------------------------------- the table */
 
 #define EACH_QUANTISED(f) f(q8_0, Q8) f(q4_0, Q4)
@@ -275,12 +299,13 @@ INLINE void widen(const int bits, float *out, const weight_matrix *w, ptrdiff_t 
     static int quantise_##name(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start,            \
                                ptrdiff_t stop, float *room) {                                                            \
         return quantise(bits, out, from, w, start, stop, room);                                                          \
-    }
+    }                                                                                                                    \
+    static int probe_##name(ptrdiff_t times) { return probe(bits, times); }
 EACH_QUANTISED(FUNCTIONS)
 #undef FUNCTIONS
 
 #define ROW(id, bits)                                                                                                    \
     {.name = #id, .block_values = GROUP, .value_bytes = GROUP * bits / 8, .scale_bytes = 2, .interleave = OUTPUTS,       \
      .panel = TILE_PANELS * OUTPUTS, .narrow = FEW, .gemm = gemm_##id, .pack_rows = pack_rows, .product = product_##id,  \
-     .widen = widen_##id, .quantise = quantise_##id},
+     .widen = widen_##id, .quantise = quantise_##id, .probe = probe_##id, .probe_operations = 2 * 4 * W * PROBE_CHAINS},
 #define QUANTISED(set) const weight_format quantised_##set[2] = {EACH_QUANTISED(ROW)};
