@@ -13,11 +13,14 @@ Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), lla
 import os
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
 from ..config import LIMITS, TENSORS, Config
+from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
+from ..pool import ThreadPool
 from ..tokenizer import END_OF_TEXT, spelled_vocabulary
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
@@ -151,11 +154,14 @@ class _Cursor:
 class GGUFFile(ModelFile):
     """An open GGUF file of a gpt2 model, of which no more is mapped than is being looked at. Close it, or use `with`.
 
-    Raises CheckpointError for any file that is not exactly one that pygpt computes with.
+    stored() uses plain floats in place if their layers follow each other in the file; with mmap=False it copies them. It lays
+    quantised tensors out in panels, on so many threads as for GPT2.load(). Raises CheckpointError for any file that is not
+    exactly one that pygpt computes with.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: int | None = None) -> None:
+        self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
+        self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
         self._file = Windows(self.path, MODEL_KIND, CheckpointError)
         self.size = self._file.size
         try:
@@ -321,21 +327,38 @@ class GGUFFile(ModelFile):
         data = self._file.view(tensor.start + start * row, tensor.start + stop * row)
         return tensor.kind, np.frombuffer(data, tensor.kind.dtype).reshape(stop - start, -1)
 
-    def _stored(self, name: str) -> tuple[str, memoryview]:
-        """All layers of a tensor one after the other in memory, quantised ones in panels."""
+    def stored(self) -> dict[str, tuple[str, memoryview]]:
+        """Map each tensor to (format's name, bytes), as ModelFile.stored() says."""
         from .._kernels import blocks_to_panels
 
+        waiting = self._waiting = []
+        found = super().stored()
+
+        def job(ith: int, nth: int) -> None:
+            for into, kind, blocks, N, K in waiting:
+                blocks_to_panels(into, kind, blocks, 1, N, K, ith, nth)
+
+        if waiting:
+            with ThreadPool(resolve_threads(self._threads)) as pool:
+                pool.run(job)
+        return found
+
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        """All layers of a tensor one after the other. Panels of quantised ones are filled by stored()."""
         layers, N, K = layout(self.config, name)
-        kind = self.formats[name]
-        if any(self._tensors[theirs].kind != kind for theirs in _theirs(name, layers)):
+        kind, parts = self.formats[name], [self._tensors[theirs] for theirs in _theirs(name, layers)]
+        if any(part.kind != kind for part in parts):
             return FLOAT32.name, self.widened(name)
+        apart = any(one.stop != two.start for one, two in pairwise(parts))
+        if self._mmap and not apart and kind.name not in QUANTISED:
+            return kind.name, self._file.view(parts[0].start, parts[-1].stop)
         out = aligned_bytes(stored_size(self.config, name, kind))
         step = len(out) // layers
         for layer in range(layers):
             _, blocks = self.part(name, layer, 0, N)
             into, rows = out[layer * step : (layer + 1) * step], blocks.reshape(-1).view("u1")
             if kind.name in QUANTISED:
-                blocks_to_panels(into.data, kind.name, rows.data, 1, N, K, 0, 1)
+                self._waiting.append((into.data, kind.name, rows.data, N, K))
             else:
                 into[:] = rows
         return kind.name, out.data
