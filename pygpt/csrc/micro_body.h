@@ -787,13 +787,13 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-/* If registers suffice, taller tiles of fewer outputs read a weight row less often. 4 rows of float32 gain from fewer
- * streams. */
+/* If registers suffice, taller tiles of fewer outputs read a weight row less often. 3 to 5 rows of float32 gain from fewer streams;
+ * 5 long ones leave the first-level cache before their next tile, so 5 outputs at a time are better. */
 #ifdef TALL_TILES
+#define SHORT_ROWS 6400 /* values: half of a first-level cache of 48 KB */
 #define TALL_CASES(id, bytes)                                                                                            \
-        else if (rows == 4 && bytes == 4)                                                                                \
-            gemm_of(4, 4, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                \
-        else if (rows == 6 || rows == 11 || rows == 12)                                                                  \
+        else if (rows == 6 || rows == 11 || rows == 12 ||                                                                \
+                 (bytes == 4 && (rows == 3 || rows == 4 || (rows == 5 && 5 * w->K <= SHORT_ROWS))))                      \
             gemm_of(4, 6, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
 #else
 #define TALL_CASES(id, bytes)
