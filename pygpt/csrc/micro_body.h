@@ -1,5 +1,6 @@
 /* The microkernels' one source. The including file sets, before it includes this:
  *   W          floats in one register (16, 8 or 4)
+ *   MAX(a,b)   a where a > b, else b: defined if one instruction does it
  *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
  *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
@@ -17,7 +18,6 @@
 #define NOINLINE static __attribute__((noinline)) /* for functions whose sums would spill if inlined into a caller */
 #define LANES 16
 #define NV (LANES / W)
-#define UNROLL _Pragma("GCC unroll 16")
 
 typedef float vec __attribute__((vector_size(W * 4)));
 typedef float vec_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -135,10 +135,13 @@ INLINE lanes fma16(lanes a, lanes b, lanes c) {
 }
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+#ifndef MAX
+#define MAX(a, b) choose((a) > (b), (a), (b))
+#endif
 
 /* a where a > b, else b: a NaN in a gives b. */
 INLINE lanes max16(lanes a, lanes b) {
-    UNROLL for (int h = 0; h < NV; h++) a.v[h] = choose(a.v[h] > b.v[h], a.v[h], b.v[h]);
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = MAX(a.v[h], b.v[h]);
     return a;
 }
 
@@ -244,7 +247,7 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
     const char *wrow[8];
     lanes acc[40];
     UNROLL for (int n = 0; n < outputs; n++) wrow[n] = w + n * wstep * bytes;
-    _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
+    UNROLL_ALL(40) for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
     ptrdiff_t k = 0;
     for (; k + LANES <= K; k += LANES) {
         if ((k / LANES & (next.every - 1)) == next.first)
@@ -256,10 +259,11 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
                 vec a = *(const vec_unaligned *)(inp + r * ldi + k + h * W);
                 UNROLL for (int n = 0; n < outputs; n++)
                     acc[r * outputs + n].v[h] = FMA(a, b[n], acc[r * outputs + n].v[h]);
+
             }
         }
     }
-    if (k < K) {
+    if (__builtin_expect(k < K, 0)) { /* so that the sums stay in registers on the way past its calls */
         lanes b[8];
         UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, kind);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -267,12 +271,15 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
             UNROLL for (int n = 0; n < outputs; n++) acc[r * outputs + n] = fma16(a, b[n], acc[r * outputs + n]);
         }
     }
+    HERE(ldo);
+    HERE(ostep);
 #define OUT(i) out[(i) / outputs * ldo + (i) % outputs * ostep]
-    _Pragma("GCC unroll 10") for (int i = 0; i + 4 <= rows * outputs; i += 4) {
+    UNROLL_ALL(10) for (int i = 0; i + 4 <= rows * outputs; i += 4) {
         vec4 four = fold_four(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
         OUT(i) = four[0], OUT(i + 1) = four[1], OUT(i + 2) = four[2], OUT(i + 3) = four[3];
     }
-    UNROLL for (int i = rows * outputs / 4 * 4; i < rows * outputs; i++) OUT(i) = fold(acc[i]);
+    UNROLL_ALL(40) for (int i = 0; i < rows * outputs; i++)
+        if (i >= rows * outputs / 4 * 4) OUT(i) = fold(acc[i]);
 #undef OUT
 }
 
@@ -319,7 +326,6 @@ INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t 
 #define NARROW 64            /* up to so many rows, packing the weights costs more than it saves */
 #define OUTER_STEPS 256      /* steps of k whose panels are packed together ... */
 #define OUTER_PANELS 16      /* ... and how many: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
-
 
 typedef struct {
     lanes v[TILE_ROWS][TILE_VECS];
@@ -675,6 +681,8 @@ static float softmax(float *s, ptrdiff_t T, float scale, float *max_of) {
     return fold(acc);
 }
 
+#define MIX_AHEAD 1024 /* values: what one row reads of the values comes from memory */
+
 INLINE void mix_tile(const int rows, const int vecs, float *acc, const float *p, ptrdiff_t ldp,
                      const float *v, ptrdiff_t HSp, ptrdiff_t t0, ptrdiff_t t1) {
     lanes sum[MIX_ROWS][MIX_VECS];
@@ -682,6 +690,8 @@ INLINE void mix_tile(const int rows, const int vecs, float *acc, const float *p,
         UNROLL for (int c = 0; c < vecs; c++) sum[r][c] = load(acc + r * HSp + c * LANES);
     for (ptrdiff_t t = t0; t < t1; t++) {
         lanes value[MIX_VECS];
+        if (rows == 1)
+            UNROLL for (int c = 0; c < vecs; c++) __builtin_prefetch(v + t * HSp + c * LANES + MIX_AHEAD);
         UNROLL for (int c = 0; c < vecs; c++) value[c] = load(v + t * HSp + c * LANES);
         UNROLL for (int r = 0; r < rows; r++) {
             lanes weight = splat(p[r * ldp + t]);

@@ -21,11 +21,11 @@ from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..pool import ThreadPool
-from ..tokenizer import END_OF_TEXT, spelled_vocabulary
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
-from .panels import MATRICES, QUANTISED, ModelFile, aligned_bytes, layout, stored_size
+from .panels import ALIGNMENT as ALIGNED
+from .panels import MATRICES, QUANTISED, ModelFile, layout, stored_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -345,6 +345,8 @@ class GGUFFile(ModelFile):
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
         """All layers of a tensor one after the other. Panels of quantised ones are filled by stored()."""
+        from .._kernels import Floats
+
         layers, N, K = layout(self.config, name)
         kind, parts = self.formats[name], [self._tensors[theirs] for theirs in _theirs(name, layers)]
         if any(part.kind != kind for part in parts):
@@ -352,16 +354,17 @@ class GGUFFile(ModelFile):
         apart = any(one.stop != two.start for one, two in pairwise(parts))
         if self._mmap and not apart and kind.name not in QUANTISED:
             return kind.name, self._file.view(parts[0].start, parts[-1].stop)
-        out = aligned_bytes(stored_size(self.config, name, kind))
-        step = len(out) // layers
-        for layer in range(layers):
-            _, blocks = self.part(name, layer, 0, N)
-            into, rows = out[layer * step : (layer + 1) * step], blocks.reshape(-1).view("u1")
+        size = stored_size(self.config, name, kind)
+        out = memoryview(Floats(1, -(-size // 4), dense=True)).cast("B")[:size]
+        step = size // layers
+        for layer, part in enumerate(parts):
+            into, content = out[layer * step : (layer + 1) * step], self._file.view(part.start, part.stop)
             if kind.name in QUANTISED:
-                self._waiting.append((into.data, kind.name, rows.data, N, K))
+                into[-ALIGNED:] = bytes(ALIGNED)  # the padding of the scales
+                self._waiting.append((into, kind.name, content, N, K))
             else:
-                into[:] = rows
-        return kind.name, out.data
+                into[:] = content
+        return kind.name, out
 
     def close(self) -> None:
         """Close the file; arrays of it stay. May be called twice."""
@@ -444,6 +447,8 @@ def _vocabulary(V: int) -> list[bytes]:
     """The key-value pairs of the vocabulary: GPT-2's, or for ids of any other number none."""
     if V != GPT2_V:
         return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
+    from ..tokenizer import END_OF_TEXT, spelled_vocabulary
+
     ordinary, merges = spelled_vocabulary()
     tokens = [*ordinary, END_OF_TEXT]
     normal, control = 1, 3
