@@ -1,6 +1,6 @@
 /* The microkernels' one source. The including file sets, before it includes this:
  *   W          floats in one register (16, 8 or 4)
- *   MAX(a,b)   a where a > b, else b: defined if one instruction does it
+ *   MAX(a,b)   a where a > b, else b, and WIDE(p), W uint16 from p on as uint32: defined if one instruction does it
  *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
  *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
@@ -34,6 +34,13 @@ typedef double double_vec __attribute__((vector_size(W * 4)));
 typedef int64_t long_vec __attribute__((vector_size(W * 4)));
 typedef uint64_t ulong_vec __attribute__((vector_size(W * 4)));
 typedef float vec4 __attribute__((vector_size(16)));
+
+#ifndef WIDE
+#define WIDE(p) __builtin_convertvector(*(const hvec_unaligned *)(p), uvec)
+#endif
+#ifndef MAX
+#define MAX(a, b) choose((a) > (b), (a), (b))
+#endif
 
 /* ---------------------------------------------------------------------------------------- 16 lanes */
 
@@ -77,7 +84,7 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
  * format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
 #define EACH_FORMAT(f)                                                \
     f(float32, 4, *(const vec_unaligned *)((const float *)w + i))     \
-    f(bfloat16, 2, (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16))
+    f(bfloat16, 2, (vec)(WIDE((const uint16_t *)w + i) << 16))
 
 #define KIND(name, bytes, load) KIND_##name,
 enum { EACH_FORMAT(KIND) }; /* constants: functions that take one are inlined, once for each format */
@@ -135,9 +142,6 @@ INLINE lanes fma16(lanes a, lanes b, lanes c) {
 }
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
-#ifndef MAX
-#define MAX(a, b) choose((a) > (b), (a), (b))
-#endif
 
 /* a where a > b, else b: a NaN in a gives b. */
 INLINE lanes max16(lanes a, lanes b) {
