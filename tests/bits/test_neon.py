@@ -24,9 +24,10 @@ NATIVE, CROSS = shutil.which("cc") or shutil.which("gcc"), shutil.which("aarch64
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
 pytestmark = [
+    pytest.mark.slow,  # compiles every kernel: .ci/run does it
     pytest.mark.skipif(platform.machine() != "x86_64" or not FUSED, reason="needs an x86-64 machine with FMA to compare with"),
     pytest.mark.skipif(not NATIVE, reason="needs a C compiler"),
-    pytest.mark.timeout(900),  # compiles every kernel
+    pytest.mark.timeout(900),
 ]
 SOURCES = ROOT / "pygpt" / "csrc"
 
@@ -115,7 +116,7 @@ def test_the_baseline_gives_the_same_bits_for_quantised_weights(native: list[str
 
 @pytest.mark.slow  # half a minute of compiling
 def test_the_format_of_the_guide(tmp_path: Path) -> None:
-    """What the guide says to add for float16 is all that the kernels need."""
+    """The additions in the guide are enough for float16 kernels."""
     guide = (ROOT / "docs" / "add-a-weight-format.md").read_text()
     line, function = re.findall(r"```c\n(.*?)```", guide, re.DOTALL)[:2]
     csrc = tmp_path / "csrc"
