@@ -1016,9 +1016,8 @@ def probe_dots(format, Py_ssize_t times) -> float:
 
     Raises InputError if `format` is not quantised."""
     cdef const weight_format* form = quantised_format(format)
-    cdef int total
     with nogil:
-        total = form.probe(times)
+        form.probe(times)
     return <double> times * form.probe_operations
 
 

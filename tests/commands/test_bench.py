@@ -275,7 +275,7 @@ def test_a_child_that_fails_is_one_line(
         (["-r", "0"], "'0'"),
         (["-o", "yaml"], "'yaml'"),
         (["--weights", "file,q5_0"], "'q5_0' is not one of file, q8_0, q4_0"),
-        (["--train", "--weights", "q8_0"], "--weights has no meaning with --train"),
+        (["--train", "--weights", "q8_0"], "--weights cannot be used with --train"),
         (["-m", "missing.bin"], "missing.bin: no such model file"),
         (["--against", "nobody"], "'nobody' is not a peer here"),
         (["surplus"], "surplus"),
