@@ -30,7 +30,7 @@ from .panels import MATRICES, QUANTISED, ModelFile, layout, stored_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO
+    from typing import IO, SupportsIndex
 
     from .panels import Blocks
 
@@ -159,7 +159,7 @@ class GGUFFile(ModelFile):
     not exactly as pygpt needs it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> None:
         self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
         self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
         self._file = Windows(self.path, MODEL_KIND, CheckpointError)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GGUF_MAGIC = b"GGUF"
 
 
-def open_model(path: str | os.PathLike[str], *, mmap: bool = True, threads: int | None = None) -> "Model":
+def open_model(path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> "Model":
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
 
     threads: workers for a file whose values must be laid out in memory, as for GPT2.load().
