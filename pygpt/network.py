@@ -88,6 +88,7 @@ class Network(Uncopied):
 
     Threads may share a network: their steps take turns. all_workers: use all workers even if a step is too small to gain from
     them. target: another network. This one then uses its workers, and extends its caches if the dimensions are equal.
+    `stored`: by tensor, its weight format and its bytes, as the kernels read them.
     """
 
     chunk = CHUNK
@@ -103,12 +104,13 @@ class Network(Uncopied):
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         stored = checkpoint.stored()
+        self.stored = {name: (kind, data.nbytes) for name, (kind, data) in stored.items()}
         kin = target._weights if target is not None and target.config == self.config else None
         self._weights: Weights = Weights(self.config, stored, kin)
         self._pool: ThreadPool = ThreadPool(cpus.resolve_threads(threads)) if target is None else target._pool
         self._all_workers: bool = all_workers if target is None else target._all_workers
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
-        self._value_bytes = sum(data.nbytes for _, data in stored.values()) / self.config.parameters(padded=False)
+        self._value_bytes = sum(size for _, size in self.stored.values()) / self.config.parameters(padded=False)
         self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
 
     @property
