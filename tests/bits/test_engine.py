@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GPT2]:
 
 
 @pytest.fixture(scope="module")
-def drafts(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Draft | None]]:
+def drafts(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Draft | None]:
     """What can guess for the model: nothing, itself quantised, models of other weights and of other shapes."""
     folder = tmp_path_factory.mktemp("drafts")
     made = {"other weights": {"seed": 5}, "larger": {"L": 3, "C": 24, "seed": 6}, "short": {"maxT": 9}, "NaN": {"seed": 7}}
@@ -57,7 +57,7 @@ def drafts(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             values = np.memmap(path, "<f4", "r+", offset=1024)
             values[-SHAPE["C"] :] = np.nan  # the last bias
         found[name] = model._draft_from(open_weights(path))
-    yield found
+    return found
 
 
 def request(model: GPT2, prompt: list[int], options: dict[str, Any], speculation: int | bool | None = None) -> Request:
@@ -107,7 +107,8 @@ def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None],
     least = MAXT * (one if draft is None else one + draft.position_bytes)
     most = data.draw(st.sampled_from([None, least, 2 * least, 5 * least]), label="cache_bytes")
     kept = data.draw(st.sampled_from([0, MAXT * one, 9 * MAXT * one]), label="prefix bytes")
-    speculations: list[int | bool | None] = data.draw(st.sampled_from([[None], [True], [1, 3], [None, True, 2, 8, 64]]), label="speculation")
+    choices: list[list[int | bool | None]] = [[None], [True], [1, 3], [None, True, 2, 8, 64]]
+    speculations = data.draw(st.sampled_from(choices), label="speculation")
     engine = Engine(
         model.network,
         draft=lambda make: draft,
