@@ -9,6 +9,7 @@
 The rooms, from the outside in; each imports only those below it:
 
     commands      `pygpt 31373 612` and its subcommands: options, reports, progress
+    cluster       batch jobs: the callable that answers rows on any cluster
     training      parameters, batches, AdamW, saved states; reference: the scalar twin of network and training
     model         GPT2, the face that joins network and engine
     generation    the engine: requests in, tokens out; sampling, stop conditions, prefix caches
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ._kernels import Trace as Trace
     from ._kernels import cpu_info as cpu_info
     from .ceilings import Ceilings as Ceilings
+    from .cluster import Complete as Complete
     from .config import Config as Config
     from .cpus import default_threads as default_threads
     from .errors import CheckpointError as CheckpointError
@@ -102,6 +104,7 @@ _PUBLIC = {
     "model": "GPT2",
     "reference": "SerialGPT2 SerialTrainableGPT2",
     "ceilings": "Ceilings",
+    "cluster": "Complete",
     "training.options": "TrainingOptions",
     "training.data": "DataLoader split",
     "training.state": "TrainingState open_state",

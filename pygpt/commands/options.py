@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: without --stop-at-eot, generation continues after it
 
 
-def add_completion_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options that read_options() reads, except the lengths."""
+SEED = "random seed; the same seed gives the same tokens (default: random)"
+
+
+def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED) -> None:
+    """Add all options that read_options() reads, except the lengths. seed: the help of --seed."""
     parser.add_argument(
         "--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next six options implies sample"
     )
@@ -30,7 +33,7 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="above 1, make tokens that already occurred less probable (default 1: off)",
     )
-    parser.add_argument("-s", "--seed", metavar="N", help="random seed; the same seed gives the same tokens (default: random)")
+    parser.add_argument("-s", "--seed", metavar="N", help=seed)
     parser.add_argument("--stop", dest="stop_strings", action="append", metavar="TEXT", help="stop after TEXT; may be repeated")
     parser.add_argument(
         "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated"
