@@ -148,8 +148,8 @@ def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model:
                 logits = gpt.logits(sequence[:-1])[-len(one) :].astype("f8")
                 logits -= logits.max(1, keepdims=True)
                 table = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-                # Both sum V exponentials in float64: the error is below V * 2^-53 of each logarithm.
-                np.testing.assert_allclose(score["logprobs"], table[np.arange(len(one)), one], rtol=0, atol=1e-12)
+                # The exponentials of the kernel are float32, each exact to about 2^-23 of itself: so is their sum.
+                np.testing.assert_allclose(score["logprobs"], table[np.arange(len(one)), one], rtol=0, atol=2e-7)
                 assert score["logprob"] == pytest.approx(sum(score["logprobs"]), abs=1e-9)
                 assert score["greedy"] == (logits.argmax(1).tolist() == one)
                 assert score["tokens"] == one
