@@ -297,8 +297,8 @@ def warn_about_cores(ranks: Ranks, threads: int) -> None:
         every, total = set().union(*(cpus for cpus, _ in found)), sum(count for _, count in found)
         if sum(len(cpus) for cpus, _ in found) > len(every) or any(count > len(cpus) for cpus, count in found):
             say(
-                f"{host}: {len(found)} ranks with {total} threads share {len(every)} processors, which can be slow: give each rank "
-                f"{threads} of its own with mpiexec -bind-to core:{threads} (MPICH), mpirun --bind-to core --map-by "
+                f"{host}: {len(found)} ranks with {total} threads share {len(every)} processors, which can be slow: give each "
+                f"rank {threads} of its own with mpiexec -bind-to core:{threads} (MPICH), mpirun --bind-to core --map-by "
                 f"slot:PE={threads} (Open MPI) or srun -c {threads}, and the same number with -t"
             )
 
