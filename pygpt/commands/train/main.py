@@ -60,10 +60,11 @@ from ...training.parallel.ranks import Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import HelpFormatter, Parser, say, status_of, whole
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
+from .estimate import estimate
 from .job import (
     PATHS,
     WHOLE,
@@ -166,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--parts", metavar="S", type=whole(1, 1 << 16), help="parts of a step, a multiple of the number of ranks (default 1)")
     add("--timeout", metavar="S", type=whole(1, 10**6), help="end a rank after S seconds without a message (default 600)")
     add("--estimate", action="store_true", help="do not train, but estimate the time of a step on --ranks over --gbit")
-    add("--ranks", metavar="N", type=whole(1, 1 << 16), help="the number of ranks for --estimate (default: up to --parts)")
+    add("--ranks", metavar="N", type=whole(1, 1 << 16), help="the number of ranks for --estimate (default: --parts, else 8)")
     add("--gbit", metavar="G", type=number, help="the network's speed for --estimate in Gbit/s (default 10)")
 
     add = parser.add_argument_group("saving").add_argument
@@ -238,6 +239,12 @@ def run(options: argparse.Namespace, stop: Stop, ranks: Ranks) -> None:
             raise ranks.common(InputError(f"{flag(name)} is empty: it must be the name of a file"))
     if options.check is not None:
         return run_check(given)
+    if options.estimate:
+        return run_estimate(given)
+    if surplus := {"ranks", "gbit"} & {*given}:
+        raise ranks.common(
+            InputError(f"{flag(min(surplus))} is for --estimate: the launcher, such as mpiexec, starts the ranks")
+        )
     with ExitStack() as stack:
         run = ranks.together(lambda: opened(options, given, ranks, stack))
         assert run is not None
@@ -366,6 +373,22 @@ def make_engine(config: Config, init: str | None, job: Job, threads: int | None)
     if init is None:
         return kind(config, threads=threads)
     return kind.random(config, seed=job.seed, threads=threads) if init == RANDOM else kind.load(init, threads=threads)
+
+
+def run_estimate(given: dict[str, Any]) -> None:
+    """Run --estimate. Raises InputError for a bad number of ranks or speed."""
+    parts = given.get("parts") or given.get("ranks", 8)
+    job, settings = new({"data": "none", **given, "parts": parts})
+    ranks, gbit = given.get("ranks", parts), given.get("gbit", 10.0)
+    if parts % ranks:
+        raise InputError(f"--ranks is {ranks}: it must divide --parts, which is {parts}")
+    if not 0.001 <= gbit <= 1e6:
+        raise InputError(f"--gbit is {gbit}: it must be from 0.001 to 1000000")
+    config, _ = beginning(given)
+    if config.maxT < job.T:
+        raise InputError(f"-T is {job.T}: the model takes sequences of at most {config.maxT} tokens")
+    check_stdout("the estimate")
+    print(estimate(config, job.B, job.T, settings, given.get("threads"), ranks, gbit))
 
 
 def run_check(given: dict[str, Any]) -> None:
