@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from .training.data import DataLoader as DataLoader
     from .training.data import split as split
     from .training.options import TrainingOptions as TrainingOptions
+    from .training.parallel import open_ranks as open_ranks
     from .training.parallel.ranks import Ranks as Ranks
     from .training.state import TrainingState as TrainingState
     from .training.state import open_state as open_state
@@ -106,6 +107,7 @@ _PUBLIC = {
     "reference": "SerialGPT2 SerialTrainableGPT2",
     "ceilings": "Ceilings",
     "cluster": "Complete",
+    "training.parallel": "open_ranks",
     "training.parallel.ranks": "Ranks",
     "training.options": "TrainingOptions",
     "training.data": "DataLoader split",

@@ -38,7 +38,7 @@ class TrainingOptions:
     accumulate              micro-batches in one step, whose gradients are averaged. With a power of two, all gradients but
                             wte's have the same bits as those of one large batch.
     parts                   groups of `accumulate` micro-batches in one step. Each group starts a sum of its own, and a fixed
-                            binary tree adds the sums. Up to this number of ranks can share a step (pygpt.Ranks).
+                            binary tree adds the sums. Up to this number of ranks can share a step (pygpt.open_ranks).
     warmup                  steps in which the learning rate rises from lr / warmup to lr
     schedule                "constant" after the warm-up, or "cosine": half a wave from lr down to min_lr
     min_lr                  the learning rate at the end of the cosine

@@ -56,6 +56,7 @@ from ...formats.open import open_floats
 from ...hub.find import find_model
 from ...reference import SerialTrainableGPT2
 from ...training.data import DataLoader
+from ...training.parallel import open_ranks
 from ...training.parallel.ranks import Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
     """Run the command on the ranks that mpiexec or srun started, or on this process alone. Only the first rank prints."""
-    with Ranks.world() as ranks:
+    with open_ranks() as ranks:
         streams = sys.stdout, sys.stderr
         try:
             if ranks.rank:

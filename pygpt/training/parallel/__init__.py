@@ -8,3 +8,23 @@ The optimizer is shared as in ZeRO-1 (Rajbhandari et al. 2020): each rank owns a
 sums of all ranks for its slice, adds them by the tree, updates its weights and moments, and sends the weights to all. One rank
 is the same program without messages. Refuses to know about data, files and options.
 """
+
+import os
+
+from ...errors import InputError
+from .ranks import Ranks
+
+
+def open_ranks() -> Ranks:
+    """Return the ranks that mpiexec or srun started; without them, this process alone. Use them in a `with` block.
+
+    Raises InputError if there are several, but mpi4py is missing.
+    """
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_STEP_NUM_TASKS"] if "PMIX_RANK" in os.environ else []))
+    if all(os.environ.get(name, "1") == "1" for name in names):
+        return Ranks()
+    try:
+        from .mpi import MPIRanks
+    except ImportError as error:
+        raise InputError(f"several ranks were started, but MPI is missing ({error}): pip install 'pygpt[mpi]'") from None
+    return MPIRanks()

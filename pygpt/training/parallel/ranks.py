@@ -3,7 +3,6 @@
 mpi.py has the class for several. Both have the same methods, so that a step has one program.
 """
 
-import os
 from collections.abc import Callable, Sequence
 
 from ...errors import CheckpointError, InputError, PyGPTError
@@ -34,21 +33,6 @@ class Ranks:
     seconds = 0.0
     timeout = TIMEOUT_S
     agreed, version = True, ""
-
-    @staticmethod
-    def world() -> "Ranks":
-        """Return the ranks that mpiexec or srun started; without them, this process alone.
-
-        Raises InputError if there are several, but mpi4py is missing.
-        """
-        names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_STEP_NUM_TASKS"] if "PMIX_RANK" in os.environ else []))
-        if not any(os.environ.get(name, "1") != "1" for name in names):
-            return Ranks()
-        try:
-            from .mpi import MPIRanks
-        except ImportError as error:
-            raise InputError(f"several ranks were started, but MPI is missing ({error}): pip install 'pygpt[mpi]'") from None
-        return MPIRanks()
 
     def gather(self, value: "T") -> "list[T]":
         """Return the values of all ranks in their order. Every rank must call it."""
