@@ -57,7 +57,7 @@ from ...hub.find import find_model
 from ...reference import SerialTrainableGPT2
 from ...training.data import DataLoader
 from ...training.parallel import open_ranks
-from ...training.parallel.ranks import Ranks
+from ...training.parallel.ranks import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
@@ -98,14 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
     """Run the command on the ranks that mpiexec or srun started, or on this process alone. Only the first rank prints."""
-    with open_ranks() as ranks:
+    options, wrong = argparse.Namespace(timeout=None), InputError()
+    try:
+        options = build_parser().parse_args(arguments)
+    except InputError as error:
+        wrong = error  # report it after the ranks can agree on it
+    with open_ranks(options.timeout or TIMEOUT_S) as ranks:
         streams = sys.stdout, sys.stderr
         try:
             if ranks.rank:
                 sys.stdout = sys.stderr = None  # as for closed streams, print() does nothing
-            options = ranks.together(lambda: build_parser().parse_args(arguments))
-            assert options is not None
-            ranks.timeout = options.timeout or ranks.timeout
+            ranks.together(partial(check_parsed, wrong))
             run(options, stop, ranks)
         except PyGPTError as error:
             if ranks.agreed:
@@ -114,6 +117,12 @@ def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
         finally:
             if sys.exc_info()[0] is not None and not ranks.agreed:
                 sys.stdout, sys.stderr = streams
+
+
+def check_parsed(wrong: InputError) -> None:
+    """Raise the error of the command line, if it has one."""
+    if wrong.args:
+        raise wrong
 
 
 def build_parser() -> argparse.ArgumentParser:

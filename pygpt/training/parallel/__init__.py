@@ -12,13 +12,14 @@ is the same program without messages. Refuses to know about data, files and opti
 import os
 
 from ...errors import InputError
-from .ranks import Ranks
+from .ranks import TIMEOUT_S, Ranks
 
 
-def open_ranks() -> Ranks:
+def open_ranks(timeout: float = TIMEOUT_S) -> Ranks:
     """Return the ranks that mpiexec or srun started; without them, this process alone. Use them in a `with` block.
 
-    Raises InputError if there are several, but mpi4py is missing.
+    timeout: seconds without a message from another rank, after which a rank ends with status 75. Raises InputError if
+    there are several, but mpi4py is missing.
     """
     names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_STEP_NUM_TASKS"] if "PMIX_RANK" in os.environ else []))
     if all(os.environ.get(name, "1") == "1" for name in names):
@@ -27,4 +28,4 @@ def open_ranks() -> Ranks:
         from .mpi import MPIRanks
     except ImportError as error:
         raise InputError(f"several ranks were started, but MPI is missing ({error}): pip install 'pygpt[mpi]'") from None
-    return MPIRanks()
+    return MPIRanks(timeout)

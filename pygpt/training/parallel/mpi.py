@@ -6,15 +6,19 @@ between ranks of one run, which trust each other: MPI neither encrypts nor authe
 
 import atexit
 import os
+import select
+import signal
 import sys
 import threading
 import time
 from contextlib import suppress
 
 import mpi4py
-from mpi4py import MPI
 
-from .ranks import TIMEOUT_S, Ranks
+mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # _begin() initializes MPI
+from mpi4py import MPI  # noqa: E402
+
+from .ranks import TIMEOUT_S, Ranks  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ class MPIRanks(Ranks):
     """The ranks of MPI_COMM_WORLD. If this process ends without close(), or by an exception, it ends all ranks."""
 
     def __init__(self, timeout: float = TIMEOUT_S) -> None:
+        _begin(timeout)
         self._arrays, self._objects = MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.size, self.rank = self._arrays.size, self._arrays.rank
         self.timeout, self.seconds = timeout, 0.0
@@ -131,3 +136,26 @@ class MPIRanks(Ranks):
                 with suppress(Exception):
                     stream.flush()
             MPI.COMM_WORLD.Abort(1)
+
+
+def _begin(timeout: float) -> None:
+    """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process.
+
+    MPI holds Python's global lock while it waits, so a thread could not look at the clock. A child process does."""
+    if MPI.Is_initialized():
+        return
+    left, done = os.pipe()
+    if not (child := os.fork()):
+        os.close(done)
+        if not select.select([left], [], [], timeout)[0]:
+            os.write(
+                2, f"pygpt: error: MPI did not start within {timeout:g} s: a rank ended before, or cannot be reached\n".encode()
+            )
+            os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    os.close(left)
+    try:
+        MPI.Init_thread()
+    finally:
+        os.close(done)
+        os.waitpid(child, 0)
