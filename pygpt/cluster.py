@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from . import __version__
 from ._kernels import cpu_info
 from .errors import InputError, PyGPTError, is_whole, shown
-from .generation.engine import LIVE
-from .generation.logprobs import TokenInfo, token_info
-from .generation.prefix import Memory
+from .generation.engine import LIVE, Engine
+from .generation.logprobs import token_info
+from .generation.prefix import common_prefix
 from .generation.request import JSON_KEYS, Request, check_ids, complete_order
 from .hub.find import find_model
 from .model import GPT2
@@ -31,7 +31,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ._kernels import Floats
     from .generation.engine import Job
 
     Row = Mapping[str, Any]
@@ -74,7 +73,7 @@ class Complete:
         self.model = GPT2.load(self.path, threads=threads, mmap=mmap, weights=weights)
         self.seed, self.logprobs, self.keep_going, self.batch_size = seed, logprobs, keep_going, batch_size
         self._weights, self._options = weights, options
-        self._memory = Memory(self.model.new_cache())  # the latest scored prompt, because many rows share their beginning
+        self._cache, self._held = self.model.new_cache(), list[int]()  # the latest scored prompt: many share their beginning
         self._tokenizer = Tokenizer() if self.model.config.V == Tokenizer().V else None
         try:
             self.model.engine(max_live=batch_size)
@@ -122,15 +121,14 @@ class Complete:
         return Request(self.model.config, tokens, top_logprobs=self.logprobs, **order)
 
     def _continuations(self, row: "Row", prompt: int) -> "list[list[int]]":
+        given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input
         if surplus := sorted(set(row) - {"id", "prompt", "tokens", "continuations"}):
             raise InputError(f'{surplus[0]!r} and "continuations" were both given, but scores take no options: leave one out')
-        if not isinstance(row["continuations"], list) or not row["continuations"]:
-            raise InputError(f'"continuations" is {shown(row["continuations"])}: it must be a list of texts or of lists of ids')
-        found = [self._ids("continuations", one, str | list) for one in row["continuations"]]
-        most = self.model.config.maxT + 1  # the last token is not an input
-        for one in found:
-            if prompt + len(one) > most:
-                raise InputError(f"{prompt} tokens and a continuation of {len(one)} were given: at most {most} can be scored")
+        if not isinstance(given, list) or not given:
+            raise InputError(f'"continuations" is {shown(given)}: it must be a list of texts or of lists of ids')
+        found = [self._ids("continuations", one, str | list) for one in given]
+        if prompt + (longest := max(map(len, found))) > most:
+            raise InputError(f"{prompt} tokens and a continuation of {longest} were given: at most {most} can be scored")
         return found
 
     def _ids(self, name: str, value: object, kind: "Any") -> list[int]:
@@ -157,84 +155,65 @@ class Complete:
         engine = self.model.engine(max_live=self.batch_size)
         pending: deque[tuple[Row, Job | Answer]] = deque()
         live: set[Job] = set()
-
-        def ready() -> bool:
-            return bool(pending) and (isinstance(pending[0][1], dict) or pending[0][1].done)
-
         try:
-            while True:
-                while not ended and not ready() and len(live) < 2 * self.batch_size and len(pending) < AHEAD:
-                    if (row := next(source, None)) is None:
-                        ended = True
-                    else:
-                        pending.append((row, begun := self._begin(row, engine.add)))
-                        if not isinstance(begun, dict):
-                            live.add(begun)
-                while ready():
+            while pending or not ended:
+                ready = bool(pending) and (isinstance(pending[0][1], dict) or pending[0][1].done)
+                if ready:
                     yield self._answer(*pending.popleft())
-                if not pending and ended:
-                    return
-                live -= {event.job for event in engine.step() if event.job.done}
+                elif not ended and len(live) < 2 * self.batch_size and len(pending) < AHEAD:
+                    if ended := (row := next(source, None)) is None:
+                        continue
+                    pending.append((row, begun := self._begin(row, engine)))
+                    if not isinstance(begun, dict):
+                        live.add(begun)
+                else:
+                    live -= {event.job for event in engine.step() if event.job.done}
         finally:
             engine.close()
 
-    def _begin(self, row: "Row", add: "Any") -> "Job | Answer":
+    def _begin(self, row: "Row", engine: Engine) -> "Job | Answer":
         """Add a row's request to the engine, or score the row; return the job or the answer."""
         try:
             asked = self.check(row)
             if not isinstance(asked, Request):
                 return {"id": row["id"], "scores": self._score(*asked)}
             derived = asked.sampler.name == "sample" and asked.sampler.seed is None
-            job: Job = add(asked, seed=self.seed_of(row["id"]) if derived else None)
-            return job
+            return engine.add(asked, seed=self.seed_of(row["id"]) if derived else None)
         except PyGPTError as error:
             return self._failed(row, error)
 
     def _answer(self, row: "Row", job: "Job | Answer") -> "Answer":
-        if isinstance(job, dict):
-            return job
-        if job.error is not None:
-            return self._failed(row, job.error)
+        if isinstance(job, dict) or job.error is not None:
+            return job if isinstance(job, dict) else self._failed(row, job.error)
         done = job.completions[0]
         text = {} if self._tokenizer is None else {"text": self._tokenizer.decode(done.tokens)}
-        answer = {"id": row["id"], **text, "tokens": done.tokens, "finish_reason": done.finish_reason}
-        return answer if self.logprobs is None else {**answer, "logprobs": [info._asdict() for info in done.infos]}
+        infos = {} if self.logprobs is None else {"logprobs": [info._asdict() for info in done.infos]}
+        return {"id": row["id"], **text, "tokens": done.tokens, "finish_reason": done.finish_reason, **infos}
 
-    def _failed(self, row: "Row", error: Exception) -> "Answer":
-        if not self.keep_going:
+    def _failed(self, row: "Row", error: "Exception | None") -> "Answer":
+        if error is not None and not self.keep_going:
             raise error
         return {"id": row.get("id"), "error": str(error)}
 
     def _score(self, prompt: list[int], continuations: list[list[int]]) -> "list[Answer]":
         """Return the scores of continuations of a prompt. Only their own tokens run for each, after a copy of the cache."""
-        memory = self._memory
-        memory.keep(memory.shared(prompt))
-        silent = prompt[len(memory.tokens) : -1]
-        for start in range(0, len(silent), CHUNK):
-            piece = silent[start : start + CHUNK]
-            self._run(memory.cache, piece, want=False)
-            memory.note(piece)
+        network, cache, held = self.model.network, self._cache, self._held
+        del held[common_prefix(held, prompt, len(prompt) - 1) :]
+        cache.truncate(len(held))
+        while piece := prompt[len(held) : -1][:CHUNK]:
+            network.extend(cache, piece)
+            held += piece
         scores = []
         for one in continuations:
-            inputs = [prompt[-1], *one[:-1]]
-            cache = memory.copy(len(memory.tokens), len(memory.tokens) + len(inputs)).cache
-            infos: list[TokenInfo] = []
+            inputs, infos = [prompt[-1], *one[:-1]], []
+            branch = cache.copy(capacity=len(held) + len(inputs))
             for start in range(0, len(one), SCORED):
-                logits = self._run(cache, inputs[start : start + SCORED], want=True)
+                logits = network.step([(token, branch, True) for token in inputs[start : start + SCORED]])
                 infos += [token_info(logits, i, token, 1) for i, token in enumerate(one[start : start + SCORED])]
-            scores.append(
-                {
-                    "logprob": math.fsum(info.logprob for info in infos),
-                    "greedy": all(info.token == info.top[0][0] for info in infos),
-                    "tokens": one,
-                    "logprobs": [info.logprob for info in infos],
-                }
-            )
+            logprobs = [info.logprob for info in infos]
+            greedy = all(info.token == info.top[0][0] for info in infos)
+            scores.append({"logprob": math.fsum(logprobs), "greedy": greedy, "tokens": one, "logprobs": logprobs})
         return scores
-
-    def _run(self, cache: "Any", tokens: list[int], *, want: bool) -> "Floats":
-        """Append tokens to a cache; return their logits if wanted, (rows, V)."""
-        return self.model.network.step([(token, cache, want) for token in tokens])
 
     # ---------------------------------------------------------------- columns
 

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("-o is missing: name the file of the answers, such as -o out.jsonl")
     shard = shard_of(options.shard)
     given = read_options(options)
-    packed, _ = is_compressed(options.out), is_compressed(options.source)
+    packed, _ = map(is_compressed, (options.out, options.source))
     with Complete(
         options.model,
         threads=options.threads,
@@ -103,13 +103,17 @@ def run(options: argparse.Namespace) -> None:
         digest, count = survey(options.source)
         rows = range(shard[0] * count // shard[1], (shard[0] + 1) * count // shard[1])
         record = {**complete.identity(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
-        job = Output(options.out, packed=packed)
-        with job.opened(json.loads(json.dumps(record)), force=options.force) as part:
+        with opened(options.out, json.loads(json.dumps(record)), force=options.force) as part:
             if part is None:
                 return say(f"{options.out}: is complete already; to answer the lines again, use --force")
             check_rows(complete, options.source, rows)
             answer(complete, options.source, rows, part)
-            job.finish(part)
+            os.fsync(part.fileno())
+            if packed:
+                compress(f"{options.out}.part", options.out)
+                os.unlink(f"{options.out}.part")
+            else:
+                os.replace(f"{options.out}.part", options.out)
     return say(f"wrote {options.out}: {len(rows)} answers")
 
 
@@ -205,74 +209,55 @@ def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
 # ------------------------------------------------------------------------------------------------ files
 
 
-class Output:
-    """The files of a job: OUT, OUT.part and OUT.job.json."""
+@contextmanager
+def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[bytes] | None]":
+    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out; None if OUT is complete.
 
-    def __init__(self, path: str, *, packed: bool) -> None:
-        self.path, self.part, self.record, self.packed = path, f"{path}.part", f"{path}.job.json", packed
-        folder = os.path.dirname(os.path.realpath(path))
-        if not os.path.isdir(folder):
-            raise InputError(f"{path}: the folder {folder} does not exist: make it first")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
-
-    @contextmanager
-    def opened(self, record: dict[str, Any], *, force: bool) -> "Iterator[IO[bytes] | None]":
-        """Open OUT.part for reading and writing, in a `with` block that keeps other processes out; None if OUT is complete.
-
-        Raises InputError if the files belong to a job with another record.
-        """
-        with open(self.part, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as part:
-            try:
-                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.stat(self.part)  # a process that has just finished has renamed it
-            except OSError:
-                raise PyGPTError(f"{self.part}: another process is writing it: wait for its end") from None
-            try:
-                if force:
-                    self._discard(part)
-                self._compare(record, begun=os.fstat(part.fileno()).st_size > 0)
-                if done := os.path.exists(self.path):
-                    os.unlink(self.part)
-                yield None if done else part
-            finally:
-                if not part.closed and os.fstat(part.fileno()).st_size == 0 and os.path.exists(self.part):
-                    os.unlink(self.part)  # nothing was answered
-
-    def _discard(self, part: "IO[bytes]") -> None:
-        """Remove an older job. OUT goes first: the new record must never stand beside an old OUT."""
-        for path in (self.path, self.record):
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        part.truncate(0)
-
-    def _compare(self, record: dict[str, Any], *, begun: bool) -> None:
-        """Write the record of a new job, or compare it with that of the job that continues."""
-        if not os.path.exists(self.record):
-            if begun or os.path.exists(self.path):
-                raise InputError(f"{self.path}: exists without {self.record}: give another name, or --force to replace it")
-            with atomic_file(self.record) as file:
-                file.write(json.dumps(record, indent=1).encode() + b"\n")
-            return
+    Raises InputError if the files belong to a job with another record.
+    """
+    folder, name = os.path.dirname(os.path.realpath(path)), f"{path}.part"
+    if not os.path.isdir(folder):
+        raise InputError(f"{path}: the folder {folder} does not exist: make it first")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
+    with open(name, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as part:
         try:
-            with open(self.record, "rb") as file:
-                before = json.load(file)
-        except (OSError, ValueError, RecursionError):
-            before = None
-        if not isinstance(before, dict):
-            raise InputError(f"{self.record}: not the record of a job: give OUT another name, or --force")
-        for name in dict.fromkeys([*record, *before]):
-            if before.get(name) != record.get(name):
-                raise InputError(
-                    f"{self.path}: this job was begun with {name} = {shown(before.get(name))}, now it is "
-                    f"{shown(record.get(name))}: give the same options and files, or --force to begin anew"
-                )
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(name)  # a process that has just finished has renamed it
+        except OSError:
+            raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
+        try:
+            if force:  # OUT goes first: the new record must never stand beside an old OUT
+                for old in (path, f"{path}.job.json"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(old)
+                part.truncate(0)
+            compare(path, record, begun=os.fstat(part.fileno()).st_size > 0)
+            if done := os.path.exists(path):
+                part.truncate(0)
+            yield None if done else part
+        finally:
+            if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):
+                os.unlink(name)  # it has no answers
 
-    def finish(self, part: "IO[bytes]") -> None:
-        """Give the complete answers their name."""
-        os.fsync(part.fileno())
-        if self.packed:
-            compress(self.part, self.path)
-            os.unlink(self.part)
-        else:
-            os.replace(self.part, self.path)
+
+def compare(path: str, record: dict[str, Any], *, begun: bool) -> None:
+    """Write the record of a new job, or compare it with that of the job that continues."""
+    name = f"{path}.job.json"
+    if not os.path.exists(name):
+        if begun or os.path.exists(path):
+            raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
+        with atomic_file(name) as new:
+            new.write(json.dumps(record, indent=1).encode() + b"\n")
+        return
+    try:
+        with open(name, "rb") as file:
+            before = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise InputError(f"{name}: not the record of a job: give OUT another name, or --force")
+    for key in dict.fromkeys([*record, *before]):
+        if before.get(key) != record.get(key):
+            was, now = shown(before.get(key)), shown(record.get(key))
+            raise InputError(f"{path}: was begun with {key} = {was}, now it is {now}: give the same, or --force to begin anew")

@@ -8,7 +8,6 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 
 from ..errors import DataError, PyGPTError
@@ -25,49 +24,33 @@ def read_lines(path: str) -> Iterator[bytes]:
     """Yield the lines of a regular file, decompressed. Raises DataError if it is missing, damaged, or has a long line."""
     if not os.path.isfile(path):
         raise DataError(f"{path}: {'not a regular' if os.path.exists(path) else 'no such'} file: name a file of JSON lines")
+    damage = (OSError, EOFError, zlib.error, *([_zstd().ZstdError] if path.endswith(".zst") else []))
     try:
-        with open(path, "rb") as raw, _reader(raw, path) as file:
+        with open(path, "rb") as raw, _opened(raw, path, "rb") as file:
             while line := file.readline(LONGEST + 1):
                 if len(line) > LONGEST:
                     raise DataError(f"{path}: a line is longer than {LONGEST} bytes: write one object on a line")
                 yield line
-    except (OSError, EOFError, zlib.error) as error:  # gzip and zstd raise these for damaged data
+    except damage as error:
         raise DataError(f"{path}: cannot read the lines: {reason(error)}") from error
 
 
 def compress(source: str, path: str) -> None:
     """Write the bytes of the file `source` as `path`, compressed by its name. The file gets its name when it is complete."""
-    with atomic_file(path) as target, open(source, "rb") as file, _writer(target, path) as packed:
+    with atomic_file(path) as target, open(source, "rb") as file, _opened(target, path, "wb") as packed:
         shutil.copyfileobj(file, packed, 1 << 20)
 
 
 def is_compressed(path: str) -> bool:
     """Return whether the name is of a compressed file. Raises PyGPTError for .zst if this Python has no zstd."""
+    return path.endswith(".gz") or (path.endswith(".zst") and bool(_zstd()))
+
+
+def _opened(file: "IO[bytes]", path: str, mode: str) -> "Any":
+    """Return an open file, or its decompressed or compressed form."""
     if path.endswith(".zst"):
-        _zstd()
-    return path.endswith((".gz", ".zst"))
-
-
-@contextmanager
-def _reader(file: "IO[bytes]", path: str) -> "Iterator[Any]":
-    if path.endswith(".zst"):
-        zstd = _zstd()
-        try:
-            with zstd.open(file, "rb") as lines:
-                yield lines
-        except zstd.ZstdError as error:
-            raise DataError(f"{path}: damaged: {error}") from None
-    elif path.endswith(".gz"):
-        with gzip.open(file, "rb") as lines:
-            yield lines
-    else:
-        yield file
-
-
-@contextmanager
-def _writer(file: "IO[bytes]", path: str) -> "Iterator[Any]":
-    with _zstd().open(file, "wb") if path.endswith(".zst") else gzip.GzipFile("", "wb", 6, file, 0) as packed:
-        yield packed
+        return _zstd().open(file, mode)
+    return gzip.GzipFile("", mode, 6, file, 0) if path.endswith(".gz") else file
 
 
 def _zstd() -> "Any":
