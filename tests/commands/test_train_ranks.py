@@ -154,7 +154,7 @@ def test_ranks_that_differ_are_refused_by_name(folder: Path) -> None:
         "import sys, pygpt; pygpt.__version__ = '9'; from pygpt.__main__ import main; sys.exit(main(sys.argv[1:]))",
     ]
     for second, words in (
-        (train("--data", "other.bin"), "rank 1 on .* has the training data "),
+        (train("--data", "other.bin"), "rank 1 on .* has training data of SHA-256 "),
         (train("--lr", "1e-3"), "rank 1 on .* has --lr 0.001, rank 0 on .* has 0.01"),
         (train("--seed", "2"), "rank 1 on .* has --seed 2"),
         ([*env, *train()], "rank 1 on .* has fused multiply-add False, rank 0"),
@@ -178,7 +178,7 @@ def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(sys.modules, "pygpt.training.parallel.mpi", None)
     assert main(["--data", "data.bin"]) == 2
-    assert re.fullmatch(r"pygpt: error: several ranks were started, .* pip install 'pygpt\[mpi\]'\n", capsys.readouterr().err)
+    assert re.fullmatch(r"pygpt: error: several ranks were started, .* pip install 'pygpt\[mpi\]' mpich\n", capsys.readouterr().err)
 
 
 def test_the_estimate_adds_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

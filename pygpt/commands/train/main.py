@@ -247,14 +247,8 @@ def run(options: argparse.Namespace, stop: Stop, ranks: Ranks) -> None:
     for name in NAMES & {*given}:
         if not given[name]:
             raise ranks.common(InputError(f"{flag(name)} is empty: it must be the name of a file"))
-    if options.check is not None:
-        return run_check(given)
-    if options.estimate:
-        return run_estimate(given)
-    if surplus := {"ranks", "gbit"} & {*given}:
-        raise ranks.common(
-            InputError(f"{flag(min(surplus))} is for --estimate: the launcher, such as mpiexec, starts the ranks")
-        )
+    if options.check is not None or options.estimate:
+        return ranks.together(partial(run_estimate if options.estimate else run_check, given), first=True)
     with ExitStack() as stack:
         run = ranks.together(lambda: opened(options, given, ranks, stack))
         assert run is not None
@@ -269,6 +263,8 @@ def run(options: argparse.Namespace, stop: Stop, ranks: Ranks) -> None:
 
 def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, stack: ExitStack) -> "Run":
     """Open everything that a run needs."""
+    if surplus := {"ranks", "gbit"} & {*given}:
+        raise InputError(f"{flag(min(surplus))} is for --estimate: the launcher, such as mpiexec, starts the ranks")
     state: TrainingState | None = None
     changes: list[str] = []
     if options.resume is None:
@@ -444,9 +440,10 @@ class Run:
             "the model": trainer.engine.config,
             **{flag(name): value for name, value in trainer.options.as_dict().items()},
             **{flag(name): value for name, value in vars(self.job).items() if name not in PATHS},
-            "the training data": trainer.loader.state(),
-            "the validation data": self.validation and self.validation.fingerprint,
+            "training data of SHA-256": trainer.loader.fingerprint,
+            "validation data of SHA-256": self.validation and self.validation.fingerprint,
             "the step": trainer.done,
+            "the position in the data": trainer.loader.state(),
             "weights of SHA-256": hashlib.sha256(trainer.engine.parameters.data).hexdigest(),
         }
 

@@ -26,6 +26,6 @@ def open_ranks(timeout: float = TIMEOUT_S) -> Ranks:
         return Ranks()
     try:
         from .mpi import MPIRanks
-    except ImportError as error:
-        raise InputError(f"several ranks were started, but MPI is missing ({error}): pip install 'pygpt[mpi]'") from None
+    except (ImportError, RuntimeError) as error:  # mpi4py, or the MPI library that it loads
+        raise InputError(f"several ranks were started, but MPI is missing ({error}): pip install 'pygpt[mpi]' mpich") from None
     return MPIRanks(timeout)
