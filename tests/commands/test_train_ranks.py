@@ -178,7 +178,9 @@ def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(sys.modules, "pygpt.training.parallel.mpi", None)
     assert main(["--data", "data.bin"]) == 2
-    assert re.fullmatch(r"pygpt: error: several ranks were started, .* pip install 'pygpt\[mpi\]' mpich\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"pygpt: error: several ranks were started, .* pip install 'pygpt\[mpi\]' mpich\n", capsys.readouterr().err
+    )
 
 
 def test_the_estimate_adds_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,7 +293,7 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
     for change in changes:
         say(change)
     if output is None:
-        say("nothing will be saved: to save, name a file with --out")
+        say("this run will not be saved: to save it, name a file with --out")
     path = job.log if ranks.rank == 0 else None
     log = stack.enter_context(report.Log(path, None if state is None else trainer.done, keep=job.plot is not None))
     return Run(trainer, validation, job, output, log, state)
@@ -522,7 +522,7 @@ class Run:
                 report.draw(names, self.log.entries)
                 say(f"wrote {' and '.join(names)}")
             else:
-                say(f"did not write {' and '.join(names)}: this run has no steps to draw, and no --log of earlier steps")
+                say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")
 
     def rescue(self, error: Exception) -> None:
         """Save the run after an error if its weights are useful, and print which state exists.
