@@ -200,7 +200,7 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
         ({"tokens": [1], "max_tokens": 3}, "unknown key 'max_tokens'"),
         ({"tokens": [1], "top_k": None}, "'top_k' is null"),
         ({"tokens": [SHAPE.V]}, str(SHAPE.V)),
-        ({"tokens": []}, "no token"),
+        ({"tokens": []}, "is empty"),
         ({"tokens": "ab"}, "a list of ids"),
         ({"tokens": [1], "continuations": []}, '"continuations" is []'),
         ({"tokens": [1], "continuations": [[1] * 200]}, "at most 129"),
@@ -265,7 +265,7 @@ def test_columns_are_answered_as_rows(model: str) -> None:
         }
         assert job(arrays) == job({"id": [4, 5], "tokens": [[1, 2], [3]]})
         assert job({"id": []}) == {}
-        with pytest.raises(InputError, match="no token"):
+        with pytest.raises(InputError, match="is empty"):
             job({"id": [1], "tokens": [[]]})
 
 
