@@ -15,7 +15,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from .._signals import see_through
-from ..errors import InputError, NumericalError, PyGPTError, is_whole, shown
+from ..errors import InputError, NumericalError, PyGPTError, Uncopied, check_whole, shown
 from ..pool import TRIES
 from .options import TrainingOptions
 from .parallel.ranks import Ranks
@@ -48,13 +48,15 @@ class Record(NamedTuple):
     ranks: tuple[tuple[float, float], ...]
 
 
-class Trainer:
+class Trainer(Uncopied):
     """Train `engine` on the batches of `loader` with `options` (default: TrainingOptions()).
 
     `done` counts the updates made. ranks: the processes that share the steps (default: this one alone). Each has an engine with
     the same weights and a loader of the same data, and calls the same methods. Raises InputError if the loader's T exceeds the
     model's maxT, if `options` has another type, or if the number of ranks does not divide `parts`.
     """
+
+    _instead = "save() writes its state, and restore() reads it"
 
     def __init__(
         self,
@@ -116,30 +118,47 @@ class Trainer:
 
     def _gradients(self, shared: SharedStep) -> float:
         """Compute the step's gradients of the own slice in the engine; return the step's mean loss."""
-        count, parts = self.options.accumulate, self.options.parts
-        found = []
-        self.loader.skip(shared.mine.start * count)
+        each, parts, found = self.options.accumulate, self.options.parts, []
+        counts = self._counts(self.loader, each * parts)
+        total = max(sum(counts), 1)
+        self.loader.skip(shared.mine.start * each)
         for part in shared.mine:
-            for i in range(count):
+            for i in range(each):
                 found.append(self._loss(self.loader))
-                self.engine.backward(accumulate=i > 0, scale=1 / (count * parts))
+                self.engine.backward(accumulate=i > 0, scale=counts[part * each + i] / total)
             shared.add(part)
-        self.loader.skip((parts - shared.mine.stop) * count)
+        self.loader.skip((parts - shared.mine.stop) * each)
         shared.reduce()
-        return self._mean("loss", found)
+        return self._mean("loss", found, counts)
+
+    def _counts(self, loader: "DataLoader", batches: int) -> list[int]:
+        """Return how many targets each of the next batches trains on. Every target of a step has the same weight."""
+        if not loader.masked:
+            return [loader.B * loader.T] * batches
+        start = loader.state()
+        try:
+            return [int((loader.next_batch()[1] >= 0).sum()) for _ in range(batches)]
+        finally:
+            loader.restore(start)
 
     def _loss(self, loader: "DataLoader", *, validation: bool = False) -> "tuple[float, dict[str, int | str | None]]":
         """Return the mean loss of the loader's next batch, and the batch's place. fsum() rounds once, whatever the order."""
         place = loader.state()
-        losses = (self.engine.evaluate if validation else self.engine.forward)(*loader.next_batch())
-        return math.fsum(losses.flat) / losses.size, place
+        inputs, targets = loader.next_batch()
+        losses = (self.engine.evaluate if validation else self.engine.forward)(inputs, targets)
+        return math.fsum(losses.flat) / max(int((targets >= 0).sum()), 1), place
 
-    def _mean(self, what: str, found: "list[tuple[float, dict[str, int | str | None]]]") -> float:
-        """Return the mean of all ranks' losses. Raises NumericalError for the first that is not finite, on all ranks."""
+    def _mean(self, what: str, found: "list[tuple[float, dict[str, int | str | None]]]", counts: list[int]) -> float:
+        """Return the mean of all ranks' losses of batches with so many targets each; equal counts give a plain mean's bits.
+
+        Raises NumericalError for the first that is not finite, on all ranks.
+        """
         everyone = list(chain.from_iterable(self.ranks.gather(found)))
         for loss, place in everyone:
             self._check_finite(what, loss, place)
-        return math.fsum(loss for loss, _ in everyone) / len(everyone)
+        weights = [count / max(*counts, 1) for count in counts]
+        total = math.fsum(loss * weight for (loss, _), weight in zip(everyone, weights, strict=True))
+        return total / (math.fsum(weights) or 1)
 
     def _check_finite(self, what: str, value: float, place: "dict[str, int | str | None]") -> None:
         if not math.isfinite(value):
@@ -155,13 +174,13 @@ class Trainer:
 
         Several ranks share the batches. Raises InputError for a bad number of batches, NumericalError if a loss is not finite.
         """
-        if not is_whole(batches, 1, 1 << 30):
-            raise InputError(f"batches is {shown(batches)}: it must be a whole number from 1 to {1 << 30}")
-        start, rank, size = loader.state(), self.ranks.rank, self.ranks.size
+        batches = check_whole("batches", batches, 1, 1 << 30)
+        start, counts = loader.state(), self._counts(loader, batches)
+        rank, size = self.ranks.rank, self.ranks.size
         try:
             loader.skip(batches * rank // size)
             mine = range(batches * rank // size, batches * (rank + 1) // size)
-            return self._mean("validation loss", [self._loss(loader, validation=True) for _ in mine])
+            return self._mean("validation loss", [self._loss(loader, validation=True) for _ in mine], counts)
         finally:
             loader.restore(start)
 
