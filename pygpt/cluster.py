@@ -21,7 +21,7 @@ from .errors import InputError, PyGPTError, is_whole, shown
 from .generation.engine import LIVE, Engine
 from .generation.logprobs import token_info
 from .generation.prefix import common_prefix
-from .generation.request import JSON_KEYS, Request, check_ids, complete_order
+from .generation.request import JSON_KEYS, Request, check_ids, complete_order, whole_keys
 from .hub.find import find_model
 from .model import GPT2
 from .network import CHUNK
@@ -117,6 +117,7 @@ class Complete:
         if "continuations" in row:
             return tokens, self._continuations(row, len(tokens))
         own = {name: value for name, value in row.items() if name not in ("id", "prompt", "tokens")}
+        whole_keys(own)
         order = complete_order(own, self._options)
         return Request(self.model.config, tokens, top_logprobs=self.logprobs, **order)
 

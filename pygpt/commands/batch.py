@@ -4,9 +4,9 @@
     pygpt batch in.jsonl.zst -o out-3.jsonl.gz --shard 3/8
 
 A line of IN is a JSON object: "prompt" (text) or "tokens" (ids), and "id", a string or a whole number (default: the number of
-the line in IN, from 1). It may hold options for itself: total, max_new_tokens, sampler, temperature, top_k, top_p, min_p,
-repetition_penalty, seed, stop_token_ids, stop_strings, overflow. With "continuations", a list of texts or of lists of ids, the
-line is scored instead of completed. A text is encoded alone, so begin a continuation with its space.
+the line in IN, from 1). It may hold options for itself, named as those of GPT2.generate(): max_new_tokens, sampler, seed and
+so on. With "continuations", a list of texts or of lists of ids, the line is scored instead of completed. A text is encoded
+alone, so begin a continuation with its space.
 
 OUT has a line for each line of IN, in its order:
 

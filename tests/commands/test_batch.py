@@ -27,6 +27,7 @@ ROWS: list[dict[str, Any]] = [
     {"tokens": PROMPTS[0], "seed": 3, "top_k": 9},
     {"id": "two", "tokens": PROMPTS[4], "continuations": [[3, 4], [5]]},
     {"id": "long", "tokens": [1, 2], "max_new_tokens": 40, "temperature": 1.5},
+    {"id": "b", "tokens": [6], "logit_bias": {"77": 50.0}, "max_new_tokens": 2},
     {"id": "\ud800", "tokens": [8], "stop_token_ids": [*range(0, SHAPE.V, 3)], "total": 30},
 ]
 
@@ -72,6 +73,7 @@ def test_answers_are_those_of_generate_batch_with_the_seeds_of_the_ids(folder: P
             if "continuations" in row:
                 continue
             own = {name: value for name, value in row.items() if name not in ("id", "tokens")}
+            own |= {"logit_bias": {77: 50.0}} if "logit_bias" in own else {}
             length = {} if "total" in own else {"max_new_tokens": 6}
             drawn = {} if "sampler" in own else {"temperature": 0.9, "seed": job.seed_of(answer["id"])}
             (expected,) = gpt.generate_batch([row["tokens"]], **{**length, **drawn, **own})
