@@ -92,10 +92,12 @@ def test_the_tree_of_five() -> None:
     np.testing.assert_array_equal(tree_sum(have, 0, 5), expected)
 
 
-def train(ranks: Ranks, parts: int, steps: int = 3, path: str = "", state: str = "", threads: int = 1) -> Any:
+def train(
+    ranks: Ranks, parts: int, steps: int = 3, path: str = "", state: str = "", threads: int = 1, labels: Any = None
+) -> Any:
     """Train; return a digest of the weights, the moments that this rank owns, losses, norms, the validation loss."""
     options = TrainingOptions(lr=1e-2, clip=0.5, weight_decay=0.1, decay_matrices_only=True, accumulate=2, parts=parts)
-    loader = DataLoader(TOKENS, 1, 8, shuffle_seed=3)
+    loader = DataLoader(TOKENS, 1, 8, shuffle_seed=3, labels=labels)
     with TrainableGPT2.random(CONFIG, seed=1, threads=threads) as engine:
         trainer = Trainer(engine, loader, options, ranks)
         if state:
@@ -137,6 +139,14 @@ def test_any_number_of_ranks_has_the_same_bits(parts: int, monkeypatch: pytest.M
         resumed = joined(on_ranks(size, partial(train, parts=parts, steps=2, state=str(tmp_path / "1.state"))))
         assert resumed[:2] == straight[:2]
         assert resumed[2][0] == straight[2][0][3:]
+
+
+def test_targets_that_are_not_trained_on_have_the_same_bits_on_any_number_of_ranks() -> None:
+    labels = np.where(np.random.default_rng(3).random(len(TOKENS)) < 0.6, -100, TOKENS.astype(np.int32))
+    one = joined([train(Ranks(), 6, labels=labels)])
+    assert one != joined([train(Ranks(), 6)])
+    for size in (2, 3):
+        assert joined(on_ranks(size, partial(train, parts=6, labels=labels))) == one
 
 
 def test_one_part_is_the_mean_gradient_and_parts_change_only_rounding() -> None:
