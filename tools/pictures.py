@@ -75,6 +75,7 @@ MEANING = {
     "commands": "one file a subcommand; reports",
     "training": "parameters, options, data, trainer, state",
     "reference": "the serial program, for comparison",
+    "cluster": "answers rows on any cluster",
     "model": "GPT2 joins network and engine",
     "generation": "the engine: requests in, tokens out",
     "network": "step(rows); key-value caches",

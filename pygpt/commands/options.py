@@ -28,10 +28,11 @@ CONTROL = (  # flag, name of a request's option, metavar, help; with every sampl
 )
 LISTS = ("logit_bias", "suppress_tokens", "bad_words_ids")
 NGRAM = ("no_repeat_ngram_size", "--no-repeat-ngram-size")
+SEED = "random seed; the same seed gives the same tokens (default: random)"
 
 
-def add_completion_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options that read_options() reads, except the lengths."""
+def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED) -> None:
+    """Add all options that read_options() reads, except the lengths. seed: the help of --seed."""
     parser.add_argument(
         "--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next five options implies sample"
     )
@@ -45,7 +46,7 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)"
     )
-    parser.add_argument("-s", "--seed", metavar="N", help="random seed; the same seed gives the same tokens (default: random)")
+    parser.add_argument("-s", "--seed", metavar="N", help=seed)
     for flag, name, metavar, text in CONTROL:
         action = "append" if name in LISTS else "store"
         parser.add_argument(flag, dest=name, metavar=metavar, action=action, help=text)

@@ -198,11 +198,17 @@ def parse_json(text: bytes) -> "dict[str, Any]":
         raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
     if "tokens" not in request:
         raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
-    if isinstance(bias := request.get("logit_bias"), dict):  # the keys of JSON objects are strings
-        request["logit_bias"] = {
-            int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key: bias[key] for key in bias
-        }
+    whole_keys(request)
     for key, value in request.items():
         if value is None:
             raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
     return dict(request)
+
+
+def whole_keys(order: "dict[str, Any]") -> None:
+    """Give logit_bias whole numbers as keys: the keys of JSON objects are strings."""
+    if isinstance(bias := order.get("logit_bias"), dict):
+        order["logit_bias"] = {
+            int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key: bias[key]
+            for key in bias
+        }
