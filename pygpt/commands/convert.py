@@ -16,9 +16,15 @@ from collections.abc import Sequence
 
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError, is_whole
-from ..formats.checkpoint import FORMATS, Checkpoint, StreamedCheckpoint, file_bytes, write_checkpoint
-from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, pickle_error, write_model
+from ..formats.checkpoint import FORMATS, Checkpoint, file_bytes, write_checkpoint
+from ..formats.dtypes import BFLOAT16, FLOAT32
+from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
+from ..formats.open import open_source
 from .console import HelpFormatter, Parser, say, status_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..formats.open import Source
 
 EXAMPLES = """\
 examples:
@@ -31,7 +37,6 @@ examples:
 
 DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
 FOLDER = "/"  # the ending of a DST that names a folder
-PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # first bytes of PyTorch's files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,13 +94,13 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
 
     Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails.
     """
-    with open_model(source, heads) as model:
+    with open_source(source, heads=heads) as model:
         before = describe(source, model)
         if target.endswith(FOLDER):
-            if not isinstance(model, Checkpoint) or version is not None:
-                raise InputError(f"{target}: to write a Hugging Face folder, give a .bin file as SRC, and leave out --version")
+            if version is not None:
+                raise InputError(f"{target}: a Hugging Face folder has no version: leave out --version")
             check_folder(target)
-            write_model(os.path.realpath(target), model)
+            write_model(os.path.realpath(target), model, BFLOAT16 if exact_version(model) == 5 else FLOAT32)
         else:
             version = default_version(model) if version is None else version
             if isinstance(model, Checkpoint) and version == model.version:
@@ -103,31 +108,22 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""
-    with open_model(target, None) as written:
+    with open_source(target) as written:
         return f"{before} -> {describe(target, written)}{notice and f'; {notice}'}"
 
 
-def open_model(source: str, heads: int | None) -> Checkpoint | HuggingFaceModel:
-    """Open SRC as a .bin file or a Hugging Face model. Raises CheckpointError if it is neither."""
-    if os.path.isdir(source) or source.endswith(".safetensors"):
-        return HuggingFaceModel.open(source, heads=heads)
-    if heads is not None:
-        raise InputError(f"{source}: a .bin file contains its number of heads: leave out --heads")
-    if os.path.isfile(source) and os.access(source, os.R_OK):
-        with open(source, "rb") as file:
-            if file.read(4).startswith(PICKLES):
-                raise pickle_error(source)
-    return StreamedCheckpoint(source)
+def default_version(model: "Source") -> int:
+    """Return the target version if --version is not given: for all but .bin files, the one that keeps every value exactly."""
+    return DEFAULTS[model.version] if isinstance(model, Checkpoint) else exact_version(model)
 
 
-def default_version(model: Checkpoint | HuggingFaceModel) -> int:
-    """Return the target version if --version is not given. For a Hugging Face model, it keeps every value exactly."""
-    if isinstance(model, Checkpoint):
-        return DEFAULTS[model.version]
-    return 5 if model.dtype == "bfloat16" else 3
+def exact_version(model: "Source") -> int:
+    """Return the version that keeps every value of a model."""
+    exact = model.dtype == "bfloat16" if isinstance(model, HuggingFaceModel) else model.format == BFLOAT16
+    return 5 if exact else 3
 
 
-def write_bin(target: str, model: Checkpoint | HuggingFaceModel, version: int) -> None:
+def write_bin(target: str, model: "Source", version: int) -> None:
     """Write the model as a .bin file. Raises PyGPTError if writing fails."""
     tensors = {name: model.pieces(name) for name, _, _, _ in model.config.tensors(padded=False)}
     try:
@@ -166,9 +162,11 @@ def check_parent(target: str) -> None:
         raise InputError(f"{target}: the folder {folder} does not exist: make it first")
 
 
-def describe(path: str, model: Checkpoint | HuggingFaceModel) -> str:
+def describe(path: str, model: "Source") -> str:
     """Return a short description of a model: path, version, format, size."""
     if isinstance(model, HuggingFaceModel):
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
+    if not isinstance(model, Checkpoint):
+        return f"{path} ({model.format.name}, {os.path.getsize(path)} bytes)"
     size = file_bytes(model.config, model.version)
     return f"{path} (version {model.version}, {model.format.name}, {size} bytes)"

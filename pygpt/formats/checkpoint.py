@@ -37,6 +37,15 @@ def file_bytes(config: Config, version: int) -> int:
     return HEADER_BYTES + FORMATS[version].size(config.parameters(padded=version != 1))
 
 
+def check_plain(config: Config, path: str | os.PathLike[str]) -> None:
+    """Raise InputError for a model that a .bin file cannot describe: its header has only dimensions."""
+    for name, value in config.variations.items():
+        raise InputError(
+            f"{os.fspath(path)}: a .bin file cannot say that the model has {name} = {shown(value)}: "
+            "write a folder (a name that ends in /) or a .safetensors file"
+        )
+
+
 def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: bool) -> "dict[str, tuple[str, memoryview]]":
     """Map each tensor's name to (format's name, bytes), wte without padding, as Weights takes them."""
     found = {}
@@ -174,6 +183,7 @@ def write_checkpoint(
     """
     if not is_whole(version, 1, 5) or version not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
+    check_plain(config, path)
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
         odd = sorted(map(str, set(tensors) ^ {name for name, _ in wanted}))

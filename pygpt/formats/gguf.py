@@ -6,7 +6,8 @@ name comes once, the tensors follow each other in order and fill the file. Sizes
 compared with the file before anything is allocated. Values are read exactly, whoever quantised them.
 
 Refuses: other architectures and versions, split files, tensors of types that pygpt does not compute with, tensors that are
-missing, unknown or of another shape, and a head that differs from the token embedding.
+missing, unknown or of another shape. The architecture `gpt2` says the width of the feed-forward, the epsilon, and a head of
+its own; a model with another variation cannot be written.
 Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), llama-model.cpp (what a gpt2 model has).
 """
 
@@ -68,9 +69,10 @@ NAMES = {
     "fcprojb": "blk.{}.ffn_down.bias",
     "lnfw": "output_norm.weight",
     "lnfb": "output_norm.bias",
+    "head": "output.weight",
 }
-HEAD = "output.weight"
-EPSILON = 1e-5
+HEAD = NAMES["head"]
+SAID = {"F", "epsilon", "tied"}  # the variations that a file can say
 GPT2_V = 50257
 
 Value = int | float | bool | str
@@ -162,7 +164,6 @@ class GGUFFile(ModelFile):
             self._tensors = self._read_header()
             self.config = self._read_config()
             self.formats = self._check_tensors()
-            self._check_head()
         except BaseException:
             self.close()
             raise
@@ -256,20 +257,26 @@ class GGUFFile(ModelFile):
         if values.get("split.count", 1) not in (0, 1):
             raise self._bad(f"one of {shown(values['split.count'])} parts of a split model: merge them with llama-gguf-split")
         found = {ours: values.get(f"gpt2.{theirs}") for ours, theirs in DIMENSIONS.items()}
+        epsilon = values.get("gpt2.attention.layer_norm_epsilon")
+        if not isinstance(epsilon, float):
+            raise self._bad(f"gpt2.attention.layer_norm_epsilon is {shown(epsilon)}, expected a number such as 1e-05")
         embedding = self._tensors.get(NAMES["wte"])
         if embedding is None or len(embedding.extents) != 2:
             raise self._bad(f"tensor {NAMES['wte']} is missing or has not two extents")
         try:
-            config = Config(V=embedding.extents[1], **found)  # type: ignore[arg-type]
+            config = Config(
+                V=embedding.extents[1],
+                F=values.get("gpt2.feed_forward_length"),  # type: ignore[arg-type]
+                epsilon=float(f"{epsilon:.7g}"),  # the number that was rounded to float32
+                tied=self._tied(),
+                **found,  # type: ignore[arg-type]
+            )
         except InputError as error:
             meaning = ", ".join(f"{ours} is its gpt2.{theirs}" for ours, theirs in DIMENSIONS.items())
             raise self._bad(f"{error} ({meaning})") from None
-        epsilon = values.get("gpt2.attention.layer_norm_epsilon")
-        if not isinstance(epsilon, float) or struct.pack("<f", epsilon) != struct.pack("<f", EPSILON):
-            raise self._bad(f"gpt2.attention.layer_norm_epsilon is {shown(epsilon)}, expected {EPSILON}")
-        for key, wanted in (("feed_forward_length", 4 * config.C), ("attention.head_count_kv", config.NH)):
-            if values.get(f"gpt2.{key}", wanted) != wanted:
-                raise self._bad(f"gpt2.{key} is {shown(values[f'gpt2.{key}'])}, expected {wanted} for {config}")
+        if values.get("gpt2.attention.head_count_kv", config.NH) != config.NH:
+            found_heads = shown(values["gpt2.attention.head_count_kv"])
+            raise self._bad(f"gpt2.attention.head_count_kv is {found_heads}, expected {config.NH} for {config}")
         tokens = self._lengths.get("tokenizer.ggml.tokens", config.V)
         if tokens != config.V:
             raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, and {NAMES['wte']} {config.V} rows")
@@ -278,7 +285,7 @@ class GGUFFile(ModelFile):
     def _check_tensors(self) -> dict[str, Format]:
         """Compare names and extents with what the dimensions ask for; return each tensor's format, float32 if layers differ."""
         formats, known = {}, {HEAD}
-        for name in NAMES:
+        for name, _ in self.config.table:
             layers, N, K = layout(self.config, name)
             extents = (K, N) if name in MATRICES else (K,)
             found = set()
@@ -294,21 +301,19 @@ class GGUFFile(ModelFile):
             raise self._bad(f"tensor {unknown[0]!r} is unknown in a model with {self.config}")
         return formats
 
-    def _check_head(self) -> None:
-        """Refuse a head that is not the token embedding: the kernels have none apart from it."""
+    def _tied(self) -> bool:
+        """Return whether the head is the token embedding: the file has no head, or one of the same bytes."""
         if HEAD not in self._tensors:
-            return
+            return True
         head, wte = self._tensors[HEAD], self._tensors[NAMES["wte"]]
         if (head.kind, head.extents) != (wte.kind, wte.extents):
-            raise self._bad(
-                f"{HEAD} is {head.kind.name} {head.extents}, and {NAMES['wte']} {wte.kind.name} {wte.extents}: a head of "
-                "its own is not supported; convert the model again with a current llama.cpp, which writes the two as one"
-            )
+            return False
         for at in range(0, head.stop - head.start, HEADER_LIMIT):
             size = min(HEADER_LIMIT, head.stop - head.start - at)
             one, other = (self._file.view(tensor.start + at, tensor.start + at + size) for tensor in (head, wte))
             if one != other:
-                raise self._bad(f"{HEAD} differs from {NAMES['wte']}: a head of its own is not supported")
+                return False
+        return True
 
     # -------------------------------------------------------------------------------------------- values
 
@@ -368,6 +373,9 @@ def write_gguf(
     A vocabulary of 50,257 ids is GPT-2's, and stands in the file; any other is left out. Raises InputError for rows that do
     not fill whole blocks.
     """
+    if unsaid := sorted(config.variations.keys() - SAID):
+        value = shown(getattr(config, unsaid[0]))
+        raise InputError(f"{os.fspath(path)}: GGUF's gpt2 cannot say {unsaid[0]} = {value}: write a .safetensors file instead")
     for name, kind in formats.items():
         _, _, K = layout(config, name)
         if K % kind.block_values:
@@ -376,7 +384,7 @@ def write_gguf(
                 f"{kind.block_values}: write a .safetensors file, which pads them, or take --format f16"
             )
     table, end = [], 0
-    for name in NAMES:
+    for name, _ in config.table:
         layers, N, K = layout(config, name)
         for theirs in _theirs(name, layers):
             extents = (K, N) if name in MATRICES else (K,)
@@ -389,7 +397,7 @@ def write_gguf(
     header = MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)
     with atomic_file(path) as file:
         file.write(header + bytes(-len(header) % ALIGNMENT))
-        for name in NAMES:
+        for name, _ in config.table:
             layers, N, K = layout(config, name)
             for _ in range(layers):
                 _write_rows(file, tensors[name], N)
@@ -408,12 +416,12 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
     """The key-value pairs, as bytes."""
     kind = formats["qkvw"].name
     whole = {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
-    whole |= {"gpt2.feed_forward_length": 4 * config.C, "general.file_type": FILE_TYPE[kind]}
+    whole |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[kind]}
     if {formats["qkvw"].name, formats["wte"].name} & QUANTISED.keys():
         whole["general.quantization_version"] = 2
     pairs = [_pair("general.architecture", STRING, _string("gpt2"))]
     pairs += [_pair(key, UINT32, struct.pack("<I", value)) for key, value in whole.items()]
-    pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", EPSILON)))
+    pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", config.epsilon)))
     return pairs + _vocabulary(config.V)
 
 

@@ -1,15 +1,16 @@
 """Open a model file of any format that pygpt reads, and turn its tensors into the blocks of another format.
 
-`.gguf` files are known by their first bytes, panel files by their name (.safetensors) and metadata; everything else is
-taken for an llm.c checkpoint, whose reader says what is wrong with it. Refuses to compute with a Hugging Face model in
-place: its tensors are laid out otherwise, so it is converted first.
+`.gguf` files are known by their first bytes, panel files by their name (.safetensors) and metadata, pickles by their first
+bytes. A folder and any other .safetensors file is a Hugging Face model. Everything else is taken for an llm.c checkpoint,
+whose reader says what is wrong with it.
 """
 
 import os
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from .checkpoint import MODEL_KIND, Checkpoint, StreamedCheckpoint
 from .files import Windows
+from .pickles import is_pickle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,22 +24,22 @@ if TYPE_CHECKING:
     from .panels import Blocks, ModelFile
     from .quantise import QuantisedWeights
 
-    Model = Checkpoint | ModelFile  # to compute with: config, format, stored(), pieces(), path, close()
-    Source = Model | HuggingFaceModel  # to convert: config, pieces(), close()
+    Model = Checkpoint | ModelFile | HuggingFaceModel  # config, format, stored(), pieces(), path, close()
+    Source = Model
 
 GGUF_MAGIC = b"GGUF"
 
 
-def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
+def open_model(path: str | os.PathLike[str], *, mmap: bool = True, threads: int | None = None) -> "Model":
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
 
-    Raises CheckpointError for a file of no such format, and for a Hugging Face model, with the way out.
+    threads: workers that lay out a Hugging Face model. Raises CheckpointError for a file of no such format.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise CheckpointError(
-            f"{path}: a folder: convert a Hugging Face model to a file first: `pygpt convert {path} NAME.bin`"
-        )
+    if _is_hugging_face(path):
+        from .huggingface import HuggingFaceModel
+
+        return HuggingFaceModel.open(path, threads=threads, mmap=mmap)
     if path.endswith(".safetensors"):
         from .panels import PanelFile
 
@@ -57,7 +58,7 @@ def open_weights(
 
     Raises what open_model() raises, and InputError for weights that cannot be quantised.
     """
-    model = open_model(path, mmap=mmap)
+    model = open_model(path, mmap=mmap, threads=threads)
     if weights is None:
         return model
     from .quantise import quantised
@@ -71,7 +72,7 @@ def open_weights(
 def open_floats(path: str | os.PathLike[str]) -> "Model":
     """Open a model to train: open_model(), but CheckpointError for one with quantised weights."""
     model = open_model(path)
-    for kind in [model.format] if isinstance(model, Checkpoint) else model.formats.values():
+    for kind in getattr(model, "formats", {"": model.format}).values():
         if kind.block_values > 1:
             model.close()
             raise CheckpointError(
@@ -80,16 +81,26 @@ def open_floats(path: str | os.PathLike[str]) -> "Model":
     return model
 
 
-def open_source(path: str | os.PathLike[str]) -> "Source":
-    """Open a model to convert, a Hugging Face folder or file included; no more of it is mapped than is being looked at."""
+def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "Source":
+    """Open a model to convert; no more of it is mapped than is being looked at.
+
+    heads: of a Hugging Face file without a config.json. Raises InputError if another model gets `heads`.
+    """
     path = os.fspath(path)
-    if os.path.isdir(path) or (path.endswith(".safetensors") and not _is_panel_file(path)):
+    if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        return HuggingFaceModel.open(path)
+        return HuggingFaceModel.open(path, heads=heads)
+    if heads is not None:
+        raise InputError(f"{path}: this file contains its number of heads: leave out --heads")
     if path.endswith(".safetensors") or _is_gguf(path):
         return open_model(path)
     return StreamedCheckpoint(path)
+
+
+def _is_hugging_face(path: str) -> bool:
+    """Return whether this is a folder, a pickle, or a safetensors file other than a panel file."""
+    return os.path.isdir(path) or is_pickle(path) or (path.endswith(".safetensors") and not _is_panel_file(path))
 
 
 def _is_gguf(path: str) -> bool:
@@ -135,7 +146,7 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
     from .panels import QUANTISED, quantise
 
     if not (finite := np.isfinite(rows)).all():
-        raise CheckpointError(f"{_place(model)}: {name} holds {rows[~finite][0]}: weights must be finite")
+        raise CheckpointError(f"{model.path}: {name} holds {rows[~finite][0]}: weights must be finite")
     if padding := -rows.shape[1] % kind.block_values:
         rows = np.pad(rows, ((0, 0), (0, padding)))
     rows = np.ascontiguousarray(rows, "<f4")
@@ -147,12 +158,6 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
         blocks = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
     if blocks is None:
         largest = rows.flat[np.abs(rows).argmax()]
-        raise CheckpointError(f"{_place(model)}: {name} holds {largest}: out of the range of {kind.name}")
+        raise CheckpointError(f"{model.path}: {name} holds {largest}: out of the range of {kind.name}")
     return blocks
 
-
-def _place(model: "Source") -> str:
-    """A model's name in messages."""
-    from .huggingface import HuggingFaceModel
-
-    return model.place if isinstance(model, HuggingFaceModel) else model.path

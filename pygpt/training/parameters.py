@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import NamedTuple
 
-from ..config import TENSORS, Config
+from ..config import HEAD, TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import FLOAT32, Format
@@ -29,7 +29,7 @@ ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction se
 PAGE = 4096  # bytes
 APART = 576  # bytes: the offset in a page at which an array begins grows by this from one array to the next
 STD = 0.02  # of GPT-2's initial weights
-MATRICES = tuple(name for name, dims in TENSORS if len([dim for dim in dims if dim != "L"]) == 2)  # the rest are vectors
+MATRICES = tuple(name for name, dims in (*TENSORS, HEAD) if len([dim for dim in dims if dim != "L"]) == 2)  # the rest are vectors
 GAINS = ("ln1w", "ln2w", "lnfw")
 RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L in total
 PIECE = 1 << 16  # random numbers made at a time: few enough to stay in the cache
@@ -134,7 +134,7 @@ class Parameters:
         return model
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
-        """Return a live view of one tensor of the parameters by its name in config.TENSORS, wte with V rows."""
+        """Return a live view of one tensor of the parameters by its name in config.table, wte with V rows."""
         return self._view(self.parameters, name)
 
     def gradient(self, name: str) -> "npt.NDArray[np.float32]":

@@ -128,7 +128,7 @@ def prompt(config: Config, length: int) -> list[int]:
 
 def prefill_flop(config: Config, length: int) -> float:
     """Return the number of operations of a prompt, with the head for its last token only."""
-    weights = 12 * config.L * config.C**2
+    weights = config.L * config.C * (4 * config.C + 2 * config.F)
     attention = 4 * config.L * config.C * length * (length + 1) / 2
     return 2.0 * weights * length + 2.0 * config.V * config.C + attention
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 from ..._kernels import PHASES, Trace
-from ...config import TENSORS, Config
+from ...config import Config
 from ...errors import InputError, NumericalError
 from ...formats.checkpoint import Checkpoint
 from ...generation.sampling import sample
@@ -185,7 +185,7 @@ class Training:
 
     def _restore(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
         with Checkpoint(self.path) as checkpoint:
-            for name, _ in TENSORS:
+            for name, _ in self.config.table:
                 model.tensor(name)[...] = checkpoint.tensor(name)
         for array in (model.gradients, model.first_moments, model.second_moments):
             array.fill(0)

@@ -53,8 +53,8 @@ def _call(config: Config, value_bytes: int, T: int, position: int, steps: int) -
         "attention": layers((4 * C * pairs, 4 * (2 * C * seen + 2 * T * C))),
         "attproj": layers(product(C, C, T, steps, extra=2 * C)),  # the residual stream is read and written
         "ln2": layers((8 * T * C, 8 * T * C)),
-        "fc": layers(product(4 * C, C, T, steps)),
-        "fcproj": layers(product(C, 4 * C, T, steps, extra=2 * C)),
+        "fc": layers(product(F, C, T, steps)),
+        "fcproj": layers(product(C, F, T, steps, extra=2 * C)),
         "lnf": (8 * C, 8 * C),
         "logits": product(V, C, 1, 1),
     }
@@ -62,7 +62,7 @@ def _call(config: Config, value_bytes: int, T: int, position: int, steps: int) -
 
 def _iteration(config: Config, B: int, T: int) -> Work:
     """Return the work of one iteration of training on B x T tokens, in float32."""
-    L, C, V, P = config.L, config.C, config.V, config.parameters(padded=True)
+    L, C, F, V, P = config.L, config.C, config.F, config.V, config.parameters(padded=True)
     R, pairs = B * T, B * T * (T + 1) // 2
 
     def product(N: int, K: int, extra: int = 0) -> tuple[int, int]:
@@ -78,10 +78,10 @@ def _iteration(config: Config, B: int, T: int) -> Work:
         "attention": (4 * C * pairs, 4 * 4 * R * C),
         "attproj": product(C, C, extra=2 * C),  # the residual stream is read and written
         "ln2": norm,
-        "fc": product(4 * C, C, extra=4 * C),  # fch is stored as well as fch_gelu
-        "fcproj": product(C, 4 * C, extra=2 * C),
-        "dfcproj": dproduct(C, 4 * C, extra=4 * C),  # GELU's derivative reads fch
-        "dfc": dproduct(4 * C, C),
+        "fc": product(F, C, extra=F),  # fch is stored as well as fch_gelu
+        "fcproj": product(C, F, extra=2 * C),
+        "dfcproj": dproduct(C, F, extra=F),  # the activation's derivative reads fch
+        "dfc": dproduct(F, C),
         "dln2": dnorm,
         "dattproj": dproduct(C, C),
         "dattention": (8 * C * pairs, 4 * 7 * R * C),  # q, k, v and datty in, dq, dk, dv out
