@@ -9,11 +9,16 @@ from collections.abc import Iterator
 
 from .errors import InputError, is_whole, shown
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 # Upper limits: far above GPT-2 XL, but so low that products of dimensions fit in 64 bits.
 LIMITS = {"maxT": 65536, "V": 1 << 20, "L": 256, "NH": 1024, "C": 16384}
 
 # What GPT-2's relatives vary, and GPT-2's own values. F is 4C by default.
-VARIATIONS: dict[str, object] = {
+VARIATIONS: "dict[str, Any]" = {
     "F": None,
     "activation": "gelu_new",  # a name in ACTIVATIONS
     "epsilon": 1e-5,  # of layer norms
@@ -21,6 +26,8 @@ VARIATIONS: dict[str, object] = {
     "scaled_by_layer": False,  # attention scores are divided by the layer's number, from 1
     "tied": True,  # wte is also the head; if False, the tensor `head` follows the sixteen
 }
+
+SWITCHES = ("scaled", "scaled_by_layer", "tied")
 
 # The activations that the kernels compute, in the order of csrc/micro.h, and other names of the same functions.
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "quick_gelu")
@@ -56,23 +63,9 @@ class Config:
     to its limit in LIMITS, if C is not a multiple of NH, and for a bad variation.
     """
 
-    __slots__ = ("C", "F", "L", "NH", "V", "activation", "epsilon", "maxT", "scaled", "scaled_by_layer", "tied")
+    __slots__ = ("C", "F", "L", "NH", "V", "activation", "epsilon", "maxT", "scaled", "scaled_by_layer", "tied", "tokenizer")
 
-    def __init__(
-        self,
-        *,
-        maxT: int,
-        V: int,
-        L: int,
-        NH: int,
-        C: int,
-        F: int | None = None,
-        activation: str = "gelu_new",
-        epsilon: float = 1e-5,
-        scaled: bool = True,
-        scaled_by_layer: bool = False,
-        tied: bool = True,
-    ) -> None:
+    def __init__(self, *, maxT: int, V: int, L: int, NH: int, C: int, **variations: "Any") -> None:
         self.maxT, self.V, self.L, self.NH, self.C = maxT, V, L, NH, C
         for name, limit in LIMITS.items():
             value = getattr(self, name)
@@ -80,19 +73,26 @@ class Config:
                 raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {limit}")
         if C % NH:
             raise InputError(f"C is {C}, which is not a multiple of NH = {NH}: every head needs the same size")
-        self.F = 4 * C if F is None else F
+        if unknown := variations.keys() - VARIATIONS.keys():
+            raise TypeError(f"Config() has no argument {min(unknown)!r}")
+        given = {**VARIATIONS, **variations}
+        self.F: int = 4 * C if given["F"] is None else given["F"]
         if not is_whole(self.F, 1, 4 * LIMITS["C"]):
-            raise InputError(f"F is {shown(F)}: it must be a whole number from 1 to {4 * LIMITS['C']}")
-        self.activation = ALIASES.get(activation, activation) if isinstance(activation, str) else activation
+            raise InputError(f"F is {shown(self.F)}: it must be a whole number from 1 to {4 * LIMITS['C']}")
+        self.activation: str = (
+            ALIASES.get(given["activation"], given["activation"]) if isinstance(given["activation"], str) else ""
+        )
         if self.activation not in ACTIVATIONS:
-            raise InputError(f"activation is {shown(activation)}: it must be one of {', '.join((*ACTIVATIONS, *ALIASES))}")
-        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 1e-30 <= epsilon <= 1:
-            raise InputError(f"epsilon is {shown(epsilon)}: it must be a number from 1e-30 to 1")
-        self.epsilon = float(epsilon)
-        self.scaled, self.scaled_by_layer, self.tied = scaled, scaled_by_layer, tied
-        for name in ("scaled", "scaled_by_layer", "tied"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} is {shown(getattr(self, name))}: it must be True or False")
+            names = ", ".join((*ACTIVATIONS, *ALIASES))
+            raise InputError(f"activation is {shown(given['activation'])}: it must be one of {names}")
+        self.epsilon = given["epsilon"]
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not 1e-30 <= self.epsilon <= 1:
+            raise InputError(f"epsilon is {shown(self.epsilon)}: it must be a number from 1e-30 to 1")
+        self.scaled, self.scaled_by_layer, self.tied = (given[name] for name in SWITCHES)
+        for name in SWITCHES:
+            if not isinstance(given[name], bool):
+                raise InputError(f"{name} is {shown(given[name])}: it must be True or False")
+        self.tokenizer: Callable[[], Any] | None = None  # loads the model's own Tokenizer; equality does not regard it
 
     @property
     def variations(self) -> dict[str, object]:
@@ -135,10 +135,14 @@ class Config:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Config):
             return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+        return self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(tuple(getattr(self, name) for name in self.__slots__))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in (*LIMITS, *VARIATIONS))
 
     def __repr__(self) -> str:
         more = "".join(f", {name}={value!r}" for name, value in self.variations.items())

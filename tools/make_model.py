@@ -277,12 +277,12 @@ def join(passages: Iterable[str]) -> str:
 def encode(passages: Iterable[str]) -> list[int]:
     """Return the tokens: `<|endoftext|>`, then each passage with its blank line and an `<|endoftext|>`."""
     tokenizer = Tokenizer()
-    return [tokenizer.eot, *(token for passage in passages for token in encode_passage(tokenizer, passage))]
+    return [*tokenizer.encode(END_OF_TEXT, allow_special=True), *(token for passage in passages for token in encode_passage(tokenizer, passage))]
 
 
 def encode_passage(tokenizer: Tokenizer, passage: str) -> list[int]:
     """Return the tokens of one passage, with its blank line and the `<|endoftext|>` after it."""
-    return [*tokenizer.encode(f"{passage}\n\n"), tokenizer.eot]
+    return tokenizer.encode(f"{passage}\n\n{END_OF_TEXT}", allow_special=True)
 
 
 # ------------------------------------------------------------------------------------------------ train

@@ -53,8 +53,9 @@ from ..formats.text import read_text, tokens_of_text
 from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
-from ..tokenizer import Tokenizer
+from ..tokenizer import tokenizer_of
 from .console import HelpFormatter, Parser, check_stdout, status_of, whole
+from .options import TOKENIZER_HELP
 from .progress import Progress
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = shared.add_argument
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
         prog="pygpt eval",
@@ -135,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
     names = [options.a, options.b] if options.task == "compare" else [options.model]
     paths = [find_model(name)[0] for name in names]
     with ExitStack() as opened:
-        models = [opened.enter_context(GPT2.load(path, threads=options.threads)) for path in paths]
+        models = [opened.enter_context(GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer)) for path in paths]
         start = time.perf_counter()
         result, rows, text = TASKS[options.task](*models, options)
         seconds = time.perf_counter() - start
@@ -261,22 +263,11 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 def tokens_in(subject: str, model: GPT2) -> npt.NDArray[np.integer[Any]]:
     """Return the tokens of a token file (.bin), or of a text without added <|endoftext|>.
 
-    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is not GPT-2's.
+    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is unknown.
     """
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
-    tokenizer_of(model)
-    return tokens_of_text(read_text(subject), eot="none")
-
-
-def tokenizer_of(model: GPT2) -> Tokenizer:
-    """Return GPT-2's tokenizer. Raises InputError if the model has another vocabulary."""
-    tokenizer = Tokenizer()
-    if model.config.V != tokenizer.V:
-        raise InputError(
-            f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: use token files (.bin) with this model"
-        )
-    return tokenizer
+    return tokens_of_text(read_text(subject), eot="none", tokenizer=tokenizer_of(model.config))
 
 
 # ------------------------------------------------------------------------------------------------ two models
@@ -393,7 +384,7 @@ def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]
 
 def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of computed rows, and the result as a table."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model.config)
     if options.top > tokenizer.V:
         raise InputError(f"--top is {options.top}: it must be at most {tokenizer.V}, the number of ids in the vocabulary")
     prompt = tokenizer.encode(options.subject)

@@ -5,7 +5,7 @@
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's. --eot sets the places of <|endoftext|>:
+Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's, or --tokenizer's. --eot sets the places of <|endoftext|>:
 
     paragraph    before each text and after each blank line, as llm.c prepares tinyshakespeare (default)
     document     before each text
@@ -36,9 +36,11 @@ import numpy.typing as npt
 from ..errors import InputError, PyGPTError
 from ..formats.shards import MOST_TOKENS, read_tokens, write_tokens
 from ..formats.text import encode_text, read_text
+from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
 from ..training.data import split
 from .console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of, whole
+from .options import TOKENIZER_HELP
 from .progress import Progress
 
 EOT = ("document", "paragraph", "none")
@@ -68,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val-tokens", metavar="N", type=count, help="use the first N tokens for validation")
     add("--val-fraction", metavar="F", type=fraction, help="use this last part of the tokens for validation, such as 0.1")
     add("--eot", metavar="WHERE", default="paragraph", help="where to put <|endoftext|>: paragraph (default), document or none")
+    add("--tokenizer", metavar="FILE", help=f"{TOKENIZER_HELP[: TOKENIZER_HELP.index(' (')]} (default: GPT-2's)")
     add("--show", metavar="FILE", help="print the size and the first tokens of a shard")
     add("-n", "--tokens", metavar="N", type=count, help="number of tokens that --show prints (default 64)")
     return parser
@@ -75,10 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, then show a shard or write shards."""
+    tokenizer = Tokenizer() if options.tokenizer is None else load_tokenizer(options.tokenizer)
     if options.show is not None:
         if options.texts or options.output is not None:
             raise InputError("--show reads a shard, but TEXT and -o write shards: give one or the other")
-        show(options.show, options.tokens or 64)
+        show(options.show, options.tokens or 64, tokenizer)
         return
     if options.tokens is not None:
         raise InputError("-n goes with --show: to set the sizes of files, use --shard-size and --val-tokens")
@@ -94,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     if texts.count(STDIN) > 1:
         raise InputError("- was given twice, but stdin can be read once: give it once")
     prefix = target(options.output, texts[0])
-    say(make(texts, prefix, options.eot, options.shard_size, options.val_tokens, options.val_fraction))
+    say(make(texts, prefix, options.eot, tokenizer, options.shard_size, options.val_tokens, options.val_fraction))
 
 
 def fraction(text: str) -> float:
@@ -145,6 +149,7 @@ def make(
     texts: Sequence[str],
     prefix: str,
     eot: str,
+    tokenizer: Tokenizer,
     shard_size: int | None = None,
     val_tokens: int | None = None,
     val_fraction: float | None = None,
@@ -153,7 +158,7 @@ def make(
     folder, name = os.path.split(prefix)
     try:
         with tempfile.TemporaryDirectory(dir=folder or ".", prefix=f".{name}.") as work:
-            tokens = tokenize(texts, eot, os.path.join(work, "tokens"))
+            tokens = tokenize(texts, eot, tokenizer, os.path.join(work, "tokens"))
             parts = {"train": tokens}
             if val_tokens is not None or val_fraction is not None:
                 parts["train"], parts["val"] = split(tokens, val_tokens=val_tokens, val_fraction=val_fraction)
@@ -165,7 +170,7 @@ def make(
     return "; ".join(described(os.path.join(folder, files[part][0]), len(files[part]), len(parts[part])) for part in parts)
 
 
-def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
+def tokenize(texts: Sequence[str], eot: str, tokenizer: Tokenizer, spool: str) -> Tokens:
     """Write all tokens of the texts to the file `spool`; return them as a mapped array.
 
     The split needs the number of all tokens, which is known only at the end. Raises InputError if there are no tokens.
@@ -173,7 +178,7 @@ def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
     total = None if any(not os.path.isfile(text) for text in texts) else sum(map(os.path.getsize, texts))
     count = 0
     with open(spool, "wb") as file, Progress("bytes", total) as progress:
-        for piece in tokenized(texts, eot, progress):
+        for piece in tokenized(texts, eot, tokenizer, progress):
             file.write(piece.data)
             count += len(piece)
     if not count:
@@ -181,7 +186,7 @@ def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
     return np.memmap(spool, "<u2", "r")
 
 
-def tokenized(texts: Sequence[str], eot: str, progress: Progress) -> Iterator[Tokens]:
+def tokenized(texts: Sequence[str], eot: str, tokenizer: Tokenizer, progress: Progress) -> Iterator[Tokens]:
     """Yield the tokens of the texts in pieces, and update the progress bar."""
     done = 0
 
@@ -193,7 +198,7 @@ def tokenized(texts: Sequence[str], eot: str, progress: Progress) -> Iterator[To
             progress.update(done)
 
     for name in texts:
-        yield from encode_text(watched(read_text(name)), eot=eot)
+        yield from encode_text(watched(read_text(name)), eot=eot, tokenizer=tokenizer)
 
 
 def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[str]:
@@ -216,10 +221,9 @@ def described(first: str, files: int, tokens: int) -> str:
 # ------------------------------------------------------------------------------------------------ show a shard
 
 
-def show(path: str, count: int) -> None:
+def show(path: str, count: int, tokenizer: Tokenizer) -> None:
     """Print a shard's size, its first `count` ids, and their text. Raises DataError if the file is not a shard."""
     check_stdout("the tokens")
-    tokenizer = Tokenizer()
     tokens = read_tokens(path, V=tokenizer.V)
     ids = tokens[:count].tolist()
     header = f"{path}: {len(tokens)} tokens, {os.path.getsize(path)} bytes; the first {len(ids)}:"

@@ -24,8 +24,21 @@ from .files import HEADER_BYTES, Windows, atomic_file, map_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     import numpy as np
     import numpy.typing as npt
+
+    class Weights(Protocol):
+        """What is written to files: an open model, or the parameters of one in training."""
+
+        @property
+        def config(self) -> Config:
+            """The dimensions and variations."""
+
+        def pieces(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
+            """Yield a tensor in order, as Checkpoint.pieces() does."""
+
 
 MAGIC = 20240326
 FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version

@@ -77,12 +77,12 @@ def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int,
 
 
 def foreign_file(start: bytes) -> str:
-    """Return what a file is that people give for a model or data by mistake, with the way out, or "". start: its first bytes."""
+    """Return what a file is that people give by mistake, with the way out, or "". start: its first bytes."""
     text = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a Git LFS pointer, which only names the file: run `git lfs pull` in its repository, or download the file itself"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "an HTML page: the download saved a web page; download the file itself (on Hugging Face, the address with /resolve/)"
+        return "an HTML page: download the file itself (on Hugging Face, its address has /resolve/ in it)"
     if start.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf")):
         return "a compressed archive: unpack it, and give the file in it"
     return ""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ..config import LIMITS, TENSORS, Config
 from ..errors import CheckpointError, InputError, is_whole, shown
-from ..tokenizer import END_OF_TEXT, spelled_vocabulary
+from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
@@ -28,7 +28,7 @@ from .panels import MATRICES, QUANTISED, ModelFile, aligned_bytes, layout, store
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO
+    from typing import IO, Any
 
     from .panels import Blocks
 
@@ -50,6 +50,8 @@ TENSORS_LIMIT = 2 * len(TENSORS) * LIMITS["L"]
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by value type
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32, INT32, FLOAT = 4, 5, 6
+TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 DIMENSIONS = {"maxT": "context_length", "C": "embedding_length", "L": "block_count", "NH": "attention.head_count"}
 NAMES = {
@@ -73,8 +75,6 @@ NAMES = {
 }
 HEAD = NAMES["head"]
 SAID = {"F", "epsilon", "tied"}  # the variations that a file can say
-GPT2_V = 50257
-
 Value = int | float | bool | str
 
 
@@ -91,7 +91,7 @@ class _Cursor:
     """Reads a header's fields in order; every one is bounded by the bytes that are there."""
 
     def __init__(self, path: str, data: memoryview) -> None:
-        self._path, self._data, self.at = path, data, 0
+        self._path, self.data, self.at, self.last = path, data, 0, (0, 0)
 
     def bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: not a sound GGUF file: {what}")
@@ -99,16 +99,16 @@ class _Cursor:
     def skip(self, size: int, what: str) -> int:
         """Step over `size` bytes; return where they begin."""
         begin = self.at
-        if size > len(self._data) - begin:
-            limit = f", and at most {HEADER_LIMIT} bytes of header are read" if len(self._data) == HEADER_LIMIT else ""
-            raise self.bad(f"truncated: {what} of {size} bytes at byte {begin} of {len(self._data)}{limit}")
+        if size > len(self.data) - begin:
+            limit = f", and at most {HEADER_LIMIT} bytes of header are read" if len(self.data) == HEADER_LIMIT else ""
+            raise self.bad(f"truncated: {what} of {size} bytes at byte {begin} of {len(self.data)}{limit}")
         self.at += size
         return begin
 
     def scalar(self, code: str, what: str) -> int | float | bool:
         """Read one number of struct's type `code`."""
         begin = self.skip(struct.calcsize("<" + code), what)
-        value: int | float | bool = struct.unpack_from("<" + code, self._data, begin)[0]
+        value: int | float | bool = struct.unpack_from("<" + code, self.data, begin)[0]
         return value
 
     def count(self, code: str, low: int, high: int, what: str) -> int:
@@ -123,14 +123,15 @@ class _Cursor:
         size = self.count("Q", 0, limit, f"the length of {what}")
         begin = self.skip(size, what)
         try:
-            return bytes(self._data[begin : begin + size]).decode()
+            return bytes(self.data[begin : begin + size]).decode()
         except UnicodeDecodeError as error:
             raise self.bad(f"{what} is not UTF-8: {error.reason}") from None
 
     def array(self, what: str) -> int:
-        """Step over an array; return how many elements it has."""
+        """Step over an array; return how many elements it has. self.last: its type, and where its elements begin."""
         kind = self.count("I", 0, max(SCALARS), f"the type of {what}")
         number = self.count("Q", 0, ARRAY_LIMIT, f"the length of {what}")
+        self.last = kind, self.at
         if kind in SCALARS:
             self.skip(number * struct.calcsize("<" + SCALARS[kind]), what)
         elif kind == STRING:
@@ -144,9 +145,9 @@ class _Cursor:
         at, unpack = self.at, struct.Struct("<Q").unpack_from
         try:
             for _ in range(number):
-                at += 8 + unpack(self._data, at)[0]
+                at += 8 + unpack(self.data, at)[0]
         except (struct.error, OverflowError):
-            at = self.at + len(self._data) + 1
+            at = self.at + len(self.data) + 1
         return at - self.at
 
 
@@ -185,6 +186,7 @@ class GGUFFile(ModelFile):
         pairs = cursor.count("Q", 0, KEYS_LIMIT, "the number of keys")
         self._values: dict[str, Value] = {}
         self._lengths: dict[str, int] = {}
+        self._arrays: dict[str, tuple[int, int]] = {}  # by key: type, offset
         for _ in range(pairs):
             self._read_pair(cursor)
         table = [self._read_tensor(cursor) for _ in range(tensors)]
@@ -198,6 +200,7 @@ class GGUFFile(ModelFile):
         kind = cursor.count("I", 0, max(SCALARS), f"the type of {key[:80]!r}")
         if kind == ARRAY:
             self._lengths[key] = cursor.array(repr(key[:80]))
+            self._arrays[key] = cursor.last
         elif kind == STRING:
             self._values[key] = cursor.string(STRING_LIMIT, repr(key[:80]))
         else:
@@ -266,7 +269,7 @@ class GGUFFile(ModelFile):
         try:
             config = Config(
                 V=embedding.extents[1],
-                F=values.get("gpt2.feed_forward_length"),  # type: ignore[arg-type]
+                F=values.get("gpt2.feed_forward_length"),
                 epsilon=float(f"{epsilon:.7g}"),  # the number that was rounded to float32
                 tied=self._tied(),
                 **found,  # type: ignore[arg-type]
@@ -314,6 +317,33 @@ class GGUFFile(ModelFile):
             if one != other:
                 return False
         return True
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the file has a byte-level BPE vocabulary."""
+        return self._values.get("tokenizer.ggml.model") == "gpt2" and {TOKENS, MERGES} <= self._arrays.keys()
+
+    def vocabulary(self) -> "dict[str, Any]":
+        """Return the vocabulary in the form of tokenizer.json. Raises InputError if it is not GPT-2's kind."""
+        split = self._values.get("tokenizer.ggml.pre", "gpt-2")
+        if not self.has_vocabulary or split not in ("gpt-2", "default"):
+            raise InputError(f"{self.path}: it has no vocabulary that splits text as GPT-2 does (its kind is {shown(split)})")
+        tokens = self._strings(TOKENS)
+        kind, at = self._arrays.get("tokenizer.ggml.token_type", (0, 0))
+        types = struct.unpack_from(f"<{len(tokens)}i", self._cursor.data, at) if kind in (UINT32, INT32) else (1,) * len(tokens)
+        added = {
+            token: number == CONTROL for token, number in zip(tokens, types, strict=True) if number in (CONTROL, USER_DEFINED)
+        }
+        return vocabulary_of(tokens, self._strings(MERGES), added)
+
+    def _strings(self, key: str) -> list[str]:
+        """Return the strings of an array."""
+        kind, at = self._arrays[key]
+        if kind != STRING:
+            raise self._cursor.bad(f"{key} is not an array of strings")
+        cursor = _Cursor(self.path, self._cursor.data)
+        cursor.at = at
+        return [cursor.string(STRING_LIMIT, key) for _ in range(self._lengths[key])]
 
     # -------------------------------------------------------------------------------------------- values
 
@@ -370,8 +400,8 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file that llama.cpp runs, all or nothing: arguments and errors as panels.write_panels().
 
-    A vocabulary of 50,257 ids is GPT-2's, and stands in the file; any other is left out. Raises InputError for rows that do
-    not fill whole blocks.
+    The model's vocabulary stands in the file if it splits text as GPT-2's does; any other is left out. Raises InputError for
+    rows that do not fill whole blocks.
     """
     if unsaid := sorted(config.variations.keys() - SAID):
         value = shown(getattr(config, unsaid[0]))
@@ -422,27 +452,35 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
     pairs = [_pair("general.architecture", STRING, _string("gpt2"))]
     pairs += [_pair(key, UINT32, struct.pack("<I", value)) for key, value in whole.items()]
     pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", config.epsilon)))
-    return pairs + _vocabulary(config.V)
+    return pairs + _vocabulary(config)
 
 
-def _vocabulary(V: int) -> list[bytes]:
-    """The key-value pairs of the vocabulary: GPT-2's, or for ids of any other number none."""
-    if V != GPT2_V:
+def _vocabulary(config: Config) -> list[bytes]:
+    """The key-value pairs of the vocabulary; placeholders fill it up. One that GGUF cannot say is left out."""
+    V = config.V
+    tokenizer = tokenizer_of(config) if config.tokenizer or config.V >= GPT2_V else None
+    if tokenizer is None or not tokenizer.splits_before_space:
         return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
-    ordinary, merges = spelled_vocabulary()
-    tokens = [*ordinary, END_OF_TEXT]
-    normal, control = 1, 3
-    types = struct.pack(f"<{V}i", *[normal] * len(ordinary), control)
-    end = struct.pack("<I", V - 1)
-    return [
+    found = tokenizer.vocabulary()
+    tokens = {i: token for token, i in found["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, NORMAL)
+    for token in found["added_tokens"]:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    texts = [tokens.get(i, f"<|{i}|>") for i in range(V)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    kinds = struct.pack(f"<{V}i", *(types.get(i, UNUSED) for i in range(V)))
+    pairs = [
         _pair("tokenizer.ggml.model", STRING, _string("gpt2")),
         _pair("tokenizer.ggml.pre", STRING, _string("gpt-2")),
-        _pair("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, V) + b"".join(map(_string, tokens))),
-        _pair("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", INT32, V) + types),
-        _pair("tokenizer.ggml.merges", ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(_string, merges))),
-        _pair("tokenizer.ggml.bos_token_id", UINT32, end),
-        _pair("tokenizer.ggml.eos_token_id", UINT32, end),
+        _pair(TOKENS, ARRAY, struct.pack("<IQ", STRING, V) + b"".join(map(_string, texts))),
+        _pair("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", INT32, V) + kinds),
+        _pair(MERGES, ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(_string, merges))),
     ]
+    if tokenizer.eot is None:
+        return pairs
+    end = struct.pack("<I", tokenizer.eot)
+    return [*pairs, _pair("tokenizer.ggml.bos_token_id", UINT32, end), _pair("tokenizer.ggml.eos_token_id", UINT32, end)]
 
 
 def _pair(key: str, kind: int, value: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""GPT-2's family in Hugging Face's transformers, nanoGPT's layout included: use a folder or a file as it is, and write a folder.
+"""GPT-2's family in Hugging Face's transformers, and in nanoGPT's layout: use a folder or a file as it is, write a folder.
 
 The files have other names than ours, and separate tensors for each layer. The four weights of transformers' Conv1D have shape
 (in, out); ours and nanoGPT's have (out, in). To compute, stored() uses the embeddings in place, and lays the layers out once,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .checkpoint import Weights
     from .dtypes import Format
-    from .open import Source
     from .pickles import PickleFile
 
     Tensors = SafetensorsFile | PickleFile
@@ -127,9 +127,7 @@ class HuggingFaceModel:
         self.dtype = "mixed" if len(found) > 1 else FORMATS[found.pop()].name
 
     @classmethod
-    def open(
-        cls, path: str, *, heads: int | None = None, threads: int | None = None, mmap: bool = True
-    ) -> "HuggingFaceModel":
+    def open(cls, path: str, *, heads: int | None = None, threads: int | None = None, mmap: bool = True) -> "HuggingFaceModel":
         """Open a folder with config.json and tensors, or one file of tensors, whose folder may have a config.json.
 
         A safetensors file's own metadata may hold the text of config.json, as Parameters.save() writes it."""
@@ -138,11 +136,15 @@ class HuggingFaceModel:
                 folder = path
                 if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
                     raise CheckpointError(f"{folder}: it has no {CONFIG_FILE}: give the folder or file of a model")
-                files = {name: opened.enter_context(_open_tensors(os.path.join(folder, name))) for name in find_files(folder)}
-                _check_index(folder, files)
+                paths = {name: os.path.join(folder, name) for name in find_files(folder)}
             else:
-                folder = os.path.dirname(path)
-                files = {path: opened.enter_context(_open_tensors(path))}
+                folder, paths = os.path.dirname(path), {path: path}
+            files: dict[str, Tensors] = {}
+            for name, place in paths.items():
+                opened.callback((file := _open_tensors(place)).close)
+                files[name] = file
+            if os.path.isdir(path):
+                _check_index(folder, files)
             place = os.path.join(folder, CONFIG_FILE)
             inside = next(iter(files.values())).metadata.get(CONFIG_FILE)
             found = parse_settings(inside.encode(), path) if inside else _read_json(place) if os.path.exists(place) else None
@@ -229,6 +231,11 @@ class HuggingFaceModel:
         return sum(file.size for file in self._files.values())
 
     @property
+    def has_vocabulary(self) -> bool:
+        """Whether the first file has a tokenizer.json in its metadata."""
+        return "tokenizer.json" in next(iter(self._files.values())).metadata
+
+    @property
     def format(self) -> "Format":
         """The weight format of the layers' matrices."""
         return self._format("qkvw")
@@ -291,7 +298,7 @@ class HuggingFaceModel:
             else:
                 arrays = [self._values(part, kind) for part in parts] or [np.zeros(shape, "<f4")]
                 whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-                memory = memoryview((_aligned(whole) if self._mmap else whole.copy()).reshape(-1).view("u1"))
+                memory = (_aligned(whole) if self._mmap else whole.copy()).reshape(-1).view("u1").data
             found[name] = kind.name, memory
 
         def job(ith: int, nth: int) -> None:
@@ -320,16 +327,17 @@ class HuggingFaceModel:
         self.close()
 
 
-def write_model(folder: str, model: "Source", kind: "Format") -> None:
-    """Write a model as a folder that transformers loads: config.json and model.safetensors in a weight format.
+def write_model(folder: str, model: "Weights", kind: "Format") -> None:
+    """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
-    The folder gets its name only when it is complete. Raises PyGPTError if it cannot be written, and then deletes it.
+    A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it cannot be written, and then deletes it.
     """
     temporary = f"{folder}.{os.urandom(4).hex()}.tmp"
     try:
         os.mkdir(temporary)
-        with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="ascii") as text:
-            text.write(json.dumps(settings_of(model.config, kind.name), indent=2) + "\n")
+        for name, content in _texts(model.config, kind.name).items():
+            with open(os.path.join(temporary, name), "xb") as text:
+                text.write(content)
         with open(os.path.join(temporary, MODEL_FILE), "xb") as file:
             write_tensors(file, model, kind)
             file.flush()
@@ -341,11 +349,26 @@ def write_model(folder: str, model: "Source", kind: "Format") -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_tensors(file: "IO[bytes]", model: "Source", kind: "Format", metadata: "dict[str, str] | None" = None) -> None:
+def _texts(config: Config, dtype: str) -> dict[str, bytes]:
+    """Return the files of a folder other than the tensors, by name."""
+    from ..tokenizer import GPT2_V, tokenizer_of
+    from .vocabulary import tokenizer_files
+
+    tokenizer = tokenizer_of(config) if config.tokenizer is not None or config.V >= GPT2_V else None
+    settings = settings_of(config, dtype, None if tokenizer is None else tokenizer.eot)
+    ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id")}
+    files = {CONFIG_FILE: settings, "generation_config.json": {"_from_model_config": True, **ends}}
+    texts = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in files.items()}
+    return texts | ({} if tokenizer is None else tokenizer_files(tokenizer, config.maxT))
+
+
+def write_tensors(file: "IO[bytes]", model: "Weights", kind: "Format", metadata: "dict[str, str] | None" = None) -> None:
     """Write the tensors of a model to an open file as safetensors with transformers' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
-        shapes.update({(theirs if name == "head" else PREFIX + theirs): found for theirs, found in _theirs(name, shape).items()})
+        shapes.update(
+            {(theirs if name == "head" else PREFIX + theirs): found for theirs, found in _theirs(name, shape).items()}
+        )
 
     def values() -> "Iterator[npt.NDArray[np.float32]]":
         for name, _ in model.config.table:
@@ -394,7 +417,7 @@ def read_settings(settings: "dict[str, Any]", place: str, *, tied: bool = True) 
     given: dict[str, Any] = dict.fromkeys(("maxT", "V", "L", "NH", "C"))
     given |= {"activation": "gelu"} if NANOGPT in settings else {}
     for ours, names in SETTINGS.items():
-        given |= {ours: settings[name] for name in reversed(names) if name in settings}
+        given.update((ours, settings[name]) for name in reversed(names) if name in settings)
     if given.get("tied") is True and not tied:
         given["tied"] = False
     try:
@@ -404,9 +427,8 @@ def read_settings(settings: "dict[str, Any]", place: str, *, tied: bool = True) 
         raise CheckpointError(f"{where}: {error} ({meaning})") from None
 
 
-def settings_of(config: Config, dtype: str) -> dict[str, object]:
-    """Return config.json for a model of this config and this weight format."""
-    end = 50256 if config.V > 50256 else None  # <|endoftext|> of GPT-2's vocabulary
+def settings_of(config: Config, dtype: str, end: int | None = None) -> dict[str, object]:
+    """Return config.json for a model of this config and this weight format. end: the id that ends a text."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -7,6 +7,7 @@ whose reader says what is wrong with it.
 
 import os
 
+from ..config import Config
 from ..errors import CheckpointError, InputError
 from .checkpoint import MODEL_KIND, Checkpoint, StreamedCheckpoint
 from .files import Windows
@@ -15,10 +16,12 @@ from .pickles import is_pickle
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TypeVar
 
     import numpy as np
     import numpy.typing as npt
 
+    from ..tokenizer import Tokenizer
     from .dtypes import Format
     from .huggingface import HuggingFaceModel
     from .panels import Blocks, ModelFile
@@ -26,47 +29,114 @@ if TYPE_CHECKING:
 
     Model = Checkpoint | ModelFile | HuggingFaceModel  # config, format, stored(), pieces(), path, close()
     Source = Model
+    M = TypeVar("M", bound=Model)
 
 GGUF_MAGIC = b"GGUF"
 
 
-def open_model(path: str | os.PathLike[str], *, mmap: bool = True, threads: int | None = None) -> "Model":
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    mmap: bool = True,
+    threads: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> "Model":
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
 
-    threads: workers that lay out a Hugging Face model. Raises CheckpointError for a file of no such format.
+    threads: workers that lay out a Hugging Face model. tokenizer: a file with the model's vocabulary, instead of its own.
+    Raises CheckpointError for a file of no such format.
     """
+    if tokenizer is not None:
+        model = open_model(path, mmap=mmap, threads=threads)
+        set_tokenizer(model.config, os.fspath(tokenizer))
+        return model
     path = os.fspath(path)
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        return HuggingFaceModel.open(path, threads=threads, mmap=mmap)
+        return _with_tokenizer(HuggingFaceModel.open(path, threads=threads, mmap=mmap))
     if path.endswith(".safetensors"):
         from .panels import PanelFile
 
-        return PanelFile(path, mmap=mmap)
+        return _with_tokenizer(PanelFile(path, mmap=mmap))
     if _is_gguf(path):
         from .gguf import GGUFFile
 
-        return GGUFFile(path)
-    return Checkpoint(path, mmap=mmap)
+        return _with_tokenizer(GGUFFile(path))
+    return _with_tokenizer(Checkpoint(path, mmap=mmap))
+
+
+def vocabulary_beside(model: str) -> str:
+    """Return the path of the vocabulary that belongs to a model file: NAME.tokenizer.json for NAME.bin or another ending."""
+    return f"{os.path.splitext(model)[0]}.tokenizer.json"
+
+
+def set_tokenizer(config: Config, path: str) -> None:
+    """Let a config load its tokenizer from a file when a text needs it: formats/vocabulary.py says from which files."""
+
+    def load() -> "Tokenizer":
+        from .vocabulary import cached_tokenizer
+
+        return cached_tokenizer(path, config.V)
+
+    config.tokenizer = load
+
+
+def _with_tokenizer(model: "M") -> "M":
+    """Find the vocabulary of an open model: beside its file, inside it, or in its folder. Return the model."""
+    folder = model.path if os.path.isdir(model.path) else os.path.dirname(model.path)
+    inside = model.path if getattr(model, "has_vocabulary", False) else ""
+    two = os.path.join(folder, "vocab.json")
+    beside = vocabulary_beside(model.path) if folder != model.path else ""
+    in_folder = (os.path.join(folder, "tokenizer.json"), two if os.path.isfile(os.path.join(folder, "merges.txt")) else "")
+    if path := next((path for path in (beside, inside, *in_folder) if os.path.isfile(path)), ""):
+        set_tokenizer(model.config, path)
+    return model
 
 
 def open_weights(
-    path: str | os.PathLike[str], *, mmap: bool = True, weights: str | None = None, threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    mmap: bool = True,
+    weights: str | None = None,
+    threads: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
 ) -> "Model | QuantisedWeights":
     """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on so many threads.
 
-    Raises what open_model() raises, and InputError for weights that cannot be quantised.
+    text_only: leave out the ids that the tokenizer does not have. Raises what open_model() raises, and InputError for weights
+    that cannot be quantised.
     """
-    model = open_model(path, mmap=mmap, threads=threads)
+    model = open_model(path, mmap=mmap, threads=threads, tokenizer=tokenizer)
+    source = of_text_only(model) if text_only else model
     if weights is None:
-        return model
+        return source
     from .quantise import quantised
 
     try:
-        return quantised(model, weights, threads=threads)
+        return quantised(source, weights, threads=threads)
     finally:
         model.close()
+
+
+def of_text_only(model: "Model") -> "Model | QuantisedWeights":
+    """Return the weights of a model without the ids after the last one of its tokenizer; they outlive the model."""
+    from copy import copy
+
+    from ..tokenizer import tokenizer_of
+    from .panels import first_rows
+    from .quantise import QuantisedWeights
+
+    config, V = copy(model.config), model.config.V
+    config.V = tokenizer_of(model.config).known
+    if config.V == V:
+        return model
+    tensors = {
+        name: (kind, first_rows(kind, data, V, config.V, config.C) if name in ("wte", "head") else data)
+        for name, (kind, data) in model.stored().items()
+    }
+    return QuantisedWeights(config, model.format, tensors)
 
 
 def open_floats(path: str | os.PathLike[str]) -> "Model":
@@ -90,12 +160,12 @@ def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "S
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        return HuggingFaceModel.open(path, heads=heads)
+        return _with_tokenizer(HuggingFaceModel.open(path, heads=heads))
     if heads is not None:
         raise InputError(f"{path}: this file contains its number of heads: leave out --heads")
     if path.endswith(".safetensors") or _is_gguf(path):
         return open_model(path)
-    return StreamedCheckpoint(path)
+    return _with_tokenizer(StreamedCheckpoint(path))
 
 
 def _is_hugging_face(path: str) -> bool:
@@ -160,4 +230,3 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
         largest = rows.flat[np.abs(rows).argmax()]
         raise CheckpointError(f"{model.path}: {name} holds {largest}: out of the range of {kind.name}")
     return blocks
-

@@ -8,8 +8,8 @@ and zeros up to a multiple of 64 bytes. Layers follow one another. Every other f
 A panel file is a safetensors file of the tensors in config.table's order, each a flat array of its format, padded
 with zeros to a multiple of 64 bytes; a quantised tensor is one of bytes (U8). `__metadata__` holds format, version, kind
 (of the four matrices of each layer), head (of wte), positions (of wpe), panel, group, the five dimensions, and the sha256
-of the file that it was made from. Version 2 adds the variations (config.VARIATIONS) as JSON. The header is padded so that the values begin at a multiple of 64: they are mapped and
-used in place.
+of the file that it was made from. Version 2 adds the variations (config.VARIATIONS) as JSON. The header is padded so that the
+values begin at a multiple of 64: they are mapped and used in place.
 
 Refuses: any other safetensors file, an unknown version, and any file whose header differs from the one that its dimensions
 and formats ask for. Source: the layout of the kernels' products (micro.h).
@@ -113,6 +113,19 @@ def stored_size(config: Config, name: str, kind: Format) -> int:
     """Bytes of one of the tensors as Weights takes it, all layers."""
     layers, N, K = layout(config, name)
     return layers * (sum(panel_sizes(kind, N, K)) if kind.name in QUANTISED else kind.size(N * K))
+
+
+def first_rows(kind: str, data: memoryview, N: int, rows: int, K: int) -> memoryview:
+    """The first rows of a matrix (N, K) in the form that Weights takes."""
+    import numpy as np
+
+    if kind not in QUANTISED:
+        return data[: FORMATS[kind].size(rows * K)]
+    begin, _ = panel_sizes(QUANTISED[kind], N, K)
+    values, scales = panel_sizes(QUANTISED[kind], rows, K)
+    out = aligned_bytes(values + scales)
+    out[:values], out[values:] = np.frombuffer(data[:values], "u1"), np.frombuffer(data[begin : begin + scales], "u1")
+    return out.data
 
 
 def layout(config: Config, name: str) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ uses another one. Without torch, it refuses. nanoGPT's checkpoints hold the weig
 
 import json
 import os
+import zipfile
 
 from ..errors import CheckpointError
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
@@ -18,31 +19,39 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-STARTS = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # first bytes of PyTorch's files
+ZIP = b"PK\x03\x04"  # the first bytes of PyTorch's files, and of those before version 1.6:
+PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 WAY_OUT = "use the same model's model.safetensors, or let transformers write it (save_pretrained)"
 
 
 def is_pickle(path: str) -> bool:
-    """Return whether a file begins as PyTorch's files do."""
+    """Return whether a file is one of PyTorch's. A damaged zip file is taken for one, because only model files are given."""
     try:
+        if not os.path.isfile(path):  # opening a FIFO would block
+            return False
         with open(path, "rb") as file:
-            return file.read(4).startswith(STARTS)
-    except OSError:
+            if (start := file.read(4)) != ZIP:
+                return start.startswith(PICKLES)
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return True
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return False
 
 
 def pickle_error(place: str) -> CheckpointError:
     """Return the error for a pickle without torch, with the reason and the way out."""
     return CheckpointError(
-        f"{place}: a PyTorch pickle: loading it can run any code, so pygpt reads it only through torch's weights_only=True, and "
-        f"torch is not installed: {WAY_OUT}, or install torch"
+        f"{place}: a PyTorch pickle: loading it can run any code, so only torch reads it (weights_only=True), which is not "
+        f"installed: {WAY_OUT}, or install torch"
     )
 
 
 class PickleFile:
-    """The tensors of a PyTorch file, with the interface of SafetensorsFile. Raises CheckpointError if torch refuses the file."""
+    """The tensors of a PyTorch file, with SafetensorsFile's interface. Raises CheckpointError if torch refuses the file."""
 
     def __init__(self, path: str) -> None:
         try:

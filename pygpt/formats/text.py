@@ -64,32 +64,37 @@ def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
         yield text
 
 
-def tokens_of_text(text: str | Iterable[str], *, eot: str = "paragraph") -> "Shard":
-    """Return GPT-2's tokens of a text, given whole or in pieces, as a uint16 array (tokens,). eot: see encode_text()."""
-    pieces = list(encode_text([text] if isinstance(text, str) else text, eot=eot))
+def tokens_of_text(text: str | Iterable[str], *, eot: str = "paragraph", tokenizer: Tokenizer | None = None) -> "Shard":
+    """Return the tokens of a text, given whole or in pieces, as a uint16 array (tokens,). eot, tokenizer: see encode_text()."""
+    pieces = list(encode_text([text] if isinstance(text, str) else text, eot=eot, tokenizer=tokenizer))
     return np.concatenate(pieces) if pieces else np.empty(0, TOKEN)
 
 
-def encode_text(text: Iterable[str], *, eot: str = "paragraph") -> "Iterator[Shard]":
-    """Yield GPT-2's tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
+def encode_text(text: Iterable[str], *, eot: str = "paragraph", tokenizer: Tokenizer | None = None) -> "Iterator[Shard]":
+    """Yield the tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
 
     eot: the positions of `<|endoftext|>`. "paragraph" adds it before the text and after every blank line (each "\\n\\n"), as
     llm.c prepares tinyshakespeare. "document" adds it before the text, "none" nowhere. In the text itself it is ordinary text.
     The text is cut only before white space that follows other text, so a long run without such a place must fit in memory.
-    Raises InputError for another `eot`.
+    tokenizer: by default GPT-2's; one that splits text otherwise gets it whole. One without `<|endoftext|>` adds nothing.
+    Raises InputError for another `eot`, and for ids beyond uint16.
     """
     if not isinstance(eot, str) or eot not in EOT_MODES:
         raise InputError(f"eot is {shown(eot)}: it must be one of {', '.join(EOT_MODES)}")
-    return _encoded(text, Tokenizer(), eot)
+    tokenizer = Tokenizer() if tokenizer is None else tokenizer
+    if tokenizer.V > 1 << 16:
+        raise InputError(f"the tokenizer has {tokenizer.V} ids: tokens of texts are stored as uint16, at most {1 << 16} ids")
+    return _encoded(text if tokenizer.splits_before_space else ["".join(text)], tokenizer, eot)
 
 
 def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str) -> "Iterator[Shard]":
-    ids = [] if eot == "none" else [tokenizer.eot]
+    end = [] if eot == "none" or tokenizer.eot is None else [tokenizer.eot]
+    ids = [*end]
     for piece in _independent(text):
         *paragraphs, last = piece.split("\n\n") if eot == "paragraph" else [piece]
         for paragraph in paragraphs:
             ids += tokenizer.encode(paragraph + "\n\n")
-            ids.append(tokenizer.eot)
+            ids += end
         ids += tokenizer.encode(last)
         if ids:
             yield np.array(ids, TOKEN)

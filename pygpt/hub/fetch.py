@@ -23,20 +23,20 @@ from ..formats.huggingface import (
     INDEX_FILE,
     JSON_LIMIT,
     MODEL_FILE,
+    PICKLE_FILE,
+    PICKLE_INDEX,
     find_files,
     parse_settings,
-    pickle_error,
     read_settings,
 )
-from .find import cache_folder
+from ..formats.pickles import pickle_error
+from .find import cache_folder, repository_of
 
 LLMC = "karpathy/llmc-starter-pack"  # a data set
 LLMC_SHA256 = {  # the sha256 of its files by the model's name; None if it is unknown
     "gpt2_124M": "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162",
     "gpt2_124M_bf16": None,
 }
-OPENAI = "openai-community"  # the owner of the models that have a name without an owner
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def fetch(name: str, note: Callable[[str], None]) -> str:
@@ -51,7 +51,7 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
     with _warnings_to(note):
         if model in LLMC_SHA256:
             return Repository(LLMC, revision, "dataset").need(f"{model}.bin", None if revision else LLMC_SHA256[model])
-        return _fetch_folder(Repository(model if "/" in model else f"{OPENAI}/{model}", revision))
+        return _fetch_folder(Repository(repository_of(model), revision))
 
 
 class Repository:
@@ -137,7 +137,7 @@ def _fetch_folder(repository: Repository) -> str:
     folder = os.path.dirname(settings)
     if repository.get(MODEL_FILE) is None:
         if repository.get(INDEX_FILE) is None:
-            if any(map(repository.has, PICKLES)):
+            if any(map(repository.has, (PICKLE_FILE, PICKLE_INDEX))):
                 raise pickle_error(repository.name)
             raise CheckpointError(f"{repository.name}: there is neither {MODEL_FILE} nor {INDEX_FILE} in this repository")
         for name in find_files(folder):

@@ -185,7 +185,7 @@ class Training:
 
     def _restore(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
         with Checkpoint(self.path) as checkpoint:
-            for name, _ in self.config.table:
+            for name, *_ in checkpoint.config.tensors(padded=False):
                 model.tensor(name)[...] = checkpoint.tensor(name)
         for array in (model.gradients, model.first_moments, model.second_moments):
             array.fill(0)

@@ -37,6 +37,7 @@ def work(config: Config, value_bytes: int, calls: Iterable[Call]) -> Work:
 def _call(config: Config, value_bytes: int, T: int, position: int, steps: int) -> Work:
     """Return the work of one call: T rows after `position` others, in equal steps, with the logits of the last row."""
     L, C, V = config.L, config.C, config.V
+    F = config.F
     pairs = T * position + T * (T + 1) // 2  # number of (row, visible key)
     seen = sum(position + T * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
 

@@ -15,8 +15,11 @@ import numpy.typing as npt
 
 from ...config import Config
 from ...errors import DataError, InputError, PyGPTError, is_whole, shown
+from ...formats.checkpoint import check_plain
+from ...formats.open import vocabulary_beside
 from ...formats.shards import read_tokens
 from ...formats.text import read_text, tokens_of_text
+from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from ...training.data import DataLoader, split
 from ...training.options import TrainingOptions
 from ...training.state import TrainingState
@@ -28,7 +31,7 @@ SHAPES = {
     "gpt2-large": {"L": 36, "NH": 20, "C": 1280},
     "gpt2-xl": {"L": 48, "NH": 25, "C": 1600},
 }
-GPT2_V, GPT2_MAXT = 50257, 1024
+GPT2_MAXT = 1024
 MOST = 1 << 30
 # Limits of a job's whole numbers, on the command line and in a training state.
 WHOLE = {
@@ -44,6 +47,7 @@ WHOLE = {
     "version": (3, 5),
 }
 SHARD = ".bin"  # data files with another ending are text
+FOLDERLESS = ".safetensors"  # the ending of model files that can describe every model
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
 FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # the stored position in the data depends on these
 
@@ -168,30 +172,32 @@ def number(text: str) -> float:
 # ------------------------------------------------------------------------------------------------ the model's shape
 
 
-def shape_of(text: str) -> Config:
-    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else."""
+def shape_of(text: str, V: int = GPT2_V) -> Config:
+    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else.
+
+    V: the ids if the shape does not say them."""
     if text in SHAPES:
-        return Config(V=GPT2_V, maxT=GPT2_MAXT, **SHAPES[text])
+        return Config(V=V, maxT=GPT2_MAXT, **SHAPES[text])
     parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]
     found = {part[1]: int(part[2]) for part in parts if part}
     if None in parts or len(found) < len(parts) or {"L", "NH", "C", "maxT"} - set(found):
         raise InputError(f"--shape is {text[:60]!r}: it must be one of {', '.join(SHAPES)}, or like L=4,NH=4,C=128,maxT=256")
-    return Config(**{"V": GPT2_V, **found})
+    return Config(**{"V": V, **found})
 
 
 # ------------------------------------------------------------------------------------------------ data
 
 
-def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
+def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
     """Return the loaders of training and validation data (None without validation). Every id is checked against V.
 
     Raises DataError for missing, damaged or unsuitable files, InputError for options that do not fit the data.
     """
-    seed = job.seed if job.shuffle else None
+    seed, V = job.seed if job.shuffle else None, config.V
     if job.val_tokens is None and job.val_fraction is None:
-        train = _loader(job, job.data, _source(job.data, V), V, seed=seed)
-        return train, None if job.val is None else _validation(job, job.val, _source(job.val, V), V)
-    tokens = _source(job.data, V)
+        train = _loader(job, job.data, _source(job.data, config), V, seed=seed)
+        return train, None if job.val is None else _validation(job, job.val, _source(job.val, config), V)
+    tokens = _source(job.data, config)
     if isinstance(tokens, list):
         if len(tokens) > 1:
             raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name a shard for validation with --val")
@@ -222,23 +228,48 @@ def check_text(path: str) -> None:
         raise DataError(f"{path}: not a regular file: save it as a file first, so that --resume can read the text again")
 
 
-def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
+def _source(pattern: str, config: Config) -> "list[str] | npt.NDArray[np.uint16]":
     """Return the shards that a file name or pattern matches, as a list of names; or, for text files, their tokens."""
+    names, text = files_of_data(pattern)
+    if not text:
+        return names
+    tokenizer = tokenizer_of(config)
+    return np.concatenate([tokens_of_text(read_text(name), tokenizer=tokenizer) for name in names])
+
+
+def files_of_data(pattern: str) -> tuple[list[str], bool]:
+    """Return the files that a name or pattern matches, and whether they are text. Raises DataError for none, or both kinds."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
         raise DataError(f"{pattern!r}: no such file, and no file matches it as a pattern: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
-        return shards
+        return shards, False
     for name in names:
         check_text(name)
     if shards:
         raise DataError(f"{pattern!r}: {shards[0]} holds tokens, but {min({*names} - {*shards})} is text: train on one kind")
-    if V < GPT2_V:
-        raise InputError(
-            f"{names[0]}: text becomes tokens with {GPT2_V} ids, but the model has V = {V}: train on token shards (.bin)"
-        )
-    return np.concatenate([tokens_of_text(read_text(name)) for name in names])
+    return names, True
+
+
+def new_vocabulary(given: dict[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer that the options ask for: a file's, or one made from the text of --data. None without an option.
+
+    Raises InputError if there is more than one option, or if a vocabulary cannot be made from this data."""
+    asked = [name for name in ("tokenizer", "train_tokenizer", "chars") if name in given]
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise InputError(f"{flag(asked[0])} and {flag(asked[1])} were both given: give one of them")
+    from ...formats.vocabulary import characters_of, load_tokenizer, trained_on
+
+    if "tokenizer" in given:
+        return load_tokenizer(given["tokenizer"])
+    names, text = files_of_data(given["data"])
+    if not text:
+        raise InputError(f"{flag(asked[0])} makes a vocabulary from text, but {names[0]} holds tokens: give text as --data")
+    pieces = (piece for name in names for piece in read_text(name))
+    return Tokenizer(characters_of(pieces) if "chars" in given else trained_on(pieces, given["train_tokenizer"]))
 
 
 # ------------------------------------------------------------------------------------------------ output files
@@ -251,27 +282,36 @@ class Output(NamedTuple):
     state: str
 
     @classmethod
-    def named(cls, name: str) -> "Output":
-        """Return the files of --out STEM or --out STEM.bin. Raises InputError for a name that cannot be a file."""
-        stem = name.removesuffix(SHARD)
+    def named(cls, name: str, config: Config) -> "Output":
+        """Return the files of --out STEM, STEM.bin or STEM.safetensors. Raises InputError for a name that cannot be a file.
+
+        Without an ending, a model that a .bin file cannot describe is written as STEM.safetensors."""
+        ending = next((ending for ending in (SHARD, FOLDERLESS) if name.endswith(ending)), "")
+        stem = name.removesuffix(ending)
         if not os.path.basename(stem) or os.path.isdir(name):
             raise InputError(f"--out is {name!r}: it must be the name of a file, such as run.bin")
-        return cls(f"{stem}{SHARD}", f"{stem}.state")
+        model = f"{stem}{ending or (FOLDERLESS if config.variations else SHARD)}"
+        if model.endswith(SHARD):
+            check_plain(config, model)
+        return cls(model, f"{stem}.state")
 
     @classmethod
-    def of_state(cls, state: str) -> "Output":
+    def of_state(cls, state: str, config: Config) -> "Output":
         """Return the files in which the run of a training state saved before. Raises InputError for an unusual name."""
         stem = re.fullmatch(r"(.*[^/])\.state(\.1)?", state, re.DOTALL)
         if not stem:
             raise InputError(f"--resume is {state!r}, which does not end in .state: name the new files with --out")
-        return cls.named(stem[1])
+        return cls.named(stem[1], config)
 
 
 def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
-    model, log, plot = path.removesuffix(".state") + SHARD, state.progress.job.get("log"), state.progress.job.get("plot")
-    return {os.path.realpath(name) for name in (path, f"{path}.1", model, log, *(pictures(plot) if plot else ())) if name}
+    stem = path.removesuffix(".state")
+    models = [stem + ending for ending in (SHARD, FOLDERLESS)]
+    log, plot = state.progress.job.get("log"), state.progress.job.get("plot")
+    files = (path, f"{path}.1", *models, vocabulary_beside(path), log, *(pictures(plot) if plot else ()))
+    return {os.path.realpath(name) for name in files if name}
 
 
 def check_distinct(paths: list[str]) -> None:
