@@ -46,6 +46,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path[1:] if path != str(TOOLS)), str(TOOLS)]
 
 from pygpt import InputError, PyGPTError, Tokenizer  # noqa: E402
+from pygpt.tokenizer import END_OF_TEXT  # noqa: E402
 from pygpt.commands.child import child_environment  # noqa: E402
 from pygpt.commands.console import HelpFormatter, Parser, say, status_of  # noqa: E402
 from pygpt.formats.files import atomic_file  # noqa: E402
