@@ -67,11 +67,11 @@ class Tokenizer:
     def __init__(self, vocabulary: "dict[str, Any] | None" = None, *, V: int | None = None) -> None:
         with _loading:
             self._bpe = _load() if vocabulary is None else _Encoding(vocabulary)
-        self._bytes = [content or _placeholder(token) for token, content in enumerate(self._bpe.bytes)]
-        if V is not None:
-            if len(self._bytes) > V:
-                raise InputError(f"the tokenizer has {len(self._bytes)} ids, and the model {V}: give the model's own tokenizer")
-            self._bytes += [_placeholder(token) for token in range(len(self._bytes), V)]
+        self._bytes = self._bpe.bytes  # shared by all Tokenizers of the vocabulary
+        if V is not None and self.known > V:
+            raise InputError(f"the tokenizer has {self.known} ids, and the model {V}: give the model's own tokenizer")
+        if V is not None and self.known < V:
+            self._bytes = self._bytes + [_placeholder(token) for token in range(self.known, V)]
 
     @property
     def V(self) -> int:
@@ -158,7 +158,7 @@ def _placeholder(token: int) -> bytes:
 
 
 class _Encoding:
-    """A vocabulary that is ready to encode. `bytes`: of each id, None for an id that is not there."""
+    """A vocabulary that is ready to encode. `bytes`: of each id, a placeholder for one that is not there."""
 
     def __init__(self, vocabulary: "dict[str, Any]") -> None:
         try:
@@ -183,7 +183,7 @@ class _Encoding:
         most = max([*vocab.values(), *(token["id"] for token in added)])
         if not all(type(i) is int and 0 <= i <= 1 << 20 for i in (*vocab.values(), *(token["id"] for token in added))):
             raise InputError("the vocabulary has ids that are not whole numbers from 0 to 1048576")
-        self.bytes: list[bytes | None] = [None] * (most + 1)
+        self.bytes = [_placeholder(token) for token in range(most + 1)]
         for token, i in vocab.items():
             self.bytes[i] = _unspelled(token)
         for token in added:
@@ -205,11 +205,11 @@ class _Encoding:
             self._pairs.setdefault((_unspelled(left), _unspelled(right)), len(self._ids))
             ranks.setdefault(_unspelled(left + right), len(self._ids))
             self._ids.append(vocab[left + right])
-        self._whole = {_unspelled(token): i for token, i in vocab.items()} if whole else {}
+        self._id_of = {_unspelled(token): i for token, i in vocab.items()}
+        self._whole = whole
         known = [left + " " + right for left, right in merges] == spelled_vocabulary()[1] and not whole
         sound = len(ranks) == len(self._ids) and (known or all(self._alone(token) for token in ranks))
-        if whole:
-            sound = sound and self._whole.keys() <= ranks.keys()
+        sound = sound and (not whole or self._id_of.keys() <= ranks.keys())
         self._encoding = _tiktoken("vocabulary", self.pattern, ranks) if sound else None
         self._plain = self._ids == [*range(len(self._ids))]
 
@@ -283,10 +283,10 @@ class _Encoding:
     def _encode_slowly(self, text: str) -> list[int]:
         """Encode as _encode_piece() does, for a vocabulary that tiktoken would merge differently."""
         found: list[int | None] = []
-        of = {content: i for i, content in enumerate(self.bytes)}
         for piece in _split(self.pattern, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")):
             content = piece.encode()
-            found += [self._whole[content]] if content in self._whole else [of.get(part) for part in self._merged(content)]
+            parts = [content] if self._whole and content in self._id_of else self._merged(content)
+            found += [self._id_of.get(part) for part in parts]
         return self._numbered(found, text)
 
     def _numbered(self, found: "list[int | None]", text: str) -> list[int]:

@@ -330,7 +330,8 @@ class HuggingFaceModel:
 def write_model(folder: str, model: "Weights", kind: "Format") -> None:
     """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
-    A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it cannot be written, and then deletes it.
+    A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it
+    cannot be written, and then deletes it.
     """
     temporary = f"{folder}.{os.urandom(4).hex()}.tmp"
     try:
