@@ -12,8 +12,10 @@ import pytest
 import record_family as family
 
 from pygpt import GPT2, CheckpointError, Config, InputError, SerialGPT2
+from pygpt._kernels import cpu_info, select_isa
 from pygpt.commands.convert import main as convert
 from pygpt.commands.quantize import main as quantize
+from pygpt.config import ACTIVATIONS
 from pygpt.formats.huggingface import HuggingFaceModel, read_settings
 from pygpt.formats.open import open_source
 from pygpt.reference import SerialTrainableGPT2
@@ -293,3 +295,24 @@ def test_other_names_of_dimensions() -> None:
         "num_attention_heads": 3,
     }
     assert read_settings({**given, "hidden_size": 6}, "x") == Config(maxT=9, V=7, L=2, NH=3, C=6)
+
+
+def test_the_bits_do_not_depend_on_the_instruction_set(tmp_path: Path) -> None:
+    """Every instruction set with fused multiply-add gives one set of bits, for each activation, forward and backward."""
+    before = cpu_info()
+    assert before["fused"]
+    try:
+        for activation in ACTIVATIONS:
+            varied = {"activation_function": activation, "n_inner": 50}
+            hf.make_model(tmp_path / activation, raw(family.tensors(**varied)), settings(**varied))
+            found = set()
+            for isa in before["available"]:
+                select_isa(isa)
+                if cpu_info()["fused"]:
+                    with TrainableGPT2.load(tmp_path / activation) as trained:
+                        trained.forward([family.PROMPT], [family.PROMPT])
+                        trained.backward()
+                        found.add((logits_of(str(tmp_path / activation)).tobytes(), trained.gradients.tobytes()))
+            assert len(found) == 1, activation
+    finally:
+        select_isa(before["isa"])
