@@ -51,6 +51,8 @@ _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_S
 
 _ONE_SPACE = re.compile(rf"[{_SPACE}]")
 
+_WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d]"
+
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that are printable in Latin-1
 
 _loading = threading.Lock()
@@ -107,7 +109,7 @@ class Tokenizer:
         for start, stop, token in self._bpe.added_in(text, special=allow_special):
             ids += self._bpe.encode(text[end:start])
             ids.append(token)
-            end = max(end, stop)
+            end = stop
         return ids + self._bpe.encode(text[end:])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -166,9 +168,8 @@ class _Encoding:
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(
-                f"the vocabulary is damaged: {type(error).__name__} {shown(str(error))}: fetch it again"
-            ) from error
+            what = f"{type(error).__name__} {shown(str(error))}"
+            raise InputError(f"the vocabulary is damaged ({what}): fetch it again") from error
 
     def _read(self, vocabulary: "dict[str, Any]") -> None:
         """Take everything from the contents of a tokenizer.json."""
@@ -238,7 +239,8 @@ class _Encoding:
         end = 0
         for match in _any_of(wanted).finditer(text) if wanted else ():
             rule, (start, stop) = self._rules[match[0]], match.span()
-            if rule.get("single_word") and re.search(r"\w", text[max(start - 1, 0) : start] + text[stop : stop + 1]):
+            around = text[max(start - 1, 0) : start] + text[stop : stop + 1]
+            if rule.get("single_word") and _split(_WORD, around):
                 continue
             while rule.get("lstrip") and start > end and _ONE_SPACE.match(text, start - 1):
                 start -= 1

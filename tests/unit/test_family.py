@@ -61,7 +61,7 @@ def test_logits_and_tokens_are_those_of_transformers(name: str) -> None:
     weights, config = weights_of("model")
     exact = oracle.forward(weights, config, family.PROMPT)
     assert_equal_to_recorded(name, exact)
-    greedy = {"max_new_tokens": 12, "sampler": "greedy"}
+    greedy: dict[str, Any] = {"max_new_tokens": 12, "sampler": "greedy"}
     with GPT2.load("model", threads=2, all_workers=True) as model, SerialGPT2.load("model") as serial:
         for each in model, serial:
             assert_equal_to_recorded(name, each.logits(family.PROMPT))

@@ -3,7 +3,7 @@
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,14 @@ from pygpt.formats.open import open_model
 from pygpt.formats.vocabulary import characters_of, load_tokenizer, tokenizer_files, write_vocabulary
 from pygpt.tokenizer import tokenizer_of
 
-TEXT = (
-    Path(__file__).with_name("test_tokenizer.py").read_text()
-    + "äöü ß 中文字 🙂🙃 e\u0301 123 4567 \r\n\t  x I'll we've DON'T\n" * 20
-)
+TEXT = Path(__file__).with_name("test_tokenizer.py").read_text()
+TEXT += "äöü ß 中文字 🙂🙃 e\u0301 123 4567 \r\n\t  x I'll we've DON'T\n" * 20
+
 LLAMA = (  # the pattern of Llama 3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PIECES = [*"abcdesthLRxy'.,!0123 \t\n\r<|>", "  ", "   ", "<nl>", "tok", " tok ", "RR", "the", "'s", "'S", "é", "ß", "中", "🙂"]
-PIECES += ["e\u0301", "\xa0", "\u2003", "\x85", "\x1c", "ſ", "<|endoftext|>", "  L"]
+PIECES += ["e\u0301", "\xa0", "\u2003", "\x85", "\x1c", "\u017f", "<|endoftext|>", "  L"]
 
 
 def level(**options: bool) -> Any:
@@ -94,8 +93,10 @@ def test_the_ids_are_those_of_tokenizers(name: str) -> None:
     rng = random.Random(5)
     texts = ["".join(rng.choices(PIECES, k=rng.randint(0, 30))) for _ in range(600)]
     known = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    texts += ["".join(f"a{chr(code)}b" for code in known[start : start + 3000]) for start in range(0, len(known), 3000)]
-    for text in texts if "unsplit" not in name else texts[:600]:  # Python merges one long piece slowly
+    if "unsplit" not in name:  # Python merges one long piece slowly; the rarer splits see a part of Unicode
+        few = 3000 if name == "GPT-2's kind" else 200_000
+        texts += ["".join(f"a{chr(code)}b" for code in known[i : i + 3000]) for i in range(0, len(known), few)]
+    for text in texts:
         ids = peer.encode(text, add_special_tokens=False).ids
         assert mine.encode(text, allow_special=True) == ids
         if name not in ("NFC", "prefix", "gaps", "added, prefix", "added"):  # these change the text
@@ -138,8 +139,9 @@ def test_every_file_gives_the_same_tokenizer(folder: Path) -> None:
     for text in (TEXT, "".join(map(chr, range(0x20, 0x3000)))):
         ids = peer.encode(text, add_special_tokens=False).ids
         for path in same:
-            assert load_tokenizer(path).encode(text) == ids, path
-        assert load_tokenizer("tokenizer.bin").encode(text) == [i - 1 for i in ids]
+            assert load_tokenizer(path).encode(text, allow_special=True) == ids, path
+        moved = load_tokenizer("tokenizer.bin")
+        assert moved.encode(text, allow_special=True) == [i - 1 if i else moved.V - 1 for i in ids]
     with GPT2.load("m.gguf") as model:
         assert tokenizer_of(model.config).encode("the") == mine.encode("the")
 
@@ -153,7 +155,8 @@ def test_gpt2s_own_vocabulary_from_every_file(folder: Path) -> None:
     for path in ("tokenizer.json", "vocab.json", "gpt2_tokenizer.bin"):
         found = load_tokenizer(path)
         assert (found.V, found.eot) == (50257, 50256)
-        assert found.encode(TEXT) == gpt2.encode(TEXT) == peer.encode(TEXT).ids
+        assert found.encode(TEXT) == gpt2.encode(TEXT)
+        assert found.encode(TEXT, allow_special=True) == peer.encode(TEXT).ids
         assert found.encode("hello there<|endoftext|>", allow_special=True) == [31373, 612, 50256]
     assert json.loads(Path("tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
@@ -165,7 +168,7 @@ def test_gpt2s_own_vocabulary_from_every_file(folder: Path) -> None:
         ("tokenizer.json", b"[]", "not a JSON object"),
         ("tokenizer.json", b"{}", "it has no object `model`"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": []}}', "type 'Unigram': only byte-level BPE"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}, "merges": []}}', "not byte-level"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}, "merges": []}}', "splits text by None"),
         ("vocab.json", b'{"a": 0}', "merges.txt: cannot read the vocabulary: No such file"),
         ("tokenizer.bin", b"x" * 2000, "magic number"),
         ("absent.json", None, "No such file"),
@@ -276,10 +279,10 @@ RUN = ["--data", "play.txt", "--shape", "L=1,NH=1,C=32,maxT=16", "-B", "2", "-T"
 
 
 @pytest.fixture
-def play(folder: Path) -> Iterator[str]:
+def play(folder: Path) -> str:
     text = "ROMEO:\nÉtude, é 中 & all!\n\nJULIET:\nNo.\n" * 40
     Path("play.txt").write_text(text, encoding="utf-8")
-    yield text
+    return text
 
 
 def test_characters(play: str) -> None:
