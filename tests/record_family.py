@@ -6,6 +6,7 @@ The weights are seeded numbers that the test makes again. For each model: the la
 """
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ def tensors(**varied: Any) -> dict[str, npt.NDArray[np.float32]]:
 
 def main() -> None:
     """Write the file."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    torch, transformers = import_module("torch"), import_module("transformers")
 
     found = {}
     for name, varied in VARIED.items():
-        model = GPT2LMHeadModel(GPT2Config(**SHAPE, **varied, bos_token_id=None, eos_token_id=None)).eval()
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**SHAPE, **varied, bos_token_id=None, eos_token_id=None)
+        ).eval()
         weights = {key: torch.from_numpy(value) for key, value in tensors(**varied).items()}
         model.load_state_dict(weights, strict=False)
         if varied.get("tie_word_embeddings", True):

@@ -82,7 +82,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "shuffled": lambda: changed(trained(level()), shuffle),
     "shuffled, unsplit": lambda: changed(trained(level(use_regex=False)), shuffle),
     "whole": lambda: changed(trained(level()), lambda model: model.update(ignore_merges=True)),
-    "shuffled, whole": lambda: changed(trained(level()), lambda model: (shuffle(model), model.update(ignore_merges=True))),
+    "shuffled, whole": lambda: changed(changed(trained(level()), shuffle), lambda model: model.update(ignore_merges=True)),
 }
 
 
