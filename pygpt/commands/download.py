@@ -1,7 +1,7 @@
 """Download a GPT-2 model. `pygpt download --help` shows the options.
 
 huggingface_hub fetches the files and keeps them in its cache (hub/fetch.py). This command converts safetensors to a .bin file
-in pygpt's cache folder, where `-m NAME` finds it. A model that a .bin file cannot describe stays in huggingface_hub's cache,
+in pygpt's cache folder, where `-m NAME` finds it. A model that a .bin file cannot hold whole stays in huggingface_hub's cache,
 where `-m NAME` finds it too. For llm.c's .bin files, pygpt's cache folder gets a link and no second copy.
 
 stdout stays empty. The progress bar appears only on a terminal. Exit status: 0 with one line on stderr; 1 for a failure at run
@@ -21,6 +21,7 @@ from ..formats.files import atomic_file, reason
 from ..formats.open import open_source
 from ..hub.fetch import fetch
 from ..hub.find import MODELS, cached_model, is_downloadable
+from ..tokenizer import GPT2_V
 from .console import HelpFormatter, Parser, say, status_of
 from .convert import check_parent, default_version, describe, parse_version, write_bin
 
@@ -86,8 +87,9 @@ def download(name: str, target: str | None = None, version: int | None = None) -
     source = fetch(name, say)
     try:
         with open_source(source) as model:
-            if linked and version is None and model.config.variations:
-                return f"{describe(source, model)}: used in place, because a .bin file cannot describe this model"
+            own_vocabulary = model.config.V != GPT2_V and model.config.tokenizer is not None
+            if linked and version is None and (model.config.variations or own_vocabulary):
+                return f"{describe(source, model)}: used in place, because a .bin file cannot hold all of it"
             if not isinstance(model, Checkpoint) or version not in (None, model.version):
                 write_bin(target, model, version or default_version(model))
             else:

@@ -30,6 +30,7 @@ from ..formats.huggingface import (
     read_settings,
 )
 from ..formats.pickles import pickle_error
+from ..tokenizer import GPT2_V
 from .find import cache_folder, repository_of
 
 LLMC = "karpathy/llmc-starter-pack"  # a data set
@@ -133,7 +134,10 @@ def _fetch_folder(repository: Repository) -> str:
     """Fetch config.json and the safetensors; return their folder."""
     settings = repository.need(CONFIG_FILE)
     with open(settings, "rb") as file:
-        read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
+        config = read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
+    if config.V != GPT2_V and repository.get("tokenizer.json") is None:  # GPT-2's vocabulary is part of this package
+        for name in ("vocab.json", "merges.txt"):
+            repository.get(name)
     folder = os.path.dirname(settings)
     if repository.get(MODEL_FILE) is None:
         if repository.get(INDEX_FILE) is None:
