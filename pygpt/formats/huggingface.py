@@ -135,7 +135,7 @@ class HuggingFaceModel:
             if os.path.isdir(path):
                 folder = path
                 if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
-                    raise CheckpointError(f"{folder}: it has no {CONFIG_FILE}: give the folder or file of a model")
+                    raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing: give the folder or file of a model")
                 paths = {name: os.path.join(folder, name) for name in find_files(folder)}
             else:
                 folder, paths = os.path.dirname(path), {path: path}
@@ -458,7 +458,7 @@ def find_files(folder: str) -> list[str]:
         return [PICKLE_FILE]
     if os.path.exists(os.path.join(folder, PICKLE_INDEX)):
         return sorted(set(_read_index(folder, PICKLE_INDEX).values()))
-    raise CheckpointError(f"{folder}: it has neither {MODEL_FILE} nor {INDEX_FILE}")
+    raise CheckpointError(f"{folder}: expected {MODEL_FILE} or {INDEX_FILE} in it")
 
 
 def _open_tensors(path: str) -> "Tensors":

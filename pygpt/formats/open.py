@@ -103,7 +103,7 @@ def open_weights(
     tokenizer: str | os.PathLike[str] | None = None,
     text_only: bool = False,
 ) -> "Model | QuantisedWeights":
-    """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on so many threads.
+    """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 
     text_only: leave out the ids that the tokenizer does not have. Raises what open_model() raises, and InputError for weights
     that cannot be quantised.
@@ -140,13 +140,13 @@ def of_text_only(model: "Model") -> "Model | QuantisedWeights":
 
 
 def open_floats(path: str | os.PathLike[str]) -> "Model":
-    """Open a model to train: open_model(), but CheckpointError for one with quantised weights."""
+    """Open a model to train. Raises CheckpointError for quantised weights, and otherwise as open_model()."""
     model = open_model(path)
     for kind in getattr(model, "formats", {"": model.format}).values():
         if kind.block_values > 1:
             model.close()
             raise CheckpointError(
-                f"{model.path}: {kind.name} weights cannot be trained: begin from the model in float32 or bfloat16"
+                f"{model.path}: {kind.name} weights cannot be trained: start from the model in float32 or bfloat16"
             )
     return model
 
@@ -190,10 +190,10 @@ def _is_panel_file(path: str) -> bool:
 
 
 def blocks_of(model: "Source", name: str, kind: "Format") -> "Iterator[Blocks]":
-    """Yield a tensor's rows in order as blocks (rows, blocks of a row) of a format; no piece reaches over two layers.
+    """Yield a tensor's rows in order as blocks (rows, blocks of a row) of a format. A piece has rows of one layer only.
 
-    Rows that do not fill whole blocks are padded with zeros. What the file has in this format is passed on as it is. Raises
-    CheckpointError for a value that is not finite, or exceeds the format's range.
+    Zeros pad rows that do not fill whole blocks. Blocks that already have this format are passed on unchanged. Raises
+    CheckpointError if a value is not finite, or exceeds the range of the format.
     """
     from .panels import ModelFile, layout
 

@@ -241,7 +241,7 @@ def files_of_data(pattern: str) -> tuple[list[str], bool]:
     """Return the files that a name or pattern matches, and whether they are text. Raises DataError for none, or both kinds."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
-        raise DataError(f"{pattern!r}: no such file, and no file matches it as a pattern: check the name")
+        raise DataError(f"{pattern!r}: not a file, and not a pattern that matches files: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
         return shards, False
@@ -344,7 +344,7 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
 
 
 def check_room(output: Output, config: Config, version: int) -> None:
-    """Raise PyGPTError if the disk has no room for one state and one model."""
+    """Raise PyGPTError if one state and one model do not fit on the disk."""
     P = config.parameters(padded=True)
     needed = (3 * 4 + VALUE_BYTES[version]) * P
     folder = os.path.dirname(os.path.realpath(output.state))
