@@ -100,7 +100,7 @@ class _Cursor:
         """Skip `size` bytes. Return the position of the first."""
         begin = self.at
         if size > len(self.data) - begin:
-            limit = f", and at most {HEADER_LIMIT} bytes of header are read" if len(self.data) == HEADER_LIMIT else ""
+            limit = f"; pygpt reads headers of at most {HEADER_LIMIT} bytes" if len(self.data) == HEADER_LIMIT else ""
             raise self.bad(f"truncated: {what} of {size} bytes at byte {begin} of {len(self.data)}{limit}")
         self.at += size
         return begin
