@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .. import __version__
 from ..errors import CheckpointError, InputError, PyGPTError
@@ -135,9 +135,11 @@ def _fetch_folder(repository: Repository) -> str:
     settings = repository.need(CONFIG_FILE)
     with open(settings, "rb") as file:
         config = read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
-    if config.V != GPT2_V and repository.get("tokenizer.json") is None:  # GPT-2's vocabulary is part of this package
-        for name in ("vocab.json", "merges.txt"):
-            repository.get(name)
+    if config.V != GPT2_V:  # GPT-2's vocabulary is part of this package
+        with suppress(PyGPTError):  # offline, a file that is not in the cache may not exist at all
+            if repository.get("tokenizer.json") is None:
+                repository.get("vocab.json")
+                repository.get("merges.txt")
     folder = os.path.dirname(settings)
     if repository.get(MODEL_FILE) is None:
         if repository.get(INDEX_FILE) is None:

@@ -24,6 +24,7 @@ from pygpt.commands.download import EXAMPLES, main
 from pygpt.errors import CheckpointError, InputError
 from pygpt.hub import fetch
 from pygpt.hub.find import MODELS, cache_folder, cached_model, find_model
+from pygpt.model import GPT2 as Network
 
 hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -112,7 +113,8 @@ def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
     assert os.listdir(cache_folder()) == ["gpt2.bin"]
     assert find_model("gpt2") == (target, "given")
     asked = [(command, path) for command, path, _ in site.requests]
-    assert asked == [("HEAD", CONFIG), ("GET", CONFIG), ("HEAD", MODEL), ("GET", MODEL)]  # all of the commit of the first file
+    vocabulary = [("HEAD", MODEL.replace("model.safetensors", name)) for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    assert asked == [("HEAD", CONFIG), ("GET", CONFIG), *vocabulary, ("HEAD", MODEL), ("GET", MODEL)]  # all of one commit
     assert all(headers["user-agent"].startswith(f"pygpt/{__version__}; hf_hub/") for _, _, headers in site.requests)
     site.requests.clear()
     assert main(["gpt2"]) == 0
@@ -473,5 +475,5 @@ def test_a_relative_of_gpt2_stays_in_the_cache_of_the_hub(site: Site, capsys: py
     )
     assert main(["gpt2"]) == 0
     assert "used in place" in capsys.readouterr().err
-    with GPT2.load("gpt2") as model:
+    with Network.load("gpt2") as model:
         assert model.config.activation == "relu"
