@@ -257,7 +257,7 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
     if not b.add_to:
         shard(dwpe - dwte - kept, me.ith, me.nth, &start, &stop)
-        memset(dwte + kept + start, 0, (stop - start) * sizeof(float))       # wte's padding, and all of it if it is not the head
+        memset(dwte + kept + start, 0, (stop - start) * sizeof(float))   # wte's padding, or all of wte if it is not the head
     matmul_backward(b, b.dinp, C, dhead, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
                     floats_of(&net.w.head, 0), NULL, 0, R, C, net.V, me.ith, me.nth)              # dlnf (R, C)
     if done_and_wait(me, DHEAD, 0):

@@ -185,12 +185,12 @@ cdef struct State:            # changing: activations of R rows, with the names 
     float* atty               # (R, C)
     float* proj               # (R, C) attproj, fcproj before they join the stream; in the encoder, rows of wpe
     float* fch                # (R, F of fch_row) fch
-    float* fch_gelu           # (R, F of fch_row) the activation of fch: the same array as fch, or a separate one if activations are kept
+    float* fch_gelu           # (R, F of fch_row) the activation of fch: the same array, or another if activations are kept
     Py_ssize_t logits_row     # values from one row of logits to the next
     float* logits             # (W, V of logits_row)
     float* scratch            # (nth, scratch_size) for the attention, and for gemm
     Py_ssize_t scratch_size
-    float* packed             # (R, the larger of F and C) and padding: the rows of a product, packed; or NULL
+    float* packed             # (R, max(F, C)) and padding: the rows of a product, packed; or NULL
     float* blocks             # (nth, block_size) each worker's packed weights; or NULL
     Py_ssize_t block_size
     work_pile* piles          # (L + 2, LAYER_PHASES) the next free block of each product

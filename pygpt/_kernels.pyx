@@ -974,7 +974,8 @@ def matrix_product(
 
 
 def transpose(
-    unsigned char[::1] out not None, const unsigned char[:, ::1] rows not None, Py_ssize_t width, Py_ssize_t K, Py_ssize_t start,
+    unsigned char[::1] out not None, const unsigned char[:, ::1] rows not None,
+    Py_ssize_t width, Py_ssize_t K, Py_ssize_t start,
 ) -> None:
     """Write rows (count, N) of values of 2 or 4 bytes as the columns from `start` on of out (N, K), without the GIL.
 
