@@ -7,7 +7,7 @@ Source of names and order: llm.c, train_gpt2.c. Source of the variations: transf
 
 from collections.abc import Iterator
 
-from .errors import InputError, is_whole, shown
+from .errors import InputError, check_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,12 +55,14 @@ TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 HEAD: tuple[str, tuple[str, ...]] = ("head", ("V", "C"))
 
+IGNORED = -100  # the label of a token that is left out of the loss, as in PyTorch
+
 
 class Config:
     """A model's dimensions and variations. Do not change them after construction. Configs are equal if all of these are equal.
 
-    variations: keywords in VARIATIONS; ALIASES of activations are accepted. Raises InputError if a number is not an int from 1
-    to its limit in LIMITS, if C is not a multiple of NH, and for a bad variation.
+    variations: keywords in VARIATIONS; ALIASES of activations are accepted. Raises InputError if a number is not a whole number
+    from 1 to its limit in LIMITS, if C is not a multiple of NH, and for a bad variation.
     """
 
     __slots__ = ("C", "F", "L", "NH", "V", "activation", "epsilon", "maxT", "scaled", "scaled_by_layer", "tied", "tokenizer")
@@ -68,17 +70,13 @@ class Config:
     def __init__(self, *, maxT: int, V: int, L: int, NH: int, C: int, **variations: "Any") -> None:
         self.maxT, self.V, self.L, self.NH, self.C = maxT, V, L, NH, C
         for name, limit in LIMITS.items():
-            value = getattr(self, name)
-            if not is_whole(value, 1, limit):
-                raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {limit}")
-        if C % NH:
-            raise InputError(f"C is {C}, which is not a multiple of NH = {NH}: every head needs the same size")
+            setattr(self, name, check_whole(name, getattr(self, name), 1, limit))
+        if self.C % self.NH:
+            raise InputError(f"C is {self.C}, which is not a multiple of NH = {self.NH}: every head needs the same size")
         if unknown := variations.keys() - VARIATIONS.keys():
             raise TypeError(f"Config() has no argument {min(unknown)!r}")
         given = {**VARIATIONS, **variations}
-        self.F: int = 4 * C if given["F"] is None else given["F"]
-        if not is_whole(self.F, 1, 4 * LIMITS["C"]):
-            raise InputError(f"F is {shown(self.F)}: it must be a whole number from 1 to {4 * LIMITS['C']}")
+        self.F: int = check_whole("F", 4 * self.C if given["F"] is None else given["F"], 1, 4 * LIMITS["C"])
         self.activation: str = (
             ALIASES.get(given["activation"], given["activation"]) if isinstance(given["activation"], str) else ""
         )

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, InputError, PyGPTError
+from ..errors import CheckpointError, InputError, PyGPTError, Uncopied
 from . import dtypes
 from .dtypes import FLOAT32
 from .files import reason
@@ -27,7 +27,7 @@ from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetenso
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Any
+    from typing import IO, Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
@@ -83,7 +83,7 @@ NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
 KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
 
 
-class HuggingFaceModel:
+class HuggingFaceModel(Uncopied):
     """An open model with `config`, with stored() to compute, and pieces() of its tensors by our names. Close it, or use `with`.
 
     files: the files by path. settings: the contents of config.json, or None without that file. heads: the number of heads,
@@ -99,7 +99,7 @@ class HuggingFaceModel:
         *,
         path: str,
         heads: int | None = None,
-        threads: int | None = None,
+        threads: "SupportsIndex | None" = None,
         mmap: bool = True,
     ) -> None:
         self.path, self.notice = path, ""
@@ -127,7 +127,9 @@ class HuggingFaceModel:
         self.dtype = "mixed" if len(found) > 1 else FORMATS[found.pop()].name
 
     @classmethod
-    def open(cls, path: str, *, heads: int | None = None, threads: int | None = None, mmap: bool = True) -> "HuggingFaceModel":
+    def open(
+        cls, path: str, *, heads: int | None = None, threads: "SupportsIndex | None" = None, mmap: bool = True
+    ) -> "HuggingFaceModel":
         """Open a folder with config.json and tensors, or one file of tensors, whose folder may have a config.json.
 
         A safetensors file's own metadata may hold the text of config.json, as Parameters.save() writes it."""

@@ -16,7 +16,7 @@ from .pickles import is_pickle
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import TypeVar
+    from typing import SupportsIndex, TypeVar
 
     import numpy as np
     import numpy.typing as npt
@@ -38,7 +38,7 @@ def open_model(
     path: str | os.PathLike[str],
     *,
     mmap: bool = True,
-    threads: int | None = None,
+    threads: "SupportsIndex | None" = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> "Model":
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
@@ -99,7 +99,7 @@ def open_weights(
     *,
     mmap: bool = True,
     weights: str | None = None,
-    threads: int | None = None,
+    threads: "SupportsIndex | None" = None,
     tokenizer: str | os.PathLike[str] | None = None,
     text_only: bool = False,
 ) -> "Model | QuantisedWeights":

@@ -16,13 +16,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from ..errors import InputError, is_whole, shown
+from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsFloat, SupportsIndex
+
     from .._kernels import Logits
     from .prefix import AnyNetwork
 
@@ -79,7 +81,7 @@ class _Part:
         self.sequence, self.memory, self.window, self.tokens, self.last = sequence, memory, window, tokens, last
 
 
-class Engine:
+class Engine(Uncopied):
     """Complete requests together on one network.
 
     prefix: keeps idle caches of completed requests for later ones (default: keep none). max_live: the most sequences in a
@@ -93,18 +95,15 @@ class Engine:
         network: "AnyNetwork",
         *,
         prefix: PrefixCache | None = None,
-        max_live: int = LIVE,
-        cache_bytes: int | None = None,
-        target_ms: float | None = None,
+        max_live: "SupportsIndex" = LIVE,
+        cache_bytes: "SupportsIndex | None" = None,
+        target_ms: "SupportsFloat | None" = None,
     ) -> None:
-        if not is_whole(max_live, 1, 1 << 20):
-            raise InputError(f"max_live is {shown(max_live)}: it must be a whole number from 1 to {1 << 20}")
-        if cache_bytes is not None and not is_whole(cache_bytes, 1, 1 << 62):
-            raise InputError(f"cache_bytes is {shown(cache_bytes)}: it must be a whole number from 1 to 2^62")
         self.network = network
         self.prefix = PrefixCache(network, 0) if prefix is None else prefix
-        self.max_live, self.cache_bytes = max_live, cache_bytes
-        self._clock = None if target_ms is None else _Clock(target_ms)
+        self.max_live = check_whole("max_live", max_live, 1, 1 << 20)
+        self.cache_bytes = None if cache_bytes is None else check_whole("cache_bytes", cache_bytes, 1, 1 << 62)
+        self._clock = None if target_ms is None else _Clock(check_number("target_ms", target_ms, 0, 1e9))
         self._inbox: deque[_Sequence] = deque()  # any thread may fill it
         self._waiting: deque[_Sequence] = deque()
         self._live: list[_Sequence] = []
@@ -112,13 +111,12 @@ class Engine:
 
     # ---------------------------------------------------------------- from any thread
 
-    def add(self, request: Request, *, n: int = 1, seed: int | None = None) -> Job:
+    def add(self, request: Request, *, n: "SupportsIndex" = 1, seed: int | None = None) -> Job:
         """Add a request to complete n times; return its job. Completion i uses stream i of one seed.
 
         seed: replaces the request's. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
         """
-        if not is_whole(n, 1, 1 << 20):
-            raise InputError(f"n is {shown(n)}: it must be a whole number from 1 to {1 << 20}")
+        n = check_whole("n", n, 1, 1 << 20)
         needed = self._bytes(min(request.total, request.config.maxT))
         if self.cache_bytes is not None and needed > self.cache_bytes:
             raise InputError(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import glob
+import math
 import os
 import re
 import shutil
@@ -14,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import Config
-from ...errors import DataError, InputError, PyGPTError, is_whole, shown
+from ...errors import DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.checkpoint import check_plain
 from ...formats.open import vocabulary_beside
 from ...formats.shards import read_tokens
-from ...formats.text import read_text, tokens_of_text
+from ...formats.text import joined, read_text, tokens_and_labels
 from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from ...training.data import DataLoader, split
 from ...training.options import TrainingOptions
@@ -44,12 +45,24 @@ WHOLE = {
     "sample_every": (0, MOST),
     "sample_tokens": (1, MOST),
     "save_every": (0, MOST),
+    "patience": (1, MOST),
     "version": (3, 5),
 }
+BEST = "best"  # the field of a training state with the best validation loss and its step
 SHARD = ".bin"  # data files with another ending are text
 FOLDERLESS = ".safetensors"  # the ending of model files that can describe every model
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
-FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # the stored position in the data depends on these
+Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # shards, or tokens; labels or None
+FIXED = (
+    "val_tokens",
+    "val_fraction",
+    "B",
+    "T",
+    "seed",
+    "shuffle",
+    "field",
+    "no_special",
+)  # the stored position in the data depends on these
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -71,12 +84,16 @@ class Job:
     T: int = 64
     seed: int = 1
     shuffle: bool = False
+    field: str | None = None
+    no_special: bool = False
     reference: bool = False
     val_every: int = 10
     val_batches: int = 5
     sample_every: int = 20
     sample_tokens: int = 64
     save_every: int = 100
+    keep_best: bool = False
+    patience: int | None = None
     version: int = 3
     log: str | None = None
     plot: str | None = None
@@ -114,6 +131,8 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
         raise InputError("--data is missing: name a text file, or llm.c's token shards (.bin)")
     if sum(name in given for name in ("val", "val_tokens", "val_fraction")) > 1:
         raise InputError("--val, --val-tokens and --val-fraction exclude each other: give at most one of them")
+    if ("patience" in given or "keep_best" in given) and not {"val", "val_tokens", "val_fraction"} & set(given):
+        raise InputError("--keep-best and --patience need validation data: give --val, --val-tokens or --val-fraction")
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
@@ -126,7 +145,7 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
         if name in given:
             raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
     try:
-        job = Job(**state.progress.job)
+        job = Job(**{name: value for name, value in state.progress.job.items() if name != BEST})
     except (TypeError, InputError):
         raise InputError(f"{state.path}: pygpt train did not write this state: read it with Trainer.restore()") from None
     part, old = _job_part(given), vars(job)
@@ -195,25 +214,29 @@ def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
     """
     seed, V = job.seed if job.shuffle else None, config.V
     if job.val_tokens is None and job.val_fraction is None:
-        train = _loader(job, job.data, _source(job.data, config), V, seed=seed)
-        return train, None if job.val is None else _validation(job, job.val, _source(job.val, config), V)
-    tokens = _source(job.data, config)
+        train = _loader(job, job.data, _source(job, job.data, config), V, seed=seed)
+        return train, None if job.val is None else _validation(job, job.val, _source(job, job.val, config), V)
+    tokens, labels = _source(job, job.data, config)
     if isinstance(tokens, list):
         if len(tokens) > 1:
             raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name a shard for validation with --val")
         tokens = read_tokens(tokens[0], V=V)
-    left, right = split(tokens, val_tokens=job.val_tokens, val_fraction=job.val_fraction)
-    return _loader(job, job.data, left, V, seed=seed), _validation(job, job.data, right, V)
+    sizes: dict[str, Any] = {"val_tokens": job.val_tokens, "val_fraction": job.val_fraction}
+    left, right = split(tokens, **sizes)
+    left_labels, right_labels = (None, None) if labels is None else split(labels, **sizes)
+    train = _loader(job, job.data, (left, left_labels), V, seed=seed)
+    return train, _validation(job, job.data, (right, right_labels), V)
 
 
-def _loader(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int, seed: int | None = None) -> DataLoader:
+def _loader(job: Job, name: str, source: Source, V: int, seed: int | None = None) -> DataLoader:
+    tokens, labels = source
     try:
-        return DataLoader(source, job.B, job.T, shuffle_seed=seed, V=V)
+        return DataLoader(tokens, job.B, job.T, shuffle_seed=seed, V=V, labels=labels)
     except DataError as error:
-        raise DataError(f"{name}: {error}" if isinstance(source, np.ndarray) else str(error)) from None  # names a shard already
+        raise DataError(f"{name}: {error}" if isinstance(tokens, np.ndarray) else str(error)) from None  # names a shard already
 
 
-def _validation(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int) -> DataLoader:
+def _validation(job: Job, name: str, source: Source, V: int) -> DataLoader:
     try:
         return _loader(job, name, source, V)  # not shuffled: every evaluation uses the same batches
     except DataError as error:
@@ -228,13 +251,17 @@ def check_text(path: str) -> None:
         raise DataError(f"{path}: not a regular file: save it as a file first, so that --resume can read the text again")
 
 
-def _source(pattern: str, config: Config) -> "list[str] | npt.NDArray[np.uint16]":
-    """Return the shards that a file name or pattern matches, as a list of names; or, for text files, their tokens."""
+def _source(job: Job, pattern: str, config: Config) -> Source:
+    """Return the shards that a file name or pattern matches, as a list of names; or, for text files, tokens and labels."""
     names, text = files_of_data(pattern)
     if not text:
-        return names
-    tokenizer = tokenizer_of(config)
-    return np.concatenate([tokens_of_text(read_text(name), tokenizer=tokenizer) for name in names])
+        return names, None
+    reading: dict[str, Any] = {"allow_special": not job.no_special, "tokenizer": tokenizer_of(config)}
+    parts = [tokens_and_labels(name, job.field, **reading) for name in names]
+    tokens = joined([part for part, _ in parts])
+    if all(labels is None for _, labels in parts):
+        return tokens, None
+    return tokens, np.concatenate([part.astype(np.int32) if labels is None else labels for part, labels in parts])
 
 
 def files_of_data(pattern: str) -> tuple[list[str], bool]:
@@ -248,7 +275,7 @@ def files_of_data(pattern: str) -> tuple[list[str], bool]:
     for name in names:
         check_text(name)
     if shards:
-        raise DataError(f"{pattern!r}: {shards[0]} holds tokens, but {min({*names} - {*shards})} is text: train on one kind")
+        raise DataError(f"{pattern!r}: {shards[0]} has tokens, but {min({*names} - {*shards})} is text: train on one kind")
     return names, True
 
 
@@ -281,6 +308,12 @@ class Output(NamedTuple):
     model: str
     state: str
 
+    @property
+    def best(self) -> str:
+        """The file of the model with the best validation loss."""
+        stem, ending = os.path.splitext(self.model)
+        return f"{stem}.best{ending}"
+
     @classmethod
     def named(cls, name: str, config: Config) -> "Output":
         """Return the files of --out STEM, STEM.bin or STEM.safetensors. Raises InputError for a name that cannot be a file.
@@ -304,14 +337,23 @@ class Output(NamedTuple):
         return cls.named(stem[1], config)
 
 
+def best_of(state: TrainingState | None) -> tuple[float, int] | None:
+    """Return the best validation loss of a state's run, and its step; None if there is none."""
+    found = None if state is None else state.progress.job.get(BEST)
+    if not isinstance(found, list) or len(found) != 2 or not is_whole(found[1], 0, MOST) or not math.isfinite(real(found[0])):
+        return None
+    return float(found[0]), int(found[1])
+
+
 def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
     stem = path.removesuffix(".state")
-    models = [stem + ending for ending in (SHARD, FOLDERLESS)]
+    outputs = [Output(stem + ending, path) for ending in (SHARD, FOLDERLESS)]
     log, plot = state.progress.job.get("log"), state.progress.job.get("plot")
-    files = (path, f"{path}.1", *models, vocabulary_beside(path), log, *(pictures(plot) if plot else ()))
-    return {os.path.realpath(name) for name in files if name}
+    names = [name for output in outputs for name in (*output, output.best, vocabulary_beside(output.model))]
+    names += [f"{path}.1", *filter(None, [log]), *(pictures(plot) if plot else ())]
+    return {os.path.realpath(name) for name in names if name}
 
 
 def check_distinct(paths: list[str]) -> None:
@@ -343,10 +385,10 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 
 
-def check_room(output: Output, config: Config, version: int) -> None:
-    """Raise PyGPTError if one state and one model do not fit on the disk."""
+def check_room(output: Output, config: Config, job: Job) -> None:
+    """Raise PyGPTError if the disk has no room for one state and one model, or two models with keep_best."""
     P = config.parameters(padded=True)
-    needed = (3 * 4 + VALUE_BYTES[version]) * P
+    needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * P
     folder = os.path.dirname(os.path.realpath(output.state))
     free = shutil.disk_usage(folder).free
     if free < needed:
