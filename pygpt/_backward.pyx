@@ -16,7 +16,6 @@ encoder's part row by row.
 Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update.
 """
 
-from libc.math cimport sqrtf, sqrt
 from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memcpy, memset
 
