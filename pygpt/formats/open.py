@@ -11,7 +11,6 @@ from ..config import Config
 from ..errors import CheckpointError, InputError
 from .checkpoint import MODEL_KIND, Checkpoint, StreamedCheckpoint
 from .files import Windows
-from .pickles import is_pickle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -170,7 +169,22 @@ def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "S
 
 def _is_hugging_face(path: str) -> bool:
     """Return whether this is a folder, a pickle, or a safetensors file other than a panel file."""
-    return os.path.isdir(path) or is_pickle(path) or (path.endswith(".safetensors") and not _is_panel_file(path))
+    return os.path.isdir(path) or _is_pickle(path) or (path.endswith(".safetensors") and not _is_panel_file(path))
+
+
+def _is_pickle(path: str) -> bool:
+    """Return whether this is one of PyTorch's files: zip archives, or pickles of protocol 2 or later."""
+    try:
+        if not os.path.isfile(path):  # opening a FIFO would block
+            return False
+        with open(path, "rb") as file:
+            if file.read(1) not in (b"P", b"\x80"):  # most files: do not import what reads pickles
+                return False
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return False
+    from .pickles import is_pickle
+
+    return is_pickle(path)
 
 
 def _is_gguf(path: str) -> bool:

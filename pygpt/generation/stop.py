@@ -13,11 +13,12 @@ from contextlib import suppress
 from .._kernels import check_token
 from ..config import Config
 from ..errors import InputError, shown, whole
-from ..tokenizer import tokenizer_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
+
+    from ..tokenizer import Tokenizer
 
 
 class Stop:
@@ -39,7 +40,11 @@ class Stop:
         )
         self.strings = [_encoded(text) for text in _several("stop_strings", strings, str)]
         self.longest = max(map(len, self.strings), default=0)
-        self.tokenizer = tokenizer_of(config) if self.strings else None
+        self.tokenizer: Tokenizer | None = None
+        if self.strings:
+            from ..tokenizer import tokenizer_of
+
+            self.tokenizer = tokenizer_of(config)
 
 
 class Watch:

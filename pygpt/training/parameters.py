@@ -5,7 +5,6 @@ Vp rows, and the padding stays zero. Equal indices in the four arrays belong to 
 serial twin derive from this class and share its checks. Refuses to know about activations, workers and kernels.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -166,6 +165,8 @@ class Parameters(Uncopied):
         if not os.fspath(path).endswith(".safetensors"):
             write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
             return
+        import json
+
         from ..formats.huggingface import CONFIG_FILE, settings_of, write_tensors
 
         kind = BFLOAT16 if version == 5 else FLOAT32

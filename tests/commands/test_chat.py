@@ -1568,7 +1568,7 @@ def test_real_command_repeats_and_goes_on(real: Fake) -> None:
     second = real_ids(real, {"tokens": text, **request, "seed": 6})
     more = real_ids(real, {"tokens": text + second, **request, "seed": 6})
     assert first != second
-    with Terminal(real, "-n", "6", "-s", "5") as chat:
+    with Terminal(real, "-n", "6", "-s", "5", "--no-stop-at-eot") as chat:
         chat.type("/set temperature 0.9\n")
         chat.expect("Text: ")
         for keys, reply in ("hello there", first), ("/again", second), ("/more", more):
