@@ -66,6 +66,9 @@ class Request:
 
     Raises InputError for an empty prompt, an id outside the vocabulary, an option out of its range, and both total and
     max_new_tokens. Raises it also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
+
+    For servers: stop_in_prompt=False searches stop strings only in new text. prompt_logprobs=True fills
+    Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0.
     """
 
     def __init__(
@@ -79,7 +82,9 @@ class Request:
         slide_to: int | None = None,
         stop_token_ids: "int | Iterable[int] | None" = None,
         stop_strings: "str | Iterable[str] | None" = None,
+        stop_in_prompt: bool = True,
         top_logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         **sampling: "Any",
     ) -> None:
         if overflow is not None and not (isinstance(overflow, str) and overflow in OVERFLOWS):
@@ -88,10 +93,13 @@ class Request:
         self.tokens = check_ids(config, tokens) if overflow == "slide" else check_tokens(config, tokens)
         self.sampler = Sampler(sampling.pop("sampler", None), **sampling)
         self.stop = Stop(config, stop_token_ids, stop_strings)
+        self.stop_in_prompt, self.prompt_logprobs = stop_in_prompt, prompt_logprobs
         self.slide_to = self._check_slide_to(slide_to)
         self.top_logprobs = top_logprobs
         if top_logprobs is not None and not is_whole(top_logprobs, 0, config.V):
             raise InputError(f"top_logprobs is {shown(top_logprobs)}: it must be a whole number from 0 to {config.V}")
+        if prompt_logprobs and (top_logprobs is None or overflow == "slide"):
+            raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
 
     def _check_slide_to(self, slide_to: int | None) -> int:
@@ -112,12 +120,16 @@ class Request:
         if total is not None and max_new_tokens is not None:
             raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
         if max_new_tokens is not None:
-            if not is_whole(max_new_tokens, 1, longest - count):
+            least = 0 if self.prompt_logprobs else 1
+            if not is_whole(max_new_tokens, least, longest - count):
                 raise InputError(
                     f"max_new_tokens is {shown(max_new_tokens)}: with {count} tokens given it must be a whole number "
-                    f"from 1 to {longest - count}" + (f", because the model takes {maxT} tokens" if longest == maxT else "")
+                    f"from {least} to {longest - count}"
+                    + (f", because the model takes {maxT} tokens" if longest == maxT else "")
                 )
             total = count + max_new_tokens
+            if total == count:
+                return total
         elif total is None:
             total = DEFAULT_TOTAL
         if not is_whole(total, 2, longest):

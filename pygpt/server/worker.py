@@ -1,0 +1,145 @@
+"""The thread that steps the engines, and the models that it serves.
+
+The thread is worker 0 of each model's pool. Models take turns, so their workers do not compete for cores. After each step, one
+call to the event loop delivers all events.
+"""
+
+import hashlib
+import os
+import threading
+from asyncio import AbstractEventLoop, Future
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from .._kernels import Trace
+from ..generation.engine import Event, Job
+from ..model import GPT2
+from ..tokenizer import Tokenizer
+from .schema import ApiError
+
+if TYPE_CHECKING:
+    from .call import Call
+
+Deliver = Callable[[list[Event]], object]
+
+
+class Served:
+    """A model under one or more names, with its engine. cache_bytes: the most bytes of keys and values."""
+
+    def __init__(
+        self, model: GPT2, names: list[str], path: str, *, cache_bytes: int, max_live: int, target_ms: float, fingerprint: bool
+    ) -> None:
+        self.model, self.names, self.path = model, names, path
+        self.created = int(os.path.getmtime(path))
+        self.tokenizer = Tokenizer() if model.config.V >= Tokenizer().V else None
+        self.eot = self.tokenizer.eot if self.tokenizer else None
+        prefix = model.new_prefix_cache(cache_bytes)
+        self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
+        self.fingerprint = _fingerprint(path) if fingerprint else None
+
+    def bytes_of(self, tokens: Iterable[int]) -> bytes:
+        """Return the bytes of ids. Ids beyond GPT-2's vocabulary have none."""
+        if self.tokenizer is None:
+            return b""
+        return self.tokenizer.decode_bytes(token for token in tokens if token <= self.tokenizer.eot)
+
+    def check_ids(self, name: str, tokens: list[int]) -> None:
+        """Raise ApiError if a token of the field `name` is outside the vocabulary."""
+        if (worst := max(tokens, default=0)) >= self.model.config.V:
+            raise ApiError(f"{name} has the token id {worst}: ids of this model are below {self.model.config.V}", name)
+
+
+def _fingerprint(path: str) -> str:
+    """Return a hash of the weights, their format and the arithmetic: answers with equal hashes are equal."""
+    with open(path, "rb") as file:
+        return f"pygpt-{__version__}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+class Worker:
+    """The thread that steps the engines. deliver(events) runs in the event loop, once for each step."""
+
+    def __init__(self, models: list[Served], deliver: Deliver) -> None:
+        self._models, self._deliver = models, deliver
+        self._wake = threading.Event()
+        self._stopping = False
+        self._traced: list[tuple[Served, Future[list[list[Any]]]]] = []
+        self._thread = threading.Thread(target=self._serve, name="pygpt-0", daemon=True)
+
+    def start(self, loop: AbstractEventLoop) -> None:
+        """Start the thread."""
+        self._loop = loop
+        self._thread.start()
+
+    def add(self, call: "Call", deadline: float | None, owner: object) -> list[Job]:
+        """Add the jobs of a call. Raises InputError if one of them can never fit; then none is added."""
+        jobs: list[Job] = []
+        try:
+            for request in call.requests:
+                jobs.append(call.served.engine.add(request, n=call.n, deadline=deadline, owner=owner))
+        except BaseException:
+            self.cancel(call.served, jobs)
+            raise
+        self._wake.set()
+        return jobs
+
+    def cancel(self, served: Served, jobs: list[Job]) -> None:
+        """End jobs, at the latest after the step that runs now."""
+        for job in jobs:
+            served.engine.cancel(job)
+        self._wake.set()
+
+    def trace(self, served: Served) -> "Future[list[list[Any]]]":
+        """Record the model's next step: for each worker, a list of (phase, layer, begin_us, end_us, left_us)."""
+        future: Future[list[list[Any]]] = self._loop.create_future()
+        self._traced.append((served, future))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the step that runs now, and wait for it."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            self._wake.wait()
+            self._wake.clear()
+            while not self._stopping and (busy := [served for served in self._models if served.engine.busy]):
+                for served in busy:
+                    self._step(served)
+
+    def _step(self, served: Served) -> None:
+        """Run one step of a model, and deliver its events. An error of the step ends the model's jobs."""
+        traced = [future for asked, future in self._traced if asked is served]
+        trace = Trace(served.model.threads, 64 * served.model.config.L) if traced else None
+        if trace is not None:
+            self._traced = [entry for entry in self._traced if entry[0] is not served]
+            served.model.record(trace)
+        try:
+            events = served.engine.step()
+        except Exception as error:
+            events = served.engine.fail(error)
+        if trace is not None:
+            served.model.record(None)
+        self._loop.call_soon_threadsafe(self._finish, events, trace, traced)
+
+    def _finish(self, events: list[Event], trace: Trace | None, traced: "list[Future[list[list[Any]]]]") -> None:
+        """Deliver a step's events, and its trace to those who asked for it. Runs in the event loop."""
+        self._deliver(events)
+        for future in traced:
+            if trace is not None and not future.done():
+                future.set_result(_timeline(trace))
+
+
+def _timeline(trace: Trace) -> list[list[Any]]:
+    """Return each worker's phases with times in microseconds since the step began."""
+    workers = [trace.events(ith) for ith in range(trace.nth)]
+    zero = min((begin for events in workers for _, _, begin, _, _ in events), default=0)
+    return [[(phase, layer, *((at - zero) / 1000 for at in times)) for phase, layer, *times in events] for events in workers]
