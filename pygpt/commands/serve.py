@@ -66,6 +66,11 @@ def run(options: argparse.Namespace) -> int:
     """Check the arguments, open the models, and serve; return the exit status."""
     if options.chat_template not in (None, "plain"):
         raise InputError(f"--chat-template is {options.chat_template[:40]!r}: it must be plain")
+    if options.root_path and not options.root_path.startswith("/"):
+        raise InputError(f"--root-path is {options.root_path[:40]!r}: it must begin with /")
+    for origin in options.cors_origins:
+        if origin != "*" and not origin.startswith(("http://", "https://")):
+            raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
     keys = options.api_key + _keys(options.api_key_file)
     if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
         raise InputError("an API key is empty or has spaces at its ends or characters beyond ASCII: choose another")

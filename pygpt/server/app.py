@@ -315,7 +315,7 @@ async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> A
 
 async def openapi(server: Server, request: Request, fields: dict[str, Any]) -> Any:
     """Return this document."""
-    return document([one for one in ENDPOINTS if one.handler is not page], server.options.root_path)
+    return document([one for one in ENDPOINTS if one.handler is not page], server.options.root_path.rstrip("/"))
 
 
 async def page(server: Server, request: Request, fields: dict[str, Any]) -> Response:
