@@ -18,7 +18,7 @@ from .console import HelpFormatter, Parser, say, status_of, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..server.worker import Served
+    from ..server.served import Served
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +124,7 @@ def open_models(options: argparse.Namespace) -> "list[Served]":
     """Open the models. A file that is given under several names is opened once."""
     from ..hub.find import find_model
     from ..model import GPT2
-    from ..server.worker import Served
+    from ..server.served import Served
 
     named: dict[str, list[str]] = {}
     for given in options.model or [None]:

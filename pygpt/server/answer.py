@@ -7,13 +7,11 @@ import codecs
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..generation.logprobs import TokenInfo
 from .call import Call
-
-if TYPE_CHECKING:
-    from .worker import Served
+from .served import Served
 
 LEAST = -9999.0  # JSON has no infinity
 Note = tuple[int, TokenInfo | None, int]  # a token, its info, and its offset
@@ -112,7 +110,7 @@ def token_text(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def logprobs_of(served: "Served", tokens: list[Note]) -> dict[str, Any]:
+def logprobs_of(served: Served, tokens: list[Note]) -> dict[str, Any]:
     """Return the log-probabilities of tokens: OpenAI's fields, token_ids, bytes, and top, a list that keeps all entries."""
     found: dict[str, Any] = {
         name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "bytes", "top")

@@ -5,17 +5,17 @@ import hmac
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,9 +27,10 @@ from .answer import Writer, token_text
 from .answering import SLOW_S, STOPPED, Run, reported
 from .call import ROLES, Call, as_prompts, chat_text, encode
 from .metrics import Metrics
-from .openapi import document
+from .openapi import Endpoint, document
 from .schema import ApiError, Fields, read_object
-from .worker import Served, Worker
+from .served import Served
+from .worker import Worker
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
@@ -86,7 +87,7 @@ class Server:
         yield
         await asyncio.to_thread(self.worker.stop)
 
-    def _route(self, endpoint: "Endpoint") -> Route:
+    def _route(self, endpoint: Endpoint) -> Route:
         async def handle(request: Request) -> Response:
             fields = None if endpoint.fields is None else await self.read(request, endpoint.fields, endpoint.required)
             found = await endpoint.handler(self, request, fields or {})
@@ -302,15 +303,18 @@ async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any
 
 
 async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Show what the network computes at a position, if the model can."""
-    model = server.served(fields.pop("model", None)).model
-    if not hasattr(model, "activations"):
+    """Show the attention of the last token in one layer, for each head, if the model can tell it."""
+    served = server.served(fields.get("model"))
+    if not hasattr(served.model, "activations"):
         raise ApiError("the model cannot be inspected", status=404, code="cannot_inspect")
+    served.check_ids("tokens", fields["tokens"])
     async with server.admitted(1):
         try:
-            return await asyncio.to_thread(model.activations, **fields)
+            layers = [fields.get("layer", 0)]
+            found = await asyncio.to_thread(served.model.activations, fields["tokens"], ["probs"], layers=layers)
         except InputError as error:
             raise ApiError(str(error)) from None
+    return {"attention": found["probs"][0, :, -1].tolist()}  # [1, NH, T, T] -> [NH, T]
 
 
 async def openapi(server: Server, request: Request, fields: dict[str, Any]) -> Any:
@@ -325,16 +329,6 @@ async def page(server: Server, request: Request, fields: dict[str, Any]) -> Resp
         raise HTTPException(404)
     headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
     return FileResponse(os.path.join(PAGE, name), headers=headers)
-
-
-class Endpoint(NamedTuple):
-    """A route. fields: of its JSON object, which makes it a POST. key: whether it needs an API key."""
-
-    path: str
-    handler: Callable[[Server, Request, dict[str, Any]], Awaitable[Any]]
-    fields: Fields | None = None
-    required: tuple[str, ...] = ()
-    key: bool = True
 
 
 ENDPOINTS = [
@@ -372,6 +366,9 @@ class _Outer:
             await self.app(scope, receive, send)
             return
         path, prefix = scope["path"], self.server.options.root_path.rstrip("/")
+        if prefix and path == prefix:  # the page's addresses are relative
+            await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
+            return
         if prefix and f"{path}/".startswith(f"{prefix}/"):
             path = path[len(prefix) :]
         path = "/" + path.strip("/")

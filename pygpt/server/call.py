@@ -3,14 +3,12 @@
 Refuses to know about HTTP.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
 from ..generation.request import JSON_KEYS, Request
 from .schema import ApiError
-
-if TYPE_CHECKING:
-    from .worker import Served
+from .served import Served
 
 DEFAULT_NEW = 16  # tokens, as in OpenAI's API
 LONGEST_TOKEN = 128  # bytes of GPT-2's longest token
@@ -31,7 +29,7 @@ ROLES = ("system", "user", "assistant")
 class Call:
     """A checked call: one engine request for each prompt, completed n times. fields: the call's fields that are not null."""
 
-    def __init__(self, served: "Served", fields: dict[str, Any], prompts: list[list[int]], *, chat: bool = False) -> None:
+    def __init__(self, served: Served, fields: dict[str, Any], prompts: list[list[int]], *, chat: bool = False) -> None:
         self.served, self.fields, self.chat = served, fields, chat
         self.n: int = fields.get("n", 1)
         self.echo: bool = fields.get("echo", False)
@@ -124,7 +122,7 @@ def chat_text(messages: list[dict[str, str]]) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
 
 
-def encode(served: "Served", text: str) -> list[int]:
+def encode(served: Served, text: str) -> list[int]:
     """Encode text as ids. A text that cannot fit in the context is refused before it is encoded."""
     if served.tokenizer is None:
         raise ApiError("the model's vocabulary is not GPT-2's: send token ids instead of text", "prompt")

@@ -1,15 +1,23 @@
 """The OpenAPI document of the server, from its routes and from the schemas that check requests."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
 
 from .. import __version__
-from .schema import Schema, published
-
-if TYPE_CHECKING:
-    from .app import Endpoint
+from .schema import Fields, Schema, published
 
 TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 COUNT: Schema = {"type": "integer", "minimum": 0}
+
+
+class Endpoint(NamedTuple):
+    """A route. fields: of its JSON object, which makes it a POST. key: whether it needs an API key."""
+
+    path: str
+    handler: Callable[..., Awaitable[Any]]
+    fields: Fields | None = None
+    required: tuple[str, ...] = ()
+    key: bool = True
 
 
 def _object(**properties: Schema) -> Schema:
@@ -62,7 +70,7 @@ ERRORS = {
 }
 
 
-def _operation(endpoint: "Endpoint") -> dict[str, Any]:
+def _operation(endpoint: Endpoint) -> dict[str, Any]:
     kinds = {"/metrics": "text/plain"}
     content = {kinds.get(endpoint.path, "application/json"): {"schema": ANSWERS.get(endpoint.path, {})}}
     if endpoint.path.endswith("/completions"):
@@ -84,7 +92,7 @@ def _operation(endpoint: "Endpoint") -> dict[str, Any]:
     return {**found, "security": [{"key": []}, {}] if endpoint.key else []}
 
 
-def document(endpoints: "list[Endpoint]", root_path: str) -> dict[str, Any]:
+def document(endpoints: list[Endpoint], root_path: str) -> dict[str, Any]:
     """Return the OpenAPI document. root_path: the prefix of all paths, or ""."""
     return {
         "openapi": "3.1.0",

@@ -105,7 +105,7 @@ DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", 
 INSPECT: Fields = {
     **MODEL,
     "tokens": {"description": "a list of token ids, not empty", **IDS},
-    **{name: _whole(" from 0", 0) for name in ("position", "layer", "head")},
+    "layer": _whole(" from 0 (default 0)", 0),
 }
 
 

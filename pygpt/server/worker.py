@@ -1,59 +1,20 @@
-"""The thread that steps the engines, and the models that it serves.
+"""The thread that steps the engines.
 
 The thread is worker 0 of each model's pool. Models take turns, so their workers do not compete for cores. After each step, one
 call to the event loop delivers all events.
 """
 
-import hashlib
-import os
 import threading
 from asyncio import AbstractEventLoop, Future
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from .. import __version__
 from .._kernels import Trace
 from ..generation.engine import Event, Job
-from ..model import GPT2
-from ..tokenizer import Tokenizer
-from .schema import ApiError
-
-if TYPE_CHECKING:
-    from .call import Call
+from .call import Call
+from .served import Served
 
 Deliver = Callable[[list[Event]], object]
-
-
-class Served:
-    """A model under one or more names, with its engine. cache_bytes: the most bytes of keys and values."""
-
-    def __init__(
-        self, model: GPT2, names: list[str], path: str, *, cache_bytes: int, max_live: int, target_ms: float, fingerprint: bool
-    ) -> None:
-        self.model, self.names, self.path = model, names, path
-        self.created = int(os.path.getmtime(path))
-        self.tokenizer = Tokenizer() if model.config.V >= Tokenizer().V else None
-        self.eot = self.tokenizer.eot if self.tokenizer else None
-        prefix = model.new_prefix_cache(cache_bytes)
-        self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
-        self.fingerprint = _fingerprint(path) if fingerprint else None
-
-    def bytes_of(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of ids. Ids beyond GPT-2's vocabulary have none."""
-        if self.tokenizer is None:
-            return b""
-        return self.tokenizer.decode_bytes(token for token in tokens if token <= self.tokenizer.eot)
-
-    def check_ids(self, name: str, tokens: list[int]) -> None:
-        """Raise ApiError if a token of the field `name` is outside the vocabulary."""
-        if (worst := max(tokens, default=0)) >= self.model.config.V:
-            raise ApiError(f"{name} has the token id {worst}: ids of this model are below {self.model.config.V}", name)
-
-
-def _fingerprint(path: str) -> str:
-    """Return a hash of the weights, their format and the arithmetic: answers with equal hashes are equal."""
-    with open(path, "rb") as file:
-        return f"pygpt-{__version__}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 class Worker:
@@ -71,7 +32,7 @@ class Worker:
         self._loop = loop
         self._thread.start()
 
-    def add(self, call: "Call", deadline: float | None, owner: object) -> list[Job]:
+    def add(self, call: Call, deadline: float | None, owner: object) -> list[Job]:
         """Add the jobs of a call. Raises InputError if one of them can never fit; then none is added."""
         jobs: list[Job] = []
         try:

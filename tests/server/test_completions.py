@@ -18,7 +18,7 @@ from pygpt import GPT2, Request, Tokenizer
 from pygpt.generation.completion import Completion
 from pygpt.server.answer import Choice
 from pygpt.server.call import Call
-from pygpt.server.worker import Served
+from pygpt.server.served import Served
 
 HELLO = [15496]
 FACE = "\N{GRINNING FACE}"  # four bytes in three tokens

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from running import PYGPT, assert_refuses, environment
 from serving import MAXT, SHAPE, Live, live, tiny
@@ -116,6 +117,7 @@ def test_prefix(path: Path, prefix: str) -> None:
             assert running.ask("POST", f"{base}/v1/completions", HELLO).status == 200
             assert running.ask("GET", f"{base}/v1/models/").status == 200
             assert b"<html" in running.ask("GET", f"{base}/").body
+        assert running.ask("GET", prefix.rstrip("/")).headers["location"] == prefix.strip("/").rpartition("/")[2] + "/"
         assert running.ask("GET", "/gpt2/health").status == 404
         assert running.ask("GET", "/openapi.json").json()["servers"] == [{"url": prefix.rstrip("/")}]
 
@@ -165,10 +167,11 @@ def test_inspection_is_there_if_the_model_has_it(path: Path) -> None:
     with live(path) as running:
         about = running.ask("GET", "/v1/models").json()["data"][0]
         assert about["can_inspect"] is False
-        running.model.activations = lambda tokens, position=0: {"echo": [tokens, position]}  # type: ignore[attr-defined]
+        values = np.arange(3 * 2 * 4 * 4).reshape(3, 2, 4, 4)  # [L, NH, T, T]
+        running.model.activations = lambda tokens, names, layers: {names[0]: values[layers]}  # type: ignore[attr-defined]
         assert running.ask("GET", "/v1/models").json()["data"][0]["can_inspect"] is True
-        found = running.ask("POST", "/inspect", {"tokens": [1, 2], "position": 1})
-        assert found.json() == {"echo": [[1, 2], 1]}
+        found = running.ask("POST", "/inspect", {"tokens": [1, 2, 3, 4], "layer": 1})
+        assert found.json() == {"attention": values[1, :, -1].tolist()}
 
 
 def test_chat(path: Path) -> None:
