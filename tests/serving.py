@@ -5,7 +5,7 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +50,8 @@ class Answer:
 class Live:
     """A running server, and requests to it."""
 
-    def __init__(self, server: Server, address: Any) -> None:
-        self.server, self.address = server, address
+    def __init__(self, server: Server, address: Any, stop: Callable[[], None]) -> None:
+        self.server, self.address, self.stop = server, address, stop
         self.model = server.models[0].model
         self.engine = server.models[0].engine
 
@@ -130,12 +130,16 @@ def live(
     serving = embedded(server, grace_s)
     thread = threading.Thread(target=lambda: asyncio.run(serving.serve(sockets=[listening])))
     thread.start()
+
+    def stop() -> None:
+        server.draining = serving.should_exit = True
+        thread.join()
+
     try:
         while not server.ready and thread.is_alive():
             pass
-        yield Live(server, uds or listening.getsockname()[:2])
+        yield Live(server, uds or listening.getsockname()[:2], stop)
     finally:
-        server.draining = serving.should_exit = True
-        thread.join()
+        stop()
         for served in models:
             served.model.close()
