@@ -63,6 +63,8 @@ class Live:
         connection.sock = socket.socket(family)
         connection.sock.settimeout(60)
         connection.sock.connect(self.address)
+        if family != socket.AF_UNIX:
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:

@@ -72,7 +72,9 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
         if uds is not None:
             return _listen_at(uds)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        made = socket.create_server((host, port), family=family, backlog=2048)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not: this socket does not name its protocol
+        return made
     except (OSError, OverflowError) as error:
         where = uds if uds is not None else f"{host} port {port}"
         raise InputError(f"cannot listen at {where}: {getattr(error, 'strerror', None) or error}; choose another") from None

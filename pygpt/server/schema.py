@@ -129,7 +129,7 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
     Raises ApiError, which names the field, for text that is not JSON, an unknown field that is not null, and a bad value.
     """
     try:
-        found = json.loads(body, parse_constant=_refuse)
+        found = json.loads(body, parse_float=_number_of, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not JSON in UTF-8: {error}") from None
     if not isinstance(found, dict):
@@ -143,9 +143,12 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
             raise ApiError(f"unknown field {shown(name)}: the fields are {', '.join(fields)}", name[:60])
         if not fits(value, fields[name]):
             raise ApiError(f"{name} is {shown(value)}: it must be {fields[name]['description']}", name)
-        if fields[name].get("type") == "integer":
-            given[name] = int(value)  # JSON writes 16 also as 16.0
     return given
+
+
+def _number_of(text: str) -> int | float:
+    """Return a number of JSON: 16.0 is the integer 16."""
+    return int(value) if (value := float(text)).is_integer() else value
 
 
 def _refuse(constant: str) -> None:
@@ -169,9 +172,8 @@ def fits(value: Any, schema: Schema) -> bool:
         case "object":
             return isinstance(value, dict) and _members_fit(value, schema)
         case kind:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind == "integer" and value % 1):
-                return False
-            return bool(schema["minimum"] <= value <= schema["maximum"])
+            right = isinstance(value, int if kind == "integer" else (int, float)) and not isinstance(value, bool)
+            return right and schema["minimum"] <= value <= schema["maximum"]
 
 
 def _members_fit(value: dict[str, Any], schema: Schema) -> bool:

@@ -382,6 +382,11 @@ def test_too_long_a_prompt_has_openai_s_code(at: Live) -> None:
     assert at.complete([1] * 90)["usage"]["completion_tokens"] == 6  # the default of 16 takes what there is
 
 
+def test_whole_numbers_may_have_a_point(at: Live) -> None:
+    found = at.complete([1.0, 2], max_tokens=3.0, return_token_ids=True)
+    assert (found["choices"][0]["prompt_token_ids"], found["usage"]["completion_tokens"]) == ([1, 2], 3)
+
+
 def test_null_and_defaults(at: Live) -> None:
     """Clients send null for what they do not set, and unknown fields that are null."""
     names = ("model", "max_tokens", "temperature", "n", "seed", "stop", "stream", "logprobs", "best_of", "suffix", "unknown")
