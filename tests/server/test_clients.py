@@ -61,7 +61,7 @@ def test_a_harness_computes_the_accuracy_of_our_own_command(
 ) -> None:
     """lm-eval's rule for multiple choice: echo with log-probabilities, and the sum over each ending's tokens."""
     choose = random.Random(5)
-    words = "king love lord art man speak death France blood hand sea crown".split()
+    words = ["king", "love", "lord", "art", "man", "death", "France", "blood", "hand", "sea", "crown"]
     examples = []
     for number in range(24):
         context = " ".join(choose.choices(words, k=6))

@@ -28,7 +28,7 @@ export function chip(token, place) {
   button.classList.add(token.given ? "given" : `p${1 + Math.min(4, Math.floor(5 * Math.exp(token.logprob ?? 0)))}`);
   button.dataset.place = place;
   button.setAttribute("aria-pressed", "false");
-  button.setAttribute("aria-label", `${text}, ${known ? `${percent(token.logprob)} per cent` : "no probability"}${token.given ? ", given" : ""}`);
+  if (token.given) button.setAttribute("aria-description", "given");
   button.append(make("small", { textContent: known ? percent(token.logprob) : "\u2013" }));
   const end = text.endsWith("\u21b5") ? [document.createElement("br")] : [];
   return [button, ...end];
