@@ -135,6 +135,6 @@ def _command(*first: str) -> int:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
-    from .__main__ import main
+    from .__main__ import start
 
-    return main([*first, *sys.argv[1:]])
+    return start([*first, *sys.argv[1:]])

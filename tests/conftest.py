@@ -1,6 +1,7 @@
 """What every test shares, and how long slow tests take."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from programs import Files
 from pygpt import cpus
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes start faster from compiled modules
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would its children
 SECONDS = 120.0  # of all slow tests together
 GRACE_S = 600.0  # beyond its share, after which a slow test is a hang
 

@@ -24,9 +24,10 @@ NATIVE, CROSS = shutil.which("cc") or shutil.which("gcc"), shutil.which("aarch64
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
 pytestmark = [
+    pytest.mark.slow,  # compiles every kernel: .ci/run does it
     pytest.mark.skipif(platform.machine() != "x86_64" or not FUSED, reason="needs an x86-64 machine with FMA to compare with"),
     pytest.mark.skipif(not NATIVE, reason="needs a C compiler"),
-    pytest.mark.timeout(900),  # compiles every kernel
+    pytest.mark.timeout(900),
 ]
 SOURCES = ROOT / "pygpt" / "csrc"
 

@@ -48,6 +48,7 @@ builds = pytest.mark.skipif(
     not (installed("setuptools", (77,)) and installed("cython", (3, 1)) and installed("pip", (22, 3))),
     reason="needs setuptools>=77, cython>=3.1 and pip>=22.3",
 )
+pytestmark = pytest.mark.slow  # builds the package twice: .ci/run does it
 types = pytest.mark.skipif(not installed("mypy"), reason="needs mypy")
 
 
