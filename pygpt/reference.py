@@ -5,7 +5,7 @@ instructions.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ._reference import Reference, Training
 from .config import Config
@@ -68,6 +68,11 @@ class SerialNetwork:
     def new_cache(self, capacity: int | None = None) -> SerialCache:
         """Return an empty cache."""
         return SerialCache(capacity or self.config.maxT)
+
+    def each(self, function: "Callable[[int], object]", count: int) -> None:
+        """Call function(i) for i = 0 .. count - 1."""
+        for i in range(count):
+            function(i)
 
     def step(self, rows: "list[tuple[int, SerialCache, bool]]") -> "memoryview[float]":
         """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""

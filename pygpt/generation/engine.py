@@ -335,7 +335,9 @@ class Engine:
 
     def _choose(self, plan: list[_Part], logits: "Logits") -> list[Event]:
         """Let completions choose their next tokens. Sequences that wait for the same window choose from the same logits."""
-        events, row = [], -1
+        events: list[Event] = []
+        takers: list[tuple[_Sequence, int]] = []
+        row = -1
         waiting = [sequence for sequence in self._live if sequence.memory is None]
         for part in plan:
             row += len(part.tokens) if part.scored else part.last
@@ -352,8 +354,14 @@ class Engine:
             ]
             for twin in twins:
                 twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
-            events += [self._take(sequence, logits, row) for sequence in (part.sequence, *twins)]
-        return events
+            takers += [(sequence, row) for sequence in (part.sequence, *twins)]
+        chosen: dict[int, Event] = {}
+
+        def take(i: int) -> None:
+            chosen[i] = self._take(takers[i][0], logits, takers[i][1])
+
+        self.network.each(take, len(takers))
+        return events + [chosen[i] for i in range(len(takers))]
 
     def _score(self, part: _Part, logits: "Logits", row: int) -> list[Event]:
         """Note log-probabilities of a prompt's tokens, from rows `row` and up. An error ends only its job."""
