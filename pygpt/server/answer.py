@@ -47,59 +47,45 @@ class Choice:
         self._waiting: list[Note] = []  # tokens, and their offsets, that no piece has yet
         self._stops = [text.encode() for text in call.stop]
 
-    def begin(self, infos: list[TokenInfo]) -> str:
-        """Take the prompt, if the answer echoes it, with the infos of all its tokens but the first; return its text."""
-        if not self.call.echo:
-            return ""
-        for token, info in zip(self._prompt, [None, *infos] if infos else [None] * len(self._prompt), strict=True):
-            self._note(token, info)
-        return self._out.decode(self.call.served.bytes_of(self._prompt))
-
     def push(
-        self, token: int | None, info: TokenInfo | None, reason: str | None, prompt: "list[TokenInfo] | None"
+        self, token: int | None, info: TokenInfo | None, reason: str | None, prompt: list[TokenInfo] | None
     ) -> Piece | None:
         """Take the next token, and the reason if it is the last one; return a piece, or None if no text is complete.
 
-        prompt: for the first token, the infos of the prompt; else None.
+        prompt: for the first token, the infos of all tokens of the prompt but the first; else None.
         """
-        text = "" if prompt is None else self.begin(prompt)
+        text, served = "", self.call.served
+        if prompt is not None and self.call.echo:
+            for given, its in zip(self._prompt, [None, *prompt] if prompt else [None] * len(self._prompt), strict=True):
+                self._note(given, its)
+            text = self._out.decode(served.bytes_of(self._prompt))
         self.finish_reason = reason
         if token is not None:
             self.count += 1
             self._note(token, info)
-            if token not in self.call.stop_ids:
-                self._held += self.call.served.bytes_of([token])
-        ready, self._held = self._split(reason)
+            self._held += b"" if token in self.call.stop_ids else served.bytes_of([token])
+        ready, self._held = self._split(reason is not None)
         text += self._out.decode(ready, final=reason is not None)
         if not text and reason is None:
             return None
         self._sent += len(text)
-        return self._piece(text)
+        last = reason is not None  # it has all tokens; the other pieces have those that begin in the text so far
+        tokens = [(t, its, min(at, self._sent)) for t, its, at in self._waiting if last or at < self._sent]
+        self._waiting = self._waiting[len(tokens) :]
+        return Piece(self.index, text, tokens, reason)
 
     def _note(self, token: int, info: TokenInfo | None) -> None:
         self._waiting.append((token, info, self._seen))
         self._seen += len(self._all.decode(self.call.served.bytes_of([token])))
 
-    def _split(self, reason: str | None) -> tuple[bytes, bytes]:
+    def _split(self, last: bool) -> tuple[bytes, bytes]:
         """Return the bytes that are certain to belong to the text, and those that may begin a stop string."""
         held = self._held
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
-        if found:
+        if found := [at for stop in self._stops if (at := held.find(stop)) >= 0]:
             return held[: min(found)], b""
-        if reason is not None:
-            return held, b""
-        keep = max(
-            (n for stop in self._stops for n in range(min(len(stop) - 1, len(held)), 0, -1) if held.endswith(stop[:n])),
-            default=0,
-        )
-        return held[: len(held) - keep], held[len(held) - keep :]
-
-    def _piece(self, text: str) -> Piece:
-        """Return a piece with the tokens that begin in the text so far, or with all if it is the last piece."""
-        last = self.finish_reason is not None
-        tokens = [(t, info, min(at, self._sent)) for t, info, at in self._waiting if last or at < self._sent]
-        self._waiting = self._waiting[len(tokens) :]
-        return Piece(self.index, text, tokens, self.finish_reason)
+        begun = (n for stop in self._stops for n in range(min(len(stop) - 1, len(held)), 0, -1) if held.endswith(stop[:n]))
+        cut = len(held) - (0 if last else max(begun, default=0))
+        return held[:cut], held[cut:]
 
 
 def token_text(data: bytes) -> str:
@@ -112,28 +98,18 @@ def token_text(data: bytes) -> str:
 
 def logprobs_of(served: Served, tokens: list[Note]) -> dict[str, Any]:
     """Return the log-probabilities of tokens: OpenAI's fields, token_ids, bytes, and top, a list that keeps all entries."""
-    found: dict[str, Any] = {
-        name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "bytes", "top")
-    }
+    rows = []
     for token, info, offset in tokens:
         data = served.bytes_of([token])
-        found["tokens"].append(token_text(data))
-        found["text_offset"].append(offset)
-        found["token_ids"].append(token)
-        found["bytes"].append(list(data))
-        if info is None:
-            for name in ("token_logprobs", "top_logprobs", "top"):
-                found[name].append(None)
-            continue
-        top = [(other, token_text(served.bytes_of([other])), max(value, LEAST)) for other, value in info.top]
-        logprob = max(info.logprob, LEAST)
-        found["token_logprobs"].append(logprob)
-        named: dict[str, float] = {}
-        for _, text, value in [*top, (token, token_text(data), logprob)]:
-            named.setdefault(text, value)
-        found["top_logprobs"].append(named)
-        found["top"].append(top)
-    return found
+        top, logprob, named = None, None, dict[str, float]()
+        if info is not None:
+            top = [(other, token_text(served.bytes_of([other])), max(value, LEAST)) for other, value in info.top]
+            logprob = max(info.logprob, LEAST)
+            for _, text, value in [*top, (token, token_text(data), logprob)]:
+                named.setdefault(text, value)
+        rows.append((token_text(data), logprob, named or None, offset, token, list(data), top))
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "bytes", "top")
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 class Writer:

@@ -108,7 +108,7 @@ class Run:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self._metrics.count("http_requests_client_disconnected", self._model)
+        self._metrics.count("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has its answer
         self._wake.set()
 
     async def _whole(self, writer: Writer, send: Send) -> None:

@@ -8,7 +8,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,11 +27,13 @@ from . import schema
 from .answer import Writer, token_text
 from .answering import SLOW_S, STOPPED, Run, reported
 from .call import ROLES, Call, as_prompts, chat_text, encode
-from .metrics import Metrics
+from .metrics import GAUGES, Metrics
 from .openapi import Endpoint, document
 from .schema import ApiError, Fields, read_object
 from .served import Served
 from .worker import Worker
+
+T = TypeVar("T")
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
@@ -88,10 +91,10 @@ class Server:
         await asyncio.to_thread(self.worker.stop)
 
     def _route(self, endpoint: Endpoint) -> Route:
-        async def handle(request: Request) -> Response:
+        async def handle(request: Request) -> ASGIApp:
             fields = None if endpoint.fields is None else await self.read(request, endpoint.fields, endpoint.required)
             found = await endpoint.handler(self, request, fields or {})
-            return found if isinstance(found, Response) else JSONResponse(found)
+            return found if callable(found) else JSONResponse(found)
 
         return Route(endpoint.path, handle, methods=["GET" if endpoint.fields is None else "POST"])
 
@@ -156,55 +159,48 @@ class Server:
         return read_object(bytes(body), fields, required)
 
 
-async def _unhurried(text: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments), for a long text computed outside the event loop."""
-    return function(*arguments) if len(text) <= SHORT else await asyncio.to_thread(function, *arguments)
+async def _unhurried(size: int, function: Callable[[], T]) -> T:
+    """Return function(), which works on `size` characters: for many, outside the event loop."""
+    return function() if size <= SHORT else await asyncio.to_thread(function)
 
 
 # ------------------------------------------------------------------------------------------------ handlers
 
 
-async def completions(server: Server, request: Request, fields: dict[str, Any]) -> Response:
+async def completions(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
     """Complete prompts."""
-    return _Answer(server, request, fields, as_prompts(fields["prompt"]), chat=False)
+    return _answer(server, request, fields, as_prompts(fields["prompt"]), chat=False)
 
 
-async def chat(server: Server, request: Request, fields: dict[str, Any]) -> Response:
+async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
     """Answer a conversation, if the server was started with a chat template."""
     if not server.options.chat:
         message = "GPT-2 completes text and has no chat template: use /v1/completions, or start with --chat-template plain"
         raise ApiError(message, code="no_chat_template")
     stop = fields.get("stop", [])
     fields["stop"] = ([stop] if isinstance(stop, str) else stop) + [f"\n{role}:" for role in ROLES]
-    return _Answer(server, request, fields, [chat_text(fields["messages"])], chat=True)
+    return _answer(server, request, fields, [chat_text(fields["messages"])], chat=True)
 
 
-class _Answer(Response):
-    """The answer of a call. The call runs when the answer is sent, so that it can watch the connection meanwhile."""
+def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
+    """Return the answer of a call. The call runs when the answer is sent, so that it can watch the connection meanwhile."""
+    served = server.served(fields.get("model"))
 
-    def __init__(
-        self, server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], *, chat: bool
-    ) -> None:
-        self.served = server.served(fields.get("model"))
-        self.server, self.fields, self.prompts, self.chat = server, fields, prompts, chat
-        self.id, self.background = request.state.id, None
+    def checked() -> Call:
+        ids = [encode(served, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return Call(served, fields, ids, chat=chat)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Admit the call, run it, and send its answer or its error."""
-        server = self.server
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with server.admitted(len(self.prompts) * self.fields.get("n", 1)):
-                long = " " * SHORT * len(self.prompts)  # also many short prompts
-                call = await _unhurried(long, self._call)
-                writer = Writer(call, self.id, int(time.time()))
-                await Run(call, server.metrics).answer(server.worker, server.options.request_timeout, writer, receive, send)
+            async with server.admitted(len(prompts) * fields.get("n", 1)):
+                size = sum(len(prompt) + 50 for prompt in prompts)  # many short prompts take time, too
+                run = Run(await _unhurried(size, checked), server.metrics)
+                writer = Writer(run.call, request.state.id, int(time.time()))
+                await run.answer(server.worker, server.options.request_timeout, writer, receive, send)
         except ApiError as error:
             await (await _error(None, error))(scope, receive, send)
 
-    def _call(self) -> Call:
-        """Encode the prompts and check the fields."""
-        ids = [encode(self.served, prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts]
-        return Call(self.served, self.fields, ids, chat=self.chat)
+    return answer
 
 
 async def models(server: Server, request: Request, fields: dict[str, Any]) -> Any:
@@ -239,12 +235,11 @@ async def health(server: Server, request: Request, fields: dict[str, Any]) -> Re
 
 async def metrics(server: Server, request: Request, fields: dict[str, Any]) -> Response:
     """Return the metrics in Prometheus's format."""
-    loads = {served.names[0]: (*served.engine.load, served.engine.cache_bytes or 1) for served in server.models}
-    gauges: dict[str, dict[str, float]] = {
-        "num_requests_running": {name: running for name, (running, _, _, _) in loads.items()},
-        "num_requests_waiting": {name: waiting for name, (_, waiting, _, _) in loads.items()},
-        "kv_cache_usage_perc": {name: used / most for name, (_, _, used, most) in loads.items()},
-    }
+    gauges: dict[str, dict[str, float]] = {name: {} for name in GAUGES}
+    for served in server.models:
+        running, waiting, used = served.engine.load
+        for gauge, value in zip(gauges.values(), (running, waiting, used / (served.engine.cache_bytes or 1)), strict=True):
+            gauge[served.names[0]] = value
     return Response(server.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -261,7 +256,7 @@ async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> 
     if served.tokenizer is None:
         raise ApiError("the model's vocabulary is not GPT-2's, so the ids of a text are unknown", "model")
     text = fields.get("prompt", fields.get("content", ""))
-    ids = await _unhurried(text, served.tokenizer.encode, text)
+    ids = await _unhurried(len(text), partial(served.tokenizer.encode, text))
     if "content" in fields:
         pieces = [{"id": token, "piece": _piece(served.bytes_of([token]))} for token in ids]
         return {"tokens": pieces if fields.get("with_pieces") else ids}

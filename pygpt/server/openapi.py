@@ -1,6 +1,7 @@
 """The OpenAPI document of the server, from its routes and from the schemas that check requests."""
 
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from .. import __version__
@@ -56,18 +57,7 @@ ANSWERS = {  # of the paths whose answer is not just any object
     "/tokenize": _object(tokens=_list({"type": ["integer", "object"]})),
     "/detokenize": _object(prompt={"type": "string"}, content={"type": "string"}),
 }
-ERRORS = {
-    400: "A field is wrong; `param` names it.",
-    401: "The API key is missing or wrong.",
-    404: "There is no such model.",
-    408: "The body did not arrive in time, or no step ran.",
-    413: "The body is too long.",
-    415: "The Content-Type is not application/json.",
-    429: "The queue is full; try again after Retry-After seconds.",
-    500: "The server failed.",
-    503: "The server does not take requests.",
-    504: "The time limit has passed.",
-}
+ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
@@ -77,13 +67,10 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     summary = (endpoint.handler.__doc__ or "").partition("\n")[0]
     found: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": summary, "content": content}}}
-    for status, description in ERRORS.items():
+    for status in ERRORS:
         if endpoint.key if status == 401 else status in (500, 503) or endpoint.fields is not None or "{" in endpoint.path:
-            body = {} if endpoint.path in ("/health", "/ready") else ERROR
-            found["responses"][str(status)] = {
-                "description": description,
-                "content": {"application/json": {"schema": body}},
-            }
+            content = {"application/json": {"schema": {} if endpoint.path in ("/health", "/ready") else ERROR}}
+            found["responses"][str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
     if endpoint.fields is not None:
         body = published(endpoint.fields, endpoint.required)
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}

@@ -138,13 +138,12 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
 
 
 def _files() -> int:
-    """Return how many files the process may open, after raising the limit as far as the system allows."""
+    """Return how many files the process may open, after raising the limit to what the server can use."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = CONNECTIONS + SPARE_FILES
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return wanted
-    return most if soft == resource.RLIM_INFINITY else soft
+    soft, hard = (1 << 62 if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
+    wanted = min(hard, CONNECTIONS + SPARE_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return max(soft, wanted)

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+from asyncio import Future
 from collections.abc import Iterable
+from typing import Any
 
 from .. import __version__
 from ..model import GPT2
@@ -22,6 +24,7 @@ class Served:
         self.eot = self.tokenizer.eot if self.tokenizer else None
         prefix = model.new_prefix_cache(cache_bytes)
         self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
+        self.traced: list[Future[list[list[Any]]]] = []  # who waits for the timeline of the next step
         self.fingerprint = _fingerprint(path) if fingerprint else None
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:

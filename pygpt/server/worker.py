@@ -24,7 +24,6 @@ class Worker:
         self._models, self._deliver = models, deliver
         self._wake = threading.Event()
         self._stopping = False
-        self._traced: list[tuple[Served, Future[list[list[Any]]]]] = []
         self._thread = threading.Thread(target=self._serve, name="pygpt-0", daemon=True)
 
     def start(self, loop: AbstractEventLoop) -> None:
@@ -53,7 +52,7 @@ class Worker:
     def trace(self, served: Served) -> "Future[list[list[Any]]]":
         """Record the model's next step: for each worker, a list of (phase, layer, begin_us, end_us, left_us)."""
         future: Future[list[list[Any]]] = self._loop.create_future()
-        self._traced.append((served, future))
+        served.traced.append(future)
         return future
 
     def stop(self) -> None:
@@ -78,10 +77,9 @@ class Worker:
 
     def _step(self, served: Served) -> None:
         """Run one step of a model, and deliver its events. An error of the step ends the model's jobs."""
-        traced = [future for asked, future in self._traced if asked is served]
+        traced, served.traced = served.traced, []
         trace = Trace(served.model.threads, 64 * served.model.config.L) if traced else None
         if trace is not None:
-            self._traced = [entry for entry in self._traced if entry[0] is not served]
             served.model.record(trace)
         try:
             events = served.engine.step()

@@ -462,7 +462,8 @@ def test_several_threads_may_add_while_the_server_works(at: Live) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert at.server.waiting == 0
+    while at.server.waiting:  # the test's time limit ends this
+        time.sleep(0.01)
 
 
 def test_a_model_with_another_vocabulary_takes_ids(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -109,16 +109,14 @@ async def measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
     async def client() -> None:
         for number, body in waiting:
             answers[number] = await ask(options, body)
+            if options.rate:
+                return
 
     async def arrivals() -> None:
         async with asyncio.TaskGroup() as group:
             for _ in bodies:
                 await asyncio.sleep(draw.expovariate(options.rate))
-                group.create_task(client_once())
-
-    async def client_once() -> None:
-        number, body = next(waiting)
-        answers[number] = await ask(options, body)
+                group.create_task(client())
 
     async def long_prompts() -> None:
         while running and options.long:
