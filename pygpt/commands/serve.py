@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         from ..server.run import listen
         from ..server.run import run as serve
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "h11"):
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "h11", "prometheus_client"):
             raise
         raise PyGPTError(f"{error.name} is not installed: run `pip install 'pygpt[serve]'`") from None
     settings = Options(

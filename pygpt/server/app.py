@@ -27,7 +27,7 @@ from . import schema
 from .answer import Writer, token_text
 from .answering import SLOW_S, STOPPED, Run, reported
 from .call import ROLES, Call, as_prompts, chat_text, encode
-from .metrics import GAUGES, Metrics
+from .metrics import Metrics
 from .openapi import Endpoint, document
 from .schema import ApiError, Fields, read_object
 from .served import Served
@@ -65,7 +65,7 @@ class Server:
     def __init__(self, models: list[Served], options: Options) -> None:
         self.models, self.options = models, options
         self.by_name = {name: served for served in models for name in served.names}
-        self.metrics = Metrics()
+        self.metrics = Metrics([served.names[0] for served in models])
         self.draining = False
         self.waiting = 0  # sequences between their admission and the end of their calls
         self.most = options.queue + sum(served.engine.max_live for served in models)
@@ -235,11 +235,10 @@ async def health(server: Server, request: Request, fields: dict[str, Any]) -> Re
 
 async def metrics(server: Server, request: Request, fields: dict[str, Any]) -> Response:
     """Return the metrics in Prometheus's format."""
-    gauges: dict[str, dict[str, float]] = {name: {} for name in GAUGES}
+    gauges: dict[str, tuple[float, ...]] = {}
     for served in server.models:
         running, waiting, used = served.engine.load
-        for gauge, value in zip(gauges.values(), (running, waiting, used / (served.engine.cache_bytes or 1)), strict=True):
-            gauge[served.names[0]] = value
+        gauges[served.names[0]] = running, waiting, used / (served.engine.cache_bytes or 1)
     return Response(server.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

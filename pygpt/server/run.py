@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def run(server: Server, listening: socket.socket, *, grace_s: float, started: Ca
 
 def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     """Return a uvicorn server for the application, which handles no signals."""
-    Protocol.most = min(CONNECTIONS, _files() - SPARE_FILES)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Protocol.most = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - SPARE_FILES))
     config = uvicorn.Config(
         server.app,
         http=Protocol,
@@ -135,15 +137,3 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
         h11_max_incomplete_event_size=32768,
     )
     return _Uvicorn(config)
-
-
-def _files() -> int:
-    """Return how many files the process may open, after raising the limit to what the server can use."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (1 << 62 if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
-    wanted = min(hard, CONNECTIONS + SPARE_FILES)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    return max(soft, wanted)

@@ -34,10 +34,13 @@ export function chip(token, place) {
   return [button, ...end];
 }
 
+/** Return a row of a table: a name, which may be a button, a value, and perhaps a picture of it. */
+export const row = (name, value, ...more) =>
+  make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value), ...more.map((one) => make("td", {}, one)));
+
 /** Return the row of an alternative. */
-export function row(text, probability, button) {
+export function share(name, probability) {
   const meter = make("meter", { min: 0, max: 1, value: probability });
   meter.setAttribute("aria-label", "probability");
-  const first = make("th", { scope: "row" }, button ?? text);
-  return make("tr", {}, first, make("td", { textContent: `${percent(Math.log(probability))} %` }), make("td", {}, meter));
+  return row(name, `${percent(Math.log(probability))} %`, meter);
 }

@@ -1,6 +1,6 @@
 // The folds: what the engine does, and what the network attends to.
 import { ask, metrics, stream } from "./api.js";
-import { make, percent, shown } from "./chips.js";
+import { make, row, share, shown } from "./chips.js";
 
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
@@ -23,20 +23,16 @@ export async function showNumbers(model) {
   };
   if (now.spec_decode_num_draft_tokens_total !== undefined)
     rows["Drafted tokens that were accepted"] = `${now.spec_decode_num_accepted_tokens_total} of ${now.spec_decode_num_draft_tokens_total}`;
-  byId("numbers").replaceChildren(
-    ...Object.entries(rows).map(([name, value]) => make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: value }))),
-  );
+  byId("numbers").replaceChildren(...Object.entries(rows).map(([name, value]) => row(name, value)));
 }
 
 /** Run four completions of one prompt at once, with four seeds. */
 export async function openFour(request) {
   const lines = [1, 2, 3, 4].map(() => make("li"));
   byId("lines").replaceChildren(...lines);
-  await Promise.all(
-    lines.map(async (line, seed) => {
-      for await (const choice of stream({ ...request, seed: seed + 1 })) line.textContent += choice.text;
-    }),
-  );
+  await Promise.all(lines.map(async (line, seed) => {
+    for await (const choice of stream({ ...request, seed: seed + 1 })) line.textContent += choice.text;
+  }));
 }
 
 /** Draw one real step: a line for each worker, a box for each phase, and a table of the sums. */
@@ -63,7 +59,7 @@ export async function recordStep(model, request) {
       sums.set(name, (sums.get(name) ?? 0) + stop - begin);
     });
   });
-  const rows = [...sums].sort((a, b) => b[1] - a[1]).map(([name, us]) => make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: `${us.toFixed(0)} \u00b5s` })));
+  const rows = [...sums].sort((a, b) => b[1] - a[1]).map(([name, us]) => row(name, `${us.toFixed(0)} \u00b5s`));
   byId("timeline").replaceChildren(picture, make("table", {}, make("caption", { className: "hint", textContent: `Work of all workers by phase, in a step of ${end.toFixed(0)} \u00b5s` }), make("tbody", {}, ...rows)));
 }
 
@@ -75,9 +71,7 @@ export async function showAttention(model, tokens, place) {
   const weights = attention[head];
   if (!weights) throw new Error(`layer ${layer} has the heads 0 to ${attention.length - 1}`);
   const most = weights.map((weight, i) => [weight, i]).sort((a, b) => b[0] - a[0]).slice(0, 10);
-  byId("attention").replaceChildren(
-    ...most.map(([weight, i]) => make("tr", {}, make("th", { scope: "row", textContent: `${i}: ${shown(tokens[i].bytes)}` }), make("td", { textContent: `${percent(Math.log(weight))} %` }))),
-  );
+  byId("attention").replaceChildren(...most.map(([weight, i]) => share(`${i}: ${shown(tokens[i].bytes)}`, weight)));
   byId("attention-text").textContent = `Layer ${layer}, head ${head}, from token ${place}: ${shown(tokens[place].bytes)}`;
   for (const button of document.querySelectorAll(".chip")) {
     button.classList.remove("p1", "p2", "p3", "p4", "p5", "given");

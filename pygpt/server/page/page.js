@@ -1,6 +1,6 @@
 // The page: a text of tokens, its branches, and the address that keeps them.
 import { ApiError, ask, stream } from "./api.js";
-import { chip, make, row, shown } from "./chips.js";
+import { chip, make, share, shown } from "./chips.js";
 import { openFour, recordStep, showAttention, showNumbers } from "./engine.js";
 
 const byId = (id) => document.getElementById(id);
@@ -93,10 +93,10 @@ function choose(at, focus = true) {
     const bytes = bytesOf(token, id);
     const other = make("button", { type: "button", textContent: shown(bytes) });
     other.addEventListener("click", () => attempt(() => branch(at, id, bytes, logprob)));
-    return row("", Math.exp(logprob), other);
+    return share(other, Math.exp(logprob));
   });
   const rest = 1 - (token.top ?? []).reduce((sum, [, , logprob]) => sum + Math.exp(logprob), 0);
-  byId("others").replaceChildren(...rows, row("all others", Math.max(0, rest)));
+  byId("others").replaceChildren(...rows, share("all others", Math.max(0, rest)));
   if (byId("inside").open) attempt(() => showAttention(model(), tokens, at));
 }
 
