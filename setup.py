@@ -1,8 +1,8 @@
 """Build the Cython modules. Everything else about the package is in pyproject.toml.
 
-The flags are the same on every machine. There is no -march=native: each instruction set is compiled from micro_body.h and
-chosen at import. There is no -ffast-math and no contraction: every fused operation is written as one. With either, the bits
-would depend on the build. -g0 makes compiling a quarter faster and leaves the code as it is; symbols stay for profilers.
+The flags are the same on every machine. They leave out -march=native, because each instruction set is compiled from
+micro_body.h and chosen at import. They leave out -ffast-math and contraction, because the bits would then depend on the build.
+The source writes out every fused operation. -g0 compiles a quarter faster to the same code, and keeps symbols for profilers.
 """
 
 import os

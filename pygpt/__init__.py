@@ -6,23 +6,22 @@
         for token in model.generate([31373, 612], total=10):
             print(token)
 
-The rooms, from the outside in; each imports only those below it:
+The rooms, from the outside in. Each imports only rooms below it:
 
     commands      `pygpt 31373 612` and its subcommands: options, reports, progress
     training      parameters, batches, AdamW, saved states; reference: the scalar twin of network and training
     model         GPT2, the face that joins network and engine
     generation    the engine: requests in, tokens out; sampling, stop conditions, prefix caches
-    hub           which model files there are, where they lie, how they are downloaded
+    hub           finds model files and downloads them
     network       one step over rows of tokens, and key-value caches
     formats       files: checkpoints, safetensors, token shards, text
     pool          wakes the workers once a step (Condition), and waits for them at its end (Barrier)
     _kernels      every worker runs the whole forward pass on its share of each kernel, with native barriers in between;
                   csrc has the inner loops, one source for every instruction set
 
-One arithmetic: every number comes from the same sequence of IEEE-754 operations whatever the thread count, batch, cache use
-and instruction set (of those with fused multiply-add). So results are equal bit for bit. The modules are private but for the
-names below. Before 1.0 these change incompatibly only with a new minor version, from then on only with a new major version.
-A name is imported when it is first used, so that the command starts without NumPy.
+One arithmetic: each number comes from one fixed sequence of IEEE-754 operations. So the bits do not depend on thread count,
+batch, cache use and instruction set (of the sets with fused multiply-add). Only the names below are public; README has the
+rules for their changes. A name is imported when it is first used, so the command starts without NumPy.
 """
 
 __version__ = "0.1.0"
@@ -129,7 +128,7 @@ def __dir__() -> list[str]:
 
 
 def _command(*first: str) -> int:
-    """Run the installed command, with the words `first` before those of the command line; return its exit status."""
+    """Run the installed command with the words `first`, then the words of the command line. Return its exit status."""
     import signal
     import sys
 

@@ -49,7 +49,7 @@ cdef struct Back:             # the state of the backward pass
     float dloss               # the gradient of every row's loss
     Py_ssize_t B, T, maxT
     float* dresidual          # (R, C) of the residual stream
-    float* dinp               # (R, C) dlnf, dln2, datty, dln1 in turn
+    float* dinp               # (R, C) dlnf, then dln2, datty, dln1 of each layer
     float* dqkv               # (R, 3C)
     float* dfch               # (R, 4C of fch_row)
     float* scratch            # (nth, scratch_size) for micro.outer and the attention
@@ -348,7 +348,7 @@ cdef class TrainStep(Step):
         cdef Tensor* d = <Tensor*> &self.back.d
         for _, _, offset, _ in config.tensors(padded=True):
             if w.format != float32:
-                raise InputError("weights to train must be float32")
+                raise InputError("weights to train must be float32: open the model with TrainableGPT2")
             d[0] = Tensor(<const char*> (&gradients[0] + <Py_ssize_t> offset), w.step, float32)
             w += 1
             d += 1
@@ -362,7 +362,7 @@ cdef class TrainStep(Step):
         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
         self.ready = False
         if self.weights.net.w.wte.data == NULL:
-            raise ClosedError("the model is closed")
+            raise ClosedError("the model is closed: open it again")
         if (B, T) != (self.back.B, self.back.T):
             self.caches = []
             self.back.B, self.back.T = B, T

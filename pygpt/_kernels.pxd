@@ -147,7 +147,7 @@ cdef struct Tensors:          # in the order of config.TENSORS, so that one loop
     Tensor lnfb               # (C,)
 
 
-cdef struct Net:              # what is fixed: dimensions and weights
+cdef struct Net:              # fixed: dimensions and weights
     Py_ssize_t L, NH, C, HS, V, maxT
     Py_ssize_t HSp            # HS rounded up to a multiple of 16: the head size in a cache
     Tensors w
@@ -166,7 +166,7 @@ cdef struct Span:             # neighbouring rows of one sequence: a tile of the
     Py_ssize_t cost           # keys read by this span and by all spans before it
 
 
-cdef struct State:            # what moves: activations of R rows, named as llm.c names them
+cdef struct State:            # changing: activations of R rows, with the names of llm.c
     Py_ssize_t R, W           # number of rows, number of rows whose logits are wanted
     Py_ssize_t n_spans
     Row* rows                 # (R,)
@@ -257,7 +257,7 @@ cdef class Step:
     cdef Py_ssize_t room            # capacity of the arrays in rows
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step
-    cdef public Trace trace         # where the workers log their phases, or None
+    cdef public Trace trace         # receives the workers' phases, or None
     cdef public bint forked         # whether workers return to the pool after every phase; a round is then one phase
     cdef Py_ssize_t first, last     # the phases of the current round
     cdef _reserve(self, Py_ssize_t R)

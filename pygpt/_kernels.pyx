@@ -33,7 +33,7 @@ cdef extern from *:
     enum { huge_page = 1 << 21 };
     static void ask_huge_pages(void *memory, size_t size) {
     #if defined(MADV_HUGEPAGE)
-        (void)madvise(memory, size, MADV_HUGEPAGE); /* if the system has no huge pages, small pages serve */
+        (void)madvise(memory, size, MADV_HUGEPAGE); /* if the system lacks huge pages, it uses small pages */
     #else
         (void)memory, (void)size;
     #endif
@@ -110,7 +110,7 @@ select_isa(os.environ.get("PYGPT_ISA") or None)
 
 cdef enum:
     SPAN_ROWS = 20        # rows of one attention tile
-    FEW_ROWS = 4          # up to so many rows, each worker normalises all of them: a barrier would cost more
+    FEW_ROWS = 4          # each worker normalises all of at most so many rows: a barrier would cost more
     BLOCK_BYTES = 5 << 17  # of weights packed at a time: they stay in the second-level cache while the rows pass
     BAND_ROWS = 16        # of a product between epilogues: the outputs are still in cache
     SHARES = 4            # blocks of a large product for each worker: a delayed worker takes fewer blocks
@@ -214,8 +214,8 @@ cdef void layernorm(
 ) noexcept nogil:
     """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016; eps 1e-5.
 
-    Rows are split over the workers, which then wait at the barrier. If rows are few, every worker computes all of them for
-    itself, which costs less than a barrier."""
+    Rows are split over the workers, which then wait at the barrier. If rows are few, every worker computes them all,
+    which costs less than a barrier."""
     cdef Py_ssize_t i, start = 0, stop = rows, C = net.C
     cdef const float* residual = s.residual + index * s.residual_step
     cdef float* ln = s.ln + index * s.ln_step + ith * s.ln_size
@@ -462,8 +462,8 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
     """Run this worker's share of phases me.first to me.last - 1 over s.rows; most steps run all phases at once. Returns 1 if
     the step was aborted, else 0.
 
-    The workers wait at the barrier after every phase, because the next phase reads their results. Two kinds of phases need
-    no barrier: the last phase, and a layernorm that each worker computes for itself."""
+    The workers wait at the barrier after every phase, because the next phase reads their results. A barrier is left
+    out after two kinds of phases: the last phase, and a layernorm that each worker computes for itself."""
     cdef Py_ssize_t i
     cdef int phase, layer
     cdef bint own
@@ -509,11 +509,11 @@ cdef class Floats:
         cdef void* memory = NULL
         cdef Py_ssize_t size, page = huge_page
         if rows < 0 or cols < 0 or (cols and rows > (<Py_ssize_t> 1 << 58) // cols):
-            raise MemoryError(f"no room for {rows} x {cols} float32 values")
+            raise MemoryError(f"not enough memory for {rows} x {cols} float32 values")
         size = rows * cols * <Py_ssize_t> sizeof(float)
         dense = dense and size >= 2 * page
         if posix_memalign(&memory, page if dense else 64, max(size, 1)):
-            raise MemoryError(f"no room for {rows} x {cols} float32 values ({size} bytes)")
+            raise MemoryError(f"not enough memory for {rows} x {cols} float32 values ({size} bytes)")
         if dense:
             ask_huge_pages(memory, size)
         self.data = <float*> memory
@@ -577,7 +577,7 @@ cdef class Weights:
             raise InputError(f"{name} is a vector: it cannot be of format {format}, only matrices can")
         tensor.step = bytes_of(tensor.format, shape[0] if len(shape) == 2 else 1, K)
         if view.shape[0] != layers * tensor.step:
-            raise InputError(f"{name} takes {layers * tensor.step} bytes in {format}, {view.shape[0]} bytes given")
+            raise InputError(f"{name} has {view.shape[0]} bytes, expected {layers * tensor.step} in {format}")
         tensor.data = <const char*> &view[0]
         if len(shape) == 2 or tensor.format == float32:
             self.kept.append(memoryview(data))
@@ -595,7 +595,7 @@ cdef class Weights:
         self.kept = None
 
     def __reduce__(self):
-        raise TypeError("weights cannot be copied or pickled: they lie in an open model, so open its file again")
+        raise TypeError("weights cannot be copied or pickled: they belong to an open model, so open its file again")
 
 
 cdef class KeysValues:
@@ -640,12 +640,12 @@ cdef class Trace:
         cdef void* memory = NULL
         cdef Py_ssize_t i
         if nth < 1 or capacity < 1:
-            raise InputError(f"a trace of {capacity} events for {nth} workers: both must be at least 1")
+            raise InputError(f"a trace is for {capacity} events and {nth} workers: both numbers must be at least 1")
         if (
             nth > (<Py_ssize_t> 1 << 50) or capacity > (<Py_ssize_t> 1 << 50)   # larger sizes would wrap around
             or posix_memalign(&memory, 64, nth * sizeof(trace_log))
         ):
-            raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
+            raise MemoryError(f"not enough memory for a trace of {capacity} events for {nth} workers")
         memset(memory, 0, nth * sizeof(trace_log))
         self.logs = <trace_log*> memory
         self.nth, self.capacity = nth, capacity
@@ -653,7 +653,7 @@ cdef class Trace:
             self.logs[i].capacity = capacity
             self.logs[i].events = <trace_event*> malloc(capacity * sizeof(trace_event))
             if self.logs[i].events == NULL:
-                raise MemoryError(f"no room for a trace of {capacity} events for {nth} workers")
+                raise MemoryError(f"not enough memory for a trace of {capacity} events for {nth} workers")
             memset(self.logs[i].events, 0, capacity * sizeof(trace_event))   # touch the pages before timing begins
 
     def __dealloc__(self):
@@ -664,7 +664,7 @@ cdef class Trace:
 
     cdef trace_log* log(self, Py_ssize_t ith) except NULL:
         if not 0 <= ith < self.nth:
-            raise InputError(f"worker {ith}: this trace has {self.nth}")
+            raise InputError(f"worker is {ith}: this trace has workers 0 to {self.nth - 1}")
         return self.logs + ith
 
     def events(self, Py_ssize_t ith) -> list:
@@ -710,13 +710,13 @@ cdef class Step:
     def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins, *_, **__):
         cdef void* memory = NULL
         if posix_memalign(&memory, 64, sizeof(native_barrier)):
-            raise MemoryError("no room for a barrier")
+            raise MemoryError("not enough memory for a barrier")
         memset(memory, 0, sizeof(native_barrier))
         self.barrier = <native_barrier*> memory
         self.weights = weights
         self.state.piles = <work_pile*> malloc(self._piles())
         if self.state.piles == NULL:
-            raise MemoryError("no room for a step")
+            raise MemoryError("not enough memory for a step")
         self.nth = self.active = nth
         self.spins = spins
         self.room = 0
@@ -736,14 +736,14 @@ cdef class Step:
         cdef KeysValues cache
         cdef State* s = &self.state
         if self.weights.net.w.wte.data == NULL:
-            raise ClosedError("the model is closed")
+            raise ClosedError("the model is closed: open it again")
         if not 1 <= active <= self.nth:
-            raise InputError(f"{active} workers: this step has 1 to {self.nth}")
+            raise InputError(f"active is {active}: this step has 1 to {self.nth} workers")
         self.active = active
         s.R = s.W = 0
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
-                raise InputError(f"row {shown(entry)} is not (token, cache, want_logits)")
+                raise InputError(f"row is {shown(entry)}: it must be (token, cache, want_logits)")
         # The caller's code may run here (an index(), a truth value) and change the caller's rows. So this line comes before
         # the checks of the caches and before any change of a cache.
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
@@ -815,7 +815,7 @@ cdef class Step:
         s.spans = <Span*> malloc(R * sizeof(Span))
         s.wanted = <Py_ssize_t*> malloc(R * sizeof(Py_ssize_t))
         if s.rows == NULL or s.spans == NULL or s.wanted == NULL:
-            raise MemoryError(f"no room for a step of {R} rows")
+            raise MemoryError(f"not enough memory for a step of {R} rows")
 
     cdef size_t _piles(self):
         """Return the bytes of s.piles: one pile for each phase that may be a product, including the logits."""
@@ -899,7 +899,7 @@ cdef const weight_format* quantised_format(name) except NULL:
     """Find the table row of a quantised format. Raises InputError for other formats."""
     cdef const weight_format* format = format_named(name)
     if format.quantise == NULL:
-        raise InputError(f"{name} is not a quantised weight format")
+        raise InputError(f"weight format is {name}: it must be q8_0 or q4_0")
     return format
 
 
@@ -946,7 +946,7 @@ def matrix_product(
     Py_ssize_t start, Py_ssize_t stop, *, bint packed,
 ) -> None:
     """Compute out = inp weights^T for the outputs [start, stop) of a matrix: inp (rows, K), out (rows, N). `packed` selects the
-    kernel for many rows, else the one for few rows. For tests and probes of one microkernel."""
+    kernel for many rows, else the kernel for few rows. For tests and probes of one microkernel."""
     cdef const weight_format* form = format_named(format)
     cdef Py_ssize_t rows = inp.shape[0], N = out.shape[1], K = inp.shape[1]
     cdef weight_matrix w = weight_matrix(&weights[0], N, K)
@@ -954,7 +954,7 @@ def matrix_product(
     cdef float* packed_weights = room.data + padded(rows) * padded(K)
     check_bytes("weights", weights.shape[0], bytes_of(form, N, K))
     if not 0 <= start < stop <= N or start % form.interleave or (stop != N and stop % form.interleave) or out.shape[0] != rows:
-        raise InputError(f"no such outputs: [{start}, {stop}) of {N}")
+        raise InputError(f"outputs are [{start}, {stop}): they must lie within [0, {N})")
     with nogil:
         if not packed:
             form.gemm(&out[0, start], N, &inp[0, 0], K, rows, &w, start, stop, room.data)
@@ -976,7 +976,7 @@ def blocks_to_panels(
     cdef Py_ssize_t step = bytes_of(to, N, K), size = N * (K // 32) * (to.value_bytes + to.scale_bytes)
     cdef Py_ssize_t start, stop, layer, first, last, groups = (N + 15) // 16
     if K % 32:
-        raise InputError(f"rows of {K} values cannot be blocks of 32")
+        raise InputError(f"K is {K}: it must be a multiple of 32")
     check_bytes("out", out.shape[0], layers * step)
     check_bytes("blocks", blocks.shape[0], layers * size)
     shard(layers * groups, ith, nth, &start, &stop)
@@ -1078,7 +1078,7 @@ def uniform(uint64_t seed, uint64_t stream, uint64_t step) -> float:
 
 
 def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ssize_t token, Py_ssize_t count):
-    """Return natural logarithms of softmax(logits[row]): the one of `token`, and pairs (id, logarithm) of the `count` most
+    """Return natural logarithms of softmax(logits[row]): for `token`, and as pairs (id, logarithm) for the `count` most
     probable ids. Of equally probable ids, the lowest comes first. Returns None if the logits are not finite."""
     cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1], i
@@ -1105,9 +1105,9 @@ def copy_keys_values(KeysValues to not None, KeysValues source not None, length=
     cdef Py_ssize_t count = source.length if length is None else length
     cdef size_t size
     if not 0 <= count <= source.length:
-        raise InputError(f"cannot copy {count} rows: the cache holds {source.length}")
+        raise InputError(f"cannot copy {count} rows: the cache has only {source.length}")
     if to.weights is not source.weights or to.length or to.capacity < count:
-        raise InputError("a cache can be copied to an empty one of the same model that has room for it")
+        raise InputError("the target must be an empty cache of the same model, with room for all rows")
     size = count * width * sizeof(float)
     with nogil:
         for i in range(rows):

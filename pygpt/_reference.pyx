@@ -1,10 +1,11 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The serial program, kernel for kernel: the reference for correctness and speed-up, in inference and training.
 
-The kernels are plain scalar loops over float32, with one thread and no cache. Every call runs the whole network over all
+The kernels are plain scalar loops over float32, with one thread and without a cache. Every call runs the whole network over all
 tokens so far, and computes logits and probabilities for every row, as the serial `gpt` program does for each new token. Sums
 run in ascending index, and a dot product starts from its bias. exp, tanh, cosh and log come from libm. The compiler flags are
-those of the fast path; the loops are neither tuned nor slowed down on purpose. Backward kernels add to the given gradients.
+the same as for the fast path. The loops are neither tuned nor slowed down on purpose. Backward kernels add to the given
+gradients.
 
 There are B sequences of T tokens, N = B * T rows. The numbers equal llm.c's, and memory use is lower. Probabilities, and then
 gradients, overwrite the logits. Activations that no backward kernel reads, and gradients of activations, are kept for one
@@ -148,7 +149,7 @@ cdef void attention_forward(
     float* out, float* att, const float* qkv,         # OUT (B, T, C), (B, NH, T, T), IN (B, T, 3C)
     Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
 ) noexcept nogil:
-    """Compute causal attention. The kernel neither writes nor reads att above its diagonal."""
+    """Compute causal attention. The kernel does not touch att above its diagonal."""
     cdef Py_ssize_t b, t, h, t2, i, HS = C // NH
     cdef float scale = <float> 1.0 / sqrtf(<float> HS), maxval, expsum, val
     cdef const float* q

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STREAMS = (1, 2, 4, 8)
 FMA_TIMES = 2_000_000
-UPDATE_BYTES = 28  # AdamW's traffic per parameter: it reads parameter, gradient and two moments, and writes three of them
+UPDATE_BYTES = 28  # AdamW's traffic per parameter: read parameter, gradient and two moments; write all but the gradient
 
 
 class Ceilings:

@@ -1,8 +1,7 @@
-"""The model's dimensions, and the one table of tensors that defines every offset, view, size and gradient.
+"""The model's dimensions, and the table of tensors that defines every offset, view, size and gradient.
 
 Dimensions: L layers, NH heads, C channels, HS = C / NH head size, V vocabulary size, Vp = V rounded up to a multiple of 128,
-maxT longest sequence. Refuses to know about files and threads.
-Source of names and order: llm.c, train_gpt2.c.
+maxT longest sequence. Refuses to know about files and threads. Source of names and order: llm.c, train_gpt2.c.
 """
 
 from collections.abc import Iterator

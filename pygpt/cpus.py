@@ -1,4 +1,4 @@
-"""Choose the number of workers for this machine, and for a step of a known amount of work. No result depends on it."""
+"""Choose the number of workers for this machine, and for a step of a known amount of work. Results do not depend on it."""
 
 import os
 from collections.abc import Iterator

@@ -62,7 +62,7 @@ class KVCache(KeysValues):
     def truncate(self, length: int) -> None:
         """Keep only the first `length` tokens. Raises InputError unless 0 <= length <= self.length."""
         if not is_whole(length, 0, self.length):
-            raise InputError(f"cannot truncate to {shown(length)}: the cache holds {self.length} tokens")
+            raise InputError(f"cannot truncate to {shown(length)} tokens: give 0 to {self.length}, the cache's length")
         self._truncate(length)
 
     def copy(self, length: int | None = None, *, capacity: int | None = None) -> "KVCache":
@@ -71,7 +71,7 @@ class KVCache(KeysValues):
         capacity: of the new cache (default: the same). Raises InputError if `length` exceeds self.length or `capacity`."""
         length = self.length if length is None else length
         if not is_whole(length, 0, self.length):
-            raise InputError(f"cannot copy {shown(length)} tokens: the cache holds {self.length}")
+            raise InputError(f"cannot copy {shown(length)} tokens: give 0 to {self.length}, the cache's length")
         cache = KVCache(self._weights, self._config, self.capacity if capacity is None else capacity)
         copy_keys_values(cache, self, length)
         return cache
@@ -178,7 +178,7 @@ class Network:
     def record(self, trace: "Trace | None") -> None:
         """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""
         if trace is not None and trace.nth < self.threads:
-            raise InputError(f"the trace is for {trace.nth} workers, and this model has {self.threads}")
+            raise InputError(f"trace is for {trace.nth} workers: this model needs a trace for {self.threads}")
         self._pool.run(_nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
 
     def fork_join(self, on: bool) -> None:

@@ -1,22 +1,22 @@
 """A fixed pool of threads that run one job together.
 
 `pool.run(job)` calls `job(ith, nth)` on every worker and returns when all have finished. The calling thread is worker 0. The
-pool knows nothing of GPT.
+pool does not know what the job computes.
 
-What stands here for each primitive of thread.h and thread-sync.h:
+This module replaces the primitives of thread.h and thread-sync.h as follows:
 
     create(fn)          ThreadPool(nth): threads 1 .. nth-1 are made once, each with its id; the caller is worker 0
     join()              ThreadPool.close(): waits for all in creation order; may be called twice; runs at exit by itself
     mutex               threading.RLock: guards the state of one round; callers take turns
-    spinlock            none in Python, where a spinning thread would hold the GIL; in C, sync.h spins for a bounded time
+    spinlock            only in C (sync.h, for a bounded time): a spinning thread in Python would hold the GIL
     condition variable  threading.Condition: workers wait in a loop for a new round; a broadcast wakes them all
     semaphore P / V     threading.Barrier: a round ends with nth-1 arrivals, and the barrier's action is one V for the caller,
                         whose P is a threading.Lock
 
-In thread.h, a worker that still waits at exit makes the process hang. Here, workers are told to stop first. There are two
+In thread.h, a worker that still waits at exit makes the process hang. Here, close() stops the workers first. There are two
 levels of synchronisation. The pool wakes the workers once for each job and waits for them once (about 10 us). Inside a job,
 workers wait for each other at native barriers without the GIL (about 1 us). A job with native barriers gives run() its
-`abort`, which releases the other workers when one of them fails.
+`abort`, which releases the other workers if one worker fails.
 
 Refuses nested jobs, and more than MAX_THREADS workers. A thread count that is not a whole number is an error.
 """
@@ -33,8 +33,8 @@ from ._signals import see_through
 from .cpus import check_threads
 from .errors import ClosedError, PyGPTError
 
-TRIES = 100  # how often to retry what a signal handler may interrupt each time, and what may also fail for its own reasons
-OWN_POOL = "a job, or what interrupts it, cannot use its own pool: it would wait for itself"
+TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt each time
+OWN_POOL = "a job, or a handler that interrupts it, cannot use its own pool: it would wait for itself"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ThreadPool:
         after: "Callable[[], T] | None" = None,
         alone: bool = False,
     ) -> "T | None":
-        """Call job(ith, nth) once on every worker, ith = 0 .. nth-1, and return when all of them have finished.
+        """Call job(ith, nth) once on every worker, ith = 0 .. nth-1, and return when all have finished.
 
         before() runs first and after() last, on the caller, in the same turn. run() returns what after() returns. With
         `alone` the caller does the whole job, as job(0, 1). As long as again() returns True after a round, the workers do
@@ -90,7 +90,7 @@ class ThreadPool:
             self._busy = True
             try:
                 if self._closed:
-                    raise ClosedError("the model or its thread pool is closed")
+                    raise ClosedError("the model or its thread pool is closed: make a new one")
                 workers = self._ready()
                 if before is not None:
                     before()
@@ -132,7 +132,7 @@ class ThreadPool:
         """Return the threads. Make them if there are none: at construction, and after fork."""
         if self._workers is None:
             self._workers = _Workers(self.nth)
-            self._finalizer = weakref.finalize(self, self._workers.stop)  # the threads of a forgotten pool end by themselves
+            self._finalizer = weakref.finalize(self, self._workers.stop)  # the threads of a deleted pool end by themselves
             self._finalizer.atexit = False
         return self._workers
 
@@ -152,12 +152,12 @@ class ThreadPool:
 
 
 class _Workers:
-    """The threads of one pool in one process, and what they share. Does not refer to the pool, which may be forgotten.
+    """The threads of one pool in one process, and their shared state. It does not refer to the pool, which may be deleted.
 
     The caller may be the main thread, where a signal handler can raise between any two steps. So the caller's side of a round
-    is a sequence of stages. Each stage can be entered again safely, and see_through() repeats them until the round is over.
-    The caller waits at a plain lock, which is acquired or not, never half. The other workers are never interrupted: they wait
-    at the Condition and the Barrier.
+    is a sequence of stages. Each stage can be entered again safely, and see_through() repeats them until the round is over. The
+    caller waits at a plain lock, because an interrupted acquire() either has the lock or does not. The other workers are never
+    interrupted: they wait at the Condition and the Barrier.
     """
 
     POST, WORK, ABANDONED, GATHER = range(4)  # stages of a round, for the caller
@@ -199,7 +199,7 @@ class _Workers:
         _descend(self.CALLS)
         self.job, self.abort, self.aborts, self.failure = job, abort, 0, None
         try:
-            # From here to see_through() there is no completed call and no jump back, so no handler can raise in between.
+            # Up to see_through(), calls and backward jumps would let a signal handler raise. This code avoids both.
             self.round, self.stage = self.round + 1, self.POST
             try:
                 see_through(self.proceed)
@@ -253,7 +253,7 @@ class _Workers:
             self.end.wait()
 
     def report(self) -> None:
-        """Let the caller go on: the barrier's action, which the last worker to finish runs."""
+        """Let the caller continue. This is the barrier's action; the last worker to finish runs it."""
         self.finished = self.rounds
         if self.done.locked():  # it is unlocked if the caller saw `finished` before it had to wait
             self.done.release()
@@ -264,14 +264,14 @@ class _Workers:
         """Do worker ith's share of the job; keep the first failure for the caller."""
         try:
             self.job(ith, self.nth)
-        except BaseException as error:  # SystemExit too: it must reach the caller instead of ending a thread
+        except BaseException as error:  # also SystemExit: it must reach the caller instead of ending a thread
             if self.failure is None:  # the GIL keeps other threads out between this test and the assignment
                 self.failure = error
-            with suppress(BaseException):  # the job's failure is the one to report
+            with suppress(BaseException):  # report the failure of the job
                 self.abort()
 
     def stop(self) -> None:
-        """Tell the workers to stop once they are idle."""
+        """Ask the workers to stop as soon as they are idle."""
         with self.lock:
             self.stopping = True
             self.wake.notify_all()
@@ -294,12 +294,12 @@ class _Workers:
 
 
 def _nothing(*_: object) -> None:
-    """Do nothing: the job and the abort of workers at rest."""
+    """Do nothing: the job and the abort() of idle workers."""
 
 
 def _descend(calls: int) -> None:
-    """Raise RecursionError if there is no room for so many nested calls: here, where nothing has begun. Inside a round the
-    error would be raised again each time that a stage is entered again."""
+    """Raise RecursionError before a round, if the stack has too little room for its nested calls. Inside a round the
+    error would occur again each time that a stage is entered again."""
     if calls:
         _descend(calls - 1)
 
@@ -328,8 +328,8 @@ def _after_fork_in_child() -> None:
 
 
 def _at_exit() -> None:
-    """Stop idle workers in good order. A worker that is still busy after a second ends with the process (daemon). A pool that
-    is used even later makes new threads, if Python still allows it."""
+    """Stop idle workers. A worker that is still busy after a second ends with the process (daemon). A pool that
+    is used later makes new threads, if Python still allows it."""
     deadline = time.monotonic() + 1.0
     stopped = []
     for pool in _living():

@@ -1,7 +1,6 @@
 """The serial reference with the interfaces of the fast path: SerialGPT2 for GPT2, SerialTrainableGPT2 for TrainableGPT2.
 
-Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector
-instructions.
+Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector instructions.
 """
 
 import os
@@ -92,7 +91,7 @@ class SerialNetwork:
     def run(self, tokens: Sequence[int]) -> memoryview:
         """Return the logits of all positions, (T, V)."""
         if self._reference is None:
-            raise ClosedError("the model is closed")
+            raise ClosedError("the model is closed: open it again")
         return self._reference.forward(tokens)[0]
 
     def close(self) -> None:
@@ -191,7 +190,7 @@ class SerialTrainableGPT2(Parameters):
 
     def _open(self) -> Training:
         if self._training is None:
-            raise ClosedError("the model is closed")
+            raise ClosedError("the model is closed: open it again")
         return self._training
 
     def close(self) -> None:

@@ -3,11 +3,11 @@
  *
  *     barrier_harness WORKERS SPINS STEPS SEED
  *
- * Threads are made once and do STEPS steps, as the pool's workers do. In each phase of a step a worker reads what all others
- * wrote in the phase before, checks it, and writes its own word for the next; the words are plain memory, so that only the
- * barrier orders them. Then all take parts from the phase's pile, and count them. In about every third step a worker fails at a
- * random phase: it aborts and does not come. After a step all gather elsewhere, and worker 0 resets the barrier and the piles.
- * stderr tells what was wrong first. */
+ * Threads are made once and do STEPS steps, as the pool's workers do. In each phase of a step a worker reads and checks the
+ * words that all others wrote in the phase before. Then it writes its word for the next phase. The words are plain memory, so
+ * only the barrier orders them. Then all take parts from the phase's pile, and count them. In about every third step a worker
+ * fails at a random phase: it aborts and does not arrive. After a step all wait elsewhere, and worker 0 resets the barrier and
+ * the piles. stderr reports the first error. */
 #include "sync.h"
 
 #include <pthread.h>

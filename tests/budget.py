@@ -9,7 +9,8 @@ T = TypeVar("T")
 
 
 class Budget:
-    """How much a test tries: one round and a few cases in the default run; with `-m slow` every case, until its time is up."""
+    """The budget of a test. The default run does one round and a few cases. `-m slow` tries every case, until its time is
+    up."""
 
     def __init__(self, seconds: float, seed: int) -> None:
         self.long, self.seconds, self.random = seconds > 0, seconds, random.Random(seed)
@@ -22,7 +23,7 @@ class Budget:
             number += 1
 
     def some(self, cases: Sequence[T], few: int = 2) -> Sequence[T]:
-        """All cases, or a few of them in their order."""
+        """Return all cases, or a few in their order."""
         if self.long or few >= len(cases):
             return cases
         return [cases[i] for i in sorted(self.random.sample(range(len(cases)), few))]

@@ -1,4 +1,4 @@
-"""What every test shares, and how long slow tests take."""
+"""Settings for all tests, and the duration of slow tests."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Small models, and what must come out of them: answers, logits, losses and states of training, computed by one worker."""
+"""Small models and their expected results: answers, logits, losses and states of training, computed by one worker."""
 
 import hashlib
 from pathlib import Path
@@ -39,7 +39,7 @@ def state_of(trainer: Trainer) -> tuple[int, object, str]:
 
 
 class Known:
-    """The models' files in a folder, and what must come out of them."""
+    """The models' files in a folder, and their expected results."""
 
     def __init__(self, place: Path) -> None:
         self.place = place

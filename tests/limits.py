@@ -1,4 +1,4 @@
-"""Set limits of the system for a while, such as that of a full disk."""
+"""Set limits of the system for a while, for example to imitate a full disk."""
 
 import resource
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ def send_together(*numbers: signal.Signals) -> None:
 
 
 class Moment:
-    """In a `with` block, call strike() at moment number `number` of this thread; `reached` tells whether it came."""
+    """In a `with` block, call strike() at moment number `number` of this thread; `reached` becomes True if this moment came."""
 
     def __init__(self, number: int, strike: Callable[[], object]) -> None:
         self.number, self.strike, self.passed, self.reached = number, strike, 0, False
@@ -85,7 +85,7 @@ def handlers_of(code: CodeType) -> Callable[[int], "int | None"]:
 
 def moments(job: Callable[[], object], strike: Callable[[], object] = raise_ctrl_c) -> Iterator[bool]:
     """Do a job again and again, each time interrupted one moment later, until it ends before its moment comes. Yields after
-    each: whether a KeyboardInterrupt came out of it, itself or as the context of another exception. Raises any other."""
+    each: whether it raised a KeyboardInterrupt, itself or as the context of another exception. Raises any other."""
     gc.collect()
     gc.disable()  # finalizers of other tests' garbage would swallow the exception
     try:

@@ -13,7 +13,7 @@ BOUNDARIES = (0, 1, -1, 2, 3, 4, 5, 127, 128, 255, 256, 1023, 1024, 65535, 65536
 INT32 = (*BOUNDARIES, 46341, 2**31 - 1, 2**31 - 128, -(2**31), -128, -65536)
 UINT64 = (0, 1, 7, 8, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8, 4 << 20, (4 << 20) + 1)
 
-# Leaves for JSON. Integers of more than 4,300 digits are beyond what Python reads, and so beyond JSON.
+# Leaves for JSON. Python refuses to read integers of more than 4,300 digits, so JSON does not have them.
 LEAVES: tuple[Any, ...] = (
     None, True, False, *BOUNDARIES, 2**31, 2**32, 2**48, 2**53, 2**62, 2**63, 2**64, -(2**63), 10**30, 10**400,
     0.0, -0.0, 0.5, 1.0, 1.5, -1.5, 1e-5, 1e-45, 5e-324, 1e38, 3.5e38, 1e308, float("nan"), float("inf"), -float("inf"),
@@ -29,7 +29,7 @@ TEXTS = (
 
 
 def mutate_bytes(random: Random, data: bytes, other: bytes, *, fields: int = 12) -> bytes:
-    """A few changes to bytes, of which the first `fields` int32 are a header."""
+    """Return bytes with a few changes. The first `fields` int32 are a header."""
     for _ in range(random.choice((1, 1, 1, 2, 3, 6))):
         data = _mutate_once(random, data, other, fields)
     return data[:MOST_BYTES]
@@ -95,7 +95,7 @@ def put(data: bytes, at: int, piece: bytes) -> bytes:
 
 
 def mutate_json_text(random: Random, text: bytes, other: bytes) -> bytes:
-    """Change JSON: mostly what it says, sometimes how it is spelled."""
+    """Change JSON: mostly its values, sometimes its spelling."""
     if random.random() < 0.3:
         return _mutate_text(random, text, other)
     try:

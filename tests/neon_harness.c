@@ -1,8 +1,8 @@
-/* The kernels of one instruction set on fixed inputs, one line for each case: its name and a hash of its output's bits.
+/* The kernels of one instruction set on fixed inputs. Each case prints its name and a hash of its output's bits.
  * test_neon.py compiles it for aarch64 and for this machine, and compares the lines. The argument names the set: neon, avx2, ...
  *
- * Inputs come from an integer generator and exact scaling alone, outputs are hashed with a margin on each side that must not
- * change. NaNs are hashed as one value: IEEE 754 leaves their bits open, and processors differ in them. */
+ * Only an integer generator and exact scaling make the inputs. Outputs are hashed with a margin on each side that must not
+ * change. NaNs are hashed as one value, because IEEE 754 leaves their bits open, and processors differ in them. */
 #include "micro.h"
 
 #include <math.h>
@@ -273,7 +273,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "%s\n", m->isa);
     for (const weight_format *const *each = m->formats; *each; each++) {
         const weight_format *format = *each;
-        state = 0; /* the same inputs whatever comes before */
+        state = 0; /* the same inputs in every order */
         if (!m->fused && !format->quantise) continue; /* only these have the bits of the sets with FMA */
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             for (size_t n = 0; n < sizeof outputs / sizeof *outputs; n++)

@@ -1,7 +1,7 @@
-"""GPT-2 in float64 NumPy: what every number of pygpt is measured against.
+"""GPT-2 in float64 NumPy: the oracle for every number of pygpt.
 
 The network itself is examples/gpt2_numpy.py: one sequence, no cache, no blocks. It shares no code with the kernels that it
-judges. Only the file is read through pygpt, and that reader has tests of its own. This module reads weights in float64, names
+judges. It uses only pygpt's reader of files, which has separate tests. This module reads weights in float64, names
 the activations and completes sequences.
 """
 
@@ -39,7 +39,7 @@ def weights(source: str | os.PathLike[str] | Checkpoint) -> dict[str, Array]:
 
 @lru_cache(maxsize=8)
 def _weights(path: str, inode: int, mtime_ns: int) -> Weights:
-    """Read the weights of one file; inode and mtime_ns tell apart two files that bore the same name."""
+    """Read the weights of one file; inode and mtime_ns distinguish two files that had the same name."""
     with Checkpoint(path) as checkpoint:
         arrays = {name: checkpoint.tensor(name).astype(np.float64) for name, _ in TENSORS}
     for array in arrays.values():
@@ -81,7 +81,7 @@ def median(logits: npt.NDArray[np.float32]) -> int:
     """Choose the token at which the running probability, in id order, first exceeds one half: the serial program's rule.
 
     All in float32, one after another in ascending id. NumPy's cumsum adds in that order (its sum does not); its float32 exp
-    differs between machines, so the exponential is that of float64, rounded.
+    differs between machines, so the exponential is computed in float64, and rounded.
     """
     if logits.dtype != np.float32:
         raise TypeError(f"logits are {logits.dtype}: the rule is defined on float32")

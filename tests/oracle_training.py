@@ -91,7 +91,7 @@ def layernorm_backward(dout: Array, inp: Array, weight: Array, mean: Array, rstd
 
 
 def encoder_backward(dout: Array, tokens: Sequence[int], V: int, maxT: int) -> tuple[Array, Array]:
-    """Return the gradients of both embeddings: each row is added to that of its token and that of its position."""
+    """Return the gradients of both embeddings: each row is added to the gradients of its token and of its position."""
     dwte, dwpe = np.zeros((V, dout.shape[1])), np.zeros((maxT, dout.shape[1]))  # [V, C], [maxT, C]
     np.add.at(dwte, np.asarray(tokens), dout)  # not +=: a token may occur more than once
     dwpe[: len(dout)] += dout  # [T, C] -> [maxT, C]

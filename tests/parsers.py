@@ -1,5 +1,5 @@
-"""Parsers of the file formats, apart from pygpt's and with struct and json alone. A file that a parser finds sound pygpt must
-read, to the same values. Any other file it must refuse. None stands for a file that is not sound.
+"""Parsers of the file formats, apart from pygpt's and with struct and json alone. If a parser finds a file valid, pygpt must
+read the same values. It must refuse every other file. A parser returns None for a file that is not valid.
 
 Sources: llm.c, train_gpt2.py and dev/data/data_common.py; the description of safetensors.
 """
@@ -39,7 +39,7 @@ def tensor_sizes(s: Shape, rows: int) -> dict[str, int]:
 
 
 def fields_of(data: bytes, count: int) -> list[int] | None:
-    """The first fields of a header whose others are 0."""
+    """Return the first fields of a header, if its other fields are 0."""
     if len(data) < HEADER:
         return None
     fields = list(struct.unpack("<256i", data[:HEADER]))
@@ -146,7 +146,7 @@ def examples(data: bytes, V: int) -> list[tuple[int, list[list[int]]]] | None:
 
 
 def state(data: bytes) -> tuple[Shape, bytes, bytes] | None:
-    """A training state's shape, JSON and buffers; what the JSON says is not judged."""
+    """A training state's shape, JSON and buffers; the content of the JSON is not checked."""
     fields = fields_of(data, 9)
     if fields is None or fields[:2] != [20261122, 1]:
         return None

@@ -1,7 +1,7 @@
 """Programs in processes of their own: how they are started and how they end, and every kind that writes files.
 
-A killed program cannot tidy up: it may leave files NAME.*.tmp and temporary folders beside its target. Nothing else may be
-left, and the target is whole, absent, or the older one.
+A killed program cannot tidy up: it may leave files NAME.*.tmp and temporary folders beside its target. No other file may
+remain, and the target is complete, absent, or the older file.
 """
 
 import json
@@ -34,7 +34,7 @@ from pygpt import (
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-DEADLINE_S = 120.0  # for what takes one or two seconds, also on a busy machine: reached only by a hang
+DEADLINE_S = 120.0  # a limit for work of one or two seconds, also on a busy machine: only a hang reaches it
 BIG = Config(maxT=256, V=5000, L=4, NH=4, C=128)  # large enough that writing it takes a while
 LONG = Config(maxT=20000, V=211, L=2, NH=3, C=48)  # its cache takes 30 MB
 TRAINING = ["-B", 1, "-T", 8, "--save-every", 1, "--sample-every", 0, "-t", 1]
@@ -54,7 +54,7 @@ pygpt.cpus.workers_for = lambda threads, *_: threads
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's variables without those of pygpt, and with this checkout's pygpt."""
+    """Return this process's variables without pygpt's, and with this checkout's pygpt."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYGPT_")}
     return {**kept, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "PYTHONFAULTHANDLER": "", **variables}
 
@@ -92,7 +92,7 @@ class Outcome:
 
 def patience(pause_s: float) -> Iterator[None]:
     """Yield as often as there is time: each time the caller waits for `pause_s` at most. A count is not a clock: it does not
-    run while the machine stands still."""
+    advance while the machine is stopped."""
     yield from [None] * round(DEADLINE_S / pause_s)
 
 
@@ -122,7 +122,7 @@ def run_program(code: str, *arguments: object) -> Outcome:
 
 
 def wait_until(condition: Callable[[], object]) -> bool:
-    """Wait for what is about to happen. Returns False if it does not."""
+    """Wait until a condition is true. Returns False if it does not."""
     for _ in patience(0.002):
         if condition():
             return True
@@ -137,7 +137,7 @@ def send(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
 
 
 class Files:
-    """What programs work on, made once in a folder."""
+    """Files for programs, made once in a folder."""
 
     def __init__(self, place: Path) -> None:
         self.model = make_model(place / "model.bin", BIG)
@@ -180,7 +180,7 @@ class Writer:
         self.over_s, self.least = over_s, least
 
     def whole(self, place: Path) -> bool:
-        """Whether every target is absent or whole: an older model, or what sound() takes."""
+        """Return whether every target is absent or complete: an older model, or a file that sound() accepts."""
         for path in (place / target for target in self.targets if (place / target).exists()):
             try:
                 Checkpoint(path).close()
@@ -192,11 +192,11 @@ class Writer:
         return True
 
     def leftovers(self, place: Path) -> list[str]:
-        """What is in a folder beside the targets."""
+        """Return the other files of a folder beside the targets."""
         return sorted({path.name for path in place.iterdir()} - {target.split("/")[0] for target in self.targets})
 
     def temporary(self, name: str) -> bool:
-        """Whether a file or folder is what a killed writer may leave."""
+        """Return whether a killed writer may leave this file or folder."""
         return name.endswith(".tmp") or any(name.startswith(f".{target[:1]}") for target in self.targets)
 
     def begun(self, place: Path) -> bool:
@@ -288,7 +288,7 @@ def sound_other(path: Path) -> None:
 
 
 def sound_training(path: Path) -> None:
-    """Raise an exception unless a file is a model, a training state, or a log of which the last line may be cut off."""
+    """Raise an exception unless a file is a model, a training state, or a log. The last line of a log may be incomplete."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
             assert json.loads(line)["step"] == number

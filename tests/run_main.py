@@ -1,4 +1,4 @@
-"""Run a command's main() in this process, with streams of its own, and hold it against what every command promises."""
+"""Run a command's main() in this process with separate streams, and check the promises of every command."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def run_main(
     sys.stderr = io.TextIOWrapper(err, "utf-8", "backslashreplace", write_through=True)
     for name in closed:
         setattr(sys, name, None)
-    kept = os.dup(1), os.dup(2)  # a command that cannot write points them at nothing
+    kept = os.dup(1), os.dup(2)  # a command that cannot write redirects them to /dev/null
     try:
         status = command(argv)
     except SystemExit as end:
@@ -68,7 +68,7 @@ def run_main(
             os.dup2(copy, number)
             os.close(copy)
         with suppress(BrokenPipeError, ValueError):
-            out.detach()  # or the garbage collector would write what nobody reads
+            out.detach()  # or the garbage collector would write it later
     return Outcome(status, pipe.content, errors)
 
 

@@ -1,7 +1,8 @@
-"""What is fuzzed: each reader of a file, held against its parser in parsers.py, and the commands that take files and requests.
+"""The targets of fuzzing: each reader of a file, compared with its parser in parsers.py, and the commands that take files and
+requests.
 
-A target has sound inputs of tiny shapes, mutations of them, and check(), which tries one input. test_readers.py tries the
-corpus and some mutations, tools/fuzz.py as many as one likes. Inputs are bytes, whatever they stand for.
+A target has valid inputs of tiny shapes, their mutations, and check(), which tries one input. test_readers.py tries the
+corpus and some mutations, tools/fuzz.py as many as you like. All inputs are bytes.
 """
 
 import hashlib
@@ -85,11 +86,11 @@ class Target(ABC):
 
     @abstractmethod
     def seeds(self) -> list[bytes]:
-        """Sound inputs, and some that are nearly sound."""
+        """Yield valid inputs, and some that are nearly valid."""
 
     @abstractmethod
     def run(self, data: bytes) -> str:
-        """Try one input. Returns what it did in a word; raises PyGPTError for a refusal, AssertionError for a finding."""
+        """Try one input. Return the outcome in a word. Raise PyGPTError for a refusal, AssertionError for a finding."""
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
         """Change an input; `other` is another one, to take parts from."""
@@ -121,7 +122,7 @@ def skeleton(text: str) -> str:
 
 @contextmanager
 def agreeing(expected: object, what: str) -> Iterator[None]:
-    """In this block a reader reads what a parser found sound, or not (None): it must find the same."""
+    """In this block a reader must agree with a parser: `expected` is None if the parser refused the file."""
     try:
         yield
     except PyGPTError as error:
@@ -166,7 +167,7 @@ class FileTarget(Target):
 
 
 class CheckpointTarget(FileTarget):
-    """Checkpoint, write_checkpoint, and the networks over whatever numbers a file holds."""
+    """Checkpoint, write_checkpoint, and networks with any numbers that a file may have."""
 
     name, fields = "checkpoint", 9
 
@@ -475,12 +476,12 @@ class ExamplesTarget(FileTarget):
 
 
 class StateTarget(FileTarget):
-    """TrainingState, its JSON of options, and what a Trainer makes of it."""
+    """TrainingState, its JSON of options, and Trainer.restore()."""
 
     name, fields = "state", 10
 
     def trainer(self) -> Trainer:
-        """A run whose states these are."""
+        """A run that wrote these states."""
         loader = DataLoader(np.arange(40) % 5, 1, 3, shuffle_seed=1)
         return Trainer(TrainableGPT2.random(ONE, seed=1, threads=1), loader, TrainingOptions())
 
@@ -590,7 +591,7 @@ class TextTarget(FileTarget):
 
 
 def load_json(data: bytes) -> Any:
-    """An input that is JSON, or None."""
+    """Return an input as JSON, or None."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -649,7 +650,7 @@ class LineTarget(Target):
         return {**files, "a.txt": text, "bad.txt": b"\xff", "half.bin": files["tiny.bin"][:-1], "precious.txt": b"not a log\n"}
 
     def progress(self) -> dict[str, Any]:
-        """What a state of a run with these files says."""
+        """Return the state of a run with these files."""
         job = {"data": "t.bin", "B": 1, "T": 2, "log": "log.json", "sample_every": 0, "val_tokens": 9, "plot": None}
         loader = dict(DataLoader(np.arange(31) % 5, 1, 2).state())
         return {"step": 1, "options": {"steps": 2, "lr": 0.01}, "loader": loader, "job": job}
@@ -704,7 +705,7 @@ class LineTarget(Target):
         return f"status {outcome.status} {skeleton(outcome.err.strip())}"
 
     def judge_files(self, outcome: Outcome, argv: Sequence[str], files: dict[str, bytes]) -> None:
-        """What was written is whole; nothing else has changed."""
+        """Written files are complete, and other files are unchanged."""
         after = {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
         assert files.keys() <= after.keys(), f"{argv!r:.300}: {sorted(files.keys() - after.keys())} went away"
         assert after["precious.txt"] == files["precious.txt"], f"{argv!r:.300} has replaced a file that was there"
@@ -732,7 +733,7 @@ def vars_of(config: Config) -> parsers.Shape:
 
 
 class ServeTarget(Target):
-    """`pygpt -`: lines of ids and JSON objects, each held against what the API answers without a prefix cache."""
+    """`pygpt -`: lines of ids and JSON objects, each compared with the API without a prefix cache."""
 
     name = "serve"
     KEYS = frozenset(
@@ -802,7 +803,7 @@ class ServeTarget(Target):
         return expected, 0
 
     def understand(self, line: bytes) -> dict[str, Any] | None:
-        """A request as arguments; {} for a blank line, None for what is no request."""
+        """A request as arguments; {} for a blank line, None for a line that is not a request."""
         if not line:
             return {}
         if not line.startswith(b"{"):

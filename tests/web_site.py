@@ -12,13 +12,13 @@ Answer = Callable[["Handler", bytes], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request: as the next plan for its method and path says, else as a sound server does."""
+    """Answer one request by the next plan for its method and path, or else as a normal server."""
 
     protocol_version = "HTTP/1.1"
     server: "Site"
 
     def do_GET(self) -> None:
-        """Answer with the file, or with what follows "Range: bytes=N-"."""
+        """Answer with the file, or with the part after "Range: bytes=N-"."""
         path = urlsplit(self.path).path
         self.server.requests.append((self.command, path, {name.lower(): value for name, value in self.headers.items()}))
         data = self.server.files.get(path, b"")
@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def send_file(self, data: bytes, stop: int | None = None, **headers: str | int) -> None:
-        """Send a file as Hugging Face does, or only what comes before byte `stop` of it. In names of headers, _ is -."""
+        """Send a file as Hugging Face does, or only the bytes before `stop`. In names of headers, _ is -."""
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(span[1]) if span else 0
         facts: dict[str, str | int] = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
@@ -79,6 +79,6 @@ class Site(ThreadingHTTPServer):
 
 
 def status(code: int, **headers: str | int) -> Answer:
-    """An answer without a file. In names of headers, _ stands for -."""
+    """An answer without a file. In names of headers, _ means -."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda handler, data: handler.send_answer(code, named)

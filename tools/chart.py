@@ -83,13 +83,13 @@ def read_block(path: str, wanted: Sequence[str]) -> Block:
     found = [result for result in results if result["test"] in wanted]
     if not found:
         have = ", ".join(dict.fromkeys(str(result["test"]) for result in results)) or "none"
-        raise InputError(f"{path}: has none of the tests {', '.join(wanted)}: it has {have}; --tests names those to draw")
+        raise InputError(f"{path}: the tests {', '.join(wanted)} are missing: it has {have}; choose tests with --tests")
     try:
         return block_of(machine, found, wanted)
     except KeyError as error:
-        raise InputError(f"{path}: not what pygpt bench prints: {error} is missing, or its value is unknown") from None
+        raise InputError(f"{path}: not an output of pygpt bench: {error} is missing, or its value is unknown") from None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: not what pygpt bench prints: {error}") from None
+        raise InputError(f"{path}: not an output of pygpt bench: {error}") from None
 
 
 def block_of(machine: dict[str, Any], results: list[dict[str, Any]], wanted: Sequence[str]) -> Block:

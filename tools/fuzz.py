@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Fuzz pygpt's readers and commands: tests/targets.py says how each is tried, and what a finding is.
+"""Fuzz pygpt's readers and commands: tests/targets.py describes each target and its findings.
 
-    python tools/fuzz.py                              every target, a minute each
-    python tools/fuzz.py checkpoint serve             two of them
-    python tools/fuzz.py --seconds 3600               every target, an hour each
+    python tools/fuzz.py                              all targets, one minute each
+    python tools/fuzz.py checkpoint serve             only these two
+    python tools/fuzz.py --seconds 3600               all targets, one hour each
     python tools/fuzz.py checkpoint --input FILE      try one input again
 
 If the package atheris is installed, libFuzzer chooses the inputs, guided by coverage. Otherwise the inputs are random mutations
-of sound ones and of tests/corpus/. Each target runs in a process of its own. The input of a finding is saved in --output, also
-if it crashes the process. Put it into tests/corpus/TARGET/, and tests/unit/test_readers.py tries it from then on.
+of valid inputs and of tests/corpus/. Each target runs in its own process. The input of a finding is saved in --output, even if
+it crashes the process. Copy it into tests/corpus/TARGET/; then tests/unit/test_readers.py tries it in every run.
 
 Exit status: 0; 1 if there is a finding; 2 for bad arguments; 130 after Ctrl-C.
 """
@@ -30,15 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests" / "corpus"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LONGEST = 1 << 17  # bytes of an input
-SLOWEST_S = 150  # of one input: then it is a hang
+SLOWEST_S = 150  # the most seconds for one input; a slower one is a hang
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(names())} (default: all)")
-    parser.add_argument("--seconds", type=int, default=60, help="for each target (default 60)")
-    parser.add_argument("--seed", type=int, default=1, help="of the mutations (default 1)")
+    parser.add_argument("--seconds", type=int, default=60, help="seconds for each target (default 60)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the mutations (default 1)")
     parser.add_argument("-o", "--output", type=Path, default=Path("fuzz-findings"), help="folder for inputs of findings")
     parser.add_argument("--input", type=Path, help="try this input of one target")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in options.targets if name not in names()]:
         parser.error(f"target {unknown[0]!r} is unknown: it must be one of {', '.join(names())}")
     if options.input is not None and len(options.targets) != 1:
-        parser.error("--input takes one TARGET")
+        parser.error("--input needs exactly one TARGET")
     try:
         if options.input is not None:
             with tempfile.TemporaryDirectory() as folder:
@@ -61,18 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def names() -> list[str]:
-    """The names of all targets: each has a folder of examples."""
+    """Return the names of all targets. Each has a folder of examples."""
     return sorted(path.name for path in CORPUS.iterdir())
 
 
 def new_target(name: str, place: Path) -> Any:
-    """A target by its name, which works in a folder of its own. Imported here, where atheris measures what is imported."""
+    """Make a target that works in `folder`. The import is here, so that atheris measures the imported code."""
     (folder := place / "work").mkdir()
     return importlib.import_module("targets").TARGETS[name](folder)
 
 
 def run_all(chosen: Sequence[str], options: argparse.Namespace) -> int:
-    """Fuzz each target in a child process; say which inputs are findings."""
+    """Fuzz each target in a child process, and report findings."""
     options.output.mkdir(parents=True, exist_ok=True)
     before = set(options.output.iterdir())
     failed = False
@@ -111,12 +111,12 @@ def fuzz(name: str, seconds: int, seed: int, output: Path) -> None:
 
 
 def inputs_of(target: Any) -> list[bytes]:
-    """The inputs to begin with."""
+    """Return the inputs to begin with."""
     return [*target.seeds(), *(path.read_bytes() for path in sorted((CORPUS / target.name).iterdir()))]
 
 
 def try_at_random(target: Any, random: Random, seconds: int, output: Path) -> None:
-    """Try mutations until the time is up. The input being tried is in a file, which stays if it crashes or hangs."""
+    """Try mutations until the time is up. A file has the current input, and stays if the input crashes or hangs."""
     inputs, tried, end = inputs_of(target), 0, time.monotonic() + seconds
     seen: set[str] = set()
     running = output / f"{target.name}.running"

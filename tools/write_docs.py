@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write the generated parts of the documentation: what has one source elsewhere, in the code or in the measurements.
+"""Write the parts of the documentation that are generated from the code and from the measurements.
 
     python tools/write_docs.py          write them all
 
-A generated part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->` in a page. commands comes from the
-parsers, python from the docstrings, speed and limits from tools/benchmarks/. A test compares the pages with their sources.
+A generated part of a page lies between `<!-- generated: NAME -->` and `<!-- end: NAME -->`. The parsers give `commands`, the
+docstrings `python`, tools/benchmarks/ `speed` and `limits`, and the log `ways`. A test compares the pages with their sources.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from pygpt.server import app, metrics, schema  # noqa: E402
 
 
 def commands() -> Iterator[str]:
-    """Every command: usage, description, options, examples."""
+    """Yield usage, description, options and examples of every command."""
     modules = {"": "complete", **{name: module for name, (module, _) in COMMANDS.items()}}
     for name, module in modules.items():
         yield from command(f"pygpt {name}".strip(), import_module(f"pygpt.commands.{module}").build_parser())
 
 
 def command(name: str, parser: argparse.ArgumentParser, level: str = "##") -> Iterator[str]:
-    """One parser as Markdown."""
+    """Yield one parser as Markdown."""
     yield f"{level} {name}"
     if parser.usage:
         yield f"```text\n{parser.usage}\n```"
@@ -56,25 +56,25 @@ def command(name: str, parser: argparse.ArgumentParser, level: str = "##") -> It
 
 
 def fenced(text: str) -> str:
-    """Several lines as they are; one line as a paragraph."""
+    """Return several lines as a text block, and one line as a paragraph."""
     text = inspect.cleandoc(text)
     return f"```text\n{text}\n```" if "\n" in text else text
 
 
 def option(action: argparse.Action) -> str:
-    """How an option or argument is written."""
+    """Return an option or argument with its values."""
     metavar = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
     value = "" if action.nargs == 0 else " ".join(metavar) if isinstance(metavar, tuple) else metavar
     return cell(f"`{', '.join(action.option_strings)} {value}`".replace("` ", "`").replace(" `", "`"))
 
 
 def meaning(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    """An option's help, its default filled in."""
+    """Return the help of an option with its default."""
     return (action.help or "") % {**vars(action), "prog": parser.prog}
 
 
 def cell(text: str) -> str:
-    """Text in a cell of a table."""
+    """Return text for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -82,7 +82,7 @@ def cell(text: str) -> str:
 
 
 def python() -> Iterator[str]:
-    """Every public name: signature, docstring, members."""
+    """Yield signature, docstring and members of every public name."""
     for name in sorted(set(pygpt.__all__) - {"__version__"}, key=str.lower):
         found = getattr(pygpt, name)
         yield f"### {name}"
@@ -92,7 +92,7 @@ def python() -> Iterator[str]:
 
 
 def members(found: type) -> Iterator[tuple[str, Any]]:
-    """A class's public methods and properties, those of its bases included, by name."""
+    """Yield the public methods and properties of a class and its bases, by name."""
     ours = [base for base in reversed(found.__mro__) if base.__module__.startswith("pygpt")]
     for name in dict.fromkeys(name for base in ours for name in vars(base)):
         value = inspect.getattr_static(found, name)
@@ -101,19 +101,19 @@ def members(found: type) -> Iterator[tuple[str, Any]]:
 
 
 def is_field(value: object) -> bool:
-    """Whether a member is data that the class's own docstring describes: a field or a slot."""
+    """Return whether a member is data that the docstring of the class describes: a field or a slot."""
     return type(value).__name__ in ("_tuplegetter", "member_descriptor") or isinstance(value, int | float | str | dict)
 
 
 def member(name: str, value: Any) -> str:
-    """A method or property as an item of a list."""
+    """Return a method or property as an item of a list."""
     inner = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     text = inspect.cleandoc(inspect.getdoc(inner) or "").replace("\n", "\n  ")
     return f"- `.{name}{signature(inner) if callable(inner) else ''}`\n\n  {text}\n"
 
 
 def signature(found: Any) -> str:
-    """The arguments without types: those are in the code, for tools."""
+    """Return the arguments without their types."""
     try:
         arguments = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
@@ -123,7 +123,7 @@ def signature(found: Any) -> str:
 
 
 def issubclass_of_exception(found: Any) -> bool:
-    """Whether this is an exception, whose arguments say nothing."""
+    """Return whether this is an exception; its arguments are left out."""
     return inspect.isclass(found) and issubclass(found, Exception)
 
 
@@ -131,13 +131,13 @@ def issubclass_of_exception(found: Any) -> bool:
 
 
 def measured(name: str) -> list[dict[str, Any]]:
-    """A file of measurements."""
+    """Return a file of measurements."""
     found: list[dict[str, Any]] = json.loads((TOOLS / "benchmarks" / f"{name}.json").read_text())
     return found
 
 
 def speed() -> Iterator[str]:
-    """Tokens a second of pygpt and its peers."""
+    """Yield the table of tokens a second of pygpt and its peers."""
     tests = chart.TESTS.split(",")
     block = chart.read_block(str(TOOLS / "benchmarks" / "float32.json"), tests)
     lines = [f"| program | {' | '.join(map(chart.title_of, tests))} |", f"|---|{'---:|' * len(tests)}"]
@@ -149,7 +149,7 @@ def speed() -> Iterator[str]:
 
 
 def limits() -> Iterator[str]:
-    """What pygpt reaches of the machine's limits."""
+    """Yield pygpt's share of the machine's limits."""
     lines = ["| weights | test | tokens a second | middle half | of the limit |", "|---|---|---:|---:|---:|"]
     for name in ("float32", "bfloat16"):
         for result in measured(name)[1:]:
@@ -190,10 +190,23 @@ def server_metrics() -> Iterator[str]:
     yield "\n".join(lines)
 
 
+def ways() -> Iterator[str]:
+    """Yield the ways to use two processors, from the newest table of the log that begins with `way`."""
+    log = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in log[log.index("| way |") :].split("\n\n")[0].split("\n")[2:]]
+    lines = ["| way | workers | a token, ms | speed-up | efficiency | over the serial program |", "|---|" + "---:|" * 5]
+    for way, workers, *_, token, gain in rows:
+        speedup = float(rows[1][-2]) / float(token)
+        own = f"{speedup:.2f} | {speedup / int(workers):.2f}" if speedup >= 1 else " | "
+        lines.append(f"| {way} | {workers} | {token} | {own} | {float(gain):,.0f} |")
+    yield "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------ the pages
 
 PARTS: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "README.md": {"speed": speed},
+    "docs/course.md": {"ways": ways},
     "docs/explanation/performance.md": {"limits": limits},
     "docs/reference/commands.md": {"commands": commands},
     "docs/reference/python.md": {"python": python},
@@ -202,7 +215,7 @@ PARTS: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
 
 
 def filled(page: str) -> str:
-    """A page with its generated parts as they must be."""
+    """Return a page with new generated parts."""
     text = (ROOT / page).read_text()
     for name, part in PARTS[page].items():
         content = "\n\n".join(part())

@@ -249,7 +249,7 @@ class Chat:
                 f"{name!r:.40} is not a command: /help lists the commands; to send a text that begins with a slash, type //"
             )
         elif rest:
-            raise InputError(f"{name} takes no argument, but {rest[0]!r:.40} was given; to send this as a text, begin with //")
+            raise InputError(f"{name} must be alone, but {rest[0]!r:.40} was given; to send this as a text, begin with //")
         else:
             self._commands[name]()
 
@@ -285,7 +285,7 @@ class Chat:
     def _require_text(self) -> None:
         """Raise InputError before the first text."""
         if not self._text:
-            raise InputError("there is no text yet: enter a text first")
+            raise InputError("this command needs an earlier text: enter a text first")
 
     def _leave(self) -> None:
         self._leaving = True

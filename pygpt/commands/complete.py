@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     serving = options.tokens == ["-"]
     tokens = [] if serving else [parse_id(text) for text in options.tokens]
     if not serving and not tokens:
-        raise InputError("no token ids were given: give at least one, as in `python -m pygpt 31373 612`")
+        raise InputError("the list of token ids is empty: give at least one, as in `python -m pygpt 31373 612`")
     threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     defaults = read_options(options)
     from ..cpus import check_threads
@@ -109,7 +109,7 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
 
     path, origin = find_model(path)
     notice = (
-        f"using the small embedded Shakespeare model, because this folder has no {GPT2_FILE}; "
+        f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; "
         "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
     return open_model(path, threads, options), notice if origin == "embedded" else ""

@@ -121,7 +121,7 @@ def present(target: str, version: int | None) -> str:
     Raises InputError if the target is another kind of file, a model of another version, or cannot be a file name.
     """
     if not os.path.basename(target):
-        raise InputError(f"{target!r} is not the name of a file")
+        raise InputError(f"-o is {target!r}: it must be the name of a file")
     check_parent(target)
     if not os.path.lexists(target):
         return ""

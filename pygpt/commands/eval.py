@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, open the models, run the task, and print the result."""
     if options.task is None:
-        raise InputError("no task was given: give perplexity, hellaswag, next or compare; see --help")
+        raise InputError("the task is missing: give perplexity, hellaswag, next or compare; see --help")
     if options.output not in ("text", "json"):
         raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
     check_stdout("the result")
@@ -243,7 +243,7 @@ def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.in
     """Return the first --limit tokens of the subject. Raises InputError if there are fewer than 2."""
     tokens = tokens_in(options.subject, model)[: options.limit]
     if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first has no context")
+        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
     return tokens
 
 

@@ -1,13 +1,12 @@
-"""Write a model in another weight format: quantised, or in floats. `pygpt quantize --help` says how.
+"""Write a model in another weight format: quantised, or in floats. See `pygpt quantize --help`.
 
-q8_0 and q4_0 are GGUF's: 32 neighbours of a row share a float16 scale, and a weight takes 8.5 or 4.5 bits. f16, bf16 and f32
-are plain floats. The four matrices of each layer and the head (wte, the embedding too) are quantised; the positions and all
-vectors stay as they are. A `.gguf` file is for exchange, and llama.cpp runs it; a `.safetensors` file holds the same numbers
-as the kernels read them, so that it is mapped in place. The values pass through some at a time. Numbers that have the format
-already are copied unchanged.
+q8_0 and q4_0 are formats of GGUF: 32 neighbours of a row share a float16 scale. A weight takes 8.5 or 4.5 bits. f16, bf16 and
+f32 are plain floats. The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep
+their format. A `.gguf` file is for exchange, and llama.cpp runs it. A `.safetensors` file has the same numbers in the layout of
+the kernels, so it is mapped in place. Conversion streams, so memory use stays low. Numbers in this format are copied.
 
 stdout stays empty. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
-Unless it is 0 the older DST, if any, is as it was, and no half-written file is left.
+After a failure, an older DST is unchanged, and an incomplete file is deleted.
 """
 
 import argparse
@@ -37,11 +36,11 @@ EXAMPLES = """\
 examples:
   pygpt quantize gpt2_124M.bin gpt2_q8.safetensors                    8.5 bits a weight, mapped in place
   pygpt quantize --format q4_0 gpt2_124M.bin gpt2_q4.gguf             4.5 bits, the head 8.5; for llama.cpp, too
-  pygpt quantize --format q4_0 --head q4_0 gpt2-hf/ gpt2.safetensors  from a Hugging Face folder, the head in q4_0 as well
+  pygpt quantize --format q4_0 --head q4_0 gpt2-hf/ gpt2.safetensors  from a Hugging Face folder, the head also in q4_0
 """
 
 FORMATS = {"q8_0": Q8_0, "q4_0": Q4_0, "f16": FLOAT16, "bf16": BFLOAT16, "f32": FLOAT32}
-HEADS = {"q4_0": "q8_0"}  # the head's format by the layers', where it is another one: a head in q4_0 costs more than it saves
+HEADS = {"q4_0": "q8_0"}  # head's format by layers' format, if they differ: a head in q4_0 loses too much accuracy
 ENDINGS = (".gguf", ".safetensors")
 
 
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options and help."""
+    """Return the parser of the options."""
     names = ", ".join(FORMATS)
     parser = Parser(
         prog="pygpt quantize",
@@ -63,20 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
-    parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors, replaced once it is whole")
+    parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")
     parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{names} (default q8_0)")
-    parser.add_argument("--head", metavar="NAME", help="the format of the head (default that of --format; q8_0 for q4_0)")
+    parser.add_argument("--head", metavar="NAME", help="the format of the head (default: --format, but q8_0 for q4_0)")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the arguments, quantise, say what was done."""
+    """Check the arguments, quantise, and report."""
     head = HEADS.get(options.format, options.format) if options.head is None else options.head
     for name, given in (("format", options.format), ("head", head)):
         if given not in FORMATS:
             raise InputError(f"--{name} is {given[:40]!r}: it must be {', '.join(FORMATS)}")
     if not options.target.endswith(ENDINGS):
-        raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; for a .bin file there is `pygpt convert`")
+        raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; use `pygpt convert` for a .bin file")
     check_target(options.source, options.target)
     with open_source(options.source) as model:
         before = describe(options.source, model)
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
-    """Write the model to `target`, a .gguf or .safetensors file. Raises PyGPTError when writing fails."""
+    """Write the model to `target`, a .gguf or .safetensors file. Raises PyGPTError if it cannot be written."""
     gguf = target.endswith(".gguf")
     formats = formats_of(kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
     with Progress("weights", model.config.parameters(padded=False)) as progress:
@@ -102,13 +101,13 @@ def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
 
 
 class Counter:
-    """Shows how many weights have passed."""
+    """Show the number of written weights."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._done = progress, 0
 
     def watch(self, pieces: "Iterator[Blocks]", kind: Format) -> "Iterator[Blocks]":
-        """Pass the pieces of a tensor on."""
+        """Yield the pieces of a tensor unchanged, and count them."""
         for piece in pieces:
             yield piece
             self._done += piece.size * kind.block_values
@@ -116,14 +115,14 @@ class Counter:
 
 
 def positions_of(model: "Source") -> Format:
-    """The format of wpe."""
+    """Return the format of wpe."""
     if isinstance(model, ModelFile):
         return model.formats["wpe"]
     return model.format if isinstance(model, Checkpoint) else BFLOAT16 if model.dtype == "bfloat16" else FLOAT32
 
 
 def sha256_of(model: "Source") -> str:
-    """The sha256 of a model's file, or of its files one after the other, in hexadecimal digits."""
+    """Return the sha256 of a model's files, one after the other, in hexadecimal digits."""
     digest = hashlib.sha256()
     for path in model.paths if isinstance(model, HuggingFaceModel) else [model.path]:
         with open(path, "rb") as file:
@@ -133,18 +132,18 @@ def sha256_of(model: "Source") -> str:
 
 
 def check_target(source: str, target: str) -> None:
-    """Refuse a target that is the source or a file of it, is no file, or has no folder."""
+    """Refuse a target that belongs to the source, is not a regular file, or has a missing folder."""
     check_parent(target)
     if os.path.exists(target):
         if not os.path.isfile(target):
-            raise InputError(f"{target}: not a regular file: it is not replaced")
+            raise InputError(f"{target}: not a regular file, so it is not replaced: give DST another name")
         inside = os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target)))
         if inside or (os.path.exists(source) and os.path.samefile(source, target)):
-            raise InputError(f"{target}: a file of SRC itself: give DST another name")
+            raise InputError(f"{target}: this file belongs to SRC: give DST another name")
 
 
 def describe(path: str, model: "Source") -> str:
-    """A model in a few words."""
+    """Return a model's path, format and size for the report."""
     if isinstance(model, HuggingFaceModel):
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
     return f"{path} ({model.format.name}, {os.path.getsize(path)} bytes)"

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     if options.tokens is not None:
         raise InputError("-n goes with --show: to set the sizes of files, use --shard-size and --val-tokens")
     if not options.texts:
-        raise InputError("no text was given: name at least one text file, or - for stdin")
+        raise InputError("the text is missing: name at least one text file, or - for stdin")
     if options.output is None:
         raise InputError("-o is missing: give a folder for the files, or the beginning of their names")
     if options.eot not in EOT:
@@ -116,7 +116,7 @@ def expand(given: str) -> list[str]:
         return [given]
     if found := sorted(glob.glob(given)):
         return found
-    raise InputError(f"{given!r}: no such text file, and no file matches it as a pattern: check the name")
+    raise InputError(f"{given!r}: not a text file, and not a pattern that matches files: check the name")
 
 
 def target(output: str, first: str) -> str:

@@ -1,7 +1,7 @@
-/* GGUF's blocks of q8_0 and q4_0 as panels (quantised_body.h): the same numbers in another order.
+/* Convert GGUF's blocks of q8_0 and q4_0 to panels (quantised_body.h): the same numbers in another order.
  *
- * A block is 32 neighbours of one row: a float16 scale, then the values. q8_0 has 32 int8 values. q4_0 has 16 bytes: low nibbles are
- * inputs 0 to 15, high nibbles are inputs 16 to 31. K is a multiple of 32. Source: ggml-common.h, block_q8_0 and block_q4_0. */
+ * A block is 32 neighbours of one row: a float16 scale, then the values. q8_0 has 32 int8 values. q4_0 has 16 bytes: low
+ * nibbles are inputs 0 to 15, high nibbles 16 to 31. K is a multiple of 32. Source: ggml-common.h, block_q8_0 and block_q4_0. */
 #ifndef PYGPT_BLOCKS_H
 #define PYGPT_BLOCKS_H
 #include <stddef.h>
@@ -16,7 +16,8 @@ static inline uint32_t four_nibbles(const char *bytes, ptrdiff_t k) {
 }
 
 /* Fill the panels [start, stop) of a matrix of N outputs and K inputs; `bits` of a value is 8 or 4. Outputs beyond N are zeros. */
-static inline void panels_of_blocks(char *out, const char *blocks, int bits, ptrdiff_t N, ptrdiff_t K, ptrdiff_t start, ptrdiff_t stop) {
+static inline void panels_of_blocks(char *out, const char *blocks, int bits, ptrdiff_t N, ptrdiff_t K,
+                                    ptrdiff_t start, ptrdiff_t stop) {
     const ptrdiff_t groups = K / 32, block_bytes = 2 + 4 * bits, panel_bytes = K * 2 * bits;
     char *scales = out + (N + 15) / 16 * panel_bytes;
     for (ptrdiff_t panel = start; panel < stop; panel++) {

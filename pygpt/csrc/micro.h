@@ -1,15 +1,15 @@
 /* The microkernels: the innermost loops, compiled once for each instruction set from one source (micro_body.h).
  *
- * One arithmetic. Every function below computes each output by one fixed sequence of IEEE-754 operations, the same for
- * every instruction set that has fused multiply-add (the baseline rounds products and sums apart):
- *   dot   16 lanes; lane l adds a[16i+l] * b[16i+l] by FMA in ascending i; a ragged tail is padded with zeros; then the lanes
- *         are folded 8+8, 4+4, 2+2, 1+1
+ * One arithmetic. Every function below computes each output by one fixed sequence of IEEE-754 operations. All instruction sets
+ * with fused multiply-add use the same sequence; the baseline rounds products and sums separately:
+ *   dot   16 lanes; lane l adds a[16i+l] * b[16i+l] by FMA in ascending i; zeros fill a ragged tail; then the lanes
+ *         fold 8+8, 4+4, 2+2, 1+1
  *   sum   the same with additions; max is exact in any order
  *   exp   one polynomial in FMA form; no libm
  * So a register tile may hold any number of rows and outputs, and one row or a thousand give the same bits.
  *
- * Every weight format is one row of a table, weight_format; all other arrays are float32. Rows are contiguous along K, and
- * every leading dimension counts values. The quantised formats have an arithmetic of their own: quantised_body.h. The functions
+ * Every weight format is one row of a table, weight_format. All other arrays are float32. Rows are contiguous along K, and
+ * every leading dimension counts values. quantised_body.h has the arithmetic of the quantised formats. The functions
  * allocate no memory, and except for prefetches they read only the given arrays. */
 #ifndef PYGPT_MICRO_H
 #define PYGPT_MICRO_H
@@ -33,19 +33,18 @@ struct weight_format {
     const char *name;
     int block_values, value_bytes, scale_bytes;
     int interleave; /* rows of a group: 1 if rows are not interleaved */
-    int panel;      /* outputs of a register tile of product: blocks of a multiple have no ragged edge */
-    int narrow;     /* up to so many rows gemm is faster; for more rows product is */
+    int panel;      /* outputs of a register tile of product: use blocks of a multiple of it */
+    int narrow;     /* up to this number of rows, gemm is faster than product */
 
-    /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows; use it for few rows. The weights stream from memory
-     * once. `room` is scratch memory of rows x (K rounded up to 16) float32 values, for converted activations; for float32
-     * it may be NULL. */
+    /* out[r * ldo + n] = dot(inp + r * ldi, row start + n of w) for r < rows. For few rows: it reads the weights once. `room` is
+     * scratch memory of rows x (K rounded up to 16) float32 values, for converted activations; for float32 it may be NULL. */
     void (*gemm)(float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, const weight_matrix *w,
                  ptrdiff_t start, ptrdiff_t stop, void *room);
 
-    /* Compute the same bits for many rows. The caller packs the rows first; they take (rows rounded up to 16) x (K rounded up to 16)
-     * float32 values at most. Rows from a multiple r of 16 on begin r x (K rounded up to 16) values further.
-     * The weights are packed into `room`, (outputs rounded up to panels) x (K rounded up to 16) float32 values, which should fit
-     * the second-level cache; a format that needs no packing has no pack_weights, and product takes NULL. */
+    /* Compute the same bits for many rows. The caller packs the rows first. They take at most (rows rounded up to 16) x (K rounded
+     * up to 16) float32 values; rows from a multiple r of 16 on begin r x (K rounded up to 16) values further. The weights are
+     * packed into `room`, (outputs rounded up to panels) x (K rounded up to 16) float32 values, chosen to fit the second-level
+     * cache. If a format does not pack weights, pack_weights is NULL, and product takes NULL. */
     void (*pack_rows)(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K);
     void (*pack_weights)(void *room, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop);
     void (*product)(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_t rows, const weight_matrix *w,
@@ -53,9 +52,9 @@ struct weight_format {
 
     void (*widen)(float *out, const weight_matrix *w, ptrdiff_t row); /* out[k] = w[row][k] for k < K */
 
-    /* Quantised formats: write the groups [start, stop) of `out` from a matrix of the same shape in another format. `room`:
-     * (rows of a group) x (K rounded up to 32, and 16) float32 values. Returns whether the format can represent every number: finite,
-     * and not too large for a scale. NULL for unquantised formats. */
+    /* Quantised formats: write the groups [start, stop) of `out` from a matrix of the same shape in another format. `room` has
+     * (rows of a group) x (K rounded up to 32, and 16) float32 values. Return whether the format can represent every number: a
+     * number must be finite, and not too large for a scale. NULL for unquantised formats. */
     int (*quantise)(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, float *room);
 };
 
@@ -65,12 +64,13 @@ typedef struct {
 
     const weight_format *const *formats; /* float32 first; after the last, NULL */
 
-    /* out[m * ldo + n] = (add_to ? out[m * ldo + n] : 0) + sum over k < K, ascending, by FMA, of a[m * a_row + k * a_step] *
-     * b[k * ldb + n], for m < M, n < N. `room`: outer_room values. */
+    /* out[m * ldo + n] = (add_to ? out[m * ldo + n] : 0) + sum over k < K of a[m * a_row + k * a_step] * b[k * ldb + n], m < M,
+     * n < N. The sum is in ascending k, by FMA. `room` has outer_room values. */
     void (*outer)(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t ldb,
                   ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add_to, float *room);
 
-    /* out = (inp - mean) * rstd * weight + bias over one row of C, rstd = 1 / sqrt(variance + 1e-5); stats (mean, rstd), or NULL. */
+    /* out = (inp - mean) * rstd * weight + bias for one row of C values, rstd = 1 / sqrt(variance + 1e-5). stats: mean, rstd;
+     * or NULL. */
     void (*layernorm)(float *out, const float *inp, const float *weight, const float *bias, ptrdiff_t C, float *stats);
 
     /* Epilogues of a matrix product, in place on N values of one row. */
@@ -80,11 +80,11 @@ typedef struct {
     /* after = before + (out + bias) */
     void (*add_bias_residual)(float *after, const float *before, const float *out, const float *bias, ptrdiff_t N);
 
-    /* s[t] = exp(scale * s[t] - max) for t < T, 0 for the padding up to a multiple of 16; returns the sum in 16 lanes, and in
-     * max_of, unless it is NULL, the max. */
+    /* s[t] = exp(scale * s[t] - max) for t < T, and 0 for the padding up to a multiple of 16. Return the sum, added in 16
+     * lanes, and in max_of, unless it is NULL, the max. */
     float (*softmax)(float *s, ptrdiff_t T, float scale, float *max_of);
 
-    /* acc[r * HSp + d] += sum over t in [t0, t1), ascending, of p[r * ldp + t] * v[t * HSp + d]; HSp a multiple of 16. */
+    /* acc[r * HSp + d] += sum over t in [t0, t1), ascending, of p[r * ldp + t] * v[t * HSp + d]. HSp is a multiple of 16. */
     void (*mix)(float *acc, const float *p, ptrdiff_t ldp, ptrdiff_t rows,
                 const float *v, ptrdiff_t HSp, ptrdiff_t t0, ptrdiff_t t1);
 
@@ -94,7 +94,7 @@ typedef struct {
     /* e[i] = exp(logits[i] - max) for the samplers: the same bits in every set, the baseline included. */
     void (*exps)(float *e, const float *logits, float max, ptrdiff_t V);
 
-    /* The backward pass and AdamW: micro_training.h says what each computes. */
+    /* The backward pass and AdamW; micro_training.h has the formulas. */
     void (*add_rows)(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to);
     void (*gelu_backward)(float *d, const float *x, ptrdiff_t N);
     void (*layernorm_backward)(float *dx, const float *dout, const float *x, const float *weight, const float *stats, ptrdiff_t C);
@@ -104,17 +104,18 @@ typedef struct {
     void (*adamw)(float *p, const float *g, float *m, float *v, ptrdiff_t count, const adamw_numbers *numbers);
     double (*square_sum)(const float *g, ptrdiff_t count);
 
-    int panel;            /* columns of a panel of outer: shares of a multiple have no ragged edge */
+    int panel;            /* columns of a panel of outer: use shares of a multiple of it */
     ptrdiff_t outer_room; /* values */
 
-    /* Probes of the machine's limits: read `count` floats in 1, 2, 4 or 8 streams; multiply and add, probe_flop operations each time. */
+    /* Probes of the machine's limits. The first reads `count` floats in 1, 2, 4 or 8 streams. The second does probe_flop
+     * operations, multiplications and additions, each time. */
     float (*probe_read)(const float *p, ptrdiff_t count, int streams);
     float (*probe_fma)(ptrdiff_t times);
     double probe_flop;
     void (*probe_stream)(float *p, const float *g, float *m, float *v, ptrdiff_t count); /* AdamW's reads and writes alone */
 } microkernels;
 
-/* Dots with the N rows of a float32 array. */
+/* Compute the dots of rows of inp with the N rows of a float32 array. */
 static inline void gemm_floats(const weight_format *float32, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
                                ptrdiff_t rows, const float *w, ptrdiff_t N, ptrdiff_t K) {
     const weight_matrix matrix = {w, N, K};
@@ -122,7 +123,7 @@ static inline void gemm_floats(const weight_format *float32, float *out, ptrdiff
 }
 
 /* Each returns NULL if the build or this processor lacks the instruction set. Two names of one width share all kernels except
- * those of the quantised formats. */
+ * the quantised ones. */
 const microkernels *micro_baseline(void);
 const microkernels *micro_avx2(void);
 const microkernels *micro_avxvnni(void);

@@ -28,7 +28,7 @@ TABLE(avxvnni, quantised_avxvnni)
 #pragma GCC reset_options
 #endif
 
-/* Two features that older compilers cannot ask for by name. That the system keeps the registers follows from AVX2. */
+/* Two features that older compilers cannot test by name. The system saves their registers if it supports AVX2. */
 static int has_f16c(void) {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);

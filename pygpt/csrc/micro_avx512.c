@@ -30,7 +30,7 @@ TABLE(avx512vnni, quantised_avx512vnni)
 
 const microkernels *micro_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512dq") && micro_avx2() /* whose quantised kernels serve here, too */
+                   __builtin_cpu_supports("avx512dq") && micro_avx2() /* this set uses the quantised kernels of AVX2 */
                ? &table_avx512
                : NULL;
 }

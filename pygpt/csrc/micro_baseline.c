@@ -1,5 +1,5 @@
-/* Microkernels for any processor: 128-bit vectors, product and sum rounded apart. Equal to itself for every thread count,
- * batch and cache use, but not to the bits of the sets with FMA. */
+/* Microkernels for any processor, with 128-bit vectors. Products and sums are rounded separately, so the bits differ from those
+ * with FMA. But they are the same for every thread count, batch and cache use. */
 #define W 4
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define FUSED 0

@@ -1,12 +1,12 @@
-/* The microkernels' one source. The including file sets, before it includes this:
+/* The one source of the microkernels. A file that includes it first defines:
  *   W          floats in one register (16, 8 or 4)
- *   FMA(a,b,c) a * b + c               FUSED       1 when FMA rounds once          SQRT(a)  the square root, rounded once
- *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that it reads side by side for one row
+ *   FMA(a,b,c) a * b + c               FUSED       1 if FMA rounds once          SQRT(a)  the square root, rounded once
+ *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that gemm reads side by side for one row
  *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
  *   TILE_ROWS, TILE_VECS  register tile of product and outer: rows x 16-lane vectors; TILE_ROWS divides 16
  *   MIX_ROWS, MIX_VECS  register tile of mix: rows x 16-lane vectors
- * GCC's and clang's vector types of the set's own width keep the rest free of intrinsics. After the include, TABLE(name, quantised)
- * makes the set's table. */
+ * All other code uses the vector types of GCC and clang, without intrinsics. After the include, TABLE(name,
+ * quantised) defines the table of the instruction set. */
 #include "micro.h"
 
 #include <math.h>
@@ -14,7 +14,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define NOINLINE static __attribute__((noinline)) /* for functions whose sums would spill if inlined into a caller */
+#define NOINLINE static __attribute__((noinline)) /* if inlined, the function's sums would spill */
 #define LANES 16
 #define NV (LANES / W)
 #define UNROLL _Pragma("GCC unroll 16")
@@ -59,7 +59,7 @@ INLINE void store(float *p, lanes a) {
     UNROLL for (int h = 0; h < NV; h++) *(vec_unaligned *)(p + h * W) = a.v[h];
 }
 
-/* The first n < 16 values, then `fill`. */
+/* Load the first n < 16 values, and `fill` in the other lanes. */
 INLINE lanes load_tail(const float *p, ptrdiff_t n, float fill) {
     float buffer[LANES];
     for (int i = 0; i < LANES; i++) buffer[i] = fill;
@@ -73,14 +73,14 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
     memcpy(p, buffer, n * sizeof *p);
 }
 
-/* The weight formats of single values: name, bytes of a value, W values from i on as float32. A line here makes the functions of the
- * format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
+/* The weight formats without blocks: name, bytes of a value, W values from i on as float32. One line here creates the functions
+ * of the format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
 #define EACH_FORMAT(f)                                                \
     f(float32, 4, *(const vec_unaligned *)((const float *)w + i))     \
     f(bfloat16, 2, (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16))
 
 #define KIND(name, bytes, load) KIND_##name,
-enum { EACH_FORMAT(KIND) }; /* constants: functions that take one are inlined, once for each format */
+enum { EACH_FORMAT(KIND) }; /* constants: the compiler inlines a function once for each format */
 #undef KIND
 
 INLINE ptrdiff_t value_bytes(const int kind) {
@@ -136,13 +136,13 @@ INLINE lanes fma16(lanes a, lanes b, lanes c) {
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
-/* a where a > b, else b: a NaN in a gives b. */
+/* a where a > b, else b. So a NaN in a gives b. */
 INLINE lanes max16(lanes a, lanes b) {
     UNROLL for (int h = 0; h < NV; h++) a.v[h] = choose(a.v[h] > b.v[h], a.v[h], b.v[h]);
     return a;
 }
 
-/* The fixed fold: lane l with l + 8, then 4, 2, 1 apart. */
+/* Add the lanes in the fixed order: lane l and lane l + 8, then lanes 4, 2 and 1 apart. */
 INLINE vec4 fold4(lanes a) {
 #if W == 4
     return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
@@ -163,7 +163,7 @@ INLINE float fold(lanes a) {
     return d[0] + d[1];
 }
 
-/* Four folds at once, lane by lane the same additions: their vectors are joined as they shrink. */
+/* Do four folds at once. Each lane does the same additions; the vectors are joined as they become shorter. */
 INLINE vec4 fold_four(lanes a, lanes b, lanes c, lanes d) {
 #if W == 16
 #define HALVES(x, y, o) __builtin_shufflevector(x, y, o, o + 1, o + 2, o + 3, o + 4, o + 5, o + 6, o + 7, \
@@ -194,12 +194,12 @@ INLINE float fold_max(lanes a) {
     return m;
 }
 
-/* exp(x): 2^n p(r) with x = n ln 2 + r. Relative error below 1e-7 for -87 <= x <= 88, 0 below, infinity above, NaN for NaN.
- * ln 2 is split so that n * LN2_HI is exact (Cody and Waite 1980); the polynomial is a least-maximum fit of
- * (exp(r) - 1 - r) / r^2 on |r| <= 0.35, error 3.3e-9 relative to exp. */
+/* exp(x) = 2^n p(r) with x = n ln 2 + r. The relative error is below 1e-7 for -87 <= x <= 88. The result is 0 below, infinity
+ * above, and NaN for NaN. ln 2 is split so that n * LN2_HI is exact (Cody and Waite 1980). The polynomial is a least-maximum
+ * fit of (exp(r) - 1 - r) / r^2 on |r| <= 0.35; its error relative to exp is 3.3e-9. */
 INLINE lanes exp16(lanes x) {
     const float LOG2E = 1.44269504f, LN2_HI = 0.693359375f, LN2_LO = -2.12194440e-4f;
-    const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
+    const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
     lanes y;
     UNROLL for (int h = 0; h < NV; h++) {
         vec a = x.v[h], shifted = FMA(a, broadcast(LOG2E), broadcast(ROUND));
@@ -212,7 +212,7 @@ INLINE lanes exp16(lanes x) {
         p = FMA(p, r, broadcast(4.9999994e-1f));
         p = FMA(p, r * r, r) + broadcast(1.0f);
         vec scaled = (vec)((uvec)p + ((uvec)shifted << 23)); /* times 2^n: n added to the exponent */
-        scaled = choose(a <= broadcast(88.0f), scaled, a * broadcast(INFINITY)); /* keeps NaN */
+        scaled = choose(a <= broadcast(88.0f), scaled, a * broadcast(INFINITY)); /* NaN stays NaN */
         y.v[h] = (vec)((ivec)scaled & ~(a < broadcast(-87.0f)));
     }
     return y;
@@ -227,8 +227,7 @@ INLINE lanes gelu16(lanes x) {
 
 /* ---------------------------------------------------------------------------------------- matrix products */
 
-/* What a tile prefetches of its weight rows: every `every`th 16 values (1 or 2) from number `first` on, `ahead` bytes
- * ahead of use. */
+/* Prefetch of weight rows: every `every`th group of 16 values (1 or 2) from number `first` on, `ahead` bytes before use. */
 typedef struct {
     ptrdiff_t ahead;
     int every, first;
@@ -236,8 +235,8 @@ typedef struct {
 
 INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
-/* One register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs `ostep`: so that
- * each row is a separate stream from memory. */
+/* Compute one register tile of rows x outputs dots over K values. Weight rows lie `wstep` values apart and their outputs
+ * `ostep`, so each row is a separate stream from memory. */
 INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, ptrdiff_t ostep,
                  const float *inp, ptrdiff_t ldi, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind, fetch next) {
     const ptrdiff_t bytes = value_bytes(kind);
@@ -249,7 +248,7 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
     for (; k + LANES <= K; k += LANES) {
         if ((k / LANES & (next.every - 1)) == next.first)
             UNROLL for (int n = 0; n < outputs; n++) __builtin_prefetch(wrow[n] + k * bytes + next.ahead);
-        UNROLL for (int h = 0; h < NV; h++) { /* one register of the 16 lanes at a time: narrow sets have few */
+        UNROLL for (int h = 0; h < NV; h++) { /* one register of the 16 lanes at a time, because narrow sets have few */
             vec b[8];
             UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weight_vec(wrow[n], k + h * W, kind);
             UNROLL for (int r = 0; r < rows; r++) {
@@ -276,18 +275,19 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 #undef OUT
 }
 
-/* The row tiles of a few rows against `outputs` (a constant) weight rows, `wstep` apart. Two tiles are about equally tall and share
- * the next weight rows, every other line each. Of more, the first and a lower last one fetch; the others find weights in cache. */
+/* Compute a few rows against `outputs` (a constant) weight rows, `wstep` apart. Two row tiles are about equally tall; each
+ * prefetches every other line of the next weight rows. Of more tiles, the first and a lower last one prefetch for all. */
 INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp,
                         ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind) {
     const int two = rows > tallest && rows <= 2 * tallest;
     for (ptrdiff_t r = 0, height; r < rows; r += height) {
         height = two && !r ? (rows + 1) / 2 : least(rows - r, tallest);
-        fetch next = {2048, 1, r && height == tallest}; /* first = 1 with every = 1: no prefetch */
+        fetch next = {2048, 1, r && height == tallest}; /* first = 1 with every = 1 means: do not prefetch */
         if (two) next = (fetch){K * value_bytes(kind), 2, r != 0};
         switch (height) {
 #define ROWS(count) \
-    case count: if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next); break
+    case count: if (count <= tallest) dots(count, outputs, out + r * ldo, ldo, ostep, inp + r * ldi, ldi, w, wstep, K, kind, next);\
+        break
             ROWS(1);
             ROWS(2);
             ROWS(3);
@@ -299,8 +299,8 @@ INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdif
     }
 }
 
-/* The weights stream from memory once, as `streams` (a constant) far-apart rows at a time, one from each of as many equal parts
- * of w, which keeps more reads in flight than one stream does. */
+/* Read the weights from memory once, in `streams` (a constant) equal parts, and one row of each part at a time. So the
+ * processor keeps more reads in flight than with one stream. */
 INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t ldo, const float *inp, ptrdiff_t ldi,
                     ptrdiff_t rows, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
     const ptrdiff_t part = N / streams, row_bytes = K * value_bytes(kind);
@@ -312,13 +312,13 @@ INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t 
 
 /* ---------------------------------------------------------------------------------------- packed matrix products
  *
- * One register tile serves all products: TILE_ROWS x PANEL sums, to which every step of k adds TILE_ROWS values times PANEL values,
- * a panel's values lying one after another in memory. Nothing is folded across a register. */
+ * One register tile serves all products: TILE_ROWS x PANEL sums. Each step of k adds TILE_ROWS values times the PANEL values of
+ * a panel, which are neighbours in memory. Lanes of a register are never added to each other. */
 
 #define PANEL (TILE_VECS * LANES)
-#define NARROW 64            /* up to so many rows, packing the weights costs more than it saves */
-#define OUTER_STEPS 256      /* steps of k whose panels are packed together ... */
-#define OUTER_PANELS 16      /* ... and how many: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
+#define NARROW 64            /* for at most so many rows, packing the weights costs more than it saves */
+#define OUTER_STEPS 256      /* packed panels hold so many steps of k ... */
+#define OUTER_PANELS 16      /* ... and so many panels: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
 
 
 typedef struct {
@@ -329,7 +329,7 @@ typedef struct {
     UNROLL for (int r = 0; r < TILE_ROWS; r++)         \
         UNROLL for (int c = 0; c < TILE_VECS; c++)
 
-/* sum[r][n] += row[r][at] * b[n]: one step of k. */
+/* Add one step of k: sum[r][n] += row[r][at] * b[n]. */
 INLINE void tile_step(sums *sum, const float *const *row, ptrdiff_t at, const float *b) {
     UNROLL for (int h = 0; h < NV; h++) {
         vec value[TILE_VECS];
@@ -348,8 +348,8 @@ INLINE void tile(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, c
     _Pragma("GCC unroll 4") for (ptrdiff_t k = 0; k < steps; k++) tile_step(sum, row, k * a_step, b + k * PANEL);
 }
 
-/* The same, while `lines` of 16 values each, from `ahead` on, come into the second-level cache, one for every 8 steps: more at a
- * time, or into the first level, would delay the tile's own loads. */
+/* Do the same, and prefetch `lines` of 16 values each, from `ahead` on, into the second-level cache: one for every 8 steps.
+ * More at a time, or prefetching into the first level, would delay the loads of the tile. */
 INLINE void tile_reading(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t steps,
                          const float *ahead, ptrdiff_t lines) {
     const float *row[TILE_ROWS];
@@ -362,7 +362,7 @@ INLINE void tile_reading(sums *sum, const float *a, ptrdiff_t a_row, ptrdiff_t a
     }
 }
 
-/* A tile of `rows` x `count` sums is stored; sums beyond them are dropped. */
+/* Store a tile of `rows` x `count` sums, and drop the other sums. */
 INLINE void store_tile(float *out, ptrdiff_t ldo, const sums *sum, ptrdiff_t rows, ptrdiff_t count) {
     if (rows >= TILE_ROWS && count >= PANEL) {
         EACH_SUM store(out + r * ldo + c * LANES, sum->v[r][c]);
@@ -387,7 +387,7 @@ INLINE void load_tile(sums *sum, const float *out, ptrdiff_t ldo, ptrdiff_t rows
     EACH_SUM sum->v[r][c] = load(whole + r * PANEL + c * LANES);
 }
 
-/* Transpose W vectors of W values: stage s swaps the halves of neighbours s apart. */
+/* Transpose W vectors of W values. Stage s swaps the halves of vectors that lie s apart. */
 #if W == 16
 #define EACH_LANE(f, s) \
     f(s, 0), f(s, 1), f(s, 2), f(s, 3), f(s, 4), f(s, 5), f(s, 6), f(s, 7), f(s, 8), f(s, 9), f(s, 10), f(s, 11), f(s, 12), \
@@ -417,11 +417,11 @@ INLINE void transpose(vec x[W]) {
 #endif
 }
 
-/* The order in which a dot's 16 lanes are summed: after every second of them two halves of a fold are there, so that a stack of
- * four sums holds whatever waits for its other half. Bits read backwards, and so its own inverse. */
+/* The order in which a dot's 16 lanes are computed: position i is lane i with its four bits reversed, so the order is its own
+ * inverse. A stack then holds at most four sums that wait for the other half of a fold. */
 static const unsigned char fold_order[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
-/* 16 values of each of 16 rows change places: out[i * lane_step + row] = row[fold_order[i]]. */
+/* Transpose 16 rows of 16 values: out[i * lane_step + row] = row[fold_order[i]]. */
 INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdiff_t ld, const int kind) {
     UNROLL for (int r = 0; r < LANES; r += W)
         UNROLL for (int h = 0; h < NV; h++) {
@@ -432,22 +432,25 @@ INLINE void pack_square(float *out, ptrdiff_t lane_step, const void *from, ptrdi
         }
 }
 
-/* Up to 16 rows of K values go, lane by lane of the dot, to out[(j * steps + i) * width + row] with k = 16i + fold_order[j] and
- * steps = K / 16 rounded up; missing rows and values are zeros, as in a dot. A tile reads them from end to end. */
+/* Pack up to 16 rows of K values in the order in which a tile reads them. The value k = 16i + fold_order[j] of a row goes to
+ * out[(j * steps + i) * width + row], with steps = K / 16 rounded up. Missing rows and values are zeros, as in a dot. */
 INLINE void pack_lanes(float *out, ptrdiff_t width, const char *from, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t K, const int kind) {
     const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = rows < LANES ? 0 : K / LANES;
-    for (ptrdiff_t i = 0; i < whole; i++) pack_square(out + i * width, steps * width, from + i * LANES * value_bytes(kind), ld, kind);
+    for (ptrdiff_t i = 0; i < whole; i++)
+        pack_square(out + i * width, steps * width, from + i * LANES * value_bytes(kind), ld, kind);
     for (ptrdiff_t i = whole; i < steps; i++) {
         float square[LANES * LANES] = {0};
         const ptrdiff_t n = K - i * LANES < LANES ? K - i * LANES : LANES;
-        for (ptrdiff_t r = 0; r < rows && r < LANES; r++) store(square + r * LANES, load_weights_tail(from, r * ld + i * LANES, n, kind));
+        for (ptrdiff_t r = 0; r < rows && r < LANES; r++)
+            store(square + r * LANES, load_weights_tail(from, r * ld + i * LANES, n, kind));
         pack_square(out + i * width, steps * width, square, LANES, KIND_float32);
     }
 }
 
-/* TILE_ROWS x PANEL dots at once, each with the operations of dots(): the tile runs once for each of the 16 lanes, and the folds
- * 8+8, 4+4, 2+2, 1+1 add whole tiles. */
-NOINLINE void dot_tile(float *out, ptrdiff_t ldo, const float *a, const float *b, ptrdiff_t steps, ptrdiff_t rows, ptrdiff_t count) {
+/* Compute TILE_ROWS x PANEL dots at once, each with the operations of dots(). The tile runs once for each of the 16 lanes. The
+ * folds 8+8, 4+4, 2+2, 1+1 add whole tiles. */
+NOINLINE void dot_tile(float *out, ptrdiff_t ldo, const float *a, const float *b, ptrdiff_t steps, ptrdiff_t rows,
+                       ptrdiff_t count) {
     float waiting[4][TILE_ROWS * PANEL] __attribute__((aligned(64)));
     int top = 0;
     for (int lane = 0; lane < LANES; lane++) {
@@ -474,7 +477,7 @@ static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t r
 }
 
 INLINE void pack_weights_of(float *packed, const char *w, ptrdiff_t N, ptrdiff_t K, const int kind) {
-    const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = (N + PANEL - 1) / PANEL * PANEL; /* the last panel ends in zeros */
+    const ptrdiff_t steps = (K + LANES - 1) / LANES, whole = (N + PANEL - 1) / PANEL * PANEL; /* zeros fill the last panel */
     for (ptrdiff_t n = 0; n < whole; n += LANES)
         pack_lanes(packed + n / PANEL * (steps * LANES * PANEL) + n % PANEL, PANEL, n < N ? w + n * K * value_bytes(kind) : w, K,
                    n < N ? N - n : 0, K, kind);
@@ -491,9 +494,9 @@ static void product(float *out, ptrdiff_t ldo, const void *packed_rows, ptrdiff_
     }
 }
 
-#define OUTER_PANEL (OUTER_STEPS * PANEL + LANES) /* from one packed panel to the next: not a multiple of a cache way */
+#define OUTER_PANEL (OUTER_STEPS * PANEL + LANES) /* distance of packed panels: not a multiple of a cache way */
 
-/* Rows of b, N values each, are cut into panels; zeros beyond the last value. */
+/* Cut rows of b, N values each, into panels. Zeros fill the last panel. */
 INLINE void pack_panels(float *out, const float *b, ptrdiff_t ldb, ptrdiff_t steps, ptrdiff_t N) {
     for (ptrdiff_t k = 0; k < steps; k++, out += PANEL, b += ldb) {
         ptrdiff_t n = 0;
@@ -507,7 +510,7 @@ INLINE void pack_panels(float *out, const float *b, ptrdiff_t ldb, ptrdiff_t ste
     }
 }
 
-/* Pack 16 values for every step, from `count` rows and then zeros; prefetch the next 16 of each step. */
+/* Pack 16 values for every step, from `count` rows, then zeros. Prefetch the next 16 values of each step. */
 INLINE void pack_columns(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t steps, ptrdiff_t count) {
     if (a_row == 1 && count >= LANES) {
         for (ptrdiff_t k = 0; k < steps; k++) {
@@ -520,13 +523,13 @@ INLINE void pack_columns(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t 
         for (ptrdiff_t r = 0; r < LANES; r++) out[k * LANES + r] = r < count ? a[r * a_row + k * a_step] : 0.0f;
 }
 
-/* The rows of b to be packed next. The tiles prefetch them, so that packing finds them in cache. */
+/* The rows of b that are packed next. The tiles prefetch them, so the packing finds them in cache. */
 typedef struct {
     const float *row;
     ptrdiff_t ld, rows, width, at;
 } coming;
 
-/* Return where a tile of `steps` steps prefetches, and in `lines` how many times 16 values. */
+/* Return the address from which a tile of `steps` steps prefetches, and in `lines` the number of lines of 16 values. */
 INLINE const float *read_ahead(coming *next, ptrdiff_t steps, ptrdiff_t *lines) {
     const float *from = next->row + next->at;
     *lines = next->rows <= 0 ? 0 : least((next->width - next->at + LANES - 1) / LANES, steps / 8);
@@ -539,7 +542,7 @@ INLINE const float *read_ahead(coming *next, ptrdiff_t steps, ptrdiff_t *lines) 
     return from;
 }
 
-/* A row of tiles: rows of `a` against all panels of a block. */
+/* Compute a row of tiles: rows of `a` against all panels of a block. */
 NOINLINE void outer_row(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *panels,
                         ptrdiff_t steps, ptrdiff_t count, ptrdiff_t width, int add_to, coming *next) {
     for (ptrdiff_t n = 0; n < width; n += PANEL, panels += OUTER_PANEL) {
@@ -558,7 +561,7 @@ NOINLINE void outer_row(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_r
     }
 }
 
-/* One block: `steps` of k from k on, the outputs [n, n + width) of all M rows; `room` has its packed panels. */
+/* Compute one block: `steps` steps from k on of the outputs [n, n + width) of all M rows. `room` has the packed panels. */
 INLINE void outer_block(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, ptrdiff_t M, ptrdiff_t steps,
                         ptrdiff_t width, int add_to, float *room, coming *next) {
     float *columns = room + OUTER_PANELS * OUTER_PANEL; /* (steps, 16) of a, used if a's rows are not contiguous */
@@ -708,17 +711,17 @@ static void mix(float *acc, const float *p, ptrdiff_t ldp, ptrdiff_t rows,
 
 /* ---------------------------------------------------------------------------------------- sampling */
 
-/* exp of a float32 x <= 0, rounded once from a float64 result with relative error below 1e-13: the correctly rounded value
- * in all but about one case in a million, on every machine (no libm, no fused operation). 0 below -104, NaN for NaN. */
+/* exp of a float32 x <= 0: a float64 result with relative error below 1e-13, rounded once. It is correctly rounded in all but
+ * about one case in a million. Without libm and fused operations it is the same on every machine: 0 below -104, NaN for NaN. */
 INLINE half_vec exp_rounded(half_vec x) {
     const double LOG2E = 1.4426950408889634, LN2_HI = 0x1.62e42fefap-1, LN2_LO = 0x1.cf79abc9e3b39p-40;
-    const double ROUND = 6755399441055744.0; /* 1.5 * 2^52: adding it rounds to an integer, left in the low bits */
+    const double ROUND = 6755399441055744.0; /* 1.5 * 2^52: adding it rounds to an integer, in the low bits */
     double_vec a = __builtin_convertvector(x, double_vec);
     long_vec below = a < -104.0;
     a = (double_vec)((~below & (long_vec)a) | (below & (long_vec)(double_vec)(-104.0 - (double_vec){0})));
     double_vec shifted = a * LOG2E + ROUND, n = shifted - ROUND;
     double_vec r = (a - n * LN2_HI) - n * LN2_LO;
-    double_vec p = r * (1.0 / 39916800) + 1.0 / 3628800; /* Taylor's series to r^11: the rest is below 7e-15 for |r| <= 0.35 */
+    double_vec p = r * (1.0 / 39916800) + 1.0 / 3628800; /* Taylor's series to r^11: remainder below 7e-15 for |r| <= 0.35 */
     p = p * r + 1.0 / 362880;
     p = p * r + 1.0 / 40320;
     p = p * r + 1.0 / 5040;
@@ -772,7 +775,7 @@ static float probe_read(const float *p, ptrdiff_t count, int streams) {
     }
 }
 
-#define PROBE_CHAINS 12 /* independent sums: more than latency times width of any of these machines */
+#define PROBE_CHAINS 12 /* independent sums: more than latency times width of all supported processors */
 
 static float probe_fma(ptrdiff_t times) {
     vec sum[PROBE_CHAINS], a = broadcast(0.999999f), b = broadcast(1e-6f);
@@ -787,8 +790,7 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-/* If registers suffice, taller tiles of fewer outputs read a weight row less often. 4 rows of float32 gain from fewer
- * streams. */
+/* Taller tiles of fewer outputs read a weight row less often; for 4 rows of float32, fewer streams are faster. */
 #ifdef TALL_TILES
 #define TALL_CASES(id, bytes)                                                                                            \
         else if (rows == 4 && bytes == 4)                                                                                \
@@ -826,7 +828,7 @@ static float probe_fma(ptrdiff_t times) {
 EACH_FORMAT(FUNCTIONS)
 #undef FUNCTIONS
 
-/* TABLE defines an instruction set's table from its name and its quantised formats. The including file makes one or more. */
+/* TABLE defines the table of an instruction set, from its name and its quantised formats. */
 #define ROW(name, bytes, load) &format_##name,
 #define TABLE(set, quantised)                                                                                            \
     static const weight_format *const formats_##set[] = {EACH_FORMAT(ROW) &quantised[0], &quantised[1], NULL};           \

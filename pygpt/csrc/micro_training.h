@@ -1,5 +1,5 @@
-/* The microkernels of the backward pass and of AdamW, included by micro_body.h, which defines the lanes. All values are
- * float32. Names and formulas: llm.c, train_gpt2.c. Sums over rows are in ascending order, sums within a row in 16 lanes. */
+/* The microkernels of the backward pass and of AdamW, a part of micro_body.h. All values are float32. Names and formulas are those
+ * of llm.c, train_gpt2.c. Sums over rows are in ascending order; sums within a row use 16 lanes. */
 
 /* out[n] = (add_to ? out[n] : 0) + sum over r < rows, ascending, of inp[r * ld + n]. */
 static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
@@ -13,8 +13,8 @@ static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows,
 #undef BODY
 }
 
-/* d[n] *= the derivative of gelu at x[n]. gelu(x) = x s(x) with s = 1 / (1 + exp(-2u)) and u = sqrt(2 / pi) (x + 0.044715 x^3);
- * the derivative is s + x s (1 - s) 2u'. If |x| > 16, s and the derivative are exactly 0 or 1 in float32, so x is clamped. */
+/* d[n] *= the derivative of gelu at x[n]: s + x s (1 - s) 2u', with gelu(x) = x s, s = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (x +
+ * 0.044715 x^3). If |x| > 16, s and the derivative are exactly 0 or 1 in float32, so x is clamped. */
 static void gelu_backward(float *d, const float *x, ptrdiff_t N) {
     const float A = -1.59576912f, B = -0.0713548163f; /* as in gelu16 */
 #define BODY(i, n)                                                                                 \
@@ -58,7 +58,8 @@ static void layernorm_backward(float *dx, const float *dout, const float *x, con
 #undef NORM
 }
 
-/* dweight[n] (+)= sum over rows of dout * norm, dbias[n] (+)= sum of dout, for N channels; stats (rows, 2) are mean and rstd. */
+/* dweight[n] (+)= sum over rows of dout * norm, and dbias[n] (+)= sum of dout, for N channels. stats (rows, 2) are mean and
+ * rstd. */
 static void layernorm_gains(float *dweight, float *dbias, const float *dout, const float *x, const float *stats,
                             ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
 #define BODY(i, n)                                                                                                 \
@@ -117,7 +118,7 @@ static void adamw(float *p, const float *g, float *m, float *v, ptrdiff_t count,
 #undef BODY
 }
 
-/* Return the sum of squares in float64, where products of float32 values are exact; 16 lanes, folded as in dot. */
+/* Return the sum of squares. In float64, products of float32 values are exact. 16 lanes are folded as in dot. */
 static double square_sum(const float *g, ptrdiff_t count) {
     double lane[LANES] = {0};
     double_vec sum[2 * NV] = {{0}};

@@ -1,15 +1,10 @@
-/* Making panels of the quantised formats (part of quantised_body.h). W outputs are done at a time, and lanes are outputs, so the numbers
- * are the same in every instruction set. Products and sums are rounded separately, because the baseline has no FMA. The numbers are
- * those of _to_q8_0 and _to_q4_0 in pygpt/formats/dtypes.py. The scales are found so:
- *
- *   q8_0   d = max|w| / 127, rounded up to a float16; q = w / d to the nearest, ties to even
- *   q4_0   a search. Let e be the first number of the greatest size. A candidate c of LEVELS gives q = w (c / e), rounded and clipped to -8..7, then
- *          the scale of least squares, weighted by |w|: d = sum(|w| w q) / sum(|w| q q), rounded to a float16. The first greatest saving of error,
- *          d (2 sum(|w| w q) - d sum(|w| q q)), wins if it is above 0; finally q = w / d, rounded and clipped. Sums fold 16+16, 8+8, ... */
+/* Make panels of the quantised formats (a part of quantised_body.h). _to_q8_0 and _to_q4_0 in pygpt/formats/dtypes.py describe and
+ * compute the same numbers. Lanes are outputs, W at a time, so the numbers are the same in every instruction set. The baseline
+ * lacks FMA, so products and sums are rounded separately. */
 
 #define LEVELS {-9.0f, -8.75f, -8.5f, -8.25f, -8.0f, -7.75f, -7.5f, -7.25f, -7.0f}
 
-/* float32 to the bits of float16, to the nearest, ties to even (F. Giesen's float_to_half_fast3_rtne). */
+/* Convert float32 to the bits of float16, to nearest, ties to even (F. Giesen's float_to_half_fast3_rtne). */
 INLINE ivec half_bits(vec x) {
     const ivec sign = (ivec)x & (int32_t)0x80000000, size = (ivec)x ^ sign;
     const ivec small = (ivec)((vec)size + broadcast(0.5f)) - 0x3f000000; /* adding 0.5 rounds to the steps of subnormals, 2^-24 */
@@ -27,10 +22,10 @@ INLINE vec store_scales(uint16_t *to, ivec bits) {
 
 INLINE vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
-#define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, ties to even, left in the low bits */
+#define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, ties to even, in the low bits */
 INLINE ivec integer(vec x) { return (ivec)(x + broadcast(ROUND)) - 0x4b400000; }
 
-/* x rounded and clipped to -8..7; NaN becomes -8. */
+/* Round and clip x to -8..7; NaN becomes -8. */
 INLINE vec level(vec x) {
     const vec least = broadcast(-8.0f), most = broadcast(7.0f);
     x = choose(x > least, x, least);
@@ -49,7 +44,7 @@ INLINE int any(ivec mask) {
     return found != 0;
 }
 
-/* The searched scale of 32 numbers, as the bits of a float16 */
+/* Search the scale of 32 numbers. Return it as the bits of a float16. */
 INLINE ivec search_scale(const vec *x, vec largest) {
     static const float levels[] = LEVELS;
     vec extreme = x[GROUP - 1], best = {0};
@@ -75,7 +70,8 @@ INLINE ivec search_scale(const vec *x, vec largest) {
     return scale;
 }
 
-/* Quantise one group of W outputs, x[k] its numbers. Returns whether the format can represent all numbers; otherwise the scale is NaN. */
+/* Quantise one group of W outputs; x[k] has the numbers of input k. Return whether the format can represent them all; if not,
+ * the scale is NaN. */
 INLINE int quantise_values(const int bits, char *values, uint16_t *scales, const vec *x) {
     vec largest = magnitude(x[0]), d;
     ivec odd = {0}, scale, q[GROUP];
@@ -86,11 +82,11 @@ INLINE int quantise_values(const int bits, char *values, uint16_t *scales, const
     if (bits == Q8) {
         const vec wanted = largest / broadcast(127.0f);
         scale = half_bits(wanted);
-        scale -= store_scales(scales, scale) < wanted; /* the next float16: minus -1 */
+        scale -= store_scales(scales, scale) < wanted; /* the next float16: a true comparison is -1 */
         odd |= (scale & 0x7c00) == 0x7c00;
     } else {
         scale = search_scale(x, largest);
-        odd |= (scale == 0) & (largest > broadcast(1.0f)); /* no candidate was a finite float16 */
+        odd |= (scale == 0) & (largest > broadcast(1.0f)); /* all candidates were infinite or NaN */
     }
     d = store_scales(scales, (scale & ~odd) | (0x7e00 & odd));
     odd |= d == broadcast(0.0f);

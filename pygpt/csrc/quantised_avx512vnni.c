@@ -11,7 +11,7 @@
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
 #define HALVES(p) ((vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define DOT4(sum, w, x) ((ivec)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(x)))
-#define PREPARE(w) ((w) ^ (int32_t)0x80808080) /* vpdpbusd takes weights without sign: 128 more, taken back where a sum starts */
+#define PREPARE(w) ((w) ^ (int32_t)0x80808080) /* vpdpbusd takes unsigned weights: add 128 here, subtract it where a sum starts */
 #define BIAS 128
 #define DOT8(sum, w, prepared, x) DOT4(sum, prepared, x)
 #define START4(n) broadcast_int(n)

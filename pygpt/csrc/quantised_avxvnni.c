@@ -11,7 +11,7 @@
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
 #define HALVES(p) ((vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define DOT4(sum, w, x) ((ivec)_mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(x)))
-#define PREPARE(w) ((w) ^ (int32_t)0x80808080) /* vpdpbusd takes weights without sign: 128 more, taken back where a sum starts */
+#define PREPARE(w) ((w) ^ (int32_t)0x80808080) /* vpdpbusd takes unsigned weights: add 128 here, subtract it where a sum starts */
 #define BIAS 128
 #define DOT8(sum, w, prepared, x) DOT4(sum, prepared, x)
 #define START4(n) broadcast_int(n)

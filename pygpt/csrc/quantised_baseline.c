@@ -1,12 +1,12 @@
-/* Quantised weights for any processor: 128-bit vectors, and the bits of the other sets. libm's fmaf rounds once where no instruction does. */
+/* Quantised weights for any processor, with 128-bit vectors and the bits of the other sets. fmaf() from libm rounds once. */
 #define W 4
 #define FMA(a, b, c) fma4((a), (b), (c))
 #define HALVES(p) halves4(p)
 #define PREPARE(w) (w)
 #define BIAS 0
 #define DOT8(sum, w, prepared, x) DOT4(sum, w, x)
-#define DOT4(sum, w, x) ((sum) + BYTE(w, 24) * BYTE(x, 24) + BYTE(w, 16) * BYTE(x, 16) + BYTE(w, 8) * BYTE(x, 8) + BYTE(w, 0) * BYTE(x, 0))
-#define BYTE(w, left) ((w) << (left) >> 24)
+#define DOT4(sum, w, x) ((sum) + BYTES(w, x, 24) + BYTES(w, x, 16) + BYTES(w, x, 8) + BYTES(w, x, 0))
+#define BYTES(w, x, left) (((w) << (left) >> 24) * ((x) << (left) >> 24))
 #define START4(n) broadcast_int(n)
 #define FINISH4(sum, n) (sum)
 #define STREAMS 1
@@ -23,7 +23,7 @@ static inline vec4 fma4(vec4 a, vec4 b, vec4 c) {
     return (vec4){fmaf(a[0], b[0], c[0]), fmaf(a[1], b[1], c[1]), fmaf(a[2], b[2], c[2]), fmaf(a[3], b[3], c[3])};
 }
 
-/* float16 to float32: the exponent moves by 112, and to the top for infinities and NaN; a subnormal is corrected by a subtraction. */
+/* Convert float16 to float32. The exponent grows by 112, or to the top for infinity and NaN. A subtraction corrects subnormals. */
 static inline vec4 halves4(const uint16_t *p) {
     const ivec4 h = {p[0], p[1], p[2], p[3]}, size = (h & 0x7fff) << 13, exponent = size & (0x7c00 << 13);
     const ivec4 is_top = exponent == (0x7c00 << 13), is_small = exponent == 0;

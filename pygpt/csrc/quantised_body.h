@@ -1,27 +1,27 @@
-/* The kernels of the quantised formats q8_0 and q4_0: one source, compiled for each instruction set with its own integer dot product.
+/* The kernels of the quantised formats q8_0 and q4_0. Each instruction set compiles this source with its own integer dot product.
  *
- * Layout. A matrix of N outputs and K inputs lies in panels of 16 outputs, N padded to 16 and K to groups of 32 with zeros:
+ * Layout. A matrix of N outputs and K inputs lies in panels of 16 outputs. Zeros pad N to a multiple of 16, and K to groups of 32:
  *   q8_0 values  int8  [N/16][K/4][16][4]
  *   q4_0 values  uint8 [N/16][K/8][16][4]: low nibbles inputs 8i to 8i+3, high nibbles 8i+4 to 8i+7; the number is nibble - 8
- *   then scales  float16 [N/16][K/32][16], for a group of 32 inputs of one output each
- * So 64 bytes hold one or two steps of four inputs for 16 outputs, and lanes are outputs in every instruction set.
+ *   scales       float16 [N/16][K/32][16], after all values: one for a group of 32 inputs of one output
+ * So 64 bytes hold one or two steps of four inputs for 16 outputs. Lanes are outputs in every instruction set.
  *
  * Arithmetic, the same bits in every set:
- *   rows      per group of 32: s = max|x| / 127 and q = x * (127 / max) rounded to nearest, ties to even. If max is so small that 127 / max
- *             is infinite, q is 0. If max is not finite, q is 0 and s is NaN, so that the output becomes NaN
- *   products  per output one chain over ascending groups, from 0: sum = fma((float)(sum of q * q), weight scale * s, sum). The integer
- *             sum is below 2^24, so it is exact in any order
+ *   rows      A group of 32 values has s = max|x| / 127 and q = x * (127 / max), rounded to nearest, ties to even. If 127 / max
+ *             is infinite, q is 0. If max is not finite, q is 0 and s is NaN, so the output becomes NaN.
+ *   products  Each output adds its groups in ascending order, from 0: sum = fma((float)(sum of q * q), weight scale * s, sum).
+ *             The integer sum is below 2^24, so it is exact in any order.
  *
- * The including file sets:
+ * A file that includes this one first defines:
  *   W            int32 or float32 lanes of a register (16, 8 or 4)
  *   FMA(a,b,c)   a * b + c, rounded once          HALVES(p)  W float16 values from p on as float32
- *   PREPARE(w)   a register of int8 weights as DOT8 takes them; BIAS is the number that PREPARE adds to each
+ *   PREPARE(w)   a register of int8 weights in the form that DOT8 needs; BIAS is the number that PREPARE adds to each weight
  *   DOT8(sum, w, prepared, x)   sum[l] += four products of lane l, int8 weights and int8 x
  *   DOT4(sum, w, x)             the same for weights from 0 to 15
- *   START4(n), FINISH4(sum, n)  where DOT4 begins, and the int32 sums plus n at the end of a group
+ *   START4(n), FINISH4(sum, n)  the first sum of DOT4, and the int32 sums plus n at the end of a group
  *   STREAMS      panels read side by side for one row          TALL  rows of gemm's tallest tile, 4 or 8
  *   TILE_ROWS, TILE_PANELS      register tile of product; TILE_ROWS divides 16
- * and afterwards makes the table with QUANTISED(set). */
+ * After the include, QUANTISED(set) defines the table. */
 #include "micro.h"
 
 #include <math.h>
@@ -30,11 +30,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-#define OUTPUTS 16 /* of a panel */
-#define GROUP 32   /* inputs with one scale */
+#define OUTPUTS 16 /* outputs of a panel */
+#define GROUP 32   /* inputs that share a scale */
 #define NV (OUTPUTS / W)
 #define BAND 16 /* rows that are packed together */
-#define FEW 16  /* up to so many rows, each worker packs all of them: a barrier would cost more */
+#define FEW 16  /* each worker packs all of at most so many rows: a barrier would cost more */
 #define PREFETCH 2048 /* bytes ahead of a tile's own loads */
 #define TILE_LIMIT 64 /* sums of the largest tile, in registers or in memory */
 
@@ -44,7 +44,7 @@ typedef int32_t ivec __attribute__((vector_size(W * 4)));
 typedef int32_t ivec_unaligned __attribute__((vector_size(W * 4), aligned(1), may_alias));
 typedef int32_t int_unaligned __attribute__((aligned(1), may_alias));
 
-enum { Q8 = 8, Q4 = 4 }; /* bits of a weight: a constant that every function below is inlined for */
+enum { Q8 = 8, Q4 = 4 }; /* bits of a weight: a constant, so the compiler inlines each function below once for each */
 
 INLINE vec broadcast(float x) { return x - (vec){0}; }
 INLINE ivec broadcast_int(int32_t x) { return x - (ivec){0}; }
@@ -54,7 +54,7 @@ INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 INLINE ptrdiff_t groups_of(ptrdiff_t K) { return (K + GROUP - 1) / GROUP; }
 INLINE ptrdiff_t panels_of(ptrdiff_t N) { return (N + OUTPUTS - 1) / OUTPUTS; }
 
-/* Where one panel's values and scales begin. */
+/* Return the address of one panel's values or scales. */
 INLINE const char *values_of(const weight_matrix *w, ptrdiff_t panel, const int bits) {
     return (const char *)w->data + panel * groups_of(w->K) * (GROUP * OUTPUTS * bits / 8);
 }
@@ -65,20 +65,20 @@ INLINE const uint16_t *scales_of(const weight_matrix *w, ptrdiff_t panel, const 
 
 /* ---------------------------------------------------------------------------------------- rows */
 
-/* A quantised row: int8 values, zeros up to a whole group; then for each group its scale, then its sum. */
+/* A quantised row has int8 values, padded with zeros to whole groups, then the scale of each group, then the sum of each group. */
 INLINE ptrdiff_t row_bytes(ptrdiff_t K) { return groups_of(K) * (GROUP + 8); }
 INLINE char *row_at(const void *packed, ptrdiff_t r, ptrdiff_t K) {
     return (char *)packed + r / BAND * BAND * ((K + 15) / 16 * 16 * 4) + r % BAND * row_bytes(K);
 }
 
-/* One group of a row; `inp` has 32 values. */
+/* Quantise one group of a row. `inp` has 32 values. */
 INLINE void quantise_group(char *values, float *scale, int32_t *sum, const float *inp) {
     const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
     vec x[GROUP / W];
     ivec top = {0};
     UNROLL for (int i = 0; i < GROUP / W; i++) {
         x[i] = *(const vec_unaligned *)(inp + i * W);
-        const ivec size = (ivec)x[i] & 0x7fffffff; /* as integers the sizes have the order of floats, and NaN is the greatest */
+        const ivec size = (ivec)x[i] & 0x7fffffff; /* compared as integers, magnitudes keep their order, and NaN is the greatest */
         top = (size & (size > top)) | (top & ~(size > top));
     }
     int32_t bits = top[0];
@@ -117,12 +117,12 @@ static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t r
 
 /* ---------------------------------------------------------------------------------------- products */
 
-/* The integer sums of one group, rows x panels: for the outputs from h * W on of each panel. */
+/* Compute the integer sums of one group, rows x panels, for the outputs from h * W on of each panel. */
 INLINE void dot_group(const int bits, const int rows, const int panels, ivec *sum, const char *const *weights, const char *row,
                       ptrdiff_t step, int h) {
     const ivec low = broadcast_int(0x0f0f0f0f);
     UNROLL for (int k = 0; k < GROUP; k += 32 / bits) {
-        ivec w[8], other[8]; /* the same weights prepared; or the high nibbles */
+        ivec w[8], other[8]; /* q8_0: the same weights after PREPARE; q4_0: the high nibbles */
         UNROLL for (int p = 0; p < panels; p++) {
             const char *from = weights[p] + k * OUTPUTS * bits / 8;
             w[p] = load_int(from + h * W * 4);
@@ -142,8 +142,8 @@ INLINE void dot_group(const int bits, const int rows, const int panels, ivec *su
     }
 }
 
-/* One register tile: `rows` packed rows times `panels` panels of weights, `apart` from one to the next; the last one may be the
- * matrix's last and ragged. out[r * ldo + p * apart * 16 + n]. */
+/* Compute one register tile: `rows` packed rows times `panels` panels of weights, which lie `apart` panels apart. Results go to
+ * out[r * ldo + p * apart * 16 + n]. The last panel may be the last one of the matrix, with fewer outputs. */
 INLINE void tile(const int bits, const int rows, const int panels, const int prefetch, float *out, ptrdiff_t ldo, const char *row,
                  const weight_matrix *w, ptrdiff_t panel, ptrdiff_t apart) {
     const ptrdiff_t groups = groups_of(w->K), step = row_bytes(w->K);
@@ -185,13 +185,15 @@ INLINE void tile(const int bits, const int rows, const int panels, const int pre
         const ptrdiff_t count = w->N - (panel + p * apart) * OUTPUTS;
         UNROLL for (int r = 0; r < rows; r++) {
             float *to = out + r * ldo + p * apart * OUTPUTS, whole[OUTPUTS];
-            UNROLL for (int h = 0; h < NV; h++) *(vec_unaligned *)((count < OUTPUTS ? whole : to) + h * W) = acc[(r * panels + p) * NV + h];
+            UNROLL for (int h = 0; h < NV; h++)
+                *(vec_unaligned *)((count < OUTPUTS ? whole : to) + h * W) = acc[(r * panels + p) * NV + h];
             if (count < OUTPUTS) memcpy(to, whole, count * sizeof *to);
         }
     }
 }
 
-/* A few rows against all panels from `start` on; `panels` at a time, one from each of as many equal parts, so that memory is read in several streams. */
+/* Multiply a few rows with all panels from `start` on. The panels are cut into `panels` equal parts, and one panel of each part
+ * is read at a time. So memory is read in several streams. */
 INLINE void gemm_of(const int bits, const int rows, const int panels, float *out, ptrdiff_t ldo, const char *row,
                     const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop) {
     const ptrdiff_t first = start / OUTPUTS, part = (panels_of(stop) - first) / panels;
@@ -225,7 +227,7 @@ INLINE void gemm(const int bits, float *out, ptrdiff_t ldo, const float *inp, pt
     }
 }
 
-/* Many rows: a few panels at a time stay in the first-level cache while the rows pass. */
+/* Multiply many rows. A few panels at a time stay in the first-level cache while all rows use them. */
 INLINE void product(const int bits, float *out, ptrdiff_t ldo, const void *packed, ptrdiff_t rows, const weight_matrix *w,
                     ptrdiff_t start, ptrdiff_t stop) {
     const ptrdiff_t first = start / OUTPUTS, last = panels_of(stop);
@@ -252,7 +254,7 @@ INLINE void widen(const int bits, float *out, const weight_matrix *w, ptrdiff_t 
         const char byte = values[k / (32 / bits) * (OUTPUTS * 4) + k % 4];
         const int number = bits == Q8 ? (signed char)byte : (byte >> (k & 4) & 15) - 8;
         uint16_t scale[W] = {scales[k / GROUP * OUTPUTS]};
-        out[k] = HALVES(scale)[0] * (float)number; /* exact: 11 bits times 8 */
+        out[k] = HALVES(scale)[0] * (float)number; /* exact: 11 bits times 8 bits */
     }
 }
 

@@ -1,4 +1,4 @@
-/* Quantised weights for every aarch64: 128-bit vectors, products of bytes in 16 bits, at most 128 x 127 = 16,256. */
+/* Quantised weights for every aarch64: 128-bit vectors. Products of bytes fit into 16 bits: at most 128 x 127 = 16,256. */
 #include "micro.h"
 #if defined(__aarch64__)
 #include <arm_neon.h>

@@ -1,4 +1,4 @@
-/* The samplers' arithmetic: every sum has one fixed order and libm is not used, so all machines and builds choose the same id.
+/* The samplers' arithmetic. Every sum has one fixed order, and libm is not used. So all machines and builds choose the same id.
  *
  * The median's sums are float32, sequential in ascending id, as in the serial program. With thousands of nearly equal tiny
  * probabilities, another order or float64 sums would sometimes choose another id. Random sampling and log-probabilities use the
@@ -40,9 +40,9 @@ static inline ptrdiff_t greedy_id(const float *logits, ptrdiff_t V) {
     return i;
 }
 
-/* Return the first id at which the running sum of softmax(logits) exceeds `coin`. If rounding leaves no such id, return V - 1;
- * if the logits are not finite, -1. `e` has room for V values. `exps` fills it with exp(logit - max), correctly rounded in all
- * but about one case in a million (micro.h). */
+/* Return the first id at which the running sum of softmax(logits) exceeds `coin`. If rounding keeps the sum below `coin`,
+ * return V - 1. If the logits are not finite, return -1. `e` has room for V values. `exps` fills it with exp(logit - max),
+ * correctly rounded in all but about one case in a million (micro.h). */
 static inline ptrdiff_t inverse_cdf_id(const float *logits, float *e, ptrdiff_t V, float coin, exps_function *exps) {
     const float max = highest(logits, V);
     if (!isfinite(max)) return -1;
@@ -62,8 +62,8 @@ typedef struct {
     uint32_t key, id; /* the lower the key, the higher the value */
 } ranked;
 
-/* Sort all ids by falling value; of equal values the lower id first if `low`, else the higher one. Values must not be NaN. A
- * radix sort by bytes, whose time does not depend on the values. */
+/* Sort all ids by falling value. Of equal values the lower id comes first if `low`, else the higher one. Values must not be
+ * NaN. The time of this radix sort by bytes does not depend on the values. */
 static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdiff_t V, int low) {
     for (ptrdiff_t i = 0; i < V; i++) {
         const uint32_t id = (uint32_t)(low ? i : V - 1 - i);
@@ -86,8 +86,8 @@ static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdif
 /* ---------------------------------------------------------------------------------------- random sampling */
 
 typedef struct {
-    double temperature, top_p, min_p, repetition_penalty; /* 1, 1, 0, 1 change nothing */
-    ptrdiff_t top_k;                                      /* 0: all */
+    double temperature, top_p, min_p, repetition_penalty; /* the values 1, 1, 0 and 1 change nothing */
+    ptrdiff_t top_k;                                      /* 0 keeps all */
 } sample_options;
 
 /* For ids already seen, divide positive logits by the penalty, and multiply the others by it. A result beyond the range of
@@ -106,7 +106,7 @@ static inline double sum_of(const float *e, ptrdiff_t V) {
     return sum;
 }
 
-/* Keep the k highest logits and all that equal the k-th; the others get weight 0. Return the number of kept logits. */
+/* Keep the k highest logits, and all logits that equal the k-th. Set the other weights to 0. Return the number of kept logits. */
 static inline ptrdiff_t keep_top_k(float *e, const ranked *order, ptrdiff_t V, ptrdiff_t k) {
     ptrdiff_t n = k < V ? k : V;
     while (n < V && order[n].key == order[n - 1].key) n++;
@@ -115,7 +115,7 @@ static inline ptrdiff_t keep_top_k(float *e, const ranked *order, ptrdiff_t V, p
 }
 
 /* Of the n most probable ids, keep the first ones that together have the share top_p of the weight, at least one. An id stays
- * if the ids before it have less. */
+ * if the ids before it together have less. */
 static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdiff_t V, double top_p) {
     const double share = top_p * sum_of(e, V);
     double before = 0.0;
@@ -126,9 +126,9 @@ static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdif
 }
 
 /* Compute the weights (V,) for sampling: exp of the logits after repetition penalty and temperature, 1 for the highest. Then
- * top_k, top_p and min_p, in this order, set the weights of the ids that they exclude to 0. Of equal logits top_p takes the
- * higher id first; in Hugging Face the sort decides. Returns 0 if the logits are not finite, else 1. `x` has room for V values,
- * `order` and `spare` for V ids. Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
+ * top_k, top_p and min_p, in this order, set the weights of excluded ids to 0. Of equal logits top_p takes the higher id first;
+ * Hugging Face leaves the order to its sort. Return 0 if the logits are not finite, else 1. `x` has room for V values, `order`
+ * and `spare` for V ids. Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
 static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, const unsigned char *seen, const sample_options *o,
                                     float *x, ranked *order, ranked *spare, exps_function *exps) {
     if (!isfinite(highest(logits, V))) return 0;
@@ -146,7 +146,7 @@ static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, 
     return 1;
 }
 
-/* Return the first id, in id order, at which the running sum of the weights exceeds `coin` (0 <= coin < 1) of their sum. */
+/* Return the first id, in ascending order, at which the running sum of the weights exceeds `coin` (0 <= coin < 1) of their sum. */
 static inline ptrdiff_t weighted_id(const float *e, ptrdiff_t V, double coin) {
     const double target = coin * sum_of(e, V);
     double running = 0.0;
@@ -160,8 +160,8 @@ static inline ptrdiff_t weighted_id(const float *e, ptrdiff_t V, double coin) {
     return last;
 }
 
-/* Philox4x32-10: a bijection that mixes a 128-bit counter with a 64-bit key. It gives any number of any stream without the
- * numbers before it. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
+/* Philox4x32-10 is a bijection that mixes a 128-bit counter with a 64-bit key. It computes any number of any stream directly.
+ * Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
 static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; round++) {
         const uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
@@ -174,7 +174,7 @@ static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
     }
 }
 
-/* Return number `step` of stream `stream` of a seed: uniform over the multiples of 2^-53 in [0, 1). */
+/* Return number `step` of stream `stream` of a seed: one of the multiples of 2^-53 in [0, 1), all equally likely. */
 static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
     uint32_t c[4] = {(uint32_t)step, (uint32_t)(step >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
     philox(c, (uint32_t)seed, (uint32_t)(seed >> 32));
@@ -183,8 +183,8 @@ static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
 
 /* ---------------------------------------------------------------------------------------- log-probabilities, losses */
 
-/* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place; a NaN stays a NaN. It uses no libm.
- * x = m 2^k with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. */
+/* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place. NaN stays NaN. libm is not used. x = m 2^k
+ * with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. */
 static inline double natural_log(double x) {
     const double LN2 = 0.6931471805599453;
     int k = 0;
@@ -196,7 +196,7 @@ static inline double natural_log(double x) {
     return k * LN2 + 2 * s * p;
 }
 
-/* Return ln of the sum of exp(logit - max); NaN if the logits are not finite. `e` has room for V values. */
+/* Return ln of the sum of exp(logit - max), or NaN if the logits are not finite. `e` has room for V values. */
 static inline double log_sum(const float *logits, float max, float *e, ptrdiff_t V, exps_function *exps) {
     if (!isfinite(max)) return NAN;
     exps(e, logits, max, V);

@@ -1,8 +1,8 @@
-/* The native barrier: the workers of one step wait here for each other between phases, without the GIL.
+/* The native barrier. The workers of one step wait here for each other between phases, without the GIL.
  *
- * The last worker to arrive opens the next phase. The others spin for a bounded number of pauses, then sleep in the kernel. So
- * a worker without its own core costs a wake-up, not a time slice. After abort(), and until reset(), nobody waits: a worker
- * that cannot arrive must not block the others. Memory written before wait() is visible after it. */
+ * The last worker to arrive opens the next phase. The others spin for a limited number of pauses, then sleep in the kernel. So
+ * a worker without its own core costs a wake-up, not a time slice. Between abort() and reset(), waits return at once, so a
+ * worker that cannot arrive does not block the others. Memory written before wait() is visible after it. */
 #ifndef PYGPT_SYNC_H
 #define PYGPT_SYNC_H
 #include <stdatomic.h>
@@ -14,7 +14,7 @@
 #include <limits.h>
 #include <sys/syscall.h>
 
-#ifndef FUTEX_WAIT_PRIVATE /* constants of <linux/futex.h>, which not every C library has */
+#ifndef FUTEX_WAIT_PRIVATE /* constants of <linux/futex.h>, which some C libraries lack */
 #define FUTEX_WAIT_PRIVATE 128
 #define FUTEX_WAKE_PRIVATE 129
 #endif
@@ -29,9 +29,9 @@ typedef struct {
     _Atomic uint32_t aborted;
     uint32_t parties, spins;
 #if !defined(__linux__)
-    pthread_mutex_t mutex; /* in the barrier: modules that include this file share barriers, but not variables */
+    pthread_mutex_t mutex; /* kept in the barrier: modules that include this file share barriers, but not variables */
     pthread_cond_t cond;
-    pid_t made_in; /* the process that made them: after fork(), a child may have a mutex that stays locked */
+    pid_t made_in; /* the process that made the mutex: after fork(), a child may have a mutex that stays locked */
 #endif
 } native_barrier;
 

@@ -19,7 +19,7 @@ typedef struct {
     _Alignas(64) trace_event *events; /* each worker has its own cache line */
     int64_t capacity, count, dropped;
     int64_t mark_ns;                  /* the time when the previous phase was left */
-    int32_t stretched;                /* to test reports: this phase (-1: every phase) ... */
+    int32_t stretched;                /* for tests of reports: this phase (-1: every phase) ... */
     double stretch;                   /* ... lasts this many times as long */
 } trace_log;
 

@@ -38,7 +38,7 @@ def file_bytes(config: Config, version: int) -> int:
 
 
 def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: bool) -> "dict[str, tuple[str, memoryview]]":
-    """Map each tensor's name to (format's name, bytes), wte without padding, as Weights takes them."""
+    """Map each tensor's name to (format's name, bytes), wte without padding, in the layout of Weights."""
     found = {}
     for name, _, offset, size in config.tensors(padded=padded):
         count = config.V * config.C if name == "wte" else size
@@ -177,7 +177,7 @@ def write_checkpoint(
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
         odd = sorted(map(str, set(tensors) ^ {name for name, _ in wanted}))
-        raise InputError(f"tensors are not the sixteen of a checkpoint: {shown(odd)} are missing or unknown")
+        raise InputError(f"tensors: expected the sixteen names of a checkpoint, but {shown(odd)} are missing or unknown")
     header = [MAGIC, version, config.maxT, config.V, config.L, config.NH, config.C, config.Vp if version != 1 else 0]
     with atomic_file(path) as file:
         file.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))

@@ -1,8 +1,8 @@
-"""The weight formats, one row each: how numbers are stored, and their conversion from and to float32.
+"""The weight formats, one row for each: how numbers are stored, and how they are converted from and to float32.
 
-Readers and writers of files use the rows of this table. The kernels have a table of their own (csrc/micro.h), whose rows have
-the same names. A format without a row there can be read and converted; a model computes with its values as float32.
-docs/add-a-weight-format.md says how to add a format.
+Readers and writers of files use this table. The kernels have another table (csrc/micro.h), with the same names. If a format is
+missing in the kernels' table, it can be read and converted, and a model computes with its values as float32. docs/add-a-weight-
+format.md explains how to add a format.
 
 Quantised rows are blocks of neighbours in one row of a matrix, as GGUF stores them. The kernels read the same numbers in
 panels (panels.py). Each step of quantising is one rounded float32 operation in a fixed order, so the bits are the same on
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-PIECE = 1 << 18  # values: so many are widened or rounded at a time
+PIECE = 1 << 18  # values that are converted at a time
 
 
 class Format:
     """One weight format. A block of `block_values` neighbours in a row takes `block_bytes` bytes.
 
-    dtype: NumPy's, of one block. to_float32: (..., blocks) -> (..., values), exact; float32 itself is not copied. from_float32:
-    the inverse, rounded; None if the format is only read.
+    dtype: NumPy's dtype of one block. to_float32: (..., blocks) -> (..., values), exact; float32 itself is not copied.
+    from_float32: the inverse, rounded; None if pygpt only reads the format.
     """
 
     __slots__ = ("block_bytes", "block_values", "dtype", "from_float32", "name", "to_float32")
@@ -47,15 +47,15 @@ class Format:
         return f"Format({self.name})"
 
     def size(self, values: int) -> int:
-        """Return the bytes of a row of so many values, in whole blocks."""
+        """Return the bytes of a row with this number of values, in whole blocks."""
         return self.blocks(values) * self.block_bytes
 
     def blocks(self, values: int) -> int:
-        """Return the blocks of a row of so many values; the last one may be partly used."""
+        """Return the blocks of a row with this number of values. The last block may be partly used."""
         return -(-values // self.block_values)
 
     def values(self, data: memoryview) -> "npt.NDArray[np.float32]":
-        """Return stored bytes as flat float32: a view of float32, a copy of anything else."""
+        """Return stored bytes as flat float32: a view of float32, a copy of other formats."""
         import numpy as np
 
         return self.to_float32(np.frombuffer(data, self.dtype))
@@ -73,14 +73,14 @@ def _as_it_is(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
 
 
 def _from_bfloat16(bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.float32]":
-    """Widen the bits of bfloat16, the upper half of a float32: exact, a NaN's bits included."""
+    """Convert bits of bfloat16, the upper half of a float32, to float32. This is exact, and keeps the bits of a NaN."""
     wide = bits.astype("<u4")
     wide <<= 16
     return wide.view("<f4")
 
 
 def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
-    """Round float32 to bfloat16, nearest even, as its bits; a NaN stays a NaN (rounding could carry it to infinity)."""
+    """Round float32 to the bits of bfloat16, nearest even. A NaN stays a NaN; rounding could make it infinity."""
     import numpy as np
 
     bits = array.view("<u4")
@@ -93,7 +93,7 @@ def _from_float16(array: "npt.NDArray[np.float16]") -> "npt.NDArray[np.float32]"
 
 
 def _to_float16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float16]":
-    """Round float32 to float16, nearest even; beyond 65504 to infinity."""
+    """Round float32 to float16, nearest even. Values beyond 65504 become infinity."""
     import numpy as np
 
     with np.errstate(over="ignore"):
@@ -101,10 +101,10 @@ def _to_float16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float16]":
 
 
 def _from_blocks(scale: "npt.NDArray[np.float32]", numbers: "npt.NDArray[np.int8]") -> "npt.NDArray[np.float32]":
-    """Return scale * number, (..., blocks), (..., blocks, n) -> (..., blocks * n): exact where the scale is a float16."""
+    """Return scale * number: (..., blocks), (..., blocks, n) -> (..., blocks * n). Exact if the scale is a float16."""
     import numpy as np
 
-    with np.errstate(invalid="ignore"):  # an infinite scale makes NaNs
+    with np.errstate(invalid="ignore"):  # an infinite scale gives NaNs
         values: npt.NDArray[np.float32] = scale[..., None] * numbers.astype("<f4")
     return values.reshape(*numbers.shape[:-2], numbers.shape[-2] * numbers.shape[-1])
 
@@ -116,7 +116,7 @@ def _from_q8_0(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
 def _to_q8_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
     """Quantise to q8_0: d = max|w| / 127, rounded up to a float16, and q = w / d, rounded to the nearest even.
 
-    Rounding up keeps |q| <= 127. A block that holds a NaN or infinity, or whose d exceeds float16, reads back as NaNs.
+    Rounding up keeps |q| <= 127. A block with a NaN or infinity, or with d beyond float16, is read as NaNs.
     """
     import numpy as np
 
@@ -138,20 +138,20 @@ def _from_q4_0(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
 
 
 def nibbles(packed: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.uint8]":
-    """Unpack half-bytes, all low ones before all high ones of the last axis: (..., n) -> (..., 2n)."""
+    """Unpack half-bytes: all low halves of the last axis, then all high halves, (..., n) -> (..., 2n)."""
     import numpy as np
 
     return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
 def _to_q4_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
-    """Quantise to q4_0 with a searched scale: of the candidates in Q4_0_EXTREMES, the least error wins.
+    """Quantise to q4_0. Of the scales that Q4_0_EXTREMES give, use the one with the least error.
 
-    The error is the sum of |w| (w - d q)^2: large weights count more, which lowers the divergence of the model's predictions.
-    Let e be the first value of the largest magnitude. A candidate x maps e to x: q = w (x / e), rounded to the nearest even
-    and clipped to -8..7; then d = a / b, with a = sum(|w| w q) and b = sum(|w| (q q)), rounded to a float16. It scores
-    d (2a - d b), the error that it saves; the first best score above 0 wins. At last q = w / d, rounded and clipped, plus 8.
-    Sums fold 16+16, 8+8, 4+4, 2+2, 1+1. A block that holds a NaN or infinity, or whose d exceeds float16, reads back as NaNs.
+    The error is the sum of |w| (w - d q)^2. Large weights count more, which lowers the divergence of the model's predictions.
+    Let e be the first value of the largest magnitude. A candidate x maps e to x: q = w (x / e), rounded to the nearest even and
+    clipped to -8..7. Then d = a / b, with a = sum(|w| w q) and b = sum(|w| (q q)), rounded to a float16. The score is the error
+    that d saves, d (2a - d b). The first candidate with the best score above 0 wins. Then q = w / d, rounded and clipped, plus
+    8. Sums fold 16+16, 8+8, 4+4, 2+2, 1+1. A block with a NaN or infinity, or with d beyond float16, is read as NaNs.
     """
     import numpy as np
 
@@ -169,7 +169,7 @@ def _to_q4_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
 
 
 def _best_scale(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float16]":
-    """Search the scales of blocks (32, n) as _to_q4_0() says; return them, (n,)."""
+    """Search the scales of blocks (32, n), as _to_q4_0() explains. Return them, (n,)."""
     import numpy as np
 
     extreme = np.take_along_axis(values, np.abs(values).argmax(axis=0)[None], axis=0)[0]
@@ -184,12 +184,12 @@ def _best_scale(values: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float16]":
         score = wide * (2 * wq - wide * qq)
         better = score > best_score
         best, best_score = np.where(better, d, best), np.where(better, score, best_score)
-    best[~np.isfinite(extreme) | ((best == 0) & (np.abs(extreme) > 1))] = np.nan  # no candidate is a finite float16
+    best[~np.isfinite(extreme) | ((best == 0) & (np.abs(extreme) > 1))] = np.nan  # all candidates are infinite or NaN
     return best
 
 
 def _fold(terms: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
-    """Sum 32 terms, (32, n) -> (n,), 16+16, 8+8, 4+4, 2+2, 1+1."""
+    """Sum 32 terms, (32, n) -> (n,), in the order 16+16, 8+8, 4+4, 2+2, 1+1."""
     while len(terms) > 1:
         terms = terms[: len(terms) // 2] + terms[len(terms) // 2 :]
     total: npt.NDArray[np.float32] = terms[0]
@@ -197,7 +197,7 @@ def _fold(terms: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
 
 
 def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
-    """Widen ggml's Q6_K: 16 groups of 16 six-bit numbers q, each with an int8 scale; (d * scale) * q, as ggml computes it."""
+    """Convert ggml's Q6_K to float32: 16 groups of 16 six-bit numbers q, an int8 scale a group. (d * scale) * q, as in ggml."""
     import numpy as np
 
     shape = blocks.shape
@@ -215,8 +215,8 @@ def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
     return values.reshape(*shape[:-1], -1)
 
 
-Q4_0_EXTREMES = tuple(-9 + i / 4 for i in range(9))  # candidates for the number that the extreme value becomes
-SEARCHED = 1 << 11  # blocks searched at a time: they stay in the second-level cache
+Q4_0_EXTREMES = tuple(-9 + i / 4 for i in range(9))  # candidates for the number of the extreme value
+SEARCHED = 1 << 11  # blocks searched at a time, to fit the second-level cache
 
 FLOAT32 = Format("float32", "<f4", 1, 4, _as_it_is, _as_it_is)
 BFLOAT16 = Format("bfloat16", "<u2", 1, 2, _from_bfloat16, _to_bfloat16)

@@ -88,7 +88,7 @@ def map_file(
         memory = mmap.mmap(-1, status.st_size, flags=mmap.MAP_PRIVATE)
         if not _read_into(memory, fd, status) or memory[:HEADER_BYTES] != header:
             memory.close()
-            raise refusal(f"{path}: the {kind} has changed while it was read: try again when it is complete")
+            raise refusal(f"{path}: the {kind} changed while pygpt read it: try again when it is complete")
         return memory
     except refusal:
         raise

@@ -1,13 +1,13 @@
 """GGUF files of GPT-2 models (version 3, llama.cpp's architecture `gpt2`): read strictly, written as a stream.
 
-A file is a header (magic, version, counts), key-value pairs, a table of tensors (name, extents, type, offset), padding, and
-the tensors, each at a multiple of general.alignment. The reader trusts none of it: every field is bounded, every key and
-name comes once, the tensors follow each other in order and fill the file. Sizes are computed on Python integers and
-compared with the file before anything is allocated. Values are read exactly, whoever quantised them.
+A file is a header (magic, version, counts), key-value pairs, a table of tensors (name, extents, type, offset), padding, and the
+tensors. Each tensor begins at a multiple of general.alignment. The reader does not trust the file: it bounds every field,
+refuses a key or name that occurs twice, and requires that the tensors follow each other in order and fill the file. It computes
+sizes with Python integers and compares them with the file before it allocates memory. Quantised values are read exactly.
 
-Refuses: other architectures and versions, split files, tensors of types that pygpt does not compute with, tensors that are
-missing, unknown or of another shape, and a head that differs from the token embedding.
-Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), llama-model.cpp (what a gpt2 model has).
+The reader refuses other architectures and versions, split files, tensors of types that pygpt does not compute with, and tensors
+that are missing, unknown or of another shape. It also refuses a head that differs from the token embedding. Sources: ggml,
+docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names) and llama-model.cpp (the tensors of a gpt2 model).
 """
 
 import os
@@ -40,10 +40,10 @@ OTHER_TYPES |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ
 OTHER_TYPES |= {24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
 FILE_TYPE = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "bfloat16": 32}  # general.file_type, by the layers' format
 
-# Limits far above any GPT-2's, so that a damaged count costs neither memory nor time.
+# These limits are far above every GPT-2, so a damaged count costs little memory and time.
 HEADER_LIMIT = 1 << 26  # bytes before the tensors
 KEYS_LIMIT, KEY_LIMIT, STRING_LIMIT, ARRAY_LIMIT = 4096, 1024, 1 << 20, 1 << 21
-NAME_LIMIT, EXTENTS_LIMIT = 64, 4  # ggml's own
+NAME_LIMIT, EXTENTS_LIMIT = 64, 4  # the limits of ggml
 TENSORS_LIMIT = 2 * len(TENSORS) * LIMITS["L"]
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by value type
@@ -77,28 +77,28 @@ Value = int | float | bool | str
 
 
 class Tensor(NamedTuple):
-    """A tensor's place in the file: `extents` as GGUF has them, the length of a row first."""
+    """The place of a tensor in the file. `extents` are in GGUF's order: the length of a row first."""
 
     kind: Format
     extents: tuple[int, ...]
-    start: int  # byte of the file
+    start: int  # bytes [start, stop) of the file
     stop: int
 
 
 class _Cursor:
-    """Reads a header's fields in order; every one is bounded by the bytes that are there."""
+    """Read the fields of a header in order. Each must fit into the bytes that the file has."""
 
     def __init__(self, path: str, data: memoryview) -> None:
         self._path, self._data, self.at = path, data, 0
 
     def bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: not a sound GGUF file: {what}")
+        return CheckpointError(f"{self._path}: not a valid GGUF file: {what}")
 
     def skip(self, size: int, what: str) -> int:
-        """Step over `size` bytes; return where they begin."""
+        """Skip `size` bytes. Return the position of the first."""
         begin = self.at
         if size > len(self._data) - begin:
-            limit = f", and at most {HEADER_LIMIT} bytes of header are read" if len(self._data) == HEADER_LIMIT else ""
+            limit = f"; pygpt reads headers of at most {HEADER_LIMIT} bytes" if len(self._data) == HEADER_LIMIT else ""
             raise self.bad(f"truncated: {what} of {size} bytes at byte {begin} of {len(self._data)}{limit}")
         self.at += size
         return begin
@@ -126,7 +126,7 @@ class _Cursor:
             raise self.bad(f"{what} is not UTF-8: {error.reason}") from None
 
     def array(self, what: str) -> int:
-        """Step over an array; return how many elements it has."""
+        """Skip an array. Return the number of its elements."""
         kind = self.count("I", 0, max(SCALARS), f"the type of {what}")
         number = self.count("Q", 0, ARRAY_LIMIT, f"the length of {what}")
         if kind in SCALARS:
@@ -138,7 +138,7 @@ class _Cursor:
         return number
 
     def _strings(self, number: int) -> int:
-        """Measure so many strings, more than there is if they do not end: a vocabulary has 100,000, so the loop is tight."""
+        """Return the bytes of `number` strings, or too many if the file ends first. The loop runs 100,000 times."""
         at, unpack = self.at, struct.Struct("<Q").unpack_from
         try:
             for _ in range(number):
@@ -149,9 +149,9 @@ class _Cursor:
 
 
 class GGUFFile(ModelFile):
-    """An open GGUF file of a gpt2 model, of which no more is mapped than is being looked at. Close it, or use `with`.
+    """An open GGUF file of a gpt2 model. Only the part in use is mapped. Close it, or use `with`.
 
-    Raises CheckpointError for any file that is not exactly one that pygpt computes with.
+    Raises CheckpointError if the file is not exactly as pygpt needs it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -170,7 +170,7 @@ class GGUFFile(ModelFile):
     # -------------------------------------------------------------------------------------------- the header
 
     def _read_header(self) -> dict[str, Tensor]:
-        """Read the key-value pairs into self._values and the lengths of arrays into self._lengths; return the tensors."""
+        """Read key-value pairs into self._values, and lengths of arrays into self._lengths. Return the tensors."""
         cursor = self._cursor = _Cursor(self.path, self._file.view(0, min(self.size, HEADER_LIMIT)))
         magic = bytes(self._file.view(0, min(self.size, len(MAGIC))))
         cursor.skip(len(MAGIC), "the magic")
@@ -178,7 +178,7 @@ class GGUFFile(ModelFile):
             raise cursor.bad(f"it begins with {magic!r}, expected {MAGIC!r}")
         version = int(cursor.scalar("I", "the version"))
         if version != VERSION:
-            hint = "; a file of the other byte order" if version == VERSION << 24 else ""
+            hint = "; the file has the other byte order" if version == VERSION << 24 else ""
             raise cursor.bad(f"version {version}, expected {VERSION}: convert the model again with a current llama.cpp{hint}")
         tensors = cursor.count("Q", 0, TENSORS_LIMIT, "the number of tensors")
         pairs = cursor.count("Q", 0, KEYS_LIMIT, "the number of keys")
@@ -193,7 +193,7 @@ class GGUFFile(ModelFile):
         """Read one key and its value."""
         key = cursor.string(KEY_LIMIT, "a key")
         if key in self._values or key in self._lengths:
-            raise cursor.bad(f"key {key[:80]!r} is given twice")
+            raise cursor.bad(f"key {key[:80]!r} occurs twice")
         kind = cursor.count("I", 0, max(SCALARS), f"the type of {key[:80]!r}")
         if kind == ARRAY:
             self._lengths[key] = cursor.array(repr(key[:80]))
@@ -211,18 +211,18 @@ class GGUFFile(ModelFile):
         if number not in TYPES:
             found = OTHER_TYPES.get(number, f"number {number}")
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is of type {found}, and pygpt reads F32, F16, BF16, Q8_0, Q4_0 and Q6_K: "
-                "take the model's F16 or F32 file, and quantise that with `pygpt quantize`"
+                f"{self.path}: tensor {name!r} is of type {found}, but pygpt reads only F32, F16, BF16, Q8_0, Q4_0 and Q6_K: "
+                "use the model's F16 or F32 file, and quantise it with `pygpt quantize`"
             )
         kind = TYPES[number]
         if extents[0] % kind.block_values:
             raise cursor.bad(
-                f"tensor {name!r} has rows of {extents[0]} values, no multiple of {kind.name}'s {kind.block_values}"
+                f"tensor {name!r} has rows of {extents[0]} values, expected a multiple of {kind.block_values} for {kind.name}"
             )
         return name, kind, extents, cursor.count("Q", 0, 1 << 62, f"the offset of {name!r}")
 
     def _place(self, cursor: _Cursor, table: list[tuple[str, Format, tuple[int, ...], int]]) -> dict[str, Tensor]:
-        """Check that the tensors follow each other, aligned, up to the file's end; return where each one is."""
+        """Check that the aligned tensors follow each other and fill the file. Return the place of each."""
         alignment = self._values.get("general.alignment", ALIGNMENT)
         if not is_whole(alignment, 8, 1 << 16) or alignment % 8:
             raise cursor.bad(f"general.alignment is {shown(alignment)}, expected a multiple of 8 up to {1 << 16}")
@@ -231,10 +231,10 @@ class GGUFFile(ModelFile):
         found: dict[str, Tensor] = {}
         for name, kind, extents, offset in table:
             if name in found:
-                raise cursor.bad(f"tensor {name!r} is there twice")
+                raise cursor.bad(f"tensor {name!r} occurs twice")
             start = _aligned(end, step)
             if begin + offset != start:
-                raise cursor.bad(f"tensor {name!r} begins at {offset}, expected {start - begin}: after the one before it")
+                raise cursor.bad(f"tensor {name!r} begins at {offset}, expected {start - begin}")
             end = start + kind.size(prod(extents))
             found[name] = Tensor(kind, extents, start, end)
         if not end <= self.size <= _aligned(end, step):
@@ -248,17 +248,17 @@ class GGUFFile(ModelFile):
         return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
 
     def _read_config(self) -> Config:
-        """Take the dimensions from the keys, and V from the token embedding; refuse what would be computed otherwise."""
+        """Return the dimensions, from the keys and the token embedding. Refuse settings that pygpt does not compute."""
         values = self._values
         architecture = values.get("general.architecture")
         if architecture != "gpt2":
             raise self._bad(f"general.architecture is {shown(architecture)}, expected 'gpt2'")
         if values.get("split.count", 1) not in (0, 1):
-            raise self._bad(f"one of {shown(values['split.count'])} parts of a split model: merge them with llama-gguf-split")
+            raise self._bad(f"it is one of {shown(values['split.count'])} parts of a model: merge them with llama-gguf-split")
         found = {ours: values.get(f"gpt2.{theirs}") for ours, theirs in DIMENSIONS.items()}
         embedding = self._tensors.get(NAMES["wte"])
         if embedding is None or len(embedding.extents) != 2:
-            raise self._bad(f"tensor {NAMES['wte']} is missing or has not two extents")
+            raise self._bad(f"tensor {NAMES['wte']} is missing or does not have two extents")
         try:
             config = Config(V=embedding.extents[1], **found)  # type: ignore[arg-type]
         except InputError as error:
@@ -272,11 +272,11 @@ class GGUFFile(ModelFile):
                 raise self._bad(f"gpt2.{key} is {shown(values[f'gpt2.{key}'])}, expected {wanted} for {config}")
         tokens = self._lengths.get("tokenizer.ggml.tokens", config.V)
         if tokens != config.V:
-            raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, and {NAMES['wte']} {config.V} rows")
+            raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, but {NAMES['wte']} has {config.V} rows")
         return config
 
     def _check_tensors(self) -> dict[str, Format]:
-        """Compare names and extents with what the dimensions ask for; return each tensor's format, float32 if layers differ."""
+        """Check names and extents against the dimensions. Return the format of each tensor: float32 if its layers differ."""
         formats, known = {}, {HEAD}
         for name in NAMES:
             layers, N, K = layout(self.config, name)
@@ -295,25 +295,25 @@ class GGUFFile(ModelFile):
         return formats
 
     def _check_head(self) -> None:
-        """Refuse a head that is not the token embedding: the kernels have none apart from it."""
+        """Refuse a head that differs from the token embedding: the kernels use wte as the head."""
         if HEAD not in self._tensors:
             return
         head, wte = self._tensors[HEAD], self._tensors[NAMES["wte"]]
         if (head.kind, head.extents) != (wte.kind, wte.extents):
             raise self._bad(
-                f"{HEAD} is {head.kind.name} {head.extents}, and {NAMES['wte']} {wte.kind.name} {wte.extents}: a head of "
-                "its own is not supported; convert the model again with a current llama.cpp, which writes the two as one"
+                f"{HEAD} is {head.kind.name} {head.extents}, but {NAMES['wte']} is {wte.kind.name} {wte.extents}: a separate "
+                "head is not supported; convert the model again with a current llama.cpp, which writes one tensor for both"
             )
         for at in range(0, head.stop - head.start, HEADER_LIMIT):
             size = min(HEADER_LIMIT, head.stop - head.start - at)
             one, other = (self._file.view(tensor.start + at, tensor.start + at + size) for tensor in (head, wte))
             if one != other:
-                raise self._bad(f"{HEAD} differs from {NAMES['wte']}: a head of its own is not supported")
+                raise self._bad(f"{HEAD} differs from {NAMES['wte']}: a separate head is not supported")
 
     # -------------------------------------------------------------------------------------------- values
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
-        """Rows [start, stop) of one layer's part of a tensor, as ModelFile.part() says: a view of the file."""
+        """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part(), as a view of the file."""
         import numpy as np
 
         tensor = self._tensors[NAMES[name].format(layer)]
@@ -322,7 +322,7 @@ class GGUFFile(ModelFile):
         return tensor.kind, np.frombuffer(data, tensor.kind.dtype).reshape(stop - start, -1)
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
-        """All layers of a tensor one after the other in memory, quantised ones in panels."""
+        """Return all layers of a tensor in one array, in panels if the format is quantised."""
         from .._kernels import blocks_to_panels
 
         layers, N, K = layout(self.config, name)
@@ -341,12 +341,12 @@ class GGUFFile(ModelFile):
         return kind.name, out.data
 
     def close(self) -> None:
-        """Close the file; arrays of it stay. May be called twice."""
+        """Close the file. Its arrays remain valid. May be called twice."""
         self._file.close()
 
 
 def _theirs(name: str, layers: int) -> list[str]:
-    """The names in GGUF of the layers of one of our tensors."""
+    """Return the names in GGUF of the layers of one of our tensors."""
     return [NAMES[name].format(layer) for layer in range(layers)]
 
 
@@ -363,17 +363,16 @@ def write_gguf(
     formats: "Mapping[str, Format]",
     tensors: "Mapping[str, Iterator[Blocks]]",
 ) -> None:
-    """Write a GGUF file that llama.cpp runs, all or nothing: arguments and errors as panels.write_panels().
+    """Write a GGUF file for llama.cpp, all or nothing. Arguments and errors are those of panels.write_panels().
 
-    A vocabulary of 50,257 ids is GPT-2's, and stands in the file; any other is left out. Raises InputError for rows that do
-    not fill whole blocks.
+    The vocabulary is written only if it is GPT-2's, with 50,257 ids. Raises InputError for rows that do not fill whole blocks.
     """
     for name, kind in formats.items():
         _, _, K = layout(config, name)
         if K % kind.block_values:
             raise InputError(
-                f"{os.fspath(path)}: {name} has rows of {K} values, and GGUF's {kind.name} needs a multiple of "
-                f"{kind.block_values}: write a .safetensors file, which pads them, or take --format f16"
+                f"{os.fspath(path)}: {name} has rows of {K} values, but {kind.name} in GGUF needs a multiple of "
+                f"{kind.block_values}: write a .safetensors file, which pads rows, or use --format f16"
             )
     table, end = [], 0
     for name in NAMES:
@@ -397,7 +396,7 @@ def write_gguf(
 
 
 def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
-    """Write N rows, in as many pieces as hold them."""
+    """Write pieces until N rows are written."""
     while N:
         piece = next(pieces)
         file.write(piece.data)
@@ -405,7 +404,7 @@ def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
 
 
 def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
-    """The key-value pairs, as bytes."""
+    """Return the key-value pairs as bytes."""
     kind = formats["qkvw"].name
     whole = {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
     whole |= {"gpt2.feed_forward_length": 4 * config.C, "general.file_type": FILE_TYPE[kind]}
@@ -418,7 +417,7 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
 
 
 def _vocabulary(V: int) -> list[bytes]:
-    """The key-value pairs of the vocabulary: GPT-2's, or for ids of any other number none."""
+    """Return the key-value pairs of GPT-2's vocabulary; an empty list if V differs."""
     if V != GPT2_V:
         return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
     ordinary, merges = spelled_vocabulary()

@@ -35,7 +35,7 @@ CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model
 JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-2 needs
 PREFIX, HEAD = "transformer.", "lm_head.weight"
 
-# By our tensor name: the name in the files, {} standing for the layer, and whether the files have shape (in, out).
+# By our tensor name: the name in the files, with {} for the layer, and whether the files have shape (in, out).
 NAMES: dict[str, tuple[str, bool]] = {
     "wte": ("wte.weight", False),
     "wpe": ("wpe.weight", False),
@@ -105,7 +105,7 @@ class HuggingFaceModel:
             if os.path.isdir(path):
                 folder = path
                 if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
-                    raise CheckpointError(f"{folder}: it has no {CONFIG_FILE}: give the folder or file of a model")
+                    raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing: give the folder or file of a model")
                 files = {name: opened.enter_context(SafetensorsFile(os.path.join(folder, name))) for name in find_files(folder)}
                 _check_index(folder, files)
             else:
@@ -167,7 +167,7 @@ class HuggingFaceModel:
             return
         (file, full), (own, wte) = self._tensors[HEAD], self._tensors["wte.weight"]
         if file.tensors[full][:2] != own.tensors[wte][:2]:
-            raise self._bad(f"{HEAD} is {file.tensors[full][:2]}, and wte.weight {own.tensors[wte][:2]}: they must be equal")
+            raise self._bad(f"{HEAD} is {file.tensors[full][:2]}, but wte.weight is {own.tensors[wte][:2]}: they must be equal")
         pairs = zip(_rows(file, full), _rows(own, wte), strict=True)
         if not all(np.array_equal(one.view("<u4"), other.view("<u4")) for one, other in pairs):
             raise self._bad(f"{HEAD} differs from wte.weight: a separate head is not supported")
@@ -302,7 +302,7 @@ def find_files(folder: str) -> list[str]:
         return sorted(set(_read_index(folder).values()))
     if any(name.startswith("pytorch_model") for name in os.listdir(folder)):
         raise pickle_error(folder)
-    raise CheckpointError(f"{folder}: it has neither {MODEL_FILE} nor {INDEX_FILE}")
+    raise CheckpointError(f"{folder}: expected {MODEL_FILE} or {INDEX_FILE} in it")
 
 
 def _read_index(folder: str) -> dict[str, str]:

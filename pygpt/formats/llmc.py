@@ -1,7 +1,7 @@
 """llm.c's other files: the debug state, multiple-choice examples, and the vocabulary.
 
     debug state   one batch as PyTorch computed it: tokens, logits, loss and every gradient
-    examples      multiple choice such as HellaSwag: a context and four endings, of which one is right
+    examples      multiple choice such as HellaSwag: a context and four endings; one is right
     vocabulary    the bytes of every id, for programs that only decode
 
 Each file begins with an int32[256] little-endian header. The readers check every field and length against the file's end before
@@ -83,7 +83,7 @@ def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
     wanted = [(tensor, extents) for tensor, extents, _, _ in config.tensors(padded=False)]
     if set(state.gradients) != {tensor for tensor, _ in wanted}:
         odd = sorted(map(str, set(state.gradients) ^ {tensor for tensor, _ in wanted}))
-        raise InputError(f"gradients are not those of the sixteen tensors: {shown(odd)} are missing or unknown")
+        raise InputError(f"gradients: expected the sixteen tensors, but {shown(odd)} are missing or unknown")
     arrays = [("inputs", inputs, shape), ("targets", targets, shape), ("logits", state.logits, (*shape, config.V))]
     for what, array, expected in [
         *arrays,

@@ -1,8 +1,8 @@
 """Open a model file of any format that pygpt reads, and turn its tensors into the blocks of another format.
 
-`.gguf` files are known by their first bytes, panel files by their name (.safetensors) and metadata; everything else is
-taken for an llm.c checkpoint, whose reader says what is wrong with it. Refuses to compute with a Hugging Face model in
-place: its tensors are laid out otherwise, so it is converted first.
+GGUF files are recognised by their first bytes, panel files by their name (.safetensors) and metadata. Every other file is read
+as an llm.c checkpoint; if it is not one, that reader explains why. Hugging Face models are only converted, because their
+tensors have another layout.
 """
 
 import os
@@ -32,12 +32,12 @@ GGUF_MAGIC = b"GGUF"
 def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
 
-    Raises CheckpointError for a file of no such format, and for a Hugging Face model, with the way out.
+    Raises CheckpointError for a file in another format, and for a Hugging Face model, which must be converted first.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
         raise CheckpointError(
-            f"{path}: a folder: convert a Hugging Face model to a file first: `pygpt convert {path} NAME.bin`"
+            f"{path} is a folder: first convert a Hugging Face model to a file with `pygpt convert {path} NAME.bin`"
         )
     if path.endswith(".safetensors"):
         from .panels import PanelFile
@@ -53,7 +53,7 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
 def open_weights(
     path: str | os.PathLike[str], *, mmap: bool = True, weights: str | None = None, threads: int | None = None
 ) -> "Model | QuantisedWeights":
-    """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on so many threads.
+    """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 
     Raises what open_model() raises, and InputError for weights that cannot be quantised.
     """
@@ -69,19 +69,19 @@ def open_weights(
 
 
 def open_floats(path: str | os.PathLike[str]) -> "Model":
-    """Open a model to train: open_model(), but CheckpointError for one with quantised weights."""
+    """Open a model to train. Raises CheckpointError for quantised weights, and otherwise as open_model()."""
     model = open_model(path)
     for kind in [model.format] if isinstance(model, Checkpoint) else model.formats.values():
         if kind.block_values > 1:
             model.close()
             raise CheckpointError(
-                f"{model.path}: {kind.name} weights cannot be trained: begin from the model in float32 or bfloat16"
+                f"{model.path}: {kind.name} weights cannot be trained: start from the model in float32 or bfloat16"
             )
     return model
 
 
 def open_source(path: str | os.PathLike[str]) -> "Source":
-    """Open a model to convert, a Hugging Face folder or file included; no more of it is mapped than is being looked at."""
+    """Open a model to convert, also a Hugging Face folder or file. Only the part in use is mapped."""
     path = os.fspath(path)
     if os.path.isdir(path) or (path.endswith(".safetensors") and not _is_panel_file(path)):
         from .huggingface import HuggingFaceModel
@@ -109,10 +109,10 @@ def _is_panel_file(path: str) -> bool:
 
 
 def blocks_of(model: "Source", name: str, kind: "Format") -> "Iterator[Blocks]":
-    """Yield a tensor's rows in order as blocks (rows, blocks of a row) of a format; no piece reaches over two layers.
+    """Yield a tensor's rows in order as blocks (rows, blocks of a row) of a format. A piece has rows of one layer only.
 
-    Rows that do not fill whole blocks are padded with zeros. What the file has in this format is passed on as it is. Raises
-    CheckpointError for a value that is not finite, or exceeds the format's range.
+    Zeros pad rows that do not fill whole blocks. Blocks that already have this format are passed on unchanged. Raises
+    CheckpointError if a value is not finite, or exceeds the range of the format.
     """
     from .panels import ModelFile, layout
 
@@ -135,7 +135,7 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
     from .panels import QUANTISED, quantise
 
     if not (finite := np.isfinite(rows)).all():
-        raise CheckpointError(f"{_place(model)}: {name} holds {rows[~finite][0]}: weights must be finite")
+        raise CheckpointError(f"{_place(model)}: {name} has {rows[~finite][0]}: weights must be finite")
     if padding := -rows.shape[1] % kind.block_values:
         rows = np.pad(rows, ((0, 0), (0, padding)))
     rows = np.ascontiguousarray(rows, "<f4")
@@ -147,12 +147,12 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
         blocks = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
     if blocks is None:
         largest = rows.flat[np.abs(rows).argmax()]
-        raise CheckpointError(f"{_place(model)}: {name} holds {largest}: out of the range of {kind.name}")
+        raise CheckpointError(f"{_place(model)}: {name} has {largest}, which is out of the range of {kind.name}")
     return blocks
 
 
 def _place(model: "Source") -> str:
-    """A model's name in messages."""
+    """Return the name of a model for messages."""
     from .huggingface import HuggingFaceModel
 
     return model.place if isinstance(model, HuggingFaceModel) else model.path

@@ -1,18 +1,13 @@
-"""Quantised matrices as the kernels read them: panels of 16 outputs, and the `.safetensors` files that hold them.
+"""Quantised matrices in panels of 16 outputs, as the kernels read them, and the `.safetensors` files with panels.
 
-One layer's matrix (N outputs, K inputs), N padded to a multiple of 16 and K to one of 32 with zeros, is
+Zeros pad the N outputs of a layer's matrix to a multiple of 16, and its K inputs to a multiple of 32. The matrix is stored as
     q8_0    int8 [N/16][K/4][16][4], then the scales, float16 [N/16][K/32][16]
-    q4_0    uint8 [N/16][K/8][16][4], low nibbles inputs 8i..8i+3, high ones 8i+4..8i+7, then the scales alike
-and zeros up to a multiple of 64 bytes. Layers follow one another. Every other format lies row-major, as in llm.c's files.
+    q4_0    uint8 [N/16][K/8][16][4], low nibbles inputs 8i..8i+3, high nibbles 8i+4..8i+7, then the same scales
+then zeros up to a multiple of 64 bytes. Layers follow one another. Other formats are row-major, as in llm.c's files.
 
-A panel file is a safetensors file of the sixteen tensors in config.TENSORS' order, each a flat array of its format, padded
-with zeros to a multiple of 64 bytes; a quantised tensor is one of bytes (U8). `__metadata__` holds format, version, kind
-(of the four matrices of each layer), head (of wte), positions (of wpe), panel, group, the five dimensions, and the sha256
-of the file that it was made from. The header is padded so that the values begin at a multiple of 64: they are mapped and
-used in place.
-
-Refuses: any other safetensors file, an unknown version, and any file whose header differs from the one that its dimensions
-and formats ask for. Source: the layout of the kernels' products (micro.h).
+docs/reference/file-formats.md describes panel files. Their header is padded so that the values begin at a multiple of 64,
+because they are mapped and used in place. The reader refuses all other safetensors files, unknown versions, and headers that do
+not match their dimensions and formats. Source: the layout of the kernels' products (micro.h).
 """
 
 import json
@@ -38,7 +33,7 @@ if TYPE_CHECKING:
     Blocks = npt.NDArray[Any]  # (rows, blocks): a part of a matrix in its format, row-major
 
 PANEL, GROUP, ALIGNMENT = 16, 32, 64  # outputs; inputs that share a scale; bytes
-QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # what lies in panels
+QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # the formats that are stored in panels
 LAYERED = ("qkvw", "attprojw", "fcw", "fcprojw")  # the matrices of a layer, which have the format `kind`
 EMBEDDINGS = ("wte", "wpe")
 MATRICES = (*EMBEDDINGS, *LAYERED)
@@ -56,13 +51,13 @@ def aligned(size: int) -> int:
 
 
 def panel_sizes(kind: Format, N: int, K: int) -> tuple[int, int]:
-    """Bytes of the values, and of the scales with their padding, of one layer's matrix in panels."""
+    """Return the bytes of values, and of scales with padding, of one layer's matrix in panels."""
     panels, groups = -(-N // PANEL), kind.blocks(K)
     return panels * groups * PANEL * (kind.block_bytes - 2), aligned(panels * groups * PANEL * 2)
 
 
 def to_panels(kind: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]":
-    """Lay blocks (N, K/32) out in panels: return the bytes of the values and of the scales, without padding of these."""
+    """Convert blocks (N, K/32) to panels. Return the bytes of the values, and of the scales without padding."""
     import numpy as np
 
     N, groups = blocks.shape
@@ -81,7 +76,7 @@ def to_panels(kind: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], n
 
 
 def from_panels(kind: Format, values: memoryview, scales: memoryview, N: int, K: int) -> "Blocks":
-    """Read whole panels back as blocks (N, K/32), the exact inverse of to_panels(): `scales` may have padding at its end."""
+    """Convert whole panels to blocks (N, K/32), the exact inverse of to_panels(). `scales` may end in padding."""
     import numpy as np
 
     panels, groups = -(-N // PANEL), kind.blocks(K)
@@ -99,7 +94,7 @@ def from_panels(kind: Format, values: memoryview, scales: memoryview, N: int, K:
 
 
 def quantise(kind: Format, rows: "npt.NDArray[np.float32]") -> "Blocks | None":
-    """Quantise contiguous rows (N, K), K a multiple of 32, to blocks (N, K/32); None if a value is not finite or too large."""
+    """Quantise contiguous rows (N, K), K % 32 = 0, to blocks (N, K/32). None if a value is not finite or is too large."""
     from .._kernels import quantise_panels
 
     N, K = rows.shape
@@ -110,13 +105,13 @@ def quantise(kind: Format, rows: "npt.NDArray[np.float32]") -> "Blocks | None":
 
 
 def stored_size(config: Config, name: str, kind: Format) -> int:
-    """Bytes of one of the sixteen tensors as Weights takes it, all layers."""
+    """Return the bytes of all layers of one of the sixteen tensors, in the layout of Weights."""
     layers, N, K = layout(config, name)
     return layers * (sum(panel_sizes(kind, N, K)) if kind.name in QUANTISED else kind.size(N * K))
 
 
 def layout(config: Config, name: str) -> tuple[int, int, int]:
-    """One of the sixteen tensors as (layers, rows, columns): a vector is one row, wte and wpe have one layer."""
+    """Return (layers, rows, columns) of one of the sixteen tensors. A vector is one row; wte and wpe have one layer."""
     for (found, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
         if found == name:
             layers, rest = (shape[0], shape[1:]) if symbols[0] == "L" else (1, shape)
@@ -125,7 +120,7 @@ def layout(config: Config, name: str) -> tuple[int, int, int]:
 
 
 def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
-    """Zeroed memory that begins at a multiple of 64."""
+    """Return `size` zero bytes that begin at a multiple of 64."""
     import numpy as np
 
     room = np.zeros(size + ALIGNMENT, "u1")
@@ -137,9 +132,9 @@ def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
 
 
 class ModelFile:
-    """An open model whose tensors have formats of their own: what panel and GGUF files share. Close it, or use `with`.
+    """An open panel or GGUF file, in which each tensor has its own format. Close it, or use `with`.
 
-    `config`; `formats`, by tensor; `format`, of the layers' matrices. A subclass reads part() from its file.
+    `config` has the dimensions, `formats` the format of each tensor, and `format` that of the layers' matrices.
     """
 
     path: str
@@ -148,18 +143,18 @@ class ModelFile:
 
     @property
     def format(self) -> Format:
-        """The format of the layers' matrices."""
+        """Return the format of the layers' matrices."""
         return self.formats["qkvw"]
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
-        """Rows [start, stop) of one layer's part of a tensor, as the file has them; start is a multiple of 16.
+        """Return rows [start, stop) of one layer's part of a tensor, as stored. start is a multiple of 16.
 
         A vector is one row. Returns the format and the blocks (rows, blocks of a row). Raises ClosedError.
         """
         raise NotImplementedError
 
     def parts(self, name: str) -> "Iterator[tuple[Format, Blocks]]":
-        """Yield a tensor's part()s in order, some rows at a time."""
+        """Yield the parts of a tensor in order, some rows at a time."""
         layers, N, K = layout(self.config, name)
         step = max(1, PIECE // (PANEL * K)) * PANEL
         for layer in range(layers):
@@ -167,7 +162,7 @@ class ModelFile:
                 yield self.part(name, layer, start, min(start + step, N))
 
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield a tensor as float32 in order: rows of an embedding, else layer by layer, as Checkpoint.pieces() does."""
+        """Yield a tensor as float32 in order, as Checkpoint.pieces() does: rows of an embedding, else layers."""
         import numpy as np
 
         layers, N, K = layout(self.config, name)
@@ -182,9 +177,9 @@ class ModelFile:
             yield values.reshape(-1) if len(shape) == 1 else values.reshape(1, *shape[1:])
 
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
-        """Map each tensor to (format's name, bytes) as Weights takes them.
+        """Map each tensor to (name of its format, bytes in the layout of Weights).
 
-        A tensor of a format that the kernels do not read is widened to float32.
+        If the kernels do not read the format of a tensor, its values become float32.
         """
         from .._kernels import weight_formats
 
@@ -195,11 +190,11 @@ class ModelFile:
         }
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
-        """One tensor in its own format, as Weights takes it."""
+        """Return one tensor in its own format, in the layout of Weights."""
         raise NotImplementedError
 
     def widened(self, name: str) -> memoryview:
-        """The bytes of one tensor as float32, in memory of their own."""
+        """Return the bytes of one tensor as float32, in new memory."""
         import numpy as np
 
         layers, N, K = layout(self.config, name)
@@ -225,7 +220,7 @@ class ModelFile:
 
 
 def entries(config: Config, formats: "Mapping[str, Format]") -> dict[str, tuple[str, int, int]]:
-    """What the header of such a model must say: name -> dtype, length of the flat array, bytes."""
+    """Return the header that such a model must have: name -> dtype, length of the flat array, bytes."""
     found = {}
     for name, _ in TENSORS:
         dtype = DTYPE[formats[name].name]
@@ -235,14 +230,14 @@ def entries(config: Config, formats: "Mapping[str, Format]") -> dict[str, tuple[
 
 
 def formats_of(kind: Format, head: Format, positions: Format) -> "dict[str, Format]":
-    """The format of each tensor: vectors are float32."""
+    """Return the format of each tensor. Vectors are float32."""
     return {name: FLOAT32 for name, _ in TENSORS} | dict.fromkeys(LAYERED, kind) | {"wte": head, "wpe": positions}
 
 
 class PanelFile(ModelFile):
-    """An open panel file, its values mapped read-only and used in place; with mmap=False it is read into memory instead.
+    """An open panel file. Its values are mapped read-only and used in place, or with mmap=False read into memory.
 
-    Raises CheckpointError for any file that is not exactly a panel file; nothing of it is mapped before it is checked.
+    Raises CheckpointError if the file is not exactly a panel file. The header is checked before values are mapped.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
@@ -253,25 +248,25 @@ class PanelFile(ModelFile):
             self._places = {name: offset for name, (_, _, offset) in file.tensors.items()}
         begin = self._places["wte"]
         if begin % ALIGNMENT or list(self._places) != [name for name, _ in TENSORS]:
-            raise self._bad(f"its values begin at byte {begin}, expected a multiple of {ALIGNMENT}, in the order of a model")
+            raise self._bad(f"its values begin at byte {begin}, expected a multiple of {ALIGNMENT} and the order of llm.c")
         self.sha256 = metadata["source_sha256"]
         self._map = map_file(self.path, MODEL_KIND, CheckpointError, lambda *now: self._same(now, (start, size)), read=not mmap)
         self.values = memoryview(self._map).toreadonly()
 
     def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a sound panel file: {what}")
+        return CheckpointError(f"{self.path}: not a valid panel file: {what}")
 
     def _same(self, now: tuple[bytes, int], before: tuple[bytes, int]) -> None:
-        """Refuse a file that was exchanged since it was checked."""
+        """Refuse a file that was replaced after the check."""
         if now != before:
-            raise CheckpointError(f"{self.path}: the {MODEL_KIND} has changed while it was opened: try again when it is whole")
+            raise CheckpointError(f"{self.path}: the {MODEL_KIND} changed while pygpt opened it: try again when it is complete")
 
     def _check(self, metadata: dict[str, str], found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Check the metadata and every tensor's dtype and size; take config and formats from them."""
+        """Check the metadata and the dtype and size of every tensor. Set config and formats."""
         if metadata.get("format") != FILE_FORMAT:
             raise CheckpointError(
-                f"{self.path}: no file of `pygpt quantize`: its format is {metadata.get('format', '')[:40]!r}, expected "
-                f"{FILE_FORMAT!r}; `pygpt convert` or `pygpt quantize` make a model file of a Hugging Face model"
+                f"{self.path}: not made by `pygpt quantize`: its format is {metadata.get('format', '')[:40]!r}, expected "
+                f"{FILE_FORMAT!r}; use `pygpt convert` or `pygpt quantize` for a Hugging Face model"
             )
         if metadata.get("version") != FILE_VERSION:
             version = metadata.get("version", "")[:40]
@@ -280,7 +275,7 @@ class PanelFile(ModelFile):
             if metadata.get(key) != str(size):
                 raise self._bad(f"{key} is {metadata.get(key, '')[:40]!r}, expected '{size}'")
         if len(metadata.get("source_sha256", "")) != 64:
-            raise self._bad("source_sha256 is not one of 64 characters")
+            raise self._bad("source_sha256 does not have 64 characters")
         kind, head, positions = (self._format(metadata, key) for key in ("kind", "head", "positions"))
         if positions.name in QUANTISED:
             raise self._bad(f"positions is {positions.name!r}, expected float32, float16 or bfloat16")
@@ -309,7 +304,7 @@ class PanelFile(ModelFile):
         return int(text)
 
     def _bytes(self, name: str) -> memoryview:
-        """All bytes of one tensor, without the padding at its end. Raises ClosedError."""
+        """Return all bytes of one tensor, without its padding. Raises ClosedError."""
         start = self._places[name]
         try:
             return self.values[start : start + stored_size(self.config, name, self.formats[name])]
@@ -320,7 +315,7 @@ class PanelFile(ModelFile):
         return self.formats[name].name, self._bytes(name)
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
-        """Rows [start, stop) as ModelFile.part() says: panels are laid out as blocks again."""
+        """Return rows [start, stop): ModelFile.part(), with panels converted to blocks."""
         import numpy as np
 
         _, N, K = layout(self.config, name)
@@ -336,7 +331,7 @@ class PanelFile(ModelFile):
         return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
 
     def close(self) -> None:
-        """Unmap the file once no array views it any more. May be called twice."""
+        """Unmap the file, or leave that to the last array that views it. May be called twice."""
         with suppress(BufferError):
             self.values.release()
             self._map.close()
@@ -349,10 +344,10 @@ def write_panels(
     tensors: "Mapping[str, Iterator[Blocks]]",
     sha256: str,
 ) -> None:
-    """Write a panel file, all or nothing: `tensors` are the blocks of each tensor in its format, rows in order, in pieces.
+    """Write a panel file, all or nothing. `tensors` yield the blocks of each tensor in its format, rows in order.
 
-    A piece does not reach over two layers. `formats` as formats_of() gives them; sha256: of the source, 64 characters.
-    Raises OSError when the file cannot be written; the older file, if any, is intact then.
+    A piece contains rows of one layer only. `formats` are the result of formats_of(). `sha256` of the source has 64 characters.
+    Raises OSError if the file cannot be written; an older file then stays unchanged.
     """
     metadata = {
         "format": FILE_FORMAT,
@@ -387,11 +382,11 @@ def write_panels(
 
 
 def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Blocks]") -> None:
-    """Write one layer's matrix in panels from as many pieces as hold N rows; its scales wait until the values are written."""
+    """Write one layer's matrix of N rows in panels, from as many pieces as needed: all values, then all scales."""
     import numpy as np
 
     scales: list[npt.NDArray[np.uint8]] = []
-    held: Blocks | None = None  # rows that do not fill a panel yet
+    held: Blocks | None = None  # rows that do not yet fill a panel
     while N:
         piece = next(pieces)
         N -= len(piece)

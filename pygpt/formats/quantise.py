@@ -1,8 +1,8 @@
-"""Quantise the weights of an open model in memory: q8_0 and q4_0, by tensor.
+"""Quantise the weights of an open model in memory to q8_0 or q4_0, tensor by tensor.
 
-Matrices of the layers take one format, the head and embedding (wte) another. Positions, biases and gains stay as they are: they
-are few. The numbers are those of a converted file (dtypes.py), whatever the number of workers and the instruction set.
-Refuses weights that are not finite, and those too large for a float16 scale.
+The matrices of the layers get one format, and wte (embedding and head) another. Positions, biases and gains keep their format,
+because they are small. The result has the numbers of a converted file (dtypes.py), for every number of workers and every
+instruction set. Refuses weights that are not finite, or too large for a float16 scale.
 """
 
 from math import prod
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Model(Protocol):
-        """What is quantised: an open file, or weights in memory."""
+        """A source of weights: an open file, or weights in memory."""
 
         @property
         def config(self) -> Config:
@@ -31,33 +31,33 @@ if TYPE_CHECKING:
 
 
 QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the format that its head has by default
-LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # what a float16 scale reaches
+LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # the largest value that a float16 scale can represent
 
 
 class QuantisedWeights(NamedTuple):
-    """Weights in memory, with what a network asks of an open model."""
+    """Weights in memory, with the attributes of an open model that a network needs."""
 
     config: Config
-    format: Format  # of the layers' matrices
+    format: Format  # the format of the layers' matrices
     tensors: dict[str, tuple[str, memoryview]]
 
     def stored(self) -> dict[str, tuple[str, memoryview]]:
-        """Map each tensor to its format's name and its bytes, as Weights takes them."""
+        """Map each tensor to (name of its format, bytes in the layout of Weights)."""
         return self.tensors
 
     def close(self) -> None:
-        """Do nothing: the memory is given back with the last who uses it."""
+        """Do nothing: the memory is freed with its last user."""
 
 
 def quantised(checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
-    """Quantise the matrices of an open model; the result outlives the model.
+    """Quantise the matrices of an open model. The result stays valid after the model is closed.
 
-    format: of the layers' matrices, q8_0 or q4_0. head: of wte, by default q8_0. threads: workers, as for GPT2.load().
-    Raises InputError for an unknown format, and for weights that it cannot hold.
+    format: q8_0 or q4_0, for the layers' matrices. head: the format of wte, by default q8_0. threads: workers, as in
+    GPT2.load(). Raises InputError for an unknown format, and for weights that the format cannot represent.
     """
     for name in (format, head):
         if name is not None and name not in QUANTISED:
-            raise InputError(f"weights cannot be quantised to {shown(name)}: the formats are {', '.join(QUANTISED)}")
+            raise InputError(f"weights cannot be quantised to {shown(name)}: choose one of {', '.join(QUANTISED)}")
     config, stored = checkpoint.config, checkpoint.stored()
     shapes = {name: shape for name, shape, _, _ in config.tensors(padded=False)}
     formats = {name: format for name in shapes if len(shapes[name]) == 3} | {"wte": head or QUANTISED[format]}
@@ -79,7 +79,7 @@ def _fill(
     shapes: dict[str, tuple[int, ...]],
     threads: int,
 ) -> None:
-    """Quantise each tensor of `formats`, all workers at once. Raises InputError for one that cannot be held."""
+    """Quantise each tensor of `formats` on all workers. Raises InputError for values that a format cannot represent."""
     refused = set()
 
     def job(ith: int, nth: int) -> None:
@@ -93,4 +93,4 @@ def _fill(
     for name in formats:
         if name in refused:
             most = LARGEST[formats[name]]
-            raise InputError(f"{name} cannot be {formats[name]}: it holds a value that is not finite, or beyond {most}")
+            raise InputError(f"{name} cannot be {formats[name]}: it has a value that is not finite, or beyond {most}")

@@ -55,7 +55,7 @@ class SafetensorsFile:
             raise
 
     def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a sound safetensors file: {what}")
+        return CheckpointError(f"{self.path}: not a valid safetensors file: {what}")
 
     def _check(self) -> dict[str, Stored]:
         """Check the header and every range in it."""
@@ -70,7 +70,7 @@ class SafetensorsFile:
         text = bytes(self._file.view(LENGTH_BYTES, start))
         if not text.startswith(b"{"):
             raise self._bad("its header does not begin with {")
-        header = parse_object(text, f"{self.path}: not a sound safetensors file: its header")
+        header = parse_object(text, f"{self.path}: not a valid safetensors file: its header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._bad("__metadata__ is not an object of strings")

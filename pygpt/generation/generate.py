@@ -69,7 +69,7 @@ class Generator:
     def _check_cache(self, cache: PrefixCache) -> None:
         """Raise InputError unless this is a prefix cache of this model."""
         if not isinstance(cache, PrefixCache):
-            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache")
+            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache, from new_prefix_cache()")
         cache.check(self.network)
 
     def generate(

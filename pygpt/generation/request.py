@@ -49,7 +49,7 @@ def check_ids(config: Config, tokens: Iterable[int]) -> list[int]:
         raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
     checked = [check_token(token, config.V) for token in tokens]
     if not checked:
-        raise InputError("no token was given: give at least one token id to continue")
+        raise InputError("the list of tokens is empty: give at least one token id to continue")
     return checked
 
 
@@ -57,7 +57,7 @@ def check_tokens(config: Config, tokens: Iterable[int]) -> list[int]:
     """Return token ids as a list of 1 to maxT ints below V. Raises InputError for anything else."""
     checked = check_ids(config, tokens)
     if len(checked) > config.maxT:
-        raise InputError(f"{len(checked)} tokens were given: the model takes at most {config.maxT}")
+        raise InputError(f"{len(checked)} tokens were given: the model takes at most {config.maxT}, so give fewer")
     return checked
 
 
@@ -139,12 +139,12 @@ class Request:
             )
         if count >= total:
             raise InputError(
-                f"{count} tokens were given, but a total of {total} leaves no room for a new one: "
+                f"{count} tokens were given, but the total is {total}, so a new one does not fit: "
                 f"give at most {total - 1}, or raise the total (-n)"
             )
         if self.overflow == "stop" and count == maxT:
             raise InputError(
-                f"{count} tokens were given, but the model takes {maxT}, so there is no room for a new one: "
+                f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "
                 "give fewer, or let the window slide (overflow slide)"
             )
         return min(total, maxT) if self.overflow == "stop" else total
@@ -192,7 +192,7 @@ def parse_json(text: bytes) -> "dict[str, Any]":
     if unknown := sorted(set(request) - JSON_KEYS):
         raise InputError(f"request: unknown key {shown(unknown[0])}: keys are {', '.join(sorted(JSON_KEYS))}")
     if "tokens" not in request:
-        raise InputError('request: the key "tokens" is missing')
+        raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
     for key, value in request.items():
         if value is None:
             raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")

@@ -90,10 +90,10 @@ def _several(name: str, values: object, kind: type) -> "Iterable[object]":
 def _encoded(text: object) -> bytes:
     """Return a stop string's bytes. Bytes that the command line could not decode are restored."""
     if not isinstance(text, str):
-        raise InputError(f"stop string {shown(text)} is not a string")
+        raise InputError(f"stop string is {shown(text)}: it must be text")
     if not text:
         raise InputError("a stop string is empty, so every text would contain it: leave it out")
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise InputError(f"stop string {shown(text)} has no UTF-8 form: it contains half a surrogate pair") from None
+        raise InputError(f"stop string {shown(text)} cannot be written in UTF-8: remove the half of a surrogate pair") from None

@@ -66,7 +66,7 @@ class Repository:
     def need(self, file: str, sha256: str | None = None) -> str:
         """Fetch a file that the repository must have, and check its sha256; return its path."""
         if (path := self.get(file, sha256)) is None:
-            raise CheckpointError(f"{self.name}: there is no {file} in this repository (revision {self.revision})")
+            raise CheckpointError(f"{self.name}: {file} is missing in this repository (revision {self.revision})")
         return path
 
     def get(self, file: str, sha256: str | None = None) -> str | None:
@@ -139,7 +139,7 @@ def _fetch_folder(repository: Repository) -> str:
         if repository.get(INDEX_FILE) is None:
             if any(map(repository.has, PICKLES)):
                 raise pickle_error(repository.name)
-            raise CheckpointError(f"{repository.name}: there is neither {MODEL_FILE} nor {INDEX_FILE} in this repository")
+            raise CheckpointError(f"{repository.name}: expected {MODEL_FILE} or {INDEX_FILE} in this repository")
         for name in find_files(folder):
             repository.need(name)
     return folder

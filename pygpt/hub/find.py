@@ -25,7 +25,7 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     if path is not None:
         name, origin, via = os.fspath(path), "given", ""
         if not name:
-            raise CheckpointError(f"the model's name is empty: no such model file; give the path of one such as {GPT2_FILE}")
+            raise CheckpointError(f"the model's name is empty: give the path of one such as {GPT2_FILE}")
     elif os.environ.get("PYGPT_MODEL"):
         name, origin, via = os.environ["PYGPT_MODEL"], "PYGPT_MODEL", " (named by PYGPT_MODEL)"
     elif os.path.lexists(GPT2_FILE):
@@ -36,7 +36,7 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
         if os.path.exists(fetched := cached_model(name)):
             return fetched, origin
         if not os.path.exists(name):
-            raise CheckpointError(f"{name}{via}: neither a file nor a downloaded model: run `pygpt download {name}` first")
+            raise CheckpointError(f"{name}{via}: not a file and not a downloaded model: run `pygpt download {name}` first")
     if not os.path.exists(name):
         raise CheckpointError(f"{name}{via}: no such model file; give the path of an llm.c checkpoint such as {GPT2_FILE}")
     return name, origin
@@ -68,5 +68,5 @@ def cache_folder() -> str:
             caches = "~/.cache"
         folder = os.path.join(caches, "pygpt")
     if (found := os.path.expanduser(folder)).startswith("~"):
-        raise InputError(f"{folder}: there is no home folder: set PYGPT_HOME to the folder for downloaded models")
+        raise InputError(f"{folder}: the user does not have a home folder: set PYGPT_HOME to the folder for downloaded models")
     return found

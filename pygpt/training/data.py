@@ -62,7 +62,7 @@ class DataLoader:
     A batch reads B*T + 1 tokens, and the next batch starts B*T tokens later. source: a path or a pattern of shards (sorted),
     a list of paths, or tokens in memory. A shard gives floor((tokens - 1) / (B*T)) batches. After the last shard a new epoch
     begins. shuffle_seed: shuffle the shards, and the batches in each shard, again in every epoch. The order depends only on
-    seed and epoch, so it is the same on every machine. V: the vocabulary size; opening a shard checks every id against it.
+    seed and epoch, so it is the same on every machine. V: the vocabulary size, to check the ids of every shard.
 
     `batches` is the number of batches in an epoch, and `tokens` the number of tokens in all shards. `fingerprint` is a hash
     that identifies the data in a state(). Raises InputError for a bad B, T, V or seed. Raises DataError for a file that is
@@ -191,7 +191,7 @@ def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], 
         name = os.fspath(source)
         files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
         if not files:
-            raise DataError(f"{name!r}: no such file, and as a pattern it matches no file; `pygpt shards` makes token files")
+            raise DataError(f"{name!r}: not a file, and not a pattern that matches files; make token files with `pygpt shards`")
         return files, None
     if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
         if not source:

@@ -104,7 +104,7 @@ class Parameters:
                 for rows in checkpoint.pieces(name):
                     if not np.isfinite(rows).all():
                         value = rows[~np.isfinite(rows)][0]
-                        raise CheckpointError(f"{checkpoint.path}: {name} holds {value}: weights to train must be finite")
+                        raise CheckpointError(f"{checkpoint.path}: {name} has {value}: weights to train must be finite")
                     model.tensor(name)[start : start + len(rows)] = rows
                     start += len(rows)
         return model
@@ -143,7 +143,7 @@ class Parameters:
 
     def _view(self, flat: "npt.NDArray[np.float32]", name: str) -> "npt.NDArray[np.float32]":
         if name not in self._places:
-            raise InputError(f"no tensor is named {name!r}: the names are {', '.join(self._places)}")
+            raise InputError(f"tensor {name!r} is unknown: the names are {', '.join(self._places)}")
         shape, offset, size = self._places[name]
         array = flat[offset : offset + size].reshape(shape)
         return array[: self.config.V] if name == "wte" else array

@@ -154,7 +154,7 @@ class Trainer:
             with found:
                 return self.restore(found) or notice
         if state.config != self.engine.config:
-            raise InputError(f"{state.path}: the state of a model of {state.config}; this one is {self.engine.config}")
+            raise InputError(f"{state.path}: the state has a model of {state.config}, expected {self.engine.config}")
         self.loader.restore(state.progress.loader)
         self._whole = False
         state.read_into(self._buffers())

@@ -1,6 +1,6 @@
 """Requests that join and leave an engine get the same tokens and log-probabilities as alone.
 
-This holds for every order, for every set of other requests, and for all limits.
+This is true for every order, every set of other requests, and all limits.
 """
 
 import threading
@@ -52,7 +52,7 @@ def bits(completions: list[Completion]) -> Bits:
 
 
 class Alone:
-    """Computes once what each request gives alone."""
+    """Compute once the result of each request alone."""
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
@@ -124,7 +124,7 @@ def note(seen: dict[int, list[list[int]]], events: list[Event]) -> None:
     for event in events:
         assert event.error is None
         assert event.token is not None
-        assert not event.job.cancelled  # a job that was cancelled before the step has no event
+        assert not event.job.cancelled  # a job that was cancelled before the step does not get an event
         seen[id(event.job)][event.choice].append(event.token)
 
 
@@ -186,7 +186,7 @@ def test_a_request_goes_on_from_an_idle_and_from_a_live_cache(model: GPT2, monke
 
 
 def test_requests_wait_for_room(model: GPT2) -> None:
-    """Two sequences of twelve positions fit. The third begins when one of them is done."""
+    """Two sequences of twelve positions fit. The third begins when another one is done."""
     one = model.network.position_bytes
     engine = model.engine(cache_bytes=30 * one)
     jobs = [engine.add(Request(model.config, [token], total=12)) for token in range(3)]
@@ -219,7 +219,7 @@ def test_an_error_ends_one_job_alone(model: GPT2, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_step_that_fails_loses_nothing(model: GPT2, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+def test_a_failed_step_keeps_all(model: GPT2, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
     """Every second step is interrupted, before or after it runs. The same engine continues."""
     wanted = [list(model.generate([1, 2, 3], max_new_tokens=6)), list(model.generate([4], max_new_tokens=5))]
     step, calls = Network.step, iter(range(1000))
@@ -296,7 +296,7 @@ def test_bad_limits(model: GPT2, limits: dict[str, Any]) -> None:
 
 
 def test_engines_on_threads_share_a_prefix_cache(model: GPT2) -> None:
-    """Four threads go on from one cache at once: no two of them ever compute in the same keys and values."""
+    """Four threads continue from one cache at once. Two threads never compute in the same keys and values."""
     prefix = model.new_prefix_cache(9 * MAXT * model.network.position_bytes)
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9, *tail] for tail in ([1], [2], [1, 1], [2, 2], [1, 2], [2, 1])]
     wanted = [list(model.generate(prompt, max_new_tokens=6)) for prompt in prompts]

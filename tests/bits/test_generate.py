@@ -149,7 +149,7 @@ def test_long_prompts_are_run_in_chunks(model: GPT2, rows_run: list[int], monkey
 
 
 def test_return_sequences_are_streams_of_a_seed(model: GPT2) -> None:
-    """The first stream is that of generate(). The others are further draws, as random as with other seeds."""
+    """The first stream is the stream of generate(). The others are further draws, as random as with other seeds."""
     logits = model.logits([1, 2])[-1].astype(np.float64)
     completions = model.generate_batch([[1, 2]], num_return_sequences=3000, max_new_tokens=1, seed=11)
     assert completions[0].tokens == list(model.generate([1, 2], max_new_tokens=1, seed=11))
@@ -252,7 +252,7 @@ def test_any_use_of_a_prefix_cache(model: GPT2, data: st.DataObject) -> None:
         assert list(answer) == rest
 
 
-def test_an_interrupted_completion_leaves_a_sound_cache(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_completion_leaves_a_valid_cache(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model.new_prefix_cache()
     wanted = by_hand(model, [1, 2, 3], 6)
     list(model.generate([1, 2, 3], max_new_tokens=3, cache=cache))
@@ -297,7 +297,7 @@ def test_a_copied_cache_must_fit(model: GPT2, path: str) -> None:
     with GPT2.load(path, threads=1) as other:
         for wrong in (full, model.new_cache(2), other.new_cache()):
             length = wrong.length
-            with pytest.raises(InputError, match="copied to an empty one of the same model"):
+            with pytest.raises(InputError, match="an empty cache of the same model"):
                 copy_keys_values(wrong, source, 3)
             assert wrong.length == length
     for capacity in (3, 7, MAXT):
@@ -382,10 +382,10 @@ def test_stopping_at_the_context(model: GPT2, given: int) -> None:
         (1, {"total": 10**30, "overflow": "slide"}, "total is 1000"),
         (1, {"max_new_tokens": 0, "overflow": "slide"}, "max_new_tokens is 0"),
         (1, {"max_new_tokens": 10**18, "overflow": "stop"}, "max_new_tokens is 1000"),
-        (MAXT, {"max_new_tokens": 5, "overflow": "stop"}, f"{MAXT} tokens were given, but the model takes {MAXT}, .* no room"),
+        (MAXT, {"max_new_tokens": 5, "overflow": "stop"}, f"{MAXT} tokens were given, but the model takes {MAXT}, .* slide"),
         (MAXT + 1, {"max_new_tokens": 5, "overflow": "stop"}, f"{MAXT + 1} tokens were given: the model takes at most {MAXT}"),
-        (30, {"overflow": "slide"}, "30 tokens were given, .* 10 .* no room"),
-        (0, {"overflow": "slide"}, "no token was given"),
+        (30, {"overflow": "slide"}, "30 tokens were given, .* 10, .* at most 9"),
+        (0, {"overflow": "slide"}, "at least one token id"),
     ],
     ids=str,
 )
@@ -506,9 +506,9 @@ def test_half_a_character_does_not_match(speller: GPT2, monkeypatch: pytest.Monk
         ({"stop_strings": ""}, "a stop string is empty"),
         ({"stop_strings": ["a", ""]}, "a stop string is empty"),
         ({"stop_strings": 5}, "stop_strings is 5: it must be a list of str"),
-        ({"stop_strings": [5]}, "stop string 5 is not a string"),
+        ({"stop_strings": [5]}, "stop string is 5: it must be text"),
         ({"stop_strings": b"a"}, "stop_strings is b'a'"),
-        ({"stop_strings": ["\ud800"]}, "has no UTF-8 form"),
+        ({"stop_strings": ["\ud800"]}, "cannot be written in UTF-8"),
         ({"stop_token_ids": 50257}, "token '50257' is not a token id"),
         ({"stop_token_ids": [-1]}, "token '-1'"),
         ({"stop_token_ids": "5"}, "stop_token_ids is '5': it must be a list of int"),
@@ -537,7 +537,7 @@ def test_stop_strings_need_the_vocabulary(model: GPT2, speller: GPT2) -> None:
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_infos(model: GPT2, path: str, options: dict[str, Any]) -> None:
-    """Log-probabilities are those of the network, whatever the sampler does."""
+    """Log-probabilities come from the network, for every sampler."""
     completions = model.generate_batch(PROMPTS[:3], top_logprobs=4, max_new_tokens=6, **options)
     for c in completions:
         assert [info.token for info in c.infos] == c.tokens
@@ -582,7 +582,7 @@ def test_streamer(model: GPT2) -> None:
     assert len(listener.got) == 12
 
 
-def test_nothing_runs_before_the_first_token_is_requested(model: GPT2, rows_run: list[int]) -> None:
+def test_generation_starts_with_the_first_requested_token(model: GPT2, rows_run: list[int]) -> None:
     running = model.generate([1, 2, 3], max_new_tokens=4)
     assert rows_run == []
     next(running)

@@ -1,7 +1,8 @@
 """One arithmetic, bit for bit: threads, cache, chunks, batches, file versions and instruction sets change no bit of a logit.
 
-And what those bits are worth: the fixed order of a dot product against exact arithmetic, accuracy against the float64 oracle,
-agreement with the serial reference, recorded continuations, numbers at the edge of float32, and the samplers alone.
+The tests also measure accuracy: the fixed order of a dot product against exact arithmetic, and results against the float64
+oracle and the serial reference. Further tests have recorded continuations, numbers at the edge of float32, and the samplers
+alone.
 """
 
 import copy
@@ -64,7 +65,7 @@ fuzz = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Compute with the named set, then with the one that was in force."""
+    """Compute with the named set, then with the previous set."""
     before = cpu_info()["isa"]
     select_isa(name)
     try:
@@ -141,7 +142,7 @@ def whole(path: Path, tokens: Sequence[int], *, threads: int = 1) -> Float32:
 
 
 def same(a: Float32, b: Float32) -> bool:
-    """Equal bits, except that a NaN equals every NaN: its sign and payload are no result."""
+    """Check equal bits. A NaN equals every NaN, because its sign and payload are not results."""
     return a.dtype == b.dtype == np.float32 and a.shape == b.shape and np.array_equal(a, b, equal_nan=True)
 
 
@@ -184,8 +185,8 @@ def test_parallel_is_one_thread(
         assert same(whole(path, tokens, threads=nth), one)
 
 
-def test_choice_of_workers_changes_no_bit(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one sequence on one worker, on all of them, and as the model finds best."""
+def test_choice_of_workers_keeps_the_bits(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one sequence on one worker, on all workers, and with the model's choice."""
     config = Config(maxT=64, V=211, L=2, NH=3, C=93)
     path = files.random(config, 12)
     tokens = [(13 * i) % config.V for i in range(64)]
@@ -272,9 +273,7 @@ def test_place_of_a_row(files: Files, data: st.DataObject, config: Config, seed:
 
 @fuzz
 @given(data=st.data(), config=configs(shortest=2), seed=seeds, isa=isas, nth=threads)
-def test_rows_taken_back_leave_no_trace(
-    files: Files, data: st.DataObject, config: Config, seed: int, isa: str, nth: int
-) -> None:
+def test_removed_rows_leave_no_trace(files: Files, data: st.DataObject, config: Config, seed: int, isa: str, nth: int) -> None:
     path = files.random(config, seed)
     kept = data.draw(st.integers(0, config.maxT - 1), label="kept")
     first = data.draw(prompts(config, at_least=max(kept, 1)), label="first")
@@ -371,8 +370,8 @@ def test_the_tables_of_formats_agree(isa: str) -> None:
     [
         ("qkvw", "q5_1", 0, "weights are of format 'q5_1': the kernels read float32, bfloat16, q8_0, q4_0"),
         ("lnfb", "float16", 0, "weights are of format 'float16': the kernels read float32, bfloat16, q8_0, q4_0"),
-        ("fcw", "float32", 1, "fcw takes 9216 bytes in float32, 9215 bytes given"),
-        ("lnfb", "bfloat16", 0, "lnfb takes 48 bytes in bfloat16, 96 bytes given"),
+        ("fcw", "float32", 1, "fcw has 9215 bytes, expected 9216 in float32"),
+        ("lnfb", "bfloat16", 0, "lnfb has 96 bytes, expected 48 in bfloat16"),
     ],
 )
 def test_weights_that_do_not_fit(name: str, stored: str, cut: int, message: str) -> None:
@@ -397,7 +396,7 @@ def specials() -> st.SearchStrategy[Float32]:
 @fuzz
 @given(data=st.data(), config=configs(), seed=seeds, nth=threads)
 def test_bits_at_the_edge_of_float32(files: Files, data: st.DataObject, config: Config, seed: int, nth: int) -> None:
-    """The same holds where numbers overflow, vanish or are none."""
+    """The bits are also the same if numbers overflow, become zero, or are NaN."""
     tokens = data.draw(prompts(config))
 
     def tweak(tensors: Tensors) -> None:
@@ -446,7 +445,7 @@ def test_wide_and_long(files: Files) -> None:
 
 @pytest.mark.parametrize("version", [1, 3, 5])
 def test_wide_ragged_head(files: Files, version: int) -> None:
-    """GPT-2's vocabulary on a width that is a multiple of nothing."""
+    """GPT-2's vocabulary with an odd width."""
     config = Config(maxT=24, V=50257, L=1, NH=7, C=77)
     path = files.random(config, 8, version)
     tokens = [50256, 0, 3, 49999, 256, 1, 50255, *range(40000, 40014)]
@@ -543,7 +542,7 @@ def test_fma32_rounds_once() -> None:
 @example(K=2048, V=34, rows=2, seed=0, nth=3)
 @example(K=3081, V=19, rows=13, seed=0, nth=1)
 def test_order_of_a_dot(files: Files, K: int, V: int, rows: int, seed: int, nth: int) -> None:
-    """With a gain of 0 the final LayerNorm gives its bias, and the logits are the bare dots of it with the rows of wte."""
+    """With a gain of 0 the final LayerNorm gives its bias, and the logits are its dots with the rows of wte."""
     config = Config(maxT=rows, V=V, L=1, NH=1, C=K)
     rng = np.random.default_rng(seed)
     scale = np.exp2(rng.integers(-12, 12, K)).astype(np.float32)  # cancellation: another order gives other bits
@@ -579,16 +578,16 @@ RECORDED = "3cfbf75d3720eb6be2efe59943a848fb41d00e2df647551cc55f752a6679c638"
 # Accuracy
 
 # How far float32 may be off depends on the network: LayerNorm over two nearly equal channels magnifies any rounding a hundred
-# times. So the tolerance is measured: how far the exact logits move when every weight moves by half a unit of its last place,
-# as if it had been rounded once. A forward pass rounds each product and sum as well, so that its error is of the same size: in
-# thousands of random models the ratio is 0.9 in the median, below 3 for 99 of 100, and 10 at most. What is allowed, about 3e-5
-# of the greatest logit, is far below what a wrong epsilon, scale, mask or GELU formula, or a lost lane, makes.
+# times. So the tolerance is measured: the change of the exact logits if every weight changes by half a unit of its last place.
+# A forward pass also rounds each product and sum, so its error has the same size. In thousands of random models the ratio is
+# 0.9 in the median, below 3 for 99 of 100, and 10 at most. The tolerance is about 3e-5 of the greatest logit. A wrong epsilon,
+# scale, mask or GELU formula, or a lost lane, causes a far greater error.
 SAFETY = 40
 TOLERANCE = 3e-5  # the same for well-conditioned networks, as a part of the row's greatest logit
 
 
 def exact_logits(path: Path, config: Config, tokens: Sequence[int]) -> tuple[oracle.Array, oracle.Array]:
-    """The logits (T, V) in float64, and what an honest float32 result may differ from them, (T, 1)."""
+    """Return the logits (T, V) in float64, and the tolerance of a correct float32 result, (T, 1)."""
     weights = oracle.weights(path)
     exact = oracle.forward(weights, config, tokens)
     moved = np.zeros((len(tokens), 1))
@@ -724,7 +723,7 @@ def assert_near_tie(exact: oracle.Array, tolerance: float, sampler: str, a: int,
     if sampler == "greedy":
         assert abs(exact[a] - exact[b]) <= 2 * tolerance
     else:
-        running = np.cumsum(oracle.softmax(exact))[min(a, b) : max(a, b)]  # where one of them stopped and the other went on
+        running = np.cumsum(oracle.softmax(exact))[min(a, b) : max(a, b)]  # where one stopped and the other continued
         assert (np.abs(running - 0.5) <= 2 * tolerance + len(exact) * EPS).all()
 
 
@@ -760,7 +759,7 @@ def test_gelu_over_its_range(files: Files, isa: str) -> None:
     with instruction_set(isa):
         logits = whole(path, [7, 3])
     exact = oracle.forward(oracle.weights(path), config, [7, 3])
-    # A logit is one channel, so what is seen is GELU's own error: a few EPS of the largest channel.
+    # A logit is one channel, so its error is GELU's error: a few EPS of the largest channel.
     assert_accurate(logits, exact, relative(exact, 16 * EPS))
 
 
@@ -786,7 +785,7 @@ def test_huge_gelu_inputs(files: Files, value: float) -> None:
 
 @pytest.mark.parametrize("gain", [30.0, 1e3, 1e6])
 def test_saturated_attention(files: Files, gain: float) -> None:
-    """Scores in the thousands and millions: softmax is a choice of one key, and nothing overflows on the way."""
+    """Scores in the thousands and millions: softmax chooses one key, without an overflow."""
 
     def tweak(tensors: Tensors) -> None:
         tensors["qkvw"][0, : 2 * PLAIN.C] *= np.float32(math.sqrt(gain))
@@ -796,8 +795,8 @@ def test_saturated_attention(files: Files, gain: float) -> None:
     tokens = [(11 * i) % PLAIN.V for i in range(40)]
     weights = oracle.weights(path)
     activations = oracle.forward_activations(weights, PLAIN, tokens)
-    # Scores of size s carry errors of a few s * EPS, and exp turns an absolute error into a relative one: where the two best
-    # keys lie closer than that, either choice is right. Rows in which the best key leads by more are compared.
+    # Scores of size s have errors of a few s * EPS, and exp turns an absolute error into a relative error. If the two best keys
+    # are closer than that, both choices are right. Rows in which the best key leads by more are compared.
     q, k, _ = activations["qkv"][0].reshape(len(tokens), 3, PLAIN.NH, PLAIN.HS).transpose(1, 2, 0, 3)
     scores = np.where(np.tri(len(tokens), dtype=bool), q @ k.transpose(0, 2, 1) / math.sqrt(PLAIN.HS), -np.inf)
     doubt = 16 * EPS * np.abs(np.where(np.isfinite(scores), scores, 0)).max()
@@ -815,7 +814,7 @@ def test_saturated_attention(files: Files, gain: float) -> None:
         assert_accurate(logits[rows], exact, relative(exact, 4 * TOLERANCE))
 
 
-def test_attention_sees_no_later_key(files: Files) -> None:
+def test_attention_ignores_later_keys(files: Files) -> None:
     """A later row that is anything at all, even NaN, leaves the earlier rows' bits alone."""
     config = Config(maxT=40, V=4, L=2, NH=3, C=33)
 
@@ -860,7 +859,7 @@ def test_logits_beyond_float32(files: Files) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_denormals_are_numbers(files: Files, isa: str) -> None:
-    """Nothing flushes them to zero: neither a compiler flag nor a library that switches the processor's mode."""
+    """They stay: compiler flags and libraries that switch the processor's mode do not flush them to zero."""
     tiny = np.float32(2.0**-140)
     config = Config(maxT=2, V=3, L=1, NH=1, C=16)
 
@@ -917,7 +916,7 @@ nans = st.one_of(
 @settings(fuzz, max_examples=150)
 @given(data=st.data(), name=st.sampled_from(sorted(random_tensors(PLAIN, 0))), bits=nans, isa=isas, nth=st.integers(1, 3))
 def test_nan_weight_is_an_error(files: Files, data: st.DataObject, name: str, bits: int, isa: str, nth: int) -> None:
-    """One NaN, of any payload, in any tensor, is reported: whatever the prompt's length, no id comes out of it."""
+    """One NaN, of any payload, in any tensor, is reported for prompts of every length, and does not give an id."""
     count = data.draw(st.one_of(st.integers(1, 39), st.sampled_from([15, 16, 17, 31, 32, 33])), label="tokens")
     size = count * PLAIN.C if name == "wpe" else random_tensors(PLAIN, 0)[name].size
     place = data.draw(st.integers(0, size - 1), label="index")
@@ -968,7 +967,7 @@ def test_any_bits_at_all(files: Files, data: st.DataObject, seed: int, nth: int)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# step(): what it refuses, and that a refusal changes nothing
+# step(): refusals, which do not change anything
 
 
 @pytest.fixture
@@ -977,7 +976,7 @@ def plain(files: Files) -> Iterator[GPT2]:
         yield model
 
 
-def test_no_rows_and_no_wants(plain: GPT2) -> None:
+def test_steps_without_rows_and_without_wants(plain: GPT2) -> None:
     cache = plain.new_cache()
     assert plain.step([]).shape == (0, PLAIN.V)
     assert plain.step([(1, cache, False), (2, cache, False)]).shape == (0, PLAIN.V)
@@ -1033,7 +1032,7 @@ def test_cache_of_another_model(files: Files, plain: GPT2) -> None:
 
 @pytest.mark.parametrize("swapped", ["theirs", "no cache"])
 def test_rows_that_change_while_they_are_checked(files: Files, plain: GPT2, swapped: str) -> None:
-    """A token's __index__ may be anybody's code: what it puts into a later row is checked like the rest."""
+    """A token's __index__ may run any code. If it changes a later row, that row is checked, too."""
     with GPT2.load(files.random(PLAIN, 1)) as twin:
         mine, theirs = plain.new_cache(), twin.new_cache()
         later: list[Any] = [1, mine, True]
@@ -1128,12 +1127,12 @@ def test_the_beginning_of_a_cache_is_copied(plain: GPT2, length: int | None) -> 
 def test_more_rows_than_a_cache_has_are_not_copied(plain: GPT2, length: int) -> None:
     source, target = plain.new_cache(), plain.new_cache()
     plain.prefill(source, [1, 2, 3])
-    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache holds 3"):
+    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache has only 3"):
         copy_keys_values(target, source, length)
     assert target.length == 0
 
 
-def test_what_belongs_to_a_model_is_neither_copied_nor_pickled(plain: GPT2) -> None:
+def test_parts_of_a_model_are_not_copied_or_pickled(plain: GPT2) -> None:
     tensors = {name: ("float32", memoryview(array.tobytes())) for name, array in random_tensors(PLAIN, 0).items()}
     weights = Weights(PLAIN, tensors)
     for thing in weights, Step(weights, 1, 0), Trace(1, 1), Floats(1, 1):
@@ -1244,7 +1243,7 @@ def test_samplers_at_the_edges(logits: list[float], expected_median: int, expect
     [[math.nan], [0.0, math.nan], [math.nan, 0.0], [INF], [0.0, INF], [INF, INF], [-INF], [-INF, -INF], [INF, math.nan], []],
 )
 @pytest.mark.parametrize("sampler", ["median", "greedy"])
-def test_samplers_refuse_what_is_not_finite(sampler: str, logits: list[float]) -> None:
+def test_samplers_refuse_logits_that_are_not_finite(sampler: str, logits: list[float]) -> None:
     with pytest.raises(NumericalError, match="not finite"):
         sample(sampler, np.array([logits], np.float32).data, 0)
 

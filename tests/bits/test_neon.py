@@ -116,7 +116,7 @@ def test_the_baseline_gives_the_same_bits_for_quantised_weights(native: list[str
 
 @pytest.mark.slow  # half a minute of compiling
 def test_the_format_of_the_guide(tmp_path: Path) -> None:
-    """What the guide says to add for float16 is all that the kernels need."""
+    """The additions in the guide are enough for float16 kernels."""
     guide = (ROOT / "docs" / "add-a-weight-format.md").read_text()
     line, function = re.findall(r"```c\n(.*?)```", guide, re.DOTALL)[:2]
     csrc = tmp_path / "csrc"

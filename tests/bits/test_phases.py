@@ -1,4 +1,4 @@
-"""No worker begins a phase of a step before all workers have ended the phases on which it depends.
+"""A worker begins a phase of a step only after all workers have ended the phases that it depends on.
 
 The trace of each worker says when it began and ended each phase. Two phases depend on each other if one writes an array that
 the other reads or writes. The table below names these arrays, taken from the network's definition. All workers must wait for
@@ -21,8 +21,8 @@ SHAPE = Config(maxT=80, V=301, L=3, NH=3, C=57)
 MOST = 8  # workers
 DELAY = 30.0  # the delayed worker takes so many times as long for its share
 
-# What each phase reads, and what it writes. Rows may be packed before a product. Gradients of weights are left out, because one
-# phase writes each of them; wte's is the exception.
+# The arrays that each phase reads and writes. Rows may be packed before a product. Gradients of weights are left out, because
+# only one phase writes each; wte's gradient is the exception.
 TABLE = {
     "encoder": ("", "proj residual"),
     "ln1": ("residual", "ln"),
@@ -67,8 +67,8 @@ def packed(phases: Sequence[str]) -> list[str]:
 
 
 def check(logs: Sequence[Sequence[Event]], phases: Sequence[str], *, private: Sequence[str] = ()) -> None:
-    """Raise AssertionError unless every worker ran these phases, and no worker began a phase before all had ended the phases
-    on which it depends. private: arrays of which every worker has its own."""
+    """Raise AssertionError unless every worker ran these phases, and each phase began after all its dependencies had ended.
+    private: arrays that each worker has separately."""
     for log in logs:
         assert [name for name, *_ in log] == list(phases)
     ended = [max(log[i][3] for log in logs) for i in range(len(phases))]

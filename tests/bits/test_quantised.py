@@ -1,6 +1,6 @@
-"""q8_0 and q4_0: the products are those of plain loops, bit for bit, and no logit depends on how it was computed.
+"""q8_0 and q4_0: products equal plain loops, bit for bit, and logits do not depend on threads, batches and caches.
 
-The scalar twin (_reference.pyx) and NumPy make the expected numbers; the float64 oracle says what they are worth.
+The scalar twin (_reference.pyx) and NumPy make the expected numbers; the float64 oracle measures their accuracy.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Compute with the named set, then with the one that was in force."""
+    """Compute with the named set, then with the previous set."""
     before = cpu_info()["isa"]
     select_isa(name)
     try:
@@ -71,7 +71,7 @@ SPECIAL = np.array([0, -0.0, 1e-45, -1e-38, 3e-37, 3.8e-37, 1, -1, 3e38, -3.4e38
 
 
 def rows_of(count: int, K: int, seed: int, specials: int) -> Float32:
-    """Rows of activations: groups of any size, whole groups of zeros, and so many special numbers."""
+    """Rows of activations: groups of any size, whole groups of zeros, and some special numbers."""
     rng = np.random.default_rng(seed)
     sizes = np.exp2(rng.integers(-30, 30, (count, (K + 31) // 32))).repeat(32, axis=1)[:, :K]
     rows = (rng.standard_normal((count, K)) * sizes).astype(np.float32)
@@ -209,7 +209,7 @@ def test_panels_are_a_files(name: str, N: int, K: int, seed: int, nth: int) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_and_layers(name: str) -> None:
-    """Panels of two layers of bfloat16 are those of the same numbers in float32."""
+    """Panels of two layers of bfloat16 equal the panels of the same numbers in float32."""
     array = np.random.default_rng(3).standard_normal((2, 40, 70)).astype(np.float32)
     array = (array.view("u4") & 0xFFFF0000).view("f4")
     made = []
@@ -225,7 +225,7 @@ def test_bfloat16_and_layers(name: str) -> None:
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 3e38, 9e6])
 @pytest.mark.parametrize("name", NAMES)
-def test_numbers_that_cannot_be_held(name: str, odd: float) -> None:
+def test_numbers_out_of_range(name: str, odd: float) -> None:
     array = np.ones((20, 64), np.float32)
     array[17, 40] = odd
     out = np.zeros(matrix_bytes(name, 20, 64), np.uint8)
@@ -278,7 +278,7 @@ class Random:
 
 
 def values_of(model: QuantisedWeights) -> dict[str, oracle.Array]:
-    """The numbers that a quantised model stands for, as float64."""
+    """Return the numbers of a quantised model as float64."""
     arrays = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
         kind, data = model.tensors[name]
@@ -334,7 +334,7 @@ SPREAD = 5 / 50
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", NAMES)
 def test_against_float64(name: str, seed: int) -> None:
-    """Only the rounding of activations tells the logits from the oracle's for the same quantised weights."""
+    """With the same quantised weights, the logits differ from the oracle's only by the rounding of activations."""
     config = Config(maxT=30, V=211, L=2, NH=3, C=96)
     model = quantised(Random(config, seed), name)
     tokens = [(37 * i + seed) % config.V for i in range(30)]
@@ -381,8 +381,8 @@ def test_rows_of_a_quantised_matrix(name: str, isa: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: quantised(s, "q5_1"), "weights cannot be quantised to 'q5_1': the formats are q8_0, q4_0"),
-        (lambda s: quantised(s, "q8_0", "int3"), "weights cannot be quantised to 'int3': the formats are q8_0, q4_0"),
+        (lambda s: quantised(s, "q5_1"), "weights cannot be quantised to 'q5_1': choose one of q8_0, q4_0"),
+        (lambda s: quantised(s, "q8_0", "int3"), "weights cannot be quantised to 'int3': choose one of q8_0, q4_0"),
     ],
 )
 def test_unknown_formats(change: Callable[[Any], object], message: str) -> None:
@@ -392,12 +392,12 @@ def test_unknown_formats(change: Callable[[Any], object], message: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "odd"), [("fcw", np.nan), ("wte", np.inf), ("attprojw", -2e7)])
-def test_weights_that_cannot_be_held(name: str, odd: float) -> None:
+def test_weights_out_of_range(name: str, odd: float) -> None:
     source = Random(Config(maxT=2, V=3, L=2, NH=1, C=2), 0)
     source.arrays[name].reshape(-1)[-1] = odd
     with pytest.raises(InputError) as caught:
         quantised(source, "q8_0", threads=2)
-    assert str(caught.value) == f"{name} cannot be q8_0: it holds a value that is not finite, or beyond 8319008"
+    assert str(caught.value) == f"{name} cannot be q8_0: it has a value that is not finite, or beyond 8319008"
 
 
 def test_vectors_stay_float32() -> None:
@@ -414,7 +414,7 @@ def test_buffers_of_another_size() -> None:
         blocks_to_panels(out, "q8_0", rows[1:], 1, 16, 32, 0, 1)
     with pytest.raises(InputError, match="out has 575 bytes, expected 576"):
         blocks_to_panels(out[1:], "q8_0", rows, 1, 16, 32, 0, 1)
-    with pytest.raises(InputError, match="rows of 33 values cannot be blocks of 32"):
+    with pytest.raises(InputError, match="K is 33: it must be a multiple of 32"):
         blocks_to_panels(out, "q8_0", rows, 1, 16, 33, 0, 1)
-    with pytest.raises(InputError, match="float32 is not a quantised weight format"):
+    with pytest.raises(InputError, match="weight format is float32: it must be q8_0 or q4_0"):
         quantise_panels(out, "float32", rows, "float32", 1, 16, 32, 0, 1)

@@ -76,7 +76,7 @@ def test_any_shape(HS: int, NH: int, L: int, V: int, B: int, T: int, threads: in
     assert run(config, threads, steps=2, B=B, T=T, seed=seed) == one
 
 
-def test_choice_of_workers_changes_no_bit(
+def test_choice_of_workers_keeps_the_bits(
     alone: tuple[list[bytes], bytes, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All workers for one call, one for the next, and as the engine finds best."""
@@ -158,7 +158,7 @@ def test_a_sequence_has_its_losses_in_any_batch() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_parts_have_the_bits_of_the_whole_but_for_wte(parts: int) -> None:
+def test_accumulated_parts_have_the_bits_of_the_whole_except_wte(parts: int) -> None:
     """Rows are added in the same order either way. Only wte has two parts, the head's and the encoder's, batch by batch."""
     inputs, targets = batch(SHAPE, 4, 20)
     with TrainableGPT2.random(SHAPE, seed=6, threads=2) as model:

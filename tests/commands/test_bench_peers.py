@@ -142,7 +142,7 @@ def test_close_ends_the_child_and_may_be_called_twice(small: Path) -> None:
         peer.prefill(4)
 
 
-def test_available_names_what_is_installed_and_imports_nothing() -> None:
+def test_available_lists_installed_peers_without_imports() -> None:
     program = (
         "import json, sys; from pygpt.commands.bench.peers import available; names = available(); "
         "print(json.dumps([names, sorted(sys.modules)]))"

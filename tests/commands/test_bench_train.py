@@ -303,7 +303,7 @@ def test_limits_are_held_against_the_right_ceiling() -> None:
     assert least.total == pytest.approx(sum(least[1:]))
 
 
-def test_a_batch_is_sequences_and_what_follows() -> None:
+def test_a_batch_is_sequences_and_their_next_tokens() -> None:
     batch = bench_train.batch_of(CONFIG, 3, 5)
     flat = [token for row in batch.inputs for token in row]
     assert [token for row in batch.targets for token in row][:-1] == flat[1:]
@@ -316,10 +316,10 @@ def test_a_batch_is_sequences_and_what_follows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["-B", "2"], "-B has no meaning without --train"),
-        (["-T", "2"], "-T has no meaning without --train"),
-        (["--train", "-p", "8"], "-p has no meaning with --train"),
-        (["--train", "-n", "8"], "-n has no meaning with --train"),
+        (["-B", "2"], "-B cannot be used without --train"),
+        (["-T", "2"], "-T cannot be used without --train"),
+        (["--train", "-p", "8"], "-p cannot be used with --train"),
+        (["--train", "-n", "8"], "-n cannot be used with --train"),
         (["--train", "-B", "0"], "'0'"),
         (["--train", "-B", "1,2"], "'1,2'"),
         (["--train", "-T", "25"], "-T is 25: it must be at most the model's context of 24"),

@@ -117,7 +117,7 @@ def test_other_tests_can_be_named(tmp_path: Path) -> None:
     assert {"process", "decode after 8 tokens, 8 together", "7.12", "12,345"} <= set(shown)
 
 
-def test_what_bench_prints_can_be_drawn(tmp_path: Path) -> None:
+def test_output_of_bench_can_be_drawn(tmp_path: Path) -> None:
     small = ["-p", "8", "-n", "2", "-d", "4", "-b", "1", "-t", "1", "-r", "1", "--limit-megabytes", "8"]
     done = run("bench", *small, "--no-process", "--no-memory", "--against", "numpy", "-o", "json")
     assert (done.returncode, done.stderr) == (0, "")
@@ -150,7 +150,7 @@ def test_it_can_be_read_on_white_and_on_black() -> None:
 # Refusals
 
 
-NOT_PRINTED = "not what pygpt bench prints: "
+NOT_PRINTED = "not an output of pygpt bench: "
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ NOT_PRINTED = "not what pygpt bench prints: "
         (b"[1]", "not a list of tests"),
         (b"[]", "does not begin with the machine's ceilings"),
         ([row("pp512", "pygpt", 1)], "does not begin with the machine's ceilings"),
-        ([machine()], "has none of the tests pp512, tg64@d8, tg64@d512: it has none; --tests names those to draw"),
-        ([machine(), row("pp64", "pygpt", 1)], "has none of the tests pp512, tg64@d8, tg64@d512: it has pp64;"),
+        ([machine()], "the tests pp512, tg64@d8, tg64@d512 are missing: it has none; choose tests with --tests"),
+        ([machine(), row("pp64", "pygpt", 1)], "the tests pp512, tg64@d8, tg64@d512 are missing: it has pp64;"),
         ([machine(), {"test": "pp512"}], NOT_PRINTED + "'threads' is missing"),
         ([machine(), row("pp512", "pygpt", 0)], NOT_PRINTED + "0 is not a positive number"),
         ([machine(), row("pp512", "pygpt", float("nan"))], NOT_PRINTED + "nan is not a positive number"),

@@ -227,7 +227,7 @@ def test_text_after_two_dashes_may_look_like_an_option(fake: Fake) -> None:
     assert fake.log("max_new_tokens") == [7]
 
 
-def test_piped_text_is_whole_but_for_its_last_newline(fake: Fake) -> None:
+def test_piped_text_is_whole_except_its_last_newline(fake: Fake) -> None:
     result = fake.run(text=b"one\n\ntwo\n\n")
     assert (result.returncode, result.stdout, result.stderr) == (0, b"one\n\ntwo\n\n", b"Text: \n")
     assert fake.log("tokens") == [ids_of("one\n\ntwo\n")]
@@ -376,7 +376,7 @@ def test_as_many_new_tokens_as_the_context_has_room_for(fake: Fake) -> None:
     assert fake.log("max_new_tokens") == [15, 15]
 
 
-def test_nothing_is_cut_for_a_model_that_does_not_open(fake: Fake) -> None:
+def test_a_text_is_kept_if_the_model_does_not_open(fake: Fake) -> None:
     (fake.cwd / "bad.bin").write_bytes(b"no model")
     text = " word" * 3000
     fake.run("-m", "bad.bin", "-n", "2000", text)
@@ -759,7 +759,7 @@ def test_set_changes_the_next_requests(
         ("-", "'-'"),
     ],
 )
-def test_what_cannot_be_set_is_one_line_and_changes_nothing(
+def test_bad_settings_are_one_line_and_keep_the_settings(
     bench: Bench, capsys: pytest.CaptureFixture[str], wish: str, part: str
 ) -> None:
     bench.take("/set temperature 0.7", "/set stats on")
@@ -773,7 +773,7 @@ def test_what_cannot_be_set_is_one_line_and_changes_nothing(
     assert (bench.request, bench.settings.stats) == (before, True)
 
 
-def test_newer_setting_replaces_what_it_rules_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_newer_setting_replaces_contradictions(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench.take("/set temp 0.8", "/set seed 3", "/set sampler greedy")
     assert bench.request == {"max_new_tokens": 40, "sampler": "greedy"}
     assert capsys.readouterr().err.splitlines()[-1].split(None, 1) == ["sampler", "greedy (removed: temperature, seed)"]
@@ -815,9 +815,9 @@ def test_help_names_every_command(bench: Bench, capsys: pytest.CaptureFixture[st
         ("/SET n 3", "'/SET' is not a command"),
         ("/ help", "'/' is not a command"),
         ("/a\n\nb", "'/a' is not a command"),
-        ("/help me", "/help takes no argument, but 'me'"),
-        ("/quit\nnow", "/quit takes no argument, but 'now'"),
-        ("/again 2", "/again takes no argument, but '2'"),
+        ("/help me", "/help must be alone, but 'me'"),
+        ("/quit\nnow", "/quit must be alone, but 'now'"),
+        ("/again 2", "/again must be alone, but '2'"),
         ("/" + "x" * 500, "'/xxx"),
     ],
 )
@@ -837,7 +837,7 @@ def test_commands_about_the_last_text_want_one(bench: Bench, capsys: pytest.Capt
     bench.take(line)
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert "no text yet" in shown.err
+    assert "needs an earlier text" in shown.err
     assert bench.echo.asked == []
 
 
@@ -901,7 +901,7 @@ def test_tokens_shows_ids_and_pieces(bench: Bench, capsys: pytest.CaptureFixture
     ]
 
 
-def test_probs_shows_what_the_network_expects(
+def test_probs_shows_the_most_probable_tokens(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -1297,7 +1297,7 @@ def test_commands_answer_on_stderr_if_stdout_is_not_the_terminal(fake: Fake) -> 
         assert chat.process.stdout.read() == b"hi\n"
 
 
-def test_commands_are_texts_where_nobody_types(fake: Fake) -> None:
+def test_commands_are_texts_without_a_terminal(fake: Fake) -> None:
     assert fake.run("/quit").stdout == b"/quit\n"
     assert fake.run(text=b"/help\n").stdout == b"/help\n"
     assert fake.run("//").stdout == b"//\n"

@@ -234,7 +234,7 @@ NINES = "9" * 40  # the part that an error shows
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["no token"]),
+        ([], ["at least one"]),
         (["foo"], ["'foo'"]),
         (["7.9"], ["'7.9'"]),
         (["1_000"], ["'1_000'"]),
@@ -335,7 +335,7 @@ def test_bad_models(small: str, tmp_path: Path) -> None:
         (str(tmp_path / "none.bin"), ["none.bin", "no such"]),
         (str(tmp_path), [str(tmp_path), "a folder", "pygpt convert"]),
         ("/dev/zero", ["/dev/zero", "regular file"]),
-        ("", ["no such"]),
+        ("", ["name is empty"]),
         (str(tmp_path / "none" / "x.bin"), ["no such"]),
         (f"{small}/x", ["no such"]),
         ("x" * 300, []),
@@ -452,7 +452,7 @@ def test_the_embedded_model_serves() -> None:
         (b'{"tokens": "1"}', ["tokens"]),
         (b'{"tokens": null}', ["tokens"]),
         (b'{"tokens": {}}', ["tokens"]),
-        (b'{"tokens": []}', ["no token"]),
+        (b'{"tokens": []}', ["at least one"]),
         (b'{"tokens": ["1"]}', ["'1'"]),
         (b'{"tokens": [1.0]}', ["'1.0'"]),
         (b'{"tokens": [true]}', ["'True'"]),
@@ -642,7 +642,7 @@ def test_bad_options_of_generation(arguments: list[str], named: list[str]) -> No
     assert_refused(run(*arguments, "5"), *named)
 
 
-def test_what_the_vocabulary_lacks(small: str) -> None:
+def test_stops_outside_the_vocabulary(small: str) -> None:
     assert_refused(run("-m", small, "--stop-at-eot", "5"), "50256", "210")
     assert_refused(run("-m", small, "--stop", "a", "5"), "50257", "211")
     assert_refused(run("-m", small, "--stop", "a", "-"), "50257", "211")

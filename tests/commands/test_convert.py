@@ -165,7 +165,7 @@ def test_it_needs_little_memory(tmp_path: Path, found: int, version: int) -> Non
 # The command
 
 
-def test_it_says_what_it_did(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_reports_its_work(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make("a.bin", version=3, **SMALL)
     assert main(["a.bin", "b.bin"]) == 0
     output = capfd.readouterr()
@@ -207,7 +207,7 @@ def test_names_that_look_odd(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["absent.bin", "b.bin"], ["absent.bin"]),
         (["text.txt", "b.bin"], ["text.txt", "header"]),
         (["cut.bin", "b.bin"], ["cut.bin", "truncated"]),
-        (["sub", "b.bin"], ["sub", "no config.json"]),
+        (["sub", "b.bin"], ["sub", "config.json is missing"]),
         (["", "b.bin"], ["''"]),
         (["a.bin", ""], ["DST"]),
         (["a.bin", "a.bin"], ["a.bin", "same file"]),

@@ -101,7 +101,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *left: str) -> str:
 
 def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        CheckpointError, match=r"^gpt2: neither a file nor a downloaded model: run `pygpt download gpt2` first$"
+        CheckpointError, match=r"^gpt2: not a file and not a downloaded model: run `pygpt download gpt2` first$"
     ):
         find_model("gpt2")
     assert main(["gpt2"]) == 0
@@ -138,7 +138,7 @@ def test_a_repository_and_a_revision(site: Site, monkeypatch: pytest.MonkeyPatch
     assert Path(found).read_bytes() == BIN[3]
     assert find_model("me/my.model@refs/pr/1") == (found, "given")
     monkeypatch.setenv("PYGPT_MODEL", "me/my.model")
-    with pytest.raises(CheckpointError, match=r"^me/my\.model \(named by PYGPT_MODEL\): neither a file nor a downloaded model"):
+    with pytest.raises(CheckpointError, match=r"^me/my\.model \(named by PYGPT_MODEL\): not a file and not a downloaded model"):
         find_model()
 
 
@@ -168,7 +168,7 @@ def test_llmcs_file_lies_on_the_disk_once(site: Site) -> None:
     assert Path("own.bin").read_bytes() == BIN[3]
     assert not os.path.samefile("own.bin", theirs)
     theirs.unlink()  # `hf cache` does this
-    with pytest.raises(CheckpointError, match="neither a file nor a downloaded model"):
+    with pytest.raises(CheckpointError, match="not a file and not a downloaded model"):
         find_model("gpt2_124M")
     assert main(["gpt2_124M", "--version", "5"]) == 0
     assert (linked.is_symlink(), linked.read_bytes(), theirs.read_bytes()) == (False, BIN[5], BIN[3])
@@ -231,9 +231,9 @@ def test_llmcs_known_file(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: p
     [
         ({"pytorch_model.bin": b"x"}, "a PyTorch pickle: loading it can run any code"),
         ({"pytorch_model.bin.index.json": b"x"}, "a PyTorch pickle"),
-        ({"tf_model.h5": b"x"}, f"there is neither model.safetensors nor {INDEX} in this repository"),
+        ({"tf_model.h5": b"x"}, f"{INDEX} in this repository"),
         ({INDEX: b'{"weight_map": {"x": "../x.safetensors"}}'}, "is not the name of a safetensors file"),
-        ({INDEX: b'{"weight_map": {"x": "x.safetensors"}}'}, "there is no x.safetensors in this repository"),
+        ({INDEX: b'{"weight_map": {"x": "x.safetensors"}}'}, "x.safetensors is missing in this repository"),
         ({"model.safetensors": FILE[:-4]}, "truncated: "),
         ({"config.json": SETTINGS.replace(b'"gpt2"', b'"bert"'), "model.safetensors": FILE}, "model_type is 'bert'"),
         ({"config.json": SETTINGS[:-1], "model.safetensors": FILE}, "config.json is not JSON"),
@@ -300,7 +300,7 @@ def test_a_warning_is_one_line(site: Site, capsys: pytest.CaptureFixture[str]) -
         (status(401, X_Error_Code="RepoNotFound"), 2, "no such repository, or a private one: check the name, or log in"),
         (status(403, X_Error_Code="GatedRepo"), 1, "gated: ask for access on its page, then log in"),
         (status(404, X_Error_Code="RevisionNotFound"), 2, "no revision 'main': give a branch, tag or commit"),
-        (status(404, X_Error_Code="EntryNotFound"), 2, "there is no config.json in this repository (revision main)"),
+        (status(404, X_Error_Code="EntryNotFound"), 2, "config.json is missing in this repository (revision main)"),
         (status(401), 1, "the server answers 401 (Unauthorized): log in (hf auth login), or check HF_TOKEN"),
         (status(403, X_Error_Message="\x1b[2J no"), 1, "the server answers 403 (\\x1b[2J no): log in"),
         (status(410), 1, "the server answers 410 (Gone): check the network"),
@@ -357,8 +357,8 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
         ("gpt3", "'gpt3' is neither a name (gpt2, gpt2-medium, "),
         ("gpt2 gpt2", "gpt2"),
         ("gpt2 --version 4", "'4': it must be 1, 3 or 5"),
-        ("gpt2 -o ''", "'' is not the name of a file"),
-        ("gpt2 -o sub/", "'sub/' is not the name of a file"),
+        ("gpt2 -o ''", "-o is '': it must be the name of a file"),
+        ("gpt2 -o sub/", "-o is 'sub/': it must be the name of a file"),
         ("gpt2 -o absent/a.bin", "absent/a.bin: the folder "),
         (
             "https://host/a.bin",
@@ -406,7 +406,9 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cache_folder() == expected
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    with pytest.raises(InputError, match=r"^~/Library/Caches/pygpt: there is no home folder: set PYGPT_HOME to the folder"):
+    with pytest.raises(
+        InputError, match=r"^~/Library/Caches/pygpt: the user does not have a home folder: set PYGPT_HOME to the folder"
+    ):
         find_model("gpt2")
 
 
@@ -437,7 +439,7 @@ def test_as_a_process(site: Site, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
         return done.stderr
 
-    assert "there is no home folder: set PYGPT_HOME" in stderr_of("gpt2", 2)
+    assert "the user does not have a home folder: set PYGPT_HOME" in stderr_of("gpt2", 2)
     environment["PYGPT_HOME"] = str(tmp_path / "cache")
     assert str(tmp_path / "cache" / "huggingface") in stderr_of("gpt2", 0)
     assert Path(cached_model("gpt2")).read_bytes() == BIN[3]
@@ -448,7 +450,7 @@ def test_as_a_process(site: Site, tmp_path: Path) -> None:
     assert "does not accept a variable HF_...: invalid literal for int() with base 10: 'soon'" in stderr_of("gpt2-xl", 2)
 
 
-def test_examples_of_the_help_are_sound(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_of_the_help_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert EXAMPLES in capsys.readouterr().out

@@ -307,7 +307,7 @@ def test_every_field_is_documented(capsys: pytest.CaptureFixture[str], task: lis
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["no task was given"]),
+        ([], ["task is missing"]),
         (["train"], ["train"]),
         (["perplexity"], ["TEXT"]),
         (["perplexity", "absent.txt", "-m", EMBEDDED_MODEL], ["absent.txt", "cannot open the text"]),

@@ -207,7 +207,7 @@ def raises(error: BaseException, *, cause: BaseException | None = None, context:
 
 
 @pytest.mark.parametrize("kind", [ImportError, RuntimeError, SystemError])
-def test_what_is_made_of_ctrl_c(kind: type[Exception], capfd: pytest.CaptureFixture[str]) -> None:
+def test_results_of_ctrl_c(kind: type[Exception], capfd: pytest.CaptureFixture[str]) -> None:
     between = ValueError()
     between.__context__ = KeyboardInterrupt()
     for more in ({"cause": KeyboardInterrupt()}, {"context": KeyboardInterrupt()}, {"cause": between}):
@@ -277,7 +277,7 @@ class Unbuffered(io.StringIO):
 
 
 @pytest.mark.parametrize(("words", "given"), [(["1", "2", "-n", "6"], b""), (["-n", "6", "-"], b"1 2\n\n1 2\n")])
-def test_what_is_written_at_once_is_whole(monkeypatch: pytest.MonkeyPatch, words: list[str], given: bytes) -> None:
+def test_one_write_is_complete(monkeypatch: pytest.MonkeyPatch, words: list[str], given: bytes) -> None:
     """Each write is an id with the space or newline after it."""
     monkeypatch.setattr(sys, "stdout", out := Unbuffered())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))

@@ -142,7 +142,7 @@ def metadata(folder: Path) -> Message:
 
 @builds
 @pytest.mark.timeout(900)
-def test_the_sdist_has_every_source_and_no_product(sdist: Path, tree: Path) -> None:
+def test_the_sdist_has_only_sources(sdist: Path, tree: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     files = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
@@ -155,7 +155,7 @@ def test_the_sdist_has_every_source_and_no_product(sdist: Path, tree: Path) -> N
 
 @builds
 @pytest.mark.timeout(900)
-def test_the_wheel_has_what_runs_and_no_source(unpacked: Path) -> None:
+def test_the_wheel_has_only_what_runs(unpacked: Path) -> None:
     names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     files = [*(ROOT / "pygpt").rglob("*.py*"), *(ROOT / "pygpt" / "data").iterdir(), ROOT / "pygpt" / "py.typed"]

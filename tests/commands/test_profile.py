@@ -353,15 +353,15 @@ def test_profiling_keeps_all_bits(base: Report, model: GPT2) -> None:
 
 
 def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
-    with pytest.raises(InputError, match="the trace is for 1 workers, and this model has 2"):
+    with pytest.raises(InputError, match="trace is for 1 workers: this model needs a trace for 2"):
         model.record(Trace(1, 8))
-    with pytest.raises(InputError, match="worker 2: this trace has 2"):
+    with pytest.raises(InputError, match="worker is 2: this trace has workers 0 to 1"):
         Trace(2, 8).events(2)
     for nth, capacity in ((0, 1), (1, 0), (-1, 1)):
-        with pytest.raises(InputError, match="both must be at least 1"):
+        with pytest.raises(InputError, match="both numbers must be at least 1"):
             Trace(nth, capacity)
     for nth, capacity in ((1 << 60, 1), (1 << 58, 1), (1, 1 << 61), (1, 1 << 62)):  # sizes that wrap around in 64 bits
-        with pytest.raises(MemoryError, match="no room for a trace"):
+        with pytest.raises(MemoryError, match="not enough memory for a trace"):
             Trace(nth, capacity)
 
 
@@ -772,11 +772,11 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["--compare", "missing.json", "missing.json"], "missing.json"),
         (["--compare", __file__, __file__], "test_profile.py"),
         (["--compare", "{half}", "{half}"], "not a report of pygpt profile"),
-        (["-B", "2"], "-B has no meaning without --train"),
-        (["-T", "2"], "-T has no meaning without --train"),
-        (["--train", "--tokens", "1"], "--tokens has no meaning with --train"),
-        (["--train", "--prompt-length", "1"], "--prompt-length has no meaning with --train"),
-        (["--train", "--sampler", "greedy"], "--sampler has no meaning with --train"),
+        (["-B", "2"], "-B cannot be used without --train"),
+        (["-T", "2"], "-T cannot be used without --train"),
+        (["--train", "--tokens", "1"], "--tokens cannot be used with --train"),
+        (["--train", "--prompt-length", "1"], "--prompt-length cannot be used with --train"),
+        (["--train", "--sampler", "greedy"], "--sampler cannot be used with --train"),
         (["--train", "-B", "0"], "-B"),
         (["--train", "-T", "257"], "256"),
         (["--train", "-n", "0"], "-n"),

@@ -127,9 +127,7 @@ def test_numbers_of_the_format_pass_unchanged_from_file_to_file(folder: Path, fo
     assert Path("four.gguf").read_bytes() == content
 
 
-def test_rows_that_fill_no_block_are_padded_in_panels_and_refused_for_gguf(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ragged_rows_are_padded_in_panels_and_refused_for_gguf(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("odd.bin", L=1, NH=1, C=20, V=9, maxT=3)
     refused(folder, capsys, ["odd.bin", "odd.gguf"], "odd.gguf", "rows of 20 values", "q8_0", "multiple of 32", ".safetensors")
     assert main(["odd.bin", "odd.safetensors"]) == 0
@@ -154,7 +152,7 @@ def test_the_same_source_gives_the_same_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".gguf", ".safetensors"])
-def test_a_model_needs_no_memory_of_its_size(folder: Path, ending: str) -> None:
+def test_memory_does_not_grow_with_the_model(folder: Path, ending: str) -> None:
     make("large.bin", L=12, NH=4, C=256, V=20000, maxT=1024)
     size = Path("large.bin").stat().st_size
     main([])  # modules imported here do not count below
@@ -197,7 +195,7 @@ def test_training_refuses_quantised_weights_and_takes_floats(folder: Path, targe
 # The command
 
 
-def test_it_says_what_it_did(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_reports_its_work(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--format", "q4_0", "source.bin", "target.gguf"]) == 0
     output = capfd.readouterr()
     assert output.out == ""
@@ -217,9 +215,9 @@ def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixtur
     refused(folder, capsys, ["source.bin", "folder.gguf"], "not a regular file")
     refused(folder, capsys, ["missing.bin", "a.gguf"], "missing.bin", "No such file")
     refused(folder, capsys, ["missing.gguf", "a.gguf"], "missing.gguf", "No such file")
-    refused(folder, capsys, ["hf", "hf/model.safetensors"], "a file of SRC itself")
+    refused(folder, capsys, ["hf", "hf/model.safetensors"], "belongs to SRC")
     assert main(["source.bin", "a.gguf"]) == 0
-    refused(folder, capsys, ["a.gguf", "./a.gguf"], "a file of SRC itself")
+    refused(folder, capsys, ["a.gguf", "./a.gguf"], "belongs to SRC")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +230,7 @@ def test_wrong_arguments_are_one_line(folder: Path, capsys: pytest.CaptureFixtur
         ("q4_0", 6e5, "600000"),
     ],
 )
-def test_values_that_no_number_holds_are_refused(
+def test_values_out_of_range_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], form: str, value: float, named: str
 ) -> None:
     offset = next(offset for name, _, offset, _ in Config(**SHAPE).tensors(padded=True) if name == "fcw")

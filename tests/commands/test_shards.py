@@ -115,7 +115,7 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("", ["no text was given", "-"]),
+        ("", ["text is missing", "-"]),
         ("in.txt", ["-o is missing"]),
         ("in.txt -o b --eot line", ["--eot is 'line'", "document, paragraph, none"]),
         ("in.txt -o b --val-tokens 1 --val-fraction 0.5", ["give one"]),
@@ -128,8 +128,8 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
         ("in.txt -o b --shard-size -5", ["--shard-size"]),
         ("in.txt -o b -n 5", ["-n goes with --show"]),
         ("in.txt -o b --shard 5", ["--shard"]),
-        ("absent.txt -o b", ["'absent.txt'", "no such text file"]),
-        ("*.text -o b", ["'*.text'", "no file matches it"]),
+        ("absent.txt -o b", ["'absent.txt'", "not a text file"]),
+        ("*.text -o b", ["'*.text'", "pattern that matches files"]),
         ("- - -o b", ["stdin can be read once"]),
         ("in.txt -o absent/b", ["folder 'absent' does not exist"]),
         ("in.txt -o absent/more/", ["folder 'absent/more' does not exist"]),

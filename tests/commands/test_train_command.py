@@ -173,7 +173,7 @@ def test_from_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     begin = [word for word in RUN if word not in ("--shape", SHAPE)]
     status, output, error = here(capsys, *begin, "--init", "tiny.bin", "--steps", "1")
     assert (status, error.count("\n")) == (0, 2)
-    assert error.startswith("pygpt: nothing will be saved: ")
+    assert error.startswith("pygpt: this run will not be saved: ")
     assert "1 step;" in error
     with TrainableGPT2.load("tiny.bin") as engine:
         losses = engine.forward(*DataLoader("train.bin", 2, 8).next_batch())
@@ -699,7 +699,7 @@ def test_options_that_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
         (["--warmup", "3"], "warmup is 3: it must be a whole number from 0 to 2"),
     ],
 )
-def test_what_a_resumed_run_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+def test_refusals_of_a_resumed_run(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run")
     Path("taken.bin").touch()
     shard(Path("other.bin"), np.arange(400) % V)
@@ -750,7 +750,7 @@ def test_a_state_with_nonsense_for_options(capsys: pytest.CaptureFixture[str], c
     assert_refuses(train.main, capsys, ["--resume", "x.state", "--steps", "3"], "x.state: pygpt train did not write")
 
 
-def test_a_state_of_no_steps_replaces_no_file_but_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_without_steps_replaces_only_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     here(capsys, *RUN, "--steps", "2", "--out", "run", "--log", "log")
     Path("log").write_text("dear diary\n")
     with TrainingState("run.state") as state:
@@ -773,7 +773,7 @@ def test_a_state_does_not_replace_a_picture_elsewhere(folder: Path, capsys: pyte
     assert error.endswith(f"{photo}: exists already outside the state's folder: to replace it, give --plot again\n")
 
 
-def test_a_state_replaces_no_file_without_an_end_of_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_keeps_a_file_without_an_end_of_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("diary").write_text("dear diary")
     trainer = Trainer(TrainableGPT2(CONFIG), DataLoader("train.bin", 2, 8))
     trainer.save("x.state", vars(job.Job(data=f"{os.getcwd()}/train.bin", B=2, T=8, log=f"{os.getcwd()}/diary")))
@@ -812,7 +812,7 @@ def test_a_folder_that_may_not_be_written(folder: Path, capsys: pytest.CaptureFi
     assert_refuses(train.main, capsys, [*RUN, "--out", "locked/run"], "Permission denied")
 
 
-def test_no_room_for_one_state(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_for_one_state(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 0, 1000))
     assert_refuses(train.main, capsys, [*RUN, "--out", "run"], "1000 bytes are free", status=1)
 
@@ -841,7 +841,7 @@ def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None
         write_checkpoint("nan.bin", CONFIG, tensors)
         status, output, error = here(capsys, "--data", "train.bin", "--init", "nan.bin", *BATCH, "--out", "run")
         assert (status, output) == (2, "")
-        assert_one_line_error(error, f"nan.bin: wte holds {value}")
+        assert_one_line_error(error, f"nan.bin: wte has {value}")
         assert not Path("run.state").exists()
 
 
@@ -883,7 +883,7 @@ def test_a_run_that_diverges_leaves_the_last_save(capsys: pytest.CaptureFixture[
     assert state_of("run.state.1").progress.step == done - 1
 
 
-def test_a_resumed_run_that_diverges_replaces_no_state(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_that_diverges_keeps_the_state(capsys: pytest.CaptureFixture[str]) -> None:
     here(capsys, *RUN, "--steps", "4", "--save-every", "2", "--out", "run")
     before = files()
     for state in ("run.state", "run.state.1"):
@@ -943,7 +943,7 @@ def test_a_shard_that_goes_bad_within_the_run(folder: Path, capsys: pytest.Captu
 def test_a_reader_that_goes_away() -> None:
     result = command(*RUN, "--steps", "1000000000", shell='"$@" | head -n 2; exit 0')
     assert (result.returncode, len(result.stdout.splitlines())) == (0, 2)
-    assert result.stderr.startswith("pygpt: nothing will be saved")
+    assert result.stderr.startswith("pygpt: this run will not be saved")
     assert result.stderr.count("\n") == 1
     result = command(*RUN, "--steps", "1000000000", "--out", "run", shell='("$@"; echo $? >&2) | head -n 2; exit 0')
     assert (len(result.stdout.splitlines()), result.stderr) == (2, "141\n")

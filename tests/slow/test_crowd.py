@@ -1,8 +1,8 @@
 """More workers than processors, and less than one processor for them: throughput must not collapse.
 
-Each number of workers decodes in a process of its own, on all processors, on one, and under a quota of half a processor (a
-cgroup where one may be made, else the process is stopped for half of every tenth of a second). The numbers of workers take
-turns and medians are compared, so that what else the machine does touches all alike. It should have little else to do.
+Each number of workers decodes in a separate process: on all processors, on one, and under a quota of half a processor. The
+quota is a cgroup, or the process is stopped for half of every tenth of a second. The numbers of workers take turns, and medians
+are compared, so other programs on the machine affect all equally. It should have little else to do.
 """
 
 import os
@@ -111,7 +111,7 @@ def make_cgroup() -> Path | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", [all_processors, one_processor, half_a_processor])
-def test_a_crowd_is_not_much_slower(
+def test_many_workers_are_not_much_slower(
     setting: Callable[[], AbstractContextManager[Governor]], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     if setting is one_processor and not hasattr(os, "sched_setaffinity"):

@@ -1,5 +1,5 @@
-"""kill -9 while each kind of file is written, and disks that fill up: a file is whole, absent, or the older one, and the next
-run does not mind what is left."""
+"""kill -9 while each kind of file is written, and disks that fill up. A file is complete, absent, or the older file, and the
+next run ignores remains."""
 
 import os
 import resource
@@ -139,7 +139,7 @@ def small_disk(place: Path, size: int) -> Iterator[Path | None]:
     ["to bfloat16", "training", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llm.c's other files", "traces"))],
 )
 def test_a_half_written_file_is_found(name: str, files: Files, tmp_path: Path) -> None:
-    """What is whole is found to be, and what is cut off is told."""
+    """Complete files are accepted, and truncated files are reported."""
     [writer] = [writer for writer in writers(files, tmp_path) if writer.name == name]
     assert run(writer.argv).status == 0
     assert writer.whole(tmp_path)

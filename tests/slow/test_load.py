@@ -1,8 +1,8 @@
 """Everything at once in one process, every result compared with its known bits.
 
-Threads generate on shared models and on their own, alone and in batches, with prefix caches and without, cancel by closing
-iterators, open and close models, let caches grow and shrink, evaluate, train, save and resume. The main thread completes and
-trains, and is interrupted all the time. Meanwhile memory, descriptors and threads stay what they were.
+Threads generate on shared and separate models, alone and in batches, with and without prefix caches. They also cancel, open and
+close models, resize caches, evaluate, train, save and resume. The main thread completes and trains, and is interrupted all the
+time. Meanwhile memory, descriptors and threads stay constant.
 """
 
 import gc
@@ -29,15 +29,15 @@ from pygpt.commands.interrupts import made_of_ctrl_c
 
 THREADS = 6
 TEXT = "Ladies and gentlemen, \u00fcnd \U0001f600 so on.\n\n" * 9
-RESIDENT_SLACK = 32 << 20  # bytes: what the allocator's arenas may differ by
+RESIDENT_SLACK = 32 << 20  # bytes: the tolerance for the allocator's arenas
 
 
 class Interrupted(Exception):
-    """What the main thread's timer raises."""
+    """The exception of the main thread's timer."""
 
 
 class Load:
-    """Jobs that any thread does at any time, on models that all threads share. `wrong` collects what is not as it must be."""
+    """Jobs that any thread does at any time, on models that all threads share. `wrong` collects failures."""
 
     def __init__(self, known: Known) -> None:
         self.known, self.wrong = known, list[str]()
@@ -66,7 +66,7 @@ class Load:
             self.wrong.append(f"{name}: {detail}"[:500])
 
     def refused(self, error: type[Exception], words: str, call: Callable[[], object]) -> None:
-        """Check that a call raises this error, whose message has these words."""
+        """Check that a call raises this error, and that its message has these words."""
         try:
             call()
         except error as found:
@@ -92,7 +92,7 @@ class Load:
         self.check(ids == wanted[:count] and list(iterator) == [], version, p, o, ids)
 
     def with_prefix(self, rng: random.Random) -> None:
-        """It goes on from what another thread's completion has left."""
+        """It continues from the cache of another thread's completion."""
         version, p, o, wanted = self.pick(rng)
         ids = list(self.shared[version].generate(PROMPTS[p], cache=self.prefixes[version], **OPTIONS[o]))
         self.check(ids == wanted, version, p, o, ids)
@@ -161,7 +161,7 @@ class Load:
         self.check(all(np.array_equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True)))
 
     def misuse(self, rng: random.Random) -> None:
-        """What is refused stays refused, and leaves nothing behind."""
+        """Refused calls are always refused, and leave no trace."""
         version = rng.choice(list(self.shared))
         model = self.shared[version]
         self.refused(InputError, "is not a token id", lambda: list(model.generate([SHAPE.V])))
@@ -265,7 +265,7 @@ def measured() -> tuple[int, int, int]:
 
 
 def leaks(samples: list[tuple[int, int, int]]) -> list[str]:
-    """What the second half of a run needs more of than the first, whose beginning does not count."""
+    """Return the resources that the second half of a run uses more than the first half. The beginning does not count."""
     middle, begin = len(samples) // 2, len(samples) // 10
     found = []
     for which, (what, slack) in enumerate((("resident", RESIDENT_SLACK), ("descriptors", 16), ("threads", 16))):

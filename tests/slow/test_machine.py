@@ -1,4 +1,4 @@
-"""What a machine does to programs: no memory, no threads, streams that are closed or full, files that change in use.
+"""Failures of the machine: no memory, no threads, streams that are closed or full, files that change in use.
 
 An error is one line and the documented status. The object that raised it works on.
 """
@@ -46,7 +46,7 @@ def test_streams_that_are_closed_or_full(budget: Budget, files: Files) -> None:
     ]
     for argv, streams, status in budget.some(cases, few=4):
         outcome = run(["/bin/sh", "-c", f'"$@" {streams}', "sh", *argv], b"1 2\n")
-        for notice in ("nothing will be saved: to save, name a file with --out", "2 steps; nothing was saved"):
+        for notice in ("this run will not be saved: to save it, name a file with --out", "2 steps; nothing was saved"):
             outcome.err = outcome.err.replace(f"pygpt: {notice}\n", "") if argv is train else outcome.err
         assert outcome.status == status, (argv[3:], streams, outcome)
         told = not outcome.err if status == 0 or streams == "2>&-" else outcome.one_line
@@ -134,7 +134,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_objects_work_on_after_no_memory(files: Files) -> None:
+def test_objects_work_after_a_memory_error(files: Files) -> None:
     outcome = run_program(NO_MEMORY, files.small, files.long, files.model)
     assert (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", "")
 
@@ -236,8 +236,8 @@ def test_commands_without_threads(budget: Budget, files: Files) -> None:
 
 
 def without_threads() -> list[str] | None:
-    """What to put before a command that gets so many threads only (word 1 says how many). Root becomes a user of no processes
-    who may read root's files. None where this cannot be had."""
+    """Return the words before a command that limits its number of threads (word 1). Root becomes a user of no processes
+    who may read root's files. None if this is impossible here."""
     words = ["prlimit", "--nproc=1"]
     if not os.geteuid():
         one = "-all,+dac_override"
@@ -297,8 +297,8 @@ def test_a_model_file_that_changes_in_use(budget: Budget, files: Files, tmp_path
             assert "--no-mmap" in outcome.err
 
 
-def test_training_whose_data_is_cut_short(files: Files, tmp_path: Path) -> None:
-    """One line, and what was saved can be resumed."""
+def test_training_with_truncated_data(files: Files, tmp_path: Path) -> None:
+    """One line is printed, and saved work can be resumed."""
     data, state = tmp_path / "data.bin", tmp_path / "m.state"
     shutil.copy(files.tokens, data)
     options = ["--data", data, "--init", files.small, *TRAINING, "--steps", 10**6, "--out", tmp_path / "m.bin"]
@@ -316,7 +316,7 @@ def test_training_whose_data_is_cut_short(files: Files, tmp_path: Path) -> None:
     assert outcome.status == 0, outcome
 
 
-def test_names_under_which_there_is_no_model(budget: Budget, files: Files, tmp_path: Path) -> None:
+def test_names_without_a_model(budget: Budget, files: Files, tmp_path: Path) -> None:
     """One line, status 2, no waiting."""
     (tmp_path / "secret.bin").touch(0o000)
     (tmp_path / "gone.bin").symlink_to("nowhere.bin")
@@ -353,7 +353,7 @@ def touch():
         ("import signal; status_of(lambda: os.kill(os.getpid(), signal.SIGBUS))", 0),  # its usual effect, no explanation
     ],
 )
-def test_what_sigbus_says(tmp_path: Path, end: str, said: int) -> None:
+def test_message_of_sigbus(tmp_path: Path, end: str, said: int) -> None:
     variables = environment()
     del variables["PYTHONFAULTHANDLER"]
     outcome = run([PYTHON, "-c", f"{SIGBUS_PROGRAM}\n{end}", tmp_path / "file"], env=variables)

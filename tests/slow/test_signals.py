@@ -1,8 +1,9 @@
-"""SIGINT, SIGTERM, SIGSTOP and SIGCONT, and a reader that goes away, at random moments of commands, of the chat, of programs of
-the API with few and many workers, and of every program that writes files; forks and exits while workers are busy.
+"""Signals at random moments: SIGINT, SIGTERM, SIGSTOP and SIGCONT, and a reader that closes the pipe. The programs are
+commands, the chat, programs of the API with few and many workers, and every program that writes files. There are also forks and
+exits while workers are busy.
 
-Each time the status is documented, stdout is a prefix of the right ids in whole lines, files are whole, no traceback is
-printed, nothing hangs, and no process is left. Moments begin when the program's own code runs.
+Each time the status is documented, stdout is a prefix of the right ids in whole lines, and files are complete. Programs do not
+print tracebacks, hang, or leave processes. Moments begin when the program's own code runs.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from pygpt.hub.find import EMBEDDED_MODEL
 LONG = Config(maxT=1000, V=211, L=3, NH=4, C=96)
 TOTAL = 120  # tokens of a completion
 TEXT = "Ladies and"
-# What comes ("gone": the reader of stdout), and the statuses that are documented for it. 0: it came too late. -SIGINT, which
+# Each signal ("gone": the reader of stdout closes it) and its documented statuses. 0: it came too late. -SIGINT, which
 # shells call 130, too: all was done, and the interpreter, about to end, had given the signal back to the system.
 ALLOWED = {
     "SIGINT": {0, 130, -signal.SIGINT},
@@ -55,7 +56,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 
 
 class Setting:
-    """A model, and what must come out of it."""
+    """A model and its expected results."""
 
     def __init__(self, place: Path) -> None:
         self.sharp = make_model(place / "sharp.bin", LONG, sharp=9)
@@ -113,7 +114,7 @@ sys.exit(chat.main())
 
 
 class Program(NamedTuple):
-    """A program under signals: its words, what it is given, about how long it computes, and who judges its output."""
+    """A program under signals: its words, its input, its approximate duration, and the check of its output."""
 
     name: str
     argv: list[object]
@@ -145,7 +146,7 @@ def programs(setting: Setting) -> list[Program]:
 
 
 def strike(process: "subprocess.Popen[bytes]", kind: str, rng: random.Random) -> None:
-    """Do to a running program what is to be done."""
+    """Send the signal to a running program."""
     if kind == "gone":
         assert process.stdout is not None
         process.stdout.close()
@@ -242,7 +243,7 @@ def interrupted(writer: Writer, files: Files, place: Path, rng: random.Random) -
 
 
 def training_of(place: Path) -> list[bytes]:
-    """What a training run has come to: the model, and what its state has beside names of files."""
+    """Return the result of a training run: the model, and its state without names of files."""
     with TrainingState(place / "m.state") as state:
         job = {name: value for name, value in state.progress.job.items() if name != "log"}
         rest = repr(dataclasses.replace(state.progress, job=job)).encode()
@@ -308,7 +309,7 @@ print("fine")
 
 @pytest.mark.parametrize("code", [FORK, EXIT, CLOCK], ids=["forks", "exits", "clocks"])
 def test_with_busy_workers(budget: Budget, setting: Setting, code: str) -> None:
-    """Children compute on their own; the interpreter ends while threads compute; what waits, waits by the monotonic clock."""
+    """Children compute alone, the interpreter ends while threads compute, and waits use the monotonic clock."""
     for _ in budget.rounds():
         for workers in budget.some((1, 2, 8), few=1):
             words = setting.said if code != EXIT else budget.random.randrange(10**6)
@@ -316,7 +317,7 @@ def test_with_busy_workers(budget: Budget, setting: Setting, code: str) -> None:
             assert (outcome.status, outcome.out, outcome.err) == (0, b"fine\n", ""), outcome
 
 
-def test_no_source_waits_by_the_time_of_day() -> None:
+def test_waits_use_the_monotonic_clock() -> None:
     """A download's age and a trace's date have it."""
     sources = [path for pattern in ("*.py*", "*.h") for path in (ROOT / "pygpt").rglob(pattern) if path.suffix != ".pyc"]
     others = [path for path in sources if path.parent.name != "hub" and path.name != "traces.py"]

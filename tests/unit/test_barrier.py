@@ -1,24 +1,26 @@
 """The native barrier (sync.h): every interleaving of two and three workers, and ThreadSanitizer on real threads.
 
-The enumerator runs sync.h itself: its functions are translated to Python generators that yield each atomic operation, and an
-explicit-state search lets every worker take the next step in every state that can be reached: two barriers one after the
-other, any number of spins, sleepers woken or waking for no reason, workers that fail and abort, an abort from outside at any
-moment. It proves that
+The search runs sync.h itself. Its functions are translated to Python generators that yield each atomic operation. In every
+state that can be reached, every worker may take the next step. The search has two barriers one after the other, any number
+of spins, wake-ups with and without a reason, workers that fail and abort, and an abort from outside at any moment. It proves
+that
 
-- no worker passes a barrier before all have come to it, and none is told "all met" when the step was aborted without it;
-- there is no deadlock, so no wake-up is lost, and no endless loop, so all leave, after an abort as well;
-- nobody is left counted as a sleeper, and the barrier is at rest: reset() may follow, and the next step begins like the first.
+- workers pass a barrier only after all have arrived, and a worker leaves early only if the step was aborted;
+- there are no deadlocks, lost wake-ups or endless loops: all workers leave, also after an abort;
+- at the end the count of sleepers is 0 and the barrier is at rest: after reset(), the next step begins like the first.
 
-The same search finds each of a dozen plausible mistakes, planted in the text of sync.h: it can fail.
+The same search finds each of a dozen plausible mistakes, planted in the text of sync.h. So the test can fail.
 
-What it takes for granted is sequential consistency: one order of all atomic operations that every worker agrees on. All of
-sync.h's are sequentially consistent (C11 7.17.3) but one. They have to be where two words are in play: a sleeper counts
-itself and then reads `phase`, the opener moves `phase` and then reads `sleepers`; with mere acquire and release both could
-read the old value, and the wake-up would be lost. The exception is the spinner's load of `phase`, an acquire. It decides
-nothing but "has phase moved", by one word that only grows, so reading an old value is reading earlier, which the search
-covers; and when it reads the new value it synchronises with the opener's fetch_add, which comes after all arrivals: these
-are read-modify-writes of one word, each of which acquires what the one before released. So all that was written before a
-wait is visible after it; ThreadSanitizer checks this on plain memory (barrier_harness.c), and reports a relaxed load.
+The search assumes sequential consistency: all workers agree on one order of all atomic operations. All operations of sync.h
+except one are sequentially consistent (C11 7.17.3). This is necessary, because two words are involved: a sleeper counts
+itself and then reads `phase`; the opener changes `phase` and then reads `sleepers`. With only acquire and release, both
+could read the old value, and the wake-up would be lost.
+
+The exception is the spinner's load of `phase`, an acquire. It decides only whether phase has moved, and that word only
+grows. Reading an old value is like reading earlier, which the search includes. If it reads the new value, it synchronises
+with the opener's fetch_add, which comes after all arrivals. All these are read-modify-writes of one word, and each acquires
+the release of the previous one. So memory written before a wait is visible after it. ThreadSanitizer checks this on plain
+memory (barrier_harness.c), and reports a relaxed load.
 """
 
 import os
@@ -121,7 +123,7 @@ def outsider():
 
 
 class Op(NamedTuple):
-    """What a process does next, as one indivisible step."""
+    """The next operation of a process, as one indivisible step."""
 
     name: str
     word: str
@@ -132,7 +134,7 @@ Run = Generator[tuple[str, str, int], int, int | None]
 
 
 def program(text: str, sleep: str, **constants: int) -> dict[str, Callable[[], Run]]:
-    """What each kind of process does: a worker of a step, and one who aborts the step from outside."""
+    """Return the two kinds of processes: a worker of a step, and a process that aborts the step from outside."""
     platforms = re.search(r"#if defined\(__linux__\)\n(static.*?)\n#else\n(.*?)\n#endif\n", text, re.DOTALL)
     assert platforms
     sleeping = platforms[1 if sleep == FUTEX else 2]
@@ -148,7 +150,7 @@ def program(text: str, sleep: str, **constants: int) -> dict[str, Callable[[], R
 
 
 class Words(NamedTuple):
-    """What processes share."""
+    """The shared words."""
 
     arrived: int = 0
     phase: int = 2**32 - 1  # it wraps within the first barrier
@@ -158,17 +160,17 @@ class Words(NamedTuple):
 
 
 class Local(NamedTuple):
-    """Where a process stands; two histories that lead to the same place are the same place."""
+    """The local state of a process. Two histories that lead to the same state are equal."""
 
     kind: str
     place: tuple[object, ...]  # of each frame: line and variables
     op: Op | None  # None: it has ended
     worked: int  # shares of work done: barriers come to
     passed: int
-    left: bool  # it was told that the step is aborted
+    left: bool  # it has seen that the step is aborted
 
 
-State = tuple[Words, tuple[tuple[int, bool], ...]]  # each process: number of its Local, asleep; in no order: workers are alike
+State = tuple[Words, tuple[tuple[int, bool], ...]]  # each process: number of its Local, asleep; sorted: workers are alike
 
 
 class Flaw(AssertionError):
@@ -221,7 +223,7 @@ class Search:
         return self.moves[number, result]
 
     def successors(self, state: State) -> Iterator[tuple[bool, State]]:
-        """Each state that one more step leads to, and whether it needs a sleeper to wake for no reason."""
+        """Yield each state after one more step, and whether it needs a wake-up without a reason."""
         words, processes = state
         for i, (number, asleep) in enumerate(processes):
             op = self.locals[number].op
@@ -256,7 +258,7 @@ class Search:
     def run(self) -> int:
         """Visit every state; return how many there are. Raises Flaw."""
         numbers, todo = {self.first: 0}, deque([self.first])
-        edges: list[list[int]] = []  # from each state; without sleepers that wake for no reason: nobody may depend on that
+        edges: list[list[int]] = []  # from each state; wake-ups without a reason are left out, because they may never come
         while todo:
             state = todo.popleft()
             self.check(state)
@@ -273,7 +275,7 @@ class Search:
         return len(edges)
 
     def check(self, state: State) -> None:
-        """What holds at any moment."""
+        """Check the state at any moment."""
         workers = [local for number, _ in state[1] if (local := self.locals[number]).kind == "worker"]
         if max(worker.passed for worker in workers) > min(worker.worked for worker in workers):
             raise Flaw("a worker passed the barrier before all had come")
@@ -281,7 +283,7 @@ class Search:
             raise Flaw("a worker left a step that was not aborted")
 
     def check_end(self, state: State) -> None:
-        """What holds where nobody can go on."""
+        """Check a state in which all processes have stopped."""
         words, processes = state
         if any(self.locals[number].op is not None for number, _ in processes):
             raise Flaw("deadlock")
@@ -292,7 +294,7 @@ class Search:
 
 
 def places(run: Run) -> Iterator[object]:
-    """Where a generator and those it waits for stand."""
+    """Yield the places of a generator and of the generators that it waits for."""
     inner: Any = run
     while inner is not None:
         yield inner.gi_code.co_name, inner.gi_frame.f_lasti, tuple(sorted(inner.gi_frame.f_locals.items()))
@@ -333,7 +335,7 @@ def searched(request: pytest.FixtureRequest) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("sleep", SLEEPS)
-@pytest.mark.parametrize("spins", [0, 1])  # one look stands for many: a look that finds nothing new is a pause
+@pytest.mark.parametrize("spins", [0, 1])  # one load is enough: a load without a change is a pause
 @pytest.mark.parametrize("outsider", [False, True])
 @pytest.mark.parametrize("parties", [2, 3])
 def test_every_interleaving(searched: list[int], parties: int, outsider: bool, spins: int, sleep: str) -> None:
@@ -348,7 +350,7 @@ def test_every_interleaving(searched: list[int], parties: int, outsider: bool, s
 
 
 class Mistake(NamedTuple):
-    """A mistake that can be planted in sync.h, and what the search says then."""
+    """A mistake to plant in sync.h, and the flaw that the search then reports."""
 
     name: str
     old: str
@@ -457,7 +459,7 @@ def test_the_search_finds_mistakes(mistake: Mistake, sleep: str) -> None:
         search.run()
 
 
-def test_what_has_no_translation_is_refused() -> None:
+def test_unknown_c_is_refused() -> None:
     """Another memory order, another statement: the proof would not be of this code."""
     for old, new in [("memory_order_acquire", "memory_order_relaxed"), ("    barrier_open(b);", "    sched_yield();")]:
         assert old in SYNC
@@ -509,7 +511,7 @@ def sanitizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("flags", [[], [PORTABLE]], ids=["native", "portable"])
-def test_no_race_and_no_early_pass(flags: list[str], sanitizer: str, tmp_path: Path) -> None:
+def test_races_and_early_passes(flags: list[str], sanitizer: str, tmp_path: Path) -> None:
     program = build(tmp_path, "-Werror", sanitizer, *flags)
     for workers in (1, 2, 3, 4, 8):
         for spins, steps in ((0, 2000), (100, 500), (20_000, 200)):

@@ -1,5 +1,5 @@
-"""The Python interface, called with anything: a refused call is one clear line and has changed nothing, and in the end every
-cache gives the very logits that its tokens have without one."""
+"""The Python interface, called with anything. A refused call raises one clear line and does not change anything. At the end,
+every cache gives the same logits that its tokens give without a cache."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,7 +62,7 @@ def refusal(call: Callable[[], object]) -> bool:
 
 
 class Caches(RuleBasedStateMachine):
-    """Calls on two caches, and a second account of what is in them."""
+    """Calls on two caches, and a second record of their tokens."""
 
     path: Path
     model: GPT2
@@ -74,7 +74,7 @@ class Caches(RuleBasedStateMachine):
         self.held: list[list[int]] = [[], []]
 
     def note(self, number: int, *tokens: Any) -> None:
-        """Note what a cache now holds, and that these were token ids."""
+        """Record the tokens of a cache, and that they were token ids."""
         for token in tokens:
             assert not isinstance(token, bool)
             assert 0 <= token.__index__() < SMALL.V, f"token {token!r} is accepted"

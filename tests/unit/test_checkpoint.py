@@ -1,4 +1,4 @@
-"""Checkpoints: which file is chosen, what the strict reader refuses, what the writer leaves behind."""
+"""Checkpoints: the choice of the file, the refusals of the strict reader, and the files of the writer."""
 
 import errno
 import math
@@ -90,7 +90,7 @@ def random_tensors(config: Config, seed: int = 0) -> dict[str, npt.NDArray[np.fl
 
 
 def refusal(path: str | Path) -> str:
-    """Open a file that must be refused, without noticeable memory, and return the one line that says why."""
+    """Open a file that must be refused, without noticeable memory, and return the reason, one line."""
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as caught:
@@ -210,13 +210,13 @@ def test_the_message_names_what_was_found_and_expected(tmp_path: Path, index: in
 
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """One file a version whose header the tests below overwrite."""
+    """One file for each version. The tests below overwrite its header."""
     folder = tmp_path_factory.mktemp("headers")
     return {version: small_model(folder, version, name=f"v{version}.bin") for version in VERSIONS}
 
 
 def judge(path: Path, fields: Sequence[int]) -> None:
-    """Give the file this header: it must open exactly when the format says so, and be refused cheaply otherwise."""
+    """Give the file this header. It must open if the format allows it, and otherwise be refused with little memory."""
     with path.open("r+b") as file:
         file.write(pack(fields))
     tracemalloc.reset_peak()
@@ -354,7 +354,7 @@ def test_a_file_that_shrinks_while_it_is_opened_is_refused(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_file_that_was_read_is_the_same_and_nobodys_any_more(tmp_path: Path, version: int) -> None:
+def test_a_file_read_into_memory_is_equal_and_independent(tmp_path: Path, version: int) -> None:
     path = small_model(tmp_path, version=version)
     with Checkpoint(path) as mapped, Checkpoint(path, mmap=False) as read:
         assert (read.config, read.version, bytes(read.values)) == (mapped.config, mapped.version, bytes(mapped.values))
@@ -390,12 +390,12 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         return real(fd, length, flags=flags)
 
     monkeypatch.setattr(mmap, "mmap", change_then_reserve)
-    with pytest.raises(CheckpointError, match=f"^{path}: the model file has changed while"):
+    with pytest.raises(CheckpointError, match=f"^{path}: the model file changed while"):
         Checkpoint(path, mmap=False)
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_no_room_for_a_file_is_a_memory_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
+def test_a_file_too_large_for_memory_is_a_memory_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool) -> None:
     path = small_model(tmp_path)
 
     def refuse(*_: object, **__: object) -> Any:
@@ -537,7 +537,7 @@ def test_the_map_goes_with_the_last_view(tmp_path: Path) -> None:
     assert not mapped()
 
 
-def test_200_cycles_leak_no_descriptor(tmp_path: Path) -> None:
+def test_200_cycles_keep_the_number_of_descriptors(tmp_path: Path) -> None:
     good, bad = small_model(tmp_path), tmp_path / "bad.bin"
     bad.write_bytes(b"\0" * 2000)
     before = len(os.listdir("/dev/fd"))
@@ -576,7 +576,7 @@ def configs(draw: st.DrawFn) -> Config:
 
 @settings(max_examples=60, deadline=None)
 @given(config=configs(), version=st.sampled_from(VERSIONS), seed=st.integers(0, 99))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, config: Config, version: int, seed: int) -> None:
+def test_written_files_are_read(tmp_path_factory: pytest.TempPathFactory, config: Config, version: int, seed: int) -> None:
     path = tmp_path_factory.getbasetemp() / "round_trip.bin"
     tensors = random_tensors(config, seed)
     write_checkpoint(path, config, tensors, version=version)
@@ -649,7 +649,7 @@ def test_bfloat16_by_hand(tmp_path: Path, pattern: int, expected: int) -> None:
 
 
 def bfloat16_value(pattern: int) -> Fraction:
-    """The exact value of a finite bfloat16; the pattern of infinity stands for the power of two that comes next."""
+    """Return the exact value of a finite bfloat16. The pattern of infinity means the next power of two."""
     sign, exponent, fraction = pattern >> 15, pattern >> 7 & 0xFF, pattern & 0x7F
     magnitude = Fraction(fraction + 128 * (exponent > 0)) * Fraction(2) ** (max(exponent, 1) - 134)
     return -magnitude if sign else magnitude
@@ -691,7 +691,7 @@ def test_other_names_are_not_written(tmp_path: Path, change: str) -> None:
     if change != "missing":
         tensors["lm_head"] = np.zeros(3, np.float32)
     named = {"missing": "'fcb'", "added": "'lm_head'", "renamed": "'fcb', 'lm_head'"}[change]
-    with pytest.raises(InputError, match=rf"not the sixteen of a checkpoint: \[{named}\] are missing or unknown"):
+    with pytest.raises(InputError, match=rf"sixteen names of a checkpoint, but \[{named}\] are missing or unknown"):
         write_checkpoint(tmp_path / "model.bin", Config(**SMALL), tensors)
     assert os.listdir(tmp_path) == []
 
@@ -711,7 +711,7 @@ def test_other_shapes_are_not_written(tmp_path: Path, name: str, shape: tuple[in
 
 
 class Interrupted(Mapping[str, Any]):
-    """Tensors that call `at_fcw` when the eleventh is asked for, in the middle of the file."""
+    """Tensors that call `at_fcw` for the eleventh tensor, in the middle of the file."""
 
     def __init__(self, at_fcw: Callable[[], None]) -> None:
         self.tensors = random_tensors(Config(**SMALL), seed=9)
@@ -763,7 +763,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     assert synced == [len(old)]
 
 
-def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = small_model(tmp_path)
     old = path.read_bytes()
     seen: list[bytes] = []
@@ -873,7 +873,7 @@ def test_models_are_looked_for_in_order(folder: Path, monkeypatch: pytest.Monkey
     assert find_model() == (EMBEDDED_MODEL, "embedded")
 
 
-def test_the_embedded_model_is_whole(folder: Path) -> None:
+def test_the_embedded_model_is_complete(folder: Path) -> None:
     with Checkpoint(find_model()[0]) as checkpoint:
         assert checkpoint.version == 5
         assert checkpoint.config.V == 50257

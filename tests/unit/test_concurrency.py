@@ -1,7 +1,7 @@
-"""The contract of README's table, line by line: what threads may share, what takes turns, what is refused. Plus what a Ctrl-C
-at the worst moment leaves, and the workers of forgotten pools.
+"""The contract for threads, line by line: shared objects, calls that take turns, and refusals. Also Ctrl-C at the worst moment,
+and the workers of deleted pools.
 
-Threads meet at events and barriers; where a race is provoked every outcome of it is checked.
+Threads wait for each other at events and barriers. If a test provokes a race, it checks every outcome.
 """
 
 import os
@@ -55,7 +55,7 @@ def model(path: str, request: pytest.FixtureRequest) -> Iterator[GPT2]:
 
 
 def together(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """work(0) .. work(count - 1) in as many threads, begun at once; their results, or what they raised."""
+    """Run work(0) .. work(count - 1) in threads that start together. Return their results, or their exceptions."""
     start = threading.Barrier(count)
     found: list[Any] = [None] * count
 
@@ -80,7 +80,7 @@ def together(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def test_a_model_takes_turns(model: GPT2) -> None:
-    """Each thread with caches of its own."""
+    """Each thread has separate caches."""
     wanted = model.logits(TOKENS)
 
     def work(i: int) -> bool:
@@ -94,7 +94,7 @@ def test_a_model_takes_turns(model: GPT2) -> None:
 
 
 def test_one_cache_in_two_threads_holds_every_row_once(model: GPT2) -> None:
-    """Rows come in some order, each step's together; the logits are those of that order, whatever it was."""
+    """Rows come in some order, and the rows of a step stay together. The logits match that order."""
     for _ in range(10):
         cache = model.new_cache()
         found = together(4, lambda i, cache=cache: [model.step([(10 * i + k, cache, True)] * 2) for k in range(4)])  # type: ignore[misc]
@@ -125,8 +125,8 @@ def test_a_full_cache_is_never_exceeded(model: GPT2) -> None:
     assert all(len(result) == 8 for result in done)
 
 
-def test_what_another_thread_appended_survives_a_refusal(path: str) -> None:
-    """A step that is refused takes nothing back that was not its own."""
+def test_rows_of_another_thread_survive_a_refusal(path: str) -> None:
+    """A refused step removes only its own rows."""
     with GPT2.load(path, threads=1) as model:
         cache = model.new_cache(4)
         inside, go = threading.Event(), threading.Event()
@@ -196,7 +196,7 @@ def test_an_iterator_is_one_threads_at_a_time(model: GPT2, monkeypatch: pytest.M
 
 
 def test_a_checkpoint_is_read_by_all_and_closed_by_one(path: str) -> None:
-    """Whoever has an array keeps it; whoever comes too late is told."""
+    """Arrays stay valid after close(); later calls raise ClosedError."""
     for mmap in (True, False):
         checkpoint = Checkpoint(path, mmap=mmap)
         wanted = checkpoint.tensor("wte").copy()
@@ -272,7 +272,7 @@ def test_an_interrupt_after_the_commit_takes_the_rows_back(path: str, monkeypatc
         assert np.array_equal(model.prefill(cache, TOKENS[7:9]), model.logits(TOKENS[:9])[-1])
 
 
-def test_a_chunk_that_fails_takes_the_whole_prompt_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_chunk_removes_the_whole_prompt(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pygpt.model, "CHUNK", 8)
     with GPT2.load(path, threads=2) as model:
         cache = model.new_cache()
@@ -295,7 +295,7 @@ def test_updates_are_counted(path: str) -> None:
 
 
 def test_a_restore_that_was_interrupted_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are a mixture of two states: neither a step nor a save is made of it, until restore() has succeeded."""
+    """Its weights are a mixture of two states. So it refuses steps and saves until restore() has succeeded."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -347,27 +347,28 @@ def test_a_round_at_the_end_of_the_stack() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forgotten pools
+# Deleted pools
 
 
 def test_a_stop_in_a_worker_about_to_wait() -> None:
-    """The garbage collector may run a forgotten pool's end in one of its workers, between its look at the flag and its wait."""
+    """The garbage collector may stop a deleted pool in one of its workers, between the worker's test of the flag and its
+    wait."""
     pool = ThreadPool(2)
-    crew = pool._workers
-    assert crew is not None
-    wait = crew.wake.wait
+    workers = pool._workers
+    assert workers is not None
+    wait = workers.wake.wait
     stopped: list[threading.Thread] = []
 
     def stop_then_wait(timeout: float | None = None) -> bool:
         if not stopped:
             stopped.append(threading.current_thread())
-            crew.stop()
+            workers.stop()
         return wait(timeout)
 
-    crew.wake.wait = stop_then_wait  # type: ignore[method-assign]
+    workers.wake.wait = stop_then_wait  # type: ignore[method-assign]
     ran: list[int] = []
     pool.run(lambda ith, _: ran.append(ith))
-    [worker] = crew.threads
+    [worker] = workers.threads
     worker.join(DEADLINE)
     assert not worker.is_alive()
     assert stopped == [worker]
@@ -429,7 +430,8 @@ def test_after_a_fork_everything_works_on_both_sides(path: str) -> None:
 
 
 def test_a_second_interpreter_is_refused_clearly(path: str) -> None:
-    """The kernels are of one interpreter of a process: another one's import says so, and the first one goes on."""
+    """Only one interpreter of a process can use the kernels. Another interpreter's import fails with the reason, and the first
+    one still works."""
     result = script(
         """
         import sys
@@ -470,7 +472,7 @@ def test_a_second_interpreter_is_refused_clearly(path: str) -> None:
     assert result.stdout in ("fine\n", "none\n")
 
 
-def test_importing_takes_no_signal(path: str) -> None:
+def test_importing_keeps_signal_handlers(path: str) -> None:
     """The library leaves every signal as it was, used or not."""
     result = script(
         """

@@ -69,14 +69,14 @@ def test_reading(tmp_path: Path) -> None:
         (shard_bytes([1]) + b"\0", "too long: 1027 bytes, expected 1026 for 1 tokens"),
     ],
 )
-def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_than_shards_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"^{re.escape(f'{path}: {message}')}$"):
         read_tokens(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_special_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
         with pytest.raises(DataError, match=r"not a regular file; a token file is expected"):
@@ -122,7 +122,7 @@ def test_writing(tmp_path: Path, cut: int) -> None:
         (iter([[1], [2.5]]), "float64"),
     ],
 )
-def test_writing_refuses_what_is_no_tokens(tmp_path: Path, tokens: Any, message: str) -> None:
+def test_writing_refuses_bad_tokens(tmp_path: Path, tokens: Any, message: str) -> None:
     (tmp_path / "a.bin").write_bytes(b"older")
     with pytest.raises(InputError, match=message):
         write_tokens(tmp_path / "a.bin", tokens)
@@ -287,7 +287,7 @@ def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
         ),
         (lambda path: DataLoader([path, path.replace("a.bin", "b.bin")], 1, 4), r"b.bin: 2 tokens .* or leave this file out$"),
         (lambda path: DataLoader([1, 2], 2, 1), r"tokens: 2 tokens are too few"),
-        (lambda path: DataLoader(path + "x", 1, 4), "no such file, and as a pattern it matches no file"),
+        (lambda path: DataLoader(path + "x", 1, 4), "not a pattern that matches files"),
         (lambda path: DataLoader([], 1, 4), "list of token files is empty"),
         (lambda path: DataLoader([0.5, 1.5], 1, 1), "float64"),
     ],
@@ -498,7 +498,7 @@ def test_reading_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: in
         ("né中\udc80".encode("utf-8", "surrogateescape"), 6, 0x80),
     ],
 )
-def test_bytes_that_are_no_text(
+def test_bytes_that_are_not_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, offset: int, byte: int, piece: int
 ) -> None:
     monkeypatch.setattr("pygpt.formats.text.PIECE", piece)

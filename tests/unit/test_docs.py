@@ -21,7 +21,7 @@ import pictures  # noqa: E402
 import write_docs  # noqa: E402
 
 README = ROOT / "README.md"
-LOG = ROOT / "docs" / "benchmarks.md"  # a dated log: its commands and sentences are those of their day
+LOG = ROOT / "docs" / "benchmarks.md"  # a dated log, with the commands and sentences of its days
 PAGES = [README, *sorted(page for page in (ROOT / "docs").rglob("*.md") if page != LOG)]
 
 # Commands that are not run here, by their beginnings, and why.
@@ -36,7 +36,7 @@ ELSEWHERE = {
     "python tools/pictures.py": "the same",
     "FLOAT16 = Format(": "a part of a file, which tests/bits/test_neon.py tries",
 }
-# What makes a command short enough for a test.
+# Replacements that make a command short enough for a test.
 SHORTER = {
     "pygpt train --data": "pygpt train --val-batches 1 --sample-every 0 --data",
     "--steps 200": "--steps 2",
@@ -136,13 +136,13 @@ def test_code_blocks_run_as_written(page: Path, place: Path) -> None:
             assert found.rstrip() == output.rstrip(), code
 
 
-def test_inline_commands_name_what_exists() -> None:
+def test_inline_commands_exist() -> None:
     for page in PAGES:
         for command in re.findall(r"`(?:python -m )?pygpt ([a-z]+)\b", prose(page)):
             assert command in COMMANDS, (name_of(page), command)
 
 
-def test_no_exception_is_stale() -> None:
+def test_exceptions_are_still_needed() -> None:
     code = "\n".join(code for page in PAGES for _, code, _ in blocks(page)).replace(" && ", "\n")
     for beginning in ELSEWHERE:
         assert re.search(rf"^{re.escape(beginning)}", code, re.MULTILINE), beginning
@@ -192,7 +192,7 @@ def test_pictures_match_their_sources(name: str) -> None:
     assert pictures.PICTURES[name]() == drawn, "run python tools/pictures.py"
 
 
-def test_what_the_code_knows_has_its_line() -> None:
+def test_generated_lists_are_complete() -> None:
     assert chat.HELP in (ROOT / "docs/guides/chat.md").read_text()
     sources = "".join(path.read_text() for path in [*(ROOT / "pygpt").rglob("*.py"), *(ROOT / "pygpt").glob("*.pyx")])
     named = re.findall(r"`(PYGPT_[A-Z]+)`", (ROOT / "docs/reference/variables.md").read_text())

@@ -1,5 +1,5 @@
-"""Ctrl-C at every moment of a step, of a training step, of a save and of a write: it is never lost, and everything or nothing
-is done."""
+"""Ctrl-C at every moment of a step, a training step, a save and a write. It is never lost, and the work is complete or
+undone."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_step_that_raises_has_changed_no_cache(model: GPT2, count: int) -> None:
+def test_a_step_that_raises_keeps_all_caches(model: GPT2, count: int) -> None:
     wanted, seen = model.logits(WANTED)[-1], 0
     cache = model.new_cache()
     model.prefill(cache, WANTED[:1])
@@ -54,7 +54,7 @@ def test_a_step_that_raises_has_changed_no_cache(model: GPT2, count: int) -> Non
 
 
 class Other(Exception):
-    """What the handler of another signal raises."""
+    """The exception of another signal's handler."""
 
 
 STRIKES = {"alone": None, "before": signal.SIGHUP, "after": signal.SIGUSR1}  # Python handles signals by their numbers
@@ -100,7 +100,7 @@ def test_ctrl_c_beside_another_signal_is_not_lost(model: GPT2, strike: Callable[
     ],
     indirect=["strike"],
 )
-def test_a_training_step_is_made_by_all_workers_or_by_none(
+def test_a_training_step_is_complete_or_undone(
     engine: "type[TrainableGPT2 | SerialTrainableGPT2]", threads: int, strike: Callable[[], None], tmp_path: Path
 ) -> None:
     """And it is counted, and the next one makes the right bits."""
@@ -146,7 +146,7 @@ def test_a_save_leaves_the_older_state_or_the_newer(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.filterwarnings(UNRAISABLE)
-def test_a_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+def test_a_write_removes_its_temporary_file(tmp_path: Path) -> None:
     def write() -> None:
         with atomic_file(tmp_path / "file") as file:
             file.write(b"new")

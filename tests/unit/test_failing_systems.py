@@ -1,5 +1,5 @@
-"""Every writer on a system whose calls fail, are interrupted, or find no memory, at each call in turn: the older file stays
-whole, or the new one is, and nothing else is left."""
+"""Every writer on a failing system: each call in turn fails, is interrupted, or finds no memory. The older file stays complete,
+or the new file is complete, and no other file remains."""
 
 import errno
 import os
@@ -75,14 +75,14 @@ def contents(place: Path) -> dict[str, bytes]:
 def writer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Callable[[Path], Any], dict[str, bytes]]:
-    """A writer, and what it makes of the name "file"."""
+    """A writer, and the files that it writes for the name "file"."""
     place = tmp_path_factory.mktemp("made")
     WRITERS[request.param](place / "file")
     return WRITERS[request.param], contents(place)
 
 
 def check(place: Path, made: dict[str, bytes], *, older: bool) -> None:
-    """What is there is whole, or the older file; a training state may have become its own older generation."""
+    """Check that a file is complete, or the older file. A training state may also be the previous generation."""
     found = contents(place)
     if older:
         assert found.pop("file.1", b"older") == b"older"

@@ -247,7 +247,7 @@ def test_the_vocabulary_is_gpt2s(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a model takes from it
+# The model of a file
 
 
 def test_a_file_of_the_tests_own_is_read(folder: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_head_that_is_the_embedding_is_accepted_and_another_one_refused(folder
     Path("tied.gguf").write_bytes(build(list(keys().values()), [*table.values(), (HEAD, kind, extents, content)]))
     assert equal(all_of("tied.gguf"), all_of("source.bin"))
     changed = content[:-1] + bytes([content[-1] ^ 1])
-    refused(build(list(keys().values()), [*table.values(), (HEAD, kind, extents, changed)]), HEAD, "a head of its own")
+    refused(build(list(keys().values()), [*table.values(), (HEAD, kind, extents, changed)]), HEAD, "a separate head")
     half = np.frombuffer(content, "<f4").astype("<f2").tobytes()
     refused(build(list(keys().values()), [*table.values(), (HEAD, 1, extents, half)]), HEAD, "float16", "float32")
 
@@ -321,7 +321,7 @@ def test_a_closed_file_says_so(folder: Path) -> None:
 
 
 def changed(**pairs: bytes | None) -> bytes:
-    """A sound file but for some keys, named with _ for each dot."""
+    """Return a valid file with other keys, which have _ for each dot."""
     found = keys()
     for name, value in pairs.items():
         key = next((key for key in found if key.replace(".", "_") == name), name)
@@ -333,7 +333,7 @@ def changed(**pairs: bytes | None) -> bytes:
 
 
 def tampered(name: str, change: Callable[[Tensor], Tensor | None]) -> bytes:
-    """A sound file but for one tensor."""
+    """Return a valid file with another tensor."""
     table = [change(tensor) if tensor[0] == name else tensor for tensor in model().values()]
     return build(list(keys().values()), [tensor for tensor in table if tensor is not None])
 
@@ -357,7 +357,7 @@ KEYS: list[tuple[dict[str, bytes | None], tuple[str, ...]]] = [
     ({"a": u32("general.alignment", 12)}, ("general.alignment is 12",)),
     ({"a": u32("general.alignment", 0)}, ("general.alignment is 0",)),
     ({"a": text("general.alignment", "32")}, ("general.alignment is '32'",)),
-    ({"a": u32("gpt2.block_count", 2)}, ("'gpt2.block_count' is given twice",)),
+    ({"a": u32("gpt2.block_count", 2)}, ("'gpt2.block_count' occurs twice",)),
     ({"a": pair("x", 13, b"")}, ("the type of 'x' is 13",)),
     ({"a": pair("x", 8, struct.pack("<Q", 1 << 40))}, ("the length of 'x'", str(1 << 40))),
     ({"a": pair("x", 8, struct.pack("<Q", 1) + b"\xff")}, ("'x' is not UTF-8",)),
@@ -373,7 +373,7 @@ def test_other_keys_are_refused(folder: Path, pairs: dict[str, bytes | None], na
     refused(changed(**pairs), *named)
 
 
-def test_what_does_not_matter_is_accepted(folder: Path) -> None:
+def test_harmless_settings_are_accepted(folder: Path) -> None:
     scalars = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     extra = {f"x{kind}": pair(f"x{kind}", kind, struct.pack("<" + code, 1)) for kind, code in scalars.items()}
     extra |= {f"y{kind}": pair(f"y{kind}", 9, struct.pack(f"<IQ3{code}", kind, 3, 1, 0, 1)) for kind, code in scalars.items()}
@@ -388,14 +388,14 @@ TAMPERED: list[tuple[str, Callable[[Tensor], Tensor | None], tuple[str, ...]]] =
     ("output_norm.bias", lambda t: None, ("output_norm.bias is missing",)),
     ("output_norm.bias", lambda t: ("output_norm.gain", *t[1:]), ("output_norm.bias is missing",)),
     ("output_norm.bias", lambda t: (t[0], 0, (32, 1), t[3]), ("output_norm.bias", "(32, 1)", "(32,)")),
-    ("output_norm.bias", lambda t: ("output_norm.weight", *t[1:]), ("'output_norm.weight' is there twice",)),
+    ("output_norm.bias", lambda t: ("output_norm.weight", *t[1:]), ("'output_norm.weight' occurs twice",)),
     ("output_norm.bias", lambda t: (t[0], 0, (), t[3]), ("the number of extents of 'output_norm.bias' is 0",)),
     ("output_norm.bias", lambda t: (t[0], 0, (32, 1, 1, 1, 1), t[3]), ("extents of 'output_norm.bias' is 5",)),
     ("output_norm.bias", lambda t: (t[0], 0, (0,), t[3]), ("an extent of 'output_norm.bias' is 0",)),
     ("output_norm.bias", lambda t: (t[0], 0, (1 << 60,), t[3]), ("an extent of 'output_norm.bias'",)),
     ("output_norm.bias", lambda t: (t[0], 12, (256,), t[3]), ("Q4_K", "output_norm.bias", "pygpt quantize")),
     ("output_norm.bias", lambda t: (t[0], 99, (256,), t[3]), ("number 99", "output_norm.bias")),
-    ("output_norm.bias", lambda t: (t[0], 8, (31,), t[3]), ("rows of 31 values", "q8_0's 32")),
+    ("output_norm.bias", lambda t: (t[0], 8, (31,), t[3]), ("rows of 31 values", "multiple of 32 for q8_0")),
     ("output_norm.bias", lambda t: ("x" * 65, *t[1:]), ("the name of a tensor is 65",)),
     ("output_norm.bias", lambda t: (t[0], 0, (1 << 32, 1 << 32, 1 << 32, 1 << 32), t[3]), ("begins at",)),
 ]
@@ -427,7 +427,7 @@ def test_other_files_are_refused(folder: Path) -> None:
 
 def test_a_header_beyond_the_limit_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "HEADER_LIMIT", 200)
-    refused(sound(), "at most 200 bytes of header")
+    refused(sound(), "headers of at most 200 bytes")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

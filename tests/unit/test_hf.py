@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: the bytes of the tests' own writers, and one line for everything that is not such a model."""
+"""Read and write Hugging Face models: the bytes of the tests' own writers, and one line for every other file."""
 
 import json
 import os
@@ -176,7 +176,7 @@ def test_one_file_with_its_settings_beside_it(folder: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6])
-def test_one_file_alone_wants_to_be_told(folder: Path, capsys: pytest.CaptureFixture[str], heads: int) -> None:
+def test_one_file_needs_the_number_of_heads(folder: Path, capsys: pytest.CaptureFixture[str], heads: int) -> None:
     values = hf.weights(**SHAPE)
     hf.write(Path("m.safetensors"), hf.named(values))
     refused(folder, capsys, ["m.safetensors", "a.bin"], "m.safetensors", "--heads")
@@ -186,7 +186,7 @@ def test_one_file_alone_wants_to_be_told(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("heads", ["0", "-1", "two", "", "1025", "9" * 5000, "0" * 8 + "1" * 5000, "²"])
-def test_heads_that_are_no_number(folder: Path, capsys: pytest.CaptureFixture[str], heads: str) -> None:
+def test_heads_that_are_not_numbers(folder: Path, capsys: pytest.CaptureFixture[str], heads: str) -> None:
     hf.write(Path("m.safetensors"), tensors())
     refused(folder, capsys, ["m.safetensors", "a.bin", f"--heads={heads}"], "--heads", "from 1 to 1024")
 
@@ -204,7 +204,7 @@ def test_heads_of_a_bin_file(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def sparse(path: Path, dtype: str, *, L: int, NH: int, C: int, V: int, maxT: int) -> None:
-    """A model of zeros that takes no room on the disk."""
+    """A model of zeros, as a sparse file."""
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (maxT, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     outs: dict[str, tuple[int, ...]] = {
         "attn.c_attn": (C, 3 * C),
@@ -237,7 +237,7 @@ def test_the_four_sizes_are_known(folder: Path, L: int, C: int, NH: int) -> None
         assert (model.config.NH, model.notice) == (1, "")
 
 
-def test_a_guess_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_guess_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(KNOWN_HEADS, (SHAPE["L"], SHAPE["C"]), 3)
     hf.write(Path("m.safetensors"), tensors())
     assert main(["m.safetensors", "a.bin"]) == 0
@@ -247,7 +247,7 @@ def test_a_guess_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is no model
+# Files that are not models
 
 
 def without(name: str) -> Callable[[Tensors], object]:
@@ -278,7 +278,7 @@ def with_tensor(name: str, dtype: str, *shape: int) -> Callable[[Tensors], objec
         (with_tensor("lm_head.weight", "F32", 130, 6), "lm_head.weight differs from wte.weight"),
         (
             with_tensor("lm_head.weight", "BF16", 130, 6),
-            "lm_head.weight is ('BF16', (130, 6)), and wte.weight ('F32', (130, 6))",
+            "lm_head.weight is ('BF16', (130, 6)), but wte.weight is ('F32', (130, 6))",
         ),
         (with_tensor("lm_head.weight", "F32", 131, 6), "(131, 6)"),
         (with_tensor("transformer.wpe.weight", "F32", 5, 6), "tensor wpe.weight occurs twice"),
@@ -345,18 +345,18 @@ def test_settings_that_are_missing(folder: Path, capsys: pytest.CaptureFixture[s
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_json_that_is_none(folder: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes, named: str) -> None:
+def test_text_that_is_not_json(folder: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes, named: str) -> None:
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE), shards=2)
     Path("model", name).write_bytes(text)
     refused(folder, capsys, ["model", "a.bin"], f"model/{name}", named)
 
 
-def test_files_that_are_missing_or_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_missing_or_not_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
-    refused(folder, capsys, ["empty", "a.bin"], "empty: it has no config.json")
+    refused(folder, capsys, ["empty", "a.bin"], "empty: config.json is missing")
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
     Path("model/model.safetensors").rename("model/other.safetensors")
-    refused(folder, capsys, ["model", "a.bin"], "neither model.safetensors nor model.safetensors.index.json")
+    refused(folder, capsys, ["model", "a.bin"], "expected model.safetensors or model.safetensors.index.json")
     Path("model/pytorch_model.bin").touch()
     refused(folder, capsys, ["model", "a.bin"], "model: a PyTorch pickle", "model.safetensors", "save_pretrained")
     os.mkfifo("model/model.safetensors")
@@ -433,7 +433,7 @@ GOOD = {
 GOOD_DATA = b"".join(data for _, _, data in GOOD.values())
 
 
-def test_a_sound_file(tmp_path: Path) -> None:
+def test_a_valid_file(tmp_path: Path) -> None:
     hf.write(tmp_path / "x.safetensors", GOOD)
     with SafetensorsFile(tmp_path / "x.safetensors") as file:
         assert {name: (dtype, shape) for name, (dtype, shape, _) in file.tensors.items()} == {
@@ -511,17 +511,17 @@ SOUND = hf.file_of(json.dumps(hf.header_of(GOOD)).encode(), GOOD_DATA)
         (changed(data_offsets=[0, 5]), "an overlap"),
     ],
 )
-def test_a_file_that_is_not_sound(folder: Path, capsys: pytest.CaptureFixture[str], data: bytes, named: str) -> None:
+def test_a_damaged_file(folder: Path, capsys: pytest.CaptureFixture[str], data: bytes, named: str) -> None:
     Path("x.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=re.escape(named)):
         SafetensorsFile("x.safetensors")
-    refused(folder, capsys, ["x.safetensors", "a.bin"], "x.safetensors: not a sound safetensors file: ", named)
+    refused(folder, capsys, ["x.safetensors", "a.bin"], "x.safetensors: not a valid safetensors file: ", named)
 
 
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
-def test_no_damage_is_a_surprise(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Whatever bytes change: a CheckpointError, or a file whose every tensor can be read and lies within it."""
+def test_every_damage_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Change any bytes. The result is a CheckpointError, or a file in which every tensor can be read."""
     damaged = bytearray(SOUND)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(damaged) - 1))
@@ -703,7 +703,7 @@ def test_a_closed_file(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
 def test_it_needs_less_room_than_the_file(folder: Path) -> None:
-    """Nor are more than some rows or a layer of it mapped at a time: neither ulimit -v nor a container's limit minds."""
+    """Only some rows or one layer are mapped at a time, so `ulimit -v` and a container's limit may be low."""
     shape = {"maxT": 64, "V": 20000, "L": 60, "NH": 1, "C": 128}
     sparse(Path("m.safetensors"), "F32", **shape)
     assert os.path.getsize("m.safetensors") > 54 * MB

@@ -1,4 +1,4 @@
-"""llm.c's debug state, examples and vocabulary: bytes made by hand, every refusal, and what the writers leave behind."""
+"""llm.c's debug state, examples and vocabulary: bytes made by hand, every refusal, and the files of the writers."""
 
 import hashlib
 import os
@@ -126,7 +126,7 @@ WHOLE = state_bytes(a_state())
         ),
     ],
 )
-def test_what_is_no_debug_state_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_than_debug_states_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "state.bin"
     path.write_bytes(content)
     refused(path, message, lambda path: read_debug_state(path, CONFIG))
@@ -142,8 +142,8 @@ def test_what_is_no_debug_state_is_refused(tmp_path: Path, content: bytes, messa
         ({"targets": np.full((2, 3), 5)}, "targets: token id 5 at position 0"),
         ({"inputs": np.zeros((2, 3))}, "float64"),
         ({"logits": np.zeros((2, 3, 4))}, r"logits has shape \(2, 3, 4\), expected \(2, 3, 5\)"),
-        ({"gradients": {}}, r"gradients are not those of the sixteen tensors: \['attprojb', "),
-        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients are not those of the sixteen tensors: \['1', "),
+        ({"gradients": {}}, r"gradients: expected the sixteen tensors, but \['attprojb', "),
+        ({"gradients": {1: 0, "x" * 9999: 0}}, r"gradients: expected the sixteen tensors, but \['1', "),
         (
             {"gradients": {**a_state().gradients, "wpe": np.zeros((4, 4))}},
             r"gradient wpe has shape \(4, 4\), expected \(3, 4\)",
@@ -239,7 +239,7 @@ AT = "example 0 at byte 1024: "
         (file_of(changed(16, 2)), AT + "1 values are left after its last ending"),
     ],
 )
-def test_what_is_no_file_of_examples_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_than_examples_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "examples.bin"
     path.write_bytes(content)
     refused(path, message, lambda path: list(read_examples(path)))
@@ -269,7 +269,7 @@ def test_examples_outside_the_vocabulary(tmp_path: Path) -> None:
         ([Example(0, 0, [1] * 32768, ENDINGS)], r"example 0 has \d+ bytes: at most 65535"),
     ],
 )
-def test_writing_refuses_what_is_no_example(tmp_path: Path, examples: list[Example], message: str) -> None:
+def test_writing_refuses_bad_examples(tmp_path: Path, examples: list[Example], message: str) -> None:
     with pytest.raises(InputError, match=message):
         write_examples(tmp_path / "a.bin", examples)
     assert os.listdir(tmp_path) == []
@@ -340,7 +340,7 @@ def test_a_large_file_is_refused_in_little_memory(tmp_path: Path) -> None:
         (header(20240328, 2, 1) + b"\1ab", "too long: 1027 bytes, expected 1026 for 1 tokens"),
     ],
 )
-def test_what_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_than_vocabularies_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "vocabulary.bin"
     path.write_bytes(content)
     refused(path, message, read_tokenizer)
@@ -355,7 +355,7 @@ def test_what_is_no_vocabulary_is_refused(tmp_path: Path, content: bytes, messag
         ([b"a"], True, "eot is True"),
     ],
 )
-def test_writing_refuses_what_the_format_cannot_hold(tmp_path: Path, tokens: list[bytes], eot: int, message: str) -> None:
+def test_writing_refuses_values_out_of_range(tmp_path: Path, tokens: list[bytes], eot: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         write_tokenizer(tmp_path / "a.bin", tokens, eot)
     assert os.listdir(tmp_path) == []

@@ -146,7 +146,7 @@ def test_the_order_of_members_does_not_matter() -> None:
     assert make_model.make_texts(wheel_of(**plays)) == make_model.make_texts(wheel_of(**dict(reversed(plays.items()))))
 
 
-def test_no_member_becomes_a_path() -> None:
+def test_members_are_not_paths() -> None:
     assert set(make_model.read_plays(wheel_of(coriolanus=CORIOLANUS))) == {"coriolanus"}
 
 
@@ -235,7 +235,7 @@ def shares(kept: list[str], held_out: list[str]) -> bool:
 
 
 @given(PASSAGES, PASSAGES)
-def test_removal_leaves_nothing_shared_and_takes_nothing_needlessly(passages: list[str], held_out: list[str]) -> None:
+def test_removal_removes_only_shared_passages(passages: list[str], held_out: list[str]) -> None:
     wanted: list[str] = []
     for passage in passages:
         if not shares([*wanted, passage], held_out):
@@ -345,9 +345,9 @@ def test_the_recipe_is_the_trainers_options(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train", "-o", "nowhere"], "nowhere/train.txt: no such file: run the stage `texts` first"),
-        (["train", "-o", "x", "--from", "y"], "--from is for the stage `texts`: `train` needs no wheel"),
-        (["check"], "`check` needs a FILE, and the other stages take none"),
-        (["texts", "x"], "`check` needs a FILE, and the other stages take none"),
+        (["train", "-o", "x", "--from", "y"], "--from is for the stage `texts`: leave it out for `train`"),
+        (["check"], "`check` needs a FILE; leave it out"),
+        (["texts", "x"], "`check` needs a FILE; leave it out"),
         (["texts", "-o", str(SCRIPT)], "make_model.py: not a folder: -o must name the folder"),
         (["bake"], "invalid choice: 'bake'"),
         (["--out"], "expected one argument"),

@@ -87,7 +87,7 @@ def test_q8_0_is_its_twin_and_never_exceeds_127(values: list[float]) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(BLOCK)
-def test_q4_0_is_its_twin_and_no_worse_than_the_plain_scale(values: list[float]) -> None:
+def test_q4_0_equals_numpy_and_beats_the_plain_scale(values: list[float]) -> None:
     block = np.array(values, f4)
     blocks = Q4_0.from_float32(block)  # type: ignore[misc]
     d, levels = twin_q4_0(list(block))
@@ -102,7 +102,7 @@ def test_q4_0_is_its_twin_and_no_worse_than_the_plain_scale(values: list[float])
 
 
 @QUANTISED
-def test_zeros_stay_zeros_and_what_is_not_finite_shows(kind: Format) -> None:
+def test_zeros_stay_zeros_and_nonfinite_values_give_nan(kind: Format) -> None:
     blocks = np.zeros((6, 32), f4)
     blocks[1, 3], blocks[2, 4], blocks[3, 5], blocks[4, 6] = np.nan, np.inf, 3e38, 1e-45
     blocks[5, 7] = 65504 * (127 if kind == Q8_0 else 8)
@@ -127,7 +127,7 @@ def test_the_kernels_quantise_as_numpy_does(kind: Format, rows: list[list[float]
 
 
 @QUANTISED
-def test_the_kernels_refuse_what_cannot_be_held(kind: Format) -> None:
+def test_the_kernels_refuse_values_out_of_range(kind: Format) -> None:
     rows = np.zeros((16, 32), f4)
     rows[1, 3] = 1e-45
     rows[2, 7] = 65504 * (127 if kind == Q8_0 else 6)
@@ -286,7 +286,7 @@ def test_tensors_are_used_in_place(folder: Path, *, mmap: bool) -> None:
             assert np.frombuffer(content, "u1").ctypes.data % 64 == 0
 
 
-def test_what_the_kernels_do_not_read_is_widened(folder: Path) -> None:
+def test_other_formats_are_widened(folder: Path) -> None:
     assert main(["--format", "f16", "source.bin", "half.safetensors"]) == 0
     assert "float16" not in weight_formats()
     with PanelFile("half.safetensors") as model:
@@ -341,8 +341,8 @@ def test_a_closed_file_says_so(folder: Path) -> None:
 
 
 METADATA = [
-    ({"format": "pt"}, "no file of `pygpt quantize`"),
-    ({"format": None}, "no file of `pygpt quantize`"),
+    ({"format": "pt"}, "not made by `pygpt quantize`"),
+    ({"format": None}, "not made by `pygpt quantize`"),
     ({"version": "2"}, "version '2', expected '1'"),
     ({"kind": "q6_k"}, "kind is 'q6_k'"),
     ({"kind": "q8_0"}, "tensor qkvw is"),
@@ -390,7 +390,7 @@ def test_tensors_of_another_dtype_name_order_or_place_are_refused(folder: Path) 
     refused(header | {"wte": header["wte"] | {"shape": [1, *header["wte"]["shape"]]}}, "tensor wte is")
     refused(header | {"zero": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}, "'zero' is unknown")
     swap = {"ln1w": header["ln1b"], "ln1b": header["ln1w"]}
-    refused(header | swap, "in the order of a model")
+    refused(header | swap, "the order of llm.c")
     odd = built({"__metadata__": metadata} | header, data, 64)
     length = struct.unpack_from("<Q", odd)[0] + 8
     (folder / "other.safetensors").write_bytes(struct.pack("<Q", length) + odd[8:length] + b" " * 8 + odd[length:])

@@ -1,8 +1,8 @@
 """The pool and the model under stress: failures, interrupts, forks, threads, exits, leaks. Whatever happens, nothing hangs,
 nothing crashes, and what is computed afterwards has the right bits.
 
-What may take a process down runs in a process of its own, with a deadline. Nothing here depends on how fast the machine is:
-threads meet at events, and where a race is provoked every outcome of it is checked.
+What may take a process down runs in a process of its own, with a deadline. The tests do not depend on the machine's speed.
+Threads wait for each other at events. If a test provokes a race, it checks every outcome.
 """
 
 import gc
@@ -31,7 +31,7 @@ from pygpt.cpus import MAX_THREADS, resolve_threads
 ROOT = Path(pygpt.__file__).parent.parent
 SHAPE: dict[str, int] = {"L": 2, "NH": 3, "C": 48, "V": 211, "maxT": 128, "seed": 5}
 TOKENS = [(17 * i + 3) % 211 for i in range(64)]
-DEADLINE = 60  # seconds for what takes one or two: reached only by a hang
+DEADLINE = 60  # seconds for work of one or two seconds: only a hang reaches it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tools
@@ -105,7 +105,7 @@ def right(model):
 
 
 def script(code: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program of its own after PREAMBLE; fail when it hangs."""
+    """Run a separate program after PREAMBLE. Fail if it hangs."""
     program = PREAMBLE + textwrap.dedent(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     environment.pop("PYGPT_THREADS", None)
@@ -170,7 +170,7 @@ def test_a_finished_job_is_forgotten() -> None:
 
 
 class Failure(Exception):
-    """What a job raises here."""
+    """The exception of a job."""
 
 
 @pytest.mark.parametrize(("nth", "failing"), [(nth, ith) for nth in (1, 2, 3, 8) for ith in range(nth)])
@@ -202,7 +202,7 @@ def test_failure_in_any_worker(nth: int, failing: int) -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 def test_the_first_failure_is_raised(first: int) -> None:
-    """abort() is called once a failure is on record: those who fail after it come second."""
+    """abort() is called after the first failure is recorded. Later failures come second."""
     with ThreadPool(4) as pool:
         for _ in range(20):
             errors = [Failure(ith) for ith in range(4)]
@@ -252,7 +252,7 @@ def test_abort_frees_waiting_workers(failing: int) -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_abort_that_fails(failing: int) -> None:
-    """A broken abort() hides no failure, holds no worker and breaks no later round."""
+    """A broken abort() does not hide a failure, hold a worker, or break a later round."""
 
     def job(ith: int, _: int) -> None:
         if ith == failing:
@@ -310,7 +310,7 @@ def test_a_job_may_run_another_pool() -> None:
 
 
 def test_step_inside_a_step(path: Path) -> None:
-    """An id whose index() runs the model: either is complete in itself, and memory stays whole."""
+    """An id whose index() runs the model. Both calls are complete, and memory stays valid."""
     succeed(
         """
         class Sly:
@@ -380,7 +380,7 @@ def sigint_handler() -> Iterator[None]:
 
 
 def interrupting(inside: list[int]) -> Callable[[int, int], None]:
-    """A job whose worker 1 sends SIGINT, and which ends when the signal has been taken in."""
+    """A job in which worker 1 sends SIGINT. It ends when the signal has arrived."""
     sent = threading.Event()
 
     def job(ith: int, _: int) -> None:
@@ -705,7 +705,7 @@ def test_interleaved_generators(path: Path) -> None:
 
 
 def test_a_cache_shared_wrongly(path: Path, expected: npt.NDArray[np.float32]) -> None:
-    """Two threads append to one cache, a third takes rows back: nonsense comes out, but nothing breaks."""
+    """Two threads append to one cache, and a third removes rows. The result has no meaning, but memory stays valid."""
     with GPT2.load(path, threads=2) as model:
         cache, stop = model.new_cache(), threading.Event()
         unexpected: list[BaseException] = []
@@ -777,7 +777,7 @@ def test_a_thousand_models_leave_nothing(path: Path) -> None:
     assert resident_bytes() - memory < 8 << 20  # 8 KiB a cycle: less than one thread, map or workspace kept
 
 
-def test_the_collector_runs_no_code_for_a_closed_model(path: Path) -> None:
+def test_the_collector_skips_a_closed_model(path: Path) -> None:
     """Python drops a Ctrl-C that is raised in such code: a thread's or a weak reference's callback."""
     gc.collect()
     gc.disable()
@@ -897,7 +897,7 @@ def test_close_while_another_thread_computes(path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize("refused", [1, 2, 4])
 def test_a_thread_that_does_not_start(path: Path, monkeypatch: pytest.MonkeyPatch, refused: int, error: BaseException) -> None:
-    """The count of those before it is not left behind, and the error says what to do."""
+    """The threads before it are stopped, and the error names the way out."""
     start, started = threading.Thread.start, [0]
 
     def refuse(thread: threading.Thread) -> None:
@@ -1040,7 +1040,7 @@ def test_exit(path: Path, end: str) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_idle_workers_are_told_to_stop_at_exit(path: Path) -> None:
+def test_idle_workers_stop_at_exit(path: Path) -> None:
     """A handler that was registered before pygpt's runs after it, and finds them gone."""
     program = f"""
 import atexit, sys, threading
@@ -1057,8 +1057,8 @@ print(threading.active_count())
 
 
 def test_exit_handlers_may_use_models(path: Path) -> None:
-    """One that was registered before pygpt's runs after it, when the workers have been told to stop. Nothing may hang; newer
-    Pythons start no thread that late, and then the error says so."""
+    """A handler that was registered before pygpt's handler runs after it, when the workers stop. It must not hang. Newer
+    Pythons refuse to start a thread so late, and the error reports it."""
     program = f"""
 import atexit, sys
 def last_words():
@@ -1126,11 +1126,11 @@ MACHINES: list[tuple[dict[str, str], set[int], int]] = [  # files below the root
             *(("50000 100000", 1), ("25000 5000", 5), ("", 8), ("nonsense", 8), ("100000 0", 8)),  # less than 1: still a thread
         )
     ),
-    # The least of nested quotas; not that of a group beside this process's.
+    # The least of nested quotas, without the quotas of other groups.
     ({**V2, "sys/fs/cgroup/a/b/cpu.max": "700000 100000"}, set(range(8)), 7),
     ({**V2, "sys/fs/cgroup/a/b/cpu.max": "700000 100000", "sys/fs/cgroup/a/cpu.max": "300000 100000"}, set(range(8)), 3),
     ({**V2, "sys/fs/cgroup/a/b/other/cpu.max": "100000 100000"}, set(range(8)), 8),
-    # In a container: /proc names the host's path, and the quota lies at the root of what the container sees.
+    # In a container, /proc names the host's path, and the quota is at the root of the container's file system.
     ({"proc/self/cgroup": "0::/../../docker/1234", "sys/fs/cgroup/cpu.max": "200000 100000"}, set(range(8)), 2),
     *(
         ({**V1, **version_1(quota, period)}, set(range(8)), count)
@@ -1157,7 +1157,7 @@ def made(root: Path, files: dict[str, str]) -> str:
 def test_default(
     files: dict[str, str], allowed: set[int], threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The processors that this process may use, or their cores, or the cgroup's quota: the least of them."""
+    """The least of three numbers: the processors that this process may use, their cores, and the cgroup's quota."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed, raising=False)
     assert default_threads(made(tmp_path, files)) == threads
 

@@ -1,4 +1,4 @@
-"""Every target of tools/fuzz.py: its sound inputs, what tests/corpus/ keeps of former findings, and mutations of both."""
+"""Every target of tools/fuzz.py: its valid inputs, the former findings in tests/corpus/, and mutations of both."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_no_finding_among_mutations(sound: Any, name: str) -> None:
     check()
 
 
-# ------------------------------------------------------------------------------------------------ the other side: what is found
+# ------------------------------------------------------------------------------------------------ defects are found
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Imports of the package go downwards only: no arrow upwards, and no circle, type checking and lazy imports included."""
+"""Imports of the package go only downwards, also imports for types and lazy imports. Circles are refused."""
 
 import ast
 import re
@@ -91,11 +91,11 @@ def test_every_import_is_of_a_module_that_exists() -> None:
     assert {target for targets in arrows().values() for target in targets} - MODULES == set()
 
 
-def test_no_import_goes_upwards() -> None:
+def test_imports_go_downwards() -> None:
     assert upwards() == set()
 
 
-def test_there_is_no_circle() -> None:
+def test_imports_have_no_circle() -> None:
     graph = arrows()
     try:
         TopologicalSorter(graph).prepare()

@@ -245,7 +245,7 @@ def test_not_finite(bad: list[float]) -> None:
             token_info(row.data, 0, 0, 1)
 
 
-def test_kernels_refuse_what_does_not_fit() -> None:
+def test_kernels_refuse_wrong_sizes() -> None:
     row = np.zeros((1, 3), np.float32)
     with pytest.raises(ValueError, match="2 marks for 3 ids"):
         sample_weights(row.data, 0, seen=b"\0\0", **PLAIN)

@@ -1,4 +1,5 @@
-"""tools/sanitize where the sanitizers do not work: one line says so, with a status of its own that .ci/run goes on after.
+"""tools/sanitize on a machine without working sanitizers: one line with the reason, and a special status, after which .ci/run
+continues.
 
 That it works elsewhere it proves itself, by planted mistakes, before every run.
 """

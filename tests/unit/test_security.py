@@ -1,5 +1,5 @@
-"""What README's threat model promises and no other test holds: nothing in this project runs text as code, by any way that
-Python has; and a hostile folder or environment gives no more than its owner has anyway."""
+"""The promises of the threat model that other tests do not cover. This project never runs text as code, by any way that Python
+has. A hostile folder or environment does not give more rights than its owner has."""
 
 import ast
 import json
@@ -48,7 +48,7 @@ def findings(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_runs_text_as_code(path: Path) -> None:
+def test_text_is_never_run_as_code(path: Path) -> None:
     place = str(path.relative_to(ROOT))
     assert [found for found in findings(path.read_text()) if (place, found) not in ALLOWED] == []
 
@@ -78,7 +78,7 @@ def test_the_search_finds(source: str, found: list[str]) -> None:
 
 
 def hostile(folder: Path) -> Path:
-    """A folder whose files leave a trace if they are run."""
+    """A folder with files that leave a trace if they are run."""
     folder.mkdir()
     for name in ("json", "numpy", "tiktoken", "argparse", "mmap", "ctypes", "sitecustomize", "regex"):
         (folder / f"{name}.py").write_text(f"open({str(folder / 'TRACE')!r}, 'w').close()\n")
@@ -98,7 +98,7 @@ def hostile(folder: Path) -> Path:
     ids=["module", "installed", "chat", "subcommand"],
 )
 def test_a_hostile_folder_is_not_run(tmp_path: Path, argv: list[str]) -> None:
-    """The current folder is no place for modules: not for the installed command, its child under the chat, and the tools."""
+    """The installed command, its child under the chat, and the tools do not import modules from the current folder."""
     here = hostile(tmp_path / "here")
     make(tmp_path / "model.bin", L=1, NH=1, C=8, V=50257, maxT=16, seed=1)
     words = [word.format(root=ROOT, model=tmp_path / "model.bin") for word in argv]
@@ -121,7 +121,7 @@ def test_a_hostile_folder_would_be_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["PYGPT_MODEL", "PYGPT_THREADS", "PYGPT_ISA", "PYGPT_HOME"])
 def test_hostile_variables(tmp_path: Path, name: str) -> None:
-    """A variable is a name or a number, and nothing else can be made of it: one line, or no effect."""
+    """A variable is a name or a number. Other values give one line, or have no effect."""
     for value in ("../../../dev/zero", "$(touch TRACE); touch TRACE\n%s%n"):
         environment = {key: kept for key, kept in os.environ.items() if not key.startswith("PYGPT_")}
         environment |= {name: value, "PYTHONPATH": str(ROOT)}
@@ -135,7 +135,7 @@ def test_hostile_variables(tmp_path: Path, name: str) -> None:
 
 
 def test_messages_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """A name from outside is in many of them."""
+    """Many of them have a name from outside."""
     assert main(["-m", "\x1b]0;title\x07\x9b2J\r\u202e.bin", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("pygpt: error: \\x1b]0;title\\x07\\x9b2J \\u202e.bin: no such model file")
@@ -151,7 +151,7 @@ def test_messages_have_an_end() -> None:
 
 
 def test_a_prompt_is_data(tmp_path: Path) -> None:
-    """Requests are JSON: what looks like code or like options in them is refused or taken as text."""
+    """Requests are JSON. Code and options in them are refused, or read as text."""
     make(tmp_path / "model.bin", L=1, NH=1, C=8, V=50257, maxT=64, seed=1)
     bad = [
         {"tokens": ["__import__('os').system('touch TRACE')"]},
@@ -174,7 +174,7 @@ def test_a_prompt_is_data(tmp_path: Path) -> None:
 
 
 def test_dependencies_are_of_known_versions() -> None:
-    """What comes with the package has a range with both ends; what the project is developed with, one version each."""
+    """Dependencies of the package have a lower and an upper limit. Tools of the development have exact versions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for wanted in project["dependencies"]:
         assert re.fullmatch(r"[a-z]+>=[0-9.]+,<[0-9]+", wanted), wanted
@@ -188,7 +188,7 @@ def test_dependencies_are_of_known_versions() -> None:
 
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_a_name_that_was_guessed_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Temporary files are made, never found: not even where somebody has put something under the very name."""
+    """Temporary files are always new, even if a file with the same name exists."""
     victim, trap = tmp_path / "victim", tmp_path / "model.bin.00000000.tmp"
     victim.write_text("mine")
     if kind == "link":

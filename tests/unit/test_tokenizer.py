@@ -1,6 +1,6 @@
 """Compare the tokenizer with GPT-2's published vocabulary and with tiktoken's own definition; test its errors.
 
-The tests need no network: tiktoken's own loader gets the package's files instead of its downloads.
+The tests work without a network: tiktoken's loader gets the package's files instead of downloads.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ ORIGINAL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N
 TOKENIZER = Tokenizer()
 EOT = 50256
 
-# Any text, and text full of what the split pattern distinguishes: spaces of all kinds, apostrophes, scripts.
+# Any text, and text with many cases of the split pattern: all kinds of spaces, apostrophes, scripts.
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 DENSE = st.text(st.sampled_from(" \t\n\r\x0b\x1c\x85\xa0\u2003\u3000'stremvld1²aéж\u017f中🙂!.<|>"))
 TEXTS = st.text(CHARACTERS) | DENSE
@@ -275,7 +275,7 @@ def test_importing_the_module_does_not_import_tiktoken() -> None:
     assert run_python("import sys, pygpt.tokenizer; print('tiktoken' in sys.modules)") == "False\n"
 
 
-def test_no_socket_is_ever_made(tmp_path: Path) -> None:
+def test_sockets_are_never_made(tmp_path: Path) -> None:
     script = """
 import sys
 def forbid(event, args):

@@ -1,5 +1,5 @@
-"""Optimizer options, the trainer and training states: goldens of PyTorch, the engine called by hand, files read and damaged by
-other means than the package's own."""
+"""Optimizer options, the trainer and training states: recorded results of PyTorch, the engine called by hand, and files read
+and damaged without the package."""
 
 import dataclasses
 import errno
@@ -63,7 +63,7 @@ def contents(found: Trainer) -> list[bytes]:
 
 
 def steps(found: Trainer, count: int) -> list[tuple[float, ...]]:
-    """Make steps; what they report but for the time they took."""
+    """Make steps. Return their records without the times."""
     return [found.step()[:4] for _ in range(count)]
 
 
@@ -300,7 +300,7 @@ def test_resumed_bit_for_bit(
     seed: int | None,
     options: dict[str, Any],
 ) -> None:
-    """Two interruptions anywhere change nothing: neither what is reported, nor weights, moments and position."""
+    """Two interruptions anywhere do not change records, weights, moments and position."""
     path = tmp_path_factory.mktemp("resume") / "run.state"
     options = {"steps": total, "lr": 0.01, **options}
     straight = trainer(kind, seed=seed, **options)
@@ -506,7 +506,7 @@ def test_bad_positions(saved: tuple[bytes, Trainer], tmp_path: Path, change: Any
     assert contents(found) == before
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         open_state(tmp_path / "missing.state")
     with pytest.raises(CheckpointError, match="regular file"):

@@ -1,7 +1,7 @@
 """Training against independent expectations: finite differences, a float64 oracle, PyTorch's recorded losses, plain formulas.
 
-The oracle's gradients are held against central differences of its own losses, the serial kernels and the engines against the
-oracle, and AdamW against its formula. Every test that takes an `engine` holds for each class of ENGINES.
+The oracle's gradients are compared with central differences of its losses. The serial kernels and the engines are compared with
+the oracle, and AdamW with its formula. Every test with an `engine` runs for each class of ENGINES.
 """
 
 import ctypes
@@ -79,7 +79,7 @@ def networks(draw: st.DrawFn, *, largest: int = 40) -> tuple[Config, dict[str, A
 
 
 def lively(config: Config, rng: np.random.Generator) -> dict[str, Array]:
-    """Weights with which every kernel moves the result, attention prefers some keys, and nothing overflows."""
+    """Weights for which every kernel changes the result, attention prefers some keys, and numbers do not overflow."""
     weights = {}
     for name, shape, _, _ in config.tensors(padded=False):
         spread = 1 / math.sqrt(shape[-1]) if name.endswith("w") and len(shape) == 3 else 0.3
@@ -116,7 +116,7 @@ def slope(loss: Callable[[float], float], h: float) -> float:
 @settings(fuzz, max_examples=30)
 @given(network=networks(largest=20), seed=seeds)
 def test_oracle_against_finite_differences(network: tuple[Config, dict[str, Array], Ids, Ids], seed: int) -> None:
-    """Along a random direction of each tensor, and along one element of it: every gradient takes part in the first."""
+    """Along a random direction of each tensor, which includes every gradient, and along one element."""
     config, weights, inputs, targets = network
     grads = oracle_training.gradients(weights, config, inputs, targets)
     rng = np.random.default_rng(seed)
@@ -137,7 +137,7 @@ def test_oracle_against_finite_differences(network: tuple[Config, dict[str, Arra
 
 
 def steepness(weights: Mapping[str, Array], config: Config, inputs: Ids) -> float:
-    """The greatest reciprocal standard deviation that a LayerNorm of this network meets."""
+    """Return the greatest reciprocal standard deviation in the LayerNorms of this network."""
     found = []
     for tokens in inputs.tolist():
         acts = oracle.forward_activations(weights, config, tokens)
@@ -168,10 +168,10 @@ def test_oracle_adamw_by_hand() -> None:
 # Tolerances
 
 # How far float32 may be off depends on the numbers: LayerNorm over two nearly equal channels magnifies any rounding a hundred
-# times. So the tolerance is measured: how far the exact result moves when every array that a kernel reads moves by half a unit
-# of its last place, each array of each call by itself, as if it had been rounded once. Sums of float32 round at each term as
-# well, so that the error is of the same size: in random networks the ratio is 0.4 in the median and 2.3 at most. What is
-# allowed, about 1e-5 of a tensor's greatest gradient, is far below what a wrong formula or a lost term makes.
+# times. So the tolerance is measured. Every array that a kernel reads is changed by half a unit of its last place, separately
+# for each array of each call. The tolerance is the change of the exact result. Sums of float32 also round at each term, so
+# their error has the same size. In random networks the ratio is 0.4 in the median and 2.3 at most. The tolerance is about 1e-5
+# of a tensor's greatest gradient. A wrong formula or a lost term causes a far greater error.
 SAFETY = 10
 FORWARD = ("encoder", "layernorm", "matmul", "attention", "gelu", "softmax")
 NOISY = {
@@ -213,7 +213,7 @@ def noise(seed: int) -> Iterator[None]:
 
 
 def bounds(compute: Callable[[], Mapping[str, Array]]) -> dict[str, tuple[Array, float]]:
-    """By name: an exact array, and what an honest float32 result may differ from it."""
+    """By name: an exact array, and the tolerance of a correct float32 result."""
     exact = compute()
     moved = dict.fromkeys(exact, 0.0)
     for seed in range(4):
@@ -376,7 +376,7 @@ def test_gelu_kernels(size: int, spread: float, seed: int) -> None:
 
 
 def test_gelu_kernels_far_out() -> None:
-    """Where cosh overflows, the derivative is that of the identity or of zero, and not NaN."""
+    """If cosh overflows, the derivative is 1 or 0, as for the identity or zero, and not NaN."""
     inp = np.array([-1e4, -100, -20, 20, 100, 1e4], np.float32)
     out, dinp = np.zeros(6, np.float32), np.zeros(6, np.float32)
     call("gelu_forward", out, inp, 6)
@@ -401,7 +401,7 @@ def test_residual_kernels(size: int, seed: int) -> None:
 @fuzz
 @given(N=st.integers(1, 12), V=st.integers(1, 60), spread=st.sampled_from([0.1, 1.0, 8.0]), seed=seeds)
 def test_loss_kernels(N: int, V: int, spread: float, seed: int) -> None:
-    """Probabilities in the logits' place, and their gradients in that of the probabilities, as the network has them."""
+    """Probabilities overwrite the logits, and gradients overwrite the probabilities, as in the network."""
     rng = np.random.default_rng(seed)
     logits, targets = floats(rng, N, V) * np.float32(spread), rng.integers(0, V, N).astype(np.int32)
     largest = float(np.abs(logits).max())
@@ -496,7 +496,7 @@ def test_backward_sets_all_gradients(engine: Engine) -> None:
 
 
 def test_the_tolerance_is_tight(engine: Engine) -> None:
-    """Gradients of a slightly other network do not pass for those of this one."""
+    """Gradients of a slightly different network are refused."""
     weights = lively(SMALL, np.random.default_rng(3))
     inputs, targets = batch(SMALL, 2, 9)
     compute = bounds(lambda: oracle_training.gradients(weights, SMALL, inputs, targets))
@@ -574,8 +574,8 @@ def test_gradients_replace_add_and_scale(engine: Engine) -> None:
             assert_close(name, model.gradient(name), exact, SAFETY * EPS * float(np.abs(exact).max()))
 
 
-def test_a_padded_row_is_no_token(engine: Engine) -> None:
-    """V = 129 is padded to 256 rows: the loss must not know of them."""
+def test_padded_rows_are_not_tokens(engine: Engine) -> None:
+    """V = 129 is padded to 256 rows: the loss must not depend on the padding."""
     config = Config(maxT=4, V=129, L=1, NH=1, C=4)
     with engine(config) as model:
         inputs, targets = batch(config, 2, 4)
@@ -678,7 +678,7 @@ class Noted(Parameters):
 
 
 def numbers_of(**arguments: Any) -> AdamW:
-    """The numbers that these arguments of update() become."""
+    """Return the numbers for these arguments of update()."""
     model = Noted(SMALL)
     model.update(**arguments)
     return model.numbers
@@ -726,7 +726,7 @@ def test_parameters_are_a_file_of_version_3(engine: Engine, tmp_path: Path) -> N
         assert (tmp_path / "model.bin").read_bytes()[1024:] == model.parameters.astype("<f4").tobytes()
 
 
-def test_load_refuses_what_is_no_checkpoint(engine: Engine, tmp_path: Path) -> None:
+def test_load_refuses_other_files(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model file"):
         engine.load(tmp_path / "none.bin")
     (tmp_path / "short.bin").write_bytes(bytes(100))
@@ -747,7 +747,7 @@ def test_buffers_are_live_and_aligned(engine: Engine) -> None:
         for name, _, _, _ in SMALL.tensors(padded=True):
             assert model.tensor(name).flat[0] == 7
             assert model.gradient(name).flat[0] == 8
-        with pytest.raises(InputError, match="no tensor is named 'head': the names are wte, wpe"):
+        with pytest.raises(InputError, match="tensor 'head' is unknown: the names are wte, wpe"):
             model.tensor("head")
 
 
@@ -947,7 +947,7 @@ def test_model_follows_the_weights(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_serial_losses_are_those_of_serial_inference() -> None:
-    """One forward pass serves both: the loss is that of the logits, to the rounding of one logarithm."""
+    """One forward pass gives both. The loss agrees with the logits, except for the rounding of one logarithm."""
     inputs, targets = batch(SMALL, 1, 9)
     with filled(SerialTrainableGPT2, SMALL, lively(SMALL, np.random.default_rng(13))) as model:
         assert model.threads == 1
@@ -959,8 +959,8 @@ def test_serial_losses_are_those_of_serial_inference() -> None:
 
 
 def interrupted(run: Callable[[threading.Event], object]) -> str:
-    """Repeat `run` until SIGINT, sent once it has set its event, raises; return the name of the serial program's function that
-    it was raised in, if it was."""
+    """Repeat `run` until SIGINT raises. SIGINT is sent after `run` has set its event. Return the name of the serial program's
+    function that raised, if any."""
     ready = threading.Event()
 
     def interrupt() -> None:

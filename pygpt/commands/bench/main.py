@@ -449,7 +449,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in others:
         if getattr(options, name) is not None:
             flag = f"-{name[0]}"
-            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave out {flag}")
+            raise InputError(f"{flag} cannot be used {'with' if options.train else 'without'} --train: leave out {flag}")
     for name, usual in mine.items():
         if getattr(options, name) is None:
             setattr(options, name, usual)

@@ -143,7 +143,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = build_parser().parse_args(arguments)
     for name, flag in (GENERATION if options.train else TRAINING).items():
         if getattr(options, name) is not None:
-            raise InputError(f"{flag} has no meaning {'with' if options.train else 'without'} --train: leave out {flag}")
+            raise InputError(f"{flag} cannot be used {'with' if options.train else 'without'} --train: leave out {flag}")
     for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)

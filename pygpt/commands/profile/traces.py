@@ -74,7 +74,7 @@ def _layer(event: Event) -> str:
 
 
 def _span(ith: int, name: str, category: str, begin: int, end: int, **args: object) -> dict[str, Any]:
-    """Return a complete event. Its times are microseconds with three decimals, and so exact to the nanosecond."""
+    """Return a complete event. Its times are microseconds with three decimals, so they are exact to the nanosecond."""
     times = {"ts": round(begin / 1000, 3), "dur": round((end - begin) / 1000, 3)}
     return {"name": name, "cat": category, "ph": "X", "pid": 1, "tid": ith, **times, "args": args}
 

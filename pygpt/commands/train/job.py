@@ -226,14 +226,14 @@ def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
     """Return the shards that a file name or pattern matches, as a list of names; or, for text files, their tokens."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
-        raise DataError(f"{pattern!r}: no such file, and no file matches it as a pattern: check the name")
+        raise DataError(f"{pattern!r}: not a file, and not a pattern that matches files: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
         return shards
     for name in names:
         check_text(name)
     if shards:
-        raise DataError(f"{pattern!r}: {shards[0]} holds tokens, but {min({*names} - {*shards})} is text: train on one kind")
+        raise DataError(f"{pattern!r}: {shards[0]} has tokens, but {min({*names} - {*shards})} is text: train on one kind")
     if V < GPT2_V:
         raise InputError(
             f"{names[0]}: text becomes tokens with {GPT2_V} ids, but the model has V = {V}: train on token shards (.bin)"
@@ -304,7 +304,7 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
 
 
 def check_room(output: Output, config: Config, version: int) -> None:
-    """Raise PyGPTError if the disk has no room for one state and one model."""
+    """Raise PyGPTError if one state and one model do not fit on the disk."""
     P = config.parameters(padded=True)
     needed = (3 * 4 + VALUE_BYTES[version]) * P
     folder = os.path.dirname(os.path.realpath(output.state))

@@ -230,7 +230,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
         for change in changes:
             say(change)
         if output is None:
-            say("nothing will be saved: to save, name a file with --out")
+            say("this run will not be saved: to save it, name a file with --out")
         log = stack.enter_context(report.Log(job.log, None if state is None else trainer.done, keep=job.plot is not None))
         with stop:
             Run(trainer, validation, job, output, log, state).train(stop)
@@ -240,7 +240,7 @@ def run(options: argparse.Namespace, stop: Stop) -> None:
                 report.draw(names, log.entries)
                 say(f"wrote {' and '.join(names)}")
             else:
-                say(f"did not write {' and '.join(names)}: this run has no steps to draw, and no --log of earlier steps")
+                say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")
     return None
 
 
