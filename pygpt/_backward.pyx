@@ -68,12 +68,15 @@ cdef struct Flat:             # the flat arrays: parameters, gradients, first an
 
 
 cdef void cross_entropy_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """dlogits = (softmax(logits) - [target]) dloss, in place of exp(logits - max), (R, V). Rows are split."""
+    """dlogits = (softmax(logits) - [target]) dloss, in place of exp(logits - max), (R, V); 0 for -100. Rows are split."""
     cdef Py_ssize_t r, start, stop
     cdef float* row
     shard(s.R, ith, nth, &start, &stop)
     for r in range(start, stop):
         row = s.logits + r * s.logits_row
+        if s.targets[r] < 0:
+            memset(row, 0, net.V * sizeof(float))
+            continue
         micro.store_scaled(row, row, b.dloss / s.total[r], net.V)
         row[s.targets[r]] -= b.dloss
 
@@ -319,6 +322,7 @@ cdef class TrainStep(Step):
     cdef Floats backward_scratch
     cdef Floats all_logits
     cdef readonly Py_ssize_t rows   # the R of these buffers
+    cdef Py_ssize_t trained         # rows with a target in the last forward pass, at least 1
     cdef list caches                # keys and values of the batch's sequences
     cdef object config
     cdef object views               # keeps the four flat arrays alive
@@ -371,6 +375,7 @@ cdef class TrainStep(Step):
         self.task = FORWARD
         self.targets = targets
         self.state.targets = &targets[0, 0]
+        self.trained = max(sum([targets[b, t] >= 0 for b in range(B) for t in range(T)]), 1)
         self.prepare([(inputs[b, t], self.caches[b], True) for b in range(B) for t in range(T)], active)
 
     def finish_forward(self) -> Floats:
@@ -435,7 +440,7 @@ cdef class TrainStep(Step):
         self.ready = False
         self.task, self.active = BACKWARD, active
         self.back.add_to = accumulate
-        self.back.dloss = <float> (scale / self.state.R)
+        self.back.dloss = <float> (scale / self.trained)
         barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
     def begin_norm(self, Py_ssize_t active) -> None:

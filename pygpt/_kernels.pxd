@@ -104,15 +104,14 @@ cdef extern from "sampler.h" nogil:
     ptrdiff_t greedy_id(const float* logits, ptrdiff_t V)
     ctypedef void exps_function(float*, const float*, float, ptrdiff_t) noexcept nogil
     ctypedef struct sample_options:
-        double temperature, top_p, min_p, repetition_penalty
+        double temperature, top_p, min_p
         ptrdiff_t top_k
     ctypedef struct ranked:
         uint32_t id
 
     ptrdiff_t inverse_cdf_id(const float* logits, float* e, ptrdiff_t V, float coin, exps_function* exps)
     int sample_weights_of(
-        float* e, const float* logits, ptrdiff_t V, const unsigned char* seen, const sample_options*,
-        float* x, ranked* order, ranked* spare, exps_function* exps,
+        float* e, const float* x, ptrdiff_t V, const sample_options*, ranked* order, ranked* spare, exps_function* exps,
     )
     ptrdiff_t weighted_id(const float* e, ptrdiff_t V, double coin)
     double natural_log(double x)

@@ -16,7 +16,6 @@ Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of oper
 """
 
 import os
-from operator import index as whole_number
 
 from cpython.buffer cimport PyBUF_FORMAT
 from libc.math cimport sqrtf
@@ -25,7 +24,7 @@ from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
 from .config import TENSORS
-from .errors import ClosedError, InputError, shown
+from .errors import ClosedError, InputError, shown, whole
 
 cdef extern from *:
     """
@@ -388,7 +387,7 @@ cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, 
 
 
 cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """losses[r] = -log(softmax(logits[r])[target]). Rows are split over the workers.
+    """losses[r] = -log(softmax(logits[r])[target]), or 0 without a target (-100). Rows are split over the workers.
 
     The function overwrites logits with exp(logits - max), and writes the sum of each row to total."""
     cdef Py_ssize_t r, start, stop
@@ -396,6 +395,9 @@ cdef void cross_entropy(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth
     cdef float target, highest
     shard(s.R, ith, nth, &start, &stop)
     for r in range(start, stop):
+        if s.targets[r] < 0:
+            s.losses[r] = 0
+            continue
         row = s.logits + r * s.logits_row
         target = row[s.targets[r]]
         s.total[r] = micro.softmax(row, net.V, 1, &highest)
@@ -489,12 +491,9 @@ cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogi
 
 def check_token(token, Py_ssize_t V) -> int:
     """Return a token id as an int. Raises InputError unless the id is a whole number from 0 to V - 1."""
-    try:
-        number = whole_number(token)
-    except TypeError:
-        number = -1
-    if not 0 <= number < V or token is True or token is False:
-        text = token[:40] if isinstance(token, str) else shown(token if number < 0 or isinstance(token, bool) else number)
+    number = token if type(token) is int else whole(token)
+    if number is None or not 0 <= number < V:
+        text = token[:40] if isinstance(token, str) else shown(token if number is None or number < 0 else number)
         raise InputError(f"token {text!r} is not a token id of this model: ids are whole numbers from 0 to {V - 1}")
     return number
 
@@ -1043,27 +1042,20 @@ def median(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
 
 def sample_weights(
     const float[:, ::1] logits not None, Py_ssize_t row,
-    *, double temperature, Py_ssize_t top_k, double top_p, double min_p, double repetition_penalty,
-    const unsigned char[::1] seen=None,
+    *, double temperature, Py_ssize_t top_k, double top_p, double min_p,
 ):
     """Return the sampling weights (1, V) of a row of (rows, V), not normalised: 1 for the most probable id, 0 for excluded ids
-    (sampler.h). Returns None if the logits are not finite. The caller checks the options. `seen` (V,) marks the ids that the
-    repetition penalty applies to."""
+    (sampler.h). Returns None if the logits are not finite. The caller checks the options."""
     cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1]
-    cdef const unsigned char* marks = NULL
     cdef sample_options options
     cdef int finite
-    if seen is not None:
-        if seen.shape[0] != V:
-            raise ValueError(f"seen has {seen.shape[0]} marks for {V} ids")
-        marks = &seen[0] if V else NULL
     options.temperature, options.top_k, options.top_p = temperature, top_k, top_p
-    options.min_p, options.repetition_penalty = min_p, repetition_penalty
-    cdef Floats e = Floats(1, V), x = Floats(1, V), room = Floats(4, V)
+    options.min_p = min_p
+    cdef Floats e = Floats(1, V), room = Floats(4, V)
     cdef ranked* order = <ranked*> room.data
     with nogil:
-        finite = sample_weights_of(e.data, values, V, marks, &options, x.data, order, order + V, micro.exps)
+        finite = sample_weights_of(e.data, values, V, &options, order, order + V, micro.exps)
     return e if finite else None
 
 

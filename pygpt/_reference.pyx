@@ -223,7 +223,7 @@ cdef void crossentropy_forward(
 ) noexcept nogil:
     cdef Py_ssize_t n
     for n in range(N):
-        losses[n] = -logf(probs[n * V + targets[n]])
+        losses[n] = -logf(probs[n * V + targets[n]]) if targets[n] >= 0 else 0   # -100: no target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ cdef void crossentropy_softmax_backward(
     for n in range(N):
         for i in range(V):
             indicator = 1 if i == targets[n] else 0
-            dlogits[n * V + i] = (probs[n * V + i] - indicator) * dloss
+            dlogits[n * V + i] = (probs[n * V + i] - indicator) * dloss if targets[n] >= 0 else 0
 
 
 cdef void residual_backward(float* dinp1, float* dinp2, const float* dout, Py_ssize_t size) noexcept nogil:
@@ -778,7 +778,11 @@ cdef class Training:
         self.activations = None  # from here on the probabilities are overwritten
         cdef Shape s = activations.shape
         cdef Py_ssize_t NC = s.B * s.T * s.C
-        cdef float dloss = <float> (scale / (s.B * s.T))
+        cdef Py_ssize_t b, t, trained = 0
+        for b in range(s.B):
+            for t in range(s.T):
+                trained += targets[b, t] >= 0
+        cdef float dloss = <float> (scale / max(trained, 1))
         cdef Grads d
         cdef float[::1] _memory = point(  # the name keeps the memory alive as long as `d`
             <float**> &d, (NC, NC, NC, 3 * NC, NC, NC, NC, NC, 4 * NC, 4 * NC, NC, NC, s.T, s.T)

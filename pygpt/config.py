@@ -6,7 +6,7 @@ maxT longest sequence. Refuses to know about files and threads. Source of names 
 
 from collections.abc import Iterator
 
-from .errors import InputError, is_whole, shown
+from .errors import InputError, check_whole
 
 # Upper limits: far above GPT-2 XL, but so low that products of dimensions fit in 64 bits.
 LIMITS = {"maxT": 65536, "V": 1 << 20, "L": 256, "NH": 1024, "C": 16384}
@@ -31,11 +31,13 @@ TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lnfb", ("C",)),
 )
 
+IGNORED = -100  # the label of a token that is left out of the loss, as in PyTorch
+
 
 class Config:
     """A model's dimensions. Do not change them after construction. Configs are equal if all five numbers are equal.
 
-    Raises InputError if a number is not an int from 1 to its limit in LIMITS, or if C is not a multiple of NH.
+    Raises InputError if a number is not a whole number from 1 to its limit in LIMITS, or if C is not a multiple of NH.
     """
 
     __slots__ = ("C", "L", "NH", "V", "maxT")
@@ -43,11 +45,9 @@ class Config:
     def __init__(self, *, maxT: int, V: int, L: int, NH: int, C: int) -> None:
         self.maxT, self.V, self.L, self.NH, self.C = maxT, V, L, NH, C
         for name, limit in LIMITS.items():
-            value = getattr(self, name)
-            if not is_whole(value, 1, limit):
-                raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {limit}")
-        if C % NH:
-            raise InputError(f"C is {C}, which is not a multiple of NH = {NH}: every head needs the same size")
+            setattr(self, name, check_whole(name, getattr(self, name), 1, limit))
+        if self.C % self.NH:
+            raise InputError(f"C is {self.C}, which is not a multiple of NH = {self.NH}: every head needs the same size")
 
     @property
     def HS(self) -> int:

@@ -3,7 +3,11 @@
 import os
 from collections.abc import Iterator
 
-from .errors import InputError, is_whole, shown
+from .errors import InputError, check_whole
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import SupportsIndex
 
 MAX_THREADS = 256
 
@@ -28,14 +32,12 @@ def workers_for(threads: int, alone_us: float, barriers: int = 0) -> int:
     return threads if alone_us * (1 - 1 / threads) > ROUND_US + BARRIER_US * barriers else 1
 
 
-def check_threads(threads: int) -> int:
-    """Return `threads`. Raises InputError unless it is a whole number from 1 to MAX_THREADS."""
-    if not is_whole(threads, 1, MAX_THREADS):
-        raise InputError(f"threads is {shown(threads)}: it must be a whole number from 1 to {MAX_THREADS}")
-    return threads
+def check_threads(threads: "SupportsIndex") -> int:
+    """Return `threads` as an int. Raises InputError unless it is a whole number from 1 to MAX_THREADS."""
+    return check_whole("threads", threads, 1, MAX_THREADS)
 
 
-def resolve_threads(threads: int | None = None) -> int:
+def resolve_threads(threads: "SupportsIndex | None" = None) -> int:
     """Return the number of workers: `threads`, else PYGPT_THREADS, else default_threads(). Raises InputError."""
     if threads is not None:
         return check_threads(threads)

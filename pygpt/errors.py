@@ -1,4 +1,4 @@
-"""All exceptions that pygpt raises on purpose.
+"""All exceptions that pygpt raises on purpose, and the checks of arguments that raise them.
 
     PyGPTError
     ├── InputError (ValueError)             an argument is out of its range: token, length, thread count, sampler
@@ -8,8 +8,16 @@
     └── NumericalError (ArithmeticError)    the network's numbers are not finite
 
 Each message names the value, the limit and the way out in one line. The commands exit with status 2 for InputError and
-CheckpointError, and with 1 for all others.
+CheckpointError, and with 1 for all others. One function decides what is a whole number, one what is a number.
 """
+
+import math
+from operator import index
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, NoReturn, SupportsIndex
 
 
 class PyGPTError(Exception):
@@ -36,9 +44,95 @@ class NumericalError(PyGPTError, ArithmeticError):
     """The network's output is not finite, because the weights are damaged or exceed the range of float32."""
 
 
+def is_boolean(value: "Any") -> bool:
+    """Return whether a value is a bool, NumPy's or a tensor's included."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+
+
+def whole(value: "Any") -> int | None:
+    """Return a whole number as an int, or None for anything else. operator.index() decides; booleans are not numbers."""
+    if type(value) is int:
+        return value
+    try:
+        return None if is_boolean(value) or getattr(value, "ndim", 0) != 0 else index(value)
+    except TypeError:
+        return None
+
+
 def is_whole(value: object, low: int, high: int) -> bool:
-    """Return whether a value is an int (not a bool) from low to high."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    """Return whether a value is a whole number from low to high."""
+    number = whole(value)
+    return number is not None and low <= number <= high
+
+
+def check_whole(name: str, value: object, low: int, high: float, rule: str = "") -> int:
+    """Return a whole number as an int. Raises InputError, which states the rule, unless it lies from low to high."""
+    number = whole(value)
+    if number is None or not low <= number <= high:
+        raise InputError(f"{name} is {shown(value)}: it must be a whole number{rule or f' from {low} to {high}'}")
+    return number
+
+
+def real(value: "Any") -> float:
+    """Return a number, Python's, NumPy's or a tensor's, as a float; NaN for anything else, booleans included."""
+    if is_boolean(value) or getattr(value, "ndim", 0) != 0 or not hasattr(value, "__float__"):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def check_number(name: str, value: object, low: float, high: float) -> float:
+    """Return a number as a float. Raises InputError unless it lies from low to high."""
+    number = real(value)
+    if not low <= number <= high:
+        raise InputError(f"{name} is {shown(value)}: it must be a number from {low:.9g} to {high:.9g}")
+    return number
+
+
+def check_flag(name: str, value: "Any", meaning: str = "") -> bool:
+    """Return a boolean, Python's or NumPy's, as a bool. Raises InputError for anything else."""
+    if not is_boolean(value) or getattr(value, "ndim", 0) != 0:
+        raise InputError(f"{name} is {shown(value)}: it must be True or False{meaning}")
+    return bool(value)
+
+
+def sequence(tokens: "Any") -> "list[SupportsIndex]":
+    """Return token ids as a list, unchecked. An array or a tensor may have the shape (T,) or (1, T).
+
+    Raises InputError for another shape, and for anything that is not iterable."""
+    shape: tuple[int, ...] = getattr(tokens, "shape", ())
+    if len(shape) > 1:
+        if len(shape) > 2 or shape[0] != 1:
+            raise InputError(
+                f"tokens have shape {tuple(shape)}: one sequence has the shape (T,) or (1, T); generate_batch() takes several"
+            )
+        tokens = tokens[0]
+    try:
+        return list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
+    except TypeError:
+        raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
+
+
+def near(name: object, known: "Iterable[str]") -> str:
+    """Return a hint for an unknown name: the known names that are spelled alike, else all of them."""
+    from difflib import get_close_matches
+
+    known = sorted(known)
+    alike = get_close_matches(str(name)[:40], known, cutoff=0.5)
+    return f"did you mean {' or '.join(alike)}?" if alike else f"there are {', '.join(known)}"
+
+
+class Uncopied:
+    """The base of objects with threads, native memory or an open file. They can be neither copied nor pickled."""
+
+    _instead = "make another one"
+
+    def __reduce_ex__(self, protocol: object) -> "NoReturn":
+        raise TypeError(f"{type(self).__name__} cannot be copied or pickled: {self._instead}")
 
 
 def shown(value: object) -> str:

@@ -1,7 +1,7 @@
 """GPT2: the class for users. It joins the network, which computes logits, and the engine, which completes requests."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from ._signals import see_through
 from .formats.open import open_weights
@@ -13,6 +13,8 @@ from .pool import TRIES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsIndex
+
     import numpy as np
     import numpy.typing as npt
 
@@ -29,7 +31,7 @@ class GPT2(Generator):
 
     network: Network
 
-    def __init__(self, checkpoint: "OpenModel", *, threads: int | None = None, all_workers: bool = False) -> None:
+    def __init__(self, checkpoint: "OpenModel", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
 
     @classmethod
@@ -37,7 +39,7 @@ class GPT2(Generator):
         cls,
         path: "str | os.PathLike[str] | None" = None,
         *,
-        threads: int | None = None,
+        threads: "SupportsIndex | None" = None,
         mmap: bool = True,
         weights: str | None = None,
         all_workers: bool = False,
@@ -60,7 +62,7 @@ class GPT2(Generator):
         """The number of workers, the caller included."""
         return self.network.threads
 
-    def new_cache(self, capacity: int | None = None) -> KVCache:
+    def new_cache(self, capacity: "SupportsIndex | None" = None) -> KVCache:
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return self.network.new_cache(capacity)
 
@@ -72,7 +74,7 @@ class GPT2(Generator):
         """
         return self._whole(lambda lengths: self.network.step(rows, lengths), (-1, self.config.V))
 
-    def extend(self, cache: KVCache, tokens: Iterable[int]) -> "npt.NDArray[np.float32]":
+    def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
 
         If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more tokens than the cache has
@@ -89,23 +91,23 @@ class GPT2(Generator):
             see_through(lengths.restore, TRIES)
             raise
 
-    def prefill(self, cache: KVCache, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+    def prefill(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append a prompt. This is an older name of extend()."""
         return self.extend(cache, tokens)
 
-    def decode(self, cache: KVCache, token: int) -> "npt.NDArray[np.float32]":
+    def decode(self, cache: KVCache, token: "SupportsIndex") -> "npt.NDArray[np.float32]":
         """Append one token. This is an older name of extend()."""
         return self.extend(cache, [token])
 
-    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+    def logits(self, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Return the logits of every position of a sequence, (T, V)."""
         import numpy as np
 
-        tokens = check_tokens(self.config, tokens)
-        out = np.empty((len(tokens), self.config.V), np.float32)
-        cache = self.new_cache(len(tokens))
-        for start in range(0, len(tokens), CHUNK):
-            chunk = tokens[start : start + CHUNK]
+        ids = check_tokens(self.config, tokens)
+        out = np.empty((len(ids), self.config.V), np.float32)
+        cache = self.new_cache(len(ids))
+        for start in range(0, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
             out[start : start + CHUNK] = self.step([(token, cache, True) for token in chunk])
         return out
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from . import cpus
 from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
 from .config import Config
-from .errors import InputError, is_whole, shown
+from .errors import InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
 from .pool import ThreadPool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Protocol, SupportsIndex
 
     from ._kernels import Trace
     from .formats.dtypes import Format
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # rows of a prompt in one step: so Ctrl-C takes effect soon, and the activations stay small
 
-Row = tuple[int, "KVCache", bool]
+Row = tuple["SupportsIndex", "KVCache", bool]
 
 
 class KVCache(KeysValues):
@@ -52,20 +52,19 @@ class KVCache(KeysValues):
     to 16 channels. Raises InputError for a capacity outside 1 to maxT, and MemoryError if the address space has no room.
     """
 
-    def __init__(self, weights: Weights, config: Config, capacity: int | None = None) -> None:
+    def __init__(self, weights: Weights, config: Config, capacity: "SupportsIndex | None" = None) -> None:
         capacity = config.maxT if capacity is None else capacity
-        if not is_whole(capacity, 1, config.maxT):
-            raise InputError(f"capacity is {shown(capacity)}: it must be a whole number from 1 to maxT = {config.maxT}")
-        super().__init__(weights, capacity)
+        rule = f" from 1 to maxT = {config.maxT}"
+        super().__init__(weights, check_whole("capacity", capacity, 1, config.maxT, rule))
         self._weights, self._config = weights, config
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: "SupportsIndex") -> None:
         """Keep only the first `length` tokens. Raises InputError unless 0 <= length <= self.length."""
         if not is_whole(length, 0, self.length):
             raise InputError(f"cannot truncate to {shown(length)} tokens: give 0 to {self.length}, the cache's length")
-        self._truncate(length)
+        self._truncate(whole(length) or 0)
 
-    def copy(self, length: int | None = None, *, capacity: int | None = None) -> "KVCache":
+    def copy(self, length: "SupportsIndex | None" = None, *, capacity: "SupportsIndex | None" = None) -> "KVCache":
         """Return an independent cache with the first `length` tokens (default: all).
 
         capacity: of the new cache (default: the same). Raises InputError if `length` exceeds self.length or `capacity`."""
@@ -73,7 +72,7 @@ class KVCache(KeysValues):
         if not is_whole(length, 0, self.length):
             raise InputError(f"cannot copy {shown(length)} tokens: give 0 to {self.length}, the cache's length")
         cache = KVCache(self._weights, self._config, self.capacity if capacity is None else capacity)
-        copy_keys_values(cache, self, length)
+        copy_keys_values(cache, self, whole(length))
         return cache
 
     def __len__(self) -> int:
@@ -83,7 +82,7 @@ class KVCache(KeysValues):
         return f"KVCache(length={self.length}, capacity={self.capacity})"
 
 
-class Network:
+class Network(Uncopied):
     """GPT-2's forward pass over the weights of a checkpoint, on `threads` workers.
 
     Threads may share a network: their steps take turns. all_workers: use all workers even if a step is too small to gain from
@@ -92,7 +91,7 @@ class Network:
 
     chunk = CHUNK
 
-    def __init__(self, checkpoint: "OpenModel", *, threads: int | None = None, all_workers: bool = False) -> None:
+    def __init__(self, checkpoint: "OpenModel", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         stored = checkpoint.stored()
@@ -113,7 +112,7 @@ class Network:
         """The bytes of keys and values that one token takes in a cache."""
         return 2 * self.config.L * self.config.NH * -(-self.config.HS // 16) * 16 * 4
 
-    def new_cache(self, capacity: int | None = None) -> KVCache:
+    def new_cache(self, capacity: "SupportsIndex | None" = None) -> KVCache:
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return KVCache(self._weights, self.config, capacity)
 
@@ -146,13 +145,13 @@ class Network:
         assert logits is not None
         return logits
 
-    def extend(self, cache: KVCache, tokens: Iterable[int], lengths: "Lengths | None" = None) -> Floats:
+    def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "Lengths | None" = None) -> Floats:
         """Append tokens to a cache, in chunks; return the logits after the last one, (1, V).
 
         Raises InputError, before anything runs, for zero tokens and for more tokens than the cache has room for. lengths: as
         for step(). If a later chunk fails, the earlier chunks stay in the cache.
         """
-        tokens = list(tokens)
+        tokens = sequence(tokens)
         room = cache.capacity - cache.length
         if not 1 <= len(tokens) <= room:
             raise InputError(f"{len(tokens)} tokens were given: at least 1 is needed, and the cache has room for {room}")

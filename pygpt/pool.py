@@ -31,28 +31,28 @@ from contextlib import suppress
 
 from ._signals import see_through
 from .cpus import check_threads
-from .errors import ClosedError, PyGPTError
+from .errors import ClosedError, PyGPTError, Uncopied
 
 TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt each time
 OWN_POOL = "a job, or a handler that interrupts it, cannot use its own pool: it would wait for itself"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import SupportsIndex, TypeVar
 
     T = TypeVar("T")
 
 Job = Callable[[int, int], object]
 
 
-class ThreadPool:
+class ThreadPool(Uncopied):
     """`nth` workers: the caller and nth - 1 threads. nth = 1 starts no thread at all.
 
     Safe to share: callers take turns. After fork() the child makes its own threads at its first run. Raises InputError for
     a bad count, and PyGPTError when the system refuses a thread.
     """
 
-    def __init__(self, nth: int) -> None:
+    def __init__(self, nth: "SupportsIndex") -> None:
         self.nth = check_threads(nth)
         self._turn = threading.RLock()  # its holder may use the fields below
         self._busy = False

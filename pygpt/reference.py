@@ -4,21 +4,23 @@ Commands, tests and benchmarks compare the fast path with it. It computes one nu
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference, Training
 from .config import Config
-from .errors import ClosedError, InputError
+from .errors import ClosedError, InputError, Uncopied, check_number
 from .formats.dtypes import FORMATS
 from .formats.open import open_weights
 from .formats.quantise import QUANTISED
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
-from .training.parameters import AdamW, Parameters, check_number
+from .training.parameters import AdamW, Parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsFloat, SupportsIndex
+
     import numpy as np
     import numpy.typing as npt
 
@@ -39,14 +41,14 @@ class SerialCache:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
-        del self.tokens[length:]
+        self.tokens = self.tokens[:length]  # a new list: a shallow copy may share the old one
 
     def copy(self, length: int | None = None, *, capacity: int | None = None) -> "SerialCache":
         """Return an independent cache of the first `length` tokens."""
         return SerialCache(capacity or self.capacity, self.tokens[:length])
 
 
-class SerialNetwork:
+class SerialNetwork(Uncopied):
     """The serial program's network: scalar, on one thread. Each step runs the whole sequence again."""
 
     position_bytes = 8
@@ -115,7 +117,7 @@ class SerialGPT2(Generator):
         """Open the checkpoint that GPT2.load() would open."""
         return cls(open_weights(find_model(path)[0], mmap=mmap, weights=weights))
 
-    def logits(self, tokens: Sequence[int]) -> "npt.NDArray[np.float32]":
+    def logits(self, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Return the logits of every position of a sequence, (T, V)."""
         import numpy as np
 
@@ -141,14 +143,15 @@ class SerialTrainableGPT2(Parameters):
 
     threads = 1
 
-    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
+    def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         super().__init__(config, threads=threads, all_workers=all_workers)
         self._training: Training | None = Training(self.parameters, self.gradients, config)
 
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
         """Return the loss of predicting each target, (B, T), and keep the activations for backward().
 
-        inputs, targets: token ids (B, T). Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
+        inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
+        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
         """
         import numpy as np
 
@@ -160,13 +163,13 @@ class SerialTrainableGPT2(Parameters):
 
         return np.asarray(self._open().evaluate(*self.check_batch(inputs, targets)))
 
-    def backward(self, *, accumulate: bool = False, scale: float = 1.0) -> None:
+    def backward(self, *, accumulate: bool = False, scale: "SupportsFloat" = 1.0) -> None:
         """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
 
         accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before.
         """
         training = self._open()
-        check_number("scale", scale, -1e30, 1e30)
+        scale = check_number("scale", scale, -1e30, 1e30)
         if not training.ready:
             raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
         training.backward(accumulate=accumulate, scale=scale)

@@ -14,12 +14,13 @@ import re
 import threading
 from collections.abc import Iterable
 from functools import cache
-from operator import index
 
-from .errors import InputError, PyGPTError, shown
+from .errors import InputError, PyGPTError, shown, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsIndex
+
     import tiktoken
 
 VOCABULARY_FILE = os.path.join(os.path.dirname(__file__), "data", "vocab.bpe")
@@ -85,43 +86,80 @@ class Tokenizer:
             start = run.end()
         return ids + self._encoding.encode_ordinary(text[start:])
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: "Iterable[SupportsIndex]") -> str:
         """Decode ids to text. Bytes that are not UTF-8, such as half a character at the end, become U+FFFD.
 
         Raises InputError for an id outside the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: "Iterable[SupportsIndex]") -> bytes:
         """Decode ids to their exact bytes. Raises InputError for an id outside the vocabulary."""
         return b"".join([self._bytes[self._checked(token)] for token in ids])
 
-    def _checked(self, token: int) -> int:
+    def _checked(self, token: "SupportsIndex") -> int:
         """Return an id as an int. Accepts NumPy's integers; raises InputError for an id outside the vocabulary or a bool."""
-        try:
-            number = -1 if isinstance(token, bool) else index(token)
-        except TypeError:
-            number = -1
-        if not 0 <= number < self.V:
+        number = whole(token)
+        if number is None or not 0 <= number < self.V:
             raise InputError(f"token id is {shown(token)}: it must be a whole number from 0 to {self.eot}")
         return number
 
 
 class StreamDecoder:
-    """Decode ids one at a time, in whole characters. The pieces together equal the result of Tokenizer.decode()."""
+    """Decode ids one at a time, in whole characters. The pieces together equal the result of Tokenizer.decode().
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    stop_strings, stop_token_ids: the text ends before the first of them, and `stopped` is then True. Text in which a stop
+    string may have begun is held back until the next ids, or finish().
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop_strings: Iterable[str] = (), stop_token_ids: "Iterable[SupportsIndex]" = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = [text.encode("utf-8", "surrogateescape") for text in stop_strings]
+        self._stop_ids = {whole(token) for token in stop_token_ids}
+        self._held = b""
+        self._before = 0  # how many of the held bytes belong to the text before
+        self.stopped = False
 
-    def push(self, token: int) -> str:
+    def begin(self, ids: "Iterable[SupportsIndex]") -> None:
+        """Take the ids before the text. A stop string or a character that begins in them may end in the text."""
+        self._held = self._tokenizer.decode_bytes(ids)
+        self._before = len(self._held)
+        self._release(self._before - self._begun())
+
+    def push(self, token: "SupportsIndex") -> str:
         """Take the next id; return the text that it completes, possibly "". Raises InputError as decode() does."""
-        return self._utf8.decode(self._tokenizer.decode_bytes((token,)))
+        content = self._tokenizer.decode_bytes((token,))
+        if self.stopped:
+            return ""
+        if whole(token) in self._stop_ids:
+            self.stopped = True
+            return self._release(len(self._held))
+        self._held += content
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        self.stopped = bool(found)
+        return self._release(min(found) if found else len(self._held) - self._begun())
+
+    def _begun(self) -> int:
+        """Return how many bytes at the end may begin a stop string."""
+        sizes = (size for stop in self._stops for size in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:size]))
+        return max(sizes, default=0)
+
+    def _release(self, count: int) -> str:
+        """Decode the first `count` held bytes; return the text of those that do not belong to the text before."""
+        old = min(self._before, count)
+        self._utf8.decode(self._held[:old])
+        text = self._utf8.decode(self._held[old:count])
+        self._held, self._before = self._held[count:], self._before - old
+        return text
 
     def finish(self) -> str:
-        """End the text; return U+FFFD if its last character is incomplete, else "". The next push() begins a new text."""
-        rest = self._utf8.decode(b"", final=True)
+        """End the text; return what was held back, with U+FFFD for half a character. The next push() begins a new text."""
+        rest = "" if self.stopped else self._release(len(self._held)) + self._utf8.decode(b"", final=True)
         self._utf8.reset()
+        self._held, self._before, self.stopped = b"", 0, False
         return rest
 
 

@@ -35,14 +35,15 @@ def crossentropy(logits: Array, targets: Sequence[int]) -> Array:
     """Return -log of each target's probability. The probabilities themselves, which could underflow, are not computed."""
     top = logits.max(axis=-1)  # [T, V] -> [T]
     total = np.log(np.exp(logits - top[:, None]).sum(axis=-1))  # [T, V], [T, 1] -> [T]
-    loss: Array = top + total - logits[np.arange(len(targets)), targets]  # [T], [T], [T] -> [T]
-    return loss
+    loss: Array = top + total - logits[np.arange(len(targets)), np.maximum(targets, 0)]  # [T], [T], [T] -> [T]
+    return np.where(np.array(targets) < 0, 0.0, loss)  # -100: no target
 
 
 def crossentropy_softmax_backward(dlosses: Array, probs: Array, targets: Sequence[int]) -> Array:
     """Return the gradient through loss and softmax together: the probabilities, minus one at the target."""
     indicator = np.zeros_like(probs)  # [T, V]
-    indicator[np.arange(len(targets)), targets] = 1
+    indicator[np.arange(len(targets)), np.maximum(targets, 0)] = 1
+    dlosses = np.where(np.array(targets) < 0, 0.0, dlosses)  # -100: no target
     return (probs - indicator) * dlosses[:, None]  # [T, V], [T, V], [T, 1] -> [T, V]
 
 
@@ -112,7 +113,7 @@ def gradients(weights: Weights, config: Config, inputs: Ids, targets: Ids) -> di
     """Return the gradient of the mean loss with respect to each of the sixteen tensors, by name, in the tensors' shapes."""
     grads = {name: np.zeros(shape) for name, shape, _, _ in config.tensors(padded=False)}
     for tokens, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
-        backward(grads, weights, config, tokens, wanted, np.full(len(tokens), 1 / inputs.size))
+        backward(grads, weights, config, tokens, wanted, np.full(len(tokens), 1 / max((targets >= 0).sum(), 1)))
     return grads
 
 

@@ -9,13 +9,17 @@ because it was not trained on dialogues.
 """
 
 import argparse
+import atexit
+import codecs
 import io
 import json
 import os
 import select
 import sys
+import termios
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from math import exp
 from shutil import get_terminal_size
@@ -25,6 +29,7 @@ from typing import Any, TextIO
 from ..config import Config
 from ..errors import CheckpointError, InputError
 from ..formats.open import open_model
+from ..formats.text import given_text, read_text
 from ..generation.request import SAMPLING, Request, complete_order
 from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
@@ -32,11 +37,13 @@ from ..tokenizer import StreamDecoder, Tokenizer
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import HelpFormatter, Parser, for_terminal, say, status_of
-from .options import add_completion_options, parse_count, read_options
+from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
+APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # settings of one value that the command line may repeat
+LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
 PROBABLE = 10  # number of tokens that /probs shows
 BAR = 40  # columns of the longest bar, if the terminal is wide enough
 
@@ -76,13 +83,16 @@ SETTINGS = {
     "top_k": ((), "top_k"),
     "top_p": ((), "top_p"),
     "min_p": ((), "min_p"),
-    "repetition_penalty": (("repeat_penalty",), "repetition_penalty"),
+    **{name: ((flag[2:].replace("-", "_"),), name) for flag, name, _, _ in CONTROL},
     "seed": ((), "seed"),
     "stop": (("stop_strings",), "stop_strings"),
     "stop_token": (("stop_token_ids",), "stop_token_ids"),
     "overflow": ((), "overflow"),
+    "stop_at_eot": ((), "stop_at_eot"),
+    "show_stop": ((), "show_stop"),
     "stats": ((), "stats"),
 }
+SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and no field of a request
 
 
 class Settings:
@@ -93,7 +103,9 @@ class Settings:
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.config = config
-        self.stats: bool = options.stats
+        self._given = {name: getattr(options, name) for name in SWITCHES}
+        self._given["stop_at_eot"] = options.stop_at_eot is not False
+        self.switches = {**self._given}
         self._defaults = {"max_new_tokens": NEW_TOKENS if config is None else min(NEW_TOKENS, config.maxT - 1)}
         self._asked = read_options(options)  # by the names of a request's fields
         self.check([0])
@@ -101,7 +113,22 @@ class Settings:
     @property
     def request(self) -> dict[str, Any]:
         """Return the options of a request."""
-        return self._defaults | self._asked
+        request = self._defaults | self._asked
+        stops = request.get("stop_token_ids", [])
+        if (
+            self.switches["stop_at_eot"]
+            and self.config is not None
+            and END_OF_TEXT < self.config.V
+            and END_OF_TEXT not in stops
+        ):
+            request["stop_token_ids"] = [*stops, END_OF_TEXT]
+        return request
+
+    @property
+    def cuts(self) -> dict[str, Any]:
+        """Return the options of a decoder that leaves out the text at which a reply stops."""
+        request = {} if self.switches["show_stop"] else self.request
+        return {name: request[name] for name in ("stop_strings", "stop_token_ids") if name in request}
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise InputError if the child would refuse these tokens with these settings."""
@@ -115,10 +142,10 @@ class Settings:
         """
         typed = name
         name, key = find_setting(typed)
-        if key == "stats":
+        if key in SWITCHES:
             if value not in ("on", "off", "default"):
-                raise InputError(f"stats is {value!r:.40}: it must be on or off")
-            self.stats = value == "on"
+                raise InputError(f"{name} is {value!r:.40}: it must be on or off")
+            self.switches[key] = self._given[key] if value == "default" else value == "on"
             return
         before = self._asked
         try:
@@ -137,8 +164,8 @@ class Settings:
     def show(self, name: str) -> str:
         """Return a setting's name and value as a line."""
         name, key = find_setting(name)
-        if key == "stats":
-            shown = "on" if self.stats else "off"
+        if key in SWITCHES:
+            shown = "on" if self.switches[key] else "off"
         elif key in self.request:
             value = self.request[key]
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -170,7 +197,7 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
         except ValueError:
             raise InputError(f'{name} is {value!r:.40}: the quotes must enclose the whole text, as in "\\n\\n"') from None
     blank = build_parser().parse_args([])
-    setattr(blank, key, [given] if key in ("stop_strings", "stop_token_ids") else given)
+    setattr(blank, key, str(given).split() if key in LISTS[:2] else [given] if key in APPENDED else given)
     return read_options(blank)
 
 
@@ -222,6 +249,9 @@ class Chat:
             except EOFError:
                 show("")
                 return 0
+            except InputError as error:
+                say(str(error))
+                continue
             hinted = False
             if text:
                 self.take(text)
@@ -301,9 +331,8 @@ class Chat:
         request = self._settings.request
         if "seed" in request:  # each /again gives another reply, and another session can repeat them all in order
             request["seed"] = (request["seed"] + self._repeated) % SEEDS
-        decoder = StreamDecoder(self._tokenizer)
-        for token in self._reply[-3:]:  # /more completes a character that the last reply left incomplete
-            decoder.push(token)
+        decoder = StreamDecoder(self._tokenizer, **self._settings.cuts)
+        decoder.begin((self._text + self._reply)[-LONGEST_STOP:])  # a stop, or a character that the last reply left incomplete
         times = [perf_counter()]
         with self._command.interruptible():
             try:
@@ -317,7 +346,7 @@ class Chat:
                     write("\n")
                 raise ChildError(str(error)) from None
         self._command.show_notices(others=True)
-        if self._settings.stats:
+        if self._settings.switches["stats"]:
             say(speed(times))
 
     def _fitting(self, tokens: list[int]) -> list[int]:
@@ -399,7 +428,7 @@ def line_reader() -> Callable[[str], str]:
     prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input().
     """
     if not sys.stdout.isatty():
-        return ask_plainly
+        return PlainLines()
     readline = None
     with suppress(ImportError):
         readline = import_module("readline")  # input() uses it; if stdout is not a terminal, this import may write to it
@@ -415,17 +444,56 @@ def line_reader() -> Callable[[str], str]:
     return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
 
 
-def ask_plainly(prompt: str) -> str:
-    """Ask for a line with the prompt on stderr, because stdout is not a terminal."""
-    print(prompt, end="", file=sys.stderr, flush=True)
-    return input()
+class PlainLines:
+    """Ask for lines with the prompt and the echo on stderr, because stdout is not a terminal.
+
+    A terminal that collects lines itself cuts them at 4,095 bytes. So this class reads keys, and edits the line with the
+    terminal's keys: erase a character, erase the line, end the input."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdin.fileno()
+        before = termios.tcgetattr(self._terminal)
+        keys = before[6]
+        self._erase, self._kill, self._end = keys[termios.VERASE], keys[termios.VKILL], keys[termios.VEOF]
+        atexit.register(termios.tcsetattr, self._terminal, termios.TCSANOW, before)
+        self._mode = [*termios.tcgetattr(self._terminal)]
+        self._mode[0] &= ~termios.ICRNL
+        self._mode[3] &= ~(termios.ICANON | termios.ECHO)
+        self._mode[6][termios.VMIN], self._mode[6][termios.VTIME] = 1, 0
+        self._after_return = False
+
+    def __call__(self, prompt: str) -> str:
+        """Ask for a line. Raises EOFError at the end of the input."""
+        termios.tcsetattr(self._terminal, termios.TCSANOW, self._mode)  # each time: a shell resets it while we are stopped
+        echo = partial(print, end="", file=sys.stderr, flush=True)
+        echo(prompt)
+        line = ""
+        decoder = codecs.getincrementaldecoder(sys.stdin.encoding)("surrogateescape")
+        while True:
+            key = os.read(self._terminal, 1)
+            after, self._after_return = self._after_return, key == b"\r"
+            if key == b"\n" and after:  # the second half of a pasted CR LF
+                continue
+            if key in (b"\r", b"\n"):
+                echo("\n")
+                return line + decoder.decode(b"", final=True)
+            if key in (b"", self._end):
+                if not line:
+                    raise EOFError
+            elif key in (self._erase, self._kill):
+                gone = len(line) if key == self._kill else 1
+                echo("\b \b" * len(line[-gone:]))
+                line = line[:-gone]
+            else:
+                line += (char := decoder.decode(key))
+                echo(for_terminal(char, sys.stderr))
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
     """Ask for a text. If a line ends in a backslash, ask for the next line too. Two backslashes at the end stand for one."""
-    text = ask(PROMPT)
+    text = given_text(ask(PROMPT))
     while text.endswith("\\") and not text.endswith("\\\\"):
-        text = text[:-1] + "\n" + ask(CONTINUED)
+        text = text[:-1] + "\n" + given_text(ask(CONTINUED))
     return text[:-1] if text.endswith("\\\\") else text
 
 
@@ -445,10 +513,12 @@ def show(text: str) -> None:
 
 
 def read_piped() -> str:
-    """Read all of stdin as one text, without its last newline. Raises InputError if it is empty."""
+    """Read all of stdin as one text, without its last newline. Raises InputError if it is empty or not UTF-8."""
     print(PROMPT, end="", file=sys.stderr, flush=True)
-    text = sys.stdin.buffer.read().removesuffix(b"\n").decode("utf-8", "replace")
-    print(file=sys.stderr)
+    try:
+        text = "".join(read_text("-")).removesuffix("\n")
+    finally:
+        print(file=sys.stderr)
     if not text:
         raise InputError("the text on standard input is empty: send at least one character")
     return text
@@ -507,6 +577,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
     )
     add_completion_options(parser)
+    parser.add_argument("--show-stop", action="store_true", help="print also the stop text at which a reply ends")
     parser.add_argument("--stats", action="store_true", help="print the speed on stderr after each reply")
     return parser
 
@@ -537,20 +608,22 @@ def run(options: argparse.Namespace) -> int:
     with Command(options.passed) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
-            return chat.answer(" ".join(options.words))
+            return chat.answer(given_text(" ".join(options.words)))
         if sys.stdin.isatty():
             return chat.converse()
         return chat.answer(read_piped())
 
 
 def prepare_streams() -> None:
-    """Let stdin and stdout replace characters they cannot encode. Open the null device for closed streams (`2>&-`)."""
+    """Let stdout replace characters that it cannot encode, and stdin keep bytes that it cannot decode, for given_text().
+
+    Open the null device for closed streams (`2>&-`)."""
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open until exit)
-    for stream in sys.stdin, sys.stdout:
+    for stream, errors in (sys.stdin, "surrogateescape"), (sys.stdout, "replace"):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ stdout carries only ids. Exit status: 0 for success; 1 for a failure at run time
 """
 
 import argparse
+import codecs
 import sys
 from collections.abc import Sequence
 
@@ -171,7 +172,7 @@ def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> 
 
     if len(line) > LINE_LIMIT:
         raise InputError(f"a request is longer than {LINE_LIMIT} bytes: write one request per line")
-    text = line.strip()
+    text = line.removeprefix(codecs.BOM_UTF8).strip()
     if not text:
         return None
     if not text.startswith(b"{"):

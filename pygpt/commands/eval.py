@@ -16,14 +16,16 @@ compare slides the same windows over the text for two models A and B, in any for
 Kullback-Leibler divergence of B from A, and the top-1 agreement. The divergence is the sum of p_A (log p_A - log p_B) over the
 vocabulary, in nats. The agreement is the share of positions at which both models have the same most probable token.
 
-hellaswag counts an example as right if its right ending has the lowest sum of losses (acc) or the lowest mean loss (acc_norm).
+hellaswag reads llm.c's hellaswag_val.bin, or HellaSwag's own .jsonl file, whose rows have the fields ctx, endings and label.
+Each ending begins with a space, as in llm.c. It counts an example as right if its right ending has the lowest sum of losses
+(acc) or the lowest mean loss (acc_norm).
 
 next prints the most probable tokens after the prompt.
 
 JSON (-o json) is one object with the fields task, model, threads, seconds, tokens_per_s (computed rows per second), and
 
     perplexity    file, tokens (number read), scored (number scored), window, stride, loss (nats per token), perplexity (null
-                  above 1e307)
+                  above 1e307), bits_per_byte (of the scored text without <|endoftext|>; null for an unknown vocabulary)
     hellaswag     file, examples, right, right_norm (right examples by sum and by mean), acc, acc_norm
     compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement
                   (0 to 1); model is [A, B]
@@ -46,21 +48,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, NumericalError
+from ..errors import DataError, InputError, NumericalError, shown
 from ..formats.llmc import Example, read_examples
 from ..formats.shards import read_tokens
-from ..formats.text import read_text, tokens_of_text
+from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
 from ..tokenizer import Tokenizer
 from .console import HelpFormatter, Parser, check_stdout, status_of, whole
+from .options import add_text_options
 from .progress import Progress
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
 LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
 BAR = 30  # columns of the longest bar
+GPT2_V = 50257  # ids of GPT-2's vocabulary
 MOST = 2**31 - 1  # largest number of tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
@@ -107,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         made.add_argument("subject", metavar=positional, help=meaning)
         return made
 
-    text = "UTF-8 text, - for stdin, or a token file (.bin)"
+    text = "UTF-8 text, JSON lines (.jsonl), - for stdin, or a token file (.bin)"
     one = task("perplexity", "TEXT", text, "print the perplexity and the loss of a text")
     four = task("compare", "TEXT", text, "compare two models on a text: perplexity, divergence, agreement", before=("A", "B"))
     count = whole(1, MOST)
@@ -117,7 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
             "--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)"
         )
         made.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N tokens")
-    file = "llm.c's hellaswag_val.bin, or another file of this format"
+        add_text_options(made.add_argument)
+    file = "llm.c's hellaswag_val.bin, or HellaSwag's .jsonl"
     two = task("hellaswag", "FILE", file, "print the accuracy on HellaSwag's multiple-choice examples")
     two.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N examples")
     three = task("next", "PROMPT", "the text before the next token", "print the most probable next tokens")
@@ -194,13 +199,16 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
     """Return the result, the number of computed rows, and the result as text."""
     window, stride = window_of(model.config.maxT, options)
     tokens = scored_tokens(model, options)
-    rows = scored = 0
+    rows = scored = text_bytes = 0
     sums: list[float] = []  # the sum of losses of each window
+    tokenizer = Tokenizer() if model.config.V == GPT2_V else None
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
             sums.append(math.fsum(score(model, model.new_cache(len(ids) - 1), ids[:-1], ids[first - begin :])))
             rows, scored = rows + len(ids) - 1, scored + end - first
+            if tokenizer is not None:
+                text_bytes += len(tokenizer.decode_bytes(token for token in ids[first - begin :] if token != tokenizer.eot))
             progress.update(scored, f", loss {sum(sums) / scored:.4f}")
     loss = math.fsum(sums) / scored
     power = power_of(loss)
@@ -212,9 +220,11 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
         "stride": stride,
         "loss": loss,
         "perplexity": power,
+        "bits_per_byte": math.fsum(sums) / math.log(2) / text_bytes if text_bytes else None,
     }
+    bits = f"{result['bits_per_byte']:.4f} bits per byte, " if text_bytes else ""
     where = f"{scored} tokens, window {window}, stride {stride}"
-    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats per token, {where}"
+    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats per token, {bits}{where}"
 
 
 def power_of(loss: float) -> float | None:
@@ -241,7 +251,7 @@ def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
 
 def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.integer[Any]]:
     """Return the first --limit tokens of the subject. Raises InputError if there are fewer than 2."""
-    tokens = tokens_in(options.subject, model)[: options.limit]
+    tokens = tokens_in(options, model)[: options.limit]
     if len(tokens) < 2:
         raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
     return tokens
@@ -258,15 +268,18 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
             return
 
 
-def tokens_in(subject: str, model: GPT2) -> npt.NDArray[np.integer[Any]]:
-    """Return the tokens of a token file (.bin), or of a text without added <|endoftext|>.
+def tokens_in(options: argparse.Namespace, model: GPT2) -> npt.NDArray[np.integer[Any]]:
+    """Return the tokens of a token file (.bin), of a text, or of JSON lines with <|endoftext|> before each document.
 
     Raises DataError for a bad file, and InputError for a text if the model's vocabulary is not GPT-2's.
     """
+    subject = options.subject
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
     tokenizer_of(model)
-    return tokens_of_text(read_text(subject), eot="none")
+    eot = "document" if holds_rows(subject, options.field) else "none"
+    pieces = encode_file(read_text(subject), subject, eot=eot, field=options.field, allow_special=not options.no_special)
+    return joined(pieces)
 
 
 def tokenizer_of(model: GPT2) -> Tokenizer:
@@ -352,7 +365,7 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
     done = right = right_norm = rows = 0
     cache = model.new_cache()
     with Progress("examples", options.limit) as progress:
-        for example in islice(read_examples(options.subject, V=model.config.V), options.limit):
+        for example in islice(examples_in(options.subject, model), options.limit):
             cache.truncate(0)
             losses = ending_losses(model, cache, example)
             done += 1
@@ -360,6 +373,8 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
             right_norm += int(np.argmin([loss.mean() for loss in losses])) == example.label
             rows += len(example.context) + sum(len(ending) - 1 for ending in example.endings)
             progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
+    if not done:
+        raise DataError(f"{options.subject}: there are no examples: give a file with at least one")
     result = {
         "file": options.subject,
         "examples": done,
@@ -369,6 +384,24 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
         "acc_norm": right_norm / done,
     }
     return result, rows, f"acc {right / done:.4f} ({right}/{done}), acc_norm {right_norm / done:.4f} ({right_norm}/{done})"
+
+
+def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
+    """Yield the examples of llm.c's file, or of HellaSwag's JSON lines. Raises DataError for a bad file."""
+    if not holds_rows(subject):
+        yield from read_examples(subject, V=model.config.V)
+        return
+    tokenizer = tokenizer_of(model)
+    for number, (where, row) in enumerate(read_rows(read_text(subject), subject)):
+        endings, label = row.get("endings"), row.get("label")
+        if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(text, str) and text for text in endings):
+            raise DataError(f"{where}: the field 'endings' is {shown(endings)}: it must be a list of texts")
+        if str(label) not in [str(i) for i in range(len(endings))]:
+            raise DataError(f"{where}: the field 'label' is {shown(label)}: it must be the number of the right ending")
+        context = tokenizer.encode(field_of(where, row, "ctx"))
+        if not context:
+            raise DataError(f"{where}: the field 'ctx' is empty: it must be a text")
+        yield Example(number, int(str(label)), context, [tokenizer.encode(f" {ending}") for ending in endings])
 
 
 def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]:
@@ -396,7 +429,7 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
     tokenizer = tokenizer_of(model)
     if options.top > tokenizer.V:
         raise InputError(f"--top is {options.top}: it must be at most {tokenizer.V}, the number of ids in the vocabulary")
-    prompt = tokenizer.encode(options.subject)
+    prompt = tokenizer.encode(given_text(options.subject))
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
     logits = model.prefill(model.new_cache(), prompt).astype(np.float64)  # [V]

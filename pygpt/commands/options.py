@@ -6,17 +6,38 @@ from ..errors import InputError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: without --stop-at-eot, generation continues after it
 
 
+CONTROL = (  # flag, name of a request's option, metavar, help; with every sampler
+    (
+        "--repeat-penalty",
+        "repetition_penalty",
+        "X",
+        "above 1, make tokens that already occurred less probable (default 1: off)",
+    ),
+    ("--frequency-penalty", "frequency_penalty", "X", "subtract X from a logit for each time that the token was generated"),
+    ("--presence-penalty", "presence_penalty", "X", "subtract X from the logits of tokens that were generated"),
+    ("--no-repeat-ngram-size", "no_repeat_ngram_size", "N", "never repeat N tokens in a row (default 0: off)"),
+    ("--logit-bias", "logit_bias", "ID=X", "add X to the logit of this token; may be repeated"),
+    ("--suppress-token", "suppress_tokens", "ID", "never choose this token; may be repeated"),
+    ("--bad-words", "bad_words_ids", "IDS", "never complete this sequence of ids, as in '31373 612'; may be repeated"),
+)
+LISTS = ("logit_bias", "suppress_tokens", "bad_words_ids")
+NGRAM = ("no_repeat_ngram_size", "--no-repeat-ngram-size")
+
+
 def add_completion_options(parser: argparse.ArgumentParser) -> None:
     """Add all options that read_options() reads, except the lengths."""
     parser.add_argument(
-        "--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next six options implies sample"
+        "--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next five options implies sample"
     )
-    parser.add_argument("--temp", dest="temperature", metavar="X", help="divide the logits by X (default 1)")
+    parser.add_argument(
+        "--temp", dest="temperature", metavar="X", help="divide the logits by X (default 1); 0 means sampler greedy"
+    )
     parser.add_argument("--top-k", metavar="K", help="keep only the K most probable tokens (default 0: all)")
     parser.add_argument(
         "--top-p", metavar="P", help="keep only the most probable tokens whose probabilities add up to P (default 1: all)"
@@ -24,18 +45,19 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)"
     )
-    parser.add_argument(
-        "--repeat-penalty",
-        dest="repetition_penalty",
-        metavar="X",
-        help="above 1, make tokens that already occurred less probable (default 1: off)",
-    )
     parser.add_argument("-s", "--seed", metavar="N", help="random seed; the same seed gives the same tokens (default: random)")
+    for flag, name, metavar, text in CONTROL:
+        action = "append" if name in LISTS else "store"
+        parser.add_argument(flag, dest=name, metavar=metavar, action=action, help=text)
     parser.add_argument("--stop", dest="stop_strings", action="append", metavar="TEXT", help="stop after TEXT; may be repeated")
     parser.add_argument(
         "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated"
     )
-    parser.add_argument("--stop-at-eot", action="store_true", help=f"stop after <|endoftext|>, token {END_OF_TEXT}")
+    parser.add_argument(
+        "--stop-at-eot",
+        action=argparse.BooleanOptionalAction,
+        help=f"stop after <|endoftext|>, token {END_OF_TEXT} (default: only in chat)",
+    )
     parser.add_argument(
         "--overflow",
         metavar="HOW",
@@ -43,25 +65,40 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_text_options(add: "Callable[..., object]") -> None:
+    """Add the options that say how texts are read, to a parser's or group's add_argument()."""
+    add("--field", metavar="NAME", help="read JSON lines, whose texts are in this field (default for .jsonl: text)")
+    add("--no-special", action="store_true", help="take <|endoftext|> in texts as ordinary text, not as its one id")
+
+
 def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     """Return the given options as keyword arguments of a Request. Raises InputError for a value that is not a number."""
     asked: dict[str, Any] = {}
-    for name, flag in ("total", "-n"), ("max_new_tokens", "--max-new-tokens"), ("top_k", "--top-k"), ("seed", "--seed"):
+    for name, flag in ("total", "-n"), ("max_new_tokens", "--max-new-tokens"), ("top_k", "--top-k"), ("seed", "--seed"), NGRAM:
         if (text := getattr(options, name)) is not None:
             asked[name] = parse_count(f"{name} ({flag})", text)
-    for name, flag in (
-        ("temperature", "--temp"),
-        ("top_p", "--top-p"),
-        ("min_p", "--min-p"),
-        ("repetition_penalty", "--repeat-penalty"),
-    ):
+    penalties = [(name, flag) for flag, name, metavar, _ in CONTROL if metavar == "X"]
+    for name, flag in (("temperature", "--temp"), ("top_p", "--top-p"), ("min_p", "--min-p"), *penalties):
         if (text := getattr(options, name)) is not None:
             asked[name] = parse_number(f"{name} ({flag})", text)
+    for name in LISTS:
+        if (texts := getattr(options, name)) is not None:
+            asked[name] = parse_list(name, texts)
     for name in "sampler", "stop_strings", "overflow":
         if (text := getattr(options, name)) is not None:
             asked[name] = text
-    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * options.stop_at_eot
+    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
+
+
+def parse_list(name: str, texts: "list[str]") -> "Any":
+    """Read the texts of one of LISTS as the value of a request's option. Raises InputError for a bad one."""
+    if name == "suppress_tokens":
+        return [parse_id(text) for text in texts]
+    if name == "bad_words_ids":
+        return [[parse_id(word) for word in text.replace(",", " ").split()] for text in texts]
+    pairs = [text.partition("=") for text in texts]
+    return {parse_id(token): parse_number(f"logit_bias of token {token}", value) for token, _, value in pairs}
 
 
 def parse_id(text: str) -> int:

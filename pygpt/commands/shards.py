@@ -5,11 +5,14 @@
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's. --eot sets the places of <|endoftext|>:
+Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's. Each newline (CR LF, CR) is read as one LF. A .jsonl file
+has one document in each line, an object whose field --field (default text) is the text. --eot adds <|endoftext|>:
 
     paragraph    before each text and after each blank line, as llm.c prepares tinyshakespeare (default)
-    document     before each text
+    document     before each text or document (default for .jsonl)
     none         nowhere
+
+<|endoftext|> in a text becomes its one id, 50256, which separates documents. With --no-special it is ordinary text.
 
 `-o NAME` writes NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin, NAME_train_000002.bin and so on.
 If NAME is a folder, the files in it begin with the name of the first text. If NAME ends in /, the folder is created if needed.
@@ -35,13 +38,13 @@ import numpy.typing as npt
 
 from ..errors import InputError, PyGPTError
 from ..formats.shards import MOST_TOKENS, read_tokens, write_tokens
-from ..formats.text import encode_text, read_text
+from ..formats.text import EOT_MODES, encode_file, read_text
 from ..tokenizer import Tokenizer
 from ..training.data import split
 from .console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of, whole
+from .options import add_text_options
 from .progress import Progress
 
-EOT = ("document", "paragraph", "none")
 STDIN = "-"
 Tokens = npt.NDArray[np.integer[Any]]
 
@@ -67,7 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shard-size", metavar="N", type=count, help="tokens in each shard; the last may have fewer (default: one file)")
     add("--val-tokens", metavar="N", type=count, help="use the first N tokens for validation")
     add("--val-fraction", metavar="F", type=fraction, help="use this last part of the tokens for validation, such as 0.1")
-    add("--eot", metavar="WHERE", default="paragraph", help="where to put <|endoftext|>: paragraph (default), document or none")
+    add("--eot", metavar="WHERE", help="where to add <|endoftext|>: paragraph (default), document (default for .jsonl) or none")
+    add_text_options(add)
     add("--show", metavar="FILE", help="print the size and the first tokens of a shard")
     add("-n", "--tokens", metavar="N", type=count, help="number of tokens that --show prints (default 64)")
     return parser
@@ -86,15 +90,16 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("the text is missing: name at least one text file, or - for stdin")
     if options.output is None:
         raise InputError("-o is missing: give a folder for the files, or the beginning of their names")
-    if options.eot not in EOT:
-        raise InputError(f"--eot is {options.eot[:40]!r}: it must be one of {', '.join(EOT)}")
+    if options.eot not in (None, *EOT_MODES):
+        raise InputError(f"--eot is {options.eot[:40]!r}: it must be one of {', '.join(EOT_MODES)}")
     if options.val_tokens is not None and options.val_fraction is not None:
         raise InputError("--val-tokens and --val-fraction were both given: give one")
     texts = [name for given in options.texts for name in expand(given)]
     if texts.count(STDIN) > 1:
         raise InputError("- was given twice, but stdin can be read once: give it once")
     prefix = target(options.output, texts[0])
-    say(make(texts, prefix, options.eot, options.shard_size, options.val_tokens, options.val_fraction))
+    sizes = options.shard_size, options.val_tokens, options.val_fraction
+    say(make(texts, prefix, options.eot, *sizes, field=options.field, allow_special=not options.no_special))
 
 
 def fraction(text: str) -> float:
@@ -144,16 +149,17 @@ def target(output: str, first: str) -> str:
 def make(
     texts: Sequence[str],
     prefix: str,
-    eot: str,
+    eot: str | None,
     shard_size: int | None = None,
     val_tokens: int | None = None,
     val_fraction: float | None = None,
+    **reading: Any,
 ) -> str:
     """Write the files; return a one-line summary. Raises PyGPTError if writing fails."""
     folder, name = os.path.split(prefix)
     try:
         with tempfile.TemporaryDirectory(dir=folder or ".", prefix=f".{name}.") as work:
-            tokens = tokenize(texts, eot, os.path.join(work, "tokens"))
+            tokens = tokenize(texts, os.path.join(work, "tokens"), eot=eot, **reading)
             parts = {"train": tokens}
             if val_tokens is not None or val_fraction is not None:
                 parts["train"], parts["val"] = split(tokens, val_tokens=val_tokens, val_fraction=val_fraction)
@@ -165,7 +171,7 @@ def make(
     return "; ".join(described(os.path.join(folder, files[part][0]), len(files[part]), len(parts[part])) for part in parts)
 
 
-def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
+def tokenize(texts: Sequence[str], spool: str, **reading: Any) -> Tokens:
     """Write all tokens of the texts to the file `spool`; return them as a mapped array.
 
     The split needs the number of all tokens, which is known only at the end. Raises InputError if there are no tokens.
@@ -173,7 +179,7 @@ def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
     total = None if any(not os.path.isfile(text) for text in texts) else sum(map(os.path.getsize, texts))
     count = 0
     with open(spool, "wb") as file, Progress("bytes", total) as progress:
-        for piece in tokenized(texts, eot, progress):
+        for piece in tokenized(texts, progress, **reading):
             file.write(piece.data)
             count += len(piece)
     if not count:
@@ -181,8 +187,8 @@ def tokenize(texts: Sequence[str], eot: str, spool: str) -> Tokens:
     return np.memmap(spool, "<u2", "r")
 
 
-def tokenized(texts: Sequence[str], eot: str, progress: Progress) -> Iterator[Tokens]:
-    """Yield the tokens of the texts in pieces, and update the progress bar."""
+def tokenized(texts: Sequence[str], progress: Progress, **reading: Any) -> Iterator[Tokens]:
+    """Yield the tokens of the texts in pieces, and update the progress bar. reading: the options of encode_file()."""
     done = 0
 
     def watched(text: Iterator[str]) -> Iterator[str]:
@@ -193,7 +199,7 @@ def tokenized(texts: Sequence[str], eot: str, progress: Progress) -> Iterator[To
             progress.update(done)
 
     for name in texts:
-        yield from encode_text(watched(read_text(name)), eot=eot)
+        yield from encode_file(watched(read_text(name)), name, **reading)
 
 
 def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[str]:

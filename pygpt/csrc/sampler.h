@@ -5,7 +5,6 @@
  * same exponentials, and sum them in float64. */
 #ifndef PYGPT_SAMPLER_H
 #define PYGPT_SAMPLER_H
-#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -86,19 +85,9 @@ static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdif
 /* ---------------------------------------------------------------------------------------- random sampling */
 
 typedef struct {
-    double temperature, top_p, min_p, repetition_penalty; /* the values 1, 1, 0 and 1 change nothing */
-    ptrdiff_t top_k;                                      /* 0 keeps all */
+    double temperature, top_p, min_p; /* 1, 1, 0 change nothing */
+    ptrdiff_t top_k;                  /* 0: all */
 } sample_options;
-
-/* For ids already seen, divide positive logits by the penalty, and multiply the others by it. A result beyond the range of
- * float32 becomes its largest number. Source: Keskar et al. 2019 (CTRL), with Hugging Face's treatment of signs. */
-static inline void penalise(float *x, const unsigned char *seen, ptrdiff_t V, double penalty) {
-    for (ptrdiff_t i = 0; i < V; i++)
-        if (seen[i] && isfinite(x[i])) {
-            const double y = x[i] < 0.0f ? x[i] * penalty : x[i] / penalty;
-            x[i] = y > FLT_MAX ? FLT_MAX : y < -FLT_MAX ? -FLT_MAX : (float)y;
-        }
-}
 
 static inline double sum_of(const float *e, ptrdiff_t V) {
     double sum = 0.0;
@@ -125,16 +114,14 @@ static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdif
     for (; i < n; i++) e[order[i].id] = 0.0f;
 }
 
-/* Compute the weights (V,) for sampling: exp of the logits after repetition penalty and temperature, 1 for the highest. Then
- * top_k, top_p and min_p, in this order, set the weights of excluded ids to 0. Of equal logits top_p takes the higher id first;
- * Hugging Face leaves the order to its sort. Return 0 if the logits are not finite, else 1. `x` has room for V values, `order`
- * and `spare` for V ids. Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
-static inline int sample_weights_of(float *e, const float *logits, ptrdiff_t V, const unsigned char *seen, const sample_options *o,
-                                    float *x, ranked *order, ranked *spare, exps_function *exps) {
-    if (!isfinite(highest(logits, V))) return 0;
-    memcpy(x, logits, V * sizeof *x);
-    if (seen) penalise(x, seen, V, o->repetition_penalty);
+/* Compute the weights (V,) for sampling: exp of the logits divided by the temperature, 1 for the highest. Then top_k, top_p and
+ * min_p, in this order, set the weights of the ids that they exclude to 0. Of equal logits top_p takes the higher id first; in
+ * Hugging Face the sort decides. Returns 0 if the logits are not finite, else 1. `order` and `spare` have room for V ids.
+ * Sources: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p). */
+static inline int sample_weights_of(float *e, const float *x, ptrdiff_t V, const sample_options *o, ranked *order, ranked *spare,
+                                    exps_function *exps) {
     const double max = highest(x, V);
+    if (!isfinite(max)) return 0;
     for (ptrdiff_t i = 0; i < V; i++) e[i] = (float)((x[i] - max) / o->temperature);
     exps(e, e, 0.0f, V);
     if (o->top_k > 0 || o->top_p < 1.0) {

@@ -17,7 +17,7 @@ from contextlib import suppress
 from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, ClosedError, InputError, is_whole, shown
+from ..errors import CheckpointError, ClosedError, InputError, Uncopied, shown, whole
 from . import dtypes
 from .dtypes import BFLOAT16, FLOAT32, Format
 from .files import HEADER_BYTES, Windows, atomic_file, map_file
@@ -46,7 +46,7 @@ def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: 
     return found
 
 
-class Checkpoint:
+class Checkpoint(Uncopied):
     """An open checkpoint with its values mapped read-only. Use it in a `with` block, or close() it.
 
     `config` and `version` are from the checked header; `values` are the mapped bytes after the header. Raises CheckpointError,
@@ -172,8 +172,9 @@ def write_checkpoint(
     then to bfloat16 (nearest even). Raises InputError for a wrong name or shape, and OSError if the file cannot be written. In
     both cases an older file stays intact.
     """
-    if not is_whole(version, 1, 5) or version not in FORMATS:
+    if (number := whole(version)) not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
+    version = number
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
         odd = sorted(map(str, set(tensors) ^ {name for name, _ in wanted}))

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, InputError, PyGPTError
+from ..errors import CheckpointError, InputError, PyGPTError, Uncopied
 from . import dtypes
 from .checkpoint import Checkpoint
 from .files import reason
@@ -69,7 +69,7 @@ SETTINGS: dict[str, tuple[object, ...]] = {
 KNOWN_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's four sizes
 
 
-class HuggingFaceModel:
+class HuggingFaceModel(Uncopied):
     """An open model with `config`, and with pieces() of its tensors by our names. Use it in a `with` block, or close() it.
 
     files: the safetensors files by path. settings: the contents of config.json, or None without that file. heads: the number

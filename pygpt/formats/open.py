@@ -14,6 +14,7 @@ from .files import Windows
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
@@ -51,7 +52,7 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
 
 
 def open_weights(
-    path: str | os.PathLike[str], *, mmap: bool = True, weights: str | None = None, threads: int | None = None
+    path: str | os.PathLike[str], *, mmap: bool = True, weights: str | None = None, threads: "SupportsIndex | None" = None
 ) -> "Model | QuantisedWeights":
     """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ..config import LIMITS, TENSORS, Config
-from ..errors import CheckpointError, ClosedError, InputError
+from ..errors import CheckpointError, ClosedError, InputError, Uncopied
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, PIECE, Q4_0, Q8_0, Format, nibbles
 from .files import atomic_file, map_file
@@ -131,7 +131,7 @@ def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
 # ------------------------------------------------------------------------------------------------ models of any layout
 
 
-class ModelFile:
+class ModelFile(Uncopied):
     """An open panel or GGUF file, in which each tensor has its own format. Close it, or use `with`.
 
     `config` has the dimensions, `formats` the format of each tensor, and `format` that of the layers' matrices.

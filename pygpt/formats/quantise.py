@@ -17,7 +17,7 @@ from .dtypes import FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Protocol, SupportsIndex
 
     class Model(Protocol):
         """A source of weights: an open file, or weights in memory."""
@@ -49,7 +49,9 @@ class QuantisedWeights(NamedTuple):
         """Do nothing: the memory is freed with its last user."""
 
 
-def quantised(checkpoint: "Model", format: str, head: str | None = None, threads: int | None = None) -> QuantisedWeights:
+def quantised(
+    checkpoint: "Model", format: str, head: str | None = None, threads: "SupportsIndex | None" = None
+) -> QuantisedWeights:
     """Quantise the matrices of an open model. The result stays valid after the model is closed.
 
     format: q8_0 or q4_0, for the layers' matrices. head: the format of wte, by default q8_0. threads: workers, as in

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..errors import CheckpointError, InputError, is_whole
+from ..errors import CheckpointError, InputError, Uncopied, is_whole
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
 from .files import HEADER_BYTES, Windows
@@ -35,7 +35,7 @@ FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}  # the dtypes that 
 Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 
 
-class SafetensorsFile:
+class SafetensorsFile(Uncopied):
     """An open file that maps only the tensors in use. Use it in a `with` block, or close() it.
 
     `tensors` maps each name to (dtype, shape, offset), in ascending order of offsets. `metadata` is the header's __metadata__.

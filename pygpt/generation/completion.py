@@ -25,7 +25,6 @@ class Completion:
 
     __slots__ = (
         "_request",
-        "_seen",
         "_sequence",
         "_start",
         "_stream",
@@ -43,11 +42,6 @@ class Completion:
         self._start = 0  # the position at which the network's window begins
         self._stream = stream
         self._watch = Watch(request.stop, request.tokens if request.stop_in_prompt else [])
-        self._seen: bytearray | None = None  # marks of the ids in the sequence, if the sampler needs them
-        if request.sampler.looks_back:
-            self._seen = bytearray(request.config.V)
-            for token in request.tokens:
-                self._seen[token] = 1
         self.seed = request.sampler.start() if seed is None else seed
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self.infos: list[TokenInfo] = []
@@ -96,14 +90,18 @@ class Completion:
     def take(self, logits: "Logits", row: int) -> int:
         """Choose a token from row `row` of logits (rows, V), add it to the sequence and return it."""
         request, step = self._request, len(self._sequence) - len(self._request.tokens)
-        token = request.sampler.choose(logits, row, self.seed, self._stream, step, self._seen)
+        changed, at = logits, row
+        if request.control is not None:
+            import numpy as np
+
+            given = len(request.tokens)
+            changed, at = request.control.process(np.asarray(logits)[row], self._sequence, given)[None].data, 0
+        token = request.sampler.choose(changed, at, self.seed, self._stream, step)
         if request.top_logprobs is not None:
             from .logprobs import token_info
 
             self.infos.append(token_info(logits, row, token, request.top_logprobs))
         self._sequence.append(token)
-        if self._seen is not None:
-            self._seen[token] = 1
         if self._watch.ends(token):
             self.finish_reason = "stop"
         elif len(self._sequence) == request.total:

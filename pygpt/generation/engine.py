@@ -16,13 +16,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from ..errors import InputError, is_whole, shown
+from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsFloat, SupportsIndex
+
     from .._kernels import Logits
     from .prefix import AnyNetwork
 
@@ -94,7 +96,7 @@ class _Part:
         self.last, self.scored = last, scored
 
 
-class Engine:
+class Engine(Uncopied):
     """Complete requests together on one network.
 
     prefix: keeps idle caches of completed requests for later ones (default: keep none). max_live: the most sequences in a
@@ -108,18 +110,15 @@ class Engine:
         network: "AnyNetwork",
         *,
         prefix: PrefixCache | None = None,
-        max_live: int = LIVE,
-        cache_bytes: int | None = None,
-        target_ms: float | None = None,
+        max_live: "SupportsIndex" = LIVE,
+        cache_bytes: "SupportsIndex | None" = None,
+        target_ms: "SupportsFloat | None" = None,
     ) -> None:
-        if not is_whole(max_live, 1, 1 << 20):
-            raise InputError(f"max_live is {shown(max_live)}: it must be a whole number from 1 to {1 << 20}")
-        if cache_bytes is not None and not is_whole(cache_bytes, 1, 1 << 62):
-            raise InputError(f"cache_bytes is {shown(cache_bytes)}: it must be a whole number from 1 to 2^62")
         self.network = network
         self.prefix = PrefixCache(network, 0) if prefix is None else prefix
-        self.max_live, self.cache_bytes = max_live, cache_bytes
-        self._clock = None if target_ms is None else _Clock(target_ms)
+        self.max_live = check_whole("max_live", max_live, 1, 1 << 20)
+        self.cache_bytes = None if cache_bytes is None else check_whole("cache_bytes", cache_bytes, 1, 1 << 62)
+        self._clock = None if target_ms is None else _Clock(check_number("target_ms", target_ms, 0, 1e9))
         self._inbox: deque[_Sequence] = deque()  # any thread may fill it
         self._waiting: deque[_Sequence] = deque()
         self._live: list[_Sequence] = []
@@ -131,7 +130,7 @@ class Engine:
         self,
         request: Request,
         *,
-        n: int = 1,
+        n: "SupportsIndex" = 1,
         seed: int | None = None,
         deadline: float | None = None,
         owner: object = None,
@@ -141,8 +140,7 @@ class Engine:
         seed: replaces the request's. deadline: the time.monotonic() at which the job ends with TimeoutError. owner: is kept as
         Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
         """
-        if not is_whole(n, 1, 1 << 20):
-            raise InputError(f"n is {shown(n)}: it must be a whole number from 1 to {1 << 20}")
+        n = check_whole("n", n, 1, 1 << 20)
         needed = self._bytes(min(request.total, request.config.maxT))
         if self.cache_bytes is not None and needed > self.cache_bytes:
             raise InputError(
@@ -360,7 +358,11 @@ class Engine:
         def take(i: int) -> None:
             chosen[i] = self._take(takers[i][0], logits, takers[i][1])
 
-        self.network.each(take, len(takers))
+        if any(s.job.request.control is not None and s.job.request.control.calls_out for s, _ in takers):
+            for i in range(len(takers)):
+                take(i)
+        else:
+            self.network.each(take, len(takers))
         return events + [chosen[i] for i in range(len(takers))]
 
     def _score(self, part: _Part, logits: "Logits", row: int) -> list[Event]:

@@ -1,17 +1,18 @@
 """generate() and generate_batch(): complete tokens with an engine."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import Generator as Steps
 
 from ..config import Config
-from ..errors import InputError, is_whole, shown
+from ..errors import InputError, Uncopied, check_whole, shown, whole
 from .completion import Completion
 from .engine import LIVE, Engine
 from .prefix import PrefixCache
-from .request import UNBOUNDED, Request
+from .request import Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Protocol, SupportsIndex, Unpack
+    from typing import Any, Protocol, SupportsFloat, SupportsIndex, Unpack
 
     from .prefix import AnyNetwork
     from .request import Options
@@ -26,14 +27,16 @@ if TYPE_CHECKING:
             """Take note that no more ids follow."""
 
 
-class Generator:
+class Generator(Uncopied):
     """A model that completes tokens with engines on its network: GPT2, and the serial reference."""
+
+    _instead = "threads can share a model; in another process, load its file again"
 
     def __init__(self, network: "AnyNetwork") -> None:
         self.network = network
         self.config: Config = network.config
 
-    def new_prefix_cache(self, max_bytes: int | None = None) -> PrefixCache:
+    def new_prefix_cache(self, max_bytes: "SupportsIndex | None" = None) -> PrefixCache:
         """Return a cache for generate(). If a prompt shares a prefix with an earlier one, only the other tokens are computed.
 
         max_bytes: the most bytes of keys and values to keep (default: those of one full context).
@@ -44,16 +47,16 @@ class Generator:
         self,
         *,
         prefix: PrefixCache | None = None,
-        max_live: int = LIVE,
-        cache_bytes: int | None = None,
-        target_ms: float | None = None,
+        max_live: "SupportsIndex" = LIVE,
+        cache_bytes: "SupportsIndex | None" = None,
+        target_ms: "SupportsFloat | None" = None,
     ) -> Engine:
         """Return an engine on this model's network, for requests that join and leave. Engine describes the arguments."""
         if prefix is not None:
             self._check_cache(prefix)
         return Engine(self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
 
-    def complete(self, request: Request, cache: PrefixCache | None = None) -> Iterator[int]:
+    def complete(self, request: Request, cache: PrefixCache | None = None) -> "Steps[int]":
         """Complete a checked request; yield each new id as soon as it is known."""
         engine = Engine(self.network, prefix=cache)
         engine.add(request)
@@ -74,7 +77,7 @@ class Generator:
 
     def generate(
         self,
-        tokens: Iterable[int],
+        tokens: "Iterable[SupportsIndex]",
         *,
         cache: "PrefixCache | None" = None,
         streamer: "Streamer | None" = None,
@@ -86,7 +89,11 @@ class Generator:
         Length: total, the number of tokens with the given ones (default 10); or max_new_tokens, the number of tokens to add.
 
         Choice: sampler "median" (default, the serial program's rule), "greedy" or "sample". do_sample=True means "sample", and
-        False "greedy". temperature, top_k, top_p, min_p, repetition_penalty and seed imply "sample" (see Sampler).
+        False "greedy". temperature, top_k, top_p, min_p and seed imply "sample" (see Sampler); temperature=0 means "greedy".
+
+        Control, with every sampler: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, no_repeat_ngram_size,
+        bad_words_ids, suppress_tokens and logits_processor change the logits before the choice, in this order. The last is
+        one function (tokens, row) or several: it gets the ids so far and the float32 logits (V,), and returns a row or None.
 
         Stop: stop_token_ids and stop_strings, one or several. The last token is a stop token or completes a stop string.
 
@@ -105,6 +112,23 @@ class Generator:
             return self.complete(request, cache)
         return iter(self._stream(request, cache, streamer))
 
+    def agenerate(
+        self,
+        tokens: "Iterable[SupportsIndex]",
+        *,
+        cache: "PrefixCache | None" = None,
+        seed: "SupportsIndex | None" = None,
+        **options: "Unpack[Options]",
+    ) -> "AsyncGenerator[int]":
+        """Complete a sequence as generate() does, for `async for`. The network runs on other threads, so no event loop waits.
+
+        Raises InputError at once, before anything runs. If the task is cancelled or the iterator is closed, the completion ends
+        after the step that runs now. To close it at a `break`, use contextlib.aclosing().
+        """
+        if cache is not None:
+            self._check_cache(cache)
+        return _asynchronous(self.complete(Request(self.config, tokens, seed=seed, **options), cache))
+
     def _stream(self, request: Request, cache: PrefixCache | None, streamer: "Streamer") -> list[int]:
         """Complete a request, passing each token to the streamer; return the new tokens."""
         import numpy as np
@@ -119,11 +143,11 @@ class Generator:
 
     def generate_batch(
         self,
-        prompts: "Iterable[Iterable[int]]",
+        prompts: "Iterable[Iterable[SupportsIndex]]",
         *,
-        num_return_sequences: int = 1,
+        num_return_sequences: "SupportsIndex" = 1,
         seed: "SupportsIndex | Sequence[SupportsIndex] | None" = None,
-        top_logprobs: int | None = None,
+        top_logprobs: "SupportsIndex | None" = None,
         **options: "Unpack[Options]",
     ) -> list[Completion]:
         """Complete several prompts together, each num_return_sequences times; return the completions in order of the prompts.
@@ -133,10 +157,9 @@ class Generator:
         uses stream i of its seed; generate(prompt, seed=seed) uses stream 0. top_logprobs: keep each new token's
         log-probability, and this number of most probable tokens, in Completion.infos.
         """
-        if not is_whole(num_return_sequences, 1, UNBOUNDED):
-            raise InputError(f"num_return_sequences is {shown(num_return_sequences)}: it must be a whole number of at least 1")
+        n = check_whole("num_return_sequences", num_return_sequences, 1, 1 << 20)
         prompts = list(prompts)
-        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
+        seeds = list(seed) if isinstance(seed, Iterable) and whole(seed) is None else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each, or one for all")
         requests = [
@@ -144,8 +167,31 @@ class Generator:
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
         engine = Engine(self.network)
-        jobs = [engine.add(request, n=num_return_sequences) for request in requests]
+        jobs = [engine.add(request, n=n) for request in requests]
         for event in engine.run():
             if event.error is not None:
                 raise event.error
         return [completion for job in jobs for completion in job.completions]
+
+
+async def _asynchronous(tokens: "Steps[int]") -> "AsyncGenerator[int]":
+    """Yield the tokens of a completion, each computed by a call on another thread."""
+    from asyncio import Future, get_running_loop, shield, wait
+
+    def close(step: "Future[int | None]") -> None:
+        step.exception()  # asyncio would report an exception that nobody has looked at
+        tokens.close()
+
+    step: Future[int | None] | None = None
+    try:
+        while True:
+            step = get_running_loop().run_in_executor(None, next, tokens, None)
+            if (token := await shield(step)) is None:
+                return
+            yield token
+    finally:
+        if step is None or step.done():
+            tokens.close()  # gives the cache back
+        else:  # after the step that still runs
+            step.add_done_callback(close)
+            await wait([step])

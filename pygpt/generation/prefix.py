@@ -5,12 +5,12 @@ If a request shares a prefix with an earlier one, only the remaining tokens are 
 
 from collections.abc import Sequence
 
-from ..errors import InputError, is_whole, shown
+from ..errors import InputError, Uncopied, check_whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Any, Protocol, SupportsIndex
 
     from .._kernels import Logits
     from ..config import Config
@@ -93,19 +93,17 @@ def common_prefix(a: Sequence[int], b: Sequence[int], most: int) -> int:
     return next(i for i in range(most) if a[i] != b[i])
 
 
-class PrefixCache:
+class PrefixCache(Uncopied):
     """Idle memories of completed requests, the least recently used first; made with GPT2.new_prefix_cache().
 
     `generate(tokens, cache=cache)` computes only the tokens after the longest common prefix. max_bytes: the most bytes of keys
     and values to keep (default: those of one full context, maxT tokens). Any number of completions may share a cache.
     """
 
-    def __init__(self, network: "AnyNetwork", max_bytes: int | None = None) -> None:
+    def __init__(self, network: "AnyNetwork", max_bytes: "SupportsIndex | None" = None) -> None:
         one = network.position_bytes * network.config.maxT
-        if max_bytes is not None and not is_whole(max_bytes, 0, 1 << 62):
-            raise InputError(f"max_bytes is {shown(max_bytes)}: it must be a whole number from 0 to 2^62")
         self._network = network
-        self.max_bytes = one if max_bytes is None else max_bytes
+        self.max_bytes = one if max_bytes is None else check_whole("max_bytes", max_bytes, 0, 1 << 62)
         self._idle: list[Memory] = []
 
     @property

@@ -7,53 +7,62 @@ from collections.abc import Iterable
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, is_whole, shown
+from ..errors import InputError, check_whole, near, sequence, shown
+from .control import CONTROLS, Control
 from .sampling import Sampler
 from .stop import Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from typing import Any, SupportsFloat, SupportsIndex, TypedDict
+
+    from .control import Processor
 
     class Options(TypedDict, total=False):
         """The options of a completion, without the seed. Generator.generate() describes them."""
 
-        total: int | None
-        max_new_tokens: int | None
+        total: SupportsIndex | None
+        max_new_tokens: SupportsIndex | None
         sampler: str | None
         do_sample: bool | None
         temperature: SupportsFloat | None
         top_k: SupportsIndex | None
         top_p: SupportsFloat | None
         min_p: SupportsFloat | None
+        logit_bias: Mapping[SupportsIndex, SupportsFloat] | None
         repetition_penalty: SupportsFloat | None
-        stop_token_ids: int | Iterable[int] | None
+        frequency_penalty: SupportsFloat | None
+        presence_penalty: SupportsFloat | None
+        no_repeat_ngram_size: SupportsIndex | None
+        bad_words_ids: Iterable[Iterable[SupportsIndex]] | None
+        suppress_tokens: SupportsIndex | Iterable[SupportsIndex] | None
+        logits_processor: Processor | Sequence[Processor] | None
+        stop_token_ids: SupportsIndex | Iterable[SupportsIndex] | None
         stop_strings: str | Iterable[str] | None
         overflow: str | None
-        slide_to: int | None
+        slide_to: SupportsIndex | None
 
 
 DEFAULT_TOTAL = 10  # the serial program's n: the number of tokens with the prompt
 UNBOUNDED = 10**18  # more tokens than any user waits for
 OVERFLOWS = ("stop", "slide")
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}  # options of sampler "sample"
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # options of sampler "sample"
 LENGTH = {"total", "max_new_tokens"}
-JSON_KEYS = {"tokens", "sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING}
+IN_JSON = {"sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS} - {"logits_processor"}
+JSON_KEYS = {"tokens", *IN_JSON}
+OPTIONS = {*IN_JSON, "do_sample", "logits_processor", "slide_to"}
 
 
-def check_ids(config: Config, tokens: Iterable[int]) -> list[int]:
+def check_ids(config: Config, tokens: "Iterable[SupportsIndex]") -> list[int]:
     """Return token ids as a list of at least one int below V. Raises InputError for anything else."""
-    try:
-        tokens = iter(tokens)
-    except TypeError:
-        raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
-    checked = [check_token(token, config.V) for token in tokens]
+    checked = [check_token(token, config.V) for token in sequence(tokens)]
     if not checked:
         raise InputError("the list of tokens is empty: give at least one token id to continue")
     return checked
 
 
-def check_tokens(config: Config, tokens: Iterable[int]) -> list[int]:
+def check_tokens(config: Config, tokens: "Iterable[SupportsIndex]") -> list[int]:
     """Return token ids as a list of 1 to maxT ints below V. Raises InputError for anything else."""
     checked = check_ids(config, tokens)
     if len(checked) > config.maxT:
@@ -74,78 +83,71 @@ class Request:
     def __init__(
         self,
         config: Config,
-        tokens: Iterable[int],
+        tokens: "Iterable[SupportsIndex]",
         *,
-        total: int | None = None,
-        max_new_tokens: int | None = None,
+        total: "SupportsIndex | None" = None,
+        max_new_tokens: "SupportsIndex | None" = None,
         overflow: str | None = None,
-        slide_to: int | None = None,
-        stop_token_ids: "int | Iterable[int] | None" = None,
+        slide_to: "SupportsIndex | None" = None,
+        stop_token_ids: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
         stop_strings: "str | Iterable[str] | None" = None,
         stop_in_prompt: bool = True,
-        top_logprobs: int | None = None,
+        top_logprobs: "SupportsIndex | None" = None,
         prompt_logprobs: bool = False,
-        **sampling: "Any",
+        **options: "Any",
     ) -> None:
+        if unknown := sorted(options.keys() - OPTIONS):
+            raise InputError(f"{shown(unknown[0])} is not an option: {near(unknown[0], OPTIONS)}")
         if overflow is not None and not (isinstance(overflow, str) and overflow in OVERFLOWS):
             raise InputError(f"overflow is {shown(overflow)}: it must be one of {', '.join(OVERFLOWS)}")
         self.config, self.overflow = config, overflow
         self.tokens = check_ids(config, tokens) if overflow == "slide" else check_tokens(config, tokens)
-        self.sampler = Sampler(sampling.pop("sampler", None), **sampling)
+        given = {name: options.pop(name) for name in CONTROLS if name in options}
+        self.control = Control(config, **given) if given else None
+        if self.control is not None and self.control.idle:
+            self.control = None
+        self.sampler = Sampler(options.pop("sampler", None), **options)
         self.stop = Stop(config, stop_token_ids, stop_strings)
         self.stop_in_prompt, self.prompt_logprobs = stop_in_prompt, prompt_logprobs
         self.slide_to = self._check_slide_to(slide_to)
-        self.top_logprobs = top_logprobs
-        if top_logprobs is not None and not is_whole(top_logprobs, 0, config.V):
-            raise InputError(f"top_logprobs is {shown(top_logprobs)}: it must be a whole number from 0 to {config.V}")
+        self.top_logprobs = None if top_logprobs is None else check_whole("top_logprobs", top_logprobs, 0, config.V)
         if prompt_logprobs and (top_logprobs is None or overflow == "slide"):
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
 
-    def _check_slide_to(self, slide_to: int | None) -> int:
+    def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""
         maxT = self.config.maxT
         if slide_to is None:
             return max(maxT // 2, 1)
         if self.overflow != "slide":
             raise InputError(f'slide_to is {shown(slide_to)}, but overflow is not "slide": set both or neither')
-        if not is_whole(slide_to, 1, maxT):
-            raise InputError(f"slide_to is {shown(slide_to)}: it must be a whole number from 1 to the model's {maxT}")
-        return slide_to
+        return check_whole("slide_to", slide_to, 1, maxT, f" from 1 to the model's {maxT}")
 
-    def _check_total(self, total: int | None, max_new_tokens: int | None) -> int:
+    def _check_total(self, total: "SupportsIndex | None", max_new_tokens: "SupportsIndex | None") -> int:
         """Return the total number of tokens, unless a stop ends the completion earlier."""
         count, maxT = len(self.tokens), self.config.maxT
         longest = maxT if self.overflow is None else UNBOUNDED
         if total is not None and max_new_tokens is not None:
             raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
-        if max_new_tokens is not None:
-            least = 0 if self.prompt_logprobs else 1
-            if not is_whole(max_new_tokens, least, longest - count):
-                raise InputError(
-                    f"max_new_tokens is {shown(max_new_tokens)}: with {count} tokens given it must be a whole number "
-                    f"from {least} to {longest - count}"
-                    + (f", because the model takes {maxT} tokens" if longest == maxT else "")
-                )
-            total = count + max_new_tokens
-            if total == count:
-                return total
-        elif total is None:
-            total = DEFAULT_TOTAL
-        if not is_whole(total, 2, longest):
+        if self.prompt_logprobs and max_new_tokens == 0:
+            return count
+        if self.overflow != "slide" and count == maxT:
             raise InputError(
-                f"total is {shown(total)}: it counts all tokens, with the given ones, and must be a whole number "
-                f"from 2 to " + (f"the model's {maxT}" if longest == maxT else str(longest))
+                f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "
+                "give fewer, or let the window slide (overflow slide)"
             )
+        if max_new_tokens is not None:
+            because = f" and the model takes {maxT}" if longest == maxT else ""
+            rule = f" from 1 to {longest - count}, because {count} tokens were given{because}"
+            total = count + check_whole("max_new_tokens", max_new_tokens, 1, longest - count, rule)
+        most = f"the model's {maxT}" if longest == maxT else str(longest)
+        rule = f" from 2 to {most}; it counts the given tokens, too"
+        total = check_whole("total", DEFAULT_TOTAL if total is None else total, 2, longest, rule)
         if count >= total:
             raise InputError(
                 f"{count} tokens were given, but the total is {total}, so a new one does not fit: "
                 f"give at most {total - 1}, or raise the total (-n)"
-            )
-        if self.overflow == "stop" and count == maxT:
-            raise InputError(
-                f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "
-                "give fewer, or let the window slide (overflow slide)"
             )
         return min(total, maxT) if self.overflow == "stop" else total
 
@@ -190,9 +192,13 @@ def parse_json(text: bytes) -> "dict[str, Any]":
     except (ValueError, RecursionError) as error:
         raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
     if unknown := sorted(set(request) - JSON_KEYS):
-        raise InputError(f"request: unknown key {shown(unknown[0])}: keys are {', '.join(sorted(JSON_KEYS))}")
+        raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
     if "tokens" not in request:
         raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
+    if isinstance(bias := request.get("logit_bias"), dict):  # the keys of JSON objects are strings
+        request["logit_bias"] = {
+            int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key: bias[key] for key in bias
+        }
     for key, value in request.items():
         if value is None:
             raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")

@@ -3,18 +3,17 @@
 median   the serial program's rule: the first id, in id order, at which the running sum of the softmax exceeds one half. The
          sum is float32, in ascending order (sampler.h). The choice is deterministic, but it is not the argmax.
 greedy   the most probable id; the lowest of equals.
-sample   a random id, after repetition penalty, temperature, top_k, top_p and min_p. These have the names and meaning, and
-         apply in the order, of Hugging Face's transformers. A random number depends only on seed, stream and step (sampler.h),
-         so a seed gives the same tokens on every machine.
+sample   a random id, after temperature, top_k, top_p and min_p. These have the names and meaning, and apply in the order, of
+         Hugging Face's transformers. A random number depends only on seed, stream and step (sampler.h), so a seed gives the
+         same tokens on every machine. Temperature 0 means greedy.
 
 The reference and the fast path call the same functions.
 """
 
 import os
-from operator import index
 
 from .._kernels import greedy, median, pick, sample_weights, uniform
-from ..errors import InputError, NumericalError, shown
+from ..errors import InputError, NumericalError, check_flag, check_number, check_whole, real, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,16 +49,15 @@ class Sampler:
     name: "median", "greedy" or "sample" (default: "sample" if one of its options is given, else "median"). do_sample: True
     means "sample", False means "greedy".
 
-    Options of "sample"; None has no effect. temperature, above 0, divides the logits. top_k keeps the k most probable ids, and
-    ids as probable as the last of them; 0 keeps all. top_p, 0 to 1, keeps the most probable ids that together reach this
-    share, at least one id. min_p, 0 to 1, keeps ids whose probability is at least min_p times the highest. For ids already in
-    the sequence, repetition_penalty, above 0, divides positive logits and multiplies negative ones. seed, 0 to 2^64 - 1, makes
-    the result repeatable.
+    Options of "sample"; None has no effect. temperature divides the logits; 0 means "greedy". top_k keeps the k most probable
+    ids, and ids as probable as the last of them; 0 keeps all. top_p, 0 to 1, keeps the most probable ids that together reach
+    this share, at least one id. min_p, 0 to 1, keeps ids whose probability is at least min_p times the highest. seed, 0 to
+    2^64 - 1, makes the result repeatable.
 
     Raises InputError for a value out of its range, and for an option of "sample" with another sampler.
     """
 
-    __slots__ = ("min_p", "name", "repetition_penalty", "seed", "temperature", "top_k", "top_p")
+    __slots__ = ("min_p", "name", "seed", "temperature", "top_k", "top_p")
 
     def __init__(
         self,
@@ -70,7 +68,6 @@ class Sampler:
         top_k: "SupportsIndex | None" = None,
         top_p: "SupportsFloat | None" = None,
         min_p: "SupportsFloat | None" = None,
-        repetition_penalty: "SupportsFloat | None" = None,
         seed: "SupportsIndex | None" = None,
     ) -> None:
         given = {
@@ -78,19 +75,17 @@ class Sampler:
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
             "seed": seed,
         }
         first_given = next((option for option, value in given.items() if value is not None), None)
-        self.name = _name(name, do_sample, first_given)
-        self.temperature = 1.0 if temperature is None else _temperature(temperature)
-        self.repetition_penalty = 1.0 if repetition_penalty is None else _positive("repetition_penalty", repetition_penalty)
-        self.top_p = 1.0 if top_p is None else _share("top_p", top_p)
-        self.min_p = 0.0 if min_p is None else _share("min_p", min_p)
-        self.top_k = 0 if top_k is None else _whole("top_k", top_k, INFINITY, "0 (all ids) or more")
-        self.seed = (
-            None if seed is None else _whole("seed", seed, SEEDS - 1, "from 0 to 2^64 - 1; leave it out for a random one")
-        )
+        zero = temperature is not None and real(temperature) == 0
+        self.name = _name(name, do_sample, first_given, zero=zero)
+        self.temperature = 1.0 if temperature is None or zero else check_positive("temperature", temperature)
+        self.top_p = 1.0 if top_p is None else check_number("top_p", top_p, 0, 1)
+        self.min_p = 0.0 if min_p is None else check_number("min_p", min_p, 0, 1)
+        self.top_k = 0 if top_k is None else check_whole("top_k", top_k, 0, INFINITY, ", 0 (all ids) or more")
+        rule = ", from 0 to 2^64 - 1; leave it out for a random one"
+        self.seed = None if seed is None else check_whole("seed", seed, 0, SEEDS - 1, rule)
 
     def start(self) -> int | None:
         """Return the seed of a new sequence: the given one, else a truly random one; None if nothing is random."""
@@ -98,15 +93,10 @@ class Sampler:
             return None
         return int.from_bytes(os.urandom(8)) if self.seed is None else self.seed
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether choose() needs the marks of the ids already in the sequence."""
-        return self.repetition_penalty != 1.0
-
-    def choose(self, logits: "Logits", row: int, seed: int | None, stream: int, step: int, seen: bytearray | None) -> int:
+    def choose(self, logits: "Logits", row: int, seed: int | None, stream: int, step: int) -> int:
         """Choose a token id from row `row` of logits (rows, V). "sample" uses number `step` of stream `stream` of the seed.
 
-        seen: marks of the ids in the sequence, (V,), if looks_back. Raises NumericalError if the row is not finite."""
+        Raises NumericalError if the row is not finite."""
         if seed is None:
             return sample(self.name, logits, row)
         weights = sample_weights(
@@ -116,27 +106,28 @@ class Sampler:
             top_k=min(self.top_k, 1 << 62),
             top_p=self.top_p,
             min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seen=seen,
         )
         if weights is None:
             raise not_finite()
         return pick(weights, uniform(seed, stream, step))
 
 
-def _name(name: str | None, do_sample: bool | None, option: str | None) -> str:
-    """Return the sampler's name. option: a given option of "sample", or None. Raises InputError for a contradiction."""
+def _name(name: str | None, do_sample: bool | None, option: str | None, *, zero: bool) -> str:
+    """Return the sampler's name. option: a given option of "sample", or None. zero: whether the temperature is 0.
+
+    Raises InputError for a contradiction."""
     if name is not None and not (isinstance(name, str) and name in SAMPLERS):
         raise InputError(f"sampler is {shown(name)}: it must be one of {', '.join(SAMPLERS)}")
     if do_sample is not None:
-        if not isinstance(do_sample, bool):
-            raise InputError(f"do_sample is {shown(do_sample)}: it must be True (sampler sample) or False (sampler greedy)")
+        do_sample = check_flag("do_sample", do_sample, " (sampler sample or sampler greedy)")
         meant = "sample" if do_sample else "greedy"
         if name not in (None, meant):
             raise InputError(
                 f"do_sample is {do_sample}, which means sampler {meant}, and sampler is {name!r}: give one of them"
             )
         name = meant
+    if zero and name != "median":
+        return "greedy"
     if name is None:
         return DEFAULT_SAMPLER if option is None else "sample"
     if option is not None and name != "sample":
@@ -144,46 +135,9 @@ def _name(name: str | None, do_sample: bool | None, option: str | None) -> str:
     return name
 
 
-def _number(value: "SupportsFloat") -> float:
-    """Return a number as a float, and NaN for anything else."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        return float("nan")
-    try:
-        return float(value)
-    except OverflowError:
-        return INFINITY
-    except (TypeError, ValueError):  # an array
-        return float("nan")
-
-
-def _positive(name: str, value: "SupportsFloat", way_out: str = "") -> float:
+def check_positive(name: str, value: "SupportsFloat") -> float:
     """Return a finite number above 0. Raises InputError for anything else."""
-    number = _number(value)
+    number = real(value)
     if not 0 < number < INFINITY:
-        raise InputError(f"{name} is {shown(value)}: it must be a finite number above 0{way_out}")
-    return number
-
-
-def _temperature(value: "SupportsFloat") -> float:
-    """Return a temperature. The error for 0, which means greedy in other programs, recommends sampler greedy."""
-    way_out = "; to choose the most probable token each time, use sampler greedy" if _number(value) == 0 else ""
-    return _positive("temperature", value, way_out)
-
-
-def _share(name: str, value: "SupportsFloat") -> float:
-    """Return a number from 0 to 1. Raises InputError for anything else."""
-    number = _number(value)
-    if not 0 <= number <= 1:
-        raise InputError(f"{name} is {shown(value)}: it must be a number from 0 to 1")
-    return number
-
-
-def _whole(name: str, value: "SupportsIndex", high: float, rule: str) -> int:
-    """Return a whole number from 0 to `high`. Raises InputError, which states the rule, for anything else."""
-    try:
-        number = -1 if isinstance(value, bool) else index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number <= high:
-        raise InputError(f"{name} is {shown(value)}: it must be a whole number, {rule}")
+        raise InputError(f"{name} is {shown(value)}: it must be a finite number above 0")
     return number

@@ -12,10 +12,12 @@ from contextlib import suppress
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, shown
+from ..errors import InputError, shown, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsIndex
+
     from ..tokenizer import Tokenizer
 
 GPT2_VOCABULARY = 50257  # ids
@@ -29,9 +31,15 @@ class Stop:
     __slots__ = ("longest", "strings", "tokenizer", "tokens")
 
     def __init__(
-        self, config: Config, token_ids: "int | Iterable[int] | None" = None, strings: "str | Iterable[str] | None" = None
+        self,
+        config: Config,
+        token_ids: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
+        strings: "str | Iterable[str] | None" = None,
     ) -> None:
-        self.tokens = frozenset(check_token(token, config.V) for token in _several("stop_token_ids", token_ids, int))
+        self.tokens = frozenset(
+            check_token(token, config.V)
+            for token in _several("stop_token_ids", token_ids if whole(token_ids) is None else [token_ids], int)
+        )
         self.strings = [_encoded(text) for text in _several("stop_strings", strings, str)]
         self.longest = max(map(len, self.strings), default=0)
         self.tokenizer = _tokenizer(config) if self.strings else None

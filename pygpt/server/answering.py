@@ -157,6 +157,8 @@ class Run:
 
 def reported(error: Exception) -> ApiError:
     """Return the answer to an error in the engine. An unexpected one is told to the operator, but not to the client."""
+    if isinstance(error, InputError):  # such as a bias that excludes every token
+        return ApiError(str(error))
     if isinstance(error, TimeoutError):
         return ApiError(str(error), status=504, code="timeout")
     print(

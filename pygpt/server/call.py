@@ -6,7 +6,7 @@ Refuses to know about HTTP.
 from typing import Any
 
 from ..errors import InputError
-from ..generation.request import JSON_KEYS, Request
+from ..generation.request import Request
 from .schema import ApiError
 from .served import Served
 
@@ -93,19 +93,13 @@ class Call:
             for name, neutral in NEUTRAL.items()
             if name in self.fields and self.fields[name] not in neutral
         }
-        for name in given:
-            if name not in JSON_KEYS:
-                raise ApiError(f"{name} is not supported: leave it out", name)
         if "logit_bias" in given:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
         sampler = self.fields.get("sampler")
         if given.get("temperature") == 0 and sampler in (None, "sample"):
+            sampler = "greedy"
             given = {name: value for name, value in given.items() if name not in FILTERS}
-            if not given:
-                return {"sampler": "greedy"}
-            given["top_k"] = 1
-        if sampler is None:
-            sampler = "sample"
+        sampler = sampler or "sample"
         seed = {"seed": self.fields["seed"] % (1 << 64)} if "seed" in self.fields and sampler == "sample" else {}
         return {"sampler": sampler, **given, **seed}
 

@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import LIMITS
-from ..errors import DataError, InputError, is_whole, shown
+from ..errors import DataError, InputError, check_whole, is_whole, real, shown
 from ..formats.shards import as_tokens, check_ids, read_tokens
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsFloat, SupportsIndex
+
     from ..formats.shards import Path, Tokens
 
     Batch = npt.NDArray[np.int32]  # (B, T)
@@ -30,26 +32,28 @@ PIECE = 1 << 20  # tokens hashed at a time
 SAMPLES, SAMPLE = 16, 1 << 12  # samples in a shard, evenly spaced from its first token to its last; tokens in one sample
 
 
-def split(tokens: "Tokens", *, val_tokens: int | None = None, val_fraction: float | None = None) -> "tuple[Tokens, Tokens]":
+def split(
+    tokens: "Tokens", *, val_tokens: "SupportsIndex | None" = None, val_fraction: "SupportsFloat | None" = None
+) -> "tuple[Tokens, Tokens]":
     """Split tokens into (train, val), two views.
 
     val_tokens: the number of tokens for validation, from the beginning, as llm.c splits tinyshakespeare. val_fraction: the
     share for validation, from the end. Raises InputError unless exactly one of them is given and both parts get tokens.
     """
     count = len(tokens)
+    if count < 2:
+        raise InputError(f"{count} tokens cannot be split: at least 2 are needed")
     if (val_tokens is None) == (val_fraction is None):
         raise InputError("give either val_tokens, a number of first tokens, or val_fraction, a share at the end")
     if val_tokens is not None:
-        if not is_whole(val_tokens, 1, count - 1):
-            raise InputError(
-                f"val_tokens is {shown(val_tokens)}: with {count} tokens it must be a whole number from 1 to {count - 1}"
-            )
-        return tokens[val_tokens:], tokens[:val_tokens]
-    if not isinstance(val_fraction, float) or not 0 < val_fraction < 1 or not 0 < round(count * val_fraction) < count:
+        first = check_whole("val_tokens", val_tokens, 1, count - 1, f", with {count} tokens from 1 to {count - 1}")
+        return tokens[first:], tokens[:first]
+    fraction = real(val_fraction)
+    if not 0 < fraction < 1 or not 0 < round(count * fraction) < count:
         raise InputError(
             f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and each part of {count} tokens needs one"
         )
-    train = count - round(count * val_fraction)
+    train = count - round(count * fraction)
     return tokens[:train], tokens[train:]
 
 
@@ -60,9 +64,10 @@ class DataLoader:
     """Serve endless batches of B sequences of T tokens, in llm.c's order.
 
     A batch reads B*T + 1 tokens, and the next batch starts B*T tokens later. source: a path or a pattern of shards (sorted),
-    a list of paths, or tokens in memory. A shard gives floor((tokens - 1) / (B*T)) batches. After the last shard a new epoch
-    begins. shuffle_seed: shuffle the shards, and the batches in each shard, again in every epoch. The order depends only on
-    seed and epoch, so it is the same on every machine. V: the vocabulary size, to check the ids of every shard.
+    a list of paths, or tokens in memory. A shard gives floor((tokens - 1) / (B*T)) batches, the last of several maybe none.
+    labels, for tokens in memory: the targets, int32 (tokens,), with -100 for a token that is not trained on. After the last
+    shard a new epoch begins. shuffle_seed: shuffle the shards, and the batches in each shard, again in every epoch. The order
+    depends only on seed and epoch, so it is the same on every machine. V: the vocabulary size; opening a shard checks every id.
 
     `batches` is the number of batches in an epoch, and `tokens` the number of tokens in all shards. `fingerprint` is a hash
     that identifies the data in a state(). Raises InputError for a bad B, T, V or seed. Raises DataError for a file that is
@@ -72,47 +77,54 @@ class DataLoader:
     def __init__(
         self,
         source: "Path | Sequence[Path] | npt.ArrayLike",
-        B: int,
-        T: int,
+        B: "SupportsIndex",
+        T: "SupportsIndex",
         *,
-        shuffle_seed: int | None = None,
-        V: int | None = None,
+        shuffle_seed: "SupportsIndex | None" = None,
+        V: "SupportsIndex | None" = None,
+        labels: "Tokens | None" = None,
     ) -> None:
-        for name, value in (("B", B), ("T", T)):
-            if not is_whole(value, 1, 1 << 30):
-                raise InputError(f"{name} is {shown(value)}: it must be a whole number from 1 to {1 << 30}")
-        if V is not None and not is_whole(V, 1, LIMITS["V"]):
-            raise InputError(f"V is {shown(V)}: it must be None or a whole number from 1 to {LIMITS['V']}")
-        if shuffle_seed is not None and not is_whole(shuffle_seed, 0, 2**64 - 1):
-            raise InputError(f"shuffle_seed is {shown(shuffle_seed)}: it must be None or a whole number from 0 to 2**64 - 1")
-        self.B, self.T, self.shuffle_seed, self._V = B, T, shuffle_seed, V
+        self.B, self.T = B, T = check_whole("B", B, 1, 1 << 30), check_whole("T", T, 1, 1 << 30)
+        self._V = V if V is None else check_whole("V", V, 1, LIMITS["V"])
+        self.shuffle_seed = shuffle_seed if shuffle_seed is None else check_whole("shuffle_seed", shuffle_seed, 0, 2**64 - 1)
         self._files, tokens = _find(source)
         if tokens is not None:
-            check_ids(tokens, V or LIMITS["V"], "tokens")
+            check_ids(tokens, self._V or LIMITS["V"], "tokens")
         self._tokens = tokens  # of the open shard
         self._counts = [len(read_tokens(path)) for path in self._files] if tokens is None else [len(tokens)]
         self._batches = [(count - 1) // (B * T) for count in self._counts]
-        for name, count in zip(self._files or ["tokens"], self._counts, strict=True):
-            if count < B * T + 1:
+        last = len(self._counts) - 1
+        for i, (name, count) in enumerate(zip(self._files or ["tokens"], self._counts, strict=True)):
+            if count < B * T + 1 and (i < last or not last):  # `pygpt shards` writes the rest into the last shard
                 raise DataError(
                     f"{name}: {count} tokens are too few for one batch: B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; "
-                    f"make B or T smaller{', or leave this file out' if len(self._counts) > 1 else ''}"
+                    f"make B or T smaller{', or leave this file out' if last else ''}"
                 )
+        if labels is not None and (tokens is None or labels.shape != tokens.shape):
+            raise InputError(f"labels have shape {labels.shape}: they need one label for each of the tokens in memory")
+        self._labels = labels
         self.batches, self.tokens = sum(self._batches), sum(self._counts)
-        self.fingerprint = _fingerprint(map(read_tokens, self._files) if tokens is None else [tokens], self.tokens)
+        parts = map(read_tokens, self._files) if tokens is None else [tokens, *([] if labels is None else [labels])]
+        self.fingerprint = _fingerprint(parts, self.tokens)
         self.reset()
 
     def next_batch(self) -> "tuple[Batch, Batch]":
         """Return the next (inputs, targets), fresh int32 arrays (B, T); each target is the token after its input."""
-        if self._batch == len(self._order):
+        while self._batch == len(self._order):  # a last shard can be too small for a batch
             last = self._shard == len(self._counts) - 1
             self._move(*((self._epoch + 1, 0, 0) if last else (self._epoch, self._shard + 1, 0)))
         assert self._tokens is not None
         B, T = self.B, self.T
         start = int(self._order[self._batch]) * B * T
         tokens = self._tokens[start : start + B * T + 1]
+        targets = (tokens if self._labels is None else self._labels[start : start + B * T + 1])[1:]
         self._batch += 1
-        return tokens[:-1].astype(np.int32).reshape(B, T), tokens[1:].astype(np.int32).reshape(B, T)
+        return tokens[:-1].astype(np.int32).reshape(B, T), targets.astype(np.int32).reshape(B, T)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not trained on."""
+        return self._labels is not None
 
     def reset(self) -> None:
         """Go to the first batch of the first epoch. Validation does so before each evaluation."""

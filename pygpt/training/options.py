@@ -11,15 +11,14 @@ Defaults are those of llm.c's CPU program. Sources: Loshchilov & Hutter 2019 (Ad
 import math
 from dataclasses import asdict, dataclass
 
-from ..errors import InputError, is_whole, shown
-from .parameters import check_number
+from ..errors import InputError, check_flag, check_number, check_whole, real, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 ADAMW = ("beta1", "beta2", "eps", "weight_decay", "decay_matrices_only")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "linear")
 MOST_STEPS = 2**31 - 1
 MOST_MICRO_BATCHES = 10**6
 
@@ -28,7 +27,7 @@ MOST_MICRO_BATCHES = 10**6
 class TrainingOptions:
     """Hold the options of one training run; immutable. Raises InputError for an option out of its range.
 
-    steps                   the number of updates; the cosine schedule ends there
+    steps                   the number of updates; the schedule ends there
     lr                      the highest learning rate
     beta1, beta2, eps       AdamW's decay rates of the running means, and the number added to the square root
     weight_decay            pulls weights towards zero, independent of the gradient; on every tensor, as in llm.c
@@ -37,8 +36,8 @@ class TrainingOptions:
     accumulate              micro-batches in one step, whose gradients are averaged. With a power of two, all gradients but
                             wte's have the same bits as those of one large batch.
     warmup                  steps in which the learning rate rises from lr / warmup to lr
-    schedule                "constant" after the warm-up, or "cosine": half a wave from lr down to min_lr
-    min_lr                  the learning rate at the end of the cosine
+    schedule                "constant" after the warm-up; "cosine": half a wave from lr down to min_lr; "linear": a line
+    min_lr                  the learning rate at the end of the cosine or the line
     """
 
     steps: int = 40
@@ -55,27 +54,27 @@ class TrainingOptions:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_whole("steps", self.steps, 1, MOST_STEPS)
-        _check_whole("accumulate", self.accumulate, 1, MOST_MICRO_BATCHES)
-        _check_whole("warmup", self.warmup, 0, self.steps)
+        checked: dict[str, Any] = {"steps": check_whole("steps", self.steps, 1, MOST_STEPS)}
+        checked["accumulate"] = check_whole("accumulate", self.accumulate, 1, MOST_MICRO_BATCHES)
+        checked["warmup"] = check_whole("warmup", self.warmup, 0, checked["steps"])
+        checked["decay_matrices_only"] = check_flag("decay_matrices_only", self.decay_matrices_only)
         for name, low, high in (
             ("lr", 0.0, 1.0),
-            ("min_lr", 0.0, self.lr),
+            ("min_lr", 0.0, real(self.lr)),
             ("beta1", 0.0, 0.9999999),
             ("beta2", 0.0, 0.9999999),
             ("eps", 1e-30, 1.0),
             ("weight_decay", 0.0, 1000.0),
             ("clip", 0.0, 1e30),
         ):
-            check_number(name, getattr(self, name), low, high)
-            object.__setattr__(self, name, float(getattr(self, name)))  # NumPy scalars round and serialize differently
-        if not isinstance(self.decay_matrices_only, bool):
-            raise InputError(f"decay_matrices_only is {shown(self.decay_matrices_only)}: it must be True or False")
+            checked[name] = check_number(name, getattr(self, name), low, high)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # NumPy scalars round and serialize differently
         if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
             raise InputError(f"schedule is {shown(self.schedule)}: it must be one of {', '.join(SCHEDULES)}")
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0: warm-up, then constant, or cosine to min_lr."""
+        """Return the learning rate of a step, counted from 0: warm-up, then constant, or falling to min_lr."""
         if step < self.warmup:
             return self.lr * ((step + 1) / self.warmup)
         if self.schedule == "constant":
@@ -83,7 +82,8 @@ class TrainingOptions:
         if step >= self.steps:
             return self.min_lr
         done = (step - self.warmup) / (self.steps - self.warmup)
-        return self.min_lr + 0.5 * (1 + cos_pi(done)) * (self.lr - self.min_lr)
+        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + cos_pi(done))
+        return self.min_lr + left * (self.lr - self.min_lr)
 
     def gradient_scale(self, norm: float) -> float:
         """Return the factor that reduces a gradient's global norm to at most `clip`."""
@@ -107,8 +107,3 @@ def cos_pi(x: float) -> float:
     for k in range(11, -1, -1):  # the next term is below 1e-18
         total = total * square + (-1) ** k / math.factorial(2 * k)
     return total
-
-
-def _check_whole(name: str, value: object, low: int, high: int) -> None:
-    if not is_whole(value, low, high):
-        raise InputError(f"{name} is {shown(value)}: it must be a whole number from {low} to {high}")

@@ -8,11 +8,10 @@ serial twin derive from this class and share its checks. Refuses to know about a
 import math
 import os
 from collections.abc import Iterator
-from numbers import Real
 from typing import NamedTuple
 
-from ..config import TENSORS, Config
-from ..errors import CheckpointError, InputError, is_whole, shown
+from ..config import IGNORED, TENSORS, Config
+from ..errors import CheckpointError, InputError, Uncopied, check_flag, check_number, check_whole
 from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import FLOAT32, Format
 from ..formats.open import open_floats
@@ -20,7 +19,7 @@ from ..hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self
+    from typing import Any, Self, SupportsFloat, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
@@ -71,7 +70,7 @@ class LiveWeights(NamedTuple):
         """Do nothing: the memory belongs to the Parameters."""
 
 
-class Parameters:
+class Parameters(Uncopied):
     """Hold a network's weights, gradients and moments, all zeros at first.
 
     `threads` and `all_workers` are for the engines that derive from this class.
@@ -80,7 +79,9 @@ class Parameters:
     P = config.parameters(padded=True), each aligned to 64 bytes.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
+    _instead = "save() writes a file, and load() reads it"
+
+    def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         self.config = config
         self._places = {name: (shape, offset, size) for name, shape, offset, size in config.tensors(padded=True)}
         P = config.parameters(padded=True)
@@ -88,7 +89,7 @@ class Parameters:
 
     @classmethod
     def load(
-        cls, path: "str | os.PathLike[str] | None" = None, *, threads: int | None = None, all_workers: bool = False
+        cls, path: "str | os.PathLike[str] | None" = None, *, threads: "SupportsIndex | None" = None, all_workers: bool = False
     ) -> "Self":
         """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
@@ -110,7 +111,7 @@ class Parameters:
         return model
 
     @classmethod
-    def random(cls, config: Config, *, seed: int, threads: int | None = None) -> "Self":
+    def random(cls, config: Config, *, seed: "SupportsIndex", threads: "SupportsIndex | None" = None) -> "Self":
         """Start from GPT-2's random weights. Equal seeds give equal bits on every machine.
 
         Matrices have mean 0 and standard deviation 0.02, and 0.02 / sqrt(2L) for residual projections. Biases are 0, and gains
@@ -118,10 +119,8 @@ class Parameters:
         """
         import numpy as np
 
-        if not is_whole(seed, 0, LARGEST_SEED):
-            raise InputError(f"seed is {shown(seed)}: it must be a whole number from 0 to {LARGEST_SEED}")
+        source = np.random.PCG64(check_whole("seed", seed, 0, LARGEST_SEED))
         model = cls(config, threads=threads)
-        source = np.random.PCG64(seed)
         for name in model._places:
             values = model.tensor(name).reshape(-1)  # a view: tensors are contiguous
             if name in GAINS:
@@ -161,15 +160,15 @@ class Parameters:
     ) -> "tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]":
         """Return inputs and targets as fresh contiguous int32 arrays (B, T), with B >= 1, 1 <= T <= maxT and ids below V.
 
-        Raises InputError for anything else; the error names the first wrong value.
+        A target may be -100. Raises InputError for anything else; the error names the first wrong value.
         """
-        checked = self._check_ids("inputs", inputs), self._check_ids("targets", targets)
+        checked = self._check_ids("inputs", inputs), self._check_ids("targets", targets, IGNORED)
         if checked[0].shape != checked[1].shape:
             raise InputError(f"targets has shape {checked[1].shape}, inputs {checked[0].shape}: each input needs one target")
         return checked
 
-    def _check_ids(self, name: str, ids: "npt.ArrayLike") -> "npt.NDArray[np.int32]":
-        """Check one of the batch's two arrays of token ids; return it as contiguous int32."""
+    def _check_ids(self, name: str, ids: "npt.ArrayLike", also: int = 0) -> "npt.NDArray[np.int32]":
+        """Check one of the batch's two arrays of token ids, which may hold `also`; return it as contiguous int32."""
         import numpy as np
 
         try:
@@ -182,41 +181,39 @@ class Parameters:
             raise InputError(f"{name} has dtype {array.dtype}: token ids must be integers")
         if array.shape[1] > self.config.maxT:
             raise InputError(f"{name} has sequences of {array.shape[1]} tokens: the model takes at most {self.config.maxT}")
-        wrong = (array < 0) | (array >= self.config.V)
+        wrong = ((array < 0) | (array >= self.config.V)) & (array != also)
         if wrong.any():
             b, t = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
-            limit = self.config.V - 1
-            raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, from 0 to {limit}")
+            limit, or_none = self.config.V - 1, f", or {also} for none" if also else ""
+            raise InputError(
+                f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, from 0 to {limit}{or_none}"
+            )
         return np.ascontiguousarray(array, np.int32)
 
     def update(
         self,
         *,
-        lr: float,
-        step: int,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: "SupportsFloat",
+        step: "SupportsIndex",
+        beta1: "SupportsFloat" = 0.9,
+        beta2: "SupportsFloat" = 0.999,
+        eps: "SupportsFloat" = 1e-8,
+        weight_decay: "SupportsFloat" = 0.0,
         decay_matrices_only: bool = False,
-        gradient_scale: float = 1.0,
+        gradient_scale: "SupportsFloat" = 1.0,
     ) -> None:
         """Update the parameters by one step of AdamW. Raises InputError for a value out of its range.
 
         step counts from 1. With decay_matrices_only, biases and layer norms do not decay, as in GPT-2's training. Otherwise
         every parameter decays, as in llm.c's CPU program.
         """
-        if not is_whole(step, 1, 2**31 - 1):
-            raise InputError(f"step is {shown(step)}: it must be a whole number from 1, the count of updates")
-        for name, value, low, high in (
-            ("lr", lr, 0.0, 1e6),
-            ("beta1", beta1, 0.0, 0.9999999),
-            ("beta2", beta2, 0.0, 0.9999999),
-            ("eps", eps, 1e-30, 1e6),
-            ("weight_decay", weight_decay, 0.0, 1e6),
-            ("gradient_scale", gradient_scale, 0.0, 1e30),
-        ):
-            check_number(name, value, low, high)
+        step = check_whole("step", step, 1, 2**31 - 1, " from 1, the count of updates")
+        lr = check_number("lr", lr, 0.0, 1e6)
+        beta1, beta2 = check_number("beta1", beta1, 0.0, 0.9999999), check_number("beta2", beta2, 0.0, 0.9999999)
+        eps = check_number("eps", eps, 1e-30, 1e6)
+        weight_decay = check_number("weight_decay", weight_decay, 0.0, 1e6)
+        gradient_scale = check_number("gradient_scale", gradient_scale, 0.0, 1e30)
+        decay_matrices_only = check_flag("decay_matrices_only", decay_matrices_only)
         spans = list(self._spans(weight_decay, decay_matrices_only))
         correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
         rest = 1 - beta1, 1 - beta2
@@ -236,12 +233,6 @@ class Parameters:
                 begin, current = offset, decay
             end = offset + size
         yield begin, end, current
-
-
-def check_number(name: str, value: float, low: float, high: float) -> None:
-    """Raise InputError unless the value is a real number from low to high."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise InputError(f"{name} is {shown(value)}: it must be a number from {low:.9g} to {high:.9g}")
 
 
 def power(base: float, exponent: int) -> float:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..config import Config
-from ..errors import CheckpointError, ClosedError, InputError, is_whole, shown
+from ..errors import CheckpointError, ClosedError, InputError, Uncopied, is_whole, shown
 from ..formats.files import HEADER_BYTES, atomic_file, map_file
 from ..formats.safetensors import unique
 from .options import TrainingOptions
@@ -79,7 +79,7 @@ class Progress:
             raise ValueError(f"bad options: {error}") from None
 
 
-class TrainingState:
+class TrainingState(Uncopied):
     """An open, checked training state whose values stay in the file. Use it in a `with` block, or close() it.
 
     `config` is the model's shape, `progress` the JSON part. Raises CheckpointError, with the found and the expected numbers,

@@ -8,13 +8,16 @@ from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Weights
 from ..config import Config
+from ..errors import check_number
 from ..model import GPT2
 from ..network import CHUNK
 from ..pool import ThreadPool
-from .parameters import AdamW, Parameters, check_number
+from .parameters import AdamW, Parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsFloat, SupportsIndex
+
     import numpy as np
     import numpy.typing as npt
 
@@ -28,7 +31,7 @@ class TrainableGPT2(Parameters):
     calls take turns. all_workers: use all workers even if the work is too small to gain from them.
     """
 
-    def __init__(self, config: Config, *, threads: int | None = None, all_workers: bool = False) -> None:
+    def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         self._all_workers = all_workers
         self._pool = ThreadPool(cpus.resolve_threads(threads))
         count = self._pool.nth
@@ -54,7 +57,8 @@ class TrainableGPT2(Parameters):
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
         """Return the loss of predicting each target, (B, T), and keep the activations for backward().
 
-        inputs, targets: token ids (B, T). Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
+        inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
+        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
         """
         import numpy as np
 
@@ -70,12 +74,12 @@ class TrainableGPT2(Parameters):
         some = [slice(b, b + together) for b in range(0, B, together)]
         return np.concatenate([self._losses(self._evaluation, inputs[part], targets[part]) for part in some])
 
-    def backward(self, *, accumulate: bool = False, scale: float = 1.0) -> None:
+    def backward(self, *, accumulate: bool = False, scale: "SupportsFloat" = 1.0) -> None:
         """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
 
         accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before.
         """
-        check_number("scale", scale, -1e30, 1e30)
+        scale = check_number("scale", scale, -1e30, 1e30)
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
         self._pool.run(

@@ -13,7 +13,7 @@ import time
 from typing import NamedTuple
 
 from .._signals import see_through
-from ..errors import InputError, NumericalError, PyGPTError, is_whole, shown
+from ..errors import InputError, NumericalError, PyGPTError, Uncopied, check_whole, shown
 from ..pool import TRIES
 from .options import TrainingOptions
 from .state import Progress, TrainingState, open_state, write_state
@@ -41,12 +41,14 @@ class Record(NamedTuple):
     tokens_per_s: float
 
 
-class Trainer:
+class Trainer(Uncopied):
     """Train `engine` on the batches of `loader` with `options` (default: TrainingOptions()).
 
     `done` counts the updates made. Raises InputError if the loader's T exceeds the model's maxT, or if `options` has another
     type.
     """
+
+    _instead = "save() writes its state, and restore() reads it"
 
     def __init__(
         self, engine: "TrainableGPT2 | SerialTrainableGPT2", loader: "DataLoader", options: TrainingOptions | None = None
@@ -95,17 +97,29 @@ class Trainer:
 
     def _gradients(self) -> float:
         """Compute the step's gradients in the engine; return its mean loss."""
-        parts = []
-        for part in range(self.options.accumulate):
+        parts, counts = [], self._counts(self.loader, self.options.accumulate)
+        total = max(sum(counts), 1)
+        for part, count in enumerate(counts):
             parts.append(self._loss(self.loader))
-            self.engine.backward(accumulate=part > 0, scale=1 / self.options.accumulate)
-        return math.fsum(parts) / len(parts)
+            self.engine.backward(accumulate=part > 0, scale=count / total)
+        return _mean(parts, counts)
+
+    def _counts(self, loader: "DataLoader", batches: int) -> list[int]:
+        """Return how many targets each of the next batches trains on. Every target of a step has the same weight."""
+        if not loader.masked:
+            return [loader.B * loader.T] * batches
+        start = loader.state()
+        try:
+            return [int((loader.next_batch()[1] >= 0).sum()) for _ in range(batches)]
+        finally:
+            loader.restore(start)
 
     def _loss(self, loader: "DataLoader", *, validation: bool = False) -> float:
         """Return the mean loss of the loader's next batch. fsum() rounds once, so the order of the terms does not matter."""
         place = loader.state()
-        losses = (self.engine.evaluate if validation else self.engine.forward)(*loader.next_batch())
-        loss = math.fsum(losses.flat) / losses.size
+        inputs, targets = loader.next_batch()
+        losses = (self.engine.evaluate if validation else self.engine.forward)(inputs, targets)
+        loss = math.fsum(losses.flat) / max(int((targets >= 0).sum()), 1)
         self._check_finite("validation loss" if validation else "loss", loss, place)
         return loss
 
@@ -122,11 +136,10 @@ class Trainer:
 
         Raises InputError for a bad number of batches, NumericalError if a loss is not finite.
         """
-        if not is_whole(batches, 1, 1 << 30):
-            raise InputError(f"batches is {shown(batches)}: it must be a whole number from 1 to {1 << 30}")
-        start = loader.state()
+        batches = check_whole("batches", batches, 1, 1 << 30)
+        start, counts = loader.state(), self._counts(loader, batches)
         try:
-            return math.fsum(self._loss(loader, validation=True) for _ in range(batches)) / batches
+            return _mean([self._loss(loader, validation=True) for _ in range(batches)], counts)
         finally:
             loader.restore(start)
 
@@ -168,3 +181,9 @@ class Trainer:
 
     def _buffers(self) -> "list[npt.NDArray[np.float32]]":
         return [self.engine.parameters, self.engine.first_moments, self.engine.second_moments]
+
+
+def _mean(parts: list[float], counts: list[int]) -> float:
+    """Return the mean loss of batches with so many targets each. Equal counts give the bits of a plain mean."""
+    weights = [count / max(*counts, 1) for count in counts]
+    return math.fsum(part * weight for part, weight in zip(parts, weights, strict=True)) / (math.fsum(weights) or 1)

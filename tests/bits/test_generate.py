@@ -5,7 +5,7 @@ the logits of a fresh, whole sequence.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from make_checkpoint import make
 from test_sampling import assert_fits
 
 from pygpt import GPT2, ClosedError, InputError, KVCache, PrefixCache, SerialGPT2, Tokenizer
+from pygpt.generation.control import Control
 from pygpt.generation.request import Request
 from pygpt.generation.sampling import Sampler
 from pygpt.network import Network
@@ -71,14 +72,15 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def by_hand(model: GPT2, prompt: Sequence[int], new: int, *, slide_to: int = MAXT // 2, **options: Any) -> list[int]:
     """Complete with one whole sequence after another, without a cache; the window slides as documented."""
+    control = Control(model.config, repetition_penalty=options.pop("repetition_penalty", None))
     sampler = Sampler(options.pop("sampler", None), **options)
     sequence, start = list(prompt), 0
     for step in range(new):
         if len(sequence) - start > model.config.maxT:
             start = len(sequence) - slide_to
         logits = model.logits(sequence[start:])
-        seen = bytearray(token in sequence for token in range(model.config.V))
-        sequence.append(sampler.choose(logits[-1:].data, 0, sampler.seed, 0, step, seen if sampler.looks_back else None))
+        row = control.process(logits[-1], sequence, len(prompt))[None].data
+        sequence.append(sampler.choose(row, 0, sampler.seed, 0, step))
     return sequence[len(prompt) :]
 
 
@@ -455,7 +457,7 @@ def test_stop_strings(speller: GPT2, data: st.DataObject) -> None:
 
 def scripted(tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every sampler choose these tokens."""
-    monkeypatch.setattr(Sampler, "choose", lambda _self, _logits, _row, _seed, _stream, step, _seen: tokens[step])
+    monkeypatch.setattr(Sampler, "choose", lambda _self, _logits, _row, _seed, _stream, step: tokens[step])
 
 
 @pytest.mark.parametrize(
@@ -601,14 +603,6 @@ def test_a_completion_has_its_prompt_tokens_and_reason(model: GPT2) -> None:
         assert completion.tokens == tokens
     assert completion.finish_reason == "length"
     assert repr(completion) == f"Completion(prompt=[1, 2], tokens={tokens}, finish_reason='length')"
-
-
-def test_unknown_options_are_python_errors(model: GPT2) -> None:
-    generate_any: Callable[..., Any] = model.generate
-    batch_any: Callable[..., Any] = model.generate_batch
-    for call, prompt in (generate_any, [1]), (batch_any, [[1]]):
-        with pytest.raises(TypeError, match="num_beams"):
-            call(prompt, num_beams=3)
 
 
 def test_sequences_are_sampled_with_their_exact_probabilities(model: GPT2) -> None:

@@ -1089,7 +1089,7 @@ def test_numpy_tokens(plain: GPT2) -> None:
     ids = np.array([1, 2, 3])
     expected = plain.logits([1, 2, 3])
     assert same(plain.logits(ids.tolist()), expected)
-    assert same(plain.prefill(plain.new_cache(), [np.int64(1), np.uint16(2), np.int8(3)]), expected[-1])  # type: ignore[list-item]
+    assert same(plain.prefill(plain.new_cache(), [np.int64(1), np.uint16(2), np.int8(3)]), expected[-1])
 
 
 def test_unknown_instruction_set() -> None:

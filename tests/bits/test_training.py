@@ -12,11 +12,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import oracle_training
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpu_info, cpus
+from pygpt import (
+    GPT2,
+    Config,
+    DataLoader,
+    InputError,
+    SerialTrainableGPT2,
+    Trace,
+    TrainableGPT2,
+    Trainer,
+    TrainingOptions,
+    cpu_info,
+    cpus,
+)
 from pygpt._kernels import PHASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,3 +244,53 @@ def test_the_trace_names_every_phase() -> None:
 def test_bad_thread_counts(threads: Any) -> None:
     with pytest.raises(InputError, match="threads is"):
         TrainableGPT2(SHAPE, threads=threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels of -100
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_labels_of_minus_100_are_left_out(threads: int, share: float) -> None:
+    """Losses, gradients and the serial engine's agree with the float64 oracle; other targets have the losses that they had."""
+    config = Config(maxT=12, V=67, L=2, NH=2, C=12)
+    inputs, targets = batch(config, 3, 7)
+    masked = np.where(np.random.default_rng(1).random(targets.shape) < share, -100, targets)
+    with (
+        TrainableGPT2.random(config, seed=3, threads=threads) as model,
+        SerialTrainableGPT2.random(config, seed=3) as serial,
+    ):
+        whole = model.forward(inputs, targets)
+        weights = {name: model.tensor(name).astype(np.float64) for name, *_ in config.tensors(padded=False)}
+        wanted = oracle_training.gradients(weights, config, inputs, masked)
+        for engine in (model, serial):
+            losses = engine.forward(inputs, masked)
+            assert np.array_equal(engine.evaluate(inputs, masked), losses)
+            np.testing.assert_allclose(losses, oracle_training.losses(weights, config, inputs, masked), atol=1e-5)
+            engine.backward()
+            for name, gradient in wanted.items():
+                np.testing.assert_allclose(engine.gradient(name), gradient, rtol=1e-3, atol=2e-6)  # float32 sums of 21 rows
+        assert np.array_equal(model.forward(inputs, masked), np.where(masked < 0, 0, whole))
+        for bad in (-1, -99, -101, config.V):
+            with pytest.raises(InputError, match=rf"targets\[0, 0\] is {bad}: .*, or -100 for none"):
+                model.forward(inputs, np.where(targets == targets[0, 0], bad, targets))
+        with pytest.raises(InputError, match=r"inputs\[0, 0\] is -100"):
+            model.forward(inputs * 0 - 100, targets)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_every_target_of_a_step_has_the_same_weight(accumulate: int) -> None:
+    """Parts of a batch with unequal numbers of targets give the loss and the gradient of the whole batch."""
+    config = Config(maxT=8, V=67, L=1, NH=2, C=8)
+    tokens = np.random.default_rng(2).integers(0, 67, 33)
+    labels = np.where(np.arange(33) % 16 < 11, -100, tokens)
+    found = []
+    for B, parts in ((4 // accumulate, accumulate), (4, 1)):
+        with TrainableGPT2.random(config, seed=3, threads=1) as engine:
+            loader = DataLoader(tokens, B, 8, labels=labels)
+            trainer = Trainer(engine, loader, TrainingOptions(accumulate=parts))
+            found.append((trainer.step(), engine.gradients.copy(), trainer.evaluate(loader, 4 // B)))
+    assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-7)
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-7)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)

@@ -249,9 +249,23 @@ def test_end_of_text_typed_as_text_is_text(fake: Fake) -> None:
     assert 50256 not in fake.log("tokens")[0]
 
 
-def test_invalid_utf8_is_accepted(fake: Fake) -> None:
-    assert fake.run(b"caf\xe9").stdout == "caf\ufffd\n".encode()
-    assert fake.run(text=b"caf\xe9").stdout == "caf\ufffd\n".encode()
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=["utf8", "ascii"])
+def test_text_is_utf8_in_every_locale(fake: Fake, locale: dict[str, str]) -> None:
+    fake.environment.update(locale)
+    assert_refused(fake.run(b"caf\xe9"), 2, "is not UTF-8")
+    assert_refused(fake.run(text=b"caf\xe9"), 2, "byte 0xe9 at offset 3 is not UTF-8")
+    assert_refused(fake.run(text="café".encode("utf-16")), 2, "UTF-16")
+    fake.run("café")
+    fake.run(text="\ufeffcafé\r\n".encode())
+    assert fake.log("tokens") == [[66, 1878, 2634]] * 2
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_newlines_of_piped_and_given_text(fake: Fake, newline: str) -> None:
+    text = f"Ladies and{newline}{newline}gentlemen"
+    fake.run(text=(text + newline).encode())
+    fake.run(text)
+    assert fake.log("tokens") == [ids_of("Ladies and\n\ngentlemen")] * 2
 
 
 @pytest.mark.parametrize("length", [0, 1, 10**6])
@@ -309,7 +323,7 @@ def test_new_tokens_have_three_names(fake: Fake, flag: str) -> None:
         (["--fast"], "--fast"),
         (["--ne", "3"], "--ne"),
         (["--sampler", "dice"], "'dice'"),
-        (["--temp", "0"], "temperature is 0"),
+        (["--temp", "-1"], "temperature is -1"),
         (["--temp", "warm"], "'warm'"),
         (["--top-p", "2"], "top_p is 2"),
         (["--min-p=-1"], "min_p is -1"),
@@ -401,7 +415,8 @@ def test_character_cut_by_the_end_is_replaced(fake: Fake) -> None:
 
 def test_any_bytes_in_the_reply_are_shown(fake: Fake) -> None:
     fake.code("def answer(tokens, new): put_ids([*range(256), 50256])")
-    assert fake.run("hi").stdout.decode() == TOKENIZER.decode([*range(256), 50256]) + "\n"
+    assert fake.run("hi").stdout.decode() == TOKENIZER.decode([*range(256)]) + "\n"
+    assert fake.run("hi", "--show-stop").stdout.decode() == TOKENIZER.decode([*range(256), 50256]) + "\n"
 
 
 def test_output_that_cannot_show_a_character_replaces_it(fake: Fake) -> None:
@@ -675,10 +690,10 @@ class Echo:
 class Bench:
     """A chat in this process, for a model with this context, and the Echo that answers it."""
 
-    def __init__(self, *words: str, maxT: int = 64, model: str | None = None) -> None:
+    def __init__(self, *words: str, maxT: int = 64, model: str | None = None, eot: bool = False) -> None:
         self.echo = Echo()
         config = Config(maxT=maxT, V=TOKENIZER.V, L=1, NH=1, C=1)
-        self.settings = chat_module.Settings(chat_module.parse(words), config)
+        self.settings = chat_module.Settings(chat_module.parse(words if eot else ["--no-stop-at-eot", *words]), config)
         self.chat = chat_module.Chat(self.echo, self.settings, model=model)  # type: ignore[arg-type]
 
     def take(self, *lines: str) -> None:
@@ -713,6 +728,11 @@ def bench() -> Bench:
         ('stop "\\n \\u00e9 "', "stop_strings", ["\n é "]),
         ("stop_token 50256", "stop_token_ids", [50256]),
         ("overflow slide", "overflow", "slide"),
+        ("frequency_penalty -.5", "frequency_penalty", -0.5),
+        ("no-repeat-ngram-size 3", "no_repeat_ngram_size", 3),
+        ("logit_bias 5=1 7=-2.5", "logit_bias", {5: 1.0, 7: -2.5}),
+        ("suppress_tokens 5 7", "suppress_tokens", [5, 7]),
+        ("bad_words 5 7", "bad_words_ids", [[5, 7]]),
     ],
 )
 def test_set_changes_the_next_requests(
@@ -727,10 +747,22 @@ def test_set_changes_the_next_requests(
     assert bench.request == {"max_new_tokens": 40}
 
 
+def test_stop_text_and_the_end_of_text_end_a_reply_unseen(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(eot=True)
+    assert bench.request["stop_token_ids"] == [50256]
+    bench.echo.reply = [*ids_of("Hi.\n\n"), 50256]
+    bench.take("hello", '/set stop "\\n\\n"', "hello", "hello\\n", "/set show_stop on", "hello", "/set stop_at_eot off")
+    out = capsys.readouterr().out
+    assert out == "Hi.\n\n\n" + "Hi.\n" * 2 + "Hi.\n\n<|endoftext|>\n"
+    assert "stop_token_ids" not in bench.request
+
+
 @pytest.mark.parametrize(
     ("wish", "part"),
     [
-        ("temperature 0", "sampler greedy"),
+        ("logit_bias 5", "logit_bias is"),
+        ("bad_words x", "'x'"),
+        ("stop_at_eot 1", "on or off"),
         ("temp -1", "temp is -1.0"),
         ("temperature hot", "temperature is 'hot'"),
         ("temperature 1 2", "'1 2'"),
@@ -770,7 +802,7 @@ def test_bad_settings_are_one_line_and_keep_the_settings(
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert shown.err.startswith("pygpt: ")
     assert part in shown.err
-    assert (bench.request, bench.settings.stats) == (before, True)
+    assert (bench.request, bench.settings.switches["stats"]) == (before, True)
 
 
 def test_newer_setting_replaces_contradictions(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1265,12 +1297,27 @@ def test_prompt_keeps_off_a_stdout_that_is_not_the_terminal(fake: Fake) -> None:
         assert chat.process.stdout.read() == b"hi\n"
 
 
-def test_invalid_utf8_typed_is_accepted(fake: Fake) -> None:
-    fake.environment["PYTHONIOENCODING"] = "utf-8:strict"
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii"])
+def test_typed_text_is_utf8(fake: Fake, encoding: str) -> None:
+    fake.environment["PYTHONIOENCODING"] = encoding
     with Terminal(fake, piped=True) as chat:
         chat.type(b"caf\xe9\n")
+        assert "is not UTF-8" in chat.expect("Text: ")
+        chat.type("café\n".encode())
         chat.expect("Text: ")
-    assert fake.log("tokens") == [ids_of("caf\ufffd")]
+    assert fake.log("tokens") == [[66, 1878, 2634]]
+
+
+def test_a_long_line_is_pasted_whole_while_stdout_is_a_file(fake: Fake) -> None:
+    """The terminal itself would cut it at 4,095 bytes. Its keys still edit the line."""
+    line = "lorem é " * 1000
+    with Terminal(fake, "-m", "none", piped=True) as chat:  # without a model's context, no text is too long
+        for text in line + "\r\n", "abé\x7f\x7fcd\x7f e\r", "xyz\x15a\n":
+            chat.type(text)
+            chat.expect("Text: ")
+        chat.type("\x04")  # Ctrl-D
+        assert chat.finish()[0] == 0
+    assert fake.log("tokens") == [ids_of(line), ids_of("ac e"), ids_of("a")]
 
 
 def test_commands_on_the_terminal(fake: Fake) -> None:
@@ -1511,7 +1558,7 @@ def test_real_command_takes_every_option_of_a_completion(real: Fake) -> None:
     words = [word for flag, (_, value) in FLAGS.items() for word in (flag, str(value))]
     request = dict(FLAGS.values()) | {"stop_strings": ["zzz", "\n\n\n"], "stop_token_ids": [7]}
     expected = real_ids(real, {"tokens": ids_of("hello there"), **request})
-    result = real.run(*words, "--stop", "zzz", "--stop", "\n\n\n", "--stop-token", "7", "hello there")
+    result = real.run(*words, "--no-stop-at-eot", "--stop", "zzz", "--stop", "\n\n\n", "--stop-token", "7", "hello there")
     assert (result.returncode, result.stdout.decode()) == (0, TOKENIZER.decode(expected) + "\n")
 
 
@@ -1548,7 +1595,7 @@ def test_real_command_survives_a_full_context(real: Fake, overflow: str | None) 
 def test_real_command_survives_ctrl_c(real: Fake) -> None:
     tokens = real_ids(real, {"tokens": ids_of("hi"), "max_new_tokens": 200})
     first, whole = (TOKENIZER.decode(ids).replace("\n", "\r\n") for ids in (tokens[:1], tokens))
-    with Terminal(real, "-n", "200") as chat:
+    with Terminal(real, "--no-stop-at-eot", "-n", "200") as chat:
         for _ in range(3):  # Ctrl-C comes in the reply, at its end or at the next prompt
             chat.type("hi\n")
             chat.expect("hi\r\n")

@@ -376,3 +376,54 @@ def test_the_commands_of_the_help() -> None:
         "compare",
     }
     assert {"perplexity", "hellaswag", "next", "compare"} <= set(re.findall(r"^ +(\w+)  +\w", done.stdout, re.MULTILINE))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts of every kind
+
+
+def test_a_text_of_another_system_and_bits_per_byte(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = "First Citizen:\nBefore we proceed, café.\n\nAll:\nSpeak.\n"
+    (tmp_path / "lf.txt").write_bytes(text.encode())
+    (tmp_path / "crlf.txt").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    (tmp_path / "two.jsonl").write_text(json.dumps({"text": text}) + "\r\n" + json.dumps({"text": text}))
+    (tmp_path / "two.txt").write_text(f"<|endoftext|>{text}<|endoftext|>{text}")
+    found = [result_of(capsys, "perplexity", str(tmp_path / name), "-m", EMBEDDED_MODEL) for name in ("lf.txt", "crlf.txt")]
+    assert found[0]["loss"] == found[1]["loss"]
+    scored = len(text.encode()) - len(b"First")
+    assert found[0]["bits_per_byte"] == pytest.approx(found[0]["loss"] * found[0]["scored"] / math.log(2) / scored)
+    rows, whole = (
+        result_of(capsys, "perplexity", str(tmp_path / f"two.{kind}"), "-m", EMBEDDED_MODEL) for kind in ("jsonl", "txt")
+    )
+    assert (rows["loss"], rows["tokens"]) == (whole["loss"], whole["tokens"])
+    assert rows["bits_per_byte"] == pytest.approx(rows["loss"] * rows["scored"] / math.log(2) / len((text * 2).encode()))
+    plain = result_of(capsys, "perplexity", str(tmp_path / "two.txt"), "-m", EMBEDDED_MODEL, "--no-special")
+    assert plain["tokens"] == whole["tokens"] + 12
+    assert result_of(capsys, "perplexity", "tokens.bin")["bits_per_byte"] is None  # the vocabulary is unknown
+
+
+def test_rows_of_hellaswag(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = [
+        {"ind": 24, "ctx": "A man", "endings": ["runs.", "sat down on it.", "is", "and"], "label": 1, "activity_label": "x"},
+        {"ctx": "The cat", "endings": ["mat.", "is here."], "label": "0"},
+    ]
+    file = tmp_path / "hellaswag_val.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    encode = Tokenizer().encode
+    with GPT2.load(EMBEDDED_MODEL, threads=1) as model:
+        found = list(evaluate.examples_in(str(file), model))
+    assert found[0] == Example(
+        0, 1, encode("A man"), [encode(f" {text}") for text in ("runs.", "sat down on it.", "is", "and")]
+    )
+    assert (found[1].number, found[1].label) == (1, 0)
+    assert result_of(capsys, "hellaswag", str(file), "-m", EMBEDDED_MODEL)["examples"] == 2
+    for bad, part in (
+        ({"ctx": "a", "endings": ["b", "c"]}, "'label' is None"),
+        ({"ctx": "a", "endings": ["b", "c"], "label": 2}, "'label' is 2"),
+        ({"ctx": "a", "endings": "bc", "label": 0}, "'endings' is 'bc'"),
+        ({"ctx": "", "endings": ["b", "c"], "label": 0}, "'ctx' is empty"),
+        ({"endings": ["b", "c"], "label": 0}, "'ctx' is missing"),
+    ):
+        file.write_text(json.dumps(bad))
+        assert evaluate.main(["hellaswag", str(file), "-m", EMBEDDED_MODEL]) == 2
+        assert part in capsys.readouterr().err

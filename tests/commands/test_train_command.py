@@ -47,6 +47,7 @@ from pygpt import (
 from pygpt.commands.progress import Progress
 from pygpt.commands.train import job, report
 from pygpt.commands.train import main as train
+from pygpt.formats.text import tokens_and_labels
 
 V = 61
 SHAPE = "L=1,NH=2,C=8,maxT=16,V=61"
@@ -608,7 +609,7 @@ def files() -> dict[str, bytes]:
         (["--lr", "1_0"], "--lr: '1_0'"),
         (["--lr", "\u0661"], "--lr: '\u0661'"),
         (["--lr", "nan"], "nan"),
-        (["--schedule", "linear"], "schedule is 'linear'"),
+        (["--schedule", "step"], "schedule is 'step'"),
         (["--warmup", "41"], "warmup is 41"),
         (["--min-lr", "0.5"], "min_lr is 0.5"),
         (["--beta1", "1"], "beta1 is 1.0"),
@@ -964,3 +965,75 @@ def test_commands_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
             job.shape_of(given["shape"])
         if given["data"] is not None:
             job.new({name: value for name, value in given.items() if value is not None})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts of every kind, prompts, the best model
+
+
+def losses_of(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"^step \d+: (?:train|val) loss (\S+)", done.stdout, re.MULTILINE)
+
+
+def test_a_text_of_another_system_gives_the_same_losses(folder: Path) -> None:
+    text = "To be, or not to be.\n\nThat is\nthe question.\n\n" * 20
+    (folder / "lf.txt").write_bytes(text.encode())
+    (folder / "crlf.txt").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"body": text}) + "\r\n" for _ in range(2)))
+    options = ("--shape", TEXT_SHAPE, *BATCH, "-t", "1", "--steps", "3", "--val-fraction", "0.2", "--sample-every", "0")
+    assert losses_of(command("--data", "lf.txt", *options)) == losses_of(command("--data", "crlf.txt", *options))
+    refused = command("--data", "rows.jsonl", *options)
+    assert_refused(refused, "line 1", "'text' is missing", "'body'", "--field")
+    rows = ("--data", "rows.jsonl", "--field", "body", *options)
+    losses_of(command(*rows, "--out", "run.bin"))
+    more = losses_of(command("--resume", "run.state", "--steps", "4"))  # the field is stored
+    assert more == losses_of(command(*rows, "--steps", "4"))[-len(more) :]
+    assert_refused(command("--resume", "run.state", "--field", "text"), "--field is text, but the state has body")
+
+
+def test_prompts_are_masked(folder: Path) -> None:
+    rows = [{"prompt": f"{number} plus one is", "completion": f" {number + 1}"} for number in range(60)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--shape", TEXT_SHAPE, *BATCH, "-t", "1", "--steps", "30", "--lr", "0.02", "--sample-every", "0")
+    found = losses_of(command("--data", "pairs.jsonl", *options, "--val-fraction", "0.2", "--accumulate", "2"))
+    assert float(found[-1]) < float(found[0]) - 1
+    tokens, labels = tokens_and_labels(folder / "pairs.jsonl")
+    with TrainableGPT2.random(Config(maxT=16, V=50257, L=1, NH=2, C=8), seed=1, threads=1) as engine:
+        loader = DataLoader(tokens, 2, 8, labels=labels)
+        wanted = Trainer(engine, loader, TrainingOptions(steps=1, lr=0.02)).step().loss
+    assert losses_of(command("--data", "pairs.jsonl", *options, "--steps", "1")) == [f"{wanted:.6f}"]
+    assert_refused(run("shards", "pairs.jsonl", "-o", "x"), "prompts and completions", "pygpt train --data")
+
+
+def test_the_best_model_is_kept_and_training_stops_early(folder: Path) -> None:
+    """A few tokens of a skewed distribution: the model learns the distribution, then the tokens, and validation gets worse."""
+    rng, chances = np.random.default_rng(3), 1 / np.arange(1, V + 1)
+    for name, count in ("train.bin", 65), ("val.bin", 200):
+        shard(folder / name, rng.choice(V, count, p=chances / chances.sum()))
+    options = (*RUN, "--val", "val.bin", "--val-every", "2", "--lr", "0.05", "--save-every", "3")
+    done = command(*options, "--steps", "60", "--patience", "3", "--keep-best", "--out", "run.bin")
+    validated = {int(step): float(loss) for step, loss in re.findall(r"^step (\d+): val loss (\S+)", done.stdout, re.MULTILINE)}
+    best = min(validated, key=lambda step: validated[step])
+    assert max(validated) == best + 6 < 60
+    assert f"stopped early: the validation loss is not below that of step {best}" in done.stderr
+    assert f"run.best.bin is the model of step {best}" in done.stderr
+    assert best > 0
+    assert command(*options, "--steps", str(best), "--out", "short.bin").returncode == 0
+    assert (folder / "run.best.bin").read_bytes() == (folder / "short.bin").read_bytes()
+    with open(folder / "run.state", "rb") as file:
+        assert b'"best": [' in file.read()
+    assert command(*options, "--steps", "60", "--patience", "3", "--keep-best", "--out", "two.bin").returncode == 0
+    again = command("--resume", "two.state")  # it is over: nothing changes
+    assert "stopped early" in again.stderr
+    assert TrainingState("two.state").progress.job["best"] == TrainingState("run.state").progress.job["best"]
+    for words in (["--patience", "3"], ["--keep-best"]):
+        assert_refused(command(*RUN, *words), "need validation data")
+    assert_refused(command(*options, "--keep-best", "--out", "run2.bin", "--patience", "0"), "--patience", "'0'")
+    shutil.copy(folder / "run.best.bin", folder / "new.best.bin")
+    assert_refused(command(*options, "--keep-best", "--out", "new.bin"), "new.best.bin", "exists already")
+
+
+def test_a_linear_schedule() -> None:
+    options = TrainingOptions(steps=10, lr=1.0, warmup=2, schedule="linear", min_lr=0.2)
+    assert [options.learning_rate(step) for step in (0, 1, 2, 6, 10, 11)] == pytest.approx([0.5, 1, 1, 0.6, 0.2, 0.2])

@@ -111,7 +111,12 @@ def test_prompts(at: Live, prompt: Any, ids: list[list[int]]) -> None:
         ({"top_k": 4, "min_p": 0.1}, {"top_k": 4, "min_p": 0.1}),
         ({"top_k": -1}, {"temperature": 1.0}),
         ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
-        ({"temperature": 0, "repetition_penalty": 1.5}, {"repetition_penalty": 1.5, "top_k": 1}),
+        ({"temperature": 0, "repetition_penalty": 1.5}, {"sampler": "greedy", "repetition_penalty": 1.5}),
+        (
+            {"frequency_penalty": 0.5, "presence_penalty": -1},
+            {"frequency_penalty": 0.5, "presence_penalty": -1, "temperature": 1},
+        ),
+        ({"temperature": 0, "logit_bias": {"11": 100}}, {"sampler": "greedy", "logit_bias": {11: 100}}),
         ({"sampler": "median"}, {"sampler": "median"}),
         ({"sampler": "median", "temperature": 1, "top_p": 1.0, "frequency_penalty": 0}, {"sampler": "median"}),
         ({"user": "u", "n": 1, "best_of": 1, "logit_bias": {}, "stop": [], "suffix": None}, {"temperature": 1.0}),

@@ -51,7 +51,7 @@ SHORTER = {
 QUESTIONS = {
     "How do I run my own checkpoint?": ("docs/guides/models.md", "Run your own checkpoint"),
     "Why do I get other text than in transformers?": ("docs/guides/sampling.md", "Why the text differs from transformers"),
-    "How do I use it from my web app?": ("docs/guides/embedding-in-an-application.md", "asyncio.to_thread"),
+    "How do I use it from my web app?": ("docs/guides/embedding-in-an-application.md", "agenerate()"),
     "How fast is it on my machine?": ("docs/explanation/performance.md", "Measure your machine"),
     "How do I add a kernel?": ("docs/contributing.md", "Add a kernel"),
 }

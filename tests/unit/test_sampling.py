@@ -24,14 +24,14 @@ from pygpt.generation.sampling import Sampler
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 fuzz = settings(deadline=None, max_examples=300, derandomize=True, database=None)
 
 
-def weights(logits: Any, seen: bytes | None = None, **options: Any) -> Float64:
+def weights(logits: Any, **options: Any) -> Float64:
     """Return the kernel's weights of one row, as probabilities."""
     row = np.array([logits], np.float32)
-    found = sample_weights(row.data, 0, seen=seen, **{**PLAIN, **options})
+    found = sample_weights(row.data, 0, **{**PLAIN, **options})
     assert found is not None
     e = np.asarray(found)[0].astype(np.float64)
     assert e.max() == 1  # the most probable id always remains
@@ -41,13 +41,11 @@ def weights(logits: Any, seen: bytes | None = None, **options: Any) -> Float64:
 
 def expected(
     logits: Float32,
-    seen: bytes | None = None,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
 ) -> tuple[Float64, float]:
     """Return the probabilities after the filters, as transformers applies them one after another, in float64; and the margin.
 
@@ -55,9 +53,6 @@ def expected(
     """
     margin = 1.0
     x = logits.astype(np.float64)
-    if seen is not None:
-        penalised = np.where(x < 0, x * repetition_penalty, x / repetition_penalty)
-        x = np.where(np.frombuffer(seen, np.uint8) != 0, penalised, x).astype(np.float32).astype(np.float64)
     order = sorted(range(len(x)), key=lambda i: (-x[i], -i))
     kept = np.isfinite(x)
     if top_k:
@@ -158,7 +153,6 @@ option_sets = st.fixed_dictionaries(
         "top_k": st.sampled_from([0, 1, 2, 3, 10, 10**9]),
         "top_p": shares,
         "min_p": shares,
-        "repetition_penalty": st.sampled_from([0.5, 1.0, 1.1, 2.0]),
     }
 )
 rows = st.lists(
@@ -167,13 +161,12 @@ rows = st.lists(
 
 
 @fuzz
-@given(values=rows, options=option_sets, data=st.data())
-def test_options_against_float64(values: list[float], options: dict[str, Any], data: st.DataObject) -> None:
+@given(values=rows, options=option_sets)
+def test_options_against_float64(values: list[float], options: dict[str, Any]) -> None:
     logits = np.array(values, np.float32)
-    seen = bytes(data.draw(st.lists(st.integers(0, 1), min_size=len(values), max_size=len(values))))
-    wanted, margin = expected(logits, seen, **options)
+    wanted, margin = expected(logits, **options)
     assume(margin > 1e-6)
-    found = weights(logits, seen, **options)
+    found = weights(logits, **options)
     visible = wanted > 1e-30  # float32 exponentials end at 1e-45
     assert (found[visible] > 0).all()
     assert not found[wanted == 0].any()
@@ -226,20 +219,11 @@ def test_top_p_counts_the_ids_that_top_k_keeps() -> None:
     assert np.flatnonzero(weights(logits[[0, 1, 3, 4]], top_p=0.55, top_k=2)).tolist() == [0]
 
 
-def test_repetition_penalty_by_hand() -> None:
-    logits = np.array([2.0, -2.0, 2.0, -2.0, 0.0], np.float32)
-    found = weights(logits, bytes([1, 1, 0, 0, 1]), repetition_penalty=2.0)
-    np.testing.assert_allclose(found, oracle.softmax(np.array([1.0, -4.0, 2.0, -2.0, 0.0])), rtol=1e-6)
-    extreme = weights([3.0, 2.0, 1.0], bytes([1, 1, 0]), repetition_penalty=1e-300)  # both become the largest float32
-    assert extreme.tolist() == [0.5, 0.5, 0.0]
-    np.testing.assert_allclose(weights([3.0, 2.0], bytes([1, 0]), repetition_penalty=1e300), oracle.softmax(np.array([0.0, 2])))
-
-
 @pytest.mark.parametrize("bad", [[math.nan], [0.0, math.nan], [math.inf, 0.0], [-math.inf], []])
 def test_not_finite(bad: list[float]) -> None:
     row = np.array([bad], np.float32)
     with pytest.raises(NumericalError, match="not finite"):
-        Sampler("sample").choose(row.data, 0, 1, 0, 0, None)
+        Sampler("sample").choose(row.data, 0, 1, 0, 0)
     if bad:
         with pytest.raises(NumericalError, match="not finite"):
             token_info(row.data, 0, 0, 1)
@@ -247,8 +231,6 @@ def test_not_finite(bad: list[float]) -> None:
 
 def test_kernels_refuse_wrong_sizes() -> None:
     row = np.zeros((1, 3), np.float32)
-    with pytest.raises(ValueError, match="2 marks for 3 ids"):
-        sample_weights(row.data, 0, seen=b"\0\0", **PLAIN)
     for number in (-1, 1):
         with pytest.raises(IndexError):
             sample_weights(row.data, number, **PLAIN)
@@ -279,8 +261,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"top_k": 7},
     {"top_p": 0.8},
     {"min_p": 0.1},
-    {"repetition_penalty": 1.7},
-    {"temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    {"temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.02},
 ]
 
 
@@ -288,12 +269,10 @@ SETTINGS: list[dict[str, Any]] = [
 def test_draws_follow_the_exact_probabilities(options: dict[str, Any]) -> None:
     """Draw along the steps of one stream, and along streams at one step. Another distribution would fail."""
     logits = (2 * np.random.default_rng(8).standard_normal((1, 90))).astype(np.float32)
-    seen = bytearray(np.arange(90) % 3 == 0)
     sampler = Sampler("sample", **options)
-    exact, _ = expected(logits[0], bytes(seen), **options)
-    marks = seen if sampler.looks_back else None
+    exact, _ = expected(logits[0], **options)
     for stream, step in ((0, 1), (1, 0)):
-        drawn = [sampler.choose(logits.data, 0, 5, n * stream, n * step, marks) for n in range(20_000)]
+        drawn = [sampler.choose(logits.data, 0, 5, n * stream, n * step) for n in range(20_000)]
         counts = np.bincount(drawn, minlength=90)
         assert_fits(counts, exact)
         other, _ = expected(logits[0]) if options else expected(logits[0], temperature=1.1)
@@ -307,9 +286,7 @@ def test_recorded_draws() -> None:
     """The same seed gives the same tokens on every machine."""
     logits = (np.arange(1000) * 7919 % 1009 / 128 - 4).astype(np.float32)[None]  # exact in float32
     ways: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_k": 50}, {"top_p": 0.5}, {"min_p": 0.2, "temperature": 3}]
-    found = [
-        Sampler("sample", **options).choose(logits.data, 0, 2**64 - 1, 3, step, None) for options in ways for step in range(5)
-    ]
+    found = [Sampler("sample", **options).choose(logits.data, 0, 2**64 - 1, 3, step) for options in ways for step in range(5)]
     assert found == RECORDED
 
 
@@ -385,7 +362,10 @@ def test_logarithm(V: int) -> None:
         ({"top_k": 0}, "sample"),
         ({"top_p": 1}, "sample"),
         ({"min_p": 0}, "sample"),
-        ({"repetition_penalty": 1}, "sample"),
+        ({"temperature": 0}, "greedy"),
+        ({"temperature": -0.0, "name": "sample", "top_p": 0.5, "seed": 3}, "greedy"),
+        ({"temperature": np.float32(0), "do_sample": True}, "greedy"),
+        ({"temperature": 0.0, "name": "greedy"}, "greedy"),
         ({"seed": 0}, "sample"),
         ({"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": np.uint64(2**64 - 1)}, "sample"),
     ],
@@ -409,9 +389,7 @@ def test_options_select_the_sampler(options: dict[str, Any], name: str) -> None:
         ({"name": "greedy", "top_k": 0}, "top_k is an option"),
         ({"name": "greedy", "top_p": 1.0}, "top_p is an option"),
         ({"name": "greedy", "min_p": 0}, "min_p is an option"),
-        ({"name": "greedy", "repetition_penalty": 1.2}, "repetition_penalty is an option"),
-        ({"temperature": 0}, "temperature is 0: it must be a finite number above 0; .* sampler greedy"),
-        ({"temperature": 0.0}, "sampler greedy"),
+        ({"name": "median", "temperature": 0}, "temperature is an option of sampler sample, and the sampler is median"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
@@ -431,10 +409,6 @@ def test_options_select_the_sampler(options: dict[str, Any], name: str) -> None:
         ({"min_p": -1e-9}, "min_p is -1e-09"),
         ({"min_p": 2}, "min_p is 2"),
         ({"min_p": math.nan}, "min_p is nan"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be a finite number above 0"),
-        ({"repetition_penalty": -1.5}, "repetition_penalty is -1.5"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
-        ({"repetition_penalty": math.nan}, "repetition_penalty is nan"),
         ({"seed": -1}, r"seed is -1: it must be a whole number, from 0 to 2\^64 - 1; leave it out for a random one"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"seed": 1.0}, "seed is 1.0"),

@@ -101,7 +101,7 @@ def test_defaults_are_those_of_llm_c() -> None:
         ("accumulate", 0, "1 to 1000000"),
         ("warmup", 41, "0 to 40"),
         ("warmup", -1, "-1"),
-        ("schedule", "linear", "constant, cosine"),
+        ("schedule", "step", "constant, cosine, linear"),
         ("decay_matrices_only", 1, "True or False"),
     ],
 )

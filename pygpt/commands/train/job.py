@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import glob
+import math
 import os
 import re
 import shutil
@@ -14,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import Config
-from ...errors import DataError, InputError, PyGPTError, is_whole, shown
+from ...errors import DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.shards import read_tokens
-from ...formats.text import read_text, tokens_of_text
+from ...formats.text import joined, tokens_and_labels
 from ...training.data import DataLoader, split
 from ...training.options import TrainingOptions
 from ...training.state import TrainingState
@@ -41,11 +42,23 @@ WHOLE = {
     "sample_every": (0, MOST),
     "sample_tokens": (1, MOST),
     "save_every": (0, MOST),
+    "patience": (1, MOST),
     "version": (3, 5),
 }
+BEST = "best"  # the field of a training state with the best validation loss and its step
 SHARD = ".bin"  # data files with another ending are text
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
-FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle")  # the stored position in the data depends on these
+Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # shards, or tokens; labels or None
+FIXED = (
+    "val_tokens",
+    "val_fraction",
+    "B",
+    "T",
+    "seed",
+    "shuffle",
+    "field",
+    "no_special",
+)  # the stored position in the data depends on these
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -67,12 +80,16 @@ class Job:
     T: int = 64
     seed: int = 1
     shuffle: bool = False
+    field: str | None = None
+    no_special: bool = False
     reference: bool = False
     val_every: int = 10
     val_batches: int = 5
     sample_every: int = 20
     sample_tokens: int = 64
     save_every: int = 100
+    keep_best: bool = False
+    patience: int | None = None
     version: int = 3
     log: str | None = None
     plot: str | None = None
@@ -110,6 +127,8 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
         raise InputError("--data is missing: name a text file, or llm.c's token shards (.bin)")
     if sum(name in given for name in ("val", "val_tokens", "val_fraction")) > 1:
         raise InputError("--val, --val-tokens and --val-fraction exclude each other: give at most one of them")
+    if ("patience" in given or "keep_best" in given) and not {"val", "val_tokens", "val_fraction"} & set(given):
+        raise InputError("--keep-best and --patience need validation data: give --val, --val-tokens or --val-fraction")
     return Job(**_job_part(given)), TrainingOptions(**{name: given[name] for name in OPTIMIZER & set(given)})
 
 
@@ -122,7 +141,7 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
         if name in given:
             raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
     try:
-        job = Job(**state.progress.job)
+        job = Job(**{name: value for name, value in state.progress.job.items() if name != BEST})
     except (TypeError, InputError):
         raise InputError(f"{state.path}: pygpt train did not write this state: read it with Trainer.restore()") from None
     part, old = _job_part(given), vars(job)
@@ -189,25 +208,29 @@ def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
     """
     seed = job.seed if job.shuffle else None
     if job.val_tokens is None and job.val_fraction is None:
-        train = _loader(job, job.data, _source(job.data, V), V, seed=seed)
-        return train, None if job.val is None else _validation(job, job.val, _source(job.val, V), V)
-    tokens = _source(job.data, V)
+        train = _loader(job, job.data, _source(job, job.data, V), V, seed=seed)
+        return train, None if job.val is None else _validation(job, job.val, _source(job, job.val, V), V)
+    tokens, labels = _source(job, job.data, V)
     if isinstance(tokens, list):
         if len(tokens) > 1:
             raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name a shard for validation with --val")
         tokens = read_tokens(tokens[0], V=V)
-    left, right = split(tokens, val_tokens=job.val_tokens, val_fraction=job.val_fraction)
-    return _loader(job, job.data, left, V, seed=seed), _validation(job, job.data, right, V)
+    sizes: dict[str, Any] = {"val_tokens": job.val_tokens, "val_fraction": job.val_fraction}
+    left, right = split(tokens, **sizes)
+    left_labels, right_labels = (None, None) if labels is None else split(labels, **sizes)
+    train = _loader(job, job.data, (left, left_labels), V, seed=seed)
+    return train, _validation(job, job.data, (right, right_labels), V)
 
 
-def _loader(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int, seed: int | None = None) -> DataLoader:
+def _loader(job: Job, name: str, source: Source, V: int, seed: int | None = None) -> DataLoader:
+    tokens, labels = source
     try:
-        return DataLoader(source, job.B, job.T, shuffle_seed=seed, V=V)
+        return DataLoader(tokens, job.B, job.T, shuffle_seed=seed, V=V, labels=labels)
     except DataError as error:
-        raise DataError(f"{name}: {error}" if isinstance(source, np.ndarray) else str(error)) from None  # names a shard already
+        raise DataError(f"{name}: {error}" if isinstance(tokens, np.ndarray) else str(error)) from None  # names a shard already
 
 
-def _validation(job: Job, name: str, source: "list[str] | npt.NDArray[Any]", V: int) -> DataLoader:
+def _validation(job: Job, name: str, source: Source, V: int) -> DataLoader:
     try:
         return _loader(job, name, source, V)  # not shuffled: every evaluation uses the same batches
     except DataError as error:
@@ -222,14 +245,14 @@ def check_text(path: str) -> None:
         raise DataError(f"{path}: not a regular file: save it as a file first, so that --resume can read the text again")
 
 
-def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
-    """Return the shards that a file name or pattern matches, as a list of names; or, for text files, their tokens."""
+def _source(job: Job, pattern: str, V: int) -> Source:
+    """Return the shards that a file name or pattern matches, as a list of names; or, for text files, tokens and labels."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
         raise DataError(f"{pattern!r}: not a file, and not a pattern that matches files: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
-        return shards
+        return shards, None
     for name in names:
         check_text(name)
     if shards:
@@ -238,7 +261,11 @@ def _source(pattern: str, V: int) -> "list[str] | npt.NDArray[np.uint16]":
         raise InputError(
             f"{names[0]}: text becomes tokens with {GPT2_V} ids, but the model has V = {V}: train on token shards (.bin)"
         )
-    return np.concatenate([tokens_of_text(read_text(name)) for name in names])
+    parts = [tokens_and_labels(name, job.field, allow_special=not job.no_special) for name in names]
+    tokens = joined([part for part, _ in parts])
+    if all(labels is None for _, labels in parts):
+        return tokens, None
+    return tokens, np.concatenate([part.astype(np.int32) if labels is None else labels for part, labels in parts])
 
 
 # ------------------------------------------------------------------------------------------------ output files
@@ -249,6 +276,11 @@ class Output(NamedTuple):
 
     model: str
     state: str
+
+    @property
+    def best(self) -> str:
+        """The file of the model with the best validation loss."""
+        return f"{self.model.removesuffix(SHARD)}.best{SHARD}"
 
     @classmethod
     def named(cls, name: str) -> "Output":
@@ -267,11 +299,24 @@ class Output(NamedTuple):
         return cls.named(stem[1])
 
 
+def best_of(state: TrainingState | None) -> tuple[float, int] | None:
+    """Return the best validation loss of a state's run, and its step; None if there is none."""
+    found = None if state is None else state.progress.job.get(BEST)
+    if not isinstance(found, list) or len(found) != 2 or not is_whole(found[1], 0, MOST) or not math.isfinite(real(found[0])):
+        return None
+    return float(found[0]), int(found[1])
+
+
 def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
-    model, log, plot = path.removesuffix(".state") + SHARD, state.progress.job.get("log"), state.progress.job.get("plot")
-    return {os.path.realpath(name) for name in (path, f"{path}.1", model, log, *(pictures(plot) if plot else ())) if name}
+    output, log, plot = (
+        Output(path.removesuffix(".state") + SHARD, path),
+        state.progress.job.get("log"),
+        state.progress.job.get("plot"),
+    )
+    names = (*output, f"{path}.1", output.best, log, *(pictures(plot) if plot else ()))
+    return {os.path.realpath(name) for name in names if name}
 
 
 def check_distinct(paths: list[str]) -> None:
@@ -303,10 +348,10 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 
 
-def check_room(output: Output, config: Config, version: int) -> None:
-    """Raise PyGPTError if one state and one model do not fit on the disk."""
+def check_room(output: Output, config: Config, job: Job) -> None:
+    """Raise PyGPTError if the disk has no room for one state and one model, or two models with keep_best."""
     P = config.parameters(padded=True)
-    needed = (3 * 4 + VALUE_BYTES[version]) * P
+    needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * P
     folder = os.path.dirname(os.path.realpath(output.state))
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -53,13 +53,16 @@ from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
 from ..console import HelpFormatter, Parser, say, status_of, whole
+from ..options import add_text_options
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
 from .job import (
+    BEST,
     WHOLE,
     Job,
     Output,
+    best_of,
     check_distinct,
     check_new,
     check_room,
@@ -95,10 +98,15 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FILE", help="training data: UTF-8 text or llm.c's token shards (.bin); a file or a quoted pattern")
+    add(
+        "--data",
+        metavar="FILE",
+        help="training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); a file or a quoted pattern",
+    )
     add("--val", metavar="FILE", help="validation data, in the same forms as --data")
     add("--val-tokens", metavar="N", type=whole(*WHOLE["val_tokens"]), help="validate on the first N tokens of --data instead")
     add("--val-fraction", metavar="F", type=number, help="validate on this last part of --data instead, such as 0.1")
+    add_text_options(add)
     add("-B", metavar="N", type=whole(*WHOLE["B"]), help="sequences in a batch (default 4)")
     add("-T", metavar="N", type=whole(*WHOLE["T"]), help="tokens in a sequence (default 64)")
     add("--shuffle", action="store_true", default=None, help="shuffle the batches, differently in every epoch")
@@ -122,9 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimizer").add_argument
     add("--steps", metavar="N", type=whole(1, 2**31 - 1), help="total number of updates (default 40)")
     add("--lr", metavar="X", type=number, help="learning rate (default 1e-4)")
-    add("--schedule", metavar="NAME", help="constant (default), or cosine, which falls to --min-lr")
+    add("--schedule", metavar="NAME", help="constant (default), or cosine or linear, which fall to --min-lr")
     add("--warmup", metavar="N", type=whole(0, 2**31 - 1), help="raise the learning rate during the first N steps (default 0)")
-    add("--min-lr", metavar="X", type=number, help="final learning rate of the cosine schedule (default 0)")
+    add("--min-lr", metavar="X", type=number, help="final learning rate of the cosine and linear schedules (default 0)")
     add("--beta1", metavar="X", type=number, help="AdamW's decay rate for the mean of gradients (default 0.9)")
     add("--beta2", metavar="X", type=number, help="AdamW's decay rate for the mean of squared gradients (default 0.999)")
     add("--eps", metavar="X", type=number, help="AdamW's term added to the square root (default 1e-8)")
@@ -147,6 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("reports").add_argument
     add("--val-every", metavar="N", type=whole(*WHOLE["val_every"]), help="validate every N steps (default 10)")
+    add("--keep-best", action="store_true", default=None, help="save the model of the best validation as FILE.best.bin")
+    add(
+        "--patience",
+        metavar="N",
+        type=whole(*WHOLE["patience"]),
+        help="stop early after N validations in a row without a better one (default: never)",
+    )
     add("--val-batches", metavar="N", type=whole(*WHOLE["val_batches"]), help="use N batches for each validation (default 5)")
     add(
         "--sample-every",
@@ -275,7 +290,7 @@ def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, 
 
     mine: the files of the resumed run, which it may replace.
     """
-    written = [*(output or ()), *filter(None, [job.log])]
+    written = [*(output or ()), *([output.best] if output and job.keep_best else ()), *filter(None, [job.log])]
     older = [] if output is None else [f"{output.state}.1"]
     pictures = [] if job.plot is None else report.pictures(job.plot)
     drawn = {*pictures, *filter(None, [job.plot])}  # include the name of a folder of pictures
@@ -293,7 +308,7 @@ def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, 
             os.unlink(left)
             say(f"removed {left}, a temporary file of a killed run")
     if output is not None:
-        check_room(output, config, job.version)
+        check_room(output, config, job)
 
 
 def engine_kind(*, reference: bool) -> type[Engine]:
@@ -339,6 +354,7 @@ class Run:
         here = output is not None and state is not None and state.path == os.path.realpath(output.state)
         self.saved = self.begun if here else 0  # number of updates in this run's state on the disk; 0 without a state
         self.saving = False
+        self.best = best_of(state)  # the best validation loss, and its step
 
     def train(self, stop: Stop) -> None:
         """Train until all steps are done or a signal comes. Report, save, and print what was saved."""
@@ -361,6 +377,8 @@ class Run:
             say(f"{ended}; nothing was saved")
         elif stop.signal is None:
             say(f"{ended}; saved {output.model} and {output.state}")
+            if job.keep_best and self.best is not None:
+                say(f"{output.best} is the model of step {self.best[1]}, with the best validation loss {self.best[0]:.6f}")
         else:
             say(f"{ended}; saved; to continue, run: pygpt train --resume {shlex.quote(output.state)}")
 
@@ -370,7 +388,15 @@ class Run:
         last = done >= trainer.options.steps
         if self.validation is not None and (done % job.val_every == 0 or last):
             batches = min(job.val_batches, self.validation.batches)
-            lines.validated(done, trainer.evaluate(self.validation, batches))
+            loss = trainer.evaluate(self.validation, batches)
+            lines.validated(done, loss)
+            if self.best is None or loss < self.best[0]:
+                self.best = loss, done
+                if self.output is not None and job.keep_best:
+                    self.save_model(self.output.best)
+            if job.patience is not None and done - self.best[1] >= job.patience * job.val_every and not last:
+                say(f"stopped early: the validation loss is not below that of step {self.best[1]}")
+                last = True
         if job.sample_every and done and done % job.sample_every == 0:
             with trainer.engine.model() as model:
                 lines.sampled(done, report.sample(model, job.sample_tokens, seed=done))
@@ -383,13 +409,17 @@ class Run:
         if self.output is None:
             return
         self.saving = True
-        self.trainer.save(self.output.state, vars(self.job))
+        self.trainer.save(self.output.state, vars(self.job) | ({BEST: [*self.best]} if self.best else {}))
         self.saved = self.trainer.done
-        try:
-            self.trainer.engine.save(self.output.model, version=self.job.version)
-        except OSError as error:
-            raise PyGPTError(f"{self.output.model}: cannot write the model file: {error.strerror or error}") from error
+        self.save_model(self.output.model)
         self.saving = False
+
+    def save_model(self, path: str) -> None:
+        """Save the model atomically. Raises PyGPTError if writing fails."""
+        try:
+            self.trainer.engine.save(path, version=self.job.version)
+        except OSError as error:
+            raise PyGPTError(f"{path}: cannot write the model file: {error.strerror or error}") from error
 
     def rescue(self, error: Exception) -> None:
         """Save the run after an error if its weights are useful, and print which state exists.
