@@ -64,7 +64,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     kinds = {"/metrics": "text/plain"}
     content = {kinds.get(endpoint.path, "application/json"): {"schema": ANSWERS.get(endpoint.path, {})}}
     if endpoint.path.endswith("/completions"):
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {}}
     summary = (endpoint.handler.__doc__ or "").partition("\n")[0]
     found: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": summary, "content": content}}}
     for status in ERRORS:
