@@ -23,6 +23,8 @@ cdef extern from "micro.h" nogil:
                         const weight_matrix*, ptrdiff_t, ptrdiff_t, const void*) noexcept nogil
         void (*widen)(float*, const weight_matrix*, ptrdiff_t) noexcept nogil
         int (*quantise)(void*, const weight_format*, const weight_matrix*, ptrdiff_t, ptrdiff_t, float*) noexcept nogil
+        int (*probe)(ptrdiff_t) noexcept nogil
+        int probe_operations
 
     ctypedef struct microkernels:
         const char* isa

@@ -1010,6 +1010,16 @@ def probe_fma(Py_ssize_t times) -> float:
     return times * micro.probe_flop if total == total else 0.0
 
 
+def probe_dots(format, Py_ssize_t times) -> float:
+    """Compute integer dot products of a quantised format in registers, without the GIL. Returns the number of operations.
+
+    Raises InputError if `format` is not quantised."""
+    cdef const weight_format* form = quantised_format(format)
+    with nogil:
+        form.probe(times)
+    return <double> times * form.probe_operations
+
+
 def zero(Floats memory not None) -> None:
     """Fill the memory with zeros, so that every page is allocated."""
     memset(memory.data, 0, memory.shape[0] * memory.strides[0])

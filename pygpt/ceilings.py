@@ -3,19 +3,20 @@
 read   bytes per second that all workers read from memory: the best of 1, 2, 4 and 8 streams per worker, with software
        prefetch, from a buffer that is larger than the caches below the last level
 fma    float32 operations per second of fused multiply-add in registers, in the kernels' instruction set
+dots   integer operations per second of a quantised format's dot product in registers, as the kernels compute it
 stream bytes per second of AdamW's memory traffic: four arrays read, three of them written, one addition per value written.
        This is the upper limit for an update of the parameters.
 
-Each number is the median over rounds. The rounds of the three measurements alternate, so a slow minute of a shared machine
-affects all three. Measure the limits in the same run as the kernels.
+Each number is the median over rounds. The rounds of all measurements alternate, so a slow minute of a shared machine
+affects all of them. Measure the limits in the same run as the kernels.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import median
 
-from ._kernels import Floats, probe_fma, probe_read, zero
+from ._kernels import Floats, probe_dots, probe_fma, probe_read, zero
 from .cpus import resolve_threads
 from .pool import ThreadPool
 
@@ -31,16 +32,21 @@ UPDATE_BYTES = 28  # AdamW's traffic per parameter: read parameter, gradient and
 class Ceilings:
     """Measure the limits of `threads` workers: `read_gb_s`, `fma_gflop_s` and, with `stream`, `stream_gb_s`.
 
-    Each is NaN before measure(), and then the median over the rounds of all calls. Keep one object through a benchmark, and
-    call measure() between its parts. Needs `megabytes` of memory until close(), and twice as much with `stream`.
+    dots: names of quantised weight formats, such as "q8_0", whose integer operations are measured, too.
+
+    Each limit is NaN before measure(), and then the median over the rounds of all calls. Keep one object through a benchmark,
+    and call measure() between its parts. Needs `megabytes` of memory until close(), and twice as much with `stream`.
     """
 
-    def __init__(self, threads: int | None = None, *, megabytes: int = 512, stream: bool = False) -> None:
+    def __init__(
+        self, threads: int | None = None, *, megabytes: int = 512, stream: bool = False, dots: Iterable[str] = ()
+    ) -> None:
         self._pool = ThreadPool(resolve_threads(threads))
         self._memory = Floats(megabytes, 1 << 18)
         zero(self._memory)
         self._read: dict[int, list[float]] = {streams: [] for streams in STREAMS}
         self._fma: list[float] = []
+        self._dots: dict[str, list[float]] = {kind: [] for kind in dots}
         self._stream: list[float] = []
         self._streamed = megabytes << 16 if stream else 0  # values in each of four arrays
         self._update = _stream_of(self._streamed, self._pool.nth) if stream else None
@@ -53,6 +59,9 @@ class Ceilings:
             for streams, found in self._read.items():
                 found.append(size / self._seconds(partial(probe_read, self._memory, streams)) / 1e9)
             self._fma.append(nth * probe_fma(1) * FMA_TIMES / self._seconds(lambda i, n: probe_fma(FMA_TIMES)) / 1e9)
+            for kind, rates in self._dots.items():
+                seconds = self._seconds(partial(_probe_dots, kind))
+                rates.append(nth * probe_dots(kind, 1) * FMA_TIMES / seconds / 1e9)
             if self._update is not None:
                 seconds = self._seconds(self._update, before=self._update.begin_stream)
                 self._stream.append(UPDATE_BYTES * self._streamed / seconds / 1e9)
@@ -78,6 +87,12 @@ class Ceilings:
         """The peak rate of fused multiply-add, in 10^9 operations per second."""
         return median(self._fma) if self._fma else float("nan")
 
+    def operations_gop_s(self, format: str) -> float:
+        """Return the peak rate of a weight format's products, in 10^9 operations per second.
+
+        This is the rate of integer operations for a format of `dots`, else fma_gflop_s."""
+        return (median(rates) if rates else float("nan")) if (rates := self._dots.get(format)) is not None else self.fma_gflop_s
+
     @property
     def stream_gb_s(self) -> float:
         """The memory bandwidth of an update, reads and writes together, in 10^9 bytes per second. NaN without `stream`."""
@@ -93,6 +108,10 @@ class Ceilings:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _probe_dots(kind: str, ith: int, nth: int) -> None:
+    probe_dots(kind, FMA_TIMES)
 
 
 def _stream_of(values: int, nth: int) -> "TrainStep":

@@ -86,7 +86,7 @@ class Network(Uncopied):
     """GPT-2's forward pass over the weights of a checkpoint, on `threads` workers.
 
     Threads may share a network: their steps take turns. all_workers: use all workers even if a step is too small to gain from
-    them.
+    them. `stored`: by tensor, its weight format and its bytes, as the kernels read them.
     """
 
     chunk = CHUNK
@@ -95,11 +95,12 @@ class Network(Uncopied):
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         stored = checkpoint.stored()
+        self.stored = {name: (kind, data.nbytes) for name, (kind, data) in stored.items()}
         self._weights = Weights(self.config, stored)
         self._pool = ThreadPool(cpus.resolve_threads(threads))
         self._all_workers = all_workers
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
-        self._value_bytes = sum(data.nbytes for _, data in stored.values()) / self.config.parameters(padded=False)
+        self._value_bytes = sum(size for _, size in self.stored.values()) / self.config.parameters(padded=False)
         self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
 
     @property

@@ -1,9 +1,10 @@
 """Convert a model file to another format. `pygpt convert --help` shows the options.
 
 llm.c's versions 1 and 3 hold float32 (version 3 with padded rows of wte), version 5 holds bfloat16. A Hugging Face model is a
-folder with safetensors of float32, bfloat16 or float16. Conversion to bfloat16 rounds each value to the nearest, ties to even.
-All other conversions are exact; padding becomes zeros. Conversion streams, so memory use stays low. The command refuses to
-convert a file in place, or to the format that it has.
+folder with safetensors of float32, bfloat16 or float16. A .gguf file, or a .safetensors file of `pygpt quantize`, may also be
+quantised. Conversion to bfloat16 rounds each value to the nearest, ties to even. All other conversions are exact; padding
+becomes zeros. Conversion streams, so memory use stays low. The command refuses to convert a file in place, or to the format
+that it has.
 
 stdout stays empty. Exit status: 0 with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
 After a failure, an older DST is unchanged, and an incomplete new file is removed.
@@ -16,9 +17,16 @@ from collections.abc import Sequence
 
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError, is_whole
-from ..formats.checkpoint import FORMATS, Checkpoint, StreamedCheckpoint, file_bytes, write_checkpoint
+from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
+from ..formats.dtypes import FLOAT32, Format
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, pickle_error, write_model
+from ..formats.open import open_source
 from .console import HelpFormatter, Parser, say, status_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..formats.open import Source
+    from ..formats.panels import ModelFile
 
 EXAMPLES = """\
 examples:
@@ -27,6 +35,7 @@ examples:
   pygpt convert --version 1 gpt2_124M.bin gpt2_unpadded.bin   for programs that read only version 1
   pygpt convert gpt2_124M.bin gpt2-hf/                        to a folder for Hugging Face transformers
   pygpt convert gpt2-hf/ gpt2.bin                             from such a folder
+  pygpt convert gpt2_q8.gguf gpt2_from_q8.bin                 from a GGUF file: the same values as float32
 """
 
 DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
@@ -44,21 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pygpt convert",
         usage="pygpt convert [options] SRC DST",
-        description="Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors).\n"
-        "Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even.",
+        description="Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors),\n"
+        "or from a GGUF file. Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", help="a .bin file, a folder of a Hugging Face model, or a .safetensors file")
+    parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
     parser.add_argument(
         "target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end"
     )
     parser.add_argument(
         "--version",
         metavar="N",
-        help="version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; from Hugging Face, the version that keeps "
-        "all values exact)",
+        help="version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; from others, the version that keeps all "
+        "values exact)",
     )
     parser.add_argument(
         "--heads", metavar="N", help="number of attention heads, for a .safetensors file without a config.json in its folder"
@@ -92,10 +101,10 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
     with open_model(source, heads) as model:
         before = describe(source, model)
         if target.endswith(FOLDER):
-            if not isinstance(model, Checkpoint) or version is not None:
+            if isinstance(model, HuggingFaceModel) or version is not None:
                 raise InputError(f"{target}: to write a Hugging Face folder, give a .bin file as SRC, and leave out --version")
             check_folder(target)
-            write_model(os.path.realpath(target), model)
+            write_model(os.path.realpath(target), model, plain_format(model))
         else:
             version = default_version(model) if version is None else version
             if isinstance(model, Checkpoint) and version == model.version:
@@ -107,27 +116,34 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
         return f"{before} -> {describe(target, written)}{notice and f'; {notice}'}"
 
 
-def open_model(source: str, heads: int | None) -> Checkpoint | HuggingFaceModel:
-    """Open SRC as a .bin file or a Hugging Face model. Raises CheckpointError if it is neither."""
-    if os.path.isdir(source) or source.endswith(".safetensors"):
-        return HuggingFaceModel.open(source, heads=heads)
+def open_model(source: str, heads: int | None) -> "Source":
+    """Open SRC. Raises CheckpointError if it is not a model, InputError for `heads` with another than a Hugging Face model."""
     if heads is not None:
-        raise InputError(f"{source}: a .bin file contains its number of heads: leave out --heads")
+        if os.path.isdir(source) or source.endswith(".safetensors"):
+            return HuggingFaceModel.open(source, heads=heads)
+        raise InputError(f"{source}: a .bin or .gguf file contains its number of heads: leave out --heads")
     if os.path.isfile(source) and os.access(source, os.R_OK):
         with open(source, "rb") as file:
             if file.read(4).startswith(PICKLES):
                 raise pickle_error(source)
-    return StreamedCheckpoint(source)
+    return open_source(source)
 
 
-def default_version(model: Checkpoint | HuggingFaceModel) -> int:
-    """Return the target version if --version is not given. For a Hugging Face model, it keeps every value exactly."""
+def default_version(model: "Source") -> int:
+    """Return the target version if --version is not given. For another model than a .bin file, it keeps every value exactly."""
     if isinstance(model, Checkpoint):
         return DEFAULTS[model.version]
-    return 5 if model.dtype == "bfloat16" else 3
+    kind = model.dtype if isinstance(model, HuggingFaceModel) else plain_format(model).name
+    return 5 if kind == "bfloat16" else 3
 
 
-def write_bin(target: str, model: Checkpoint | HuggingFaceModel, version: int) -> None:
+def plain_format(model: "Checkpoint | ModelFile") -> Format:
+    """Return the format of all tensors if it is one of single values, else float32, which holds all values exactly."""
+    formats = [model.format] if isinstance(model, Checkpoint) else [*model.formats.values()]
+    return formats[0] if all(kind == formats[0] and kind.block_values == 1 for kind in formats) else FLOAT32
+
+
+def write_bin(target: str, model: "Source", version: int) -> None:
     """Write the model as a .bin file. Raises PyGPTError if writing fails."""
     tensors = {name: model.pieces(name) for name, _, _, _ in model.config.tensors(padded=False)}
     try:
@@ -166,9 +182,9 @@ def check_parent(target: str) -> None:
         raise InputError(f"{target}: the folder {folder} does not exist: make it first")
 
 
-def describe(path: str, model: Checkpoint | HuggingFaceModel) -> str:
+def describe(path: str, model: "Source") -> str:
     """Return a short description of a model: path, version, format, size."""
     if isinstance(model, HuggingFaceModel):
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
-    size = file_bytes(model.config, model.version)
-    return f"{path} (version {model.version}, {model.format.name}, {size} bytes)"
+    version = f"version {model.version}, " if isinstance(model, Checkpoint) else ""
+    return f"{path} ({version}{model.format.name}, {os.path.getsize(path)} bytes)"

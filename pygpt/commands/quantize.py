@@ -24,7 +24,7 @@ from ..formats.huggingface import HuggingFaceModel
 from ..formats.open import blocks_of, open_source
 from ..formats.panels import ModelFile, formats_of, write_panels
 from .console import HelpFormatter, Parser, say, status_of
-from .convert import check_parent
+from .convert import check_parent, describe
 from .progress import Progress
 
 TYPE_CHECKING = False
@@ -140,10 +140,3 @@ def check_target(source: str, target: str) -> None:
         inside = os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target)))
         if inside or (os.path.exists(source) and os.path.samefile(source, target)):
             raise InputError(f"{target}: this file belongs to SRC: give DST another name")
-
-
-def describe(path: str, model: "Source") -> str:
-    """Return a model's path, format and size for the report."""
-    if isinstance(model, HuggingFaceModel):
-        return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
-    return f"{path} ({model.format.name}, {os.path.getsize(path)} bytes)"

@@ -15,6 +15,18 @@
 #define PYGPT_MICRO_H
 #include <stddef.h>
 
+/* Loops whose count is a constant after inlining: unrolled completely, so that arrays of sums become registers. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_ALL(most) UNROLL
+#define HERE(x) __asm__("" : "+r"(x))
+#else
+#define HERE(x) (void)0
+#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_ALL(most) UNROLL_UP_TO(GCC unroll most)
+#define UNROLL_UP_TO(text) _Pragma(#text)
+#endif
+
 typedef struct { /* one step of AdamW; corrections are 1 / (1 - beta^step) */
     float lr, beta1, beta2, rest1, rest2, over_correction1, over_correction2, eps, decay, gradient_scale;
 } adamw_numbers;
@@ -56,6 +68,11 @@ struct weight_format {
      * (rows of a group) x (K rounded up to 32, and 16) float32 values. Return whether the format can represent every number: a
      * number must be finite, and not too large for a scale. NULL for unquantised formats. */
     int (*quantise)(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start, ptrdiff_t stop, float *room);
+
+    /* Probe of the machine's limit for formats of integer products, else NULL: the integer dot product alone, in registers,
+     * probe_operations each time. */
+    int (*probe)(ptrdiff_t times);
+    int probe_operations;
 };
 
 typedef struct {

@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #define W 8
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
+#define WIDE(p) ((uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#define MAX(a, b) ((vec)_mm256_max_ps((a), (b)))
 #define FUSED 1
 #define SQRT(a) ((vec)_mm256_sqrt_ps(a))
 #define MR 3

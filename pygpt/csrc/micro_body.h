@@ -1,5 +1,6 @@
 /* The one source of the microkernels. A file that includes it first defines:
  *   W          floats in one register (16, 8 or 4)
+ *   MAX(a,b)   a where a > b, else b, and WIDE(p), W uint16 from p on as uint32: defined if one instruction does it
  *   FMA(a,b,c) a * b + c               FUSED       1 if FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that gemm reads side by side for one row
  *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
@@ -17,7 +18,6 @@
 #define NOINLINE static __attribute__((noinline)) /* if inlined, the function's sums would spill */
 #define LANES 16
 #define NV (LANES / W)
-#define UNROLL _Pragma("GCC unroll 16")
 
 typedef float vec __attribute__((vector_size(W * 4)));
 typedef float vec_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -34,6 +34,13 @@ typedef double double_vec __attribute__((vector_size(W * 4)));
 typedef int64_t long_vec __attribute__((vector_size(W * 4)));
 typedef uint64_t ulong_vec __attribute__((vector_size(W * 4)));
 typedef float vec4 __attribute__((vector_size(16)));
+
+#ifndef WIDE
+#define WIDE(p) __builtin_convertvector(*(const hvec_unaligned *)(p), uvec)
+#endif
+#ifndef MAX
+#define MAX(a, b) choose((a) > (b), (a), (b))
+#endif
 
 /* ---------------------------------------------------------------------------------------- 16 lanes */
 
@@ -77,7 +84,7 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
  * of the format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
 #define EACH_FORMAT(f)                                                \
     f(float32, 4, *(const vec_unaligned *)((const float *)w + i))     \
-    f(bfloat16, 2, (vec)(__builtin_convertvector(*(const hvec_unaligned *)((const uint16_t *)w + i), uvec) << 16))
+    f(bfloat16, 2, (vec)(WIDE((const uint16_t *)w + i) << 16))
 
 #define KIND(name, bytes, load) KIND_##name,
 enum { EACH_FORMAT(KIND) }; /* constants: the compiler inlines a function once for each format */
@@ -138,7 +145,7 @@ INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) 
 
 /* a where a > b, else b. So a NaN in a gives b. */
 INLINE lanes max16(lanes a, lanes b) {
-    UNROLL for (int h = 0; h < NV; h++) a.v[h] = choose(a.v[h] > b.v[h], a.v[h], b.v[h]);
+    UNROLL for (int h = 0; h < NV; h++) a.v[h] = MAX(a.v[h], b.v[h]);
     return a;
 }
 
@@ -243,7 +250,7 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
     const char *wrow[8];
     lanes acc[40];
     UNROLL for (int n = 0; n < outputs; n++) wrow[n] = w + n * wstep * bytes;
-    _Pragma("GCC unroll 40") for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
+    UNROLL_ALL(40) for (int i = 0; i < rows * outputs; i++) acc[i] = splat(0.0f);
     ptrdiff_t k = 0;
     for (; k + LANES <= K; k += LANES) {
         if ((k / LANES & (next.every - 1)) == next.first)
@@ -255,10 +262,11 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
                 vec a = *(const vec_unaligned *)(inp + r * ldi + k + h * W);
                 UNROLL for (int n = 0; n < outputs; n++)
                     acc[r * outputs + n].v[h] = FMA(a, b[n], acc[r * outputs + n].v[h]);
+
             }
         }
     }
-    if (k < K) {
+    if (__builtin_expect(k < K, 0)) { /* so that the sums stay in registers on the way past its calls */
         lanes b[8];
         UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, kind);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -266,12 +274,15 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
             UNROLL for (int n = 0; n < outputs; n++) acc[r * outputs + n] = fma16(a, b[n], acc[r * outputs + n]);
         }
     }
+    HERE(ldo);
+    HERE(ostep);
 #define OUT(i) out[(i) / outputs * ldo + (i) % outputs * ostep]
-    _Pragma("GCC unroll 10") for (int i = 0; i + 4 <= rows * outputs; i += 4) {
+    UNROLL_ALL(10) for (int i = 0; i + 4 <= rows * outputs; i += 4) {
         vec4 four = fold_four(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
         OUT(i) = four[0], OUT(i + 1) = four[1], OUT(i + 2) = four[2], OUT(i + 3) = four[3];
     }
-    UNROLL for (int i = rows * outputs / 4 * 4; i < rows * outputs; i++) OUT(i) = fold(acc[i]);
+    UNROLL_ALL(40) for (int i = 0; i < rows * outputs; i++)
+        if (i >= rows * outputs / 4 * 4) OUT(i) = fold(acc[i]);
 #undef OUT
 }
 
@@ -319,7 +330,6 @@ INLINE void gemm_of(const int streams, const int tallest, float *out, ptrdiff_t 
 #define NARROW 64            /* for at most so many rows, packing the weights costs more than it saves */
 #define OUTER_STEPS 256      /* packed panels hold so many steps of k ... */
 #define OUTER_PANELS 16      /* ... and so many panels: OUTER_STEPS * OUTER_PANELS * PANEL values stay in the second-level cache */
-
 
 typedef struct {
     lanes v[TILE_ROWS][TILE_VECS];
@@ -678,6 +688,8 @@ static float softmax(float *s, ptrdiff_t T, float scale, float *max_of) {
     return fold(acc);
 }
 
+#define MIX_AHEAD 1024 /* values: what one row reads of the values comes from memory */
+
 INLINE void mix_tile(const int rows, const int vecs, float *acc, const float *p, ptrdiff_t ldp,
                      const float *v, ptrdiff_t HSp, ptrdiff_t t0, ptrdiff_t t1) {
     lanes sum[MIX_ROWS][MIX_VECS];
@@ -685,6 +697,8 @@ INLINE void mix_tile(const int rows, const int vecs, float *acc, const float *p,
         UNROLL for (int c = 0; c < vecs; c++) sum[r][c] = load(acc + r * HSp + c * LANES);
     for (ptrdiff_t t = t0; t < t1; t++) {
         lanes value[MIX_VECS];
+        if (rows == 1)
+            UNROLL for (int c = 0; c < vecs; c++) __builtin_prefetch(v + t * HSp + c * LANES + MIX_AHEAD);
         UNROLL for (int c = 0; c < vecs; c++) value[c] = load(v + t * HSp + c * LANES);
         UNROLL for (int r = 0; r < rows; r++) {
             lanes weight = splat(p[r * ldp + t]);
@@ -790,12 +804,13 @@ static float probe_fma(ptrdiff_t times) {
 
 /* ---------------------------------------------------------------------------------------- the tables */
 
-/* Taller tiles of fewer outputs read a weight row less often; for 4 rows of float32, fewer streams are faster. */
+/* If registers suffice, taller tiles of fewer outputs read a weight row less often. 3 to 5 rows of float32 gain from fewer streams;
+ * 5 long ones leave the first-level cache before their next tile, so 5 outputs at a time are better. */
 #ifdef TALL_TILES
+#define SHORT_ROWS 6400 /* values: half of a first-level cache of 48 KB */
 #define TALL_CASES(id, bytes)                                                                                            \
-        else if (rows == 4 && bytes == 4)                                                                                \
-            gemm_of(4, 4, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);                                \
-        else if (rows == 6 || rows == 11 || rows == 12)                                                                  \
+        else if (rows == 6 || rows == 11 || rows == 12 ||                                                                \
+                 (bytes == 4 && (rows == 3 || rows == 4 || (rows == 5 && 5 * w->K <= SHORT_ROWS))))                      \
             gemm_of(4, 6, out, ldo, inp, ldi, rows, from, stop - start, w->K, KIND_##id);
 #else
 #define TALL_CASES(id, bytes)

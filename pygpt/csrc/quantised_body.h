@@ -29,7 +29,6 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 #define OUTPUTS 16 /* outputs of a panel */
 #define GROUP 32   /* inputs that share a scale */
 #define NV (OUTPUTS / W)
@@ -42,6 +41,8 @@ typedef float vec __attribute__((vector_size(W * 4)));
 typedef float vec_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(W * 4)));
 typedef int32_t ivec_unaligned __attribute__((vector_size(W * 4), aligned(1), may_alias));
+typedef int8_t bytes __attribute__((vector_size(W)));
+typedef int8_t bytes_unaligned __attribute__((vector_size(W), aligned(1), may_alias));
 typedef int32_t int_unaligned __attribute__((aligned(1), may_alias));
 
 enum { Q8 = 8, Q4 = 4 }; /* bits of a weight: a constant, so the compiler inlines each function below once for each */
@@ -71,6 +72,18 @@ INLINE char *row_at(const void *packed, ptrdiff_t r, ptrdiff_t K) {
     return (char *)packed + r / BAND * BAND * ((K + 15) / 16 * 16 * 4) + r % BAND * row_bytes(K);
 }
 
+/* Combine all lanes of x: `other` has the lanes of x `apart` lanes apart. */
+#define QUAD(n, apart) ((n) ^ (apart)), ((n + 1) ^ (apart)), ((n + 2) ^ (apart)), ((n + 3) ^ (apart))
+#if W == 16
+#define TURNED(x, apart) __builtin_shufflevector(x, x, QUAD(0, apart), QUAD(4, apart), QUAD(8, apart), QUAD(12, apart))
+#elif W == 8
+#define TURNED(x, apart) __builtin_shufflevector(x, x, QUAD(0, apart), QUAD(4, apart))
+#else
+#define TURNED(x, apart) __builtin_shufflevector(x, x, QUAD(0, apart))
+#endif
+#define FOLD_STEP(x, apart, combined) if (W > apart) { const ivec other = TURNED(x, (apart & (W - 1))); x = combined; }
+#define FOLD(x, combined) FOLD_STEP(x, 8, combined) FOLD_STEP(x, 4, combined) FOLD_STEP(x, 2, combined) FOLD_STEP(x, 1, combined)
+
 /* Quantise one group of a row. `inp` has 32 values. */
 INLINE void quantise_group(char *values, float *scale, int32_t *sum, const float *inp) {
     const float ROUND = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
@@ -81,8 +94,8 @@ INLINE void quantise_group(char *values, float *scale, int32_t *sum, const float
         const ivec size = (ivec)x[i] & 0x7fffffff; /* compared as integers, magnitudes keep their order, and NaN is the greatest */
         top = (size & (size > top)) | (top & ~(size > top));
     }
-    int32_t bits = top[0];
-    UNROLL for (int l = 1; l < W; l++) bits = top[l] > bits ? top[l] : bits;
+    FOLD(top, (top & (top > other)) | (other & ~(top > other)));
+    const int32_t bits = top[0];
     float max, inverse;
     memcpy(&max, &bits, sizeof max);
     inverse = 127.0f / max;
@@ -93,10 +106,10 @@ INLINE void quantise_group(char *values, float *scale, int32_t *sum, const float
         const vec scaled = inverse == 0.0f ? (vec){0} : x[i] * broadcast(inverse);
         const ivec q = (ivec)(scaled + broadcast(ROUND)) - 0x4b400000;
         total += q;
-        UNROLL for (int l = 0; l < W; l++) values[i * W + l] = (char)q[l];
+        *(bytes_unaligned *)(values + i * W) = __builtin_convertvector(q, bytes);
     }
+    FOLD(total, total + other);
     *sum = total[0];
-    UNROLL for (int l = 1; l < W; l++) *sum += total[l];
 }
 
 static void pack_rows(void *packed, const float *inp, ptrdiff_t ldi, ptrdiff_t rows, ptrdiff_t K) {
@@ -154,7 +167,7 @@ INLINE void tile(const int bits, const int rows, const int panels, const int pre
         weights[p] = values_of(w, panel + p * apart, bits);
         scales[p] = scales_of(w, panel + p * apart, bits);
     }
-    _Pragma("GCC unroll 64") for (int i = 0; i < rows * panels * NV; i++) acc[i] = (vec){0};
+    UNROLL_ALL(64) for (int i = 0; i < rows * panels * NV; i++) acc[i] = (vec){0};
     for (ptrdiff_t g = 0; g < groups; g++) {
         const float *row_scale = (const float *)(row + groups * GROUP) + g;
         if (prefetch)
@@ -250,15 +263,41 @@ INLINE void product(const int bits, float *out, ptrdiff_t ldo, const void *packe
 INLINE void widen(const int bits, float *out, const weight_matrix *w, ptrdiff_t row) {
     const char *values = values_of(w, row / OUTPUTS, bits) + row % OUTPUTS * 4;
     const uint16_t *scales = scales_of(w, row / OUTPUTS, bits) + row % OUTPUTS;
-    for (ptrdiff_t k = 0; k < w->K; k++) {
-        const char byte = values[k / (32 / bits) * (OUTPUTS * 4) + k % 4];
-        const int number = bits == Q8 ? (signed char)byte : (byte >> (k & 4) & 15) - 8;
-        uint16_t scale[W] = {scales[k / GROUP * OUTPUTS]};
-        out[k] = HALVES(scale)[0] * (float)number; /* exact: 11 bits times 8 bits */
+    for (ptrdiff_t k = 0; k < w->K; scales += OUTPUTS) {
+        const uint16_t one[W] = {*scales};
+        const float scale = HALVES(one)[0];
+        for (ptrdiff_t end = least(k + GROUP, w->K); k < end; k++) {
+            const char byte = values[k / (32 / bits) * (OUTPUTS * 4) + k % 4];
+            out[k] = scale * (float)(bits == Q8 ? (signed char)byte : (byte >> (k & 4) & 15) - 8); /* exact: 11 bits times 8 bits */
+        }
     }
 }
 
 #include "quantise.h"
+
+/* ---------------------------------------------------------------------------------------- the machine's own limit */
+
+#define PROBE_CHAINS 12 /* independent sums: more than latency times width of any of these machines */
+#if defined(__x86_64__)
+#define OPAQUE(x) __asm__ volatile("" : "+x"(x)) /* the compiler must compute with x again, even if its value is the same */
+#elif defined(__aarch64__)
+#define OPAQUE(x) __asm__ volatile("" : "+w"(x))
+#else
+#define OPAQUE(x) ((x) ^= 2)
+#endif
+
+INLINE int probe(const int bits, ptrdiff_t times) {
+    ivec sum[PROBE_CHAINS], x = broadcast_int(0x01010101), w = x; /* small, so that no sum overflows */
+    UNROLL for (int i = 0; i < PROBE_CHAINS; i++) sum[i] = broadcast_int(i);
+    for (ptrdiff_t t = 0; t < times; t++)
+        UNROLL for (int i = 0; i < PROBE_CHAINS; i++) {
+            sum[i] = bits == Q8 ? DOT8(sum[i], w, PREPARE(w), x) : DOT4(sum[i], w, x);
+            OPAQUE(x);
+        }
+    int32_t total = 0;
+    UNROLL for (int i = 0; i < PROBE_CHAINS; i++) total ^= sum[i][0];
+    return total;
+}
 
 /* ---------------------------------------------------------------------------------------- the table */
 
@@ -277,12 +316,13 @@ INLINE void widen(const int bits, float *out, const weight_matrix *w, ptrdiff_t 
     static int quantise_##name(void *out, const weight_format *from, const weight_matrix *w, ptrdiff_t start,            \
                                ptrdiff_t stop, float *room) {                                                            \
         return quantise(bits, out, from, w, start, stop, room);                                                          \
-    }
+    }                                                                                                                    \
+    static int probe_##name(ptrdiff_t times) { return probe(bits, times); }
 EACH_QUANTISED(FUNCTIONS)
 #undef FUNCTIONS
 
 #define ROW(id, bits)                                                                                                    \
     {.name = #id, .block_values = GROUP, .value_bytes = GROUP * bits / 8, .scale_bytes = 2, .interleave = OUTPUTS,       \
      .panel = TILE_PANELS * OUTPUTS, .narrow = FEW, .gemm = gemm_##id, .pack_rows = pack_rows, .product = product_##id,  \
-     .widen = widen_##id, .quantise = quantise_##id},
+     .widen = widen_##id, .quantise = quantise_##id, .probe = probe_##id, .probe_operations = 2 * 4 * W * PROBE_CHAINS},
 #define QUANTISED(set) const weight_format quantised_##set[2] = {EACH_QUANTISED(ROW)};

@@ -13,21 +13,24 @@ docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names) and llama-model.cpp
 import os
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
 from ..config import LIMITS, TENSORS, Config
+from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
-from ..tokenizer import END_OF_TEXT, spelled_vocabulary
+from ..pool import ThreadPool
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
-from .panels import MATRICES, QUANTISED, ModelFile, aligned_bytes, layout, stored_size
+from .panels import ALIGNMENT as ALIGNED
+from .panels import MATRICES, QUANTISED, ModelFile, layout, stored_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO
+    from typing import IO, SupportsIndex
 
     from .panels import Blocks
 
@@ -151,11 +154,14 @@ class _Cursor:
 class GGUFFile(ModelFile):
     """An open GGUF file of a gpt2 model. Only the part in use is mapped. Close it, or use `with`.
 
-    Raises CheckpointError if the file is not exactly as pygpt needs it.
+    stored() uses plain floats in place if their layers follow each other in the file; with mmap=False it copies them. It lays
+    quantised tensors out in panels, on so many threads as for GPT2.load(). Raises CheckpointError if the file is
+    not exactly as pygpt needs it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> None:
+        self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
+        self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
         self._file = Windows(self.path, MODEL_KIND, CheckpointError)
         self.size = self._file.size
         try:
@@ -321,24 +327,44 @@ class GGUFFile(ModelFile):
         data = self._file.view(tensor.start + start * row, tensor.start + stop * row)
         return tensor.kind, np.frombuffer(data, tensor.kind.dtype).reshape(stop - start, -1)
 
-    def _stored(self, name: str) -> tuple[str, memoryview]:
-        """Return all layers of a tensor in one array, in panels if the format is quantised."""
+    def stored(self) -> dict[str, tuple[str, memoryview]]:
+        """Map each tensor to (format's name, bytes), as ModelFile.stored() says."""
         from .._kernels import blocks_to_panels
 
+        waiting = self._waiting = []
+        found = super().stored()
+
+        def job(ith: int, nth: int) -> None:
+            for into, kind, blocks, N, K in waiting:
+                blocks_to_panels(into, kind, blocks, 1, N, K, ith, nth)
+
+        if waiting:
+            with ThreadPool(resolve_threads(self._threads)) as pool:
+                pool.run(job)
+        return found
+
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        """All layers of a tensor one after the other. Panels of quantised ones are filled by stored()."""
+        from .._kernels import Floats
+
         layers, N, K = layout(self.config, name)
-        kind = self.formats[name]
-        if any(self._tensors[theirs].kind != kind for theirs in _theirs(name, layers)):
+        kind, parts = self.formats[name], [self._tensors[theirs] for theirs in _theirs(name, layers)]
+        if any(part.kind != kind for part in parts):
             return FLOAT32.name, self.widened(name)
-        out = aligned_bytes(stored_size(self.config, name, kind))
-        step = len(out) // layers
-        for layer in range(layers):
-            _, blocks = self.part(name, layer, 0, N)
-            into, rows = out[layer * step : (layer + 1) * step], blocks.reshape(-1).view("u1")
+        apart = any(one.stop != two.start for one, two in pairwise(parts))
+        if self._mmap and not apart and kind.name not in QUANTISED:
+            return kind.name, self._file.view(parts[0].start, parts[-1].stop)
+        size = stored_size(self.config, name, kind)
+        out = memoryview(Floats(1, -(-size // 4), dense=True)).cast("B")[:size]
+        step = size // layers
+        for layer, part in enumerate(parts):
+            into, content = out[layer * step : (layer + 1) * step], self._file.view(part.start, part.stop)
             if kind.name in QUANTISED:
-                blocks_to_panels(into.data, kind.name, rows.data, 1, N, K, 0, 1)
+                into[-ALIGNED:] = bytes(ALIGNED)  # the padding of the scales
+                self._waiting.append((into, kind.name, content, N, K))
             else:
-                into[:] = rows
-        return kind.name, out.data
+                into[:] = content
+        return kind.name, out
 
     def close(self) -> None:
         """Close the file. Its arrays remain valid. May be called twice."""
@@ -420,6 +446,8 @@ def _vocabulary(V: int) -> list[bytes]:
     """Return the key-value pairs of GPT-2's vocabulary; an empty list if V differs."""
     if V != GPT2_V:
         return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
+    from ..tokenizer import END_OF_TEXT, spelled_vocabulary
+
     ordinary, merges = spelled_vocabulary()
     tokens = [*ordinary, END_OF_TEXT]
     normal, control = 1, 3

@@ -20,7 +20,6 @@ from math import prod
 from ..config import Config
 from ..errors import CheckpointError, InputError, PyGPTError, Uncopied
 from . import dtypes
-from .checkpoint import Checkpoint
 from .files import reason
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 
@@ -30,6 +29,10 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
+
+    from .checkpoint import Checkpoint
+    from .dtypes import Format
+    from .panels import ModelFile
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-2 needs
@@ -205,8 +208,8 @@ class HuggingFaceModel(Uncopied):
         self.close()
 
 
-def write_model(folder: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint as a folder that transformers loads: config.json and model.safetensors in the same weight format.
+def write_model(folder: str, checkpoint: "Checkpoint | ModelFile", kind: "Format") -> None:
+    """Write an open model as a folder that transformers loads: config.json, and model.safetensors in a format of single values.
 
     The folder gets its name only when it is complete. Raises PyGPTError if it cannot be written, and then deletes it.
     """
@@ -217,9 +220,9 @@ def write_model(folder: str, checkpoint: Checkpoint) -> None:
     try:
         os.mkdir(temporary)
         with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="ascii") as text:
-            text.write(json.dumps(settings_of(checkpoint.config, checkpoint.format.name), indent=2) + "\n")
+            text.write(json.dumps(settings_of(checkpoint.config, kind.name), indent=2) + "\n")
         with open(os.path.join(temporary, MODEL_FILE), "xb") as file:
-            dtype = next(dtype for dtype, row in FORMATS.items() if row == checkpoint.format)
+            dtype = next(dtype for dtype, row in FORMATS.items() if row == kind)
             write_safetensors(file, dtype, [(PREFIX + name, shape) for name, shape in shapes.items()], _values(checkpoint))
             file.flush()
             os.fsync(file.fileno())
@@ -230,7 +233,7 @@ def write_model(folder: str, checkpoint: Checkpoint) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _values(checkpoint: Checkpoint) -> "Iterator[npt.NDArray[np.float32]]":
+def _values(checkpoint: "Checkpoint | ModelFile") -> "Iterator[npt.NDArray[np.float32]]":
     """Yield all values in the order of write_model()'s tensors."""
     for name, (_, transposed) in NAMES.items():
         for piece in checkpoint.pieces(name):

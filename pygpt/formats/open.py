@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 GGUF_MAGIC = b"GGUF"
 
 
-def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
+def open_model(path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> "Model":
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
+
+    threads: workers for a file whose values must be laid out in memory, as for GPT2.load().
 
     Raises CheckpointError for a file in another format, and for a Hugging Face model, which must be converted first.
     """
@@ -47,7 +49,7 @@ def open_model(path: str | os.PathLike[str], *, mmap: bool = True) -> "Model":
     if _is_gguf(path):
         from .gguf import GGUFFile
 
-        return GGUFFile(path)
+        return GGUFFile(path, mmap=mmap, threads=threads)
     return Checkpoint(path, mmap=mmap)
 
 
@@ -58,7 +60,7 @@ def open_weights(
 
     Raises what open_model() raises, and InputError for weights that cannot be quantised.
     """
-    model = open_model(path, mmap=mmap)
+    model = open_model(path, mmap=mmap, threads=threads)
     if weights is None:
         return model
     from .quantise import quantised

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ..formats.open import Model
+
 ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction set
 PAGE = 4096  # bytes
 APART = 576  # bytes: the offset in a page at which an array begins grows by this from one array to the next
@@ -96,19 +98,23 @@ class Parameters(Uncopied):
         Raises CheckpointError for a file that is not a model, and for weights that are quantised or not finite. Raises
         InputError for a bad thread count.
         """
-        import numpy as np
-
         with open_floats(find_model(path)[0]) as checkpoint:
             model = cls(checkpoint.config, threads=threads, all_workers=all_workers)
-            for name in model._places:
-                start = 0
-                for rows in checkpoint.pieces(name):
-                    if not np.isfinite(rows).all():
-                        value = rows[~np.isfinite(rows)][0]
-                        raise CheckpointError(f"{checkpoint.path}: {name} has {value}: weights to train must be finite")
-                    model.tensor(name)[start : start + len(rows)] = rows
-                    start += len(rows)
+            model.take(checkpoint)
         return model
+
+    def take(self, checkpoint: "Model") -> None:
+        """Copy the weights of an open model of the same dimensions. Raises CheckpointError for one that is not finite."""
+        import numpy as np
+
+        for name in self._places:
+            start = 0
+            for rows in checkpoint.pieces(name):
+                if not np.isfinite(rows).all():
+                    value = rows[~np.isfinite(rows)][0]
+                    raise CheckpointError(f"{checkpoint.path}: {name} has {value}: weights to train must be finite")
+                self.tensor(name)[start : start + len(rows)] = rows
+                start += len(rows)
 
     @classmethod
     def random(cls, config: Config, *, seed: "SupportsIndex", threads: "SupportsIndex | None" = None) -> "Self":

@@ -20,7 +20,7 @@ from make_checkpoint import make, tensors
 from running import assert_refuses, run
 
 from pygpt import GPT2, Ceilings, KVCache
-from pygpt._kernels import probe_fma
+from pygpt._kernels import probe_dots, probe_fma
 from pygpt.commands.bench import main as bench
 from pygpt.network import Network
 
@@ -122,6 +122,48 @@ def test_limits_are_the_networks(found: list[Result]) -> None:
             assert limit == pytest.approx(100 * read / r["seconds"] / (1e9 * ceiling))
 
 
+@pytest.mark.parametrize(
+    ("target", "options", "weights"),
+    [
+        ("q8.safetensors", [], "file"),
+        ("q4.gguf", ["--format", "q4_0"], "file"),
+        ("f32.gguf", ["--format", "f32"], "file,q4_0"),
+        ("bf16.safetensors", ["--format", "bf16"], "q8_0"),
+    ],
+)
+def test_every_kind_of_model_and_weights(path: Path, tmp_path: Path, target: str, options: list[str], weights: str) -> None:
+    """A limit counts integer operations at the rate of each format, and the bytes of each format."""
+    assert run("quantize", *options, str(path), str(tmp_path / target)).returncode == 0
+    done = bench_run("-m", str(tmp_path / target), "--weights", weights, *SIZES, "-t", "1", "--reference", "-o", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    machine, *results = json.loads(done.stdout)
+    C, L, V = SHAPE["C"], SHAPE["L"], SHAPE["V"]
+    assert machine["model"] == {**SHAPE, "version": None}
+    assert {r["by"] for r in results} == {
+        program if word == "file" else f"{program} {word}" for program in ("pygpt", "reference") for word in weights.split(",")
+    }
+    rates = {kind: found["1"] for kind, found in machine["dot_gop_s"].items()}
+    for r in results:
+        kind = r["by"].partition(" ")[2] or (options[-1] if options else "q8_0")
+        kind = {"f32": "float32", "bf16": "bfloat16"}.get(kind, kind)
+        head = "q8_0" if kind == "q4_0" else kind
+        assert r["weights"] == kind
+        if r["test"] in ("process", "tg8@d2"):
+            assert (r["by"].startswith("reference")) != ("speed_up_over_reference" in r)
+        elif r["test"].startswith("pp"):
+            T, fma = tokens_of(r["test"]), machine["fma_gflop_s"]["1"]
+            least = 24 * T * L * C * C / rates.get(kind, fma) + 2 * V * C / rates.get(head, fma) + 2 * L * C * T * (T + 1) / fma
+            assert r["percent_of_limit"] == pytest.approx(100 * least / r["seconds"] / 1e9)
+        else:
+            depth, _, batch = r["test"].partition("@d")[2].partition("xb")
+            size = {"float32": 4, "bfloat16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
+            vectors = (L * 13 * C + 2 * C) * (2 if kind == "bfloat16" and weights == "file" else 4)
+            read = size[kind] * 12 * L * C * C + size[head] * C * (V if size[head] >= 2 else (V + 15) // 16 * 16) + vectors
+            read = 3 * read + 4 * int(batch or 1) * 2 * L * C * sum(int(depth) + i for i in (1, 2, 3))
+            limit = 100 * read / r["seconds"] / (1e9 * machine["read_gb_s"]["1"])
+            assert r["percent_of_limit"] == pytest.approx(limit, rel=2e-3)  # scales are padded to 64 bytes
+
+
 def test_memory_is_of_a_process_of_its_own(found: list[Result]) -> None:
     for r in found[1:]:
         if r["by"] == "reference" or r["test"] in ("process", "tg8@d2"):
@@ -139,8 +181,9 @@ def test_memory_is_of_a_process_of_its_own(found: list[Result]) -> None:
 
 def test_ceilings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every measurement takes two seconds here, and reading in 4 streams takes one. The fastest counts."""
-    with Ceilings(2, megabytes=3, stream=True) as ceilings:
+    with Ceilings(2, megabytes=3, stream=True, dots=["q4_0"]) as ceilings:
         assert all(math.isnan(rate) for rate in (ceilings.read_gb_s, ceilings.fma_gflop_s, ceilings.stream_gb_s))
+        assert all(math.isnan(ceilings.operations_gop_s(kind)) for kind in ("float32", "q4_0"))
 
         def seconds(job: Any, before: Any = None) -> float:
             return 1.0 if 4 in getattr(job, "args", ()) else 2.0
@@ -149,6 +192,8 @@ def test_ceilings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
         ceilings.measure(2)
         assert ceilings.read_gb_s == pytest.approx(3 * 2**20 / 1e9)
         assert ceilings.fma_gflop_s == pytest.approx(2 * probe_fma(2_000_000) / 2 / 1e9)
+        assert ceilings.operations_gop_s("bfloat16") == ceilings.fma_gflop_s
+        assert ceilings.operations_gop_s("q4_0") == pytest.approx(2 * probe_dots("q4_0", 2_000_000) / 2 / 1e9)
         assert ceilings.stream_gb_s == pytest.approx(7 * 4 * (3 * 2**16) / 2 / 1e9)  # 7 values of 4 bytes for each parameter
 
 
@@ -229,6 +274,8 @@ def test_a_child_that_fails_is_one_line(
         (["-t", "257"], "threads is 257"),
         (["-r", "0"], "'0'"),
         (["-o", "yaml"], "'yaml'"),
+        (["--weights", "file,q5_0"], "'q5_0' is not one of file, q8_0, q4_0"),
+        (["--train", "--weights", "q8_0"], "--weights cannot be used with --train"),
         (["-m", "missing.bin"], "missing.bin: no such model file"),
         (["--against", "nobody"], "'nobody' is not a peer here"),
         (["surplus"], "surplus"),

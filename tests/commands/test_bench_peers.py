@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from make_checkpoint import make
-from running import environment
+from running import environment, run
 
 from pygpt import GPT2
 from pygpt.commands.bench import peers as bench_peers
+from pygpt.formats.gguf import GGUFFile
 from pygpt.hub.find import EMBEDDED_MODEL
 
 CHILD = [sys.executable, "-m", "pygpt.commands.bench.peers"]
@@ -52,6 +53,42 @@ def test_numpy_reads_every_version(tmp_path: Path, version: int) -> None:
     tokens = list(range(118, 130))
     with GPT2.load(path, threads=1) as model, bench_peers.Peer("numpy", path, 1) as peer:
         np.testing.assert_allclose(peer.logits(tokens), model.logits(tokens)[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["q8.gguf", "q8.safetensors"])
+def test_numpy_reads_quantised_models(tmp_path: Path, target: str) -> None:
+    make(tmp_path / "model.bin", L=2, NH=2, C=32, V=130, maxT=12)
+    path = tmp_path / target
+    assert run("quantize", str(tmp_path / "model.bin"), str(path)).returncode == 0
+    with GPT2.load(path, threads=1) as model, bench_peers.Peer("numpy", path, 1) as peer:
+        wanted = model.logits([5, 129])[-1]  # whose activations are rounded to 8 bits
+        np.testing.assert_allclose(peer.logits([5, 129]), wanted, atol=0.02 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("formats", "found"),
+    [
+        ({"float32"}, ["numpy", "llama.cpp"]),
+        ({"q8_0"}, ["llama.cpp-q8_0", "ctranslate2-int8"]),
+        ({"q4_0", "bfloat16"}, ["numpy", "llama.cpp", "llama.cpp-q4_0"]),
+    ],
+)
+def test_all_peers_are_those_of_the_same_formats(formats: set[str], found: list[str]) -> None:
+    names = ["numpy", "llama.cpp", "llama.cpp-q8_0", "llama.cpp-q4_0", "ctranslate2-int8"]
+    assert bench_peers.of_kind(names, formats) == found
+
+
+def test_llama_cpp_gets_the_format_of_its_name(small: Path, tmp_path: Path) -> None:
+    """Of the file's own precision without a format; the smallest model has rows of 8, which fill no block."""
+    done = subprocess.run([*CHILD, "--convert", "llama.cpp", str(small), str(tmp_path)], env=environment())
+    assert done.returncode == 0
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert {kind.name for kind in file.formats.values()} == {"float32"}
+    make(tmp_path / "model.bin", L=1, NH=1, C=32, V=70, maxT=4)
+    command = [*CHILD, "--convert", "llama.cpp-q4_0", str(tmp_path / "model.bin"), str(tmp_path)]
+    assert subprocess.run(command, env=environment()).returncode == 0
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert (file.format.name, file.formats["wte"].name) == ("q4_0", "q8_0")
 
 
 def test_seconds_and_memory_are_plausible(peer: Any) -> None:
@@ -92,7 +129,7 @@ def test_too_many_or_too_few_tokens_are_refused_and_the_peer_goes_on(small: Path
 
 
 def test_wrong_name() -> None:
-    with pytest.raises(RuntimeError, match=r"^'nunpy' is not a peer: it must be one of numpy, torch, .*ctranslate2$"):
+    with pytest.raises(RuntimeError, match=r"^'nunpy' is not a peer: it must be one of numpy, torch, .*ctranslate2-int8$"):
         bench_peers.Peer("nunpy", EMBEDDED_MODEL, 1)
 
 

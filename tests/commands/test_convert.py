@@ -21,12 +21,14 @@ from make_checkpoint import make
 from running import assert_one_line_error, assert_refused, assert_refuses, environment, run
 
 from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
-from pygpt.config import Config
+from pygpt.config import TENSORS, Config
 from pygpt.errors import ClosedError, InputError
 from pygpt.formats import checkpoint, dtypes
 from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
+from pygpt.formats.open import open_model
 
 SMALL = {"L": 2, "NH": 2, "C": 6, "V": 130, "maxT": 5}
+WIDE = {"L": 2, "NH": 2, "C": 32, "V": 70, "maxT": 9}  # rows of whole blocks
 PAIRS = [(1, 3), (1, 5), (3, 1), (3, 5), (5, 1), (5, 3)]
 HEADER_BYTES = 1024
 MB = 1 << 20
@@ -319,15 +321,45 @@ def test_examples_of_the_help_run(folder: Path, capsys: pytest.CaptureFixture[st
     assert leaving.value.code == 0
     assert EXAMPLES in capsys.readouterr().out
     make("gpt2_124M.bin", version=3, **SMALL)
+    make("wide.bin", **WIDE)
+    assert run("quantize", "wide.bin", "gpt2_q8.gguf").returncode == 0
     commands = re.findall(r"^  pygpt convert (.*?)  ", EXAMPLES, re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         assert main(shlex.split(command)) == 0, command
-    assert len(os.listdir()) == 6
+    assert len(os.listdir()) == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors that come in pieces
+
+
+SOURCES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0", "q4_0": "q4_0"}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("ending", [".gguf", ".safetensors"])
+def test_models_of_every_format_are_sources(folder: Path, capsys: pytest.CaptureFixture[str], kind: str, ending: str) -> None:
+    """All values stay exact in float32, and are rounded to bfloat16; a folder has the same values."""
+    make("wide.bin", **WIDE)
+    source = f"model{ending}"
+    assert run("quantize", "--format", kind, "wide.bin", source).returncode == 0
+    with open_model(source) as opened:
+        wanted = {name: np.concatenate(list(opened.pieces(name))) for name, _ in TENSORS}
+    for arguments in (
+        [source, "exact.bin"],
+        ["--version", "5", source, "rounded.bin"],
+        [source, "folder/"],
+        ["folder", "back.bin"],
+    ):
+        assert main(arguments) == 0, capsys.readouterr().err
+    for name, exact in (("exact.bin", True), ("back.bin", True), ("rounded.bin", False)):
+        with Checkpoint(name) as found:
+            assert found.version == (3 if exact else 5)
+            for tensor, values in wanted.items():
+                rounded = values if exact else dtypes.BFLOAT16.to_float32(dtypes.BFLOAT16.from_float32(values))  # type: ignore[misc]
+                assert np.array_equal(found.tensor(tensor), rounded)
+    assert f"{source} ({SOURCES[kind]}, " in capsys.readouterr().err
 
 
 def in_pieces(array: npt.NDArray[np.float32], step: int) -> Iterator[npt.NDArray[np.float32]]:

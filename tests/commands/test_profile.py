@@ -157,9 +157,30 @@ def test_work_is_the_networks(base: Report) -> None:
     assert flop["decode", "logits"] == rounds * 5 * 2 * V * C
     assert flop["prefill", "attention"] == rounds * L * 4 * C * sum(range(1, T + 1))
     assert flop["decode", "attention"] == rounds * L * 4 * C * sum(range(T + 1, T + 6))
-    weights = shape["value_bytes"] * (12 * L * C * C + V * C)
+    weights = 2 * (12 * L * C * C + V * C)
+    assert (shape["weights"], shape["head"]) == ("bfloat16", "bfloat16")
+    assert weights < shape["weight_bytes"] < 1.05 * weights
     products = sum(size["decode", name] for name in ("qkv", "attproj", "fc", "fcproj", "logits")) / (rounds * 5)
     assert weights <= products <= 1.2 * weights
+
+
+@pytest.mark.parametrize(("target", "weights"), [("q4.gguf", None), ("q4.safetensors", None), ("f32.gguf", "q8_0")])
+def test_every_kind_of_model_and_weights(small: str, tmp_path: Path, target: str, weights: str | None) -> None:
+    path = str(tmp_path / target)
+    assert run("quantize", "--format", target.partition(".")[0].replace("q4", "q4_0"), small, path).returncode == 0
+    given = [] if weights is None else ["--weights", weights]
+    job_of = ("-t", "2", "--all-workers", "--skip", "scaling,strategies", "--prompt-length", "40", "-n", "5", "-r", "1")
+    report = report_of("-m", path, *given, *job_of)
+    kind, C, L, V = weights or "q4_0", CONFIG.C, CONFIG.L, CONFIG.V
+    assert (report["model"]["weights"], report["model"]["head"], report["model"]["version"]) == (kind, "q8_0", None)
+    assert all(row["dot_gop_s"].keys() == {kind, "q8_0"} for row in report["ceilings"])
+    assert report["bits"]["same"]
+    size = {(row["mode"], row["name"]): row["bytes"] for row in report["kernels"]}
+    assert size["decode", "fc"] == 5 * L * (4 * C * C * (34 if weights else 18) // 32 + 4 * 5 * C)
+    assert size["decode", "logits"] == 5 * ((V + 15) // 16 * 16 * C * 34 // 32 + 4 * (V + C))
+    assert {row["bound"] for row in report["kernels"] if row["name"] in ("fc", "logits")} <= {"dot", "read"}
+    assert len(report["startup"]) == 6
+    assert f"{kind} weights" in text.render(report)
 
 
 def test_times_agree_with_the_time_around_the_calls(model: GPT2) -> None:
@@ -477,7 +498,7 @@ def test_a_worker_may_finish_before_worker_0_begins() -> None:
     (call,) = job.assign(calls, [mine, theirs])
     found = [[[event.phase for event in worker] for worker in step] for step in call.steps]
     assert found == [[["wake-up", "norm"], ["norm"]], [["wake-up", "update"], ["update"]]]
-    rows = {row["name"]: row for row in numbers.hotspots(CONFIG, 4, [call], 2, None)}
+    rows = {row["name"]: row for row in numbers.hotspots(CONFIG, {}, [call], 2, None)}
     assert sum(row["total_ns"] for row in rows.values()) == 150
     assert rows["update"]["self_ns"] == (40 + 20) / 2
 
@@ -509,11 +530,14 @@ def test_every_part_of_training(small: str) -> None:
 
 
 def test_the_roof_of_the_update_is_its_own_traffic() -> None:
-    ceiling = {"threads": 2, "fma_gflop_s": 1000.0, "read_gb_s": 10.0, "stream_gb_s": 40.0}
+    ceiling = {"threads": 2, "fma_gflop_s": 1000.0, "read_gb_s": 10.0, "stream_gb_s": 40.0, "dot_gop_s": {"q8_0": 4000.0}}
     row = numbers.rates("update", 17, 28, 1.0, ceiling)
     assert (row["bound"], row["roof"]) == ("stream", pytest.approx(28 / 40))
     row = numbers.rates("norm", 2, 4, 1.0, ceiling)
     assert (row["bound"], row["roof"]) == ("read", pytest.approx(4 / 10))
+    for kind, bound, roof in ("q8_0", "dot", 1 / 2), ("float32", "fma", 2):
+        row = numbers.rates("fc", 2000, 1, 1.0, ceiling, kind)
+        assert (row["bound"], row["roof"]) == (bound, pytest.approx(roof))
     rows = [
         {"name": "update", "bytes": 28, "self_ns": 1, "kind": "kernel"},
         {"name": "norm", "bytes": 4, "self_ns": 1, "kind": "kernel"},
@@ -563,7 +587,7 @@ def median_of(model: GPT2, task: Any, planted: list[Any]) -> float:
     """Return the median self time of a call of fc in the prefill."""
     recording = job.record(model, task, 1, planted=planted)
     calls = [call for call in recording.calls if call.mode == "prefill"]
-    rows = numbers.hotspots(model.config, 2, calls, model.threads, None)
+    rows = numbers.hotspots(model.config, model.network.stored, calls, model.threads, None)
     return float(next(row for row in rows if row["name"] == "fc")["median_ns"])
 
 

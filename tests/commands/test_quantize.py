@@ -200,7 +200,7 @@ def test_it_reports_its_work(folder: Path, capfd: pytest.CaptureFixture[str]) ->
     output = capfd.readouterr()
     assert output.out == ""
     sizes = [Path(name).stat().st_size for name in ("source.bin", "target.gguf")]
-    line = f"pygpt: source.bin (float32, {sizes[0]} bytes) -> target.gguf (q4_0, head q8_0, {sizes[1]} bytes)\n"
+    line = f"pygpt: source.bin (version 3, float32, {sizes[0]} bytes) -> target.gguf (q4_0, head q8_0, {sizes[1]} bytes)\n"
     assert output.err == line
 
 

@@ -49,7 +49,7 @@ def save_folder(path: Path) -> None:
     write_checkpoint(source, ONE, weights(ONE))
     try:
         with Checkpoint(source) as checkpoint:
-            write_model(str(path), checkpoint)
+            write_model(str(path), checkpoint, checkpoint.format)
     finally:
         source.unlink()
 

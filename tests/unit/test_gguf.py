@@ -19,7 +19,7 @@ from pygpt.config import TENSORS
 from pygpt.errors import CheckpointError, ClosedError
 from pygpt.formats import gguf
 from pygpt.formats.checkpoint import Checkpoint
-from pygpt.formats.dtypes import FLOAT32, Q4_0, Q8_0
+from pygpt.formats.dtypes import FLOAT32, FORMATS, Q4_0, Q8_0
 from pygpt.formats.gguf import HEAD, NAMES, GGUFFile
 from pygpt.formats.open import open_model
 from pygpt.formats.panels import PanelFile, quantise
@@ -276,6 +276,25 @@ def test_both_kinds_of_files_give_the_kernels_the_same_bytes(folder: Path, form:
         stored = {name: (kind, bytes(content)) for name, (kind, content) in one.stored().items()}
         assert stored == {name: (kind, bytes(content)) for name, (kind, content) in other.stored().items()}
         assert all(np.frombuffer(content, "u1").ctypes.data % 64 == 0 for _, content in one.stored().values())
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("form", ["f32", "bf16", "q8_0"])
+def test_plain_floats_are_used_in_place(folder: Path, form: str, mmap: bool) -> None:
+    """If the layers follow each other, as in our files: not in the order of llama.cpp's converter, except for wte."""
+    Path("by_layer.gguf").write_bytes(sound())
+    assert main(["--format", form, "source.bin", "own.gguf"]) == 0
+    for path, mapped in (("own.gguf", {*NAMES}), ("by_layer.gguf", {"wte", "wpe", "lnfw", "lnfb"})):
+        with open_model(path, mmap=mmap, threads=3) as found:
+            assert isinstance(found, GGUFFile)
+            stored = found.stored()
+            Path(path).unlink()
+            plain = {name for name in mapped if found.formats[name].block_values == 1}
+            assert {name for name, (_, content) in stored.items() if content.readonly} == (plain if mmap else set())
+            for name, (kind, content) in stored.items():
+                if kind in ("float32", "bfloat16"):
+                    values = FORMATS[kind].values(content).reshape(-1)
+                    assert np.array_equal(values, np.concatenate([piece.reshape(-1) for piece in found.pieces(name)]))
 
 
 def test_layers_of_different_types_are_widened(folder: Path) -> None:

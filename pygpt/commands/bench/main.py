@@ -4,6 +4,7 @@
     pygpt bench -m gpt2_124M.bin -p 512 -n 64 -d 8,512 -t 2 -r 9 -o json
     pygpt bench -m gpt2_124M.bin --reference         also run the serial reference, and show the speed-up over it
     pygpt bench -m gpt2_124M.bin --against all       also run installed peers (other programs) on the same weights
+    pygpt bench -m gpt2_124M.bin --weights file,q8_0,q4_0 --against all  compare the file's weights and two quantised formats
     pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  measure training; --reference and --against work too
 
 Tests are named as in llama-bench:
@@ -17,22 +18,28 @@ Each round runs every test once, so that a slow minute of a shared machine affec
 middle half is the range without the lowest and the highest quarter of the rounds.
 
 Limits: prefill does 2 operations for each weight and token (the head for one token only). Its attention does 4 x position x C
-operations for each token and layer. The limit of prefill is the FMA peak. Each decode step reads every weight except wpe, and
-the keys and values of its context. The limit of decode is the read bandwidth. The test "process" has no limit.
+operations for each token and layer. The limit of prefill is the FMA peak. For products of quantised weights it is the peak of
+the format's integer dot product instead; their float32 scales do not count. Each decode step reads every weight except wpe, in
+its format, and the keys and values of its context. The limit of decode is the read bandwidth. The test "process" has no limit.
+
+Peers run the weights in float32 (llama.cpp: in bfloat16 if the file is). "llama.cpp-q8_0", "llama.cpp-q4_0" and
+"ctranslate2-int8" are the quantised modes of peers. With --against all, the peers of the same formats as pygpt run.
 
 JSON (-o json) is a list of objects. CSV (-o csv) has the fields of the tests as columns. The first object of the JSON describes
 the machine:
 
     test                "ceilings"
     cpu, isa, python, pygpt, commit
-    model               L, NH, C, V, maxT, version
+    model               L, NH, C, V, maxT, version (null for other files than .bin)
     read_gb_s, fma_gflop_s, stream_gb_s (with --train)
                         the limits, by number of threads
+    dot_gop_s           the limits of integer products in 10^9 operations per second, by weight format and number of threads
 
 Each other object is a test of one program with one number of threads:
 
     test, by, threads, rounds
-                        name of the test, program, number of threads, number of rounds
+                        name of the test, program, number of threads, number of rounds; by is "pygpt q8_0" with --weights q8_0
+    weights             pygpt's weight format of the layers' matrices
     tokens_per_s, seconds
                         medians
     tokens_per_s_middle_half
@@ -57,7 +64,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -68,7 +76,9 @@ from ..._kernels import cpu_info
 from ...ceilings import Ceilings
 from ...config import Config
 from ...errors import InputError, PyGPTError
-from ...formats.checkpoint import Checkpoint
+from ...formats.open import open_floats, open_model
+from ...formats.panels import LAYERED, layout
+from ...formats.quantise import QUANTISED
 from ...hub.find import find_model
 from ...model import GPT2
 from ...reference import SerialGPT2
@@ -82,16 +92,27 @@ from . import train as bench_train
 
 BATCH = 8
 REFERENCE_TOKENS = 8  # new tokens in the reference's job, after 2 prompt tokens
+FILE = "file"  # with --weights: the weights of the file, as they are
+Stored = Mapping[str, tuple[str, int]]  # by tensor: weight format and bytes, as Network.stored
 
 
 class Test:
-    """A test. run: a function that runs it once and returns seconds. flop, read_bytes: its least work, for the limit."""
+    """A test. run: a function that runs it once and returns seconds. Its least work: operations by weight format, or bytes."""
 
     def __init__(
-        self, name: str, threads: int, tokens: int, run: Callable[[], float], *, flop: float = 0, read_bytes: float = 0, by: str
+        self,
+        name: str,
+        threads: int,
+        tokens: int,
+        run: Callable[[], float],
+        *,
+        by: str,
+        weights: str | None = None,
+        operations: Mapping[str, float] | None = None,
+        read_bytes: float = 0,
     ) -> None:
-        self.name, self.threads, self.tokens, self.run, self.by = name, threads, tokens, run, by
-        self.flop, self.read_bytes = flop, read_bytes
+        self.name, self.threads, self.tokens, self.run, self.by, self.weights = name, threads, tokens, run, by, weights
+        self.operations, self.read_bytes = operations, read_bytes
         self.seconds: list[float] = []
         self.memory: dict[str, int] = {}
 
@@ -101,14 +122,16 @@ class Test:
         low, high = rates[len(rates) // 4], rates[-1 - len(rates) // 4]
         seconds = statistics.median(self.seconds)
         limit = None
-        if self.flop:
-            limit = self.flop / seconds / (ceilings[self.threads].fma_gflop_s * 1e9)
+        if self.operations:
+            rate = ceilings[self.threads].operations_gop_s
+            limit = sum(count / (rate(kind) * 1e9) for kind, count in self.operations.items()) / seconds
         elif self.read_bytes:
             limit = self.read_bytes / seconds / (ceilings[self.threads].read_gb_s * 1e9)
         return {
             "test": self.name,
             "by": self.by,
             "threads": self.threads,
+            "weights": self.weights,
             "tokens_per_s": statistics.median(rates),
             "tokens_per_s_middle_half": [low, high],
             "seconds": seconds,
@@ -127,16 +150,18 @@ def prompt(config: Config, length: int) -> list[int]:
     return [(i * 7919 + 13) % config.V for i in range(length)]
 
 
-def prefill_flop(config: Config, length: int) -> float:
-    """Return the number of operations of a prompt, with the head for its last token only."""
-    weights = 12 * config.L * config.C**2
-    attention = 4 * config.L * config.C * length * (length + 1) / 2
-    return 2.0 * weights * length + 2.0 * config.V * config.C + attention
+def prefill_operations(config: Config, stored: Stored, length: int) -> Mapping[str, float]:
+    """Return the number of operations of a prompt by weight format, with the head for its last token only."""
+    found: Counter[str] = Counter(float32=2 * config.L * config.C * length * (length + 1))  # attention
+    for name in (*LAYERED, "wte"):
+        layers, N, K = layout(config, name)
+        found[stored[name][0]] += 2 * layers * N * K * (1 if name == "wte" else length)
+    return found
 
 
-def decode_bytes(config: Config, value_bytes: int, depth: int, new: int, batch: int) -> float:
+def decode_bytes(config: Config, stored: Stored, depth: int, new: int, batch: int) -> float:
     """Return the number of bytes that `new` decode steps read: each time the weights, and all keys and values so far."""
-    weights = (config.parameters(padded=False) - config.maxT * config.C) * value_bytes
+    weights = sum(size for name, (_, size) in stored.items() if name != "wpe")
     context = sum(2 * 4 * config.L * config.C * (depth + i + 1) for i in range(new))
     return float(new * weights + batch * context)
 
@@ -169,9 +194,10 @@ def time_reference_job(model: GPT2 | SerialGPT2) -> float:
     return time.perf_counter() - start
 
 
-def time_process(path: str, *options: str) -> float:
+def time_process(path: str, weights: str | None, *options: str) -> float:
     """Return the seconds of the whole command for the same job, including the start of the interpreter."""
-    command = [sys.executable, "-m", "pygpt", "-m", path, *options, "0", "0"]
+    quantised = [] if weights is None else ["--weights", weights]
+    command = [sys.executable, "-m", "pygpt", "-m", path, *quantised, *options, "0", "0"]
     start = time.perf_counter()
     status = subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()).returncode
     if status:
@@ -179,23 +205,23 @@ def time_process(path: str, *options: str) -> float:
     return time.perf_counter() - start
 
 
-def memory_of(test: str, path: str, threads: int, *sizes: int) -> dict[str, int]:
+def memory_of(test: str, path: str, weights: str | None, threads: int, *sizes: int) -> dict[str, int]:
     """Return the resident memory after a test in a fresh process, without the caches, and the resident pages of files.
 
     For training, also return the peak of the resident memory.
     """
-    command = [sys.executable, "-m", "pygpt", "bench", "--memory-of", json.dumps([test, path, threads, *sizes])]
+    command = [sys.executable, "-m", "pygpt", "bench", "--memory-of", json.dumps([test, path, weights, threads, *sizes])]
     done = subprocess.run(command, capture_output=True, check=True, env=child_environment())
     found: dict[str, int] = json.loads(done.stdout)
     return found
 
 
-def report_memory(test: str, path: str, threads: int, *sizes: int) -> None:
+def report_memory(test: str, path: str, weights: str | None, threads: int, *sizes: int) -> None:
     """Run a test once and print this process's resident memory. memory_of() runs this function in a child process."""
-    print(json.dumps((memory_of_training if test == "train" else memory_of_step)(test, path, threads, *sizes)))
+    print(json.dumps((memory_of_training if test == "train" else memory_of_step)(test, path, weights, threads, *sizes)))
 
 
-def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> dict[str, int]:
+def memory_of_training(test: str, path: str, weights: str | None, threads: int, B: int, T: int) -> dict[str, int]:
     """Return the memory after two iterations of training."""
     with TrainableGPT2.load(path, threads=threads) as model:
         for step in (1, 2):
@@ -209,9 +235,11 @@ def memory_of_training(test: str, path: str, threads: int, B: int, T: int) -> di
         }
 
 
-def memory_of_step(test: str, path: str, threads: int, length: int, depth: int, new: int, batch: int) -> dict[str, int]:
+def memory_of_step(
+    test: str, path: str, weights: str | None, threads: int, length: int, depth: int, new: int, batch: int
+) -> dict[str, int]:
     """Return the memory after a prefill or a decode, when its caches are freed."""
-    with GPT2.load(path, threads=threads) as model:
+    with GPT2.load(path, threads=threads, weights=weights) as model:
         before = _resident()
         if test == "pp":
             time_prefill(model, length)
@@ -238,35 +266,43 @@ def _resident() -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------ the tests
 
 
-def own_tests(options: argparse.Namespace, model: GPT2, value_bytes: int, path: str) -> list[Test]:
-    """Return pygpt's tests with one number of threads."""
-    config, threads, tests = model.config, model.threads, []
+def by(program: str, weights: str | None) -> str:
+    """Return a program's name in the results: with the format if --weights gave one."""
+    return program if weights is None else f"{program} {weights}"
+
+
+def own_tests(options: argparse.Namespace, model: GPT2, weights: str | None, path: str) -> list[Test]:
+    """Return pygpt's tests with one number of threads and one format of weights."""
+    config, threads, stored, tests = model.config, model.threads, model.network.stored, []
+    own = partial(Test, by=by("pygpt", weights), weights=stored["qkvw"][0])
     for length in options.prompts:
         run = partial(time_prefill, model, length)
-        test = Test(f"pp{length}", threads, length, run, flop=prefill_flop(config, length), by="pygpt")
-        test.memory = memory_of("pp", path, threads, length, 0, 0, 1) if options.memory else {}
+        test = own(f"pp{length}", threads, length, run, operations=prefill_operations(config, stored, length))
+        test.memory = memory_of("pp", path, weights, threads, length, 0, 0, 1) if options.memory else {}
         tests.append(test)
     for depth in options.depths:
         for batch in options.batches:
             name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
             run = partial(time_decode, model, depth, options.new, batch)
-            amount = decode_bytes(config, value_bytes, depth, options.new, batch)
-            test = Test(name, threads, options.new * batch, run, read_bytes=amount, by="pygpt")
-            test.memory = memory_of("tg", path, threads, 0, depth, options.new, batch) if options.memory else {}
+            amount = decode_bytes(config, stored, depth, options.new, batch)
+            test = own(name, threads, options.new * batch, run, read_bytes=amount)
+            test.memory = memory_of("tg", path, weights, threads, 0, depth, options.new, batch) if options.memory else {}
             tests.append(test)
     if options.process:
-        tests.append(Test("process", threads, REFERENCE_TOKENS, lambda: time_process(path, "-t", str(threads)), by="pygpt"))
+        tests.append(own("process", threads, REFERENCE_TOKENS, lambda: time_process(path, weights, "-t", str(threads))))
     return tests
 
 
-def reference_tests(serial: SerialGPT2, models: list[GPT2], path: str, process: bool) -> list[Test]:
-    """Return the tests of the serial reference, and the same job with pygpt."""
-    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference_job(serial), by="reference")]
+def reference_tests(serial: SerialGPT2, models: list[GPT2], weights: str | None, path: str, process: bool) -> list[Test]:
+    """Return the tests of the serial reference, and the same job with pygpt, with one format of weights."""
+    name, kind = by("reference", weights), models[0].network.stored["qkvw"][0]
+    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference_job(serial), by=name, weights=kind)]
     for model in models:
         run = partial(time_reference_job, model)
-        tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by="pygpt"))
+        tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by=by("pygpt", weights), weights=kind))
     if process:
-        tests.append(Test("process", 1, REFERENCE_TOKENS, lambda: time_process(path, "--reference"), by="reference"))
+        run = partial(time_process, path, weights, "--reference")
+        tests.append(Test("process", 1, REFERENCE_TOKENS, run, by=name, weights=kind))
     return tests
 
 
@@ -300,8 +336,8 @@ def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[in
             progress.update(number)
 
 
-def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
-    """Return the first object of the JSON output: the machine, the model, the limits."""
+def describe(config: Config, version: int | None, ceilings: dict[int, Ceilings], dots: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the first object of the JSON output: the machine, the model, the limits. dots: the measured integer formats."""
     return {
         "test": "ceilings",
         "cpu": _cpu_name(),
@@ -312,6 +348,7 @@ def describe(config: Config, version: int, ceilings: dict[int, Ceilings]) -> dic
         "model": {**{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}, "version": version},
         "read_gb_s": {str(threads): found.read_gb_s for threads, found in ceilings.items()},
         "fma_gflop_s": {str(threads): found.fma_gflop_s for threads, found in ceilings.items()},
+        "dot_gop_s": {kind: {str(n): found.operations_gop_s(kind) for n, found in ceilings.items()} for kind in dots},
         **({"stream_gb_s": streams} if (streams := _streams(ceilings)) else {}),
     }
 
@@ -345,14 +382,15 @@ def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
     """Add speed-up and efficiency over one thread, and over the reference, if they were measured."""
     rate = {(r["by"], r["test"], r["threads"]): r["tokens_per_s"] for r in results}
     for r in results:
-        alone = rate.get((r["by"], r["test"], 1))
-        if r["by"] == "pygpt" and r["threads"] > 1 and alone:
+        alone, own = rate.get((r["by"], r["test"], 1)), r["by"].startswith("pygpt")
+        if own and r["threads"] > 1 and alone:
             r["speed_up"] = r["tokens_per_s"] / alone
-            limit = machine["fma_gflop_s" if r["test"].startswith("pp") else "read_gb_s"]
+            peak = machine["dot_gop_s"].get(r["weights"], machine["fma_gflop_s"])
+            limit = peak if r["test"].startswith("pp") else machine["read_gb_s"]
             r["hardware_speed_up"] = limit[str(r["threads"])] / limit["1"]
             r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
-        serial = rate.get(("reference", r["test"], 1))
-        if r["by"] == "pygpt" and serial:
+        serial = rate.get((r["by"].replace("pygpt", "reference"), r["test"], 1))
+        if own and serial:
             r["speed_up_over_reference"] = r["tokens_per_s"] / serial
             r["efficiency_over_reference"] = r["speed_up_over_reference"] / r["threads"]
 
@@ -363,7 +401,8 @@ def print_machine(machine: dict[str, Any]) -> None:
     for threads in machine["read_gb_s"]:
         read, fma = machine["read_gb_s"][threads], machine["fma_gflop_s"][threads]
         update = f", AdamW's traffic {machine['stream_gb_s'][threads]:.1f} GB/s" if "stream_gb_s" in machine else ""
-        print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s{update}")
+        dots = "".join(f", {kind} products {rates[threads]:.0f} Gop/s" for kind, rates in machine["dot_gop_s"].items())
+        print(f"limits of {threads} threads: read {read:.1f} GB/s, FMA {fma:.0f} GFLOP/s{dots}{update}")
     print()
 
 
@@ -402,7 +441,16 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-GENERATION = {"prompts": [64, 512, 1000], "new": 64, "depths": [8, 512], "batches": [1, BATCH]}
+def formats(text: str) -> list[str | None]:
+    """Read a list of weight formats such as file,q8_0, as a type for argparse. None stands for the file's own weights."""
+    words = list(dict.fromkeys(text.split(",")))
+    if unknown := [word for word in words if word != FILE and word not in QUANTISED]:
+        raise argparse.ArgumentTypeError(f"{unknown[0][:40]!r} is not one of {', '.join((FILE, *QUANTISED))}")
+    return [None if word == FILE else word for word in words]
+
+
+GENERATION = {"prompts": [64, 512, 1000], "new": 64, "depths": [8, 512], "batches": [1, BATCH], "weights": [None]}
+FLAGS = {"weights": "--weights"}  # where the flag is not the first letter
 TRAINING = {"B": 4, "T": 64}
 
 
@@ -416,7 +464,13 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add, count = parser.add_argument, whole(1, 999_999)
-    add("-m", "--model", help="an llm.c checkpoint or a downloaded model (default: see pygpt --help)")
+    add("-m", "--model", help="a model file or a downloaded model (default: see pygpt --help)")
+    add(
+        "--weights",
+        type=formats,
+        metavar="LIST",
+        help=f"formats to measure, each quantised in memory: {', '.join(QUANTISED)}, or {FILE} for those of the file (default)",
+    )
     add("-p", "--prompts", type=numbers, help="lengths of prompts (default 64,512,1000)")
     add("-n", "--new", type=count, help="new tokens in a decode test (default 64)")
     add("-d", "--depths", type=numbers, help="tokens of context before the new tokens (default 8,512)")
@@ -448,12 +502,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     mine, others = (TRAINING, GENERATION) if options.train else (GENERATION, TRAINING)
     for name in others:
         if getattr(options, name) is not None:
-            flag = f"-{name[0]}"
+            flag = FLAGS.get(name, f"-{name[0]}")
             raise InputError(f"{flag} cannot be used {'with' if options.train else 'without'} --train: leave out {flag}")
     for name, usual in mine.items():
         if getattr(options, name) is None:
             setattr(options, name, usual)
     options.threads = sorted({*options.threads})
+    options.all_peers = options.against == "all"
     options.against = resolve_peers(options.against, bench_peers.TRAINING if options.train else bench_peers.PEERS)
     return options
 
@@ -507,20 +562,28 @@ Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # the object of the mach
 
 def measure(options: argparse.Namespace, path: str) -> Measured:
     """Open the models, run all rounds, and return the results."""
+    with open_model(path) as opened:
+        config, version = opened.config, getattr(opened, "version", None)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint(path))
-        config = checkpoint.config
-        models = [stack.enter_context(GPT2.load(path, threads=threads)) for threads in options.threads]
-        ceilings = open_ceilings(options, stack)
+        models: dict[str | None, list[GPT2]] = {}
+        for weights in options.weights:
+            load = partial(GPT2.load, path, weights=weights)
+            models[weights] = [stack.enter_context(load(threads=threads)) for threads in options.threads]
+        measured = {kind for found in models.values() for kind, _ in found[0].network.stored.values()}
+        ceilings = open_ceilings(options, stack, dots := sorted(measured & {*QUANTISED}))
         leave_out(options, config.maxT)
-        tests = [test for model in models for test in own_tests(options, model, checkpoint.format.block_bytes, path)]
-        if options.reference:
-            serial = stack.enter_context(SerialGPT2.load(path))
-            tests += reference_tests(serial, models, path, options.process)
-        if options.against:
-            tests += peer_tests(options, stack, path)
+        tests = []
+        for weights, found in models.items():
+            tests += [test for model in found for test in own_tests(options, model, weights, path)]
+        for weights in options.weights if options.reference else ():
+            serial = stack.enter_context(SerialGPT2.load(path, weights=weights))
+            tests += reference_tests(serial, models[weights], weights, path, options.process)
+        if options.all_peers:
+            layers = {found[0].network.stored["qkvw"][0] for found in models.values()}
+            options.against = bench_peers.of_kind(options.against, layers)
+        tests += peer_tests(options, stack, path)
         run_rounds(options, tests, ceilings)
-        return describe(config, checkpoint.version, ceilings), [test.result(ceilings) for test in tests]
+        return describe(config, version, ceilings, dots), [test.result(ceilings) for test in tests]
 
 
 def leave_out(options: argparse.Namespace, maxT: int) -> None:
@@ -536,16 +599,16 @@ def leave_out(options: argparse.Namespace, maxT: int) -> None:
         say(f"left out, because they exceed the model's context of {maxT} tokens: {', '.join(names)}")
 
 
-def open_ceilings(options: argparse.Namespace, stack: ExitStack) -> dict[int, Ceilings]:
-    """Return the machine's limits, not measured yet, by number of threads."""
-    size = options.limit_megabytes
-    return {n: stack.enter_context(Ceilings(n, megabytes=size, stream=options.train)) for n in options.threads}
+def open_ceilings(options: argparse.Namespace, stack: ExitStack, dots: Sequence[str] = ()) -> dict[int, Ceilings]:
+    """Return the machine's limits, not measured yet, by number of threads. dots: the integer formats to measure."""
+    limits = partial(Ceilings, megabytes=options.limit_megabytes, stream=options.train, dots=dots)
+    return {n: stack.enter_context(limits(n)) for n in options.threads}
 
 
 def measure_training(options: argparse.Namespace, path: str) -> Measured:
     """Do the same as measure() for training."""
-    with Checkpoint(path) as checkpoint:
-        config, version = checkpoint.config, checkpoint.version
+    with open_floats(path) as opened:
+        config, version = opened.config, getattr(opened, "version", None)
     batch = bench_train.batch_of(config, options.B, options.T)
     with ExitStack() as stack:
         ceilings, progress = open_ceilings(options, stack), stack.enter_context(Progress("rounds", options.rounds))
@@ -555,7 +618,9 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
             batch,
             options.rounds,
             ceilings,
-            memory_of=(lambda threads: memory_of("train", path, threads, options.B, options.T)) if options.memory else None,
+            memory_of=(lambda threads: memory_of("train", path, None, threads, options.B, options.T))
+            if options.memory
+            else None,
             peers=options.against,
             reference=options.reference,
             progress=progress.update,

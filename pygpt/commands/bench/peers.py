@@ -10,8 +10,9 @@ libraries read their numbers of threads at import. The child (main()) reads JSON
 from stdin, and answers with {"result": 0.41} or {"error": "..."} on stdout.
 
 Each peer uses the fastest way that its public interface offers for one sequence in float32 (llama.cpp: in bfloat16 if the file
-is). This means a key-value cache, the head for the last row only, and a copy of the weights. First calls are not timed. Only
-installed peers run, and every weight comes from the checkpoint; this module does not download. The head is wte without padding.
+is), or in the quantised mode that its name ends with. This means a key-value cache, the head for the last row only, and a copy
+of the weights. First calls are not timed. Only installed peers run. Every weight comes from the model file; this module does
+not download. The head is wte without padding.
 """
 
 import importlib
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -47,9 +48,13 @@ PEERS: dict[str, tuple[str, ...]] = {
     "torch": ("numpy", "torch"),
     "torch-compile": ("numpy", "torch"),  # also needs a C++ compiler
     "transformers": ("numpy", "torch", "transformers"),
-    "llama.cpp": ("numpy", "llama_cpp", "gguf"),
+    "llama.cpp": ("numpy", "llama_cpp"),
+    "llama.cpp-q8_0": ("numpy", "llama_cpp"),
+    "llama.cpp-q4_0": ("numpy", "llama_cpp"),
     "ctranslate2": ("numpy", "ctranslate2"),
+    "ctranslate2-int8": ("numpy", "ctranslate2"),
 }
+QUANTISED = {"llama.cpp-q8_0": "q8_0", "llama.cpp-q4_0": "q4_0", "ctranslate2-int8": "q8_0"}  # our format of the same size
 TRAINING = ("torch", "transformers")  # the peers that can train
 CHILD = (sys.executable, "-m", "pygpt.commands.bench.peers")
 EPSILON = 1e-5
@@ -64,6 +69,12 @@ WARM_UP_TOKENS = 4
 def available() -> list[str]:
     """Return the peers whose packages are installed, without importing them."""
     return [name for name in PEERS if not _missing(name)]
+
+
+def of_kind(names: list[str], formats: Collection[str]) -> list[str]:
+    """Return the peers to compare with these weight formats: of quantised peers those of a format, of others all or none."""
+    floats = any(kind not in QUANTISED.values() for kind in formats)
+    return [name for name in names if (QUANTISED[name] in formats if name in QUANTISED else floats)]
 
 
 def _missing(name: str) -> list[str]:
@@ -233,19 +244,30 @@ class Engine:
 def read_weights(path: str) -> "tuple[Config, Weights]":
     """Return the sixteen tensors as float32 arrays, with wte unpadded.
 
-    The arrays are copies, like those of a peer's own loader. Each tensor is read through a separate map, so that the file's
+    The arrays are copies, like those of a peer's own loader. Each piece is read through a separate map, so that the file's
     pages do not count in the peer's memory.
     """
     import numpy as np
 
-    from ...config import TENSORS
-    from ...formats.checkpoint import Checkpoint
+    from ...formats.open import open_source
 
     weights = {}
-    for name, _ in TENSORS:
-        with Checkpoint(path) as checkpoint:
-            weights[name] = np.array(checkpoint.tensor(name))
-    return checkpoint.config, weights
+    with open_source(path) as source:
+        for name, shape, _, _ in source.config.tensors(padded=False):
+            array, start = np.empty(shape, np.float32), 0
+            for rows in source.pieces(name):
+                array[start : start + len(rows)] = rows
+                start += len(rows)
+            weights[name] = array
+    return source.config, weights
+
+
+def read_config(path: str) -> "Config":
+    """Return the dimensions of a model file."""
+    from ...formats.open import open_source
+
+    with open_source(path) as source:
+        return source.config
 
 
 class NumPyGPT2(Engine):
@@ -468,19 +490,16 @@ class LlamaCpp(Engine):
     The defaults are the fastest settings: keys, values and GELU's table are float16. Logits agree to 2e-3 of the largest.
     """
 
-    def __init__(self, path: str, threads: int) -> None:
-        from ...formats.checkpoint import Checkpoint
-
-        with Checkpoint(path) as checkpoint:
-            self.config = checkpoint.config
+    def __init__(self, path: str, threads: int, name: str = "llama.cpp") -> None:
+        self.config = read_config(path)
         self.lib: Any = importlib.import_module("llama_cpp")
         self.lib.llama_backend_init()
         options = self.lib.llama_context_default_params()
         options.n_ctx = options.n_batch = self.config.maxT
         options.n_threads = options.n_threads_batch = threads
-        with converted("llama.cpp", path) as folder:  # the file stays mapped after it is deleted
-            name = os.path.join(folder, "model.gguf").encode()
-            self.model = self.lib.llama_model_load_from_file(name, self.lib.llama_model_default_params())
+        with converted(name, path) as folder:  # the file stays mapped after it is deleted
+            file = os.path.join(folder, "model.gguf").encode()
+            self.model = self.lib.llama_model_load_from_file(file, self.lib.llama_model_default_params())
             self.context = self.model and self.lib.llama_init_from_model(self.model, options)
         if not self.context:
             raise RuntimeError("llama.cpp cannot load the converted model")
@@ -498,15 +517,12 @@ class LlamaCpp(Engine):
 class CTranslate2(Engine):
     """CTranslate2's Generator with greedy sampling. It offers no single step, so tokens are timed in its callback."""
 
-    def __init__(self, path: str, threads: int) -> None:
-        from ...formats.checkpoint import Checkpoint
-
-        with Checkpoint(path) as checkpoint:
-            self.config = checkpoint.config
+    def __init__(self, path: str, threads: int, compute_type: str = "float32") -> None:
+        self.config = read_config(path)
         library: Any = importlib.import_module("ctranslate2")
         with converted("ctranslate2", path) as folder:
             self.generator = library.Generator(
-                folder, device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
+                folder, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=threads
             )
 
     def _generate(self, tokens: list[int], new: int, callback: Callable[[Any], bool] | None = None, **options: Any) -> Any:
@@ -550,7 +566,10 @@ ENGINES: dict[str, Callable[[str, int], Engine]] = {
     "torch-compile": CompiledGPT2,
     "transformers": Transformers,
     "llama.cpp": LlamaCpp,
+    "llama.cpp-q8_0": partial(LlamaCpp, name="llama.cpp-q8_0"),
+    "llama.cpp-q4_0": partial(LlamaCpp, name="llama.cpp-q4_0"),
     "ctranslate2": CTranslate2,
+    "ctranslate2-int8": partial(CTranslate2, compute_type="int8"),
 }
 
 
@@ -569,47 +588,15 @@ def converted(name: str, path: str) -> Iterator[str]:
         yield folder
 
 
-def convert_to_gguf(path: str, folder: str) -> None:
-    """Write model.gguf without a vocabulary: matrices in the checkpoint's precision, vectors and positions in float32."""
-    gguf: Any = importlib.import_module("gguf")
-    from ...formats.checkpoint import Checkpoint
+def convert_to_gguf(path: str, folder: str, format: str | None = None) -> None:
+    """Write model.gguf in a format of `pygpt quantize`, or in the file's own precision, the positions in float32."""
+    from ...formats.open import open_source
+    from ..quantize import FORMATS, HEADS, positions_of, quantise
 
-    with Checkpoint(path) as checkpoint:
-        bf16 = checkpoint.format.name == "bfloat16"
-    config, weights = read_weights(path)
-    writer = gguf.GGUFWriter(os.path.join(folder, "model.gguf"), "gpt2")
-    writer.add_context_length(config.maxT)
-    writer.add_embedding_length(config.C)
-    writer.add_feed_forward_length(4 * config.C)
-    writer.add_block_count(config.L)
-    writer.add_head_count(config.NH)
-    writer.add_layer_norm_eps(EPSILON)
-    writer.add_vocab_size(config.V)
-    writer.add_tokenizer_model("none")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if bf16 else gguf.LlamaFileType.ALL_F32)
-    matrix = gguf.GGMLQuantizationType.BF16 if bf16 else gguf.GGMLQuantizationType.F32
-    for name, array in _gguf_tensors(config, weights):
-        kind = matrix if array.ndim == 2 and not name.startswith("position") else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _gguf_tensors(config: "Config", weights: "Weights") -> "Iterator[tuple[str, npt.NDArray[np.float32]]]":
-    """Yield (name, array) by llama.cpp's names. Without output.weight, llama.cpp ties the head to token_embd."""
-    names = {
-        "ln1": "attn_norm", "qkv": "attn_qkv", "attproj": "attn_output",
-        "ln2": "ffn_norm", "fc": "ffn_up", "fcproj": "ffn_down",
-    }  # fmt: skip
-    yield "token_embd.weight", weights["wte"]
-    yield "position_embd.weight", weights["wpe"]
-    for suffix, kind in (("w", "weight"), ("b", "bias")):
-        yield f"output_norm.{kind}", weights["lnf" + suffix]
-        for ours, theirs in names.items():
-            for i in range(config.L):
-                yield f"blk.{i}.{theirs}.{kind}", weights[ours + suffix][i]
+    with open_source(path) as source:
+        plain = "bf16" if positions_of(source) == FORMATS["bf16"] else "f32"
+        kind = plain if format is None else format
+        quantise(source, os.path.join(folder, "model.gguf"), FORMATS[kind], FORMATS[HEADS.get(kind, kind)])
 
 
 def convert_to_ctranslate2(path: str, folder: str) -> None:
@@ -647,7 +634,12 @@ def convert_to_ctranslate2(path: str, folder: str) -> None:
     spec.save(folder)
 
 
-CONVERTERS = {"llama.cpp": convert_to_gguf, "ctranslate2": convert_to_ctranslate2}
+CONVERTERS: dict[str, Callable[[str, str], None]] = {
+    "llama.cpp": convert_to_gguf,
+    "llama.cpp-q8_0": partial(convert_to_gguf, format="q8_0"),
+    "llama.cpp-q4_0": partial(convert_to_gguf, format="q4_0"),
+    "ctranslate2": convert_to_ctranslate2,
+}
 
 
 # ------------------------------------------------------------------------------------------------ the child

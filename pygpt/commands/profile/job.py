@@ -15,9 +15,9 @@ from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 from ..._kernels import PHASES, Trace
-from ...config import TENSORS, Config
+from ...config import Config
 from ...errors import InputError, NumericalError
-from ...formats.checkpoint import Checkpoint
+from ...formats.open import open_floats
 from ...generation.sampling import sample
 from ...model import GPT2
 from ...reference import SerialTrainableGPT2
@@ -89,13 +89,14 @@ class Generation:
     new: int
     sampler: str = "median"
     all_workers: bool = False  # use all workers even for steps that are faster on one worker
+    weights: str | None = None  # the format to quantise the weights to in memory, or None for those of the file
 
     modes: ClassVar = ("prefill", "decode")
     timed: ClassVar = modes  # the times that are compared between runs
 
     def open(self, path: str, threads: int | None) -> GPT2:
         """Open the model that runs this job."""
-        return GPT2.load(path, threads=threads, all_workers=self.all_workers)
+        return GPT2.load(path, threads=threads, weights=self.weights, all_workers=self.all_workers)
 
     def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
         """Run the job once; return its calls and a digest of all logits. The digest is computed between the calls."""
@@ -144,8 +145,8 @@ class Training:
     @classmethod
     def of(cls, path: str, B: int, T: int, iterations: int, *, all_workers: bool = False) -> "Training":
         """Return a job with an artificial batch of B x T tokens. Raises InputError if T exceeds the model's context."""
-        with Checkpoint(path) as checkpoint:
-            V, maxT = checkpoint.config.V, checkpoint.config.maxT
+        with open_floats(path) as opened:
+            V, maxT = opened.config.V, opened.config.maxT
         if maxT < T:
             raise InputError(f"-T is {T}: it must be at most the model's context of {maxT} tokens")
         ids = [(13 + 7919 * i) % V for i in range(B * T + 1)]
@@ -184,9 +185,8 @@ class Training:
         return calls, bits.hexdigest()
 
     def _restore(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
-        with Checkpoint(self.path) as checkpoint:
-            for name, _ in TENSORS:
-                model.tensor(name)[...] = checkpoint.tensor(name)
+        with open_floats(self.path) as opened:
+            model.take(opened)
         for array in (model.gradients, model.first_moments, model.second_moments):
             array.fill(0)
 
@@ -204,6 +204,13 @@ class Training:
 
 
 Job = Generation | Training
+
+
+def stored_of(model: GPT2 | TrainableGPT2) -> dict[str, tuple[str, int]]:
+    """Return the weight format and the bytes of each tensor as the kernels read them."""
+    if isinstance(model, GPT2):
+        return model.network.stored
+    return {name: (kind, data.nbytes) for name, (kind, data) in model.weights().stored().items()}
 
 
 class Planted(NamedTuple):

@@ -2,6 +2,7 @@
 
     pygpt profile                                   the default model, 2 prompt tokens, 32 new tokens
     pygpt profile -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
+    pygpt profile -m gpt2_124M.bin --weights q8_0   the same with weights that are quantised in memory
     pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
     pygpt profile --skip all                        only the hotspots, in a second
     pygpt profile -o json > a.json                  print JSON; --compare a.json b.json shows the differences of two reports
@@ -11,14 +12,16 @@ JSON (-o json), schema 1. Times are in ns, summed over all rounds, except median
 lists of them are empty. [a, b] is a list of objects with the fields a and b.
 
     schema, pygpt    1, and the version of the package
-    model            path, name, L, NH, C, V, maxT, version, value_bytes (bytes of a weight)
+    model            path, name, L, NH, C, V, maxT, version (null for other files than .bin), weights, head (the formats of the
+                     layers' matrices and of wte), weight_bytes (of all weights that each token reads)
     machine          processor, isa, cores, threads (number of workers)
     job              prompt_tokens, new_tokens, sampler, or with --train B, T, iterations; always rounds, all_workers,
                      planted (a text for each --stretch)
     bits             profiled, unprofiled (digests of all logits, or of all losses, norms and final weights), same (true if all
                      rounds agree)
     trace            capacity (events per worker and round), dropped (for each worker, events that exceeded the capacity)
-    ceilings         the machine's limits: [threads, read_gb_s, fma_gflop_s, stream_gb_s (memory traffic of AdamW)]
+    ceilings         the machine's limits: [threads, read_gb_s, fma_gflop_s, stream_gb_s (memory traffic of AdamW), dot_gop_s
+                     (10^9 operations a second of integer products, by weight format: q8_0, q4_0)]
     wall_ns          time measured around all profiled calls
     kernels          [mode, name, kind, calls, total_ns, self_ns, wait_ns, median_ns, share, cumulative, imbalance, flop, bytes,
                      gflop_s, gb_s, roof, bound, workers]; the total_ns of a mode's rows add up to the mode's wall_ns
@@ -27,7 +30,7 @@ lists of them are empty. [a, b] is a list of objects with the fields a and b.
         median_ns    median of self_ns of one call
         share        total_ns / wall_ns of the mode; cumulative is the running sum
         imbalance    how much longer the slowest worker computes than the mean; 0.1 is 10%
-        roof, bound  share of the machine's nearest limit, and which limit: fma, read or stream
+        roof, bound  share of the machine's nearest limit, and which limit: fma, dot (integer products), read or stream
         workers      for each worker: [calls, self_ns, wait_ns]
     modes            an object for each of prefill and decode, or for train: wall_ns, calls, tokens, steps, workers_used,
                      median_call_ns, untraced_median_call_ns, wait_ns, flop, bytes, imbalance, layers, stages, amdahl
@@ -61,16 +64,24 @@ from typing import Any
 
 from ... import __version__
 from ..._kernels import Trace, cpu_info
+from ...config import Config
 from ...cpus import default_threads
 from ...errors import InputError
-from ...formats.checkpoint import Checkpoint
+from ...formats.open import open_model
+from ...formats.quantise import QUANTISED
 from ...hub.find import find_model
 from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
 from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
+from .work import Stored
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
-GENERATION = {"tokens": "--tokens", "prompt_length": "--prompt-length", "sampler": "--sampler"}  # options without --train
+GENERATION = {
+    "tokens": "--tokens",
+    "prompt_length": "--prompt-length",
+    "sampler": "--sampler",
+    "weights": "--weights",
+}  # options without --train
 TRAINING = {"B": "-B", "T": "-T"}
 Report = dict[str, Any]
 
@@ -93,7 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="PATH", help="an llm.c checkpoint or a downloaded model (default: see pygpt --help)")
+    add("-m", "--model", metavar="PATH", help="a model file or a downloaded model (default: see pygpt --help)")
+    add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)")
     add("--tokens", metavar="IDS", help="the prompt, such as 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="use an artificial prompt of N tokens instead")
     add(
@@ -188,8 +200,8 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
     """Return the job to run. Raises InputError for options that do not fit the model."""
     if options.train:
         return job.Training.of(path, options.B, options.T, options.new, all_workers=options.all_workers)
-    with Checkpoint(path) as checkpoint:
-        V, maxT = checkpoint.config.V, checkpoint.config.maxT
+    with open_model(path) as opened:
+        V, maxT = opened.config.V, opened.config.maxT
     if options.prompt_length is not None:
         length = count("--prompt-length", options.prompt_length, 1, maxT)
         prompt = [(PROMPT[0] + 7919 * i) % V for i in range(length)]
@@ -201,7 +213,7 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
         raise InputError(
             f"{len(prompt)} prompt tokens and {options.new} new tokens exceed the model's context of {maxT}: make -n smaller"
         )
-    return job.Generation(prompt, options.new, options.sampler, options.all_workers)
+    return job.Generation(prompt, options.new, options.sampler, options.all_workers, options.weights)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -250,11 +262,14 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
         nth = model.threads
         job.plant(Trace(nth, 1), options.stretch)  # raises InputError before the job runs
         counts = sorted({*strategies.thread_counts(cores), nth})
-        limits = partial(strategies.ceilings, counts, stream=options.train)
+        stored = job.stored_of(model)
+        dots = sorted({kind for kind, _ in stored.values()} & {*QUANTISED})
+        limits = partial(strategies.ceilings, counts, stream=options.train, dots=dots)
         ceilings = limits(2) if "ceilings" in parts else []
         recording = job.record(model, task, options.rounds, options.capacity, options.stretch)
         ceilings = strategies.best(ceilings, limits(1) if ceilings else [])
-    report = facts(options, path, task, recording) | hotspots(path, task, recording, ceilings)
+        report = facts(options, path, model.config, stored, task, recording)
+        report |= hotspots(model.config, stored, task, recording, ceilings)
     report |= {"ceilings": ceilings, "scaling": [], "strategies": None, "startup": None, "perf": None}
     if "scaling" in parts:
         report["scaling"] = strategies.scaling(path, task, counts, options.rounds)
@@ -267,34 +282,36 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
 
 def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Report:
     """Compare the strategies on a smaller job."""
-    with Checkpoint(path) as checkpoint:
-        maxT = checkpoint.config.maxT
+    with open_model(path) as opened:
+        maxT = opened.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
     if isinstance(task, job.Training):
         small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
         return strategies.compare_training(small, nth, options.rounds, with_serial=serial)
     prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
-    return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial)
+    return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial, weights=task.weights)
 
 
-def hotspots(path: str, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
+def hotspots(config: Config, stored: Stored, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
     """Return the part of the report about the job itself: wall_ns, kernels, modes."""
-    with Checkpoint(path) as checkpoint:
-        config, value_bytes = checkpoint.config, checkpoint.format.block_bytes
     modes, kernels = {}, []
     for mode in task.modes:
         calls, untraced = ([call for call in found if call.mode == mode] for found in (recording.calls, recording.untraced))
         nth = len(recording.dropped)
-        modes[mode], rows = numbers.mode_report(config, value_bytes, calls, untraced, nth, ceilings)
+        modes[mode], rows = numbers.mode_report(config, stored, calls, untraced, nth, ceilings)
         kernels += [{"mode": mode, **row} for row in rows]
     return {"wall_ns": sum(summary["wall_ns"] for summary in modes.values()), "kernels": kernels, "modes": modes}
 
 
-def facts(options: argparse.Namespace, path: str, task: job.Job, recording: job.Recording) -> Report:
+def facts(
+    options: argparse.Namespace, path: str, config: Config, stored: Stored, task: job.Job, recording: job.Recording
+) -> Report:
     """Return the part of the report about the model, the machine and the job's options."""
-    with Checkpoint(path) as checkpoint:
-        shape = {name: getattr(checkpoint.config, name) for name in ("L", "NH", "C", "V", "maxT")}
-        values = {"version": checkpoint.version, "value_bytes": checkpoint.format.block_bytes}
+    with open_model(path) as opened:
+        values = {"version": getattr(opened, "version", None)}
+    shape = {name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}
+    values |= {"weights": stored["qkvw"][0], "head": stored["wte"][0]}
+    values["weight_bytes"] = sum(size for name, (_, size) in stored.items() if name != "wpe")
     nth = len(recording.dropped)
     machine = {"processor": processor(), "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth}
     described = []

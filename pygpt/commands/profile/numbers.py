@@ -12,13 +12,13 @@ from typing import Any
 
 from ...config import Config
 from .job import STAGES, WAKE, Call, Step, place
-from .work import work
+from .work import WEIGHTS, Stored, work
 
 OUTSIDE, SAMPLER = "python, pool", "sampler"
 PREDICTED = (2, 4, 8, 16, 112)
 
 Row = dict[str, Any]
-Ceiling = dict[str, Any]  # threads, read_gb_s, fma_gflop_s, stream_gb_s or None
+Ceiling = dict[str, Any]  # threads, read_gb_s, fma_gflop_s, stream_gb_s or None, dot_gop_s by weight format
 
 
 class Tally:
@@ -75,7 +75,7 @@ def wall_of(calls: Iterable[Call]) -> int:
     return sum(call.done - call.begin for call in calls)
 
 
-def hotspots(config: Config, value_bytes: int, calls: list[Call], nth: int, ceiling: Ceiling | None) -> list[Row]:
+def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceiling: Ceiling | None) -> list[Row]:
     """Return the rows of one mode, the longest total first. Their shares add up to 1."""
     wall = wall_of(calls)
     tallies: dict[str, Tally] = {}
@@ -84,11 +84,12 @@ def hotspots(config: Config, value_bytes: int, calls: list[Call], nth: int, ceil
             present = sum(bool(events) for events in step)
             for (phase, _), times in instances(step).items():
                 tallies.setdefault(phase, Tally(nth)).add(times, present)
-    need = work(config, value_bytes, calls)
+    need = work(config, stored, calls)
     rows = []
     for name, tally in tallies.items():
         row = {"name": name, "kind": "wait" if name == WAKE else "kernel", **tally.row(wall)}
-        rows.append(row | rates(name, *need.get(name, (0, 0)), tally.self_ns, ceiling))
+        kind = stored[WEIGHTS[name]][0] if name in WEIGHTS and not calls[0].stages else ""
+        rows.append(row | rates(name, *need.get(name, (0, 0)), tally.self_ns, ceiling, kind))
     sampler = sum(call.done - call.ran for call in calls)
     rest = wall - sampler - sum(row["total_ns"] for row in rows)
     if not calls[0].stages:
@@ -113,14 +114,18 @@ def moved_by(name: str) -> str:
     return "stream" if name == "update" else "read"
 
 
-def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | None) -> Row:
-    """Return a kernel's operations and bytes per second, and its share of the nearer of two ceilings (roofline model)."""
+def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | None, kind: str = "") -> Row:
+    """Return a kernel's operations and bytes per second, and its share of the nearer of two ceilings (roofline model).
+
+    kind: the weight format of a product. If it has integer products, their ceiling replaces that of fused multiply-add.
+    """
     row: Row = {"flop": flop, "bytes": size, "gflop_s": None, "gb_s": None, "roof": None, "bound": None}
     if self_ns and flop:
         row["gflop_s"], row["gb_s"] = flop / self_ns, size / self_ns
         if ceiling:
-            fma, moved = row["gflop_s"] / ceiling["fma_gflop_s"], row["gb_s"] / ceiling[f"{moved_by(name)}_gb_s"]
-            row["roof"], row["bound"] = max((fma, "fma"), (moved, moved_by(name)))
+            moved, dot = row["gb_s"] / ceiling[f"{moved_by(name)}_gb_s"], ceiling["dot_gop_s"].get(kind)
+            computed = row["gflop_s"] / (dot or ceiling["fma_gflop_s"]), "dot" if dot else "fma"
+            row["roof"], row["bound"] = max(computed, (moved, moved_by(name)))
     return row
 
 
@@ -192,13 +197,13 @@ def bandwidth_floor(rows: list[Row], ceilings: Sequence[Ceiling]) -> float | Non
 
 
 def mode_report(
-    config: Config, value_bytes: int, calls: list[Call], untraced: list[Call], nth: int, ceilings: Sequence[Ceiling]
+    config: Config, stored: Stored, calls: list[Call], untraced: list[Call], nth: int, ceilings: Sequence[Ceiling]
 ) -> tuple[Row, list[Row]]:
     """Return the summary and the rows of one mode."""
     wall = wall_of(calls)
     steps = [step for call in calls for step in call.steps]
     used = max((sum(bool(events) for events in step) for step in steps), default=nth)
-    rows = hotspots(config, value_bytes, calls, nth, next((c for c in ceilings if c["threads"] == used), None))
+    rows = hotspots(config, stored, calls, nth, next((c for c in ceilings if c["threads"] == used), None))
     together = sum(computing(step)[nth] for step in steps)
     summary = {
         "wall_ns": wall,

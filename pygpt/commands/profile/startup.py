@@ -22,7 +22,7 @@ Row = dict[str, Any]
 def measure(path: str, job: "Job", threads: int) -> list[Row]:
     """Start a fresh process; return its parts: name, ns, minor and major page faults. Raises PyGPTError if it fails."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-    given = {name: value for name, value in vars(job).items() if name in ("prompt", "inputs", "targets")}
+    given = {name: value for name, value in vars(job).items() if name in ("prompt", "weights", "inputs", "targets")}
     order = {"path": os.path.abspath(path), **given, "threads": threads, "began": began}
     command = [sys.executable, "-m", "pygpt.commands.profile.startup"]
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=child_environment())
@@ -66,7 +66,7 @@ def main() -> None:
                 network.update(lr=1e-4, step=step)
                 part(name)
     else:
-        with GPT2.load(order["path"], threads=order["threads"]) as model:
+        with GPT2.load(order["path"], threads=order["threads"], weights=order["weights"]) as model:
             cache = model.new_cache()
             part("map the model, start the workers")
             model.prefill(cache, order["prompt"])

@@ -27,23 +27,28 @@ DECODES = 8  # tokens decoded in each round of a comparison
 SERIAL = "serial reference"
 
 
-def ceilings(counts: list[int], rounds: int, *, stream: bool) -> list[Row]:
-    """Measure this machine's limits with each number of threads; with `stream`, also the limit of AdamW's memory traffic."""
+def ceilings(counts: list[int], rounds: int, *, stream: bool, dots: Iterable[str] = ()) -> list[Row]:
+    """Measure this machine's limits with each number of threads; with `stream`, also the limit of AdamW's memory traffic.
+
+    dots: the weight formats whose integer products are measured.
+    """
     found = []
     for threads in counts:
-        with Ceilings(threads, stream=stream) as limit:
+        with Ceilings(threads, stream=stream, dots=dots) as limit:
             limit.measure(rounds)
             row: Row = {"threads": threads, "read_gb_s": limit.read_gb_s, "fma_gflop_s": limit.fma_gflop_s}
+            row["dot_gop_s"] = {kind: limit.operations_gop_s(kind) for kind in dots}
             found.append(row | {"stream_gb_s": limit.stream_gb_s if stream else None})
     return found
 
 
 def best(first: list[Row], second: list[Row]) -> list[Row]:
     """Return the larger of two measurements of each ceiling: a ceiling is the highest speed that was reached."""
-    return [
-        {key: None if value is None else max(value, two[key]) for key, value in one.items()}
-        for one, two in zip(first, second, strict=True)
-    ]
+
+    def higher(one: Any, two: Any) -> Any:
+        return {key: higher(one[key], two[key]) for key in one} if isinstance(one, dict) else one and max(one, two)
+
+    return [higher(one, two) for one, two in zip(first, second, strict=True)]
 
 
 def thread_counts(cores: int) -> list[int]:
@@ -148,10 +153,10 @@ def trained(model: TrainableGPT2 | SerialTrainableGPT2, job: Training) -> Outcom
     return times_of(calls), digest, [float(losses.mean(dtype="f8"))]
 
 
-def compare(path: str, prompt: list[int], threads: int, rounds: int, *, with_serial: bool) -> Row:
+def compare(path: str, prompt: list[int], threads: int, rounds: int, *, with_serial: bool, weights: str | None = None) -> Row:
     """Compare the strategies of generation."""
     with ExitStack() as stack:
-        many = stack.enter_context(GPT2.load(path, threads=threads))
+        many = stack.enter_context(GPT2.load(path, threads=threads, weights=weights))
         extra = [prompt[i % len(prompt)] for i in range(min(DECODES, many.config.maxT - len(prompt)))]
         L = many.config.L
         ways = [
@@ -159,10 +164,10 @@ def compare(path: str, prompt: list[int], threads: int, rounds: int, *, with_ser
             Way("one round a step", threads, 1, 5 * L + 1, lambda: fast(many, prompt, extra)),
         ]
         if threads > 1:
-            alone = stack.enter_context(GPT2.load(path, threads=1))
+            alone = stack.enter_context(GPT2.load(path, threads=1, weights=weights))
             ways.insert(0, Way("one worker", 1, 0, 0, partial(fast, alone, prompt, extra)))
         if with_serial:
-            reference = stack.enter_context(SerialGPT2.load(path))
+            reference = stack.enter_context(SerialGPT2.load(path, weights=weights))
             ways.insert(0, Way(SERIAL, 1, 0, 0, lambda: serial(reference, prompt, extra)))
         rows = measured(ways, rounds, ("prefill", "decode"))
     return {"prompt_tokens": len(prompt), "same_bits": same_bits(ways), "same_tokens": same_findings(ways), "ways": rows}

@@ -16,9 +16,9 @@ The rows of a mode add up to the time measured around its calls. ms and calls ar
 "wake-up", some workers are awake and others are not. In "pack", all workers rearrange the rows of a large product. In \
 "python, pool", no worker computes: Python checks arguments, a Condition wakes the workers, and a Barrier gathers them.
 GFLOP/s and GB/s are the least work of a kernel (profile/work.py) divided by its self time. roof compares them with this \
-machine's ceilings and shows the nearer one: f for fused multiply-add, r for reading memory. AdamW also writes, so its \
-ceiling s is the same traffic without arithmetic. The ceilings are measured before and after the job, with as many workers. \
-Above 100% of r or s, the data came from a cache.
+machine's ceilings and shows the nearer one: f for fused multiply-add, d for the integer dot product of quantised weights, \
+r for reading memory. AdamW also writes, so its ceiling s is the same traffic without arithmetic. The ceilings are measured \
+before and after the job, with as many workers. Above 100% of r or s, the data came from a cache.
 imbal is how much longer than the mean the slowest worker of a kernel computes. slow is the worker with the most computing time.
 Serial means that fewer than all workers compute; Python, pool, sampler and waits count. Amdahl is 1 / (f + (1 - f) / n), with \
 f the serial share of one thread's time (Amdahl 1967). With bandwidth, the parallel part takes at least the time to read its \
@@ -109,16 +109,18 @@ def head(report: Report) -> str:
         what = f"{plural(job['iterations'], 'iteration')} of training on {job['B']} x {job['T']} tokens"
     else:
         what = f"{plural(job['prompt_tokens'], 'token')} in, {job['new_tokens']} decoded one by one ({job['sampler']} sampler)"
+    formats = f"{model['weights']} weights" + ("" if model["head"] == model["weights"] else f", head {model['head']}")
     bits = "the same as without profiling" if report["bits"]["same"] else "NOT the same as without profiling"
     lines = [
         f"pygpt {report['pygpt']} on {machine['processor']}, {machine['isa']}",
-        f"model    {model['name']} ({shape}, {8 * model['value_bytes']}-bit values)",
+        f"model    {model['name']} ({shape}, {formats})",
         f"job      {what}; {plural(job['rounds'], 'round')}; {plural(machine['threads'], 'worker')}, "
         f"{plural(machine['cores'], 'core')}",
         f"bits     {bits} ({report['bits']['profiled']})",
     ]
     for ceiling in report["ceilings"]:
         limits = f"{ceiling['fma_gflop_s']:.0f} GFLOP/s fused multiply-add, {ceiling['read_gb_s']:.1f} GB/s read"
+        limits += "".join(f", {rate:.0f} Gop/s of {kind} products" for kind, rate in ceiling["dot_gop_s"].items())
         if ceiling["stream_gb_s"]:
             limits += f", {ceiling['stream_gb_s']:.1f} GB/s of AdamW's traffic"
         lines.append(f"ceiling  {plural(ceiling['threads'], 'thread')}: {limits}")
@@ -214,7 +216,7 @@ def reading(summary: Row, rows: list[Row]) -> str:
     outside = sum(row["share"] for row in rows if row["kind"] == "outside")
     text = f"Most time: {most['name']}, {percent(most['share'])}"
     if most["roof"] is not None:
-        ceiling = {"fma": "arithmetic", "read": "reading", "stream": "traffic"}[most["bound"]]
+        ceiling = {"fma": "arithmetic", "dot": "integer", "read": "reading", "stream": "traffic"}[most["bound"]]
         text += f", computing at {percent(most['roof'], 0)} of this machine's {ceiling} ceiling"
     text += f". Waiting: {percent(summary['wait_ns'] / summary['wall_ns'])}. Outside the kernels: {percent(outside)}."
     imbalance = summary["imbalance"]

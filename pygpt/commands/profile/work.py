@@ -3,7 +3,7 @@
 Forward operations: a product has 2 for each weight and row. Attention has 4 for each channel of a visible key. layernorm has 8
 and the encoder 1 for each value. GELU, exp and biases do not count. Bytes are compulsory traffic: each weight once per step,
 each visible key and value once per step, activations in and out. If a kernel reads weights again for more rows, that does not
-count.
+count. A weight takes the bytes of its format. The float32 scales of quantised weights do not count as operations.
 
 Backward operations: a product has twice the operations of the forward pass, for the gradients of its inputs and its weights.
 Attention has twice too; recomputed scores do not count. layernorm has 16 for each value, the loss 2 and its gradient 1 for each
@@ -12,51 +12,54 @@ AdamW has 17 operations, including a root and a division, and 28 bytes: it reads
 all except the gradient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ...config import Config
 from .job import Call
 
 Work = dict[str, tuple[int, int]]  # phase -> (operations, bytes)
+Stored = Mapping[str, tuple[str, int]]  # by tensor: weight format and bytes, as Network.stored
+WEIGHTS = {"qkv": "qkvw", "attproj": "attprojw", "fc": "fcw", "fcproj": "fcprojw", "logits": "wte"}  # of forward products
 
 
-def work(config: Config, value_bytes: int, calls: Iterable[Call]) -> Work:
-    """Return the work of all calls by kernel."""
+def work(config: Config, stored: Stored, calls: Iterable[Call]) -> Work:
+    """Return the work of all calls by kernel. stored: the weights of generation; training has float32."""
     total: Work = {}
     for call in calls:
         if call.stages:
             found = _iteration(config, call.sequences, call.rows // call.sequences)
         else:
-            found = _call(config, value_bytes, call.rows, call.position, max(1, len(call.steps)))
+            found = _call(config, stored, call.rows, call.position, max(1, len(call.steps)))
         for name, (flop, size) in found.items():
             before = total.get(name, (0, 0))
             total[name] = before[0] + flop, before[1] + size
     return total
 
 
-def _call(config: Config, value_bytes: int, T: int, position: int, steps: int) -> Work:
+def _call(config: Config, stored: Stored, T: int, position: int, steps: int) -> Work:
     """Return the work of one call: T rows after `position` others, in equal steps, with the logits of the last row."""
     L, C, V = config.L, config.C, config.V
     pairs = T * position + T * (T + 1) // 2  # number of (row, visible key)
     seen = sum(position + T * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
 
-    def product(N: int, K: int, rows: int, steps: int, extra: int = 0) -> tuple[int, int]:
-        return 2 * rows * N * K, steps * N * K * value_bytes + 4 * rows * (N + K + extra)
+    def product(phase: str, N: int, K: int, rows: int, steps: int, extra: int = 0) -> tuple[int, int]:
+        layers = 1 if phase == "logits" else L
+        return 2 * rows * N * K, steps * stored[WEIGHTS[phase]][1] // layers + 4 * rows * (N + K + extra)
 
     def layers(one: tuple[int, int]) -> tuple[int, int]:
         return L * one[0], L * one[1]
 
     return {
-        "encoder": (T * C, T * C * (2 * value_bytes + 4)),
+        "encoder": (T * C, T * (stored["wte"][1] // V + stored["wpe"][1] // config.maxT + 4 * C)),
         "ln1": layers((8 * T * C, 8 * T * C)),
-        "qkv": layers(product(3 * C, C, T, steps, extra=2 * C)),  # keys and values go to the cache as well
+        "qkv": layers(product("qkv", 3 * C, C, T, steps, extra=2 * C)),  # keys and values go to the cache as well
         "attention": layers((4 * C * pairs, 4 * (2 * C * seen + 2 * T * C))),
-        "attproj": layers(product(C, C, T, steps, extra=2 * C)),  # the residual stream is read and written
+        "attproj": layers(product("attproj", C, C, T, steps, extra=2 * C)),  # the residual stream is read and written
         "ln2": layers((8 * T * C, 8 * T * C)),
-        "fc": layers(product(4 * C, C, T, steps)),
-        "fcproj": layers(product(C, 4 * C, T, steps, extra=2 * C)),
+        "fc": layers(product("fc", 4 * C, C, T, steps)),
+        "fcproj": layers(product("fcproj", C, 4 * C, T, steps, extra=2 * C)),
         "lnf": (8 * C, 8 * C),
-        "logits": product(V, C, 1, 1),
+        "logits": product("logits", V, C, 1, 1),
     }
 
 
