@@ -9,6 +9,7 @@
 The rooms, from the outside in. Each imports only rooms below it:
 
     commands      `pygpt 31373 612` and its subcommands: options, reports, progress
+    cluster       batch jobs: the callable that answers rows on any cluster
     training      parameters, batches, AdamW, saved states; reference: the scalar twin of network and training
     model         GPT2, the face that joins network and engine
     generation    the engine: requests in, tokens out; sampling, stop conditions, prefix caches
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ._kernels import Trace as Trace
     from ._kernels import cpu_info as cpu_info
     from .ceilings import Ceilings as Ceilings
+    from .cluster import Complete as Complete
     from .config import Config as Config
     from .cpus import default_threads as default_threads
     from .errors import CheckpointError as CheckpointError
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from .training.data import DataLoader as DataLoader
     from .training.data import split as split
     from .training.options import TrainingOptions as TrainingOptions
+    from .training.parallel import open_ranks as open_ranks
+    from .training.parallel.ranks import Ranks as Ranks
     from .training.state import TrainingState as TrainingState
     from .training.state import open_state as open_state
     from .training.trainable import TrainableGPT2 as TrainableGPT2
@@ -101,6 +105,9 @@ _PUBLIC = {
     "model": "GPT2",
     "reference": "SerialGPT2 SerialTrainableGPT2",
     "ceilings": "Ceilings",
+    "cluster": "Complete",
+    "training.parallel": "open_ranks",
+    "training.parallel.ranks": "Ranks",
     "training.options": "TrainingOptions",
     "training.data": "DataLoader split",
     "training.state": "TrainingState open_state",

@@ -16,7 +16,7 @@ encoder's part row by row.
 Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update.
 """
 
-from libc.math cimport sqrt, sqrtf
+from libc.math cimport sqrtf
 from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memcpy, memset
 
@@ -62,6 +62,7 @@ cdef struct Flat:             # the flat arrays: parameters, gradients, first an
     float* m
     float* v
     Py_ssize_t size
+    Py_ssize_t start, stop    # the slice that the round works on; start is a multiple of NORM_BLOCK
     double* squares           # the sum of squares of each block of NORM_BLOCK values
 
 # ------------------------------------------------------------------------------------------------ (a) kernels
@@ -278,21 +279,21 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
 
 
 cdef void squares_of(const Flat* f, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """squares[i] = the sum of the squares of block i of the gradients."""
-    cdef Py_ssize_t i, start, stop, blocks = (f.size + NORM_BLOCK - 1) // NORM_BLOCK
-    shard(blocks, ith, nth, &start, &stop)
-    for i in range(start, stop):
-        f.squares[i] = micro.square_sum(f.g + i * NORM_BLOCK, min(<Py_ssize_t> NORM_BLOCK, f.size - i * NORM_BLOCK))
+    """squares[i] = the sum of the squares of block i of the gradients, for each block of the slice."""
+    cdef Py_ssize_t i, start, stop, first = f.start // NORM_BLOCK
+    shard((f.stop + NORM_BLOCK - 1) // NORM_BLOCK - first, ith, nth, &start, &stop)
+    for i in range(first + start, first + stop):
+        f.squares[i] = micro.square_sum(f.g + i * NORM_BLOCK, min(<Py_ssize_t> NORM_BLOCK, f.stop - i * NORM_BLOCK))
 
 
 cdef void update(
     const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
-    """One step of AdamW on this worker's share of all parameters. A span is (start, stop, decay)."""
+    """One step of AdamW on this worker's share of the slice. A span is (start, stop, decay)."""
     cdef Py_ssize_t i, start, stop, first, last
-    share(f.size, 16, ith, nth, &start, &stop)
+    share(f.stop - f.start, 16, ith, nth, &start, &stop)
     for i in range(spans.shape[0]):
-        first, last = max(start, <Py_ssize_t> spans[i, 0]), min(stop, <Py_ssize_t> spans[i, 1])
+        first, last = max(f.start + start, <Py_ssize_t> spans[i, 0]), min(f.start + stop, <Py_ssize_t> spans[i, 1])
         numbers.decay = <float> spans[i, 2]
         if first < last:
             micro.adamw(f.p + first, f.g + first, f.m + first, f.v + first, last - first, &numbers)
@@ -326,7 +327,7 @@ cdef class TrainStep(Step):
     cdef list caches                # keys and values of the batch's sequences
     cdef object config
     cdef object views               # keeps the four flat arrays alive
-    cdef object squares
+    cdef readonly bytearray squares   # float64, of each block
     cdef const int32_t[:, ::1] targets
     cdef const double[:, ::1] spans
     cdef adamw_numbers numbers
@@ -443,23 +444,18 @@ cdef class TrainStep(Step):
         self.back.dloss = <float> (scale / self.trained)
         barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
-    def begin_norm(self, Py_ssize_t active) -> None:
-        """Prepare the norm of the gradients, on the first `active` workers."""
-        self.task, self.active = SQUARES, active
-
-    def finish_norm(self) -> float:
-        """Return the 2-norm; the blocks' sums of squares are added in ascending order."""
-        cdef double total = 0
-        cdef Py_ssize_t i
-        for i in range(len(self.squares) // 8):
-            total += self.flat.squares[i]
-        return sqrt(total)
+    def begin_norm(self, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t active) -> None:
+        """Prepare the sums of squares of the blocks in a slice of the gradients, on the first `active` workers."""
+        self.task, self.active, self.flat.start, self.flat.stop = SQUARES, active, start, stop
 
     def begin_update(self, numbers, const double[:, ::1] spans not None, Py_ssize_t active) -> None:
         """Prepare one step of AdamW with checked numbers (parameters.AdamW), on the first `active` workers.
 
-        spans: rows (start, stop, decay)."""
+        spans: rows (start, stop, decay), which follow each other. The parameters outside of them do not change."""
         cdef adamw_numbers* n = &self.numbers
+        self.flat.start = self.flat.stop = 0
+        if spans.shape[0]:
+            self.flat.start, self.flat.stop = <Py_ssize_t> spans[0, 0], <Py_ssize_t> spans[spans.shape[0] - 1, 1]
         self.task, self.active, self.spans = ADAMW, active, spans
         n.lr, n.beta1, n.beta2, n.rest1, n.rest2 = numbers.lr, numbers.beta1, numbers.beta2, numbers.rest1, numbers.rest2
         n.over_correction1, n.over_correction2 = 1 / <double> numbers.correction1, 1 / <double> numbers.correction2

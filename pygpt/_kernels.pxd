@@ -40,6 +40,7 @@ cdef extern from "micro.h" nogil:
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*store_scaled)(float*, const float*, float, ptrdiff_t) noexcept nogil
         void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil
+        void (*noise)(uint32_t*, uint32_t, const uint32_t*, uint32_t, uint32_t) noexcept nogil
         void (*add_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
         void (*gelu_backward)(float*, const float*, ptrdiff_t) noexcept nogil
         void (*layernorm_backward)(float*, const float*, const float*, const float*, const float*, ptrdiff_t) noexcept nogil
@@ -115,12 +116,16 @@ cdef extern from "sampler.h" nogil:
     int sample_weights_of(
         float* e, const float* x, ptrdiff_t V, const sample_options*, ranked* order, ranked* spare, exps_function* exps,
     )
-    ptrdiff_t weighted_id(const float* e, ptrdiff_t V, double coin)
+    ctypedef void noise_function(uint32_t*, uint32_t, const uint32_t*, uint32_t, uint32_t) noexcept nogil
+    ctypedef struct noise_source:
+        uint64_t seed, step
+        uint32_t stream
+
+    ptrdiff_t race_id(const float* e, ptrdiff_t V, const noise_source*, noise_function* noise)
     double natural_log(double x)
-    double uniform_of(uint64_t seed, uint64_t stream, uint64_t step)
     float highest(const float* logits, ptrdiff_t V)
     double log_sum(const float* logits, float max, float* e, ptrdiff_t V, exps_function* exps)
-    void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V, int low)
+    void rank_ids(ranked* order, ranked* spare, const float* x, ptrdiff_t V)
 
 
 cdef struct Tensor:           # one of the sixteen tensors, all layers' parts one after another
@@ -225,6 +230,7 @@ cdef class Floats:
 
 cdef class Weights:
     cdef Net net
+    cdef Weights kin                # the weights whose caches steps extend, or None for these
     cdef list kept                  # keeps the memory of the tensors
     cdef _place(self, Tensor* tensor, str name, Py_ssize_t layers, tuple shape, format, data)
 

@@ -545,9 +545,11 @@ cdef class Floats:
 
 
 cdef class Weights:
-    """The addresses of the sixteen tensors. Their memory, for example a mapped file, is kept until close()."""
+    """The addresses of the sixteen tensors. Their memory, for example a mapped file, is kept until close().
 
-    def __init__(self, config not None, tensors not None):
+    kin: other weights of the same dimensions. Steps with these weights may extend the caches of kin."""
+
+    def __init__(self, config not None, tensors not None, Weights kin=None):
         """Take for each name of config.TENSORS a pair (name of its weight format, its bytes), wte with V rows.
 
         The bytes are used in place, so later changes take effect. Biases and gains of other formats than float32 are widened
@@ -556,6 +558,11 @@ cdef class Weights:
         cdef Tensor* tensor = <Tensor*> &net.w
         net.L, net.NH, net.C, net.V, net.HS, net.maxT = config.L, config.NH, config.C, config.V, config.HS, config.maxT
         net.HSp = padded(net.HS)
+        self.kin = kin
+        if kin is not None and (net.L, net.NH, net.C, net.V, net.maxT) != (
+            kin.net.L, kin.net.NH, kin.net.C, kin.net.V, kin.net.maxT
+        ):
+            raise InputError("the other weights have other dimensions")
         self.kept = []
         for (name, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
             format, data = tensors[name]
@@ -748,7 +755,7 @@ cdef class Step:
         rows = [(check_token(token, self.weights.net.V), cache, bool(want)) for token, cache, want in rows]
         self.keep = [cache for _, cache, _ in rows]
         for cache in self.keep:
-            if cache.weights is not self.weights:
+            if cache.weights is not (self.weights if self.weights.kin is None else self.weights.kin):
                 raise InputError("the cache belongs to another model: make one with this model's new_cache()")
             cache.ahead = cache.length
         self._reserve(len(rows))
@@ -1069,14 +1076,14 @@ def sample_weights(
     return e if finite else None
 
 
-def pick(Floats weights not None, double coin) -> int:
-    """Return the first id at which the running sum of weights (1, V) exceeds `coin` times their sum, 0 <= coin < 1."""
-    return weighted_id(weights.data, weights.shape[1], coin)
-
-
-def uniform(uint64_t seed, uint64_t stream, uint64_t step) -> float:
-    """Return random number `step` of a seed's stream, in [0, 1), without computing earlier numbers (Philox, sampler.h)."""
-    return uniform_of(seed, stream, step)
+def race(Floats weights not None, uint64_t seed, uint32_t stream, uint64_t step) -> int:
+    """Choose an id with a probability proportional to its weight (1, V), by random numbers that depend only on seed, stream,
+    step (below 2^60) and id (sampler.h). Returns -1 if no weight is above 0."""
+    cdef noise_source source = noise_source(seed=seed, step=step, stream=stream)
+    cdef Py_ssize_t token
+    with nogil:
+        token = race_id(weights.data, weights.shape[1], &source, micro.noise)
+    return token
 
 
 def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ssize_t token, Py_ssize_t count):
@@ -1093,7 +1100,7 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
     with nogil:
         total = log_sum(values, max_logit, e.data, V, micro.exps)
         if count and total == total:
-            rank_ids(order, order + V, values, V, 1)
+            rank_ids(order, order + V, values, V)
     if total != total:
         return None
     top = [(order[i].id, (<double> values[order[i].id] - max_logit) - total) for i in range(min(count, V))]

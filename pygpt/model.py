@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from ._signals import see_through
+from .errors import InputError
 from .formats.open import open_weights
 from .generation.generate import Generator
 from .generation.request import check_tokens
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Floats, Trace
+    from .generation.speculate import Draft
     from .network import OpenModel
+
+# The weights that guess for each format: much smaller than the model's own. The smallest format has none.
+DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
+QUANTISED = ("q8_0", "q4_0")
 
 
 class GPT2(Generator):
@@ -33,6 +39,8 @@ class GPT2(Generator):
 
     def __init__(self, checkpoint: "OpenModel", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
+        self._draft: Draft | None = None
+        self._draft_weights = DRAFTS.get(checkpoint.format.name)  # quantise to this format for guesses
 
     @classmethod
     def load(
@@ -43,8 +51,12 @@ class GPT2(Generator):
         mmap: bool = True,
         weights: str | None = None,
         all_workers: bool = False,
+        draft: "str | os.PathLike[str] | None" = None,
     ) -> "GPT2":
         """Open a model file: `path`, else the one that find_model() finds. Unless mmap is False, the file is mapped, not read.
+
+        draft: what guesses tokens for speculation: q8_0 or q4_0, these weights quantised at the first use (default: q8_0 for
+        float32, q4_0 for smaller formats); lookup, only the text so far; or the file of a model with the same vocabulary.
 
         threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
         weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. Raises CheckpointError for a
@@ -52,10 +64,43 @@ class GPT2(Generator):
         """
         checkpoint = open_weights(find_model(path)[0], mmap=mmap, weights=weights, threads=threads)
         try:
-            return cls(checkpoint, threads=threads, all_workers=all_workers)
+            model = cls(checkpoint, threads=threads, all_workers=all_workers)
         except BaseException:
             checkpoint.close()
             raise
+        if draft is not None:
+            try:
+                model._choose_draft(os.fspath(draft))
+            except BaseException:
+                model.close()
+                raise
+        return model
+
+    def _choose_draft(self, draft: str) -> None:
+        """Take the draft that load() was asked for. Raises InputError for a model with another vocabulary."""
+        self._draft_weights = draft if draft in QUANTISED else None
+        if draft in (*QUANTISED, "lookup"):
+            return
+        checkpoint = open_weights(find_model(draft)[0])
+        if checkpoint.config.V != self.config.V:
+            checkpoint.close()
+            raise InputError(
+                f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}: give a draft with the "
+                "model's vocabulary"
+            )
+        self._draft = self._draft_from(checkpoint)
+
+    def draft(self, make: bool) -> "Draft | None":
+        """Return what guesses tokens for speculation, or None. Weights are quantised only if `make` is True, once."""
+        if self._draft is None and make and self._draft_weights is not None:
+            self._draft = self._draft_from(self.network.quantised(self._draft_weights))
+        return self._draft
+
+    def _draft_from(self, checkpoint: "OpenModel") -> "Draft":
+        from .generation.speculate import Draft
+
+        network = Network(checkpoint, target=self.network)
+        return Draft(network, shared=network.extends(self.network))
 
     @property
     def threads(self) -> int:
@@ -122,6 +167,8 @@ class GPT2(Generator):
     def close(self) -> None:
         """Stop the workers and unmap the file, after a running step has ended. May be called twice."""
         self.network.close()
+        if self._draft is not None:
+            self._draft.network.close()
 
     def __enter__(self) -> "GPT2":
         return self

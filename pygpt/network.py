@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ._kernels import Trace
     from .formats.dtypes import Format
+    from .formats.quantise import QuantisedWeights
 
     class OpenModel(Protocol):
         """The source of a network's weights: an open file, or arrays in memory."""
@@ -86,19 +87,28 @@ class Network(Uncopied):
     """GPT-2's forward pass over the weights of a checkpoint, on `threads` workers.
 
     Threads may share a network: their steps take turns. all_workers: use all workers even if a step is too small to gain from
-    them. `stored`: by tensor, its weight format and its bytes, as the kernels read them.
+    them. target: another network. This one then uses its workers, and extends its caches if the dimensions are equal.
+    `stored`: by tensor, its weight format and its bytes, as the kernels read them.
     """
 
     chunk = CHUNK
 
-    def __init__(self, checkpoint: "OpenModel", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: "OpenModel",
+        *,
+        threads: "SupportsIndex | None" = None,
+        all_workers: bool = False,
+        target: "Network | None" = None,
+    ) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
         stored = checkpoint.stored()
         self.stored = {name: (kind, data.nbytes) for name, (kind, data) in stored.items()}
-        self._weights = Weights(self.config, stored)
-        self._pool = ThreadPool(cpus.resolve_threads(threads))
-        self._all_workers = all_workers
+        kin = target._weights if target is not None and target.config == self.config else None
+        self._weights: Weights = Weights(self.config, stored, kin)
+        self._pool: ThreadPool = ThreadPool(cpus.resolve_threads(threads)) if target is None else target._pool
+        self._all_workers: bool = all_workers if target is None else target._all_workers
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
         self._value_bytes = sum(size for _, size in self.stored.values()) / self.config.parameters(padded=False)
         self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
@@ -107,6 +117,16 @@ class Network(Uncopied):
     def threads(self) -> int:
         """The number of workers, the caller included."""
         return self._pool.nth
+
+    def quantised(self, weights: str) -> "QuantisedWeights":
+        """Return this network's weights, quantised to q8_0 or q4_0 in memory."""
+        from .formats.quantise import quantised
+
+        return quantised(self._checkpoint, weights, threads=self.threads)
+
+    def extends(self, target: "Network") -> bool:
+        """Return whether steps of this network extend the target's caches."""
+        return self._pool is target._pool and self.config == target.config
 
     @property
     def position_bytes(self) -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the documentation's pictures: docs/pictures/rooms.svg, step.svg, token.svg and schedule.svg.
+"""Draw the documentation's pictures: docs/pictures/rooms.svg, step.svg, token.svg, schedule.svg and speculation.svg.
 
     python tools/pictures.py                              draw all pictures
     python tools/pictures.py --record gpt2_124M.bin       first record a step of this model in tools/benchmarks/step.json
@@ -8,6 +8,7 @@ rooms   the imports between the parts of pygpt/, read from the import statements
 step    one step of the network on two workers, from a recorded trace
 token   the way of a token through the program
 schedule  requests in one engine, step by step
+speculation   guesses of a draft, and the step that checks them
 
 All colours are readable on white and on black. The same sources give the same bytes, so a test can compare them.
 """
@@ -76,6 +77,7 @@ MEANING = {
     "server": "the API over HTTP, and a page",
     "training": "parameters, options, data, trainer, state",
     "reference": "the serial program, for comparison",
+    "cluster": "answers rows on any cluster",
     "model": "GPT2 joins network and engine",
     "generation": "the engine: requests in, tokens out",
     "network": "step(rows); key-value caches",
@@ -342,7 +344,34 @@ def draw_schedule() -> str:
     return svg(height, "Five requests in one engine, step by step", lines)
 
 
-PICTURES = {"rooms": draw_rooms, "step": draw_step, "token": draw_token, "schedule": draw_schedule}
+GUESSED = (("not", "not", True), ("to", "to", True), ("be", "be", True), (",", ":", False))  # guess, choice, whether equal
+
+
+def draw_speculation() -> str:
+    """Draw four guesses of a draft, the step that checks them, and the tokens that it gives."""
+    lines = [text(12, 34, "the draft guesses"), text(12, 94, "one step checks all rows"), text(12, 154, "the tokens")]
+    for i, (guess, choice, right) in enumerate((("or", "", True), *GUESSED)):
+        x = 200 + 120 * i
+        if i:
+            lines += [rect(x, 14, 96, 30, LIMIT, filled=False), text(x + 48, 34, guess, anchor="middle")]
+        lines += [rect(x, 74, 96, 30, OUR_BAR, filled=False), text(x + 48, 94, f"row of {guess!r}", anchor="middle", size=12)]
+        lines.append(path([(x + 48, 44 if i else 60), (x + 48, 74)]))
+        if i < len(GUESSED):
+            _, choice, right = GUESSED[i]
+            lines += [rect(x, 134, 96, 30, GREEN if right else TEXT, filled=False), path([(x + 48, 104), (x + 48, 134)])]
+            lines.append(text(x + 48, 154, choice, anchor="middle", weight="bold"))
+            lines.append(text(x + 48, 182, "as guessed" if right else "replaces the guess", anchor="middle", size=11))
+    lines.append(text(200 + 120 * 4 + 48, 154, "not used", anchor="middle", size=11))
+    return svg(194, "Speculation: three of four guesses are right, so one step gives four tokens", lines)
+
+
+PICTURES = {
+    "schedule": draw_schedule,
+    "rooms": draw_rooms,
+    "step": draw_step,
+    "token": draw_token,
+    "speculation": draw_speculation,
+}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ COMMANDS is the only list of subcommands. pygpt/__main__.py dispatches by it, an
 
 COMMANDS = {  # name: its module in this folder, and one line for the help
     "chat": ("chat", "complete texts, on a terminal or through a pipe"),
+    "batch": ("batch", "complete or score many prompts from a file, in resumable shards"),
     "train": ("train.main", "train or fine-tune a model on a text"),
     "eval": ("eval", "measure perplexity and HellaSwag accuracy, show next tokens, compare two models"),
     "shards": ("shards", "turn texts into llm.c's token files"),

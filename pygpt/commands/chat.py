@@ -37,7 +37,7 @@ from ..tokenizer import StreamDecoder, Tokenizer
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import HelpFormatter, Parser, for_terminal, say, status_of
-from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, parse_count, read_options
+from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, add_draft_option, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -88,6 +88,7 @@ SETTINGS = {
     "stop": (("stop_strings",), "stop_strings"),
     "stop_token": (("stop_token_ids",), "stop_token_ids"),
     "overflow": ((), "overflow"),
+    "speculate": ((), "speculation"),
     "stop_at_eot": ((), "stop_at_eot"),
     "show_stop": ((), "show_stop"),
     "stats": ((), "stats"),
@@ -573,6 +574,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-t", "--threads", action=PassOn, metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)"
     )
     parser.add_argument("--weights", action=PassOn, metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
+    add_draft_option(parser.add_argument, action=PassOn)
     parser.add_argument(
         "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
     )

@@ -8,18 +8,20 @@ import argparse
 import codecs
 import sys
 from collections.abc import Sequence
+from time import perf_counter
 
 from .. import __version__
 from ..errors import InputError
 from . import COMMANDS
 from .console import HelpFormatter, Parser, check_stdout, say, status_of
-from .options import add_completion_options, parse_count, parse_id, read_options
+from .options import add_completion_options, add_draft_option, parse_count, parse_id, read_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from ..config import Config
+    from ..generation.completion import Completion
     from ..generation.request import Request
     from ..model import GPT2
     from ..reference import SerialGPT2
@@ -71,9 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
     )
+    add_draft_option(parser.add_argument)
     parser.add_argument(
         "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
     )
+    parser.add_argument("--stats", action="store_true", help="print the speed on stderr after each answer")
     parser.add_argument("--reference", action="store_true", help="run the slow serial reference; -t has no effect")
     parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
     return parser
@@ -97,11 +101,20 @@ def run(options: argparse.Namespace) -> None:
     with model:
         request = Request(model.config, tokens or [0], **defaults)  # report bad options before serving
         if serving:
-            serve(model, defaults, notice)
+            serve(model, defaults, notice, stats=options.stats)
         else:
             say(notice)
-            for token in model.complete(request):
-                put(f"{token}\n")
+            engine, began = model.engine(), perf_counter()
+            job = engine.add(request)
+            try:
+                for event in engine.run():
+                    if event.error is not None:
+                        raise event.error
+                    put(f"{event.token}\n")
+            finally:
+                engine.close()
+            if options.stats:
+                say(speed(job.completions[0], perf_counter() - began))
 
 
 def load(path: str | None, threads: int | None, options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
@@ -121,14 +134,22 @@ def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "
     if options.reference:
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)
+        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)  # guesses come from the text
     from ..model import GPT2
 
-    return GPT2.load(path, threads=threads, mmap=not options.no_mmap, weights=options.weights)
+    mmap, draft = not options.no_mmap, options.draft_model
+    return GPT2.load(path, threads=threads, mmap=mmap, weights=options.weights, draft=draft)
 
 
-def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -> None:
-    """Answer the requests on stdin, one per line, until stdin ends.
+def speed(completion: "Completion", seconds: float) -> str:
+    """Describe a completion's speed, and how many of its guesses were right."""
+    new, drafted, right = len(completion.tokens), completion.drafted, completion.accepted
+    guesses = f"; {right} of {drafted} guessed tokens were right" if drafted else ""
+    return f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}"
+
+
+def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *, stats: bool = False) -> None:
+    """Answer the requests on stdin, one per line, until stdin ends. stats: describe each answer's speed on stderr.
 
     Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process.
     """
@@ -143,12 +164,14 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str) -
                 continue
             say(notice)
             notice = ""
-            job = engine.add(request)
+            job, began = engine.add(request), perf_counter()
             for event in engine.run():
                 if event.error is not None:
                     raise event.error
-                ended = job.done
+                ended = event.finish_reason is not None
                 put(f"{event.token}\n" if ended else f"{event.token} ")  # the space marks the end of the id
+            if stats:
+                say(speed(job.completions[0], perf_counter() - began))
         except KeyboardInterrupt:  # put() wrote its whole text: stdout's buffer holds the part that a full pipe refused
             engine.close()
             put("" if ended else "\n")  # one newline per request: the client would take a second one for the next answer

@@ -28,10 +28,11 @@ CONTROL = (  # flag, name of a request's option, metavar, help; with every sampl
 )
 LISTS = ("logit_bias", "suppress_tokens", "bad_words_ids")
 NGRAM = ("no_repeat_ngram_size", "--no-repeat-ngram-size")
+SEED = "random seed; the same seed gives the same tokens (default: random)"
 
 
-def add_completion_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options that read_options() reads, except the lengths."""
+def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED) -> None:
+    """Add all options that read_options() reads, except the lengths. seed: the help of --seed."""
     parser.add_argument(
         "--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next five options implies sample"
     )
@@ -45,7 +46,7 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)"
     )
-    parser.add_argument("-s", "--seed", metavar="N", help="random seed; the same seed gives the same tokens (default: random)")
+    parser.add_argument("-s", "--seed", metavar="N", help=seed)
     for flag, name, metavar, text in CONTROL:
         action = "append" if name in LISTS else "store"
         parser.add_argument(flag, dest=name, metavar=metavar, action=action, help=text)
@@ -62,6 +63,24 @@ def add_completion_options(parser: argparse.ArgumentParser) -> None:
         "--overflow",
         metavar="HOW",
         help="when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)",
+    )
+    parser.add_argument(
+        "--speculate",
+        dest="speculation",
+        metavar="K",
+        help="guess tokens ahead and check them together; the tokens stay the same: auto (as many as pay), a number, or off "
+        "(default)",
+    )
+
+
+def add_draft_option(add: "Callable[..., object]", **options: "Any") -> None:
+    """Add the option that says what guesses for --speculate, to a parser's add_argument()."""
+    add(
+        "--draft-model",
+        metavar="MODEL",
+        **options,
+        help="guess for --speculate with: q8_0 or q4_0, the model's weights quantised in memory (default: the one that suits "
+        "its format); lookup, only the text so far; or a smaller model with the same vocabulary",
     )
 
 
@@ -87,6 +106,10 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     for name in "sampler", "stop_strings", "overflow":
         if (text := getattr(options, name)) is not None:
             asked[name] = text
+    if options.speculation is not None:
+        words = {"auto": True, "off": False}
+        known, flag = options.speculation in words, "speculation (--speculate)"
+        asked["speculation"] = words[options.speculation] if known else parse_count(flag, options.speculation)
     stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
 

@@ -14,6 +14,7 @@
 #ifndef PYGPT_MICRO_H
 #define PYGPT_MICRO_H
 #include <stddef.h>
+#include <stdint.h>
 
 /* Loops whose count is a constant after inlining: unrolled completely, so that arrays of sums become registers. */
 #if defined(__clang__)
@@ -110,6 +111,9 @@ typedef struct {
 
     /* e[i] = exp(logits[i] - max) for the samplers: the same bits in every set, the baseline included. */
     void (*exps)(float *e, const float *logits, float max, ptrdiff_t V);
+
+    /* words[64 j + l] = number j of Philox4x32-10 for the counter (counter, first + l) and the key k0, k1, for j < 4, l < 64. */
+    void (*noise)(uint32_t words[256], uint32_t first, const uint32_t counter[3], uint32_t k0, uint32_t k1);
 
     /* The backward pass and AdamW; micro_training.h has the formulas. */
     void (*add_rows)(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to);

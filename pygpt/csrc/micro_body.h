@@ -750,6 +750,26 @@ INLINE half_vec exp_rounded(half_vec x) {
     return __builtin_convertvector((double_vec)(~below & (long_vec)p), half_vec);
 }
 
+/* Philox4x32-10: a bijection that mixes a 128-bit counter with a 64-bit key. It gives any number of any stream without the
+ * numbers before it. 64 counters run side by side, so that the loop becomes vector code.
+ * Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
+static void noise(uint32_t words[256], uint32_t first, const uint32_t counter[3], uint32_t k0, uint32_t k1) {
+    uint32_t *restrict const c0 = words, *restrict const c1 = words + 64;
+    uint32_t *restrict const c2 = words + 128, *restrict const c3 = words + 192;
+    for (int l = 0; l < 64; l++) c0[l] = counter[0], c1[l] = counter[1], c2[l] = counter[2], c3[l] = first + l;
+    for (int round = 0; round < 10; round++) {
+        for (int l = 0; l < 64; l++) {
+            const uint64_t a = (uint64_t)0xD2511F53 * c0[l], b = (uint64_t)0xCD9E8D57 * c2[l];
+            c0[l] = (uint32_t)(b >> 32) ^ c1[l] ^ k0;
+            c1[l] = (uint32_t)b;
+            c2[l] = (uint32_t)(a >> 32) ^ c3[l] ^ k1;
+            c3[l] = (uint32_t)a;
+        }
+        k0 += 0x9E3779B9;
+        k1 += 0xBB67AE85;
+    }
+}
+
 static void exps(float *e, const float *logits, float max, ptrdiff_t V) {
     ptrdiff_t i = 0;
     for (; i + W / 2 <= V; i += W / 2)
@@ -850,7 +870,7 @@ EACH_FORMAT(FUNCTIONS)
     static const microkernels table_##set = {                                                                            \
         .isa = #set, .fused = FUSED, .formats = formats_##set, .outer = outer, .layernorm = layernorm,                   \
         .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,                    \
-        .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps,                                      \
+        .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps, .noise = noise,                      \
         .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,                  \
         .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw,                        \
         .square_sum = square_sum, .panel = PANEL, .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * LANES,        \

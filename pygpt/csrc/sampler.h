@@ -1,4 +1,4 @@
-/* The samplers' arithmetic. Every sum has one fixed order, and libm is not used. So all machines and builds choose the same id.
+/* The samplers' arithmetic: every sum has one fixed order and libm is not used, so all machines and builds choose the same id.
  *
  * The median's sums are float32, sequential in ascending id, as in the serial program. With thousands of nearly equal tiny
  * probabilities, another order or float64 sums would sometimes choose another id. Random sampling and log-probabilities use the
@@ -11,6 +11,7 @@
 #include <string.h>
 
 typedef void exps_function(float *e, const float *logits, float max, ptrdiff_t V); /* micro.h */
+typedef void noise_function(uint32_t words[256], uint32_t first, const uint32_t counter[3], uint32_t k0, uint32_t k1);
 
 /* Return the highest logit, or NaN if any logit is NaN. Sixteen lanes search: a maximum is exact in any order. */
 static inline float highest(const float *logits, ptrdiff_t V) {
@@ -39,9 +40,9 @@ static inline ptrdiff_t greedy_id(const float *logits, ptrdiff_t V) {
     return i;
 }
 
-/* Return the first id at which the running sum of softmax(logits) exceeds `coin`. If rounding keeps the sum below `coin`,
- * return V - 1. If the logits are not finite, return -1. `e` has room for V values. `exps` fills it with exp(logit - max),
- * correctly rounded in all but about one case in a million (micro.h). */
+/* Return the first id at which the running sum of softmax(logits) exceeds `coin`. If rounding leaves no such id, return V - 1;
+ * if the logits are not finite, -1. `e` has room for V values. `exps` fills it with exp(logit - max), correctly rounded in all
+ * but about one case in a million (micro.h). */
 static inline ptrdiff_t inverse_cdf_id(const float *logits, float *e, ptrdiff_t V, float coin, exps_function *exps) {
     const float max = highest(logits, V);
     if (!isfinite(max)) return -1;
@@ -61,25 +62,40 @@ typedef struct {
     uint32_t key, id; /* the lower the key, the higher the value */
 } ranked;
 
-/* Sort all ids by falling value. Of equal values the lower id comes first if `low`, else the higher one. Values must not be
- * NaN. The time of this radix sort by bytes does not depend on the values. */
-static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdiff_t V, int low) {
-    for (ptrdiff_t i = 0; i < V; i++) {
-        const uint32_t id = (uint32_t)(low ? i : V - 1 - i);
-        const float value = x[id] + 0.0f; /* -0 equals 0 */
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        order[i] = (ranked){bits >> 31 ? bits : bits ^ 0x7FFFFFFF, id};
-    }
+/* Return the entry of an id. Values must not be NaN. */
+static inline ranked rank_of(const float *x, ptrdiff_t id) {
+    const float value = x[id] + 0.0f; /* -0 equals 0 */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (ranked){bits >> 31 ? bits : bits ^ 0x7FFFFFFF, (uint32_t)id};
+}
+
+/* Sort n ids by falling value; equal values keep their order. A radix sort by bytes, whose time does not depend on the values. */
+static inline void sort_ranked(ranked *order, ranked *spare, ptrdiff_t n) {
     for (int shift = 0; shift < 32; shift += 8) {
         ptrdiff_t next[257] = {0};
-        for (ptrdiff_t i = 0; i < V; i++) next[(order[i].key >> shift & 255) + 1]++;
+        for (ptrdiff_t i = 0; i < n; i++) next[(order[i].key >> shift & 255) + 1]++;
         for (int byte = 0; byte < 256; byte++) next[byte + 1] += next[byte];
-        for (ptrdiff_t i = 0; i < V; i++) spare[next[order[i].key >> shift & 255]++] = order[i];
+        for (ptrdiff_t i = 0; i < n; i++) spare[next[order[i].key >> shift & 255]++] = order[i];
         ranked *const sorted = spare;
         spare = order;
         order = sorted;
     } /* after four swaps, the caller's `order` has the result */
+}
+
+/* Sort all ids by falling value; of equal values the lower id comes first. Values must not be NaN. */
+static inline void rank_ids(ranked *order, ranked *spare, const float *x, ptrdiff_t V) {
+    for (ptrdiff_t i = 0; i < V; i++) order[i] = rank_of(x, i);
+    sort_ranked(order, spare, V);
+}
+
+/* Sort the ids of weights of at least `least` by falling value x; of equal values the higher id comes first. Return their number. */
+static inline ptrdiff_t rank_likely(ranked *order, ranked *spare, const float *x, const float *e, ptrdiff_t V, float least) {
+    ptrdiff_t n = 0;
+    for (ptrdiff_t i = V - 1; i >= 0; i--)
+        if (e[i] >= least) order[n++] = rank_of(x, i);
+    sort_ranked(order, spare, n);
+    return n;
 }
 
 /* ---------------------------------------------------------------------------------------- random sampling */
@@ -95,23 +111,42 @@ static inline double sum_of(const float *e, ptrdiff_t V) {
     return sum;
 }
 
-/* Keep the k highest logits, and all logits that equal the k-th. Set the other weights to 0. Return the number of kept logits. */
-static inline ptrdiff_t keep_top_k(float *e, const ranked *order, ptrdiff_t V, ptrdiff_t k) {
-    ptrdiff_t n = k < V ? k : V;
-    while (n < V && order[n].key == order[n - 1].key) n++;
-    for (ptrdiff_t i = n; i < V; i++) e[order[i].id] = 0.0f;
-    return n;
+/* Return how many of the n most probable ids top_k keeps: the k first, and all that equal the k-th. */
+static inline ptrdiff_t top_k_of(const ranked *order, ptrdiff_t n, ptrdiff_t k) {
+    ptrdiff_t kept = k < n ? k : n;
+    while (kept < n && order[kept].key == order[kept - 1].key) kept++;
+    return kept;
 }
 
-/* Of the n most probable ids, keep the first ones that together have the share top_p of the weight, at least one. An id stays
- * if the ids before it together have less. */
-static inline void keep_top_p(float *e, const ranked *order, ptrdiff_t n, ptrdiff_t V, double top_p) {
-    const double share = top_p * sum_of(e, V);
+/* Return how many of the n most probable ids top_p keeps: the first ones that together reach `share` of the weight, at least one.
+ * An id stays if the ids before it have less. */
+static inline ptrdiff_t top_p_of(const float *e, const ranked *order, ptrdiff_t n, double share) {
     double before = 0.0;
     ptrdiff_t i = 0;
     do before += e[order[i].id];
     while (++i < n && before < share);
-    for (; i < n; i++) e[order[i].id] = 0.0f;
+    return i;
+}
+
+/* Set the weights of all ids to 0 but for the first `kept` in order. `spare` has room for them. */
+static inline void keep_only(float *e, const ranked *order, ranked *spare, ptrdiff_t kept, ptrdiff_t V) {
+    for (ptrdiff_t i = 0; i < kept; i++) memcpy(&spare[i].key, &e[order[i].id], sizeof *e);
+    memset(e, 0, V * sizeof *e);
+    for (ptrdiff_t i = 0; i < kept; i++) memcpy(&e[order[i].id], &spare[i].key, sizeof *e);
+}
+
+/* Apply top_k, then top_p. Only likely ids are sorted if they decide, else all ids. */
+static inline void keep_top(float *e, const float *x, ptrdiff_t V, const sample_options *o, ranked *order, ranked *spare) {
+    const double share = o->top_p < 1.0 ? o->top_p * sum_of(e, V) : 0.0;
+    ptrdiff_t n = 0;
+    double likely = 0.0;
+    for (float least = 0x1p-8f; n == 0 || (n < V && (o->top_k > 0 ? n < o->top_k : likely < share * 1.001)); least *= 0x1p-5f) {
+        n = rank_likely(order, spare, x, e, V, least < 0x1p-24f ? 0.0f : least);
+        likely = 0.0;
+        for (ptrdiff_t i = 0; i < n; i++) likely += e[order[i].id];
+    }
+    if (o->top_k > 0) keep_only(e, order, spare, n = top_k_of(order, n, o->top_k), V);
+    if (o->top_p < 1.0) keep_only(e, order, spare, top_p_of(e, order, n, o->top_k > 0 ? o->top_p * sum_of(e, V) : share), V);
 }
 
 /* Compute the weights (V,) for sampling: exp of the logits divided by the temperature, 1 for the highest. Then top_k, top_p and
@@ -124,54 +159,13 @@ static inline int sample_weights_of(float *e, const float *x, ptrdiff_t V, const
     if (!isfinite(max)) return 0;
     for (ptrdiff_t i = 0; i < V; i++) e[i] = (float)((x[i] - max) / o->temperature);
     exps(e, e, 0.0f, V);
-    if (o->top_k > 0 || o->top_p < 1.0) {
-        rank_ids(order, spare, x, V, 0);
-        const ptrdiff_t n = o->top_k > 0 ? keep_top_k(e, order, V, o->top_k) : V;
-        if (o->top_p < 1.0) keep_top_p(e, order, n, V, o->top_p);
-    }
+    if (o->top_k > 0 || o->top_p < 1.0) keep_top(e, x, V, o, order, spare);
     for (ptrdiff_t i = 0; i < V; i++) e[i] = e[i] < o->min_p ? 0.0f : e[i];
     return 1;
 }
 
-/* Return the first id, in ascending order, at which the running sum of the weights exceeds `coin` (0 <= coin < 1) of their sum. */
-static inline ptrdiff_t weighted_id(const float *e, ptrdiff_t V, double coin) {
-    const double target = coin * sum_of(e, V);
-    double running = 0.0;
-    ptrdiff_t last = -1;
-    for (ptrdiff_t i = 0; i < V; i++)
-        if (e[i] > 0.0f) {
-            running += e[i];
-            last = i;
-            if (running > target) break;
-        }
-    return last;
-}
-
-/* Philox4x32-10 is a bijection that mixes a 128-bit counter with a 64-bit key. It computes any number of any stream directly.
- * Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". */
-static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
-    for (int round = 0; round < 10; round++) {
-        const uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
-        c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0;
-        c[1] = (uint32_t)b;
-        c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1;
-        c[3] = (uint32_t)a;
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
-    }
-}
-
-/* Return number `step` of stream `stream` of a seed: one of the multiples of 2^-53 in [0, 1), all equally likely. */
-static inline double uniform_of(uint64_t seed, uint64_t stream, uint64_t step) {
-    uint32_t c[4] = {(uint32_t)step, (uint32_t)(step >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
-    philox(c, (uint32_t)seed, (uint32_t)(seed >> 32));
-    return (((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
-}
-
-/* ---------------------------------------------------------------------------------------- log-probabilities, losses */
-
-/* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place. NaN stays NaN. libm is not used. x = m 2^k
- * with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. */
+/* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place; a NaN stays a NaN. It uses no libm.
+ * x = m 2^k with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. */
 static inline double natural_log(double x) {
     const double LN2 = 0.6931471805599453;
     int k = 0;
@@ -183,7 +177,57 @@ static inline double natural_log(double x) {
     return k * LN2 + 2 * s * p;
 }
 
-/* Return ln of the sum of exp(logit - max), or NaN if the logits are not finite. `e` has room for V values. */
+/* The random numbers of one choice: 64 bits for each id, which depend only on seed, stream, step and id. */
+typedef struct {
+    uint64_t seed, step; /* step < 2^60 */
+    uint32_t stream;
+} noise_source;
+
+/* Fill words with half of the bits of ids [256 block, 256 block + 256): the upper 32 bits of each, or the lower ones. */
+static inline void noise_words(uint32_t words[256], const noise_source *from, ptrdiff_t block, int lower, noise_function *noise) {
+    const uint32_t counter[3] = {(uint32_t)from->step, (uint32_t)(from->step >> 32) | (uint32_t)lower << 31, from->stream};
+    noise(words, (uint32_t)(64 * block), counter, (uint32_t)from->seed, (uint32_t)(from->seed >> 32));
+}
+
+/* Return an id's number, uniform in (0, 1], from its two words. */
+static inline double uniform_of(uint32_t upper, uint32_t lower) {
+    return ((double)((uint64_t)upper << 32 | lower) + 0.5) * 0x1p-64;
+}
+
+/* Return -ln(1 - v), which is exponentially distributed if v is uniform. */
+static inline double exponential_of(double v) { return v < 0x1p-26 ? v * (1 + v / 2) : -natural_log(1 - v); }
+
+/* Choose an id with a probability that is proportional to its weight: the id with the least E / weight, where E is the id's
+ * exponentially distributed number. This is the Gumbel-max rule: the same as the highest ln(weight) + Gumbel noise. Weights that
+ * differ slightly nearly always give the same id for the same noise, so a draft can follow the choice. Returns -1 if no weight
+ * is above 0. Ids that cannot win are skipped by the upper bits of v alone, because E >= v.
+ *
+ * Sources: Gumbel 1954; Maddison et al. 2014 (A* sampling). */
+static inline ptrdiff_t race_id(const float *e, ptrdiff_t V, const noise_source *from, noise_function *noise) {
+    uint32_t upper[256], lower[256];
+    double best = INFINITY;
+    ptrdiff_t found = -1;
+    for (ptrdiff_t start = 0; start < V; start += 256) {
+        const ptrdiff_t n = V - start < 256 ? V - start : 256;
+        const float limit = (float)(best * 0x1.00001p24); /* a little more than best: the product below is rounded */
+        const float *const w = e + start;
+        int any = 0;
+        noise_words(upper, from, start / 256, 0, noise);
+        for (ptrdiff_t i = 0; i < n; i++) any |= (float)(int32_t)(upper[i] >> 8) <= limit * w[i];
+        if (!any) continue;
+        noise_words(lower, from, start / 256, 1, noise);
+        for (ptrdiff_t i = 0; i < n; i++)
+            if (w[i] > 0.0f && (float)(int32_t)(upper[i] >> 8) <= limit * w[i]) {
+                const double time = exponential_of(uniform_of(upper[i], lower[i])) / w[i];
+                if (time < best) best = time, found = start + i;
+            }
+    }
+    return found;
+}
+
+/* ---------------------------------------------------------------------------------------- log-probabilities, losses */
+
+/* Return ln of the sum of exp(logit - max); NaN if the logits are not finite. `e` has room for V values. */
 static inline double log_sum(const float *logits, float max, float *e, ptrdiff_t V, exps_function *exps) {
     if (!isfinite(max)) return NAN;
     exps(e, logits, max, V);

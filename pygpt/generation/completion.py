@@ -3,6 +3,8 @@
 Refuses to know how logits are computed.
 """
 
+from collections.abc import Sequence
+
 from .request import Request
 from .stop import Watch
 
@@ -20,7 +22,8 @@ class Completion:
     prompt and tokens: the given ids and the new ids. finish_reason: None while it runs, "stop" after a stop token or stop
     string, "length" at the full length, or "cancelled". seed: the same seed and options give the same tokens; None if nothing
     is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty. prompt_infos: a TokenInfo for each
-    token of the prompt but the first, if prompt_logprobs is set; only the first of n completions has them.
+    token of the prompt but the first, if prompt_logprobs is set; only the first of n completions has them. drafted and
+    accepted: how many tokens speculation guessed, and how many of them were right.
     """
 
     __slots__ = (
@@ -29,6 +32,8 @@ class Completion:
         "_start",
         "_stream",
         "_watch",
+        "accepted",
+        "drafted",
         "finish_reason",
         "infos",
         "prompt_infos",
@@ -46,6 +51,7 @@ class Completion:
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self.infos: list[TokenInfo] = []
         self.prompt_infos: list[TokenInfo] = []
+        self.drafted = self.accepted = 0
 
     @property
     def prompt(self) -> list[int]:
@@ -73,6 +79,21 @@ class Completion:
         """The largest number of tokens in the network's window."""
         return min(self._request.total, self._request.config.maxT)
 
+    @property
+    def speculation(self) -> int | None:
+        """How many tokens to guess in a step; 0: as many as pay; None: none."""
+        return self._request.speculation
+
+    @property
+    def sequence(self) -> list[int]:
+        """The given and the new ids. Do not change the list."""
+        return self._sequence
+
+    @property
+    def guesses(self) -> int:
+        """The most guesses that a step can use: each gives a token, and the step gives one more."""
+        return self._request.total - len(self._sequence) - 1
+
     def window(self) -> list[int]:
         """Return the tokens in the network's window: the whole sequence, or its last tokens after a slide."""
         if len(self._sequence) - self._start > self._request.config.maxT:
@@ -89,14 +110,7 @@ class Completion:
 
     def take(self, logits: "Logits", row: int) -> int:
         """Choose a token from row `row` of logits (rows, V), add it to the sequence and return it."""
-        request, step = self._request, len(self._sequence) - len(self._request.tokens)
-        changed, at = logits, row
-        if request.control is not None:
-            import numpy as np
-
-            given = len(request.tokens)
-            changed, at = request.control.process(np.asarray(logits)[row], self._sequence, given)[None].data, 0
-        token = request.sampler.choose(changed, at, self.seed, self._stream, step)
+        request, token = self._request, self.choose(logits, row)
         if request.top_logprobs is not None:
             from .logprobs import token_info
 
@@ -107,6 +121,17 @@ class Completion:
         elif len(self._sequence) == request.total:
             self.finish_reason = "length"
         return token
+
+    def choose(self, logits: "Logits", row: int, ahead: Sequence[int] = ()) -> int:
+        """Return the token that row `row` of logits (rows, V) gives if the sequence goes on with the tokens `ahead`."""
+        request, sequence = self._request, [*self._sequence, *ahead] if ahead else self._sequence
+        if request.control is not None:
+            import numpy as np
+
+            given = len(request.tokens)
+            logits, row = request.control.process(np.asarray(logits)[row], sequence, given)[None].data, 0
+        step = len(sequence) - len(request.tokens)
+        return request.sampler.choose(logits, row, self.seed, self._stream, step)
 
     def __repr__(self) -> str:
         return f"Completion(prompt={self.prompt}, tokens={self.tokens}, finish_reason={self.finish_reason!r})"

@@ -14,12 +14,13 @@ add() and cancel() may be called on any thread, step() on one thread at a time.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
+from .speculate import Speculation, Speculator, mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
     from .._kernels import Logits
     from .prefix import AnyNetwork
+    from .speculate import Draft
 
 LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
 WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
 FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
 SCORED_ROWS = 128  # the most rows of a step for log-probabilities of prompts: their logits take 26 MB with GPT-2's vocabulary
-WEIGHT = 0.1  # the weight of the latest step in the running means of times
 
 
 class Job:
@@ -62,7 +63,8 @@ class Job:
 class Event:
     """A new token of completion number `choice` of a job; or, with token None, the error that ended the job.
 
-    finish_reason: why the completion ended with this event, or None. A completion of 0 tokens ends without a token.
+    finish_reason: of the completion after this token; None unless this token is its last one. Several events of one completion
+    may come from one step. A completion of 0 tokens ends without a token.
     """
 
     __slots__ = ("choice", "error", "finish_reason", "job", "token")
@@ -75,25 +77,27 @@ class Event:
 class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
 
-    __slots__ = ("choice", "completion", "job", "memory")
+    __slots__ = ("choice", "completion", "job", "memory", "speculation")
 
     def __init__(self, job: Job, choice: int) -> None:
         self.job, self.choice, self.completion = job, choice, job.completions[choice]
         self.memory: Memory | None = None
+        self.speculation = Speculation() if self.completion.speculation is not None else None
 
 
 class _Part:
-    """The work of a step for one sequence: append `tokens` to its memory.
+    """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window.
 
-    last: whether they end its window. scored: whether each token's logits are needed, for log-probabilities of the prompt."""
+    scored: whether each token's logits are needed, for log-probabilities of the prompt. guesses: tokens that may follow."""
 
-    __slots__ = ("last", "memory", "scored", "sequence", "tokens", "window")
+    __slots__ = ("guesses", "last", "memory", "scored", "sequence", "tokens", "window")
 
     def __init__(
         self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool, scored: bool
     ) -> None:
         self.sequence, self.memory, self.window, self.tokens = sequence, memory, window, tokens
         self.last, self.scored = last, scored
+        self.guesses: list[int] = []
 
 
 class Engine(Uncopied):
@@ -102,7 +106,8 @@ class Engine(Uncopied):
     prefix: keeps idle caches of completed requests for later ones (default: keep none). max_live: the most sequences in a
     step. cache_bytes: the most bytes of keys and values of live and idle sequences together (default: no limit). A sequence
     reserves the most that it can need before it starts, so it never runs out of memory later. target_ms: the approximate time
-    of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts).
+    of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts). draft:
+    returns the network's draft, as Speculator asks for it (default: guesses come only from the text).
     """
 
     def __init__(
@@ -113,8 +118,12 @@ class Engine(Uncopied):
         max_live: "SupportsIndex" = LIVE,
         cache_bytes: "SupportsIndex | None" = None,
         target_ms: "SupportsFloat | None" = None,
+        draft: "Callable[[bool], Draft | None] | None" = None,
     ) -> None:
         self.network = network
+        self.speculator = Speculator(draft or (lambda make: None))
+        own = draft(False) if draft is not None else None  # a draft with caches of its own takes more memory
+        self._position_bytes = network.position_bytes + (0 if own is None else own.position_bytes)
         self.prefix = PrefixCache(network, 0) if prefix is None else prefix
         self.max_live = check_whole("max_live", max_live, 1, 1 << 20)
         self.cache_bytes = None if cache_bytes is None else check_whole("cache_bytes", cache_bytes, 1, 1 << 62)
@@ -185,14 +194,21 @@ class Engine(Uncopied):
         plan = self._plan()
         if not plan:
             return late
+        decoding = all(part.last and len(part.tokens) == 1 for part in plan)
+        if decoding:
+            self._guess(plan)
         rows = []
         for part in plan:
             rows += [(token, part.memory.cache, part.scored) for token in part.tokens[:-1]]
             rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
+            rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
         logits = self.network.step(rows)
-        if self._clock is not None:
-            self._clock.note(len(plan), len(rows), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if decoding:
+            self.speculator.note(len(plan), len(rows) - len(plan), seconds)
+        if self._clock is not None and (len(rows) == len(plan) or not decoding):
+            self._clock.note(len(plan), len(rows), seconds)
         for part in plan:
             part.memory.note(part.tokens)
         events = self._choose(plan, logits)
@@ -286,6 +302,14 @@ class Engine(Uncopied):
                 scores -= len(part.tokens) if part.scored else 0
         return plan
 
+    def _guess(self, plan: list[_Part]) -> None:
+        """Guess the next tokens of the decoding sequences that ask for it."""
+        asking = [(part, state) for part in plan if (state := part.sequence.speculation) is not None]
+        if asking:
+            found = self.speculator.guess([(part.sequence.completion, part.memory, state) for part, state in asking])
+            for (part, _), guesses in zip(asking, found, strict=True):
+                part.guesses = guesses
+
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache with the longest prefix of its window that any cache has.
 
@@ -334,14 +358,15 @@ class Engine(Uncopied):
     def _choose(self, plan: list[_Part], logits: "Logits") -> list[Event]:
         """Let completions choose their next tokens. Sequences that wait for the same window choose from the same logits."""
         events: list[Event] = []
-        takers: list[tuple[_Sequence, int]] = []
-        row = -1
+        takers: list[tuple[_Sequence, int, _Part | None]] = []
+        row = 0
         waiting = [sequence for sequence in self._live if sequence.memory is None]
         for part in plan:
-            row += len(part.tokens) if part.scored else part.last
             if part.scored:
-                events += self._score(part, logits, row - len(part.tokens) + 1)
+                events += self._score(part, logits, row)
+                row += len(part.tokens) - 1
             if not part.last:
+                row += part.scored
                 continue
             twins = [
                 sequence
@@ -352,18 +377,23 @@ class Engine(Uncopied):
             ]
             for twin in twins:
                 twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
-            takers += [(sequence, row) for sequence in (part.sequence, *twins)]
-        chosen: dict[int, Event] = {}
+            takers += [(part.sequence, row, part), *((twin, row, None) for twin in twins)]
+            row += 1 + len(part.guesses)
+        chosen: dict[int, list[Event]] = {}
 
         def take(i: int) -> None:
-            chosen[i] = self._take(takers[i][0], logits, takers[i][1])
+            sequence, row, part = takers[i]
+            chosen[i] = [self._take(sequence, logits, row)]
+            if part is not None and part.guesses:
+                chosen[i] += self._check(part, logits, row, chosen[i][0])
 
-        if any(s.job.request.control is not None and s.job.request.control.calls_out for s, _ in takers):
+        controls = [sequence.job.request.control for sequence, _, _ in takers]
+        if any(part.guesses for part in plan) or any(control is not None and control.calls_out for control in controls):
             for i in range(len(takers)):
                 take(i)
         else:
             self.network.each(take, len(takers))
-        return events + [chosen[i] for i in range(len(takers))]
+        return events + [event for i in range(len(takers)) for event in chosen[i]]
 
     def _score(self, part: _Part, logits: "Logits", row: int) -> list[Event]:
         """Note log-probabilities of a prompt's tokens, from rows `row` and up. An error ends only its job."""
@@ -376,6 +406,20 @@ class Engine(Uncopied):
             self._ended, part.last = True, False
             return [_failed(part.sequence.job, error)]
         return []
+
+    def _check(self, part: _Part, logits: "Logits", row: int, event: Event) -> list[Event]:
+        """Choose from the rows of a part's guesses as long as the guesses are right. event: of the row before them, `row`."""
+        events, right = [event], 0
+        while right < len(part.guesses) and event.token == part.guesses[right] and not _has_ended(part.sequence):
+            part.memory.note([part.guesses[right]])
+            right += 1
+            event = self._take(part.sequence, logits, row + right)
+            events.append(event)
+        part.memory.cache.truncate(len(part.memory.tokens))
+        assert part.sequence.speculation is not None
+        completion, state = part.sequence.completion, part.sequence.speculation
+        self.speculator.check(completion, state, part.guesses, right, event.token)
+        return events[1:]
 
     def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:
         """Let one completion choose its next token. An error ends only its job."""
@@ -390,7 +434,7 @@ class Engine(Uncopied):
 
     def _bytes(self, positions: int) -> int:
         """Return the bytes of keys and values of `positions` tokens."""
-        return positions * self.network.position_bytes
+        return positions * self._position_bytes
 
     def _reserved(self) -> int:
         """Return the most bytes that the live sequences can need."""
@@ -423,16 +467,12 @@ class _Clock:
     def note(self, sequences: int, rows: int, seconds: float) -> None:
         """Note the time of a step with this number of sequences and rows."""
         if rows == sequences:
-            self._decode_s = _mean(self._decode_s, seconds)
+            self._decode_s = mean(self._decode_s, seconds)
         else:
-            self._row_s = _mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
+            self._row_s = mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
 
     def rows(self, most: int) -> int:
         """Return how many prompt rows, at most `most`, to run together with decoding sequences."""
         if not self._row_s:
             return FEWEST_ROWS
         return min(max(int((self._target_s - (self._decode_s or 0.0)) / self._row_s), FEWEST_ROWS), most)
-
-
-def _mean(before: float | None, now: float) -> float:
-    return now if before is None else before + WEIGHT * (now - before)

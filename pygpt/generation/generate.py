@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .prefix import AnyNetwork
     from .request import Options
+    from .speculate import Draft
 
     class Streamer(Protocol):
         """A receiver of tokens from generate(): a streamer of transformers, or any object with these two methods."""
@@ -54,11 +55,17 @@ class Generator(Uncopied):
         """Return an engine on this model's network, for requests that join and leave. Engine describes the arguments."""
         if prefix is not None:
             self._check_cache(prefix)
-        return Engine(self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
+        return Engine(
+            self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms, draft=self.draft
+        )
+
+    def draft(self, make: bool) -> "Draft | None":
+        """Return what guesses tokens for speculation, or None. A missing draft is made only if `make` is True."""
+        return None
 
     def complete(self, request: Request, cache: PrefixCache | None = None) -> "Steps[int]":
         """Complete a checked request; yield each new id as soon as it is known."""
-        engine = Engine(self.network, prefix=cache)
+        engine = Engine(self.network, prefix=cache, draft=self.draft)
         engine.add(request)
         try:
             for event in engine.run():
@@ -100,6 +107,9 @@ class Generator(Uncopied):
         More than maxT tokens: by default they are refused. With overflow="stop", the completion ends at maxT. With
         overflow="slide", it continues with only the latest slide_to tokens (default: half of maxT) each time the window of maxT
         tokens is full. The network forgets the others, so the result depends on the kept tokens alone.
+
+        speculation: True guesses as many tokens ahead as pay, and a whole number so many. All guesses are checked, so the
+        tokens stay the same; they only come sooner. The first use quantises the model's weights, unless load() names a draft.
 
         cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
         each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
@@ -166,7 +176,7 @@ class Generator(Uncopied):
             Request(self.config, prompt, seed=own, top_logprobs=top_logprobs, **options)
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
-        engine = Engine(self.network)
+        engine = Engine(self.network, draft=self.draft)
         jobs = [engine.add(request, n=n) for request in requests]
         for event in engine.run():
             if event.error is not None:

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
         def step(self, rows: list[tuple[int, Any, bool]]) -> Logits:
             """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
 
+        def close(self) -> None:
+            """Release the memory and the workers."""
+
 
 class Memory:
     """A cache and its tokens, for one completion at a time.
@@ -59,11 +62,12 @@ class Memory:
     that the cache does not have, even after an interruption.
     """
 
-    __slots__ = ("cache", "positions", "tokens")
+    __slots__ = ("cache", "draft", "positions", "tokens")
 
     def __init__(self, cache: "Cache", tokens: Sequence[int] = ()) -> None:
         self.cache = cache
         self.tokens = list(tokens)
+        self.draft: Memory | None = None  # of a draft with caches of its own
         self.positions = len(self.tokens)  # positions of the cache that were ever used, so they take memory
 
     def shared(self, window: Sequence[int]) -> int:
@@ -78,7 +82,7 @@ class Memory:
     def note(self, tokens: Sequence[int]) -> None:
         """Note tokens that a step has appended to the cache."""
         self.tokens += tokens
-        self.positions = max(self.positions, len(self.tokens))
+        self.positions = max(self.positions, self.cache.length)
 
     def copy(self, shared: int, capacity: int) -> "Memory":
         """Return an independent memory of the first `shared` tokens, with room for `capacity`."""
@@ -143,6 +147,7 @@ class PrefixCache(Uncopied):
 
     def give(self, memory: Memory) -> None:
         """Keep a memory; then drop the least recently used ones until the rest fit in max_bytes."""
+        memory.draft = None
         if memory.tokens:
             self._idle.append(memory)
         self.shrink(self.max_bytes)

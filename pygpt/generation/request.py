@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_whole, near, sequence, shown
+from ..errors import InputError, check_whole, is_boolean, near, sequence, shown
 from .control import CONTROLS, Control
 from .sampling import Sampler
 from .stop import Stop
@@ -42,14 +42,18 @@ if TYPE_CHECKING:
         stop_strings: str | Iterable[str] | None
         overflow: str | None
         slide_to: SupportsIndex | None
+        speculation: bool | SupportsIndex | None
 
 
 DEFAULT_TOTAL = 10  # the serial program's n: the number of tokens with the prompt
 UNBOUNDED = 10**18  # more tokens than any user waits for
 OVERFLOWS = ("stop", "slide")
+MOST_GUESSES = 64  # in one step
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # options of sampler "sample"
 LENGTH = {"total", "max_new_tokens"}
-IN_JSON = {"sampler", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS} - {"logits_processor"}
+IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS} - {
+    "logits_processor"
+}
 JSON_KEYS = {"tokens", *IN_JSON}
 OPTIONS = {*IN_JSON, "do_sample", "logits_processor", "slide_to"}
 
@@ -94,6 +98,7 @@ class Request:
         stop_in_prompt: bool = True,
         top_logprobs: "SupportsIndex | None" = None,
         prompt_logprobs: bool = False,
+        speculation: "bool | SupportsIndex | None" = None,
         **options: "Any",
     ) -> None:
         if unknown := sorted(options.keys() - OPTIONS):
@@ -114,6 +119,7 @@ class Request:
         if prompt_logprobs and (top_logprobs is None or overflow == "slide"):
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
+        self.speculation = _check_speculation(speculation)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""
@@ -157,6 +163,13 @@ class Request:
         return self.total - len(self.tokens)
 
 
+def _check_speculation(value: "Any") -> int | None:
+    """Return how many tokens to guess in a step: 0 as many as pay, None none."""
+    if value is None or is_boolean(value):
+        return 0 if value else None
+    return check_whole("speculation", value, 1, MOST_GUESSES, f" from 1 to {MOST_GUESSES}, or True or False")
+
+
 def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -> Request:
     """Read a request from a JSON object such as {"tokens": [31373, 612], "max_new_tokens": 5}.
 
@@ -195,11 +208,17 @@ def parse_json(text: bytes) -> "dict[str, Any]":
         raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
     if "tokens" not in request:
         raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
-    if isinstance(bias := request.get("logit_bias"), dict):  # the keys of JSON objects are strings
-        request["logit_bias"] = {
-            int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key: bias[key] for key in bias
-        }
+    whole_keys(request)
     for key, value in request.items():
         if value is None:
             raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
     return dict(request)
+
+
+def whole_keys(order: "dict[str, Any]") -> None:
+    """Give logit_bias whole numbers as keys: the keys of JSON objects are strings."""
+    if isinstance(bias := order.get("logit_bias"), dict):
+        order["logit_bias"] = {
+            int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key: bias[key]
+            for key in bias
+        }

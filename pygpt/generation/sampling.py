@@ -4,15 +4,16 @@ median   the serial program's rule: the first id, in id order, at which the runn
          sum is float32, in ascending order (sampler.h). The choice is deterministic, but it is not the argmax.
 greedy   the most probable id; the lowest of equals.
 sample   a random id, after temperature, top_k, top_p and min_p. These have the names and meaning, and apply in the order, of
-         Hugging Face's transformers. A random number depends only on seed, stream and step (sampler.h), so a seed gives the
-         same tokens on every machine. Temperature 0 means greedy.
+         Hugging Face's transformers. The choice is the Gumbel-max rule: each id has its own random number, which depends only
+         on seed, stream, step and id (sampler.h), so a seed gives the same tokens on every machine. Logits that differ little
+         give the same token nearly always. Temperature 0 means greedy.
 
 The reference and the fast path call the same functions.
 """
 
 import os
 
-from .._kernels import greedy, median, pick, sample_weights, uniform
+from .._kernels import greedy, median, race, sample_weights
 from ..errors import InputError, NumericalError, check_flag, check_number, check_whole, real, shown
 
 TYPE_CHECKING = False
@@ -94,7 +95,7 @@ class Sampler:
         return int.from_bytes(os.urandom(8)) if self.seed is None else self.seed
 
     def choose(self, logits: "Logits", row: int, seed: int | None, stream: int, step: int) -> int:
-        """Choose a token id from row `row` of logits (rows, V). "sample" uses number `step` of stream `stream` of the seed.
+        """Choose a token id from row `row` of logits (rows, V). "sample" uses the random numbers of a seed's stream and step.
 
         Raises NumericalError if the row is not finite."""
         if seed is None:
@@ -109,7 +110,7 @@ class Sampler:
         )
         if weights is None:
             raise not_finite()
-        return pick(weights, uniform(seed, stream, step))
+        return race(weights, seed, stream, step)
 
 
 def _name(name: str | None, do_sample: bool | None, option: str | None, *, zero: bool) -> str:

@@ -111,8 +111,7 @@ class DataLoader:
     def next_batch(self) -> "tuple[Batch, Batch]":
         """Return the next (inputs, targets), fresh int32 arrays (B, T); each target is the token after its input."""
         while self._batch == len(self._order):  # a last shard can be too small for a batch
-            last = self._shard == len(self._counts) - 1
-            self._move(*((self._epoch + 1, 0, 0) if last else (self._epoch, self._shard + 1, 0)))
+            self._next_shard()
         assert self._tokens is not None
         B, T = self.B, self.T
         start = int(self._order[self._batch]) * B * T
@@ -125,6 +124,17 @@ class DataLoader:
     def masked(self) -> bool:
         """Whether some tokens are not trained on."""
         return self._labels is not None
+
+    def skip(self, batches: int) -> None:
+        """Go forward by a number of batches without reading them, as if next_batch() had returned them."""
+        while batches > (left := len(self._order) - self._batch):
+            batches -= left
+            self._next_shard()
+        self._batch += batches
+
+    def _next_shard(self) -> None:
+        last = self._shard == len(self._counts) - 1
+        self._move(*((self._epoch + 1, 0, 0) if last else (self._epoch, self._shard + 1, 0)))
 
     def reset(self) -> None:
         """Go to the first batch of the first epoch. Validation does so before each evaluation."""

@@ -21,6 +21,7 @@ ADAMW = ("beta1", "beta2", "eps", "weight_decay", "decay_matrices_only")
 SCHEDULES = ("constant", "cosine", "linear")
 MOST_STEPS = 2**31 - 1
 MOST_MICRO_BATCHES = 10**6
+MOST_PARTS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class TrainingOptions:
     clip                    the largest global norm; a larger gradient is scaled down to it; 0: no clipping
     accumulate              micro-batches in one step, whose gradients are averaged. With a power of two, all gradients but
                             wte's have the same bits as those of one large batch.
+    parts                   groups of `accumulate` micro-batches in one step. Each group starts a sum of its own, and a fixed
+                            binary tree adds the sums. Up to this number of ranks can share a step (pygpt.open_ranks).
     warmup                  steps in which the learning rate rises from lr / warmup to lr
     schedule                "constant" after the warm-up; "cosine": half a wave from lr down to min_lr; "linear": a line
     min_lr                  the learning rate at the end of the cosine or the line
@@ -49,6 +52,7 @@ class TrainingOptions:
     decay_matrices_only: bool = False
     clip: float = 0.0
     accumulate: int = 1
+    parts: int = 1
     warmup: int = 0
     schedule: str = "constant"
     min_lr: float = 0.0
@@ -56,6 +60,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {"steps": check_whole("steps", self.steps, 1, MOST_STEPS)}
         checked["accumulate"] = check_whole("accumulate", self.accumulate, 1, MOST_MICRO_BATCHES)
+        checked["parts"] = check_whole("parts", self.parts, 1, MOST_PARTS)
         checked["warmup"] = check_whole("warmup", self.warmup, 0, checked["steps"])
         checked["decay_matrices_only"] = check_flag("decay_matrices_only", self.decay_matrices_only)
         for name, low, high in (

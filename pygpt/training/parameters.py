@@ -35,6 +35,7 @@ GAINS = ("ln1w", "ln2w", "lnfw")
 RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L in total
 PIECE = 1 << 16  # random numbers made at a time: few enough to stay in the cache
 LARGEST_SEED = 2**64 - 1
+NORM_BLOCK = 1 << 16  # gradients whose squares are summed together, as in _backward.pyx
 
 
 class AdamW(NamedTuple):
@@ -207,11 +208,12 @@ class Parameters(Uncopied):
         weight_decay: "SupportsFloat" = 0.0,
         decay_matrices_only: bool = False,
         gradient_scale: "SupportsFloat" = 1.0,
+        own: slice | None = None,
     ) -> None:
         """Update the parameters by one step of AdamW. Raises InputError for a value out of its range.
 
         step counts from 1. With decay_matrices_only, biases and layer norms do not decay, as in GPT-2's training. Otherwise
-        every parameter decays, as in llm.c's CPU program.
+        every parameter decays, as in llm.c's CPU program. own: update only this slice of the flat arrays.
         """
         step = check_whole("step", step, 1, 2**31 - 1, " from 1, the count of updates")
         lr = check_number("lr", lr, 0.0, 1e6)
@@ -220,10 +222,19 @@ class Parameters(Uncopied):
         weight_decay = check_number("weight_decay", weight_decay, 0.0, 1e6)
         gradient_scale = check_number("gradient_scale", gradient_scale, 0.0, 1e30)
         decay_matrices_only = check_flag("decay_matrices_only", decay_matrices_only)
-        spans = list(self._spans(weight_decay, decay_matrices_only))
+        first, last, _ = (own or slice(None)).indices(self.parameters.size)
+        spans = [
+            (max(start, first), min(stop, last), decay)
+            for start, stop, decay in self._spans(weight_decay, decay_matrices_only)
+            if max(start, first) < min(stop, last)
+        ]
         correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
         rest = 1 - beta1, 1 - beta2
         self._update(AdamW(lr, beta1, beta2, *rest, correction1, correction2, eps, gradient_scale, spans))
+
+    def add_to(self, out: "npt.NDArray[np.float32]", other: "npt.NDArray[np.float32]") -> None:
+        """out += other, two flat arrays of equal size."""
+        out += other
 
     def _update(self, numbers: AdamW) -> None:
         """Apply a checked step. The engine implements this."""
@@ -239,6 +250,14 @@ class Parameters(Uncopied):
                 begin, current = offset, decay
             end = offset + size
         yield begin, end, current
+
+
+def norm_of(squares: "npt.NDArray[np.float64]") -> float:
+    """Return the root of the sum of blocks' squares, (blocks,), added in ascending order."""
+    total = 0.0
+    for square in squares.tolist():  # sum() would compensate rounding errors in some versions of Python
+        total += square
+    return math.sqrt(total)
 
 
 def power(base: float, exponent: int) -> float:

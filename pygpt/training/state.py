@@ -15,9 +15,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 from ..config import Config
 from ..errors import CheckpointError, ClosedError, InputError, Uncopied, is_whole, shown
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Buffers = Sequence[npt.NDArray[np.float32]]
+    Buffers = Iterable[npt.NDArray[np.float32]]
 
 MAGIC, VERSION = 20261122, 1
 SUM_BYTES = 32
@@ -113,15 +114,21 @@ class TrainingState(Uncopied):
         if digest.digest() != self._view[end:]:
             raise ValueError(f"damaged: its SHA-256 is {digest.hexdigest()}, expected {self._view[end:].hex()}")
 
-    def read_into(self, buffers: "Buffers") -> None:
-        """Copy the file's values to three buffers (P,). Raises InputError for other buffers, ClosedError after close()."""
-        start = self._values
-        for target in _bytes_of(buffers, self.config):
+    def read_into(self, buffers: "Sequence[npt.NDArray[np.float32]]", own: slice | None = None) -> None:
+        """Copy the file's values to three buffers (P,): parameters, and the slice `own` of the moments (default: all).
+
+        Raises InputError for other buffers, ClosedError after close().
+        """
+        P = self.config.parameters(padded=True)
+        if (sizes := [buffer.size for buffer in buffers]) != [P] * BUFFERS:
+            raise InputError(f"buffers of {sizes} values, expected {BUFFERS} of {P} for {self.config}")
+        for i, buffer in enumerate(buffers):
+            first, last, _ = (own if own and i else slice(None)).indices(P)
+            start = self._values + 4 * i * P
             try:
-                target[:] = self._view[start : start + len(target)]
+                buffer.data.cast("B")[4 * first : 4 * last] = self._view[start + 4 * first : start + 4 * last]
             except ValueError:
                 raise ClosedError(f"{self.path}: the training state is closed") from None
-            start += len(target)
 
     def close(self) -> None:
         """Unmap the file. May be called twice."""
@@ -187,13 +194,13 @@ def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
 
 
 def write_state(
-    path: str | os.PathLike[str], config: Config, progress: Progress, buffers: "Buffers", *, after: str | None = None
+    path: str | os.PathLike[str], config: Config, progress: Progress, values: "Buffers", *, after: str | None = None
 ) -> str:
     """Write a training state to a temporary file in the same folder, then rename it. Return its path, links resolved.
 
-    after: the file that this run last wrote or read, known to be complete. If that is PATH, it is kept as PATH.1. If that is
-    PATH.1, PATH.1 stays. Otherwise an existing PATH.1 belongs to another run, and is deleted. Raises OSError if the file cannot
-    be written; then the old files are intact.
+    values: the parameters and moments in order, in arrays of any sizes. after: the file that this run last wrote or read,
+    known to be complete. If that is PATH, it is kept as PATH.1. If that is PATH.1, PATH.1 stays. Otherwise an existing PATH.1
+    belongs to another run, and is deleted. Raises OSError if the file cannot be written; then the old files are intact.
     """
     path = os.path.realpath(path)
     text = progress.to_json()
@@ -203,7 +210,7 @@ def write_state(
     header = struct.pack("<256i", MAGIC, VERSION, *shape, len(text), *[0] * 247)
     with atomic_file(path) as file:
         digest = hashlib.sha256()
-        for data in (memoryview(header), memoryview(text), *_bytes_of(buffers, config)):
+        for data in chain([memoryview(header), memoryview(text)], (array.data.cast("B") for array in values)):
             for start in range(0, len(data), PIECE):
                 piece = data[start : start + PIECE]
                 digest.update(piece)
@@ -242,11 +249,3 @@ def previous(path: str | os.PathLike[str]) -> str:
 def state_bytes(config: Config, json_bytes: int) -> int:
     """Return the exact size of a training state in bytes."""
     return HEADER_BYTES + json_bytes + BUFFERS * 4 * config.parameters(padded=True) + SUM_BYTES
-
-
-def _bytes_of(buffers: "Buffers", config: Config) -> list[memoryview]:
-    """Return the buffers as bytes. Raises InputError unless they are the three buffers of a model of this shape."""
-    sizes = [buffer.size for buffer in buffers]
-    if sizes != [config.parameters(padded=True)] * BUFFERS:
-        raise InputError(f"buffers of {sizes} values, expected {BUFFERS} of {config.parameters(padded=True)} for {config}")
-    return [buffer.data.cast("B") for buffer in buffers]

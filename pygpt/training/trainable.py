@@ -8,11 +8,11 @@ from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Weights
 from ..config import Config
-from ..errors import check_number
+from ..errors import InputError, check_number
 from ..model import GPT2
 from ..network import CHUNK
 from ..pool import ThreadPool
-from .parameters import AdamW, Parameters
+from .parameters import NORM_BLOCK, AdamW, Parameters, norm_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,15 +91,43 @@ class TrainableGPT2(Parameters):
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients together, summed in float64 in a fixed order."""
+        return norm_of(self.gradient_squares(0, self.gradients.size))
+
+    def gradient_squares(self, start: int, stop: int) -> "npt.NDArray[np.float64]":
+        """Return the sum of squares of each block of NORM_BLOCK gradients in [start, stop); norm_of() joins them to the norm.
+
+        Raises InputError unless start is a multiple of NORM_BLOCK, and stop too or the number of parameters.
+        """
+        import numpy as np
+
+        size = self.gradients.size
+        if not 0 <= start <= stop <= size or start % NORM_BLOCK or (stop % NORM_BLOCK and stop != size):
+            raise InputError(f"slice [{start}, {stop}) of {size} gradients: it must consist of blocks of {NORM_BLOCK}")
         step, workers = self._step, self._workers_for_arrays(1)
-        norm = self._pool.run(step, before=lambda: step.begin_norm(workers), after=step.finish_norm, alone=workers == 1)
-        assert norm is not None
-        return norm
+        blocks = slice(start // NORM_BLOCK, -(-stop // NORM_BLOCK))
+        found = self._pool.run(
+            step,
+            before=lambda: step.begin_norm(start, stop, workers),
+            after=lambda: np.frombuffer(step.squares, "f8")[blocks].copy(),
+            alone=workers == 1,
+        )
+        assert found is not None
+        return found
+
+    def add_to(self, out: "npt.NDArray[np.float32]", other: "npt.NDArray[np.float32]") -> None:
+        """out += other, two flat arrays of equal size, on all workers."""
+        import numpy as np
+
+        def add(ith: int, nth: int) -> None:
+            mine = slice(out.size * ith // nth, out.size * (ith + 1) // nth)
+            np.add(out[mine], other[mine], out=out[mine])
+
+        self._pool.run(add)
 
     def _update(self, numbers: AdamW) -> None:
         import numpy as np
 
-        step, spans = self._step, np.array(numbers.spans, np.float64)
+        step, spans = self._step, np.array(numbers.spans, np.float64).reshape(-1, 3)
         workers = self._workers_for_arrays(7)  # AdamW reads four arrays and writes three
         rest = lambda: step(0, workers)  # noqa: E731 (completes the caller's share after an interruption)
         self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)

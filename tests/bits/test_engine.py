@@ -1,22 +1,27 @@
 """Requests that join and leave an engine get the same tokens and log-probabilities as alone.
 
-This is true for every order, every set of other requests, and all limits.
+This is true for every order, every set of other requests, all limits, and every draft that guesses tokens ahead.
 """
 
+import random
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make
 
 from pygpt import GPT2, InputError, NumericalError, SerialGPT2
+from pygpt.formats.open import open_weights
 from pygpt.generation.completion import Completion
 from pygpt.generation.engine import FEWEST_ROWS, Engine, Event, Job, _Clock
 from pygpt.generation.request import Request
-from pygpt.network import Network
+from pygpt.generation.speculate import PATIENCE, WORTH, Draft, Share, Speculation, Speculator
+from pygpt.network import KVCache, Network
 
 MAXT = 24
 SHAPE = {"L": 2, "NH": 2, "C": 16, "V": 97, "maxT": MAXT}
@@ -41,9 +46,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GPT2]:
         yield opened
 
 
-def request(model: GPT2, prompt: list[int], options: dict[str, Any]) -> Request:
+@pytest.fixture(scope="module")
+def drafts(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Draft | None]:
+    """What can guess for the model: nothing, itself quantised, models of other weights and of other shapes."""
+    folder = tmp_path_factory.mktemp("drafts")
+    made = {"other weights": {"seed": 5}, "larger": {"L": 3, "C": 24, "seed": 6}, "short": {"maxT": 9}, "NaN": {"seed": 7}}
+    found: dict[str, Draft | None] = {"none": None, "itself": model.draft(True)}
+    for name, shape in made.items():
+        path = folder / f"{name}.bin"
+        make(path, **{**SHAPE, "seed": 4, **shape})
+        if name == "NaN":
+            values = np.memmap(path, "<f4", "r+", offset=1024)
+            values[-SHAPE["C"] :] = np.nan  # the last bias
+        found[name] = model._draft_from(open_weights(path))
+    return found
+
+
+def request(model: GPT2, prompt: list[int], options: dict[str, Any], speculation: int | bool | None = None) -> Request:
     asked = {"max_new_tokens": min(8, MAXT - len(prompt)), **options}
-    return Request(model.config, prompt, top_logprobs=2, **asked)
+    return Request(model.config, prompt, top_logprobs=2, speculation=speculation, **asked)
 
 
 Bits = list[tuple[list[int], str | None, list[Any]]]
@@ -82,11 +103,17 @@ prompts = st.lists(st.sampled_from([1, 2]), min_size=0, max_size=15).flatmap(
 
 @settings(deadline=None, max_examples=120)
 @given(data=st.data())
-def test_every_request_is_as_alone(model: GPT2, alone: Alone, data: st.DataObject) -> None:
+def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None], alone: Alone, data: st.DataObject) -> None:
     one = model.network.position_bytes
-    most = data.draw(st.sampled_from([None, MAXT * one, 2 * MAXT * one, 5 * MAXT * one]), label="cache_bytes")
+    draft = drafts[data.draw(st.sampled_from(sorted(drafts)), label="draft")]
+    least = MAXT * (one if draft is None else one + draft.position_bytes)
+    most = data.draw(st.sampled_from([None, least, 2 * least, 5 * least]), label="cache_bytes")
     kept = data.draw(st.sampled_from([0, MAXT * one, 9 * MAXT * one]), label="prefix bytes")
-    engine = model.engine(
+    choices: list[list[int | bool | None]] = [[None], [True], [1, 3], [None, True, 2, 8, 64]]
+    speculations = data.draw(st.sampled_from(choices), label="speculation")
+    engine = Engine(
+        model.network,
+        draft=lambda make: draft,
         prefix=model.new_prefix_cache(kept),
         max_live=data.draw(st.integers(1, 6), label="max_live"),
         cache_bytes=most,
@@ -99,7 +126,8 @@ def test_every_request_is_as_alone(model: GPT2, alone: Alone, data: st.DataObjec
         if move == "add":
             prompt, number = data.draw(prompts), data.draw(st.integers(0, len(OPTIONS) - 1))
             n = data.draw(st.sampled_from([1, 1, 2, 3]))
-            job = engine.add(request(model, prompt, OPTIONS[number]), n=n)
+            speculation: int | bool | None = data.draw(st.sampled_from(speculations))
+            job = engine.add(request(model, prompt, OPTIONS[number], speculation), n=n)
             jobs.append((job, alone(prompt, number, n)))
             seen[id(job)] = [[] for _ in range(n)]
         elif move == "cancel" and jobs:
@@ -141,6 +169,102 @@ def check_limits(engine: Engine, most: int | None, kept: int) -> None:
     caches = [sequence.memory.cache for sequence in engine._live if sequence.memory]
     caches += [memory.cache for memory in engine.prefix._idle]
     assert len({id(cache) for cache in caches}) == len(caches)  # no two sequences share one
+
+
+@pytest.mark.parametrize("name", ["none", "itself", "other weights", "larger"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_guesses_leave_no_trace(
+    model: GPT2, drafts: dict[str, Draft | None], alone: Alone, name: str, options: dict[str, Any]
+) -> None:
+    """After speculation, the cache holds what plain decoding leaves in it: the next logits have the same bits."""
+    caches = []
+    for speculation in (None, 3):
+        prefix = model.new_prefix_cache()
+        engine = Engine(model.network, prefix=prefix, draft=lambda make: drafts[name])
+        engine.add(request(model, [5, 6, 5, 6, 5, 6], options, speculation))
+        list(engine.run())
+        (memory,) = prefix._idle
+        assert memory.cache.length == len(memory.tokens)
+        assert memory.draft is None
+        caches.append((memory.tokens, memory.cache))
+        guesses = speculation is not None and options.get("max_new_tokens") != 0
+        assert name == "none" or guesses == (engine.speculator.drafted > 0)
+    (tokens, plain), (its_tokens, cache) = caches
+    assert tokens == its_tokens
+    assert isinstance(plain, KVCache)
+    assert isinstance(cache, KVCache)
+    if len(tokens) < MAXT:
+        assert np.array_equal(model.extend(cache, [7]), model.extend(plain, [7]))
+
+
+def test_a_draft_that_is_right_saves_steps(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft with the model's own weights is always right: four guesses give five tokens a step."""
+    counts = rows_of(monkeypatch)
+    right = Draft(model.network, shared=True)
+    engine = Engine(model.network, draft=lambda make: right)
+    job = engine.add(Request(model.config, [1, 2], max_new_tokens=11, seed=1, speculation=4))
+    list(engine.run())
+    assert (engine.speculator.drafted, engine.speculator.accepted) == (8, 8)
+    assert counts == [2, 1, 1, 1, 1, 5, 1, 1, 1, 1, 5]
+    assert job.completions[0].tokens == list(model.generate([1, 2], max_new_tokens=11, seed=1))
+
+
+def test_an_interrupted_draft_loses_nothing(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some steps of both networks are interrupted after they ran, while guesses are made and while they are checked."""
+    options: list[dict[str, Any]] = [{"seed": 1}, {"sampler": "greedy"}]
+    wanted = [list(model.generate([3, 1, 4], max_new_tokens=9, **option)) for option in options]
+    draft = model.draft(True)
+    step, chance = Network.step, random.Random(1)
+
+    def interrupted(self: Network, rows: Any, lengths: Any = None) -> Any:
+        logits = step(self, rows, lengths)
+        if chance.random() < 0.3:
+            raise KeyboardInterrupt
+        return logits
+
+    monkeypatch.setattr(Network, "step", interrupted)
+    engine = Engine(model.network, draft=lambda make: draft)
+    jobs = [engine.add(Request(model.config, [3, 1, 4], max_new_tokens=9, speculation=2, **option)) for option in options]
+    while engine.busy:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            pass
+    assert [job.completions[0].tokens for job in jobs] == wanted
+
+
+def test_speculation_stops_where_it_does_not_pay() -> None:
+    """A draft that is never right is tried rarely, and more rarely each time; a text that repeats itself is looked up."""
+    speculator, state = Speculator(lambda make: None), Speculation()
+    assert state.look_up([1, 2, 3, 4, 1, 2, 3], 3) == [4, 1, 2]
+    assert state.look_up([1, 2, 3, 4, 1, 2, 3, 1, 2, 3], 4) == [1, 2, 3, 1]  # the latest place, whose end repeats
+    assert state.look_up([7, 8, 9], 4) == []
+    share = Share(0.8)
+    assert share.best(8, 0.1)[1] >= 4
+    for _ in range(6):
+        share.note([1], [2])
+    assert share.best(8, 0.3)[0] < WORTH
+    tries = [i for i in range(2000) if state.try_again()]
+    assert tries[0] == PATIENCE - 1
+    assert len(tries) < 10
+    speculator.note(1, 0, 0.010)
+    speculator.note(1, 4, 0.014)
+    assert speculator._row == pytest.approx(0.001)
+
+
+def test_drafts_by_name(tmp_path: Path) -> None:
+    make(tmp_path / "model.bin", **SHAPE)
+    make(tmp_path / "other.bin", **{**SHAPE, "V": 98})
+    for name in ("q8_0", "q4_0", "lookup", str(tmp_path / "model.bin")):
+        with GPT2.load(tmp_path / "model.bin", draft=name) as loaded:
+            tokens = list(loaded.generate([1, 2, 3], total=MAXT, speculation=3))
+            assert (loaded.draft(False) is None) == (name == "lookup")
+            assert tokens == list(loaded.generate([1, 2, 3], total=MAXT))
+    with pytest.raises(InputError, match=r"98 token ids.*97"):
+        GPT2.load(tmp_path / "model.bin", draft=tmp_path / "other.bin")
+    for bad in (0, 65, -1, 1.5, "auto"):
+        with GPT2.load(tmp_path / "model.bin") as loaded, pytest.raises(InputError, match="speculation is"):
+            loaded.generate([1], speculation=bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])

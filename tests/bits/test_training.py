@@ -118,7 +118,7 @@ def test_a_tiny_network_takes_one_worker_and_a_larger_one_all(monkeypatch: pytes
 
 PROGRAM = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:]
 import hashlib
 import pygpt.cpus
 pygpt.cpus.workers_for = lambda threads, *_: threads
@@ -134,7 +134,7 @@ def test_every_instruction_set_with_fma(isa: str, alone: tuple[list[bytes], byte
     if not cpu_info()["fused"]:
         pytest.skip("this run is of the baseline set, which rounds products apart")
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests" / "bits")],
+        [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bits")],
         env={**os.environ, "PYGPT_ISA": isa},
         capture_output=True,
         text=True,

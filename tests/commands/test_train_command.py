@@ -141,6 +141,8 @@ def test_a_run() -> None:
         for name in ("ms", "tokens_per_s"):
             assert line.pop(name, 1) > 0
             entry.pop(name, None)
+        assert len(line.pop("ranks", [0])) == 1
+        entry.pop("ranks", None)
     assert lines == log
     with Checkpoint("run.bin") as checkpoint:
         assert (checkpoint.version, checkpoint.config) == (3, CONFIG)

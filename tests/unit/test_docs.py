@@ -31,6 +31,7 @@ ELSEWHERE = {
     "python setup.py": "compiles: tools/check does",
     "pygpt download": "needs a network: tests/commands/test_download.py brings one",
     "pygpt eval hellaswag": "needs llm.c's file of examples: tests/commands/test_eval.py makes one",
+    "mpiexec -n": "starts ranks: tests/commands/test_train_ranks.py does",
     "tools/check": "runs all checks, this test among them",
     "python tools/write_docs.py": "writes into this checkout; the same functions are called here",
     "python tools/pictures.py": "the same",
@@ -39,6 +40,7 @@ ELSEWHERE = {
 # Replacements that make a command short enough for a test.
 SHORTER = {
     "pygpt train --data": "pygpt train --val-batches 1 --sample-every 0 --data",
+    "--estimate --shape gpt2 ": "--estimate --shape L=1,NH=1,C=16,maxT=64 ",
     "--steps 200": "--steps 2",
     "--steps 1000": "--steps 2",
     "--warmup 50": "--warmup 1",
@@ -53,6 +55,7 @@ QUESTIONS = {
     "Why do I get other text than in transformers?": ("docs/guides/sampling.md", "Why the text differs from transformers"),
     "How do I use it from my web app?": ("docs/guides/embedding-in-an-application.md", "agenerate()"),
     "How fast is it on my machine?": ("docs/explanation/performance.md", "Measure your machine"),
+    "How do I train on several machines?": ("docs/guides/many-machines.md", "mpiexec -hosts"),
     "How do I add a kernel?": ("docs/contributing.md", "Add a kernel"),
 }
 

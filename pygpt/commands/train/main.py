@@ -24,6 +24,7 @@ stdout has a line for each step and each validation. Samples of text are printed
     lr              learning rate
     ms              time of the step in milliseconds
     tokens_per_s    training speed
+    ranks           for each rank, the milliseconds of computing, and those of communication and of waiting for other ranks
     val_loss        validation loss of the weights before this step, if they were validated
 
 After the last step, a line with only step and val_loss follows if the final weights were validated.
@@ -34,31 +35,41 @@ an error is saved. But if the loss is not finite, an earlier save is kept instea
 """
 
 import argparse
+import hashlib
 import os
+import platform
 import shlex
 import signal
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ... import __version__
+from ..._kernels import cpu_info
 from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
 from ...formats.open import open_floats
 from ...hub.find import find_model
 from ...reference import SerialTrainableGPT2
 from ...training.data import DataLoader
+from ...training.parallel import open_ranks
+from ...training.parallel.ranks import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import HelpFormatter, Parser, say, status_of, whole
+from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
 from ..options import add_text_options
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
+from .estimate import estimate
 from .job import (
     BEST,
+    PATHS,
     WHOLE,
     Job,
     Output,
@@ -85,7 +96,36 @@ Engine = TrainableGPT2 | SerialTrainableGPT2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     stop = Stop()
-    return status_of(lambda: run(build_parser().parse_args(arguments), stop)) or stop.status
+    return status_of(lambda: run_ranks(arguments, stop)) or stop.status
+
+
+def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
+    """Run the command on the ranks that mpiexec or srun started, or on this process alone. Only the first rank prints."""
+    options, wrong = argparse.Namespace(timeout=None), InputError()
+    try:
+        options = build_parser().parse_args(arguments)
+    except InputError as error:
+        wrong = error  # report it after the ranks can agree on it
+    with open_ranks(options.timeout or TIMEOUT_S) as ranks:
+        streams = sys.stdout, sys.stderr
+        try:
+            if ranks.rank:
+                sys.stdout = sys.stderr = None  # as for closed streams, print() does nothing
+            ranks.together(partial(check_parsed, wrong))
+            run(options, stop, ranks)
+        except PyGPTError as error:
+            if ranks.agreed:
+                raise
+            raise PyGPTError(f"{ranks.name(ranks.rank)}: {error}") from error
+        finally:
+            if sys.exc_info()[0] is not None and not ranks.agreed:
+                sys.stdout, sys.stderr = streams
+
+
+def check_parsed(wrong: InputError) -> None:
+    """Raise the error of the command line, if it has one."""
+    if wrong.args:
+        raise wrong
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,6 +180,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decay-matrices-only", action="store_true", default=None, help="exclude biases and layer norms from weight decay")
     add("--clip", metavar="X", type=number, help="scale the gradient down to at most this norm (default 0: no limit)")
     add("--accumulate", metavar="N", type=whole(1, 10**6), help="average the gradients of N batches for each step (default 1)")
+
+    add = parser.add_argument_group("ranks").add_argument
+    add("--parts", metavar="S", type=whole(1, 1 << 16), help="parts of a step, a multiple of the number of ranks (default 1)")
+    add("--timeout", metavar="S", type=whole(1, 10**6), help="end a rank after S seconds without a message (default 600)")
+    add("--estimate", action="store_true", help="do not train, but estimate the time of a step on --ranks over --gbit")
+    add("--ranks", metavar="N", type=whole(1, 1 << 16), help="the number of ranks for --estimate (default: --parts, else 8)")
+    add("--gbit", metavar="G", type=number, help="the network's speed for --estimate in Gbit/s (default 10)")
 
     add = parser.add_argument_group("saving").add_argument
     add("--out", metavar="FILE", help="save the model as FILE.bin and the state as FILE.state (default: save nothing)")
@@ -209,54 +256,79 @@ class Stop:
         signal.signal(which, self._before[which])
 
 
-def run(options: argparse.Namespace, stop: Stop) -> None:
+def run(options: argparse.Namespace, stop: Stop, ranks: Ranks) -> None:
     """Check everything that can be checked, then train and save."""
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
     for name in NAMES & {*given}:
         if not given[name]:
-            raise InputError(f"{flag(name)} is empty: it must be the name of a file")
-    if options.check is not None:
-        return run_check(given)
+            raise ranks.common(InputError(f"{flag(name)} is empty: it must be the name of a file"))
+    if options.check is not None or options.estimate:
+        return ranks.together(partial(run_estimate if options.estimate else run_check, given), first=True)
     with ExitStack() as stack:
-        state: TrainingState | None = None
-        changes: list[str] = []
-        if options.resume is None:
-            job, settings = new(given)
-            config, init = beginning(given)
-            output = None if options.out is None else Output.named(options.out)
-        else:
-            state, notice = open_state(options.resume)
-            stack.enter_context(state)
-            say(notice)
-            job, settings, changes = resumed(given, state)
-            config, init = state.config, None
-            output = Output.named(options.out) if options.out else Output.of_state(options.resume)
-            if job.plot is not None and "plot" not in given:
-                check_pictures(report.pictures(job.plot), state)
-        prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
-        train, validation = open_data(job, config.V)
-        engine = make_engine(config, init, job, options.threads)
-        stack.enter_context(engine)
-        trainer = Trainer(engine, train, settings)
-        if state is not None:
-            trainer.restore(state)
-            trainer.options = settings
-            state.close()  # an open state would keep its disk space after newer saves replace it
-        for change in changes:
-            say(change)
-        if output is None:
-            say("this run will not be saved: to save it, name a file with --out")
-        log = stack.enter_context(report.Log(job.log, None if state is None else trainer.done, keep=job.plot is not None))
+        run = ranks.together(lambda: opened(options, given, ranks, stack))
+        assert run is not None
+        if ranks.size > 1:
+            ranks.check_equal(run.facts())
+            warn_about_cores(ranks, run.trainer.engine.threads)
         with stop:
-            Run(trainer, validation, job, output, log, state).train(stop)
-        if job.plot is not None:
-            names = report.pictures(job.plot)
-            if any("loss" in entry for entry in log.entries):
-                report.draw(names, log.entries)
-                say(f"wrote {' and '.join(names)}")
-            else:
-                say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")
+            run.train(stop)
+        ranks.together(run.draw, first=True)
     return None
+
+
+def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, stack: ExitStack) -> "Run":
+    """Open everything that a run needs."""
+    if surplus := {"ranks", "gbit"} & {*given}:
+        raise InputError(f"{flag(min(surplus))} is for --estimate: the launcher, such as mpiexec, starts the ranks")
+    state: TrainingState | None = None
+    changes: list[str] = []
+    if options.resume is None:
+        job, settings = new(given)
+        config, init = beginning(given)
+        output = None if options.out is None else Output.named(options.out)
+    else:
+        state, notice = open_state(options.resume)
+        stack.enter_context(state)
+        say(notice)
+        job, settings, changes = resumed(given, state)
+        config, init = state.config, None
+        output = Output.named(options.out) if options.out else Output.of_state(options.resume)
+        if job.plot is not None and "plot" not in given:
+            check_pictures(report.pictures(job.plot), state)
+    if ranks.rank == 0:  # only this rank writes
+        prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
+    train, validation = open_data(job, config.V)
+    engine = make_engine(config, init, job, options.threads)
+    stack.enter_context(engine)
+    trainer = Trainer(engine, train, settings, ranks)
+    if state is not None:
+        trainer.restore(state)
+        trainer.options = settings
+        state.close()  # an open state would keep its disk space after newer saves replace it
+    for change in changes:
+        say(change)
+    if output is None:
+        say("this run will not be saved: to save it, name a file with --out")
+    path = job.log if ranks.rank == 0 else None
+    log = stack.enter_context(report.Log(path, None if state is None else trainer.done, keep=job.plot is not None))
+    return Run(trainer, validation, job, output, log, state)
+
+
+def warn_about_cores(ranks: Ranks, threads: int) -> None:
+    """Print a notice if ranks of a host share processors, or if a rank has more threads than processors."""
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    hosts: dict[str, list[tuple[set[int], int]]] = {}
+    for host, cpus, count in ranks.gather((platform.node(), os.sched_getaffinity(0), threads)):
+        hosts.setdefault(host, []).append((cpus, count))
+    for host, found in hosts.items():
+        every, total = set().union(*(cpus for cpus, _ in found)), sum(count for _, count in found)
+        if sum(len(cpus) for cpus, _ in found) > len(every) or any(count > len(cpus) for cpus, count in found):
+            say(
+                f"{host}: {len(found)} ranks with {total} threads share {len(every)} processors, which can be slow: give each "
+                f"rank {threads} of its own with mpiexec -bind-to core:{threads} (MPICH), mpirun --bind-to core --map-by "
+                f"slot:PE={threads} (Open MPI) or srun -c {threads}, and the same number with -t"
+            )
 
 
 def check_pictures(paths: list[str], state: TrainingState) -> None:
@@ -324,6 +396,22 @@ def make_engine(config: Config, init: str | None, job: Job, threads: int | None)
     return kind.random(config, seed=job.seed, threads=threads) if init == RANDOM else kind.load(init, threads=threads)
 
 
+def run_estimate(given: dict[str, Any]) -> None:
+    """Run --estimate. Raises InputError for a bad number of ranks or speed."""
+    parts = given.get("parts") or given.get("ranks", 8)
+    job, settings = new({"data": "none", **given, "parts": parts})
+    ranks, gbit = given.get("ranks", parts), given.get("gbit", 10.0)
+    if parts % ranks:
+        raise InputError(f"--ranks is {ranks}: it must divide --parts, which is {parts}")
+    if not 0.001 <= gbit <= 1e6:
+        raise InputError(f"--gbit is {gbit}: it must be from 0.001 to 1000000")
+    config, _ = beginning(given)
+    if config.maxT < job.T:
+        raise InputError(f"-T is {job.T}: the model takes sequences of at most {config.maxT} tokens")
+    check_stdout("the estimate")
+    print(estimate(config, job.B, job.T, settings, given.get("threads"), ranks, gbit))
+
+
 def run_check(given: dict[str, Any]) -> None:
     """Run --check. Raises PyGPTError if a difference is too large, InputError for options that do not go with --check."""
     if surplus := sorted({*given} - {"check", "init", "threads", "reference"}):
@@ -356,14 +444,40 @@ class Run:
         self.saving = False
         self.best = best_of(state)  # the best validation loss, and its step
 
+    def facts(self) -> dict[str, Any]:
+        """Return what must be equal on all ranks before the first step."""
+        trainer = self.trainer
+        return {
+            "pygpt": __version__,
+            "NumPy": np.__version__,
+            "mpi4py": trainer.ranks.version,
+            "byte order": sys.byteorder,
+            "fused multiply-add": cpu_info()["fused"],
+            "the model": trainer.engine.config,
+            **{flag(name): value for name, value in trainer.options.as_dict().items()},
+            **{flag(name): value for name, value in vars(self.job).items() if name not in PATHS},
+            "training data of SHA-256": trainer.loader.fingerprint,
+            "validation data of SHA-256": self.validation and self.validation.fingerprint,
+            "the step": trainer.done,
+            "the position in the data": trainer.loader.state(),
+            "weights of SHA-256": hashlib.sha256(trainer.engine.parameters.data).hexdigest(),
+        }
+
+    def stopped(self, stop: Stop) -> bool:
+        """Return whether a rank has received a signal, the same on all ranks."""
+        signals = [found for found in self.trainer.ranks.gather(stop.signal) if found]
+        stop.signal = signals[0] if signals else None
+        return stop.signal is not None
+
     def train(self, stop: Stop) -> None:
         """Train until all steps are done or a signal comes. Report, save, and print what was saved."""
-        trainer, job, output = self.trainer, self.job, self.output
+        trainer, job, output, ranks = self.trainer, self.job, self.output, self.trainer.ranks
         try:
             with Progress("steps", trainer.options.steps, trainer.done) as progress:
                 lines = report.Report(progress, self.log)
-                while stop.signal is None and not self.look(lines):
-                    lines.step(trainer.step())
+                while not self.stopped(stop) and not self.look(lines):
+                    record = trainer.step()
+                    ranks.together(partial(lines.step, record), first=True)
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:
                         self.save()
             if stop.signal is None or trainer.done > max(self.saved, self.begun):
@@ -398,11 +512,15 @@ class Run:
                 say(f"stopped early: the validation loss is not below that of step {self.best[1]}")
                 last = True
         if job.sample_every and done and done % job.sample_every == 0:
-            with trainer.engine.model() as model:
-                lines.sampled(done, report.sample(model, job.sample_tokens, seed=done))
+            trainer.ranks.together(lambda: self.sample(lines), first=True)
         if last:
             lines.finished(done)
         return last
+
+    def sample(self, lines: report.Report) -> None:
+        """Print a sample of text."""
+        with self.trainer.engine.model() as model:
+            lines.sampled(self.trainer.done, report.sample(model, self.job.sample_tokens, seed=self.trainer.done))
 
     def save(self) -> None:
         """Save the state, then the model, each atomically. Raises PyGPTError if writing fails."""
@@ -414,12 +532,26 @@ class Run:
         self.save_model(self.output.model)
         self.saving = False
 
+    def draw(self) -> None:
+        """Draw the loss, if the job asks for pictures."""
+        if self.job.plot is not None:
+            names = report.pictures(self.job.plot)
+            if any("loss" in entry for entry in self.log.entries):
+                report.draw(names, self.log.entries)
+                say(f"wrote {' and '.join(names)}")
+            else:
+                say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")
+
     def save_model(self, path: str) -> None:
-        """Save the model atomically. Raises PyGPTError if writing fails."""
-        try:
-            self.trainer.engine.save(path, version=self.job.version)
-        except OSError as error:
-            raise PyGPTError(f"{path}: cannot write the model file: {error.strerror or error}") from error
+        """Save the model atomically, on the first rank. Raises PyGPTError if writing fails."""
+
+        def write() -> None:
+            try:
+                self.trainer.engine.save(path, version=self.job.version)
+            except OSError as error:
+                raise PyGPTError(f"{path}: cannot write the model file: {error.strerror or error}") from error
+
+        self.trainer.ranks.together(write, first=True)
 
     def rescue(self, error: Exception) -> None:
         """Save the run after an error if its weights are useful, and print which state exists.
@@ -427,10 +559,11 @@ class Run:
         A failed step changes nothing, so the weights are those after the last good step. If their loss is not finite, save them
         only if there is no earlier save.
         """
-        if self.output is None:
+        ranks = self.trainer.ranks
+        if self.output is None or not ranks.agreed:  # to save takes all ranks
             return
         suspect, older = isinstance(error, NumericalError), max(self.saved, self.begun)
-        worth = self.trainer.done > older and not (suspect and older) and finite(self.trainer.engine)
+        worth = self.trainer.done > older and not (suspect and older) and all(ranks.gather(finite(self.trainer.engine)))
         if worth and not self.saving:
             try:
                 self.save()

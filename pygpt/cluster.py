@@ -1,0 +1,249 @@
+"""Batch jobs: complete or score many prompts, on one machine or on the workers of any cluster.
+
+    done = Complete("gpt2", threads=4, seed=7, max_new_tokens=32, temperature=0.8)
+    done({"id": [1, 2], "prompt": ["To be", "Once upon"]})       # a batch of columns, as Ray Data and Dask pass it
+    list(done.rows([{"id": 1, "prompt": "To be"}]))              # rows, as `pygpt batch` reads them
+
+An answer depends on its row, the model, the options and the seed of the job alone. Each row has a seed of its own, made from
+the job's seed and the row's id. So no batch size, order, partition or cluster changes an answer. Refuses to know about files
+and schedulers: those call a Complete.
+"""
+
+import hashlib
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from . import __version__
+from ._kernels import cpu_info
+from .errors import InputError, PyGPTError, is_whole, shown
+from .generation.engine import LIVE, Engine
+from .generation.logprobs import token_info
+from .generation.prefix import common_prefix
+from .generation.request import JSON_KEYS, Request, check_ids, complete_order, whole_keys
+from .hub.find import find_model
+from .model import GPT2
+from .network import CHUNK
+from .tokenizer import Tokenizer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .generation.engine import Job
+
+    Row = Mapping[str, Any]
+    Answer = dict[str, Any]
+
+KEYS = JSON_KEYS | {"id", "prompt", "continuations"}
+AHEAD = 64 * LIVE  # answers that wait for an earlier one: then no row is added, so that memory stays small
+SCORED = 128  # rows of logits at a time: 26 MB with GPT-2's vocabulary
+
+
+class Complete:
+    """Complete or score rows on a model of its own. Use it in a `with` block, or close() it.
+
+    model: a path or name for find_model(). threads, mmap, weights: as for GPT2.load(). seed: of the job, 0 to 2**64 - 1.
+    logprobs: report each new token's log-probability, and this number of most probable tokens. keep_going: answer a bad row
+    with its error instead of raising it. batch_size: sequences in a step of the network. options: of all completions, as for
+    GPT2.generate(); a row can override them.
+
+    A row has an "id", a whole number or a string, and a "prompt" (text) or "tokens" (ids). To complete it, it can have options
+    of its own, a "seed" included. To score it, it has "continuations", a list of texts or of lists of ids. A text is encoded
+    alone, so begin it with its space.
+    """
+
+    def __init__(
+        self,
+        model: "str | os.PathLike[str] | None" = None,
+        *,
+        threads: int | None = None,
+        mmap: bool = True,
+        weights: str | None = None,
+        seed: int = 0,
+        logprobs: int | None = None,
+        keep_going: bool = False,
+        batch_size: int = LIVE,
+        **options: "Any",
+    ) -> None:
+        if not is_whole(seed, 0, 2**64 - 1):
+            raise InputError(f"seed is {shown(seed)}: it must be a whole number from 0 to 2^64 - 1")
+        self.path = find_model(model)[0]
+        self.model = GPT2.load(self.path, threads=threads, mmap=mmap, weights=weights)
+        self.seed, self.logprobs, self.keep_going, self.batch_size = seed, logprobs, keep_going, batch_size
+        self._weights, self._options = weights, options
+        self._cache, self._held = self.model.new_cache(), list[int]()  # the latest scored prompt: many share their beginning
+        self._tokenizer = Tokenizer() if self.model.config.V == Tokenizer().V else None
+        try:
+            self.model.engine(max_live=batch_size)
+            Request(self.model.config, [0], top_logprobs=logprobs, **options)  # report bad options before any row
+        except BaseException:
+            self.close()
+            raise
+
+    def identity(self) -> "dict[str, Any]":
+        """Return everything on which answers depend besides the rows, for JSON. It reads the whole model file once."""
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {
+            "pygpt": __version__,
+            "model": digest,
+            "weights": self._weights,
+            "fused multiply-add": cpu_info()["fused"],
+            "seed": self.seed,
+            "logprobs": self.logprobs,
+            "keep_going": self.keep_going,
+            "options": self._options,
+        }
+
+    def seed_of(self, key: int | str) -> int:
+        """Return the seed of a row: the first 8 bytes of the SHA-256 of "SEED/ID", little-endian."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{key}".encode("utf-8", "surrogatepass")).digest()[:8], "little")
+
+    def check(self, row: "Row") -> "Request | tuple[list[int], list[list[int]]]":
+        """Return a row's request, or the ids of the prompt and the continuations to score. Raises InputError for a bad row."""
+        key = row.get("id")
+        if not isinstance(key, str) and not is_whole(key, -(2**63), 2**64 - 1):
+            raise InputError(f'"id" is {shown(key)}: it must be a string or a whole number of 64 bits')
+        if unknown := sorted(set(row) - KEYS, key=str):
+            raise InputError(f"unknown key {shown(unknown[0])}: keys are {', '.join(sorted(KEYS))}")
+        for name, value in row.items():
+            if value is None:
+                raise InputError(f"{name!r} is null (None): give it a value, or leave it out")
+        if ("prompt" in row) == ("tokens" in row):
+            raise InputError('give either "prompt", a text, or "tokens", a list of ids')
+        tokens = self._ids("prompt", row["prompt"], str) if "prompt" in row else self._ids("tokens", row["tokens"], list)
+        if "continuations" in row:
+            return tokens, self._continuations(row, len(tokens))
+        own = {name: value for name, value in row.items() if name not in ("id", "prompt", "tokens")}
+        whole_keys(own)
+        order = complete_order(own, self._options)
+        return Request(self.model.config, tokens, top_logprobs=self.logprobs, **order)
+
+    def _continuations(self, row: "Row", prompt: int) -> "list[list[int]]":
+        given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input
+        if surplus := sorted(set(row) - {"id", "prompt", "tokens", "continuations"}):
+            raise InputError(f'{surplus[0]!r} and "continuations" were both given, but scores take no options: leave one out')
+        if not isinstance(given, list) or not given:
+            raise InputError(f'"continuations" is {shown(given)}: it must be a list of texts or of lists of ids')
+        found = [self._ids("continuations", one, str | list) for one in given]
+        if prompt + (longest := max(map(len, found))) > most:
+            raise InputError(f"{prompt} tokens and a continuation of {longest} were given: at most {most} can be scored")
+        return found
+
+    def _ids(self, name: str, value: object, kind: "Any") -> list[int]:
+        """Return a text or a list of ids as checked ids."""
+        if not isinstance(value, kind):
+            raise InputError(f"{name!r} holds {shown(value)}: it must be {'a list of ids' if kind is list else 'a text'}")
+        if isinstance(value, str):
+            if self._tokenizer is None:
+                raise InputError(f"{name!r} is a text, but the model's {self.model.config.V} ids are not GPT-2's: give ids")
+            value = self._tokenizer.encode(value)
+        return check_ids(self.model.config, value)
+
+    # ---------------------------------------------------------------- rows
+
+    def rows(self, rows: "Iterable[Row]") -> "Iterator[Answer]":
+        """Yield the answer of each row, in order. It takes few rows ahead of the answers, so `rows` may be endless.
+
+        A completion's answer has id, text (absent without GPT-2's vocabulary), tokens (the new ids) and finish_reason. With
+        logprobs, it has for each new token its id, logprob and top, a list of [id, logprob]. A scored row's answer has id and
+        scores. For each continuation, they are logprob (the sum, in nats), greedy (whether each token is the most probable
+        one), tokens and logprobs (of each token). Raises InputError for a bad row unless keep_going.
+        """
+        source, ended = iter(rows), False
+        engine = self.model.engine(max_live=self.batch_size)
+        pending: deque[tuple[Row, Job | Answer]] = deque()
+        live: set[Job] = set()
+        try:
+            while pending or not ended:
+                ready = bool(pending) and (isinstance(pending[0][1], dict) or pending[0][1].done)
+                if ready:
+                    yield self._answer(*pending.popleft())
+                elif not ended and len(live) < 2 * self.batch_size and len(pending) < AHEAD:
+                    if ended := (row := next(source, None)) is None:
+                        continue
+                    pending.append((row, begun := self._begin(row, engine)))
+                    if not isinstance(begun, dict):
+                        live.add(begun)
+                else:
+                    live -= {event.job for event in engine.step() if event.job.done}
+        finally:
+            engine.close()
+
+    def _begin(self, row: "Row", engine: Engine) -> "Job | Answer":
+        """Add a row's request to the engine, or score the row; return the job or the answer."""
+        try:
+            asked = self.check(row)
+            if not isinstance(asked, Request):
+                return {"id": row["id"], "scores": self._score(*asked)}
+            derived = asked.sampler.name == "sample" and asked.sampler.seed is None
+            return engine.add(asked, seed=self.seed_of(row["id"]) if derived else None)
+        except PyGPTError as error:
+            return self._failed(row, error)
+
+    def _answer(self, row: "Row", job: "Job | Answer") -> "Answer":
+        if isinstance(job, dict) or job.error is not None:
+            return job if isinstance(job, dict) else self._failed(row, job.error)
+        done = job.completions[0]
+        text = {} if self._tokenizer is None else {"text": self._tokenizer.decode(done.tokens)}
+        infos = {} if self.logprobs is None else {"logprobs": [info._asdict() for info in done.infos]}
+        return {"id": row["id"], **text, "tokens": done.tokens, "finish_reason": done.finish_reason, **infos}
+
+    def _failed(self, row: "Row", error: "Exception | None") -> "Answer":
+        if error is not None and not self.keep_going:
+            raise error
+        return {"id": row.get("id"), "error": str(error)}
+
+    def _score(self, prompt: list[int], continuations: list[list[int]]) -> "list[Answer]":
+        """Return the scores of continuations of a prompt. Only their own tokens run for each, after a copy of the cache."""
+        network, cache, held = self.model.network, self._cache, self._held
+        del held[common_prefix(held, prompt, len(prompt) - 1) :]
+        cache.truncate(len(held))
+        while piece := prompt[len(held) : -1][:CHUNK]:
+            network.extend(cache, piece)
+            held += piece
+        scores = []
+        for one in continuations:
+            inputs, infos = [prompt[-1], *one[:-1]], []
+            branch = cache.copy(capacity=len(held) + len(inputs))
+            for start in range(0, len(one), SCORED):
+                logits = network.step([(token, branch, True) for token in inputs[start : start + SCORED]])
+                infos += [token_info(logits, i, token, 1) for i, token in enumerate(one[start : start + SCORED])]
+            logprobs = [info.logprob for info in infos]
+            greedy = all(info.token == info.top[0][0] for info in infos)
+            scores.append({"logprob": math.fsum(logprobs), "greedy": greedy, "tokens": one, "logprobs": logprobs})
+        return scores
+
+    # ---------------------------------------------------------------- columns
+
+    def __call__(self, batch: "Mapping[str, Sequence[Any]]") -> "dict[str, list[Any]]":
+        """Answer a batch of columns, lists or arrays; return columns, one value a row. A missing value is None or NaN.
+
+        The returned columns are the keys of the answers of rows(). An answer without a key has None there.
+        """
+        columns = {name: [_plain(value) for value in column] for name, column in batch.items()}
+        rows = [
+            {name: value for name, value in zip(columns, values, strict=True) if value is not None and value == value}
+            for values in zip(*columns.values(), strict=True)
+        ]
+        answers = list(self.rows(rows))
+        names = dict.fromkeys(name for answer in answers for name in answer)
+        return {name: [answer.get(name) for answer in answers] for name in names}
+
+    def close(self) -> None:
+        """Stop the workers and unmap the file. May be called twice."""
+        self.model.close()
+
+    def __enter__(self) -> "Complete":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plain(value: "Any") -> "Any":
+    """Return a value of a column as Python's own types: Ray passes NumPy's numbers and arrays."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,263 @@
+"""Complete or score many prompts from a file, on one machine or as many shards. A killed job continues where it was.
+
+    pygpt batch in.jsonl -o out.jsonl -m gpt2 --max-new-tokens 32 --temp 0.8 --seed 7
+    pygpt batch in.jsonl.zst -o out-3.jsonl.gz --shard 3/8
+
+A line of IN is a JSON object: "prompt" (text) or "tokens" (ids), and "id", a string or a whole number (default: the number of
+the line in IN, from 1). It may hold options for itself, named as those of GPT2.generate(): max_new_tokens, sampler, seed and
+so on. With "continuations", a list of texts or of lists of ids, the line is scored instead of completed. A text is encoded
+alone, so begin a continuation with its space.
+
+OUT has a line for each line of IN, in its order:
+
+    id              of the line
+    text, tokens    the new text (absent if the vocabulary is not GPT-2's), and the new ids
+    finish_reason   stop or length
+    logprobs        with --logprobs, for each new token: token, logprob (nats), top (the most probable: id, logprob)
+    scores          of a scored line, for each continuation: logprob (the sum), greedy (whether each token is the most probable
+                    one), tokens, logprobs
+    error           with --keep-going, of a line that cannot be answered
+
+The seed of each line is the first 8 bytes of the SHA-256 of "SEED/ID". So OUT has the same bytes for any number of threads,
+shards and restarts. Shard I of N has a contiguous part of the lines: `cat` of all shards is the whole OUT.
+
+OUT.part holds the answers so far, and OUT gets its name when it is complete. OUT.job.json records IN, options, seed, model and
+version. The same command continues a killed job, and does nothing for a complete one. With other options it refuses. Names that
+end in .gz or .zst are compressed.
+
+Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+from ..cluster import Complete
+from ..errors import DataError, InputError, PyGPTError, shown
+from ..formats.files import atomic_file
+from ..formats.lines import compress, is_compressed, read_lines
+from .console import HelpFormatter, Parser, say, status_of, whole
+from .options import add_completion_options, read_options
+from .progress import Progress
+
+MOST_SHARDS = 10**6
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return status_of(lambda: run(build_parser().parse_args(arguments)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    parser = Parser(
+        prog="pygpt batch",
+        usage="pygpt batch IN.jsonl -o OUT.jsonl [options]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="IN", help="a file of JSON lines, possibly .gz or .zst")
+    add("-o", "--out", metavar="OUT", help="the file of the answers, possibly .gz or .zst")
+    add("--shard", metavar="I/N", default="0/1", help="answer only part I of N, counted from 0 (default 0/1)")
+    add("--force", action="store_true", help="begin anew, and replace OUT")
+    add("--keep-going", action="store_true", help="write an error for a line that cannot be answered, instead of stopping")
+    add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add("--batch-size", metavar="N", type=whole(1, 1 << 20), default=64, help="sequences in one step (default 64)")
+    add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)")
+    add("--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file")
+    add("--logprobs", metavar="K", type=whole(0, 1 << 20), help="write log-probabilities, with the K most probable tokens")
+    add("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
+    add("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
+    add_completion_options(parser, seed="seed of the job, from which each line's own seed is made (default 0)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the arguments and every line, then answer the lines that have no answer yet."""
+    if not options.out:
+        raise InputError("-o is missing: name the file of the answers, such as -o out.jsonl")
+    shard = shard_of(options.shard)
+    given = read_options(options)
+    packed, _ = map(is_compressed, (options.out, options.source))
+    with Complete(
+        options.model,
+        threads=options.threads,
+        mmap=not options.no_mmap,
+        weights=options.weights,
+        seed=given.pop("seed", 0),
+        logprobs=options.logprobs,
+        keep_going=options.keep_going,
+        batch_size=options.batch_size,
+        **given,
+    ) as complete:
+        digest, count = survey(options.source)
+        rows = range(shard[0] * count // shard[1], (shard[0] + 1) * count // shard[1])
+        record = {**complete.identity(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
+        with opened(options.out, json.loads(json.dumps(record)), force=options.force) as part:
+            if part is None:
+                return say(f"{options.out}: is complete already; to answer the lines again, use --force")
+            check_rows(complete, options.source, rows)
+            answer(complete, options.source, rows, part)
+            os.fsync(part.fileno())
+            if packed:
+                compress(f"{options.out}.part", options.out)
+                os.unlink(f"{options.out}.part")
+            else:
+                os.replace(f"{options.out}.part", options.out)
+    return say(f"wrote {options.out}: {len(rows)} answers")
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """Read the value of --shard."""
+    found = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 <= index < count <= MOST_SHARDS:
+        raise InputError(f"--shard is {text[:40]!r}: it must be I/N, such as 0/8, with I from 0 to N - 1")
+    return index, count
+
+
+# ------------------------------------------------------------------------------------------------ lines
+
+
+def survey(path: str) -> tuple[str, int]:
+    """Return the SHA-256 of the lines of a file, and the number of lines that are not blank."""
+    digest, count = hashlib.sha256(), 0
+    for line in read_lines(path):
+        digest.update(line)
+        count += bool(line.strip())
+    return digest.hexdigest(), count
+
+
+def rows_of(path: str, wanted: range) -> Iterator[tuple[int, Row]]:
+    """Yield the number of the line, from 1, and its object, of the rows in `wanted`. Raises DataError for other lines."""
+    index = -1
+    for number, line in enumerate(read_lines(path), 1):
+        if not (text := line.strip()):
+            continue
+        index += 1
+        if index not in wanted:
+            if index >= wanted.stop:
+                return
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f'{path}: line {number} is not an object such as {{"id": 1, "prompt": "To be"}}')
+        yield number, {"id": number, **row}
+
+
+def check_rows(complete: Complete, path: str, wanted: range) -> None:
+    """Raise InputError for the first row that cannot be answered, or that has the id of an earlier one."""
+    seen: set[str | int] = set()  # as text, because the seed is made from the text: 1 and "1" are equal
+    for number, row in rows_of(path, wanted):
+        try:
+            complete.check(row)
+            key = hash(str(row["id"]))
+        except PyGPTError as error:
+            if complete.keep_going:
+                continue
+            raise InputError(f"{path}: line {number}: {error}") from None
+        if key in seen:
+            raise InputError(f"{path}: line {number}: the id {str(row['id'])[:60]!r} occurs twice: give each line its own")
+        seen.add(key)
+
+
+def answer(complete: Complete, path: str, wanted: range, part: "IO[bytes]") -> None:
+    """Keep the answers that `part` holds already, and append those of the other rows."""
+    keys = (row["id"] for _, row in rows_of(path, wanted))
+    kept = keep_answers(part, keys)
+    left = (row for _, row in rows_of(path, range(wanted.start + kept, wanted.stop)))
+    with Progress("prompts", len(wanted), kept) as progress:
+        for done, found in enumerate(complete.rows(left), kept + 1):
+            try:
+                line = json.dumps(found).encode() + b"\n"
+                while line:  # the file is not buffered, so that no later flush can fail
+                    line = line[part.write(line) :]
+            except OSError as error:
+                raise PyGPTError(f"{part.name}: cannot write the answers: {error.strerror or error}") from None
+            progress.update(done)
+
+
+def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
+    """Count the whole answers at the beginning of a part, one for each key, and cut off the rest."""
+    count = end = 0
+    with open(part.name, "rb") as lines:
+        for line, key in zip(lines, keys, strict=False):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["id"] != key:
+                    break
+            except (ValueError, TypeError, KeyError):
+                break
+            count, end = count + 1, end + len(line)
+    part.seek(end)
+    part.truncate()
+    return count
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@contextmanager
+def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[bytes] | None]":
+    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out; None if OUT is complete.
+
+    Raises InputError if the files belong to a job with another record.
+    """
+    folder, name = os.path.dirname(os.path.realpath(path)), f"{path}.part"
+    if not os.path.isdir(folder):
+        raise InputError(f"{path}: the folder {folder} does not exist: make it first")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
+    with open(name, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as part:
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(name)  # a process that has just finished has renamed it
+        except OSError:
+            raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
+        try:
+            if force:  # OUT goes first: the new record must never stand beside an old OUT
+                for old in (path, f"{path}.job.json"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(old)
+                part.truncate(0)
+            compare(path, record, begun=os.fstat(part.fileno()).st_size > 0)
+            if done := os.path.exists(path):
+                part.truncate(0)
+            yield None if done else part
+        finally:
+            if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):
+                os.unlink(name)  # it has no answers
+
+
+def compare(path: str, record: dict[str, Any], *, begun: bool) -> None:
+    """Write the record of a new job, or compare it with that of the job that continues."""
+    name = f"{path}.job.json"
+    if not os.path.exists(name):
+        if begun or os.path.exists(path):
+            raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
+        with atomic_file(name) as new:
+            new.write(json.dumps(record, indent=1).encode() + b"\n")
+        return
+    try:
+        with open(name, "rb") as file:
+            before = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise InputError(f"{name}: not the record of a job: give OUT another name, or --force")
+    for key in dict.fromkeys([*record, *before]):
+        if before.get(key) != record.get(key):
+            was, now = shown(before.get(key)), shown(record.get(key))
+            raise InputError(f"{path}: was begun with {key} = {was}, now it is {now}: give the same, or --force to begin anew")

@@ -1,0 +1,238 @@
+"""Speculative decoding: guess the next tokens cheaply, then check all guesses in one step of the network.
+
+A step of k + 1 rows takes little longer than a step of one row, because both read all weights once. Each row of that step has
+the bits that plain decoding gives it. So the completion chooses from each row as it always does: while its choice equals the
+guess, the next row is valid, too. The first row whose choice differs still gives the right token. The tokens are therefore
+those of plain decoding for every sampler, and the guesses only decide how many tokens a step gives.
+
+Guesses come from the text so far, if its last tokens occurred before (prompt lookup), else from a draft: the same model with
+quantised weights, or another model. A draft of the same dimensions appends to the model's own caches. These rows are removed
+before the checked rows replace them.
+
+Sources: Leviathan et al. 2023 and Chen et al. 2023 (speculative decoding); Saxena 2023 (prompt lookup).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from .completion import Completion
+from .prefix import Memory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .._kernels import Logits
+    from .prefix import AnyNetwork
+
+MOST = 8  # guesses in one step: more are rarely all right
+NGRAM = 3  # equal tokens that a lookup asks for
+WORTH = 1.02  # the least predicted gain
+GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
+PATIENCE, MOST_PATIENCE = 16, 512  # plain steps of a sequence before guesses are tried again
+SOON = 48  # the fewest tokens still to come for which weights are quantised
+MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
+RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
+
+
+class Share:
+    """A running mean of right guesses, which begins as if two guesses were known."""
+
+    __slots__ = ("count", "mean")
+
+    def __init__(self, mean: float) -> None:
+        self.mean, self.count = mean, 2
+
+    def note(self, guesses: Sequence[int], tokens: Sequence[int]) -> None:
+        """Compare guesses with the tokens that came: up to the first wrong guess, after which none was possible."""
+        for guess, token in zip(guesses, tokens, strict=False):
+            self.count += 1
+            self.mean += max(RECENT, 1 / self.count) * ((guess == token) - self.mean)
+            if guess != token:
+                break
+
+    def speed(self, count: int, guess: float) -> float:
+        """Return the expected tokens of a step with so many guesses, for each plain step's time that it takes.
+
+        guess: the time of one guess and of its row, in plain steps."""
+        tokens = 1 + sum(self.mean**i for i in range(1, count + 1))
+        return tokens / (1 + count * guess)
+
+    def best(self, most: int, guess: float) -> tuple[float, int]:
+        """Return the highest speed(), and its number of guesses, from 1 to `most`; (0, 0) without any."""
+        return max(((self.speed(count, guess), count) for count in range(1, most + 1)), default=(0.0, 0))
+
+
+class Speculation:
+    """What one sequence remembers: where its n-grams end, how often guesses were right, and when to try again.
+
+    drafts, lookups: the shares of right guesses. A lookup's guesses are noted even if they were not used. drafted: whether the
+    guesses of this step come from the draft."""
+
+    __slots__ = ("_ends", "_guessed", "_known", "drafted", "drafts", "lookups", "patience", "wait")
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._known = 0
+        self._guessed: list[int] = []  # what look_up() returned for the tokens from `_known` on
+        self.drafts, self.lookups, self.drafted = Share(0.8), Share(0.6), False
+        self.patience = self.wait = PATIENCE
+
+    def look_up(self, sequence: Sequence[int], most: int) -> list[int]:
+        """Return up to `most` tokens that followed the latest earlier occurrence of the last NGRAM tokens."""
+        self.lookups.note(self._guessed, sequence[self._known :])
+        for end in range(max(self._known, NGRAM), len(sequence)):  # the last n-gram is looked up before it is known
+            self._ends[tuple(sequence[end - NGRAM : end])] = end
+        self._known = len(sequence)
+        found: list[int] = []
+        if (end := self._ends.get(tuple(sequence[-NGRAM:]), 0)) > 0:
+            for place in range(end, end + most):  # beyond the end of the text, its repetition goes on
+                found.append(sequence[place] if place < len(sequence) else found[place - len(sequence)])
+        self._guessed = found
+        return found
+
+    def try_again(self) -> bool:
+        """Return whether to guess in this step although it does not seem to pay: rarely, and more rarely each time."""
+        self.wait -= 1
+        if self.wait > 0:
+            return False
+        self.patience = self.wait = min(2 * self.patience, MOST_PATIENCE)
+        return True
+
+
+class Draft:
+    """A network that guesses for another one, the target. shared: whether it extends the target's caches.
+
+    position_bytes: the bytes of its own keys and values for one token."""
+
+    def __init__(self, network: "AnyNetwork", *, shared: bool) -> None:
+        self.network, self.shared = network, shared
+        self.position_bytes = 0 if shared else network.position_bytes
+        self.seconds: float | None = None  # of one guess for each sequence of a step, a running mean
+
+    def guess(self, wanted: list[tuple[Completion, Memory, int]]) -> list[list[int]]:
+        """Return for each (completion, memory, count) its guesses, at most `count`. No memory is changed.
+
+        The first token that a memory has not yet is the completion's last one."""
+        found: list[list[int]] = [[] for _ in wanted]
+        if not self.shared:  # its context may be shorter
+            maxT = self.network.config.maxT
+            wanted = [(completion, memory, min(count, maxT - len(memory.tokens))) for completion, memory, count in wanted]
+        if (rounds := max(count for *_, count in wanted)) < 1:
+            return found
+        memories = [memory if self.shared or count < 1 else self._own(memory) for _, memory, count in wanted]
+        began = time.perf_counter()
+        try:
+            for number in range(rounds):
+                active = [i for i, (*_, count) in enumerate(wanted) if len(found[i]) == number < count]
+                rows = []
+                for i in active:
+                    rows.append(((found[i] or wanted[i][0].sequence)[-1], memories[i].cache, True))
+                if not rows:
+                    break
+                logits = self.network.step(rows)
+                for row, i in enumerate(active):
+                    if (token := _choice(wanted[i][0], logits, row, found[i])) is not None:
+                        found[i].append(token)
+        finally:
+            for memory in memories:
+                memory.cache.truncate(len(memory.tokens))
+        self.seconds = mean(self.seconds, (time.perf_counter() - began) / rounds)
+        return found
+
+    def _own(self, memory: Memory) -> Memory:
+        """Return the draft's own memory of a sequence, with all tokens of the target's memory in it."""
+        if memory.draft is None:
+            memory.draft = Memory(self.network.new_cache(min(memory.cache.capacity, self.network.config.maxT)))
+        own, tokens = memory.draft, memory.tokens
+        shared = own.shared([*tokens, -1])
+        own.keep(shared)
+        for start in range(shared, len(tokens), self.network.chunk):
+            chunk = tokens[start : start + self.network.chunk]
+            self.network.step([(token, own.cache, False) for token in chunk])
+            own.note(chunk)
+        return own
+
+
+def _choice(completion: Completion, logits: "Logits", row: int, ahead: list[int]) -> int | None:
+    """Return the token that a completion would choose after `ahead`, or None if it cannot choose from these logits."""
+    try:
+        return completion.choose(logits, row, ahead)
+    except Exception:  # a draft's logits may be NaN, and a user's function may fail on them: the check decides
+        return None
+
+
+class Speculator:
+    """Guess tokens for the decoding sequences of an engine's steps, as many as pay.
+
+    drafted, accepted: counts of guesses that were checked, and of those that were right."""
+
+    def __init__(self, draft: Callable[[bool], Draft | None]) -> None:
+        """draft(make) returns the draft, or None if there is none. It makes a missing draft only if `make` is True."""
+        self._draft = draft
+        self._plain: float | None = None  # seconds of a step with one row for each sequence
+        self._row: float | None = None  # seconds of one more row
+        self.drafted = self.accepted = 0
+
+    def guess(self, parts: list[tuple[Completion, Memory, Speculation]]) -> list[list[int]]:
+        """Return the guesses for each decoding sequence of the next step, which has no other rows."""
+        found: list[list[int]] = [[] for _ in parts]
+        limit = min(MOST, MIXED_ROWS // len(parts))
+        wanted: list[tuple[int, int]] = []
+        for i, (completion, memory, state) in enumerate(parts):
+            fixed = completion.speculation or 0
+            room = min(completion.guesses, memory.cache.capacity - memory.cache.length - 1, fixed or limit)
+            if room < 1:
+                continue
+            looked = state.look_up(completion.sequence, room)
+            state.drafted = False
+            count = self._count(completion, state, room, looked, len(parts))
+            if count < 0:
+                found[i] = looked[:-count]
+            elif count:
+                wanted.append((i, count))
+        if wanted and (draft := self._draft(True)) is not None:
+            guesses = draft.guess([(*parts[i][:2], count) for i, count in wanted])
+            for (i, _), tokens in zip(wanted, guesses, strict=True):
+                found[i], parts[i][2].drafted = tokens, True
+        return found
+
+    def _count(self, completion: Completion, state: Speculation, room: int, looked: list[int], sequences: int) -> int:
+        """Return how many tokens the draft should guess, or as a negative number how many of the lookup to take.
+
+        All times are in plain steps of one of the sequences. A draft that was not timed yet makes one guess."""
+        fixed, draft = completion.speculation, self._draft(False)
+        if self._plain is None and not fixed:
+            return 0
+        plain = self._plain or 1.0
+        row = ROW if self._row is None else self._row * sequences / plain
+        guess = GUESS if draft is None or draft.seconds is None else draft.seconds / plain
+        if fixed:
+            return -len(looked) if looked and state.lookups.speed(room, row) >= state.drafts.speed(room, row + guess) else room
+        by_lookup, looks = state.lookups.best(len(looked), row)
+        may_draft = draft is not None or completion.guesses >= SOON
+        new = draft is None or draft.seconds is None
+        by_draft, drafts = state.drafts.best(min(room, 1) if new else room, row + guess) if may_draft else (0.0, 0)
+        if max(by_lookup, by_draft) < WORTH:
+            return min(drafts, 1) if state.try_again() else 0
+        return -looks if by_lookup >= by_draft else drafts
+
+    def note(self, sequences: int, guesses: int, seconds: float) -> None:
+        """Note the time of a step with one row for each sequence and so many rows of guesses."""
+        if not guesses:
+            self._plain = mean(self._plain, seconds)
+        elif self._plain is not None:
+            self._row = mean(self._row, max(seconds - self._plain, 0.0) / guesses)
+
+    def check(self, completion: Completion, state: Speculation, guesses: list[int], right: int, token: int | None) -> None:
+        """Note that of these guesses the first `right` were right; the token after them was `token`."""
+        for counts in (self, completion):
+            counts.drafted += len(guesses)
+            counts.accepted += right
+        if state.drafted:
+            state.drafts.note(guesses, [*guesses[:right], -1 if token is None else token])
+        if right:
+            state.patience = PATIENCE
+
+
+def mean(before: float | None, now: float, weight: float = 0.1) -> float:
+    """Return the running mean of times: the latest one has this weight."""
+    return now if before is None else before + weight * (now - before)

@@ -1,0 +1,161 @@
+"""Ranks over MPI, with mpi4py (the extra `mpi`). Only this module imports mpi4py.
+
+Every wait polls, so that signals take effect, and ends the rank if a message does not come in time. Objects travel as pickles
+between ranks of one run, which trust each other: MPI neither encrypts nor authenticates.
+"""
+
+import atexit
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import mpi4py
+
+mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # _begin() initializes MPI
+from mpi4py import MPI  # noqa: E402
+
+from .ranks import TIMEOUT_S, Ranks  # noqa: E402
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self, TypeVar
+
+    from .ranks import Messages
+
+    T = TypeVar("T")
+
+STUCK = 75  # the exit status if a message does not come in time: EX_TEMPFAIL, "try again later"
+PATIENT_S, NAP_S = 0.5, 0.001  # after so long a wait, sleep between two looks
+
+
+class MPIRanks(Ranks):
+    """The ranks of MPI_COMM_WORLD. If this process ends without close(), or by an exception, it ends all ranks."""
+
+    def __init__(self, timeout: float = TIMEOUT_S) -> None:
+        _begin(timeout)
+        self._arrays, self._objects = MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
+        self.size, self.rank = self._arrays.size, self._arrays.rank
+        self.timeout, self.seconds = timeout, 0.0
+        self._hosts = [f"rank {self.rank} on {MPI.Get_processor_name()}"] * self.size  # until gather() knows better
+        self._open, self.agreed, self.version = True, False, mpi4py.__version__
+        self._waiting: tuple[float, list[int]] | None = None  # since when, and for which ranks
+        atexit.register(self._abort)
+        threading.Thread(target=self._watch, daemon=True).start()
+        self._hosts = self.gather(self._hosts[0])
+
+    def name(self, rank: int) -> str:
+        """Return a rank's number and host for messages."""
+        return self._hosts[rank]
+
+    # ---------------------------------------------------------------- messages
+
+    def gather(self, value: "T") -> "list[T]":
+        """Return the values of all ranks in their order. Every rank must call it."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        sends = [(self._objects.isend(value, rank), rank) for rank in others]
+        found: dict[int, Any] = {self.rank: value}
+
+        def look() -> list[int]:
+            for rank in others:
+                if rank not in found and (message := self._objects.improbe(rank)) is not None:
+                    found[rank] = message.recv()
+            return [rank for rank in others if rank not in found] + [rank for request, rank in sends if not request.Test()]
+
+        self._wait(look)
+        return [found[rank] for rank in range(self.size)]
+
+    def begin(self, sends: "Messages", receives: "Messages") -> "list[tuple[MPI.Request, int]]":
+        """Begin to send and receive arrays; return what finish() takes. Between two ranks, messages keep their order."""
+        begun = [(self._arrays.Irecv(array, rank), rank) for array, rank in receives]
+        return begun + [(self._arrays.Isend(array, rank), rank) for array, rank in sends]
+
+    def finish(self, begun: "list[tuple[MPI.Request, int]]") -> None:
+        """Wait until all these messages have arrived."""
+
+        def look() -> list[int]:
+            begun[:] = [(request, rank) for request, rank in begun if not request.Test()]
+            return [rank for _, rank in begun]
+
+        self._wait(look)
+
+    def _wait(self, look: "Any") -> None:
+        """Call look() until it returns no rank that this one waits for."""
+        start = time.perf_counter()
+        try:
+            while missing := look():
+                waited = time.perf_counter() - start
+                self._waiting = (start, missing)
+                if waited > self.timeout:
+                    self._stuck(missing)
+                time.sleep(NAP_S if waited > PATIENT_S else 0)  # 0: let another process run on a shared core
+        finally:
+            self._waiting = None
+            self.seconds += time.perf_counter() - start
+
+    # ---------------------------------------------------------------- ends
+
+    def _watch(self) -> None:
+        """End the process if even a look takes too long: MPI itself hangs."""
+        while self._open:
+            time.sleep(min(1.0, self.timeout))
+            if (waiting := self._waiting) and time.perf_counter() - waiting[0] > self.timeout + 5:
+                self._stuck(waiting[1])
+
+    def _stuck(self, missing: list[int]) -> None:
+        """Name the ranks that do not answer, and end the process; the launcher then ends the others."""
+        names = ", ".join(self.name(rank) for rank in sorted(set(missing))[:8])
+        text = (
+            f"pygpt: error: {self.name(self.rank)}: no message from {names} for {self.timeout:g} s: stuck or lost; to continue "
+            "from the last saved state, start the ranks again with --resume\n"
+        )
+        with suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(STUCK)
+
+    def common(self, error: Exception) -> Exception:
+        """Return an exception that every rank raises here, so that a `with` block can end without a message to the others."""
+        self.agreed = True
+        return error
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None or self.agreed:
+            self.gather(None)  # no rank finalizes MPI while another may still fail
+            self._open = False
+
+    def _abort(self) -> None:
+        """End all ranks, unless this one has left its `with` block in order. Python calls this at the end of the process."""
+        if self._open and not MPI.Is_finalized():
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):
+                    stream.flush()
+            MPI.COMM_WORLD.Abort(1)
+
+
+def _begin(timeout: float) -> None:
+    """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process.
+
+    MPI holds Python's global lock while it waits, so a thread could not look at the clock. A child process does."""
+    if MPI.Is_initialized():
+        return
+    left, done = os.pipe()
+    if not (child := os.fork()):
+        os.close(done)
+        if not select.select([left], [], [], timeout)[0]:
+            os.write(
+                2, f"pygpt: error: MPI did not start within {timeout:g} s: a rank ended before, or cannot be reached\n".encode()
+            )
+            os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    os.close(left)
+    try:
+        MPI.Init_thread()
+    finally:
+        os.close(done)
+        os.waitpid(child, 0)

@@ -1,0 +1,199 @@
+"""What ranks share of a training step: the parts of each, the tree's sum of their gradients, slices of the optimizer."""
+
+from collections.abc import Iterator
+from itertools import chain, pairwise
+
+from ...errors import InputError
+from ..parameters import NORM_BLOCK, norm_of
+from ..trainable import TrainableGPT2
+from .ranks import Ranks
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ...reference import SerialTrainableGPT2
+
+    Array = npt.NDArray[np.float32]
+
+PIECE = 1 << 20  # the most values in a message: 4 MB
+INBOX = 1 << 24  # values of all messages that a rank receives at a time
+Node = tuple[int, int]  # a subtree: the parts [start, stop)
+
+
+def middle(start: int, stop: int) -> int:
+    """Return where the tree divides the parts [start, stop): after the largest power of two of parts below their number."""
+    return start + (1 << (stop - start - 1).bit_length() - 1)
+
+
+def subtrees(first: int, last: int, parts: int) -> list[Node]:
+    """Return the largest whole subtrees of the tree over `parts` parts that make up [first, last), in order."""
+
+    def walk(start: int, stop: int) -> list[Node]:
+        if first <= start and stop <= last:
+            return [(start, stop)]
+        if stop <= first or last <= start:
+            return []
+        half = middle(start, stop)
+        return walk(start, half) + walk(half, stop)
+
+    return walk(0, parts)
+
+
+def slices_of(size: int, ranks: int) -> list[slice]:
+    """Return each rank's slice of `size` values: whole norm blocks, as equal as possible, possibly none."""
+    blocks = -(-size // NORM_BLOCK)
+    edges = [min(size, blocks * rank // ranks * NORM_BLOCK) for rank in range(ranks + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+class SharedStep:
+    """Sum an engine's gradients over the parts of a step and over the ranks, and share the updated weights.
+
+    `mine`: this rank's parts. `own`: its slice of the flat arrays. Raises InputError if the number of ranks does not divide
+    `parts`.
+    """
+
+    def __init__(self, engine: "TrainableGPT2 | SerialTrainableGPT2", ranks: Ranks, parts: int) -> None:
+        if parts % ranks.size:
+            raise ranks.common(
+                InputError(f"parts is {parts}: {ranks.size} ranks must divide it; give a multiple, or start fewer")
+            )
+        if ranks.size > 1 and not isinstance(engine, TrainableGPT2):
+            raise ranks.common(InputError("the serial reference trains on one rank: leave out --reference, or start one rank"))
+        self.engine, self.ranks, self.parts = engine, ranks, parts
+        self.mine = self._parts_of(ranks.rank)
+        self.slices = slices_of(engine.gradients.size, ranks.size)
+        self.own = self.slices[ranks.rank]
+        self._theirs = [subtrees(self._parts_of(i).start, self._parts_of(i).stop, parts) for i in range(ranks.size)]
+        self._step = min(PIECE, max(1 << 14, INBOX // sum(map(len, self._theirs))))  # values in a message
+        self._sums: list[tuple[Node, Array]] = []  # of the latest parts, the largest whole subtrees
+        self._spare: list[Array] = []
+        self._inbox: dict[tuple[int, Node], Array] = {}
+
+    def _parts_of(self, rank: int) -> range:
+        per = self.parts // self.ranks.size
+        return range(rank * per, (rank + 1) * per)
+
+    # ---------------------------------------------------------------- the sum
+
+    def add(self, part: int) -> None:
+        """Take the finished gradients of one of this rank's parts, in order, and add whole subtrees.
+
+        After the last part, the engine's gradients hold the sum of the last subtree.
+        """
+        if part == self.mine.start:
+            self._sums = []  # an interrupted step may have left some
+        whole = subtrees(self.mine.start, part + 1, self.parts)
+        gradients = self.engine.gradients
+        while len(self._sums) >= len(whole):
+            _, left = self._sums.pop()
+            self.engine.add_to(gradients, left)  # the sum of two floats has the same bits in both orders
+            self._spare.append(left)
+        node = whole[-1]
+        if part + 1 < self.mine.stop:
+            import numpy as np
+
+            kept = self._spare.pop() if self._spare else np.empty_like(gradients)
+            kept[:] = gradients
+            self._sums.append((node, kept))
+        else:
+            self._sums.append((node, gradients))
+
+    def reduce(self) -> None:
+        """Sum all ranks' gradients of the own slice into the engine's. All other gradients become undefined."""
+        sums, self._sums = self._sums, []
+        size, rank = self.ranks.size, self.ranks.rank
+        self._spare += [array for _, array in sums[:-1]]
+        if size > 1:
+            count = self._messages()
+            begun = self._begin(0, sums)
+            for k in range(count):
+                self.ranks.finish(begun)
+                if k + 1 < count:
+                    begun = self._begin(k + 1, sums)
+                mine = self._piece(rank, k)
+                if mine.start < mine.stop:
+                    have = {node: array[mine] for node, array in sums}
+                    for node in chain(*self._theirs[:rank], *self._theirs[rank + 1 :]):
+                        have[node] = self._buffer(k, node)[: mine.stop - mine.start]
+                    self.engine.gradients[mine] = tree_sum(have, 0, self.parts)
+
+    def _messages(self) -> int:
+        """Return the number of pieces of the longest slice."""
+        longest: int = max(part.stop - part.start for part in self.slices)
+        return -(-longest // self._step)
+
+    def _piece(self, rank: int, k: int) -> slice:
+        """Return piece k of a rank's slice, possibly empty."""
+        first, last = self.slices[rank].start, self.slices[rank].stop
+        return slice(min(first + k * self._step, last), min(first + (k + 1) * self._step, last))
+
+    def _buffer(self, k: int, node: Node) -> "Array":
+        """Return the memory for piece k of a subtree. Two pieces are under way at a time."""
+        import numpy as np
+
+        if (k % 2, node) not in self._inbox:
+            self._inbox[k % 2, node] = np.empty(self._step, np.float32)
+        return self._inbox[k % 2, node]
+
+    def _begin(self, k: int, sums: "list[tuple[Node, Array]]") -> object:
+        """Begin to exchange piece k of every slice. The nearest ranks come first, so that no rank is everyone's first."""
+        sends, receives, ranks = [], [], self.ranks
+        mine = self._piece(ranks.rank, k)
+        for distance in range(1, ranks.size):
+            source, target = (ranks.rank - distance) % ranks.size, (ranks.rank + distance) % ranks.size
+            if mine.start < mine.stop:
+                receives += [(self._buffer(k, node)[: mine.stop - mine.start], source) for node in self._theirs[source]]
+            piece = self._piece(target, k)
+            if piece.start < piece.stop:
+                sends += [(array[piece], target) for _, array in sums]
+        return ranks.begin(sends, receives)
+
+    # ---------------------------------------------------------------- the rest of a step
+
+    def norm(self) -> float:
+        """Return the 2-norm of the summed gradients: the squares of blocks are gathered, and added in the blocks' order."""
+        import numpy as np
+
+        if self.ranks.size == 1 or not isinstance(self.engine, TrainableGPT2):
+            return self.engine.gradient_norm()
+        squares = self.engine.gradient_squares(self.own.start, self.own.stop)
+        return norm_of(np.concatenate(self.ranks.gather(squares)))
+
+    def share(self) -> None:
+        """Send the own slice of the weights to all ranks, and receive theirs, in pieces."""
+        weights, ranks = self.engine.parameters, self.ranks
+        others = [(ranks.rank + distance) % ranks.size for distance in range(1, ranks.size)]
+        for k in range(self._messages() if others else 0):
+            pieces = [weights[self._piece(rank, k)] for rank in range(ranks.size)]
+            sends = [(pieces[ranks.rank], rank) for rank in others if pieces[ranks.rank].size]
+            ranks.finish(ranks.begin(sends, [(pieces[rank], rank) for rank in reversed(others) if pieces[rank].size]))
+
+    def pieces(self, array: "Array") -> "Iterator[Array]":
+        """On the first rank, yield an array whose slices lie on their owners, in pieces. The others send theirs, yield none."""
+        import numpy as np
+
+        rank = self.ranks.rank
+        for owner, part in enumerate(self.slices):
+            for start in range(part.start, part.stop, PIECE):
+                piece = array[start : min(start + PIECE, part.stop)]
+                if rank == 0 and owner:
+                    piece = np.empty(piece.size, np.float32)
+                    self.ranks.finish(self.ranks.begin([], [(piece, owner)]))
+                elif rank == owner and owner:
+                    self.ranks.finish(self.ranks.begin([(piece, 0)], []))
+                if rank == 0:
+                    yield piece
+
+
+def tree_sum(have: "dict[Node, Array]", start: int, stop: int) -> "Array":
+    """Return the tree's sum of the parts [start, stop). The arrays of subtrees are overwritten."""
+    import numpy as np
+
+    if (start, stop) in have:
+        return have[start, stop]
+    half = middle(start, stop)
+    left, right = tree_sum(have, start, half), tree_sum(have, half, stop)
+    return np.add(left, right, out=left)

@@ -1,0 +1,277 @@
+"""Test pygpt batch and pygpt.cluster: the same bytes for any batch, shard and restart; scores; records; failures."""
+
+import fcntl
+import gzip
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from known import PROMPTS, SHAPE, make_model
+from limits import full_disk
+from programs import command, run, start
+
+from pygpt import GPT2, Complete, InputError, PyGPTError
+from pygpt.commands.batch import main
+
+OPTIONS = ["-t", "1", "--max-new-tokens", "6", "--temp", "0.9", "--seed", "7"]
+ROWS: list[dict[str, Any]] = [
+    *({"id": f"r{i}", "tokens": [i, 5, 9 * i % SHAPE.V]} for i in range(9)),
+    {"id": 70, "tokens": PROMPTS[1], "sampler": "greedy"},
+    {"tokens": PROMPTS[0], "seed": 3, "top_k": 9},
+    {"id": "two", "tokens": PROMPTS[4], "continuations": [[3, 4], [5]]},
+    {"id": "long", "tokens": [1, 2], "max_new_tokens": 40, "temperature": 1.5},
+    {"id": "b", "tokens": [6], "logit_bias": {"77": 50.0}, "max_new_tokens": 2},
+    {"id": "\ud800", "tokens": [8], "stop_token_ids": [*range(0, SHAPE.V, 3)], "total": 30},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("batch") / "model.bin", sharp=9)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYGPT_MODEL", model)
+    write(ROWS)
+    return tmp_path
+
+
+def write(rows: list[Any], name: str = "in.jsonl") -> None:
+    Path(name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n\n")
+
+
+def answers(*options: str, out: str = "out.jsonl") -> bytes:
+    assert main(["in.jsonl", "-o", out, *OPTIONS, *options]) == 0
+    return Path(out).read_bytes()
+
+
+def refused(capsys: pytest.CaptureFixture[str], words: list[str], *named: str, status: int = 2) -> None:
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    capsys.readouterr()
+    assert main(words) == status
+    output = capsys.readouterr()
+    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err), output.err
+    assert output.out == ""
+    assert all(word in output.err for word in named), output.err
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_answers_are_those_of_generate_batch_with_the_seeds_of_the_ids(folder: Path, model: str) -> None:
+    found = [json.loads(line) for line in answers().splitlines()]
+    assert [row["id"] for row in found] == [row.get("id", i) for i, row in enumerate(ROWS, 1)]
+    with GPT2.load(model, threads=1) as gpt, Complete(model, threads=1, seed=7) as job:
+        for row, answer in zip(ROWS, found, strict=True):
+            if "continuations" in row:
+                continue
+            own = {name: value for name, value in row.items() if name not in ("id", "tokens")}
+            own |= {"logit_bias": {77: 50.0}} if "logit_bias" in own else {}
+            length = {} if "total" in own else {"max_new_tokens": 6}
+            drawn = {} if "sampler" in own else {"temperature": 0.9, "seed": job.seed_of(answer["id"])}
+            (expected,) = gpt.generate_batch([row["tokens"]], **{**length, **drawn, **own})
+            assert (answer["tokens"], answer["finish_reason"]) == (expected.tokens, expected.finish_reason)
+    assert job.seed_of("r0") == int.from_bytes(bytes.fromhex("79d6a82f615c5615"), "little")  # sha256sum of 7/r0
+    assert {row.get("finish_reason") for row in found} == {"length", "stop", None}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 30])
+@pytest.mark.parametrize("options", [["--batch-size", "1"], ["--batch-size", "3", "-t", "2"]])
+def test_shards_together_are_the_whole(folder: Path, count: int, options: list[str]) -> None:
+    whole = answers(out="whole.jsonl")
+    parts = [answers("--shard", f"{i}/{count}", *options, out=f"{i}.jsonl") for i in range(count)]
+    assert b"".join(parts) == whole
+
+
+@given(cut=st.integers(0, 2000), tail=st.binary(max_size=8))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_job_continues_from_every_part(folder: Path, cut: int, tail: bytes) -> None:
+    whole = answers("--force")
+    os.rename("out.jsonl", "out.jsonl.part")
+    Path("out.jsonl.part").write_bytes(whole[: cut % (len(whole) + 1)] + tail)
+    assert answers() == whole
+    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.job.json"]
+
+
+def test_killed_jobs_continue_to_the_same_bytes(folder: Path) -> None:
+    write([{"tokens": [i % SHAPE.V], "max_new_tokens": 60} for i in range(300)])
+    whole = answers(out="whole.jsonl")
+    words = command("batch", "in.jsonl", "-o", "out.jsonl.gz", *OPTIONS)
+    kills = 0
+    for pause in (0.25, 0.35, 0.45):
+        process = start(words, cwd=folder, env={**os.environ})
+        time.sleep(pause)
+        process.kill()
+        process.communicate()
+        kills += not Path("out.jsonl.gz").exists()
+    assert kills
+    assert run(words, cwd=folder, env={**os.environ}).status == 0
+    assert gzip.decompress(Path("out.jsonl.gz").read_bytes()) == whole
+
+
+def test_compressed_files_hold_the_same_lines(folder: Path) -> None:
+    whole = answers()
+    pytest.importorskip("backports.zstd" if os.sys.version_info < (3, 14) else "compression.zstd")  # type: ignore[attr-defined]
+    Path("in.jsonl.gz").write_bytes(gzip.compress(Path("in.jsonl").read_bytes()))
+    for source, out in (("in.jsonl.gz", "a.jsonl.zst"), ("in.jsonl", "b.jsonl.zst"), ("in.jsonl.gz", "c.jsonl.gz")):
+        assert main([source, "-o", out, *OPTIONS]) == 0
+    assert Path("a.jsonl.zst").read_bytes() == Path("b.jsonl.zst").read_bytes() != whole
+    assert gzip.decompress(Path("c.jsonl.gz").read_bytes()) == whole
+    os.rename("a.jsonl.zst", "again.jsonl.zst")
+    write([], "none.jsonl")
+    assert main(["none.jsonl", "-o", "none.out"]) == 0
+    assert Path("none.out").read_bytes() == b""
+
+
+def test_scores_are_log_probabilities_of_the_whole_sequence(folder: Path, model: str) -> None:
+    rng = np.random.default_rng(3)
+    rows = [
+        {
+            "id": i,
+            "tokens": rng.integers(0, SHAPE.V, n).tolist(),
+            "continuations": [[*rng.integers(0, SHAPE.V, m).tolist()] for m in ms],
+        }
+        for i, (n, ms) in enumerate([(1, [1]), (3, [2, 126]), (60, [5, 1]), (128, [1])])
+    ]
+    rows.append({"id": 9, "tokens": [*rows[2]["tokens"][:50], 4], "continuations": rows[2]["continuations"]})  # shares a prefix
+    write(rows)
+    found = [json.loads(line) for line in answers().splitlines()]
+    with GPT2.load(model, threads=1) as gpt:
+        for row, answer in zip(rows, found, strict=True):
+            for one, score in zip(row["continuations"], answer["scores"], strict=True):
+                sequence = [*row["tokens"], *one]
+                logits = gpt.logits(sequence[:-1])[-len(one) :].astype("f8")
+                logits -= logits.max(1, keepdims=True)
+                table = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+                # The exponentials of the kernel are float32, each exact to about 2^-23 of itself: so is their sum.
+                np.testing.assert_allclose(score["logprobs"], table[np.arange(len(one)), one], rtol=0, atol=2e-7)
+                assert score["logprob"] == pytest.approx(sum(score["logprobs"]), abs=1e-9)
+                assert score["greedy"] == (logits.argmax(1).tolist() == one)
+                assert score["tokens"] == one
+
+
+def test_log_probabilities_are_those_of_generate_batch(folder: Path, model: str) -> None:
+    write([{"id": 1, "tokens": [4, 5]}])
+    (found,) = [json.loads(line) for line in answers("--logprobs", "2").splitlines()]
+    with GPT2.load(model, threads=1) as gpt, Complete(model, threads=1, seed=7) as job:
+        (expected,) = gpt.generate_batch([[4, 5]], max_new_tokens=6, temperature=0.9, seed=job.seed_of(1), top_logprobs=2)
+    assert found["logprobs"] == json.loads(json.dumps([info._asdict() for info in expected.infos]))
+
+
+def test_a_complete_job_is_kept_and_other_options_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    whole = answers()
+    words = ["in.jsonl", "-o", "out.jsonl", *OPTIONS]
+    assert main([*words, "-t", "2", "--batch-size", "5"]) == 0
+    assert "complete already" in capsys.readouterr().err
+    for change, named in ((["--seed", "8"], "seed"), (["--shard", "0/2"], "shard"), (["--top-k", "4"], "options")):
+        refused(capsys, [*words, *change], f"begun with {named}", "--force")
+    other = make_model(Path("other.bin"), seed=2)
+    refused(capsys, [*words, "-m", other], "begun with model")
+    record = Path("out.jsonl.job.json")
+    content = record.read_text()
+    record.write_text(content.replace('"pygpt": "', '"pygpt": "0.0.'))
+    refused(capsys, words, "begun with pygpt = '0.0.")
+    record.write_text("[]")
+    refused(capsys, words, "not the record")
+    record.unlink()
+    refused(capsys, words, "exists without")
+    assert answers("--force") == whole
+    write(ROWS[:3])
+    refused(capsys, words, "begun with input")
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ("[1]", "line 2 is not an object"),
+        ("{", "line 2 is not JSON"),
+        ({"id": 5}, 'line 2: give either "prompt"'),
+        ({"id": 5, "tokens": [1], "prompt": "x"}, 'either "prompt"'),
+        ({"id": 5, "prompt": "x"}, "not GPT-2's"),
+        ({"id": 1.5, "tokens": [1]}, '"id" is 1.5'),
+        ({"id": "r0", "tokens": [1]}, "line 2: the id 'r0' occurs twice"),
+        ({"tokens": [1], "max_tokens": 3}, "unknown key 'max_tokens'"),
+        ({"tokens": [1], "top_k": None}, "'top_k' is null"),
+        ({"tokens": [SHAPE.V]}, str(SHAPE.V)),
+        ({"tokens": []}, "is empty"),
+        ({"tokens": "ab"}, "a list of ids"),
+        ({"tokens": [1], "continuations": []}, '"continuations" is []'),
+        ({"tokens": [1], "continuations": [[1] * 200]}, "at most 129"),
+        ({"tokens": [1], "continuations": [[1]], "top_k": 2}, "'top_k' and"),
+        ({"tokens": [1], "temperature": -1}, "temperature is -1"),
+    ],
+)
+def test_bad_lines_are_refused_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], row: object, named: str
+) -> None:
+    write([ROWS[0], row])
+    assert main(["in.jsonl", "-o", "out.jsonl", *OPTIONS]) == 2
+    assert named in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+    assert not Path("out.jsonl.part").exists()
+    Path("out.jsonl.job.json").unlink(missing_ok=True)
+    if isinstance(row, dict) and "twice" not in named:
+        found = answers("--keep-going")
+        write(ROWS[:1])
+        first, second = found.splitlines(keepends=True)
+        assert first == answers(out="one.jsonl")
+        assert set(json.loads(second)) == {"id", "error"}
+
+
+def test_bad_arguments_and_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["in.jsonl", "-o", "out.jsonl", *OPTIONS]
+    for shard in ("1/1", "0/0", "x", "-1/2", "0/9999999999"):
+        refused(capsys, [*words, f"--shard={shard}"], "--shard is")
+    refused(capsys, ["in.jsonl"], "-o is missing")
+    refused(capsys, ["none.jsonl", *words[1:]], "none.jsonl: no such file")
+    refused(capsys, [*words[:2], "no/out.jsonl"], "does not exist")
+    refused(capsys, [*words, "--logprobs", "9999"], "top_logprobs is 9999")
+    Path("bad.jsonl.gz").write_bytes(gzip.compress(Path("in.jsonl").read_bytes())[:40])
+    refused(capsys, ["bad.jsonl.gz", *words[1:]], "cannot read the lines")
+    Path("bad.jsonl.zst").write_bytes(b"nothing of the kind")
+    refused(capsys, ["bad.jsonl.zst", *words[1:]], "cannot read the lines")
+
+
+def test_a_full_disk_and_a_second_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = answers(out="whole.jsonl")
+    with full_disk(700):
+        assert main(["in.jsonl", "-o", "out.jsonl", *OPTIONS]) == 1
+    assert "out.jsonl.part: cannot write the answers: File too large" in capsys.readouterr().err
+    with open("out.jsonl.part", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(capsys, ["in.jsonl", "-o", "out.jsonl", *OPTIONS], "another process", status=1)
+    assert answers() == whole
+
+
+def test_columns_are_answered_as_rows(model: str) -> None:
+    rows = [row for row in ROWS if "id" in row]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+    with Complete(model, threads=1, seed=7, max_new_tokens=6, temperature=0.9) as job:
+        expected = list(job.rows(rows))
+        found = job(columns)
+        assert [{name: found[name][i] for name in found if found[name][i] is not None} for i in range(len(rows))] == expected
+        arrays: dict[str, Any] = {
+            "id": np.array([4, 5]),
+            "tokens": [np.array([1, 2]), np.array([3], np.int32)],
+            "top_k": np.array([np.nan, np.nan]),
+        }
+        assert job(arrays) == job({"id": [4, 5], "tokens": [[1, 2], [3]]})
+        assert job({"id": []}) == {}
+        with pytest.raises(InputError, match="is empty"):
+            job({"id": [1], "tokens": [[]]})
+
+
+def test_bad_options_are_refused_by_the_constructor(model: str) -> None:
+    for options in ({"seed": -1}, {"temperature": -1.0}, {"batch_size": 0}, {"max_new_tokens": 10**6}, {"logprobs": -1}):
+        with pytest.raises(PyGPTError):
+            Complete(model, threads=1, **options)

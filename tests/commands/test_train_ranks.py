@@ -1,0 +1,203 @@
+"""pygpt train on ranks over MPI: the same files on any number of ranks; failures end all ranks, and name one."""
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import PYTHON, Outcome, command, environment, finish, run, start
+
+from pygpt import write_tokens
+from pygpt.commands.train.main import main
+
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or ""
+pytestmark = pytest.mark.skipif(not MPIEXEC, reason="needs mpiexec and mpi4py: pip install 'pygpt[mpi]' mpich")
+pytest.importorskip("mpi4py")
+
+OPTIONS = ["--val-fraction", "0.2", "--shape", "L=2,NH=2,C=64,maxT=16,V=999", "-B", "1", "-T", "16", "--parts", "12"]
+OPTIONS += ["--lr", "1e-2", "--clip", "1", "--shuffle"]
+REPORTS = ["--steps", "6", "--save-every", "2", "--sample-every", "3", "--sample-tokens", "5", "--val-every", "2"]
+REPORTS += ["--val-batches", "5", "-t", "1", "--out", "run"]
+# One rank fails at step 3, in the way and on the rank that the first arguments name.
+FAULTY = """
+import os, sys, time
+from pygpt.training.trainer import Trainer
+how, rank = sys.argv[1], int(sys.argv[2])
+step = Trainer.step
+def faulty(self):
+    if self.done == 3 and self.ranks.rank == rank:
+        exec(how)
+    return step(self)
+Trainer.step = faulty
+from pygpt.__main__ import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_tokens("data.bin", np.random.default_rng(1).integers(0, 999, 3000))
+    return tmp_path
+
+
+def ranks(count: int, words: Sequence[object], *more: object) -> Outcome:
+    """Run a command on ranks. more: after a colon, the command of further ranks."""
+    return finish(start([MPIEXEC, "-n", count, *words, *more], cwd=os.getcwd(), env=environment()))
+
+
+def train(*words: object) -> list[str]:
+    return command("train", "--data", "data.bin", *OPTIONS, *REPORTS, *words)
+
+
+def files() -> dict[str, bytes]:
+    return {name: Path(name).read_bytes() for name in ("run.bin", "run.state", "run.state.1")}
+
+
+def lines(outcome: Outcome) -> list[str]:
+    return re.sub(r"\(took .*", "", outcome.out.decode()).splitlines()
+
+
+def faulty(how: str, rank: int, count: int = 2, *words: object) -> Outcome:
+    return ranks(count, [PYTHON, "-c", FAULTY, how, rank, *train(*words)[3:]])
+
+
+def test_any_number_of_ranks_writes_the_same_files(folder: Path) -> None:
+    alone = run(train("--log", "run.jsonl"), cwd=folder)
+    assert alone.status == 0, alone
+    expected = files()
+    for count, more in ((2, ["-t", 2]), (3, [])):
+        found = ranks(count, train("--force", "--log", "run.jsonl", *more))
+        assert (found.status, lines(found), files() == expected) == (0, lines(alone), True), found
+        assert Path("run.jsonl").read_text().count('"ranks": [[') == 6
+        assert found.err.count("saved run.bin") == 1
+        assert "processors" in found.err
+
+
+def test_a_signal_stops_all_ranks_after_one_step_and_any_number_continues(folder: Path) -> None:
+    assert run(train(), cwd=folder).status == 0
+    expected = files()
+    found = faulty("os.kill(os.getpid(), 15)", 1, 3, "--force")
+    assert found.status == 143, found
+    assert "stopped by SIGTERM after 4 steps; saved" in found.err
+    found = ranks(2, command("train", "--resume", "run.state", "-t", 1))
+    assert (found.status, Path("run.state").read_bytes() == expected["run.state"]) == (0, True), found
+
+
+FAULTS = [
+    ("os.kill(os.getpid(), 9)", 1, 9, "", []),
+    ("raise ValueError('a bug')", 1, 1, "ValueError: a bug", []),
+    ("sys.exit(3)", 1, 1, "", []),
+    ("from pygpt import PyGPTError; raise PyGPTError('a failure')", 1, 1, r"pygpt: error: rank 1 on \S+: a failure\n", []),
+    (
+        "os.kill(os.getpid(), 19)",
+        1,
+        75,
+        r"rank 0 on \S+: no message from rank 1 on \S+ for 2 s: stuck or lost",
+        ["--timeout", 2],
+    ),
+    ("time.sleep(1)", 0, 0, "saved run.bin", ["--timeout", 5]),
+    (
+        "self.engine.parameters[:] = float('nan')",
+        1,
+        1,
+        "error: step 3: the loss is nan at the loader's epoch 0, shard 0, batch 42",
+        [],
+    ),
+    (
+        "share, x = self._shared.share, self.engine.parameters; "
+        "self._shared.share = lambda share=share, x=x: (share(), x.__setitem__(9, 1.0))",
+        1,
+        1,
+        r"after step 4, the weights of rank [01] on \S+ differ",
+        [],
+    ),
+    (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300000, -1))",  # the log has room, the state does not
+        0,
+        1,
+        "contains the run after 2 steps; then .*\n.*: cannot write the training state: File too large\n$",
+        [],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "status", "words", "options"), FAULTS[:1] + [pytest.param(*f, marks=pytest.mark.slow) for f in FAULTS[1:]]
+)
+def test_a_failure_of_one_rank_ends_all(
+    folder: Path, how: str, rank: int, status: int, words: str, options: list[object]
+) -> None:
+    begin = time.monotonic()
+    found = faulty(how, rank, 2, *options)
+    assert found.status == status, found
+    assert re.search(words, found.err), found
+    assert time.monotonic() - begin < 60
+    assert ranks(2, command("train", "--resume", "run.state", "-t", 1)).status == 0
+    continued = files()
+    assert run(train("--force"), cwd=folder).status == 0
+    assert files()["run.bin"] == continued["run.bin"]
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_refused_by_name(folder: Path) -> None:
+    write_tokens("other.bin", np.random.default_rng(2).integers(0, 999, 3000))
+    env = ["env", "PYGPT_ISA=baseline"]
+    version = [
+        PYTHON,
+        "-c",
+        "import sys, pygpt; pygpt.__version__ = '9'; from pygpt.__main__ import main; sys.exit(main(sys.argv[1:]))",
+    ]
+    for second, words in (
+        (train("--data", "other.bin"), "rank 1 on .* has training data of SHA-256 "),
+        (train("--lr", "1e-3"), "rank 1 on .* has --lr 0.001, rank 0 on .* has 0.01"),
+        (train("--seed", "2"), "rank 1 on .* has --seed 2"),
+        ([*env, *train()], "rank 1 on .* has fused multiply-add False, rank 0"),
+        ([*version, *train()[3:]], "rank 1 on .* has pygpt 9"),
+        (train("--data", "none.bin"), "rank 1 on .*none.bin"),
+        (train("--parts", "0"), "rank 1 on .*--parts"),
+    ):
+        found = ranks(1, train(), ":", "-n", 1, *second)
+        assert found.status == 2, found
+        assert re.search(words, found.err), (words, found)
+        assert found.err.count("pygpt: error") == 1, found
+        assert not Path("run.state").exists()
+
+
+def test_ranks_must_divide_the_parts(folder: Path) -> None:
+    found = ranks(2, train("--parts", "3"))
+    assert (found.status, found.err.count("parts is 3: 2 ranks must divide it")) == (2, 1), found
+
+
+def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "pygpt.training.parallel.mpi", None)
+    assert main(["--data", "data.bin"]) == 2
+    assert re.fullmatch(
+        r"pygpt: error: several ranks were started, .* pip install 'pygpt\[mpi\]' mpich\n", capsys.readouterr().err
+    )
+
+
+def test_the_estimate_adds_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--shape", "L=2,NH=2,C=64,maxT=16,V=999", "-B", "2", "-T", "16", "-t", "1"]
+    assert main([*shape, "--estimate", "--parts", "12", "--gbit", "1"]) == 0
+    table = [[float(word) for word in line.split()] for line in capsys.readouterr().out.splitlines()[5:]]
+    assert [row[0] for row in table] == [1, 2, 3, 4, 6, 12]
+    P = 64 * (1024 + 16) + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64
+    for ranks_, compute, messages, step, _, speedup, efficiency, _ in table:
+        assert messages == pytest.approx(1.1 * 8 * P * 8 * (1 - 1 / ranks_) / 1e9, abs=0.005)
+        assert step == pytest.approx(compute + messages, abs=0.011)
+        assert efficiency == pytest.approx(speedup / ranks_, abs=0.011)
+    for words, named in (
+        (["--estimate", "--parts", "4", "--ranks", "3"], "--ranks is 3"),
+        (["--estimate", "--gbit", "0"], "--gbit is 0"),
+        (["--estimate", "-T", "64"], "-T is 64"),
+        (["--ranks", "2", "--data", "data.bin"], "--ranks is for --estimate"),
+    ):
+        assert main([*shape, *words]) == 2
+        assert named in capsys.readouterr().err
