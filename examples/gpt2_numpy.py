@@ -3,16 +3,18 @@
     python examples/gpt2_numpy.py 31373 612
 
 T tokens, C channels, OC output channels, NH heads, HS = C / NH, L layers, V ids in the vocabulary. Weights are (out, in).
+GPT-2's relatives differ in F (4C in GPT-2), the activation, the epsilon, the scale of scores, and a head of their own.
 The tests compare pygpt with this file, in float64. Names: llm.c, train_gpt2.c. Style: picoGPT.
 """
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from pygpt import Checkpoint, find_model
+from pygpt import Checkpoint, Config, find_model
 
 Array = npt.NDArray[np.float64]
 
@@ -26,51 +28,65 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * gate  # [...] -> [...]
 
 
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))  # [...] -> [...]
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_new": gelu,
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x * sigmoid(x),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+}
+
+
 def softmax(x: Array) -> Array:
     e: Array = np.exp(x - x.max(axis=-1, keepdims=True))  # [..., V] -> [..., V]: at most 1, so nothing overflows
     total: Array = e.sum(axis=-1, keepdims=True)  # [..., V] -> [..., 1]
     return e / total  # [..., V], [..., 1] -> [..., V]
 
 
-def layernorm(x: Array, weight: Array, bias: Array) -> Array:
+def layernorm(x: Array, weight: Array, bias: Array, epsilon: float = 1e-5) -> Array:
     centred: Array = x - x.mean(axis=-1, keepdims=True)  # [T, C], [T, 1] -> [T, C]
     variance: Array = (centred**2).mean(axis=-1, keepdims=True)  # [T, C] -> [T, 1]
-    return centred / np.sqrt(variance + 1e-5) * weight + bias  # [T, C], [T, 1], [C] -> [T, C]
+    return centred / np.sqrt(variance + epsilon) * weight + bias  # [T, C], [T, 1], [C] -> [T, C]
 
 
 def matmul(x: Array, weight: Array, bias: Array | float = 0.0) -> Array:
     return x @ weight.T + bias  # [T, C], [OC, C], [OC] -> [T, OC]
 
 
-def attention(qkv: Array, NH: int) -> Array:
+def attention(qkv: Array, NH: int, scale: float | None = None) -> Array:
     T, HS = len(qkv), qkv.shape[1] // (3 * NH)
     q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)  # [T, 3C] -> 3 of [NH, T, HS]
-    scores = q @ k.transpose(0, 2, 1) / np.sqrt(HS)  # [NH, T, HS], [NH, HS, T] -> [NH, T, T]
+    scores = q @ k.transpose(0, 2, 1) * (1 / np.sqrt(HS) if scale is None else scale)  # [NH, T, HS], [NH, HS, T] -> [NH, T, T]
     att = softmax(np.where(np.tri(T, dtype=bool), scores, -np.inf))  # [NH, T, T]: row t sees tokens 0 to t
     return (att @ v).transpose(1, 0, 2).reshape(T, NH * HS)  # [NH, T, T], [NH, T, HS] -> [T, C]
 
 
-def block(w: Mapping[str, Array], layer: int, NH: int, stream: Array) -> dict[str, Array]:
-    p = {name: w[name][layer] for name in w if name not in ("wte", "wpe", "lnfw", "lnfb")}  # [L, ...] -> [...]
-    a = {"ln1": layernorm(stream, p["ln1w"], p["ln1b"])}  # [T, C] -> [T, C]
+def block(w: Mapping[str, Array], layer: int, config: Config, stream: Array) -> dict[str, Array]:
+    p = {name: w[name][layer] for name in w if name not in ("wte", "wpe", "lnfw", "lnfb", "head")}  # [L, ...] -> [...]
+    scale = (1 / np.sqrt(config.HS) if config.scaled else 1) / (layer + 1 if config.scaled_by_layer else 1)
+    a = {"ln1": layernorm(stream, p["ln1w"], p["ln1b"], config.epsilon)}  # [T, C] -> [T, C]
     a["qkv"] = matmul(a["ln1"], p["qkvw"], p["qkvb"])  # [T, C] -> [T, 3C]
-    a["atty"] = attention(a["qkv"], NH)  # [T, 3C] -> [T, C]
+    a["atty"] = attention(a["qkv"], config.NH, scale)  # [T, 3C] -> [T, C]
     a["attproj"] = matmul(a["atty"], p["attprojw"], p["attprojb"])  # [T, C] -> [T, C]
     a["residual2"] = stream + a["attproj"]  # [T, C], [T, C] -> [T, C]
-    a["ln2"] = layernorm(a["residual2"], p["ln2w"], p["ln2b"])  # [T, C] -> [T, C]
-    a["fch"] = matmul(a["ln2"], p["fcw"], p["fcb"])  # [T, C] -> [T, 4C]
-    a["fch_gelu"] = gelu(a["fch"])  # [T, 4C] -> [T, 4C]
-    a["fcproj"] = matmul(a["fch_gelu"], p["fcprojw"], p["fcprojb"])  # [T, 4C] -> [T, C]
+    a["ln2"] = layernorm(a["residual2"], p["ln2w"], p["ln2b"], config.epsilon)  # [T, C] -> [T, C]
+    a["fch"] = matmul(a["ln2"], p["fcw"], p["fcb"])  # [T, C] -> [T, F]
+    a["fch_gelu"] = ACTIVATIONS[config.activation](a["fch"])  # [T, F] -> [T, F]
+    a["fcproj"] = matmul(a["fch_gelu"], p["fcprojw"], p["fcprojb"])  # [T, F] -> [T, C]
     return {**a, "residual3": a["residual2"] + a["fcproj"]}  # [T, C], [T, C] -> [T, C]
 
 
-def forward(w: Mapping[str, Array], NH: int, tokens: Sequence[int]) -> tuple[Array, list[dict[str, Array]]]:
+def forward(w: Mapping[str, Array], config: Config, tokens: Sequence[int]) -> tuple[Array, list[dict[str, Array]]]:
     """Return the logits and the activations of each layer."""
     layers = [{"residual3": encoder(tokens, w["wte"], w["wpe"])}]  # [T] -> [T, C]
     for layer in range(len(w["ln1w"])):
-        layers.append(block(w, layer, NH, layers[-1]["residual3"]))  # [T, C] -> [T, C]
-    lnf = layernorm(layers[-1]["residual3"], w["lnfw"], w["lnfb"])  # [T, C] -> [T, C]
-    return matmul(lnf, w["wte"]), layers  # [T, C], [V, C] -> [T, V]
+        layers.append(block(w, layer, config, layers[-1]["residual3"]))  # [T, C] -> [T, C]
+    lnf = layernorm(layers[-1]["residual3"], w["lnfw"], w["lnfb"], config.epsilon)  # [T, C] -> [T, C]
+    return matmul(lnf, w["wte" if config.tied else "head"]), layers  # [T, C], [V, C] -> [T, V]
 
 
 if __name__ == "__main__":
@@ -78,5 +94,5 @@ if __name__ == "__main__":
         weights = {name: model.tensor(name).astype(np.float64) for name, *_ in model.config.tensors(padded=False)}
     tokens = [int(word) for word in sys.argv[1:]] or [31373, 612]
     for _ in range(8):
-        tokens.append(int(forward(weights, model.config.NH, tokens)[0][-1].argmax()))  # [T, V] -> [V] -> id
+        tokens.append(int(forward(weights, model.config, tokens)[0][-1].argmax()))  # [T, V] -> [V] -> id
         print(tokens[-1], flush=True)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .formats.text import encode_text as encode_text
     from .formats.text import read_text as read_text
     from .formats.text import tokens_of_text as tokens_of_text
+    from .formats.vocabulary import load_tokenizer as load_tokenizer
     from .generation.completion import Completion as Completion
     from .generation.engine import Engine as Engine
     from .generation.engine import Event as Event
@@ -91,6 +92,7 @@ _PUBLIC = {
     "pool": "ThreadPool",
     "formats.checkpoint": "Checkpoint write_checkpoint",
     "formats.shards": "read_tokens write_tokens",
+    "formats.vocabulary": "load_tokenizer",
     "formats.text": "encode_text read_text tokens_of_text",
     "formats.llmc": "DebugState Example read_debug_state read_examples read_tokenizer "
     "write_debug_state write_examples write_tokenizer",

@@ -16,13 +16,12 @@ encoder's part row by row.
 Source: llm.c, train_gpt2.c, gpt2_backward and gpt2_update.
 """
 
-from libc.math cimport sqrtf
 from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from pygpt._kernels cimport (
     Floats, KeysValues, Net, Row, State, Step, Tensor, Tensors, Weights, adamw_numbers, barrier_reset, done, float32, floats_of,
-    done_and_wait, forward, gemm_floats, micro, padded, shard, share, trace_begin, trace_worker,
+    done_and_wait, forward, gemm_floats, micro, padded, score_scale, shard, share, trace_begin, trace_worker,
 )
 
 from ._kernels import PHASES
@@ -51,7 +50,7 @@ cdef struct Back:             # the state of the backward pass
     float* dresidual          # (R, C) of the residual stream
     float* dinp               # (R, C) dlnf, then dln2, datty, dln1 of each layer
     float* dqkv               # (R, 3C)
-    float* dfch               # (R, 4C of fch_row)
+    float* dfch               # (R, F of fch_row)
     float* scratch            # (nth, scratch_size) for micro.outer and the attention
     Py_ssize_t scratch_size
 
@@ -90,7 +89,8 @@ cdef void matmul_backward(
     const float* dout, Py_ssize_t ldo,      # IN  (R, N), a row every ldo values
     const float* inp, Py_ssize_t lda,       # IN  (R, K), a row every lda values
     const float* weight,                    # IN  (N, K)
-    const float* gelu_of,                   # IN  (R, K) rows as dinp's: the inputs are gelu() of these; or NULL
+    const float* act_of,                    # IN  (R, K) rows as dinp's: the inputs are the activation of these; or NULL
+    int activation,                         # which one
     Py_ssize_t R, Py_ssize_t K, Py_ssize_t N, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
     """dinp = dout weight, split over its columns; dweight (+)= dout^T inp and dbias (+)= sum of dout's rows, over outputs."""
@@ -98,9 +98,9 @@ cdef void matmul_backward(
     cdef float* scratch = b.scratch + ith * b.scratch_size
     share(K, micro.panel, ith, nth, &start, &stop)
     micro.outer(dinp + start, ldi, dout, ldo, 1, weight + start, K, R, stop - start, N, 0, scratch)
-    if gelu_of != NULL:
+    if act_of != NULL:
         for r in range(R):
-            micro.gelu_backward(dinp + r * ldi + start, gelu_of + r * ldi + start, stop - start)
+            micro.act_backward[activation](dinp + r * ldi + start, act_of + r * ldi + start, stop - start)
     share(N, 16, ith, nth, &start, &stop)
     micro.outer(dweight + start * K, K, dout + start, 1, ldo, inp, lda, stop - start, K, R, b.add_to, scratch)
     if dbias != NULL:
@@ -155,7 +155,7 @@ cdef void attend_backward(
     cdef float* q = ds + T * ldp                                        # (T, HSp)
     cdef float* dout = q + T * HSp                                      # (T, HSp)
     cdef float* dq = dout + T * HSp                                     # (T, HSp)
-    cdef float dot, total, scale = <float> 1 / sqrtf(<float> HS)
+    cdef float dot, total, scale = score_scale(net, layer)
     memset(q, 0, 3 * T * HSp * sizeof(float))
     for t in range(T):
         memcpy(q + t * HSp, qkv + t * 3 * C, HS * sizeof(float))
@@ -226,20 +226,20 @@ cdef void run_layer(
     cdef const float* fch_gelu = s.fch_gelu + l * s.fch_step
     if phase == DFCPROJ:
         matmul_backward(b, b.dfch, s.fch_row, floats_of(&d.fcprojw, l), floats_of(&d.fcprojb, l), b.dresidual, C,
-                        fch_gelu, s.fch_row, floats_of(&w.fcprojw, l), fch, R, 4 * C, C, ith, nth)
+                        fch_gelu, s.fch_row, floats_of(&w.fcprojw, l), fch, net.activation, R, net.F, C, ith, nth)
     elif phase == DFC:
         matmul_backward(b, b.dinp, C, floats_of(&d.fcw, l), floats_of(&d.fcb, l), b.dfch, s.fch_row,
-                        ln2, C, floats_of(&w.fcw, l), NULL, R, C, 4 * C, ith, nth)
+                        ln2, C, floats_of(&w.fcw, l), NULL, 0, R, C, net.F, ith, nth)
     elif phase == DLN2:
         layernorm_backward(net, s, b, 2 * l + 1, floats_of(&d.ln2w, l), floats_of(&d.ln2b, l), floats_of(&w.ln2w, l), ith, nth)
     elif phase == DATTPROJ:
         matmul_backward(b, b.dinp, C, floats_of(&d.attprojw, l), floats_of(&d.attprojb, l), b.dresidual, C,
-                        atty, C, floats_of(&w.attprojw, l), NULL, R, C, C, ith, nth)
+                        atty, C, floats_of(&w.attprojw, l), NULL, 0, R, C, C, ith, nth)
     elif phase == DATTENTION:
         attention_backward(net, s, b, l, ith, nth)
     elif phase == DQKV:
         matmul_backward(b, b.dinp, C, floats_of(&d.qkvw, l), floats_of(&d.qkvb, l), b.dqkv, 3 * C,
-                        ln1, C, floats_of(&w.qkvw, l), NULL, R, C, 3 * C, ith, nth)
+                        ln1, C, floats_of(&w.qkvw, l), NULL, 0, R, C, 3 * C, ith, nth)
     else:
         layernorm_backward(net, s, b, 2 * l, floats_of(&d.ln1w, l), floats_of(&d.ln1b, l), floats_of(&w.ln1w, l), ith, nth)
 
@@ -249,6 +249,9 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
     cdef Py_ssize_t R = s.R, C = net.C, start, stop
     cdef int layer, phase
     cdef float* dwte = floats_of(&b.d.wte, 0)
+    cdef float* dwpe = floats_of(&b.d.wpe, 0)
+    cdef float* dhead = floats_of(&b.d.head, 0)
+    cdef Py_ssize_t kept = net.V * C if net.tied else 0                                       # the head's part of dwte
     trace_begin(me)
     cross_entropy_backward(net, s, b, me.ith, me.nth)                                           # dlogits (R, V)
     if done_and_wait(me, DLOGITS, 0):
@@ -256,10 +259,10 @@ cdef int backward(const Net* net, State* s, const Back* b, const trace_worker* m
     shard(R * C, me.ith, me.nth, &start, &stop)
     memset(b.dresidual + start, 0, (stop - start) * sizeof(float))
     if not b.add_to:
-        shard(floats_of(&b.d.wpe, 0) - dwte - net.V * C, me.ith, me.nth, &start, &stop)
-        memset(dwte + net.V * C + start, 0, (stop - start) * sizeof(float))                  # wte's padding
-    matmul_backward(b, b.dinp, C, dwte, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
-                    floats_of(&net.w.wte, 0), NULL, R, C, net.V, me.ith, me.nth)                  # dlnf (R, C)
+        shard(dwpe - dwte - kept, me.ith, me.nth, &start, &stop)
+        memset(dwte + kept + start, 0, (stop - start) * sizeof(float))   # wte's padding, or all of wte if it is not the head
+    matmul_backward(b, b.dinp, C, dhead, NULL, s.logits, s.logits_row, s.ln + 2 * net.L * s.ln_step, C,
+                    floats_of(&net.w.head, 0), NULL, 0, R, C, net.V, me.ith, me.nth)              # dlnf (R, C)
     if done_and_wait(me, DHEAD, 0):
         return 1
     layernorm_backward(net, s, b, 2 * net.L, floats_of(&b.d.lnfw, 0), floats_of(&b.d.lnfb, 0), floats_of(&net.w.lnfw, 0),
@@ -357,6 +360,8 @@ cdef class TrainStep(Step):
             d[0] = Tensor(<const char*> (&gradients[0] + <Py_ssize_t> offset), w.step, float32)
             w += 1
             d += 1
+        if weights.net.tied:
+            self.back.d.head = self.back.d.wte
         self.back.maxT = config.maxT
         self.caches = []
 
@@ -397,7 +402,7 @@ cdef class TrainStep(Step):
         self.rows = 0
         self.kept = self.moving = self.all_logits = self.backward_scratch = None   # free the old ones first
         self._reserve_rows(R)
-        s.fch_row = 4 * C + 16
+        s.fch_row = self.weights.net.F + 16
         self.kept = Floats(1, R * (2 * norms * C + L * (4 * C + 2 * s.fch_row) + C + 2 * norms + 2), dense=True)
         s.residual = self.kept.data
         s.ln = s.residual + norms * R * C

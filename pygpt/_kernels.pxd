@@ -1,7 +1,8 @@
 """The structures that the forward pass moves through: dimensions and weights (Net), activations (State), one token (Row)."""
 
+from libc.math cimport sqrtf
 from libc.stddef cimport ptrdiff_t
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "micro.h" nogil:
@@ -32,9 +33,9 @@ cdef extern from "micro.h" nogil:
         const weight_format* const* formats
         void (*outer)(float*, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t,
                       ptrdiff_t, ptrdiff_t, ptrdiff_t, int, float*) noexcept nogil
-        void (*layernorm)(float*, const float*, const float*, const float*, ptrdiff_t, float*) noexcept nogil
+        void (*layernorm)(float*, const float*, const float*, const float*, float, ptrdiff_t, float*) noexcept nogil
         void (*add_bias)(float*, const float*, ptrdiff_t) noexcept nogil
-        void (*add_bias_gelu)(float*, float*, const float*, ptrdiff_t) noexcept nogil
+        void (*add_bias_act[5])(float*, float*, const float*, ptrdiff_t) noexcept nogil
         void (*add_bias_residual)(float*, const float*, const float*, const float*, ptrdiff_t) noexcept nogil
         float (*softmax)(float*, ptrdiff_t, float, float*) noexcept nogil
         void (*mix)(float*, const float*, ptrdiff_t, ptrdiff_t, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
@@ -42,7 +43,7 @@ cdef extern from "micro.h" nogil:
         void (*exps)(float*, const float*, float, ptrdiff_t) noexcept nogil
         void (*noise)(uint32_t*, uint32_t, const uint32_t*, uint32_t, uint32_t) noexcept nogil
         void (*add_rows)(float*, const float*, ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
-        void (*gelu_backward)(float*, const float*, ptrdiff_t) noexcept nogil
+        void (*act_backward[5])(float*, const float*, ptrdiff_t) noexcept nogil
         void (*layernorm_backward)(float*, const float*, const float*, const float*, const float*, ptrdiff_t) noexcept nogil
         void (*layernorm_gains)(float*, float*, const float*, const float*, const float*,
                                 ptrdiff_t, ptrdiff_t, ptrdiff_t, int) noexcept nogil
@@ -145,16 +146,20 @@ cdef struct Tensors:          # in the order of config.TENSORS, so that one loop
     Tensor attprojb           # (L, C)
     Tensor ln2w               # (L, C)
     Tensor ln2b               # (L, C)
-    Tensor fcw                # (L, 4C, C)
-    Tensor fcb                # (L, 4C)
-    Tensor fcprojw            # (L, C, 4C)
+    Tensor fcw                # (L, F, C)
+    Tensor fcb                # (L, F)
+    Tensor fcprojw            # (L, C, F)
     Tensor fcprojb            # (L, C)
     Tensor lnfw               # (C,)
     Tensor lnfb               # (C,)
+    Tensor head               # (V, C), wte if it is tied
 
 
-cdef struct Net:              # fixed: dimensions and weights
-    Py_ssize_t L, NH, C, HS, V, maxT
+cdef struct Net:              # what is fixed: dimensions, variations and weights
+    Py_ssize_t L, NH, C, HS, V, maxT, F
+    int activation            # its number in micro.h
+    float epsilon
+    bint scaled, scaled_by_layer, tied
     Py_ssize_t HSp            # HS rounded up to a multiple of 16: the head size in a cache
     Tensors w
 
@@ -180,18 +185,18 @@ cdef struct State:            # changing: activations of R rows, with the names 
     Py_ssize_t* wanted        # (W,) ascending row numbers
     float* residual           # (R, C) the residual stream: encoded, residual2, residual3
     float* ln                 # (R, C) ln1, ln2, lnf, shared by the workers; or, for few rows, (R, C) for each worker
-    Py_ssize_t fch_row        # values from one row of fch to the next: 4C and padding, so that rows use different cache sets
+    Py_ssize_t fch_row        # values from one row of fch to the next: F and padding, so that rows use different cache sets
     Py_ssize_t ln_size        # values from one worker's ln to the next; 0 if the workers share one ln
     float* qkv                # (R, 3C)
     float* atty               # (R, C)
     float* proj               # (R, C) attproj, fcproj before they join the stream; in the encoder, rows of wpe
-    float* fch                # (R, 4C of fch_row) fch
-    float* fch_gelu           # (R, 4C of fch_row) the same array as fch, or a separate one if activations are kept
+    float* fch                # (R, F of fch_row) fch
+    float* fch_gelu           # (R, F of fch_row) the activation of fch: the same array, or another if activations are kept
     Py_ssize_t logits_row     # values from one row of logits to the next
     float* logits             # (W, V of logits_row)
     float* scratch            # (nth, scratch_size) for the attention, and for gemm
     Py_ssize_t scratch_size
-    float* packed             # (R, 4C) and padding: the rows of a product, packed; or NULL
+    float* packed             # (R, max(F, C)) and padding: the rows of a product, packed; or NULL
     float* blocks             # (nth, block_size) each worker's packed weights; or NULL
     Py_ssize_t block_size
     work_pile* piles          # (L + 2, LAYER_PHASES) the next free block of each product
@@ -215,6 +220,12 @@ cdef void share(
 ) noexcept nogil
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
+
+
+cdef inline float score_scale(const Net* net, Py_ssize_t layer) noexcept nogil:
+    """Return the factor of one layer's attention scores."""
+    cdef float scale = <float> 1 / sqrtf(<float> net.HS) if net.scaled else 1
+    return scale / <float> (layer + 1) if net.scaled_by_layer else scale
 
 
 cdef inline float* floats_of(const Tensor* tensor, Py_ssize_t layer) noexcept nogil:

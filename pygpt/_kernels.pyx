@@ -18,12 +18,11 @@ Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of oper
 import os
 
 from cpython.buffer cimport PyBUF_FORMAT
-from libc.math cimport sqrtf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
-from .config import TENSORS
+from .config import ACTIVATIONS
 from .errors import ClosedError, InputError, shown, whole
 
 cdef extern from *:
@@ -117,7 +116,7 @@ cdef enum:
 cdef enum Epilogue:
     NOTHING
     BIAS_KEYS_VALUES  # out += bias; keys and values go to the caches
-    BIAS_GELU         # after = gelu(out + bias); if after and out are different arrays, out += bias
+    BIAS_ACTIVATION   # after = activation(out + bias); if after and out are different arrays, out += bias
     BIAS_RESIDUAL     # after = before + (out + bias)
 
 cdef struct Product:      # out = inp weight^T, then the epilogue
@@ -130,7 +129,7 @@ cdef struct Product:      # out = inp weight^T, then the epilogue
     Py_ssize_t rows, K, N
     Epilogue epilogue
     const float* before   # IN  (rows, N) or NULL
-    float* after          # OUT (rows, N) or NULL; for a GELU a row every ldo values
+    float* after          # OUT (rows, N) or NULL; for an activation a row every ldo values
     Py_ssize_t layer
 
 
@@ -211,7 +210,7 @@ cdef void layernorm(
     const Py_ssize_t* wanted,   # IN (rows,) row numbers of the stream, or NULL for all rows in order
     Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth,
 ) noexcept nogil:
-    """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016; eps 1e-5.
+    """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016.
 
     Rows are split over the workers, which then wait at the barrier. If rows are few, every worker computes them all,
     which costs less than a barrier."""
@@ -224,7 +223,8 @@ cdef void layernorm(
     for i in range(start, stop):
         if s.stats != NULL:
             stats = s.stats + 2 * (index * s.R + i)
-        micro.layernorm(ln + i * C, residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, C, stats)
+        micro.layernorm(ln + i * C, residual + (i if wanted == NULL else wanted[i]) * C, weight, bias, net.epsilon, C,
+                        stats)
 
 
 cdef inline Py_ssize_t block_outputs(const weight_format* format, Py_ssize_t K) noexcept nogil:
@@ -237,10 +237,10 @@ cdef Py_ssize_t block_size(const Net* net) noexcept nogil:
     """Return the number of values of the largest block of weights that a product packs."""
     cdef const Tensor* tensor = <const Tensor*> &net.w
     cdef Py_ssize_t most = 0, C = net.C
-    while tensor <= &net.w.lnfb:
+    while tensor <= &net.w.head:
         if tensor.format.pack_weights != NULL:
             most = max(most, block_outputs(tensor.format, C) * padded(C))
-            most = max(most, block_outputs(tensor.format, 4 * C) * padded(4 * C))
+            most = max(most, block_outputs(tensor.format, net.F) * padded(net.F))
         tensor += 1
     return most
 
@@ -249,7 +249,7 @@ cdef Py_ssize_t rows_of_gemm(const Net* net, bint most) noexcept nogil:
     """Return up to how many rows gemm serves the products of every tensor, or, with `most`, of any tensor."""
     cdef const Tensor* tensor = <const Tensor*> &net.w
     cdef Py_ssize_t found = tensor.format.narrow
-    while tensor < &net.w.lnfb:
+    while tensor < &net.w.head:
         tensor += 1
         found = max(found, <Py_ssize_t> tensor.format.narrow) if most else min(found, <Py_ssize_t> tensor.format.narrow)
     return found
@@ -258,6 +258,11 @@ cdef Py_ssize_t rows_of_gemm(const Net* net, bint most) noexcept nogil:
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil:
     """Return n rounded up to a multiple of 16."""
     return (n + 15) // 16 * 16
+
+
+cdef inline Py_ssize_t widest(const Net* net) noexcept nogil:
+    """Return the inputs of the widest product, padded."""
+    return padded(max(net.F, net.C))
 
 
 cdef void store_keys_values(
@@ -295,8 +300,8 @@ cdef void finish(
         out = p.out + r * p.ldo + n
         if p.epilogue == BIAS_KEYS_VALUES:
             micro.add_bias(out, bias, count)
-        elif p.epilogue == BIAS_GELU:
-            micro.add_bias_gelu(p.after + r * p.ldo + n, out, bias, count)
+        elif p.epilogue == BIAS_ACTIVATION:
+            micro.add_bias_act[net.activation](p.after + r * p.ldo + n, out, bias, count)
         else:
             micro.add_bias_residual(p.after + r * p.N + n, p.before + r * p.N + n, out, bias, count)
     if p.epilogue == BIAS_KEYS_VALUES:
@@ -348,7 +353,7 @@ cdef int matmul(const Net* net, State* s, const Product* p, int phase, const tra
 
 
 cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, const Span* span, float* scratch) noexcept nogil:
-    """Compute one head of one span: atty = softmax(q keys^T / sqrt(HS)) values, over the keys up to each row's position."""
+    """Compute one head of one span: atty = softmax(q keys^T scale) values, over the keys up to each row's position."""
     cdef Py_ssize_t i, rows = span.stop - span.start, C = net.C, HS = net.HS, HSp = net.HSp, ldp = s.ldp
     cdef Row* first = s.rows + span.start
     cdef Py_ssize_t common = first.pos + 1                              # keys that every row of the span sees
@@ -366,7 +371,7 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
         memcpy(q + i * HSp, qkv + (span.start + i) * 3 * C + head * HS, HS * sizeof(float))
     gemm_floats(float32, att, ldp, q, HSp, rows, keys, common + rows - 1, HSp)
     for i in range(rows):
-        total[i] = micro.softmax(att + i * ldp, common + i, <float> 1 / sqrtf(<float> HS), NULL)
+        total[i] = micro.softmax(att + i * ldp, common + i, score_scale(net, layer), NULL)
     micro.mix(acc, att, ldp, rows, values, HSp, 0, common)
     for i in range(rows):
         micro.mix(acc + i * HSp, att + i * ldp, ldp, 1, values, HSp, common, common + i)
@@ -437,17 +442,17 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
     elif phase == LN2:
         layernorm(net, s, 2 * layer + 1, floats_of(&w.ln2w, layer), floats_of(&w.ln2b, layer), NULL, R, ith, nth)   # ln2 (R, C)
     elif phase == FC:
-        p = Product(fch, s.fch_row, ln2, C, part(&w.fcw, layer), floats_of(&w.fcb, layer), R, C, 4 * C,
-                    BIAS_GELU, NULL, fch_gelu, layer)
-        return matmul(net, s, &p, phase, me)                                                    # fch, fch_gelu (R, 4C)
+        p = Product(fch, s.fch_row, ln2, C, part(&w.fcw, layer), floats_of(&w.fcb, layer), R, C, net.F,
+                    BIAS_ACTIVATION, NULL, fch_gelu, layer)
+        return matmul(net, s, &p, phase, me)                                                    # fch, fch_gelu (R, F)
     elif phase == FCPROJ:
-        p = Product(s.proj, C, fch_gelu, s.fch_row, part(&w.fcprojw, layer), floats_of(&w.fcprojb, layer), R, 4 * C, C,
+        p = Product(s.proj, C, fch_gelu, s.fch_row, part(&w.fcprojw, layer), floats_of(&w.fcprojb, layer), R, net.F, C,
                     BIAS_RESIDUAL, residual2, residual3, layer)
         return matmul(net, s, &p, phase, me)                                                    # residual3 (R, C)
     elif phase == LNF:
         layernorm(net, s, 2 * layer, floats_of(&w.lnfw, 0), floats_of(&w.lnfb, 0), s.wanted, s.W, ith, nth)     # lnf (W, C)
     elif phase == LOGITS:
-        p = Product(s.logits, s.logits_row, ln1, C, w.wte, NULL, s.W, C, net.V, NOTHING, NULL, NULL, layer)
+        p = Product(s.logits, s.logits_row, ln1, C, w.head, NULL, s.W, C, net.V, NOTHING, NULL, NULL, layer)
         return matmul(net, s, &p, phase, me)                                                    # logits (W, V)
     else:
         cross_entropy(net, s, ith, nth)                                                         # losses (R,)
@@ -545,32 +550,36 @@ cdef class Floats:
 
 
 cdef class Weights:
-    """The addresses of the sixteen tensors. Their memory, for example a mapped file, is kept until close().
+    """The addresses of the tensors. Their memory, for example a mapped file, is kept until close().
 
     kin: other weights of the same dimensions. Steps with these weights may extend the caches of kin."""
 
     def __init__(self, config not None, tensors not None, Weights kin=None):
-        """Take for each name of config.TENSORS a pair (name of its weight format, its bytes), wte with V rows.
+        """Take for each name of config.table a pair (name of its weight format, its bytes), wte with V rows.
 
         The bytes are used in place, so later changes take effect. Biases and gains of other formats than float32 are widened
         here, once. Raises InputError for an unknown format, and for bytes that do not fit the shape."""
         cdef Net* net = &self.net
         cdef Tensor* tensor = <Tensor*> &net.w
         net.L, net.NH, net.C, net.V, net.HS, net.maxT = config.L, config.NH, config.C, config.V, config.HS, config.maxT
-        net.HSp = padded(net.HS)
+        net.HSp, net.F, net.epsilon = padded(net.HS), config.F, config.epsilon
+        net.activation = ACTIVATIONS.index(config.activation)
+        net.scaled, net.scaled_by_layer, net.tied = config.scaled, config.scaled_by_layer, config.tied
         self.kin = kin
         if kin is not None and (net.L, net.NH, net.C, net.V, net.maxT) != (
             kin.net.L, kin.net.NH, kin.net.C, kin.net.V, kin.net.maxT
         ):
             raise InputError("the other weights have other dimensions")
         self.kept = []
-        for (name, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
+        for (name, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), config.table, strict=True):
             format, data = tensors[name]
             if symbols[0] == "L":
                 self._place(tensor, name, shape[0], shape[1:], format, data)
             else:
                 self._place(tensor, name, 1, shape, format, data)
             tensor += 1
+        if net.tied:
+            net.w.head = net.w.wte
 
     cdef _place(self, Tensor* tensor, str name, Py_ssize_t layers, tuple shape, format, data):
         """Point a tensor to its bytes. `shape` is the shape of one layer, (N, K) or (K,)."""
@@ -789,7 +798,7 @@ cdef class Step:
             return
         self.room = 0
         self._reserve_rows(R)
-        s.fch_row = 4 * C + 16
+        s.fch_row = self.weights.net.F + 16
         self.workspace = Floats(1, R * (6 * C + s.fch_row) + max(R, self.nth * FEW_ROWS) * C, dense=True)
         s.residual = self.workspace.data
         s.qkv = s.residual + R * C
@@ -808,12 +817,11 @@ cdef class Step:
     cdef _reserve_rows(self, Py_ssize_t R):
         """Make room for the data of a step of R rows other than activations."""
         cdef State* s = &self.state
-        cdef Py_ssize_t C = self.weights.net.C
         if R > rows_of_gemm(&self.weights.net, most=False):
             s.block_size = block_size(&self.weights.net)
-            self.packed = Floats(1, padded(R) * padded(4 * C) + self.nth * s.block_size, dense=True)
+            self.packed = Floats(1, padded(R) * widest(&self.weights.net) + self.nth * s.block_size, dense=True)
             s.packed = self.packed.data
-            s.blocks = s.packed + padded(R) * padded(4 * C)
+            s.blocks = s.packed + padded(R) * widest(&self.weights.net)
         free(s.rows)
         free(s.spans)
         free(s.wanted)
@@ -833,7 +841,7 @@ cdef class Step:
         cdef Py_ssize_t ldp = padded(longest)
         cdef Py_ssize_t size = max(
             SPAN_ROWS * (2 * self.weights.net.HSp + ldp),
-            min(s.R, rows_of_gemm(&self.weights.net, most=True)) * padded(4 * self.weights.net.C))
+            min(s.R, rows_of_gemm(&self.weights.net, most=True)) * widest(&self.weights.net))
         if self.scratch is None or self.scratch.shape[1] < size:
             self.scratch = Floats(self.nth, 2 * size)   # twice the need: a growing sequence then reallocates rarely
         s.scratch = self.scratch.data
@@ -969,6 +977,32 @@ def matrix_product(
             if form.pack_weights != NULL:
                 form.pack_weights(packed_weights, &w, start, stop)
             form.product(&out[0, start], N, room.data, rows, &w, start, stop, packed_weights)
+
+
+def transpose(
+    unsigned char[::1] out not None, const unsigned char[:, ::1] rows not None,
+    Py_ssize_t width, Py_ssize_t K, Py_ssize_t start,
+) -> None:
+    """Write rows (count, N) of values of 2 or 4 bytes as the columns from `start` on of out (N, K), without the GIL.
+
+    Raises InputError for buffers of another size."""
+    cdef Py_ssize_t count = rows.shape[0], N = rows.shape[1] // width, n, k, n0, k0
+    cdef const uint32_t* from4 = <const uint32_t*> &rows[0, 0]
+    cdef const uint16_t* from2 = <const uint16_t*> &rows[0, 0]
+    cdef uint32_t* to4 = <uint32_t*> &out[0]
+    cdef uint16_t* to2 = <uint16_t*> &out[0]
+    check_bytes("out", out.shape[0], N * K * width)
+    if width not in (2, 4) or not 0 <= start <= start + count <= K:
+        raise InputError(f"no such columns: [{start}, {start + count}) of {K}, values of {width} bytes")
+    with nogil:
+        for n0 in range(0, N, 16):              # tiles of 16 x 16 values: whole lines of both arrays
+            for k0 in range(0, count, 16):
+                for n in range(n0, min(n0 + 16, N)):
+                    for k in range(k0, min(k0 + 16, count)):
+                        if width == 4:
+                            to4[n * K + start + k] = from4[k * N + n]
+                        else:
+                            to2[n * K + start + k] = from2[k * N + n]
 
 
 def blocks_to_panels(

@@ -15,10 +15,10 @@ Source: llm.c, train_gpt2.c, its functions without OpenMP.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.math cimport INFINITY, NAN, coshf, expf, fabsf, fmaf, logf, rintf, sqrt, sqrtf, tanhf
+from libc.math cimport INFINITY, NAN, coshf, erff, expf, fabsf, fmaf, logf, rintf, sqrt, sqrtf, tanhf
 from libc.string cimport memcpy, memset
 
-from .config import TENSORS
+from .config import ACTIVATIONS, HEAD, TENSORS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ cdef void layernorm_forward(
     float* out, float* means, float* rstds,           # OUT (N, C), (N,), (N,)
     const float* inp,                                 # IN (N, C)
     const float* weight, const float* bias,           # IN (C,), (C,)
-    Py_ssize_t N, Py_ssize_t C,
+    Py_ssize_t N, Py_ssize_t C, float epsilon,
 ) noexcept nogil:
     cdef Py_ssize_t n, i
     cdef float mean, variance, shift, rstd
@@ -54,7 +54,7 @@ cdef void layernorm_forward(
             shift = inp[n * C + i] - mean
             variance += shift * shift
         variance /= C
-        rstd = <float> 1.0 / sqrtf(variance + <float> 1e-5)
+        rstd = <float> 1.0 / sqrtf(variance + epsilon)
         for i in range(C):
             out[n * C + i] = (inp[n * C + i] - mean) * rstd * weight[i] + bias[i]
         means[n] = mean
@@ -147,11 +147,11 @@ cdef void unpack_panels(
 
 cdef void attention_forward(
     float* out, float* att, const float* qkv,         # OUT (B, T, C), (B, NH, T, T), IN (B, T, 3C)
-    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
+    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH, float scale,
 ) noexcept nogil:
     """Compute causal attention. The kernel does not touch att above its diagonal."""
     cdef Py_ssize_t b, t, h, t2, i, HS = C // NH
-    cdef float scale = <float> 1.0 / sqrtf(<float> HS), maxval, expsum, val
+    cdef float maxval, expsum, val
     cdef const float* q
     cdef const float* k
     cdef const float* v
@@ -191,6 +191,23 @@ cdef void gelu_forward(float* out, const float* inp, Py_ssize_t size) noexcept n
     for i in range(size):
         x = inp[i]
         out[i] = <float> 0.5 * x * (1 + tanhf(<float> 0.7978845608028654 * (x + <float> 0.044715 * x * x * x)))
+
+
+cdef void activation_forward(float* out, const float* inp, Py_ssize_t size, int activation) noexcept nogil:
+    """Compute an activation by its number in config.ACTIVATIONS."""
+    cdef Py_ssize_t i
+    cdef float x
+    if activation == 0:
+        gelu_forward(out, inp, size)
+        return
+    for i in range(size):
+        x = inp[i]
+        if activation == 1:
+            out[i] = <float> 0.5 * x * (1 + erff(x * <float> 0.7071067811865476))
+        elif activation == 2:
+            out[i] = 0 if x < 0 else x
+        else:
+            out[i] = x / (1 + expf(-x * (<float> 1 if activation == 3 else <float> 1.702)))
 
 
 cdef void residual_forward(float* out, const float* inp1, const float* inp2, Py_ssize_t size) noexcept nogil:
@@ -265,14 +282,34 @@ cdef void gelu_backward(float* dinp, const float* inp, const float* dout, Py_ssi
         )
 
 
+cdef void activation_backward(
+    float* dinp, const float* inp, const float* dout, Py_ssize_t size, int activation,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float x, s, slope = <float> 1 if activation == 3 else <float> 1.702
+    if activation == 0:
+        gelu_backward(dinp, inp, dout, size)
+        return
+    for i in range(size):
+        x = inp[i]
+        if activation == 1:
+            s = <float> 0.5 * (1 + erff(x * <float> 0.7071067811865476))
+            dinp[i] += dout[i] * (s + x * <float> 0.3989422804014327 * expf(-<float> 0.5 * x * x))
+        elif activation == 2:
+            dinp[i] += dout[i] * (<float> 1 if x > 0 else <float> 0)
+        else:
+            s = 1 / (1 + expf(-x * slope))
+            dinp[i] += dout[i] * (s + x * s * (1 - s) * slope)
+
+
 cdef void attention_backward(
     float* dqkv,                                      # OUT (B, T, 3C)
     float* dpreatt, float* datt,                      # SCRATCH (T,), (T,) for the current row
     const float* dout, const float* qkv, const float* att,  # IN (B, T, C), (B, T, 3C), (B, NH, T, T)
-    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH,
+    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH, float scale,
 ) noexcept nogil:
     cdef Py_ssize_t b, t, h, t2, t3, i, q, k, v, HS = C // NH
-    cdef float scale = <float> 1.0 / sqrtf(<float> HS), indicator
+    cdef float indicator
     cdef const float* row
     cdef const float* dout_row
     for b in range(B):
@@ -398,11 +435,20 @@ cdef double sum_of_squares(const float* values, Py_ssize_t size) noexcept nogil:
 
 
 cdef struct Shape:
-    Py_ssize_t B, T, C, L, NH, V
+    Py_ssize_t B, T, C, L, NH, V, F
+    int activation
+    float epsilon
+    bint scaled, scaled_by_layer
+
+
+cdef float score_scale(Shape s, Py_ssize_t layer) noexcept nogil:
+    """Return the factor of one layer's attention scores."""
+    cdef float scale = <float> 1.0 / sqrtf(<float> (s.C // s.NH)) if s.scaled else 1
+    return scale / (layer + 1) if s.scaled_by_layer else scale
 
 
 cdef enum:
-    COUNT = 16
+    COUNT = 17
 
 
 cdef struct Tensors:  # in the order of config.TENSORS: the weights (read only) or their gradients
@@ -422,6 +468,7 @@ cdef struct Tensors:  # in the order of config.TENSORS: the weights (read only) 
     float* fcprojb
     float* lnfw
     float* lnfb
+    float* head  # wte if it is tied
     Py_ssize_t[COUNT] step  # values from one layer's part to the next; 0 for tensors without layers
 
 
@@ -432,23 +479,25 @@ cdef struct Quantised:  # a matrix as integers and their scales; all NULL for fl
 
 
 cdef struct Matrices:  # the tensors that may be quantised
-    Quantised wte, qkvw, attprojw, fcw, fcprojw
+    Quantised wte, qkvw, attprojw, fcw, fcprojw, head
 
 
 cdef Tensors tensors_in(config, arrays) except *:
-    """Return pointers to the sixteen tensors in flat float32 arrays by name, and NULL for missing names."""
+    """Return pointers to the tensors in flat float32 arrays by name, and NULL for missing names."""
     cdef Tensors tensors
     cdef float** field = <float**> &tensors
     cdef const float[::1] values
     cdef Py_ssize_t i
     for i in range(COUNT):
-        name, dims = TENSORS[i]
+        name, dims = (*TENSORS, HEAD)[i]
         field[i], tensors.step[i] = NULL, 0
         if name not in arrays:
             continue
         values = arrays[name]
         field[i] = <float*> &values[0]
         tensors.step[i] = values.shape[0] // <Py_ssize_t> config.L if dims[0] == "L" else 0
+    if config.tied:
+        tensors.head = tensors.wte
     return tensors
 
 
@@ -511,8 +560,8 @@ cdef Acts acts_of_layer(Acts a, Shape s, Py_ssize_t layer) noexcept nogil:
     a.ln2 += layer * N * s.C
     a.ln2_mean += layer * N
     a.ln2_rstd += layer * N
-    a.fch += layer * N * 4 * s.C
-    a.fch_gelu += layer * N * 4 * s.C
+    a.fch += layer * N * s.F
+    a.fch_gelu += layer * N * s.F
     a.residual3 += layer * N * s.C
     return a
 
@@ -552,20 +601,20 @@ cdef int network_forward(
     for layer in range(s.L):
         w = tensors_of_layer(weights, layer)
         a = acts_of_layer(acts, s, layer if keep else 0)
-        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b, N, C)
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b, N, C, s.epsilon)
         product_forward(a.qkv, a.ln1, w.qkvw, &m.qkvw, layer, w.qkvb, N, C, 3 * C)
-        attention_forward(a.atty, a.att, a.qkv, s.B, s.T, C, s.NH)
+        attention_forward(a.atty, a.att, a.qkv, s.B, s.T, C, s.NH, score_scale(s, layer))
         product_forward(a.attproj, a.atty, w.attprojw, &m.attprojw, layer, w.attprojb, N, C, C)
         residual_forward(a.residual2, residual, a.attproj, N * C)
-        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C)
-        product_forward(a.fch, a.ln2, w.fcw, &m.fcw, layer, w.fcb, N, C, 4 * C)
-        gelu_forward(a.fch_gelu, a.fch, N * 4 * C)
-        product_forward(a.fcproj, a.fch_gelu, w.fcprojw, &m.fcprojw, layer, w.fcprojb, N, 4 * C, C)
+        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, w.ln2w, w.ln2b, N, C, s.epsilon)
+        product_forward(a.fch, a.ln2, w.fcw, &m.fcw, layer, w.fcb, N, C, s.F)
+        activation_forward(a.fch_gelu, a.fch, N * s.F, s.activation)
+        product_forward(a.fcproj, a.fch_gelu, w.fcprojw, &m.fcprojw, layer, w.fcprojb, N, s.F, C)
         residual_forward(a.residual3, a.residual2, a.fcproj, N * C)
         residual = a.residual3
         stop_if_interrupted()
-    layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, weights.lnfw, weights.lnfb, N, C)
-    product_forward(acts.logits, acts.lnf, weights.wte, &m.wte, 0, NULL, N, C, s.V)
+    layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, weights.lnfw, weights.lnfb, N, C, s.epsilon)
+    product_forward(acts.logits, acts.lnf, weights.head, &m.head, 0, NULL, N, C, s.V)
     stop_if_interrupted()
     return 0
 
@@ -582,7 +631,7 @@ cdef int network_backward(
     memset(d.residual3, 0, row_bytes)
     memset(d.residual, 0, other_bytes)
     crossentropy_softmax_backward(acts.logits, dloss, acts.logits, targets, N, s.V)
-    matmul_backward(d.lnf, gradients.wte, NULL, acts.logits, acts.lnf, weights.wte, N, C, s.V)
+    matmul_backward(d.lnf, gradients.head, NULL, acts.logits, acts.lnf, weights.head, N, C, s.V)
     stop_if_interrupted()
     layernorm_backward(
         d.residual3, gradients.lnfw, gradients.lnfb, d.lnf, residual, weights.lnfw, acts.lnf_mean, acts.lnf_rstd, N, C
@@ -594,13 +643,13 @@ cdef int network_backward(
         residual = acts_of_layer(acts, s, layer - 1).residual3 if layer else acts.encoded
         memset(d.residual, 0, other_bytes)
         residual_backward(d.residual2, d.fcproj, d.residual3, N * C)
-        matmul_backward(d.fch_gelu, g.fcprojw, g.fcprojb, d.fcproj, a.fch_gelu, w.fcprojw, N, 4 * C, C)
-        gelu_backward(d.fch, a.fch, d.fch_gelu, N * 4 * C)
-        matmul_backward(d.ln2, g.fcw, g.fcb, d.fch, a.ln2, w.fcw, N, C, 4 * C)
+        matmul_backward(d.fch_gelu, g.fcprojw, g.fcprojb, d.fcproj, a.fch_gelu, w.fcprojw, N, s.F, C)
+        activation_backward(d.fch, a.fch, d.fch_gelu, N * s.F, s.activation)
+        matmul_backward(d.ln2, g.fcw, g.fcb, d.fch, a.ln2, w.fcw, N, C, s.F)
         layernorm_backward(d.residual2, g.ln2w, g.ln2b, d.ln2, a.residual2, w.ln2w, a.ln2_mean, a.ln2_rstd, N, C)
         residual_backward(d.residual, d.attproj, d.residual2, N * C)
         matmul_backward(d.atty, g.attprojw, g.attprojb, d.attproj, a.atty, w.attprojw, N, C, C)
-        attention_backward(d.qkv, d.preatt, d.att, d.atty, a.qkv, a.att, s.B, s.T, C, s.NH)
+        attention_backward(d.qkv, d.preatt, d.att, d.atty, a.qkv, a.att, s.B, s.T, C, s.NH, score_scale(s, layer))
         matmul_backward(d.ln1, g.qkvw, g.qkvb, d.qkv, a.ln1, w.qkvw, N, C, 3 * C)
         layernorm_backward(d.residual, g.ln1w, g.ln1b, d.ln1, residual, w.ln1w, a.ln1_mean, a.ln1_rstd, N, C)
         memcpy(d.residual3, d.residual, row_bytes)
@@ -619,7 +668,7 @@ def _floats(size):
 
 
 def _cut(float[::1] flat, config):
-    """Return the sixteen tensors by name, as parts of a flat array in a version 3 file's layout."""
+    """Return the tensors by name, as parts of a flat array in a version 3 file's layout."""
     view = memoryview(flat)
     return {name: view[offset : offset + size] for name, _, offset, size in config.tensors(padded=True)}
 
@@ -645,10 +694,13 @@ cdef class Activations:
 
     def __cinit__(self, config, Py_ssize_t B, Py_ssize_t T, *, bint keep):
         cdef Py_ssize_t C = config.C, V = config.V, N = B * T, layers = config.L if keep else 1
-        self.shape = Shape(B, T, C, config.L, config.NH, V)
+        self.shape = Shape(
+            B, T, C, config.L, config.NH, V, config.F, ACTIVATIONS.index(config.activation), config.epsilon,
+            config.scaled, config.scaled_by_layer,
+        )
         self.keep = keep
         # in the order of Acts
-        of_layers = (N * C, N, N, N * 3 * C, N * C, N * config.NH * T, N * C, N * C, N, N, N * 4 * C, N * 4 * C, N * C)
+        of_layers = (N * C, N, N, N * 3 * C, N * C, N * config.NH * T, N * C, N * C, N, N, N * config.F, N * config.F, N * C)
         self.memory = point(
             <float**> &self.acts, (N * C, *(layers * size for size in of_layers), N * C, N * C, N * C, N, N)
         )
@@ -671,20 +723,22 @@ cdef class Reference:
     cdef Matrices matrices
 
     def __init__(self, config, arrays, panels=None):
-        """Take the sixteen tensors by name. arrays: flat float32 arrays, used in place; wte has at least V rows. panels: pairs
+        """Take the tensors by name. arrays: flat float32 arrays, used in place; wte has at least V rows. panels: pairs
         (q8_0 or q4_0, bytes) of the quantised tensors."""
         arrays = dict(arrays)
         self.config, self.arrays = config, [arrays]
         for name, (format, data) in (panels or {}).items():
             values = self._unpack(name, {"q8_0": 8, "q4_0": 4}[format], data)
             if name == "wte":
-                arrays[name] = values
+                arrays[name] = values  # rows of the embedding, as float32
+        if config.tied:
+            self.matrices.head = self.matrices.wte
         self.weights = tensors_in(config, arrays)
 
     cdef _unpack(self, name, int bits, const unsigned char[::1] data):
         """Unpack a quantised tensor, and point to it. Returns its values as float32."""
         cdef Quantised* fields = <Quantised*> &self.matrices
-        cdef Quantised* to = fields + <Py_ssize_t> ("wte", "qkvw", "attprojw", "fcw", "fcprojw").index(name)
+        cdef Quantised* to = fields + <Py_ssize_t> ("wte", "qkvw", "attprojw", "fcw", "fcprojw", "head").index(name)
         cdef Py_ssize_t layer, o, i, layers, N, K, groups
         shapes = {found: shape for found, shape, _, _ in self.config.tensors(padded=False)}
         layers, N, K = shapes[name] if len(shapes[name]) == 3 else (1, *shapes[name])
@@ -777,7 +831,7 @@ cdef class Training:
         cdef const int[:, ::1] inputs = self.inputs, targets = self.targets
         self.activations = None  # from here on the probabilities are overwritten
         cdef Shape s = activations.shape
-        cdef Py_ssize_t NC = s.B * s.T * s.C
+        cdef Py_ssize_t NC = s.B * s.T * s.C, NF = s.B * s.T * s.F
         cdef Py_ssize_t b, t, trained = 0
         for b in range(s.B):
             for t in range(s.T):
@@ -785,7 +839,7 @@ cdef class Training:
         cdef float dloss = <float> (scale / max(trained, 1))
         cdef Grads d
         cdef float[::1] _memory = point(  # the name keeps the memory alive as long as `d`
-            <float**> &d, (NC, NC, NC, 3 * NC, NC, NC, NC, NC, 4 * NC, 4 * NC, NC, NC, s.T, s.T)
+            <float**> &d, (NC, NC, NC, 3 * NC, NC, NC, NC, NC, NF, NF, NC, NC, s.T, s.T)
         )
         with nogil:
             if not accumulate:

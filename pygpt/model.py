@@ -50,19 +50,25 @@ class GPT2(Generator):
         threads: "SupportsIndex | None" = None,
         mmap: bool = True,
         weights: str | None = None,
+        tokenizer: "str | os.PathLike[str] | None" = None,
+        text_only: bool = False,
         all_workers: bool = False,
         draft: "str | os.PathLike[str] | None" = None,
     ) -> "GPT2":
-        """Open a model file: `path`, else the one that find_model() finds. Unless mmap is False, the file is mapped, not read.
+        """Open a model file or folder: `path`, else the one that find_model() finds. Unless mmap is False, it is mapped.
 
         draft: what guesses tokens for speculation: q8_0 or q4_0, these weights quantised at the first use (default: q8_0 for
         float32, q4_0 for smaller formats); lookup, only the text so far; or the file of a model with the same vocabulary.
 
         threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
-        weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. Raises CheckpointError for a
-        file that is not a model, InputError for a bad thread count or unknown weights.
+        weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. tokenizer: a file with the
+        vocabulary, for stop strings; None uses the one beside the model or inside it, else GPT-2's. text_only: leave out the
+        ids beyond the tokenizer's, so that they are never chosen. Raises CheckpointError for a file that is not a model,
+        InputError for a bad thread count, unknown weights or a file that is not a vocabulary.
         """
-        checkpoint = open_weights(find_model(path)[0], mmap=mmap, weights=weights, threads=threads)
+        checkpoint = open_weights(
+            find_model(path)[0], mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only
+        )
         try:
             model = cls(checkpoint, threads=threads, all_workers=all_workers)
         except BaseException:

@@ -112,10 +112,17 @@ class SerialGPT2(Generator):
 
     @classmethod
     def load(
-        cls, path: "str | os.PathLike[str] | None" = None, *, mmap: bool = True, weights: str | None = None
+        cls,
+        path: "str | os.PathLike[str] | None" = None,
+        *,
+        mmap: bool = True,
+        weights: str | None = None,
+        tokenizer: "str | os.PathLike[str] | None" = None,
+        text_only: bool = False,
     ) -> "SerialGPT2":
         """Open the checkpoint that GPT2.load() would open."""
-        return cls(open_weights(find_model(path)[0], mmap=mmap, weights=weights))
+        model = find_model(path)[0]
+        return cls(open_weights(model, mmap=mmap, weights=weights, tokenizer=tokenizer, text_only=text_only))
 
     def logits(self, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Return the logits of every position of a sequence, (T, V)."""

@@ -1,10 +1,16 @@
-"""GPT-2's tokenizer: encode text as ids, decode ids to text, also while they stream.
+"""Byte-level byte-pair encoding: encode text as ids, decode ids to text, also while they stream.
 
-tiktoken merges the byte pairs. The vocabulary is the file data/vocab.bpe of this package. tiktoken.get_encoding() would
-download one. The first Tokenizer imports tiktoken; this module does not.
+Without an argument, a Tokenizer is GPT-2's, from the file data/vocab.bpe of this package. Other vocabularies come in the form
+of tokenizer.json (formats/vocabulary.py reads it from files). tiktoken merges the byte pairs. tiktoken.get_encoding() would
+download a vocabulary. The first Tokenizer imports tiktoken; this module does not.
 
-Refuses ids outside the vocabulary, and a vocabulary file that is not the published one. Accepts any text.
-Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`).
+tiktoken merges any two neighbours that make a token, and a vocabulary allows only its listed merges. Both give the same ids if
+every token has one merge, and if its own text becomes this token by the listed merges. Any part of a text is merged as it would
+be alone until it joins its neighbours, so no other pair can meet. A vocabulary without this property is merged here, in Python.
+
+Refuses ids outside the vocabulary, a vocabulary file that is not the published one, and vocabularies that are not byte-level
+BPE. Accepts any text. Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`);
+Hugging Face's tokenizers, models/bpe, pre_tokenizers/byte_level.rs and added_vocabulary.rs.
 """
 
 import codecs
@@ -12,28 +18,39 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib import import_module
+from itertools import pairwise
+from unicodedata import normalize
 
+from .config import Config
 from .errors import InputError, PyGPTError, shown, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import SupportsIndex
+    from typing import Any, SupportsIndex
 
     import tiktoken
 
 VOCABULARY_FILE = os.path.join(os.path.dirname(__file__), "data", "vocab.bpe")
 VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # added tokens that end a text, the first one that there is
+GPT2_V = 50257
 
 # The pattern that splits text before bytes are merged, from tiktoken: it finds the pieces of GPT-2's own pattern faster.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+WHOLE = r"[\s\S]+"  # the pattern of a vocabulary that does not split
 
 # All but the last character of a long run of white space before other text. `\s` is written out, because Python also counts
 # four control characters as white space. Unicode, and so the pattern above, does not.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_SPACE}])")
+
+_ONE_SPACE = re.compile(rf"[{_SPACE}]")
+
+_WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d]"
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that are printable in Latin-1
 
@@ -41,50 +58,58 @@ _loading = threading.Lock()
 
 
 class Tokenizer:
-    """GPT-2's byte-pair encoding with 50,257 ids. All Tokenizers of a process share one vocabulary, loaded once.
+    """A byte-pair encoding, by default GPT-2's with 50,257 ids. GPT-2's is loaded once in a process.
 
-    Any number of threads may use one Tokenizer. Raises PyGPTError if the installed vocabulary is missing or damaged.
+    vocabulary: the contents of a tokenizer.json, or None for GPT-2's. V: the model's ids; ids that the vocabulary does not have
+    decode to a placeholder such as <|50300|>. Any number of threads may use one Tokenizer. Raises PyGPTError if the installed
+    vocabulary is missing or damaged, and InputError for a vocabulary that is not byte-level BPE, or has more than V ids.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: "dict[str, Any] | None" = None, *, V: int | None = None) -> None:
         with _loading:
-            self._bytes, self._encoding = _load()
+            self._bpe = _load() if vocabulary is None else _Encoding(vocabulary)
+        self._bytes = self._bpe.bytes  # shared by all Tokenizers of the vocabulary
+        if V is not None and self.known > V:
+            raise InputError(f"the tokenizer has {self.known} ids, and the model {V}: give the model's own tokenizer")
+        if V is not None and self.known < V:
+            self._bytes = self._bytes + [_placeholder(token) for token in range(self.known, V)]
 
     @property
     def V(self) -> int:
-        """The number of ids, `<|endoftext|>` included: 50257."""
+        """The number of ids, `<|endoftext|>` and placeholders included."""
         return len(self._bytes)
 
     @property
-    def eot(self) -> int:
-        """The id of `<|endoftext|>`, the last one: 50256."""
-        return len(self._bytes) - 1
+    def known(self) -> int:
+        """The number of ids up to the last one of the vocabulary: those after it are placeholders."""
+        return len(self._bpe.bytes)
+
+    @property
+    def eot(self) -> int | None:
+        """The id of `<|endoftext|>`, or of another token that ends a text; None if the vocabulary has none."""
+        return self._bpe.eot
+
+    @property
+    def splits_before_space(self) -> bool:
+        """Whether every token ends before white space that follows other text, as GPT-2's do."""
+        return self._bpe.pattern == PATTERN and not self._bpe.cuts and not self._bpe.prefix_space and not self._bpe.normalizers
+
+    def vocabulary(self) -> "dict[str, Any]":
+        """Return the vocabulary in the form of tokenizer.json."""
+        return self._bpe.vocabulary()
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Encode any text as ids. A lone surrogate, which UTF-8 cannot represent, becomes U+FFFD.
 
-        `<|endoftext|>` in the text is ordinary text, because users may type anything. With allow_special it becomes id `eot`.
+        `<|endoftext|>` and other special tokens in the text are ordinary text, because users may type anything. With
+        allow_special they become their ids. Raises InputError for a character that the vocabulary cannot represent.
         """
-        first, *others = text.split(END_OF_TEXT) if allow_special else [text]
-        ids = self._encode_ordinary(first)
-        for part in others:
-            ids.append(self.eot)
-            ids += self._encode_ordinary(part)
-        return ids
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        """Encode text as ordinary text.
-
-        To match a run of white space without its last character, the pattern backtracks. tiktoken's stack then overflows at
-        about a million characters. A cut before that last character gives the same pieces without backtracking, because the
-        run is then at the end of its part.
-        """
-        ids: list[int] = []
-        start = 0
-        for run in _LONG_SPACE.finditer(text):
-            ids += self._encoding.encode_ordinary(text[start : run.end()])
-            start = run.end()
-        return ids + self._encoding.encode_ordinary(text[start:])
+        ids, end = [], 0
+        for start, stop, token in self._bpe.added_in(text, special=allow_special):
+            ids += self._bpe.encode(text[end:start])
+            ids.append(token)
+            end = stop
+        return ids + self._bpe.encode(text[end:])
 
     def decode(self, ids: "Iterable[SupportsIndex]") -> str:
         """Decode ids to text. Bytes that are not UTF-8, such as half a character at the end, become U+FFFD.
@@ -101,8 +126,300 @@ class Tokenizer:
         """Return an id as an int. Accepts NumPy's integers; raises InputError for an id outside the vocabulary or a bool."""
         number = whole(token)
         if number is None or not 0 <= number < self.V:
-            raise InputError(f"token id is {shown(token)}: it must be a whole number from 0 to {self.eot}")
+            raise InputError(f"token id is {shown(token)}: it must be a whole number from 0 to {self.V - 1}")
         return number
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """Return the tokenizer of a model: the one that lies beside it or inside it, else GPT-2's.
+
+    Raises InputError if there is none and the model has fewer ids than GPT-2's vocabulary."""
+    if config.tokenizer is not None:
+        own: Tokenizer = config.tokenizer()
+        return own
+    if config.V < GPT2_V:
+        raise InputError(
+            f"this model has {config.V} ids, which are not GPT-2's vocabulary of {GPT2_V}, and no tokenizer lies beside it: "
+            "give its tokenizer.json (--tokenizer), or use token ids"
+        )
+    return _gpt2(config.V)
+
+
+@cache
+def _gpt2(V: int) -> Tokenizer:
+    return Tokenizer(V=V)
+
+
+def _placeholder(token: int) -> bytes:
+    """The text of an id that is not in the vocabulary, such as one of a vocabulary padded for speed."""
+    return f"<|{token}|>".encode()
+
+
+class _Encoding:
+    """A vocabulary that is ready to encode. `bytes`: of each id, a placeholder for one that is not there."""
+
+    def __init__(self, vocabulary: "dict[str, Any]") -> None:
+        try:
+            self._read(vocabulary)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            what = f"{type(error).__name__} {shown(str(error))}"
+            raise InputError(f"the vocabulary is damaged ({what}): fetch it again") from error
+
+    def _read(self, vocabulary: "dict[str, Any]") -> None:
+        """Take everything from the contents of a tokenizer.json."""
+        self._given = vocabulary
+        model = vocabulary["model"]
+        if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            raise InputError(f"the tokenizer is of type {shown(model.get('type'))}: only byte-level BPE is supported")
+        self.cuts, self.pattern, self.prefix_space = _patterns(vocabulary.get("pre_tokenizer"))
+        self.normalizers = _normalizers(vocabulary.get("normalizer"))
+        vocab: dict[str, int] = model["vocab"]
+        added = vocabulary.get("added_tokens") or []
+        most = max([*vocab.values(), *(token["id"] for token in added)])
+        if not all(type(i) is int and 0 <= i <= 1 << 20 for i in (*vocab.values(), *(token["id"] for token in added))):
+            raise InputError("the vocabulary has ids that are not whole numbers from 0 to 1048576")
+        self.bytes = [_placeholder(token) for token in range(most + 1)]
+        for token, i in vocab.items():
+            self.bytes[i] = _unspelled(token)
+        for token in added:
+            self.bytes[token["id"]] = token["content"].encode()
+        self.added = {token["content"]: token["id"] for token in added}
+        self._rules = {token["content"]: token for token in sorted(added, key=lambda token: -len(token["content"]))}
+        self.eot = next((self.added[end] for end in ENDS if end in self.added), None)
+        self._unknown = vocab[model["unk_token"]] if model.get("unk_token") in vocab else None
+        self._fuse = bool(model.get("fuse_unk"))
+        merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        self._build(vocab, merges, whole=bool(model.get("ignore_merges")))
+
+    def _build(self, vocab: dict[str, int], merges: "list[tuple[str, ...]]", *, whole: bool = False) -> None:
+        """Make tiktoken's encoding of the bytes and the merges in order. whole: a piece that is a token stays whole."""
+        self._ids = [vocab.get(symbol) for symbol in _SYMBOL_OF_BYTE]  # by rank; None for a byte that is not there
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        self._pairs: dict[tuple[bytes, bytes], int] = {}
+        for left, right in merges:
+            self._pairs.setdefault((_unspelled(left), _unspelled(right)), len(self._ids))
+            ranks.setdefault(_unspelled(left + right), len(self._ids))
+            self._ids.append(vocab[left + right])
+        self._id_of = {_unspelled(token): i for token, i in vocab.items()}
+        self._whole = whole
+        known = [left + " " + right for left, right in merges] == spelled_vocabulary()[1] and not whole
+        sound = len(ranks) == len(self._ids) and (known or all(self._alone(token) for token in ranks))
+        sound = sound and (not whole or self._id_of.keys() <= ranks.keys())
+        self._encoding = _tiktoken("vocabulary", self.pattern, ranks) if sound else None
+        self._plain = self._ids == [*range(len(self._ids))]
+
+    def _alone(self, token: bytes) -> bool:
+        """Return whether a token's own text becomes this token."""
+        return len(self._merged(token)) == 1
+
+    def _merged(self, piece: bytes) -> list[bytes]:
+        """Merge the bytes of a piece: always the first of the pairs that come first in the list of merges."""
+        parts, pairs = [piece[i : i + 1] for i in range(len(piece))], self._pairs
+        while len(parts) > 1:
+            found = [pairs.get(pair, 1 << 62) for pair in pairwise(parts)]
+            if (best := min(found)) == 1 << 62:
+                break
+            at = found.index(best)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        return parts
+
+    def vocabulary(self) -> "dict[str, Any]":
+        """Return the contents of a tokenizer.json."""
+        return self._given
+
+    def added_in(self, text: str, *, special: bool) -> "Iterator[tuple[int, int, int]]":
+        """Yield (start, stop, id) of the added tokens in a text: of several that begin at one place, the longest."""
+        wanted = tuple(content for content, rule in self._rules.items() if content and (special or not rule.get("special")))
+        end = 0
+        for match in _any_of(wanted).finditer(text) if wanted else ():
+            rule, (start, stop) = self._rules[match[0]], match.span()
+            around = text[max(start - 1, 0) : start] + text[stop : stop + 1]
+            if rule.get("single_word") and _split(_WORD, around):
+                continue
+            while rule.get("lstrip") and start > end and _ONE_SPACE.match(text, start - 1):
+                start -= 1
+            while rule.get("rstrip") and _ONE_SPACE.match(text, stop):
+                stop += 1
+            yield start, stop, rule["id"]
+            end = stop
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text without added tokens."""
+        for form in self.normalizers:
+            text = normalize(form, text)
+        if not text:
+            return []
+        pieces = [text]
+        for pattern in self.cuts:
+            pieces = [part for piece in pieces for part in _split(pattern, piece)]
+        ids: list[int] = []
+        for piece in pieces:
+            if self.prefix_space and not piece.startswith(" "):
+                piece = " " + piece
+            ids += self._encode_piece(piece)
+        return ids
+
+    def _encode_piece(self, text: str) -> list[int]:
+        """Encode a text that only the last pattern still splits.
+
+        To match a run of white space without its last character, GPT-2's pattern backtracks. tiktoken's stack then overflows at
+        about a million characters. A cut before that last character gives the same pieces without backtracking, because the
+        run is then at the end of its part.
+        """
+        if self._encoding is None:
+            return self._encode_slowly(text)
+        ranks: list[int] = []
+        start = 0
+        for run in _LONG_SPACE.finditer(text) if self.pattern == PATTERN else ():
+            ranks += self._encoding.encode_ordinary(text[start : run.end()])
+            start = run.end()
+        ranks += self._encoding.encode_ordinary(text[start:])
+        return ranks if self._plain else self._numbered([self._ids[rank] for rank in ranks], text)
+
+    def _encode_slowly(self, text: str) -> list[int]:
+        """Encode as _encode_piece() does, for a vocabulary that tiktoken would merge differently."""
+        found: list[int | None] = []
+        for piece in _split(self.pattern, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")):
+            content = piece.encode()
+            parts = [content] if self._whole and content in self._id_of else self._merged(content)
+            found += [self._id_of.get(part) for part in parts]
+        return self._numbered(found, text)
+
+    def _numbered(self, found: "list[int | None]", text: str) -> list[int]:
+        """Replace bytes that the vocabulary lacks by its token for unknown text. Raises InputError if it has none."""
+        if None not in found:
+            return found  # type: ignore[return-value]
+        if self._unknown is None:
+            wrong = next(char for char in text if any(self._ids[byte] is None for byte in char.encode("utf-8", "replace")))
+            raise InputError(f"the model's vocabulary has no {wrong!r}: leave this character out of the text")
+        ids: list[int] = []
+        for i, token in enumerate(found):
+            if token is not None or not (self._fuse and i and found[i - 1] is None):
+                ids.append(self._unknown if token is None else token)
+        return ids
+
+
+@cache
+def _any_of(contents: tuple[str, ...]) -> re.Pattern[str]:
+    """Compile a pattern that matches any of these texts, the first in order."""
+    return re.compile("|".join(map(re.escape, contents)))
+
+
+def _patterns(rule: "dict[str, Any] | None") -> tuple[list[str], str, bool]:
+    """Read a pre-tokenizer: patterns whose matches are split off one after the other, the last one, and add_prefix_space.
+
+    Raises InputError for one that drops or changes text, or that is not byte-level."""
+    steps = rule["pretokenizers"] if rule and rule["type"] == "Sequence" else [rule]
+    patterns, prefix = [], False
+    for i, step in enumerate(steps):
+        kind = step["type"] if step else None
+        if kind == "Digits":
+            patterns.append(_total(r"\p{N}" if step.get("individual_digits") else r"\p{N}+"))
+        elif kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
+            pattern = step["pattern"]
+            patterns.append(_total(pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])))
+        elif kind == "ByteLevel" and i == len(steps) - 1:
+            prefix = bool(step.get("add_prefix_space", True))
+            if step.get("use_regex", True):
+                patterns.append(PATTERN)
+            return patterns[:-1], patterns[-1] if patterns else WHOLE, prefix
+        else:
+            raise InputError(f"the tokenizer splits text by {shown(kind)}: only byte-level BPE is supported")
+    raise InputError("the tokenizer is not byte-level: only byte-level BPE is supported")
+
+
+def _split(pattern: str, text: str) -> list[str]:
+    """Return the matches of a pattern with classes of Unicode's."""
+    return [match[0] for match in import_module("regex").finditer(pattern, text)]
+
+
+def _total(pattern: str) -> str:
+    """Return a pattern whose matches cover a text: those of `pattern`, and the runs between them."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def _normalizers(rule: "dict[str, Any] | None") -> "list[Any]":
+    """Read a normalizer: Unicode's forms in order. Raises InputError for any other."""
+    steps = rule["normalizers"] if rule and rule["type"] == "Sequence" else [rule] if rule else []
+    for step in steps:
+        if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
+            raise InputError(f"the tokenizer changes text by {shown(step['type'])}: only Unicode's normal forms are supported")
+    return [step["type"] for step in steps]
+
+
+def _tiktoken(name: str, pattern: str, ranks: dict[bytes, int]) -> "tiktoken.Encoding":
+    import tiktoken
+
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def pair_of(content: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, bytes] | None:
+    """Return the two tokens of rank below `limit` that a token's bytes become, or None if they become more or fewer.
+
+    As in tiktoken, any two neighbours may merge if they make a token; the token of the lowest rank comes first."""
+    parts = [content[i : i + 1] for i in range(len(content))]
+    while len(parts) > 2:
+        found = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
+        if (best := min(found)) >= limit:
+            return None
+        at = found.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 and all(part in ranks for part in parts) else None
+
+
+class _GPT2(_Encoding):
+    """GPT-2's vocabulary."""
+
+    def __init__(self) -> None:
+        tokens = _read_tokens(VOCABULARY_FILE)
+        self.bytes = [*tokens, END_OF_TEXT.encode()]
+        self.cuts, self.pattern, self.prefix_space, self.normalizers = [], PATTERN, False, []
+        self.added, self.eot, self._plain = {END_OF_TEXT: len(tokens)}, len(tokens), True
+        self._rules = {END_OF_TEXT: {"id": len(tokens), "special": True}}
+        self._encoding = _tiktoken("gpt2", PATTERN, {token: rank for rank, token in enumerate(tokens)})
+
+    def vocabulary(self) -> "dict[str, Any]":
+        """Return the contents of a tokenizer.json."""
+        tokens, merges = spelled_vocabulary()
+        return vocabulary_of([*tokens, END_OF_TEXT], merges, {END_OF_TEXT: True})
+
+
+def vocabulary_of(
+    tokens: list[str], merges: "list[Any]", added: dict[str, bool], *, pattern: str | None = None
+) -> "dict[str, Any]":
+    """Return a vocabulary in the form of tokenizer.json. tokens: spelled as in vocab.bpe, in the order of their ids.
+
+    added: tokens that are not merged, and whether they are special. pattern: splits the text, by default GPT-2's."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": vocab[token], "content": token, **flags, "special": special} for token, special in added.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": byte_level if pattern is None else {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level | {"use_regex": True},
+        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
 
 
 class StreamDecoder:
@@ -164,25 +481,27 @@ class StreamDecoder:
 
 
 @cache
-def _load() -> "tuple[list[bytes], tiktoken.Encoding]":
-    """Load the vocabulary; return the bytes of every id, and the encoder."""
-    import tiktoken
-
-    tokens = _read_tokens(VOCABULARY_FILE)
-    encoding = tiktoken.Encoding(
-        "gpt2",
-        pat_str=PATTERN,
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={END_OF_TEXT: len(tokens)},
-    )
-    return [*tokens, END_OF_TEXT.encode()], encoding
+def _load() -> _GPT2:
+    """Load GPT-2's vocabulary."""
+    return _GPT2()
 
 
 def _read_tokens(path: str) -> list[bytes]:
     """Read vocab.bpe: the bytes of every ordinary token in the order of their ids."""
-    tokens, _ = spelled_vocabulary(path)
-    byte_of = dict(zip(_symbols(), _order(), strict=True))
-    return [bytes([byte_of[char] for char in token]) for token in tokens]
+    return [_unspelled(token) for token in spelled_vocabulary(path)[0]]
+
+
+def spelled(content: bytes) -> str:
+    """Return bytes in the spelling of vocab.bpe."""
+    return "".join([_SYMBOL_OF_BYTE[byte] for byte in content])
+
+
+def _unspelled(token: str) -> bytes:
+    """Return the bytes of a token in the spelling of vocab.bpe, or its UTF-8 if it is not in this spelling."""
+    try:
+        return bytes([_BYTE_OF_SYMBOL[char] for char in token])
+    except KeyError:
+        return token.encode("utf-8", "replace")
 
 
 def spelled_vocabulary(path: str = VOCABULARY_FILE) -> tuple[list[str], list[str]]:
@@ -219,3 +538,7 @@ def _read_checked(path: str) -> bytes:
             f"{path}: GPT-2's vocabulary is damaged: sha256 {found}, expected {VOCABULARY_SHA256}; install pygpt again"
         )
     return content
+
+
+_BYTE_OF_SYMBOL = dict(zip(_symbols(), _order(), strict=True))
+_SYMBOL_OF_BYTE = [symbol for _, symbol in sorted(zip(_order(), _symbols(), strict=True))]

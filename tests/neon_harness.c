@@ -160,12 +160,16 @@ static void test_row(const microkernels *m, ptrdiff_t C) {
     REPORT("add_bias", out);
     m->add_bias_residual(x, x, out, bias, C);
     REPORT("add_bias_residual", x);
-    m->add_bias_gelu(x, out, bias, C);
-    REPORT("add_bias_gelu kept", out);
-    REPORT("add_bias_gelu", x);
-    m->add_bias_gelu(out, out, bias, C);
-    REPORT("add_bias_gelu in place", out);
-    m->layernorm(out, inp, weight, bias, C, x);
+    for (int act = 0; act < ACTIVATIONS; act++) {
+        m->add_bias_act[act](x, out, bias, C);
+        snprintf(name, sizeof name, "add_bias_act %d C=%td", act, C);
+        report(name, x, C);
+        strcat(name, " kept");
+        report(name, out, C);
+    }
+    m->add_bias_act[GELU_NEW](out, out, bias, C);
+    REPORT("add_bias_act in place", out);
+    m->layernorm(out, inp, weight, bias, 1e-5f, C, x);
     REPORT("layernorm", out);
     report("layernorm stats", x, C > 1 ? 2 : 1);
     m->store_scaled(out, acc, 0.3f, C);
@@ -194,6 +198,7 @@ static void test_attention(const microkernels *m, ptrdiff_t rows, ptrdiff_t HSp,
 
 /* exp over its whole range and beyond, in each of its two forms, and the GELU made of the first. */
 static void test_exp(const microkernels *m) {
+    char name[40];
     const ptrdiff_t count = 6007;
     static const float edges[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 88.0f, 88.1f, -87.0f, -87.1f, -103.9f, -104.1f, 3e38f,
                                   -3e38f, 1e-40f, -1e-40f, 1e-45f, 127.5f, -150.0f, 1e19f, -1e19f, 2e-20f, -0.34657359f};
@@ -207,8 +212,15 @@ static void test_exp(const microkernels *m) {
     m->exps(scaled, out, 3.7f, count);
     report("exps", scaled, count);
     memcpy(out, logits, count * sizeof *out);
-    m->add_bias_gelu(out, out, zeros, count);
-    report("gelu edges", out, count);
+    for (int act = 0; act < ACTIVATIONS; act++) {
+        m->add_bias_act[act](scaled, out, zeros, count);
+        snprintf(name, sizeof name, "activation %d edges", act);
+        report(name, scaled, count);
+        memcpy(scaled, logits, count * sizeof *scaled);
+        m->act_backward[act](scaled, out, count);
+        snprintf(name, sizeof name, "slope %d edges", act);
+        report(name, scaled, count);
+    }
     for (ptrdiff_t i = 0; i < count; i++) out[i] = logits[i] < 80.0f ? logits[i] : 80.0f; /* max(s) is 80: exp(-167 .. 0) */
     ptrdiff_t padded = count;
     padded -= padded % 16; /* the last block whole: softmax may write up to a multiple of 16 */
@@ -238,8 +250,11 @@ static void test_training(const microkernels *m, ptrdiff_t N, ptrdiff_t rows, in
     REPORT("layernorm_gains bias", second, N);
     m->layernorm_backward(out, inp, x, weight, stats, N);
     REPORT("layernorm_backward", out, N);
-    m->gelu_backward(out, x, N);
-    REPORT("gelu_backward", out, N);
+    for (int act = 0; act < ACTIVATIONS; act++) {
+        m->act_backward[act](out, x, N);
+        snprintf(name, sizeof name, "act_backward %d N=%td rows=%td add_to=%d", act, N, rows, add_to);
+        report(name, out, N);
+    }
     m->softmax_backward(out, x, 0.3f, 0.125f, N, Tp);
     REPORT("softmax_backward", out, Tp);
     squares = m->square_sum(inp, N);

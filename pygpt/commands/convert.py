@@ -17,16 +17,15 @@ from collections.abc import Sequence
 
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError, is_whole
-from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
-from ..formats.dtypes import FLOAT32, Format
-from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, pickle_error, write_model
+from ..formats.checkpoint import FORMATS, Checkpoint, file_bytes, write_checkpoint
+from ..formats.dtypes import BFLOAT16, FLOAT32, Format
+from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
 from ..formats.open import open_source
 from .console import HelpFormatter, Parser, say, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..formats.open import Source
-    from ..formats.panels import ModelFile
 
 EXAMPLES = """\
 examples:
@@ -40,7 +39,6 @@ examples:
 
 DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
 FOLDER = "/"  # the ending of a DST that names a folder
-PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))  # first bytes of PyTorch's files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,11 +96,11 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
 
     Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails.
     """
-    with open_model(source, heads) as model:
+    with open_source(source, heads=heads) as model:
         before = describe(source, model)
         if target.endswith(FOLDER):
-            if isinstance(model, HuggingFaceModel) or version is not None:
-                raise InputError(f"{target}: to write a Hugging Face folder, give a .bin file as SRC, and leave out --version")
+            if version is not None:
+                raise InputError(f"{target}: a Hugging Face folder has no version: leave out --version")
             check_folder(target)
             write_model(os.path.realpath(target), model, plain_format(model))
         else:
@@ -112,33 +110,19 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""
-    with open_model(target, None) as written:
+    with open_source(target) as written:
         return f"{before} -> {describe(target, written)}{notice and f'; {notice}'}"
 
 
-def open_model(source: str, heads: int | None) -> "Source":
-    """Open SRC. Raises CheckpointError if it is not a model, InputError for `heads` with another than a Hugging Face model."""
-    if heads is not None:
-        if os.path.isdir(source) or source.endswith(".safetensors"):
-            return HuggingFaceModel.open(source, heads=heads)
-        raise InputError(f"{source}: a .bin or .gguf file contains its number of heads: leave out --heads")
-    if os.path.isfile(source) and os.access(source, os.R_OK):
-        with open(source, "rb") as file:
-            if file.read(4).startswith(PICKLES):
-                raise pickle_error(source)
-    return open_source(source)
-
-
 def default_version(model: "Source") -> int:
-    """Return the target version if --version is not given. For another model than a .bin file, it keeps every value exactly."""
-    if isinstance(model, Checkpoint):
-        return DEFAULTS[model.version]
-    kind = model.dtype if isinstance(model, HuggingFaceModel) else plain_format(model).name
-    return 5 if kind == "bfloat16" else 3
+    """Return the target version if --version is not given: for all but .bin files, the one that keeps every value exactly."""
+    return DEFAULTS[model.version] if isinstance(model, Checkpoint) else 5 if plain_format(model) == BFLOAT16 else 3
 
 
-def plain_format(model: "Checkpoint | ModelFile") -> Format:
+def plain_format(model: "Source") -> Format:
     """Return the format of all tensors if it is one of single values, else float32, which holds all values exactly."""
+    if isinstance(model, HuggingFaceModel):
+        return BFLOAT16 if model.dtype == "bfloat16" else FLOAT32
     formats = [model.format] if isinstance(model, Checkpoint) else [*model.formats.values()]
     return formats[0] if all(kind == formats[0] and kind.block_values == 1 for kind in formats) else FLOAT32
 
@@ -186,5 +170,7 @@ def describe(path: str, model: "Source") -> str:
     """Return a short description of a model: path, version, format, size."""
     if isinstance(model, HuggingFaceModel):
         return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
-    version = f"version {model.version}, " if isinstance(model, Checkpoint) else ""
-    return f"{path} ({version}{model.format.name}, {os.path.getsize(path)} bytes)"
+    if not isinstance(model, Checkpoint):
+        return f"{path} ({model.format.name}, {os.path.getsize(path)} bytes)"
+    size = file_bytes(model.config, model.version)
+    return f"{path} (version {model.version}, {model.format.name}, {size} bytes)"

@@ -1,7 +1,8 @@
 """Download a GPT-2 model. `pygpt download --help` shows the options.
 
 huggingface_hub fetches the files and keeps them in its cache (hub/fetch.py). This command converts safetensors to a .bin file
-in pygpt's cache folder, where `-m NAME` finds it. For llm.c's .bin files, the cache folder gets a link and no second copy.
+in pygpt's cache folder, where `-m NAME` finds it. A model that a .bin file cannot hold whole stays in huggingface_hub's cache,
+where `-m NAME` finds it too. For llm.c's .bin files, pygpt's cache folder gets a link and no second copy.
 
 stdout stays empty. The progress bar appears only on a terminal. Exit status: 0 with one line on stderr; 1 for a failure at run
 time; 2 for bad input; 130 after Ctrl-C. A failed download leaves no incomplete model file. A complete file can remain if the
@@ -17,10 +18,12 @@ from contextlib import contextmanager, suppress
 from ..errors import CheckpointError, InputError, PyGPTError
 from ..formats.checkpoint import Checkpoint
 from ..formats.files import atomic_file, reason
+from ..formats.open import open_source
 from ..hub.fetch import fetch
 from ..hub.find import MODELS, cached_model, is_downloadable
+from ..tokenizer import GPT2_V
 from .console import HelpFormatter, Parser, say, status_of
-from .convert import check_parent, default_version, describe, open_model, parse_version, write_bin
+from .convert import check_parent, default_version, describe, parse_version, write_bin
 
 EXAMPLES = """\
 examples:
@@ -29,7 +32,7 @@ examples:
   pygpt download distilbert/distilgpt2    a repository; use it with pygpt -m distilbert/distilgpt2 31373 612
   pygpt download gpt2_124M -o gpt2.bin    llm.c's own file, into this folder
 
-names: gpt2, gpt2-medium, gpt2-large, gpt2-xl; llm.c's gpt2_124M, gpt2_124M_bf16
+names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2; llm.c's gpt2_124M, gpt2_124M_bf16
 environment: PYGPT_HOME is pygpt's cache folder. huggingface_hub reads HF_HOME (its cache folder), HF_ENDPOINT, HF_TOKEN,
 HF_HUB_OFFLINE and others.
 """
@@ -83,7 +86,10 @@ def download(name: str, target: str | None = None, version: int | None = None) -
         return there
     source = fetch(name, say)
     try:
-        with open_model(source, None) as model:
+        with open_source(source) as model:
+            own_vocabulary = model.config.V != GPT2_V and model.config.tokenizer is not None
+            if linked and version is None and (model.config.variations or own_vocabulary):
+                return f"{describe(source, model)}: used in place, because a .bin file cannot hold all of it"
             if not isinstance(model, Checkpoint) or version not in (None, model.version):
                 write_bin(target, model, version or default_version(model))
             else:

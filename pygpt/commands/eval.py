@@ -41,7 +41,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Any
 
@@ -55,16 +55,15 @@ from ..formats.text import encode_file, field_of, given_text, holds_rows, joined
 from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
-from ..tokenizer import Tokenizer
+from ..tokenizer import tokenizer_of
 from .console import HelpFormatter, Parser, check_stdout, status_of, whole
-from .options import add_text_options
+from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
 LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
 BAR = 30  # columns of the longest bar
-GPT2_V = 50257  # ids of GPT-2's vocabulary
 MOST = 2**31 - 1  # largest number of tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
@@ -86,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = shared.add_argument
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
     parser = Parser(
         prog="pygpt eval",
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
     names = [options.a, options.b] if options.task == "compare" else [options.model]
     paths = [find_model(name)[0] for name in names]
     with ExitStack() as opened:
-        models = [opened.enter_context(GPT2.load(path, threads=options.threads)) for path in paths]
+        models = [opened.enter_context(GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer)) for path in paths]
         start = time.perf_counter()
         result, rows, text = TASKS[options.task](*models, options)
         seconds = time.perf_counter() - start
@@ -201,7 +201,9 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
     tokens = scored_tokens(model, options)
     rows = scored = text_bytes = 0
     sums: list[float] = []  # the sum of losses of each window
-    tokenizer = Tokenizer() if model.config.V == GPT2_V else None
+    tokenizer = None
+    with suppress(InputError):  # the vocabulary is unknown
+        tokenizer = tokenizer_of(model.config)
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
@@ -271,25 +273,15 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 def tokens_in(options: argparse.Namespace, model: GPT2) -> npt.NDArray[np.integer[Any]]:
     """Return the tokens of a token file (.bin), of a text, or of JSON lines with <|endoftext|> before each document.
 
-    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is not GPT-2's.
+    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is unknown.
     """
     subject = options.subject
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
-    tokenizer_of(model)
+    tokenizer = tokenizer_of(model.config)
     eot = "document" if holds_rows(subject, options.field) else "none"
-    pieces = encode_file(read_text(subject), subject, eot=eot, field=options.field, allow_special=not options.no_special)
-    return joined(pieces)
-
-
-def tokenizer_of(model: GPT2) -> Tokenizer:
-    """Return GPT-2's tokenizer. Raises InputError if the model has another vocabulary."""
-    tokenizer = Tokenizer()
-    if model.config.V != tokenizer.V:
-        raise InputError(
-            f"the model has {model.config.V} ids, GPT-2's vocabulary {tokenizer.V}: use token files (.bin) with this model"
-        )
-    return tokenizer
+    reading = {"field": options.field, "allow_special": not options.no_special, "tokenizer": tokenizer}
+    return joined(encode_file(read_text(subject), subject, eot=eot, **reading))
 
 
 # ------------------------------------------------------------------------------------------------ two models
@@ -391,7 +383,7 @@ def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
     if not holds_rows(subject):
         yield from read_examples(subject, V=model.config.V)
         return
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model.config)
     for number, (where, row) in enumerate(read_rows(read_text(subject), subject)):
         endings, label = row.get("endings"), row.get("label")
         if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(text, str) and text for text in endings):
@@ -426,7 +418,7 @@ def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]
 
 def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of computed rows, and the result as a table."""
-    tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_of(model.config)
     if options.top > tokenizer.V:
         raise InputError(f"--top is {options.top}: it must be at most {tokenizer.V}, the number of ids in the vocabulary")
     prompt = tokenizer.encode(given_text(options.subject))

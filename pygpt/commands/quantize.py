@@ -14,7 +14,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
-from ..config import TENSORS
 from ..errors import InputError, PyGPTError
 from ..formats.checkpoint import Checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
@@ -87,10 +86,10 @@ def run(options: argparse.Namespace) -> None:
 def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
     """Write the model to `target`, a .gguf or .safetensors file. Raises PyGPTError if it cannot be written."""
     gguf = target.endswith(".gguf")
-    formats = formats_of(kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
+    formats = formats_of(model.config, kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
     with Progress("weights", model.config.parameters(padded=False)) as progress:
         counter = Counter(progress)
-        tensors = {name: counter.watch(blocks_of(model, name, formats[name]), formats[name]) for name, _ in TENSORS}
+        tensors = {name: counter.watch(blocks_of(model, name, formats[name]), formats[name]) for name, _ in model.config.table}
         try:
             if gguf:
                 write_gguf(target, model.config, formats, tensors)

@@ -5,8 +5,9 @@
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's. Each newline (CR LF, CR) is read as one LF. A .jsonl file
-has one document in each line, an object whose field --field (default text) is the text. --eot adds <|endoftext|>:
+Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's, or --tokenizer's. Each
+newline (CR LF, CR) is read as one LF. A .jsonl file has one document in each line, an object whose field --field (default text)
+is the text. --eot adds <|endoftext|>:
 
     paragraph    before each text and after each blank line, as llm.c prepares tinyshakespeare (default)
     document     before each text or document (default for .jsonl)
@@ -39,10 +40,11 @@ import numpy.typing as npt
 from ..errors import InputError, PyGPTError
 from ..formats.shards import MOST_TOKENS, read_tokens, write_tokens
 from ..formats.text import EOT_MODES, encode_file, read_text
+from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
 from ..training.data import split
 from .console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of, whole
-from .options import add_text_options
+from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
 
 STDIN = "-"
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val-fraction", metavar="F", type=fraction, help="use this last part of the tokens for validation, such as 0.1")
     add("--eot", metavar="WHERE", help="where to add <|endoftext|>: paragraph (default), document (default for .jsonl) or none")
     add_text_options(add)
+    add("--tokenizer", metavar="FILE", help=f"{TOKENIZER_HELP[: TOKENIZER_HELP.index(' (')]} (default: GPT-2's)")
     add("--show", metavar="FILE", help="print the size and the first tokens of a shard")
     add("-n", "--tokens", metavar="N", type=count, help="number of tokens that --show prints (default 64)")
     return parser
@@ -79,10 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, then show a shard or write shards."""
+    tokenizer = Tokenizer() if options.tokenizer is None else load_tokenizer(options.tokenizer)
     if options.show is not None:
         if options.texts or options.output is not None:
             raise InputError("--show reads a shard, but TEXT and -o write shards: give one or the other")
-        show(options.show, options.tokens or 64)
+        show(options.show, options.tokens or 64, tokenizer)
         return
     if options.tokens is not None:
         raise InputError("-n goes with --show: to set the sizes of files, use --shard-size and --val-tokens")
@@ -99,7 +103,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("- was given twice, but stdin can be read once: give it once")
     prefix = target(options.output, texts[0])
     sizes = options.shard_size, options.val_tokens, options.val_fraction
-    say(make(texts, prefix, options.eot, *sizes, field=options.field, allow_special=not options.no_special))
+    reading = {"field": options.field, "allow_special": not options.no_special, "tokenizer": tokenizer}
+    say(make(texts, prefix, options.eot, *sizes, **reading))
 
 
 def fraction(text: str) -> float:
@@ -222,10 +227,9 @@ def described(first: str, files: int, tokens: int) -> str:
 # ------------------------------------------------------------------------------------------------ show a shard
 
 
-def show(path: str, count: int) -> None:
+def show(path: str, count: int, tokenizer: Tokenizer) -> None:
     """Print a shard's size, its first `count` ids, and their text. Raises DataError if the file is not a shard."""
     check_stdout("the tokens")
-    tokenizer = Tokenizer()
     tokens = read_tokens(path, V=tokenizer.V)
     ids = tokens[:count].tolist()
     header = f"{path}: {len(tokens)} tokens, {os.path.getsize(path)} bytes; the first {len(ids)}:"

@@ -76,6 +76,9 @@ struct weight_format {
     int probe_operations;
 };
 
+/* The activations of the feed-forward, in the order of config.ACTIVATIONS. */
+enum { GELU_NEW, GELU, RELU, SILU, QUICK_GELU, ACTIVATIONS };
+
 typedef struct {
     const char *isa; /* "baseline", "avx2", ... */
     int fused;       /* whether multiply-add rounds once */
@@ -87,14 +90,13 @@ typedef struct {
     void (*outer)(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, ptrdiff_t a_step, const float *b, ptrdiff_t ldb,
                   ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, int add_to, float *room);
 
-    /* out = (inp - mean) * rstd * weight + bias for one row of C values, rstd = 1 / sqrt(variance + 1e-5). stats: mean, rstd;
-     * or NULL. */
-    void (*layernorm)(float *out, const float *inp, const float *weight, const float *bias, ptrdiff_t C, float *stats);
+    /* out = (inp - mean) * rstd * weight + bias over one row of C, rstd = 1 / sqrt(variance + eps); stats (mean, rstd), or NULL. */
+    void (*layernorm)(float *out, const float *inp, const float *weight, const float *bias, float eps, ptrdiff_t C, float *stats);
 
     /* Epilogues of a matrix product, in place on N values of one row. */
     void (*add_bias)(float *out, const float *bias, ptrdiff_t N); /* out += bias */
-    /* gelu = gelu(out + bias); if gelu and out are different arrays, out += bias */
-    void (*add_bias_gelu)(float *gelu, float *out, const float *bias, ptrdiff_t N);
+    /* act = activation(out + bias); if act and out are different arrays, out += bias */
+    void (*add_bias_act[ACTIVATIONS])(float *act, float *out, const float *bias, ptrdiff_t N);
     /* after = before + (out + bias) */
     void (*add_bias_residual)(float *after, const float *before, const float *out, const float *bias, ptrdiff_t N);
 
@@ -117,7 +119,7 @@ typedef struct {
 
     /* The backward pass and AdamW; micro_training.h has the formulas. */
     void (*add_rows)(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to);
-    void (*gelu_backward)(float *d, const float *x, ptrdiff_t N);
+    void (*act_backward[ACTIVATIONS])(float *d, const float *x, ptrdiff_t N);
     void (*layernorm_backward)(float *dx, const float *dout, const float *x, const float *weight, const float *stats, ptrdiff_t C);
     void (*layernorm_gains)(float *dweight, float *dbias, const float *dout, const float *x, const float *stats, ptrdiff_t ld,
                             ptrdiff_t rows, ptrdiff_t N, int add_to);

@@ -225,11 +225,43 @@ INLINE lanes exp16(lanes x) {
     return y;
 }
 
-/* gelu(x) = 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3): one exp, no cancellation. */
+/* gelu_new(x) = 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3): one exp, no cancellation. */
 INLINE lanes gelu16(lanes x) {
     const float A = -1.59576912f, B = -0.0713548163f; /* -2 sqrt(2 / pi), and that times 0.044715 */
     lanes e = exp16(mul(x, fma16(mul(x, x), splat(B), splat(A))));
     return divide(x, add(splat(1.0f), e));
+}
+
+/* The normal distribution's tail beyond |x|: 0.5 erfc(t), t = |x| / sqrt(2), as exp(-x^2 / 2), which it stores, times a polynomial
+ * in 1 / (1 + 0.33 t). The polynomial is a least-maximum fit on t <= 9.5, relative error below 1e-7. */
+INLINE lanes normal_tail16(lanes x, lanes *density) {
+    static const float P[] = {
+        0.0931830545f, 0.091418628f, 0.10096187f, 0.0225054527f, 0.206270569f, -0.177719225f, 0.231343976f, -0.067964366f,
+    };
+    lanes size, u, p;
+    UNROLL for (int h = 0; h < NV; h++) size.v[h] = (vec)((ivec)x.v[h] & 0x7fffffff);
+    *density = exp16(mul(mul(size, size), splat(-0.5f)));
+    u = divide(splat(1.0f), fma16(size, splat(0.233345238f), splat(1.0f)));
+    p = splat(P[7]);
+    UNROLL for (int i = 6; i >= 0; i--) p = fma16(p, u, splat(P[i]));
+    return mul(mul(p, u), *density);
+}
+
+INLINE lanes positive16(lanes x, lanes yes, lanes no) {
+    UNROLL for (int h = 0; h < NV; h++) x.v[h] = choose(x.v[h] > broadcast(0.0f), yes.v[h], no.v[h]);
+    return x;
+}
+
+/* An activation; `kind` is a constant. gelu(x) = x times the normal distribution up to x; silu(x) = x / (1 + exp(-x)), and
+ * quick_gelu(x) = x / (1 + exp(-1.702 x)). */
+INLINE lanes activation16(lanes x, const int kind) {
+    if (kind == GELU_NEW) return gelu16(x);
+    if (kind == RELU) return max16(splat(0.0f), x); /* keeps NaN */
+    if (kind == GELU) {
+        lanes density, tail = mul(x, normal_tail16(x, &density));
+        return positive16(x, sub(x, tail), tail);
+    }
+    return divide(x, add(splat(1.0f), exp16(mul(x, splat(kind == SILU ? -1.0f : -1.702f)))));
 }
 
 /* ---------------------------------------------------------------------------------------- matrix products */
@@ -614,7 +646,7 @@ static void outer(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, pt
 #define GET(p, i, n, fill) ((n) == LANES ? load((p) + (i)) : load_tail((p) + (i), (n), (fill)))
 #define PUT(p, i, n, a) ((n) == LANES ? store((p) + (i), (a)) : store_tail((p) + (i), (a), (n)))
 
-static void layernorm(float *out, const float *inp, const float *weight, const float *bias, ptrdiff_t C, float *stats) {
+static void layernorm(float *out, const float *inp, const float *weight, const float *bias, float eps, ptrdiff_t C, float *stats) {
     lanes acc = splat(0.0f);
 #define BODY(i, n) acc = add(acc, GET(inp, i, n, 0.0f))
     FOR_LANES(C, BODY);
@@ -628,7 +660,7 @@ static void layernorm(float *out, const float *inp, const float *weight, const f
     } while (0)
     FOR_LANES(C, BODY);
 #undef BODY
-    const float rstd = 1.0f / sqrtf(fold(acc) / (float)C + 1e-5f);
+    const float rstd = 1.0f / sqrtf(fold(acc) / (float)C + eps);
     if (stats) stats[0] = mean, stats[1] = rstd;
 #define BODY(i, n)                                                                              \
     PUT(out, i, n, fma16(mul(sub(GET(inp, i, n, 0.0f), splat(mean)), splat(rstd)),              \
@@ -643,16 +675,21 @@ static void add_bias(float *out, const float *bias, ptrdiff_t N) {
 #undef BODY
 }
 
-static void add_bias_gelu(float *gelu, float *out, const float *bias, ptrdiff_t N) {
+#define EACH_ACTIVATION(f) f(GELU_NEW) f(GELU) f(RELU) f(SILU) f(QUICK_GELU)
 #define BODY(i, n)                                                                      \
     do {                                                                                \
-        lanes sum = add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f));           \
-        if (gelu != out) PUT(out, i, n, sum);                                           \
-        PUT(gelu, i, n, gelu16(sum));                                                   \
+        lanes sum = add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f));                   \
+        if (act != out) PUT(out, i, n, sum);                                            \
+        PUT(act, i, n, activation16(sum, ACTIVATION));                                  \
     } while (0)
-    FOR_LANES(N, BODY);
+#define FUNCTION(kind)                                                                               \
+    static void add_bias_##kind(float *act, float *out, const float *bias, ptrdiff_t N) {            \
+        enum { ACTIVATION = kind };                                                                  \
+        FOR_LANES(N, BODY);                                                                          \
+    }
+EACH_ACTIVATION(FUNCTION)
+#undef FUNCTION
 #undef BODY
-}
 
 static void add_bias_residual(float *after, const float *before, const float *out, const float *bias, ptrdiff_t N) {
 #define BODY(i, n) PUT(after, i, n, add(GET(before, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f))))
@@ -865,13 +902,15 @@ EACH_FORMAT(FUNCTIONS)
 
 /* TABLE defines the table of an instruction set, from its name and its quantised formats. */
 #define ROW(name, bytes, load) &format_##name,
+#define ADD_BIAS(kind) add_bias_##kind,
+#define BACKWARD(kind) backward_##kind,
 #define TABLE(set, quantised)                                                                                            \
     static const weight_format *const formats_##set[] = {EACH_FORMAT(ROW) &quantised[0], &quantised[1], NULL};           \
     static const microkernels table_##set = {                                                                            \
         .isa = #set, .fused = FUSED, .formats = formats_##set, .outer = outer, .layernorm = layernorm,                   \
-        .add_bias = add_bias, .add_bias_gelu = add_bias_gelu, .add_bias_residual = add_bias_residual,                    \
+        .add_bias = add_bias, .add_bias_act = {EACH_ACTIVATION(ADD_BIAS)}, .add_bias_residual = add_bias_residual,                    \
         .softmax = softmax, .mix = mix, .store_scaled = store_scaled, .exps = exps, .noise = noise,                      \
-        .add_rows = add_rows, .gelu_backward = gelu_backward, .layernorm_backward = layernorm_backward,                  \
+        .add_rows = add_rows, .act_backward = {EACH_ACTIVATION(BACKWARD)}, .layernorm_backward = layernorm_backward,                  \
         .layernorm_gains = layernorm_gains, .softmax_backward = softmax_backward, .adamw = adamw,                        \
         .square_sum = square_sum, .panel = PANEL, .outer_room = OUTER_PANELS * OUTER_PANEL + OUTER_STEPS * LANES,        \
         .probe_read = probe_read, .probe_fma = probe_fma, .probe_flop = 2.0 * W * PROBE_CHAINS,                          \

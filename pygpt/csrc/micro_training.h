@@ -13,27 +13,41 @@ static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows,
 #undef BODY
 }
 
-/* d[n] *= the derivative of gelu at x[n]: s + x s (1 - s) 2u', with gelu(x) = x s, s = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) (x +
- * 0.044715 x^3). If |x| > 16, s and the derivative are exactly 0 or 1 in float32, so x is clamped. */
-static void gelu_backward(float *d, const float *x, ptrdiff_t N) {
-    const float A = -1.59576912f, B = -0.0713548163f; /* as in gelu16 */
-#define BODY(i, n)                                                                                 \
-    do {                                                                                           \
-        lanes given = GET(x, i, n, 0.0f), inside;                                                  \
-        UNROLL for (int h = 0; h < NV; h++) {                                                      \
-            vec v = given.v[h];                                                                    \
-            v = choose(v > broadcast(16.0f), broadcast(16.0f), v);                                 \
-            inside.v[h] = choose(v < broadcast(-16.0f), broadcast(-16.0f), v);                     \
-        }                                                                                          \
-        lanes square = mul(inside, inside), one = splat(1.0f);                                     \
-        lanes s = divide(one, add(one, exp16(mul(inside, fma16(square, splat(B), splat(A))))));    \
-        lanes slope = fma16(square, splat(-3.0f * B), splat(-A)); /* 2u' */                        \
-        lanes bent = mul(mul(mul(inside, s), sub(one, s)), slope);                                 \
-        PUT(d, i, n, mul(GET(d, i, n, 0.0f), add(s, bent)));                                       \
-    } while (0)
-    FOR_LANES(N, BODY);
-#undef BODY
+/* The derivative of an activation at x; `kind` is a constant. With s = 1 / (1 + exp(-2u)), gelu_new's is s + x s (1 - s) 2u', and
+ * u' = sqrt(2 / pi) (1 + 3 * 0.044715 x^2). silu and quick_gelu have a constant 2u'. Beyond the limit, the derivative is exactly
+ * 0 or 1 in float32, so x is clamped. gelu's is the normal distribution up to x, plus x times its density. */
+INLINE lanes slope16(lanes given, const int kind) {
+    const float A = kind == GELU_NEW ? -1.59576912f : kind == SILU ? -1.0f : -1.702f, B = -0.0713548163f; /* as in gelu16 */
+    const float limit = kind == GELU_NEW || kind == GELU ? 16.0f : 100.0f;
+    const lanes one = splat(1.0f);
+    lanes x;
+    if (kind == RELU) return positive16(given, one, mul(splat(0.0f), given)); /* keeps NaN */
+    UNROLL for (int h = 0; h < NV; h++) {
+        vec v = given.v[h];
+        v = choose(v > broadcast(limit), broadcast(limit), v);
+        x.v[h] = choose(v < broadcast(-limit), broadcast(-limit), v);
+    }
+    if (kind == GELU) {
+        lanes density, tail = normal_tail16(x, &density);
+        return fma16(mul(x, splat(0.398942280f)), density, positive16(x, sub(one, tail), tail));
+    }
+    lanes square = mul(x, x);
+    lanes exponent = kind == GELU_NEW ? mul(x, fma16(square, splat(B), splat(A))) : mul(x, splat(A));
+    lanes s = divide(one, add(one, exp16(exponent)));
+    lanes slope = kind == GELU_NEW ? fma16(square, splat(-3.0f * B), splat(-A)) : splat(-A); /* 2u' */
+    return add(s, mul(mul(mul(x, s), sub(one, s)), slope));
 }
+
+/* d[n] *= the derivative of the activation at x[n]. */
+#define BODY(i, n) PUT(d, i, n, mul(GET(d, i, n, 0.0f), slope16(GET(x, i, n, 0.0f), ACTIVATION)))
+#define FUNCTION(kind)                                                        \
+    static void backward_##kind(float *d, const float *x, ptrdiff_t N) {      \
+        enum { ACTIVATION = kind };                                           \
+        FOR_LANES(N, BODY);                                                   \
+    }
+EACH_ACTIVATION(FUNCTION)
+#undef FUNCTION
+#undef BODY
 
 /* One row: dx += (dn - mean(dn) - norm * mean(dn * norm)) * rstd, with norm = (x - mean) * rstd and dn = dout * weight. */
 static void layernorm_backward(float *dx, const float *dout, const float *x, const float *weight, const float *stats, ptrdiff_t C) {

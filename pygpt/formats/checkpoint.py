@@ -24,8 +24,21 @@ from .files import HEADER_BYTES, Windows, atomic_file, map_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     import numpy as np
     import numpy.typing as npt
+
+    class Weights(Protocol):
+        """What is written to files: an open model, or the parameters of one in training."""
+
+        @property
+        def config(self) -> Config:
+            """The dimensions and variations."""
+
+        def pieces(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
+            """Yield a tensor in order, as Checkpoint.pieces() does."""
+
 
 MAGIC = 20240326
 FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version
@@ -35,6 +48,15 @@ MODEL_KIND = "model file"  # the name of such files in messages
 def file_bytes(config: Config, version: int) -> int:
     """Return the exact size in bytes of a checkpoint of this shape and version."""
     return HEADER_BYTES + FORMATS[version].size(config.parameters(padded=version != 1))
+
+
+def check_plain(config: Config, path: str | os.PathLike[str]) -> None:
+    """Raise InputError for a model that a .bin file cannot describe: its header has only dimensions."""
+    for name, value in config.variations.items():
+        raise InputError(
+            f"{os.fspath(path)}: a .bin file cannot say that the model has {name} = {shown(value)}: "
+            "write a folder (a name that ends in /) or a .safetensors file"
+        )
 
 
 def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: bool) -> "dict[str, tuple[str, memoryview]]":
@@ -175,6 +197,7 @@ def write_checkpoint(
     if (number := whole(version)) not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
     version = number
+    check_plain(config, path)
     wanted = [(name, shape) for name, shape, _, _ in config.tensors(padded=False)]
     if set(tensors) != {name for name, _ in wanted}:
         odd = sorted(map(str, set(tensors) ^ {name for name, _ in wanted}))

@@ -64,11 +64,28 @@ def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int,
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
     except (OSError, ValueError) as error:
         raise refusal(f"{path!r}: cannot open the {kind}: {reason(error)}") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise refusal(f"{path}: not a regular file; a {kind} is expected")
+        if foreign := foreign_file(os.pread(fd, 512, 0)):
+            raise refusal(f"{path}: not a {kind}, but {foreign}")
+    except BaseException:
         os.close(fd)
-        raise refusal(f"{path}: not a regular file; a {kind} is expected")
+        raise
     return fd, status
+
+
+def foreign_file(start: bytes) -> str:
+    """Return what a file is that people give by mistake, with the way out, or "". start: its first bytes."""
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a Git LFS pointer, which only names the file: run `git lfs pull` in its repository, or download the file itself"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page: download the file itself (on Hugging Face, its address has /resolve/ in it)"
+    if start.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf")):
+        return "a compressed archive: unpack it, and give the file in it"
+    return ""
 
 
 def map_file(

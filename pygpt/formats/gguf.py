@@ -5,9 +5,10 @@ tensors. Each tensor begins at a multiple of general.alignment. The reader does 
 refuses a key or name that occurs twice, and requires that the tensors follow each other in order and fill the file. It computes
 sizes with Python integers and compares them with the file before it allocates memory. Quantised values are read exactly.
 
-The reader refuses other architectures and versions, split files, tensors of types that pygpt does not compute with, and tensors
-that are missing, unknown or of another shape. It also refuses a head that differs from the token embedding. Sources: ggml,
-docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names) and llama-model.cpp (the tensors of a gpt2 model).
+Refuses: other architectures and versions, split files, tensors of types that pygpt does not compute with, tensors that are
+missing, unknown or of another shape. The architecture `gpt2` says the width of the feed-forward, the epsilon, and a head of
+its own; a model with another variation cannot be written.
+Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), llama-model.cpp (what a gpt2 model has).
 """
 
 import os
@@ -21,6 +22,7 @@ from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..pool import ThreadPool
+from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
@@ -30,7 +32,7 @@ from .panels import MATRICES, QUANTISED, ModelFile, layout, stored_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO, SupportsIndex
+    from typing import IO, Any, SupportsIndex
 
     from .panels import Blocks
 
@@ -52,6 +54,8 @@ TENSORS_LIMIT = 2 * len(TENSORS) * LIMITS["L"]
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by value type
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32, INT32, FLOAT = 4, 5, 6
+TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 DIMENSIONS = {"maxT": "context_length", "C": "embedding_length", "L": "block_count", "NH": "attention.head_count"}
 NAMES = {
@@ -71,11 +75,10 @@ NAMES = {
     "fcprojb": "blk.{}.ffn_down.bias",
     "lnfw": "output_norm.weight",
     "lnfb": "output_norm.bias",
+    "head": "output.weight",
 }
-HEAD = "output.weight"
-EPSILON = 1e-5
-GPT2_V = 50257
-
+HEAD = NAMES["head"]
+SAID = {"F", "epsilon", "tied"}  # the variations that a file can say
 Value = int | float | bool | str
 
 
@@ -92,7 +95,7 @@ class _Cursor:
     """Read the fields of a header in order. Each must fit into the bytes that the file has."""
 
     def __init__(self, path: str, data: memoryview) -> None:
-        self._path, self._data, self.at = path, data, 0
+        self._path, self.data, self.at, self.last = path, data, 0, (0, 0)
 
     def bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: not a valid GGUF file: {what}")
@@ -100,16 +103,16 @@ class _Cursor:
     def skip(self, size: int, what: str) -> int:
         """Skip `size` bytes. Return the position of the first."""
         begin = self.at
-        if size > len(self._data) - begin:
-            limit = f"; pygpt reads headers of at most {HEADER_LIMIT} bytes" if len(self._data) == HEADER_LIMIT else ""
-            raise self.bad(f"truncated: {what} of {size} bytes at byte {begin} of {len(self._data)}{limit}")
+        if size > len(self.data) - begin:
+            limit = f"; pygpt reads headers of at most {HEADER_LIMIT} bytes" if len(self.data) == HEADER_LIMIT else ""
+            raise self.bad(f"truncated: {what} of {size} bytes at byte {begin} of {len(self.data)}{limit}")
         self.at += size
         return begin
 
     def scalar(self, code: str, what: str) -> int | float | bool:
         """Read one number of struct's type `code`."""
         begin = self.skip(struct.calcsize("<" + code), what)
-        value: int | float | bool = struct.unpack_from("<" + code, self._data, begin)[0]
+        value: int | float | bool = struct.unpack_from("<" + code, self.data, begin)[0]
         return value
 
     def count(self, code: str, low: int, high: int, what: str) -> int:
@@ -124,14 +127,15 @@ class _Cursor:
         size = self.count("Q", 0, limit, f"the length of {what}")
         begin = self.skip(size, what)
         try:
-            return bytes(self._data[begin : begin + size]).decode()
+            return bytes(self.data[begin : begin + size]).decode()
         except UnicodeDecodeError as error:
             raise self.bad(f"{what} is not UTF-8: {error.reason}") from None
 
     def array(self, what: str) -> int:
-        """Skip an array. Return the number of its elements."""
+        """Step over an array; return how many elements it has. self.last: its type, and where its elements begin."""
         kind = self.count("I", 0, max(SCALARS), f"the type of {what}")
         number = self.count("Q", 0, ARRAY_LIMIT, f"the length of {what}")
+        self.last = kind, self.at
         if kind in SCALARS:
             self.skip(number * struct.calcsize("<" + SCALARS[kind]), what)
         elif kind == STRING:
@@ -145,9 +149,9 @@ class _Cursor:
         at, unpack = self.at, struct.Struct("<Q").unpack_from
         try:
             for _ in range(number):
-                at += 8 + unpack(self._data, at)[0]
+                at += 8 + unpack(self.data, at)[0]
         except (struct.error, OverflowError):
-            at = self.at + len(self._data) + 1
+            at = self.at + len(self.data) + 1
         return at - self.at
 
 
@@ -168,7 +172,6 @@ class GGUFFile(ModelFile):
             self._tensors = self._read_header()
             self.config = self._read_config()
             self.formats = self._check_tensors()
-            self._check_head()
         except BaseException:
             self.close()
             raise
@@ -190,6 +193,7 @@ class GGUFFile(ModelFile):
         pairs = cursor.count("Q", 0, KEYS_LIMIT, "the number of keys")
         self._values: dict[str, Value] = {}
         self._lengths: dict[str, int] = {}
+        self._arrays: dict[str, tuple[int, int]] = {}  # by key: type, offset
         for _ in range(pairs):
             self._read_pair(cursor)
         table = [self._read_tensor(cursor) for _ in range(tensors)]
@@ -203,6 +207,7 @@ class GGUFFile(ModelFile):
         kind = cursor.count("I", 0, max(SCALARS), f"the type of {key[:80]!r}")
         if kind == ARRAY:
             self._lengths[key] = cursor.array(repr(key[:80]))
+            self._arrays[key] = cursor.last
         elif kind == STRING:
             self._values[key] = cursor.string(STRING_LIMIT, repr(key[:80]))
         else:
@@ -262,20 +267,26 @@ class GGUFFile(ModelFile):
         if values.get("split.count", 1) not in (0, 1):
             raise self._bad(f"it is one of {shown(values['split.count'])} parts of a model: merge them with llama-gguf-split")
         found = {ours: values.get(f"gpt2.{theirs}") for ours, theirs in DIMENSIONS.items()}
+        epsilon = values.get("gpt2.attention.layer_norm_epsilon")
+        if not isinstance(epsilon, float):
+            raise self._bad(f"gpt2.attention.layer_norm_epsilon is {shown(epsilon)}, expected a number such as 1e-05")
         embedding = self._tensors.get(NAMES["wte"])
         if embedding is None or len(embedding.extents) != 2:
             raise self._bad(f"tensor {NAMES['wte']} is missing or does not have two extents")
         try:
-            config = Config(V=embedding.extents[1], **found)  # type: ignore[arg-type]
+            config = Config(
+                V=embedding.extents[1],
+                F=values.get("gpt2.feed_forward_length"),
+                epsilon=float(f"{epsilon:.7g}"),  # the number that was rounded to float32
+                tied=self._tied(),
+                **found,  # type: ignore[arg-type]
+            )
         except InputError as error:
             meaning = ", ".join(f"{ours} is its gpt2.{theirs}" for ours, theirs in DIMENSIONS.items())
             raise self._bad(f"{error} ({meaning})") from None
-        epsilon = values.get("gpt2.attention.layer_norm_epsilon")
-        if not isinstance(epsilon, float) or struct.pack("<f", epsilon) != struct.pack("<f", EPSILON):
-            raise self._bad(f"gpt2.attention.layer_norm_epsilon is {shown(epsilon)}, expected {EPSILON}")
-        for key, wanted in (("feed_forward_length", 4 * config.C), ("attention.head_count_kv", config.NH)):
-            if values.get(f"gpt2.{key}", wanted) != wanted:
-                raise self._bad(f"gpt2.{key} is {shown(values[f'gpt2.{key}'])}, expected {wanted} for {config}")
+        if values.get("gpt2.attention.head_count_kv", config.NH) != config.NH:
+            found_heads = shown(values["gpt2.attention.head_count_kv"])
+            raise self._bad(f"gpt2.attention.head_count_kv is {found_heads}, expected {config.NH} for {config}")
         tokens = self._lengths.get("tokenizer.ggml.tokens", config.V)
         if tokens != config.V:
             raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, but {NAMES['wte']} has {config.V} rows")
@@ -284,7 +295,7 @@ class GGUFFile(ModelFile):
     def _check_tensors(self) -> dict[str, Format]:
         """Check names and extents against the dimensions. Return the format of each tensor: float32 if its layers differ."""
         formats, known = {}, {HEAD}
-        for name in NAMES:
+        for name, _ in self.config.table:
             layers, N, K = layout(self.config, name)
             extents = (K, N) if name in MATRICES else (K,)
             found = set()
@@ -300,21 +311,46 @@ class GGUFFile(ModelFile):
             raise self._bad(f"tensor {unknown[0]!r} is unknown in a model with {self.config}")
         return formats
 
-    def _check_head(self) -> None:
-        """Refuse a head that differs from the token embedding: the kernels use wte as the head."""
+    def _tied(self) -> bool:
+        """Return whether the head is the token embedding: the file has no head, or one of the same bytes."""
         if HEAD not in self._tensors:
-            return
+            return True
         head, wte = self._tensors[HEAD], self._tensors[NAMES["wte"]]
         if (head.kind, head.extents) != (wte.kind, wte.extents):
-            raise self._bad(
-                f"{HEAD} is {head.kind.name} {head.extents}, but {NAMES['wte']} is {wte.kind.name} {wte.extents}: a separate "
-                "head is not supported; convert the model again with a current llama.cpp, which writes one tensor for both"
-            )
+            return False
         for at in range(0, head.stop - head.start, HEADER_LIMIT):
             size = min(HEADER_LIMIT, head.stop - head.start - at)
             one, other = (self._file.view(tensor.start + at, tensor.start + at + size) for tensor in (head, wte))
             if one != other:
-                raise self._bad(f"{HEAD} differs from {NAMES['wte']}: a separate head is not supported")
+                return False
+        return True
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the file has a byte-level BPE vocabulary."""
+        return self._values.get("tokenizer.ggml.model") == "gpt2" and {TOKENS, MERGES} <= self._arrays.keys()
+
+    def vocabulary(self) -> "dict[str, Any]":
+        """Return the vocabulary in the form of tokenizer.json. Raises InputError if it is not GPT-2's kind."""
+        split = self._values.get("tokenizer.ggml.pre", "gpt-2")
+        if not self.has_vocabulary or split not in ("gpt-2", "default"):
+            raise InputError(f"{self.path}: it has no vocabulary that splits text as GPT-2 does (its kind is {shown(split)})")
+        tokens = self._strings(TOKENS)
+        kind, at = self._arrays.get("tokenizer.ggml.token_type", (0, 0))
+        types = struct.unpack_from(f"<{len(tokens)}i", self._cursor.data, at) if kind in (UINT32, INT32) else (1,) * len(tokens)
+        added = {
+            token: number == CONTROL for token, number in zip(tokens, types, strict=True) if number in (CONTROL, USER_DEFINED)
+        }
+        return vocabulary_of(tokens, self._strings(MERGES), added)
+
+    def _strings(self, key: str) -> list[str]:
+        """Return the strings of an array."""
+        kind, at = self._arrays[key]
+        if kind != STRING:
+            raise self._cursor.bad(f"{key} is not an array of strings")
+        cursor = _Cursor(self.path, self._cursor.data)
+        cursor.at = at
+        return [cursor.string(STRING_LIMIT, key) for _ in range(self._lengths[key])]
 
     # -------------------------------------------------------------------------------------------- values
 
@@ -391,8 +427,12 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp, all or nothing. Arguments and errors are those of panels.write_panels().
 
-    The vocabulary is written only if it is GPT-2's, with 50,257 ids. Raises InputError for rows that do not fill whole blocks.
+    The model's vocabulary stands in the file if it splits text as GPT-2's does; any other is left out. Raises InputError for
+    rows that do not fill whole blocks.
     """
+    if unsaid := sorted(config.variations.keys() - SAID):
+        value = shown(getattr(config, unsaid[0]))
+        raise InputError(f"{os.fspath(path)}: GGUF's gpt2 cannot say {unsaid[0]} = {value}: write a .safetensors file instead")
     for name, kind in formats.items():
         _, _, K = layout(config, name)
         if K % kind.block_values:
@@ -401,7 +441,7 @@ def write_gguf(
                 f"{kind.block_values}: write a .safetensors file, which pads rows, or use --format f16"
             )
     table, end = [], 0
-    for name in NAMES:
+    for name, _ in config.table:
         layers, N, K = layout(config, name)
         for theirs in _theirs(name, layers):
             extents = (K, N) if name in MATRICES else (K,)
@@ -414,7 +454,7 @@ def write_gguf(
     header = MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)
     with atomic_file(path) as file:
         file.write(header + bytes(-len(header) % ALIGNMENT))
-        for name in NAMES:
+        for name, _ in config.table:
             layers, N, K = layout(config, name)
             for _ in range(layers):
                 _write_rows(file, tensors[name], N)
@@ -433,35 +473,41 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
     """Return the key-value pairs as bytes."""
     kind = formats["qkvw"].name
     whole = {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
-    whole |= {"gpt2.feed_forward_length": 4 * config.C, "general.file_type": FILE_TYPE[kind]}
+    whole |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[kind]}
     if {formats["qkvw"].name, formats["wte"].name} & QUANTISED.keys():
         whole["general.quantization_version"] = 2
     pairs = [_pair("general.architecture", STRING, _string("gpt2"))]
     pairs += [_pair(key, UINT32, struct.pack("<I", value)) for key, value in whole.items()]
-    pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", EPSILON)))
-    return pairs + _vocabulary(config.V)
+    pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", config.epsilon)))
+    return pairs + _vocabulary(config)
 
 
-def _vocabulary(V: int) -> list[bytes]:
-    """Return the key-value pairs of GPT-2's vocabulary; an empty list if V differs."""
-    if V != GPT2_V:
+def _vocabulary(config: Config) -> list[bytes]:
+    """The key-value pairs of the vocabulary; placeholders fill it up. One that GGUF cannot say is left out."""
+    V = config.V
+    tokenizer = tokenizer_of(config) if config.tokenizer or config.V >= GPT2_V else None
+    if tokenizer is None or not tokenizer.splits_before_space:
         return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
-    from ..tokenizer import END_OF_TEXT, spelled_vocabulary
-
-    ordinary, merges = spelled_vocabulary()
-    tokens = [*ordinary, END_OF_TEXT]
-    normal, control = 1, 3
-    types = struct.pack(f"<{V}i", *[normal] * len(ordinary), control)
-    end = struct.pack("<I", V - 1)
-    return [
+    found = tokenizer.vocabulary()
+    tokens = {i: token for token, i in found["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, NORMAL)
+    for token in found["added_tokens"]:
+        tokens[token["id"]] = token["content"]
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    texts = [tokens.get(i, f"<|{i}|>") for i in range(V)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    kinds = struct.pack(f"<{V}i", *(types.get(i, UNUSED) for i in range(V)))
+    pairs = [
         _pair("tokenizer.ggml.model", STRING, _string("gpt2")),
         _pair("tokenizer.ggml.pre", STRING, _string("gpt-2")),
-        _pair("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, V) + b"".join(map(_string, tokens))),
-        _pair("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", INT32, V) + types),
-        _pair("tokenizer.ggml.merges", ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(_string, merges))),
-        _pair("tokenizer.ggml.bos_token_id", UINT32, end),
-        _pair("tokenizer.ggml.eos_token_id", UINT32, end),
+        _pair(TOKENS, ARRAY, struct.pack("<IQ", STRING, V) + b"".join(map(_string, texts))),
+        _pair("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", INT32, V) + kinds),
+        _pair(MERGES, ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(_string, merges))),
     ]
+    if tokenizer.eot is None:
+        return pairs
+    end = struct.pack("<I", tokenizer.eot)
+    return [*pairs, _pair("tokenizer.ggml.bos_token_id", UINT32, end), _pair("tokenizer.ggml.eos_token_id", UINT32, end)]
 
 
 def _pair(key: str, kind: int, value: bytes) -> bytes:

@@ -1,12 +1,13 @@
-"""GPT-2 models of Hugging Face's transformers: read and write a folder with config.json and safetensors.
+"""GPT-2's family in Hugging Face's transformers, and in nanoGPT's layout: use a folder or a file as it is, write a folder.
 
 The files have other names than ours, and separate tensors for each layer. The four weights of transformers' Conv1D have shape
-(in, out); ours have (out, in). The code reads one layer at a time, or some rows of an embedding, so any model fits in memory.
-The prefix `transformer.` of names is optional. The causal mask of older files is ignored.
+(in, out); ours and nanoGPT's have (out, in). To compute, stored() uses the embeddings in place, and lays the layers out once,
+on all workers. To convert, the code reads one layer at a time, or some rows of an embedding, so any model fits in memory. The
+prefixes in PREFIXES are optional. The causal mask of older files is ignored. A model without any bias has zero biases.
 
-Refuses models that the kernels would compute differently, for example with another activation or epsilon, a separate head, or
-cross-attention. Refuses tensors that are missing, unknown or of another shape, and pickles, because loading a pickle can run
-any code. Source: transformers, models/gpt2/modeling_gpt2.py and configuration_gpt2.py.
+Refuses models that the kernels would compute differently, for example with cross-attention, and tensors that are missing,
+unknown or of another shape. Pickles are read only by torch, without running their code (pickles.py). Source: transformers,
+models/gpt2/modeling_gpt2.py and configuration_gpt2.py; nanoGPT, model.py.
 """
 
 import json
@@ -20,25 +21,29 @@ from math import prod
 from ..config import Config
 from ..errors import CheckpointError, InputError, PyGPTError, Uncopied
 from . import dtypes
+from .dtypes import FLOAT32
 from .files import reason
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import IO, Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
 
-    from .checkpoint import Checkpoint
+    from .checkpoint import Weights
     from .dtypes import Format
-    from .panels import ModelFile
+    from .pickles import PickleFile
+
+    Tensors = SafetensorsFile | PickleFile
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-2 needs
-PREFIX, HEAD = "transformer.", "lm_head.weight"
+PREFIX, PREFIXES, HEAD = "transformer.", ("_orig_mod.", "module.", "transformer."), "lm_head.weight"
 
-# By our tensor name: the name in the files, with {} for the layer, and whether the files have shape (in, out).
+# By our tensor name: the name in the files, {} standing for the layer, and whether transformers' files have shape (in, out).
 NAMES: dict[str, tuple[str, bool]] = {
     "wte": ("wte.weight", False),
     "wpe": ("wpe.weight", False),
@@ -56,124 +61,166 @@ NAMES: dict[str, tuple[str, bool]] = {
     "fcprojb": ("h.{}.mlp.c_proj.bias", False),
     "lnfw": ("ln_f.weight", False),
     "lnfb": ("ln_f.bias", False),
+    "head": (HEAD, False),
 }
 MASKS = ("h.{}.attn.bias", "h.{}.attn.masked_bias")
 
-# The names of our dimensions in config.json; and the settings that change the computation, with their allowed values.
-DIMENSIONS = {"maxT": "n_positions", "V": "vocab_size", "L": "n_layer", "NH": "n_head", "C": "n_embd"}
-SETTINGS: dict[str, tuple[object, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+# All that a config.json may say: our name in Config, and its names there. The first is written, the others are read as well.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "maxT": ("n_positions", "max_position_embeddings", "block_size"),
+    "V": ("vocab_size",),
+    "L": ("n_layer", "num_hidden_layers"),
+    "NH": ("n_head", "num_attention_heads"),
+    "C": ("n_embd", "hidden_size"),
+    "F": ("n_inner",),
+    "activation": ("activation_function",),
+    "epsilon": ("layer_norm_epsilon",),
+    "scaled": ("scale_attn_weights",),
+    "scaled_by_layer": ("scale_attn_by_inverse_layer_idx",),
+    "tied": ("tie_word_embeddings",),
 }
-KNOWN_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's four sizes
+NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
+KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
 
 
 class HuggingFaceModel(Uncopied):
-    """An open model with `config`, and with pieces() of its tensors by our names. Use it in a `with` block, or close() it.
+    """An open model with `config`, with stored() to compute, and pieces() of its tensors by our names. Close it, or use `with`.
 
-    files: the safetensors files by path. settings: the contents of config.json, or None without that file. heads: the number
-    of heads, needed only without settings, and only if the model does not have one of OpenAI's sizes. place: the model's
-    name in messages. Raises CheckpointError for a model that the kernels do not compute, InputError for a bad `heads`.
+    files: the files by path. settings: the contents of config.json, or None without that file. heads: the number of heads,
+    needed only without settings, and only if the model does not have a known size. path: the model's name in messages.
+    threads: workers that lay out the layers. mmap: use embeddings in place. Raises CheckpointError for a model that the kernels
+    do not compute, InputError for a bad `heads`.
     """
 
     def __init__(
-        self, files: "Mapping[str, SafetensorsFile]", settings: "dict[str, Any] | None", *, place: str, heads: int | None = None
+        self,
+        files: "Mapping[str, Tensors]",
+        settings: "dict[str, Any] | None",
+        *,
+        path: str,
+        heads: int | None = None,
+        threads: "SupportsIndex | None" = None,
+        mmap: bool = True,
     ) -> None:
-        self.place, self.notice = place, ""
-        self._files = files
-        self._tensors: dict[str, tuple[SafetensorsFile, str]] = {}  # by name without prefix: the file and the full name
+        self.path, self.notice = path, ""
+        self._files, self._threads, self._mmap = files, threads, mmap
+        self._tensors: dict[str, tuple[Tensors, str]] = {}  # by name without prefixes: the file and the full name
         for file in files.values():
             for name in file.tensors:
-                short = name.removeprefix(PREFIX)
+                short = name
+                while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), ""):
+                    short = short.removeprefix(prefix)
                 if short in self._tensors:
                     raise self._bad(f"tensor {short} occurs twice")
                 self._tensors[short] = file, name
+        if "wte.weight" not in self._tensors and HEAD in self._tensors:  # safetensors.torch.save_model keeps one of two names
+            self._tensors["wte.weight"] = self._tensors.pop(HEAD)
+        self._linear = self._is_linear()
+        self._unbiased = not any(name.endswith(".bias") and not name.endswith(".attn.bias") for name in self._tensors)
         if settings is None:
             self.config = self._guess(heads)
         elif heads is not None:
-            raise InputError(f"{place}: {CONFIG_FILE} contains the number of heads: leave out --heads")
+            raise InputError(f"{path}: {CONFIG_FILE} contains the number of heads: leave out --heads")
         else:
-            self.config = read_settings(settings, place)
+            self.config = read_settings(settings, path, tied=self._tied())
         found = self._check()
         self.dtype = "mixed" if len(found) > 1 else FORMATS[found.pop()].name
 
     @classmethod
-    def open(cls, path: str, *, heads: int | None = None) -> "HuggingFaceModel":
-        """Open a folder with config.json and safetensors, or one safetensors file, whose folder may have a config.json."""
+    def open(
+        cls, path: str, *, heads: int | None = None, threads: "SupportsIndex | None" = None, mmap: bool = True
+    ) -> "HuggingFaceModel":
+        """Open a folder with config.json and tensors, or one file of tensors, whose folder may have a config.json.
+
+        A safetensors file's own metadata may hold the text of config.json, as Parameters.save() writes it."""
         with ExitStack() as opened:
             if os.path.isdir(path):
                 folder = path
                 if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
                     raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing: give the folder or file of a model")
-                files = {name: opened.enter_context(SafetensorsFile(os.path.join(folder, name))) for name in find_files(folder)}
-                _check_index(folder, files)
+                paths = {name: os.path.join(folder, name) for name in find_files(folder)}
             else:
-                folder = os.path.dirname(path)
-                files = {path: opened.enter_context(SafetensorsFile(path))}
-            settings = os.path.join(folder, CONFIG_FILE)
-            found = _read_json(settings) if os.path.exists(settings) else None
-            model = cls(files, found, place=path, heads=heads)
+                folder, paths = os.path.dirname(path), {path: path}
+            files: dict[str, Tensors] = {}
+            for name, place in paths.items():
+                opened.callback((file := _open_tensors(place)).close)
+                files[name] = file
+            if os.path.isdir(path):
+                _check_index(folder, files)
+            place = os.path.join(folder, CONFIG_FILE)
+            inside = next(iter(files.values())).metadata.get(CONFIG_FILE)
+            found = parse_settings(inside.encode(), path) if inside else _read_json(place) if os.path.exists(place) else None
+            model = cls(files, found, path=path, heads=heads, threads=threads, mmap=mmap)
             opened.pop_all()
         return model
 
     def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.place}: not a GPT-2 model: {what}")
+        return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the files, () if it is missing."""
+        file, full = self._tensors.get(name, (None, ""))
+        return () if file is None else file.tensors[full][1]
+
+    def _is_linear(self) -> bool:
+        """Return whether the layers' matrices are (out, in), as nanoGPT has them. The one of qkv shows it: it is not square."""
+        shape = self._shape("h.0.attn.c_attn.weight")
+        return len(shape) == 2 and shape[0] == 3 * shape[1]
+
+    def _tied(self) -> bool:
+        """Return whether the head is wte: the files have no head, or one of the same bits."""
+        import numpy as np
+
+        if HEAD not in self._tensors:
+            return True
+        (file, full), (own, wte) = self._tensors[HEAD], self._tensors["wte.weight"]
+        if file.tensors[full][:2] != own.tensors[wte][:2]:
+            return False
+        pairs = zip(_rows(file, full), _rows(own, wte), strict=True)
+        return all(np.array_equal(one.view("<u4"), other.view("<u4")) for one, other in pairs)
 
     def _guess(self, heads: int | None) -> Config:
         """Return the dimensions, from the tensors' shapes. The number of heads cannot be read from the shapes."""
-        shapes = {name: file.tensors[full][1] for name, (file, full) in self._tensors.items()}
         for name in ("wte.weight", "wpe.weight"):
-            if len(shapes.get(name, ())) != 2:
+            if len(self._shape(name)) != 2:
                 raise self._bad(f"tensor {name} is missing or does not have two dimensions")
-        (V, C), (maxT, _) = shapes["wte.weight"], shapes["wpe.weight"]
-        L = 1 + max((int(match[1]) for name in shapes if (match := re.match(r"h\.(\d{1,6})\.", name))), default=-1)
+        (V, C), (maxT, _) = self._shape("wte.weight"), self._shape("wpe.weight")
+        L = 1 + max((int(match[1]) for name in self._tensors if (match := re.match(r"h\.(\d{1,6})\.", name))), default=-1)
+        F = self._shape("h.0.mlp.c_fc.weight")[0 if self._linear else -1 :][:1]
+        assumed = []
         if heads is None:
             if (L, C) not in KNOWN_HEADS:
-                raise InputError(f"{self.place}: the number of heads is unknown without {CONFIG_FILE}: give --heads N")
+                raise InputError(f"{self.path}: the number of heads is unknown without {CONFIG_FILE}: give --heads N")
             heads = KNOWN_HEADS[L, C]
-            self.notice = f"without {CONFIG_FILE}, assuming {heads} heads, as in GPT-2 with {L} layers and {C} channels"
+            assumed.append(f"{heads} heads, as in GPT-2 with {L} layers and {C} channels")
+        activation = "gelu" if self._linear else "gelu_new"
+        if self._linear:
+            assumed.append("the activation gelu, as in nanoGPT")
+        if assumed:
+            self.notice = f"without {CONFIG_FILE}, assuming {' and '.join(assumed)}"
         try:
-            return Config(maxT=maxT, V=V, L=L, NH=heads, C=C)
+            return Config(maxT=maxT, V=V, L=L, NH=heads, C=C, F=next(iter(F), None), activation=activation, tied=self._tied())
         except InputError as error:
-            raise InputError(f"{self.place}: {error}") from None
+            raise InputError(f"{self.path}: {error}") from None
 
     def _check(self) -> set[str]:
         """Check names, shapes and dtypes of all tensors against the dimensions; return the dtypes."""
         wanted: dict[str, tuple[int, ...]] = {}
         for name, shape, _, _ in self.config.tensors(padded=False):
-            wanted.update(_theirs(name, shape))
+            if not (self._unbiased and name.endswith("b")):
+                wanted.update(_theirs(name, shape, linear=self._linear))
         for name, shape in wanted.items():
             if name not in self._tensors:
                 raise self._bad(f"tensor {name} is missing")
-            file, full = self._tensors[name]
-            if file.tensors[full][1] != shape:
-                raise self._bad(f"tensor {name} has shape {file.tensors[full][1]}, expected {shape} for {self.config}")
+            if self._shape(name) != shape:
+                raise self._bad(f"tensor {name} has shape {self._shape(name)}, expected {shape} for {self.config}")
         dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
         if unknown := sorted(self._tensors.keys() - wanted.keys() - dropped - {HEAD}):
             raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
-        found = {file.tensors[full][0] for file, full in map(self._tensors.__getitem__, wanted)}
-        if wrong := sorted(found - FORMATS.keys()):
-            name = next(name for name in wanted if self._tensors[name][0].tensors[self._tensors[name][1]][0] == wrong[0])
-            raise self._bad(f"tensor {name} is of dtype {wrong[0]}, expected {', '.join(FORMATS)}")
-        self._check_head()
-        return found
-
-    def _check_head(self) -> None:
-        """Raise CheckpointError if the head differs from wte, because the kernels use wte as the head."""
-        import numpy as np
-
-        if HEAD not in self._tensors:
-            return
-        (file, full), (own, wte) = self._tensors[HEAD], self._tensors["wte.weight"]
-        if file.tensors[full][:2] != own.tensors[wte][:2]:
-            raise self._bad(f"{HEAD} is {file.tensors[full][:2]}, but wte.weight is {own.tensors[wte][:2]}: they must be equal")
-        pairs = zip(_rows(file, full), _rows(own, wte), strict=True)
-        if not all(np.array_equal(one.view("<u4"), other.view("<u4")) for one, other in pairs):
-            raise self._bad(f"{HEAD} differs from wte.weight: a separate head is not supported")
+        dtype_of = {name: file.tensors[full][0] for name, (file, full) in self._tensors.items() if name in wanted}
+        if wrong := sorted((dtype, name) for name, dtype in dtype_of.items() if dtype not in FORMATS):
+            raise self._bad(f"tensor {wrong[0][1]} is of dtype {wrong[0][0]}, expected {', '.join(FORMATS)}")
+        return set(dtype_of.values())
 
     @property
     def paths(self) -> list[str]:
@@ -185,16 +232,90 @@ class HuggingFaceModel(Uncopied):
         """The size of all its files in bytes."""
         return sum(file.size for file in self._files.values())
 
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the first file has a tokenizer.json in its metadata."""
+        return "tokenizer.json" in next(iter(self._files.values())).metadata
+
+    @property
+    def format(self) -> "Format":
+        """The weight format of the layers' matrices."""
+        return self._format("qkvw")
+
+    def _parts(self, name: str) -> "list[tuple[Tensors, str]]":
+        """The files and full names of a tensor's layers; [] for biases that the model does not have."""
+        if self._unbiased and name.endswith("b"):
+            return []
+        theirs = NAMES[name][0]
+        layers = self.config.L if "{}" in theirs else 1
+        return [self._tensors[theirs.format(layer)] for layer in range(layers)]
+
+    def _format(self, name: str) -> "Format":
+        """The format in which the kernels read a tensor: the files' own, or float32 if layers differ or the kernels lack it."""
+        from .._kernels import weight_formats
+
+        found = {file.tensors[full][0] for file, full in self._parts(name)}
+        kind = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
+        return kind if kind.name in weight_formats() else FLOAT32
+
+    def _values(self, part: "tuple[Tensors, str]", kind: "Format", rows: slice = slice(None)) -> "npt.NDArray[Any]":
+        """Some rows of one tensor of the files in a format: a view if they have it."""
+        file, full = part
+        return file.stored(full, rows) if FORMATS[file.tensors[full][0]] == kind else file.tensor(full, rows)
+
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
         """Yield our tensor `name` as float32 in order: some rows of an embedding at a time, else one layer at a time."""
+        import numpy as np
+
         theirs, transposed = NAMES[name]
-        if "{}" not in theirs:
-            yield from _rows(*self._tensors[theirs])
-            return
-        for layer in range(self.config.L):
-            file, full = self._tensors[theirs.format(layer)]
-            array = file.tensor(full)
-            yield (array.T if transposed else array)[None]
+        parts = self._parts(name)
+        if not parts:
+            yield next(np.zeros(shape, "<f4") for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
+        elif "{}" not in theirs:
+            yield from _rows(*parts[0])
+        else:
+            for file, full in parts:
+                array = file.tensor(full)
+                yield (array.T if transposed and not self._linear else array)[None]
+
+    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+        """Map each tensor to its format's name and its bytes, as Weights takes them.
+
+        wte, wpe and a head are the bytes of the file. The layers' matrices are laid out in memory, on all workers at once.
+        """
+        import numpy as np
+
+        from .._kernels import Floats, transpose
+        from ..cpus import resolve_threads
+        from ..pool import ThreadPool
+
+        found: dict[str, tuple[str, memoryview]] = {}
+        moves: list[tuple[tuple[Tensors, str], Format, memoryview]] = []  # a layer's matrix, its format and its new place
+        for name, shape, _, size in self.config.tensors(padded=False):
+            parts, kind = self._parts(name), self._format(name)
+            if NAMES[name][1]:
+                memory = memoryview(Floats(1, -(-kind.size(size) // 4), dense=True)).cast("B")[: kind.size(size)]
+                step = len(memory) // len(parts)
+                moves += [(part, kind, memory[i * step : (i + 1) * step]) for i, part in enumerate(parts)]
+            else:
+                arrays = [self._values(part, kind) for part in parts] or [np.zeros(shape, "<f4")]
+                whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+                memory = (_aligned(whole) if self._mmap else whole.copy()).reshape(-1).view("u1").data
+            found[name] = kind.name, memory
+
+        def job(ith: int, nth: int) -> None:
+            for part, kind, to in moves:
+                count = part[0].tensors[part[1]][1][0]
+                start, stop = count * ith // nth, count * (ith + 1) // nth
+                rows = _aligned(self._values(part, kind, slice(start, stop)))
+                if self._linear:
+                    to[start * rows.strides[0] : stop * rows.strides[0]] = rows.reshape(-1).view("u1").data
+                elif start < stop:
+                    transpose(to, rows.view("u1"), rows.itemsize, count, start)
+
+        with ThreadPool(resolve_threads(self._threads)) as pool:
+            pool.run(job)
+        return found
 
     def close(self) -> None:
         """Close the files. May be called twice."""
@@ -208,22 +329,20 @@ class HuggingFaceModel(Uncopied):
         self.close()
 
 
-def write_model(folder: str, checkpoint: "Checkpoint | ModelFile", kind: "Format") -> None:
-    """Write an open model as a folder that transformers loads: config.json, and model.safetensors in a format of single values.
+def write_model(folder: str, model: "Weights", kind: "Format") -> None:
+    """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
-    The folder gets its name only when it is complete. Raises PyGPTError if it cannot be written, and then deletes it.
+    A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it
+    cannot be written, and then deletes it.
     """
     temporary = f"{folder}.{os.urandom(4).hex()}.tmp"
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape, _, _ in checkpoint.config.tensors(padded=False):
-        shapes.update(_theirs(name, shape))
     try:
         os.mkdir(temporary)
-        with open(os.path.join(temporary, CONFIG_FILE), "x", encoding="ascii") as text:
-            text.write(json.dumps(settings_of(checkpoint.config, kind.name), indent=2) + "\n")
+        for name, content in _texts(model.config, kind.name).items():
+            with open(os.path.join(temporary, name), "xb") as text:
+                text.write(content)
         with open(os.path.join(temporary, MODEL_FILE), "xb") as file:
-            dtype = next(dtype for dtype, row in FORMATS.items() if row == kind)
-            write_safetensors(file, dtype, [(PREFIX + name, shape) for name, shape in shapes.items()], _values(checkpoint))
+            write_tensors(file, model, kind)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder)
@@ -233,23 +352,53 @@ def write_model(folder: str, checkpoint: "Checkpoint | ModelFile", kind: "Format
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _values(checkpoint: "Checkpoint | ModelFile") -> "Iterator[npt.NDArray[np.float32]]":
-    """Yield all values in the order of write_model()'s tensors."""
-    for name, (_, transposed) in NAMES.items():
-        for piece in checkpoint.pieces(name):
-            yield piece.transpose(0, 2, 1) if transposed else piece
+def _texts(config: Config, dtype: str) -> dict[str, bytes]:
+    """Return the files of a folder other than the tensors, by name."""
+    from ..tokenizer import GPT2_V, tokenizer_of
+    from .vocabulary import tokenizer_files
+
+    tokenizer = tokenizer_of(config) if config.tokenizer is not None or config.V >= GPT2_V else None
+    settings = settings_of(config, dtype, None if tokenizer is None else tokenizer.eot)
+    ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id")}
+    files = {CONFIG_FILE: settings, "generation_config.json": {"_from_model_config": True, **ends}}
+    texts = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in files.items()}
+    return texts | ({} if tokenizer is None else tokenizer_files(tokenizer, config.maxT))
 
 
-def _theirs(name: str, shape: tuple[int, ...]) -> "dict[str, tuple[int, ...]]":
+def write_tensors(file: "IO[bytes]", model: "Weights", kind: "Format", metadata: "dict[str, str] | None" = None) -> None:
+    """Write the tensors of a model to an open file as safetensors with transformers' names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape, _, _ in model.config.tensors(padded=False):
+        shapes.update(
+            {(theirs if name == "head" else PREFIX + theirs): found for theirs, found in _theirs(name, shape).items()}
+        )
+
+    def values() -> "Iterator[npt.NDArray[np.float32]]":
+        for name, _ in model.config.table:
+            for piece in model.pieces(name):
+                yield piece.transpose(0, 2, 1) if NAMES[name][1] else piece
+
+    dtype = next(dtype for dtype, row in FORMATS.items() if row == kind)
+    write_safetensors(file, dtype, list(shapes.items()), values(), metadata)
+
+
+def _theirs(name: str, shape: tuple[int, ...], *, linear: bool = False) -> "dict[str, tuple[int, ...]]":
     """Return the names and shapes that one of our tensors has in the files."""
     theirs, transposed = NAMES[name]
     if "{}" not in theirs:
         return {theirs: shape}
     layers, *rest = shape
-    return {theirs.format(layer): tuple(reversed(rest) if transposed else rest) for layer in range(layers)}
+    return {theirs.format(layer): tuple(reversed(rest) if transposed and not linear else rest) for layer in range(layers)}
 
 
-def _rows(file: SafetensorsFile, name: str) -> "Iterator[npt.NDArray[np.float32]]":
+def _aligned(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
+    """Return a contiguous array whose values have aligned addresses: a file may place them anywhere."""
+    import numpy as np
+
+    return array.copy() if array.ctypes.data % array.itemsize else np.ascontiguousarray(array)
+
+
+def _rows(file: "Tensors", name: str) -> "Iterator[npt.NDArray[np.float32]]":
     """Yield a tensor's rows as float32, some at a time."""
     _, shape, _ = file.tensors[name]
     step = max(1, dtypes.PIECE // prod(shape[1:]))
@@ -257,35 +406,39 @@ def _rows(file: SafetensorsFile, name: str) -> "Iterator[npt.NDArray[np.float32]
         yield file.tensor(name, slice(start, start + step))
 
 
-def read_settings(settings: "dict[str, Any]", place: str) -> Config:
-    """Return the dimensions in config.json. Raises CheckpointError for settings that the kernels do not compute."""
+def read_settings(settings: "dict[str, Any]", place: str, *, tied: bool = True) -> Config:
+    """Return the config in config.json. Raises CheckpointError for settings that the kernels do not compute.
+
+    tied: whether the files have no head, or one that equals wte. A head that differs is used, as transformers does.
+    """
     where = f"{place}: {CONFIG_FILE}"
-    if settings.get("model_type") != "gpt2":
+    if settings.get("model_type", "gpt2" if NANOGPT in settings else None) != "gpt2":
         raise CheckpointError(f"{where}: model_type is {_short(settings.get('model_type'))}, expected 'gpt2'")
-    for key, allowed in SETTINGS.items():
-        if key in settings and settings[key] not in allowed:
-            expected = " or ".join(map(repr, allowed))
-            raise CheckpointError(f"{where}: {key} is {_short(settings[key])}, expected {expected}: only that is supported")
+    if settings.get("add_cross_attention", False) is not False:
+        found = _short(settings["add_cross_attention"])
+        raise CheckpointError(f"{where}: add_cross_attention is {found}, expected False: only that is supported")
+    given: dict[str, Any] = dict.fromkeys(("maxT", "V", "L", "NH", "C"))
+    given |= {"activation": "gelu"} if NANOGPT in settings else {}
+    for ours, names in SETTINGS.items():
+        given.update((ours, settings[name]) for name in reversed(names) if name in settings)
+    if given.get("tied") is True and not tied:
+        given["tied"] = False
     try:
-        config = Config(**{ours: settings.get(theirs) for ours, theirs in DIMENSIONS.items()})  # type: ignore[arg-type]
+        return Config(**{"tied": tied, **given})
     except InputError as error:
-        meaning = ", ".join(f"{ours} is {theirs} there" for ours, theirs in DIMENSIONS.items())
+        meaning = ", ".join(f"{ours} is {SETTINGS[ours][0]} there" for ours in SETTINGS if str(error).startswith(f"{ours} "))
         raise CheckpointError(f"{where}: {error} ({meaning})") from None
-    if settings.get("n_inner") not in (None, 4 * config.C):
-        raise CheckpointError(f"{where}: n_inner is {_short(settings['n_inner'])}, expected null or {4 * config.C}")
-    return config
 
 
-def settings_of(config: Config, dtype: str) -> dict[str, object]:
-    """Return config.json for a model of these dimensions and this weight format."""
-    end = 50256 if config.V > 50256 else None  # <|endoftext|> of GPT-2's vocabulary
+def settings_of(config: Config, dtype: str, end: int | None = None) -> dict[str, object]:
+    """Return config.json for a model of this config and this weight format. end: the id that ends a text."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "dtype": dtype,
-        **{theirs: getattr(config, ours) for ours, theirs in DIMENSIONS.items()},
-        "n_inner": None,
-        **{key: allowed[0] for key, allowed in SETTINGS.items()},
+        **{names[0]: getattr(config, ours) for ours, names in SETTINGS.items()},
+        "n_inner": None if config.F == 4 * config.C else config.F,
+        "add_cross_attention": False,
         "reorder_and_upcast_attn": False,
         "attn_pdrop": 0.1,
         "embd_pdrop": 0.1,
@@ -303,29 +456,39 @@ def find_files(folder: str) -> list[str]:
         return [MODEL_FILE]
     if os.path.exists(os.path.join(folder, INDEX_FILE)):
         return sorted(set(_read_index(folder).values()))
-    if any(name.startswith("pytorch_model") for name in os.listdir(folder)):
-        raise pickle_error(folder)
+    if os.path.exists(os.path.join(folder, PICKLE_FILE)):
+        return [PICKLE_FILE]
+    if os.path.exists(os.path.join(folder, PICKLE_INDEX)):
+        return sorted(set(_read_index(folder, PICKLE_INDEX).values()))
     raise CheckpointError(f"{folder}: expected {MODEL_FILE} or {INDEX_FILE} in it")
 
 
-def _read_index(folder: str) -> dict[str, str]:
+def _open_tensors(path: str) -> "Tensors":
+    """Open a file of tensors: safetensors, or a pickle where torch is installed."""
+    from .pickles import PickleFile, is_pickle
+
+    return PickleFile(path) if is_pickle(path) else SafetensorsFile(path)
+
+
+def _read_index(folder: str, index: str = INDEX_FILE) -> dict[str, str]:
     """Read the index: map each tensor to its shard. An index can only name files in its own folder."""
-    path = os.path.join(folder, INDEX_FILE)
+    path = os.path.join(folder, index)
     places = _read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{path}: it has no weight_map from tensors to files")
     for name in places.values():
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
-            raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a safetensors file in this folder")
+        if not re.fullmatch(rf"[\w.-]+\.{index.split('.')[1]}", name, re.ASCII):
+            raise CheckpointError(f"{path}: {name[:80]!r} is not the name of a {index.split('.')[1]} file in this folder")
     return places
 
 
-def _check_index(folder: str, files: "Mapping[str, SafetensorsFile]") -> None:
+def _check_index(folder: str, files: "Mapping[str, Tensors]") -> None:
     """Raise CheckpointError unless the shards contain exactly the tensors that their index lists."""
-    if MODEL_FILE in files:
+    if MODEL_FILE in files or PICKLE_FILE in files:
         return
-    places = _read_index(folder)
-    path = os.path.join(folder, INDEX_FILE)
+    index = INDEX_FILE if os.path.exists(os.path.join(folder, INDEX_FILE)) else PICKLE_INDEX
+    places = _read_index(folder, index)
+    path = os.path.join(folder, index)
     found = {(tensor, name) for name, file in files.items() for tensor in file.tensors}
     for tensor, name in sorted(places.items() - found):
         raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is not in {name}, but the index lists it there")
@@ -349,14 +512,6 @@ def parse_settings(text: bytes, path: str) -> "dict[str, Any]":
     if len(text) > JSON_LIMIT:
         raise CheckpointError(f"{path}: longer than {JSON_LIMIT} bytes: too long for the settings of a model")
     return parse_object(text, path)
-
-
-def pickle_error(place: str) -> CheckpointError:
-    """Return the error for a pickle, with the reason and the way out."""
-    return CheckpointError(
-        f"{place}: a PyTorch pickle: loading it can run any code, so pygpt never does; use the same model's {MODEL_FILE}, or "
-        "let transformers write it (save_pretrained)"
-    )
 
 
 def _short(value: object) -> str:

@@ -1,80 +1,148 @@
 """Open a model file of any format that pygpt reads, and turn its tensors into the blocks of another format.
 
-GGUF files are recognised by their first bytes, panel files by their name (.safetensors) and metadata. Every other file is read
-as an llm.c checkpoint; if it is not one, that reader explains why. Hugging Face models are only converted, because their
-tensors have another layout.
+`.gguf` files are known by their first bytes, panel files by their name (.safetensors) and metadata, pickles by their first
+bytes. A folder and any other .safetensors file is a Hugging Face model. Everything else is taken for an llm.c checkpoint,
+whose reader says what is wrong with it.
 """
 
 import os
 
-from ..errors import CheckpointError
+from ..config import Config
+from ..errors import CheckpointError, InputError
 from .checkpoint import MODEL_KIND, Checkpoint, StreamedCheckpoint
 from .files import Windows
+from .pickles import is_pickle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import SupportsIndex
+    from typing import SupportsIndex, TypeVar
 
     import numpy as np
     import numpy.typing as npt
 
+    from ..tokenizer import Tokenizer
     from .dtypes import Format
     from .huggingface import HuggingFaceModel
     from .panels import Blocks, ModelFile
     from .quantise import QuantisedWeights
 
-    Model = Checkpoint | ModelFile  # to compute with: config, format, stored(), pieces(), path, close()
-    Source = Model | HuggingFaceModel  # to convert: config, pieces(), close()
+    Model = Checkpoint | ModelFile | HuggingFaceModel  # config, format, stored(), pieces(), path, close()
+    Source = Model
+    M = TypeVar("M", bound=Model)
 
 GGUF_MAGIC = b"GGUF"
 
 
-def open_model(path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> "Model":
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    mmap: bool = True,
+    threads: "SupportsIndex | None" = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> "Model":
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
 
-    threads: workers for a file whose values must be laid out in memory, as for GPT2.load().
-
-    Raises CheckpointError for a file in another format, and for a Hugging Face model, which must be converted first.
+    threads: workers that lay out a Hugging Face model. tokenizer: a file with the model's vocabulary, instead of its own.
+    Raises CheckpointError for a file of no such format.
     """
+    if tokenizer is not None:
+        model = open_model(path, mmap=mmap, threads=threads)
+        set_tokenizer(model.config, os.fspath(tokenizer))
+        return model
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise CheckpointError(
-            f"{path} is a folder: first convert a Hugging Face model to a file with `pygpt convert {path} NAME.bin`"
-        )
+    if _is_hugging_face(path):
+        from .huggingface import HuggingFaceModel
+
+        return _with_tokenizer(HuggingFaceModel.open(path, threads=threads, mmap=mmap))
     if path.endswith(".safetensors"):
         from .panels import PanelFile
 
-        return PanelFile(path, mmap=mmap)
+        return _with_tokenizer(PanelFile(path, mmap=mmap))
     if _is_gguf(path):
         from .gguf import GGUFFile
 
-        return GGUFFile(path, mmap=mmap, threads=threads)
-    return Checkpoint(path, mmap=mmap)
+        return _with_tokenizer(GGUFFile(path, mmap=mmap, threads=threads))
+    return _with_tokenizer(Checkpoint(path, mmap=mmap))
+
+
+def vocabulary_beside(model: str) -> str:
+    """Return the path of the vocabulary that belongs to a model file: NAME.tokenizer.json for NAME.bin or another ending."""
+    return f"{os.path.splitext(model)[0]}.tokenizer.json"
+
+
+def set_tokenizer(config: Config, path: str) -> None:
+    """Let a config load its tokenizer from a file when a text needs it: formats/vocabulary.py says from which files."""
+
+    def load() -> "Tokenizer":
+        from .vocabulary import cached_tokenizer
+
+        return cached_tokenizer(path, config.V)
+
+    config.tokenizer = load
+
+
+def _with_tokenizer(model: "M") -> "M":
+    """Find the vocabulary of an open model: beside its file, inside it, or in its folder. Return the model."""
+    folder = model.path if os.path.isdir(model.path) else os.path.dirname(model.path)
+    inside = model.path if getattr(model, "has_vocabulary", False) else ""
+    two = os.path.join(folder, "vocab.json")
+    beside = vocabulary_beside(model.path) if folder != model.path else ""
+    in_folder = (os.path.join(folder, "tokenizer.json"), two if os.path.isfile(os.path.join(folder, "merges.txt")) else "")
+    if path := next((path for path in (beside, inside, *in_folder) if os.path.isfile(path)), ""):
+        set_tokenizer(model.config, path)
+    return model
 
 
 def open_weights(
-    path: str | os.PathLike[str], *, mmap: bool = True, weights: str | None = None, threads: "SupportsIndex | None" = None
+    path: str | os.PathLike[str],
+    *,
+    mmap: bool = True,
+    weights: str | None = None,
+    threads: "SupportsIndex | None" = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
 ) -> "Model | QuantisedWeights":
     """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 
-    Raises what open_model() raises, and InputError for weights that cannot be quantised.
+    text_only: leave out the ids that the tokenizer does not have. Raises what open_model() raises, and InputError for weights
+    that cannot be quantised.
     """
-    model = open_model(path, mmap=mmap, threads=threads)
+    model = open_model(path, mmap=mmap, threads=threads, tokenizer=tokenizer)
+    source = of_text_only(model) if text_only else model
     if weights is None:
-        return model
+        return source
     from .quantise import quantised
 
     try:
-        return quantised(model, weights, threads=threads)
+        return quantised(source, weights, threads=threads)
     finally:
         model.close()
+
+
+def of_text_only(model: "Model") -> "Model | QuantisedWeights":
+    """Return the weights of a model without the ids after the last one of its tokenizer; they outlive the model."""
+    from copy import copy
+
+    from ..tokenizer import tokenizer_of
+    from .panels import first_rows
+    from .quantise import QuantisedWeights
+
+    config, V = copy(model.config), model.config.V
+    config.V = tokenizer_of(model.config).known
+    if config.V == V:
+        return model
+    tensors = {
+        name: (kind, first_rows(kind, data, V, config.V, config.C) if name in ("wte", "head") else data)
+        for name, (kind, data) in model.stored().items()
+    }
+    return QuantisedWeights(config, model.format, tensors)
 
 
 def open_floats(path: str | os.PathLike[str]) -> "Model":
     """Open a model to train. Raises CheckpointError for quantised weights, and otherwise as open_model()."""
     model = open_model(path)
-    for kind in [model.format] if isinstance(model, Checkpoint) else model.formats.values():
+    for kind in getattr(model, "formats", {"": model.format}).values():
         if kind.block_values > 1:
             model.close()
             raise CheckpointError(
@@ -83,16 +151,26 @@ def open_floats(path: str | os.PathLike[str]) -> "Model":
     return model
 
 
-def open_source(path: str | os.PathLike[str]) -> "Source":
-    """Open a model to convert, also a Hugging Face folder or file. Only the part in use is mapped."""
+def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "Source":
+    """Open a model to convert; no more of it is mapped than is being looked at.
+
+    heads: of a Hugging Face file without a config.json. Raises InputError if another model gets `heads`.
+    """
     path = os.fspath(path)
-    if os.path.isdir(path) or (path.endswith(".safetensors") and not _is_panel_file(path)):
+    if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        return HuggingFaceModel.open(path)
+        return _with_tokenizer(HuggingFaceModel.open(path, heads=heads))
+    if heads is not None:
+        raise InputError(f"{path}: this file contains its number of heads: leave out --heads")
     if path.endswith(".safetensors") or _is_gguf(path):
         return open_model(path)
-    return StreamedCheckpoint(path)
+    return _with_tokenizer(StreamedCheckpoint(path))
+
+
+def _is_hugging_face(path: str) -> bool:
+    """Return whether this is a folder, a pickle, or a safetensors file other than a panel file."""
+    return os.path.isdir(path) or is_pickle(path) or (path.endswith(".safetensors") and not _is_panel_file(path))
 
 
 def _is_gguf(path: str) -> bool:
@@ -138,7 +216,7 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
     from .panels import QUANTISED, quantise
 
     if not (finite := np.isfinite(rows)).all():
-        raise CheckpointError(f"{_place(model)}: {name} has {rows[~finite][0]}: weights must be finite")
+        raise CheckpointError(f"{model.path}: {name} holds {rows[~finite][0]}: weights must be finite")
     if padding := -rows.shape[1] % kind.block_values:
         rows = np.pad(rows, ((0, 0), (0, padding)))
     rows = np.ascontiguousarray(rows, "<f4")
@@ -150,12 +228,5 @@ def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.fl
         blocks = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
     if blocks is None:
         largest = rows.flat[np.abs(rows).argmax()]
-        raise CheckpointError(f"{_place(model)}: {name} has {largest}, which is out of the range of {kind.name}")
+        raise CheckpointError(f"{model.path}: {name} holds {largest}: out of the range of {kind.name}")
     return blocks
-
-
-def _place(model: "Source") -> str:
-    """Return the name of a model for messages."""
-    from .huggingface import HuggingFaceModel
-
-    return model.place if isinstance(model, HuggingFaceModel) else model.path

@@ -15,12 +15,12 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ..config import LIMITS, TENSORS, Config
+from ..config import LIMITS, Config
 from ..errors import CheckpointError, ClosedError, InputError, Uncopied
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, PIECE, Q4_0, Q8_0, Format, nibbles
 from .files import atomic_file, map_file
-from .safetensors import LENGTH_BYTES, SafetensorsFile
+from .safetensors import LENGTH_BYTES, SafetensorsFile, parse_object
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 PANEL, GROUP, ALIGNMENT = 16, 32, 64  # outputs; inputs that share a scale; bytes
 QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # the formats that are stored in panels
 LAYERED = ("qkvw", "attprojw", "fcw", "fcprojw")  # the matrices of a layer, which have the format `kind`
-EMBEDDINGS = ("wte", "wpe")
+EMBEDDINGS = ("wte", "wpe", "head")  # matrices of one layer
 MATRICES = (*EMBEDDINGS, *LAYERED)
-FILE_FORMAT, FILE_VERSION = "pygpt panels", "1"
+FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
 STORED = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 DTYPE = {row.name: dtype for dtype, row in STORED.items()} | dict.fromkeys(QUANTISED, "U8")
 
@@ -105,14 +105,27 @@ def quantise(kind: Format, rows: "npt.NDArray[np.float32]") -> "Blocks | None":
 
 
 def stored_size(config: Config, name: str, kind: Format) -> int:
-    """Return the bytes of all layers of one of the sixteen tensors, in the layout of Weights."""
+    """Return the bytes of all layers of one of the tensors, in the layout of Weights."""
     layers, N, K = layout(config, name)
     return layers * (sum(panel_sizes(kind, N, K)) if kind.name in QUANTISED else kind.size(N * K))
 
 
+def first_rows(kind: str, data: memoryview, N: int, rows: int, K: int) -> memoryview:
+    """The first rows of a matrix (N, K) in the form that Weights takes."""
+    import numpy as np
+
+    if kind not in QUANTISED:
+        return data[: FORMATS[kind].size(rows * K)]
+    begin, _ = panel_sizes(QUANTISED[kind], N, K)
+    values, scales = panel_sizes(QUANTISED[kind], rows, K)
+    out = aligned_bytes(values + scales)
+    out[:values], out[values:] = np.frombuffer(data[:values], "u1"), np.frombuffer(data[begin : begin + scales], "u1")
+    return out.data
+
+
 def layout(config: Config, name: str) -> tuple[int, int, int]:
-    """Return (layers, rows, columns) of one of the sixteen tensors. A vector is one row; wte and wpe have one layer."""
-    for (found, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), TENSORS, strict=True):
+    """Return (layers, rows, columns) of one of the tensors. A vector is one row; wte, wpe and a head have one layer."""
+    for (found, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), config.table, strict=True):
         if found == name:
             layers, rest = (shape[0], shape[1:]) if symbols[0] == "L" else (1, shape)
             return layers, (rest[0] if len(rest) == 2 else 1), rest[-1]
@@ -186,7 +199,7 @@ class ModelFile(Uncopied):
         known = weight_formats()
         return {
             name: self._stored(name) if self.formats[name].name in known else ("float32", self.widened(name))
-            for name, _ in TENSORS
+            for name, _ in self.config.table
         }
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
@@ -222,16 +235,17 @@ class ModelFile(Uncopied):
 def entries(config: Config, formats: "Mapping[str, Format]") -> dict[str, tuple[str, int, int]]:
     """Return the header that such a model must have: name -> dtype, length of the flat array, bytes."""
     found = {}
-    for name, _ in TENSORS:
+    for name, _ in config.table:
         dtype = DTYPE[formats[name].name]
         size = aligned(stored_size(config, name, formats[name]))
         found[name] = dtype, size // (1 if dtype == "U8" else formats[name].block_bytes), size
     return found
 
 
-def formats_of(kind: Format, head: Format, positions: Format) -> "dict[str, Format]":
-    """Return the format of each tensor. Vectors are float32."""
-    return {name: FLOAT32 for name, _ in TENSORS} | dict.fromkeys(LAYERED, kind) | {"wte": head, "wpe": positions}
+def formats_of(config: Config, kind: Format, head: Format, positions: Format) -> "dict[str, Format]":
+    """Return the format of each tensor. Vectors are float32, and a head of its own has wte's format."""
+    formats = dict.fromkeys(LAYERED, kind) | {"wte": head, "wpe": positions, "head": head}
+    return {name: formats.get(name, FLOAT32) for name, _ in config.table}
 
 
 class PanelFile(ModelFile):
@@ -247,7 +261,7 @@ class PanelFile(ModelFile):
             self._check(metadata, {name: (dtype, shape) for name, (dtype, shape, _) in file.tensors.items()})
             self._places = {name: offset for name, (_, _, offset) in file.tensors.items()}
         begin = self._places["wte"]
-        if begin % ALIGNMENT or list(self._places) != [name for name, _ in TENSORS]:
+        if begin % ALIGNMENT or list(self._places) != [name for name, _ in self.config.table]:
             raise self._bad(f"its values begin at byte {begin}, expected a multiple of {ALIGNMENT} and the order of llm.c")
         self.sha256 = metadata["source_sha256"]
         self._map = map_file(self.path, MODEL_KIND, CheckpointError, lambda *now: self._same(now, (start, size)), read=not mmap)
@@ -268,7 +282,7 @@ class PanelFile(ModelFile):
                 f"{self.path}: not made by `pygpt quantize`: its format is {metadata.get('format', '')[:40]!r}, expected "
                 f"{FILE_FORMAT!r}; use `pygpt convert` or `pygpt quantize` for a Hugging Face model"
             )
-        if metadata.get("version") != FILE_VERSION:
+        if metadata.get("version") not in (FILE_VERSION, VARIED_VERSION):
             version = metadata.get("version", "")[:40]
             raise self._bad(f"version {version!r}, expected {FILE_VERSION!r}: quantise the model again, or update pygpt")
         for key, size in (("panel", PANEL), ("group", GROUP)):
@@ -280,16 +294,22 @@ class PanelFile(ModelFile):
         if positions.name in QUANTISED:
             raise self._bad(f"positions is {positions.name!r}, expected float32, float16 or bfloat16")
         try:
-            self.config = Config(**{key: self._whole(metadata, key) for key in LIMITS})
-        except InputError as error:
+            self.config = Config(**{key: self._whole(metadata, key) for key in LIMITS}, **self._variations(metadata))
+        except (InputError, TypeError) as error:
             raise self._bad(str(error)) from None
-        self.formats = formats_of(kind, head, positions)
+        self.formats = formats_of(self.config, kind, head, positions)
         expected = {name: (dtype, (length,)) for name, (dtype, length, _) in entries(self.config, self.formats).items()}
         if found != expected:
             name = next((name for name in expected if found.get(name) != expected[name]), None)
             if name is None:
                 raise self._bad(f"tensor {min(found.keys() - expected.keys())[:40]!r} is unknown")
             raise self._bad(f"tensor {name} is {found.get(name, 'missing')}, expected {expected[name]} for {self.config}")
+
+    def _variations(self, metadata: dict[str, str]) -> "dict[str, Any]":
+        """The variations of a file of version 2."""
+        if metadata["version"] == FILE_VERSION:
+            return {}
+        return parse_object(metadata.get("variations", "").encode(), f"{self.path}: not a valid panel file: variations")
 
     def _format(self, metadata: dict[str, str], key: str) -> Format:
         name = metadata.get(key, "")
@@ -351,13 +371,14 @@ def write_panels(
     """
     metadata = {
         "format": FILE_FORMAT,
-        "version": FILE_VERSION,
+        "version": VARIED_VERSION if config.variations else FILE_VERSION,
         "kind": formats["qkvw"].name,
         "head": formats["wte"].name,
         "positions": formats["wpe"].name,
         "panel": str(PANEL),
         "group": str(GROUP),
         **{key: str(getattr(config, key)) for key in LIMITS},
+        **({"variations": json.dumps(config.variations)} if config.variations else {}),
         "source_sha256": sha256,
     }
     header: dict[str, object] = {"__metadata__": metadata}
@@ -369,7 +390,7 @@ def write_panels(
     text += b" " * (aligned(LENGTH_BYTES + len(text)) - LENGTH_BYTES - len(text))
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-        for name, _ in TENSORS:
+        for name, _ in config.table:
             layers, N, _ = layout(config, name)
             begin = file.tell()
             if formats[name].name in QUANTISED:

@@ -62,7 +62,8 @@ def quantised(
             raise InputError(f"weights cannot be quantised to {shown(name)}: choose one of {', '.join(QUANTISED)}")
     config, stored = checkpoint.config, checkpoint.stored()
     shapes = {name: shape for name, shape, _, _ in config.tensors(padded=False)}
-    formats = {name: format for name in shapes if len(shapes[name]) == 3} | {"wte": head or QUANTISED[format]}
+    formats = {name: format for name in shapes if len(shapes[name]) == 3}
+    formats |= {name: head or QUANTISED[format] for name in ("wte", "head") if name in shapes}
     sizes = {name: prod(shapes[name][:-2]) * matrix_bytes(kind, *shapes[name][-2:]) for name, kind in formats.items()}
     memory = memoryview(Floats(1, sum(sizes.values()) // 4, dense=True)).cast("B")  # every size is a multiple of 64
     tensors = {name: (kind, memoryview(bytes(data))) for name, (kind, data) in stored.items() if name not in formats}

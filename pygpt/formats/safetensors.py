@@ -140,6 +140,7 @@ def write_safetensors(
     dtype: str,
     tensors: Sequence[tuple[str, tuple[int, ...]]],
     values: "Iterable[npt.NDArray[np.float32]]",
+    metadata: "dict[str, str] | None" = None,
 ) -> None:
     """Write tensors (name, shape) of one dtype, F32 or BF16 (nearest even), to an open file.
 
@@ -148,7 +149,7 @@ def write_safetensors(
     """
     import numpy as np
 
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | (metadata or {})}  # transformers requires the format
     expected = end = 0
     for name, shape in tensors:
         size = prod(shape)

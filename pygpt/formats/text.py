@@ -108,9 +108,12 @@ def _is_wide(head: bytes) -> bool:
 # ------------------------------------------------------------------------------------------------ tokens
 
 
-def tokens_of_text(text: str | Iterable[str], *, eot: str = "paragraph", allow_special: bool = True) -> "Shard":
-    """Return GPT-2's tokens of a text, given whole or in pieces, as a uint16 array (tokens,). See encode_text()."""
-    return joined(encode_text([text] if isinstance(text, str) else text, eot=eot, allow_special=allow_special))
+def tokens_of_text(
+    text: str | Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
+) -> "Shard":
+    """Return the tokens of a text, given whole or in pieces, as a uint16 array (tokens,). See encode_text()."""
+    pieces = [text] if isinstance(text, str) else text
+    return joined(encode_text(pieces, eot=eot, allow_special=allow_special, tokenizer=tokenizer))
 
 
 def joined(pieces: "Iterable[Shard]") -> "Shard":
@@ -120,29 +123,37 @@ def joined(pieces: "Iterable[Shard]") -> "Shard":
     return np.concatenate([np.empty(0, "<u2"), *pieces])
 
 
-def encode_text(text: Iterable[str], *, eot: str = "paragraph", allow_special: bool = True) -> "Iterator[Shard]":
-    """Yield GPT-2's tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
+def encode_text(
+    text: Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
+) -> "Iterator[Shard]":
+    """Yield the tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
 
     eot: the positions of `<|endoftext|>`. "paragraph" adds it before the text and after every blank line (each "\\n\\n"), as
     llm.c prepares tinyshakespeare. "document" adds it before the text, "none" nowhere. allow_special: `<|endoftext|>` in the
     text becomes its one id, which separates documents; if False, it is ordinary text. Newlines and a byte order mark are read
     as read_text() reads them. The text is cut only before white space that follows other text, so a long run without such a
-    place must fit in memory. Raises InputError for another `eot`.
+    place must fit in memory. tokenizer: by default GPT-2's; one that splits text otherwise gets it whole, and one without
+    `<|endoftext|>` adds nothing. Raises InputError for another `eot`, and for ids beyond uint16.
     """
     if not isinstance(eot, str) or eot not in EOT_MODES:
         raise InputError(f"eot is {shown(eot)}: it must be one of {', '.join(EOT_MODES)}")
-    return _encoded(plain(text), Tokenizer(), eot, check_flag("allow_special", allow_special))
+    tokenizer = Tokenizer() if tokenizer is None else tokenizer
+    if tokenizer.V > 1 << 16:
+        raise InputError(f"the tokenizer has {tokenizer.V} ids: tokens of texts are stored as uint16, at most {1 << 16} ids")
+    pieces = plain(text) if tokenizer.splits_before_space else ["".join(plain(text))]
+    return _encoded(pieces, tokenizer, eot, check_flag("allow_special", allow_special))
 
 
 def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str, allow_special: bool) -> "Iterator[Shard]":
     import numpy as np
 
-    ids = [] if eot == "none" else [tokenizer.eot]
+    end = [] if eot == "none" or tokenizer.eot is None else [tokenizer.eot]
+    ids = [*end]
     for piece in _independent(text):
         *paragraphs, last = piece.split("\n\n") if eot == "paragraph" else [piece]
         for paragraph in paragraphs:
             ids += tokenizer.encode(paragraph + "\n\n", allow_special=allow_special)
-            ids.append(tokenizer.eot)
+            ids += end
         ids += tokenizer.encode(last, allow_special=allow_special)
         if ids:
             yield np.array(ids, "<u2")
@@ -224,35 +235,39 @@ def encode_file(
     eot: str | None = None,
     field: str | None = None,
     allow_special: bool = True,
+    tokenizer: Tokenizer | None = None,
 ) -> "Iterator[Shard]":
-    """Yield GPT-2's tokens of one file: a text, or JSON lines with one document in each row (holds_rows).
+    """Yield the tokens of one file: a text, or JSON lines with one document in each row (holds_rows).
 
     eot: as for encode_text(); by default "paragraph" for text, and "document" for each row. Raises DataError for rows with a
     prompt, because tokens alone do not say what is trained on."""
     if not holds_rows(name, field):
-        yield from encode_text(text, eot=eot or "paragraph", allow_special=allow_special)
+        yield from encode_text(text, eot=eot or "paragraph", allow_special=allow_special, tokenizer=tokenizer)
         return
     for prompt, document in read_documents(text, name, field):
         if prompt is not None:
             raise DataError(
                 f"{name}: it has prompts and completions: `pygpt train --data` takes this file itself; or name one --field"
             )
-        yield from encode_text([document], eot=eot or "document", allow_special=allow_special)
+        yield from encode_text([document], eot=eot or "document", allow_special=allow_special, tokenizer=tokenizer)
 
 
-def tokens_and_labels(path: "Path", field: str | None = None, *, allow_special: bool = True) -> "tuple[Shard, Labels | None]":
+def tokens_and_labels(
+    path: "Path", field: str | None = None, *, allow_special: bool = True, tokenizer: Tokenizer | None = None
+) -> "tuple[Shard, Labels | None]":
     """Return the tokens of a file to train on, and their labels: -100 for the tokens of prompts, else the token itself.
 
     Prompts come from JSON lines with the fields "prompt" and "completion" (read_documents). Without them, labels are None."""
     import numpy as np
 
     name = os.fspath(path)
+    reading: dict[str, Any] = {"allow_special": allow_special, "tokenizer": tokenizer}
     if not holds_rows(name, field):
-        return joined(encode_file(read_text(path), name, allow_special=allow_special)), None
+        return joined(encode_file(read_text(path), name, **reading)), None
     tokens, labels, masked = [], [], False
     for prompt, document in read_documents(read_text(path), name, field):
-        begin = tokens_of_text(prompt or "", eot="document", allow_special=allow_special)  # <|endoftext|> ends the row before
-        end = tokens_of_text(document, eot="none", allow_special=allow_special)
+        begin = tokens_of_text(prompt or "", eot="document", **reading)  # <|endoftext|> ends the row before
+        end = tokens_of_text(document, eot="none", **reading)
         tokens += [begin, end]
         labels += [begin[:1].astype(np.int32), np.full(len(begin) - 1, IGNORED, np.int32), end.astype(np.int32)]
         masked = masked or prompt is not None

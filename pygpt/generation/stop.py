@@ -4,7 +4,7 @@ The text is that of the whole sequence with the prompt. A stop string may begin 
 token completes it, so that token is the last one, and may add text after the stop string. Source: the rule of Hugging Face's
 StopStringCriteria. The vocabulary is loaded only for stop strings.
 
-Refuses stop strings for a model whose vocabulary is not GPT-2's, because the text of its ids is unknown.
+Refuses stop strings for a model of unknown vocabulary.
 """
 
 from collections.abc import Iterable
@@ -13,20 +13,17 @@ from contextlib import suppress
 from .._kernels import check_token
 from ..config import Config
 from ..errors import InputError, shown, whole
+from ..tokenizer import tokenizer_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
-    from ..tokenizer import Tokenizer
-
-GPT2_VOCABULARY = 50257  # ids
-
 
 class Stop:
     """Checked stop tokens and stop strings.
 
-    Raises InputError for an id outside the vocabulary, an empty stop string, or stop strings without GPT-2's vocabulary."""
+    Raises InputError for an id outside the vocabulary, an empty stop string, or stop strings for an unknown vocabulary."""
 
     __slots__ = ("longest", "strings", "tokenizer", "tokens")
 
@@ -42,7 +39,7 @@ class Stop:
         )
         self.strings = [_encoded(text) for text in _several("stop_strings", strings, str)]
         self.longest = max(map(len, self.strings), default=0)
-        self.tokenizer = _tokenizer(config) if self.strings else None
+        self.tokenizer = tokenizer_of(config) if self.strings else None
 
 
 class Watch:
@@ -70,17 +67,6 @@ class Watch:
     def _end_of(self, text: bytes) -> bytes:
         """Return the end of the text, in which an incomplete stop string may begin."""
         return text[max(len(text) - self._stop.longest + 1, 0) :]
-
-
-def _tokenizer(config: Config) -> "Tokenizer":
-    """Return the tokenizer of a model. Raises InputError unless its vocabulary is GPT-2's."""
-    if config.V != GPT2_VOCABULARY:
-        raise InputError(
-            f"stop_strings need GPT-2's vocabulary of {GPT2_VOCABULARY} ids, but this model has {config.V}: give stop_token_ids"
-        )
-    from ..tokenizer import Tokenizer
-
-    return Tokenizer()
 
 
 def _several(name: str, values: object, kind: type) -> "Iterable[object]":

@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .. import __version__
 from ..errors import CheckpointError, InputError, PyGPTError
@@ -23,20 +23,21 @@ from ..formats.huggingface import (
     INDEX_FILE,
     JSON_LIMIT,
     MODEL_FILE,
+    PICKLE_FILE,
+    PICKLE_INDEX,
     find_files,
     parse_settings,
-    pickle_error,
     read_settings,
 )
-from .find import cache_folder
+from ..formats.pickles import pickle_error
+from ..tokenizer import GPT2_V
+from .find import cache_folder, repository_of
 
 LLMC = "karpathy/llmc-starter-pack"  # a data set
 LLMC_SHA256 = {  # the sha256 of its files by the model's name; None if it is unknown
     "gpt2_124M": "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162",
     "gpt2_124M_bf16": None,
 }
-OPENAI = "openai-community"  # the owner of the models that have a name without an owner
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def fetch(name: str, note: Callable[[str], None]) -> str:
@@ -51,7 +52,7 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
     with _warnings_to(note):
         if model in LLMC_SHA256:
             return Repository(LLMC, revision, "dataset").need(f"{model}.bin", None if revision else LLMC_SHA256[model])
-        return _fetch_folder(Repository(model if "/" in model else f"{OPENAI}/{model}", revision))
+        return _fetch_folder(Repository(repository_of(model), revision))
 
 
 class Repository:
@@ -133,11 +134,16 @@ def _fetch_folder(repository: Repository) -> str:
     """Fetch config.json and the safetensors; return their folder."""
     settings = repository.need(CONFIG_FILE)
     with open(settings, "rb") as file:
-        read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
+        config = read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
+    if config.V != GPT2_V:  # GPT-2's vocabulary is part of this package
+        with suppress(PyGPTError):  # offline, a file that is not in the cache may not exist at all
+            if repository.get("tokenizer.json") is None:
+                repository.get("vocab.json")
+                repository.get("merges.txt")
     folder = os.path.dirname(settings)
     if repository.get(MODEL_FILE) is None:
         if repository.get(INDEX_FILE) is None:
-            if any(map(repository.has, PICKLES)):
+            if any(map(repository.has, (PICKLE_FILE, PICKLE_INDEX))):
                 raise pickle_error(repository.name)
             raise CheckpointError(f"{repository.name}: expected {MODEL_FILE} or {INDEX_FILE} in this repository")
         for name in find_files(folder):

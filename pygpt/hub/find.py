@@ -10,15 +10,18 @@ GPT2_FILE = "gpt2_124M.bin"
 EMBEDDED_MODEL = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "shakespeare.bin")
 
 # `pygpt download` fetches a name, or a repository OWNER/NAME. @REVISION (a branch, tag or commit) may follow.
-MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2_124M", "gpt2_124M_bf16")
+MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "gpt2_124M", "gpt2_124M_bf16")
 PART = r"\w(?:[\w.+-]{0,94}\w)?"
+OPENAI = "openai-community"  # the owner of the models that have a name without an owner, and the exception:
+OWNERS = {"distilgpt2": "distilbert"}
 DOWNLOADABLE = rf"(?:{'|'.join(MODELS)}|{PART}/{PART})(?:@{PART}(?:/{PART}){{0,2}})?"
 
 
 def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     """Return (path, origin) of the model to use: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the embedded model.
 
-    If no file has that path, it can be the name of a downloaded model: one of MODELS, or a repository. origin is "given",
+    If no model has that path, it can be the name of a downloaded model: one of MODELS, or a repository. It is in pygpt's cache
+    folder, or in huggingface_hub's, whoever downloaded it. origin is "given",
     "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises CheckpointError if there is no such file or downloaded
     model, and InputError for the name of a downloaded model without a cache folder.
     """
@@ -32,13 +35,13 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
         name, origin, via = GPT2_FILE, "folder", ""
     else:
         return EMBEDDED_MODEL, "embedded"
-    if not os.path.isfile(name) and is_downloadable(name):
-        if os.path.exists(fetched := cached_model(name)):
+    if not os.path.isfile(name) and not os.path.isfile(os.path.join(name, "config.json")) and is_downloadable(name):
+        if fetched := next((path for path in (cached_model(name), snapshot(name)) if path and os.path.exists(path)), ""):
             return fetched, origin
         if not os.path.exists(name):
             raise CheckpointError(f"{name}{via}: not a file and not a downloaded model: run `pygpt download {name}` first")
     if not os.path.exists(name):
-        raise CheckpointError(f"{name}{via}: no such model file; give the path of an llm.c checkpoint such as {GPT2_FILE}")
+        raise CheckpointError(f"{name}{via}: no such model file; give a file such as {GPT2_FILE}, or a folder")
     return name, origin
 
 
@@ -52,6 +55,29 @@ def is_downloadable(name: str) -> bool:
 def cached_model(name: str) -> str:
     """Return the path of a downloaded model, for a name that is_downloadable() accepts."""
     return os.path.join(cache_folder(), f"{name.replace('/', '--')}.bin")
+
+
+def repository_of(model: str) -> str:
+    """Return the repository OWNER/NAME on Hugging Face of a name without a revision."""
+    return model if "/" in model else f"{OWNERS.get(model, OPENAI)}/{model}"
+
+
+def snapshot(name: str) -> str:
+    """Return the folder of a model in huggingface_hub's cache, for a name that is_downloadable() accepts, or "" without one."""
+    model, _, revision = name.partition("@")
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    for repository in (repository_of(model), model):
+        folder = os.path.join(cache, f"models--{repository.replace('/', '--')}")
+        try:
+            with open(os.path.join(folder, "refs", *(revision or "main").split("/")), encoding="ascii") as file:
+                commit = file.read().strip()
+        except (OSError, ValueError):
+            commit = revision  # a commit has no reference
+        found = os.path.join(folder, "snapshots", commit)
+        if re.fullmatch("[0-9a-f]{40}", commit) and os.path.isfile(os.path.join(found, "config.json")):
+            return found
+    return ""
 
 
 def cache_folder() -> str:

@@ -253,7 +253,7 @@ async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> 
     if ("prompt" in fields) == ("content" in fields):
         raise ApiError("give prompt or content: exactly one of them", "prompt")
     if served.tokenizer is None:
-        raise ApiError("the model's vocabulary is not GPT-2's, so the ids of a text are unknown", "model")
+        raise ApiError("the vocabulary of this model is unknown, so its ids of a text are, too", "model")
     text = fields.get("prompt", fields.get("content", ""))
     ids = await _unhurried(len(text), partial(served.tokenizer.encode, text))
     if "content" in fields:

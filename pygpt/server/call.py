@@ -11,7 +11,7 @@ from .schema import ApiError
 from .served import Served
 
 DEFAULT_NEW = 16  # tokens, as in OpenAI's API
-LONGEST_TOKEN = 128  # bytes of GPT-2's longest token
+LONGEST_TOKEN = 1024  # bytes: more than any vocabulary has
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing; clients send them
     "temperature": (1,),
     "top_p": (1,),
@@ -48,6 +48,8 @@ class Call:
             self.stop_ids.add(served.eot)
         stop = fields.get("stop", [])
         self.stop = [stop] if isinstance(stop, str) else stop
+        if self.stop and served.tokenizer is None:
+            raise ApiError("the vocabulary of this model is unknown: send stop_token_ids instead of stop", "stop")
         self.requests = [self._request(prompt) for prompt in prompts]
 
     def _request(self, prompt: list[int]) -> Request:
@@ -119,7 +121,7 @@ def chat_text(messages: list[dict[str, str]]) -> str:
 def encode(served: Served, text: str) -> list[int]:
     """Encode text as ids. A text that cannot fit in the context is refused before it is encoded."""
     if served.tokenizer is None:
-        raise ApiError("the model's vocabulary is not GPT-2's: send token ids instead of text", "prompt")
+        raise ApiError("the vocabulary of this model is unknown: send token ids instead of text", "prompt")
     if (least := len(text) // LONGEST_TOKEN) > served.model.config.maxT:
         raise ApiError(
             f"the text has at least {least} tokens, but the context of this model is {served.model.config.maxT} tokens",

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import __version__
+from ..errors import InputError
 from ..model import GPT2
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, tokenizer_of
 from .schema import ApiError
 
 
@@ -20,7 +21,10 @@ class Served:
     ) -> None:
         self.model, self.names, self.path = model, names, path
         self.created = int(os.path.getmtime(path))
-        self.tokenizer = Tokenizer() if model.config.V >= Tokenizer().V else None
+        try:
+            self.tokenizer: Tokenizer | None = tokenizer_of(model.config)
+        except InputError:  # its vocabulary is unknown
+            self.tokenizer = None
         self.eot = self.tokenizer.eot if self.tokenizer else None
         prefix = model.new_prefix_cache(cache_bytes)
         self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
@@ -28,10 +32,10 @@ class Served:
         self.fingerprint = _fingerprint(path) if fingerprint else None
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of ids. Ids beyond GPT-2's vocabulary have none."""
+        """Return the bytes of ids. Ids beyond the vocabulary have none."""
         if self.tokenizer is None:
             return b""
-        return self.tokenizer.decode_bytes(token for token in tokens if token <= self.tokenizer.eot)
+        return self.tokenizer.decode_bytes([token for token in tokens if token < self.tokenizer.V])
 
     def check_ids(self, name: str, tokens: list[int]) -> None:
         """Raise ApiError if a token of the field `name` is outside the vocabulary."""

@@ -5,15 +5,17 @@ Vp rows, and the padding stays zero. Equal indices in the four arrays belong to 
 serial twin derive from this class and share its checks. Refuses to know about activations, workers and kernels.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..config import IGNORED, TENSORS, Config
+from ..config import HEAD, IGNORED, TENSORS, Config
 from ..errors import CheckpointError, InputError, Uncopied, check_flag, check_number, check_whole
 from ..formats.checkpoint import stored_tensors, write_checkpoint
-from ..formats.dtypes import FLOAT32, Format
+from ..formats.dtypes import BFLOAT16, FLOAT32, Format
+from ..formats.files import atomic_file
 from ..formats.open import open_floats
 from ..hub.find import find_model
 
@@ -30,7 +32,7 @@ ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction se
 PAGE = 4096  # bytes
 APART = 576  # bytes: the offset in a page at which an array begins grows by this from one array to the next
 STD = 0.02  # of GPT-2's initial weights
-MATRICES = tuple(name for name, dims in TENSORS if len([dim for dim in dims if dim != "L"]) == 2)  # the rest are vectors
+MATRICES = tuple(name for name, dims in (*TENSORS, HEAD) if sum(dim != "L" for dim in dims) == 2)  # the rest are vectors
 GAINS = ("ln1w", "ln2w", "lnfw")
 RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L in total
 PIECE = 1 << 16  # random numbers made at a time: few enough to stay in the cache
@@ -140,7 +142,7 @@ class Parameters(Uncopied):
         return model
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
-        """Return a live view of one tensor of the parameters by its name in config.TENSORS, wte with V rows."""
+        """Return a live view of one tensor of the parameters by its name in config.table, wte with V rows."""
         return self._view(self.parameters, name)
 
     def gradient(self, name: str) -> "npt.NDArray[np.float32]":
@@ -155,8 +157,25 @@ class Parameters(Uncopied):
         return array[: self.config.V] if name == "wte" else array
 
     def save(self, path: "str | os.PathLike[str]", *, version: int = 3) -> None:
-        """Write the parameters as a checkpoint of version 1, 3 or 5. The file gets its name only when it is complete."""
-        write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
+        """Write the parameters as a checkpoint of version 1, 3 or 5, or, if the name ends in .safetensors, as that.
+
+        A .safetensors file holds transformers' tensors, and config.json in its metadata: it describes every model. Version 5
+        means bfloat16 there. The file gets its name only when it is complete. Raises InputError for a model that a .bin file
+        cannot describe.
+        """
+        if not os.fspath(path).endswith(".safetensors"):
+            write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
+            return
+        from ..formats.huggingface import CONFIG_FILE, settings_of, write_tensors
+
+        kind = BFLOAT16 if version == 5 else FLOAT32
+        with atomic_file(path) as file:
+            write_tensors(file, self, kind, {CONFIG_FILE: json.dumps(settings_of(self.config, kind.name))})
+
+    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
+        """Yield a tensor in one piece for each layer, as Checkpoint.pieces() does."""
+        array = self.tensor(name)
+        yield from (array[i : i + 1] for i in range(len(array))) if array.ndim == 3 else [array]
 
     def weights(self) -> "LiveWeights":
         """Return the parameters with a checkpoint's interface, for a model that uses them while they change."""

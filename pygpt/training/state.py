@@ -1,6 +1,7 @@
 """Files of training states, from which a run continues as if it had never stopped.
 
-    header     int32[256], little-endian: magic, version, maxT, V, L, NH, C, Vp, bytes of JSON, zeros
+    header     int32[256], little-endian: magic, version, maxT, V, L, NH, C, Vp, bytes of JSON, zeros; in version 2, the
+               bytes from 36 on hold F and the activation's number (int32), epsilon (float64), scaled, scaled_by_layer and tied
     JSON       an object with step, options, loader and job, padded with spaces to a multiple of 64 bytes
     buffers    parameters, first moments and second moments: float32, with the layout of a version 3 checkpoint
     SHA-256    of all these bytes
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 
-from ..config import Config
+from ..config import ACTIVATIONS, SWITCHES, Config
 from ..errors import CheckpointError, ClosedError, InputError, Uncopied, is_whole, shown
 from ..formats.files import HEADER_BYTES, atomic_file, map_file
 from ..formats.safetensors import unique
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
     Buffers = Iterable[npt.NDArray[np.float32]]
 
-MAGIC, VERSION = 20261122, 1
+MAGIC, VERSION, VARIED_VERSION = 20261122, 1, 2
+VARIATIONS = struct.Struct("<2id3?")  # at byte 36 of a file of version 2
 SUM_BYTES = 32
 JSON_LIMIT = 1 << 24
 BUFFERS = 3  # parameters, first moments, second moments
@@ -159,10 +161,22 @@ def _read_header(header: bytes, found: int) -> tuple[Config, int]:
     magic, version, maxT, V, L, NH, C, Vp, json_bytes, *reserved = struct.unpack("<256i", header)
     if magic != MAGIC:
         raise ValueError(f"magic number {magic}, expected {MAGIC}: not a training state")
-    if version != VERSION:
-        raise ValueError(f"version {version} of the format, expected {VERSION}")
+    if version not in (VERSION, VARIED_VERSION):
+        raise ValueError(f"version {version} of the format, expected {VERSION} or {VARIED_VERSION}")
+    variations = {}
+    if version == VARIED_VERSION:
+        F, activation, epsilon, *switches = VARIATIONS.unpack_from(header, 36)
+        reserved = [*header[36 + VARIATIONS.size :]]
+        if not 0 <= activation < len(ACTIVATIONS):
+            raise ValueError(f"bad header: there is no activation {activation}")
+        variations = {
+            "F": F,
+            "activation": ACTIVATIONS[activation],
+            "epsilon": epsilon,
+            **dict(zip(SWITCHES, switches, strict=True)),
+        }
     try:
-        config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C)
+        config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C, **variations)
     except InputError as error:
         raise ValueError(f"bad header: {error}") from None
     if Vp != config.Vp:
@@ -207,7 +221,9 @@ def write_state(
     if len(text) > JSON_LIMIT:
         raise InputError(f"{path}: the state's JSON would have {len(text)} bytes: at most {JSON_LIMIT} are allowed")
     shape = [config.maxT, config.V, config.L, config.NH, config.C, config.Vp]
-    header = struct.pack("<256i", MAGIC, VERSION, *shape, len(text), *[0] * 247)
+    varied = config.F, ACTIVATIONS.index(config.activation), config.epsilon, *(getattr(config, name) for name in SWITCHES)
+    header = struct.pack("<9i", MAGIC, VARIED_VERSION if config.variations else VERSION, *shape, len(text))
+    header = (header + (VARIATIONS.pack(*varied) if config.variations else b"")).ljust(HEADER_BYTES, b"\0")
     with atomic_file(path) as file:
         digest = hashlib.sha256()
         for data in chain([memoryview(header), memoryview(text)], (array.data.cast("B") for array in values)):

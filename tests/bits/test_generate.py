@@ -526,7 +526,7 @@ def test_bad_stops(speller: GPT2, options: dict[str, Any], message: str) -> None
 
 
 def test_stop_strings_need_the_vocabulary(model: GPT2, speller: GPT2) -> None:
-    with pytest.raises(InputError, match="stop_strings need GPT-2's vocabulary of 50257 ids, but this model has 97"):
+    with pytest.raises(InputError, match="this model has 97 ids, which are not GPT-2's vocabulary of 50257"):
         model.generate([1], stop_strings="a")
     assert list(model.generate([1], stop_strings=[])) == list(model.generate([1]))
     undecodable = b"\xff".decode("utf-8", "surrogateescape")  # as a command line gives it

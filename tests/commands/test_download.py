@@ -24,6 +24,7 @@ from pygpt.commands.download import EXAMPLES, main
 from pygpt.errors import CheckpointError, InputError
 from pygpt.hub import fetch
 from pygpt.hub.find import MODELS, cache_folder, cached_model, find_model
+from pygpt.model import GPT2 as Network
 
 hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -112,7 +113,8 @@ def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
     assert os.listdir(cache_folder()) == ["gpt2.bin"]
     assert find_model("gpt2") == (target, "given")
     asked = [(command, path) for command, path, _ in site.requests]
-    assert asked == [("HEAD", CONFIG), ("GET", CONFIG), ("HEAD", MODEL), ("GET", MODEL)]  # all of the commit of the first file
+    vocabulary = [("HEAD", MODEL.replace("model.safetensors", name)) for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    assert asked == [("HEAD", CONFIG), ("GET", CONFIG), *vocabulary, ("HEAD", MODEL), ("GET", MODEL)]  # all of one commit
     assert all(headers["user-agent"].startswith(f"pygpt/{__version__}; hf_hub/") for _, _, headers in site.requests)
     site.requests.clear()
     assert main(["gpt2"]) == 0
@@ -126,7 +128,8 @@ def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
 def test_every_name_has_a_source(site: Site, name: str) -> None:
     site.files.clear()
     assert main([name]) == 2
-    assert site.requests[0][1] == (LLMC if "124M" in name else CONFIG).replace("gpt2_124M" if "124M" in name else "gpt2", name)
+    place = (LLMC if "124M" in name else CONFIG).replace("gpt2_124M" if "124M" in name else "gpt2", name)
+    assert site.requests[0][1] == (place.replace("openai-community", "distilbert") if name == "distilgpt2" else place)
 
 
 @pytest.mark.parametrize("arguments", [["me/my.model@refs/pr/1"], ["me/my.model", "--revision", "refs/pr/1"]])
@@ -459,3 +462,18 @@ def test_examples_of_the_help_are_valid(capsys: pytest.CaptureFixture[str]) -> N
     assert len(commands) == 4
     for command in commands:
         download.check_name(download.build_parser().parse_args(shlex.split(command)).model)
+
+
+def test_a_relative_of_gpt2_stays_in_the_cache_of_the_hub(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """A .bin file cannot describe the model, so it is used where it was fetched, whichever program fetched it."""
+    tensors = hf.named(hf.weights(**hf.SHAPE))
+    settings = {**hf.settings(**hf.SHAPE), "activation_function": "relu"}
+    site.files[CONFIG] = json.dumps(settings).encode()
+    header = json.dumps(hf.header_of(tensors)).encode()
+    site.files[CONFIG.replace("config.json", "model.safetensors")] = hf.file_of(
+        header, b"".join(data for _, _, data in tensors.values())
+    )
+    assert main(["gpt2"]) == 0
+    assert "used in place" in capsys.readouterr().err
+    with Network.load("gpt2") as model:
+        assert model.config.activation == "relu"

@@ -247,11 +247,16 @@ def test_a_full_disk_leaves_the_older_file(folder: Path, capsys: pytest.CaptureF
             refused(folder, capsys, ["--format", "f32", "source.bin", target], target, "File too large", status=1)
 
 
-def test_a_hugging_face_model_is_not_computed_with_in_place(folder: Path) -> None:
-    hf.make_model(folder / "hf", hf.named(hf.weights(4, **SHAPE)), hf.settings(**SHAPE))
-    for path in ("hf", "hf/model.safetensors"):
-        with pytest.raises(CheckpointError, match="pygpt convert"):
-            GPT2.load(path)
+def test_a_hugging_face_model_is_computed_with_in_place(folder: Path) -> None:
+    values = hf.weights(4, **SHAPE)
+    hf.make_model(folder / "hf", hf.named(values), hf.settings(**SHAPE))
+    Path("same.bin").write_bytes(hf.checkpoint_bytes(values, 3, **SHAPE))
+    for weights in (None, "q8_0"):
+        with GPT2.load("same.bin", weights=weights) as model:
+            expected = model.logits([1, 2, 3])
+        for path in ("hf", "hf/model.safetensors"):
+            with GPT2.load(path, weights=weights) as model:
+                assert np.array_equal(model.logits([1, 2, 3]), expected)
 
 
 def test_a_damaged_source_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

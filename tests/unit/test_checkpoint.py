@@ -161,7 +161,6 @@ FOREIGN = {
     "text": b"First Citizen:\nBefore we proceed any further, hear me speak.\n",
     "gguf": b"GGUF\x03\x00\x00\x00",
     "safetensors": b'\x40\x00\x00\x00\x00\x00\x00\x00{"__metadata__":{"format":"pt"}',
-    "zip": b"PK\x03\x04",
     "tokenizer": struct.pack("<4i", 20240328, 2, 50257, 50256),
     "big-endian checkpoint": struct.pack(">8i", *header(3, **SMALL)[:8]),
     "zeros": b"",

@@ -219,8 +219,8 @@ PIECES = st.lists(st.sampled_from(["a", "\n", "\n\n", "é", "中", "ab", "b"]), 
 @settings(max_examples=300, deadline=None)
 @given(PIECES, st.lists(st.sampled_from(["\n\n", "ab", "aab", "中b", "é", "b\n"]), max_size=3), PIECES, st.booleans())
 def test_text_ends_before_the_first_stop(text: str, stops: list[str], before: str, eot: bool) -> None:
-    ids = [*TOKENIZER.encode(text), *([TOKENIZER.eot] if eot else [])]
-    decoder = StreamDecoder(TOKENIZER, stop_strings=stops, stop_token_ids=[TOKENIZER.eot])
+    ids = [*TOKENIZER.encode(text), *([50256] if eot else [])]
+    decoder = StreamDecoder(TOKENIZER, stop_strings=stops, stop_token_ids=[50256])
     decoder.begin(TOKENIZER.encode(before))
     pieces = []
     for token in ids:

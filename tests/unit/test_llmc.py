@@ -282,7 +282,7 @@ def test_writing_refuses_bad_examples(tmp_path: Path, examples: list[Example], m
 def test_gpt2s_vocabulary_is_llm_cs_file(tmp_path: Path) -> None:
     tokenizer, path = Tokenizer(), tmp_path / "gpt2_tokenizer.bin"
     tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.V)]
-    write_tokenizer(path, tokens, tokenizer.eot)
+    write_tokenizer(path, tokens, 50256)
     content = path.read_bytes()
     assert len(content) == 372_108
     assert hashlib.sha256(content).hexdigest().startswith("6f3abc21")

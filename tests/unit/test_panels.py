@@ -343,7 +343,10 @@ def test_a_closed_file_says_so(folder: Path) -> None:
 METADATA = [
     ({"format": "pt"}, "not made by `pygpt quantize`"),
     ({"format": None}, "not made by `pygpt quantize`"),
-    ({"version": "2"}, "version '2', expected '1'"),
+    ({"version": "3"}, "version '3', expected '1'"),
+    ({"version": "2"}, "variations is not JSON"),
+    ({"version": "2", "variations": '{"F": 0}'}, "F is 0"),
+    ({"version": "2", "variations": '{"G": 0}'}, "no argument 'G'"),
     ({"kind": "q6_k"}, "kind is 'q6_k'"),
     ({"kind": "q8_0"}, "tensor qkvw is"),
     ({"head": None}, "head is ''"),
@@ -366,7 +369,7 @@ METADATA = [
 def test_other_metadata_is_refused(folder: Path, changes: dict[str, str | None], named: str) -> None:
     header, data = parsed((folder / "model.safetensors").read_bytes())
     for key, value in changes.items():
-        header["__metadata__"].pop(key)
+        header["__metadata__"].pop(key, None)
         if value is not None:
             header["__metadata__"][key] = value
     (folder / "other.safetensors").write_bytes(built(header, data))

@@ -142,7 +142,10 @@ def test_end_of_text_is_ordinary_text_unless_asked_for() -> None:
 @pytest.mark.parametrize("space", [" ", "\n", "\u3000", " \n"])
 @pytest.mark.parametrize("tail", ["", "x", " x", "\x1c", END_OF_TEXT])
 def test_long_white_space_gives_the_ids_of_the_uncut_text(length: int, space: str, tail: str) -> None:
-    encoding = TOKENIZER._encoding
+    assert TOKENIZER._bpe._encoding is not None
+    encoding = import_module("tiktoken").Encoding(
+        "gpt2", pat_str=PATTERN, mergeable_ranks=TOKENIZER._bpe._encoding._mergeable_ranks, special_tokens={END_OF_TEXT: EOT}
+    )
     text = "a" + (space * length + tail) * 2
     assert TOKENIZER.encode(text) == encoding.encode_ordinary(text)
     assert TOKENIZER.encode(text, allow_special=True) == encoding.encode(text, allowed_special="all")

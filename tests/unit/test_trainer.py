@@ -428,7 +428,8 @@ def summed(content: bytes) -> bytes:
     ("field", "value", "named"),
     [
         (0, 20240326, "magic number 20240326, expected 20261122"),
-        (1, 2, "version 2"),
+        (1, 3, "version 3"),
+        (1, 2, "F is 0"),
         (2, 0, "maxT is 0"),
         (3, -1, "V is -1"),
         (4, 1000, "L is 1000"),

@@ -298,7 +298,7 @@ def test_layernorm_kernels(B: int, T: int, C: int, seed: int) -> None:
         floats(rng, *shape) for shape in ((N, C), (C,), (C,), (N, C), (N, C), (C,), (C,))
     )
     out, mean, rstd = np.zeros((N, C), np.float32), np.zeros(N, np.float32), np.zeros(N, np.float32)
-    call("layernorm_forward", out, mean, rstd, inp, weight, bias, N, C)
+    call("layernorm_forward", out, mean, rstd, inp, weight, bias, N, C, 1e-5)
 
     def forward() -> dict[str, Array]:
         statistics = dict(zip(("mean", "rstd"), oracle_training.layernorm_statistics(wide(inp)), strict=True))
@@ -346,13 +346,13 @@ def test_attention_kernels(B: int, T: int, NH: int, HS: int, seed: int) -> None:
     rng, C = np.random.default_rng(seed), NH * HS
     qkv, dout, dqkv = (floats(rng, B, T, width) for width in (3 * C, C, 3 * C))
     out, att = np.zeros((B, T, C), np.float32), np.full((B, NH, T, T), np.nan, np.float32)
-    call("attention_forward", out, att, qkv, B, T, C, NH)
+    call("attention_forward", out, att, qkv, B, T, C, NH, HS**-0.5)
     assert_kernel({"out": out}, lambda: {"out": np.stack([oracle.attention(wide(rows), NH) for rows in qkv])}, floor=1)
     lower = np.tril(np.ones((T, T), dtype=bool))
     assert np.isfinite(att[..., lower]).all()
     np.testing.assert_allclose(np.where(lower, att, 0).sum(axis=-1), 1, rtol=0, atol=2 * T * EPS)
     found, scratch = dqkv.copy(), [np.full(T, np.nan, np.float32) for _ in range(2)]
-    call("attention_backward", found, *scratch, dout, qkv, att, B, T, C, NH)
+    call("attention_backward", found, *scratch, dout, qkv, att, B, T, C, NH, HS**-0.5)
 
     def backward() -> dict[str, Array]:
         pairs = zip(wide(dout), wide(qkv), strict=True)
@@ -690,7 +690,7 @@ def test_spans_cover_every_parameter_once() -> None:
     spans = numbers_of(lr=1, step=1, weight_decay=0.1, decay_matrices_only=True).spans
     assert [start for start, _, _ in spans[1:]] == [stop for _, stop, _ in spans[:-1]]
     assert (spans[0][0], spans[-1][1]) == (0, model.parameters.size)
-    assert MATRICES == ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
+    assert MATRICES == ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw", "head")
     for name, _, offset, size in SMALL.tensors(padded=True):
         (decay,) = [decay for start, stop, decay in spans if start <= offset and offset + size <= stop]
         assert decay == (0.1 if name in MATRICES else 0), name

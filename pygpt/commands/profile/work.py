@@ -39,6 +39,7 @@ def work(config: Config, stored: Stored, calls: Iterable[Call]) -> Work:
 def _call(config: Config, stored: Stored, T: int, position: int, steps: int) -> Work:
     """Return the work of one call: T rows after `position` others, in equal steps, with the logits of the last row."""
     L, C, V = config.L, config.C, config.V
+    F = config.F
     pairs = T * position + T * (T + 1) // 2  # number of (row, visible key)
     seen = sum(position + T * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
 
@@ -56,8 +57,8 @@ def _call(config: Config, stored: Stored, T: int, position: int, steps: int) -> 
         "attention": layers((4 * C * pairs, 4 * (2 * C * seen + 2 * T * C))),
         "attproj": layers(product("attproj", C, C, T, steps, extra=2 * C)),  # the residual stream is read and written
         "ln2": layers((8 * T * C, 8 * T * C)),
-        "fc": layers(product("fc", 4 * C, C, T, steps)),
-        "fcproj": layers(product("fcproj", C, 4 * C, T, steps, extra=2 * C)),
+        "fc": layers(product("fc", F, C, T, steps)),
+        "fcproj": layers(product("fcproj", C, F, T, steps, extra=2 * C)),
         "lnf": (8 * C, 8 * C),
         "logits": product("logits", V, C, 1, 1),
     }
@@ -65,7 +66,7 @@ def _call(config: Config, stored: Stored, T: int, position: int, steps: int) -> 
 
 def _iteration(config: Config, B: int, T: int) -> Work:
     """Return the work of one iteration of training on B x T tokens, in float32."""
-    L, C, V, P = config.L, config.C, config.V, config.parameters(padded=True)
+    L, C, F, V, P = config.L, config.C, config.F, config.V, config.parameters(padded=True)
     R, pairs = B * T, B * T * (T + 1) // 2
 
     def product(N: int, K: int, extra: int = 0) -> tuple[int, int]:
@@ -81,10 +82,10 @@ def _iteration(config: Config, B: int, T: int) -> Work:
         "attention": (4 * C * pairs, 4 * 4 * R * C),
         "attproj": product(C, C, extra=2 * C),  # the residual stream is read and written
         "ln2": norm,
-        "fc": product(4 * C, C, extra=4 * C),  # fch is stored as well as fch_gelu
-        "fcproj": product(C, 4 * C, extra=2 * C),
-        "dfcproj": dproduct(C, 4 * C, extra=4 * C),  # GELU's derivative reads fch
-        "dfc": dproduct(4 * C, C),
+        "fc": product(F, C, extra=F),  # fch is stored as well as fch_gelu
+        "fcproj": product(C, F, extra=2 * C),
+        "dfcproj": dproduct(C, F, extra=F),  # the activation's derivative reads fch
+        "dfc": dproduct(F, C),
         "dln2": dnorm,
         "dattproj": dproduct(C, C),
         "dattention": (8 * C * pairs, 4 * 7 * R * C),  # q, k, v and datty in, dq, dk, dv out

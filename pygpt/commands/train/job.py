@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from ...config import Config
 from ...errors import DataError, InputError, PyGPTError, is_whole, real, shown
+from ...formats.checkpoint import check_plain
+from ...formats.open import vocabulary_beside
 from ...formats.shards import read_tokens
-from ...formats.text import joined, tokens_and_labels
+from ...formats.text import joined, read_text, tokens_and_labels
+from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from ...training.data import DataLoader, split
 from ...training.options import TrainingOptions
 from ...training.state import TrainingState
@@ -29,7 +32,7 @@ SHAPES = {
     "gpt2-large": {"L": 36, "NH": 20, "C": 1280},
     "gpt2-xl": {"L": 48, "NH": 25, "C": 1600},
 }
-GPT2_V, GPT2_MAXT = 50257, 1024
+GPT2_MAXT = 1024
 MOST = 1 << 30
 # Limits of a job's whole numbers, on the command line and in a training state.
 WHOLE = {
@@ -47,6 +50,7 @@ WHOLE = {
 }
 BEST = "best"  # the field of a training state with the best validation loss and its step
 SHARD = ".bin"  # data files with another ending are text
+FOLDERLESS = ".safetensors"  # the ending of model files that can describe every model
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
 Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # shards, or tokens; labels or None
 FIXED = (
@@ -187,30 +191,32 @@ def number(text: str) -> float:
 # ------------------------------------------------------------------------------------------------ the model's shape
 
 
-def shape_of(text: str) -> Config:
-    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else."""
+def shape_of(text: str, V: int = GPT2_V) -> Config:
+    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else.
+
+    V: the ids if the shape does not say them."""
     if text in SHAPES:
-        return Config(V=GPT2_V, maxT=GPT2_MAXT, **SHAPES[text])
+        return Config(V=V, maxT=GPT2_MAXT, **SHAPES[text])
     parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]
     found = {part[1]: int(part[2]) for part in parts if part}
     if None in parts or len(found) < len(parts) or {"L", "NH", "C", "maxT"} - set(found):
         raise InputError(f"--shape is {text[:60]!r}: it must be one of {', '.join(SHAPES)}, or like L=4,NH=4,C=128,maxT=256")
-    return Config(**{"V": GPT2_V, **found})
+    return Config(**{"V": V, **found})
 
 
 # ------------------------------------------------------------------------------------------------ data
 
 
-def open_data(job: Job, V: int) -> tuple[DataLoader, DataLoader | None]:
+def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
     """Return the loaders of training and validation data (None without validation). Every id is checked against V.
 
     Raises DataError for missing, damaged or unsuitable files, InputError for options that do not fit the data.
     """
-    seed = job.seed if job.shuffle else None
+    seed, V = job.seed if job.shuffle else None, config.V
     if job.val_tokens is None and job.val_fraction is None:
-        train = _loader(job, job.data, _source(job, job.data, V), V, seed=seed)
-        return train, None if job.val is None else _validation(job, job.val, _source(job, job.val, V), V)
-    tokens, labels = _source(job, job.data, V)
+        train = _loader(job, job.data, _source(job, job.data, config), V, seed=seed)
+        return train, None if job.val is None else _validation(job, job.val, _source(job, job.val, config), V)
+    tokens, labels = _source(job, job.data, config)
     if isinstance(tokens, list):
         if len(tokens) > 1:
             raise InputError(f"{job.data}: {len(tokens)} shards cannot be split: name a shard for validation with --val")
@@ -245,27 +251,52 @@ def check_text(path: str) -> None:
         raise DataError(f"{path}: not a regular file: save it as a file first, so that --resume can read the text again")
 
 
-def _source(job: Job, pattern: str, V: int) -> Source:
+def _source(job: Job, pattern: str, config: Config) -> Source:
     """Return the shards that a file name or pattern matches, as a list of names; or, for text files, tokens and labels."""
+    names, text = files_of_data(pattern)
+    if not text:
+        return names, None
+    reading: dict[str, Any] = {"allow_special": not job.no_special, "tokenizer": tokenizer_of(config)}
+    parts = [tokens_and_labels(name, job.field, **reading) for name in names]
+    tokens = joined([part for part, _ in parts])
+    if all(labels is None for _, labels in parts):
+        return tokens, None
+    return tokens, np.concatenate([part.astype(np.int32) if labels is None else labels for part, labels in parts])
+
+
+def files_of_data(pattern: str) -> tuple[list[str], bool]:
+    """Return the files that a name or pattern matches, and whether they are text. Raises DataError for none, or both kinds."""
     names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
     if not names:
         raise DataError(f"{pattern!r}: not a file, and not a pattern that matches files: check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
-        return shards, None
+        return shards, False
     for name in names:
         check_text(name)
     if shards:
         raise DataError(f"{pattern!r}: {shards[0]} has tokens, but {min({*names} - {*shards})} is text: train on one kind")
-    if V < GPT2_V:
-        raise InputError(
-            f"{names[0]}: text becomes tokens with {GPT2_V} ids, but the model has V = {V}: train on token shards (.bin)"
-        )
-    parts = [tokens_and_labels(name, job.field, allow_special=not job.no_special) for name in names]
-    tokens = joined([part for part, _ in parts])
-    if all(labels is None for _, labels in parts):
-        return tokens, None
-    return tokens, np.concatenate([part.astype(np.int32) if labels is None else labels for part, labels in parts])
+    return names, True
+
+
+def new_vocabulary(given: dict[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer that the options ask for: a file's, or one made from the text of --data. None without an option.
+
+    Raises InputError if there is more than one option, or if a vocabulary cannot be made from this data."""
+    asked = [name for name in ("tokenizer", "train_tokenizer", "chars") if name in given]
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise InputError(f"{flag(asked[0])} and {flag(asked[1])} were both given: give one of them")
+    from ...formats.vocabulary import characters_of, load_tokenizer, trained_on
+
+    if "tokenizer" in given:
+        return load_tokenizer(given["tokenizer"])
+    names, text = files_of_data(given["data"])
+    if not text:
+        raise InputError(f"{flag(asked[0])} makes a vocabulary from text, but {names[0]} holds tokens: give text as --data")
+    pieces = (piece for name in names for piece in read_text(name))
+    return Tokenizer(characters_of(pieces) if "chars" in given else trained_on(pieces, given["train_tokenizer"]))
 
 
 # ------------------------------------------------------------------------------------------------ output files
@@ -280,23 +311,30 @@ class Output(NamedTuple):
     @property
     def best(self) -> str:
         """The file of the model with the best validation loss."""
-        return f"{self.model.removesuffix(SHARD)}.best{SHARD}"
+        stem, ending = os.path.splitext(self.model)
+        return f"{stem}.best{ending}"
 
     @classmethod
-    def named(cls, name: str) -> "Output":
-        """Return the files of --out STEM or --out STEM.bin. Raises InputError for a name that cannot be a file."""
-        stem = name.removesuffix(SHARD)
+    def named(cls, name: str, config: Config) -> "Output":
+        """Return the files of --out STEM, STEM.bin or STEM.safetensors. Raises InputError for a name that cannot be a file.
+
+        Without an ending, a model that a .bin file cannot describe is written as STEM.safetensors."""
+        ending = next((ending for ending in (SHARD, FOLDERLESS) if name.endswith(ending)), "")
+        stem = name.removesuffix(ending)
         if not os.path.basename(stem) or os.path.isdir(name):
             raise InputError(f"--out is {name!r}: it must be the name of a file, such as run.bin")
-        return cls(f"{stem}{SHARD}", f"{stem}.state")
+        model = f"{stem}{ending or (FOLDERLESS if config.variations else SHARD)}"
+        if model.endswith(SHARD):
+            check_plain(config, model)
+        return cls(model, f"{stem}.state")
 
     @classmethod
-    def of_state(cls, state: str) -> "Output":
+    def of_state(cls, state: str, config: Config) -> "Output":
         """Return the files in which the run of a training state saved before. Raises InputError for an unusual name."""
         stem = re.fullmatch(r"(.*[^/])\.state(\.1)?", state, re.DOTALL)
         if not stem:
             raise InputError(f"--resume is {state!r}, which does not end in .state: name the new files with --out")
-        return cls.named(stem[1])
+        return cls.named(stem[1], config)
 
 
 def best_of(state: TrainingState | None) -> tuple[float, int] | None:
@@ -310,12 +348,11 @@ def best_of(state: TrainingState | None) -> tuple[float, int] | None:
 def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
-    output, log, plot = (
-        Output(path.removesuffix(".state") + SHARD, path),
-        state.progress.job.get("log"),
-        state.progress.job.get("plot"),
-    )
-    names = (*output, f"{path}.1", output.best, log, *(pictures(plot) if plot else ()))
+    stem = path.removesuffix(".state")
+    outputs = [Output(stem + ending, path) for ending in (SHARD, FOLDERLESS)]
+    log, plot = state.progress.job.get("log"), state.progress.job.get("plot")
+    names = [name for output in outputs for name in (*output, output.best, vocabulary_beside(output.model))]
+    names += [f"{path}.1", *filter(None, [log]), *(pictures(plot) if plot else ())]
     return {os.path.realpath(name) for name in names if name}
 
 

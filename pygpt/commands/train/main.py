@@ -52,9 +52,11 @@ from ... import __version__
 from ..._kernels import cpu_info
 from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
-from ...formats.open import open_floats
+from ...formats.open import open_floats, set_tokenizer, vocabulary_beside
+from ...formats.vocabulary import write_vocabulary
 from ...hub.find import find_model
 from ...reference import SerialTrainableGPT2
+from ...tokenizer import Tokenizer, tokenizer_of
 from ...training.data import DataLoader
 from ...training.parallel import open_ranks
 from ...training.parallel.ranks import TIMEOUT_S, Ranks
@@ -62,7 +64,7 @@ from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
 from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
-from ..options import add_text_options
+from ..options import TOKENIZER_HELP, add_text_options
 from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
@@ -82,6 +84,7 @@ from .job import (
     flag,
     leftovers,
     new,
+    new_vocabulary,
     number,
     open_data,
     resumed,
@@ -89,7 +92,7 @@ from .job import (
 )
 
 RANDOM = "random"  # the value of --init for random weights
-NAMES = {"data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
+NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
 Engine = TrainableGPT2 | SerialTrainableGPT2
 
 
@@ -164,6 +167,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
         "L=4,NH=4,C=128,maxT=256[,V=50257]",
     )
+    add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
+    add(
+        "--train-tokenizer",
+        metavar="N",
+        type=whole(257, 1 << 16),
+        help="make a vocabulary of N ids from --data (needs tokenizers); it is saved as FILE.tokenizer.json",
+    )
+    add("--chars", action="store_true", default=None, help="make a vocabulary of the characters of --data")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("--reference", action="store_true", default=None, help="train with the slow serial reference")
 
@@ -189,7 +200,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gbit", metavar="G", type=number, help="the network's speed for --estimate in Gbit/s (default 10)")
 
     add = parser.add_argument_group("saving").add_argument
-    add("--out", metavar="FILE", help="save the model as FILE.bin and the state as FILE.state (default: save nothing)")
+    add(
+        "--out",
+        metavar="FILE",
+        help="save the model as FILE.bin or FILE.safetensors, and the state as FILE.state (default: save nothing)",
+    )
     add("--version", metavar="N", type=whole(*WHOLE["version"]), help="version of FILE.bin: 3, float32 (default); 5, bfloat16")
     add(
         "--save-every",
@@ -285,20 +300,23 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
     if options.resume is None:
         job, settings = new(given)
         config, init = beginning(given)
-        output = None if options.out is None else Output.named(options.out)
+        output = None if options.out is None else Output.named(options.out, config)
     else:
         state, notice = open_state(options.resume)
         stack.enter_context(state)
         say(notice)
         job, settings, changes = resumed(given, state)
         config, init = state.config, None
-        output = Output.named(options.out) if options.out else Output.of_state(options.resume)
+        output = Output.named(options.out, config) if options.out else Output.of_state(options.resume, config)
+        if os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
+            set_tokenizer(config, path)
         if job.plot is not None and "plot" not in given:
             check_pictures(report.pictures(job.plot), state)
     if ranks.rank == 0:  # only this rank writes
         prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
-    train, validation = open_data(job, config.V)
+    train, validation = open_data(job, config)
     engine = make_engine(config, init, job, options.threads)
+    engine.config.tokenizer = config.tokenizer
     stack.enter_context(engine)
     trainer = Trainer(engine, train, settings, ranks)
     if state is not None:
@@ -309,8 +327,8 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         say(change)
     if output is None:
         say("this run will not be saved: to save it, name a file with --out")
-    path = job.log if ranks.rank == 0 else None
-    log = stack.enter_context(report.Log(path, None if state is None else trainer.done, keep=job.plot is not None))
+    log_path = job.log if ranks.rank == 0 else None
+    log = stack.enter_context(report.Log(log_path, None if state is None else trainer.done, keep=job.plot is not None))
     return Run(trainer, validation, job, output, log, state)
 
 
@@ -347,14 +365,26 @@ def beginning(given: dict[str, Any]) -> tuple[Config, str]:
     if init == RANDOM or (init is None and shape is not None):
         if shape is None:
             raise InputError("--init random needs --shape: give gpt2, or a shape such as L=4,NH=4,C=128,maxT=256")
-        return shape_of(shape), RANDOM
+        tokenizer = new_vocabulary(given)
+        config = shape_of(shape) if tokenizer is None else shape_of(shape, tokenizer.V)
+        return with_tokenizer(config, tokenizer), RANDOM
     if shape is not None:
         raise InputError(f"--shape and --init {init} were both given, but the checkpoint has a shape already: give one of them")
     path, origin = find_model(init)
     if origin == "embedded":
         say("training the small embedded Shakespeare model; for another model use --init, for random weights --shape")
+    if made := {"train_tokenizer", "chars"} & {*given}:
+        raise InputError(f"{flag(*made)} makes a vocabulary, which a trained model cannot know: begin with --shape")
     with open_floats(path) as checkpoint:
-        return checkpoint.config, path
+        return with_tokenizer(checkpoint.config, new_vocabulary(given)), path
+
+
+def with_tokenizer(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """Let a config have this tokenizer, if there is one; return the config. Raises InputError if the model has fewer ids."""
+    if tokenizer is not None:
+        padded = Tokenizer(tokenizer.vocabulary(), V=config.V)
+        config.tokenizer = lambda: padded
+    return config
 
 
 def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, force: bool) -> None:
@@ -363,6 +393,8 @@ def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, 
     mine: the files of the resumed run, which it may replace.
     """
     written = [*(output or ()), *([output.best] if output and job.keep_best else ()), *filter(None, [job.log])]
+    if output is not None and config.tokenizer is not None:
+        written.append(vocabulary_beside(output.model))
     older = [] if output is None else [f"{output.state}.1"]
     pictures = [] if job.plot is None else report.pictures(job.plot)
     drawn = {*pictures, *filter(None, [job.plot])}  # include the name of a folder of pictures
@@ -548,6 +580,8 @@ class Run:
         def write() -> None:
             try:
                 self.trainer.engine.save(path, version=self.job.version)
+                if (config := self.trainer.engine.config).tokenizer is not None:
+                    write_vocabulary(vocabulary_beside(path), tokenizer_of(config).vocabulary())
             except OSError as error:
                 raise PyGPTError(f"{path}: cannot write the model file: {error.strerror or error}") from error
 

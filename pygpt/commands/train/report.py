@@ -11,7 +11,7 @@ from ...errors import InputError, PyGPTError
 from ...formats.files import atomic_file
 from ...model import GPT2
 from ...reference import SerialGPT2
-from ...tokenizer import Tokenizer
+from ...tokenizer import tokenizer_of
 from ...training.trainer import Record
 from ..console import for_terminal
 from ..profile.plots import matplotlib, save
@@ -126,13 +126,14 @@ def encoded(entry: dict[str, Any]) -> bytes:
 def sample(model: "GPT2 | SerialGPT2", tokens: int, seed: int) -> str:
     """Return a text that the model generates at random after <|endoftext|>. The same seed gives the same text.
 
-    If the vocabulary is not GPT-2's, start with id 0 and return ids.
+    If the vocabulary has no such token, start with id 0; if it is unknown, return ids.
     """
-    tokenizer = Tokenizer()
-    text = model.config.V == tokenizer.V
-    begin = [tokenizer.eot if text else 0]
+    tokenizer = None
+    with suppress(InputError):
+        tokenizer = tokenizer_of(model.config)
+    begin = [(tokenizer and tokenizer.eot) or 0]
     made = model.generate(begin, max_new_tokens=min(tokens, model.config.maxT - 1), seed=seed)
-    return tokenizer.decode(made) if text else " ".join(map(str, made))
+    return " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
 
 
 def pictures(path: str) -> list[str]:

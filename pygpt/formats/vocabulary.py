@@ -1,0 +1,192 @@
+"""The vocabulary of a model in any of its files, as the contents of a tokenizer.json: find, read, make and write it.
+
+A model's vocabulary lies beside the model file as NAME.tokenizer.json, in the folder of a Hugging Face model (tokenizer.json,
+or vocab.json with merges.txt), or inside a GGUF or safetensors file. llm.c's tokenizer.bin has the tokens without their merges;
+the merge of a token is the pair that its bytes become by the merges before it.
+
+Refuses a vocabulary that is not byte-level BPE. Source: Hugging Face's tokenizers, tokenizer/serialization.rs.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from ..errors import DataError, InputError
+from ..tokenizer import END_OF_TEXT, Tokenizer, spelled, vocabulary_of
+from .files import atomic_file, reason
+from .safetensors import parse_object
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+FILE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+LIMIT = 1 << 27  # bytes of a file: far more than any vocabulary needs
+EACH_CHARACTER = r"[\s\S]"
+
+
+@lru_cache(maxsize=8)
+def cached_tokenizer(path: str, V: int) -> Tokenizer:
+    """Return load_tokenizer(), which reads a file only once."""
+    return load_tokenizer(path, V=V)
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tokenizer:
+    """Return the tokenizer of a folder or file: tokenizer.json, vocab.json or merges.txt, llm.c's .bin, .gguf, .safetensors.
+
+    V: the model's ids; those beyond the vocabulary decode to placeholders. Raises InputError for any other file, and for a
+    vocabulary of more than V ids.
+    """
+    path = os.fspath(path)
+    try:
+        return Tokenizer(read_vocabulary(path), V=V)
+    except InputError as error:
+        raise (error if str(error).startswith(path) else InputError(f"{path}: {error}")) from None
+
+
+def read_vocabulary(path: str) -> "dict[str, Any]":
+    """Read a vocabulary of any form. Raises InputError."""
+    if os.path.isdir(path):
+        path = next((name for name in (os.path.join(path, FILE), os.path.join(path, VOCAB)) if os.path.isfile(name)), path)
+    if path.endswith(".gguf"):
+        from .gguf import GGUFFile
+
+        with GGUFFile(path) as model:
+            return model.vocabulary()
+    if path.endswith(".safetensors"):
+        from .safetensors import SafetensorsFile
+
+        with SafetensorsFile(path) as file:
+            return _parsed(file.metadata.get(FILE, "").encode(), path)
+    if path.endswith(".bin"):
+        from .llmc import read_tokenizer
+
+        return _of_tokens(*read_tokenizer(path))
+    name = os.path.basename(path)
+    if name.endswith((VOCAB, MERGES)):
+        return _of_two_files(path)
+    found = _parsed(_read(path), path)
+    if not isinstance(found.get("model"), dict):
+        raise InputError(f"{path}: not a tokenizer.json: it has no object `model`")
+    return found
+
+
+def _of_two_files(path: str) -> "dict[str, Any]":
+    """Read vocab.json and merges.txt. Either may be named; names such as NAME-vocab.json keep what is before."""
+    stem = path.removesuffix(VOCAB).removesuffix(MERGES)
+    vocab = _parsed(_read(stem + VOCAB), stem + VOCAB)
+    lines = _read(stem + MERGES).decode("utf-8", "replace").split("\n")
+    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    for merge in merges:
+        if merge.count(" ") != 1:
+            raise InputError(f"{stem}{MERGES}: {merge[:40]!r} is not a merge: two tokens with a space between them")
+    tokens = {i: token for token, i in vocab.items()}
+    if sorted(tokens) != [*range(len(vocab))]:
+        raise InputError(f"{stem}{VOCAB}: its ids are not the whole numbers from 0 to {len(vocab) - 1}")
+    merged = {merge.replace(" ", "") for merge in merges}
+    special = {token: True for token in vocab if re.fullmatch(r"<\|?\w+\|?>", token) and token not in merged}
+    return vocabulary_of([tokens[i] for i in range(len(vocab))], merges, special)
+
+
+def _of_tokens(contents: list[bytes], eot: int) -> "dict[str, Any]":
+    """Find the merges of tokens in the order of their ids; `eot` is special."""
+    from ..tokenizer import pair_of
+
+    ranks = {content: i for i, content in enumerate(contents) if i != eot}
+    merges = []
+    for content, rank in ranks.items():
+        if len(content) > 1:
+            if (pair := pair_of(content, ranks, rank)) is None:
+                raise InputError(f"token {rank}, {content[:40]!r}, is not a merge of two tokens before it")
+            merges.append([spelled(part) for part in pair])
+    tokens = [END_OF_TEXT if i == eot else spelled(content) for i, content in enumerate(contents)]
+    return vocabulary_of(tokens, merges, {END_OF_TEXT: True})
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LIMIT + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read the vocabulary: {reason(error)}") from error
+    if len(text) > LIMIT:
+        raise InputError(f"{path}: longer than {LIMIT} bytes: too long for a vocabulary")
+    return text.removeprefix(b"\xef\xbb\xbf")
+
+
+def _parsed(text: bytes, path: str) -> "dict[str, Any]":
+    try:
+        return parse_object(text, path)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+# ------------------------------------------------------------------------------------------------ making and writing
+
+
+def characters_of(text: Iterable[str]) -> "dict[str, Any]":
+    """Return a vocabulary whose tokens are the characters of a text, in ascending order, without merges between characters.
+
+    A character of several bytes is merged from them, so these bytes and the parts of the character are tokens too.
+    """
+    found = sorted({char for piece in text for char in piece})
+    if not found:
+        raise DataError("the text is empty: it has no characters for a vocabulary")
+    encoded = [char.encode() for char in found]
+    parts = {content[:n] for content in encoded for n in range(1, len(content))}
+    rest = {content[i : i + 1] for content in encoded for i in range(len(content))} | parts
+    contents = [content for content in encoded if len(content) == 1] + sorted(rest - {*encoded})
+    contents += [content for content in encoded if len(content) > 1]
+    merges = [[spelled(c[:-1]), spelled(c[-1:])] for c in sorted(parts | {*encoded}, key=len) if len(c) > 1]
+    return vocabulary_of([spelled(content) for content in contents], merges, {}, pattern=EACH_CHARACTER)
+
+
+def trained_on(text: Iterable[str], size: int) -> "dict[str, Any]":
+    """Return a vocabulary of `size` ids, `<|endoftext|>` included, made from a text by Hugging Face's tokenizers.
+
+    Raises InputError for a size below 257, and ImportError without the package."""
+    if size < 257:
+        raise InputError(f"a vocabulary of {size} ids was asked for: byte-level BPE needs at least 257, one for each byte")
+    try:
+        from tokenizers import Tokenizer as Trainee
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        install = "python -m pip install 'pygpt[tokenizers]'"
+        raise ImportError(f"a new vocabulary needs tokenizers, which cannot be imported ({error}): {install}") from error
+    trainee = Trainee(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainee.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trainee.train_from_iterator(text, trainer)
+    return parse_object(trainee.to_str().encode(), FILE)
+
+
+def write_vocabulary(path: str, vocabulary: "dict[str, Any]") -> None:
+    """Write a tokenizer.json atomically. Raises OSError."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(vocabulary, ensure_ascii=False, indent=1).encode())
+
+
+def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
+    """Return the files of a tokenizer in a Hugging Face folder, by name."""
+    found, end = tokenizer.vocabulary(), tokenizer.eot
+    special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([end]))
+    plain = tokenizer.splits_before_space
+    settings = {
+        "add_prefix_space": False,
+        **special,
+        "model_max_length": maxT,
+        "tokenizer_class": "GPT2Tokenizer" if plain and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast",
+    }
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
+    objects = {FILE: found, "tokenizer_config.json": settings, "special_tokens_map.json": special, VOCAB: vocab}
+    files = {name: json.dumps(value, ensure_ascii=False, indent=1).encode() for name, value in objects.items()}
+    return files | {MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode()}

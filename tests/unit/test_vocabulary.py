@@ -1,0 +1,340 @@
+"""Vocabularies other than GPT-2's: the same ids as Hugging Face's tokenizers, from every file, in every command."""
+
+import json
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_checkpoint import make
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Peer
+
+from pygpt import GPT2, InputError, SerialGPT2, StreamDecoder, Tokenizer
+from pygpt.commands.chat import main as chat
+from pygpt.commands.convert import main as convert
+from pygpt.commands.eval import main as evaluate
+from pygpt.commands.quantize import main as quantize
+from pygpt.commands.train.main import main as train
+from pygpt.formats.llmc import write_tokenizer
+from pygpt.formats.open import open_model
+from pygpt.formats.vocabulary import characters_of, load_tokenizer, tokenizer_files, write_vocabulary
+from pygpt.tokenizer import tokenizer_of
+
+TEXT = Path(__file__).with_name("test_tokenizer.py").read_text()
+TEXT += "äöü ß 中文字 🙂🙃 e\u0301 123 4567 \r\n\t  x I'll we've DON'T\n" * 20
+
+LLAMA = (  # the pattern of Llama 3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PIECES = [*"abcdesthLRxy'.,!0123 \t\n\r<|>", "  ", "   ", "<nl>", "tok", " tok ", "RR", "the", "'s", "'S", "é", "ß", "中", "🙂"]
+PIECES += ["e\u0301", "\xa0", "\u2003", "\x85", "\x1c", "\u017f", "<|endoftext|>", "  L"]
+
+
+def level(**options: bool) -> Any:
+    return pre_tokenizers.ByteLevel(**({"add_prefix_space": False} | options))
+
+
+def several(*steps: Any) -> Any:
+    return pre_tokenizers.Sequence([*steps])
+
+
+def trained(split: Any, *, normalizer: Any = None, added: tuple[Any, ...] = ()) -> Peer:
+    """A vocabulary of 500 ids, made from TEXT."""
+    peer = Peer(models.BPE())
+    peer.pre_tokenizer, peer.decoder = split, decoders.ByteLevel()
+    if normalizer is not None:
+        peer.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    peer.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    for token in added:
+        peer.add_tokens([token])
+    return peer
+
+
+def changed(peer: Peer, change: Callable[[dict[str, Any]], object]) -> Peer:
+    vocabulary = json.loads(peer.to_str())
+    change(vocabulary["model"])
+    return Peer.from_str(json.dumps(vocabulary))
+
+
+def shuffle(model: dict[str, Any]) -> None:
+    random.Random(3).shuffle(model["merges"])
+
+
+ADDED = ("<nl>", AddedToken("tok", single_word=True), AddedToken("  L", lstrip=True), AddedToken("RR", rstrip=True), "  ")
+PEERS: dict[str, Callable[[], Peer]] = {
+    "GPT-2's kind": lambda: trained(level()),
+    "prefix": lambda: trained(level(add_prefix_space=True)),
+    "unsplit": lambda: trained(level(use_regex=False)),
+    "Llama's": lambda: trained(several(pre_tokenizers.Split(Regex(LLAMA), "isolated"), level(use_regex=False))),
+    "digits": lambda: trained(several(pre_tokenizers.Digits(individual_digits=True), level())),
+    "gaps": lambda: trained(several(pre_tokenizers.Split(Regex("[a-z]+"), "isolated"), level(add_prefix_space=True))),
+    "NFC": lambda: trained(level(), normalizer=normalizers.NFC()),
+    "added": lambda: trained(level(), added=ADDED),
+    "added, prefix": lambda: trained(level(add_prefix_space=True), added=("<nl>", "xy")),
+    "shuffled": lambda: changed(trained(level()), shuffle),
+    "shuffled, unsplit": lambda: changed(trained(level(use_regex=False)), shuffle),
+    "whole": lambda: changed(trained(level()), lambda model: model.update(ignore_merges=True)),
+    "shuffled, whole": lambda: changed(changed(trained(level()), shuffle), lambda model: model.update(ignore_merges=True)),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_the_ids_are_those_of_tokenizers(name: str) -> None:
+    peer = PEERS[name]()
+    mine = Tokenizer(json.loads(peer.to_str()))
+    rng = random.Random(5)
+    texts = ["".join(rng.choices(PIECES, k=rng.randint(0, 30))) for _ in range(600)]
+    known = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    if "unsplit" not in name:  # Python merges one long piece slowly; the rarer splits see a part of Unicode
+        few = 3000 if name == "GPT-2's kind" else 200_000
+        texts += ["".join(f"a{chr(code)}b" for code in known[i : i + 3000]) for i in range(0, len(known), few)]
+    for text in texts:
+        ids = peer.encode(text, add_special_tokens=False).ids
+        assert mine.encode(text, allow_special=True) == ids
+        if name not in ("NFC", "prefix", "gaps", "added, prefix", "added"):  # these change the text
+            assert mine.decode(ids) == text
+    assert mine.eot == peer.token_to_id("<|endoftext|>")
+    assert mine.vocabulary() == json.loads(peer.to_str())
+
+
+def test_special_tokens_are_text_unless_allowed() -> None:
+    mine = Tokenizer(json.loads(PEERS["added"]().to_str()))
+    assert len(mine.encode("<|endoftext|>")) > 3
+    assert mine.encode("<|endoftext|>", allow_special=True) == [mine.eot]
+    assert mine.encode("a<nl>") == mine.encode("a<nl>", allow_special=True)  # not special: always one token
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_file_gives_the_same_tokenizer(folder: Path) -> None:
+    peer = PEERS["GPT-2's kind"]()
+    mine = Tokenizer(json.loads(peer.to_str()))
+    for name, content in tokenizer_files(mine, 16).items():
+        (folder / name).write_bytes(content)
+    Path("alone").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).rename(folder / "alone" / name)
+    Path("alone/merges.txt").write_bytes(Path("alone/merges.txt").read_bytes().replace(b"\n", b"\r\n"))
+    contents = [mine.decode_bytes([i]) for i in range(mine.V)]
+    write_tokenizer("tokenizer.bin", [*contents[1:], contents[0]], mine.V - 1)  # in an order of ranks: <|endoftext|> last
+    make("m.bin", L=1, NH=1, C=32, V=mine.V, maxT=16)
+    assert quantize(["--format", "f32", "--head", "f32", "m.bin", "m.gguf"]) == 0  # tokenizer.json lies in its folder
+    same = [".", "tokenizer.json", "alone", "alone/vocab.json", "alone/merges.txt", "m.gguf"]
+    for text in (TEXT, "".join(map(chr, range(0x20, 0x3000)))):
+        ids = peer.encode(text, add_special_tokens=False).ids
+        for path in same:
+            assert load_tokenizer(path).encode(text, allow_special=True) == ids, path
+        moved = load_tokenizer("tokenizer.bin")
+        assert moved.encode(text, allow_special=True) == [i - 1 if i else moved.V - 1 for i in ids]
+    with GPT2.load("m.gguf") as model:
+        assert tokenizer_of(model.config).encode("the") == mine.encode("the")
+
+
+def test_gpt2s_own_vocabulary_from_every_file(folder: Path) -> None:
+    gpt2 = Tokenizer()
+    for name, content in tokenizer_files(gpt2, 1024).items():
+        (folder / name).write_bytes(content)
+    write_tokenizer("gpt2_tokenizer.bin", [gpt2.decode_bytes([i]) for i in range(gpt2.V)], 50256)
+    peer = Peer.from_file("tokenizer.json")
+    for path in ("tokenizer.json", "vocab.json", "gpt2_tokenizer.bin"):
+        found = load_tokenizer(path)
+        assert (found.V, found.eot) == (50257, 50256)
+        assert found.encode(TEXT) == gpt2.encode(TEXT)
+        assert found.encode(TEXT, allow_special=True) == peer.encode(TEXT).ids
+        assert found.encode("hello there<|endoftext|>", allow_special=True) == [31373, 612, 50256]
+    assert json.loads(Path("tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("tokenizer.json", b"", "is not JSON"),
+        ("tokenizer.json", b"[]", "not a JSON object"),
+        ("tokenizer.json", b"{}", "it has no object `model`"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": []}}', "type 'Unigram': only byte-level BPE"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}, "merges": []}}', "splits text by None"),
+        ("vocab.json", b'{"a": 0}', "merges.txt: cannot read the vocabulary: No such file"),
+        ("tokenizer.bin", b"x" * 2000, "magic number"),
+        ("absent.json", None, "No such file"),
+    ],
+)
+def test_a_file_that_is_no_vocabulary(folder: Path, name: str, content: bytes | None, named: str) -> None:
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(name)
+    assert named in str(caught.value)
+    assert str(caught.value).startswith(name.removesuffix("vocab.json"))
+    assert "\n" not in str(caught.value)
+
+
+def damage(**changes: Any) -> dict[str, Any]:
+    vocabulary = Tokenizer(characters_of(["ab"])).vocabulary()
+    return vocabulary | {"model": vocabulary["model"] | changes.pop("model", {})} | changes
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "named"),
+    [
+        (damage(model={"vocab": {"a": -1}}), "not whole numbers from 0"),
+        (damage(model={"vocab": {"a": 1 << 40}}), "not whole numbers from 0"),
+        (damage(model={"vocab": {}}), "the vocabulary is damaged"),
+        (damage(model={"vocab": ["a"]}), "the vocabulary is damaged"),
+        (damage(model={"merges": [["a", "b"]]}), "the vocabulary is damaged (KeyError"),
+        (damage(model={"merges": ["ab"]}), "the vocabulary is damaged"),
+        (damage(normalizer={"type": "Lowercase"}), "changes text by 'Lowercase'"),
+        (damage(pre_tokenizer={"type": "Metaspace"}), "splits text by 'Metaspace'"),
+        (damage(pre_tokenizer={"type": "Split"}), "the vocabulary is damaged"),
+        (damage(added_tokens=[{"id": 5}]), "the vocabulary is damaged"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be(vocabulary: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Tokenizer(vocabulary)
+    assert named in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ids beyond the vocabulary
+
+
+@pytest.mark.parametrize("V", [50258, 50304])
+def test_ids_beyond_gpt2s_vocabulary_print_a_placeholder(folder: Path, capsys: pytest.CaptureFixture[str], V: int) -> None:
+    """A model that always chooses its last id is chatted with, stopped, and evaluated; --text-only never chooses the id."""
+    make("m.bin", L=1, NH=1, C=32, V=V, maxT=16)
+    content = bytearray(Path("m.bin").read_bytes())
+    values = np.frombuffer(content, "<f4", offset=1024)  # the last rows of the head grow with the last norm's bias
+    wte = values[: V * 32].reshape(V, 32)
+    wte[V - 1] = 10
+    values[-32:] = 1
+    Path("m.bin").write_bytes(content)
+    with GPT2.load("m.bin") as model, SerialGPT2.load("m.bin", text_only=True) as serial:
+        tokenizer = tokenizer_of(model.config)
+        assert tokenizer.decode([31373, V - 1]) == f"hello<|{V - 1}|>"
+        decoder = StreamDecoder(tokenizer)
+        assert decoder.push(V - 1) + decoder.finish() == f"<|{V - 1}|>"
+        assert list(model.generate([31373], max_new_tokens=4, sampler="greedy", stop_strings=f"|{V - 1}")) == [V - 1]
+        assert serial.config.V == 50257
+        with pytest.raises(InputError, match=f"token id is {V}"):
+            tokenizer.decode([V])
+        for weights in (None, "q8_0", "q4_0"):
+            with GPT2.load("m.bin", weights=weights, text_only=True) as text:
+                with GPT2.load("m.bin", weights=weights) as whole:
+                    assert np.array_equal(text.logits([1, 2]), whole.logits([1, 2])[:, :50257])
+                assert max(text.generate([31373], max_new_tokens=4)) < 50257
+    assert quantize(["m.bin", "q.safetensors"]) == 0
+    with GPT2.load("q.safetensors", text_only=True) as text, GPT2.load("q.safetensors") as whole:
+        assert np.array_equal(text.logits([1, 2]), whole.logits([1, 2])[:, :50257])
+    assert chat(["-m", "m.bin", "-n", "3", "--sampler", "greedy", "hello"]) == 0
+    assert capsys.readouterr().out == f"<|{V - 1}|>" * 3 + "\n"
+    assert chat(["-m", "m.bin", "-n", "3", "--sampler", "greedy", "--text-only", "hello"]) == 0
+    assert "<|" not in capsys.readouterr().out
+    Path("t.txt").write_text("hello there")
+    assert evaluate(["perplexity", "-m", "m.bin", "t.txt"]) == 0
+    assert evaluate(["next", "-m", "m.bin", "-k", "1", "hello"]) == 0
+    assert f"<|{V - 1}|>" in capsys.readouterr().out
+    assert train(["--init", "m.bin", "--data", "t.txt", "-B", "1", "-T", "1", "--steps", "1", "--out", "new"]) == 0
+
+
+def test_a_model_of_unknown_vocabulary_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("m.bin", L=1, NH=1, C=32, V=70, maxT=16)
+    Path("t.txt").write_text("hello there")
+    for run, arguments in (
+        (chat, ["-m", "m.bin", "hello"]),
+        (evaluate, ["perplexity", "-m", "m.bin", "t.txt"]),
+        (train, ["--init", "m.bin", "--data", "t.txt", "-T", "1"]),
+    ):
+        assert run(arguments) == 2
+        assert "this model has 70 ids, which are not GPT-2's vocabulary of 50257" in capsys.readouterr().err
+    write_vocabulary("other.json", characters_of(["helo thr"]))
+    assert evaluate(["perplexity", "-m", "m.bin", "--tokenizer", "other.json", "t.txt"]) == 0
+    assert chat(["-m", "m.bin", "--tokenizer", "other.json", "-n", "2", "hello"]) == 0
+    assert chat(["-m", "m.bin", "--tokenizer", "other.json", "Hello"]) == 2
+    assert "the model's vocabulary has no 'H'" in capsys.readouterr().err
+    write_vocabulary("large.json", json.loads(PEERS["GPT-2's kind"]().to_str()))
+    assert chat(["-m", "m.bin", "--tokenizer", "large.json", "hello"]) == 2
+    assert "large.json: the tokenizer has 500 ids, and the model 70" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A vocabulary of one's own
+
+RUN = ["--data", "play.txt", "--shape", "L=1,NH=1,C=32,maxT=16", "-B", "2", "-T", "8", "--steps", "3", "--sample-every", "3"]
+
+
+@pytest.fixture
+def play(folder: Path) -> str:
+    text = "ROMEO:\nÉtude, é 中 & all!\n\nJULIET:\nNo.\n" * 40
+    Path("play.txt").write_text(text, encoding="utf-8")
+    return text
+
+
+def test_characters(play: str) -> None:
+    mine = Tokenizer(characters_of([play[:50], play[50:]]))
+    plain = sorted({char for char in play if ord(char) < 128})
+    assert mine.encode("".join(plain)) == [*range(len(plain))]
+    ids = mine.encode(play)
+    assert len(ids) == len(play)
+    assert mine.decode(ids) == play
+    peer = Peer.from_str(json.dumps(mine.vocabulary()))
+    assert peer.encode(play).ids == ids
+    assert peer.decode(ids) == play
+    with pytest.raises(InputError, match="has no 'Q'"):
+        mine.encode("Quite")
+    assert Tokenizer(characters_of(["\n !aZ"])).V == 5  # as many ids as characters, if each is one byte
+
+
+@pytest.mark.parametrize("options", [["--chars"], ["--train-tokenizer", "300"], ["--tokenizer", "own.json"]])
+@pytest.mark.parametrize("ending", ["", ".safetensors"])
+def test_from_text_to_chat_in_two_commands(
+    play: str, capsys: pytest.CaptureFixture[str], options: list[str], ending: str
+) -> None:
+    write_vocabulary("own.json", characters_of([play]))
+    assert train([*RUN, *options, "--out", f"run{ending}"]) == 0
+    model = f"run{ending or '.bin'}"
+    assert chat(["-m", model, "-n", "3", "ROMEO"]) == 0
+    with open_model(model) as opened:
+        tokenizer = tokenizer_of(opened.config)
+        assert opened.config.V == tokenizer.V == tokenizer.known
+        assert tokenizer.decode(tokenizer.encode(play)) == play
+    assert evaluate(["perplexity", "-m", model, "play.txt", "-o", "json"]) == 0
+    assert train(["--resume", "run.state", "--steps", "4"]) == 0
+    assert train(["--data", "play.txt", "--init", model, "-B", "1", "-T", "8", "--steps", "1", "--out", "more"]) == 0
+    assert Path("more.tokenizer.json").read_bytes() == Path("run.tokenizer.json").read_bytes()
+    assert train([*RUN, *options, "--out", f"run{ending}"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert convert([model, "hf/"]) == 0
+    peer = Peer.from_file("hf/tokenizer.json")
+    assert peer.encode(play).ids == tokenizer.encode(play)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--chars", "--train-tokenizer", "300"], "--train-tokenizer and --chars were both given"),
+        (["--train-tokenizer", "256"], "257"),
+        (["--tokenizer", "absent.json"], "absent.json: cannot read"),
+        (["--chars", "--data", "ids.bin"], "--chars makes a vocabulary from text, but ids.bin holds tokens"),
+        (["--chars", "--shape", "L=1,NH=1,C=32,maxT=16,V=7"], "the tokenizer has"),
+    ],
+)
+def test_bad_vocabularies_for_training(play: str, capsys: pytest.CaptureFixture[str], options: list[str], named: str) -> None:
+    Path("ids.bin").write_bytes(struct.pack("<256i", 20240520, 1, 20, *[0] * 253) + bytes(40))
+    assert train([*RUN, *options]) == 2
+    assert named in capsys.readouterr().err
