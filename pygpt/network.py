@@ -7,7 +7,7 @@ a prompt into steps, or on the number of workers.
 Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy can view.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from . import cpus
 from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
@@ -187,6 +187,13 @@ class Network(Uncopied):
             return self.threads
         alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
         return cpus.workers_for(self.threads, alone_us, 5 * self.config.L + 3)
+
+    def each(self, function: Callable[[int], object], count: int) -> None:
+        """Call function(i) for i = 0 .. count - 1, shared among the workers if there are several."""
+        if count == 1:
+            function(0)
+        elif count:
+            self._pool.run(lambda ith, nth: [function(i) for i in range(ith, count, nth)])
 
     def record(self, trace: "Trace | None") -> None:
         """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""

@@ -4,7 +4,7 @@ Commands, tests and benchmarks compare the fast path with it. It computes one nu
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference, Training
 from .config import Config
@@ -69,6 +69,11 @@ class SerialNetwork(Uncopied):
     def new_cache(self, capacity: int | None = None) -> SerialCache:
         """Return an empty cache."""
         return SerialCache(capacity or self.config.maxT)
+
+    def each(self, function: "Callable[[int], object]", count: int) -> None:
+        """Call function(i) for i = 0 .. count - 1."""
+        for i in range(count):
+            function(i)
 
     def step(self, rows: "list[tuple[int, SerialCache, bool]]") -> "memoryview[float]":
         """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""

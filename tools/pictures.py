@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the documentation's pictures: docs/pictures/rooms.svg, step.svg, token.svg and speculation.svg.
+"""Draw the documentation's pictures: docs/pictures/rooms.svg, step.svg, token.svg, schedule.svg and speculation.svg.
 
     python tools/pictures.py                              draw all pictures
     python tools/pictures.py --record gpt2_124M.bin       first record a step of this model in tools/benchmarks/step.json
@@ -7,6 +7,7 @@
 rooms   the imports between the parts of pygpt/, read from the import statements
 step    one step of the network on two workers, from a recorded trace
 token   the way of a token through the program
+schedule  requests in one engine, step by step
 speculation   guesses of a draft, and the step that checks them
 
 All colours are readable on white and on black. The same sources give the same bytes, so a test can compare them.
@@ -73,6 +74,7 @@ TOGETHER = {
 MEANING = {
     "__main__": "dispatches to a command",
     "commands": "one file a subcommand; reports",
+    "server": "the API over HTTP, and a page",
     "training": "parameters, options, data, trainer, state",
     "reference": "the serial program, for comparison",
     "cluster": "answers rows on any cluster",
@@ -284,6 +286,64 @@ def draw_token() -> str:
     return svg(204, "The way of a token", lines)
 
 
+# ------------------------------------------------------------------------------------------------ schedule
+
+# Requests: the step before which one arrives, its prompt, its new tokens, and what is special about it.
+ARRIVALS = (
+    (0, range(100, 140), 12, "a prompt of 40 tokens"),
+    (0, range(200, 206), 9, "a prompt of 6 tokens"),
+    (4, range(300, 348), 6, "48 tokens, which arrive later"),
+    (8, range(100, 142), 5, "42 tokens, 40 as in the first"),
+    (10, range(400, 410), 4, "10 tokens"),
+)
+BUDGET = 16  # rows of prompts in a step
+
+
+def schedule() -> list[dict[int, int]]:
+    """Run the requests; return the rows of each step by request."""
+    steps: list[dict[int, int]] = []
+    with pygpt.GPT2.load(ROOT / "pygpt" / "data" / "shakespeare.bin", threads=1) as model:
+        engine, run = model.engine(), model.network.step
+        jobs: list[pygpt.Job] = []
+
+        def counted(rows: list[Any], *others: Any) -> Any:
+            caches = [cache for _, cache, _ in rows]
+            owners = {id(s.memory.cache): jobs.index(s.job) for s in engine._live if s.memory is not None}
+            steps.append({owners[id(cache)]: caches.count(cache) for cache in dict.fromkeys(caches)})
+            return run(rows, *others)
+
+        model.network.chunk = BUDGET
+        model.network.step = counted  # type: ignore[assignment, method-assign]
+        while engine.busy or len(jobs) < len(ARRIVALS):
+            for _, prompt, new, _ in ARRIVALS[len(jobs) : sum(at <= len(steps) for at, *_ in ARRIVALS)]:
+                jobs.append(engine.add(pygpt.Request(model.config, prompt, max_new_tokens=new)))
+            engine.step()
+    return steps
+
+
+def draw_schedule() -> str:
+    """A line for each request, a column for each step."""
+    steps, left, rise, high = schedule(), 210, 30, 24
+    wide = (WIDTH - MARGIN - left) / len(steps)
+    lines = []
+    for line, (_, _, _, note) in enumerate(ARRIVALS):
+        y = MARGIN + line * rise
+        lines.append(text(MARGIN, y + 16, note, size=12))
+        for column, rows in enumerate(steps):
+            if line in rows:
+                colour = OUR_BAR if rows[line] == 1 else GREEN
+                lines.append(rect(left + column * wide, y, wide - 2, high, colour))
+                lines.append(
+                    text(
+                        left + column * wide + wide / 2 - 1, y + 16, str(rows[line]), anchor="middle", colour="#ffffff", size=11
+                    )
+                )
+    height = 2 * MARGIN + rise * len(ARRIVALS) + 18
+    words = f"Green: rows of prompts, at most {BUDGET} a step here. Blue: one row for a new token."
+    lines.append(text(MARGIN, height - 8, words, size=11))
+    return svg(height, "Five requests in one engine, step by step", lines)
+
+
 GUESSED = (("not", "not", True), ("to", "to", True), ("be", "be", True), (",", ":", False))  # guess, choice, whether equal
 
 
@@ -305,7 +365,13 @@ def draw_speculation() -> str:
     return svg(194, "Speculation: three of four guesses are right, so one step gives four tokens", lines)
 
 
-PICTURES = {"rooms": draw_rooms, "step": draw_step, "token": draw_token, "speculation": draw_speculation}
+PICTURES = {
+    "schedule": draw_schedule,
+    "rooms": draw_rooms,
+    "step": draw_step,
+    "token": draw_token,
+    "speculation": draw_speculation,
+}
 
 
 def main() -> None:

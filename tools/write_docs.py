@@ -25,6 +25,7 @@ import chart  # noqa: E402
 
 import pygpt  # noqa: E402
 from pygpt.commands import COMMANDS  # noqa: E402
+from pygpt.server import app, metrics, schema  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ the commands
 
@@ -159,6 +160,36 @@ def limits() -> Iterator[str]:
     yield "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------ the server
+
+
+def paths() -> Iterator[str]:
+    """The server's paths."""
+    lines = ["| path | method | key | what it does |", "|---|---|---|---|"]
+    for one in app.ENDPOINTS:
+        about = (one.handler.__doc__ or "").partition("\n")[0]
+        method, key = "GET" if one.fields is None else "POST", "yes" if one.key else ""
+        lines.append(f"| `{one.path.replace(':path', '')}` | {method} | {key} | {about} |")
+    yield "\n".join(lines)
+
+
+def fields() -> Iterator[str]:
+    """The fields of a completion."""
+    yield "\n".join(
+        ["| field | value |", "|---|---|", *(f"| `{name}` | {one['description']} |" for name, one in schema.COMPLETION.items())]
+    )
+
+
+def server_metrics() -> Iterator[str]:
+    """The server's metrics."""
+    kinds = {"gauge": metrics.GAUGES, "counter": metrics.COUNTERS, "histogram": metrics.HISTOGRAMS}
+    lines = ["| metric | kind | meaning |", "|---|---|---|"]
+    for kind, names in kinds.items():
+        end = "_total" if kind == "counter" else ""
+        lines += [f"| `pygpt:{name}{end}` | {kind} | {about} |" for name, about in names.items()]
+    yield "\n".join(lines)
+
+
 def ways() -> Iterator[str]:
     """Yield the ways to use two processors, from the newest table of the log that begins with `way`."""
     log = (ROOT / "docs" / "benchmarks.md").read_text()
@@ -179,6 +210,7 @@ PARTS: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     "docs/explanation/performance.md": {"limits": limits},
     "docs/reference/commands.md": {"commands": commands},
     "docs/reference/python.md": {"python": python},
+    "docs/reference/server.md": {"paths": paths, "fields": fields, "metrics": server_metrics},
 }
 
 

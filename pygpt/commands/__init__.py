@@ -12,6 +12,7 @@ COMMANDS = {  # name: its module in this folder, and one line for the help
     "convert": ("convert", "convert a model file to another format"),
     "quantize": ("quantize", "write a model in another weight format, for pygpt or llama.cpp"),
     "download": ("download", "download a GPT-2 model"),
+    "serve": ("serve", "answer OpenAI's completions API over HTTP, with a page"),
     "bench": ("bench.main", "compare speed with the machine's limits and with other programs"),
     "profile": ("profile.main", "show where GPT-2 spends its time"),
 }

@@ -21,8 +21,9 @@ class Completion:
 
     prompt and tokens: the given ids and the new ids. finish_reason: None while it runs, "stop" after a stop token or stop
     string, "length" at the full length, or "cancelled". seed: the same seed and options give the same tokens; None if nothing
-    is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty. drafted and accepted: how many tokens
-    speculation guessed, and how many of them were right.
+    is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty. prompt_infos: a TokenInfo for each
+    token of the prompt but the first, if prompt_logprobs is set; only the first of n completions has them. drafted and
+    accepted: how many tokens speculation guessed, and how many of them were right.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class Completion:
         "drafted",
         "finish_reason",
         "infos",
+        "prompt_infos",
         "seed",
     )
 
@@ -44,10 +46,11 @@ class Completion:
         self._sequence = list(request.tokens)
         self._start = 0  # the position at which the network's window begins
         self._stream = stream
-        self._watch = Watch(request.stop, request.tokens)
+        self._watch = Watch(request.stop, request.tokens if request.stop_in_prompt else [])
         self.seed = request.sampler.start() if seed is None else seed
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self.infos: list[TokenInfo] = []
+        self.prompt_infos: list[TokenInfo] = []
         self.drafted = self.accepted = 0
 
     @property
@@ -64,6 +67,12 @@ class Completion:
     def new(self) -> int:
         """The number of tokens to add, unless a stop ends the completion earlier."""
         return self._request.new
+
+    @property
+    def unscored(self) -> bool:
+        """Whether the network must still compute log-probabilities of tokens of the prompt."""
+        scores = self._request.prompt_logprobs and self._stream == 0
+        return scores and len(self.prompt_infos) < len(self._request.tokens) - 1
 
     @property
     def longest(self) -> int:
@@ -90,6 +99,14 @@ class Completion:
         if len(self._sequence) - self._start > self._request.config.maxT:
             self._start = len(self._sequence) - self._request.slide_to
         return self._sequence[self._start :]
+
+    def score(self, logits: "Logits", row: int) -> None:
+        """Note the log-probability of the next unscored token of the prompt, from row `row` of logits (rows, V)."""
+        from .logprobs import token_info
+
+        token = self._request.tokens[len(self.prompt_infos) + 1]
+        assert self._request.top_logprobs is not None
+        self.prompt_infos.append(token_info(logits, row, token, self._request.top_logprobs))
 
     def take(self, logits: "Logits", row: int) -> int:
         """Choose a token from row `row` of logits (rows, V), add it to the sequence and return it."""

@@ -63,6 +63,7 @@ class Control:
         for function in self._processors:
             if not callable(function):
                 raise InputError(f"logits_processor is {shown(function)}: it must be a function of (tokens, row), or several")
+        self.calls_out = bool(self._processors)  # the user's functions: they run on the thread of step(), one after the other
         numbers = self._repetition != 1, self._frequency, self._presence, self._ngram
         self.idle = not any((*numbers, self._bias, self._bad, self._suppressed, self._processors))
 

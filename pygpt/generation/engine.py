@@ -33,20 +33,26 @@ if TYPE_CHECKING:
 LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
 WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
 FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
+SCORED_ROWS = 128  # the most rows of a step for log-probabilities of prompts: their logits take 26 MB with GPT-2's vocabulary
 
 
 class Job:
     """A request in an engine. `completions` are its n results, which grow step by step.
 
-    error: the exception that ended the job, or None. cancelled: whether cancel() was called.
+    error: the exception that ended the job, or None. cancelled: whether cancel() was called. owner: for the caller's use.
+    began: the time.monotonic() of its first step, or None. shared: the number of the prompt's tokens that came from a cache.
     """
 
-    __slots__ = ("cancelled", "completions", "error", "request")
+    __slots__ = ("began", "cancelled", "completions", "deadline", "error", "owner", "request", "shared")
 
-    def __init__(self, request: Request, completions: list[Completion]) -> None:
-        self.request, self.completions = request, completions
+    def __init__(
+        self, request: Request, completions: list[Completion], deadline: float | None = None, owner: object = None
+    ) -> None:
+        self.request, self.completions, self.deadline, self.owner = request, completions, deadline, owner
         self.cancelled = False
         self.error: Exception | None = None
+        self.began: float | None = None
+        self.shared = 0
 
     @property
     def done(self) -> bool:
@@ -58,13 +64,14 @@ class Event:
     """A new token of completion number `choice` of a job; or, with token None, the error that ended the job.
 
     finish_reason: of the completion after this token; None unless this token is its last one. Several events of one completion
-    may come from one step."""
+    may come from one step. A completion of 0 tokens ends without a token.
+    """
 
     __slots__ = ("choice", "error", "finish_reason", "job", "token")
 
     def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
         self.job, self.choice, self.token, self.error = job, choice, token, error
-        self.finish_reason = job.completions[choice].finish_reason
+        self.finish_reason = None if error else job.completions[choice].finish_reason
 
 
 class _Sequence:
@@ -81,12 +88,15 @@ class _Sequence:
 class _Part:
     """The work of a step for one sequence: append `tokens` to its memory. last: whether they end its window.
 
-    guesses: tokens that may follow."""
+    scored: whether each token's logits are needed, for log-probabilities of the prompt. guesses: tokens that may follow."""
 
-    __slots__ = ("guesses", "last", "memory", "sequence", "tokens", "window")
+    __slots__ = ("guesses", "last", "memory", "scored", "sequence", "tokens", "window")
 
-    def __init__(self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool) -> None:
-        self.sequence, self.memory, self.window, self.tokens, self.last = sequence, memory, window, tokens, last
+    def __init__(
+        self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool, scored: bool
+    ) -> None:
+        self.sequence, self.memory, self.window, self.tokens = sequence, memory, window, tokens
+        self.last, self.scored = last, scored
         self.guesses: list[int] = []
 
 
@@ -125,10 +135,19 @@ class Engine(Uncopied):
 
     # ---------------------------------------------------------------- from any thread
 
-    def add(self, request: Request, *, n: "SupportsIndex" = 1, seed: int | None = None) -> Job:
+    def add(
+        self,
+        request: Request,
+        *,
+        n: "SupportsIndex" = 1,
+        seed: int | None = None,
+        deadline: float | None = None,
+        owner: object = None,
+    ) -> Job:
         """Add a request to complete n times; return its job. Completion i uses stream i of one seed.
 
-        seed: replaces the request's. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
+        seed: replaces the request's. deadline: the time.monotonic() at which the job ends with TimeoutError. owner: is kept as
+        Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
         """
         n = check_whole("n", n, 1, 1 << 20)
         needed = self._bytes(min(request.total, request.config.maxT))
@@ -137,7 +156,7 @@ class Engine(Uncopied):
                 f"the request needs {needed} bytes of keys and values, but the limit is {self.cache_bytes}: use fewer tokens"
             )
         seed = request.sampler.start() if seed is None else seed
-        job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)])
+        job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)], deadline, owner)
         self._inbox.extend([_Sequence(job, choice) for choice in range(n)])
         return job
 
@@ -153,6 +172,11 @@ class Engine(Uncopied):
         """Whether any sequence waits or runs."""
         return bool(self._inbox or self._waiting or self._live)
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """The number of running sequences, of waiting sequences, and the bytes of keys and values in use or reserved."""
+        return len(self._live), len(self._waiting) + len(self._inbox), self._reserved() + self.prefix.nbytes
+
     def run(self) -> Iterator[Event]:
         """Step until all jobs are done; yield their events."""
         while self.busy:
@@ -163,20 +187,20 @@ class Engine(Uncopied):
 
         If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again.
         """
-        while self._inbox:
-            self._waiting.append(self._inbox.popleft())
+        self._receive()
+        late = self._expire()
         self._drop_ended()
         self._admit()
         plan = self._plan()
         if not plan:
-            return []
+            return late
         decoding = all(part.last and len(part.tokens) == 1 for part in plan)
         if decoding:
             self._guess(plan)
         rows = []
         for part in plan:
-            rows += [(token, part.memory.cache, False) for token in part.tokens[:-1]]
-            rows.append((part.tokens[-1], part.memory.cache, part.last))
+            rows += [(token, part.memory.cache, part.scored) for token in part.tokens[:-1]]
+            rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
         logits = self.network.step(rows)
@@ -189,17 +213,39 @@ class Engine(Uncopied):
             part.memory.note(part.tokens)
         events = self._choose(plan, logits)
         self._drop_ended()
+        return late + events
+
+    def fail(self, error: Exception) -> list[Event]:
+        """End all jobs with an error; return the events. A caller does this if step() fails each time."""
+        self._receive()
+        events = [_failed(s.job, error) for s in (*self._waiting, *self._live) if not s.job.done]
+        self._ended = True
+        self._drop_ended()
         return events
 
     def close(self) -> None:
         """Cancel all jobs, and give their caches to the prefix cache."""
-        for sequence in [*self._inbox, *self._waiting, *self._live]:
+        self._receive()
+        for sequence in (*self._waiting, *self._live):
             self.cancel(sequence.job)
-        self._waiting += self._inbox
-        self._inbox.clear()
         self._drop_ended()
 
     # ---------------------------------------------------------------- the parts of a step
+
+    def _receive(self) -> None:
+        """Move the sequences that other threads have added to the waiting ones."""
+        while self._inbox:
+            self._waiting.append(self._inbox.popleft())
+
+    def _expire(self) -> list[Event]:
+        """End the jobs whose deadline has passed; return their events."""
+        now, events = time.monotonic(), []
+        for sequence in (*self._waiting, *self._live):
+            job = sequence.job
+            if job.deadline is not None and now > job.deadline and not job.done:
+                events.append(_failed(job, TimeoutError("the time limit of the request has passed")))
+                self._ended = True
+        return events
 
     def _drop_ended(self) -> None:
         """Remove sequences whose completion or job has ended, and give their caches to the prefix cache."""
@@ -224,6 +270,8 @@ class Engine(Uncopied):
             if self.cache_bytes is not None and self._reserved() + needed > self.cache_bytes:
                 return
             self._live.append(self._waiting.popleft())
+            job = self._live[-1].job
+            job.began = job.began or time.monotonic()
 
     def _plan(self) -> list[_Part]:
         """Return the work of the next step: decoding sequences, then prompts as long as the step has room for rows."""
@@ -236,19 +284,22 @@ class Engine(Uncopied):
         prompts: list[_Part] = []
         for sequence, window in zip(self._live, windows, strict=True):
             if (memory := sequence.memory) is not None:
-                shared = memory.shared(window)
+                shared, scored = memory.shared(window), sequence.completion.unscored
+                if scored:
+                    shared = min(shared, len(sequence.completion.prompt_infos))
                 memory.keep(shared)
-                (decoding if len(window) - shared == 1 else prompts).append(
-                    _Part(sequence, memory, window, window[shared:], True)
-                )
+                part = _Part(sequence, memory, window, window[shared:], True, scored)
+                (decoding if len(window) - shared == 1 else prompts).append(part)
+        scores = SCORED_ROWS
         left = self._clock.rows(self.network.chunk) if self._clock is not None and decoding else self.network.chunk
         plan = decoding
         for part in prompts:
-            if left:
-                part.last = len(part.tokens) <= left
-                part.tokens = part.tokens[:left]
+            if room := min(left, scores) if part.scored else left:
+                part.last = len(part.tokens) <= room
+                part.tokens = part.tokens[:room]
                 plan.append(part)
                 left -= len(part.tokens)
+                scores -= len(part.tokens) if part.scored else 0
         return plan
 
     def _guess(self, plan: list[_Part]) -> None:
@@ -263,6 +314,9 @@ class Engine(Uncopied):
         """Give a sequence a cache with the longest prefix of its window that any cache has.
 
         If an earlier sequence will soon compute a longer prefix, give it no cache. The sequence then waits."""
+        if sequence.completion.unscored:  # a copied prefix would have no logits
+            sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
+            return
         live, held, coming = None, 0, 0
         for other, its_window in earlier:
             if other.memory is not None:
@@ -285,6 +339,8 @@ class Engine(Uncopied):
             sequence.memory = live.copy(held, self._capacity(sequence))
         else:
             sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
+        if not sequence.choice and not sequence.completion.tokens:
+            sequence.job.shared = max(held, kept) if sequence.memory.tokens else 0
 
     def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
         """Whether to take an idle memory instead of a copy: most of it is shared, or cache_bytes has no room for a copy."""
@@ -301,19 +357,55 @@ class Engine(Uncopied):
 
     def _choose(self, plan: list[_Part], logits: "Logits") -> list[Event]:
         """Let completions choose their next tokens. Sequences that wait for the same window choose from the same logits."""
-        events, row = [], 0
+        events: list[Event] = []
+        takers: list[tuple[_Sequence, int, _Part | None]] = []
+        row = 0
         waiting = [sequence for sequence in self._live if sequence.memory is None]
-        for part in [part for part in plan if part.last]:
+        for part in plan:
+            if part.scored:
+                events += self._score(part, logits, row)
+                row += len(part.tokens) - 1
+            if not part.last:
+                row += part.scored
+                continue
             twins = [
-                sequence for sequence in waiting if sequence.memory is None and sequence.completion.window() == part.window
+                sequence
+                for sequence in waiting
+                if sequence.memory is None
+                and sequence.completion.window() == part.window
+                and not sequence.job.completions[0].unscored
             ]
             for twin in twins:
                 twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
-            events += [self._take(sequence, logits, row) for sequence in (part.sequence, *twins)]
-            if part.guesses:
-                events += self._check(part, logits, row, events[-1 - len(twins)])
+            takers += [(part.sequence, row, part), *((twin, row, None) for twin in twins)]
             row += 1 + len(part.guesses)
-        return events
+        chosen: dict[int, list[Event]] = {}
+
+        def take(i: int) -> None:
+            sequence, row, part = takers[i]
+            chosen[i] = [self._take(sequence, logits, row)]
+            if part is not None and part.guesses:
+                chosen[i] += self._check(part, logits, row, chosen[i][0])
+
+        controls = [sequence.job.request.control for sequence, _, _ in takers]
+        if any(part.guesses for part in plan) or any(control is not None and control.calls_out for control in controls):
+            for i in range(len(takers)):
+                take(i)
+        else:
+            self.network.each(take, len(takers))
+        return events + [event for i in range(len(takers)) for event in chosen[i]]
+
+    def _score(self, part: _Part, logits: "Logits", row: int) -> list[Event]:
+        """Note log-probabilities of a prompt's tokens, from rows `row` and up. An error ends only its job."""
+        completion = part.sequence.completion
+        try:
+            for i in range(len(part.tokens)):
+                if completion.unscored:
+                    completion.score(logits, row + i)
+        except Exception as error:
+            self._ended, part.last = True, False
+            return [_failed(part.sequence.job, error)]
+        return []
 
     def _check(self, part: _Part, logits: "Logits", row: int, event: Event) -> list[Event]:
         """Choose from the rows of a part's guesses as long as the guesses are right. event: of the row before them, `row`."""
@@ -332,11 +424,13 @@ class Engine(Uncopied):
     def _take(self, sequence: _Sequence, logits: "Logits", row: int) -> Event:
         """Let one completion choose its next token. An error ends only its job."""
         try:
-            return Event(sequence.job, sequence.choice, sequence.completion.take(logits, row))
+            if sequence.completion.new:
+                return Event(sequence.job, sequence.choice, sequence.completion.take(logits, row))
+            sequence.completion.finish_reason = "length"  # of 0 tokens: only the prompt was scored
+            return Event(sequence.job, sequence.choice, None)
         except Exception as error:
-            sequence.job.error = error
             self._ended = True
-            return Event(sequence.job, sequence.choice, None, error)
+            return _failed(sequence.job, error, sequence.choice)
 
     def _bytes(self, positions: int) -> int:
         """Return the bytes of keys and values of `positions` tokens."""
@@ -354,6 +448,12 @@ def _has_ended(sequence: _Sequence) -> bool:
     if job.cancelled and completion.finish_reason is None:
         completion.finish_reason = "cancelled"
     return completion.finish_reason is not None or job.error is not None
+
+
+def _failed(job: Job, error: Exception, choice: int = 0) -> Event:
+    """End a job with an error; return the event."""
+    job.error = error
+    return Event(job, choice, None, error)
 
 
 class _Clock:

@@ -9,6 +9,7 @@ from ..errors import InputError, Uncopied, check_whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Protocol, SupportsIndex
 
     from .._kernels import Logits
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
         def new_cache(self, capacity: int | None = None) -> Cache:
             """Return an empty cache."""
+
+        def each(self, function: Callable[[int], object], count: int) -> None:
+            """Call function(i) for i = 0 .. count - 1, on any thread."""
 
         def step(self, rows: list[tuple[int, Any, bool]]) -> Logits:
             """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""

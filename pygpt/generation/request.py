@@ -79,6 +79,9 @@ class Request:
 
     Raises InputError for an empty prompt, an id outside the vocabulary, an option out of its range, and both total and
     max_new_tokens. Raises it also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
+
+    For servers: stop_in_prompt=False searches stop strings only in new text. prompt_logprobs=True fills
+    Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class Request:
         slide_to: "SupportsIndex | None" = None,
         stop_token_ids: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
         stop_strings: "str | Iterable[str] | None" = None,
+        stop_in_prompt: bool = True,
         top_logprobs: "SupportsIndex | None" = None,
+        prompt_logprobs: bool = False,
         speculation: "bool | SupportsIndex | None" = None,
         **options: "Any",
     ) -> None:
@@ -108,8 +113,11 @@ class Request:
             self.control = None
         self.sampler = Sampler(options.pop("sampler", None), **options)
         self.stop = Stop(config, stop_token_ids, stop_strings)
+        self.stop_in_prompt, self.prompt_logprobs = stop_in_prompt, prompt_logprobs
         self.slide_to = self._check_slide_to(slide_to)
         self.top_logprobs = None if top_logprobs is None else check_whole("top_logprobs", top_logprobs, 0, config.V)
+        if prompt_logprobs and (top_logprobs is None or overflow == "slide"):
+            raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
         self.speculation = _check_speculation(speculation)
 
@@ -128,6 +136,8 @@ class Request:
         longest = maxT if self.overflow is None else UNBOUNDED
         if total is not None and max_new_tokens is not None:
             raise InputError("total and max_new_tokens were both given: they set the same length, so give one")
+        if self.prompt_logprobs and max_new_tokens == 0:
+            return count
         if self.overflow != "slide" and count == maxT:
             raise InputError(
                 f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "

@@ -158,7 +158,8 @@ def test_the_sdist_has_only_sources(sdist: Path, tree: Path) -> None:
 def test_the_wheel_has_only_what_runs(unpacked: Path) -> None:
     names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    files = [*(ROOT / "pygpt").rglob("*.py*"), *(ROOT / "pygpt" / "data").iterdir(), ROOT / "pygpt" / "py.typed"]
+    files = [*(ROOT / "pygpt").rglob("*.py*"), ROOT / "pygpt" / "py.typed"]
+    files += [path for folder in ("data", "server/page") for path in (ROOT / "pygpt" / folder).iterdir()]
     package = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".pyx")}
     package |= {f"pygpt/{module}{suffix}" for module in EXTENSIONS}
     info = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
@@ -248,7 +249,7 @@ def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> Non
     (place / "my.txt").write_text(TEXT)
     bare = {"PATH": str(furnished.parent)}
     out = {name: run("pygpt", name, *words.split(), cwd=place, **bare) for name, words in RUNS.items()}
-    assert RUNS.keys() == COMMANDS.keys() - {"download"}
+    assert RUNS.keys() == COMMANDS.keys() - {"download", "serve"}
     assert len(out["chat"].split()) > 0
     assert re.findall(r"^step (\d): train loss", out["train"], re.MULTILINE) == ["0", "1"]
     assert {"my_train.bin", "mine.bin", "mine.state", "small.bin", "small.safetensors"} <= {
@@ -259,7 +260,8 @@ def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> Non
     tests = {(row["test"], row.get("by")) for row in json.loads(out["bench"])}
     assert {("pp4", "pygpt"), ("tg2@d2", "numpy"), ("process", "reference")} <= tests
     assert json.loads(out["bench"])[0]["commit"] == ""
-    assert "pygpt download" in run("pygpt", "download", "--help", cwd=place, **bare)
+    for name in ("download", "serve"):
+        assert f"pygpt {name}" in run("pygpt", name, "--help", cwd=place, **bare)
 
 
 @builds

@@ -20,7 +20,7 @@ LEVELS = (
     ("generation",),
     ("model",),
     ("training", "reference", "ceilings"),
-    ("serve",),
+    ("server",),
     ("cluster",),
     ("commands",),
     ("__init__", "__main__"),

@@ -86,6 +86,7 @@ from ...training.trainable import TrainableGPT2
 from ..child import child_environment
 from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
 from ..progress import Progress
+from . import load
 from . import peers as bench_peers
 from . import train as bench_train
 
@@ -458,7 +459,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pygpt bench",
         usage="pygpt bench [options]",
-        description=f"{__doc__}\n{bench_train.__doc__}",
+        description=f"{__doc__}\n{bench_train.__doc__}\n{load.__doc__}",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -490,6 +491,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=512,
         help="size of the arrays that measure the limits, larger than any cache (default 512)",
     )
+    add("--serve", metavar="URL", help="measure a server; add --help for the options that go with it")
     add("--memory-of", help=argparse.SUPPRESS)
     return parser
 
@@ -525,7 +527,10 @@ def resolve_peers(text: str, known: Iterable[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    return status_of(lambda: run(parse(arguments)))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if any(word.partition("=")[0] == "--serve" for word in given):
+        return status_of(lambda: load.run(given))
+    return status_of(lambda: run(parse(given)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,0 +1,183 @@
+"""Measure a server: clients send completions to any server with OpenAI's API, and time each token.
+
+    pygpt bench --serve http://127.0.0.1:8000                      1, 8 and 32 clients, one after the other
+    pygpt bench --serve http://127.0.0.1:8000 --rate 2 -n 100      arrivals at random times, 2 a second on average
+    pygpt bench --serve http://127.0.0.1:8000 --clients 8 --long 1000   a prompt of 1,000 tokens joins again and again
+
+Each client sends its next request when it has the answer. The lengths of prompts and answers are log-normal with a sigma of
+0.5, and the token ids are random. The seed decides both, so every run sends the same requests. Times are in milliseconds:
+
+    ttft     from the request to the first token
+    itl      from one token to the next of the same answer
+    tpot     the mean of itl over one answer
+
+JSON (-o json) is a list with one object for each number of clients. It has tokens_per_s (new tokens of all clients), requests,
+failed, seconds, and for ttft, itl and tpot the 50th and 99th percentile and the maximum. equal_to_alone counts the answers that
+are the same when they are asked again alone (--check).
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+from urllib.parse import urlsplit
+
+from ...errors import InputError, PyGPTError
+from ..console import HelpFormatter, Parser, check_stdout, whole
+
+SIGMA = 0.5  # of the logarithms of lengths
+TIMES = ("ttft", "itl", "tpot")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `pygpt bench --serve`."""
+    parser = Parser(
+        prog="pygpt bench --serve",
+        usage="pygpt bench --serve URL [options]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add, count = parser.add_argument, whole(1, 1 << 20)
+    add("--serve", metavar="URL", required=True, help="address of the server, without /v1")
+    add("--clients", metavar="LIST", default="1,8,32", help="numbers of clients, separated by commas (default 1,8,32)")
+    add("--rate", metavar="R", type=float, help="requests a second at random times, instead of clients")
+    add("-n", "--requests", metavar="N", type=count, default=64, help="requests of each measurement (default 64)")
+    add("--prompt", metavar="N", type=count, default=220, help="median length of prompts (default 220)")
+    add("--new", metavar="N", type=count, default=64, help="median length of answers (default 64)")
+    add("--shared", metavar="N", type=whole(0, 1 << 20), default=0, help="first tokens that all prompts share (default 0)")
+    add("--long", metavar="N", type=whole(0, 1 << 20), default=0, help="also send prompts of N tokens, one after the other")
+    add("--context", metavar="N", type=count, default=1024, help="most tokens of prompt and answer (default 1024)")
+    add("--vocabulary", metavar="N", type=count, default=50257, help="ids are below N (default 50257)")
+    add("--seed", metavar="N", type=whole(0, 1 << 62), default=1, help="of the requests (default 1)")
+    add("--key", metavar="KEY", help="API key")
+    add("--check", action="store_true", help="ask each request again alone, and compare the answers")
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measure the server, and print the results."""
+    options = build_parser().parse_args(arguments)
+    check_stdout("the results")
+    counts = [int(part) if part.isascii() and part.isdigit() else 0 for part in options.clients.split(",")]
+    if not all(0 < count < 10_000 for count in counts) or not (options.rate is None or options.rate > 0):
+        raise InputError("--clients must be whole numbers from 1 to 9999 separated by commas, and --rate above 0")
+    url = urlsplit(options.serve)
+    if url.scheme != "http" or not url.hostname:
+        raise InputError(f"--serve is {options.serve[:60]!r}: it must be an address such as http://127.0.0.1:8000")
+    results = [asyncio.run(measure(options, count)) for count in ([options.requests] if options.rate else counts)]
+    if options.output == "json":
+        print(json.dumps(results))
+        return
+    print("| clients | tokens/s | " + " | ".join(f"{name} p50 | p99 | max" for name in TIMES) + " | failed | equal |")
+    print("|---" * 13 + "|")
+    for found in results:
+        cells = [f"{value:.1f}" for name in TIMES for value in found[name]]
+        equal = "" if found["equal_to_alone"] is None else f"{found['equal_to_alone']} of {found['requests']}"
+        clients = f"{options.rate:g}/s" if options.rate else found["clients"]
+        print(f"| {clients} | {found['tokens_per_s']:.1f} | {' | '.join(cells)} | {found['failed']} | {equal} |")
+
+
+def requests_of(options: argparse.Namespace, number: int) -> list[dict[str, Any]]:
+    """Return the bodies of the requests of a measurement."""
+    draw = random.Random(f"{options.seed} {number}")
+    shared = [draw.randrange(options.vocabulary) for _ in range(options.shared)]
+
+    def length(median: int, most: int) -> int:
+        return max(1, min(round(median * draw.lognormvariate(0, SIGMA)), most))
+
+    bodies = []
+    for seed in range(options.requests):
+        new = length(options.new, options.context // 2)
+        given = length(options.prompt, options.context - new)
+        prompt = [*shared, *(draw.randrange(options.vocabulary) for _ in range(given))][: options.context - new]
+        bodies.append({"prompt": prompt, "max_tokens": new, "seed": seed, "temperature": 0.8, "ignore_eos": True})
+    return bodies
+
+
+async def measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
+    """Send the requests with this number of clients, or at random times; return the results."""
+    bodies = requests_of(options, clients)
+    waiting, draw, answers = iter(enumerate(bodies)), random.Random(options.seed), {}
+    began, running = time.perf_counter(), True
+
+    async def client() -> None:
+        for number, body in waiting:
+            answers[number] = await ask(options, body)
+            if options.rate:
+                return
+
+    async def arrivals() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in bodies:
+                await asyncio.sleep(draw.expovariate(options.rate))
+                group.create_task(client())
+
+    async def long_prompts() -> None:
+        while running and options.long:
+            await ask(options, {"prompt": [draw.randrange(options.vocabulary) for _ in range(options.long)], "max_tokens": 1})
+
+    disturbing = asyncio.create_task(long_prompts())
+    await (arrivals() if options.rate else asyncio.gather(*(client() for _ in range(clients))))
+    seconds, running = time.perf_counter() - began, False
+    await disturbing
+    good = [answer for answer in answers.values() if answer is not None]
+    equal = None
+    if options.check:
+        again = [await ask(options, body) for body in bodies]
+        equal = sum(
+            one is not None and both is not None and one[0] == both[0]
+            for one, both in zip(again, (answers[number] for number in range(len(bodies))), strict=True)
+        )
+    gaps = [[1000 * (b - a) for a, b in pairwise(times[1:])] for _, times in good]
+    return {
+        "clients": clients,
+        "requests": len(bodies),
+        "failed": len(bodies) - len(good),
+        "seconds": seconds,
+        "tokens_per_s": sum(len(times) - 1 for _, times in good) / seconds,
+        "ttft": spread(1000 * (times[1] - times[0]) for _, times in good if len(times) > 1),
+        "itl": spread(gap for own in gaps for gap in own),
+        "tpot": spread(sum(own) / len(own) for own in gaps if own),
+        "equal_to_alone": equal,
+    }
+
+
+def spread(values: Iterable[float]) -> list[float]:
+    """Return the 50th and 99th percentile and the maximum."""
+    ordered = sorted(values) or [0.0]
+    return [ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100], ordered[-1]]
+
+
+async def ask(options: argparse.Namespace, body: dict[str, Any]) -> tuple[str, list[float]] | None:
+    """Stream a completion; return its text, and the times of the request and of each token, or None if it failed."""
+    url = urlsplit(options.serve)
+    data = json.dumps({**body, "stream": True}).encode()
+    key = f"Authorization: Bearer {options.key}\r\n" if options.key else ""
+    head = f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\nConnection: close\r\n{key}"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    try:
+        reader, writer = await asyncio.open_connection(url.hostname, url.port or 80, limit=1 << 24)
+    except OSError as error:
+        raise PyGPTError(f"cannot reach {options.serve}: {error.strerror or error}") from None
+    times, text, done = [time.perf_counter()], "", False
+    try:
+        writer.write(head.encode() + data)
+        async for line in reader:
+            done = done or line.startswith(b"data: [DONE]")
+            if line.startswith(b"data: {"):
+                found = json.loads(line[6:])
+                if "error" in found:
+                    return None
+                times.append(time.perf_counter())
+                text += found["choices"][0]["text"]
+    except (OSError, ValueError):
+        return None
+    finally:
+        writer.close()
+    return (text, times) if done else None

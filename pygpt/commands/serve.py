@@ -1,0 +1,154 @@
+"""Serve models over HTTP: OpenAI's completions API with continuous batching, and a page at /.
+
+    pygpt serve -m gpt2_124M.bin                              serve on http://127.0.0.1:8000
+    pygpt serve -m small=gpt2_124M.bin -m xl=gpt2-xl          two models, by name
+    pygpt serve --host :: --port 8080 --api-key-file key.txt  on all addresses, with a key
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 20}'
+
+An answer has the same bytes alone and among others, cached or not, for any number of threads. SIGTERM lets running requests end
+within --grace seconds, and the exit status is 0. After Ctrl-C it is 130. A second signal ends the requests at once.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from ..errors import InputError, PyGPTError
+from .console import HelpFormatter, Parser, say, status_of, whole
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..server.served import Served
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    statuses: list[int] = []
+    return status_of(lambda: statuses.append(run(build_parser().parse_args(arguments)))) or statuses[0]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    parser = Parser(
+        prog="pygpt serve",
+        usage="pygpt serve [-m [NAME=]MODEL]... [options]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add, count = parser.add_argument, whole(1, 1 << 40)
+    add("-m", "--model", metavar="[NAME=]MODEL", action="append", help="a model file or a downloaded model; may be repeated")
+    add("--host", metavar="HOST", default="127.0.0.1", help="address to listen at (default 127.0.0.1; :: for all)")
+    add("--port", metavar="PORT", type=whole(0, 65535), default=8000, help="TCP port (default 8000; 0: a free one)")
+    add("--uds", metavar="PATH", help="listen at a Unix socket instead")
+    add("--api-key", metavar="KEY", action="append", default=[], help="ask for this key; may be repeated")
+    add("--api-key-file", metavar="FILE", help="ask for one of the keys in this file, one a line")
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
+    add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
+    add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the memory)")
+    add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
+    add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
+    add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
+    add(
+        "--grace", metavar="S", type=whole(0, 86400), default=30, help="seconds for running requests after SIGTERM (default 30)"
+    )
+    add("--body-limit", metavar="N", type=count, default=2 << 20, help="most bytes of a request's body (default 2 MB)")
+    add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
+    add("--cors-origins", metavar="URL", action="append", default=[], help="let pages of this origin ask; may be repeated")
+    add("--chat-template", metavar="NAME", help="plain: answer /v1/chat/completions with `role: content` lines")
+    add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
+    add("--no-page", action="store_true", help="do not serve the page")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the arguments, open the models, and serve; return the exit status."""
+    if options.chat_template not in (None, "plain"):
+        raise InputError(f"--chat-template is {options.chat_template[:40]!r}: it must be plain")
+    if options.root_path and not options.root_path.startswith("/"):
+        raise InputError(f"--root-path is {options.root_path[:40]!r}: it must begin with /")
+    for origin in options.cors_origins:
+        if origin != "*" and not origin.startswith(("http://", "https://")):
+            raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
+    keys = options.api_key + _keys(options.api_key_file)
+    if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
+        raise InputError("an API key is empty or has spaces at its ends or characters beyond ASCII: choose another")
+    try:
+        from ..server.app import Options, Server
+        from ..server.run import listen
+        from ..server.run import run as serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "h11", "prometheus_client"):
+            raise
+        raise PyGPTError(f"{error.name} is not installed: run `pip install 'pygpt[serve]'`") from None
+    settings = Options(
+        keys=keys,
+        queue=options.queue,
+        body_limit=options.body_limit,
+        request_timeout=options.request_timeout,
+        root_path=options.root_path,
+        origins=options.cors_origins,
+        chat=options.chat_template is not None,
+        page=not options.no_page,
+    )
+    listening = listen(options.host, options.port, options.uds)
+    try:
+        server = Server(open_models(options), settings)
+        where = options.uds or "http://{}:{}".format(
+            f"[{options.host}]" if ":" in options.host else options.host, listening.getsockname()[1]
+        )
+        names = ", ".join(server.by_name)
+        return serve(server, listening, grace_s=options.grace, started=lambda: say(f"serving {names} at {where}"))
+    finally:
+        listening.close()
+        if options.uds:
+            os.unlink(options.uds)
+
+
+def _keys(path: str | None) -> list[str]:
+    """Return the keys in a file, one a line. Raises InputError if there are none."""
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = [line.strip() for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read the keys: {getattr(error, 'strerror', None) or error}") from None
+    if not keys:
+        raise InputError(f"{path}: the file has no key: write one key a line")
+    return keys
+
+
+def open_models(options: argparse.Namespace) -> "list[Served]":
+    """Open the models. A file that is given under several names is opened once."""
+    from ..hub.find import find_model
+    from ..model import GPT2
+    from ..server.served import Served
+
+    named: dict[str, list[str]] = {}
+    for given in options.model or [None]:
+        name, equals, model = (given or "").partition("=")
+        path, origin = find_model(model if equals else given)
+        if not equals:
+            name = "shakespeare" if origin == "embedded" else os.path.splitext(os.path.basename(path))[0]
+        if not name or any(name in names for names in named.values()):
+            raise InputError(f"the name {name[:40]!r} of a model is empty or given twice: use -m NAME=MODEL with another name")
+        named.setdefault(path, []).append(name)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = []
+    for path, names in named.items():
+        model = GPT2.load(path, threads=options.threads, weights=options.weights)
+        least = model.network.position_bytes * model.config.maxT
+        found.append(
+            Served(
+                model,
+                names,
+                path,
+                cache_bytes=options.cache_bytes or max(memory // 4 // len(named), least),
+                max_live=options.max_live,
+                target_ms=options.target_ms,
+                fingerprint=options.fingerprint,
+            )
+        )
+    return found

@@ -1,0 +1,417 @@
+"""The HTTP application: routes, handlers, keys, limits, and errors in OpenAI's form."""
+
+import asyncio
+import hmac
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .. import __version__
+from ..errors import InputError, shown
+from ..generation.engine import Event
+from . import schema
+from .answer import Writer, token_text
+from .answering import SLOW_S, STOPPED, Run, reported
+from .call import ROLES, Call, as_prompts, chat_text, encode
+from .metrics import Metrics
+from .openapi import Endpoint, document
+from .schema import ApiError, Fields, read_object
+from .served import Served
+from .worker import Worker
+
+T = TypeVar("T")
+
+PAGE = os.path.join(os.path.dirname(__file__), "page")
+SHORT = 2000  # characters: longer texts are encoded outside the event loop
+POLICY = "; ".join(
+    [
+        *(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect")),
+        *(f"{kind} 'none'" for kind in ("default-src", "base-uri", "form-action", "frame-ancestors")),
+    ]
+)
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The server's settings. keys: one is needed, if there are any. queue: the most sequences that wait for a step."""
+
+    keys: list[str] = field(default_factory=list)
+    queue: int = 256
+    body_limit: int = 2 << 20  # bytes
+    request_timeout: float | None = None  # seconds
+    root_path: str = ""
+    origins: list[str] = field(default_factory=list)
+    chat: bool = False
+    page: bool = True
+
+
+class Server:
+    """The application's state: models, worker, settings. `app` is the ASGI application."""
+
+    def __init__(self, models: list[Served], options: Options) -> None:
+        self.models, self.options = models, options
+        self.by_name = {name: served for served in models for name in served.names}
+        self.metrics = Metrics([served.names[0] for served in models])
+        self.draining = False
+        self.waiting = 0  # sequences between their admission and the end of their calls
+        self.most = options.queue + sum(served.engine.max_live for served in models)
+        self.worker = Worker(models, self.deliver)
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=options.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+        self.app = Starlette(
+            routes=[self._route(endpoint) for endpoint in ENDPOINTS],
+            middleware=[Middleware(_Outer, server=self), *([cors] if options.origins else []), Middleware(_Keys, server=self)],
+            exception_handlers={HTTPException: _plain_error, ApiError: _error, Exception: _failure},
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.worker.start(asyncio.get_running_loop())
+        yield
+        await asyncio.to_thread(self.worker.stop)
+
+    def _route(self, endpoint: Endpoint) -> Route:
+        async def handle(request: Request) -> ASGIApp:
+            fields = None if endpoint.fields is None else await self.read(request, endpoint.fields, endpoint.required)
+            found = await endpoint.handler(self, request, fields or {})
+            return found if callable(found) else JSONResponse(found)
+
+        return Route(endpoint.path, handle, methods=["GET" if endpoint.fields is None else "POST"])
+
+    def deliver(self, events: list[Event]) -> None:
+        """Pass a step's events to their runs."""
+        for happened in events:
+            run = happened.job.owner
+            assert isinstance(run, Run)
+            run.take(happened)
+            if happened is events[-1]:
+                self.metrics.observe("iteration_tokens_total", run.call.served.names[0], len(events))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the server takes requests."""
+        return not self.draining and self.worker.alive
+
+    def served(self, name: str | None) -> Served:
+        """Return the model of this name, or the first if there is none. Raises ApiError for an unknown name."""
+        if name is None:
+            return self.models[0]
+        if name not in self.by_name:
+            known = ", ".join(self.by_name)
+            message = f"the model {shown(name)} is not served: the models are {known}"
+            raise ApiError(message, "model", status=404, code="model_not_found")
+        return self.by_name[name]
+
+    @asynccontextmanager
+    async def admitted(self, count: int) -> AsyncIterator[None]:
+        """Hold places for `count` sequences in a block. Raises ApiError if there are not enough."""
+        if not self.ready:
+            raise ApiError(STOPPED, status=503, code="shutting_down")
+        if count > self.most:
+            raise ApiError(f"the request has {count} choices, but the server takes {self.most} at once: ask for fewer", "n")
+        if self.waiting + count > self.most:
+            message = f"the queue is full with {self.waiting} sequences: try again later"
+            raise ApiError(message, status=429, code="queue_full", Retry_After="1")
+        self.waiting += count
+        try:
+            yield
+        finally:
+            self.waiting -= count
+
+    async def read(self, request: Request, fields: Fields, required: tuple[str, ...]) -> dict[str, Any]:
+        """Read a request's JSON object and check its fields. Raises ApiError."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(f"the Content-Type is {shown(kind)}: send the header Content-Type: application/json", status=415)
+        most, length, body = self.options.body_limit, request.headers.get("content-length", ""), bytearray()
+        too_long = ApiError(f"the body is longer than {most} bytes", status=413, code="body_too_long", Connection="close")
+        if length.isdigit() and int(length[:18]) > most:
+            raise too_long
+        try:
+            async with asyncio.timeout(SLOW_S):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise too_long
+        except TimeoutError:
+            message = f"the body did not arrive within {SLOW_S:g} seconds"
+            raise ApiError(message, status=408, Connection="close") from None
+        return read_object(bytes(body), fields, required)
+
+
+async def _unhurried(size: int, function: Callable[[], T]) -> T:
+    """Return function(), which works on `size` characters: for many, outside the event loop."""
+    return function() if size <= SHORT else await asyncio.to_thread(function)
+
+
+# ------------------------------------------------------------------------------------------------ handlers
+
+
+async def completions(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
+    """Complete prompts."""
+    return _answer(server, request, fields, as_prompts(fields["prompt"]), chat=False)
+
+
+async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
+    """Answer a conversation, if the server was started with a chat template."""
+    if not server.options.chat:
+        message = "GPT-2 completes text and has no chat template: use /v1/completions, or start with --chat-template plain"
+        raise ApiError(message, code="no_chat_template")
+    stop = fields.get("stop", [])
+    fields["stop"] = ([stop] if isinstance(stop, str) else stop) + [f"\n{role}:" for role in ROLES]
+    return _answer(server, request, fields, [chat_text(fields["messages"])], chat=True)
+
+
+def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
+    """Return the answer of a call. The call runs when the answer is sent, so that it can watch the connection meanwhile."""
+    served = server.served(fields.get("model"))
+
+    def checked() -> Call:
+        ids = [encode(served, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return Call(served, fields, ids, chat=chat)
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with server.admitted(len(prompts) * fields.get("n", 1)):
+                size = sum(len(prompt) + 50 for prompt in prompts)  # many short prompts take time, too
+                run = Run(await _unhurried(size, checked), server.metrics)
+                writer = Writer(run.call, request.state.id, int(time.time()))
+                await run.answer(server.worker, server.options.request_timeout, writer, receive, send)
+        except ApiError as error:
+            await (await _error(None, error))(scope, receive, send)
+
+    return answer
+
+
+async def models(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """List the models."""
+    return {"object": "list", "data": [_about(name, served) for name, served in server.by_name.items()]}
+
+
+async def one_model(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Describe a model."""
+    name = request.path_params["id"]
+    return _about(name, server.served(name))
+
+
+def _about(name: str, served: Served) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "pygpt",
+        "root": served.names[0],
+        "parent": None,
+        "max_model_len": served.model.config.maxT,
+        "vocabulary": served.model.config.V,
+        "can_inspect": hasattr(served.model, "activations"),
+    }
+
+
+async def health(server: Server, request: Request, fields: dict[str, Any]) -> Response:
+    """Tell whether the server takes requests."""
+    return JSONResponse({"status": "ok" if server.ready else "draining"}, 200 if server.ready else 503)
+
+
+async def metrics(server: Server, request: Request, fields: dict[str, Any]) -> Response:
+    """Return the metrics in Prometheus's format."""
+    gauges: dict[str, tuple[float, ...]] = {}
+    for served in server.models:
+        running, waiting, used = served.engine.load
+        gauges[served.names[0]] = running, waiting, used / (served.engine.cache_bytes or 1)
+    return Response(server.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def version(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Return the version of pygpt."""
+    return {"version": __version__}
+
+
+async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Encode text: `prompt` as vLLM does, or `content` as llama.cpp does."""
+    served = server.served(fields.get("model"))
+    if ("prompt" in fields) == ("content" in fields):
+        raise ApiError("give prompt or content: exactly one of them", "prompt")
+    if served.tokenizer is None:
+        raise ApiError("the vocabulary of this model is unknown, so its ids of a text are, too", "model")
+    text = fields.get("prompt", fields.get("content", ""))
+    ids = await _unhurried(len(text), partial(served.tokenizer.encode, text))
+    if "content" in fields:
+        pieces = [{"id": token, "piece": _piece(served.bytes_of([token]))} for token in ids]
+        return {"tokens": pieces if fields.get("with_pieces") else ids}
+    strings = {"token_strs": [token_text(served.bytes_of([t])) for t in ids]} if fields.get("return_token_strs") else {}
+    return {"tokens": ids, "count": len(ids), "max_model_len": served.model.config.maxT, **strings}
+
+
+def _piece(data: bytes) -> str | list[int]:
+    """Return a token's text, or its bytes if they are not whole characters, as llama.cpp does."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+async def detokenize(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Decode ids. The text is `prompt` for clients of vLLM, and `content` for those of llama.cpp."""
+    served = server.served(fields.get("model"))
+    served.check_ids("tokens", fields["tokens"])
+    text = served.bytes_of(fields["tokens"]).decode("utf-8", "replace")
+    return {"prompt": text, "content": text}
+
+
+async def tokenizer_info(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Describe the tokenizer, so that evaluation harnesses need no copy of it."""
+    config = server.models[0].model.config
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    own = {"tokenizer_class": "GPT2Tokenizer", "chat_template": None, "add_bos_token": False}
+    return {**own, **special, "model_max_length": config.maxT, "vocab_size": config.V}
+
+
+async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Record the next step: for each worker, its phases [name, layer, begin, end, left] with times in microseconds."""
+    try:
+        async with asyncio.timeout(SLOW_S):
+            return {"workers": await server.worker.trace(server.served(fields.get("model")))}
+    except TimeoutError:
+        raise ApiError(f"no step ran within {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
+
+
+async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Show the attention of the last token in one layer, for each head, if the model can tell it."""
+    served = server.served(fields.get("model"))
+    if not hasattr(served.model, "activations"):
+        raise ApiError("the model cannot be inspected", status=404, code="cannot_inspect")
+    served.check_ids("tokens", fields["tokens"])
+    async with server.admitted(1):
+        try:
+            layers = [fields.get("layer", 0)]
+            found = await asyncio.to_thread(served.model.activations, fields["tokens"], ["probs"], layers=layers)
+        except InputError as error:
+            raise ApiError(str(error)) from None
+    return {"attention": found["probs"][0, :, -1].tolist()}  # [1, NH, T, T] -> [NH, T]
+
+
+async def openapi(server: Server, request: Request, fields: dict[str, Any]) -> Any:
+    """Return this document."""
+    return document([one for one in ENDPOINTS if one.handler is not page], server.options.root_path.rstrip("/"))
+
+
+async def page(server: Server, request: Request, fields: dict[str, Any]) -> Response:
+    """Return the page, or one of its files."""
+    name = request.path_params.get("file", "index.html")
+    if not server.options.page or name not in os.listdir(PAGE):
+        raise HTTPException(404)
+    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+    return FileResponse(os.path.join(PAGE, name), headers=headers)
+
+
+ENDPOINTS = [
+    Endpoint("/v1/completions", completions, schema.COMPLETION, ("prompt",)),
+    Endpoint("/v1/chat/completions", chat, schema.CHAT, ("messages",)),
+    Endpoint("/v1/models", models),
+    Endpoint("/v1/models/{id:path}", one_model),
+    Endpoint("/tokenize", tokenize, schema.TOKENIZE),
+    Endpoint("/detokenize", detokenize, schema.DETOKENIZE, ("tokens",)),
+    Endpoint("/tokenizer_info", tokenizer_info),
+    Endpoint("/inspect", inspect, schema.INSPECT, ("tokens",)),
+    Endpoint("/trace", trace, schema.MODEL),
+    Endpoint("/metrics", metrics),
+    Endpoint("/version", version),
+    Endpoint("/openapi.json", openapi),
+    Endpoint("/health", health, key=False),
+    Endpoint("/ready", health, key=False),
+    Endpoint("/", page, key=False),
+    Endpoint("/page/{file}", page, key=False),
+]
+KEYLESS = {endpoint.path for endpoint in ENDPOINTS if not endpoint.key}
+
+
+# ------------------------------------------------------------------------------------------------ around the routes
+
+
+class _Outer:
+    """Give each request an id, count its answer, and accept paths with the prefix, and with a slash at the end."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path, prefix = scope["path"], self.server.options.root_path.rstrip("/")
+        if prefix and path == prefix:  # the page's addresses are relative
+            await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
+            return
+        if prefix and f"{path}/".startswith(f"{prefix}/"):
+            path = path[len(prefix) :]
+        path = "/" + path.strip("/")
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        name = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        scope = {**scope, "path": path, "raw_path": path.encode(), "root_path": "", "state": {"id": name}}
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                self.server.metrics.count("http_requests", self.server.models[0].names[0], status=message["status"])
+            await send(message)
+
+        with suppress(TimeoutError):  # the client does not take its answer
+            await self.app(scope, receive, send_counted)
+
+
+class _Keys:
+    """Refuse requests without one of the keys, in a time that does not depend on how much of a key is right."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.keys = app, [key.encode() for key in server.options.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self.app
+        if scope["type"] == "http" and self.keys and not (scope["path"] in KEYLESS or scope["path"].startswith("/page/")):
+            headers = dict(scope["headers"])
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            given = given if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+            right = [hmac.compare_digest(given.strip(), key) for key in self.keys]
+            if not any(right):
+                message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
+                error = ApiError(message, status=401, code="invalid_api_key", WWW_Authenticate="Bearer")
+                answer = await _error(None, error)
+        await answer(scope, receive, send)
+
+
+async def _error(_: Request | None, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _plain_error(request: Request, error: Exception) -> Response:
+    """Answer an unknown path or method."""
+    assert isinstance(error, HTTPException)
+    unknown = f"no such path: {shown(request.url.path)}; GET /openapi.json lists the paths"
+    message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
+    return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    return await _error(request, reported(error))

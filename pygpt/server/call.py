@@ -1,0 +1,131 @@
+"""A call of the API: the checked requests for the engine, and how the answer is written.
+
+Refuses to know about HTTP.
+"""
+
+from typing import Any
+
+from ..errors import InputError
+from ..generation.request import Request
+from .schema import ApiError
+from .served import Served
+
+DEFAULT_NEW = 16  # tokens, as in OpenAI's API
+LONGEST_TOKEN = 1024  # bytes: more than any vocabulary has
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing; clients send them
+    "temperature": (1,),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+}
+FILTERS = ("temperature", "top_p", "top_k", "min_p")  # they change nothing for the most probable token
+ROLES = ("system", "user", "assistant")
+
+
+class Call:
+    """A checked call: one engine request for each prompt, completed n times. fields: the call's fields that are not null."""
+
+    def __init__(self, served: Served, fields: dict[str, Any], prompts: list[list[int]], *, chat: bool = False) -> None:
+        self.served, self.fields, self.chat = served, fields, chat
+        self.n: int = fields.get("n", 1)
+        self.echo: bool = fields.get("echo", False)
+        self.logprobs: int | None = fields.get("logprobs")
+        self.stream: bool = fields.get("stream", False)
+        self.token_ids: bool = fields.get("return_token_ids", False)
+        options = fields.get("stream_options") or {}
+        if options and not self.stream:
+            raise ApiError("stream_options needs stream: set stream to true, or leave stream_options out", "stream_options")
+        self.usage_in_stream = bool(options.get("include_usage"))
+        self.usage_in_chunks = bool(options.get("continuous_usage_stats"))
+        if fields.get("best_of", self.n) != self.n:
+            raise ApiError(f"best_of is {fields['best_of']} and n is {self.n}: leave best_of out", "best_of")
+        self.stop_ids = set(fields.get("stop_token_ids", ()))
+        if served.eot is not None and not fields.get("ignore_eos"):
+            self.stop_ids.add(served.eot)
+        stop = fields.get("stop", [])
+        self.stop = [stop] if isinstance(stop, str) else stop
+        if self.stop and served.tokenizer is None:
+            raise ApiError("the vocabulary of this model is unknown: send stop_token_ids instead of stop", "stop")
+        self.requests = [self._request(prompt) for prompt in prompts]
+
+    def _request(self, prompt: list[int]) -> Request:
+        """Return the engine's request for one prompt."""
+        config = self.served.model.config
+        self.served.check_ids("prompt", prompt)
+        scores = self.echo and (self.logprobs is not None or self.fields.get("max_tokens") == 0)
+        try:
+            return Request(
+                config,
+                prompt,
+                max_new_tokens=self._new(len(prompt), config.maxT),
+                stop_token_ids=self.stop_ids,
+                stop_strings=self.stop,
+                stop_in_prompt=False,
+                top_logprobs=0 if scores and self.logprobs is None else self.logprobs,
+                prompt_logprobs=scores,
+                **self._sampling(),
+            )
+        except InputError as error:
+            message = str(error)
+            name = next((field for field in self.fields if message.startswith(field)), None)
+            raise ApiError(message, "stop" if message.startswith("stop_strings") else name) from None
+
+    def _new(self, given: int, maxT: int) -> int:
+        """Return how many tokens to add to a prompt of `given` tokens."""
+        new: int | None = self.fields.get("max_completion_tokens", self.fields.get("max_tokens"))
+        if new == 0 and not self.echo:
+            raise ApiError("max_tokens is 0: it must be at least 1, or echo must be true", "max_tokens")
+        if given + (1 if new is None else new) > maxT:
+            asked = "" if new is None else f", and max_tokens is {new}"
+            raise ApiError(
+                f"the prompt has {given} tokens{asked}, but the context of this model is {maxT} tokens: send fewer tokens",
+                "prompt" if given >= maxT else "max_tokens",
+                code="context_length_exceeded",
+            )
+        return min(DEFAULT_NEW, maxT - given) if new is None else new
+
+    def _sampling(self) -> dict[str, Any]:
+        """Return the options of the sampler. Temperature 0 means the most probable token."""
+        given = {
+            name: self.fields[name]
+            for name, neutral in NEUTRAL.items()
+            if name in self.fields and self.fields[name] not in neutral
+        }
+        if "logit_bias" in given:
+            given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
+        sampler = self.fields.get("sampler")
+        if given.get("temperature") == 0 and sampler in (None, "sample"):
+            sampler = "greedy"
+            given = {name: value for name, value in given.items() if name not in FILTERS}
+        sampler = sampler or "sample"
+        seed = {"seed": self.fields["seed"] % (1 << 64)} if "seed" in self.fields and sampler == "sample" else {}
+        return {"sampler": sampler, **given, **seed}
+
+
+def as_prompts(prompt: Any) -> list[str | list[int]]:
+    """Return a prompt field's prompts: texts, or lists of ids."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def chat_text(messages: list[dict[str, str]]) -> str:
+    """Return the prompt of a conversation: a line for each message, and the beginning of the answer's line."""
+    return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
+
+
+def encode(served: Served, text: str) -> list[int]:
+    """Encode text as ids. A text that cannot fit in the context is refused before it is encoded."""
+    if served.tokenizer is None:
+        raise ApiError("the vocabulary of this model is unknown: send token ids instead of text", "prompt")
+    if (least := len(text) // LONGEST_TOKEN) > served.model.config.maxT:
+        raise ApiError(
+            f"the text has at least {least} tokens, but the context of this model is {served.model.config.maxT} tokens",
+            "prompt",
+            code="context_length_exceeded",
+        )
+    return served.tokenizer.encode(text)

@@ -1,0 +1,139 @@
+"""Run the application on a socket until a signal: uvicorn, with limits on connections and slow clients."""
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import InputError
+from .app import Server
+
+HEADER_S = 20.0  # for a client to send a request's headers
+CONNECTIONS = 4096  # at once, if the system allows so many open files
+SPARE_FILES = 64  # open files for other purposes than connections
+REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
+    b'content-length: 115\r\n\r\n{"error":{"message":"the server has too many connections",'
+    b'"type":"server_error","param":null,"code":"connections"}}'
+)
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that refuses too many connections politely, and ends those whose headers do not arrive."""
+
+    most = CONNECTIONS
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin a connection, or refuse it."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.write(REFUSAL)
+            transport.close()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take data, and wait for the rest of a request's headers no longer than HEADER_S."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End a connection."""
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _watch(self) -> None:
+        waits = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
+        if waits and self._late is None:
+            self._late = self.loop.call_later(HEADER_S, self.transport.close)
+        elif not waits and self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+class _Uvicorn(uvicorn.Server):
+    """A server whose signals the event loop handles."""
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+def listen(host: str, port: int, uds: str | None) -> socket.socket:
+    """Return a listening socket: a Unix socket at the path `uds`, else TCP. Raises InputError if the system refuses."""
+    try:
+        if uds is not None:
+            return _listen_at(uds)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        made = socket.create_server((host, port), family=family, backlog=2048)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not: this socket does not name its protocol
+        return made
+    except (OSError, OverflowError) as error:
+        where = uds if uds is not None else f"{host} port {port}"
+        raise InputError(f"cannot listen at {where}: {getattr(error, 'strerror', None) or error}; choose another") from None
+
+
+def _listen_at(path: str) -> socket.socket:
+    """Return a socket at a path. A socket that a dead server left there is replaced; a living server's is not."""
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if os.path.exists(path) and probe.connect_ex(path) == 111:
+                os.unlink(path)
+        made.bind(path)
+        made.listen(2048)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def run(server: Server, listening: socket.socket, *, grace_s: float, started: Callable[[], None]) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status, 0 or 130. started() is called once it serves.
+
+    After the signal, running requests have grace_s seconds to end. A second signal ends them at once.
+    """
+    serving, status = embedded(server, grace_s), [0]
+
+    def stop(number: int) -> None:
+        serving.force_exit = server.draining
+        server.draining = serving.should_exit = True
+        if number == signal.SIGINT:
+            status[0] = 130
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop, number)
+        started()
+        await serving.serve(sockets=[listening])
+
+    asyncio.run(main())
+    return status[0]
+
+
+def embedded(server: Server, grace_s: float) -> uvicorn.Server:
+    """Return a uvicorn server for the application, which handles no signals."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Protocol.most = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - SPARE_FILES))
+    config = uvicorn.Config(
+        server.app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=grace_s,  # type: ignore[arg-type]  # a float works
+        h11_max_incomplete_event_size=32768,
+    )
+    return _Uvicorn(config)

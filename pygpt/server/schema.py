@@ -1,0 +1,194 @@
+"""The fields of requests, as JSON schemas: they check requests, and the OpenAPI document publishes them.
+
+Refuses to know about models. What depends on one, such as the length of its context, is checked in call.py.
+"""
+
+import json
+from typing import Any
+
+from ..errors import shown
+
+Schema = dict[str, Any]
+Fields = dict[str, Schema]
+
+MOST_LOGPROBS = 20
+TEXT: Schema = {"type": "string", "minLength": 1}
+ID: Schema = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
+IDS: Schema = {"type": "array", "items": ID, "minItems": 1}
+
+
+def _string(description: str) -> Schema:
+    return {"description": description, "type": "string"}
+
+
+def _flag(description: str = "true or false") -> Schema:
+    return {"description": description, "type": "boolean"}
+
+
+def _number(description: str, minimum: float, maximum: float, kind: str = "number") -> Schema:
+    return {"description": description, "type": kind, "minimum": minimum, "maximum": maximum}
+
+
+def _whole(description: str, minimum: int, maximum: int = 1 << 31) -> Schema:
+    return _number(f"a whole number{description}", minimum, maximum, "integer")
+
+
+MODEL = {"model": _string("the name of a served model; GET /v1/models lists them")}
+_SHARED: Fields = {
+    **MODEL,
+    "max_tokens": _whole(" of new tokens (default 16); 0 needs echo", 0),
+    "temperature": _number("a number from 0, which chooses the most probable token, to 1000 (default 1)", 0, 1000),
+    "top_p": _number("a number from 0 to 1", 0, 1),
+    "top_k": _whole(" from -1; 0 and -1 keep all tokens", -1),
+    "min_p": _number("a number from 0 to 1", 0, 1),
+    "repetition_penalty": _number("a number from 0.01 to 100; 1 changes nothing", 0.01, 100),
+    "frequency_penalty": _number("a number from -2 to 2", -2, 2),
+    "presence_penalty": _number("a number from -2 to 2", -2, 2),
+    "logit_bias": {
+        "description": "an object from token ids to numbers from -100 to 100",
+        "type": "object",
+        "patternProperties": {"^[0-9]{1,7}$": {"type": "number", "minimum": -100, "maximum": 100}},
+        "additionalProperties": False,
+    },
+    "n": _whole(" of choices from 1 (default 1)", 1, 1 << 16),
+    "seed": _whole(" from -2^63 to 2^64 - 1", -(1 << 63), (1 << 64) - 1),
+    "stop": {
+        "description": "a string or a list of up to 64 strings, none of them empty",
+        "anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": 64}],
+    },
+    "stop_token_ids": {"description": "a list of up to 1024 token ids", "type": "array", "items": ID, "maxItems": 1024},
+    "ignore_eos": _flag("true or false: whether to continue after <|endoftext|>"),
+    "sampler": {"description": "sample, greedy or median", "enum": ["sample", "greedy", "median"]},
+    "stream": _flag(),
+    "stream_options": {
+        "description": "an object with include_usage and continuous_usage_stats, each true or false; it needs stream",
+        "type": "object",
+        "properties": {name: _flag() for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")},
+    },
+    "user": _string("a string, which is not used"),
+}
+COMPLETION: Fields = {
+    "prompt": {
+        "description": "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty",
+        "anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}, IDS, {"type": "array", "items": IDS, "minItems": 1}],
+    },
+    **_SHARED,
+    "echo": _flag("true or false: whether the answer begins with the prompt"),
+    "logprobs": _whole(f" from 0 to {MOST_LOGPROBS}", 0, MOST_LOGPROBS),
+    "best_of": _whole(", the same as n", 1, 1 << 16),
+    "return_token_ids": _flag(),
+    "suffix": {"description": "left out or null: GPT-2 cannot fill in text", "enum": [None]},
+}
+CHAT: Fields = {
+    "messages": {
+        "description": "a list of objects with a role (system, user or assistant) and a content string",
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "type": "object",
+            "required": ["role", "content"],
+            "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
+        },
+    },
+    **_SHARED,
+    "max_completion_tokens": _whole(" of new tokens from 1", 1),
+}
+TOKENIZE: Fields = {
+    **MODEL,
+    "prompt": _string("a string"),
+    "content": _string("a string"),
+    "with_pieces": _flag("true or false: whether to return each token's text"),
+    "add_special_tokens": _flag("true or false, which is the same for GPT-2"),
+    "return_token_strs": _flag("true or false: whether to return each token's text"),
+}
+DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", "type": "array", "items": ID}}
+INSPECT: Fields = {
+    **MODEL,
+    "tokens": {"description": "a list of token ids, not empty", **IDS},
+    "layer": _whole(" from 0 (default 0)", 0),
+}
+
+
+class ApiError(Exception):
+    """An error that is the answer to a request. status: HTTP's. param: the field at fault. code: a name for programs."""
+
+    def __init__(
+        self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[str, Any]:
+    """Parse a request's JSON object and check its fields; return those that are not null.
+
+    Raises ApiError, which names the field, for text that is not JSON, an unknown field that is not null, and a bad value.
+    """
+    try:
+        found = json.loads(body, parse_float=_number_of, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"the body is not JSON in UTF-8: {error}") from None
+    if not isinstance(found, dict):
+        raise ApiError(f"the body is {shown(found)}: it must be a JSON object")
+    given = {name: value for name, value in found.items() if value is not None}
+    for name in required:
+        if name not in given:
+            raise ApiError(f"{name} is missing: it must be {fields[name]['description']}", name)
+    for name, value in given.items():
+        if name not in fields:
+            raise ApiError(f"unknown field {shown(name)}: the fields are {', '.join(fields)}", name[:60])
+        if not fits(value, fields[name]):
+            raise ApiError(f"{name} is {shown(value)}: it must be {fields[name]['description']}", name)
+    return given
+
+
+def _number_of(text: str) -> int | float:
+    """Return a number of JSON: 16.0 is the integer 16."""
+    return int(value) if (value := float(text)).is_integer() else value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def fits(value: Any, schema: Schema) -> bool:
+    """Return whether a JSON value fits a schema. It knows the keywords that this module uses."""
+    if "anyOf" in schema:
+        return any(fits(value, choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return (value is None or isinstance(value, str)) and value in schema["enum"]
+    match schema["type"]:
+        case "string":
+            return isinstance(value, str) and len(value) >= schema.get("minLength", 0)
+        case "boolean":
+            return isinstance(value, bool)
+        case "array":
+            least, most = schema.get("minItems", 0), schema.get("maxItems", 1 << 62)
+            return isinstance(value, list) and least <= len(value) <= most and all(fits(v, schema["items"]) for v in value)
+        case "object":
+            return isinstance(value, dict) and _members_fit(value, schema)
+        case kind:
+            right = isinstance(value, int if kind == "integer" else (int, float)) and not isinstance(value, bool)
+            return right and schema["minimum"] <= value <= schema["maximum"]
+
+
+def _members_fit(value: dict[str, Any], schema: Schema) -> bool:
+    if not set(schema.get("required", ())) <= value.keys():
+        return False
+    for bias in schema.get("patternProperties", {}).values():
+        return all(key.isascii() and key.isdigit() and len(key) < 8 and fits(item, bias) for key, item in value.items())
+    return all(fits(value[name], member) for name, member in schema["properties"].items() if name in value)
+
+
+def published(fields: Fields, required: tuple[str, ...]) -> Schema:
+    """Return the schema of a request's object for the OpenAPI document: every field but the required ones may be null."""
+    null: Schema = {"type": "null"}
+    properties = {
+        name: field if name in required else {"anyOf": [field, null]} if field.get("enum") != [None] else null
+        for name, field in fields.items()
+    }
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": null}

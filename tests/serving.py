@@ -1,0 +1,147 @@
+"""Servers on loopback in this process, and a plain HTTP client for them."""
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from make_checkpoint import make
+from prometheus_client.parser import text_string_to_metric_families
+
+from pygpt import GPT2
+from pygpt.server.app import Options, Server
+from pygpt.server.run import embedded, listen
+from pygpt.server.served import Served
+
+MAXT = 96
+SHAPE: dict[str, Any] = {"L": 2, "NH": 2, "C": 16, "V": 50257, "maxT": MAXT}
+
+
+def tiny(folder: Path, name: str = "tiny", **shape: Any) -> Path:
+    """Write a model with GPT-2's vocabulary and random weights."""
+    path = folder / f"{name}.bin"
+    make(path, **{**SHAPE, "seed": 4, "peak": 30.0, **shape})
+    return path
+
+
+@dataclass
+class Answer:
+    """A whole answer of the server."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def events(self) -> list[Any]:
+        """The events of a stream: objects, and at its end the string [DONE]."""
+        found = [part.removeprefix(b"data: ") for part in self.body.split(b"\n\n") if part.startswith(b"data: ")]
+        return [part.decode() if part == b"[DONE]" else json.loads(part) for part in found]
+
+
+class Live:
+    """A running server, and requests to it."""
+
+    def __init__(self, server: Server, address: Any, stop: Callable[[], None]) -> None:
+        self.server, self.address, self.stop = server, address, stop
+        self.model = server.models[0].model
+        self.engine = server.models[0].engine
+
+    def connect(self) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("localhost", timeout=60)
+        family = (
+            socket.AF_UNIX if isinstance(self.address, str) else socket.AF_INET6 if ":" in self.address[0] else socket.AF_INET
+        )
+        connection.sock = socket.socket(family)
+        connection.sock.settimeout(60)
+        connection.sock.connect(self.address)
+        if family != socket.AF_UNIX:
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        connection = self.connect()
+        try:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            if body is not None:
+                named.setdefault("Content-Type", "application/json")
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method, path, data, named)
+            response = connection.getresponse()
+            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def complete(self, prompt: Any = "Hello", **fields: Any) -> Any:
+        answer = self.ask("POST", "/v1/completions", {"prompt": prompt, **fields})
+        assert answer.status == 200, answer.body
+        return answer.json()
+
+    def stream(self, prompt: Any = "Hello", **fields: Any) -> list[Any]:
+        answer = self.ask("POST", "/v1/completions", {"prompt": prompt, "stream": True, **fields})
+        assert answer.status == 200, answer.body
+        events = answer.events()
+        assert events.pop() == "[DONE]"
+        return events
+
+    def refused(self, status: int, fields: Any, path: str = "/v1/completions") -> Any:
+        answer = self.ask("POST", path, fields)
+        assert answer.status == status, answer.body
+        return answer.json()["error"]
+
+    def metrics(self) -> dict[str, float]:
+        """All samples without labels of models: name, or name{label=value}."""
+        found = {}
+        for family in text_string_to_metric_families(self.ask("GET", "/metrics").body.decode()):
+            for sample in family.samples:
+                labels = ",".join(f"{k}={v}" for k, v in sample.labels.items() if k != "model_name")
+                found[sample.name.removeprefix("pygpt:") + (f"{{{labels}}}" if labels else "")] = sample.value
+        return found
+
+
+@contextmanager
+def live(
+    *paths: Path,
+    host: str = "127.0.0.1",
+    uds: str | None = None,
+    max_live: int = 8,
+    cache_bytes: int | None = None,
+    grace_s: float = 10.0,
+    fingerprint: bool = False,
+    threads: int = 2,
+    **options: Any,
+) -> Iterator[Live]:
+    """Serve models in a thread of this process; stop the server at the end of the block."""
+    models = []
+    for path in paths:
+        model = GPT2.load(path, threads=threads)
+        most = cache_bytes or 64 * model.network.position_bytes * model.config.maxT
+        models.append(
+            Served(model, [path.stem], str(path), cache_bytes=most, max_live=max_live, target_ms=60, fingerprint=fingerprint)
+        )
+    server = Server(models, Options(**options))
+    listening = listen(host, 0, uds)
+    serving = embedded(server, grace_s)
+    thread = threading.Thread(target=lambda: asyncio.run(serving.serve(sockets=[listening])))
+    thread.start()
+
+    def stop() -> None:
+        server.draining = serving.should_exit = True
+        thread.join()
+
+    try:
+        while not server.ready and thread.is_alive():
+            pass
+        yield Live(server, uds or listening.getsockname()[:2], stop)
+    finally:
+        stop()
+        for served in models:
+            served.model.close()
