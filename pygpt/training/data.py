@@ -38,8 +38,7 @@ def split(
     """Split tokens into (train, val), two views.
 
     val_tokens: the number of tokens for validation, from the beginning, as llm.c splits tinyshakespeare. val_fraction: the
-    share for validation, from the end. Raises InputError unless exactly one of them is given and both parts get tokens.
-    """
+    share for validation, from the end. Raises InputError unless exactly one of them is given and both parts get tokens."""
     count = len(tokens)
     if count < 2:
         raise InputError(f"{count} tokens cannot be split: at least 2 are needed")
@@ -71,8 +70,7 @@ class DataLoader:
 
     `batches` is the number of batches in an epoch, and `tokens` the number of tokens in all shards. `fingerprint` is a hash
     that identifies the data in a state(). Raises InputError for a bad B, T, V or seed. Raises DataError for a file that is
-    not a shard or is too small for one batch.
-    """
+    not a shard or is too small for one batch."""
 
     def __init__(
         self,
@@ -171,14 +169,8 @@ class DataLoader:
 
     def _identity(self) -> dict[str, int | str | None]:
         """Return the values on which the meaning of a position depends."""
-        return {
-            "B": self.B,
-            "T": self.T,
-            "shards": len(self._counts),
-            "tokens": self.tokens,
-            "fingerprint": self.fingerprint,
-            "shuffle_seed": self.shuffle_seed,
-        }
+        rest = {name: getattr(self, name) for name in ("tokens", "fingerprint", "shuffle_seed")}
+        return {"B": self.B, "T": self.T, "shards": len(self._counts), **rest}
 
     def _move(self, epoch: int, shard: int, batch: int) -> None:
         """Open the epoch's shard number `shard`, and go to one of its batches. On failure the position does not change."""
@@ -188,19 +180,15 @@ class DataLoader:
         tokens = self._tokens
         if self._files:
             tokens = read_tokens(self._files[index], V=self._V)
-            if len(tokens) != self._counts[index]:
-                raise DataError(
-                    f"{self._files[index]}: {len(tokens)} tokens, expected {self._counts[index]}: the file has changed"
-                )
+            if len(tokens) != (count := self._counts[index]):
+                raise DataError(f"{self._files[index]}: {len(tokens)} tokens, expected {count}: the file has changed")
         self._order = self._permutation(epoch, 1 + index, self._batches[index])
         self._tokens, self._epoch, self._shard, self._batch = tokens, epoch, shard, batch
 
     def _permutation(self, epoch: int, stream: int, count: int) -> "Sequence[int] | npt.NDArray[np.intp]":
-        """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i.
-
-        Each item gets 64 random bits, by which the items are sorted. Philox's raw output and a stable sort are the same in
-        every version of NumPy and on every machine. The numbers of NumPy's Generator can differ.
-        """
+        """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i. Each item
+        gets 64 random bits, by which the items are sorted. Philox's raw output and a stable sort are the same in every version
+        of NumPy and on every machine. The numbers of NumPy's Generator can differ."""
         if self.shuffle_seed is None:
             return range(count)
         key, counter = np.array([self.shuffle_seed, epoch], np.uint64), np.array([0, stream, 0, 0], np.uint64)

@@ -139,18 +139,15 @@ class MPIRanks(Ranks):
 
 
 def _begin(timeout: float) -> None:
-    """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process.
-
-    MPI holds Python's global lock while it waits, so a thread could not look at the clock. A child process does."""
+    """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process. MPI holds Python's
+    global lock while it waits, so a thread could not look at the clock. A child process does."""
     if MPI.Is_initialized():
         return
     left, done = os.pipe()
     if not (child := os.fork()):
         os.close(done)
         if not select.select([left], [], [], timeout)[0]:
-            os.write(
-                2, f"pygpt: error: MPI did not start within {timeout:g} s: a rank ended before, or cannot be reached\n".encode()
-            )
+            os.write(2, b"pygpt: error: MPI did not start within %g s: a rank ended before, or cannot be reached\n" % timeout)
             os.kill(os.getppid(), signal.SIGKILL)
         os._exit(0)
     os.close(left)

@@ -26,8 +26,7 @@ class Ranks:
 
     `seconds`: the time that this rank has spent on messages. `timeout`: seconds without any message after which a rank ends.
     `agreed`: whether an exception that is raised now is raised by all ranks. `version`: of mpi4py, or "".
-    Use it in a `with` block: if an exception of one rank ends the block, all ranks end.
-    """
+    Use it in a `with` block: if an exception of one rank ends the block, all ranks end."""
 
     size, rank = 1, 0
     seconds = 0.0
