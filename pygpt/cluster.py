@@ -125,7 +125,6 @@ class Complete(Closing):
         return found
 
     def _ids(self, name: str, value: object, kind: "Any") -> list[int]:
-        """Return a text or a list of ids as checked ids."""
         if not isinstance(value, kind):
             raise InputError(f"{name!r} holds {shown(value)}: it must be {'a list of ids' if kind is list else 'a text'}")
         if isinstance(value, str):

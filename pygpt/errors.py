@@ -106,9 +106,8 @@ def sequence(tokens: "Any") -> "list[SupportsIndex]":
     shape: tuple[int, ...] = getattr(tokens, "shape", ())
     if len(shape) > 1:
         if len(shape) > 2 or shape[0] != 1:
-            raise InputError(
-                f"tokens have shape {tuple(shape)}: one sequence has the shape (T,) or (1, T); generate_batch() takes several"
-            )
+            rule = "one sequence has the shape (T,) or (1, T); generate_batch() takes several"
+            raise InputError(f"tokens have shape {tuple(shape)}: {rule}")
         tokens = tokens[0]
     try:
         return list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)

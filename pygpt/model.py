@@ -85,10 +85,8 @@ class GPT2(Generator):
         checkpoint = open_weights(find_model(draft)[0])
         if checkpoint.config.V != self.config.V:
             checkpoint.close()
-            raise InputError(
-                f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}: give a draft with the "
-                "model's vocabulary"
-            )
+            counts = f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}"
+            raise InputError(f"{counts}: give a draft with the model's vocabulary")
         self._draft = self._draft_from(checkpoint)
 
     def draft(self, make: bool) -> "Draft | None":

@@ -152,14 +152,8 @@ class Network(Uncopied):
                 for _, cache, _ in rows:
                     lengths.setdefault(cache, cache.length)
 
-        logits = self._pool.run(
-            self._work,
-            abort=self._work.abort,
-            before=prepare,
-            again=self._work.more,
-            after=self._work.finish,
-            alone=workers == 1,
-        )
+        work = self._work
+        logits = self._pool.run(work, work.abort, before=prepare, again=work.more, after=work.finish, alone=workers == 1)
         assert logits is not None
         return logits
 
@@ -178,7 +172,6 @@ class Network(Uncopied):
         return self.step(rows[(len(rows) - 1) // CHUNK * CHUNK :], lengths)
 
     def _workers(self, rows: int) -> int:
-        """Return how many workers to use for a step of `rows` rows."""
         alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
         return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us, 5 * self.config.L + 3)
 

@@ -289,7 +289,6 @@ _pools: "list[weakref.ref[ThreadPool]]" = []
 
 
 def _note(pool: ThreadPool) -> None:
-    """Add a pool to the list; remove those that no longer exist."""
     for gone in [reference for reference in _pools if reference() is None]:
         with suppress(ValueError):  # another thread has removed it
             _pools.remove(gone)

@@ -49,9 +49,8 @@ def split(
         return tokens[first:], tokens[:first]
     fraction = real(val_fraction)
     if not 0 < fraction < 1 or not 0 < round(count * fraction) < count:
-        raise InputError(
-            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and each part of {count} tokens needs one"
-        )
+        rule = f"it must be between 0 and 1, and each part of {count} tokens needs one"
+        raise InputError(f"val_fraction is {shown(val_fraction)}: {rule}")
     train = count - round(count * fraction)
     return tokens[:train], tokens[train:]
 
@@ -94,10 +93,9 @@ class DataLoader:
         last = len(self._counts) - 1
         for i, (name, count) in enumerate(zip(self._files or ["tokens"], self._counts, strict=True)):
             if count < B * T + 1 and (i < last or not last):  # `pygpt shards` writes the rest into the last shard
-                raise DataError(
-                    f"{name}: {count} tokens are too few for one batch: B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; "
-                    f"make B or T smaller{', or leave this file out' if last else ''}"
-                )
+                needed = f"B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; make B or T smaller"
+                or_else = ", or leave this file out" if last else ""
+                raise DataError(f"{name}: {count} tokens are too few for one batch: {needed}{or_else}")
         if labels is not None and (tokens is None or labels.shape != tokens.shape):
             raise InputError(f"labels have shape {labels.shape}: they need one label for each of the tokens in memory")
         self._labels = labels
@@ -155,10 +153,8 @@ class DataLoader:
             raise InputError(f"the loader's state has the fields {shown(sorted(state))}, expected {sorted(self.state())}")
         for name, value in identity.items():
             if type(state[name]) is not type(value) or state[name] != value:  # an array compares with a number, too
-                raise InputError(
-                    f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}: use the same data, "
-                    "B, T and seed, or start a new run"
-                )
+                both = f"{name} = {shown(state[name])}, this loader has {value!r}"
+                raise InputError(f"the loader's state is for {both}: use the same data, B, T and seed, or start a new run")
         place = []
         for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
             number = state[name]
@@ -195,14 +191,17 @@ class DataLoader:
         return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(count), kind="stable")
 
 
+def matching(name: str, advice: str) -> list[str]:
+    """Return the files that a name or pattern matches, sorted. Raises DataError, with this advice, if there is none."""
+    files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
+    if not files:
+        raise DataError(f"{name!r}: not a file, and not a pattern that matches files: {advice}")
+    return files
+
+
 def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], Tokens | None]":
-    """Return a loader's source as file names, or as tokens."""
     if isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
-        if not files:
-            raise DataError(f"{name!r}: not a file, and not a pattern that matches files; make token files with `pygpt shards`")
-        return files, None
+        return matching(os.fspath(source), "make token files with `pygpt shards`"), None
     if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
         if not source:
             raise DataError("the list of token files is empty: name at least one")

@@ -204,10 +204,8 @@ class Parameters(Closing):
         wrong = ((array < 0) | (array >= self.config.V)) & (array != also)
         if wrong.any():
             b, t = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
-            limit, or_none = self.config.V - 1, f", or {also} for none" if also else ""
-            raise InputError(
-                f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, from 0 to {limit}{or_none}"
-            )
+            rule = f"from 0 to {self.config.V - 1}" + (f", or {also} for none" if also else "")
+            raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, {rule}")
         return np.ascontiguousarray(array, np.int32)
 
     def update(
@@ -245,7 +243,6 @@ class Parameters(Closing):
         out += other
 
     def _update(self, numbers: AdamW) -> None:
-        """Apply a checked step. The engine implements this."""
         raise NotImplementedError
 
     def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:

@@ -98,7 +98,6 @@ class TrainingState(Closing):
             raise CheckpointError(f"{os.fspath(path)}: {error}") from None
 
     def _check(self, header: bytes, found: int) -> None:
-        """Check every field of the header, and the file's size; set `config`."""
         try:
             self.config, json_bytes = _read_header(header, found)
         except ValueError as error:

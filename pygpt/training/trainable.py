@@ -4,6 +4,8 @@ The forward pass of a batch is the network's step over B sequences x T rows, and
 updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
 """
 
+from functools import partial
+
 from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Weights
@@ -79,9 +81,8 @@ class TrainableGPT2(Parameters):
         scale = check_number("scale", scale, -1e30, 1e30)
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
-        self._pool.run(
-            step, abort=step.abort, before=lambda: step.begin_backward(accumulate, scale, workers), alone=workers == 1
-        )
+        begin = partial(step.begin_backward, accumulate, scale, workers)
+        self._pool.run(step, step.abort, before=begin, alone=workers == 1)
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients together, summed in float64 in a fixed order."""
@@ -98,12 +99,8 @@ class TrainableGPT2(Parameters):
             raise InputError(f"slice [{start}, {stop}) of {size} gradients: it must consist of blocks of {NORM_BLOCK}")
         step, workers = self._step, self._workers_for_arrays(1)
         blocks = slice(start // NORM_BLOCK, -(-stop // NORM_BLOCK))
-        found = self._pool.run(
-            step,
-            before=lambda: step.begin_norm(start, stop, workers),
-            after=lambda: np.frombuffer(step.squares, "f8")[blocks].copy(),
-            alone=workers == 1,
-        )
+        copy = lambda: np.frombuffer(step.squares, "f8")[blocks].copy()  # noqa: E731
+        found = self._pool.run(step, before=partial(step.begin_norm, start, stop, workers), after=copy, alone=workers == 1)
         assert found is not None
         return found
 
@@ -126,12 +123,10 @@ class TrainableGPT2(Parameters):
         self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)
 
     def _workers(self, rows: int) -> int:
-        """Return how many workers to use for a pass over `rows` rows."""
         alone_us = self._values * (4 / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
         return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us, 7 * self.config.L + 3)
 
     def _workers_for_arrays(self, count: int) -> int:
-        """Return how many workers to use for a pass over `count` flat arrays."""
         alone_us = count * self.parameters.nbytes / cpus.READ_BYTES_PER_US
         return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us)
 
@@ -145,15 +140,9 @@ class TrainableGPT2(Parameters):
         return GPT2(self.weights(), threads=self.threads)
 
     def _losses(self, step: TrainStep, inputs: "npt.NDArray[np.int32]", targets: "npt.NDArray[np.int32]") -> "Floats":
-        """Run one forward pass over a checked batch; return its losses (B, T)."""
         workers = self._workers(inputs.size)
-        losses = self._pool.run(
-            step,
-            abort=step.abort,
-            before=lambda: step.begin_forward(inputs, targets, workers),
-            after=step.finish_forward,
-            alone=workers == 1,
-        )
+        begin = partial(step.begin_forward, inputs, targets, workers)
+        losses = self._pool.run(step, step.abort, before=begin, after=step.finish_forward, alone=workers == 1)
         assert losses is not None
         return losses
 

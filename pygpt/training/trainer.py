@@ -183,10 +183,8 @@ class Trainer(Uncopied):
         most = max(digests, key=digests.count)
         for rank, digest in enumerate(digests):
             if digest != most:
-                text = (
-                    f"after step {self.done}, the weights of {self.ranks.name(rank)} differ from those of most ranks: its "
-                    "memory or its network may be faulty; continue from the last saved state without that host"
-                )
+                text = f"after step {self.done}, the weights of {self.ranks.name(rank)} differ from those of most ranks: its "
+                text += "memory or its network may be faulty; continue from the last saved state without that host"
                 raise self.ranks.common(PyGPTError(text))
 
     def save(self, path: str | os.PathLike[str], job: "dict[str, Any] | None" = None) -> None:

@@ -22,7 +22,7 @@ from ...formats.shards import read_tokens
 from ...formats.text import joined, read_text, tokens_and_labels
 from ...hub.find import find_model
 from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
-from ...training.data import DataLoader, split
+from ...training.data import DataLoader, matching, split
 from ...training.options import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, TrainingOptions
 from ...training.state import TrainingState
 from ..console import say
@@ -148,14 +148,11 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
 
 
 def _job_part(given: dict[str, Any]) -> dict[str, Any]:
-    part = {name: given[name] for name in JOB & set(given)}
-    return part | {name: _absolute(part[name]) for name in PATHS if name in part}
-
-
-def _absolute(path: str) -> str:
-    """Return the absolute path of a file or a pattern."""
-    here = os.getcwd()
-    return os.path.join(here if os.path.lexists(path) else glob.escape(here), path)
+    part, here = {name: given[name] for name in JOB & set(given)}, os.getcwd()
+    for name in PATHS:  # files or patterns
+        if name in part:
+            part[name] = os.path.join(here if os.path.lexists(part[name]) else glob.escape(here), part[name])
+    return part
 
 
 def flag(name: str) -> str:
@@ -263,9 +260,7 @@ def _source(job: Job, pattern: str, config: Config) -> Source:
 
 def files_of_data(pattern: str) -> tuple[list[str], bool]:
     """Return the files that a name or pattern matches, and whether they are text. Raises DataError for none, or both kinds."""
-    names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
-    if not names:
-        raise DataError(f"{pattern!r}: not a file, and not a pattern that matches files: check the name")
+    names = matching(pattern, "check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
         return shards, False
@@ -392,9 +387,8 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
             raise InputError(f"{path}: was given for two uses: data, --out, --log and --plot must be different files")
     for path in () if force else (*written, *older, *drawings):
         if os.path.realpath(path) not in mine and os.path.lexists(path):
-            raise InputError(
-                f"{path}: exists already: give another name, --force to replace it, or --resume to continue its run"
-            )
+            advice = "give another name, --force to replace it, or --resume to continue its run"
+            raise InputError(f"{path}: exists already: {advice}")
     for path in drawings:
         check_writable(path, make_folder=True)
     if drawings:
@@ -408,6 +402,5 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
         needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * config.parameters(padded=True)
         folder = os.path.dirname(os.path.realpath(output.state))
         if (free := shutil.disk_usage(folder).free) < needed:
-            raise PyGPTError(
-                f"{folder}: {free} bytes are free, but state and model take {needed}: make room, or save elsewhere"
-            )
+            text = f"{free} bytes are free, but state and model take {needed}"
+            raise PyGPTError(f"{folder}: {text}: make room, or save elsewhere")

@@ -63,7 +63,7 @@ from ...training.parallel.ranks import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
 from ..progress import Progress
 from . import check, report
@@ -105,88 +105,76 @@ def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
 
 # By group, each option as "flag metavar" (a switch has no metavar) and its help. WHOLE has the limits of whole numbers.
 OPTIONS = {
-    "data": (
-        (
-            "--data FILE",
-            "training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); a file or a quoted pattern",
-        ),
-        ("--val FILE", "validation data, in the same forms as --data"),
-        ("--val-tokens N", "validate on the first N tokens of --data instead"),
-        ("--val-fraction F", "validate on this last part of --data instead, such as 0.1"),
-        ("-B N", "sequences in a batch (default 4)"),
-        ("-T N", "tokens in a sequence (default 64)"),
-        ("--shuffle", "shuffle the batches, differently in every epoch"),
-        ("--seed N", "seed of random weights and of --shuffle (default 1)"),
-    ),
-    "model": (
-        (
-            "--init FILE",
-            "begin with this checkpoint, or with `random` weights (default: the model that `pygpt` uses, see pygpt --help)",
-        ),
-        (
-            "--shape SHAPE",
-            "begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
-            "L=4,NH=4,C=128,maxT=256[,V=50257]",
-        ),
-        ("--tokenizer FILE", TOKENIZER_HELP),
-        (
-            "--train-tokenizer N",
-            "make a vocabulary of N ids from --data (needs tokenizers); it is saved as FILE.tokenizer.json",
-        ),
-        ("--chars", "make a vocabulary of the characters of --data"),
-        ("--threads N", "threads (default $PYGPT_THREADS, else one per usable core)"),
-        ("--reference", "train with the slow serial reference"),
-    ),
-    "optimizer": (
-        ("--steps N", "total number of updates (default 40)"),
-        ("--lr X", "learning rate (default 1e-4)"),
-        ("--schedule NAME", "constant (default), or cosine or linear, which fall to --min-lr"),
-        ("--warmup N", "raise the learning rate during the first N steps (default 0)"),
-        ("--min-lr X", "final learning rate of the cosine and linear schedules (default 0)"),
-        ("--beta1 X", "AdamW's decay rate for the mean of gradients (default 0.9)"),
-        ("--beta2 X", "AdamW's decay rate for the mean of squared gradients (default 0.999)"),
-        ("--eps X", "AdamW's term added to the square root (default 1e-8)"),
-        ("--weight-decay X", "AdamW's weight decay of all tensors (default 0)"),
-        ("--decay-matrices-only", "exclude biases and layer norms from weight decay"),
-        ("--clip X", "scale the gradient down to at most this norm (default 0: no limit)"),
-        ("--accumulate N", "average the gradients of N batches for each step (default 1)"),
-    ),
-    "ranks": (
-        ("--parts S", "parts of a step, a multiple of the number of ranks (default 1)"),
-        ("--timeout S", "end a rank after S seconds without a message (default 600)"),
-        ("--estimate", "do not train, but estimate the time of a step on --ranks over --gbit"),
-        ("--ranks N", "the number of ranks for --estimate (default: --parts, else 8)"),
-        ("--gbit G", "the network's speed for --estimate in Gbit/s (default 10)"),
-    ),
-    "saving": (
-        ("--out FILE", "save the model as FILE.bin or FILE.safetensors, and the state as FILE.state (default: save nothing)"),
-        ("--version N", "version of FILE.bin: 3, float32 (default); 5, bfloat16"),
-        ("--save-every N", "save every N steps (default 100; 0: only at the end)"),
-        ("--resume STATE", "continue the run of this state; its options are the defaults"),
-        ("--force", "replace existing files"),
-    ),
-    "reports": (
-        ("--val-every N", "validate every N steps (default 10)"),
-        ("--keep-best", "save the model of the best validation as FILE.best.bin"),
-        ("--patience N", "stop early after N validations in a row without a better one (default: never)"),
-        ("--val-batches N", "use N batches for each validation (default 5)"),
-        ("--sample-every N", "print a sample of text every N steps (default 20; 0: never)"),
-        ("--sample-tokens N", "tokens in a sample (default 64)"),
-        ("--log FILE", "write a line of JSON for each step"),
-        ("--plot PATH", "draw the loss: a .svg, .png or .pdf file, or a folder (needs matplotlib)"),
-        ("--check STATE", "do not train, but compare the gradients with llm.c's debug state"),
-    ),
+    "data": {
+        "--data FILE": "training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); "
+        "a file or a quoted pattern",
+        "--val FILE": "validation data, in the same forms as --data",
+        "--val-tokens N": "validate on the first N tokens of --data instead",
+        "--val-fraction F": "validate on this last part of --data instead, such as 0.1",
+        "-B N": "sequences in a batch (default 4)",
+        "-T N": "tokens in a sequence (default 64)",
+        "--shuffle": "shuffle the batches, differently in every epoch",
+        "--seed N": "seed of random weights and of --shuffle (default 1)",
+    },
+    "model": {
+        "--init FILE": "begin with this checkpoint, or with `random` weights (default: "
+        "the model that `pygpt` uses, see pygpt --help)",
+        "--shape SHAPE": "begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
+        "L=4,NH=4,C=128,maxT=256[,V=50257]",
+        "--tokenizer FILE": TOKENIZER_HELP,
+        "--train-tokenizer N": "make a vocabulary of N ids from --data (needs tokenizers); it is saved as FILE.tokenizer.json",
+        "--chars": "make a vocabulary of the characters of --data",
+        "--threads N": "threads (default $PYGPT_THREADS, else one per usable core)",
+        "--reference": "train with the slow serial reference",
+    },
+    "optimizer": {
+        "--steps N": "total number of updates (default 40)",
+        "--lr X": "learning rate (default 1e-4)",
+        "--schedule NAME": "constant (default), or cosine or linear, which fall to --min-lr",
+        "--warmup N": "raise the learning rate during the first N steps (default 0)",
+        "--min-lr X": "final learning rate of the cosine and linear schedules (default 0)",
+        "--beta1 X": "AdamW's decay rate for the mean of gradients (default 0.9)",
+        "--beta2 X": "AdamW's decay rate for the mean of squared gradients (default 0.999)",
+        "--eps X": "AdamW's term added to the square root (default 1e-8)",
+        "--weight-decay X": "AdamW's weight decay of all tensors (default 0)",
+        "--decay-matrices-only": "exclude biases and layer norms from weight decay",
+        "--clip X": "scale the gradient down to at most this norm (default 0: no limit)",
+        "--accumulate N": "average the gradients of N batches for each step (default 1)",
+    },
+    "ranks": {
+        "--parts S": "parts of a step, a multiple of the number of ranks (default 1)",
+        "--timeout S": "end a rank after S seconds without a message (default 600)",
+        "--estimate": "do not train, but estimate the time of a step on --ranks over --gbit",
+        "--ranks N": "the number of ranks for --estimate (default: --parts, else 8)",
+        "--gbit G": "the network's speed for --estimate in Gbit/s (default 10)",
+    },
+    "saving": {
+        "--out FILE": "save the model as FILE.bin or FILE.safetensors, and the state as FILE.state (default: save nothing)",
+        "--version N": "version of FILE.bin: 3, float32 (default); 5, bfloat16",
+        "--save-every N": "save every N steps (default 100; 0: only at the end)",
+        "--resume STATE": "continue the run of this state; its options are the defaults",
+        "--force": "replace existing files",
+    },
+    "reports": {
+        "--val-every N": "validate every N steps (default 10)",
+        "--keep-best": "save the model of the best validation as FILE.best.bin",
+        "--patience N": "stop early after N validations in a row without a better one (default: never)",
+        "--val-batches N": "use N batches for each validation (default 5)",
+        "--sample-every N": "print a sample of text every N steps (default 20; 0: never)",
+        "--sample-tokens N": "tokens in a sample (default 64)",
+        "--log FILE": "write a line of JSON for each step",
+        "--plot PATH": "draw the loss: a .svg, .png or .pdf file, or a folder (needs matplotlib)",
+        "--check STATE": "do not train, but compare the gradients with llm.c's debug state",
+    },
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options. Missing options are None: a resumed run has its own values."""
-    parser = Parser(
-        "pygpt train", "pygpt train [options]", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog="pygpt train", usage="pygpt train [options]", description=__doc__)
     for title, rows in OPTIONS.items():
         add = parser.add_argument_group(title).add_argument
-        for row, text in rows:
+        for row, text in rows.items():
             word, _, metavar = row.partition(" ")
             name = word.lstrip("-").replace("-", "_")
             kind = whole(*WHOLE[name]) if name in WHOLE else number if metavar in ("F", "G", "X") else str
@@ -342,9 +330,8 @@ def run_check(given: dict[str, Any]) -> None:
     path, _ = find_model(given.get("init"))
     with ENGINES["reference" in given].load(path, threads=given.get("threads")) as engine:
         if not check.check(engine, given["check"]):
-            raise PyGPTError(
-                f"{given['check']}: the engine's results differ by more than the tolerance: check that {path} is the same model"
-            )
+            text = "the engine's results differ by more than the tolerance: check that"
+            raise PyGPTError(f"{given['check']}: {text} {path} is the same model")
 
 
 class Run:
@@ -480,8 +467,10 @@ class Run:
         ranks = self.trainer.ranks
         if self.output is None or not ranks.agreed:  # to save takes all ranks
             return
-        suspect, older = isinstance(error, NumericalError), max(self.saved, self.begun)
-        worth = self.trainer.done > older and not (suspect and older) and all(ranks.gather(finite(self.trainer.engine)))
+        suspect, older, engine = isinstance(error, NumericalError), max(self.saved, self.begun), self.trainer.engine
+        worth = self.trainer.done > older and not (suspect and older)
+        arrays = engine.parameters, engine.first_moments, engine.second_moments
+        worth = worth and all(ranks.gather(all(np.isfinite(array).all() for array in arrays)))
         if worth and not self.saving:
             try:
                 self.save()
@@ -492,11 +481,6 @@ class Run:
             if suspect and self.saved == self.trainer.done and os.path.exists(f"{state}.1"):
                 other = f" ({state}.1 after fewer)"
             say(f"{state} contains the run after {counted(self.saved)}{other}; then training failed:")
-
-
-def finite(engine: Engine) -> bool:
-    """Return whether all weights and moments are finite."""
-    return all(np.isfinite(array).all() for array in (engine.parameters, engine.first_moments, engine.second_moments))
 
 
 def counted(steps: int) -> str:

@@ -22,7 +22,7 @@ from .ranks import TIMEOUT_S, Ranks  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self, TypeVar
+    from typing import Any, TypeVar
 
     from .ranks import Messages
 
@@ -120,9 +120,6 @@ class MPIRanks(Ranks):
         """Return an exception that every rank raises here, so that a `with` block can end without a message to the others."""
         self.agreed = True
         return error
-
-    def __enter__(self) -> "Self":
-        return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None or self.agreed:

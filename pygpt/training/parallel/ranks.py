@@ -58,9 +58,8 @@ class Ranks:
                 found = job()
             except (PyGPTError, OSError, MemoryError) as error:
                 own = error
-        errors = self.gather(
-            None if own is None else (isinstance(own, InputError | CheckpointError), str(own) or "out of memory")
-        )
+        wrong = None if own is None else (isinstance(own, InputError | CheckpointError), str(own) or "out of memory")
+        errors = self.gather(wrong)
         for rank, failed in enumerate(errors):
             if failed is not None:
                 if own is not None and (self.size == 1 or len(set(errors)) == 1):

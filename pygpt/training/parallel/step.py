@@ -108,7 +108,6 @@ class SharedStep:
                 self.engine.gradients[mine] = tree_sum(have, 0, self.parts)
 
     def _piece(self, rank: int, k: int) -> slice:
-        """Return piece k of a rank's slice, possibly empty."""
         first, last = self.slices[rank].start, self.slices[rank].stop
         return slice(min(first + k * self._step, last), min(first + (k + 1) * self._step, last))
 
