@@ -4,10 +4,10 @@
 pool does not know what the job computes.
 
 docs/course.md maps the primitives of thread.h and thread-sync.h to this module. In thread.h, a worker that still waits at exit
-makes the process hang. Here, close() stops the workers first. There are two
-levels of synchronisation. The pool wakes the workers once for each job and waits for them once (about 10 us). Inside a job,
-workers wait for each other at native barriers without the GIL (about 1 us). A job with native barriers gives run() its
-`abort`, which releases the other workers if one worker fails.
+makes the process hang. Here, close() stops the workers first. There are two levels of synchronisation. The pool wakes the
+workers once for each job and waits for them once (about 10 us). Inside a job, workers wait for each other at native barriers
+without the GIL (about 1 us). A job with native barriers gives run() its `abort`, which releases the other workers if one worker
+fails.
 
 Refuses nested jobs, and more than MAX_THREADS workers. A thread count that is not a whole number is an error.
 """

@@ -364,12 +364,6 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 
 
-def leftovers(path: str) -> list[str]:
-    """Return the temporary files of this path that a killed run left behind. atomic_file() chose their names."""
-    path = os.path.realpath(path)
-    return [name for name in glob.glob(f"{glob.escape(path)}.*.tmp") if re.fullmatch(r"\.[0-9a-f]{8}\.tmp", name[len(path) :])]
-
-
 def prepare(job: Job, config: Config, output: Output | None, state: TrainingState | None, *, force: bool) -> None:
     """Raise InputError or PyGPTError before training if its results cannot be saved; remove files of killed runs. state: of the
     resumed run, which may replace its own files."""
@@ -395,9 +389,11 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
         matplotlib()  # if it is missing, report that now
     for path in written:
         check_writable(path)
-        for left in leftovers(path):
-            os.unlink(left)
-            say(f"removed {left}, a temporary file of a killed run")
+        stem = os.path.realpath(path)
+        for left in glob.glob(f"{glob.escape(stem)}.*.tmp"):
+            if re.fullmatch(r"\.[0-9a-f]{8}\.tmp", left[len(stem) :]):  # the names that atomic_file() chooses
+                os.unlink(left)
+                say(f"removed {left}, a temporary file of a killed run")
     if output is not None:  # room for one state and one model, or two models with --keep-best
         needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * config.parameters(padded=True)
         folder = os.path.dirname(os.path.realpath(output.state))
