@@ -25,8 +25,7 @@ class Format:
     """One weight format. A block of `block_values` neighbours in a row takes `block_bytes` bytes.
 
     dtype: NumPy's dtype of one block. to_float32: (..., blocks) -> (..., values), exact; float32 itself is not copied.
-    from_float32: the inverse, rounded; None if pygpt only reads the format.
-    """
+    from_float32: the inverse, rounded; None if pygpt only reads the format."""
 
     __slots__ = ("block_bytes", "block_values", "dtype", "from_float32", "name", "to_float32")
 
@@ -116,8 +115,7 @@ def _from_q8_0(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
 def _to_q8_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
     """Quantise to q8_0: d = max|w| / 127, rounded up to a float16, and q = w / d, rounded to the nearest even.
 
-    Rounding up keeps |q| <= 127. A block with a NaN or infinity, or with d beyond float16, is read as NaNs.
-    """
+    Rounding up keeps |q| <= 127. A block with a NaN or infinity, or with d beyond float16, is read as NaNs."""
     import numpy as np
 
     values = array.reshape(-1, 32)
@@ -151,8 +149,7 @@ def _to_q4_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
     Let e be the first value of the largest magnitude. A candidate x maps e to x: q = w (x / e), rounded to the nearest even and
     clipped to -8..7. Then d = a / b, with a = sum(|w| w q) and b = sum(|w| (q q)), rounded to a float16. The score is the error
     that d saves, d (2a - d b). The first candidate with the best score above 0 wins. Then q = w / d, rounded and clipped, plus
-    8. Sums fold 16+16, 8+8, 4+4, 2+2, 1+1. A block with a NaN or infinity, or with d beyond float16, is read as NaNs.
-    """
+    8. Sums fold 16+16, 8+8, 4+4, 2+2, 1+1. A block with a NaN or infinity, or with d beyond float16, is read as NaNs."""
     import numpy as np
 
     blocks = np.empty(array.size // 32, Q4_0.dtype)

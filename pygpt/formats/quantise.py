@@ -55,8 +55,7 @@ def quantised(
     """Quantise the matrices of an open model. The result stays valid after the model is closed.
 
     format: q8_0 or q4_0, for the layers' matrices. head: the format of wte, by default q8_0. threads: workers, as in
-    GPT2.load(). Raises InputError for an unknown format, and for weights that the format cannot represent.
-    """
+    GPT2.load(). Raises InputError for an unknown format, and for weights that the format cannot represent."""
     for name in (format, head):
         if name is not None and name not in QUANTISED:
             raise InputError(f"weights cannot be quantised to {shown(name)}: choose one of {', '.join(QUANTISED)}")

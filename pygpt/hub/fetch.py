@@ -45,8 +45,7 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
 
     name: a name that is_downloadable() accepts. note: called with each warning of huggingface_hub. Raises InputError for a
     repository or revision that does not exist, CheckpointError for a repository without a GPT-2 model, PyGPTError if fetching
-    fails, ImportError without huggingface_hub.
-    """
+    fails, ImportError without huggingface_hub."""
     _import_hub()
     model, _, revision = name.partition("@")
     with _warnings_to(note):
@@ -58,8 +57,7 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
 class Repository:
     """One revision of a repository on Hugging Face ("": its main branch). All files are from the commit of the first file.
 
-    kind: "model" or "dataset". Paths are in huggingface_hub's cache. The methods raise the errors of fetch().
-    """
+    kind: "model" or "dataset". Paths are in huggingface_hub's cache. The methods raise the errors of fetch()."""
 
     def __init__(self, name: str, revision: str, kind: str = "model") -> None:
         self.name, self.revision, self.kind = name, revision or "main", kind
@@ -154,8 +152,7 @@ def _fetch_folder(repository: Repository) -> str:
 def check_sha256(path: str, known: str | None = None) -> None:
     """Compare a file's sha256 with `known`, and with the file's name: huggingface_hub's cache names large files by sha256.
 
-    If the cache has no links, its files have other names, and only `known` is compared. Raises PyGPTError for a difference.
-    """
+    If the cache has no links, its files have other names, and only `known` is compared. Raises PyGPTError for a difference."""
     named = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     expected = {digest for digest in (named, known) if digest and re.fullmatch("[0-9a-f]{64}", digest)}
     if not expected:
