@@ -22,7 +22,7 @@ from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
 from .panels import ALIGNMENT as ALIGNED
-from .panels import MATRICES, QUANTISED, ModelFile, layout, stored_size
+from .panels import MATRICES, QUANTISED, ModelFile, aligned, layout, stored_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -219,17 +219,17 @@ class GGUFFile(ModelFile):
         if not is_whole(alignment, 8, 1 << 16) or alignment % 8:
             raise cursor.bad(f"general.alignment is {shown(alignment)}, expected a multiple of 8 up to {1 << 16}")
         step = int(alignment)
-        begin = end = _aligned(cursor.at, step)
+        begin = end = aligned(cursor.at, step)
         found: dict[str, Tensor] = {}
         for name, kind, extents, offset in table:
             if name in found:
                 raise cursor.bad(f"tensor {name!r} occurs twice")
-            start = _aligned(end, step)
+            start = aligned(end, step)
             if begin + offset != start:
                 raise cursor.bad(f"tensor {name!r} begins at {offset}, expected {start - begin}")
             end = start + kind.size(prod(extents))
             found[name] = Tensor(kind, extents, start, end)
-        if not end <= self.size <= _aligned(end, step):
+        if not end <= self.size <= aligned(end, step):
             flaw = "truncated" if self.size < end else "too long"
             raise cursor.bad(f"{flaw}: {self.size} bytes, expected {end}; fetch it again")
         return found
@@ -393,10 +393,6 @@ def _theirs(name: str, layers: int) -> list[str]:
     return [NAMES[name].format(layer) for layer in range(layers)]
 
 
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
-
-
 # ------------------------------------------------------------------------------------------------ writing
 
 
@@ -426,7 +422,7 @@ def write_gguf(
             table.append(
                 _string(theirs) + struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
             )
-            end = _aligned(end + size, ALIGNMENT)
+            end = aligned(end + size, ALIGNMENT)
     pairs = _pairs(config, formats)
     header = MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)
     with atomic_file(path) as file:

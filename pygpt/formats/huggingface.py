@@ -340,9 +340,8 @@ def write_tensors(file: "IO[bytes]", model: "Weights", kind: "Format", metadata:
     """Write the tensors of a model to an open file as safetensors with transformers' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
-        shapes.update(
-            {(theirs if name == "head" else PREFIX + theirs): found for theirs, found in _theirs(name, shape).items()}
-        )
+        prefix = "" if name == "head" else PREFIX
+        shapes.update({prefix + theirs: found for theirs, found in _theirs(name, shape).items()})
 
     def values() -> "Iterator[npt.NDArray[np.float32]]":
         for name, _ in model.config.table:
@@ -408,11 +407,8 @@ def settings_of(config: Config, dtype: str, end: int | None = None) -> dict[str,
         "dtype": dtype,
         **{names[0]: getattr(config, ours) for ours, names in SETTINGS.items()},
         "n_inner": None if config.F == 4 * config.C else config.F,
-        "add_cross_attention": False,
-        "reorder_and_upcast_attn": False,
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "resid_pdrop": 0.1,
+        **dict.fromkeys(("add_cross_attention", "reorder_and_upcast_attn"), False),
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
         "initializer_range": 0.02,
         "bos_token_id": end,
         "eos_token_id": end,

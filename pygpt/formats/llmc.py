@@ -6,8 +6,6 @@
 
 Each file begins with an int32[256] little-endian header. The readers check every field and length against the file's end before
 they use it, and refuse bytes after the last value.
-
-Refuses files of another size, magic or version, ids outside the vocabulary, and examples without exactly four endings.
 Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py (write_evalfile), llmc/dataloader.h.
 """
 
@@ -84,10 +82,7 @@ def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
         odd = sorted(map(str, set(state.gradients) ^ {tensor for tensor, _ in wanted}))
         raise InputError(f"gradients: expected the sixteen tensors, but {shown(odd)} are missing or unknown")
     arrays = [("inputs", inputs, shape), ("targets", targets, shape), ("logits", state.logits, (*shape, config.V))]
-    for what, array, expected in [
-        *arrays,
-        *((f"gradient {tensor}", state.gradients[tensor], extents) for tensor, extents in wanted),
-    ]:
+    for what, array, expected in arrays + [(f"gradient {name}", state.gradients[name], extents) for name, extents in wanted]:
         if np.shape(array) != expected:
             raise InputError(f"{what} has shape {np.shape(array)}, expected {expected}")
     for what, ids in (("inputs", inputs), ("targets", targets)):

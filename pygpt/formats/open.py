@@ -44,24 +44,23 @@ def open_model(
 
     threads: workers that lay out a Hugging Face model. tokenizer: a file with the model's vocabulary, instead of its own.
     Raises CheckpointError for a file of no such format."""
-    if tokenizer is not None:
-        model = open_model(path, mmap=mmap, threads=threads)
-        set_tokenizer(model.config, os.fspath(tokenizer))
-        return model
     path = os.fspath(path)
+    model: Model
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        return _with_tokenizer(HuggingFaceModel.open(path, threads=threads, mmap=mmap))
-    if path.endswith(".safetensors"):
+        model = HuggingFaceModel.open(path, threads=threads, mmap=mmap)
+    elif path.endswith(".safetensors"):
         from .panels import PanelFile
 
-        return _with_tokenizer(PanelFile(path, mmap=mmap))
-    if _is_gguf(path):
+        model = PanelFile(path, mmap=mmap)
+    elif _is_gguf(path):
         from .gguf import GGUFFile
 
-        return _with_tokenizer(GGUFFile(path, mmap=mmap, threads=threads))
-    return _with_tokenizer(Checkpoint(path, mmap=mmap))
+        model = GGUFFile(path, mmap=mmap, threads=threads)
+    else:
+        model = Checkpoint(path, mmap=mmap)
+    return _with_tokenizer(model, tokenizer)
 
 
 def vocabulary_beside(model: str) -> str:
@@ -80,8 +79,11 @@ def set_tokenizer(config: Config, path: str) -> None:
     config.tokenizer = load
 
 
-def _with_tokenizer(model: "M") -> "M":
-    """Find the vocabulary of an open model: beside its file, inside it, or in its folder. Return the model."""
+def _with_tokenizer(model: "M", given: str | os.PathLike[str] | None = None) -> "M":
+    """Find the vocabulary of an open model: as given, beside its file, inside it, or in its folder. Return the model."""
+    if given is not None:
+        set_tokenizer(model.config, os.fspath(given))
+        return model
     folder = model.path if os.path.isdir(model.path) else os.path.dirname(model.path)
     inside = model.path if getattr(model, "has_vocabulary", False) else ""
     two = os.path.join(folder, "vocab.json")
@@ -166,7 +168,13 @@ def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "S
 
 def _is_hugging_face(path: str) -> bool:
     """Return whether this is a folder, a pickle, or a safetensors file other than a panel file."""
-    return os.path.isdir(path) or is_pickle(path) or (path.endswith(".safetensors") and not _is_panel_file(path))
+    if os.path.isdir(path) or is_pickle(path) or not path.endswith(".safetensors"):
+        return os.path.isdir(path) or is_pickle(path)
+    from .panels import FILE_FORMAT
+    from .safetensors import SafetensorsFile
+
+    with SafetensorsFile(path) as file:
+        return file.metadata.get("format") != FILE_FORMAT
 
 
 def _is_gguf(path: str) -> bool:
@@ -175,14 +183,6 @@ def _is_gguf(path: str) -> bool:
         return path.endswith(".gguf") or bytes(file.view(0, min(file.size, len(GGUF_MAGIC)))) == GGUF_MAGIC
     finally:
         file.close()
-
-
-def _is_panel_file(path: str) -> bool:
-    from .panels import FILE_FORMAT
-    from .safetensors import SafetensorsFile
-
-    with SafetensorsFile(path) as file:
-        return file.metadata.get("format") == FILE_FORMAT
 
 
 def blocks_of(model: "Source", name: str, kind: "Format") -> "Iterator[Blocks]":

@@ -6,8 +6,7 @@ Zeros pad the N outputs of a layer's matrix to a multiple of 16, and its K input
 then zeros up to a multiple of 64 bytes. Layers follow one another. Other formats are row-major, as in llm.c's files.
 
 docs/reference/file-formats.md describes panel files. Their header is padded so that the values begin at a multiple of 64,
-because they are mapped and used in place. The reader refuses all other safetensors files, unknown versions, and headers that do
-not match their dimensions and formats. Source: the layout of the kernels' products (micro.h).
+because they are mapped and used in place. Source: the layout of the kernels' products (micro.h).
 """
 
 import json
@@ -42,9 +41,9 @@ FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
 DTYPE = {row.name: dtype for dtype, row in STORED.items()} | dict.fromkeys(QUANTISED, "U8")
 
 
-def aligned(size: int) -> int:
-    """Round a size up to a multiple of 64 bytes."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    """Round a size up to a multiple of `alignment` bytes."""
+    return -(-size // alignment) * alignment
 
 
 # ------------------------------------------------------------------------------------------------ the layout

@@ -1,8 +1,7 @@
 """Quantise the weights of an open model in memory to q8_0 or q4_0, tensor by tensor.
 
 The matrices of the layers get one format, and wte (embedding and head) another. Positions, biases and gains keep their format,
-because they are small. The result has the numbers of a converted file (dtypes.py), for every number of workers and every
-instruction set. Refuses weights that are not finite, or too large for a float16 scale.
+because they are small. The result has the numbers of a converted file (dtypes.py).
 """
 
 from math import prod

@@ -1,9 +1,7 @@
 """llm.c's data files: their common header, and token shards.
 
-A shard has an int32[256] little-endian header (magic, version, count, zeros), then `count` uint16 ids. The reader checks that
-the count and the file's size agree. Tokens stay in the mapped file until they are used.
-
-Refuses files of another size, magic, version or vocabulary. Source: llm.c, dev/data/data_common.py (write_datafile).
+A shard has an int32[256] little-endian header (magic, version, count, zeros), then `count` uint16 ids. Tokens stay in the
+mapped file until they are used. Source: llm.c, dev/data/data_common.py (write_datafile).
 """
 
 import mmap

@@ -173,12 +173,8 @@ def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
     found, end = tokenizer.vocabulary(), tokenizer.eot
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([end]))
     plain = tokenizer.splits_before_space
-    settings = {
-        "add_prefix_space": False,
-        **special,
-        "model_max_length": maxT,
-        "tokenizer_class": "GPT2Tokenizer" if plain and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast",
-    }
+    kind = "GPT2Tokenizer" if plain and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast"
+    settings = {"add_prefix_space": False, **special, "model_max_length": maxT, "tokenizer_class": kind}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     objects = {FILE: found, "tokenizer_config.json": settings, "special_tokens_map.json": special, VOCAB: vocab}

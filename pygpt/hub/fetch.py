@@ -1,8 +1,6 @@
 """Fetch models from Hugging Face with huggingface_hub (the extra `hub`).
 
-huggingface_hub handles its cache, the login token, HF_ENDPOINT, HF_HUB_OFFLINE, proxies, retries and the progress bar. Only
-this module imports it, and only to fetch a model. Fetched files stay in huggingface_hub's cache.
-
+Only this module imports huggingface_hub, and only to fetch a model. Fetched files stay in huggingface_hub's cache.
 Refuses pickles, a config.json that is not GPT-2's (before any tensor is fetched), and a file whose sha256 is wrong.
 Source: llm.c, dev/download_starter_pack.sh (the places of its files, and the sha256).
 """
@@ -84,15 +82,9 @@ class Repository:
         from huggingface_hub.file_download import hf_hub_download
 
         try:
-            found = hf_hub_download(
-                self.name,
-                file,
-                repo_type=self.kind,
-                revision=self.revision,
-                library_name="pygpt",
-                library_version=__version__,
-                dry_run=dry_run,
-            )
+            place = {"repo_type": self.kind, "revision": self.revision}
+            us = {"library_name": "pygpt", "library_version": __version__}
+            found = hf_hub_download(self.name, file, dry_run=dry_run, **place, **us)  # type: ignore[arg-type, call-overload]
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:
