@@ -17,7 +17,7 @@ from operator import index
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Any, NoReturn, SupportsIndex
+    from typing import Any, NoReturn, Self, SupportsIndex
 
 
 class PyGPTError(Exception):
@@ -133,6 +133,20 @@ class Uncopied:
 
     def __reduce_ex__(self, protocol: object) -> "NoReturn":
         raise TypeError(f"{type(self).__name__} cannot be copied or pickled: {self._instead}")
+
+
+class Closing(Uncopied):
+    """The base of those that a `with` block closes."""
+
+    def close(self) -> None:
+        """Release what the object holds. May be called twice."""
+        raise NotImplementedError
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def shown(value: object) -> str:
