@@ -228,11 +228,7 @@ def memory_of_training(test: str, path: str, weights: str | None, threads: int, 
             bench_train.iterate(model, bench_train.batch_of(model.config, B, T), step)
         peak, anonymous = bench_peers.peak_rss_bytes(), _resident()["RssAnon"]
         arrays = model.parameters, model.gradients, model.first_moments, model.second_moments
-        return {
-            "peak_rss_bytes": peak,
-            "peak_anon_bytes": anonymous,
-            "parameter_bytes": sum(array.nbytes for array in arrays),
-        }
+        return {"peak_rss_bytes": peak, "peak_anon_bytes": anonymous, "parameter_bytes": sum(array.nbytes for array in arrays)}
 
 
 def memory_of_step(

@@ -323,12 +323,7 @@ def facts(
         "pygpt": __version__,
         "model": {"path": path, "name": os.path.basename(path), **shape, **values},
         "machine": machine,
-        "job": {
-            **task.describe(),
-            "rounds": options.rounds,
-            "all_workers": options.all_workers,
-            "planted": described,
-        },
+        "job": {**task.describe(), "rounds": options.rounds, "all_workers": options.all_workers, "planted": described},
         "bits": {name: min(found) for name, found in recording.digests.items()} | {"same": recording.same_bits},
         "trace": {"capacity": recording.capacity, "dropped": recording.dropped},
     }

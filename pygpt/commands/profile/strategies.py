@@ -218,12 +218,7 @@ def same_findings(ways: list[Way], within: float = 0.0) -> bool:
 
 def _row(way: Way, base: Way | None, timed: Iterable[str]) -> Row:
     """Return a strategy's row, with speed-up and efficiency relative to `base`."""
-    row: Row = {
-        "name": way.name,
-        "threads": way.threads,
-        "rounds_a_step": way.rounds_a_step,
-        "meetings_a_step": way.barriers,
-    }
+    row: Row = {"name": way.name, "threads": way.threads, "rounds_a_step": way.rounds_a_step, "meetings_a_step": way.barriers}
     for name in timed:
         taken = median(way.times[name])
         speedup = median(base.times[name]) / taken if base else None
