@@ -43,6 +43,16 @@ class Event(NamedTuple):
     end: int
     left: int
 
+    @property
+    def waiting(self) -> str:
+        """The name of the wait."""
+        return WAKE if self.phase == WAKE else "wait"
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Return the phase and the wait after it as (name, begin, end), without empty ones."""
+        spans = [(self.phase, self.begin, self.end), (self.waiting, self.end, self.left)]
+        return [span for span in spans if span[2] > span[1]]
+
 
 def place(phase: str, layer: int) -> str:
     """Return the place of a phase in the network: a layer's number, "encoder", "head", or the name of the phase itself."""
@@ -74,11 +84,13 @@ class Call:
     sequences: int = 1
     steps: list[Step] = field(default_factory=list)
 
-    def times(self) -> Iterator[tuple[str, int]]:
-        """Yield the times that are compared between runs: (mode, time of the call), then (name, time) of each stage."""
-        yield self.mode, self.done - self.begin
-        for name, (begin, end) in zip(STAGES, pairwise((self.begin, *self.stages)), strict=False):
-            yield name, end - begin
+    def bounds(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the name, begin and end of each stage."""
+        return zip(STAGES, pairwise((self.begin, *self.stages)), strict=False)
+
+    def times(self) -> list[tuple[str, int]]:
+        """Return the times that are compared between runs: (mode, time of the call), then (name, time) of each stage."""
+        return [(self.mode, self.done - self.begin), *((name, end - begin) for name, (begin, end) in self.bounds())]
 
 
 @dataclass(frozen=True)
