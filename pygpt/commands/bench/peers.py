@@ -184,7 +184,6 @@ class Engine:
     """An implementation in the child process, with one sequence."""
 
     config: "Config"
-    length = 0
 
     def _run(self, tokens: list[int], start: int) -> Any:
         """Run tokens from position `start`; return the last token's logits.
@@ -193,21 +192,11 @@ class Engine:
         """
         raise NotImplementedError
 
-    def prefill(self, tokens: list[int]) -> Any:
-        """Begin a new sequence with a prompt; return the last token's logits."""
-        self.length = len(tokens)
-        return self._run(tokens, 0)
-
-    def step(self, token: int) -> Any:
-        """Run one more token; return its logits."""
-        self.length += 1
-        return self._run([token], self.length - 1)
-
     def logits(self, tokens: list[int]) -> list[float]:
         """Return the last token's logits as floats. Run the last token as a step, to check both prefill and decode."""
-        last = self.prefill(tokens[:-1] or tokens)
+        last = self._run(tokens[:-1] or tokens, 0)
         if len(tokens) > 1:
-            last = self.step(tokens[-1])
+            last = self._run(tokens[-1:], len(tokens) - 1)
         return [float(value) for value in last[: self.config.V]]
 
     def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
@@ -216,12 +205,12 @@ class Engine:
 
     def time_prefill(self, tokens: list[int]) -> float:
         """Return the seconds for a prompt."""
-        return seconds_of(lambda: self.prefill(tokens))
+        return seconds_of(lambda: self._run(tokens, 0))
 
     def time_decode(self, context: list[int], new: list[int]) -> float:
         """Return the seconds for the tokens `new`, one by one, after a context."""
-        self.prefill(context)
-        return seconds_of(lambda: [self.step(token) for token in new])
+        self._run(context, 0)
+        return seconds_of(lambda: [self._run([token], position) for position, token in enumerate(new, len(context))])
 
 
 def read_weights(path: str) -> "tuple[Config, Weights]":
@@ -673,7 +662,8 @@ def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str
         try:
             reply = {"result": work()}
         except Exception as error:
-            reply = {"error": _one_line(error)}
+            why = f"cannot import {error.name or 'a package'}" if isinstance(error, ImportError) else type(error).__name__
+            reply = {"error": f"{why}: {error}".splitlines()[0]}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
         return "result" in reply
@@ -685,13 +675,6 @@ def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str
     for line in requests:
         answer(partial(respond, engines[0], json.loads(line), warm))
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    """Describe an error in one line, without a traceback."""
-    if isinstance(error, ImportError):
-        return f"cannot import {error.name or 'a package'}: {error}".splitlines()[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main(arguments: list[str]) -> int:

@@ -61,13 +61,13 @@ def _layer(event: Event) -> str:
     return f"layer {where}" if where.isdigit() else where if where == "head" else ""
 
 
-def _span(zero: int, ith: int, name: str, category: str, begin: int, end: int, **args: object) -> ChromeEvent:
+def _span(zero: int, ith: int, name: str, category: str, begin: int, end: int, /, **args: object) -> ChromeEvent:
     """Return a complete event. Its times are microseconds with three decimals, so they are exact to the nanosecond."""
     times = {"ts": round((begin - zero) / 1000, 3), "dur": round((end - begin) / 1000, 3)}
     return {**_event(name, ith, **args), "cat": category, "ph": "X", **times}
 
 
-def _event(name: str, ith: int, **args: object) -> ChromeEvent:
+def _event(name: str, ith: int, /, **args: object) -> ChromeEvent:
     """Return a metadata event, for example the name of a track."""
     return {"name": name, "ph": "M", "pid": 1, "tid": ith, "args": args}
 
