@@ -1,7 +1,6 @@
 """Child processes of commands: their environment, and the `pygpt` command as a child that answers requests.
 
-The chat's child opens the model and owns the threads. Because it is a separate process, the terminal's Ctrl-C and the work of
-the user interface do not disturb it. The child checks the model file and the thread count; the chat shows its one-line error.
+The chat's child opens the model and owns the threads. The terminal's Ctrl-C and the user interface do not disturb it.
 """
 
 import json
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 
 from ..errors import PyGPTError
@@ -48,17 +47,10 @@ class Command:
         self._start()
 
     def _start(self) -> None:
-        self._child = subprocess.Popen(
-            self._argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env=child_environment(),
-            start_new_session=True,
-        )
-        pipes = self._child.stdin, self._child.stdout, self._child.stderr
-        self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # all three exist; the `if` is for mypy
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self._child = subprocess.Popen(self._argv, **pipes, bufsize=0, env=child_environment(), start_new_session=True)
+        assert self._child.stdin and self._child.stdout and self._child.stderr
+        self._stdin, self._stdout, self._stderr = self._child.stdin, self._child.stdout, self._child.stderr
         for pipe in self._stdin, self._stdout, self._stderr:
             os.set_blocking(pipe.fileno(), False)
         self._unseen = b""  # the child's stderr output that is not shown yet
@@ -96,8 +88,8 @@ class Command:
         """
         with selectors.DefaultSelector() as selector:
             selector.register(self._stdin, selectors.EVENT_WRITE)
-            selector.register(self._stdout, selectors.EVENT_READ)
-            selector.register(self._stderr, selectors.EVENT_READ)
+            for pipe in self._stdout, self._stderr:
+                selector.register(pipe, selectors.EVENT_READ)
             while True:
                 ready = [key.fileobj for key, _ in selector.select()]
                 if self._stdin in ready and not (request := self._send(request)):
@@ -188,9 +180,8 @@ class Command:
         """Close the child's input, so that it ends. Kill it after GRACE_SECONDS, or at a Ctrl-C."""
         self._stdin.close()
         try:
-            self._child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(GRACE_SECONDS)
         finally:
             self._child.kill()  # has no effect if the child has ended
             self._child.wait()
@@ -225,7 +216,7 @@ def child_environment() -> dict[str, str]:
 def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
     """Yield the ids of one line. Yield each id after the space or newline behind it has arrived.
 
-    Raises EOFError if the chunks end before a newline.
+    Raises EOFError if the chunks end before a newline, and ChildError for a word that is not an id.
     """
     rest = b""
     for chunk in chunks:
@@ -234,15 +225,10 @@ def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
         if newline or len(rest) > LONGEST_ID:
             words.append(rest)
         for word in filter(None, words):
-            yield read_id(word)
+            if not word.isdigit() or len(word) > LONGEST_ID:
+                found = word[:40].decode("utf-8", "replace")
+                raise ChildError(f"the pygpt command answered {found!r} instead of a token id")
+            yield int(word)
         if newline:
             return
     raise EOFError
-
-
-def read_id(word: bytes) -> int:
-    """Read one id. Raises ChildError if the word is not an id."""
-    if not word.isdigit() or len(word) > LONGEST_ID:
-        found = word[:40].decode("utf-8", "replace")
-        raise ChildError(f"the pygpt command answered {found!r} instead of a token id")
-    return int(word)

@@ -1,8 +1,4 @@
-"""The `pygpt` command: complete a sequence of GPT-2 token ids. `python -m pygpt --help` shows its options.
-
-stdout carries only ids. Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr;
-130 after Ctrl-C; 141 if the reader closed stdout.
-"""
+"""The `pygpt` command: complete a sequence of GPT-2 token ids. stdout carries only ids; console.py has the exit statuses."""
 
 import argparse
 import codecs
@@ -13,16 +9,8 @@ from time import perf_counter
 from .. import __version__
 from ..errors import InputError
 from . import COMMANDS
-from .console import HelpFormatter, Parser, check_stdout, say, status_of
-from .options import (
-    TEXT_ONLY_HELP,
-    TOKENIZER_HELP,
-    add_completion_options,
-    add_draft_option,
-    parse_count,
-    parse_id,
-    read_options,
-)
+from .console import Parser, check_stdout, say, status_of
+from .options import add_completion_options, add_model_options, parse_count, parse_id, read_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,33 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
         description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line as soon as it is computed.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
-    parser.add_argument(
-        "-m",
-        "--model",
-        metavar="MODEL",
-        help="a model file (llm.c's .bin, .safetensors, .gguf, or of `pygpt quantize`), a Hugging Face folder, or a downloaded "
-        "model's name",
-    )
-    parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
-    parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
-    parser.add_argument("-t", "--threads", metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add = parser.add_argument
+    add("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
+    files = "a model file (llm.c's .bin, .safetensors, .gguf, or of `pygpt quantize`)"
+    add("-m", "--model", metavar="MODEL", help=f"{files}, a Hugging Face folder, or a downloaded model's name")
+    add("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
+    add("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
     add_completion_options(parser)
-    parser.add_argument(
-        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
-    )
-    add_draft_option(parser.add_argument)
-    parser.add_argument("--tokenizer", metavar="FILE", help=f"for --stop: {TOKENIZER_HELP}")
-    parser.add_argument("--text-only", action="store_true", help=TEXT_ONLY_HELP)
-    parser.add_argument(
-        "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
-    )
-    parser.add_argument("--stats", action="store_true", help="print the speed on stderr after each answer")
-    parser.add_argument("--reference", action="store_true", help="run the slow serial reference; -t has no effect")
-    parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
+    add_model_options(add, stops="for --stop: ")
+    add("--stats", action="store_true", help="print the speed on stderr after each answer")
+    add("--reference", action="store_true", help="run the slow serial reference; -t has no effect")
+    add("--version", action="version", version=f"pygpt {__version__}")
     return parser
 
 
@@ -137,19 +110,15 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
         f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; "
         "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
-    return open_model(path, threads, options), notice if origin == "embedded" else ""
-
-
-def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "GPT2 | SerialGPT2":
-    """Open the parallel model, or the serial reference. Import only the class that is used."""
+    notice = notice if origin == "embedded" else ""
     given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
-    if options.reference:
+    if options.reference:  # import only the class that is used
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, **given)  # guesses come from the text
+        return SerialGPT2.load(path, **given), notice  # guesses come from the text
     from ..model import GPT2
 
-    return GPT2.load(path, threads=threads, draft=options.draft_model, **given)
+    return GPT2.load(path, threads=threads, draft=options.draft_model, **given), notice
 
 
 def speed(completion: "Completion", seconds: float) -> str:

@@ -115,6 +115,9 @@ def for_terminal(text: str, stream: "TextIO | None") -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports every error in one line, even an error in writing the help."""
 
+    def __init__(self, **options: "Any") -> None:
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
+
     def error(self, message: str) -> "NoReturn":
         """Raise InputError with a one-line message. status_of() turns it into exit status 2."""
         raise InputError(f"{message[:200]}; see --help")  # argparse's message may repeat the whole command line

@@ -14,7 +14,9 @@ import os
 from collections.abc import Sequence
 
 from ..errors import InputError, PyGPTError
-from .console import HelpFormatter, Parser, say, status_of, whole
+from ..generation.request import check_speculation
+from .console import Parser, say, status_of, whole
+from .options import DRAFT_HELP, SPECULATE_HELP, THREADS_HELP, parse_speculation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,13 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt serve",
-        usage="pygpt serve [-m [NAME=]MODEL]... [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt serve", usage="pygpt serve [-m [NAME=]MODEL]... [options]", description=__doc__)
     add, count = parser.add_argument, whole(1, 1 << 40)
     add("-m", "--model", metavar="[NAME=]MODEL", action="append", help="a model file or a downloaded model; may be repeated")
     add("--host", metavar="HOST", default="127.0.0.1", help="address to listen at (default 127.0.0.1; :: for all)")
@@ -43,16 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--uds", metavar="PATH", help="listen at a Unix socket instead")
     add("--api-key", metavar="KEY", action="append", default=[], help="ask for this key; may be repeated")
     add("--api-key-file", metavar="FILE", help="ask for one of the keys in this file, one a line")
-    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
     add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
+    add("--speculate", metavar="K", help=f"for requests without the field speculation: {SPECULATE_HELP}")
+    add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
     add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the memory)")
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
     add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
     add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
-    add(
-        "--grace", metavar="S", type=whole(0, 86400), default=30, help="seconds for running requests after SIGTERM (default 30)"
-    )
+    grace = "seconds for running requests after SIGTERM (default 30)"
+    add("--grace", metavar="S", type=whole(0, 86400), default=30, help=grace)
     add("--body-limit", metavar="N", type=count, default=2 << 20, help="most bytes of a request's body (default 2 MB)")
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
     add("--cors-origins", metavar="URL", action="append", default=[], help="let pages of this origin ask; may be repeated")
@@ -71,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     for origin in options.cors_origins:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
+    speculation = parse_speculation(options.speculate or "off")
+    check_speculation(speculation)
     keys = options.api_key + _keys(options.api_key_file)
     if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
         raise InputError("an API key is empty or has spaces at its ends or characters beyond ASCII: choose another")
@@ -91,13 +90,13 @@ def run(options: argparse.Namespace) -> int:
         origins=options.cors_origins,
         chat=options.chat_template is not None,
         page=not options.no_page,
+        speculation=speculation,
     )
     listening = listen(options.host, options.port, options.uds)
     try:
         server = Server(open_models(options), settings)
-        where = options.uds or "http://{}:{}".format(
-            f"[{options.host}]" if ":" in options.host else options.host, listening.getsockname()[1]
-        )
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        where = options.uds or f"http://{host}:{listening.getsockname()[1]}"
         names = ", ".join(server.by_name)
         return serve(server, listening, grace_s=options.grace, started=lambda: say(f"serving {names} at {where}"))
     finally:
@@ -138,17 +137,8 @@ def open_models(options: argparse.Namespace) -> "list[Served]":
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = []
     for path, names in named.items():
-        model = GPT2.load(path, threads=options.threads, weights=options.weights)
+        model = GPT2.load(path, threads=options.threads, weights=options.weights, draft=options.draft_model)
         least = model.network.position_bytes * model.config.maxT
-        found.append(
-            Served(
-                model,
-                names,
-                path,
-                cache_bytes=options.cache_bytes or max(memory // 4 // len(named), least),
-                max_live=options.max_live,
-                target_ms=options.target_ms,
-                fingerprint=options.fingerprint,
-            )
-        )
+        limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
+        found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))
     return found

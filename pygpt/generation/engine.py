@@ -43,11 +43,7 @@ class Job:
     began: the time.monotonic() of its first step, or None. shared: the number of the prompt's tokens that came from a cache.
     """
 
-    __slots__ = ("began", "cancelled", "completions", "deadline", "error", "owner", "request", "shared")
-
-    def __init__(
-        self, request: Request, completions: list[Completion], deadline: float | None = None, owner: object = None
-    ) -> None:
+    def __init__(self, request: Request, completions: list[Completion], deadline: float | None, owner: object) -> None:
         self.request, self.completions, self.deadline, self.owner = request, completions, deadline, owner
         self.cancelled = False
         self.error: Exception | None = None
@@ -67,8 +63,6 @@ class Event:
     may come from one step. A completion of 0 tokens ends without a token.
     """
 
-    __slots__ = ("choice", "error", "finish_reason", "job", "token")
-
     def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
         self.job, self.choice, self.token, self.error = job, choice, token, error
         self.finish_reason = None if error else job.completions[choice].finish_reason
@@ -76,8 +70,6 @@ class Event:
 
 class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
-
-    __slots__ = ("choice", "completion", "job", "memory", "speculation")
 
     def __init__(self, job: Job, choice: int) -> None:
         self.job, self.choice, self.completion = job, choice, job.completions[choice]
@@ -90,13 +82,14 @@ class _Part:
 
     scored: whether each token's logits are needed, for log-probabilities of the prompt. guesses: tokens that may follow."""
 
-    __slots__ = ("guesses", "last", "memory", "scored", "sequence", "tokens", "window")
-
-    def __init__(
-        self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool, scored: bool
-    ) -> None:
-        self.sequence, self.memory, self.window, self.tokens = sequence, memory, window, tokens
-        self.last, self.scored = last, scored
+    def __init__(self, sequence: _Sequence, memory: Memory, window: list[int]) -> None:
+        self.sequence, self.memory, self.window = sequence, memory, window
+        self.last, self.scored = True, sequence.completion.unscored
+        shared = memory.shared(window)
+        if self.scored:
+            shared = min(shared, len(sequence.completion.prompt_infos))
+        memory.keep(shared)
+        self.tokens = window[shared:]
         self.guesses: list[int] = []
 
 
@@ -150,7 +143,7 @@ class Engine(Uncopied):
         Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
         """
         n = check_whole("n", n, 1, 1 << 20)
-        needed = self._bytes(min(request.total, request.config.maxT))
+        needed = self._position_bytes * min(request.total, request.config.maxT)
         if self.cache_bytes is not None and needed > self.cache_bytes:
             raise InputError(
                 f"the request needs {needed} bytes of keys and values, but the limit is {self.cache_bytes}: use fewer tokens"
@@ -266,7 +259,7 @@ class Engine(Uncopied):
     def _admit(self) -> None:
         """Start waiting sequences in order of arrival, as long as their reservations fit in cache_bytes."""
         while self._waiting and len(self._live) < self.max_live:
-            needed = self._bytes(self._waiting[0].completion.longest)
+            needed = self._position_bytes * self._waiting[0].completion.longest
             if self.cache_bytes is not None and self._reserved() + needed > self.cache_bytes:
                 return
             self._live.append(self._waiting.popleft())
@@ -283,13 +276,9 @@ class Engine(Uncopied):
         decoding: list[_Part] = []
         prompts: list[_Part] = []
         for sequence, window in zip(self._live, windows, strict=True):
-            if (memory := sequence.memory) is not None:
-                shared, scored = memory.shared(window), sequence.completion.unscored
-                if scored:
-                    shared = min(shared, len(sequence.completion.prompt_infos))
-                memory.keep(shared)
-                part = _Part(sequence, memory, window, window[shared:], True, scored)
-                (decoding if len(window) - shared == 1 else prompts).append(part)
+            if sequence.memory is not None:
+                part = _Part(sequence, sequence.memory, window)
+                (decoding if len(part.tokens) == 1 else prompts).append(part)
         scores = SCORED_ROWS
         left = self._clock.rows(self.network.chunk) if self._clock is not None and decoding else self.network.chunk
         plan = decoding
@@ -305,10 +294,11 @@ class Engine(Uncopied):
     def _guess(self, plan: list[_Part]) -> None:
         """Guess the next tokens of the decoding sequences that ask for it."""
         asking = [(part, state) for part in plan if (state := part.sequence.speculation) is not None]
-        if asking:
-            found = self.speculator.guess([(part.sequence.completion, part.memory, state) for part, state in asking])
-            for (part, _), guesses in zip(asking, found, strict=True):
-                part.guesses = guesses
+        found = (
+            self.speculator.guess([(part.sequence.completion, part.memory, state) for part, state in asking]) if asking else []
+        )
+        for (part, _), guesses in zip(asking, found, strict=True):
+            part.guesses = guesses
 
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache with the longest prefix of its window that any cache has.
@@ -344,11 +334,12 @@ class Engine(Uncopied):
 
     def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
         """Whether to take an idle memory instead of a copy: most of it is shared, or cache_bytes has no room for a copy."""
-        if self.cache_bytes is not None:  # a used cache may take more memory than the sequence has reserved
-            extra = self._bytes(max(donor.positions - longest, 0))
+        full = False
+        if self.cache_bytes is not None:
+            extra = self._position_bytes * max(donor.positions - longest, 0)  # beyond what the sequence has reserved
             if self._reserved() + extra > self.cache_bytes:
                 return False
-        full = self.cache_bytes is not None and self._reserved() + self.prefix.nbytes > self.cache_bytes
+            full = self._reserved() + self.prefix.nbytes > self.cache_bytes
         return donor.cache.capacity >= longest and (full or 2 * shared >= len(donor.tokens))
 
     def _capacity(self, sequence: _Sequence) -> int:
@@ -368,16 +359,11 @@ class Engine(Uncopied):
             if not part.last:
                 row += part.scored
                 continue
-            twins = [
-                sequence
-                for sequence in waiting
-                if sequence.memory is None
-                and sequence.completion.window() == part.window
-                and not sequence.job.completions[0].unscored
-            ]
-            for twin in twins:
-                twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
-            takers += [(part.sequence, row, part), *((twin, row, None) for twin in twins)]
+            takers.append((part.sequence, row, part))
+            for twin in waiting:
+                if twin.memory is None and twin.completion.window() == part.window and not twin.job.completions[0].unscored:
+                    twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
+                    takers.append((twin, row, None))
             row += 1 + len(part.guesses)
         chosen: dict[int, list[Event]] = {}
 
@@ -432,14 +418,10 @@ class Engine(Uncopied):
             self._ended = True
             return _failed(sequence.job, error, sequence.choice)
 
-    def _bytes(self, positions: int) -> int:
-        """Return the bytes of keys and values of `positions` tokens."""
-        return positions * self._position_bytes
-
     def _reserved(self) -> int:
         """Return the most bytes that the live sequences can need."""
         used = (0 if sequence.memory is None else sequence.memory.positions for sequence in self._live)
-        return self._bytes(sum(max(s.completion.longest, n) for s, n in zip(self._live, used, strict=True)))
+        return self._position_bytes * sum(max(s.completion.longest, n) for s, n in zip(self._live, used, strict=True))
 
 
 def _has_ended(sequence: _Sequence) -> bool:

@@ -119,7 +119,7 @@ class Request:
         if prompt_logprobs and (top_logprobs is None or overflow == "slide"):
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
-        self.speculation = _check_speculation(speculation)
+        self.speculation = check_speculation(speculation)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""
@@ -163,7 +163,7 @@ class Request:
         return self.total - len(self.tokens)
 
 
-def _check_speculation(value: "Any") -> int | None:
+def check_speculation(value: "Any") -> int | None:
     """Return how many tokens to guess in a step: 0 as many as pay, None none."""
     if value is None or is_boolean(value):
         return 0 if value else None

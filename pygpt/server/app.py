@@ -57,6 +57,7 @@ class Options:
     origins: list[str] = field(default_factory=list)
     chat: bool = False
     page: bool = True
+    speculation: bool | int = False  # of requests without this field
 
 
 class Server:
@@ -185,6 +186,7 @@ async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGI
 def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
     """Return the answer of a call. The call runs when the answer is sent, so that it can watch the connection meanwhile."""
     served = server.served(fields.get("model"))
+    fields.setdefault("speculation", server.options.speculation)
 
     def checked() -> Call:
         ids = [encode(served, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -238,7 +240,10 @@ async def metrics(server: Server, request: Request, fields: dict[str, Any]) -> R
     gauges: dict[str, tuple[float, ...]] = {}
     for served in server.models:
         running, waiting, used = served.engine.load
-        gauges[served.names[0]] = running, waiting, used / (served.engine.cache_bytes or 1)
+        name, speculator = served.names[0], served.engine.speculator
+        gauges[name] = running, waiting, used / (served.engine.cache_bytes or 1)
+        server.metrics.count_to("spec_decode_num_draft_tokens", name, speculator.drafted)
+        server.metrics.count_to("spec_decode_num_accepted_tokens", name, speculator.accepted)
     return Response(server.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

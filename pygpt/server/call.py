@@ -67,6 +67,7 @@ class Call:
                 stop_in_prompt=False,
                 top_logprobs=0 if scores and self.logprobs is None else self.logprobs,
                 prompt_logprobs=scores,
+                speculation=self.fields.get("speculation"),
                 **self._sampling(),
             )
         except InputError as error:

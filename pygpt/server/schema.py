@@ -59,6 +59,10 @@ _SHARED: Fields = {
     "stop_token_ids": {"description": "a list of up to 1024 token ids", "type": "array", "items": ID, "maxItems": 1024},
     "ignore_eos": _flag("true or false: whether to continue after <|endoftext|>"),
     "sampler": {"description": "sample, greedy or median", "enum": ["sample", "greedy", "median"]},
+    "speculation": {
+        "description": "true, false, or a whole number from 1 to 64 of tokens to guess in a step; the text stays the same",
+        "anyOf": [_flag(), _whole(" from 1", 1, 64)],
+    },
     "stream": _flag(),
     "stream_options": {
         "description": "an object with include_usage and continuous_usage_stats, each true or false; it needs stream",
