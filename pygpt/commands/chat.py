@@ -1,7 +1,7 @@
 """Chat with GPT-2: read a text, and print the model's continuation while it is generated.
 
-One child process, the `pygpt` command, runs the model for all texts (child.py), and checks its file and the thread count. stdout
-carries only the replies. If stdout is not a terminal, prompts and the output of / commands go to stderr, like notices.
+One child process, the `pygpt` command, runs the model for all texts, and checks its file and the thread count (child.py).
+stdout carries only the replies. If stdout is not a terminal, prompts and the output of / commands go to stderr, like notices.
 """
 
 import argparse

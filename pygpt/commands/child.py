@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
+from subprocess import PIPE
 
 from ..errors import PyGPTError
 
@@ -47,10 +48,11 @@ class Command:
         self._start()
 
     def _start(self) -> None:
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self._child = subprocess.Popen(self._argv, **pipes, bufsize=0, env=child_environment(), start_new_session=True)
-        assert self._child.stdin and self._child.stdout and self._child.stderr
-        self._stdin, self._stdout, self._stderr = self._child.stdin, self._child.stdout, self._child.stderr
+        self._child = subprocess.Popen(
+            self._argv, bufsize=0, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=child_environment(), start_new_session=True
+        )
+        pipes = self._child.stdin, self._child.stdout, self._child.stderr
+        self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # all three exist; the `if` is for mypy
         for pipe in self._stdin, self._stdout, self._stderr:
             os.set_blocking(pipe.fileno(), False)
         self._unseen = b""  # the child's stderr output that is not shown yet

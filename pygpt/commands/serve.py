@@ -20,7 +20,7 @@ from .options import DRAFT_HELP, SPECULATE_HELP, THREADS_HELP, parse_speculation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..server.served import Served
+    from ..server.call import Served
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +123,7 @@ def open_models(options: argparse.Namespace) -> "list[Served]":
     """Open the models. A file that is given under several names is opened once."""
     from ..hub.find import find_model
     from ..model import GPT2
-    from ..server.served import Served
+    from ..server.call import Served
 
     named: dict[str, list[str]] = {}
     for given in options.model or [None]:

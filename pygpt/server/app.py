@@ -24,13 +24,10 @@ from .. import __version__
 from ..errors import InputError, shown
 from ..generation.engine import Event
 from . import schema
-from .answer import Writer, token_text
-from .answering import SLOW_S, STOPPED, Run, reported
-from .call import ROLES, Call, as_prompts, chat_text, encode
+from .answering import SLOW_S, STOPPED, Run, Writer, reported, token_text
+from .call import ROLES, Call, Served, as_prompts, chat_text, encode
 from .metrics import Metrics
-from .openapi import Endpoint, document
-from .schema import ApiError, Fields, read_object
-from .served import Served
+from .schema import ApiError, Endpoint, Fields, document, read_object
 from .worker import Worker
 
 T = TypeVar("T")

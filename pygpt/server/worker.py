@@ -11,8 +11,7 @@ from typing import Any
 
 from .._kernels import Trace
 from ..generation.engine import Event, Job
-from .call import Call
-from .served import Served
+from .call import Call, Served
 
 Deliver = Callable[[list[Event]], object]
 

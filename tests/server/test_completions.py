@@ -16,9 +16,8 @@ from serving import MAXT, Live, live, tiny
 
 from pygpt import GPT2, Request, Tokenizer
 from pygpt.generation.completion import Completion
-from pygpt.server.answer import Choice
-from pygpt.server.call import Call
-from pygpt.server.served import Served
+from pygpt.server.answering import Choice
+from pygpt.server.call import Call, Served
 
 HELLO = [15496]
 FACE = "\N{GRINNING FACE}"  # four bytes in three tokens
