@@ -42,7 +42,7 @@ from ..cluster import Complete
 from ..errors import DataError, InputError, PyGPTError, shown
 from ..formats.files import atomic_file
 from ..formats.lines import compress, is_compressed, read_lines
-from .console import HelpFormatter, Parser, say, status_of, whole
+from .console import Parser, say, status_of, whole
 from .options import add_completion_options, read_options
 from .progress import Progress
 
@@ -57,13 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt batch",
-        usage="pygpt batch IN.jsonl -o OUT.jsonl [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt batch", usage="pygpt batch IN.jsonl -o OUT.jsonl [options]", description=__doc__)
     add = parser.add_argument
     add("source", metavar="IN", help="a file of JSON lines, possibly .gz or .zst")
     add("-o", "--out", metavar="OUT", help="the file of the answers, possibly .gz or .zst")

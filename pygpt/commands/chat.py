@@ -72,25 +72,16 @@ text\\              continue the text on the next line; \\\\ stands for a final 
 
 # ---------------------------------------------------------------- settings
 
-# The settings of /set: name, aliases, and the field of a `pygpt` request.
-SETTINGS = {
-    "new": (("n", "max_new_tokens"), "max_new_tokens"),
-    "sampler": ((), "sampler"),
-    "temperature": (("temp",), "temperature"),
-    "top_k": ((), "top_k"),
-    "top_p": ((), "top_p"),
-    "min_p": ((), "min_p"),
-    **{name: ((flag[2:].replace("-", "_"),), name) for flag, name, _, _ in CONTROL},
-    "seed": ((), "seed"),
-    "stop": (("stop_strings",), "stop_strings"),
-    "stop_token": (("stop_token_ids",), "stop_token_ids"),
-    "overflow": ((), "overflow"),
-    "speculate": ((), "speculation"),
-    "stop_at_eot": ((), "stop_at_eot"),
-    "show_stop": ((), "show_stop"),
-    "stats": ((), "stats"),
-}
 SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and no field of a request
+FIELDS = {"new": "max_new_tokens", "stop": "stop_strings", "stop_token": "stop_token_ids", "speculate": "speculation"}
+SETTINGS = {  # of /set: name, and the field of a `pygpt` request, which is another name of it
+    name: FIELDS.get(name, name)
+    for name in (
+        *("new", "sampler", "temperature", "top_k", "top_p", "min_p", *(name for _, name, _, _ in CONTROL)),
+        *("seed", "stop", "stop_token", "overflow", "speculate", *SWITCHES),
+    )
+}
+ALIASES = {"n": "new", "temp": "temperature", **{flag[2:].replace("-", "_"): name for flag, name, _, _ in CONTROL}}
 
 
 class Settings:
@@ -176,8 +167,8 @@ def find_setting(name: str) -> tuple[str, str]:
     Raises InputError for an unknown name.
     """
     wanted = name.lower().lstrip("-").replace("-", "_")
-    for known, (others, key) in SETTINGS.items():
-        if wanted == known or wanted in others:
+    for known, key in SETTINGS.items():
+        if ALIASES.get(wanted, wanted) in (known, key):
             return known, key
     raise InputError(f"{name!r:.40} is not a setting: the settings are {', '.join(SETTINGS)}")
 
@@ -281,7 +272,7 @@ class Chat:
         if value:
             self._settings.change(name, value[0])
         lines = [self._settings.show(known) for known in ([name] if name else SETTINGS)]
-        dropped = [name for name, (_, key) in SETTINGS.items() if key in before and key not in self._settings.request]
+        dropped = [name for name, key in SETTINGS.items() if key in before and key not in self._settings.request]
         if value and value[0] != "default" and dropped:
             lines[0] += f" (removed: {', '.join(dropped)})"
         show("\n".join(lines))

@@ -3,7 +3,7 @@
 import argparse
 import codecs
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 from .. import __version__
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..config import Config
-    from ..generation.completion import Completion
+    from ..generation.engine import Engine
     from ..generation.request import Request
     from ..model import GPT2
     from ..reference import SerialGPT2
@@ -88,17 +88,12 @@ def run(options: argparse.Namespace) -> None:
             serve(model, defaults, notice, stats=options.stats)
         else:
             say(notice)
-            engine, began = model.engine(), perf_counter()
-            job = engine.add(request)
+            engine = model.engine()
             try:
-                for event in engine.run():
-                    if event.error is not None:
-                        raise event.error
-                    put(f"{event.token}\n")
+                for token, _ in answered(engine, request, stats=options.stats):
+                    put(f"{token}\n")
             finally:
                 engine.close()
-            if options.stats:
-                say(speed(job.completions[0], perf_counter() - began))
 
 
 def load(path: str | None, threads: int | None, options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
@@ -121,11 +116,17 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
     return GPT2.load(path, threads=threads, draft=options.draft_model, **given), notice
 
 
-def speed(completion: "Completion", seconds: float) -> str:
-    """Describe a completion's speed, and how many of its guesses were right."""
-    new, drafted, right = len(completion.tokens), completion.drafted, completion.accepted
-    guesses = f"; {right} of {drafted} guessed tokens were right" if drafted else ""
-    return f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}"
+def answered(engine: "Engine", request: "Request", *, stats: bool) -> "Iterator[tuple[int | None, bool]]":
+    """Yield each new token of a request, and whether it is the last one. stats: describe the speed on stderr at the end."""
+    [completion], began = engine.add(request).completions, perf_counter()
+    for event in engine.run():
+        if event.error is not None:
+            raise event.error
+        yield event.token, event.finish_reason is not None
+    if stats:
+        new, drafted, seconds = len(completion.tokens), completion.drafted, perf_counter() - began
+        guesses = f"; {completion.accepted} of {drafted} guessed tokens were right" if drafted else ""
+        say(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}")
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *, stats: bool = False) -> None:
@@ -144,14 +145,8 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *
                 continue
             say(notice)
             notice = ""
-            job, began = engine.add(request), perf_counter()
-            for event in engine.run():
-                if event.error is not None:
-                    raise event.error
-                ended = event.finish_reason is not None
-                put(f"{event.token}\n" if ended else f"{event.token} ")  # the space marks the end of the id
-            if stats:
-                say(speed(job.completions[0], perf_counter() - began))
+            for token, ended in answered(engine, request, stats=stats):
+                put(f"{token}\n" if ended else f"{token} ")  # the space marks the end of the id
         except KeyboardInterrupt:  # put() wrote its whole text: stdout's buffer holds the part that a full pipe refused
             engine.close()
             put("" if ended else "\n")  # one newline per request: the client would take a second one for the next answer

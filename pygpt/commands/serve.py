@@ -52,10 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grace", metavar="S", type=whole(0, 86400), default=30, help=grace)
     add("--body-limit", metavar="N", type=count, default=2 << 20, help="most bytes of a request's body (default 2 MB)")
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
-    add("--cors-origins", metavar="URL", action="append", default=[], help="let pages of this origin ask; may be repeated")
+    cors = "let pages of this origin ask; may be repeated"
+    add("--cors-origins", dest="origins", metavar="URL", action="append", default=[], help=cors)
     add("--chat-template", metavar="NAME", help="plain: answer /v1/chat/completions with `role: content` lines")
     add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
-    add("--no-page", action="store_true", help="do not serve the page")
+    add("--no-page", dest="page", action="store_false", help="do not serve the page")
     return parser
 
 
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--chat-template is {options.chat_template[:40]!r}: it must be plain")
     if options.root_path and not options.root_path.startswith("/"):
         raise InputError(f"--root-path is {options.root_path[:40]!r}: it must begin with /")
-    for origin in options.cors_origins:
+    for origin in options.origins:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
     speculation = parse_speculation(options.speculate or "off")
@@ -81,17 +82,8 @@ def run(options: argparse.Namespace) -> int:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "h11", "prometheus_client"):
             raise
         raise PyGPTError(f"{error.name} is not installed: run `pip install 'pygpt[serve]'`") from None
-    settings = Options(
-        keys=keys,
-        queue=options.queue,
-        body_limit=options.body_limit,
-        request_timeout=options.request_timeout,
-        root_path=options.root_path,
-        origins=options.cors_origins,
-        chat=options.chat_template is not None,
-        page=not options.no_page,
-        speculation=speculation,
-    )
+    named = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
+    settings = Options(**named, keys=keys, chat=options.chat_template is not None, speculation=speculation)
     listening = listen(options.host, options.port, options.uds)
     try:
         server = Server(open_models(options), settings)

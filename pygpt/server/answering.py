@@ -82,9 +82,8 @@ class Choice:
         text += self._out.decode(ready, final=reason is not None)
         if not text and reason is None:
             return None
-        self._sent += len(text)
-        last = reason is not None  # it has all tokens; the other pieces have those that begin in the text so far
-        tokens = [(t, its, min(at, self._sent)) for t, its, at in self._waiting if last or at < self._sent]
+        self._sent += len(text)  # the last piece has all tokens, the others have those that begin in the text so far
+        tokens = [(t, its, min(at, self._sent)) for t, its, at in self._waiting if reason is not None or at < self._sent]
         self._waiting = self._waiting[len(tokens) :]
         return Piece(self.index, text, tokens, reason)
 
@@ -198,11 +197,8 @@ class Run:
     def __init__(self, call: Call, metrics: Metrics) -> None:
         self.call, self._metrics, self._model = call, metrics, call.served.names[0]
         self.jobs: list[Job] = []
-        self.choices = [
-            Choice(call, request.tokens, number * call.n + i)
-            for number, request in enumerate(call.requests)
-            for i in range(call.n)
-        ]
+        prompts = [request.tokens for request in call.requests for _ in range(call.n)]
+        self.choices = [Choice(call, prompt, index) for index, prompt in enumerate(prompts)]
         self._pieces: deque[Piece] = deque()
         self._left = len(self.choices)
         self._error: Exception | None = None
@@ -210,8 +206,6 @@ class Run:
         self._wake = asyncio.Event()
         self._arrival = time.monotonic()
         self._times: dict[int, float] = {}  # of each choice's latest token
-
-    # ---------------------------------------------------------------- the engine's events
 
     def take(self, happened: Event) -> None:
         """Take an event of one of the jobs."""
@@ -259,8 +253,6 @@ class Run:
         for name in ("prompt_tokens", "prefix_cache_queries"):
             count(name, self._model, sum(len(request.tokens) for request in self.call.requests))
         count("prefix_cache_hits", self._model, sum(job.shared for job in self.jobs))
-
-    # ---------------------------------------------------------------- the answer
 
     async def answer(self, worker: Worker, limit_s: float | None, writer: Writer, receive: Receive, send: Send) -> None:
         """Add the jobs, and send the answer. Raises ApiError if nothing is sent yet. If the client leaves, the jobs end."""
@@ -332,9 +324,8 @@ def reported(error: Exception) -> ApiError:
         return ApiError(str(error))
     if isinstance(error, TimeoutError):
         return ApiError(str(error), status=504, code="timeout")
-    print(
-        f"pygpt: error: a request failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True
-    )
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    print(f"pygpt: error: a request failed: {text}", file=sys.stderr, flush=True)
     return ApiError("the request failed on the server; its log says why", status=500, code="internal_error")
 
 

@@ -34,20 +34,18 @@ T = TypeVar("T")
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
-POLICY = "; ".join(
-    [
-        *(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect")),
-        *(f"{kind} 'none'" for kind in ("default-src", "base-uri", "form-action", "frame-ancestors")),
-    ]
+POLICY = (
+    "script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
 @dataclass(kw_only=True)
 class Options:
-    """The server's settings. keys: one is needed, if there are any. queue: the most sequences that wait for a step."""
+    """The server's settings, by the names of the command's options. keys: one is needed, if there are any."""
 
     keys: list[str] = field(default_factory=list)
-    queue: int = 256
+    queue: int = 256  # the most sequences that wait for a step
     body_limit: int = 2 << 20  # bytes
     request_timeout: float | None = None  # seconds
     root_path: str = ""
@@ -68,17 +66,14 @@ class Server:
         self.waiting = 0  # sequences between their admission and the end of their calls
         self.most = options.queue + sum(served.engine.max_live for served in models)
         self.worker = Worker(models, self.deliver)
+        methods, told = ["GET", "POST"], ["X-Request-Id", "Retry-After"]
         cors = Middleware(
-            CORSMiddleware,
-            allow_origins=options.origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            CORSMiddleware, allow_origins=options.origins, allow_methods=methods, allow_headers=["*"], expose_headers=told
         )
         self.app = Starlette(
             routes=[self._route(endpoint) for endpoint in ENDPOINTS],
             middleware=[Middleware(_Outer, server=self), *([cors] if options.origins else []), Middleware(_Keys, server=self)],
-            exception_handlers={HTTPException: _plain_error, ApiError: _error, Exception: _failure},
+            exception_handlers=dict.fromkeys((HTTPException, ApiError, Exception), _error),
             lifespan=self._lifespan,
         )
 
@@ -162,9 +157,6 @@ async def _unhurried(size: int, function: Callable[[], T]) -> T:
     return function() if size <= SHORT else await asyncio.to_thread(function)
 
 
-# ------------------------------------------------------------------------------------------------ handlers
-
-
 async def completions(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
     """Complete prompts."""
     return _answer(server, request, fields, as_prompts(fields["prompt"]), chat=False)
@@ -197,7 +189,7 @@ def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: l
                 writer = Writer(run.call, request.state.id, int(time.time()))
                 await run.answer(server.worker, server.options.request_timeout, writer, receive, send)
         except ApiError as error:
-            await (await _error(None, error))(scope, receive, send)
+            await _answer_of(error)(scope, receive, send)
 
     return answer
 
@@ -348,9 +340,6 @@ ENDPOINTS = [
 KEYLESS = {endpoint.path for endpoint in ENDPOINTS if not endpoint.key}
 
 
-# ------------------------------------------------------------------------------------------------ around the routes
-
-
 class _Outer:
     """Give each request an id, count its answer, and accept paths with the prefix, and with a slash at the end."""
 
@@ -397,23 +386,18 @@ class _Keys:
             right = [hmac.compare_digest(given.strip(), key) for key in self.keys]
             if not any(right):
                 message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
-                error = ApiError(message, status=401, code="invalid_api_key", WWW_Authenticate="Bearer")
-                answer = await _error(None, error)
+                answer = _answer_of(ApiError(message, status=401, code="invalid_api_key", WWW_Authenticate="Bearer"))
         await answer(scope, receive, send)
 
 
-async def _error(_: Request | None, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+def _answer_of(error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _plain_error(request: Request, error: Exception) -> Response:
-    """Answer an unknown path or method."""
-    assert isinstance(error, HTTPException)
+async def _error(request: Request, error: Exception) -> Response:
+    """Answer an error of a handler, or an unknown path or method."""
+    if not isinstance(error, HTTPException):
+        return _answer_of(error if isinstance(error, ApiError) else reported(error))
     unknown = f"no such path: {shown(request.url.path)}; GET /openapi.json lists the paths"
     message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
     return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
-
-
-async def _failure(request: Request, error: Exception) -> Response:
-    return await _error(request, reported(error))

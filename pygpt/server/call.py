@@ -96,15 +96,10 @@ class Call:
         config = self.served.model.config
         self.served.check_ids("prompt", prompt)
         scores = self.echo and (self.logprobs is not None or self.fields.get("max_tokens") == 0)
-        options: dict[str, Any] = {
-            "stop_token_ids": self.stop_ids,
-            "stop_strings": self.stop,
-            "speculation": self.fields.get("speculation"),
-        }
-        top = 0 if scores and self.logprobs is None else self.logprobs
-        options |= {"max_new_tokens": self._new(len(prompt), config.maxT), "top_logprobs": top, "prompt_logprobs": scores}
+        options = {"top_logprobs": 0 if scores and self.logprobs is None else self.logprobs, **self._options()}
+        new = self._new(len(prompt), config.maxT)
         try:
-            return Request(config, prompt, stop_in_prompt=False, **options, **self._sampling())
+            return Request(config, prompt, max_new_tokens=new, stop_in_prompt=False, prompt_logprobs=scores, **options)
         except InputError as error:
             message = str(error)
             name = next((field for field in self.fields if message.startswith(field)), None)
@@ -124,8 +119,8 @@ class Call:
             )
         return min(DEFAULT_NEW, maxT - given) if new is None else new
 
-    def _sampling(self) -> dict[str, Any]:
-        """Return the options of the sampler. Temperature 0 means the most probable token."""
+    def _options(self) -> dict[str, Any]:
+        """Return the request's options that do not depend on the prompt. Temperature 0 means the most probable token."""
         given = {name: value for name, value in self.fields.items() if name in NEUTRAL and value not in NEUTRAL[name]}
         if "logit_bias" in given:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
@@ -133,9 +128,10 @@ class Call:
         if given.get("temperature") == 0 and sampler in (None, "sample"):
             sampler = "greedy"
             given = {name: value for name, value in given.items() if name not in FILTERS}
-        sampler = sampler or "sample"
-        seed = {"seed": self.fields["seed"] % (1 << 64)} if "seed" in self.fields and sampler == "sample" else {}
-        return {"sampler": sampler, **given, **seed}
+        if "seed" in self.fields and sampler in (None, "sample"):
+            given["seed"] = self.fields["seed"] % (1 << 64)
+        stops = {"stop_token_ids": self.stop_ids, "stop_strings": self.stop}
+        return {"sampler": sampler or "sample", **given, **stops, "speculation": self.fields.get("speculation")}
 
 
 def as_prompts(prompt: Any) -> list[str | list[int]]:

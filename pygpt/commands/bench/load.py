@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import InputError, PyGPTError
-from ..console import HelpFormatter, Parser, check_stdout, whole
+from ..console import Parser, check_stdout, whole
 
 SIGMA = 0.5  # of the logarithms of lengths
 TIMES = ("ttft", "itl", "tpot")
@@ -35,13 +35,7 @@ TIMES = ("ttft", "itl", "tpot")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `pygpt bench --serve`."""
-    parser = Parser(
-        prog="pygpt bench --serve",
-        usage="pygpt bench --serve URL [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt bench --serve", usage="pygpt bench --serve URL [options]", description=__doc__)
     add, count = parser.add_argument, whole(1, 1 << 20)
     add("--serve", metavar="URL", required=True, help="address of the server, without /v1")
     add("--clients", metavar="LIST", default="1,8,32", help="numbers of clients, separated by commas (default 1,8,32)")

@@ -84,7 +84,7 @@ from ...model import GPT2
 from ...reference import SerialGPT2
 from ...training.trainable import TrainableGPT2
 from ..child import child_environment
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, say, status_of, whole
 from ..progress import Progress
 from . import load
 from . import peers as bench_peers
@@ -457,11 +457,7 @@ TRAINING = {"B": 4, "T": 64}
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = Parser(
-        prog="pygpt bench",
-        usage="pygpt bench [options]",
-        description=f"{__doc__}\n{bench_train.__doc__}\n{load.__doc__}",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        prog="pygpt bench", usage="pygpt bench [options]", description=f"{__doc__}\n{bench_train.__doc__}\n{load.__doc__}"
     )
     add, count = parser.add_argument, whole(1, 999_999)
     add("-m", "--model", help="a model file or a downloaded model (default: see pygpt --help)")

@@ -70,7 +70,7 @@ from ...errors import InputError
 from ...formats.open import open_model
 from ...formats.quantise import QUANTISED
 from ...hub.find import find_model
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, say, status_of, whole
 from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
 from .work import Stored
 
@@ -96,13 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt profile",
-        usage="pygpt profile [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt profile", usage="pygpt profile [options]", description=__doc__)
     add = parser.add_argument
     add("-m", "--model", metavar="PATH", help="a model file or a downloaded model (default: see pygpt --help)")
     add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)")

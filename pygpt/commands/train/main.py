@@ -63,7 +63,7 @@ from ...training.parallel.ranks import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
 from ..profile.plots import matplotlib
 from ..progress import Progress
@@ -133,13 +133,7 @@ def check_parsed(wrong: InputError) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options. Missing options are None: a resumed run has its own values."""
-    parser = Parser(
-        prog="pygpt train",
-        usage="pygpt train [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt train", usage="pygpt train [options]", description=__doc__)
     add = parser.add_argument_group("data").add_argument
     add(
         "--data",
