@@ -87,8 +87,7 @@ ALIASES = {"n": "new", "temp": "temperature", **{flag[2:].replace("-", "_"): nam
 class Settings:
     """The options of replies, from the command line and from /set. Raises InputError for a bad value.
 
-    config: the model's dimensions, or None if the model cannot be opened. The child reports why.
-    """
+    config: the model's dimensions, or None if the model cannot be opened. The child reports why."""
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.config = config
@@ -123,8 +122,7 @@ class Settings:
     def change(self, name: str, value: str) -> None:
         """Set a setting to the value that the user typed.
 
-        For a bad value, change nothing and raise InputError with the setting's name as the user typed it.
-        """
+        For a bad value, change nothing and raise InputError with the setting's name as the user typed it."""
         typed = name
         name, key = find_setting(typed)
         if key in SWITCHES:
@@ -164,8 +162,7 @@ class Settings:
 def find_setting(name: str) -> tuple[str, str]:
     """Find a setting by any spelling of its name (top-k, --top-k, TOP_K); return its name and its request field.
 
-    Raises InputError for an unknown name.
-    """
+    Raises InputError for an unknown name."""
     wanted = name.lower().lstrip("-").replace("-", "_")
     for known, key in SETTINGS.items():
         if ALIASES.get(wanted, wanted) in (known, key):
@@ -192,8 +189,7 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
 class Chat:
     """A conversation of independent texts and replies, with / commands between them.
 
-    model, threads: the values of -m and -t. /probs needs them, because it runs the model in this process.
-    """
+    model, threads: the values of -m and -t. /probs needs them, because it runs the model in this process."""
 
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
         self._command, self._settings = command, settings
@@ -292,8 +288,7 @@ class Chat:
         """Print the continuation of the text and the reply so far, token by token.
 
         Raises InputError for bad tokens or settings, and ChildError for a failure of the child. If a part of the reply is
-        printed already, end its line first, so that the error message begins a new line.
-        """
+        printed already, end its line first, so that the error message begins a new line."""
         tokens = self._fitting(self._text + self._reply)
         self._settings.check(tokens)
         request = self._settings.request
@@ -320,8 +315,7 @@ class Chat:
     def _fitting(self, tokens: list[int]) -> list[int]:
         """Return the last tokens that leave room for the reply in the context. Print a notice if tokens are dropped.
 
-        With --overflow, the child handles long texts: then return all tokens that fit into a request.
-        """
+        With --overflow, the child handles long texts: then return all tokens that fit into a request."""
         config, request = self._settings.config, self._settings.request
         if config is None or request.get("overflow") == "stop":
             return tokens
@@ -389,8 +383,7 @@ def speed(times: Sequence[float]) -> str:
 def line_reader() -> Callable[[str], str]:
     """Return a function that asks for a line on the terminal. It may return several pasted lines as one text.
 
-    prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input().
-    """
+    prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input()."""
     if not sys.stdout.isatty():
         return PlainLines()
     readline = None

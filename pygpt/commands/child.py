@@ -38,8 +38,7 @@ class Command:
     spaces, each id as soon as it is computed. SIGINT ends a reply early, or ends an idle child.
 
     The child has its own process group. So the terminal's Ctrl-C reaches only the chat, and the chat passes it on. If the chat
-    is killed, the child reaches the end of its input and ends.
-    """
+    is killed, the child reaches the end of its input and ends."""
 
     def __init__(self, options: Sequence[str]) -> None:
         self.stopped = False  # True if Ctrl-C stopped the latest reply
@@ -61,8 +60,7 @@ class Command:
     def ask(self, tokens: Sequence[int], options: "Mapping[str, Any]") -> Iterator[int]:
         """Yield the ids that continue `tokens`, each as soon as it arrives. After stop(), yield no more ids.
 
-        options: the other fields of the JSON request. Raises ChildError if the child ends early or writes anything but ids.
-        """
+        options: the other fields of the JSON request. Raises ChildError if the child ends early or writes anything but ids."""
         if self.stopped:
             return
         self._stdout.read(1 << 20)  # drop what the child wrote after the end of a reply that Ctrl-C stopped
@@ -86,8 +84,7 @@ class Command:
     def _exchange(self, request: bytes) -> Iterator[bytes]:
         """Send the request and yield the child's output in pieces, until the child closes its stdout.
 
-        One loop serves all three pipes. So a full pipe cannot make both processes wait for each other.
-        """
+        One loop serves all three pipes. So a full pipe cannot make both processes wait for each other."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._stdin, selectors.EVENT_WRITE)
             for pipe in self._stdout, self._stderr:
@@ -121,8 +118,7 @@ class Command:
     def show_notices(self, *, others: bool = False) -> None:
         """Print each of the child's notices once. With `others`, print all of its complete lines except errors.
 
-        A line that is not a notice may begin a traceback. Print such lines only after a reply: then the child still runs.
-        """
+        A line that is not a notice may begin a traceback. Print such lines only after a reply: then the child still runs."""
         kept = b""
         for raw in self._unseen.splitlines(keepends=True):
             line = raw.decode("utf-8", "replace").rstrip()
@@ -203,8 +199,7 @@ def child_environment() -> dict[str, str]:
     """Return an environment in which a child process imports this package.
 
     This process may have found pygpt in its script's folder, which is not on the child's path. If the child could not find
-    pygpt, add this package's folder to PYTHONPATH. PYTHONSAFEPATH keeps files in the current folder from replacing modules.
-    """
+    pygpt, add this package's folder to PYTHONPATH. PYTHONSAFEPATH keeps files in the current folder from replacing modules."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if os.path.basename(here) in ("site-packages", "dist-packages"):
@@ -218,8 +213,7 @@ def child_environment() -> dict[str, str]:
 def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
     """Yield the ids of one line. Yield each id after the space or newline behind it has arrived.
 
-    Raises EOFError if the chunks end before a newline, and ChildError for a word that is not an id.
-    """
+    Raises EOFError if the chunks end before a newline, and ChildError for a word that is not an id."""
     rest = b""
     for chunk in chunks:
         line, newline, _ = (rest + chunk).partition(b"\n")

@@ -132,8 +132,7 @@ def answered(engine: "Engine", request: "Request", *, stats: bool) -> "Iterator[
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *, stats: bool = False) -> None:
     """Answer the requests on stdin, one per line, until stdin ends. stats: describe each answer's speed on stderr.
 
-    Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process.
-    """
+    Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process."""
     engine = model.engine(prefix=model.new_prefix_cache())
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
         ended = False
@@ -164,8 +163,7 @@ def put(text: str) -> None:
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
     """Read one line of stdin, ids or a JSON object, as a Request; return None for a blank line.
 
-    Raises InputError for a line longer than LINE_LIMIT, and for a bad request.
-    """
+    Raises InputError for a line longer than LINE_LIMIT, and for a bad request."""
     from ..generation.request import Request, request_from_json
 
     if len(line) > LINE_LIMIT:

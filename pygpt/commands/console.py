@@ -27,8 +27,7 @@ LONGEST_LINE = 5000  # characters of a message: a path alone may have 4,096
 def status_of(job: Callable[[], object]) -> int:
     """Run a command's job; report an exception in one line; return the exit status.
 
-    If a mapped file is truncated meanwhile, the process prints one line and ends by SIGBUS.
-    """
+    If a mapped file is truncated meanwhile, the process prints one line and ends by SIGBUS."""
     try:
         with Interrupts():
             explained(job)
@@ -99,8 +98,7 @@ def check_stdout(what: str) -> None:
 def one_line(text: str) -> str:
     """Return text as one line with control characters escaped, shortened to LONGEST_LINE.
 
-    File names and servers' answers may contain control sequences for the terminal.
-    """
+    File names and servers' answers may contain control sequences for the terminal."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} [...] {line[-400:]}"
 

@@ -40,8 +40,7 @@ class Job:
     """A request in an engine. `completions` are its n results, which grow step by step.
 
     error: the exception that ended the job, or None. cancelled: whether cancel() was called. owner: for the caller's use.
-    began: the time.monotonic() of its first step, or None. shared: the number of the prompt's tokens that came from a cache.
-    """
+    began: the time.monotonic() of its first step, or None. shared: the number of the prompt's tokens that came from a cache."""
 
     def __init__(self, request: Request, completions: list[Completion], deadline: float | None, owner: object) -> None:
         self.request, self.completions, self.deadline, self.owner = request, completions, deadline, owner
@@ -60,8 +59,7 @@ class Event:
     """A new token of completion number `choice` of a job; or, with token None, the error that ended the job.
 
     finish_reason: of the completion after this token; None unless this token is its last one. Several events of one completion
-    may come from one step. A completion of 0 tokens ends without a token.
-    """
+    may come from one step. A completion of 0 tokens ends without a token."""
 
     def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
         self.job, self.choice, self.token, self.error = job, choice, token, error
@@ -100,8 +98,7 @@ class Engine(Uncopied):
     step. cache_bytes: the most bytes of keys and values of live and idle sequences together (default: no limit). A sequence
     reserves the most that it can need before it starts, so it never runs out of memory later. target_ms: the approximate time
     of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts). draft:
-    returns the network's draft, as Speculator asks for it (default: guesses come only from the text).
-    """
+    returns the network's draft, as Speculator asks for it (default: guesses come only from the text)."""
 
     def __init__(
         self,
@@ -140,8 +137,7 @@ class Engine(Uncopied):
         """Add a request to complete n times; return its job. Completion i uses stream i of one seed.
 
         seed: replaces the request's. deadline: the time.monotonic() at which the job ends with TimeoutError. owner: is kept as
-        Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
-        """
+        Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes."""
         n = check_whole("n", n, 1, 1 << 20)
         needed = self._position_bytes * min(request.total, request.config.maxT)
         if self.cache_bytes is not None and needed > self.cache_bytes:
@@ -178,8 +174,7 @@ class Engine(Uncopied):
     def step(self) -> list[Event]:
         """Run the network once for all live jobs; return the events, an empty list if the engine is not busy.
 
-        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again.
-        """
+        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again."""
         self._receive()
         late = self._expire()
         self._drop_ended()

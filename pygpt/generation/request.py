@@ -81,8 +81,7 @@ class Request:
     max_new_tokens. Raises it also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
 
     For servers: stop_in_prompt=False searches stop strings only in new text. prompt_logprobs=True fills
-    Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0.
-    """
+    Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0."""
 
     def __init__(
         self,
@@ -174,8 +173,7 @@ def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -
     """Read a request from a JSON object such as {"tokens": [31373, 612], "max_new_tokens": 5}.
 
     The object's keys override the defaults, and remove defaults that contradict them. Raises InputError for text that is not
-    JSON, an unknown key, a null value, and everything that Request refuses.
-    """
+    JSON, an unknown key, a null value, and everything that Request refuses."""
     order = parse_json(text)
     tokens = order.pop("tokens")
     if not isinstance(tokens, list):

@@ -45,8 +45,7 @@ class Choice:
     """One completion of a call: takes its tokens one by one, and returns pieces.
 
     Text stays back while it may become a stop string, or while its last character is incomplete. text_offset counts
-    characters of the choice's whole text. A token whose bytes complete no character begins where the next one does.
-    """
+    characters of the choice's whole text. A token whose bytes complete no character begins where the next one does."""
 
     def __init__(self, call: Call, prompt: list[int], index: int) -> None:
         self.call, self.index = call, index
@@ -66,8 +65,7 @@ class Choice:
     ) -> Piece | None:
         """Take the next token, and the reason if it is the last one; return a piece, or None if no text is complete.
 
-        prompt: for the first token, the infos of all tokens of the prompt but the first; else None.
-        """
+        prompt: for the first token, the infos of all tokens of the prompt but the first; else None."""
         text, served = "", self.call.served
         if prompt is not None and self.call.echo:
             for given, its in zip(self._prompt, [None, *prompt] if prompt else [None] * len(self._prompt), strict=True):

@@ -99,8 +99,7 @@ def _listen_at(path: str) -> socket.socket:
 def run(server: Server, listening: socket.socket, *, grace_s: float, started: Callable[[], None]) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status, 0 or 130. started() is called once it serves.
 
-    After the signal, running requests have grace_s seconds to end. A second signal ends them at once.
-    """
+    After the signal, running requests have grace_s seconds to end. A second signal ends them at once."""
     serving, status = embedded(server, grace_s), [0]
 
     def stop(number: int) -> None:

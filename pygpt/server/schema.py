@@ -133,8 +133,7 @@ class ApiError(Exception):
 def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[str, Any]:
     """Parse a request's JSON object and check its fields; return those that are not null.
 
-    Raises ApiError, which names the field, for text that is not JSON, an unknown field that is not null, and a bad value.
-    """
+    Raises ApiError, which names the field, for text that is not JSON, an unknown field that is not null, and a bad value."""
     try:
         found = json.loads(body, parse_float=_number_of, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
