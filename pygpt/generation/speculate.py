@@ -27,7 +27,7 @@ MOST = 8  # guesses in one step: more are rarely all right
 NGRAM = 3  # equal tokens that a lookup asks for
 WORTH = 1.02  # the least predicted gain
 GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
-PATIENCE, MOST_PATIENCE = 16, 512  # plain steps of a sequence before guesses are tried again
+PATIENCE, MOST_PATIENCE = 32, 512  # plain steps of a sequence before guesses are tried again
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
@@ -57,8 +57,18 @@ class Share:
         return tokens / (1 + count * guess)
 
     def best(self, most: int, guess: float) -> tuple[float, int]:
-        """Return the highest speed(), and its number of guesses, from 1 to `most`; (0, 0) without any."""
-        return max(((self.speed(count, guess), count) for count in range(1, most + 1)), default=(0.0, 0))
+        """Return the highest speed(), and its number of guesses, from 1 to `most`; (0, 0) without any.
+
+        The speed rises to one maximum, so the search ends where it falls."""
+        best, count, tokens, power, time = 0.0, 0, 1.0, 1.0, 1.0
+        while count < most:
+            power *= self.mean
+            tokens += power
+            time += guess
+            if (speed := tokens / time) <= best:
+                break
+            best, count = speed, count + 1
+        return best, count
 
 
 class Speculation:

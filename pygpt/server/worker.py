@@ -86,7 +86,10 @@ class Worker:
             events = served.engine.fail(error)
         if trace is not None:
             served.model.record(None)
-        self._loop.call_soon_threadsafe(self._finish, events, trace, traced)
+        try:
+            self._loop.call_soon_threadsafe(self._finish, events, trace, traced)
+        except RuntimeError:  # a second signal has closed the loop: nobody waits for the events
+            self._stopping = True
 
     def _finish(self, events: list[Event], trace: Trace | None, traced: "list[Future[list[list[Any]]]]") -> None:
         """Deliver a step's events, and its trace to those who asked for it. Runs in the event loop."""
