@@ -564,14 +564,13 @@ def prepare_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chat and return its exit status: 0, 1 (failure), 2 (usage), 130 (Ctrl-C), 141 (broken pipe)."""
     prepare_streams()
-    statuses = [0]
 
-    def job() -> None:
+    def job() -> int:
         try:
-            statuses.append(run(parse(argv)))
+            return run(parse(argv))
         except KeyboardInterrupt:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a full pipe must not block the exit
             print(file=sys.stderr)
             raise
 
-    return status_of(job) or statuses[-1]
+    return status_of(job)

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    statuses: list[int] = []
-    return status_of(lambda: statuses.append(run(build_parser().parse_args(arguments)))) or statuses[0]
+    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:

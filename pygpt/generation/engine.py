@@ -42,7 +42,9 @@ class Job:
     error: the exception that ended the job, or None. cancelled: whether cancel() was called. owner: for the caller's use.
     began: the time.monotonic() of its first step, or None. shared: the number of the prompt's tokens that came from a cache."""
 
-    def __init__(self, request: Request, completions: list[Completion], deadline: float | None, owner: object) -> None:
+    def __init__(
+        self, request: Request, completions: list[Completion], deadline: float | None = None, owner: object = None
+    ) -> None:
         self.request, self.completions, self.deadline, self.owner = request, completions, deadline, owner
         self.cancelled = False
         self.error: Exception | None = None
@@ -141,9 +143,8 @@ class Engine(Uncopied):
         n = check_whole("n", n, 1, 1 << 20)
         needed = self._position_bytes * min(request.total, request.config.maxT)
         if self.cache_bytes is not None and needed > self.cache_bytes:
-            raise InputError(
-                f"the request needs {needed} bytes of keys and values, but the limit is {self.cache_bytes}: use fewer tokens"
-            )
+            limit = f"but the limit is {self.cache_bytes}: use fewer tokens"
+            raise InputError(f"the request needs {needed} bytes of keys and values, {limit}")
         seed = request.sampler.start() if seed is None else seed
         job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)], deadline, owner)
         self._inbox.extend([_Sequence(job, choice) for choice in range(n)])
@@ -289,11 +290,10 @@ class Engine(Uncopied):
     def _guess(self, plan: list[_Part]) -> None:
         """Guess the next tokens of the decoding sequences that ask for it."""
         asking = [(part, state) for part in plan if (state := part.sequence.speculation) is not None]
-        found = (
-            self.speculator.guess([(part.sequence.completion, part.memory, state) for part, state in asking]) if asking else []
-        )
-        for (part, _), guesses in zip(asking, found, strict=True):
-            part.guesses = guesses
+        if asking:
+            found = self.speculator.guess([(part.sequence.completion, part.memory, state) for part, state in asking])
+            for (part, _), guesses in zip(asking, found, strict=True):
+                part.guesses = guesses
 
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache with the longest prefix of its window that any cache has.

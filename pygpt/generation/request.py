@@ -51,9 +51,7 @@ OVERFLOWS = ("stop", "slide")
 MOST_GUESSES = 64  # in one step
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # options of sampler "sample"
 LENGTH = {"total", "max_new_tokens"}
-IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS} - {
-    "logits_processor"
-}
+IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS[:-1]}
 JSON_KEYS = {"tokens", *IN_JSON}
 OPTIONS = {*IN_JSON, "do_sample", "logits_processor", "slide_to"}
 
@@ -138,10 +136,8 @@ class Request:
         if self.prompt_logprobs and max_new_tokens == 0:
             return count
         if self.overflow != "slide" and count == maxT:
-            raise InputError(
-                f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "
-                "give fewer, or let the window slide (overflow slide)"
-            )
+            way = "give fewer, or let the window slide (overflow slide)"
+            raise InputError(f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: {way}")
         if max_new_tokens is not None:
             because = f" and the model takes {maxT}" if longest == maxT else ""
             rule = f" from 1 to {longest - count}, because {count} tokens were given{because}"
@@ -150,10 +146,8 @@ class Request:
         rule = f" from 2 to {most}; it counts the given tokens, too"
         total = check_whole("total", DEFAULT_TOTAL if total is None else total, 2, longest, rule)
         if count >= total:
-            raise InputError(
-                f"{count} tokens were given, but the total is {total}, so a new one does not fit: "
-                f"give at most {total - 1}, or raise the total (-n)"
-            )
+            way = f"give at most {total - 1}, or raise the total (-n)"
+            raise InputError(f"{count} tokens were given, but the total is {total}, so a new one does not fit: {way}")
         return min(total, maxT) if self.overflow == "stop" else total
 
     @property
@@ -175,8 +169,7 @@ def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -
     The object's keys override the defaults, and remove defaults that contradict them. Raises InputError for text that is not
     JSON, an unknown key, a null value, and everything that Request refuses."""
     order = parse_json(text)
-    tokens = order.pop("tokens")
-    if not isinstance(tokens, list):
+    if not isinstance(tokens := order.pop("tokens"), list):
         raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
     return Request(config, tokens, **complete_order(order, defaults))
 

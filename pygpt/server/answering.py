@@ -129,13 +129,9 @@ class Writer:
     def __init__(self, call: Call, id: str, created: int) -> None:
         self.call = call
         kind = ("chat.completion.chunk" if call.stream else "chat.completion") if call.chat else "text_completion"
-        self._head = {
-            "id": ("chatcmpl-" if call.chat else "cmpl-") + id,
-            "object": kind,
-            "created": created,
-            "model": call.fields.get("model", call.served.names[0]),
-            "system_fingerprint": call.served.fingerprint,
-        }
+        self._head = {"id": ("chatcmpl-" if call.chat else "cmpl-") + id, "object": kind, "created": created}
+        self._head["model"] = call.fields.get("model", call.served.names[0])
+        self._head["system_fingerprint"] = call.served.fingerprint
         self._begun: set[int] = set()
 
     def choice(self, piece: Piece) -> dict[str, Any]:

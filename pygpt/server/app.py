@@ -25,9 +25,9 @@ from ..errors import InputError, shown
 from ..generation.engine import Event
 from . import schema
 from .answering import SLOW_S, STOPPED, Run, Writer, reported, token_text
-from .call import ROLES, Call, Served, as_prompts, chat_text, encode
+from .call import Call, Served, as_prompts, chat_text, encode
 from .metrics import Metrics
-from .schema import ApiError, Endpoint, Fields, document, read_object
+from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
 from .worker import Worker
 
 T = TypeVar("T")
@@ -206,17 +206,9 @@ async def one_model(server: Server, request: Request, fields: dict[str, Any]) ->
 
 
 def _about(name: str, served: Served) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "pygpt",
-        "root": served.names[0],
-        "parent": None,
-        "max_model_len": served.model.config.maxT,
-        "vocabulary": served.model.config.V,
-        "can_inspect": hasattr(served.model, "activations"),
-    }
+    config, family = served.model.config, {"owned_by": "pygpt", "root": served.names[0], "parent": None}
+    sizes = {"max_model_len": config.maxT, "vocabulary": config.V, "can_inspect": hasattr(served.model, "activations")}
+    return {"id": name, "object": "model", "created": served.created, **family, **sizes}
 
 
 async def health(server: Server, request: Request, fields: dict[str, Any]) -> Response:

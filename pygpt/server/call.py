@@ -30,7 +30,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing; clients s
     "logit_bias": ({},),
 }
 FILTERS = ("temperature", "top_p", "top_k", "min_p")  # they change nothing for the most probable token
-ROLES = ("system", "user", "assistant")
 
 
 class Served:
@@ -111,12 +110,9 @@ class Call:
         if new == 0 and not self.echo:
             raise ApiError("max_tokens is 0: it must be at least 1, or echo must be true", "max_tokens")
         if given + (1 if new is None else new) > maxT:
-            asked = "" if new is None else f", and max_tokens is {new}"
-            raise ApiError(
-                f"the prompt has {given} tokens{asked}, but the context of this model is {maxT} tokens: send fewer tokens",
-                "prompt" if given >= maxT else "max_tokens",
-                code="context_length_exceeded",
-            )
+            asked = f"{given} tokens" + ("" if new is None else f", and max_tokens is {new}")
+            message = f"the prompt has {asked}, but the context of this model is {maxT} tokens: send fewer tokens"
+            raise ApiError(message, "prompt" if given >= maxT else "max_tokens", code="context_length_exceeded")
         return min(DEFAULT_NEW, maxT - given) if new is None else new
 
     def _options(self) -> dict[str, Any]:
@@ -148,10 +144,7 @@ def encode(served: Served, text: str) -> list[int]:
     """Encode text as ids. A text that cannot fit in the context is refused before it is encoded."""
     if served.tokenizer is None:
         raise ApiError("the vocabulary of this model is unknown: send token ids instead of text", "prompt")
-    if (least := len(text) // LONGEST_TOKEN) > served.model.config.maxT:
-        raise ApiError(
-            f"the text has at least {least} tokens, but the context of this model is {served.model.config.maxT} tokens",
-            "prompt",
-            code="context_length_exceeded",
-        )
+    if (least := len(text) // LONGEST_TOKEN) > (maxT := served.model.config.maxT):
+        message = f"the text has at least {least} tokens, but the context of this model is {maxT} tokens"
+        raise ApiError(message, "prompt", code="context_length_exceeded")
     return served.tokenizer.encode(text)

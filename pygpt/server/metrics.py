@@ -41,16 +41,12 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         own = ["model_name"]
         self._gauges = {name: Gauge(f"pygpt:{name}", about, own, registry=registry) for name, about in GAUGES.items()}
-        self._counters = {
-            name: Counter(f"pygpt:{name}", about, own + LABELS.get(name, []), registry=registry)
-            for name, about in COUNTERS.items()
-        }
-        self._histograms = {
-            name: Histogram(
-                f"pygpt:{name}", about, own, registry=registry, buckets=LATENCIES if name.endswith("_seconds") else TOKENS
-            )
-            for name, about in HISTOGRAMS.items()
-        }
+        self._counters, self._histograms = dict[str, Counter](), dict[str, Histogram]()
+        for name, about in COUNTERS.items():
+            self._counters[name] = Counter(f"pygpt:{name}", about, own + LABELS.get(name, []), registry=registry)
+        for name, about in HISTOGRAMS.items():
+            edges = LATENCIES if name.endswith("_seconds") else TOKENS
+            self._histograms[name] = Histogram(f"pygpt:{name}", about, own, registry=registry, buckets=edges)
         self._totals: dict[tuple[str, str], int] = {}
         for model in models:
             for name in COUNTERS.keys() - LABELS.keys():

@@ -10,14 +10,24 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import shown
+from ..generation.request import MOST_GUESSES
 
 Schema = dict[str, Any]
 Fields = dict[str, Schema]
 
 MOST_LOGPROBS = 20
+ROLES = ("system", "user", "assistant")
 TEXT: Schema = {"type": "string", "minLength": 1}
 ID: Schema = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
 IDS: Schema = {"type": "array", "items": ID, "minItems": 1}
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _either(description: str, *schemas: Schema) -> Schema:
+    return {"description": description, "anyOf": [*schemas]}
 
 
 def _string(description: str) -> Schema:
@@ -55,17 +65,16 @@ _SHARED: Fields = {
     },
     "n": _whole(" of choices from 1 (default 1)", 1, 1 << 16),
     "seed": _whole(" from -2^63 to 2^64 - 1", -(1 << 63), (1 << 64) - 1),
-    "stop": {
-        "description": "a string or a list of up to 64 strings, none of them empty",
-        "anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": 64}],
-    },
+    "stop": _either(
+        "a string or a list of up to 64 strings, none of them empty", TEXT, {"type": "array", "items": TEXT, "maxItems": 64}
+    ),
     "stop_token_ids": {"description": "a list of up to 1024 token ids", "type": "array", "items": ID, "maxItems": 1024},
     "ignore_eos": _flag("true or false: whether to continue after <|endoftext|>"),
     "sampler": {"description": "sample, greedy or median", "enum": ["sample", "greedy", "median"]},
-    "speculation": {
-        "description": "true, false, or a whole number from 1 to 64 of tokens to guess in a step; the text stays the same",
-        "anyOf": [_flag(), _whole(" from 1", 1, 64)],
-    },
+    "speculation": _either(
+        f"true, false, or a whole number from 1 to {MOST_GUESSES} of tokens to guess in a step; the text stays the same",
+        *(_flag(), _whole(" of tokens", 1, MOST_GUESSES)),
+    ),
     "stream": _flag(),
     "stream_options": {
         "description": "an object with include_usage and continuous_usage_stats, each true or false; it needs stream",
@@ -91,11 +100,7 @@ CHAT: Fields = {
         "description": "a list of objects with a role (system, user or assistant) and a content string",
         "type": "array",
         "minItems": 1,
-        "items": {
-            "type": "object",
-            "required": ["role", "content"],
-            "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
-        },
+        "items": _object(role={"enum": [*ROLES]}, content={"type": "string"}),
     },
     **_SHARED,
     "max_completion_tokens": _whole(" of new tokens from 1", 1),
@@ -214,10 +219,6 @@ class Endpoint(NamedTuple):
     fields: Fields | None = None
     required: tuple[str, ...] = ()
     key: bool = True
-
-
-def _object(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _list(items: Schema) -> Schema:

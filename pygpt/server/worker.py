@@ -13,13 +13,11 @@ from .._kernels import Trace
 from ..generation.engine import Event, Job
 from .call import Call, Served
 
-Deliver = Callable[[list[Event]], object]
-
 
 class Worker:
     """The thread that steps the engines. deliver(events) runs in the event loop, once for each step."""
 
-    def __init__(self, models: list[Served], deliver: Deliver) -> None:
+    def __init__(self, models: list[Served], deliver: Callable[[list[Event]], object]) -> None:
         self._models, self._deliver = models, deliver
         self._wake = threading.Event()
         self._stopping = False
