@@ -19,15 +19,10 @@ DRAFT_HELP = (
     "its format); lookup, only the text so far; or a smaller model with the same vocabulary"
 )
 END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: without --stop-at-eot, generation continues after it
-
+REPEAT_HELP = "above 1, make tokens that already occurred less probable (default 1: off)"
 
 CONTROL = (  # flag, name of a request's option, metavar, help; with every sampler
-    (
-        "--repeat-penalty",
-        "repetition_penalty",
-        "X",
-        "above 1, make tokens that already occurred less probable (default 1: off)",
-    ),
+    ("--repeat-penalty", "repetition_penalty", "X", REPEAT_HELP),
     ("--frequency-penalty", "frequency_penalty", "X", "subtract X from a logit for each time that the token was generated"),
     ("--presence-penalty", "presence_penalty", "X", "subtract X from the logits of tokens that were generated"),
     ("--no-repeat-ngram-size", "no_repeat_ngram_size", "N", "never repeat N tokens in a row (default 0: off)"),
