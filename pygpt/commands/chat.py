@@ -70,8 +70,6 @@ text\\              continue the text on the next line; \\\\ stands for a final 
 """
 
 
-# ---------------------------------------------------------------- settings
-
 SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and no field of a request
 FIELDS = {"new": "max_new_tokens", "stop": "stop_strings", "stop_token": "stop_token_ids", "speculate": "speculation"}
 SETTINGS = {  # of /set: name, and the field of a `pygpt` request, which is another name of it
@@ -181,9 +179,6 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
     blank = build_parser().parse_args([])
     setattr(blank, key, str(given).split() if key in LISTS[:2] else [given] if key in APPENDED else given)
     return read_options(blank)
-
-
-# ---------------------------------------------------------------- the conversation
 
 
 class Chat:
@@ -324,10 +319,9 @@ class Chat:
         else:
             new = request["max_new_tokens"]
             room, rule = config.maxT - new, f"the context holds {config.maxT}, including {new} new tokens"
-        if len(tokens) <= room:
-            return tokens
-        what = "text and the reply so far have" if self._reply else "text has"
-        say(f"the {what} {len(tokens)} tokens; only the last {room} are used, because {rule}")
+        if len(tokens) > room:
+            what = "text and the reply so far have" if self._reply else "text has"
+            say(f"the {what} {len(tokens)} tokens; only the last {room} are used, because {rule}")
         return tokens[-room:]
 
     def _show_tokens(self) -> None:

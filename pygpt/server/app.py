@@ -103,7 +103,7 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether the server takes requests."""
-        return not self.draining and self.worker.alive
+        return not self.draining and self.worker.thread.is_alive()
 
     def served(self, name: str | None) -> Served:
         """Return the model of this name, or the first if there is none. Raises ApiError for an unknown name."""
