@@ -84,7 +84,7 @@ class Repository:
         try:
             place = {"repo_type": self.kind, "revision": self.revision}
             us = {"library_name": "pygpt", "library_version": __version__}
-            found = hf_hub_download(self.name, file, dry_run=dry_run, **place, **us)  # type: ignore[arg-type, call-overload]
+            found = hf_hub_download(self.name, file, dry_run=dry_run, **place, **us)  # type: ignore[call-overload]
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:
