@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from collections.abc import Generator as Steps
 
 from ..config import Config
-from ..errors import InputError, Uncopied, check_whole, shown, whole
+from ..errors import Closing, InputError, check_whole, shown, whole
 from .completion import Completion
 from .engine import LIVE, Engine
 from .prefix import PrefixCache
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
             """Take note that no more ids follow."""
 
 
-class Generator(Uncopied):
+class Generator(Closing):
     """A model that completes tokens with engines on its network: GPT2, and the serial reference."""
 
     _instead = "threads can share a model; in another process, load its file again"
