@@ -52,8 +52,7 @@ class Generator(Closing):
         target_ms: "SupportsFloat | None" = None,
     ) -> Engine:
         """Return an engine on this model's network, for requests that join and leave. Engine describes the arguments."""
-        if prefix is not None:
-            self._check_cache(prefix)
+        self._check_cache(prefix)
         return Engine(
             self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms, draft=self.draft
         )
@@ -75,11 +74,12 @@ class Generator(Closing):
         finally:
             engine.close()
 
-    def _check_cache(self, cache: PrefixCache) -> None:
-        """Raise InputError unless this is a prefix cache of this model."""
-        if not isinstance(cache, PrefixCache):
-            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache, from new_prefix_cache()")
-        cache.check(self.network)
+    def _check_cache(self, cache: PrefixCache | None) -> None:
+        """Raise InputError unless this is a prefix cache of this model, or None."""
+        if cache is not None:
+            if not isinstance(cache, PrefixCache):
+                raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache, from new_prefix_cache()")
+            cache.check(self.network)
 
     def generate(
         self,
@@ -113,8 +113,7 @@ class Generator(Closing):
         cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
         each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
         For several sequences, and for log-probabilities, see generate_batch()."""
-        if cache is not None:
-            self._check_cache(cache)
+        self._check_cache(cache)
         request = Request(self.config, tokens, seed=seed, **options)
         if streamer is None:
             return self.complete(request, cache)
@@ -132,8 +131,7 @@ class Generator(Closing):
 
         Raises InputError at once, before anything runs. If the task is cancelled or the iterator is closed, the completion ends
         after the step that runs now. To close it at a `break`, use contextlib.aclosing()."""
-        if cache is not None:
-            self._check_cache(cache)
+        self._check_cache(cache)
         return _asynchronous(self.complete(Request(self.config, tokens, seed=seed, **options), cache))
 
     def _stream(self, request: Request, cache: PrefixCache | None, streamer: "Streamer") -> list[int]:

@@ -61,8 +61,6 @@ class Memory:
     A token is added to `tokens` after the cache has it, and removed before the cache drops it. So `tokens` never has a token
     that the cache does not have, even after an interruption."""
 
-    __slots__ = ("cache", "draft", "positions", "tokens")
-
     def __init__(self, cache: "Cache", tokens: Sequence[int] = ()) -> None:
         self.cache = cache
         self.tokens = list(tokens)

@@ -168,7 +168,20 @@ def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -
 
     The object's keys override the defaults, and remove defaults that contradict them. Raises InputError for text that is not
     JSON, an unknown key, a null value, and everything that Request refuses."""
-    order = parse_json(text)
+    import json
+
+    try:
+        order = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
+    if unknown := sorted(set(order) - JSON_KEYS):
+        raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
+    if "tokens" not in order:
+        raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
+    whole_keys(order)
+    for key, value in order.items():
+        if value is None:
+            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
     if not isinstance(tokens := order.pop("tokens"), list):
         raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
     return Request(config, tokens, **complete_order(order, defaults))
@@ -185,25 +198,6 @@ def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict
     elif not SAMPLING.isdisjoint(order):
         ruled_out.add("sampler")
     return {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
-
-
-def parse_json(text: bytes) -> "dict[str, Any]":
-    """Parse a request's JSON object and check its keys."""
-    import json
-
-    try:
-        request = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
-    if unknown := sorted(set(request) - JSON_KEYS):
-        raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
-    if "tokens" not in request:
-        raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
-    whole_keys(request)
-    for key, value in request.items():
-        if value is None:
-            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
-    return dict(request)
 
 
 def whole_keys(order: "dict[str, Any]") -> None:

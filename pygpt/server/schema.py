@@ -19,11 +19,14 @@ MOST_LOGPROBS = 20
 ROLES = ("system", "user", "assistant")
 TEXT: Schema = {"type": "string", "minLength": 1}
 ID: Schema = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
-IDS: Schema = {"type": "array", "items": ID, "minItems": 1}
 
 
 def _object(**properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list(items: Schema, **limits: int) -> Schema:
+    return {"type": "array", "items": items, **limits}
 
 
 def _either(description: str, *schemas: Schema) -> Schema:
@@ -46,6 +49,7 @@ def _whole(description: str, minimum: int, maximum: int = 1 << 31) -> Schema:
     return _number(f"a whole number{description}", minimum, maximum, "integer")
 
 
+IDS = _list(ID, minItems=1)
 MODEL = {"model": _string("the name of a served model; GET /v1/models lists them")}
 _SHARED: Fields = {
     **MODEL,
@@ -65,10 +69,8 @@ _SHARED: Fields = {
     },
     "n": _whole(" of choices from 1 (default 1)", 1, 1 << 16),
     "seed": _whole(" from -2^63 to 2^64 - 1", -(1 << 63), (1 << 64) - 1),
-    "stop": _either(
-        "a string or a list of up to 64 strings, none of them empty", TEXT, {"type": "array", "items": TEXT, "maxItems": 64}
-    ),
-    "stop_token_ids": {"description": "a list of up to 1024 token ids", "type": "array", "items": ID, "maxItems": 1024},
+    "stop": _either("a string or a list of up to 64 strings, none of them empty", TEXT, _list(TEXT, maxItems=64)),
+    "stop_token_ids": {"description": "a list of up to 1024 token ids", **_list(ID, maxItems=1024)},
     "ignore_eos": _flag("true or false: whether to continue after <|endoftext|>"),
     "sampler": {"description": "sample, greedy or median", "enum": ["sample", "greedy", "median"]},
     "speculation": _either(
@@ -84,10 +86,10 @@ _SHARED: Fields = {
     "user": _string("a string, which is not used"),
 }
 COMPLETION: Fields = {
-    "prompt": {
-        "description": "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty",
-        "anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}, IDS, {"type": "array", "items": IDS, "minItems": 1}],
-    },
+    "prompt": _either(
+        "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty",
+        *(TEXT, _list(TEXT, minItems=1), IDS, _list(IDS, minItems=1)),
+    ),
     **_SHARED,
     "echo": _flag("true or false: whether the answer begins with the prompt"),
     "logprobs": _whole(f" from 0 to {MOST_LOGPROBS}", 0, MOST_LOGPROBS),
@@ -98,9 +100,7 @@ COMPLETION: Fields = {
 CHAT: Fields = {
     "messages": {
         "description": "a list of objects with a role (system, user or assistant) and a content string",
-        "type": "array",
-        "minItems": 1,
-        "items": _object(role={"enum": [*ROLES]}, content={"type": "string"}),
+        **_list(_object(role={"enum": [*ROLES]}, content={"type": "string"}), minItems=1),
     },
     **_SHARED,
     "max_completion_tokens": _whole(" of new tokens from 1", 1),
@@ -113,7 +113,7 @@ TOKENIZE: Fields = {
     "add_special_tokens": _flag("true or false, which is the same for GPT-2"),
     "return_token_strs": _flag("true or false: whether to return each token's text"),
 }
-DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", "type": "array", "items": ID}}
+DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", **_list(ID)}}
 INSPECT: Fields = {
     **MODEL,
     "tokens": {"description": "a list of token ids, not empty", **IDS},
@@ -219,10 +219,6 @@ class Endpoint(NamedTuple):
     fields: Fields | None = None
     required: tuple[str, ...] = ()
     key: bool = True
-
-
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
 
 
 ERROR = _object(error=_object(message={"type": "string"}, type={"type": "string"}, param=TEXT_OR_NULL, code=TEXT_OR_NULL))
