@@ -205,14 +205,7 @@ def run(options: argparse.Namespace) -> None:
         except perf.PerfAbsent as error:
             say(str(error))
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
-    for name in write(options, report, recording.calls):
-        say(f"wrote {name}")
-
-
-def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) -> list[str]:
-    """Write the requested pictures and traces; return their names."""
-    nth = report["machine"]["threads"]
-    written = []
+    nth, calls, written = report["machine"]["threads"], recording.calls, []
     if options.trace:
         traces.chrome(options.trace, calls, nth, f"pygpt {report['model']['name']}")
         written.append(options.trace)
@@ -220,7 +213,8 @@ def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) ->
         written += traces.paraver(options.paraver, calls, nth)
     if options.plot:
         written += plots.draw(options.plot, report, calls)
-    return written
+    for name in written:
+        say(f"wrote {name}")
 
 
 def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recording, job.Job]:
