@@ -92,7 +92,7 @@ from ..progress import Progress
 from . import load
 from . import peers as bench_peers
 from . import train as bench_train
-from .peers import Peer, peak_rss_bytes, prompt, resident_bytes, seconds_of
+from .peers import Peer, laps, peak_rss_bytes, prompt, resident_bytes, seconds_of
 from .train import figure, print_table, run_rounds
 
 BATCH = 8
@@ -175,7 +175,10 @@ def time_process(path: str, weights: str | None, *options: str) -> float:
     """Return the seconds of the whole command for the same job, including the start of the interpreter."""
     quantised = [] if weights is None else ["--weights", weights]
     command = [sys.executable, "-m", "pygpt", "-m", path, *quantised, *options, "0", "0"]
-    return seconds_of(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment(), check=True))
+    (done,), (seconds,) = laps(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()))
+    if done.returncode:
+        raise PyGPTError(f"the measured command ended with status {done.returncode}")
+    return seconds
 
 
 def memory_of(*test: object, train: bool = False) -> dict[str, int]:

@@ -237,16 +237,14 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     if "scaling" in parts:
         report["scaling"] = strategies.scaling(path, task, counts, options.rounds)
     if "strategies" in parts:
-        report["strategies"] = ways(options, path, task, nth)
+        report["strategies"] = ways(options, path, task, nth, model.config.maxT)
     if "startup" in parts:
         report["startup"] = startup.measure(path, task, nth)
     return report, recording, task
 
 
-def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Report:
+def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int, maxT: int) -> Report:
     """Compare the strategies on a smaller job."""
-    with open_model(path) as opened:
-        maxT = opened.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
     if isinstance(task, job.Training):
         small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
