@@ -92,7 +92,7 @@ from ..progress import Progress
 from . import load
 from . import peers as bench_peers
 from . import train as bench_train
-from .peers import Peer, peak_rss_bytes, prompt, resident_bytes, seconds_of
+from .peers import Peer, laps, peak_rss_bytes, prompt, resident_bytes, seconds_of
 from .train import figure, print_table, run_rounds
 
 BATCH = 8
@@ -175,7 +175,10 @@ def time_process(path: str, weights: str | None, *options: str) -> float:
     """Return the seconds of the whole command for the same job, including the start of the interpreter."""
     quantised = [] if weights is None else ["--weights", weights]
     command = [sys.executable, "-m", "pygpt", "-m", path, *quantised, *options, "0", "0"]
-    return seconds_of(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment(), check=True))
+    (done,), (seconds,) = laps(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()))
+    if done.returncode:
+        raise PyGPTError(f"the measured command ended with status {done.returncode}")
+    return seconds
 
 
 def memory_of(*test: object, train: bool = False) -> dict[str, int]:
@@ -236,27 +239,25 @@ def own_tests(options: argparse.Namespace, model: GPT2, weights: str | None, pat
 
 def reference_tests(serial: SerialGPT2, models: list[GPT2], weights: str | None, path: str, process: bool) -> list[Test]:
     """Return the tests of the serial reference, and the same job with pygpt, with one format of weights."""
-    name, kind = by("reference", weights), models[0].network.stored["qkvw"][0]
-    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference_job(serial), by=name, weights=kind)]
+    test = partial(Test, tokens=REFERENCE_TOKENS, weights=models[0].network.stored["qkvw"][0])
+    tests = [test("tg8@d2", 1, run=partial(time_reference_job, serial), by=by("reference", weights))]
     for model in models:
-        run = partial(time_reference_job, model)
-        tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by=by("pygpt", weights), weights=kind))
+        tests.append(test("tg8@d2", model.threads, run=partial(time_reference_job, model), by=by("pygpt", weights)))
     if process:
         run = partial(time_process, path, weights, "--reference")
-        tests.append(Test("process", 1, REFERENCE_TOKENS, run, by=name, weights=kind))
+        tests.append(test("process", 1, run=run, by=by("reference", weights)))
     return tests
 
 
 def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list[Test]:
     """Return the tests of the peers. Each peer runs in its own process with the largest number of threads."""
-    threads, tests = max(options.threads), []
+    threads, new, tests = max(options.threads), options.new, []
     for name in options.against:
         peer = stack.enter_context(Peer(name, path, threads))
-        for length in options.prompts:
-            tests.append(Test(f"pp{length}", threads, length, partial(peer.prefill, length), by=name))
-        for depth in options.depths:
-            run = partial(peer.decode, options.new, depth)
-            tests.append(Test(f"tg{options.new}@d{depth}", threads, options.new, run, by=name))
+        tests += [Test(f"pp{n}", threads, n, partial(peer.prefill, n), by=name) for n in options.prompts]
+        tests += [
+            Test(f"tg{new}@d{depth}", threads, new, partial(peer.decode, new, depth), by=name) for depth in options.depths
+        ]
     return tests
 
 
@@ -503,8 +504,7 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
     batch = bench_train.batch_of(config, options.B, options.T)
     with ExitStack() as stack:
         ceilings, progress = open_ceilings(options, stack), stack.enter_context(Progress("rounds", options.rounds))
-        ask = partial(memory_of, path, train=True) if options.memory else None
-        memory = ask and (lambda threads: ask(threads, options.B, options.T))
+        memory = (lambda threads: memory_of(path, threads, options.B, options.T, train=True)) if options.memory else None
         results = bench_train.measure(
             path, config, batch, options.rounds, ceilings, memory_of=memory, peers=options.against,
             reference=options.reference, progress=progress.update,

@@ -415,23 +415,15 @@ class Transformers(Torch):
         self.cache: Any = None
 
     def _renamed(self, weights: "Weights") -> dict[str, Any]:
-        """Return the weights by the library's names and layout: by layer, with matrices as (in, out).
+        """Return the weights by the library's names and layout. Empties `weights`, so that each is in memory once."""
+        from ...formats.huggingface import HEAD, NAMES, PREFIX
 
-        Empties `weights`, so that each weight is in memory once.
-        """
-        names = {
-            "ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj",
-            "ln2": "ln_2", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj",
-        }  # fmt: skip
-        tensor = self.torch.from_numpy
-        state = {f"transformer.{name}.weight": tensor(weights.pop(name)) for name in ("wte", "wpe")}
-        state["lm_head.weight"] = state["transformer.wte.weight"]
-        for suffix, kind in (("w", "weight"), ("b", "bias")):
-            state[f"transformer.ln_f.{kind}"] = tensor(weights.pop("lnf" + suffix))
-            for ours, theirs in names.items():
-                for i, values in enumerate(weights.pop(ours + suffix)):
-                    state[f"transformer.h.{i}.{theirs}.{kind}"] = tensor(values.T.copy())
-        return state
+        state = {}
+        for ours in [*weights]:
+            (theirs, transposed), values = NAMES[ours], weights.pop(ours)
+            for i, one in enumerate(values if "{}" in theirs else [values]):
+                state[PREFIX + theirs.format(i)] = self.torch.from_numpy(one.T.copy() if transposed else one)
+        return {**state, HEAD: state[f"{PREFIX}wte.weight"]}
 
     def _run(self, tokens: list[int], start: int) -> Any:
         cache = self.cache if start else None

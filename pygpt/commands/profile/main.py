@@ -205,14 +205,7 @@ def run(options: argparse.Namespace) -> None:
         except perf.PerfAbsent as error:
             say(str(error))
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
-    for name in write(options, report, recording.calls):
-        say(f"wrote {name}")
-
-
-def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) -> list[str]:
-    """Write the requested pictures and traces; return their names."""
-    nth = report["machine"]["threads"]
-    written = []
+    nth, calls, written = report["machine"]["threads"], recording.calls, []
     if options.trace:
         traces.chrome(options.trace, calls, nth, f"pygpt {report['model']['name']}")
         written.append(options.trace)
@@ -220,7 +213,8 @@ def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) ->
         written += traces.paraver(options.paraver, calls, nth)
     if options.plot:
         written += plots.draw(options.plot, report, calls)
-    return written
+    for name in written:
+        say(f"wrote {name}")
 
 
 def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recording, job.Job]:
@@ -243,16 +237,14 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     if "scaling" in parts:
         report["scaling"] = strategies.scaling(path, task, counts, options.rounds)
     if "strategies" in parts:
-        report["strategies"] = ways(options, path, task, nth)
+        report["strategies"] = ways(options, path, task, nth, model.config.maxT)
     if "startup" in parts:
         report["startup"] = startup.measure(path, task, nth)
     return report, recording, task
 
 
-def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Report:
+def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int, maxT: int) -> Report:
     """Compare the strategies on a smaller job."""
-    with open_model(path) as opened:
-        maxT = opened.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
     if isinstance(task, job.Training):
         small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)

@@ -116,7 +116,6 @@ class Way:
             row[f"{name}_speedup"] = speedup = median(base.times[name]) / row[f"{name}_ns"] if base else None
             row[f"{name}_efficiency"] = speedup / self.threads if speedup else None
         return row
-        return row
 
 
 def fast(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
