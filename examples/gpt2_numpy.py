@@ -1,10 +1,8 @@
-"""GPT-2 in NumPy: the whole network, written for reading. Comments give the shapes, `[in] -> [out]`.
+"""GPT-2 in NumPy, written for reading. The tests compare pygpt with it, in float64. Comments give the shapes, `[in] -> [out]`.
 
     python examples/gpt2_numpy.py 31373 612
 
-T tokens, C channels, OC output channels, NH heads, HS = C / NH, L layers, V ids in the vocabulary. Weights are (out, in).
-GPT-2's relatives differ in F (4C in GPT-2), the activation, the epsilon, the scale of scores, and a head of their own.
-The tests compare pygpt with this file, in float64. Names: llm.c, train_gpt2.c. Style: picoGPT.
+T tokens, C channels, OC output channels, NH heads, HS = C / NH, F = 4C in GPT-2, L layers, V ids. Weights are (out, in).
 """
 
 import math
@@ -12,32 +10,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from pygpt import Checkpoint, Config, find_model
 
-Array = npt.NDArray[np.float64]
+Array = np.typing.NDArray[np.float64]  # the names are those of llm.c, train_gpt2.c; the style is picoGPT's
 
 
 def encoder(tokens: Sequence[int], wte: Array, wpe: Array) -> Array:
     return wte[list(tokens)] + wpe[: len(tokens)]  # [T], [V, C], [maxT, C] -> [T, C]
 
 
-def gelu(x: Array) -> Array:
-    gate: Array = 1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))  # [...] -> [...]
-    return 0.5 * x * gate  # [...] -> [...]
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))  # [...] -> [...]
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": gelu,
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # [T, F] -> [T, F]
+    "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
     "relu": lambda x: np.maximum(x, 0),
-    "silu": lambda x: x * sigmoid(x),
-    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
 }
 
 
@@ -48,9 +36,8 @@ def softmax(x: Array) -> Array:
 
 
 def layernorm(x: Array, weight: Array, bias: Array, epsilon: float = 1e-5) -> Array:
-    centred: Array = x - x.mean(axis=-1, keepdims=True)  # [T, C], [T, 1] -> [T, C]
-    variance: Array = (centred**2).mean(axis=-1, keepdims=True)  # [T, C] -> [T, 1]
-    return centred / np.sqrt(variance + epsilon) * weight + bias  # [T, C], [T, 1], [C] -> [T, C]
+    normal: Array = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + epsilon)  # [T, C] -> [T, C]
+    return normal * weight + bias  # [T, C], [C], [C] -> [T, C]
 
 
 def matmul(x: Array, weight: Array, bias: Array | float = 0.0) -> Array:
@@ -58,11 +45,10 @@ def matmul(x: Array, weight: Array, bias: Array | float = 0.0) -> Array:
 
 
 def attention(qkv: Array, NH: int, scale: float | None = None) -> Array:
-    T, HS = len(qkv), qkv.shape[1] // (3 * NH)
-    q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)  # [T, 3C] -> 3 of [NH, T, HS]
-    scores = q @ k.transpose(0, 2, 1) * (1 / np.sqrt(HS) if scale is None else scale)  # [NH, T, HS], [NH, HS, T] -> [NH, T, T]
-    att = softmax(np.where(np.tri(T, dtype=bool), scores, -np.inf))  # [NH, T, T]: row t sees tokens 0 to t
-    return (att @ v).transpose(1, 0, 2).reshape(T, NH * HS)  # [NH, T, T], [NH, T, HS] -> [T, C]
+    q, k, v = qkv.reshape(len(qkv), 3, NH, -1).transpose(1, 2, 0, 3)  # [T, 3C] -> 3 of [NH, T, HS]
+    scores = q @ k.transpose(0, 2, 1) * (scale or 1 / math.sqrt(q.shape[-1]))  # 2 of [NH, T, HS] -> [NH, T, T]
+    att = softmax(np.where(np.tri(len(qkv), dtype=bool), scores, -np.inf))  # [NH, T, T]: row t sees tokens 0 to t
+    return (att @ v).transpose(1, 0, 2).reshape(len(qkv), -1)  # [NH, T, T], [NH, T, HS] -> [T, C]
 
 
 def block(w: Mapping[str, Array], layer: int, config: Config, stream: Array) -> dict[str, Array]:
@@ -81,12 +67,11 @@ def block(w: Mapping[str, Array], layer: int, config: Config, stream: Array) -> 
 
 
 def forward(w: Mapping[str, Array], config: Config, tokens: Sequence[int]) -> tuple[Array, list[dict[str, Array]]]:
-    """Return the logits and the activations of each layer."""
     layers = [{"residual3": encoder(tokens, w["wte"], w["wpe"])}]  # [T] -> [T, C]
     for layer in range(len(w["ln1w"])):
         layers.append(block(w, layer, config, layers[-1]["residual3"]))  # [T, C] -> [T, C]
     lnf = layernorm(layers[-1]["residual3"], w["lnfw"], w["lnfb"], config.epsilon)  # [T, C] -> [T, C]
-    return matmul(lnf, w["wte" if config.tied else "head"]), layers  # [T, C], [V, C] -> [T, V]
+    return matmul(lnf, w["wte" if config.tied else "head"]), layers  # [T, C], [V, C] -> [T, V], and the activations
 
 
 if __name__ == "__main__":

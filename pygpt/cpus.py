@@ -75,6 +75,12 @@ def _cpu_quotas(root: str) -> Iterator[float]:
                     yield int(words[0]) / int(words[1])
 
 
+def processors() -> list[str]:
+    """Return the name of each processor, or [] if the system does not list them in /proc/cpuinfo."""
+    lines = _read("/proc/cpuinfo").splitlines()
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+
+
 def _read(path: str) -> str:
     """Return the text of a small system file without its newline, or "" if it cannot be read."""
     try:

@@ -1,16 +1,12 @@
 """Byte-level byte-pair encoding: encode text as ids, decode ids to text, also while they stream.
 
-Without an argument, a Tokenizer is GPT-2's, from the file data/vocab.bpe of this package. Other vocabularies come in the form
-of tokenizer.json (formats/vocabulary.py reads it from files). tiktoken merges the byte pairs. tiktoken.get_encoding() would
-download a vocabulary. The first Tokenizer imports tiktoken; this module does not.
+tiktoken merges the byte pairs: any two neighbours that make a token. A vocabulary allows only its listed merges. Both give the
+same ids if every token has one merge, and if its own text becomes this token by the listed merges. Any part of a text is merged
+as it would be alone until it joins its neighbours, so no other pair can meet. Other vocabularies are merged here, in Python.
+The first Tokenizer imports tiktoken; this module does not.
 
-tiktoken merges any two neighbours that make a token, and a vocabulary allows only its listed merges. Both give the same ids if
-every token has one merge, and if its own text becomes this token by the listed merges. Any part of a text is merged as it would
-be alone until it joins its neighbours, so no other pair can meet. A vocabulary without this property is merged here, in Python.
-
-Refuses ids outside the vocabulary, a vocabulary file that is not the published one, and vocabularies that are not byte-level
-BPE. Accepts any text. Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`);
-Hugging Face's tokenizers, models/bpe, pre_tokenizers/byte_level.rs and added_vocabulary.rs.
+Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`); Hugging Face's
+tokenizers, models/bpe, pre_tokenizers/byte_level.rs and added_vocabulary.rs.
 """
 
 import codecs
@@ -18,7 +14,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
@@ -38,6 +34,7 @@ VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b772
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # added tokens that end a text, the first one that there is
 GPT2_V = 50257
+NEVER = 1 << 62  # the rank of a pair that is not merged
 
 # The pattern that splits text before bytes are merged, from tiktoken: it finds the pieces of GPT-2's own pattern faster.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -52,7 +49,12 @@ _ONE_SPACE = re.compile(rf"[{_SPACE}]")
 
 _WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d]"
 
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that are printable in Latin-1
+# The 256 bytes in the order of their ids, first those that are printable in Latin-1, and their spelling in vocab.bpe.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]
+_SYMBOLS = [*map(chr, _PRINTABLE), *(chr(0x100 + i) for i in range(256 - len(_PRINTABLE)))]
+_BYTE_OF_SYMBOL = dict(zip(_SYMBOLS, _BYTES, strict=True))
+_SYMBOL_OF_BYTE = [symbol for _, symbol in sorted(zip(_BYTES, _SYMBOLS, strict=True))]
 
 _loading = threading.Lock()
 
@@ -62,8 +64,7 @@ class Tokenizer:
 
     vocabulary: the contents of a tokenizer.json, or None for GPT-2's. V: the model's ids; ids that the vocabulary does not have
     decode to a placeholder such as <|50300|>. Any number of threads may use one Tokenizer. Raises PyGPTError if the installed
-    vocabulary is missing or damaged, and InputError for a vocabulary that is not byte-level BPE, or has more than V ids.
-    """
+    vocabulary is missing or damaged, and InputError for a vocabulary that is not byte-level BPE, or has more than V ids."""
 
     def __init__(self, vocabulary: "dict[str, Any] | None" = None, *, V: int | None = None) -> None:
         with _loading:
@@ -72,7 +73,7 @@ class Tokenizer:
         if V is not None and self.known > V:
             raise InputError(f"the tokenizer has {self.known} ids, and the model {V}: give the model's own tokenizer")
         if V is not None and self.known < V:
-            self._bytes = self._bytes + [_placeholder(token) for token in range(self.known, V)]
+            self._bytes = self._bytes + [f"<|{token}|>".encode() for token in range(self.known, V)]
 
     @property
     def V(self) -> int:
@@ -102,8 +103,7 @@ class Tokenizer:
         """Encode any text as ids. A lone surrogate, which UTF-8 cannot represent, becomes U+FFFD.
 
         `<|endoftext|>` and other special tokens in the text are ordinary text, because users may type anything. With
-        allow_special they become their ids. Raises InputError for a character that the vocabulary cannot represent.
-        """
+        allow_special they become their ids. Raises InputError for a character that the vocabulary cannot represent."""
         ids, end = [], 0
         for start, stop, token in self._bpe.added_in(text, special=allow_special):
             ids += self._bpe.encode(text[end:start])
@@ -114,8 +114,7 @@ class Tokenizer:
     def decode(self, ids: "Iterable[SupportsIndex]") -> str:
         """Decode ids to text. Bytes that are not UTF-8, such as half a character at the end, become U+FFFD.
 
-        Raises InputError for an id outside the vocabulary.
-        """
+        Raises InputError for an id outside the vocabulary."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: "Iterable[SupportsIndex]") -> bytes:
@@ -150,11 +149,6 @@ def _gpt2(V: int) -> Tokenizer:
     return Tokenizer(V=V)
 
 
-def _placeholder(token: int) -> bytes:
-    """The text of an id that is not in the vocabulary, such as one of a vocabulary padded for speed."""
-    return f"<|{token}|>".encode()
-
-
 class _Encoding:
     """A vocabulary that is ready to encode. `bytes`: of each id, a placeholder for one that is not there."""
 
@@ -180,7 +174,7 @@ class _Encoding:
         most = max([*vocab.values(), *(token["id"] for token in added)])
         if not all(type(i) is int and 0 <= i <= 1 << 20 for i in (*vocab.values(), *(token["id"] for token in added))):
             raise InputError("the vocabulary has ids that are not whole numbers from 0 to 1048576")
-        self.bytes = [_placeholder(token) for token in range(most + 1)]
+        self.bytes = [f"<|{token}|>".encode() for token in range(most + 1)]
         for token, i in vocab.items():
             self.bytes[i] = _unspelled(token)
         for token in added:
@@ -205,25 +199,13 @@ class _Encoding:
         self._id_of = {_unspelled(token): i for token, i in vocab.items()}
         self._whole = whole
         known = [left + " " + right for left, right in merges] == spelled_vocabulary()[1] and not whole
-        sound = len(ranks) == len(self._ids) and (known or all(self._alone(token) for token in ranks))
+        sound = len(ranks) == len(self._ids) and (known or all(len(self._merged(token)) == 1 for token in ranks))
         sound = sound and (not whole or self._id_of.keys() <= ranks.keys())
         self._encoding = _tiktoken("vocabulary", self.pattern, ranks) if sound else None
         self._plain = self._ids == [*range(len(self._ids))]
 
-    def _alone(self, token: bytes) -> bool:
-        """Return whether a token's own text becomes this token."""
-        return len(self._merged(token)) == 1
-
     def _merged(self, piece: bytes) -> list[bytes]:
-        """Merge the bytes of a piece: always the first of the pairs that come first in the list of merges."""
-        parts, pairs = [piece[i : i + 1] for i in range(len(piece))], self._pairs
-        while len(parts) > 1:
-            found = [pairs.get(pair, 1 << 62) for pair in pairwise(parts)]
-            if (best := min(found)) == 1 << 62:
-                break
-            at = found.index(best)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        return parts
+        return merged(piece, lambda left, right: self._pairs.get((left, right), NEVER))
 
     def vocabulary(self) -> "dict[str, Any]":
         """Return the contents of a tokenizer.json."""
@@ -266,8 +248,7 @@ class _Encoding:
 
         To match a run of white space without its last character, GPT-2's pattern backtracks. tiktoken's stack then overflows at
         about a million characters. A cut before that last character gives the same pieces without backtracking, because the
-        run is then at the end of its part.
-        """
+        run is then at the end of its part."""
         if self._encoding is None:
             return self._encode_slowly(text)
         ranks: list[int] = []
@@ -355,18 +336,18 @@ def _tiktoken(name: str, pattern: str, ranks: dict[bytes, int]) -> "tiktoken.Enc
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
-def pair_of(content: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, bytes] | None:
-    """Return the two tokens of rank below `limit` that a token's bytes become, or None if they become more or fewer.
+def merged(piece: bytes, rank_of: Callable[[bytes, bytes], int], *, limit: int = NEVER, fewest: int = 1) -> list[bytes]:
+    """Merge the bytes of a piece: always the first of the neighbours with the lowest rank.
 
-    As in tiktoken, any two neighbours may merge if they make a token; the token of the lowest rank comes first."""
-    parts = [content[i : i + 1] for i in range(len(content))]
-    while len(parts) > 2:
-        found = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
+    Ends if no rank is below `limit`, or if only `fewest` parts are left."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while len(parts) > fewest:
+        found = [rank_of(*pair) for pair in pairwise(parts)]
         if (best := min(found)) >= limit:
-            return None
+            break
         at = found.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return (parts[0], parts[1]) if len(parts) == 2 and all(part in ranks for part in parts) else None
+    return parts
 
 
 class _GPT2(_Encoding):
@@ -395,30 +376,25 @@ def vocabulary_of(
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+    }
+    model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     vocab = {token: i for i, token in enumerate(tokens)}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding", "normalizer")),
         "added_tokens": [
             {"id": vocab[token], "content": token, **flags, "special": special} for token, special in added.items()
         ],
-        "normalizer": None,
         "pre_tokenizer": byte_level if pattern is None else {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": byte_level | {"use_regex": True},
         "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "model": {**model, "vocab": vocab, "merges": merges},
     }
 
 
@@ -426,8 +402,7 @@ class StreamDecoder:
     """Decode ids one at a time, in whole characters. The pieces together equal the result of Tokenizer.decode().
 
     stop_strings, stop_token_ids: the text ends before the first of them, and `stopped` is then True. Text in which a stop
-    string may have begun is held back until the next ids, or finish().
-    """
+    string may have begun is held back until the next ids, or finish()."""
 
     def __init__(
         self, tokenizer: Tokenizer, *, stop_strings: Iterable[str] = (), stop_token_ids: "Iterable[SupportsIndex]" = ()
@@ -480,10 +455,7 @@ class StreamDecoder:
         return rest
 
 
-@cache
-def _load() -> _GPT2:
-    """Load GPT-2's vocabulary."""
-    return _GPT2()
+_load = cache(_GPT2)
 
 
 def _read_tokens(path: str) -> list[bytes]:
@@ -509,20 +481,9 @@ def spelled_vocabulary(path: str = VOCABULARY_FILE) -> tuple[list[str], list[str
 
     The first 256 ids are single bytes: the 188 bytes that are printable in Latin-1, then the other 68. Each line of the file
     then defines one token by the two tokens that it merges. The file spells a printable byte as its Latin-1 character, and
-    the others as U+0100 and up.
-    """
+    the others as U+0100 and up."""
     _version, *merges = _read_checked(path).decode("utf-8").splitlines()
-    return _symbols() + [merge.replace(" ", "") for merge in merges], merges
-
-
-def _order() -> list[int]:
-    """Return the 256 bytes in the order of their ids."""
-    return _PRINTABLE + [byte for byte in range(256) if byte not in _PRINTABLE]
-
-
-def _symbols() -> list[str]:
-    """Return vocab.bpe's spelling of the 256 bytes, in the order of their ids."""
-    return [*map(chr, _PRINTABLE), *(chr(0x100 + i) for i in range(256 - len(_PRINTABLE)))]
+    return _SYMBOLS + [merge.replace(" ", "") for merge in merges], merges
 
 
 def _read_checked(path: str) -> bytes:
@@ -538,7 +499,3 @@ def _read_checked(path: str) -> bytes:
             f"{path}: GPT-2's vocabulary is damaged: sha256 {found}, expected {VOCABULARY_SHA256}; install pygpt again"
         )
     return content
-
-
-_BYTE_OF_SYMBOL = dict(zip(_symbols(), _order(), strict=True))
-_SYMBOL_OF_BYTE = [symbol for _, symbol in sorted(zip(_order(), _symbols(), strict=True))]

@@ -19,9 +19,11 @@ from pygpt.formats.checkpoint import Checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import gpt2_numpy
-from gpt2_numpy import Array, attention, encoder, gelu, layernorm, matmul, softmax
+from gpt2_numpy import Array, attention, encoder, layernorm, matmul, softmax
 
 __all__ = ["Array", "attention", "encoder", "gelu", "gpt2_numpy", "layernorm", "matmul", "softmax"]
+
+gelu = gpt2_numpy.ACTIVATIONS["gelu_new"]
 
 Weights = Mapping[str, Array]
 Sampler = Callable[[npt.NDArray[np.float32]], int]

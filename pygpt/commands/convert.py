@@ -1,13 +1,8 @@
 """Convert a model file to another format. `pygpt convert --help` shows the options.
 
-llm.c's versions 1 and 3 hold float32 (version 3 with padded rows of wte), version 5 holds bfloat16. A Hugging Face model is a
-folder with safetensors of float32, bfloat16 or float16. A .gguf file, or a .safetensors file of `pygpt quantize`, may also be
-quantised. Conversion to bfloat16 rounds each value to the nearest, ties to even. All other conversions are exact; padding
-becomes zeros. Conversion streams, so memory use stays low. The command refuses to convert a file in place, or to the format
-that it has.
-
-stdout stays empty. Exit status: 0 with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
-After a failure, an older DST is unchanged, and an incomplete new file is removed.
+Conversion to bfloat16 rounds each value to the nearest, ties to even. All other conversions are exact. Conversion streams, so
+memory use stays low. The command refuses to convert a file in place, or to the format that it has. After a failure, an older
+DST is unchanged, and an incomplete new file is removed. stdout stays empty.
 """
 
 import argparse
@@ -21,7 +16,7 @@ from ..formats.checkpoint import FORMATS, Checkpoint, file_bytes, write_checkpoi
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
 from ..formats.open import open_source
-from .console import HelpFormatter, Parser, say, status_of
+from .console import Parser, say, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,22 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors),\n"
         "or from a GGUF file. Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
     parser.add_argument(
         "target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end"
     )
-    parser.add_argument(
-        "--version",
-        metavar="N",
-        help="version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; from others, the version that keeps all "
-        "values exact)",
-    )
-    parser.add_argument(
-        "--heads", metavar="N", help="number of attention heads, for a .safetensors file without a config.json in its folder"
-    )
+    version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; from others, the version that keeps all "
+    version += "values exact)"
+    heads = "number of attention heads, for a .safetensors file without a config.json in its folder"
+    parser.add_argument("--version", metavar="N", help=version)
+    parser.add_argument("--heads", metavar="N", help=heads)
     return parser
 
 
@@ -84,18 +73,15 @@ def run(options: argparse.Namespace) -> None:
 
 def parse_version(text: str | None) -> int | None:
     """Read the value of --version. Raises InputError unless it is 1, 3 or 5."""
-    if text is None:
-        return None
-    if text not in map(str, FORMATS):
+    if text is not None and text not in map(str, FORMATS):
         raise InputError(f"version (--version) is {text[:40]!r}: it must be 1, 3 or 5")
-    return int(text)
+    return None if text is None else int(text)
 
 
 def convert(source: str, target: str, version: int | None = None, *, heads: int | None = None) -> str:
     """Write the model `source` to `target`, a file of this version or, if it ends with /, a folder. Return a one-line summary.
 
-    Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails.
-    """
+    Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails."""
     with open_source(source, heads=heads) as model:
         before = describe(source, model)
         if target.endswith(FOLDER):
@@ -107,6 +93,11 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             version = default_version(model) if version is None else version
             if isinstance(model, Checkpoint) and version == model.version:
                 raise InputError(f"{source}: is of version {version} already: choose another --version, or copy the file")
+            if not target:
+                raise InputError("DST is empty: it must be the name of a file")
+            if target.endswith(".safetensors"):
+                what = f"a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}"
+                raise InputError(f"{target}: {what}: end DST with a /")
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""
@@ -137,19 +128,16 @@ def write_bin(target: str, model: "Source", version: int) -> None:
 
 
 def check_target(source: str, target: str) -> None:
-    """Raise InputError if the target is the source, is not a regular file, or lies in a folder that does not exist."""
-    if not target:
-        raise InputError("DST is empty: it must be the name of a file")
-    if target.endswith(".safetensors"):
-        raise InputError(f"{target}: a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}: end DST with a /")
+    """Raise InputError if the target belongs to the source, is not a regular file, or lies in a folder that does not exist."""
     check_parent(target)
-    if os.path.exists(target):
-        if os.path.samefile(source, target):
-            raise InputError(f"{target}: SRC and DST are the same file: give DST another name")
-        if os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target))):
-            raise InputError(f"{target}: this file belongs to SRC: give DST another name")
-        if not os.path.isfile(target):
-            raise InputError(f"{target}: not a regular file, so it is not replaced: give DST another name")
+    if not os.path.exists(target):
+        return
+    inside = os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target)))
+    if inside or (os.path.exists(source) and os.path.samefile(source, target)):
+        what = "" if inside else ", because SRC and DST are the same file"
+        raise InputError(f"{target}: this file belongs to SRC{what}: give DST another name")
+    if not os.path.isfile(target):
+        raise InputError(f"{target}: not a regular file, so it is not replaced: give DST another name")
 
 
 def check_folder(target: str) -> None:

@@ -1,12 +1,8 @@
 """Download a GPT-2 model. `pygpt download --help` shows the options.
 
 huggingface_hub fetches the files and keeps them in its cache (hub/fetch.py). This command converts safetensors to a .bin file
-in pygpt's cache folder, where `-m NAME` finds it. A model that a .bin file cannot hold whole stays in huggingface_hub's cache,
-where `-m NAME` finds it too. For llm.c's .bin files, pygpt's cache folder gets a link and no second copy.
-
-stdout stays empty. The progress bar appears only on a terminal. Exit status: 0 with one line on stderr; 1 for a failure at run
-time; 2 for bad input; 130 after Ctrl-C. A failed download leaves no incomplete model file. A complete file can remain if the
-failure comes after it was written.
+in pygpt's cache folder, and links llm.c's .bin files there. A model that a .bin file cannot hold whole stays in the cache of
+huggingface_hub. `-m NAME` finds both. A failed download leaves no incomplete model file. stdout stays empty.
 """
 
 import argparse
@@ -22,7 +18,7 @@ from ..formats.open import open_source
 from ..hub.fetch import fetch
 from ..hub.find import MODELS, cached_model, is_downloadable
 from ..tokenizer import GPT2_V
-from .console import HelpFormatter, Parser, say, status_of
+from .console import Parser, say, status_of
 from .convert import check_parent, default_version, describe, parse_version, write_bin
 
 EXAMPLES = """\
@@ -50,15 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         usage="pygpt download [options] NAME",
         description="Download a GPT-2 model from Hugging Face. Afterwards, -m NAME finds it in every command.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="NAME", help="one of the names below, or a repository OWNER/NAME")
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit, as in NAME@REV (default: main)")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: a file in pygpt's cache folder)")
-    parser.add_argument(
-        "--version", metavar="N", help="convert to version 1, 3 (float32) or 5 (bfloat16) (default: keep all values exact)"
-    )
+    version = "convert to version 1, 3 (float32) or 5 (bfloat16) (default: keep all values exact)"
+    parser.add_argument("--version", metavar="N", help=version)
     return parser
 
 
@@ -72,8 +65,7 @@ def download(name: str, target: str | None = None, version: int | None = None) -
     """Download the model of this name to the file `target` (default: in the cache folder). Return a one-line summary.
 
     An existing model of the same version stays as it is. Raises InputError for a bad name or target, CheckpointError if the
-    download is not a model, PyGPTError if downloading or writing fails.
-    """
+    download is not a model, PyGPTError if downloading or writing fails."""
     check_name(name)
     linked = target is None
     if target is None:
@@ -124,8 +116,7 @@ def place(source: str, target: str, *, linked: bool) -> None:
 def present(target: str, version: int | None) -> str:
     """Return a line about an existing model at `target`, or "" if there is no file.
 
-    Raises InputError if the target is another kind of file, a model of another version, or cannot be a file name.
-    """
+    Raises InputError if the target is another kind of file, a model of another version, or cannot be a file name."""
     if not os.path.basename(target):
         raise InputError(f"-o is {target!r}: it must be the name of a file")
     check_parent(target)

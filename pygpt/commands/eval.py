@@ -56,7 +56,7 @@ from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
 from ..tokenizer import tokenizer_of
-from .console import HelpFormatter, Parser, check_stdout, status_of, whole
+from .console import Parser, check_stdout, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
 
@@ -80,20 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     one_model, shared = Parser(add_help=False), Parser(add_help=False)
-    one_model.add_argument(
-        "-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)"
-    )
+    model = "a model file or a downloaded model"
+    one_model.add_argument("-m", "--model", metavar="MODEL", help=f"{model} (default: see pygpt --help)")
     add = shared.add_argument
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
-    parser = Parser(
-        prog="pygpt eval",
-        usage="pygpt eval perplexity|hellaswag|next|compare ... [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt eval", usage="pygpt eval perplexity|hellaswag|next|compare ... [options]", description=__doc__)
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
 
     def task(name: str, positional: str, meaning: str, summary: str, before: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -103,23 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
             usage=f"pygpt eval {' '.join([name, *before, positional])} [options]",
             description=summary,
             help=summary,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
         )
-        for model in before:
-            made.add_argument(model.lower(), metavar=model, help="a model file or a downloaded model")
+        for name in before:
+            made.add_argument(name.lower(), metavar=name, help=model)
         made.add_argument("subject", metavar=positional, help=meaning)
         return made
 
     text = "UTF-8 text, JSON lines (.jsonl), - for stdin, or a token file (.bin)"
     one = task("perplexity", "TEXT", text, "print the perplexity and the loss of a text")
     four = task("compare", "TEXT", text, "compare two models on a text: perplexity, divergence, agreement", before=("A", "B"))
-    count = whole(1, MOST)
+    count, stride = whole(1, MOST), "tokens from one window to the next (default half a window)"
     for made in (one, four):
         made.add_argument("--window", metavar="W", type=count, help="tokens in a window (default maxT, at most maxT + 1)")
-        made.add_argument(
-            "--stride", metavar="S", type=count, help="tokens from one window to the next (default half a window)"
-        )
+        made.add_argument("--stride", metavar="S", type=count, help=stride)
         made.add_argument("-n", "--limit", metavar="N", type=count, help="use only the first N tokens")
         add_text_options(made.add_argument)
     file = "llm.c's hellaswag_val.bin, or HellaSwag's .jsonl"
@@ -144,13 +133,8 @@ def run(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         result, rows, text = TASKS[options.task](*models, options)
         seconds = time.perf_counter() - start
-        facts = {
-            "task": options.task,
-            "model": paths if len(paths) > 1 else paths[0],
-            "threads": models[0].threads,
-            "seconds": seconds,
-            "tokens_per_s": rows / seconds,
-        }
+        facts = {"task": options.task, "model": paths if len(paths) > 1 else paths[0], "threads": models[0].threads}
+        facts |= {"seconds": seconds, "tokens_per_s": rows / seconds}
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
@@ -172,8 +156,7 @@ def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses
 def log_sums(rows: Losses) -> Losses:
     """Return the logarithm of the sum of exponentials of each row's logits: [rows, V] -> [rows].
 
-    Raises NumericalError if a result is not finite.
-    """
+    Raises NumericalError if a result is not finite."""
     top = rows.max(axis=1)  # [rows]
     out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
@@ -214,17 +197,10 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
             progress.update(scored, f", loss {sum(sums) / scored:.4f}")
     loss = math.fsum(sums) / scored
     power = power_of(loss)
-    result = {
-        "file": options.subject,
-        "tokens": len(tokens),
-        "scored": scored,
-        "window": window,
-        "stride": stride,
-        "loss": loss,
-        "perplexity": power,
-        "bits_per_byte": math.fsum(sums) / math.log(2) / text_bytes if text_bytes else None,
-    }
-    bits = f"{result['bits_per_byte']:.4f} bits per byte, " if text_bytes else ""
+    facts = {"file": options.subject, "tokens": len(tokens), "scored": scored, "window": window, "stride": stride}
+    per_byte = math.fsum(sums) / math.log(2) / text_bytes if text_bytes else None
+    result = {**facts, "loss": loss, "perplexity": power, "bits_per_byte": per_byte}
+    bits = f"{per_byte:.4f} bits per byte, " if per_byte is not None else ""
     where = f"{scored} tokens, window {window}, stride {stride}"
     return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats per token, {bits}{where}"
 
@@ -273,8 +249,7 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 def tokens_in(options: argparse.Namespace, model: GPT2) -> npt.NDArray[np.integer[Any]]:
     """Return the tokens of a token file (.bin), of a text, or of JSON lines with <|endoftext|> before each document.
 
-    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is unknown.
-    """
+    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is unknown."""
     subject = options.subject
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
@@ -303,17 +278,9 @@ def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Resu
             progress.update(scored)
     loss, loss_of_other, kl, agreement = (math.fsum(column) / scored for column in np.transpose(found))
     powers = power_of(loss), power_of(loss_of_other)
-    result = {
-        "file": options.subject,
-        "tokens": len(tokens),
-        "scored": scored,
-        "window": window,
-        "stride": stride,
-        "loss": [loss, loss_of_other],
-        "perplexity": powers,
-        "kl_divergence": kl,
-        "top1_agreement": agreement,
-    }
+    facts = {"file": options.subject, "tokens": len(tokens), "scored": scored, "window": window, "stride": stride}
+    differences = {"kl_divergence": kl, "top1_agreement": agreement}
+    result = {**facts, "loss": [loss, loss_of_other], "perplexity": powers, **differences}
     lines = [
         f"A: perplexity {shown_power(powers[0])}, loss {loss:.6f} nats per token",
         f"B: perplexity {shown_power(powers[1])}, loss {loss_of_other:.6f} ({loss_of_other - loss:+.6f})",
@@ -327,8 +294,7 @@ def divergence(model: GPT2, other: GPT2, tokens: Sequence[int], targets: Sequenc
     """Run tokens through both models; return four sums over the last len(targets) tokens, whose successors are `targets`.
 
     Three sums are in nats: the loss of `model`, the loss of `other`, and the divergence of `other` from `model`. The fourth sum
-    is the number of rows at which both models have the same most probable token.
-    """
+    is the number of rows at which both models have the same most probable token."""
     caches = [one.new_cache(len(tokens)) for one in (model, other)]
     silent = len(tokens) - len(targets)  # number of rows that are only context
     sums = np.zeros(4)
@@ -367,15 +333,10 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
             progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
     if not done:
         raise DataError(f"{options.subject}: there are no examples: give a file with at least one")
-    result = {
-        "file": options.subject,
-        "examples": done,
-        "right": right,
-        "right_norm": right_norm,
-        "acc": right / done,
-        "acc_norm": right_norm / done,
-    }
-    return result, rows, f"acc {right / done:.4f} ({right}/{done}), acc_norm {right_norm / done:.4f} ({right_norm}/{done})"
+    acc, acc_norm = right / done, right_norm / done
+    counts = {"examples": done, "right": right, "right_norm": right_norm}
+    result = {"file": options.subject, **counts, "acc": acc, "acc_norm": acc_norm}
+    return result, rows, f"acc {acc:.4f} ({right}/{done}), acc_norm {acc_norm:.4f} ({right_norm}/{done})"
 
 
 def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
@@ -399,8 +360,7 @@ def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
 def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]:
     """Return the losses of the tokens of each ending. The context runs once for all endings.
 
-    Raises InputError if the example exceeds the model's context.
-    """
+    Raises InputError if the example exceeds the model's context."""
     longest = len(example.context) + max(map(len, example.endings)) - 1  # the last token of an ending is not an input
     if longest > cache.capacity:
         raise InputError(f"example {example.number} has {longest} tokens to run: the model takes at most {cache.capacity}")
@@ -430,15 +390,8 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
     for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # equal logits: the lowest id first
         logprob = float(logprobs[token])
         content = tokenizer.decode_bytes([token])
-        choices.append(
-            {
-                "id": token,
-                "text": as_text(content),
-                "bytes": content.hex(),
-                "probability": math.exp(logprob),
-                "logprob": logprob,
-            }
-        )
+        names = {"id": token, "text": as_text(content), "bytes": content.hex()}
+        choices.append({**names, "probability": math.exp(logprob), "logprob": logprob})
     return {"prompt": prompt, "next": choices}, len(prompt), table(choices)
 
 
@@ -464,9 +417,5 @@ def table(choices: list[Result]) -> str:
     return "\n".join(lines)
 
 
-TASKS: dict[str, Callable[..., tuple[Result, int, str]]] = {
-    "perplexity": perplexity,
-    "hellaswag": hellaswag,
-    "next": next_tokens,
-    "compare": compare,
-}
+TASKS: dict[str, Callable[..., tuple[Result, int, str]]]
+TASKS = {"perplexity": perplexity, "hellaswag": hellaswag, "next": next_tokens, "compare": compare}

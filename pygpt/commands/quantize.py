@@ -1,12 +1,8 @@
 """Write a model in another weight format: quantised, or in floats. See `pygpt quantize --help`.
 
-q8_0 and q4_0 are formats of GGUF: 32 neighbours of a row share a float16 scale. A weight takes 8.5 or 4.5 bits. f16, bf16 and
-f32 are plain floats. The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep
-their format. A `.gguf` file is for exchange, and llama.cpp runs it. A `.safetensors` file has the same numbers in the layout of
-the kernels, so it is mapped in place. Conversion streams, so memory use stays low. Numbers in this format are copied.
-
-stdout stays empty. Exit status: 0, with one line on stderr; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C.
-After a failure, an older DST is unchanged, and an incomplete file is deleted.
+The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format. Conversion
+streams, so memory use stays low. Numbers in this format are copied. After a failure, an older DST is unchanged, and an
+incomplete file is deleted. stdout stays empty.
 """
 
 import argparse
@@ -22,8 +18,8 @@ from ..formats.gguf import write_gguf
 from ..formats.huggingface import HuggingFaceModel
 from ..formats.open import blocks_of, open_source
 from ..formats.panels import ModelFile, formats_of, write_panels
-from .console import HelpFormatter, Parser, say, status_of
-from .convert import check_parent, describe
+from .console import Parser, say, status_of
+from .convert import check_target, describe
 from .progress import Progress
 
 TYPE_CHECKING = False
@@ -57,8 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file\n"
         "(mapped in place by pygpt).",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
     parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")
@@ -88,8 +82,16 @@ def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
     gguf = target.endswith(".gguf")
     formats = formats_of(model.config, kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
     with Progress("weights", model.config.parameters(padded=False)) as progress:
-        counter = Counter(progress)
-        tensors = {name: counter.watch(blocks_of(model, name, formats[name]), formats[name]) for name, _ in model.config.table}
+        done = 0
+
+        def watched(name: str) -> "Iterator[Blocks]":
+            nonlocal done
+            for piece in blocks_of(model, name, formats[name]):
+                yield piece
+                done += piece.size * formats[name].block_values
+                progress.update(done)
+
+        tensors = {name: watched(name) for name, _ in model.config.table}
         try:
             if gguf:
                 write_gguf(target, model.config, formats, tensors)
@@ -97,20 +99,6 @@ def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
                 write_panels(target, model.config, formats, tensors, sha256_of(model))
         except OSError as error:
             raise PyGPTError(f"{target}: cannot write the model file: {reason(error)}") from error
-
-
-class Counter:
-    """Show the number of written weights."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._done = progress, 0
-
-    def watch(self, pieces: "Iterator[Blocks]", kind: Format) -> "Iterator[Blocks]":
-        """Yield the pieces of a tensor unchanged, and count them."""
-        for piece in pieces:
-            yield piece
-            self._done += piece.size * kind.block_values
-            self._progress.update(self._done)
 
 
 def positions_of(model: "Source") -> Format:
@@ -125,17 +113,5 @@ def sha256_of(model: "Source") -> str:
     digest = hashlib.sha256()
     for path in model.paths if isinstance(model, HuggingFaceModel) else [model.path]:
         with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def check_target(source: str, target: str) -> None:
-    """Refuse a target that belongs to the source, is not a regular file, or has a missing folder."""
-    check_parent(target)
-    if os.path.exists(target):
-        if not os.path.isfile(target):
-            raise InputError(f"{target}: not a regular file, so it is not replaced: give DST another name")
-        inside = os.path.isdir(source) and os.path.samefile(source, os.path.dirname(os.path.realpath(target)))
-        if inside or (os.path.exists(source) and os.path.samefile(source, target)):
-            raise InputError(f"{target}: this file belongs to SRC: give DST another name")

@@ -43,7 +43,7 @@ from ..formats.text import EOT_MODES, encode_file, read_text
 from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
 from ..training.data import split
-from .console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of, whole
+from .console import Parser, check_stdout, for_terminal, say, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
 
@@ -62,8 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="pygpt shards",
         usage="pygpt shards TEXT... -o NAME [options]\n       pygpt shards --show FILE [-n N]",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="UTF-8 text files, quoted patterns, or - for stdin")
@@ -120,8 +118,7 @@ def fraction(text: str) -> float:
 def expand(given: str) -> list[str]:
     """Return the texts named by one argument: a file, the sorted files that match a pattern, or stdin.
 
-    Raises InputError if there are no such files.
-    """
+    Raises InputError if there are no such files."""
     if given == STDIN or os.path.lexists(given):
         return [given]
     if found := sorted(glob.glob(given)):
@@ -132,8 +129,7 @@ def expand(given: str) -> list[str]:
 def target(output: str, first: str) -> str:
     """Return the beginning of the files' names. If `output` ends in /, make that folder.
 
-    Raises InputError if the folder does not exist and cannot be made here, or if it holds older files of the same name.
-    """
+    Raises InputError if the folder does not exist and cannot be made here, or if it holds older files of the same name."""
     asked = output.endswith("/")
     if os.path.isdir(output) or asked:
         output = os.path.join(output, "stdin" if first == STDIN else Path(first).stem)
@@ -173,28 +169,17 @@ def make(
                 os.replace(os.path.join(work, file), os.path.join(folder, file))
     except OSError as error:
         raise PyGPTError(f"{prefix}: cannot write the token files: {error.strerror or error}") from error
-    return "; ".join(described(os.path.join(folder, files[part][0]), len(files[part]), len(parts[part])) for part in parts)
+    more = {part: f" and {len(files[part]) - 1} more" if len(files[part]) > 1 else "" for part in parts}
+    return "; ".join(f"{os.path.join(folder, files[part][0])}{more[part]}: {len(parts[part])} tokens" for part in parts)
 
 
 def tokenize(texts: Sequence[str], spool: str, **reading: Any) -> Tokens:
     """Write all tokens of the texts to the file `spool`; return them as a mapped array.
 
-    The split needs the number of all tokens, which is known only at the end. Raises InputError if there are no tokens.
-    """
+    The split needs the number of all tokens, which is known only at the end. reading: the options of encode_file(). Raises
+    InputError if there are no tokens."""
     total = None if any(not os.path.isfile(text) for text in texts) else sum(map(os.path.getsize, texts))
-    count = 0
-    with open(spool, "wb") as file, Progress("bytes", total) as progress:
-        for piece in tokenized(texts, progress, **reading):
-            file.write(piece.data)
-            count += len(piece)
-    if not count:
-        raise InputError("the texts are empty: give at least one character")
-    return np.memmap(spool, "<u2", "r")
-
-
-def tokenized(texts: Sequence[str], progress: Progress, **reading: Any) -> Iterator[Tokens]:
-    """Yield the tokens of the texts in pieces, and update the progress bar. reading: the options of encode_file()."""
-    done = 0
+    done = count = 0
 
     def watched(text: Iterator[str]) -> Iterator[str]:
         nonlocal done
@@ -203,8 +188,14 @@ def tokenized(texts: Sequence[str], progress: Progress, **reading: Any) -> Itera
             done += len(piece.encode())
             progress.update(done)
 
-    for name in texts:
-        yield from encode_file(watched(read_text(name)), name, **reading)
+    with open(spool, "wb") as file, Progress("bytes", total) as progress:
+        for name in texts:
+            for tokens in encode_file(watched(read_text(name)), name, **reading):
+                file.write(tokens.data)
+                count += len(tokens)
+    if not count:
+        raise InputError("the texts are empty: give at least one character")
+    return np.memmap(spool, "<u2", "r")
 
 
 def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[str]:
@@ -217,11 +208,6 @@ def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[
     for file, part in files:
         write_tokens(os.path.join(work, file), part)
     return [file for file, _ in files]
-
-
-def described(first: str, files: int, tokens: int) -> str:
-    """Return a short description of the written files."""
-    return f"{first}{f' and {files - 1} more' if files > 1 else ''}: {tokens} tokens"
 
 
 # ------------------------------------------------------------------------------------------------ show a shard

@@ -2,11 +2,7 @@
 
 A file has an int32[256] little-endian header: magic, version, maxT, V, L, NH, C, Vp, zeros. The sixteen tensors of
 config.TENSORS follow, each for all layers. Version 1 has float32 and V rows of wte, version 3 float32 and Vp rows, version 5
-bfloat16 and Vp rows. The reader checks every number of the header, and compares the file's size with the one that it computes
-with Python integers. So every later offset is inside the map. The values are used in place. If other programs may write to
-the file, the reader can copy it into memory first.
-
-Refuses files of any other size, magic or version, and formats that run code from the file.
+bfloat16 and Vp rows. Every number of the header and the file's size are checked, so every later offset is inside the map.
 Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
 """
 
@@ -17,7 +13,7 @@ from contextlib import suppress
 from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, ClosedError, InputError, Uncopied, shown, whole
+from ..errors import CheckpointError, ClosedError, Closing, InputError, shown, whole
 from . import dtypes
 from .dtypes import BFLOAT16, FLOAT32, Format
 from .files import HEADER_BYTES, Windows, atomic_file, map_file
@@ -68,7 +64,7 @@ def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: 
     return found
 
 
-class Checkpoint(Uncopied):
+class Checkpoint(Closing):
     """An open checkpoint with its values mapped read-only. Use it in a `with` block, or close() it.
 
     `config` and `version` are from the checked header; `values` are the mapped bytes after the header. Raises CheckpointError,
@@ -76,8 +72,7 @@ class Checkpoint(Uncopied):
 
     If the file is deleted, or replaced by a rename, an open checkpoint does not change. If another process truncates the file
     in place, its mapped pages disappear and the process ends (SIGBUS). If another process overwrites it, the weights change.
-    With mmap=False the file is copied into memory at once, and later changes have no effect.
-    """
+    With mmap=False the file is copied into memory at once, and later changes have no effect."""
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
@@ -158,12 +153,6 @@ class Checkpoint(Uncopied):
             self.values.release()
             self._map.close()
 
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class StreamedCheckpoint(Checkpoint):
     """An open checkpoint without `values`, which maps only the rows in use. It may be larger than memory."""
@@ -192,8 +181,7 @@ def write_checkpoint(
     tensors: maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows. An iterator over pieces of rows, as
     of Checkpoint.pieces(), can replace an array: each piece is requested, written and dropped. Values are rounded to float32,
     then to bfloat16 (nearest even). Raises InputError for a wrong name or shape, and OSError if the file cannot be written. In
-    both cases an older file stays intact.
-    """
+    both cases an older file stays intact."""
     if (number := whole(version)) not in FORMATS:
         raise InputError(f"version is {shown(version)}: it must be 1, 3 or 5")
     version = number

@@ -1,8 +1,7 @@
 """The weight formats, one row for each: how numbers are stored, and how they are converted from and to float32.
 
-Readers and writers of files use this table. The kernels have another table (csrc/micro.h), with the same names. If a format is
-missing in the kernels' table, it can be read and converted, and a model computes with its values as float32. docs/add-a-weight-
-format.md explains how to add a format.
+The kernels have another table (csrc/micro.h), with the same names. If a format is missing there, a model computes with its
+values as float32. docs/add-a-weight-format.md explains how to add a format.
 
 Quantised rows are blocks of neighbours in one row of a matrix, as GGUF stores them. The kernels read the same numbers in
 panels (panels.py). Each step of quantising is one rounded float32 operation in a fixed order, so the bits are the same on
@@ -25,8 +24,7 @@ class Format:
     """One weight format. A block of `block_values` neighbours in a row takes `block_bytes` bytes.
 
     dtype: NumPy's dtype of one block. to_float32: (..., blocks) -> (..., values), exact; float32 itself is not copied.
-    from_float32: the inverse, rounded; None if pygpt only reads the format.
-    """
+    from_float32: the inverse, rounded; None if pygpt only reads the format."""
 
     __slots__ = ("block_bytes", "block_values", "dtype", "from_float32", "name", "to_float32")
 
@@ -68,10 +66,6 @@ class Format:
             file.write(self.from_float32(values[start : start + PIECE]).data)
 
 
-def _as_it_is(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float32]":
-    return array
-
-
 def _from_bfloat16(bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.float32]":
     """Convert bits of bfloat16, the upper half of a float32, to float32. This is exact, and keeps the bits of a NaN."""
     wide = bits.astype("<u4")
@@ -109,15 +103,10 @@ def _from_blocks(scale: "npt.NDArray[np.float32]", numbers: "npt.NDArray[np.int8
     return values.reshape(*numbers.shape[:-2], numbers.shape[-2] * numbers.shape[-1])
 
 
-def _from_q8_0(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
-    return _from_blocks(blocks["d"].astype("<f4"), blocks["q"])
-
-
 def _to_q8_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
     """Quantise to q8_0: d = max|w| / 127, rounded up to a float16, and q = w / d, rounded to the nearest even.
 
-    Rounding up keeps |q| <= 127. A block with a NaN or infinity, or with d beyond float16, is read as NaNs.
-    """
+    Rounding up keeps |q| <= 127. A block with a NaN or infinity, or with d beyond float16, is read as NaNs."""
     import numpy as np
 
     values = array.reshape(-1, 32)
@@ -151,8 +140,7 @@ def _to_q4_0(array: "npt.NDArray[np.float32]") -> "npt.NDArray[Any]":
     Let e be the first value of the largest magnitude. A candidate x maps e to x: q = w (x / e), rounded to the nearest even and
     clipped to -8..7. Then d = a / b, with a = sum(|w| w q) and b = sum(|w| (q q)), rounded to a float16. The score is the error
     that d saves, d (2a - d b). The first candidate with the best score above 0 wins. Then q = w / d, rounded and clipped, plus
-    8. Sums fold 16+16, 8+8, 4+4, 2+2, 1+1. A block with a NaN or infinity, or with d beyond float16, is read as NaNs.
-    """
+    8. Sums fold 16+16, 8+8, 4+4, 2+2, 1+1. A block with a NaN or infinity, or with d beyond float16, is read as NaNs."""
     import numpy as np
 
     blocks = np.empty(array.size // 32, Q4_0.dtype)
@@ -204,9 +192,8 @@ def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
     blocks = blocks.reshape(-1)
     low = blocks["ql"].reshape(-1, 2, 2, 32)  # [block][half][pair][l]
     high = blocks["qh"].reshape(-1, 2, 32)
-    q = np.stack(
-        [low[:, :, 0] & 15, low[:, :, 1] & 15, low[:, :, 0] >> 4, low[:, :, 1] >> 4], axis=2
-    )  # [block][half][quarter][l]
+    quarters = [low[:, :, 0] & 15, low[:, :, 1] & 15, low[:, :, 0] >> 4, low[:, :, 1] >> 4]
+    q = np.stack(quarters, axis=2)  # [block][half][quarter][l]
     for quarter in range(4):
         q[:, :, quarter] |= (high >> (2 * quarter) & 3) << 4
     with np.errstate(invalid="ignore"):
@@ -218,10 +205,10 @@ def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
 Q4_0_EXTREMES = tuple(-9 + i / 4 for i in range(9))  # candidates for the number of the extreme value
 SEARCHED = 1 << 11  # blocks searched at a time, to fit the second-level cache
 
-FLOAT32 = Format("float32", "<f4", 1, 4, _as_it_is, _as_it_is)
+FLOAT32 = Format("float32", "<f4", 1, 4, lambda array: array, lambda array: array)
 BFLOAT16 = Format("bfloat16", "<u2", 1, 2, _from_bfloat16, _to_bfloat16)
 FLOAT16 = Format("float16", "<f2", 1, 2, _from_float16, _to_float16)
-Q8_0 = Format("q8_0", [("d", "<f2"), ("q", "i1", 32)], 32, 34, _from_q8_0, _to_q8_0)
+Q8_0 = Format("q8_0", [("d", "<f2"), ("q", "i1", 32)], 32, 34, lambda b: _from_blocks(b["d"].astype("<f4"), b["q"]), _to_q8_0)
 Q4_0 = Format("q4_0", [("d", "<f2"), ("q", "u1", 16)], 32, 18, _from_q4_0, _to_q4_0)  # low nibbles: inputs 0..15
 Q6_K = Format("q6_k", [("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")], 256, 210, _from_q6_k, None)
 FORMATS = {row.name: row for row in (FLOAT32, BFLOAT16, FLOAT16, Q8_0, Q4_0, Q6_K)}

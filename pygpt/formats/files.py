@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from typing import IO
 
 HEADER_BYTES = 1024  # of llm.c's files: int32[256]
+ZIP = b"PK\x03\x04"  # the first bytes of PyTorch's files, and of those before version 1.6:
+PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
 class Windows:
     """An open file that is viewed through small read-only maps. A map lives as long as its views.
 
-    `size`: the file's size in bytes. Raises the errors of map_file(), also in view() if the file has become shorter.
-    """
+    `size`: the file's size in bytes. Raises the errors of map_file(), also in view() if the file has become shorter."""
 
     def __init__(
         self, path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None] | None = None
@@ -76,6 +77,27 @@ def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int,
     return fd, status
 
 
+def is_pickle(path: str) -> bool:
+    """Return whether a file is one of PyTorch's. A damaged zip file is taken for one, because only model files are given."""
+    try:
+        if not os.path.isfile(path):  # opening a FIFO would block
+            return False
+        with open(path, "rb") as file:
+            if not (start := file.read(9)).startswith(ZIP):
+                # The length of a safetensors header may begin like a pickle, too. The header itself begins with {.
+                headed = start[8:] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path)
+                return start.startswith(PICKLES) and not headed
+        import zipfile
+
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+        except zipfile.BadZipFile:
+            return True
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return False
+
+
 def foreign_file(start: bytes) -> str:
     """Return what a file is that people give by mistake, with the way out, or "". start: its first bytes."""
     text = start.lstrip().lower()
@@ -94,8 +116,7 @@ def map_file(
     """Call check(first 1,024 bytes, size), which may raise, then map the file read-only, or `read` it into memory.
 
     kind: the kind of file, for messages. Raises `refusal` if the file is not regular, cannot be opened or mapped, or changes
-    while it is read. Raises MemoryError if the address space has no room.
-    """
+    while it is read. Raises MemoryError if the address space has no room."""
     fd, status = _open_regular(path, kind, refusal)
     try:
         header = os.read(fd, HEADER_BYTES)

@@ -1,13 +1,8 @@
 """GGUF files of GPT-2 models (version 3, llama.cpp's architecture `gpt2`): read strictly, written as a stream.
 
 A file is a header (magic, version, counts), key-value pairs, a table of tensors (name, extents, type, offset), padding, and the
-tensors. Each tensor begins at a multiple of general.alignment. The reader does not trust the file: it bounds every field,
-refuses a key or name that occurs twice, and requires that the tensors follow each other in order and fill the file. It computes
-sizes with Python integers and compares them with the file before it allocates memory. Quantised values are read exactly.
-
-Refuses: other architectures and versions, split files, tensors of types that pygpt does not compute with, tensors that are
-missing, unknown or of another shape. The architecture `gpt2` says the width of the feed-forward, the epsilon, and a head of
-its own; a model with another variation cannot be written.
+tensors. Each tensor begins at a multiple of general.alignment. The reader bounds every field, refuses a key or name that occurs
+twice, and requires that the tensors follow each other in order and fill the file. Quantised values are read exactly.
 Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), llama-model.cpp (what a gpt2 model has).
 """
 
@@ -27,7 +22,7 @@ from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
 from .files import Windows, atomic_file
 from .panels import ALIGNMENT as ALIGNED
-from .panels import MATRICES, QUANTISED, ModelFile, layout, stored_size
+from .panels import MATRICES, QUANTISED, ModelFile, aligned, layout, stored_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,25 +53,12 @@ TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 DIMENSIONS = {"maxT": "context_length", "C": "embedding_length", "L": "block_count", "NH": "attention.head_count"}
-NAMES = {
-    "wte": "token_embd.weight",
-    "wpe": "position_embd.weight",
-    "ln1w": "blk.{}.attn_norm.weight",
-    "ln1b": "blk.{}.attn_norm.bias",
-    "qkvw": "blk.{}.attn_qkv.weight",
-    "qkvb": "blk.{}.attn_qkv.bias",
-    "attprojw": "blk.{}.attn_output.weight",
-    "attprojb": "blk.{}.attn_output.bias",
-    "ln2w": "blk.{}.ffn_norm.weight",
-    "ln2b": "blk.{}.ffn_norm.bias",
-    "fcw": "blk.{}.ffn_up.weight",
-    "fcb": "blk.{}.ffn_up.bias",
-    "fcprojw": "blk.{}.ffn_down.weight",
-    "fcprojb": "blk.{}.ffn_down.bias",
-    "lnfw": "output_norm.weight",
-    "lnfb": "output_norm.bias",
-    "head": "output.weight",
-}
+PARTS = {
+    "ln1": "attn_norm", "qkv": "attn_qkv", "attproj": "attn_output", "ln2": "ffn_norm", "fc": "ffn_up", "fcproj": "ffn_down"
+}  # fmt: skip
+NAMES = {"wte": "token_embd.weight", "wpe": "position_embd.weight", "head": "output.weight"}
+NAMES |= {"lnfw": "output_norm.weight", "lnfb": "output_norm.bias"}
+NAMES |= {ours + end[0]: f"blk.{{}}.{theirs}.{end}" for ours, theirs in PARTS.items() for end in ("weight", "bias")}
 HEAD = NAMES["head"]
 SAID = {"F", "epsilon", "tied"}  # the variations that a file can say
 Value = int | float | bool | str
@@ -160,8 +142,7 @@ class GGUFFile(ModelFile):
 
     stored() uses plain floats in place if their layers follow each other in the file; with mmap=False it copies them. It lays
     quantised tensors out in panels, on so many threads as for GPT2.load(). Raises CheckpointError if the file is
-    not exactly as pygpt needs it.
-    """
+    not exactly as pygpt needs it."""
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> None:
         self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
@@ -238,17 +219,17 @@ class GGUFFile(ModelFile):
         if not is_whole(alignment, 8, 1 << 16) or alignment % 8:
             raise cursor.bad(f"general.alignment is {shown(alignment)}, expected a multiple of 8 up to {1 << 16}")
         step = int(alignment)
-        begin = end = _aligned(cursor.at, step)
+        begin = end = aligned(cursor.at, step)
         found: dict[str, Tensor] = {}
         for name, kind, extents, offset in table:
             if name in found:
                 raise cursor.bad(f"tensor {name!r} occurs twice")
-            start = _aligned(end, step)
+            start = aligned(end, step)
             if begin + offset != start:
                 raise cursor.bad(f"tensor {name!r} begins at {offset}, expected {start - begin}")
             end = start + kind.size(prod(extents))
             found[name] = Tensor(kind, extents, start, end)
-        if not end <= self.size <= _aligned(end, step):
+        if not end <= self.size <= aligned(end, step):
             flaw = "truncated" if self.size < end else "too long"
             raise cursor.bad(f"{flaw}: {self.size} bytes, expected {end}; fetch it again")
         return found
@@ -412,24 +393,16 @@ def _theirs(name: str, layers: int) -> list[str]:
     return [NAMES[name].format(layer) for layer in range(layers)]
 
 
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
-
-
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write_gguf(
-    path: str | os.PathLike[str],
-    config: Config,
-    formats: "Mapping[str, Format]",
-    tensors: "Mapping[str, Iterator[Blocks]]",
+    path: str | os.PathLike[str], config: Config, formats: "Mapping[str, Format]", tensors: "Mapping[str, Iterator[Blocks]]"
 ) -> None:
     """Write a GGUF file for llama.cpp, all or nothing. Arguments and errors are those of panels.write_panels().
 
     The model's vocabulary stands in the file if it splits text as GPT-2's does; any other is left out. Raises InputError for
-    rows that do not fill whole blocks.
-    """
+    rows that do not fill whole blocks."""
     if unsaid := sorted(config.variations.keys() - SAID):
         value = shown(getattr(config, unsaid[0]))
         raise InputError(f"{os.fspath(path)}: GGUF's gpt2 cannot say {unsaid[0]} = {value}: write a .safetensors file instead")
@@ -449,7 +422,7 @@ def write_gguf(
             table.append(
                 _string(theirs) + struct.pack(f"<I{len(extents)}QIQ", len(extents), *extents, TYPE_OF[formats[name].name], end)
             )
-            end = _aligned(end + size, ALIGNMENT)
+            end = aligned(end + size, ALIGNMENT)
     pairs = _pairs(config, formats)
     header = MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)
     with atomic_file(path) as file:

@@ -1,13 +1,9 @@
 """GPT-2's family in Hugging Face's transformers, and in nanoGPT's layout: use a folder or a file as it is, write a folder.
 
 The files have other names than ours, and separate tensors for each layer. The four weights of transformers' Conv1D have shape
-(in, out); ours and nanoGPT's have (out, in). To compute, stored() uses the embeddings in place, and lays the layers out once,
-on all workers. To convert, the code reads one layer at a time, or some rows of an embedding, so any model fits in memory. The
-prefixes in PREFIXES are optional. The causal mask of older files is ignored. A model without any bias has zero biases.
-
-Refuses models that the kernels would compute differently, for example with cross-attention, and tensors that are missing,
-unknown or of another shape. Pickles are read only by torch, without running their code (pickles.py). Source: transformers,
-models/gpt2/modeling_gpt2.py and configuration_gpt2.py; nanoGPT, model.py.
+(in, out); ours and nanoGPT's have (out, in). The causal mask of older files is ignored. A model without any bias has zero
+biases. Refuses models that the kernels would compute differently, and tensors that are missing, unknown or of another shape.
+Source: transformers, models/gpt2/modeling_gpt2.py and configuration_gpt2.py; nanoGPT, model.py.
 """
 
 import json
@@ -19,10 +15,10 @@ from contextlib import ExitStack
 from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, InputError, PyGPTError, Uncopied
+from ..errors import CheckpointError, Closing, InputError, PyGPTError, shown
 from . import dtypes
 from .dtypes import FLOAT32
-from .files import reason
+from .files import is_pickle, reason
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 
 TYPE_CHECKING = False
@@ -44,25 +40,11 @@ JSON_LIMIT = 1 << 22  # bytes of config.json or an index: far more than any GPT-
 PREFIX, PREFIXES, HEAD = "transformer.", ("_orig_mod.", "module.", "transformer."), "lm_head.weight"
 
 # By our tensor name: the name in the files, {} standing for the layer, and whether transformers' files have shape (in, out).
-NAMES: dict[str, tuple[str, bool]] = {
-    "wte": ("wte.weight", False),
-    "wpe": ("wpe.weight", False),
-    "ln1w": ("h.{}.ln_1.weight", False),
-    "ln1b": ("h.{}.ln_1.bias", False),
-    "qkvw": ("h.{}.attn.c_attn.weight", True),
-    "qkvb": ("h.{}.attn.c_attn.bias", False),
-    "attprojw": ("h.{}.attn.c_proj.weight", True),
-    "attprojb": ("h.{}.attn.c_proj.bias", False),
-    "ln2w": ("h.{}.ln_2.weight", False),
-    "ln2b": ("h.{}.ln_2.bias", False),
-    "fcw": ("h.{}.mlp.c_fc.weight", True),
-    "fcb": ("h.{}.mlp.c_fc.bias", False),
-    "fcprojw": ("h.{}.mlp.c_proj.weight", True),
-    "fcprojb": ("h.{}.mlp.c_proj.bias", False),
-    "lnfw": ("ln_f.weight", False),
-    "lnfb": ("ln_f.bias", False),
-    "head": (HEAD, False),
-}
+PARTS = {"ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj", "ln2": "ln_2", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj"}
+NAMES = {"wte": ("wte.weight", False), "wpe": ("wpe.weight", False), "head": (HEAD, False)}
+NAMES |= {"lnfw": ("ln_f.weight", False), "lnfb": ("ln_f.bias", False)}
+NAMES |= {f"{ours}w": (f"h.{{}}.{theirs}.weight", "c_" in theirs) for ours, theirs in PARTS.items()}
+NAMES |= {f"{ours}b": (f"h.{{}}.{theirs}.bias", False) for ours, theirs in PARTS.items()}
 MASKS = ("h.{}.attn.bias", "h.{}.attn.masked_bias")
 
 # All that a config.json may say: our name in Config, and its names there. The first is written, the others are read as well.
@@ -83,14 +65,13 @@ NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
 KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
 
 
-class HuggingFaceModel(Uncopied):
+class HuggingFaceModel(Closing):
     """An open model with `config`, with stored() to compute, and pieces() of its tensors by our names. Close it, or use `with`.
 
     files: the files by path. settings: the contents of config.json, or None without that file. heads: the number of heads,
     needed only without settings, and only if the model does not have a known size. path: the model's name in messages.
     threads: workers that lay out the layers. mmap: use embeddings in place. Raises CheckpointError for a model that the kernels
-    do not compute, InputError for a bad `heads`.
-    """
+    do not compute, InputError for a bad `heads`."""
 
     def __init__(
         self,
@@ -115,7 +96,8 @@ class HuggingFaceModel(Uncopied):
                 self._tensors[short] = file, name
         if "wte.weight" not in self._tensors and HEAD in self._tensors:  # safetensors.torch.save_model keeps one of two names
             self._tensors["wte.weight"] = self._tensors.pop(HEAD)
-        self._linear = self._is_linear()
+        shape = self._shape("h.0.attn.c_attn.weight")
+        self._linear = len(shape) == 2 and shape[0] == 3 * shape[1]  # nanoGPT's matrices are (out, in); qkv's is not square
         self._unbiased = not any(name.endswith(".bias") and not name.endswith(".attn.bias") for name in self._tensors)
         if settings is None:
             self.config = self._guess(heads)
@@ -133,6 +115,8 @@ class HuggingFaceModel(Uncopied):
         """Open a folder with config.json and tensors, or one file of tensors, whose folder may have a config.json.
 
         A safetensors file's own metadata may hold the text of config.json, as Parameters.save() writes it."""
+        from .pickles import PickleFile
+
         with ExitStack() as opened:
             if os.path.isdir(path):
                 folder = path
@@ -143,8 +127,8 @@ class HuggingFaceModel(Uncopied):
                 folder, paths = os.path.dirname(path), {path: path}
             files: dict[str, Tensors] = {}
             for name, place in paths.items():
-                opened.callback((file := _open_tensors(place)).close)
-                files[name] = file
+                files[name] = file = PickleFile(place) if is_pickle(place) else SafetensorsFile(place)
+                opened.callback(file.close)
             if os.path.isdir(path):
                 _check_index(folder, files)
             place = os.path.join(folder, CONFIG_FILE)
@@ -161,11 +145,6 @@ class HuggingFaceModel(Uncopied):
         """The shape of a tensor in the files, () if it is missing."""
         file, full = self._tensors.get(name, (None, ""))
         return () if file is None else file.tensors[full][1]
-
-    def _is_linear(self) -> bool:
-        """Return whether the layers' matrices are (out, in), as nanoGPT has them. The one of qkv shows it: it is not square."""
-        shape = self._shape("h.0.attn.c_attn.weight")
-        return len(shape) == 2 and shape[0] == 3 * shape[1]
 
     def _tied(self) -> bool:
         """Return whether the head is wte: the files have no head, or one of the same bits."""
@@ -281,8 +260,7 @@ class HuggingFaceModel(Uncopied):
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
         """Map each tensor to its format's name and its bytes, as Weights takes them.
 
-        wte, wpe and a head are the bytes of the file. The layers' matrices are laid out in memory, on all workers at once.
-        """
+        wte, wpe and a head are the bytes of the file. The layers' matrices are laid out in memory, on all workers at once."""
         import numpy as np
 
         from .._kernels import Floats, transpose
@@ -322,19 +300,12 @@ class HuggingFaceModel(Uncopied):
         for file in self._files.values():
             file.close()
 
-    def __enter__(self) -> "HuggingFaceModel":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def write_model(folder: str, model: "Weights", kind: "Format") -> None:
     """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
     A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it
-    cannot be written, and then deletes it.
-    """
+    cannot be written, and then deletes it."""
     temporary = f"{folder}.{os.urandom(4).hex()}.tmp"
     try:
         os.mkdir(temporary)
@@ -369,9 +340,8 @@ def write_tensors(file: "IO[bytes]", model: "Weights", kind: "Format", metadata:
     """Write the tensors of a model to an open file as safetensors with transformers' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
-        shapes.update(
-            {(theirs if name == "head" else PREFIX + theirs): found for theirs, found in _theirs(name, shape).items()}
-        )
+        prefix = "" if name == "head" else PREFIX
+        shapes.update({prefix + theirs: found for theirs, found in _theirs(name, shape).items()})
 
     def values() -> "Iterator[npt.NDArray[np.float32]]":
         for name, _ in model.config.table:
@@ -409,13 +379,12 @@ def _rows(file: "Tensors", name: str) -> "Iterator[npt.NDArray[np.float32]]":
 def read_settings(settings: "dict[str, Any]", place: str, *, tied: bool = True) -> Config:
     """Return the config in config.json. Raises CheckpointError for settings that the kernels do not compute.
 
-    tied: whether the files have no head, or one that equals wte. A head that differs is used, as transformers does.
-    """
+    tied: whether the files have no head, or one that equals wte. A head that differs is used, as transformers does."""
     where = f"{place}: {CONFIG_FILE}"
     if settings.get("model_type", "gpt2" if NANOGPT in settings else None) != "gpt2":
-        raise CheckpointError(f"{where}: model_type is {_short(settings.get('model_type'))}, expected 'gpt2'")
+        raise CheckpointError(f"{where}: model_type is {shown(settings.get('model_type'))}, expected 'gpt2'")
     if settings.get("add_cross_attention", False) is not False:
-        found = _short(settings["add_cross_attention"])
+        found = shown(settings["add_cross_attention"])
         raise CheckpointError(f"{where}: add_cross_attention is {found}, expected False: only that is supported")
     given: dict[str, Any] = dict.fromkeys(("maxT", "V", "L", "NH", "C"))
     given |= {"activation": "gelu"} if NANOGPT in settings else {}
@@ -438,11 +407,8 @@ def settings_of(config: Config, dtype: str, end: int | None = None) -> dict[str,
         "dtype": dtype,
         **{names[0]: getattr(config, ours) for ours, names in SETTINGS.items()},
         "n_inner": None if config.F == 4 * config.C else config.F,
-        "add_cross_attention": False,
-        "reorder_and_upcast_attn": False,
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "resid_pdrop": 0.1,
+        **dict.fromkeys(("add_cross_attention", "reorder_and_upcast_attn"), False),
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
         "initializer_range": 0.02,
         "bos_token_id": end,
         "eos_token_id": end,
@@ -452,25 +418,15 @@ def settings_of(config: Config, dtype: str, end: int | None = None) -> dict[str,
 
 def find_files(folder: str) -> list[str]:
     """Return the names of a folder's safetensors files: model.safetensors, else the shards in its index."""
-    if os.path.exists(os.path.join(folder, MODEL_FILE)):
-        return [MODEL_FILE]
-    if os.path.exists(os.path.join(folder, INDEX_FILE)):
-        return sorted(set(_read_index(folder).values()))
-    if os.path.exists(os.path.join(folder, PICKLE_FILE)):
-        return [PICKLE_FILE]
-    if os.path.exists(os.path.join(folder, PICKLE_INDEX)):
-        return sorted(set(_read_index(folder, PICKLE_INDEX).values()))
+    for file, index in (MODEL_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX):
+        if os.path.exists(os.path.join(folder, file)):
+            return [file]
+        if os.path.exists(os.path.join(folder, index)):
+            return sorted(set(_read_index(folder, index).values()))
     raise CheckpointError(f"{folder}: expected {MODEL_FILE} or {INDEX_FILE} in it")
 
 
-def _open_tensors(path: str) -> "Tensors":
-    """Open a file of tensors: safetensors, or a pickle where torch is installed."""
-    from .pickles import PickleFile, is_pickle
-
-    return PickleFile(path) if is_pickle(path) else SafetensorsFile(path)
-
-
-def _read_index(folder: str, index: str = INDEX_FILE) -> dict[str, str]:
+def _read_index(folder: str, index: str) -> dict[str, str]:
     """Read the index: map each tensor to its shard. An index can only name files in its own folder."""
     path = os.path.join(folder, index)
     places = _read_json(path).get("weight_map")
@@ -512,7 +468,3 @@ def parse_settings(text: bytes, path: str) -> "dict[str, Any]":
     if len(text) > JSON_LIMIT:
         raise CheckpointError(f"{path}: longer than {JSON_LIMIT} bytes: too long for the settings of a model")
     return parse_object(text, path)
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60]

@@ -6,8 +6,6 @@
 
 Each file begins with an int32[256] little-endian header. The readers check every field and length against the file's end before
 they use it, and refuse bytes after the last value.
-
-Refuses files of another size, magic or version, ids outside the vocabulary, and examples without exactly four endings.
 Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py (write_evalfile), llmc/dataloader.h.
 """
 
@@ -52,8 +50,7 @@ class DebugState(NamedTuple):
 def read_debug_state(path: "Path", config: Config) -> DebugState:
     """Read llm.c's debug state (`gpt2_124M_debug_state.bin`) of a model of this shape.
 
-    Raises DataError, with the found and the expected numbers, for any file that is not exactly a debug state.
-    """
+    Raises DataError, with the found and the expected numbers, for any file that is not exactly a debug state."""
     name = os.fspath(path)
     (_, B, T), mapped = map_data(name, "debug state", STATE_MAGIC, (STATE_VERSION,), 2)
     if B < 1 or not 1 <= T <= config.maxT:
@@ -85,10 +82,7 @@ def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
         odd = sorted(map(str, set(state.gradients) ^ {tensor for tensor, _ in wanted}))
         raise InputError(f"gradients: expected the sixteen tensors, but {shown(odd)} are missing or unknown")
     arrays = [("inputs", inputs, shape), ("targets", targets, shape), ("logits", state.logits, (*shape, config.V))]
-    for what, array, expected in [
-        *arrays,
-        *((f"gradient {tensor}", state.gradients[tensor], extents) for tensor, extents in wanted),
-    ]:
+    for what, array, expected in arrays + [(f"gradient {name}", state.gradients[name], extents) for name, extents in wanted]:
         if np.shape(array) != expected:
             raise InputError(f"{what} has shape {np.shape(array)}, expected {expected}")
     for what, ids in (("inputs", inputs), ("targets", targets)):
@@ -120,8 +114,7 @@ def read_examples(path: "Path", *, V: int | None = None) -> Iterator[Example]:
     """Yield the examples of a multiple-choice file (`hellaswag_val.bin`) in order.
 
     V: the vocabulary size, to check every id. Raises DataError for any file that is not exactly such a file. The header is
-    checked at once, and each example before it is yielded; the error gives the example's offset in the file.
-    """
+    checked at once, and each example before it is yielded; the error gives the example's offset in the file."""
     name = os.fspath(path)
     (_, count, longest), mapped = map_data(name, "file of examples", EXAMPLES_MAGIC, (1,), 2)
     if count < 1:
@@ -185,8 +178,7 @@ def _example(where: str, index: int, values: list[int], V: int | None) -> Exampl
 def write_examples(path: "Path", examples: Iterable[Example]) -> int:
     """Write a multiple-choice file atomically; return how many examples it has.
 
-    Examples are numbered from 0. Raises InputError for an example that does not fit in the format, and OSError.
-    """
+    Examples are numbered from 0. Raises InputError for an example that does not fit in the format, and OSError."""
     count = longest = 0
     with atomic_file(path) as file:
         file.write(bytes(HEADER_BYTES))
@@ -216,8 +208,7 @@ def write_examples(path: "Path", examples: Iterable[Example]) -> int:
 def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
     """Read llm.c's vocabulary (`gpt2_tokenizer.bin`); return the bytes of every id, and the id that ends a text.
 
-    Raises DataError for any file that is not exactly a vocabulary.
-    """
+    Raises DataError for any file that is not exactly a vocabulary."""
     name = os.fspath(path)
     (version, V, eot), mapped = map_data(name, "vocabulary", VOCABULARY_MAGIC, VOCABULARY_VERSIONS, 2)
     if version == 1:

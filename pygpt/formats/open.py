@@ -10,7 +10,7 @@ import os
 from ..config import Config
 from ..errors import CheckpointError, InputError
 from .checkpoint import MODEL_KIND, Checkpoint, StreamedCheckpoint
-from .files import Windows
+from .files import Windows, is_pickle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,26 +43,24 @@ def open_model(
     """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
 
     threads: workers that lay out a Hugging Face model. tokenizer: a file with the model's vocabulary, instead of its own.
-    Raises CheckpointError for a file of no such format.
-    """
-    if tokenizer is not None:
-        model = open_model(path, mmap=mmap, threads=threads)
-        set_tokenizer(model.config, os.fspath(tokenizer))
-        return model
+    Raises CheckpointError for a file of no such format."""
     path = os.fspath(path)
+    model: Model
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        return _with_tokenizer(HuggingFaceModel.open(path, threads=threads, mmap=mmap))
-    if path.endswith(".safetensors"):
+        model = HuggingFaceModel.open(path, threads=threads, mmap=mmap)
+    elif path.endswith(".safetensors"):
         from .panels import PanelFile
 
-        return _with_tokenizer(PanelFile(path, mmap=mmap))
-    if _is_gguf(path):
+        model = PanelFile(path, mmap=mmap)
+    elif _is_gguf(path):
         from .gguf import GGUFFile
 
-        return _with_tokenizer(GGUFFile(path, mmap=mmap, threads=threads))
-    return _with_tokenizer(Checkpoint(path, mmap=mmap))
+        model = GGUFFile(path, mmap=mmap, threads=threads)
+    else:
+        model = Checkpoint(path, mmap=mmap)
+    return _with_tokenizer(model, tokenizer)
 
 
 def vocabulary_beside(model: str) -> str:
@@ -81,8 +79,11 @@ def set_tokenizer(config: Config, path: str) -> None:
     config.tokenizer = load
 
 
-def _with_tokenizer(model: "M") -> "M":
-    """Find the vocabulary of an open model: beside its file, inside it, or in its folder. Return the model."""
+def _with_tokenizer(model: "M", given: str | os.PathLike[str] | None = None) -> "M":
+    """Find the vocabulary of an open model: as given, beside its file, inside it, or in its folder. Return the model."""
+    if given is not None:
+        set_tokenizer(model.config, os.fspath(given))
+        return model
     folder = model.path if os.path.isdir(model.path) else os.path.dirname(model.path)
     inside = model.path if getattr(model, "has_vocabulary", False) else ""
     two = os.path.join(folder, "vocab.json")
@@ -105,8 +106,7 @@ def open_weights(
     """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 
     text_only: leave out the ids that the tokenizer does not have. Raises what open_model() raises, and InputError for weights
-    that cannot be quantised.
-    """
+    that cannot be quantised."""
     model = open_model(path, mmap=mmap, threads=threads, tokenizer=tokenizer)
     source = of_text_only(model) if text_only else model
     if weights is None:
@@ -153,8 +153,7 @@ def open_floats(path: str | os.PathLike[str]) -> "Model":
 def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "Source":
     """Open a model to convert; no more of it is mapped than is being looked at.
 
-    heads: of a Hugging Face file without a config.json. Raises InputError if another model gets `heads`.
-    """
+    heads: of a Hugging Face file without a config.json. Raises InputError if another model gets `heads`."""
     path = os.fspath(path)
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
@@ -169,22 +168,13 @@ def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "S
 
 def _is_hugging_face(path: str) -> bool:
     """Return whether this is a folder, a pickle, or a safetensors file other than a panel file."""
-    return os.path.isdir(path) or _is_pickle(path) or (path.endswith(".safetensors") and not _is_panel_file(path))
+    if os.path.isdir(path) or is_pickle(path) or not path.endswith(".safetensors"):
+        return os.path.isdir(path) or is_pickle(path)
+    from .panels import FILE_FORMAT
+    from .safetensors import SafetensorsFile
 
-
-def _is_pickle(path: str) -> bool:
-    """Return whether this is one of PyTorch's files: zip archives, or pickles of protocol 2 or later."""
-    try:
-        if not os.path.isfile(path):  # opening a FIFO would block
-            return False
-        with open(path, "rb") as file:
-            if file.read(1) not in (b"P", b"\x80"):  # most files: do not import what reads pickles
-                return False
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        return False
-    from .pickles import is_pickle
-
-    return is_pickle(path)
+    with SafetensorsFile(path) as file:
+        return file.metadata.get("format") != FILE_FORMAT
 
 
 def _is_gguf(path: str) -> bool:
@@ -195,20 +185,11 @@ def _is_gguf(path: str) -> bool:
         file.close()
 
 
-def _is_panel_file(path: str) -> bool:
-    from .panels import FILE_FORMAT
-    from .safetensors import SafetensorsFile
-
-    with SafetensorsFile(path) as file:
-        return file.metadata.get("format") == FILE_FORMAT
-
-
 def blocks_of(model: "Source", name: str, kind: "Format") -> "Iterator[Blocks]":
     """Yield a tensor's rows in order as blocks (rows, blocks of a row) of a format. A piece has rows of one layer only.
 
     Zeros pad rows that do not fill whole blocks. Blocks that already have this format are passed on unchanged. Raises
-    CheckpointError if a value is not finite, or exceeds the range of the format.
-    """
+    CheckpointError if a value is not finite, or exceeds the range of the format."""
     from .panels import ModelFile, layout
 
     layers, N, K = layout(model.config, name)

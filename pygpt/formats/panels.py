@@ -6,8 +6,7 @@ Zeros pad the N outputs of a layer's matrix to a multiple of 16, and its K input
 then zeros up to a multiple of 64 bytes. Layers follow one another. Other formats are row-major, as in llm.c's files.
 
 docs/reference/file-formats.md describes panel files. Their header is padded so that the values begin at a multiple of 64,
-because they are mapped and used in place. The reader refuses all other safetensors files, unknown versions, and headers that do
-not match their dimensions and formats. Source: the layout of the kernels' products (micro.h).
+because they are mapped and used in place. Source: the layout of the kernels' products (micro.h).
 """
 
 import json
@@ -16,16 +15,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ..config import LIMITS, Config
-from ..errors import CheckpointError, ClosedError, InputError, Uncopied
+from ..errors import CheckpointError, ClosedError, Closing, InputError
 from .checkpoint import MODEL_KIND
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, PIECE, Q4_0, Q8_0, Format, nibbles
+from .dtypes import FLOAT32, FORMATS, PIECE, Q4_0, Q8_0, Format, nibbles
 from .files import atomic_file, map_file
-from .safetensors import LENGTH_BYTES, SafetensorsFile, parse_object
+from .safetensors import FORMATS as STORED
+from .safetensors import SafetensorsFile, header_of, parse_object
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO, Any, Self
+    from typing import IO, Any
 
     import numpy as np
     import numpy.typing as npt
@@ -38,13 +38,12 @@ LAYERED = ("qkvw", "attprojw", "fcw", "fcprojw")  # the matrices of a layer, whi
 EMBEDDINGS = ("wte", "wpe", "head")  # matrices of one layer
 MATRICES = (*EMBEDDINGS, *LAYERED)
 FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
-STORED = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 DTYPE = {row.name: dtype for dtype, row in STORED.items()} | dict.fromkeys(QUANTISED, "U8")
 
 
-def aligned(size: int) -> int:
-    """Round a size up to a multiple of 64 bytes."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    """Round a size up to a multiple of `alignment` bytes."""
+    return -(-size // alignment) * alignment
 
 
 # ------------------------------------------------------------------------------------------------ the layout
@@ -144,11 +143,10 @@ def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
 # ------------------------------------------------------------------------------------------------ models of any layout
 
 
-class ModelFile(Uncopied):
+class ModelFile(Closing):
     """An open panel or GGUF file, in which each tensor has its own format. Close it, or use `with`.
 
-    `config` has the dimensions, `formats` the format of each tensor, and `format` that of the layers' matrices.
-    """
+    `config` has the dimensions, `formats` the format of each tensor, and `format` that of the layers' matrices."""
 
     path: str
     config: Config
@@ -162,8 +160,7 @@ class ModelFile(Uncopied):
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
         """Return rows [start, stop) of one layer's part of a tensor, as stored. start is a multiple of 16.
 
-        A vector is one row. Returns the format and the blocks (rows, blocks of a row). Raises ClosedError.
-        """
+        A vector is one row. Returns the format and the blocks (rows, blocks of a row). Raises ClosedError."""
         raise NotImplementedError
 
     def parts(self, name: str) -> "Iterator[tuple[Format, Blocks]]":
@@ -192,8 +189,7 @@ class ModelFile(Uncopied):
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
         """Map each tensor to (name of its format, bytes in the layout of Weights).
 
-        If the kernels do not read the format of a tensor, its values become float32.
-        """
+        If the kernels do not read the format of a tensor, its values become float32."""
         from .._kernels import weight_formats
 
         known = weight_formats()
@@ -218,16 +214,6 @@ class ModelFile(Uncopied):
             done += piece.size
         return out.data
 
-    def close(self) -> None:
-        """Close the file. May be called twice."""
-        raise NotImplementedError
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 # ------------------------------------------------------------------------------------------------ the file
 
@@ -251,8 +237,7 @@ def formats_of(config: Config, kind: Format, head: Format, positions: Format) ->
 class PanelFile(ModelFile):
     """An open panel file. Its values are mapped read-only and used in place, or with mmap=False read into memory.
 
-    Raises CheckpointError if the file is not exactly a panel file. The header is checked before values are mapped.
-    """
+    Raises CheckpointError if the file is not exactly a panel file. The header is checked before values are mapped."""
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
@@ -293,8 +278,10 @@ class PanelFile(ModelFile):
         kind, head, positions = (self._format(metadata, key) for key in ("kind", "head", "positions"))
         if positions.name in QUANTISED:
             raise self._bad(f"positions is {positions.name!r}, expected float32, float16 or bfloat16")
+        what, text = f"{self.path}: not a valid panel file: variations", metadata.get("variations", "").encode()
+        variations = {} if metadata["version"] == FILE_VERSION else parse_object(text, what)
         try:
-            self.config = Config(**{key: self._whole(metadata, key) for key in LIMITS}, **self._variations(metadata))
+            self.config = Config(**{key: self._whole(metadata, key) for key in LIMITS}, **variations)
         except (InputError, TypeError) as error:
             raise self._bad(str(error)) from None
         self.formats = formats_of(self.config, kind, head, positions)
@@ -304,12 +291,6 @@ class PanelFile(ModelFile):
             if name is None:
                 raise self._bad(f"tensor {min(found.keys() - expected.keys())[:40]!r} is unknown")
             raise self._bad(f"tensor {name} is {found.get(name, 'missing')}, expected {expected[name]} for {self.config}")
-
-    def _variations(self, metadata: dict[str, str]) -> "dict[str, Any]":
-        """The variations of a file of version 2."""
-        if metadata["version"] == FILE_VERSION:
-            return {}
-        return parse_object(metadata.get("variations", "").encode(), f"{self.path}: not a valid panel file: variations")
 
     def _format(self, metadata: dict[str, str], key: str) -> Format:
         name = metadata.get(key, "")
@@ -367,8 +348,7 @@ def write_panels(
     """Write a panel file, all or nothing. `tensors` yield the blocks of each tensor in its format, rows in order.
 
     A piece contains rows of one layer only. `formats` are the result of formats_of(). `sha256` of the source has 64 characters.
-    Raises OSError if the file cannot be written; an older file then stays unchanged.
-    """
+    Raises OSError if the file cannot be written; an older file then stays unchanged."""
     metadata = {
         "format": FILE_FORMAT,
         "version": VARIED_VERSION if config.variations else FILE_VERSION,
@@ -381,15 +361,9 @@ def write_panels(
         **({"variations": json.dumps(config.variations)} if config.variations else {}),
         "source_sha256": sha256,
     }
-    header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for name, (dtype, length, size) in entries(config, formats).items():
-        header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (aligned(LENGTH_BYTES + len(text)) - LENGTH_BYTES - len(text))
+    tensors_in_file = [(name, dtype, (length,), size) for name, (dtype, length, size) in entries(config, formats).items()]
     with atomic_file(path) as file:
-        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        file.write(header_of(metadata, tensors_in_file, ALIGNMENT))
         for name, _ in config.table:
             layers, N, _ = layout(config, name)
             begin = file.tell()

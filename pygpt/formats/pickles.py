@@ -6,40 +6,20 @@ uses another one. Without torch, it refuses. nanoGPT's checkpoints hold the weig
 
 import json
 import os
-import zipfile
 
-from ..errors import CheckpointError
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32
+from ..errors import CheckpointError, Closing
 from .files import reason
+from .safetensors import FORMATS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self
+    from typing import Any
 
     import numpy as np
     import numpy.typing as npt
 
-ZIP = b"PK\x03\x04"  # the first bytes of PyTorch's files, and of those before version 1.6:
-PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
 WAY_OUT = "use the same model's model.safetensors, or let transformers write it (save_pretrained)"
-
-
-def is_pickle(path: str) -> bool:
-    """Return whether a file is one of PyTorch's. A damaged zip file is taken for one, because only model files are given."""
-    try:
-        if not os.path.isfile(path):  # opening a FIFO would block
-            return False
-        with open(path, "rb") as file:
-            if (start := file.read(4)) != ZIP:
-                return start.startswith(PICKLES)
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return True
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        return False
 
 
 def pickle_error(place: str) -> CheckpointError:
@@ -50,7 +30,7 @@ def pickle_error(place: str) -> CheckpointError:
     )
 
 
-class PickleFile:
+class PickleFile(Closing):
     """The tensors of a PyTorch file, with SafetensorsFile's interface. Raises CheckpointError if torch refuses the file."""
 
     def __init__(self, path: str) -> None:
@@ -100,9 +80,3 @@ class PickleFile:
     def close(self) -> None:
         """Release the tensors; arrays of them stay valid."""
         self._values = {}
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -1,8 +1,7 @@
 """Quantise the weights of an open model in memory to q8_0 or q4_0, tensor by tensor.
 
 The matrices of the layers get one format, and wte (embedding and head) another. Positions, biases and gains keep their format,
-because they are small. The result has the numbers of a converted file (dtypes.py), for every number of workers and every
-instruction set. Refuses weights that are not finite, or too large for a float16 scale.
+because they are small. The result has the numbers of a converted file (dtypes.py).
 """
 
 from math import prod
@@ -55,8 +54,7 @@ def quantised(
     """Quantise the matrices of an open model. The result stays valid after the model is closed.
 
     format: q8_0 or q4_0, for the layers' matrices. head: the format of wte, by default q8_0. threads: workers, as in
-    GPT2.load(). Raises InputError for an unknown format, and for weights that the format cannot represent.
-    """
+    GPT2.load(). Raises InputError for an unknown format, and for weights that the format cannot represent."""
     for name in (format, head):
         if name is not None and name not in QUANTISED:
             raise InputError(f"weights cannot be quantised to {shown(name)}: choose one of {', '.join(QUANTISED)}")

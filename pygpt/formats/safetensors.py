@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..errors import CheckpointError, InputError, Uncopied, is_whole
+from ..errors import CheckpointError, Closing, InputError, is_whole
 from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
 from .files import HEADER_BYTES, Windows
@@ -35,12 +35,11 @@ FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}  # the dtypes that 
 Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 
 
-class SafetensorsFile(Uncopied):
+class SafetensorsFile(Closing):
     """An open file that maps only the tensors in use. Use it in a `with` block, or close() it.
 
     `tensors` maps each name to (dtype, shape, offset), in ascending order of offsets. `metadata` is the header's __metadata__.
-    `start` is the file's first 1,024 bytes. Raises CheckpointError for any file that is not exactly in the format.
-    """
+    `start` is the file's first 1,024 bytes. Raises CheckpointError for any file that is not exactly in the format."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -105,8 +104,7 @@ class SafetensorsFile(Uncopied):
     def stored(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[Any]":
         """Return a tensor, or some of its rows, as a read-only view of the file: float32, float16, or the bits of bfloat16.
 
-        Raises CheckpointError for a tensor of another dtype.
-        """
+        Raises CheckpointError for a tensor of another dtype."""
         import numpy as np
 
         dtype, shape, offset = self.tensors[name]
@@ -128,12 +126,6 @@ class SafetensorsFile(Uncopied):
         """Close the file; its arrays stay valid. May be called twice."""
         self._file.close()
 
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def write_safetensors(
     file: "IO[bytes]",
@@ -145,26 +137,30 @@ def write_safetensors(
     """Write tensors (name, shape) of one dtype, F32 or BF16 (nearest even), to an open file.
 
     values: their float32 values in the same order, in pieces of any shape. Each piece is dropped after it is written. Raises
-    InputError if the number of values does not match the shapes.
-    """
+    InputError if the number of values does not match the shapes."""
     import numpy as np
 
-    header: dict[str, object] = {"__metadata__": {"format": "pt"} | (metadata or {})}  # transformers requires the format
-    expected = end = 0
-    for name, shape in tensors:
-        size = prod(shape)
-        begin, end = end, end + size * DTYPE_BYTES[dtype]
-        expected += size
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)  # aligns the values
-    file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    stored = [(name, dtype, shape, prod(shape) * DTYPE_BYTES[dtype]) for name, shape in tensors]
+    file.write(header_of({"format": "pt"} | (metadata or {}), stored, LENGTH_BYTES))  # transformers requires the format
+    expected = sum(prod(shape) for _, shape in tensors)
     found = 0
     for piece in values:
         FORMATS[dtype].write(file, np.ascontiguousarray(piece, "<f4"))
         found += piece.size
     if found != expected:
         raise InputError(f"{found} values were given, but the shapes have {expected}")
+
+
+def header_of(metadata: dict[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...], int]], alignment: int) -> bytes:
+    """Return the beginning of a file, up to the values, of tensors (name, dtype, shape, bytes) in the order of the values."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        begin, end = end, end + size
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % alignment)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def parse_object(text: bytes, what: str) -> "dict[str, Any]":

@@ -1,9 +1,7 @@
 """llm.c's data files: their common header, and token shards.
 
-A shard has an int32[256] little-endian header (magic, version, count, zeros), then `count` uint16 ids. The reader checks that
-the count and the file's size agree. Tokens stay in the mapped file until they are used.
-
-Refuses files of another size, magic, version or vocabulary. Source: llm.c, dev/data/data_common.py (write_datafile).
+A shard has an int32[256] little-endian header (magic, version, count, zeros), then `count` uint16 ids. Tokens stay in the
+mapped file until they are used. Source: llm.c, dev/data/data_common.py (write_datafile).
 """
 
 import mmap
@@ -34,8 +32,7 @@ PIECE = 1 << 20  # tokens checked or written at a time
 def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: int) -> tuple[list[int], mmap.mmap]:
     """Map one of llm.c's data files; return ([version, next `named` fields], the map with the header).
 
-    Raises DataError for another magic or version, a file shorter than a header, and a header whose other fields are not 0.
-    """
+    Raises DataError for another magic or version, a file shorter than a header, and a header whose other fields are not 0."""
     fields: list[int] = []
 
     def check(header: bytes, found: int) -> None:
@@ -86,8 +83,7 @@ def read_tokens(path: "Path", *, V: int | None = None) -> "Shard":
     """Open a token shard as a read-only uint16 array (tokens,), a view of the mapped file.
 
     V: the vocabulary size, to check every id. Raises DataError, with the found and the expected numbers, for any file that is
-    not exactly a shard.
-    """
+    not exactly a shard."""
     name = os.fspath(path)
     (_, count), mapped = map_data(name, "token file", MAGIC, (1,), 1)
     if count < 1:

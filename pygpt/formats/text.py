@@ -1,7 +1,6 @@
 """Text for training and evaluation: read it in pieces, and encode it as tokens. JSON lines hold a document in each row.
 
-Because text is read and encoded in pieces, a file may be larger than memory. plain() is the one place that decides how text
-begins and how its lines end. Refuses text that is not UTF-8.
+Because text is read and encoded in pieces, a file may be larger than memory. Refuses text that is not UTF-8.
 Source: llm.c, dev/data/tinyshakespeare.py, for the positions of `<|endoftext|>`.
 """
 
@@ -63,8 +62,7 @@ def read_text(path: "Path") -> Iterator[str]:
     """Yield the text of a UTF-8 file, or of stdin if the path is "-", in pieces.
 
     Every newline becomes "\\n", and a byte order mark at the beginning is dropped. Raises DataError if the text cannot be read,
-    and for bytes that are not UTF-8, with their offset.
-    """
+    and for bytes that are not UTF-8, with their offset."""
     if path == "-":
         if sys.stdin is None:
             raise DataError("-: stdin is closed: give the text on stdin, or the path of a file")
@@ -133,8 +131,7 @@ def encode_text(
     text becomes its one id, which separates documents; if False, it is ordinary text. Newlines and a byte order mark are read
     as read_text() reads them. The text is cut only before white space that follows other text, so a long run without such a
     place must fit in memory. tokenizer: by default GPT-2's; one that splits text otherwise gets it whole, and one without
-    `<|endoftext|>` adds nothing. Raises InputError for another `eot`, and for ids beyond uint16.
-    """
+    `<|endoftext|>` adds nothing. Raises InputError for another `eot`, and for ids beyond uint16."""
     if not isinstance(eot, str) or eot not in EOT_MODES:
         raise InputError(f"eot is {shown(eot)}: it must be one of {', '.join(EOT_MODES)}")
     tokenizer = Tokenizer() if tokenizer is None else tokenizer

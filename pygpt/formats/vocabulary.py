@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from ..errors import DataError, InputError
-from ..tokenizer import END_OF_TEXT, Tokenizer, spelled, vocabulary_of
+from ..tokenizer import END_OF_TEXT, NEVER, Tokenizer, merged, spelled, vocabulary_of
 from .files import atomic_file, reason
 from .safetensors import parse_object
 
@@ -37,8 +37,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tok
     """Return the tokenizer of a folder or file: tokenizer.json, vocab.json or merges.txt, llm.c's .bin, .gguf, .safetensors.
 
     V: the model's ids; those beyond the vocabulary decode to placeholders. Raises InputError for any other file, and for a
-    vocabulary of more than V ids.
-    """
+    vocabulary of more than V ids."""
     path = os.fspath(path)
     try:
         return Tokenizer(read_vocabulary(path), V=V)
@@ -92,15 +91,14 @@ def _of_two_files(path: str) -> "dict[str, Any]":
 
 def _of_tokens(contents: list[bytes], eot: int) -> "dict[str, Any]":
     """Find the merges of tokens in the order of their ids; `eot` is special."""
-    from ..tokenizer import pair_of
-
     ranks = {content: i for i, content in enumerate(contents) if i != eot}
     merges = []
     for content, rank in ranks.items():
         if len(content) > 1:
-            if (pair := pair_of(content, ranks, rank)) is None:
+            parts = merged(content, lambda left, right: ranks.get(left + right, NEVER), limit=rank, fewest=2)
+            if len(parts) != 2 or not ranks.keys() >= {*parts}:
                 raise InputError(f"token {rank}, {content[:40]!r}, is not a merge of two tokens before it")
-            merges.append([spelled(part) for part in pair])
+            merges.append([spelled(part) for part in parts])
     tokens = [END_OF_TEXT if i == eot else spelled(content) for i, content in enumerate(contents)]
     return vocabulary_of(tokens, merges, {END_OF_TEXT: True})
 
@@ -129,8 +127,7 @@ def _parsed(text: bytes, path: str) -> "dict[str, Any]":
 def characters_of(text: Iterable[str]) -> "dict[str, Any]":
     """Return a vocabulary whose tokens are the characters of a text, in ascending order, without merges between characters.
 
-    A character of several bytes is merged from them, so these bytes and the parts of the character are tokens too.
-    """
+    A character of several bytes is merged from them, so these bytes and the parts of the character are tokens too."""
     found = sorted({char for piece in text for char in piece})
     if not found:
         raise DataError("the text is empty: it has no characters for a vocabulary")
@@ -159,10 +156,7 @@ def trained_on(text: Iterable[str], size: int) -> "dict[str, Any]":
     trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainee.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     trainee.train_from_iterator(text, trainer)
     return parse_object(trainee.to_str().encode(), FILE)
@@ -179,12 +173,8 @@ def tokenizer_files(tokenizer: Tokenizer, maxT: int) -> dict[str, bytes]:
     found, end = tokenizer.vocabulary(), tokenizer.eot
     special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([end]))
     plain = tokenizer.splits_before_space
-    settings = {
-        "add_prefix_space": False,
-        **special,
-        "model_max_length": maxT,
-        "tokenizer_class": "GPT2Tokenizer" if plain and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast",
-    }
+    kind = "GPT2Tokenizer" if plain and END_OF_TEXT in special.values() else "PreTrainedTokenizerFast"
+    settings = {"add_prefix_space": False, **special, "model_max_length": maxT, "tokenizer_class": kind}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
     vocab = found["model"]["vocab"] | {token["content"]: token["id"] for token in found.get("added_tokens") or []}
     objects = {FILE: found, "tokenizer_config.json": settings, "special_tokens_map.json": special, VOCAB: vocab}

@@ -1,8 +1,6 @@
 """Fetch models from Hugging Face with huggingface_hub (the extra `hub`).
 
-huggingface_hub handles its cache, the login token, HF_ENDPOINT, HF_HUB_OFFLINE, proxies, retries and the progress bar. Only
-this module imports it, and only to fetch a model. Fetched files stay in huggingface_hub's cache.
-
+Only this module imports huggingface_hub, and only to fetch a model. Fetched files stay in huggingface_hub's cache.
 Refuses pickles, a config.json that is not GPT-2's (before any tensor is fetched), and a file whose sha256 is wrong.
 Source: llm.c, dev/download_starter_pack.sh (the places of its files, and the sha256).
 """
@@ -45,8 +43,7 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
 
     name: a name that is_downloadable() accepts. note: called with each warning of huggingface_hub. Raises InputError for a
     repository or revision that does not exist, CheckpointError for a repository without a GPT-2 model, PyGPTError if fetching
-    fails, ImportError without huggingface_hub.
-    """
+    fails, ImportError without huggingface_hub."""
     _import_hub()
     model, _, revision = name.partition("@")
     with _warnings_to(note):
@@ -58,8 +55,7 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
 class Repository:
     """One revision of a repository on Hugging Face ("": its main branch). All files are from the commit of the first file.
 
-    kind: "model" or "dataset". Paths are in huggingface_hub's cache. The methods raise the errors of fetch().
-    """
+    kind: "model" or "dataset". Paths are in huggingface_hub's cache. The methods raise the errors of fetch()."""
 
     def __init__(self, name: str, revision: str, kind: str = "model") -> None:
         self.name, self.revision, self.kind = name, revision or "main", kind
@@ -86,15 +82,9 @@ class Repository:
         from huggingface_hub.file_download import hf_hub_download
 
         try:
-            found = hf_hub_download(
-                self.name,
-                file,
-                repo_type=self.kind,
-                revision=self.revision,
-                library_name="pygpt",
-                library_version=__version__,
-                dry_run=dry_run,
-            )
+            place = {"repo_type": self.kind, "revision": self.revision}
+            us = {"library_name": "pygpt", "library_version": __version__}
+            found = hf_hub_download(self.name, file, dry_run=dry_run, **place, **us)  # type: ignore[call-overload]
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:
@@ -154,8 +144,7 @@ def _fetch_folder(repository: Repository) -> str:
 def check_sha256(path: str, known: str | None = None) -> None:
     """Compare a file's sha256 with `known`, and with the file's name: huggingface_hub's cache names large files by sha256.
 
-    If the cache has no links, its files have other names, and only `known` is compared. Raises PyGPTError for a difference.
-    """
+    If the cache has no links, its files have other names, and only `known` is compared. Raises PyGPTError for a difference."""
     named = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     expected = {digest for digest in (named, known) if digest and re.fullmatch("[0-9a-f]{64}", digest)}
     if not expected:

@@ -23,8 +23,7 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     If no model has that path, it can be the name of a downloaded model: one of MODELS, or a repository. It is in pygpt's cache
     folder, or in huggingface_hub's, whoever downloaded it. origin is "given",
     "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises CheckpointError if there is no such file or downloaded
-    model, and InputError for the name of a downloaded model without a cache folder.
-    """
+    model, and InputError for the name of a downloaded model without a cache folder."""
     if path is not None:
         name, origin, via = os.fspath(path), "given", ""
         if not name:
@@ -83,8 +82,7 @@ def snapshot(name: str) -> str:
 def cache_folder() -> str:
     """Return the folder of downloaded models: PYGPT_HOME, else pygpt in the user's cache folder on this system.
 
-    Raises InputError if that folder begins with ~ and the user has no home folder.
-    """
+    Raises InputError if that folder begins with ~ and the user has no home folder."""
     folder = os.environ.get("PYGPT_HOME", "")
     if not folder:
         caches = os.environ.get("XDG_CACHE_HOME", "")
