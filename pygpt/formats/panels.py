@@ -261,7 +261,6 @@ class PanelFile(ModelFile):
             raise CheckpointError(f"{self.path}: the {MODEL_KIND} changed while pygpt opened it: try again when it is complete")
 
     def _check(self, metadata: dict[str, str], found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Check the metadata and the dtype and size of every tensor. Set config and formats."""
         if metadata.get("format") != FILE_FORMAT:
             raise CheckpointError(
                 f"{self.path}: not made by `pygpt quantize`: its format is {metadata.get('format', '')[:40]!r}, expected "
@@ -305,7 +304,6 @@ class PanelFile(ModelFile):
         return int(text)
 
     def _bytes(self, name: str) -> memoryview:
-        """Return all bytes of one tensor, without its padding. Raises ClosedError."""
         start = self._places[name]
         try:
             return self.values[start : start + stored_size(self.config, name, self.formats[name])]

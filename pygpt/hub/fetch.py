@@ -82,9 +82,15 @@ class Repository:
         from huggingface_hub.file_download import hf_hub_download
 
         try:
-            place = {"repo_type": self.kind, "revision": self.revision}
-            us = {"library_name": "pygpt", "library_version": __version__}
-            found = hf_hub_download(self.name, file, dry_run=dry_run, **place, **us)  # type: ignore[arg-type, call-overload]
+            found = hf_hub_download(
+                self.name,
+                file,
+                repo_type=self.kind,
+                revision=self.revision,
+                library_name="pygpt",
+                library_version=__version__,
+                dry_run=dry_run,
+            )
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:
@@ -121,7 +127,6 @@ class Repository:
 
 
 def _fetch_folder(repository: Repository) -> str:
-    """Fetch config.json and the safetensors; return their folder."""
     settings = repository.need(CONFIG_FILE)
     with open(settings, "rb") as file:
         config = read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
@@ -173,7 +178,6 @@ def _import_hub() -> None:
 
 @contextmanager
 def _warnings_to(note: Callable[[str], None]) -> Iterator[None]:
-    """Pass huggingface_hub's log messages and warnings to note() while the block runs."""
     logger = logging.getLogger("huggingface_hub")
     before, logger.handlers = logger.handlers, [_Notes(note)]
     try:
