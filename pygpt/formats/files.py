@@ -83,8 +83,9 @@ def is_pickle(path: str) -> bool:
         if not os.path.isfile(path):  # opening a FIFO would block
             return False
         with open(path, "rb") as file:
-            if (start := file.read(4)) != ZIP:
-                return start.startswith(PICKLES)
+            start = file.read(9)
+        if not start.startswith(ZIP):  # a header of safetensors, too, may have 0x280 bytes
+            return start.startswith(PICKLES) and start[4:] != b"\0\0\0\0{"
         import zipfile
 
         try:
