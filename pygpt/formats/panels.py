@@ -41,9 +41,10 @@ FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
 DTYPE = {row.name: dtype for dtype, row in STORED.items()} | dict.fromkeys(QUANTISED, "U8")
 
 
-def aligned(size: int, alignment: int = ALIGNMENT) -> int:
-    """Round a size up to a multiple of `alignment` bytes."""
-    return -(-size // alignment) * alignment
+def aligned(size: int, alignment: int | None = None) -> int:
+    """Round a size up to a multiple of `alignment` bytes, by default 64."""
+    step = ALIGNMENT if alignment is None else alignment
+    return -(-size // step) * step
 
 
 # ------------------------------------------------------------------------------------------------ the layout
