@@ -53,15 +53,14 @@ class Ceilings:
 
     def measure(self, rounds: int = 3) -> "Ceilings":
         """Measure `rounds` more rounds; return self."""
-        size = 4 * len(self._memory) << 18
-        nth = self._pool.nth
+        size, nth = 4 * len(self._memory) << 18, self._pool.nth
         for _ in range(rounds):
             for streams, found in self._read.items():
                 found.append(size / self._seconds(partial(probe_read, self._memory, streams)) / 1e9)
             self._fma.append(nth * probe_fma(1) * FMA_TIMES / self._seconds(lambda i, n: probe_fma(FMA_TIMES)) / 1e9)
-            for kind, rates in self._dots.items():
+            for kind, found in self._dots.items():
                 seconds = self._seconds(partial(_probe_dots, kind))
-                rates.append(nth * probe_dots(kind, 1) * FMA_TIMES / seconds / 1e9)
+                found.append(nth * probe_dots(kind, 1) * FMA_TIMES / seconds / 1e9)
             if self._update is not None:
                 seconds = self._seconds(self._update, before=self._update.begin_stream)
                 self._stream.append(UPDATE_BYTES * self._streamed / seconds / 1e9)
@@ -80,23 +79,23 @@ class Ceilings:
     @property
     def read_gb_s(self) -> float:
         """The read bandwidth of the best number of streams, in 10^9 bytes per second."""
-        return max((median(found) for found in self._read.values() if found), default=float("nan"))
+        return max(map(_median, self._read.values()))
 
     @property
     def fma_gflop_s(self) -> float:
         """The peak rate of fused multiply-add, in 10^9 operations per second."""
-        return median(self._fma) if self._fma else float("nan")
+        return _median(self._fma)
 
     def operations_gop_s(self, format: str) -> float:
         """Return the peak rate of a weight format's products, in 10^9 operations per second.
 
         This is the rate of integer operations for a format of `dots`, else fma_gflop_s."""
-        return (median(rates) if rates else float("nan")) if (rates := self._dots.get(format)) is not None else self.fma_gflop_s
+        return _median(self._dots.get(format, self._fma))
 
     @property
     def stream_gb_s(self) -> float:
         """The memory bandwidth of an update, reads and writes together, in 10^9 bytes per second. NaN without `stream`."""
-        return median(self._stream) if self._stream else float("nan")
+        return _median(self._stream)
 
     def close(self) -> None:
         """Stop the workers and free the memory."""
@@ -108,6 +107,10 @@ class Ceilings:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _median(rates: list[float]) -> float:
+    return median(rates) if rates else float("nan")
 
 
 def _probe_dots(kind: str, ith: int, nth: int) -> None:

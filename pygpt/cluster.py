@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from . import __version__
 from ._kernels import cpu_info
-from .errors import InputError, PyGPTError, is_whole, shown
+from .errors import Closing, InputError, PyGPTError, is_whole, shown
 from .generation.engine import LIVE, Engine
 from .generation.logprobs import token_info
 from .generation.prefix import common_prefix
@@ -41,7 +41,7 @@ AHEAD = 64 * LIVE  # answers that wait for an earlier one: then no row is added,
 SCORED = 128  # rows of logits at a time: 26 MB with GPT-2's vocabulary
 
 
-class Complete:
+class Complete(Closing):
     """Complete or score rows on a model of its own. Use it in a `with` block, or close() it.
 
     model: a path or name for find_model(). threads, mmap, weights: as for GPT2.load(). seed: of the job, 0 to 2**64 - 1.
@@ -51,8 +51,7 @@ class Complete:
 
     A row has an "id", a whole number or a string, and a "prompt" (text) or "tokens" (ids). To complete it, it can have options
     of its own, a "seed" included. To score it, it has "continuations", a list of texts or of lists of ids. A text is encoded
-    alone, so begin it with its space.
-    """
+    alone, so begin it with its space."""
 
     def __init__(
         self,
@@ -86,16 +85,9 @@ class Complete:
         """Return everything on which answers depend besides the rows, for JSON. It reads the whole model file once."""
         with open(self.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {
-            "pygpt": __version__,
-            "model": digest,
-            "weights": self._weights,
-            "fused multiply-add": cpu_info()["fused"],
-            "seed": self.seed,
-            "logprobs": self.logprobs,
-            "keep_going": self.keep_going,
-            "options": self._options,
-        }
+        program = {"pygpt": __version__, "model": digest, "weights": self._weights, "fused multiply-add": cpu_info()["fused"]}
+        own = {name: getattr(self, name) for name in ("seed", "logprobs", "keep_going")}
+        return {**program, **own, "options": self._options}
 
     def seed_of(self, key: int | str) -> int:
         """Return the seed of a row: the first 8 bytes of the SHA-256 of "SEED/ID", little-endian."""
@@ -133,7 +125,6 @@ class Complete:
         return found
 
     def _ids(self, name: str, value: object, kind: "Any") -> list[int]:
-        """Return a text or a list of ids as checked ids."""
         if not isinstance(value, kind):
             raise InputError(f"{name!r} holds {shown(value)}: it must be {'a list of ids' if kind is list else 'a text'}")
         if isinstance(value, str):
@@ -150,16 +141,14 @@ class Complete:
         A completion's answer has id, text (absent without GPT-2's vocabulary), tokens (the new ids) and finish_reason. With
         logprobs, it has for each new token its id, logprob and top, a list of [id, logprob]. A scored row's answer has id and
         scores. For each continuation, they are logprob (the sum, in nats), greedy (whether each token is the most probable
-        one), tokens and logprobs (of each token). Raises InputError for a bad row unless keep_going.
-        """
+        one), tokens and logprobs (of each token). Raises InputError for a bad row unless keep_going."""
         source, ended = iter(rows), False
         engine = self.model.engine(max_live=self.batch_size)
         pending: deque[tuple[Row, Job | Answer]] = deque()
         live: set[Job] = set()
         try:
             while pending or not ended:
-                ready = bool(pending) and (isinstance(pending[0][1], dict) or pending[0][1].done)
-                if ready:
+                if pending and (isinstance(pending[0][1], dict) or pending[0][1].done):
                     yield self._answer(*pending.popleft())
                 elif not ended and len(live) < 2 * self.batch_size and len(pending) < AHEAD:
                     if ended := (row := next(source, None)) is None:
@@ -184,15 +173,17 @@ class Complete:
             return self._failed(row, error)
 
     def _answer(self, row: "Row", job: "Job | Answer") -> "Answer":
-        if isinstance(job, dict) or job.error is not None:
-            return job if isinstance(job, dict) else self._failed(row, job.error)
+        if isinstance(job, dict):
+            return job
+        if job.error is not None:
+            return self._failed(row, job.error)
         done = job.completions[0]
         text = {} if self._tokenizer is None else {"text": self._tokenizer.decode(done.tokens)}
         infos = {} if self.logprobs is None else {"logprobs": [info._asdict() for info in done.infos]}
         return {"id": row["id"], **text, "tokens": done.tokens, "finish_reason": done.finish_reason, **infos}
 
-    def _failed(self, row: "Row", error: "Exception | None") -> "Answer":
-        if error is not None and not self.keep_going:
+    def _failed(self, row: "Row", error: Exception) -> "Answer":
+        if not self.keep_going:
             raise error
         return {"id": row.get("id"), "error": str(error)}
 
@@ -219,10 +210,8 @@ class Complete:
     # ---------------------------------------------------------------- columns
 
     def __call__(self, batch: "Mapping[str, Sequence[Any]]") -> "dict[str, list[Any]]":
-        """Answer a batch of columns, lists or arrays; return columns, one value a row. A missing value is None or NaN.
-
-        The returned columns are the keys of the answers of rows(). An answer without a key has None there.
-        """
+        """Answer a batch of columns, lists or arrays; return columns, one value a row. A missing value is None or NaN. The
+        returned columns are the keys of the answers of rows(). An answer without a key has None there."""
         columns = {name: [_plain(value) for value in column] for name, column in batch.items()}
         rows = [
             {name: value for name, value in zip(columns, values, strict=True) if value is not None and value == value}
@@ -235,12 +224,6 @@ class Complete:
     def close(self) -> None:
         """Stop the workers and unmap the file. May be called twice."""
         self.model.close()
-
-    def __enter__(self) -> "Complete":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _plain(value: "Any") -> "Any":

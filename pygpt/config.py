@@ -6,6 +6,7 @@ Source of names and order: llm.c, train_gpt2.c. Source of the variations: transf
 """
 
 from collections.abc import Iterator
+from math import prod
 
 from .errors import InputError, check_whole, shown
 
@@ -62,8 +63,7 @@ class Config:
     """A model's dimensions and variations. Do not change them after construction. Configs are equal if all of these are equal.
 
     variations: keywords in VARIATIONS; ALIASES of activations are accepted. Raises InputError if a number is not a whole number
-    from 1 to its limit in LIMITS, if C is not a multiple of NH, and for a bad variation.
-    """
+    from 1 to its limit in LIMITS, if C is not a multiple of NH, and for a bad variation."""
 
     __slots__ = ("C", "F", "L", "NH", "V", "activation", "epsilon", "maxT", "scaled", "scaled_by_layer", "tied", "tokenizer")
 
@@ -77,9 +77,8 @@ class Config:
             raise TypeError(f"Config() has no argument {min(unknown)!r}")
         given = {**VARIATIONS, **variations}
         self.F: int = check_whole("F", 4 * self.C if given["F"] is None else given["F"], 1, 4 * LIMITS["C"])
-        self.activation: str = (
-            ALIASES.get(given["activation"], given["activation"]) if isinstance(given["activation"], str) else ""
-        )
+        known = isinstance(given["activation"], str)
+        self.activation: str = ALIASES.get(given["activation"], given["activation"]) if known else ""
         if self.activation not in ACTIVATIONS:
             names = ", ".join((*ACTIVATIONS, *ALIASES))
             raise InputError(f"activation is {shown(given['activation'])}: it must be one of {names}")
@@ -120,9 +119,7 @@ class Config:
         offset = 0
         for name, symbols in self.table:
             shape = tuple(dims[symbol] for symbol in symbols)
-            size = 1
-            for extent in shape:
-                size *= extent
+            size = prod(shape)
             yield name, shape, offset, size
             offset += size
 
@@ -131,9 +128,7 @@ class Config:
         return sum(size for _, _, _, size in self.tensors(padded=padded))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Config):
-            return NotImplemented
-        return self._key == other._key
+        return self._key == other._key if isinstance(other, Config) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._key)

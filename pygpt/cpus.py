@@ -26,9 +26,8 @@ def spins_for(threads: int) -> int:
 
 
 def workers_for(threads: int, alone_us: float, barriers: int = 0) -> int:
-    """Return how many workers to use for work that takes one worker `alone_us` microseconds: all of them, or one.
-
-    One worker is faster if the others save less time than the round and its barriers cost."""
+    """Return how many workers to use for work that takes one worker `alone_us` microseconds: all of them, or one. One worker is
+    faster if the others save less time than the round and its barriers cost."""
     return threads if alone_us * (1 - 1 / threads) > ROUND_US + BARRIER_US * barriers else 1
 
 
@@ -55,14 +54,9 @@ def default_threads(root: str = "/") -> int:
     That is the least of: the processors that this process may use, their physical cores, and the cgroup's CPU quota rounded
     down."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    limits = [len(cpus), _physical_cores(root, cpus), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))]
-    return max(1, min(limits))
-
-
-def _physical_cores(root: str, cpus: set[int]) -> int:
-    """Return the number of physical cores of these processors. A processor without topology files counts as a core."""
+    # A processor without topology files counts as a core.
     cores = {_read(f"{root}sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus}
-    return len(cores)
+    return max(1, min(len(cores), MAX_THREADS, *(int(quota) for quota in _cpu_quotas(root))))
 
 
 def _cpu_quotas(root: str) -> Iterator[float]:
@@ -75,17 +69,16 @@ def _cpu_quotas(root: str) -> Iterator[float]:
         for mount in {controllers, "cpu"} if controllers else {""}:  # version 1: if names differ, "cpu" is a link
             for depth in range(len(parts), -1, -1):
                 folder = "/".join([f"{root}sys/fs/cgroup/{mount}".rstrip("/"), *parts[:depth]])
-                yield from _quota(folder, version=1 if controllers else 2)
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+                words = " ".join(_read(f"{folder}/{name}") for name in names).split()
+                if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # "max", -1: no quota
+                    yield int(words[0]) / int(words[1])
 
 
-def _quota(folder: str, *, version: int) -> Iterator[float]:
-    """Yield the CPU quota of one cgroup, if it has one."""
-    if version == 1:
-        words = [_read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")]
-    else:
-        words = _read(f"{folder}/cpu.max").split()
-    if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):  # "max" and -1 mean no quota
-        yield int(words[0]) / int(words[1])
+def processors() -> list[str]:
+    """Return the name of each processor, or [] if the system does not list them in /proc/cpuinfo."""
+    lines = _read("/proc/cpuinfo").splitlines()
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
 
 
 def _read(path: str) -> str:

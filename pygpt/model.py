@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from ._signals import see_through
 from .errors import InputError
@@ -32,8 +33,7 @@ class GPT2(Generator):
     """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
 
     Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller.
-    all_workers: use all workers even if a step is too small to gain from them.
-    """
+    all_workers: use all workers even if a step is too small to gain from them."""
 
     network: Network
 
@@ -64,22 +64,17 @@ class GPT2(Generator):
         weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. tokenizer: a file with the
         vocabulary, for stop strings; None uses the one beside the model or inside it, else GPT-2's. text_only: leave out the
         ids beyond the tokenizer's, so that they are never chosen. Raises CheckpointError for a file that is not a model,
-        InputError for a bad thread count, unknown weights or a file that is not a vocabulary.
-        """
+        InputError for a bad thread count, unknown weights or a file that is not a vocabulary."""
         checkpoint = open_weights(
             find_model(path)[0], mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only
         )
-        try:
+        with ExitStack() as undo:
+            undo.callback(checkpoint.close)
             model = cls(checkpoint, threads=threads, all_workers=all_workers)
-        except BaseException:
-            checkpoint.close()
-            raise
-        if draft is not None:
-            try:
+            undo.callback(model.close)
+            if draft is not None:
                 model._choose_draft(os.fspath(draft))
-            except BaseException:
-                model.close()
-                raise
+            undo.pop_all()
         return model
 
     def _choose_draft(self, draft: str) -> None:
@@ -90,10 +85,8 @@ class GPT2(Generator):
         checkpoint = open_weights(find_model(draft)[0])
         if checkpoint.config.V != self.config.V:
             checkpoint.close()
-            raise InputError(
-                f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}: give a draft with the "
-                "model's vocabulary"
-            )
+            counts = f"draft {draft} has {checkpoint.config.V} token ids, and the model has {self.config.V}"
+            raise InputError(f"{counts}: give a draft with the model's vocabulary")
         self._draft = self._draft_from(checkpoint)
 
     def draft(self, make: bool) -> "Draft | None":
@@ -129,8 +122,7 @@ class GPT2(Generator):
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
 
         If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more tokens than the cache has
-        room for.
-        """
+        room for."""
         return self._whole(lambda lengths: self.network.extend(cache, tokens, lengths), (-1,))
 
     def _whole(self, run: "Callable[[Lengths], Floats]", shape: tuple[int, ...]) -> "npt.NDArray[np.float32]":
@@ -175,12 +167,6 @@ class GPT2(Generator):
         self.network.close()
         if self._draft is not None:
             self._draft.network.close()
-
-    def __enter__(self) -> "GPT2":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _array(logits: "Floats") -> "npt.NDArray[np.float32]":

@@ -13,7 +13,7 @@ from . import cpus
 from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
 from .config import Config
 from .errors import InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
-from .pool import ThreadPool
+from .pool import ThreadPool, nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ class KVCache(KeysValues):
     """Keys and values of one sequence, made with GPT2.new_cache(). It holds `length` tokens of at most `capacity`.
 
     GPT2.step() appends to it. A position takes memory when it is first used: L * 2 * C float32 values, each head rounded up
-    to 16 channels. Raises InputError for a capacity outside 1 to maxT, and MemoryError if the address space has no room.
-    """
+    to 16 channels. Raises InputError for a capacity outside 1 to maxT, and MemoryError if the address space has no room."""
 
     def __init__(self, weights: Weights, config: Config, capacity: "SupportsIndex | None" = None) -> None:
         capacity = config.maxT if capacity is None else capacity
@@ -88,8 +87,7 @@ class Network(Uncopied):
 
     Threads may share a network: their steps take turns. all_workers: use all workers even if a step is too small to gain from
     them. target: another network. This one then uses its workers, and extends its caches if the dimensions are equal.
-    `stored`: by tensor, its weight format and its bytes, as the kernels read them.
-    """
+    `stored`: by tensor, its weight format and its bytes, as the kernels read them."""
 
     chunk = CHUNK
 
@@ -144,8 +142,7 @@ class Network(Uncopied):
         cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
 
         lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
-        after the step, lengths.restore() can undo the step.
-        """
+        after the step, lengths.restore() can undo the step."""
         rows = list(rows)
         workers = self._workers(len(rows))
 
@@ -155,14 +152,8 @@ class Network(Uncopied):
                 for _, cache, _ in rows:
                     lengths.setdefault(cache, cache.length)
 
-        logits = self._pool.run(
-            self._work,
-            abort=self._work.abort,
-            before=prepare,
-            again=self._work.more,
-            after=self._work.finish,
-            alone=workers == 1,
-        )
+        work = self._work
+        logits = self._pool.run(work, work.abort, before=prepare, again=work.more, after=work.finish, alone=workers == 1)
         assert logits is not None
         return logits
 
@@ -170,8 +161,7 @@ class Network(Uncopied):
         """Append tokens to a cache, in chunks; return the logits after the last one, (1, V).
 
         Raises InputError, before anything runs, for zero tokens and for more tokens than the cache has room for. lengths: as
-        for step(). If a later chunk fails, the earlier chunks stay in the cache.
-        """
+        for step(). If a later chunk fails, the earlier chunks stay in the cache."""
         tokens = sequence(tokens)
         room = cache.capacity - cache.length
         if not 1 <= len(tokens) <= room:
@@ -182,11 +172,8 @@ class Network(Uncopied):
         return self.step(rows[(len(rows) - 1) // CHUNK * CHUNK :], lengths)
 
     def _workers(self, rows: int) -> int:
-        """Return how many workers to use for a step of `rows` rows."""
-        if self._all_workers:
-            return self.threads
         alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
-        return cpus.workers_for(self.threads, alone_us, 5 * self.config.L + 3)
+        return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us, 5 * self.config.L + 3)
 
     def each(self, function: Callable[[int], object], count: int) -> None:
         """Call function(i) for i = 0 .. count - 1, shared among the workers if there are several."""
@@ -199,13 +186,13 @@ class Network(Uncopied):
         """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""
         if trace is not None and trace.nth < self.threads:
             raise InputError(f"trace is for {trace.nth} workers: this model needs a trace for {self.threads}")
-        self._pool.run(_nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
+        self._pool.run(nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
 
     def fork_join(self, on: bool) -> None:
         """Run later steps as one round of the pool for each kernel, for comparison; False returns to one round per step.
 
         The kernels and the bits are the same, but the additional rounds take time."""
-        self._pool.run(_nothing, before=lambda: setattr(self._work, "forked", on), alone=True)
+        self._pool.run(nothing, before=lambda: setattr(self._work, "forked", on), alone=True)
 
     def close(self) -> None:
         """Stop the workers and unmap the file, after a running step has ended. May be called twice."""
@@ -218,13 +205,8 @@ class Lengths(dict[KVCache, int]):
     """The lengths of caches before a step."""
 
     def restore(self) -> bool:
-        """Give the caches these lengths again; return True. This undoes even a committed step.
-
-        Ctrl-C can arrive after a step is committed, before its caller has the logits."""
+        """Give the caches these lengths again; return True. This undoes even a committed step. Ctrl-C can arrive after a step
+        is committed, before its caller has the logits."""
         for cache, length in self.items():
             cache._truncate(length)
         return True
-
-
-def _nothing(ith: int, nth: int) -> None:
-    """Do nothing: a job that only takes its turn in the pool."""

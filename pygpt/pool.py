@@ -3,17 +3,8 @@
 `pool.run(job)` calls `job(ith, nth)` on every worker and returns when all have finished. The calling thread is worker 0. The
 pool does not know what the job computes.
 
-This module replaces the primitives of thread.h and thread-sync.h as follows:
-
-    create(fn)          ThreadPool(nth): threads 1 .. nth-1 are made once, each with its id; the caller is worker 0
-    join()              ThreadPool.close(): waits for all in creation order; may be called twice; runs at exit by itself
-    mutex               threading.RLock: guards the state of one round; callers take turns
-    spinlock            only in C (sync.h, for a bounded time): a spinning thread in Python would hold the GIL
-    condition variable  threading.Condition: workers wait in a loop for a new round; a broadcast wakes them all
-    semaphore P / V     threading.Barrier: a round ends with nth-1 arrivals, and the barrier's action is one V for the caller,
-                        whose P is a threading.Lock
-
-In thread.h, a worker that still waits at exit makes the process hang. Here, close() stops the workers first. There are two
+docs/course.md maps the primitives of thread.h and thread-sync.h to this module. In thread.h, a worker that still waits at exit
+makes the process hang. Here, close() stops the workers first. There are two
 levels of synchronisation. The pool wakes the workers once for each job and waits for them once (about 10 us). Inside a job,
 workers wait for each other at native barriers without the GIL (about 1 us). A job with native barriers gives run() its
 `abort`, which releases the other workers if one worker fails.
@@ -31,7 +22,7 @@ from contextlib import suppress
 
 from ._signals import see_through
 from .cpus import check_threads
-from .errors import ClosedError, PyGPTError, Uncopied
+from .errors import ClosedError, Closing, PyGPTError
 
 TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt each time
 OWN_POOL = "a job, or a handler that interrupts it, cannot use its own pool: it would wait for itself"
@@ -45,12 +36,11 @@ if TYPE_CHECKING:
 Job = Callable[[int, int], object]
 
 
-class ThreadPool(Uncopied):
+class ThreadPool(Closing):
     """`nth` workers: the caller and nth - 1 threads. nth = 1 starts no thread at all.
 
     Safe to share: callers take turns. After fork() the child makes its own threads at its first run. Raises InputError for
-    a bad count, and PyGPTError when the system refuses a thread.
-    """
+    a bad count, and PyGPTError when the system refuses a thread."""
 
     def __init__(self, nth: "SupportsIndex") -> None:
         self.nth = check_threads(nth)
@@ -82,11 +72,11 @@ class ThreadPool(Uncopied):
         raises meanwhile (Ctrl-C), its exception is raised here too, before any other. No worker is left behind. If the
         handler interrupts the caller's own share, which may or may not have begun, abort() may do that share instead.
 
-        Raises ClosedError after close(), and PyGPTError inside a job of this pool.
-        """
+        Raises ClosedError after close(), and PyGPTError inside a job of this pool."""
         self._refuse_own_workers()
         with self._turn:
-            self._refuse_nesting()
+            if self._busy:  # inside a job, before() or after(), or in a signal handler that interrupts them
+                raise PyGPTError(OWN_POOL)
             self._busy = True
             try:
                 if self._closed:
@@ -97,9 +87,9 @@ class ThreadPool(Uncopied):
                 if alone or self.nth == 1:
                     job(0, 1)
                 else:
-                    workers.run(job, abort or _nothing)
+                    workers.run(job, abort or nothing)
                     while again is not None and again():
-                        workers.run(job, abort or _nothing)
+                        workers.run(job, abort or nothing)
                 return after() if after is not None else None
             finally:
                 self._busy = False
@@ -108,7 +98,8 @@ class ThreadPool(Uncopied):
         """Stop the threads and wait for them in the order they were made. Waits for a running job; may be called twice."""
         self._refuse_own_workers()
         with self._turn:
-            self._refuse_nesting()
+            if self._busy:  # inside a job, before() or after(), or in a signal handler that interrupts them
+                raise PyGPTError(OWN_POOL)
             self._closed = True
             if self._workers is not None:
                 self._workers.stop()
@@ -121,11 +112,6 @@ class ThreadPool(Uncopied):
         """Refuse a worker of this pool: it would wait for its turn until its own job ends."""
         workers = self._workers  # read once: close() on another thread may reset it
         if workers is not None and threading.current_thread() in workers.threads:
-            raise PyGPTError(OWN_POOL)
-
-    def _refuse_nesting(self) -> None:
-        """Refuse the caller inside a job, in before() and after(), and in a signal handler that interrupts them."""
-        if self._busy:
             raise PyGPTError(OWN_POOL)
 
     def _ready(self) -> "_Workers":
@@ -144,21 +130,13 @@ class ThreadPool(Uncopied):
         self._busy = False
         self._turn = threading.RLock()
 
-    def __enter__(self) -> "ThreadPool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class _Workers:
-    """The threads of one pool in one process, and their shared state. It does not refer to the pool, which may be deleted.
-
-    The caller may be the main thread, where a signal handler can raise between any two steps. So the caller's side of a round
-    is a sequence of stages. Each stage can be entered again safely, and see_through() repeats them until the round is over. The
+    """The threads of one pool in one process, and their shared state. It does not refer to the pool, which may be deleted. The
+    caller may be the main thread, where a signal handler can raise between any two steps. So the caller's side of a round is a
+    sequence of stages. Each stage can be entered again safely, and see_through() repeats them until the round is over. The
     caller waits at a plain lock, because an interrupted acquire() either has the lock or does not. The other workers are never
-    interrupted: they wait at the Condition and the Barrier.
-    """
+    interrupted: they wait at the Condition and the Barrier."""
 
     POST, WORK, ABANDONED, GATHER = range(4)  # stages of a round, for the caller
     CALLS = 30  # nested calls that a round needs at most, without those of the job
@@ -170,8 +148,8 @@ class _Workers:
         self.rounds = 0
         self.stopping = False
         self.failure: BaseException | None = None  # the first of a round
-        self.job: Job = _nothing
-        self.abort: Callable[[], None] = _nothing
+        self.job: Job = nothing
+        self.abort: Callable[[], None] = nothing
         self.stage = self.GATHER
         self.aborts = 0  # how often the caller has tried abort() in this round
         self.round = 0  # the caller's current round
@@ -209,7 +187,7 @@ class _Workers:
             if self.failure is not None:
                 raise self.failure
         finally:
-            self.job, self.abort, self.failure = _nothing, _nothing, None
+            self.job, self.abort, self.failure = nothing, nothing, None
 
     def proceed(self) -> bool:
         """Do the caller's side of a round, from the stage that it has reached. Return True: the round is over."""
@@ -293,7 +271,7 @@ class _Workers:
                 thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
 
-def _nothing(*_: object) -> None:
+def nothing(*_: object) -> None:
     """Do nothing: the job and the abort() of idle workers."""
 
 
@@ -311,7 +289,6 @@ _pools: "list[weakref.ref[ThreadPool]]" = []
 
 
 def _note(pool: ThreadPool) -> None:
-    """Add a pool to the list; remove those that no longer exist."""
     for gone in [reference for reference in _pools if reference() is None]:
         with suppress(ValueError):  # another thread has removed it
             _pools.remove(gone)

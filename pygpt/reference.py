@@ -134,19 +134,12 @@ class SerialGPT2(Generator):
         """Unmap the file. May be called twice."""
         self.network.close()
 
-    def __enter__(self) -> "SerialGPT2":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class SerialTrainableGPT2(Parameters):
     """The serial program's training: scalar, on one thread; `threads` and `all_workers` have no effect.
 
     Use it in a `with` block, or close() it. Ctrl-C takes effect between layers. If it interrupts backward(), the gradients are
-    incomplete, but weights and moments do not change.
-    """
+    incomplete, but weights and moments do not change."""
 
     threads = 1
 
@@ -158,8 +151,7 @@ class SerialTrainableGPT2(Parameters):
         """Return the loss of predicting each target, (B, T), and keep the activations for backward().
 
         inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
-        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
-        """
+        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT."""
         import numpy as np
 
         return np.asarray(self._open().forward(*self.check_batch(inputs, targets)))
@@ -173,8 +165,7 @@ class SerialTrainableGPT2(Parameters):
     def backward(self, *, accumulate: bool = False, scale: "SupportsFloat" = 1.0) -> None:
         """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
 
-        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before.
-        """
+        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before."""
         training = self._open()
         scale = check_number("scale", scale, -1e30, 1e30)
         if not training.ready:
@@ -206,9 +197,3 @@ class SerialTrainableGPT2(Parameters):
     def close(self) -> None:
         """Free the activations. The arrays of parameters, gradients and moments remain. May be called twice."""
         self._training = None
-
-    def __enter__(self) -> "SerialTrainableGPT2":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

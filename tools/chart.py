@@ -31,7 +31,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path if Path(path or ".").resolve() != TOOLS), str(TOOLS)]
 
 from pygpt import InputError, PyGPTError  # noqa: E402
-from pygpt.commands.console import HelpFormatter, Parser, status_of  # noqa: E402
+from pygpt.commands.console import Parser, status_of  # noqa: E402
 from pygpt.formats.files import atomic_file  # noqa: E402
 
 TESTS = "pp512,tg64@d8,tg64@d512"
@@ -214,8 +214,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="chart",
         usage="python tools/chart.py [options] FILE [FILE ...]",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("files", metavar="FILE", nargs="+", help="the output of pygpt bench -o json")

@@ -47,7 +47,7 @@ sys.path[:] = [str(TOOLS.parent), *(path for path in sys.path[1:] if path != str
 
 from pygpt import InputError, PyGPTError, Tokenizer  # noqa: E402
 from pygpt.commands.child import child_environment  # noqa: E402
-from pygpt.commands.console import HelpFormatter, Parser, say, status_of  # noqa: E402
+from pygpt.commands.console import Parser, say, status_of  # noqa: E402
 from pygpt.formats.files import atomic_file  # noqa: E402
 from pygpt.hub.find import EMBEDDED_MODEL  # noqa: E402
 from pygpt.tokenizer import END_OF_TEXT  # noqa: E402
@@ -115,8 +115,6 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python tools/make_model.py [texts | train | check FILE] [options]",
         description="Make the package's small model from public-domain texts.",
         epilog="The docstring of tools/make_model.py describes each stage.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("stage", nargs="?", choices=["texts", "train", "check"], help="one stage (default: texts, then train)")
     parser.add_argument("file", nargs="?", metavar="FILE", help="check: a text in tinyshakespeare's format")

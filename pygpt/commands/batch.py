@@ -42,7 +42,7 @@ from ..cluster import Complete
 from ..errors import DataError, InputError, PyGPTError, shown
 from ..formats.files import atomic_file
 from ..formats.lines import compress, is_compressed, read_lines
-from .console import HelpFormatter, Parser, say, status_of, whole
+from .console import Parser, say, status_of, whole
 from .options import add_completion_options, read_options
 from .progress import Progress
 
@@ -57,13 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt batch",
-        usage="pygpt batch IN.jsonl -o OUT.jsonl [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "pygpt batch IN.jsonl -o OUT.jsonl [options]"
+    parser = Parser(prog="pygpt batch", usage=usage, description=__doc__)
     add = parser.add_argument
     add("source", metavar="IN", help="a file of JSON lines, possibly .gz or .zst")
     add("-o", "--out", metavar="OUT", help="the file of the answers, possibly .gz or .zst")
@@ -87,19 +82,10 @@ def run(options: argparse.Namespace) -> None:
     if not options.out:
         raise InputError("-o is missing: name the file of the answers, such as -o out.jsonl")
     shard = shard_of(options.shard)
-    given = read_options(options)
+    given = {"seed": 0, "mmap": not options.no_mmap, **read_options(options)}
+    given |= {name: getattr(options, name) for name in ("threads", "weights", "logprobs", "keep_going", "batch_size")}
     packed, _ = map(is_compressed, (options.out, options.source))
-    with Complete(
-        options.model,
-        threads=options.threads,
-        mmap=not options.no_mmap,
-        weights=options.weights,
-        seed=given.pop("seed", 0),
-        logprobs=options.logprobs,
-        keep_going=options.keep_going,
-        batch_size=options.batch_size,
-        **given,
-    ) as complete:
+    with Complete(options.model, **given) as complete:
         digest, count = survey(options.source)
         rows = range(shard[0] * count // shard[1], (shard[0] + 1) * count // shard[1])
         record = {**complete.identity(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
@@ -145,9 +131,9 @@ def rows_of(path: str, wanted: range) -> Iterator[tuple[int, Row]]:
         if not (text := line.strip()):
             continue
         index += 1
-        if index not in wanted:
-            if index >= wanted.stop:
-                return
+        if index >= wanted.stop:
+            return
+        if index < wanted.start:
             continue
         try:
             row = json.loads(text)
@@ -176,8 +162,7 @@ def check_rows(complete: Complete, path: str, wanted: range) -> None:
 
 def answer(complete: Complete, path: str, wanted: range, part: "IO[bytes]") -> None:
     """Keep the answers that `part` holds already, and append those of the other rows."""
-    keys = (row["id"] for _, row in rows_of(path, wanted))
-    kept = keep_answers(part, keys)
+    kept = keep_answers(part, (row["id"] for _, row in rows_of(path, wanted)))
     left = (row for _, row in rows_of(path, range(wanted.start + kept, wanted.stop)))
     with Progress("prompts", len(wanted), kept) as progress:
         for done, found in enumerate(complete.rows(left), kept + 1):
@@ -211,10 +196,8 @@ def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
 
 @contextmanager
 def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[bytes] | None]":
-    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out; None if OUT is complete.
-
-    Raises InputError if the files belong to a job with another record.
-    """
+    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out; None if OUT is complete. Raises
+    InputError if the files belong to a job with another record."""
     folder, name = os.path.dirname(os.path.realpath(path)), f"{path}.part"
     if not os.path.isdir(folder):
         raise InputError(f"{path}: the folder {folder} does not exist: make it first")

@@ -1,11 +1,7 @@
 """Chat with GPT-2: read a text, and print the model's continuation while it is generated.
 
-One child process, the `pygpt` command, runs the model for all texts (child.py). This program is its user interface: it turns
-text into ids, and ids into text in whole characters. stdout carries only the replies. If stdout is not a terminal, prompts and
-the output of / commands go to stderr, like notices and errors.
-
-The child checks the model file and the thread count; the chat shows its one-line error. GPT-2 completes each text on its own,
-because it was not trained on dialogues.
+One child process, the `pygpt` command, runs the model for all texts, and checks its file and the thread count (child.py).
+stdout carries only the replies. If stdout is not a terminal, prompts and the output of / commands go to stderr, like notices.
 """
 
 import argparse
@@ -36,24 +32,15 @@ from ..hub.find import find_model
 from ..tokenizer import StreamDecoder, Tokenizer, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
-from .console import HelpFormatter, Parser, for_terminal, say, status_of
-from .options import (
-    CONTROL,
-    END_OF_TEXT,
-    LISTS,
-    TEXT_ONLY_HELP,
-    TOKENIZER_HELP,
-    add_completion_options,
-    add_draft_option,
-    parse_count,
-    read_options,
-)
+from .console import Parser, for_terminal, say, status_of
+from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, add_model_options, parse_count, read_options
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
 APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # settings of one value that the command line may repeat
 LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
+NEED_TEXT = ("/again", "/more", "/tokens", "/probs")
 PROBABLE = 10  # number of tokens that /probs shows
 BAR = 40  # columns of the longest bar, if the terminal is wide enough
 
@@ -83,34 +70,22 @@ text\\              continue the text on the next line; \\\\ stands for a final 
 """
 
 
-# ---------------------------------------------------------------- settings
-
-# The settings of /set: name, aliases, and the field of a `pygpt` request.
-SETTINGS = {
-    "new": (("n", "max_new_tokens"), "max_new_tokens"),
-    "sampler": ((), "sampler"),
-    "temperature": (("temp",), "temperature"),
-    "top_k": ((), "top_k"),
-    "top_p": ((), "top_p"),
-    "min_p": ((), "min_p"),
-    **{name: ((flag[2:].replace("-", "_"),), name) for flag, name, _, _ in CONTROL},
-    "seed": ((), "seed"),
-    "stop": (("stop_strings",), "stop_strings"),
-    "stop_token": (("stop_token_ids",), "stop_token_ids"),
-    "overflow": ((), "overflow"),
-    "speculate": ((), "speculation"),
-    "stop_at_eot": ((), "stop_at_eot"),
-    "show_stop": ((), "show_stop"),
-    "stats": ((), "stats"),
-}
 SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and no field of a request
+FIELDS = {"new": "max_new_tokens", "stop": "stop_strings", "stop_token": "stop_token_ids", "speculate": "speculation"}
+SETTINGS = {  # of /set: name, and the field of a `pygpt` request, which is another name of it
+    name: FIELDS.get(name, name)
+    for name in (
+        *("new", "sampler", "temperature", "top_k", "top_p", "min_p", *(name for _, name, _, _ in CONTROL)),
+        *("seed", "stop", "stop_token", "overflow", "speculate", *SWITCHES),
+    )
+}
+ALIASES = {"n": "new", "temp": "temperature", **{flag[2:].replace("-", "_"): name for flag, name, _, _ in CONTROL}}
 
 
 class Settings:
     """The options of replies, from the command line and from /set. Raises InputError for a bad value.
 
-    config: the model's dimensions, or None if the model cannot be opened. The child reports why.
-    """
+    config: the model's dimensions, or None if the model cannot be opened. The child reports why."""
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.config = config
@@ -126,12 +101,8 @@ class Settings:
         """Return the options of a request."""
         request = self._defaults | self._asked
         stops = request.get("stop_token_ids", [])
-        if (
-            self.switches["stop_at_eot"]
-            and self.config is not None
-            and END_OF_TEXT < self.config.V
-            and END_OF_TEXT not in stops
-        ):
+        has_end = self.config is not None and END_OF_TEXT < self.config.V
+        if self.switches["stop_at_eot"] and has_end and END_OF_TEXT not in stops:
             request["stop_token_ids"] = [*stops, END_OF_TEXT]
         return request
 
@@ -149,8 +120,7 @@ class Settings:
     def change(self, name: str, value: str) -> None:
         """Set a setting to the value that the user typed.
 
-        For a bad value, change nothing and raise InputError with the setting's name as the user typed it.
-        """
+        For a bad value, change nothing and raise InputError with the setting's name as the user typed it."""
         typed = name
         name, key = find_setting(typed)
         if key in SWITCHES:
@@ -190,11 +160,10 @@ class Settings:
 def find_setting(name: str) -> tuple[str, str]:
     """Find a setting by any spelling of its name (top-k, --top-k, TOP_K); return its name and its request field.
 
-    Raises InputError for an unknown name.
-    """
+    Raises InputError for an unknown name."""
     wanted = name.lower().lstrip("-").replace("-", "_")
-    for known, (others, key) in SETTINGS.items():
-        if wanted == known or wanted in others:
+    for known, key in SETTINGS.items():
+        if ALIASES.get(wanted, wanted) in (known, key):
             return known, key
     raise InputError(f"{name!r:.40} is not a setting: the settings are {', '.join(SETTINGS)}")
 
@@ -212,36 +181,27 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
     return read_options(blank)
 
 
-# ---------------------------------------------------------------- the conversation
-
-
 class Chat:
     """A conversation of independent texts and replies, with / commands between them.
 
-    model, threads: the values of -m and -t. /probs needs them, because it runs the model in this process.
-    """
+    model, threads: the values of -m and -t. /probs needs them, because it runs the model in this process."""
 
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: str | None = None) -> None:
         self._command, self._settings = command, settings
         self._model, self._threads = model, threads
         self._tokenizer = Tokenizer() if settings.config is None else tokenizer_of(settings.config)
+        self._leaving = False
         self._text: list[int] = []  # ids of the latest text; empty before the first text
         self._reply: list[int] = []  # ids of its reply that were printed
         self._repeated = 0  # how often /again repeated this text
-        self._leaving = False
         self._commands: dict[str, Callable[[], None]] = {
             "/again": self._again,
-            "/more": self._more,
+            "/more": self._go_on,
             "/tokens": self._show_tokens,
             "/probs": self._show_probabilities,
             "/help": lambda: show(HELP.rstrip()),
-            "/quit": self._leave,
+            "/quit": lambda: None,
         }
-
-    def answer(self, text: str) -> int:
-        """Print the reply to one text and return the exit status: 0, or 130 if Ctrl-C stopped the reply."""
-        self._complete(text)
-        return 130 if self._command.stopped else 0
 
     def converse(self) -> int:
         """Ask for texts on the terminal until Ctrl-D, an empty line, or Ctrl-C twice, which raises KeyboardInterrupt."""
@@ -266,7 +226,7 @@ class Chat:
             hinted = False
             if text:
                 self.take(text)
-            elif not input_waits():
+            elif not select.select([sys.stdin], [], [], 0)[0]:  # more input: the empty line is part of a pasted text
                 return 0
         return 0
 
@@ -276,7 +236,7 @@ class Chat:
             if text.startswith("/") and not text.startswith("//"):
                 self._obey(text)
             else:
-                self._complete(text[1:] if text.startswith("//") else text)
+                self.complete(text[1:] if text.startswith("//") else text)
         except (InputError, CheckpointError) as error:
             say(str(error))
 
@@ -286,12 +246,14 @@ class Chat:
         if name == "/set":
             self._set(rest[0].strip() if rest else "")
         elif name not in self._commands:
-            raise InputError(
-                f"{name!r:.40} is not a command: /help lists the commands; to send a text that begins with a slash, type //"
-            )
+            way = "/help lists the commands; to send a text that begins with a slash, type //"
+            raise InputError(f"{name!r:.40} is not a command: {way}")
         elif rest:
             raise InputError(f"{name} must be alone, but {rest[0]!r:.40} was given; to send this as a text, begin with //")
         else:
+            if name in NEED_TEXT and not self._text:
+                raise InputError("this command needs an earlier text: enter a text first")
+            self._leaving = name == "/quit"
             self._commands[name]()
 
     def _set(self, wish: str) -> None:
@@ -301,42 +263,27 @@ class Chat:
         if value:
             self._settings.change(name, value[0])
         lines = [self._settings.show(known) for known in ([name] if name else SETTINGS)]
-        dropped = [name for name, (_, key) in SETTINGS.items() if key in before and key not in self._settings.request]
+        dropped = [name for name, key in SETTINGS.items() if key in before and key not in self._settings.request]
         if value and value[0] != "default" and dropped:
             lines[0] += f" (removed: {', '.join(dropped)})"
         show("\n".join(lines))
 
-    def _complete(self, text: str) -> None:
-        """Print the reply to a text."""
+    def complete(self, text: str) -> int:
+        """Print the reply to a text and return the exit status: 0, or 130 if Ctrl-C stopped the reply."""
         self._text, self._reply, self._repeated = self._tokenizer.encode(text), [], 0
         self._go_on()
+        return 130 if self._command.stopped else 0
 
     def _again(self) -> None:
-        """Print another reply to the last text."""
-        self._require_text()
         self._reply = []
         self._repeated += 1
         self._go_on()
-
-    def _more(self) -> None:
-        """Print the continuation of the last reply."""
-        self._require_text()
-        self._go_on()
-
-    def _require_text(self) -> None:
-        """Raise InputError before the first text."""
-        if not self._text:
-            raise InputError("this command needs an earlier text: enter a text first")
-
-    def _leave(self) -> None:
-        self._leaving = True
 
     def _go_on(self) -> None:
         """Print the continuation of the text and the reply so far, token by token.
 
         Raises InputError for bad tokens or settings, and ChildError for a failure of the child. If a part of the reply is
-        printed already, end its line first, so that the error message begins a new line.
-        """
+        printed already, end its line first, so that the error message begins a new line."""
         tokens = self._fitting(self._text + self._reply)
         self._settings.check(tokens)
         request = self._settings.request
@@ -363,8 +310,7 @@ class Chat:
     def _fitting(self, tokens: list[int]) -> list[int]:
         """Return the last tokens that leave room for the reply in the context. Print a notice if tokens are dropped.
 
-        With --overflow, the child handles long texts: then return all tokens that fit into a request.
-        """
+        With --overflow, the child handles long texts: then return all tokens that fit into a request."""
         config, request = self._settings.config, self._settings.request
         if config is None or request.get("overflow") == "stop":
             return tokens
@@ -373,31 +319,26 @@ class Chat:
         else:
             new = request["max_new_tokens"]
             room, rule = config.maxT - new, f"the context holds {config.maxT}, including {new} new tokens"
-        if len(tokens) <= room:
-            return tokens
-        what = "text and the reply so far have" if self._reply else "text has"
-        say(f"the {what} {len(tokens)} tokens; only the last {room} are used, because {rule}")
+        if len(tokens) > room:
+            what = "text and the reply so far have" if self._reply else "text has"
+            say(f"the {what} {len(tokens)} tokens; only the last {room} are used, because {rule}")
         return tokens[-room:]
 
     def _show_tokens(self) -> None:
         """Show the ids of the text and the reply, each with its piece of text."""
-        self._require_text()
         for name, tokens in ("text", self._text), ("reply", self._reply):
             show("\n".join([f"{name}: {len(tokens)} tokens", *(f"{token:>7}  {self._piece(token)}" for token in tokens)]))
 
     def _show_probabilities(self) -> None:
         """Show the most probable tokens after the text, with bars. The child returns only ids, so run the model here."""
-        self._require_text()
         from ..model import GPT2
 
         threads = None if self._threads is None else parse_count("threads (-t)", self._threads)
-        tokens = self._fitting(self._text)
-        overflow = self._settings.request.get("overflow")
+        tokens, overflow = self._fitting(self._text), self._settings.request.get("overflow")
         try:
             with GPT2.load(self._model, threads=threads) as model:
-                [completion] = model.generate_batch(
-                    [tokens], max_new_tokens=1, overflow=overflow, top_logprobs=min(PROBABLE, model.config.V)
-                )
+                count = min(PROBABLE, model.config.V)
+                [completion] = model.generate_batch([tokens], max_new_tokens=1, overflow=overflow, top_logprobs=count)
         except KeyboardInterrupt:
             show("")
             return
@@ -436,8 +377,7 @@ def speed(times: Sequence[float]) -> str:
 def line_reader() -> Callable[[str], str]:
     """Return a function that asks for a line on the terminal. It may return several pasted lines as one text.
 
-    prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input().
-    """
+    prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input()."""
     if not sys.stdout.isatty():
         return PlainLines()
     readline = None
@@ -456,10 +396,8 @@ def line_reader() -> Callable[[str], str]:
 
 
 class PlainLines:
-    """Ask for lines with the prompt and the echo on stderr, because stdout is not a terminal.
-
-    A terminal that collects lines itself cuts them at 4,095 bytes. So this class reads keys, and edits the line with the
-    terminal's keys: erase a character, erase the line, end the input."""
+    """Ask for lines with the prompt and the echo on stderr. A terminal that collects lines itself cuts them at 4,095 bytes, so
+    this class reads keys, and edits the line with the terminal's keys: erase a character, erase the line, end the input."""
 
     def __init__(self) -> None:
         self._terminal = sys.stdin.fileno()
@@ -467,7 +405,7 @@ class PlainLines:
         keys = before[6]
         self._erase, self._kill, self._end = keys[termios.VERASE], keys[termios.VKILL], keys[termios.VEOF]
         atexit.register(termios.tcsetattr, self._terminal, termios.TCSANOW, before)
-        self._mode = [*termios.tcgetattr(self._terminal)]
+        self._mode = termios.tcgetattr(self._terminal)
         self._mode[0] &= ~termios.ICRNL
         self._mode[3] &= ~(termios.ICANON | termios.ECHO)
         self._mode[6][termios.VMIN], self._mode[6][termios.VTIME] = 1, 0
@@ -506,11 +444,6 @@ def ask_text(ask: Callable[[str], str]) -> str:
     while text.endswith("\\") and not text.endswith("\\\\"):
         text = text[:-1] + "\n" + given_text(ask(CONTINUED))
     return text[:-1] if text.endswith("\\\\") else text
-
-
-def input_waits() -> bool:
-    """Return whether more input waits. If so, an empty line is part of a pasted text, and the shell must not run the rest."""
-    return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def prompt_stream() -> TextIO:
@@ -564,35 +497,17 @@ def build_parser() -> argparse.ArgumentParser:
         usage="pygpt chat [options] [TEXT ...]",
         description="Complete texts with GPT-2. Each text is completed on its own.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
+    add = parser.add_argument
     parser.set_defaults(passed=[], total=None)
-    parser.add_argument("words", nargs="*", metavar="TEXT", help="complete this text and exit; without TEXT, ask for texts")
-    parser.add_argument(
-        "-n",
-        "--new",
-        "--max-new-tokens",
-        dest="max_new_tokens",
-        metavar="N",
-        help=f"number of new tokens in a reply (default {NEW_TOKENS})",
-    )
-    parser.add_argument(
-        "-m", "--model", action=PassOn, metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)"
-    )
-    parser.add_argument(
-        "-t", "--threads", action=PassOn, metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)"
-    )
-    parser.add_argument("--tokenizer", action=PassOn, metavar="FILE", help=TOKENIZER_HELP)
-    parser.add_argument("--text-only", action=PassOn, nargs=0, default=False, const=True, help=TEXT_ONLY_HELP)
-    parser.add_argument("--weights", action=PassOn, metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
-    add_draft_option(parser.add_argument, action=PassOn)
-    parser.add_argument(
-        "--no-mmap", action=PassOn, nargs=0, help="copy the model into memory, in case another program changes its file"
-    )
+    add("words", nargs="*", metavar="TEXT", help="complete this text and exit; without TEXT, ask for texts")
+    new = f"number of new tokens in a reply (default {NEW_TOKENS})"
+    add("-n", "--new", "--max-new-tokens", dest="max_new_tokens", metavar="N", help=new)
+    add("-m", "--model", action=PassOn, metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
+    add_model_options(add, value=PassOn, flag=partial(PassOn, nargs=0, const=True))
     add_completion_options(parser)
-    parser.add_argument("--show-stop", action="store_true", help="print also the stop text at which a reply ends")
-    parser.add_argument("--stats", action="store_true", help="print the speed on stderr after each reply")
+    add("--show-stop", action="store_true", help="print also the stop text at which a reply ends")
+    add("--stats", action="store_true", help="print the speed on stderr after each reply")
     return parser
 
 
@@ -622,10 +537,10 @@ def run(options: argparse.Namespace) -> int:
     with Command(options.passed) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
-            return chat.answer(given_text(" ".join(options.words)))
+            return chat.complete(given_text(" ".join(options.words)))
         if sys.stdin.isatty():
             return chat.converse()
-        return chat.answer(read_piped())
+        return chat.complete(read_piped())
 
 
 def prepare_streams() -> None:
@@ -643,15 +558,13 @@ def prepare_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chat and return its exit status: 0, 1 (failure), 2 (usage), 130 (Ctrl-C), 141 (broken pipe)."""
     prepare_streams()
-    status = 0
 
-    def job() -> None:
-        nonlocal status
+    def job() -> int:
         try:
-            status = run(parse(argv))
+            return run(parse(argv))
         except KeyboardInterrupt:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a full pipe must not block the exit
             print(file=sys.stderr)
             raise
 
-    return status_of(job) or status
+    return status_of(job)

@@ -1,7 +1,6 @@
 """Child processes of commands: their environment, and the `pygpt` command as a child that answers requests.
 
-The chat's child opens the model and owns the threads. Because it is a separate process, the terminal's Ctrl-C and the work of
-the user interface do not disturb it. The child checks the model file and the thread count; the chat shows its one-line error.
+The chat's child opens the model and owns the threads. The terminal's Ctrl-C and the user interface do not disturb it.
 """
 
 import json
@@ -11,8 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
+from subprocess import PIPE
 
 from ..errors import PyGPTError
 
@@ -38,8 +38,7 @@ class Command:
     spaces, each id as soon as it is computed. SIGINT ends a reply early, or ends an idle child.
 
     The child has its own process group. So the terminal's Ctrl-C reaches only the chat, and the chat passes it on. If the chat
-    is killed, the child reaches the end of its input and ends.
-    """
+    is killed, the child reaches the end of its input and ends."""
 
     def __init__(self, options: Sequence[str]) -> None:
         self.stopped = False  # True if Ctrl-C stopped the latest reply
@@ -49,13 +48,7 @@ class Command:
 
     def _start(self) -> None:
         self._child = subprocess.Popen(
-            self._argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env=child_environment(),
-            start_new_session=True,
+            self._argv, bufsize=0, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=child_environment(), start_new_session=True
         )
         pipes = self._child.stdin, self._child.stdout, self._child.stderr
         self._stdin, self._stdout, self._stderr = [pipe for pipe in pipes if pipe]  # all three exist; the `if` is for mypy
@@ -67,8 +60,7 @@ class Command:
     def ask(self, tokens: Sequence[int], options: "Mapping[str, Any]") -> Iterator[int]:
         """Yield the ids that continue `tokens`, each as soon as it arrives. After stop(), yield no more ids.
 
-        options: the other fields of the JSON request. Raises ChildError if the child ends early or writes anything but ids.
-        """
+        options: the other fields of the JSON request. Raises ChildError if the child ends early or writes anything but ids."""
         if self.stopped:
             return
         self._stdout.read(1 << 20)  # drop what the child wrote after the end of a reply that Ctrl-C stopped
@@ -92,12 +84,11 @@ class Command:
     def _exchange(self, request: bytes) -> Iterator[bytes]:
         """Send the request and yield the child's output in pieces, until the child closes its stdout.
 
-        One loop serves all three pipes. So a full pipe cannot make both processes wait for each other.
-        """
+        One loop serves all three pipes. So a full pipe cannot make both processes wait for each other."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._stdin, selectors.EVENT_WRITE)
-            selector.register(self._stdout, selectors.EVENT_READ)
-            selector.register(self._stderr, selectors.EVENT_READ)
+            for pipe in self._stdout, self._stderr:
+                selector.register(pipe, selectors.EVENT_READ)
             while True:
                 ready = [key.fileobj for key, _ in selector.select()]
                 if self._stdin in ready and not (request := self._send(request)):
@@ -127,8 +118,7 @@ class Command:
     def show_notices(self, *, others: bool = False) -> None:
         """Print each of the child's notices once. With `others`, print all of its complete lines except errors.
 
-        A line that is not a notice may begin a traceback. Print such lines only after a reply: then the child still runs.
-        """
+        A line that is not a notice may begin a traceback. Print such lines only after a reply: then the child still runs."""
         kept = b""
         for raw in self._unseen.splitlines(keepends=True):
             line = raw.decode("utf-8", "replace").rstrip()
@@ -188,9 +178,8 @@ class Command:
         """Close the child's input, so that it ends. Kill it after GRACE_SECONDS, or at a Ctrl-C."""
         self._stdin.close()
         try:
-            self._child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(GRACE_SECONDS)
         finally:
             self._child.kill()  # has no effect if the child has ended
             self._child.wait()
@@ -210,8 +199,7 @@ def child_environment() -> dict[str, str]:
     """Return an environment in which a child process imports this package.
 
     This process may have found pygpt in its script's folder, which is not on the child's path. If the child could not find
-    pygpt, add this package's folder to PYTHONPATH. PYTHONSAFEPATH keeps files in the current folder from replacing modules.
-    """
+    pygpt, add this package's folder to PYTHONPATH. PYTHONSAFEPATH keeps files in the current folder from replacing modules."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if os.path.basename(here) in ("site-packages", "dist-packages"):
@@ -225,8 +213,7 @@ def child_environment() -> dict[str, str]:
 def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
     """Yield the ids of one line. Yield each id after the space or newline behind it has arrived.
 
-    Raises EOFError if the chunks end before a newline.
-    """
+    Raises EOFError if the chunks end before a newline, and ChildError for a word that is not an id."""
     rest = b""
     for chunk in chunks:
         line, newline, _ = (rest + chunk).partition(b"\n")
@@ -234,15 +221,10 @@ def read_ids(chunks: Iterable[bytes]) -> Iterator[int]:
         if newline or len(rest) > LONGEST_ID:
             words.append(rest)
         for word in filter(None, words):
-            yield read_id(word)
+            if not word.isdigit() or len(word) > LONGEST_ID:
+                found = word[:40].decode("utf-8", "replace")
+                raise ChildError(f"the pygpt command answered {found!r} instead of a token id")
+            yield int(word)
         if newline:
             return
     raise EOFError
-
-
-def read_id(word: bytes) -> int:
-    """Read one id. Raises ChildError if the word is not an id."""
-    if not word.isdigit() or len(word) > LONGEST_ID:
-        found = word[:40].decode("utf-8", "replace")
-        raise ChildError(f"the pygpt command answered {found!r} instead of a token id")
-    return int(word)

@@ -1,35 +1,23 @@
-"""The `pygpt` command: complete a sequence of GPT-2 token ids. `python -m pygpt --help` shows its options.
-
-stdout carries only ids. Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr;
-130 after Ctrl-C; 141 if the reader closed stdout.
-"""
+"""The `pygpt` command: complete a sequence of GPT-2 token ids. stdout carries only ids; console.py has the exit statuses."""
 
 import argparse
 import codecs
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 from .. import __version__
 from ..errors import InputError
 from . import COMMANDS
-from .console import HelpFormatter, Parser, check_stdout, say, status_of
-from .options import (
-    TEXT_ONLY_HELP,
-    TOKENIZER_HELP,
-    add_completion_options,
-    add_draft_option,
-    parse_count,
-    parse_id,
-    read_options,
-)
+from .console import Parser, check_stdout, say, status_of
+from .options import add_completion_options, add_model_options, parse_count, parse_id, read_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from ..config import Config
-    from ..generation.completion import Completion
+    from ..generation.engine import Engine
     from ..generation.request import Request
     from ..model import GPT2
     from ..reference import SerialGPT2
@@ -64,33 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python -m pygpt [options] TOKEN... | -\n       python -m pygpt COMMAND ...",
         description="Complete a sequence of GPT-2 token ids. Each new id is printed on its own line as soon as it is computed.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
-    parser.add_argument(
-        "-m",
-        "--model",
-        metavar="MODEL",
-        help="a model file (llm.c's .bin, .safetensors, .gguf, or of `pygpt quantize`), a Hugging Face folder, or a downloaded "
-        "model's name",
-    )
-    parser.add_argument("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
-    parser.add_argument("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
-    parser.add_argument("-t", "--threads", metavar="N", help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add = parser.add_argument
+    add("tokens", nargs="*", metavar="TOKEN", help="token ids, or - to answer requests from stdin")
+    files = "a model file (llm.c's .bin, .safetensors, .gguf, or of `pygpt quantize`)"
+    add("-m", "--model", metavar="MODEL", help=f"{files}, a Hugging Face folder, or a downloaded model's name")
+    add("-n", "--total", metavar="N", help="total number of tokens, prompt included (default 10)")
+    add("--max-new-tokens", metavar="N", help="number of new tokens, instead of --total")
     add_completion_options(parser)
-    parser.add_argument(
-        "--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
-    )
-    add_draft_option(parser.add_argument)
-    parser.add_argument("--tokenizer", metavar="FILE", help=f"for --stop: {TOKENIZER_HELP}")
-    parser.add_argument("--text-only", action="store_true", help=TEXT_ONLY_HELP)
-    parser.add_argument(
-        "--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file"
-    )
-    parser.add_argument("--stats", action="store_true", help="print the speed on stderr after each answer")
-    parser.add_argument("--reference", action="store_true", help="run the slow serial reference; -t has no effect")
-    parser.add_argument("--version", action="version", version=f"pygpt {__version__}")
+    add_model_options(add, stops="for --stop: ")
+    add("--stats", action="store_true", help="print the speed on stderr after each answer")
+    add("--reference", action="store_true", help="run the slow serial reference; -t has no effect")
+    add("--version", action="version", version=f"pygpt {__version__}")
     return parser
 
 
@@ -115,17 +88,12 @@ def run(options: argparse.Namespace) -> None:
             serve(model, defaults, notice, stats=options.stats)
         else:
             say(notice)
-            engine, began = model.engine(), perf_counter()
-            job = engine.add(request)
+            engine = model.engine()
             try:
-                for event in engine.run():
-                    if event.error is not None:
-                        raise event.error
-                    put(f"{event.token}\n")
+                for token, _ in answered(engine, request, stats=options.stats):
+                    put(f"{token}\n")
             finally:
                 engine.close()
-            if options.stats:
-                say(speed(job.completions[0], perf_counter() - began))
 
 
 def load(path: str | None, threads: int | None, options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
@@ -137,33 +105,34 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
         f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; "
         "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
     )
-    return open_model(path, threads, options), notice if origin == "embedded" else ""
-
-
-def open_model(path: str, threads: int | None, options: argparse.Namespace) -> "GPT2 | SerialGPT2":
-    """Open the parallel model, or the serial reference. Import only the class that is used."""
+    notice = notice if origin == "embedded" else ""
     given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
-    if options.reference:
+    if options.reference:  # import only the class that is used
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, **given)  # guesses come from the text
+        return SerialGPT2.load(path, **given), notice  # guesses come from the text
     from ..model import GPT2
 
-    return GPT2.load(path, threads=threads, draft=options.draft_model, **given)
+    return GPT2.load(path, threads=threads, draft=options.draft_model, **given), notice
 
 
-def speed(completion: "Completion", seconds: float) -> str:
-    """Describe a completion's speed, and how many of its guesses were right."""
-    new, drafted, right = len(completion.tokens), completion.drafted, completion.accepted
-    guesses = f"; {right} of {drafted} guessed tokens were right" if drafted else ""
-    return f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}"
+def answered(engine: "Engine", request: "Request", *, stats: bool) -> "Iterator[tuple[int | None, bool]]":
+    """Yield each new token of a request, and whether it is the last one. stats: describe the speed on stderr at the end."""
+    [completion], began = engine.add(request).completions, perf_counter()
+    for event in engine.run():
+        if event.error is not None:
+            raise event.error
+        yield event.token, event.finish_reason is not None
+    if stats:
+        new, drafted, seconds = len(completion.tokens), completion.drafted, perf_counter() - began
+        guesses = f"; {completion.accepted} of {drafted} guessed tokens were right" if drafted else ""
+        say(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}")
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *, stats: bool = False) -> None:
     """Answer the requests on stdin, one per line, until stdin ends. stats: describe each answer's speed on stderr.
 
-    Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process.
-    """
+    Ctrl-C stops the current answer and ends its line. If there is no current answer, Ctrl-C ends the process."""
     engine = model.engine(prefix=model.new_prefix_cache())
     while sys.stdin is not None and (line := sys.stdin.buffer.readline(LINE_LIMIT + 1)):
         ended = False
@@ -175,14 +144,8 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *
                 continue
             say(notice)
             notice = ""
-            job, began = engine.add(request), perf_counter()
-            for event in engine.run():
-                if event.error is not None:
-                    raise event.error
-                ended = event.finish_reason is not None
-                put(f"{event.token}\n" if ended else f"{event.token} ")  # the space marks the end of the id
-            if stats:
-                say(speed(job.completions[0], perf_counter() - began))
+            for token, ended in answered(engine, request, stats=stats):
+                put(f"{token}\n" if ended else f"{token} ")  # the space marks the end of the id
         except KeyboardInterrupt:  # put() wrote its whole text: stdout's buffer holds the part that a full pipe refused
             engine.close()
             put("" if ended else "\n")  # one newline per request: the client would take a second one for the next answer
@@ -200,8 +163,7 @@ def put(text: str) -> None:
 def parse_request(line: bytes, config: "Config", defaults: "dict[str, Any]") -> "Request | None":
     """Read one line of stdin, ids or a JSON object, as a Request; return None for a blank line.
 
-    Raises InputError for a line longer than LINE_LIMIT, and for a bad request.
-    """
+    Raises InputError for a line longer than LINE_LIMIT, and for a bad request."""
     from ..generation.request import Request, request_from_json
 
     if len(line) > LINE_LIMIT:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
 from ..errors import CheckpointError, InputError, PyGPTError
@@ -24,14 +25,13 @@ CUT_SHORT = (
 LONGEST_LINE = 5000  # characters of a message: a path alone may have 4,096
 
 
-def status_of(job: Callable[[], object]) -> int:
-    """Run a command's job; report an exception in one line; return the exit status.
+def status_of(job: "Callable[[], int | None]") -> int:
+    """Run a command's job; report an exception in one line; return the exit status, which is the job's result if it has one.
 
-    If a mapped file is truncated meanwhile, the process prints one line and ends by SIGBUS.
-    """
+    If a mapped file is truncated meanwhile, the process prints one line and ends by SIGBUS."""
     try:
         with Interrupts():
-            explained(job)
+            status = explained(job) or 0
             if sys.stdout is not None:
                 sys.stdout.flush()  # flush here: a failure at exit would print a traceback
     except KeyboardInterrupt:
@@ -52,7 +52,7 @@ def status_of(job: Callable[[], object]) -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return complain(error, 1)
-    return 0
+    return status
 
 
 def import_command(name: str) -> "Callable[[Sequence[str]], int]":
@@ -63,13 +63,13 @@ def import_command(name: str) -> "Callable[[Sequence[str]], int]":
     return found[0]
 
 
-def explained(job: Callable[[], object]) -> None:
-    """Run a job. If a mapped file is truncated meanwhile, print CUT_SHORT before the process ends."""
+def explained(job: "Callable[[], int | None]") -> int | None:
+    """Run a job and return its result. If a mapped file is truncated meanwhile, print CUT_SHORT before the process ends."""
     from .. import _signals  # import here: if the module is not built, status_of() reports that in one line
 
     begun = _signals.begin(CUT_SHORT)
     try:
-        job()
+        return job()
     finally:
         if begun:
             _signals.end()
@@ -99,8 +99,7 @@ def check_stdout(what: str) -> None:
 def one_line(text: str) -> str:
     """Return text as one line with control characters escaped, shortened to LONGEST_LINE.
 
-    File names and servers' answers may contain control sequences for the terminal.
-    """
+    File names and servers' answers may contain control sequences for the terminal."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} [...] {line[-400:]}"
 
@@ -114,6 +113,10 @@ def for_terminal(text: str, stream: "TextIO | None") -> str:
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports every error in one line, even an error in writing the help."""
+
+    def __init__(self, **options: "Any") -> None:
+        form = partial(argparse.RawDescriptionHelpFormatter, width=100)  # on every terminal
+        super().__init__(**{"formatter_class": form, "allow_abbrev": False, **options})
 
     def error(self, message: str) -> "NoReturn":
         """Raise InputError with a one-line message. status_of() turns it into exit status 2."""
@@ -142,10 +145,3 @@ def whole(low: int, high: int) -> "Callable[[str], int]":
         return int(text)
 
     return read
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Format help for 100 columns on every terminal."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=100)

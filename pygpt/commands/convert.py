@@ -16,7 +16,7 @@ from ..formats.checkpoint import FORMATS, Checkpoint, file_bytes, write_checkpoi
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
 from ..formats.open import open_source
-from .console import HelpFormatter, Parser, say, status_of
+from .console import Parser, say, status_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors),\n"
         "or from a GGUF file. Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
     parser.add_argument(

@@ -18,7 +18,7 @@ from ..formats.open import open_source
 from ..hub.fetch import fetch
 from ..hub.find import MODELS, cached_model, is_downloadable
 from ..tokenizer import GPT2_V
-from .console import HelpFormatter, Parser, say, status_of
+from .console import Parser, say, status_of
 from .convert import check_parent, default_version, describe, parse_version, write_bin
 
 EXAMPLES = """\
@@ -46,8 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
         usage="pygpt download [options] NAME",
         description="Download a GPT-2 model from Hugging Face. Afterwards, -m NAME finds it in every command.",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="NAME", help="one of the names below, or a repository OWNER/NAME")
     parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit, as in NAME@REV (default: main)")

@@ -56,7 +56,7 @@ from ..hub.find import find_model
 from ..model import GPT2
 from ..network import KVCache
 from ..tokenizer import tokenizer_of
-from .console import HelpFormatter, Parser, check_stdout, status_of, whole
+from .console import Parser, check_stdout, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
 
@@ -86,13 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
     add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
-    parser = Parser(
-        prog="pygpt eval",
-        usage="pygpt eval perplexity|hellaswag|next|compare ... [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt eval", usage="pygpt eval perplexity|hellaswag|next|compare ... [options]", description=__doc__)
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
 
     def task(name: str, positional: str, meaning: str, summary: str, before: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -102,8 +96,6 @@ def build_parser() -> argparse.ArgumentParser:
             usage=f"pygpt eval {' '.join([name, *before, positional])} [options]",
             description=summary,
             help=summary,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
         )
         for name in before:
             made.add_argument(name.lower(), metavar=name, help=model)

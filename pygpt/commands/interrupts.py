@@ -14,8 +14,7 @@ def made_of_ctrl_c(error: BaseException | None) -> bool:
     """Return whether an exception is a KeyboardInterrupt or was caused by one.
 
     Compiled code can turn a KeyboardInterrupt into an ImportError or a SystemError. Before Python 3.12, a class body turns it
-    into a RuntimeError. An exception handler may raise another exception.
-    """
+    into a RuntimeError. An exception handler may raise another exception."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -30,8 +29,7 @@ class Interrupts:
 
     The delay uses Python's profiler hook, which costs nothing until Ctrl-C is pressed. If SIGINT is ignored, or has a handler
     other than Python's, nothing changes. Before the block (during the command's imports) and after it (at the interpreter's
-    exit), Ctrl-C ends the process by the signal: each script begins with that setting, and the block restores it.
-    """
+    exit), Ctrl-C ends the process by the signal: each script begins with that setting, and the block restores it."""
 
     def __enter__(self) -> None:
         self._base, self._hook, self._before = sys._getframe(1), sys.unraisablehook, signal.getsignal(signal.SIGINT)

@@ -10,17 +10,19 @@ if TYPE_CHECKING:
     from typing import Any
 
 TOKENIZER_HELP = "use this vocabulary: tokenizer.json, vocab.json, llm.c's tokenizer.bin, .gguf (default: the model's own)"
-TEXT_ONLY_HELP = "never choose an id that the tokenizer does not have, such as one of a padded vocabulary"
+THREADS_HELP = "threads (default $PYGPT_THREADS, else one per usable core)"
+SPECULATE_HELP = (
+    "guess tokens ahead and check them together; the tokens stay the same: auto (as many as pay), a number, or off (default)"
+)
+DRAFT_HELP = (
+    "guess for --speculate with: q8_0 or q4_0, the model's weights quantised in memory (default: the one that suits "
+    "its format); lookup, only the text so far; or a smaller model with the same vocabulary"
+)
 END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: without --stop-at-eot, generation continues after it
-
+REPEAT_HELP = "above 1, make tokens that already occurred less probable (default 1: off)"
 
 CONTROL = (  # flag, name of a request's option, metavar, help; with every sampler
-    (
-        "--repeat-penalty",
-        "repetition_penalty",
-        "X",
-        "above 1, make tokens that already occurred less probable (default 1: off)",
-    ),
+    ("--repeat-penalty", "repetition_penalty", "X", REPEAT_HELP),
     ("--frequency-penalty", "frequency_penalty", "X", "subtract X from a logit for each time that the token was generated"),
     ("--presence-penalty", "presence_penalty", "X", "subtract X from the logits of tokens that were generated"),
     ("--no-repeat-ngram-size", "no_repeat_ngram_size", "N", "never repeat N tokens in a row (default 0: off)"),
@@ -35,55 +37,36 @@ SEED = "random seed; the same seed gives the same tokens (default: random)"
 
 def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED) -> None:
     """Add all options that read_options() reads, except the lengths. seed: the help of --seed."""
-    parser.add_argument(
-        "--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next five options implies sample"
-    )
-    parser.add_argument(
-        "--temp", dest="temperature", metavar="X", help="divide the logits by X (default 1); 0 means sampler greedy"
-    )
-    parser.add_argument("--top-k", metavar="K", help="keep only the K most probable tokens (default 0: all)")
-    parser.add_argument(
-        "--top-p", metavar="P", help="keep only the most probable tokens whose probabilities add up to P (default 1: all)"
-    )
-    parser.add_argument(
-        "--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)"
-    )
-    parser.add_argument("-s", "--seed", metavar="N", help=seed)
+    add = parser.add_argument
+    add("--sampler", metavar="NAME", help="median (default), greedy or sample; each of the next five options implies sample")
+    add("--temp", dest="temperature", metavar="X", help="divide the logits by X (default 1); 0 means sampler greedy")
+    add("--top-k", metavar="K", help="keep only the K most probable tokens (default 0: all)")
+    add("--top-p", metavar="P", help="keep only the most probable tokens whose probabilities add up to P (default 1: all)")
+    add("--min-p", metavar="P", help="keep only tokens at least P times as probable as the most probable one (default 0: all)")
+    add("-s", "--seed", metavar="N", help=seed)
     for flag, name, metavar, text in CONTROL:
-        action = "append" if name in LISTS else "store"
-        parser.add_argument(flag, dest=name, metavar=metavar, action=action, help=text)
-    parser.add_argument("--stop", dest="stop_strings", action="append", metavar="TEXT", help="stop after TEXT; may be repeated")
-    parser.add_argument(
-        "--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated"
-    )
-    parser.add_argument(
-        "--stop-at-eot",
-        action=argparse.BooleanOptionalAction,
-        help=f"stop after <|endoftext|>, token {END_OF_TEXT} (default: only in chat)",
-    )
-    parser.add_argument(
-        "--overflow",
-        metavar="HOW",
-        help="when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)",
-    )
-    parser.add_argument(
-        "--speculate",
-        dest="speculation",
-        metavar="K",
-        help="guess tokens ahead and check them together; the tokens stay the same: auto (as many as pay), a number, or off "
-        "(default)",
-    )
+        add(flag, dest=name, metavar=metavar, action="append" if name in LISTS else "store", help=text)
+    add("--stop", dest="stop_strings", action="append", metavar="TEXT", help="stop after TEXT; may be repeated")
+    add("--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated")
+    eot = f"stop after <|endoftext|>, token {END_OF_TEXT} (default: only in chat)"
+    add("--stop-at-eot", action=argparse.BooleanOptionalAction, help=eot)
+    full = "when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)"
+    add("--overflow", metavar="HOW", help=full)
+    add("--speculate", dest="speculation", metavar="K", help=SPECULATE_HELP)
 
 
-def add_draft_option(add: "Callable[..., object]", **options: "Any") -> None:
-    """Add the option that says what guesses for --speculate, to a parser's add_argument()."""
-    add(
-        "--draft-model",
-        metavar="MODEL",
-        **options,
-        help="guess for --speculate with: q8_0 or q4_0, the model's weights quantised in memory (default: the one that suits "
-        "its format); lookup, only the text so far; or a smaller model with the same vocabulary",
-    )
+def add_model_options(
+    add: "Callable[..., object]", *, stops: str = "", value: "Any" = "store", flag: "Any" = "store_true"
+) -> None:
+    """Add the options of a model, except -m, to a parser's add_argument(). value, flag: the actions of options of each kind."""
+    add("-t", "--threads", action=value, metavar="N", help=THREADS_HELP)
+    add("--tokenizer", action=value, metavar="FILE", help=f"{stops}{TOKENIZER_HELP}")
+    unknown = "never choose an id that the tokenizer does not have, such as one of a padded vocabulary"
+    add("--text-only", action=flag, default=False, help=unknown)
+    weights = "quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
+    add("--weights", action=value, metavar="FORMAT", help=weights)
+    add("--draft-model", action=value, metavar="MODEL", help=DRAFT_HELP)
+    add("--no-mmap", action=flag, help="copy the model into memory, in case another program changes its file")
 
 
 def add_text_options(add: "Callable[..., object]") -> None:
@@ -102,18 +85,20 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
     for name, flag in (("temperature", "--temp"), ("top_p", "--top-p"), ("min_p", "--min-p"), *penalties):
         if (text := getattr(options, name)) is not None:
             asked[name] = parse_number(f"{name} ({flag})", text)
-    for name in LISTS:
-        if (texts := getattr(options, name)) is not None:
-            asked[name] = parse_list(name, texts)
+    asked |= {name: parse_list(name, texts) for name in LISTS if (texts := getattr(options, name)) is not None}
     for name in "sampler", "stop_strings", "overflow":
         if (text := getattr(options, name)) is not None:
             asked[name] = text
     if options.speculation is not None:
-        words = {"auto": True, "off": False}
-        known, flag = options.speculation in words, "speculation (--speculate)"
-        asked["speculation"] = words[options.speculation] if known else parse_count(flag, options.speculation)
+        asked["speculation"] = parse_speculation(options.speculation)
     stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
     return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
+
+
+def parse_speculation(text: str) -> int | bool:
+    """Read the value of --speculate. Raises InputError unless it is auto, off or a whole number."""
+    words = {"auto": True, "off": False}
+    return words[text] if text in words else parse_count("speculation (--speculate)", text)
 
 
 def parse_list(name: str, texts: "list[str]") -> "Any":

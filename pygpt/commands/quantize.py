@@ -18,7 +18,7 @@ from ..formats.gguf import write_gguf
 from ..formats.huggingface import HuggingFaceModel
 from ..formats.open import blocks_of, open_source
 from ..formats.panels import ModelFile, formats_of, write_panels
-from .console import HelpFormatter, Parser, say, status_of
+from .console import Parser, say, status_of
 from .convert import check_target, describe
 from .progress import Progress
 
@@ -53,8 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file\n"
         "(mapped in place by pygpt).",
         epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
     parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")

@@ -14,28 +14,23 @@ import os
 from collections.abc import Sequence
 
 from ..errors import InputError, PyGPTError
-from .console import HelpFormatter, Parser, say, status_of, whole
+from ..generation.request import check_speculation
+from .console import Parser, say, status_of, whole
+from .options import DRAFT_HELP, SPECULATE_HELP, THREADS_HELP, parse_speculation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..server.served import Served
+    from ..server.call import Served
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    statuses: list[int] = []
-    return status_of(lambda: statuses.append(run(build_parser().parse_args(arguments)))) or statuses[0]
+    return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt serve",
-        usage="pygpt serve [-m [NAME=]MODEL]... [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt serve", usage="pygpt serve [-m [NAME=]MODEL]... [options]", description=__doc__)
     add, count = parser.add_argument, whole(1, 1 << 40)
     add("-m", "--model", metavar="[NAME=]MODEL", action="append", help="a model file or a downloaded model; may be repeated")
     add("--host", metavar="HOST", default="127.0.0.1", help="address to listen at (default 127.0.0.1; :: for all)")
@@ -43,22 +38,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--uds", metavar="PATH", help="listen at a Unix socket instead")
     add("--api-key", metavar="KEY", action="append", default=[], help="ask for this key; may be repeated")
     add("--api-key-file", metavar="FILE", help="ask for one of the keys in this file, one a line")
-    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
     add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
+    add("--speculate", metavar="K", help=f"for requests without the field speculation: {SPECULATE_HELP}")
+    add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
     add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the memory)")
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
     add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
     add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
-    add(
-        "--grace", metavar="S", type=whole(0, 86400), default=30, help="seconds for running requests after SIGTERM (default 30)"
-    )
+    grace = "seconds for running requests after SIGTERM (default 30)"
+    add("--grace", metavar="S", type=whole(0, 86400), default=30, help=grace)
     add("--body-limit", metavar="N", type=count, default=2 << 20, help="most bytes of a request's body (default 2 MB)")
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
-    add("--cors-origins", metavar="URL", action="append", default=[], help="let pages of this origin ask; may be repeated")
+    cors = "let pages of this origin ask; may be repeated"
+    add("--cors-origins", dest="origins", metavar="URL", action="append", default=[], help=cors)
     add("--chat-template", metavar="NAME", help="plain: answer /v1/chat/completions with `role: content` lines")
     add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
-    add("--no-page", action="store_true", help="do not serve the page")
+    add("--no-page", dest="page", action="store_false", help="do not serve the page")
     return parser
 
 
@@ -68,9 +65,11 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--chat-template is {options.chat_template[:40]!r}: it must be plain")
     if options.root_path and not options.root_path.startswith("/"):
         raise InputError(f"--root-path is {options.root_path[:40]!r}: it must begin with /")
-    for origin in options.cors_origins:
+    for origin in options.origins:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
+    speculation = parse_speculation(options.speculate or "off")
+    check_speculation(speculation)
     keys = options.api_key + _keys(options.api_key_file)
     if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
         raise InputError("an API key is empty or has spaces at its ends or characters beyond ASCII: choose another")
@@ -82,22 +81,13 @@ def run(options: argparse.Namespace) -> int:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "h11", "prometheus_client"):
             raise
         raise PyGPTError(f"{error.name} is not installed: run `pip install 'pygpt[serve]'`") from None
-    settings = Options(
-        keys=keys,
-        queue=options.queue,
-        body_limit=options.body_limit,
-        request_timeout=options.request_timeout,
-        root_path=options.root_path,
-        origins=options.cors_origins,
-        chat=options.chat_template is not None,
-        page=not options.no_page,
-    )
+    named = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
+    settings = Options(**named, keys=keys, chat=options.chat_template is not None, speculation=speculation)
     listening = listen(options.host, options.port, options.uds)
     try:
         server = Server(open_models(options), settings)
-        where = options.uds or "http://{}:{}".format(
-            f"[{options.host}]" if ":" in options.host else options.host, listening.getsockname()[1]
-        )
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        where = options.uds or f"http://{host}:{listening.getsockname()[1]}"
         names = ", ".join(server.by_name)
         return serve(server, listening, grace_s=options.grace, started=lambda: say(f"serving {names} at {where}"))
     finally:
@@ -124,7 +114,7 @@ def open_models(options: argparse.Namespace) -> "list[Served]":
     """Open the models. A file that is given under several names is opened once."""
     from ..hub.find import find_model
     from ..model import GPT2
-    from ..server.served import Served
+    from ..server.call import Served
 
     named: dict[str, list[str]] = {}
     for given in options.model or [None]:
@@ -138,17 +128,8 @@ def open_models(options: argparse.Namespace) -> "list[Served]":
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = []
     for path, names in named.items():
-        model = GPT2.load(path, threads=options.threads, weights=options.weights)
+        model = GPT2.load(path, threads=options.threads, weights=options.weights, draft=options.draft_model)
         least = model.network.position_bytes * model.config.maxT
-        found.append(
-            Served(
-                model,
-                names,
-                path,
-                cache_bytes=options.cache_bytes or max(memory // 4 // len(named), least),
-                max_live=options.max_live,
-                target_ms=options.target_ms,
-                fingerprint=options.fingerprint,
-            )
-        )
+        limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
+        found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))
     return found

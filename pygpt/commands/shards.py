@@ -43,7 +43,7 @@ from ..formats.text import EOT_MODES, encode_file, read_text
 from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
 from ..training.data import split
-from .console import HelpFormatter, Parser, check_stdout, for_terminal, say, status_of, whole
+from .console import Parser, check_stdout, for_terminal, say, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
 
@@ -62,8 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="pygpt shards",
         usage="pygpt shards TEXT... -o NAME [options]\n       pygpt shards --show FILE [-n N]",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="UTF-8 text files, quoted patterns, or - for stdin")

@@ -83,9 +83,10 @@ def is_pickle(path: str) -> bool:
         if not os.path.isfile(path):  # opening a FIFO would block
             return False
         with open(path, "rb") as file:
-            start = file.read(9)
-        if not start.startswith(ZIP):  # a header of safetensors, too, may have 0x280 bytes
-            return start.startswith(PICKLES) and start[4:] != b"\0\0\0\0{"
+            if not (start := file.read(9)).startswith(ZIP):
+                # The length of a safetensors header may begin like a pickle, too. The header itself begins with {.
+                headed = start[8:] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path)
+                return start.startswith(PICKLES) and not headed
         import zipfile
 
         try:

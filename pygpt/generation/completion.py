@@ -23,27 +23,15 @@ class Completion:
     string, "length" at the full length, or "cancelled". seed: the same seed and options give the same tokens; None if nothing
     is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty. prompt_infos: a TokenInfo for each
     token of the prompt but the first, if prompt_logprobs is set; only the first of n completions has them. drafted and
-    accepted: how many tokens speculation guessed, and how many of them were right.
+    accepted: how many tokens speculation guessed, and how many of them were right. For engines: speculation is the request's,
+    longest the largest number of tokens in the network's window, sequence the given and the new ids (do not change the list).
     """
-
-    __slots__ = (
-        "_request",
-        "_sequence",
-        "_start",
-        "_stream",
-        "_watch",
-        "accepted",
-        "drafted",
-        "finish_reason",
-        "infos",
-        "prompt_infos",
-        "seed",
-    )
 
     def __init__(self, request: Request, *, seed: int | None = None, stream: int = 0) -> None:
         """Start a completion. seed: replaces the request's. stream: which stream of the seed's random numbers to use."""
-        self._request = request
-        self._sequence = list(request.tokens)
+        self._request, self.speculation = request, request.speculation
+        self.sequence = list(request.tokens)
+        self.longest = min(request.total, request.config.maxT)
         self._start = 0  # the position at which the network's window begins
         self._stream = stream
         self._watch = Watch(request.stop, request.tokens if request.stop_in_prompt else [])
@@ -61,7 +49,7 @@ class Completion:
     @property
     def tokens(self) -> list[int]:
         """The new ids."""
-        return self._sequence[len(self._request.tokens) :]
+        return self.sequence[len(self._request.tokens) :]
 
     @property
     def new(self) -> int:
@@ -75,30 +63,15 @@ class Completion:
         return scores and len(self.prompt_infos) < len(self._request.tokens) - 1
 
     @property
-    def longest(self) -> int:
-        """The largest number of tokens in the network's window."""
-        return min(self._request.total, self._request.config.maxT)
-
-    @property
-    def speculation(self) -> int | None:
-        """How many tokens to guess in a step; 0: as many as pay; None: none."""
-        return self._request.speculation
-
-    @property
-    def sequence(self) -> list[int]:
-        """The given and the new ids. Do not change the list."""
-        return self._sequence
-
-    @property
     def guesses(self) -> int:
         """The most guesses that a step can use: each gives a token, and the step gives one more."""
-        return self._request.total - len(self._sequence) - 1
+        return self._request.total - len(self.sequence) - 1
 
     def window(self) -> list[int]:
         """Return the tokens in the network's window: the whole sequence, or its last tokens after a slide."""
-        if len(self._sequence) - self._start > self._request.config.maxT:
-            self._start = len(self._sequence) - self._request.slide_to
-        return self._sequence[self._start :]
+        if len(self.sequence) - self._start > self._request.config.maxT:
+            self._start = len(self.sequence) - self._request.slide_to
+        return self.sequence[self._start :]
 
     def score(self, logits: "Logits", row: int) -> None:
         """Note the log-probability of the next unscored token of the prompt, from row `row` of logits (rows, V)."""
@@ -115,16 +88,16 @@ class Completion:
             from .logprobs import token_info
 
             self.infos.append(token_info(logits, row, token, request.top_logprobs))
-        self._sequence.append(token)
+        self.sequence.append(token)
         if self._watch.ends(token):
             self.finish_reason = "stop"
-        elif len(self._sequence) == request.total:
+        elif len(self.sequence) == request.total:
             self.finish_reason = "length"
         return token
 
     def choose(self, logits: "Logits", row: int, ahead: Sequence[int] = ()) -> int:
         """Return the token that row `row` of logits (rows, V) gives if the sequence goes on with the tokens `ahead`."""
-        request, sequence = self._request, [*self._sequence, *ahead] if ahead else self._sequence
+        request, sequence = self._request, [*self.sequence, *ahead] if ahead else self.sequence
         if request.control is not None:
             import numpy as np
 

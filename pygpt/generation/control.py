@@ -41,8 +41,7 @@ class Control:
     logits_processor: one function or several, called as function(tokens, row) with the ids so far and the float32 logits (V,);
     it returns a row, or changes the given one and returns None.
 
-    Raises InputError for a value out of its range and for an id outside the vocabulary.
-    """
+    Raises InputError for a value out of its range and for an id outside the vocabulary."""
 
     def __init__(self, config: Config, **options: "Any") -> None:
         given = {name: value for name, value in options.items() if value is not None}

@@ -40,10 +40,7 @@ class Job:
     """A request in an engine. `completions` are its n results, which grow step by step.
 
     error: the exception that ended the job, or None. cancelled: whether cancel() was called. owner: for the caller's use.
-    began: the time.monotonic() of its first step, or None. shared: the number of the prompt's tokens that came from a cache.
-    """
-
-    __slots__ = ("began", "cancelled", "completions", "deadline", "error", "owner", "request", "shared")
+    began: the time.monotonic() of its first step, or None. shared: the number of the prompt's tokens that came from a cache."""
 
     def __init__(
         self, request: Request, completions: list[Completion], deadline: float | None = None, owner: object = None
@@ -64,10 +61,7 @@ class Event:
     """A new token of completion number `choice` of a job; or, with token None, the error that ended the job.
 
     finish_reason: of the completion after this token; None unless this token is its last one. Several events of one completion
-    may come from one step. A completion of 0 tokens ends without a token.
-    """
-
-    __slots__ = ("choice", "error", "finish_reason", "job", "token")
+    may come from one step. A completion of 0 tokens ends without a token."""
 
     def __init__(self, job: Job, choice: int, token: int | None, error: Exception | None = None) -> None:
         self.job, self.choice, self.token, self.error = job, choice, token, error
@@ -76,8 +70,6 @@ class Event:
 
 class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
-
-    __slots__ = ("choice", "completion", "job", "memory", "speculation")
 
     def __init__(self, job: Job, choice: int) -> None:
         self.job, self.choice, self.completion = job, choice, job.completions[choice]
@@ -90,13 +82,14 @@ class _Part:
 
     scored: whether each token's logits are needed, for log-probabilities of the prompt. guesses: tokens that may follow."""
 
-    __slots__ = ("guesses", "last", "memory", "scored", "sequence", "tokens", "window")
-
-    def __init__(
-        self, sequence: _Sequence, memory: Memory, window: list[int], tokens: list[int], last: bool, scored: bool
-    ) -> None:
-        self.sequence, self.memory, self.window, self.tokens = sequence, memory, window, tokens
-        self.last, self.scored = last, scored
+    def __init__(self, sequence: _Sequence, memory: Memory, window: list[int]) -> None:
+        self.sequence, self.memory, self.window = sequence, memory, window
+        self.last, self.scored = True, sequence.completion.unscored
+        shared = memory.shared(window)
+        if self.scored:
+            shared = min(shared, len(sequence.completion.prompt_infos))
+        memory.keep(shared)
+        self.tokens = window[shared:]
         self.guesses: list[int] = []
 
 
@@ -107,8 +100,7 @@ class Engine(Uncopied):
     step. cache_bytes: the most bytes of keys and values of live and idle sequences together (default: no limit). A sequence
     reserves the most that it can need before it starts, so it never runs out of memory later. target_ms: the approximate time
     of a step, so that long prompts do not delay decoding sequences (default: no limit, which is fastest for prompts). draft:
-    returns the network's draft, as Speculator asks for it (default: guesses come only from the text).
-    """
+    returns the network's draft, as Speculator asks for it (default: guesses come only from the text)."""
 
     def __init__(
         self,
@@ -147,14 +139,12 @@ class Engine(Uncopied):
         """Add a request to complete n times; return its job. Completion i uses stream i of one seed.
 
         seed: replaces the request's. deadline: the time.monotonic() at which the job ends with TimeoutError. owner: is kept as
-        Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes.
-        """
+        Job.owner. Raises InputError for a bad n, or if one sequence can never fit in cache_bytes."""
         n = check_whole("n", n, 1, 1 << 20)
-        needed = self._bytes(min(request.total, request.config.maxT))
+        needed = self._position_bytes * min(request.total, request.config.maxT)
         if self.cache_bytes is not None and needed > self.cache_bytes:
-            raise InputError(
-                f"the request needs {needed} bytes of keys and values, but the limit is {self.cache_bytes}: use fewer tokens"
-            )
+            limit = f"but the limit is {self.cache_bytes}: use fewer tokens"
+            raise InputError(f"the request needs {needed} bytes of keys and values, {limit}")
         seed = request.sampler.start() if seed is None else seed
         job = Job(request, [Completion(request, seed=seed, stream=stream) for stream in range(n)], deadline, owner)
         self._inbox.extend([_Sequence(job, choice) for choice in range(n)])
@@ -185,8 +175,7 @@ class Engine(Uncopied):
     def step(self) -> list[Event]:
         """Run the network once for all live jobs; return the events, an empty list if the engine is not busy.
 
-        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again.
-        """
+        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again."""
         self._receive()
         late = self._expire()
         self._drop_ended()
@@ -266,7 +255,7 @@ class Engine(Uncopied):
     def _admit(self) -> None:
         """Start waiting sequences in order of arrival, as long as their reservations fit in cache_bytes."""
         while self._waiting and len(self._live) < self.max_live:
-            needed = self._bytes(self._waiting[0].completion.longest)
+            needed = self._position_bytes * self._waiting[0].completion.longest
             if self.cache_bytes is not None and self._reserved() + needed > self.cache_bytes:
                 return
             self._live.append(self._waiting.popleft())
@@ -283,13 +272,9 @@ class Engine(Uncopied):
         decoding: list[_Part] = []
         prompts: list[_Part] = []
         for sequence, window in zip(self._live, windows, strict=True):
-            if (memory := sequence.memory) is not None:
-                shared, scored = memory.shared(window), sequence.completion.unscored
-                if scored:
-                    shared = min(shared, len(sequence.completion.prompt_infos))
-                memory.keep(shared)
-                part = _Part(sequence, memory, window, window[shared:], True, scored)
-                (decoding if len(window) - shared == 1 else prompts).append(part)
+            if sequence.memory is not None:
+                part = _Part(sequence, sequence.memory, window)
+                (decoding if len(part.tokens) == 1 else prompts).append(part)
         scores = SCORED_ROWS
         left = self._clock.rows(self.network.chunk) if self._clock is not None and decoding else self.network.chunk
         plan = decoding
@@ -344,11 +329,12 @@ class Engine(Uncopied):
 
     def _may_take(self, donor: Memory, shared: int, longest: int) -> bool:
         """Whether to take an idle memory instead of a copy: most of it is shared, or cache_bytes has no room for a copy."""
-        if self.cache_bytes is not None:  # a used cache may take more memory than the sequence has reserved
-            extra = self._bytes(max(donor.positions - longest, 0))
+        full = False
+        if self.cache_bytes is not None:
+            extra = self._position_bytes * max(donor.positions - longest, 0)  # beyond what the sequence has reserved
             if self._reserved() + extra > self.cache_bytes:
                 return False
-        full = self.cache_bytes is not None and self._reserved() + self.prefix.nbytes > self.cache_bytes
+            full = self._reserved() + self.prefix.nbytes > self.cache_bytes
         return donor.cache.capacity >= longest and (full or 2 * shared >= len(donor.tokens))
 
     def _capacity(self, sequence: _Sequence) -> int:
@@ -368,16 +354,11 @@ class Engine(Uncopied):
             if not part.last:
                 row += part.scored
                 continue
-            twins = [
-                sequence
-                for sequence in waiting
-                if sequence.memory is None
-                and sequence.completion.window() == part.window
-                and not sequence.job.completions[0].unscored
-            ]
-            for twin in twins:
-                twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
-            takers += [(part.sequence, row, part), *((twin, row, None) for twin in twins)]
+            takers.append((part.sequence, row, part))
+            for twin in waiting:
+                if twin.memory is None and twin.completion.window() == part.window and not twin.job.completions[0].unscored:
+                    twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
+                    takers.append((twin, row, None))
             row += 1 + len(part.guesses)
         chosen: dict[int, list[Event]] = {}
 
@@ -432,14 +413,10 @@ class Engine(Uncopied):
             self._ended = True
             return _failed(sequence.job, error, sequence.choice)
 
-    def _bytes(self, positions: int) -> int:
-        """Return the bytes of keys and values of `positions` tokens."""
-        return positions * self._position_bytes
-
     def _reserved(self) -> int:
         """Return the most bytes that the live sequences can need."""
         used = (0 if sequence.memory is None else sequence.memory.positions for sequence in self._live)
-        return self._bytes(sum(max(s.completion.longest, n) for s, n in zip(self._live, used, strict=True)))
+        return self._position_bytes * sum(max(s.completion.longest, n) for s, n in zip(self._live, used, strict=True))
 
 
 def _has_ended(sequence: _Sequence) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from collections.abc import Generator as Steps
 
 from ..config import Config
-from ..errors import InputError, Uncopied, check_whole, shown, whole
+from ..errors import Closing, InputError, check_whole, shown, whole
 from .completion import Completion
 from .engine import LIVE, Engine
 from .prefix import PrefixCache
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
             """Take note that no more ids follow."""
 
 
-class Generator(Uncopied):
+class Generator(Closing):
     """A model that completes tokens with engines on its network: GPT2, and the serial reference."""
 
     _instead = "threads can share a model; in another process, load its file again"
@@ -40,8 +40,7 @@ class Generator(Uncopied):
     def new_prefix_cache(self, max_bytes: "SupportsIndex | None" = None) -> PrefixCache:
         """Return a cache for generate(). If a prompt shares a prefix with an earlier one, only the other tokens are computed.
 
-        max_bytes: the most bytes of keys and values to keep (default: those of one full context).
-        """
+        max_bytes: the most bytes of keys and values to keep (default: those of one full context)."""
         return PrefixCache(self.network, max_bytes)
 
     def engine(
@@ -53,8 +52,7 @@ class Generator(Uncopied):
         target_ms: "SupportsFloat | None" = None,
     ) -> Engine:
         """Return an engine on this model's network, for requests that join and leave. Engine describes the arguments."""
-        if prefix is not None:
-            self._check_cache(prefix)
+        self._check_cache(prefix)
         return Engine(
             self.network, prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms, draft=self.draft
         )
@@ -76,11 +74,12 @@ class Generator(Uncopied):
         finally:
             engine.close()
 
-    def _check_cache(self, cache: PrefixCache) -> None:
-        """Raise InputError unless this is a prefix cache of this model."""
-        if not isinstance(cache, PrefixCache):
-            raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache, from new_prefix_cache()")
-        cache.check(self.network)
+    def _check_cache(self, cache: PrefixCache | None) -> None:
+        """Raise InputError unless this is a prefix cache of this model, or None."""
+        if cache is not None:
+            if not isinstance(cache, PrefixCache):
+                raise InputError(f"cache is {shown(cache)}: it must be a PrefixCache, from new_prefix_cache()")
+            cache.check(self.network)
 
     def generate(
         self,
@@ -113,10 +112,8 @@ class Generator(Uncopied):
 
         cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
         each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
-        For several sequences, and for log-probabilities, see generate_batch().
-        """
-        if cache is not None:
-            self._check_cache(cache)
+        For several sequences, and for log-probabilities, see generate_batch()."""
+        self._check_cache(cache)
         request = Request(self.config, tokens, seed=seed, **options)
         if streamer is None:
             return self.complete(request, cache)
@@ -133,10 +130,8 @@ class Generator(Uncopied):
         """Complete a sequence as generate() does, for `async for`. The network runs on other threads, so no event loop waits.
 
         Raises InputError at once, before anything runs. If the task is cancelled or the iterator is closed, the completion ends
-        after the step that runs now. To close it at a `break`, use contextlib.aclosing().
-        """
-        if cache is not None:
-            self._check_cache(cache)
+        after the step that runs now. To close it at a `break`, use contextlib.aclosing()."""
+        self._check_cache(cache)
         return _asynchronous(self.complete(Request(self.config, tokens, seed=seed, **options), cache))
 
     def _stream(self, request: Request, cache: PrefixCache | None, streamer: "Streamer") -> list[int]:
@@ -165,8 +160,7 @@ class Generator(Uncopied):
         A step of the network serves up to LIVE completions. Every completion has the same bits as alone. The options are those
         of generate(). seed: one for all prompts, or one for each; None: a truly random seed for each. Completion i of a prompt
         uses stream i of its seed; generate(prompt, seed=seed) uses stream 0. top_logprobs: keep each new token's
-        log-probability, and this number of most probable tokens, in Completion.infos.
-        """
+        log-probability, and this number of most probable tokens, in Completion.infos."""
         n = check_whole("num_return_sequences", num_return_sequences, 1, 1 << 20)
         prompts = list(prompts)
         seeds = list(seed) if isinstance(seed, Iterable) and whole(seed) is None else [seed] * len(prompts)

@@ -59,10 +59,7 @@ class Memory:
     """A cache and its tokens, for one completion at a time.
 
     A token is added to `tokens` after the cache has it, and removed before the cache drops it. So `tokens` never has a token
-    that the cache does not have, even after an interruption.
-    """
-
-    __slots__ = ("cache", "draft", "positions", "tokens")
+    that the cache does not have, even after an interruption."""
 
     def __init__(self, cache: "Cache", tokens: Sequence[int] = ()) -> None:
         self.cache = cache
@@ -101,8 +98,7 @@ class PrefixCache(Uncopied):
     """Idle memories of completed requests, the least recently used first; made with GPT2.new_prefix_cache().
 
     `generate(tokens, cache=cache)` computes only the tokens after the longest common prefix. max_bytes: the most bytes of keys
-    and values to keep (default: those of one full context, maxT tokens). Any number of completions may share a cache.
-    """
+    and values to keep (default: those of one full context, maxT tokens). Any number of completions may share a cache."""
 
     def __init__(self, network: "AnyNetwork", max_bytes: "SupportsIndex | None" = None) -> None:
         one = network.position_bytes * network.config.maxT

@@ -51,9 +51,7 @@ OVERFLOWS = ("stop", "slide")
 MOST_GUESSES = 64  # in one step
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # options of sampler "sample"
 LENGTH = {"total", "max_new_tokens"}
-IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS} - {
-    "logits_processor"
-}
+IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS[:-1]}
 JSON_KEYS = {"tokens", *IN_JSON}
 OPTIONS = {*IN_JSON, "do_sample", "logits_processor", "slide_to"}
 
@@ -81,8 +79,7 @@ class Request:
     max_new_tokens. Raises it also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
 
     For servers: stop_in_prompt=False searches stop strings only in new text. prompt_logprobs=True fills
-    Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0.
-    """
+    Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0."""
 
     def __init__(
         self,
@@ -119,7 +116,7 @@ class Request:
         if prompt_logprobs and (top_logprobs is None or overflow == "slide"):
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
-        self.speculation = _check_speculation(speculation)
+        self.speculation = check_speculation(speculation)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""
@@ -139,10 +136,8 @@ class Request:
         if self.prompt_logprobs and max_new_tokens == 0:
             return count
         if self.overflow != "slide" and count == maxT:
-            raise InputError(
-                f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: "
-                "give fewer, or let the window slide (overflow slide)"
-            )
+            way = "give fewer, or let the window slide (overflow slide)"
+            raise InputError(f"{count} tokens were given, but the model takes {maxT}, so a new one does not fit: {way}")
         if max_new_tokens is not None:
             because = f" and the model takes {maxT}" if longest == maxT else ""
             rule = f" from 1 to {longest - count}, because {count} tokens were given{because}"
@@ -151,10 +146,8 @@ class Request:
         rule = f" from 2 to {most}; it counts the given tokens, too"
         total = check_whole("total", DEFAULT_TOTAL if total is None else total, 2, longest, rule)
         if count >= total:
-            raise InputError(
-                f"{count} tokens were given, but the total is {total}, so a new one does not fit: "
-                f"give at most {total - 1}, or raise the total (-n)"
-            )
+            way = f"give at most {total - 1}, or raise the total (-n)"
+            raise InputError(f"{count} tokens were given, but the total is {total}, so a new one does not fit: {way}")
         return min(total, maxT) if self.overflow == "stop" else total
 
     @property
@@ -163,7 +156,7 @@ class Request:
         return self.total - len(self.tokens)
 
 
-def _check_speculation(value: "Any") -> int | None:
+def check_speculation(value: "Any") -> int | None:
     """Return how many tokens to guess in a step: 0 as many as pay, None none."""
     if value is None or is_boolean(value):
         return 0 if value else None
@@ -174,11 +167,22 @@ def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -
     """Read a request from a JSON object such as {"tokens": [31373, 612], "max_new_tokens": 5}.
 
     The object's keys override the defaults, and remove defaults that contradict them. Raises InputError for text that is not
-    JSON, an unknown key, a null value, and everything that Request refuses.
-    """
-    order = parse_json(text)
-    tokens = order.pop("tokens")
-    if not isinstance(tokens, list):
+    JSON, an unknown key, a null value, and everything that Request refuses."""
+    import json
+
+    try:
+        order = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
+    if unknown := sorted(set(order) - JSON_KEYS):
+        raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
+    if "tokens" not in order:
+        raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
+    whole_keys(order)
+    for key, value in order.items():
+        if value is None:
+            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
+    if not isinstance(tokens := order.pop("tokens"), list):
         raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
     return Request(config, tokens, **complete_order(order, defaults))
 
@@ -194,25 +198,6 @@ def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict
     elif not SAMPLING.isdisjoint(order):
         ruled_out.add("sampler")
     return {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
-
-
-def parse_json(text: bytes) -> "dict[str, Any]":
-    """Parse a request's JSON object and check its keys."""
-    import json
-
-    try:
-        request = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
-    if unknown := sorted(set(request) - JSON_KEYS):
-        raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
-    if "tokens" not in request:
-        raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
-    whole_keys(request)
-    for key, value in request.items():
-        if value is None:
-            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
-    return dict(request)
 
 
 def whole_keys(order: "dict[str, Any]") -> None:

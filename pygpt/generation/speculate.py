@@ -27,7 +27,7 @@ MOST = 8  # guesses in one step: more are rarely all right
 NGRAM = 3  # equal tokens that a lookup asks for
 WORTH = 1.02  # the least predicted gain
 GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
-PATIENCE, MOST_PATIENCE = 16, 512  # plain steps of a sequence before guesses are tried again
+PATIENCE, MOST_PATIENCE = 32, 512  # plain steps of a sequence before guesses are tried again
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
@@ -50,22 +50,30 @@ class Share:
                 break
 
     def speed(self, count: int, guess: float) -> float:
-        """Return the expected tokens of a step with so many guesses, for each plain step's time that it takes.
-
-        guess: the time of one guess and of its row, in plain steps."""
+        """Return the expected tokens of a step with so many guesses, for each plain step's time that it takes. guess: the time
+        of one guess and of its row, in plain steps."""
         tokens = 1 + sum(self.mean**i for i in range(1, count + 1))
         return tokens / (1 + count * guess)
 
     def best(self, most: int, guess: float) -> tuple[float, int]:
-        """Return the highest speed(), and its number of guesses, from 1 to `most`; (0, 0) without any."""
-        return max(((self.speed(count, guess), count) for count in range(1, most + 1)), default=(0.0, 0))
+        """Return the highest speed(), and its number of guesses, from 1 to `most`; (0, 0) without any.
+
+        The speed rises to one maximum, so the search ends where it falls."""
+        best, count, tokens, power, time = 0.0, 0, 1.0, 1.0, 1.0
+        while count < most:
+            power *= self.mean
+            tokens += power
+            time += guess
+            if (speed := tokens / time) <= best:
+                break
+            best, count = speed, count + 1
+        return best, count
 
 
 class Speculation:
-    """What one sequence remembers: where its n-grams end, how often guesses were right, and when to try again.
-
-    drafts, lookups: the shares of right guesses. A lookup's guesses are noted even if they were not used. drafted: whether the
-    guesses of this step come from the draft."""
+    """What one sequence remembers: where its n-grams end, how often guesses were right, and when to try again. drafts, lookups:
+    the shares of right guesses. A lookup's guesses are noted even if they were not used. drafted: whether the guesses of this
+    step come from the draft."""
 
     __slots__ = ("_ends", "_guessed", "_known", "drafted", "drafts", "lookups", "patience", "wait")
 
@@ -99,9 +107,8 @@ class Speculation:
 
 
 class Draft:
-    """A network that guesses for another one, the target. shared: whether it extends the target's caches.
-
-    position_bytes: the bytes of its own keys and values for one token."""
+    """A network that guesses for another one, the target. shared: whether it extends the target's caches. position_bytes: the
+    bytes of its own keys and values for one token."""
 
     def __init__(self, network: "AnyNetwork", *, shared: bool) -> None:
         self.network, self.shared = network, shared
@@ -109,9 +116,8 @@ class Draft:
         self.seconds: float | None = None  # of one guess for each sequence of a step, a running mean
 
     def guess(self, wanted: list[tuple[Completion, Memory, int]]) -> list[list[int]]:
-        """Return for each (completion, memory, count) its guesses, at most `count`. No memory is changed.
-
-        The first token that a memory has not yet is the completion's last one."""
+        """Return for each (completion, memory, count) its guesses, at most `count`. No memory is changed. The first token that
+        a memory has not yet is the completion's last one."""
         found: list[list[int]] = [[] for _ in wanted]
         if not self.shared:  # its context may be shorter
             maxT = self.network.config.maxT
@@ -123,12 +129,9 @@ class Draft:
         try:
             for number in range(rounds):
                 active = [i for i, (*_, count) in enumerate(wanted) if len(found[i]) == number < count]
-                rows = []
-                for i in active:
-                    rows.append(((found[i] or wanted[i][0].sequence)[-1], memories[i].cache, True))
-                if not rows:
+                if not active:
                     break
-                logits = self.network.step(rows)
+                logits = self.network.step([((found[i] or wanted[i][0].sequence)[-1], memories[i].cache, True) for i in active])
                 for row, i in enumerate(active):
                     if (token := _choice(wanted[i][0], logits, row, found[i])) is not None:
                         found[i].append(token)
@@ -161,9 +164,8 @@ def _choice(completion: Completion, logits: "Logits", row: int, ahead: list[int]
 
 
 class Speculator:
-    """Guess tokens for the decoding sequences of an engine's steps, as many as pay.
-
-    drafted, accepted: counts of guesses that were checked, and of those that were right."""
+    """Guess tokens for the decoding sequences of an engine's steps, as many as pay. drafted, accepted: counts of guesses that
+    were checked, and of those that were right."""
 
     def __init__(self, draft: Callable[[bool], Draft | None]) -> None:
         """draft(make) returns the draft, or None if there is none. It makes a missing draft only if `make` is True."""
@@ -196,9 +198,8 @@ class Speculator:
         return found
 
     def _count(self, completion: Completion, state: Speculation, room: int, looked: list[int], sequences: int) -> int:
-        """Return how many tokens the draft should guess, or as a negative number how many of the lookup to take.
-
-        All times are in plain steps of one of the sequences. A draft that was not timed yet makes one guess."""
+        """Return how many tokens the draft should guess, or as a negative number how many of the lookup to take. All times are
+        in plain steps of one of the sequences. A draft that was not timed yet makes one guess."""
         fixed, draft = completion.speculation, self._draft(False)
         if self._plain is None and not fixed:
             return 0

@@ -26,18 +26,14 @@ class Stop:
 
     Raises InputError for an id outside the vocabulary, an empty stop string, or stop strings for an unknown vocabulary."""
 
-    __slots__ = ("longest", "strings", "tokenizer", "tokens")
-
     def __init__(
         self,
         config: Config,
         token_ids: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
         strings: "str | Iterable[str] | None" = None,
     ) -> None:
-        self.tokens = frozenset(
-            check_token(token, config.V)
-            for token in _several("stop_token_ids", token_ids if whole(token_ids) is None else [token_ids], int)
-        )
+        ids = _several("stop_token_ids", token_ids if whole(token_ids) is None else [token_ids], int)
+        self.tokens = frozenset(check_token(token, config.V) for token in ids)
         self.strings = [_encoded(text) for text in _several("stop_strings", strings, str)]
         self.longest = max(map(len, self.strings), default=0)
         self.tokenizer: Tokenizer | None = None
@@ -49,8 +45,6 @@ class Stop:
 
 class Watch:
     """Watch the new tokens of one sequence for stop conditions."""
-
-    __slots__ = ("_stop", "_tail")
 
     def __init__(self, stop: Stop, prompt: list[int]) -> None:
         self._stop = stop

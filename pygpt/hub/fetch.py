@@ -82,15 +82,9 @@ class Repository:
         from huggingface_hub.file_download import hf_hub_download
 
         try:
-            found = hf_hub_download(
-                self.name,
-                file,
-                repo_type=self.kind,
-                revision=self.revision,
-                library_name="pygpt",
-                library_version=__version__,
-                dry_run=dry_run,
-            )
+            place = {"repo_type": self.kind, "revision": self.revision}
+            us = {"library_name": "pygpt", "library_version": __version__}
+            found = hf_hub_download(self.name, file, dry_run=dry_run, **place, **us)  # type: ignore[call-overload]
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:
@@ -127,6 +121,7 @@ class Repository:
 
 
 def _fetch_folder(repository: Repository) -> str:
+    """Fetch config.json and the safetensors; return their folder."""
     settings = repository.need(CONFIG_FILE)
     with open(settings, "rb") as file:
         config = read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
@@ -178,6 +173,7 @@ def _import_hub() -> None:
 
 @contextmanager
 def _warnings_to(note: Callable[[str], None]) -> Iterator[None]:
+    """Pass huggingface_hub's log messages and warnings to note() while the block runs."""
     logger = logging.getLogger("huggingface_hub")
     before, logger.handlers = logger.handlers, [_Notes(note)]
     try:

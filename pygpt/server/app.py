@@ -24,39 +24,35 @@ from .. import __version__
 from ..errors import InputError, shown
 from ..generation.engine import Event
 from . import schema
-from .answer import Writer, token_text
-from .answering import SLOW_S, STOPPED, Run, reported
-from .call import ROLES, Call, as_prompts, chat_text, encode
+from .answering import SLOW_S, STOPPED, Run, Writer, reported, token_text
+from .call import Call, Served, as_prompts, chat_text, encode
 from .metrics import Metrics
-from .openapi import Endpoint, document
-from .schema import ApiError, Fields, read_object
-from .served import Served
+from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
 from .worker import Worker
 
 T = TypeVar("T")
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
-POLICY = "; ".join(
-    [
-        *(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect")),
-        *(f"{kind} 'none'" for kind in ("default-src", "base-uri", "form-action", "frame-ancestors")),
-    ]
+POLICY = (
+    "script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
 @dataclass(kw_only=True)
 class Options:
-    """The server's settings. keys: one is needed, if there are any. queue: the most sequences that wait for a step."""
+    """The server's settings, by the names of the command's options. keys: one is needed, if there are any."""
 
     keys: list[str] = field(default_factory=list)
-    queue: int = 256
+    queue: int = 256  # the most sequences that wait for a step
     body_limit: int = 2 << 20  # bytes
     request_timeout: float | None = None  # seconds
     root_path: str = ""
     origins: list[str] = field(default_factory=list)
     chat: bool = False
     page: bool = True
+    speculation: bool | int = False  # of requests without this field
 
 
 class Server:
@@ -70,17 +66,14 @@ class Server:
         self.waiting = 0  # sequences between their admission and the end of their calls
         self.most = options.queue + sum(served.engine.max_live for served in models)
         self.worker = Worker(models, self.deliver)
+        methods, told = ["GET", "POST"], ["X-Request-Id", "Retry-After"]
         cors = Middleware(
-            CORSMiddleware,
-            allow_origins=options.origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            CORSMiddleware, allow_origins=options.origins, allow_methods=methods, allow_headers=["*"], expose_headers=told
         )
         self.app = Starlette(
             routes=[self._route(endpoint) for endpoint in ENDPOINTS],
             middleware=[Middleware(_Outer, server=self), *([cors] if options.origins else []), Middleware(_Keys, server=self)],
-            exception_handlers={HTTPException: _plain_error, ApiError: _error, Exception: _failure},
+            exception_handlers=dict.fromkeys((HTTPException, ApiError, Exception), _error),
             lifespan=self._lifespan,
         )
 
@@ -110,7 +103,7 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether the server takes requests."""
-        return not self.draining and self.worker.alive
+        return not self.draining and self.worker.thread.is_alive()
 
     def served(self, name: str | None) -> Served:
         """Return the model of this name, or the first if there is none. Raises ApiError for an unknown name."""
@@ -164,9 +157,6 @@ async def _unhurried(size: int, function: Callable[[], T]) -> T:
     return function() if size <= SHORT else await asyncio.to_thread(function)
 
 
-# ------------------------------------------------------------------------------------------------ handlers
-
-
 async def completions(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
     """Complete prompts."""
     return _answer(server, request, fields, as_prompts(fields["prompt"]), chat=False)
@@ -185,6 +175,7 @@ async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGI
 def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
     """Return the answer of a call. The call runs when the answer is sent, so that it can watch the connection meanwhile."""
     served = server.served(fields.get("model"))
+    fields.setdefault("speculation", server.options.speculation)
 
     def checked() -> Call:
         ids = [encode(served, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -198,7 +189,7 @@ def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: l
                 writer = Writer(run.call, request.state.id, int(time.time()))
                 await run.answer(server.worker, server.options.request_timeout, writer, receive, send)
         except ApiError as error:
-            await (await _error(None, error))(scope, receive, send)
+            await _answer_of(error)(scope, receive, send)
 
     return answer
 
@@ -215,17 +206,9 @@ async def one_model(server: Server, request: Request, fields: dict[str, Any]) ->
 
 
 def _about(name: str, served: Served) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "pygpt",
-        "root": served.names[0],
-        "parent": None,
-        "max_model_len": served.model.config.maxT,
-        "vocabulary": served.model.config.V,
-        "can_inspect": hasattr(served.model, "activations"),
-    }
+    config, family = served.model.config, {"owned_by": "pygpt", "root": served.names[0], "parent": None}
+    sizes = {"max_model_len": config.maxT, "vocabulary": config.V, "can_inspect": hasattr(served.model, "activations")}
+    return {"id": name, "object": "model", "created": served.created, **family, **sizes}
 
 
 async def health(server: Server, request: Request, fields: dict[str, Any]) -> Response:
@@ -238,7 +221,10 @@ async def metrics(server: Server, request: Request, fields: dict[str, Any]) -> R
     gauges: dict[str, tuple[float, ...]] = {}
     for served in server.models:
         running, waiting, used = served.engine.load
-        gauges[served.names[0]] = running, waiting, used / (served.engine.cache_bytes or 1)
+        name, speculator = served.names[0], served.engine.speculator
+        gauges[name] = running, waiting, used / (served.engine.cache_bytes or 1)
+        server.metrics.count_to("spec_decode_num_draft_tokens", name, speculator.drafted)
+        server.metrics.count_to("spec_decode_num_accepted_tokens", name, speculator.accepted)
     return Response(server.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -346,9 +332,6 @@ ENDPOINTS = [
 KEYLESS = {endpoint.path for endpoint in ENDPOINTS if not endpoint.key}
 
 
-# ------------------------------------------------------------------------------------------------ around the routes
-
-
 class _Outer:
     """Give each request an id, count its answer, and accept paths with the prefix, and with a slash at the end."""
 
@@ -395,23 +378,18 @@ class _Keys:
             right = [hmac.compare_digest(given.strip(), key) for key in self.keys]
             if not any(right):
                 message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
-                error = ApiError(message, status=401, code="invalid_api_key", WWW_Authenticate="Bearer")
-                answer = await _error(None, error)
+                answer = _answer_of(ApiError(message, status=401, code="invalid_api_key", WWW_Authenticate="Bearer"))
         await answer(scope, receive, send)
 
 
-async def _error(_: Request | None, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+def _answer_of(error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _plain_error(request: Request, error: Exception) -> Response:
-    """Answer an unknown path or method."""
-    assert isinstance(error, HTTPException)
+async def _error(request: Request, error: Exception) -> Response:
+    """Answer an error of a handler, or an unknown path or method."""
+    if not isinstance(error, HTTPException):
+        return _answer_of(error if isinstance(error, ApiError) else reported(error))
     unknown = f"no such path: {shown(request.url.path)}; GET /openapi.json lists the paths"
     message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
     return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
-
-
-async def _failure(request: Request, error: Exception) -> Response:
-    return await _error(request, reported(error))

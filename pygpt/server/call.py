@@ -1,14 +1,21 @@
-"""A call of the API: the checked requests for the engine, and how the answer is written.
+"""Served models, and a call of one: the checked requests for its engine, and how the answer is written.
 
 Refuses to know about HTTP.
 """
 
+import hashlib
+import os
+from asyncio import Future
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
+from .. import __version__
 from ..errors import InputError
 from ..generation.request import Request
+from ..model import GPT2
+from ..tokenizer import Tokenizer, tokenizer_of
 from .schema import ApiError
-from .served import Served
 
 DEFAULT_NEW = 16  # tokens, as in OpenAI's API
 LONGEST_TOKEN = 1024  # bytes: more than any vocabulary has
@@ -23,7 +30,38 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing; clients s
     "logit_bias": ({},),
 }
 FILTERS = ("temperature", "top_p", "top_k", "min_p")  # they change nothing for the most probable token
-ROLES = ("system", "user", "assistant")
+
+
+class Served:
+    """A model under one or more names, with its engine. cache_bytes: the most bytes of keys and values."""
+
+    def __init__(
+        self, model: GPT2, names: list[str], path: str, *, cache_bytes: int, max_live: int, target_ms: float, fingerprint: bool
+    ) -> None:
+        self.model, self.names, self.path = model, names, path
+        self.created = int(os.path.getmtime(path))
+        self.tokenizer: Tokenizer | None = None
+        with suppress(InputError):  # its vocabulary is unknown
+            self.tokenizer = tokenizer_of(model.config)
+        self.eot = self.tokenizer.eot if self.tokenizer else None
+        prefix = model.new_prefix_cache(cache_bytes)
+        self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
+        self.traced: list[Future[list[list[Any]]]] = []  # who waits for the timeline of the next step
+        self.fingerprint = None
+        if fingerprint:  # answers with equal hashes of the weights, their format and the arithmetic are equal
+            with open(path, "rb") as file:
+                self.fingerprint = f"pygpt-{__version__}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+    def bytes_of(self, tokens: Iterable[int]) -> bytes:
+        """Return the bytes of ids. Ids beyond the vocabulary have none."""
+        if self.tokenizer is None:
+            return b""
+        return self.tokenizer.decode_bytes([token for token in tokens if token < self.tokenizer.V])
+
+    def check_ids(self, name: str, tokens: list[int]) -> None:
+        """Raise ApiError if a token of the field `name` is outside the vocabulary."""
+        if (worst := max(tokens, default=0)) >= self.model.config.V:
+            raise ApiError(f"{name} has the token id {worst}: ids of this model are below {self.model.config.V}", name)
 
 
 class Call:
@@ -57,18 +95,10 @@ class Call:
         config = self.served.model.config
         self.served.check_ids("prompt", prompt)
         scores = self.echo and (self.logprobs is not None or self.fields.get("max_tokens") == 0)
+        options = {"top_logprobs": 0 if scores and self.logprobs is None else self.logprobs, **self._options()}
+        new = self._new(len(prompt), config.maxT)
         try:
-            return Request(
-                config,
-                prompt,
-                max_new_tokens=self._new(len(prompt), config.maxT),
-                stop_token_ids=self.stop_ids,
-                stop_strings=self.stop,
-                stop_in_prompt=False,
-                top_logprobs=0 if scores and self.logprobs is None else self.logprobs,
-                prompt_logprobs=scores,
-                **self._sampling(),
-            )
+            return Request(config, prompt, max_new_tokens=new, stop_in_prompt=False, prompt_logprobs=scores, **options)
         except InputError as error:
             message = str(error)
             name = next((field for field in self.fields if message.startswith(field)), None)
@@ -80,37 +110,29 @@ class Call:
         if new == 0 and not self.echo:
             raise ApiError("max_tokens is 0: it must be at least 1, or echo must be true", "max_tokens")
         if given + (1 if new is None else new) > maxT:
-            asked = "" if new is None else f", and max_tokens is {new}"
-            raise ApiError(
-                f"the prompt has {given} tokens{asked}, but the context of this model is {maxT} tokens: send fewer tokens",
-                "prompt" if given >= maxT else "max_tokens",
-                code="context_length_exceeded",
-            )
+            asked = f"{given} tokens" + ("" if new is None else f", and max_tokens is {new}")
+            message = f"the prompt has {asked}, but the context of this model is {maxT} tokens: send fewer tokens"
+            raise ApiError(message, "prompt" if given >= maxT else "max_tokens", code="context_length_exceeded")
         return min(DEFAULT_NEW, maxT - given) if new is None else new
 
-    def _sampling(self) -> dict[str, Any]:
-        """Return the options of the sampler. Temperature 0 means the most probable token."""
-        given = {
-            name: self.fields[name]
-            for name, neutral in NEUTRAL.items()
-            if name in self.fields and self.fields[name] not in neutral
-        }
+    def _options(self) -> dict[str, Any]:
+        """Return the request's options that do not depend on the prompt. Temperature 0 means the most probable token."""
+        given = {name: value for name, value in self.fields.items() if name in NEUTRAL and value not in NEUTRAL[name]}
         if "logit_bias" in given:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
         sampler = self.fields.get("sampler")
         if given.get("temperature") == 0 and sampler in (None, "sample"):
             sampler = "greedy"
             given = {name: value for name, value in given.items() if name not in FILTERS}
-        sampler = sampler or "sample"
-        seed = {"seed": self.fields["seed"] % (1 << 64)} if "seed" in self.fields and sampler == "sample" else {}
-        return {"sampler": sampler, **given, **seed}
+        if "seed" in self.fields and sampler in (None, "sample"):
+            given["seed"] = self.fields["seed"] % (1 << 64)
+        stops = {"stop_token_ids": self.stop_ids, "stop_strings": self.stop}
+        return {"sampler": sampler or "sample", **given, **stops, "speculation": self.fields.get("speculation")}
 
 
 def as_prompts(prompt: Any) -> list[str | list[int]]:
     """Return a prompt field's prompts: texts, or lists of ids."""
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [prompt]
-    return list(prompt)
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 def chat_text(messages: list[dict[str, str]]) -> str:
@@ -122,10 +144,7 @@ def encode(served: Served, text: str) -> list[int]:
     """Encode text as ids. A text that cannot fit in the context is refused before it is encoded."""
     if served.tokenizer is None:
         raise ApiError("the vocabulary of this model is unknown: send token ids instead of text", "prompt")
-    if (least := len(text) // LONGEST_TOKEN) > served.model.config.maxT:
-        raise ApiError(
-            f"the text has at least {least} tokens, but the context of this model is {served.model.config.maxT} tokens",
-            "prompt",
-            code="context_length_exceeded",
-        )
+    if (least := len(text) // LONGEST_TOKEN) > (maxT := served.model.config.maxT):
+        message = f"the text has at least {least} tokens, but the context of this model is {maxT} tokens"
+        raise ApiError(message, "prompt", code="context_length_exceeded")
     return served.tokenizer.encode(text)

@@ -13,6 +13,8 @@ GAUGES = {
 COUNTERS = {
     "prefix_cache_queries": "Prompt tokens that were looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens that the prefix cache had.",
+    "spec_decode_num_draft_tokens": "Tokens that speculation guessed.",
+    "spec_decode_num_accepted_tokens": "Guessed tokens that were right.",
     "prompt_tokens": "Tokens of prompts.",
     "generation_tokens": "New tokens.",
     "request_success": "Finished choices, by reason.",
@@ -39,14 +41,13 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         own = ["model_name"]
         self._gauges = {name: Gauge(f"pygpt:{name}", about, own, registry=registry) for name, about in GAUGES.items()}
-        self._counters = {
-            name: Counter(f"pygpt:{name}", about, own + LABELS.get(name, []), registry=registry)
-            for name, about in COUNTERS.items()
-        }
-        self._histograms = {}
+        self._counters, self._histograms = dict[str, Counter](), dict[str, Histogram]()
+        for name, about in COUNTERS.items():
+            self._counters[name] = Counter(f"pygpt:{name}", about, own + LABELS.get(name, []), registry=registry)
         for name, about in HISTOGRAMS.items():
             edges = LATENCIES if name.endswith("_seconds") else TOKENS
             self._histograms[name] = Histogram(f"pygpt:{name}", about, own, registry=registry, buckets=edges)
+        self._totals: dict[tuple[str, str], int] = {}
         for model in models:
             for name in COUNTERS.keys() - LABELS.keys():
                 self.count(name, model, 0)
@@ -54,6 +55,11 @@ class Metrics:
     def count(self, name: str, model: str, amount: int = 1, **labels: object) -> None:
         """Add to a counter."""
         self._counters[name].labels(model_name=model, **labels).inc(amount)
+
+    def count_to(self, name: str, model: str, total: int) -> None:
+        """Raise a counter to a total that another part of the program counts."""
+        self.count(name, model, total - self._totals.get((name, model), 0))
+        self._totals[name, model] = total
 
     def observe(self, name: str, model: str, value: float) -> None:
         """Add a value, in seconds or tokens, to a histogram."""

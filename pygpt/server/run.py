@@ -99,8 +99,7 @@ def _listen_at(path: str) -> socket.socket:
 def run(server: Server, listening: socket.socket, *, grace_s: float, started: Callable[[], None]) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status, 0 or 130. started() is called once it serves.
 
-    After the signal, running requests have grace_s seconds to end. A second signal ends them at once.
-    """
+    After the signal, running requests have grace_s seconds to end. A second signal ends them at once."""
     serving, status = embedded(server, grace_s), [0]
 
     def stop(number: int) -> None:
@@ -124,16 +123,6 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     """Return a uvicorn server for the application, which handles no signals."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     Protocol.most = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - SPARE_FILES))
-    config = uvicorn.Config(
-        server.app,
-        http=Protocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=grace_s,  # type: ignore[arg-type]  # a float works
-        h11_max_incomplete_event_size=32768,
-    )
-    return _Uvicorn(config)
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
+    limits: dict[str, Any] = {"timeout_graceful_shutdown": grace_s, "h11_max_incomplete_event_size": 32768}
+    return _Uvicorn(uvicorn.Config(server.app, http=Protocol, ws="none", lifespan="on", **quiet, **limits))

@@ -1,20 +1,36 @@
-"""The fields of requests, as JSON schemas: they check requests, and the OpenAPI document publishes them.
+"""The fields of requests and answers, as JSON schemas: they check requests, and the OpenAPI document publishes them.
 
 Refuses to know about models. What depends on one, such as the length of its context, is checked in call.py.
 """
 
 import json
-from typing import Any
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any, NamedTuple
 
+from .. import __version__
 from ..errors import shown
+from ..generation.request import MOST_GUESSES
 
 Schema = dict[str, Any]
 Fields = dict[str, Schema]
 
 MOST_LOGPROBS = 20
+ROLES = ("system", "user", "assistant")
 TEXT: Schema = {"type": "string", "minLength": 1}
 ID: Schema = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
-IDS: Schema = {"type": "array", "items": ID, "minItems": 1}
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list(items: Schema, **limits: int) -> Schema:
+    return {"type": "array", "items": items, **limits}
+
+
+def _either(description: str, *schemas: Schema) -> Schema:
+    return {"description": description, "anyOf": [*schemas]}
 
 
 def _string(description: str) -> Schema:
@@ -33,6 +49,7 @@ def _whole(description: str, minimum: int, maximum: int = 1 << 31) -> Schema:
     return _number(f"a whole number{description}", minimum, maximum, "integer")
 
 
+IDS = _list(ID, minItems=1)
 MODEL = {"model": _string("the name of a served model; GET /v1/models lists them")}
 _SHARED: Fields = {
     **MODEL,
@@ -52,13 +69,14 @@ _SHARED: Fields = {
     },
     "n": _whole(" of choices from 1 (default 1)", 1, 1 << 16),
     "seed": _whole(" from -2^63 to 2^64 - 1", -(1 << 63), (1 << 64) - 1),
-    "stop": {
-        "description": "a string or a list of up to 64 strings, none of them empty",
-        "anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": 64}],
-    },
-    "stop_token_ids": {"description": "a list of up to 1024 token ids", "type": "array", "items": ID, "maxItems": 1024},
+    "stop": _either("a string or a list of up to 64 strings, none of them empty", TEXT, _list(TEXT, maxItems=64)),
+    "stop_token_ids": {"description": "a list of up to 1024 token ids", **_list(ID, maxItems=1024)},
     "ignore_eos": _flag("true or false: whether to continue after <|endoftext|>"),
     "sampler": {"description": "sample, greedy or median", "enum": ["sample", "greedy", "median"]},
+    "speculation": _either(
+        f"true, false, or a whole number from 1 to {MOST_GUESSES} of tokens to guess in a step; the text stays the same",
+        *(_flag(), _whole(" of tokens", 1, MOST_GUESSES)),
+    ),
     "stream": _flag(),
     "stream_options": {
         "description": "an object with include_usage and continuous_usage_stats, each true or false; it needs stream",
@@ -68,10 +86,10 @@ _SHARED: Fields = {
     "user": _string("a string, which is not used"),
 }
 COMPLETION: Fields = {
-    "prompt": {
-        "description": "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty",
-        "anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1}, IDS, {"type": "array", "items": IDS, "minItems": 1}],
-    },
+    "prompt": _either(
+        "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty",
+        *(TEXT, _list(TEXT, minItems=1), IDS, _list(IDS, minItems=1)),
+    ),
     **_SHARED,
     "echo": _flag("true or false: whether the answer begins with the prompt"),
     "logprobs": _whole(f" from 0 to {MOST_LOGPROBS}", 0, MOST_LOGPROBS),
@@ -82,13 +100,7 @@ COMPLETION: Fields = {
 CHAT: Fields = {
     "messages": {
         "description": "a list of objects with a role (system, user or assistant) and a content string",
-        "type": "array",
-        "minItems": 1,
-        "items": {
-            "type": "object",
-            "required": ["role", "content"],
-            "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
-        },
+        **_list(_object(role={"enum": [*ROLES]}, content={"type": "string"}), minItems=1),
     },
     **_SHARED,
     "max_completion_tokens": _whole(" of new tokens from 1", 1),
@@ -101,7 +113,7 @@ TOKENIZE: Fields = {
     "add_special_tokens": _flag("true or false, which is the same for GPT-2"),
     "return_token_strs": _flag("true or false: whether to return each token's text"),
 }
-DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", "type": "array", "items": ID}}
+DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", **_list(ID)}}
 INSPECT: Fields = {
     **MODEL,
     "tokens": {"description": "a list of token ids, not empty", **IDS},
@@ -126,8 +138,7 @@ class ApiError(Exception):
 def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[str, Any]:
     """Parse a request's JSON object and check its fields; return those that are not null.
 
-    Raises ApiError, which names the field, for text that is not JSON, an unknown field that is not null, and a bad value.
-    """
+    Raises ApiError, which names the field, for text that is not JSON, an unknown field that is not null, and a bad value."""
     try:
         found = json.loads(body, parse_float=_number_of, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -192,3 +203,82 @@ def published(fields: Fields, required: tuple[str, ...]) -> Schema:
         for name, field in fields.items()
     }
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": null}
+
+
+# ---------------------------------------------------------------- the OpenAPI document
+
+TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+
+
+class Endpoint(NamedTuple):
+    """A route. fields: of its JSON object, which makes it a POST. key: whether it needs an API key."""
+
+    path: str
+    handler: Callable[..., Awaitable[Any]]
+    fields: Fields | None = None
+    required: tuple[str, ...] = ()
+    key: bool = True
+
+
+ERROR = _object(error=_object(message={"type": "string"}, type={"type": "string"}, param=TEXT_OR_NULL, code=TEXT_OR_NULL))
+LOGPROBS = _object(
+    tokens=_list({"type": "string"}),
+    token_logprobs=_list({"type": ["number", "null"]}),
+    top_logprobs=_list({"type": ["object", "null"], "additionalProperties": {"type": "number"}}),
+    text_offset=_list(COUNT),
+    token_ids=_list(COUNT),
+    bytes=_list(_list(COUNT)),
+    top=_list({"type": ["array", "null"], "items": {"type": "array", "minItems": 3, "maxItems": 3}}),
+)
+LOGPROBS["type"] = ["object", "null"]
+USAGE = _object(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT)
+
+
+def answer(**content: Schema) -> Schema:
+    """Return the schema of an answer. content: the fields of a choice that hold its text."""
+    choice = _object(index=COUNT, finish_reason={"enum": ["stop", "length", None]}, logprobs=LOGPROBS, **content)
+    texts = {name: {"type": "string"} for name in ("id", "object", "model")}
+    return _object(**texts, created=COUNT, system_fingerprint=TEXT_OR_NULL, choices=_list(choice), usage=USAGE)
+
+
+ANSWERS = {  # of the paths whose answer is not just any object
+    "/v1/completions": answer(text={"type": "string"}),
+    "/v1/chat/completions": answer(message=_object(role={"const": "assistant"}, content={"type": "string"})),
+    "/v1/models": _object(object={"const": "list"}, data=_list({"type": "object"})),
+    "/tokenize": _object(tokens=_list({"type": ["integer", "object"]})),
+    "/detokenize": _object(prompt={"type": "string"}, content={"type": "string"}),
+}
+ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+
+
+def _operation(endpoint: Endpoint) -> dict[str, Any]:
+    kinds = {"/metrics": "text/plain"}
+    content = {kinds.get(endpoint.path, "application/json"): {"schema": ANSWERS.get(endpoint.path, {})}}
+    if endpoint.path.endswith("/completions"):
+        content["text/event-stream"] = {"schema": {}}
+    summary = (endpoint.handler.__doc__ or "").partition("\n")[0]
+    found: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": summary, "content": content}}}
+    for status in ERRORS:
+        if endpoint.key if status == 401 else status in (500, 503) or endpoint.fields is not None or "{" in endpoint.path:
+            content = {"application/json": {"schema": {} if endpoint.path in ("/health", "/ready") else ERROR}}
+            found["responses"][str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
+    if endpoint.fields is not None:
+        body = published(endpoint.fields, endpoint.required)
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if "{" in endpoint.path:
+        found["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return {**found, "security": [{"key": []}, {}] if endpoint.key else []}
+
+
+def document(endpoints: list[Endpoint], root_path: str) -> dict[str, Any]:
+    """Return the OpenAPI document. root_path: the prefix of all paths, or ""."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "pygpt", "version": __version__, "description": "OpenAI's completions API for GPT-2 on the CPU."},
+        "servers": [{"url": root_path or "/"}],
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "paths": {
+            one.path.replace(":path", ""): {"post" if one.fields is not None else "get": _operation(one)} for one in endpoints
+        },
+    }

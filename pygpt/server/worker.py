@@ -1,7 +1,6 @@
 """The thread that steps the engines.
 
-The thread is worker 0 of each model's pool. Models take turns, so their workers do not compete for cores. After each step, one
-call to the event loop delivers all events.
+The thread is worker 0 of each model's pool. Models take turns, so their workers do not compete for cores.
 """
 
 import threading
@@ -11,25 +10,22 @@ from typing import Any
 
 from .._kernels import Trace
 from ..generation.engine import Event, Job
-from .call import Call
-from .served import Served
-
-Deliver = Callable[[list[Event]], object]
+from .call import Call, Served
 
 
 class Worker:
     """The thread that steps the engines. deliver(events) runs in the event loop, once for each step."""
 
-    def __init__(self, models: list[Served], deliver: Deliver) -> None:
+    def __init__(self, models: list[Served], deliver: Callable[[list[Event]], object]) -> None:
         self._models, self._deliver = models, deliver
         self._wake = threading.Event()
         self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="pygpt-0", daemon=True)
+        self.thread = threading.Thread(target=self._serve, name="pygpt-0", daemon=True)
 
     def start(self, loop: AbstractEventLoop) -> None:
         """Start the thread."""
         self._loop = loop
-        self._thread.start()
+        self.thread.start()
 
     def add(self, call: Call, deadline: float | None, owner: object) -> list[Job]:
         """Add the jobs of a call. Raises InputError if one of them can never fit; then none is added."""
@@ -59,13 +55,8 @@ class Worker:
         """End the thread after the step that runs now, and wait for it."""
         self._stopping = True
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        if self.thread.is_alive():
+            self.thread.join()
 
     def _serve(self) -> None:
         while not self._stopping:
@@ -87,7 +78,10 @@ class Worker:
             events = served.engine.fail(error)
         if trace is not None:
             served.model.record(None)
-        self._loop.call_soon_threadsafe(self._finish, events, trace, traced)
+        try:
+            self._loop.call_soon_threadsafe(self._finish, events, trace, traced)
+        except RuntimeError:  # a second signal has closed the loop: nobody waits for the events
+            self._stopping = True
 
     def _finish(self, events: list[Event], trace: Trace | None, traced: "list[Future[list[list[Any]]]]") -> None:
         """Deliver a step's events, and its trace to those who asked for it. Runs in the event loop."""

@@ -38,8 +38,7 @@ def split(
     """Split tokens into (train, val), two views.
 
     val_tokens: the number of tokens for validation, from the beginning, as llm.c splits tinyshakespeare. val_fraction: the
-    share for validation, from the end. Raises InputError unless exactly one of them is given and both parts get tokens.
-    """
+    share for validation, from the end. Raises InputError unless exactly one of them is given and both parts get tokens."""
     count = len(tokens)
     if count < 2:
         raise InputError(f"{count} tokens cannot be split: at least 2 are needed")
@@ -50,9 +49,8 @@ def split(
         return tokens[first:], tokens[:first]
     fraction = real(val_fraction)
     if not 0 < fraction < 1 or not 0 < round(count * fraction) < count:
-        raise InputError(
-            f"val_fraction is {shown(val_fraction)}: it must be between 0 and 1, and each part of {count} tokens needs one"
-        )
+        rule = f"it must be between 0 and 1, and each part of {count} tokens needs one"
+        raise InputError(f"val_fraction is {shown(val_fraction)}: {rule}")
     train = count - round(count * fraction)
     return tokens[:train], tokens[train:]
 
@@ -71,8 +69,7 @@ class DataLoader:
 
     `batches` is the number of batches in an epoch, and `tokens` the number of tokens in all shards. `fingerprint` is a hash
     that identifies the data in a state(). Raises InputError for a bad B, T, V or seed. Raises DataError for a file that is
-    not a shard or is too small for one batch.
-    """
+    not a shard or is too small for one batch."""
 
     def __init__(
         self,
@@ -96,10 +93,9 @@ class DataLoader:
         last = len(self._counts) - 1
         for i, (name, count) in enumerate(zip(self._files or ["tokens"], self._counts, strict=True)):
             if count < B * T + 1 and (i < last or not last):  # `pygpt shards` writes the rest into the last shard
-                raise DataError(
-                    f"{name}: {count} tokens are too few for one batch: B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; "
-                    f"make B or T smaller{', or leave this file out' if last else ''}"
-                )
+                needed = f"B*T + 1 = {B}*{T} + 1 = {B * T + 1} are needed; make B or T smaller"
+                or_else = ", or leave this file out" if last else ""
+                raise DataError(f"{name}: {count} tokens are too few for one batch: {needed}{or_else}")
         if labels is not None and (tokens is None or labels.shape != tokens.shape):
             raise InputError(f"labels have shape {labels.shape}: they need one label for each of the tokens in memory")
         self._labels = labels
@@ -157,10 +153,8 @@ class DataLoader:
             raise InputError(f"the loader's state has the fields {shown(sorted(state))}, expected {sorted(self.state())}")
         for name, value in identity.items():
             if type(state[name]) is not type(value) or state[name] != value:  # an array compares with a number, too
-                raise InputError(
-                    f"the loader's state is for {name} = {shown(state[name])}, this loader has {value!r}: use the same data, "
-                    "B, T and seed, or start a new run"
-                )
+                both = f"{name} = {shown(state[name])}, this loader has {value!r}"
+                raise InputError(f"the loader's state is for {both}: use the same data, B, T and seed, or start a new run")
         place = []
         for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
             number = state[name]
@@ -171,14 +165,8 @@ class DataLoader:
 
     def _identity(self) -> dict[str, int | str | None]:
         """Return the values on which the meaning of a position depends."""
-        return {
-            "B": self.B,
-            "T": self.T,
-            "shards": len(self._counts),
-            "tokens": self.tokens,
-            "fingerprint": self.fingerprint,
-            "shuffle_seed": self.shuffle_seed,
-        }
+        rest = {name: getattr(self, name) for name in ("tokens", "fingerprint", "shuffle_seed")}
+        return {"B": self.B, "T": self.T, "shards": len(self._counts), **rest}
 
     def _move(self, epoch: int, shard: int, batch: int) -> None:
         """Open the epoch's shard number `shard`, and go to one of its batches. On failure the position does not change."""
@@ -188,33 +176,32 @@ class DataLoader:
         tokens = self._tokens
         if self._files:
             tokens = read_tokens(self._files[index], V=self._V)
-            if len(tokens) != self._counts[index]:
-                raise DataError(
-                    f"{self._files[index]}: {len(tokens)} tokens, expected {self._counts[index]}: the file has changed"
-                )
+            if len(tokens) != (count := self._counts[index]):
+                raise DataError(f"{self._files[index]}: {len(tokens)} tokens, expected {count}: the file has changed")
         self._order = self._permutation(epoch, 1 + index, self._batches[index])
         self._tokens, self._epoch, self._shard, self._batch = tokens, epoch, shard, batch
 
     def _permutation(self, epoch: int, stream: int, count: int) -> "Sequence[int] | npt.NDArray[np.intp]":
-        """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i.
-
-        Each item gets 64 random bits, by which the items are sorted. Philox's raw output and a stable sort are the same in
-        every version of NumPy and on every machine. The numbers of NumPy's Generator can differ.
-        """
+        """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i. Each item
+        gets 64 random bits, by which the items are sorted. Philox's raw output and a stable sort are the same in every version
+        of NumPy and on every machine. The numbers of NumPy's Generator can differ."""
         if self.shuffle_seed is None:
             return range(count)
         key, counter = np.array([self.shuffle_seed, epoch], np.uint64), np.array([0, stream, 0, 0], np.uint64)
         return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(count), kind="stable")
 
 
+def matching(name: str, advice: str) -> list[str]:
+    """Return the files that a name or pattern matches, sorted. Raises DataError, with this advice, if there is none."""
+    files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
+    if not files:
+        raise DataError(f"{name!r}: not a file, and not a pattern that matches files: {advice}")
+    return files
+
+
 def _find(source: "Path | Sequence[Path] | npt.ArrayLike") -> "tuple[list[str], Tokens | None]":
-    """Return a loader's source as file names, or as tokens."""
     if isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        files = [name] if os.path.lexists(name) else sorted(glob.glob(name))
-        if not files:
-            raise DataError(f"{name!r}: not a file, and not a pattern that matches files; make token files with `pygpt shards`")
-        return files, None
+        return matching(os.fspath(source), "make token files with `pygpt shards`"), None
     if isinstance(source, list | tuple) and all(isinstance(item, str | os.PathLike) for item in source):
         if not source:
             raise DataError("the list of token files is empty: name at least one")

@@ -40,8 +40,7 @@ class TrainingOptions:
                             binary tree adds the sums. Up to this number of ranks can share a step (pygpt.open_ranks).
     warmup                  steps in which the learning rate rises from lr / warmup to lr
     schedule                "constant" after the warm-up; "cosine": half a wave from lr down to min_lr; "linear": a line
-    min_lr                  the learning rate at the end of the cosine or the line
-    """
+    min_lr                  the learning rate at the end of the cosine or the line"""
 
     steps: int = 40
     lr: float = 1e-4
@@ -59,20 +58,13 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {"steps": check_whole("steps", self.steps, 1, MOST_STEPS)}
-        checked["accumulate"] = check_whole("accumulate", self.accumulate, 1, MOST_MICRO_BATCHES)
-        checked["parts"] = check_whole("parts", self.parts, 1, MOST_PARTS)
+        for name, most in (("accumulate", MOST_MICRO_BATCHES), ("parts", MOST_PARTS)):
+            checked[name] = check_whole(name, getattr(self, name), 1, most)
         checked["warmup"] = check_whole("warmup", self.warmup, 0, checked["steps"])
         checked["decay_matrices_only"] = check_flag("decay_matrices_only", self.decay_matrices_only)
-        for name, low, high in (
-            ("lr", 0.0, 1.0),
-            ("min_lr", 0.0, real(self.lr)),
-            ("beta1", 0.0, 0.9999999),
-            ("beta2", 0.0, 0.9999999),
-            ("eps", 1e-30, 1.0),
-            ("weight_decay", 0.0, 1000.0),
-            ("clip", 0.0, 1e30),
-        ):
-            checked[name] = check_number(name, getattr(self, name), low, high)
+        highest = {"lr": 1.0, "min_lr": real(self.lr), "beta1": 0.9999999, "beta2": 0.9999999}
+        for name, high in (highest | {"eps": 1.0, "weight_decay": 1000.0, "clip": 1e30}).items():
+            checked[name] = check_number(name, getattr(self, name), 1e-30 if name == "eps" else 0.0, high)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # NumPy scalars round and serialize differently
         if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import HEAD, IGNORED, TENSORS, Config
-from ..errors import CheckpointError, InputError, Uncopied, check_flag, check_number, check_whole
+from ..errors import CheckpointError, Closing, InputError, check_flag, check_number, check_whole
 from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format
 from ..formats.files import atomic_file
@@ -40,12 +40,10 @@ NORM_BLOCK = 1 << 16  # gradients whose squares are summed together, as in _back
 
 
 class AdamW(NamedTuple):
-    """Hold the numbers of one checked AdamW step, the same for every engine.
-
-    g is the gradient times gradient_scale; m = beta1 * m + rest1 * g; v = beta2 * v + rest2 * g * g. Then the parameter
-    decreases by lr * (m / correction1 / (sqrt(v / correction2) + eps) + decay * parameter). The rests and corrections are
-    computed once, in double precision. Source: Loshchilov and Hutter 2019, as llm.c and PyTorch compute it.
-    """
+    """Hold the numbers of one checked AdamW step, the same for every engine. g is the gradient times gradient_scale; m = beta1
+    * m + rest1 * g; v = beta2 * v + rest2 * g * g. Then the parameter decreases by lr * (m / correction1 / (sqrt(v /
+    correction2) + eps) + decay * parameter). The rests and corrections are computed once, in double precision. Source:
+    Loshchilov and Hutter 2019, as llm.c and PyTorch compute it."""
 
     lr: float
     beta1: float
@@ -74,14 +72,13 @@ class LiveWeights(NamedTuple):
         """Do nothing: the memory belongs to the Parameters."""
 
 
-class Parameters(Uncopied):
+class Parameters(Closing):
     """Hold a network's weights, gradients and moments, all zeros at first.
 
     `threads` and `all_workers` are for the engines that derive from this class.
 
     `parameters`, `gradients`, `first_moments` and `second_moments` are live, writable arrays of shape (P,) with
-    P = config.parameters(padded=True), each aligned to 64 bytes.
-    """
+    P = config.parameters(padded=True), each aligned to 64 bytes."""
 
     _instead = "save() writes a file, and load() reads it"
 
@@ -98,8 +95,7 @@ class Parameters(Uncopied):
         """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
         Raises CheckpointError for a file that is not a model, and for weights that are quantised or not finite. Raises
-        InputError for a bad thread count.
-        """
+        InputError for a bad thread count."""
         with open_floats(find_model(path)[0]) as checkpoint:
             model = cls(checkpoint.config, threads=threads, all_workers=all_workers)
             model.take(checkpoint)
@@ -123,8 +119,7 @@ class Parameters(Uncopied):
         """Start from GPT-2's random weights. Equal seeds give equal bits on every machine.
 
         Matrices have mean 0 and standard deviation 0.02, and 0.02 / sqrt(2L) for residual projections. Biases are 0, and gains
-        of layer norms 1. seed: 0 to 2**64 - 1. Source: Radford et al. 2019; details from nanoGPT and llm.c.
-        """
+        of layer norms 1. seed: 0 to 2**64 - 1. Source: Radford et al. 2019; details from nanoGPT and llm.c."""
         import numpy as np
 
         source = np.random.PCG64(check_whole("seed", seed, 0, LARGEST_SEED))
@@ -160,8 +155,7 @@ class Parameters(Uncopied):
 
         A .safetensors file holds transformers' tensors, and config.json in its metadata: it describes every model. Version 5
         means bfloat16 there. The file gets its name only when it is complete. Raises InputError for a model that a .bin file
-        cannot describe.
-        """
+        cannot describe."""
         if not os.fspath(path).endswith(".safetensors"):
             write_checkpoint(path, self.config, {name: self.tensor(name) for name in self._places}, version=version)
             return
@@ -187,8 +181,7 @@ class Parameters(Uncopied):
     ) -> "tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]":
         """Return inputs and targets as fresh contiguous int32 arrays (B, T), with B >= 1, 1 <= T <= maxT and ids below V.
 
-        A target may be -100. Raises InputError for anything else; the error names the first wrong value.
-        """
+        A target may be -100. Raises InputError for anything else; the error names the first wrong value."""
         checked = self._check_ids("inputs", inputs), self._check_ids("targets", targets, IGNORED)
         if checked[0].shape != checked[1].shape:
             raise InputError(f"targets has shape {checked[1].shape}, inputs {checked[0].shape}: each input needs one target")
@@ -211,10 +204,8 @@ class Parameters(Uncopied):
         wrong = ((array < 0) | (array >= self.config.V)) & (array != also)
         if wrong.any():
             b, t = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
-            limit, or_none = self.config.V - 1, f", or {also} for none" if also else ""
-            raise InputError(
-                f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, from 0 to {limit}{or_none}"
-            )
+            rule = f"from 0 to {self.config.V - 1}" + (f", or {also} for none" if also else "")
+            raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, {rule}")
         return np.ascontiguousarray(array, np.int32)
 
     def update(
@@ -233,31 +224,25 @@ class Parameters(Uncopied):
         """Update the parameters by one step of AdamW. Raises InputError for a value out of its range.
 
         step counts from 1. With decay_matrices_only, biases and layer norms do not decay, as in GPT-2's training. Otherwise
-        every parameter decays, as in llm.c's CPU program. own: update only this slice of the flat arrays.
-        """
+        every parameter decays, as in llm.c's CPU program. own: update only this slice of the flat arrays."""
         step = check_whole("step", step, 1, 2**31 - 1, " from 1, the count of updates")
-        lr = check_number("lr", lr, 0.0, 1e6)
+        lr, eps = check_number("lr", lr, 0.0, 1e6), check_number("eps", eps, 1e-30, 1e6)
         beta1, beta2 = check_number("beta1", beta1, 0.0, 0.9999999), check_number("beta2", beta2, 0.0, 0.9999999)
-        eps = check_number("eps", eps, 1e-30, 1e6)
         weight_decay = check_number("weight_decay", weight_decay, 0.0, 1e6)
         gradient_scale = check_number("gradient_scale", gradient_scale, 0.0, 1e30)
         decay_matrices_only = check_flag("decay_matrices_only", decay_matrices_only)
         first, last, _ = (own or slice(None)).indices(self.parameters.size)
-        spans = [
-            (max(start, first), min(stop, last), decay)
-            for start, stop, decay in self._spans(weight_decay, decay_matrices_only)
-            if max(start, first) < min(stop, last)
-        ]
-        correction1, correction2 = 1 - power(beta1, step), 1 - power(beta2, step)
-        rest = 1 - beta1, 1 - beta2
-        self._update(AdamW(lr, beta1, beta2, *rest, correction1, correction2, eps, gradient_scale, spans))
+        every = self._spans(weight_decay, decay_matrices_only)
+        own_spans = ((max(start, first), min(stop, last), decay) for start, stop, decay in every)
+        spans = [span for span in own_spans if span[0] < span[1]]
+        rests, corrections = (1 - beta1, 1 - beta2), (1 - power(beta1, step), 1 - power(beta2, step))
+        self._update(AdamW(lr, beta1, beta2, *rests, *corrections, eps, gradient_scale, spans))
 
     def add_to(self, out: "npt.NDArray[np.float32]", other: "npt.NDArray[np.float32]") -> None:
         """out += other, two flat arrays of equal size."""
         out += other
 
     def _update(self, numbers: AdamW) -> None:
-        """Apply a checked step. The engine implements this."""
         raise NotImplementedError
 
     def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:
@@ -292,9 +277,8 @@ def power(base: float, exponent: int) -> float:
 
 
 def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt.NDArray[np.float32]":
-    """Return zeros (size,) whose first element has an address of `shift` bytes beyond a multiple of `alignment`.
-
-    The system reserves memory for a page only when the page is first written."""
+    """Return zeros (size,) whose first element has an address of `shift` bytes beyond a multiple of `alignment`. The system
+    reserves memory for a page only when the page is first written."""
     import numpy as np
 
     room = np.zeros(size + (alignment + shift) // 4, np.float32)
@@ -303,21 +287,18 @@ def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt
 
 
 def zeros_to_update(size: int) -> "list[npt.NDArray[np.float32]]":
-    """Return four arrays (size,) of zeros that begin at different offsets in their pages.
-
-    The allocator would give large arrays equal offsets. Then equal indices of the four arrays share one set of the first-level
-    cache, and AdamW's pass takes 1.06 times as long."""
+    """Return four arrays (size,) of zeros that begin at different offsets in their pages. The allocator would give large arrays
+    equal offsets. Then equal indices of the four arrays share one set of the first-level cache, and AdamW's pass takes 1.06
+    times as long."""
     return [aligned_zeros(size, PAGE, i * APART) for i in range(4)]
 
 
 def normal(source: "np.random.PCG64", size: int) -> "npt.NDArray[np.float64]":
-    """Return `size` nearly normal random numbers, each the sum of twelve uniform numbers minus its mean.
-
-    The mean is 0, the variance 1 and the largest magnitude 6. The kurtosis is 2.9; the normal distribution's is 3. Integers and
-    two exact operations give the same bits on every system; a library's logarithm would not. NumPy guarantees the stream of
+    """Return `size` nearly normal random numbers, each the sum of twelve uniform numbers minus its mean. The mean is 0, the
+    variance 1 and the largest magnitude 6. The kurtosis is 2.9; the normal distribution's is 3. Integers and two exact
+    operations give the same bits on every system; a library's logarithm would not. NumPy guarantees the stream of
     PCG64.random_raw() in all versions. Each number takes three 64-bit words, and each word gives four 16-bit uniform numbers.
-    Source: Irwin 1927 and Hall 1927 for the sum; O'Neill 2014 for PCG64.
-    """
+    Source: Irwin 1927 and Hall 1927 for the sum; O'Neill 2014 for PCG64."""
     words = source.random_raw(3 * size).reshape(size, 3)
     pairs = (words & 0x0000FFFF0000FFFF) + (words >> 16 & 0x0000FFFF0000FFFF)  # each word has two sums of two numbers
     sixes = pairs[:, 0] + pairs[:, 1] + pairs[:, 2]  # each word has two sums of six numbers

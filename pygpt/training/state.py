@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from itertools import chain
 
 from ..config import ACTIVATIONS, SWITCHES, Config
-from ..errors import CheckpointError, ClosedError, InputError, Uncopied, is_whole, shown
+from ..errors import CheckpointError, ClosedError, Closing, InputError, is_whole, shown
 from ..formats.files import HEADER_BYTES, atomic_file, map_file
 from ..formats.safetensors import unique
 from .options import TrainingOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Any
+    from typing import Any
 
     import numpy as np
     import numpy.typing as npt
@@ -46,10 +46,8 @@ PIECE = 1 << 22  # bytes written or hashed at a time
 
 @dataclass
 class Progress:
-    """The JSON part of a training state.
-
-    step: number of updates made. options: the run's options. loader: DataLoader.state(). job: JSON data of the caller.
-    """
+    """The JSON part of a training state. step: number of updates made. options: the run's options. loader: DataLoader.state().
+    job: JSON data of the caller."""
 
     step: int
     options: TrainingOptions
@@ -82,12 +80,11 @@ class Progress:
             raise ValueError(f"bad options: {error}") from None
 
 
-class TrainingState(Uncopied):
+class TrainingState(Closing):
     """An open, checked training state whose values stay in the file. Use it in a `with` block, or close() it.
 
     `config` is the model's shape, `progress` the JSON part. Raises CheckpointError, with the found and the expected numbers,
-    for any file that is not exactly a training state.
-    """
+    for any file that is not exactly a training state."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.realpath(path)
@@ -101,7 +98,6 @@ class TrainingState(Uncopied):
             raise CheckpointError(f"{os.fspath(path)}: {error}") from None
 
     def _check(self, header: bytes, found: int) -> None:
-        """Check every field of the header, and the file's size; set `config`."""
         try:
             self.config, json_bytes = _read_header(header, found)
         except ValueError as error:
@@ -119,8 +115,7 @@ class TrainingState(Uncopied):
     def read_into(self, buffers: "Sequence[npt.NDArray[np.float32]]", own: slice | None = None) -> None:
         """Copy the file's values to three buffers (P,): parameters, and the slice `own` of the moments (default: all).
 
-        Raises InputError for other buffers, ClosedError after close().
-        """
+        Raises InputError for other buffers, ClosedError after close()."""
         P = self.config.parameters(padded=True)
         if (sizes := [buffer.size for buffer in buffers]) != [P] * BUFFERS:
             raise InputError(f"buffers of {sizes} values, expected {BUFFERS} of {P} for {self.config}")
@@ -137,12 +132,6 @@ class TrainingState(Uncopied):
         self._view.release()
         self._map.close()
 
-    def __enter__(self) -> "TrainingState":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _finite(text: str) -> float:
     """Return a JSON number. Raises ValueError beyond the range of float64, because to_json() could not write the number."""
@@ -152,10 +141,7 @@ def _finite(text: str) -> float:
 
 
 def _read_header(header: bytes, found: int) -> tuple[Config, int]:
-    """Read the shape and the JSON's size from the header of a file of `found` bytes.
-
-    Raises ValueError for a wrong field or size.
-    """
+    """Return the shape and the JSON's size from the header of a file of `found` bytes. Raises ValueError for a wrong field."""
     if len(header) < HEADER_BYTES:
         raise ValueError(f"truncated: {found} bytes, shorter than the header of {HEADER_BYTES} bytes")
     magic, version, maxT, V, L, NH, C, Vp, json_bytes, *reserved = struct.unpack("<256i", header)
@@ -169,12 +155,8 @@ def _read_header(header: bytes, found: int) -> tuple[Config, int]:
         reserved = [*header[36 + VARIATIONS.size :]]
         if not 0 <= activation < len(ACTIVATIONS):
             raise ValueError(f"bad header: there is no activation {activation}")
-        variations = {
-            "F": F,
-            "activation": ACTIVATIONS[activation],
-            "epsilon": epsilon,
-            **dict(zip(SWITCHES, switches, strict=True)),
-        }
+        variations = {"F": F, "activation": ACTIVATIONS[activation], "epsilon": epsilon}
+        variations |= dict(zip(SWITCHES, switches, strict=True))
     try:
         config = Config(maxT=maxT, V=V, L=L, NH=NH, C=C, **variations)
     except InputError as error:
@@ -194,8 +176,7 @@ def _read_header(header: bytes, found: int) -> tuple[Config, int]:
 def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
     """Open a training state, or the previous one if it is missing or damaged; return the state and a notice for the user.
 
-    Raises CheckpointError about both files if neither can be used.
-    """
+    Raises CheckpointError about both files if neither can be used."""
     try:
         return TrainingState(path), ""
     except CheckpointError as error:
@@ -210,12 +191,10 @@ def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
 def write_state(
     path: str | os.PathLike[str], config: Config, progress: Progress, values: "Buffers", *, after: str | None = None
 ) -> str:
-    """Write a training state to a temporary file in the same folder, then rename it. Return its path, links resolved.
-
-    values: the parameters and moments in order, in arrays of any sizes. after: the file that this run last wrote or read,
-    known to be complete. If that is PATH, it is kept as PATH.1. If that is PATH.1, PATH.1 stays. Otherwise an existing PATH.1
-    belongs to another run, and is deleted. Raises OSError if the file cannot be written; then the old files are intact.
-    """
+    """Write a training state to a temporary file in the same folder, then rename it. Return its path, links resolved. values:
+    the parameters and moments in order, in arrays of any sizes. after: the file that this run last wrote or read, known to be
+    complete. If that is PATH, it is kept as PATH.1. If that is PATH.1, PATH.1 stays. Otherwise an existing PATH.1 belongs to
+    another run, and is deleted. Raises OSError if the file cannot be written; then the old files are intact."""
     path = os.path.realpath(path)
     text = progress.to_json()
     if len(text) > JSON_LIMIT:
@@ -232,15 +211,10 @@ def write_state(
                 digest.update(piece)
                 file.write(piece)
         file.write(digest.digest())
-        _settle(file)
+        file.flush()
+        os.fsync(file.fileno())  # the new file is complete on the disk before any older file changes
         _keep_previous(path, after)
     return path
-
-
-def _settle(file: "IO[bytes]") -> None:
-    """Write the new file to the disk completely, before any older file changes."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _keep_previous(path: str, after: str | None) -> None:

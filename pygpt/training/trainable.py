@@ -4,6 +4,8 @@ The forward pass of a batch is the network's step over B sequences x T rows, and
 updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
 """
 
+from functools import partial
+
 from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Weights
@@ -11,7 +13,7 @@ from ..config import Config
 from ..errors import InputError, check_number
 from ..model import GPT2
 from ..network import CHUNK
-from ..pool import ThreadPool
+from ..pool import ThreadPool, nothing
 from .parameters import NORM_BLOCK, AdamW, Parameters, norm_of
 
 TYPE_CHECKING = False
@@ -28,8 +30,7 @@ class TrainableGPT2(Parameters):
     """A GPT-2 in training on `threads` workers. Use it in a `with` block, or close() it.
 
     It takes memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
-    calls take turns. all_workers: use all workers even if the work is too small to gain from them.
-    """
+    calls take turns. all_workers: use all workers even if the work is too small to gain from them."""
 
     def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         self._all_workers = all_workers
@@ -58,8 +59,7 @@ class TrainableGPT2(Parameters):
         """Return the loss of predicting each target, (B, T), and keep the activations for backward().
 
         inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
-        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT.
-        """
+        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT."""
         import numpy as np
 
         return np.asarray(self._losses(self._step, *self.check_batch(inputs, targets)))
@@ -77,17 +77,12 @@ class TrainableGPT2(Parameters):
     def backward(self, *, accumulate: bool = False, scale: "SupportsFloat" = 1.0) -> None:
         """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
 
-        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before.
-        """
+        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before."""
         scale = check_number("scale", scale, -1e30, 1e30)
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
-        self._pool.run(
-            step,
-            abort=step.abort,
-            before=lambda: step.begin_backward(accumulate, scale, workers),
-            alone=workers == 1,
-        )
+        begin = partial(step.begin_backward, accumulate, scale, workers)
+        self._pool.run(step, step.abort, before=begin, alone=workers == 1)
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients together, summed in float64 in a fixed order."""
@@ -96,8 +91,7 @@ class TrainableGPT2(Parameters):
     def gradient_squares(self, start: int, stop: int) -> "npt.NDArray[np.float64]":
         """Return the sum of squares of each block of NORM_BLOCK gradients in [start, stop); norm_of() joins them to the norm.
 
-        Raises InputError unless start is a multiple of NORM_BLOCK, and stop too or the number of parameters.
-        """
+        Raises InputError unless start is a multiple of NORM_BLOCK, and stop too or the number of parameters."""
         import numpy as np
 
         size = self.gradients.size
@@ -105,12 +99,8 @@ class TrainableGPT2(Parameters):
             raise InputError(f"slice [{start}, {stop}) of {size} gradients: it must consist of blocks of {NORM_BLOCK}")
         step, workers = self._step, self._workers_for_arrays(1)
         blocks = slice(start // NORM_BLOCK, -(-stop // NORM_BLOCK))
-        found = self._pool.run(
-            step,
-            before=lambda: step.begin_norm(start, stop, workers),
-            after=lambda: np.frombuffer(step.squares, "f8")[blocks].copy(),
-            alone=workers == 1,
-        )
+        copy = lambda: np.frombuffer(step.squares, "f8")[blocks].copy()  # noqa: E731
+        found = self._pool.run(step, before=partial(step.begin_norm, start, stop, workers), after=copy, alone=workers == 1)
         assert found is not None
         return found
 
@@ -133,50 +123,29 @@ class TrainableGPT2(Parameters):
         self._pool.run(step, abort=rest, before=lambda: step.begin_update(numbers, spans, workers), alone=workers == 1)
 
     def _workers(self, rows: int) -> int:
-        """Return how many workers to use for a pass over `rows` rows."""
-        if self._all_workers:
-            return self.threads
         alone_us = self._values * (4 / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
-        return cpus.workers_for(self.threads, alone_us, 7 * self.config.L + 3)
+        return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us, 7 * self.config.L + 3)
 
     def _workers_for_arrays(self, count: int) -> int:
-        """Return how many workers to use for a pass over `count` flat arrays."""
-        if self._all_workers:
-            return self.threads
-        return cpus.workers_for(self.threads, count * self.parameters.nbytes / cpus.READ_BYTES_PER_US)
+        alone_us = count * self.parameters.nbytes / cpus.READ_BYTES_PER_US
+        return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us)
 
     def record(self, trace: "Trace | None") -> None:
         """Record the workers' phases in `trace`, as GPT2.record() does; None stops the recording."""
-        self._pool.run(_nothing, before=lambda: setattr(self._step, "trace", trace), alone=True)
+        self._pool.run(nothing, before=lambda: setattr(self._step, "trace", trace), alone=True)
 
     def model(self) -> GPT2:
         """Return a GPT2 over the live weights with its own workers, for samples. Close it before this object."""
-        self._pool.run(_nothing, alone=True)  # raises ClosedError after close()
+        self._pool.run(nothing, alone=True)  # raises ClosedError after close()
         return GPT2(self.weights(), threads=self.threads)
 
     def _losses(self, step: TrainStep, inputs: "npt.NDArray[np.int32]", targets: "npt.NDArray[np.int32]") -> "Floats":
-        """Run one forward pass over a checked batch; return its losses (B, T)."""
         workers = self._workers(inputs.size)
-        losses = self._pool.run(
-            step,
-            abort=step.abort,
-            before=lambda: step.begin_forward(inputs, targets, workers),
-            after=step.finish_forward,
-            alone=workers == 1,
-        )
+        begin = partial(step.begin_forward, inputs, targets, workers)
+        losses = self._pool.run(step, step.abort, before=begin, after=step.finish_forward, alone=workers == 1)
         assert losses is not None
         return losses
 
     def close(self) -> None:
         """Stop the workers. The arrays of parameters, gradients and moments remain. May be called twice."""
         self._pool.close()
-
-    def __enter__(self) -> "TrainableGPT2":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _nothing(ith: int, nth: int) -> None:
-    """Do nothing: a job that only takes its turn in the pool."""

@@ -53,8 +53,7 @@ class Trainer(Uncopied):
 
     `done` counts the updates made. ranks: the processes that share the steps (default: this one alone). Each has an engine with
     the same weights and a loader of the same data, and calls the same methods. Raises InputError if the loader's T exceeds the
-    model's maxT, if `options` has another type, or if the number of ranks does not divide `parts`.
-    """
+    model's maxT, if `options` has another type, or if the number of ranks does not divide `parts`."""
 
     _instead = "save() writes its state, and restore() reads it"
 
@@ -82,8 +81,7 @@ class Trainer(Uncopied):
         """Make one update. If it raises, Ctrl-C included, the step is either undone, or complete and counted by `done`.
 
         In both cases training can continue or be saved. Raises NumericalError if the loss or the gradient's norm is not finite,
-        PyGPTError after a restore() that failed.
-        """
+        PyGPTError after a restore() that failed."""
         self._check_whole()
         begin, waited = time.perf_counter(), self.ranks.seconds
         options, place, made, step = self.options, self.loader.state(), self.engine.updates, self.done + 1
@@ -150,9 +148,7 @@ class Trainer(Uncopied):
 
     def _mean(self, what: str, found: "list[tuple[float, dict[str, int | str | None]]]", counts: list[int]) -> float:
         """Return the mean of all ranks' losses of batches with so many targets each; equal counts give a plain mean's bits.
-
-        Raises NumericalError for the first that is not finite, on all ranks.
-        """
+        Raises NumericalError for the first that is not finite, on all ranks."""
         everyone = list(chain.from_iterable(self.ranks.gather(found)))
         for loss, place in everyone:
             self._check_finite(what, loss, place)
@@ -163,11 +159,8 @@ class Trainer(Uncopied):
     def _check_finite(self, what: str, value: float, place: "dict[str, int | str | None]") -> None:
         if not math.isfinite(value):
             where = ", ".join(f"{name} {place[name]}" for name in ("epoch", "shard", "batch"))
-            text = (
-                f"step {self.done}: the {what} is {value} at the loader's {where}: this step has not changed the weights; a "
-                "lower lr, a warm-up or clipping may help"
-            )
-            raise self.ranks.common(NumericalError(text))
+            text = f"step {self.done}: the {what} is {value} at the loader's {where}: this step has not changed the weights; "
+            raise self.ranks.common(NumericalError(text + "a lower lr, a warm-up or clipping may help"))
 
     def evaluate(self, loader: "DataLoader", batches: int) -> float:
         """Return the mean loss over the next `batches` batches of a loader, then restore the loader's position.
@@ -190,18 +183,15 @@ class Trainer(Uncopied):
         most = max(digests, key=digests.count)
         for rank, digest in enumerate(digests):
             if digest != most:
-                text = (
-                    f"after step {self.done}, the weights of {self.ranks.name(rank)} differ from those of most ranks: its "
-                    "memory or its network may be faulty; continue from the last saved state without that host"
-                )
+                text = f"after step {self.done}, the weights of {self.ranks.name(rank)} differ from those of most ranks: its "
+                text += "memory or its network may be faulty; continue from the last saved state without that host"
                 raise self.ranks.common(PyGPTError(text))
 
     def save(self, path: str | os.PathLike[str], job: "dict[str, Any] | None" = None) -> None:
         """Write the whole training state to a file, and keep the previous one as PATH.1 (write_state).
 
         job: JSON data of the caller, saved with the state. Only the first rank writes. Raises PyGPTError if the file cannot be
-        written (an older state then stays intact), and after a restore() that failed halfway.
-        """
+        written (an older state then stays intact), and after a restore() that failed halfway."""
         self._check_whole()
         if self.ranks.size > 1:
             self.check_equal()
@@ -229,8 +219,7 @@ class Trainer(Uncopied):
         """Restore weights, moments, step, options and the loader's position; return a notice for the user, possibly "".
 
         state: an open state, or the path of one. If that file is damaged or missing, the previous state is used, and the notice
-        says so. Raises InputError if the model, the data, B, T or the seed differ; nothing has changed then.
-        """
+        says so. Raises InputError if the model, the data, B, T or the seed differ; nothing has changed then."""
         if not isinstance(state, TrainingState):
             found, notice = open_state(state)
             with found:

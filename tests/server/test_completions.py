@@ -16,9 +16,8 @@ from serving import MAXT, Live, live, tiny
 
 from pygpt import GPT2, Request, Tokenizer
 from pygpt.generation.completion import Completion
-from pygpt.server.answer import Choice
-from pygpt.server.call import Call
-from pygpt.server.served import Served
+from pygpt.server.answering import Choice
+from pygpt.server.call import Call, Served
 
 HELLO = [15496]
 FACE = "\N{GRINNING FACE}"  # four bytes in three tokens
@@ -354,6 +353,7 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "word " * 5000}, "prompt"),
     ({"prompt": "a", "max_tokens": MAXT}, "max_tokens"),
     *refusals("max_tokens", 0, -1, 1.5, "3", True, 10**400),
+    *refusals("speculation", 0, -1, 65, 1.5, "auto", []),
     *refusals("logprobs", -1, 21, True, "1"),
     *refusals("temperature", -0.1, 1001, "1", [], True),
     *refusals("n", 0, -1, 1.5, 1 << 16, 1 << 20),

@@ -248,6 +248,21 @@ def test_exact_counts(path: Path) -> None:
         assert found["iteration_tokens_total_sum"] == 55
         assert found["num_requests_running"] == found["num_requests_waiting"] == 0
         assert 0 < found["kv_cache_usage_perc"] < 1
+        assert found["spec_decode_num_draft_tokens_total"] == found["spec_decode_num_accepted_tokens_total"] == 0
+
+
+@pytest.mark.parametrize("by_request", [True, False])
+def test_speculation_is_counted_and_keeps_the_text(path: Path, by_request: bool) -> None:
+    fields = {"prompt": "Hello world", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
+    with live(path) as plain:
+        wanted = plain.complete(**fields)["choices"]
+    with live(path, speculation=False if by_request else 4) as running:
+        assert running.complete(**fields, **({"speculation": 4} if by_request else {}))["choices"] == wanted
+        first, second = running.metrics(), running.metrics()
+        drafted, right = (first[f"spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+        assert 0 < right <= drafted == second["spec_decode_num_draft_tokens_total"]
+        assert running.complete(**fields, speculation=False)["choices"] == wanted
+        assert running.metrics()["spec_decode_num_draft_tokens_total"] == drafted
 
 
 # ------------------------------------------------------------------------------------------------ disconnects
@@ -556,6 +571,9 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--chat-template", "chatml"], ["chatml", "plain"]),
         (["--max-live", "0"], ["max-live"]),
         (["--weights", "q5"], ["q5"]),
+        (["--speculate", "soon"], ["speculation", "'soon'"]),
+        (["--speculate", "65"], ["speculation", "65", "64"]),
+        (["--draft-model", "/nowhere.bin"], ["/nowhere.bin"]),
         (["--root-path", "gpt"], ["gpt", "/"]),
         (["--cors-origins", "a.example"], ["a.example"]),
     ],

@@ -247,7 +247,7 @@ def test_a_thousand_tokens_are_drawn_in_time(browser: Any, at: Live) -> None:
 def test_the_engine_s_view(browser: Any, at: Live) -> None:
     with opened(browser, at) as page:
         page.click("#engine summary")
-        playwright.expect(page.locator("#numbers tr")).to_have_count(7)
+        playwright.expect(page.locator("#numbers tr")).to_have_count(8)
         page.fill('[name="max_tokens"]', "6")
         page.click("#four")
         playwright.expect(page.locator("#lines li")).to_have_count(4)

@@ -49,6 +49,6 @@ def test_every_target_has_a_corpus(fuzz: Any) -> None:
 
 
 def test_bad_arguments() -> None:
-    for words, text in ((["nothing"], "target 'nothing' is unknown"), (["--input", "x"], "--input takes one TARGET")):
+    for words, text in ((["nothing"], "target 'nothing' is unknown"), (["--input", "x"], "--input needs exactly one TARGET")):
         done = subprocess.run([sys.executable, str(FILE), *words], capture_output=True, text=True, timeout=60)
         assert (done.returncode, text in done.stderr) == (2, True)

@@ -27,7 +27,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import InputError, PyGPTError
-from ..console import HelpFormatter, Parser, check_stdout, whole
+from ..console import Parser, check_stdout, whole
+from .train import print_table
 
 SIGMA = 0.5  # of the logarithms of lengths
 TIMES = ("ttft", "itl", "tpot")
@@ -35,13 +36,7 @@ TIMES = ("ttft", "itl", "tpot")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `pygpt bench --serve`."""
-    parser = Parser(
-        prog="pygpt bench --serve",
-        usage="pygpt bench --serve URL [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt bench --serve", usage="pygpt bench --serve URL [options]", description=__doc__)
     add, count = parser.add_argument, whole(1, 1 << 20)
     add("--serve", metavar="URL", required=True, help="address of the server, without /v1")
     add("--clients", metavar="LIST", default="1,8,32", help="numbers of clients, separated by commas (default 1,8,32)")
@@ -74,13 +69,14 @@ def run(arguments: Sequence[str]) -> None:
     if options.output == "json":
         print(json.dumps(results))
         return
-    print("| clients | tokens/s | " + " | ".join(f"{name} p50 | p99 | max" for name in TIMES) + " | failed | equal |")
-    print("|---" * 13 + "|")
+    rows = []
     for found in results:
-        cells = [f"{value:.1f}" for name in TIMES for value in found[name]]
         equal = "" if found["equal_to_alone"] is None else f"{found['equal_to_alone']} of {found['requests']}"
+        times = [f"{value:.1f}" for name in TIMES for value in found[name]]
         clients = f"{options.rate:g}/s" if options.rate else found["clients"]
-        print(f"| {clients} | {found['tokens_per_s']:.1f} | {' | '.join(cells)} | {found['failed']} | {equal} |")
+        rows.append([clients, f"{found['tokens_per_s']:.1f}", *times, found["failed"], equal])
+    heads = [head for name in TIMES for head in (f"{name} p50", "p99", "max")]
+    print_table(["clients", "tokens/s", *heads, "failed", "equal"], rows)
 
 
 def requests_of(options: argparse.Namespace, number: int) -> list[dict[str, Any]]:
@@ -129,23 +125,18 @@ async def measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
     good = [answer for answer in answers.values() if answer is not None]
     equal = None
     if options.check:
-        again = [await ask(options, body) for body in bodies]
-        equal = sum(
-            one is not None and both is not None and one[0] == both[0]
-            for one, both in zip(again, (answers[number] for number in range(len(bodies))), strict=True)
-        )
+        pairs = [(await ask(options, body), answers[number]) for number, body in enumerate(bodies)]
+        equal = sum(again is not None and first is not None and again[0] == first[0] for again, first in pairs)
     gaps = [[1000 * (b - a) for a, b in pairwise(times[1:])] for _, times in good]
+    tokens = sum(len(times) - 1 for _, times in good)
     return {
-        "clients": clients,
-        "requests": len(bodies),
-        "failed": len(bodies) - len(good),
-        "seconds": seconds,
-        "tokens_per_s": sum(len(times) - 1 for _, times in good) / seconds,
+        "clients": clients, "requests": len(bodies), "failed": len(bodies) - len(good), "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
         "ttft": spread(1000 * (times[1] - times[0]) for _, times in good if len(times) > 1),
         "itl": spread(gap for own in gaps for gap in own),
         "tpot": spread(sum(own) / len(own) for own in gaps if own),
         "equal_to_alone": equal,
-    }
+    }  # fmt: skip
 
 
 def spread(values: Iterable[float]) -> list[float]:

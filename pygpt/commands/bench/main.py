@@ -63,11 +63,13 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ from ... import __version__
 from ..._kernels import cpu_info
 from ...ceilings import Ceilings
 from ...config import Config
+from ...cpus import processors
 from ...errors import InputError, PyGPTError
 from ...formats.open import open_floats, open_model
 from ...formats.panels import LAYERED, layout
@@ -84,70 +87,52 @@ from ...model import GPT2
 from ...reference import SerialGPT2
 from ...training.trainable import TrainableGPT2
 from ..child import child_environment
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, say, status_of, whole
 from ..progress import Progress
 from . import load
 from . import peers as bench_peers
 from . import train as bench_train
+from .peers import Peer, laps, peak_rss_bytes, prompt, resident_bytes, seconds_of
+from .train import figure, print_table, run_rounds
 
 BATCH = 8
+RATES = ("read_gb_s", "fma_gflop_s", "stream_gb_s")  # of Ceilings
 REFERENCE_TOKENS = 8  # new tokens in the reference's job, after 2 prompt tokens
 FILE = "file"  # with --weights: the weights of the file, as they are
 Stored = Mapping[str, tuple[str, int]]  # by tensor: weight format and bytes, as Network.stored
 
 
+@dataclass
 class Test:
     """A test. run: a function that runs it once and returns seconds. Its least work: operations by weight format, or bytes."""
 
-    def __init__(
-        self,
-        name: str,
-        threads: int,
-        tokens: int,
-        run: Callable[[], float],
-        *,
-        by: str,
-        weights: str | None = None,
-        operations: Mapping[str, float] | None = None,
-        read_bytes: float = 0,
-    ) -> None:
-        self.name, self.threads, self.tokens, self.run, self.by, self.weights = name, threads, tokens, run, by, weights
-        self.operations, self.read_bytes = operations, read_bytes
-        self.seconds: list[float] = []
-        self.memory: dict[str, int] = {}
+    name: str
+    threads: int
+    tokens: int
+    run: Callable[[], float]
+    by: str
+    weights: str | None = None
+    operations: Mapping[str, float] | None = None
+    read_bytes: float = 0
+    seconds: list[float] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
 
     def result(self, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
-        """Return the test as an object of the JSON output."""
-        rates = sorted(self.tokens / seconds for seconds in self.seconds)
-        low, high = rates[len(rates) // 4], rates[-1 - len(rates) // 4]
-        seconds = statistics.median(self.seconds)
-        limit = None
+        """Return the test as an object of the JSON output. The first round was a warm-up."""
+        rates = sorted(self.tokens / seconds for seconds in self.seconds[1:])
+        seconds, limit = statistics.median(self.seconds[1:]), None
         if self.operations:
             rate = ceilings[self.threads].operations_gop_s
             limit = sum(count / (rate(kind) * 1e9) for kind, count in self.operations.items()) / seconds
         elif self.read_bytes:
             limit = self.read_bytes / seconds / (ceilings[self.threads].read_gb_s * 1e9)
         return {
-            "test": self.name,
-            "by": self.by,
-            "threads": self.threads,
-            "weights": self.weights,
+            "test": self.name, "by": self.by, "threads": self.threads, "weights": self.weights,
             "tokens_per_s": statistics.median(rates),
-            "tokens_per_s_middle_half": [low, high],
-            "seconds": seconds,
-            "rounds": len(rates),
-            "percent_of_limit": None if limit is None else 100 * limit,
-            "peak_anon_bytes": None,
-            **self.memory,
-        }
-
-
-# ------------------------------------------------------------------------------------------------ measurements
-
-
-def prompt(config: Config, length: int) -> list[int]:
-    """Return artificial token ids, spread over the vocabulary."""
-    return [(i * 7919 + 13) % config.V for i in range(length)]
+            "tokens_per_s_middle_half": [rates[len(rates) // 4], rates[-1 - len(rates) // 4]],
+            "seconds": seconds, "rounds": len(rates), "percent_of_limit": None if limit is None else 100 * limit,
+            "peak_anon_bytes": None, **self.memory,
+        }  # fmt: skip
 
 
 def prefill_operations(config: Config, stored: Stored, length: int) -> Mapping[str, float]:
@@ -168,102 +153,65 @@ def decode_bytes(config: Config, stored: Stored, depth: int, new: int, batch: in
 
 def time_prefill(model: GPT2, length: int) -> float:
     """Return the seconds of a prompt."""
-    tokens = prompt(model.config, length)
-    cache = model.new_cache(length)
-    start = time.perf_counter()
-    model.prefill(cache, tokens)
-    return time.perf_counter() - start
+    tokens, cache = prompt(model.config, 0, length), model.new_cache(length)
+    return seconds_of(lambda: model.prefill(cache, tokens))
 
 
 def time_decode(model: GPT2, depth: int, new: int, batch: int) -> float:
     """Return the seconds for `new` tokens of each of `batch` sequences. Their context of `depth` tokens is not timed."""
     caches = [model.new_cache(depth + new) for _ in range(batch)]
     for cache in caches:
-        model.prefill(cache, prompt(model.config, depth))
+        model.prefill(cache, prompt(model.config, 0, depth))
     rows = [((13 + i) % model.config.V, cache, True) for i, cache in enumerate(caches)]
-    start = time.perf_counter()
-    for _ in range(new):
-        model.step(rows)
-    return time.perf_counter() - start
+    return seconds_of(lambda: [model.step(rows) for _ in range(new)])
 
 
 def time_reference_job(model: GPT2 | SerialGPT2) -> float:
     """Return the seconds of the reference's job: 2 prompt tokens and 8 new tokens."""
-    start = time.perf_counter()
-    list(model.generate([0, 0], max_new_tokens=REFERENCE_TOKENS))
-    return time.perf_counter() - start
+    return seconds_of(lambda: list(model.generate([0, 0], max_new_tokens=REFERENCE_TOKENS)))
 
 
 def time_process(path: str, weights: str | None, *options: str) -> float:
     """Return the seconds of the whole command for the same job, including the start of the interpreter."""
     quantised = [] if weights is None else ["--weights", weights]
     command = [sys.executable, "-m", "pygpt", "-m", path, *quantised, *options, "0", "0"]
-    start = time.perf_counter()
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()).returncode
-    if status:
-        raise PyGPTError(f"the measured command ended with status {status}")
-    return time.perf_counter() - start
+    (done,), (seconds,) = laps(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment()))
+    if done.returncode:
+        raise PyGPTError(f"the measured command ended with status {done.returncode}")
+    return seconds
 
 
-def memory_of(test: str, path: str, weights: str | None, threads: int, *sizes: int) -> dict[str, int]:
-    """Return the resident memory after a test in a fresh process, without the caches, and the resident pages of files.
-
-    For training, also return the peak of the resident memory.
-    """
-    command = [sys.executable, "-m", "pygpt", "bench", "--memory-of", json.dumps([test, path, weights, threads, *sizes])]
+def memory_of(*test: object, train: bool = False) -> dict[str, int]:
+    """Return the memory of a test in a fresh process, which calls memory_of_training() or memory_of_step() with `test`."""
+    command = [sys.executable, "-m", "pygpt", "bench", *["--train"] * train, "--memory-of", json.dumps(test)]
     done = subprocess.run(command, capture_output=True, check=True, env=child_environment())
     found: dict[str, int] = json.loads(done.stdout)
     return found
 
 
-def report_memory(test: str, path: str, weights: str | None, threads: int, *sizes: int) -> None:
-    """Run a test once and print this process's resident memory. memory_of() runs this function in a child process."""
-    print(json.dumps((memory_of_training if test == "train" else memory_of_step)(test, path, weights, threads, *sizes)))
-
-
-def memory_of_training(test: str, path: str, weights: str | None, threads: int, B: int, T: int) -> dict[str, int]:
-    """Return the memory after two iterations of training."""
+def memory_of_training(path: str, threads: int, B: int, T: int) -> dict[str, int]:
+    """Return the peak of the resident memory, and the memory after two iterations of training."""
     with TrainableGPT2.load(path, threads=threads) as model:
         for step in (1, 2):
             bench_train.iterate(model, bench_train.batch_of(model.config, B, T), step)
-        peak, anonymous = bench_peers.peak_rss_bytes(), _resident()["RssAnon"]
+        found = {"peak_rss_bytes": peak_rss_bytes(), "peak_anon_bytes": resident_bytes("RssAnon")}
         arrays = model.parameters, model.gradients, model.first_moments, model.second_moments
-        return {
-            "peak_rss_bytes": peak,
-            "peak_anon_bytes": anonymous,
-            "parameter_bytes": sum(array.nbytes for array in arrays),
-        }
+        return {**found, "parameter_bytes": sum(array.nbytes for array in arrays)}
 
 
 def memory_of_step(
-    test: str, path: str, weights: str | None, threads: int, length: int, depth: int, new: int, batch: int
+    path: str, weights: str | None, threads: int, length: int, depth: int = 0, new: int = 0, batch: int = 0
 ) -> dict[str, int]:
-    """Return the memory after a prefill or a decode, when its caches are freed."""
+    """Return the resident memory after a prefill, or with a batch after a decode, when its caches are freed."""
     with GPT2.load(path, threads=threads, weights=weights) as model:
-        before = _resident()
-        if test == "pp":
-            time_prefill(model, length)
-            cached = length
-        else:
+        before = resident_bytes("RssAnon")
+        if batch:
             time_decode(model, depth, new, batch)
-            cached = (depth + new) * batch
-        after = _resident()
-        cache = 2 * 4 * model.config.L * model.config.C * cached
-    return {
-        "peak_anon_bytes": after["RssAnon"],
-        "anon_before_bytes": before["RssAnon"],
-        "cache_bytes": cache,
-        "mapped_bytes": after["RssFile"],
-    }
-
-
-def _resident() -> dict[str, int]:
-    lines = Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else []
-    fields = dict(line.split(":", 1) for line in lines)
-    return {name: int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
-
-
-# ------------------------------------------------------------------------------------------------ the tests
+        else:
+            time_prefill(model, length)
+        cache = 2 * 4 * model.config.L * model.config.C * (length + (depth + new) * batch)
+        after, mapped = resident_bytes("RssAnon"), resident_bytes("RssFile")
+    return {"peak_anon_bytes": after, "anon_before_bytes": before, "cache_bytes": cache, "mapped_bytes": mapped}
 
 
 def by(program: str, weights: str | None) -> str:
@@ -275,19 +223,15 @@ def own_tests(options: argparse.Namespace, model: GPT2, weights: str | None, pat
     """Return pygpt's tests with one number of threads and one format of weights."""
     config, threads, stored, tests = model.config, model.threads, model.network.stored, []
     own = partial(Test, by=by("pygpt", weights), weights=stored["qkvw"][0])
+    memory: Callable[..., dict[str, int]] = partial(memory_of, path, weights, threads) if options.memory else lambda *_: {}
     for length in options.prompts:
-        run = partial(time_prefill, model, length)
-        test = own(f"pp{length}", threads, length, run, operations=prefill_operations(config, stored, length))
-        test.memory = memory_of("pp", path, weights, threads, length, 0, 0, 1) if options.memory else {}
-        tests.append(test)
-    for depth in options.depths:
-        for batch in options.batches:
-            name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
-            run = partial(time_decode, model, depth, options.new, batch)
-            amount = decode_bytes(config, stored, depth, options.new, batch)
-            test = own(name, threads, options.new * batch, run, read_bytes=amount)
-            test.memory = memory_of("tg", path, weights, threads, 0, depth, options.new, batch) if options.memory else {}
-            tests.append(test)
+        run, work = partial(time_prefill, model, length), prefill_operations(config, stored, length)
+        tests.append(own(f"pp{length}", threads, length, run, operations=work, memory=memory(length)))
+    for depth, batch in product(options.depths, options.batches):
+        name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
+        sizes = depth, options.new, batch
+        run, amount = partial(time_decode, model, *sizes), decode_bytes(config, stored, *sizes)
+        tests.append(own(name, threads, options.new * batch, run, read_bytes=amount, memory=memory(0, *sizes)))
     if options.process:
         tests.append(own("process", threads, REFERENCE_TOKENS, lambda: time_process(path, weights, "-t", str(threads))))
     return tests
@@ -295,87 +239,51 @@ def own_tests(options: argparse.Namespace, model: GPT2, weights: str | None, pat
 
 def reference_tests(serial: SerialGPT2, models: list[GPT2], weights: str | None, path: str, process: bool) -> list[Test]:
     """Return the tests of the serial reference, and the same job with pygpt, with one format of weights."""
-    name, kind = by("reference", weights), models[0].network.stored["qkvw"][0]
-    tests = [Test("tg8@d2", 1, REFERENCE_TOKENS, lambda: time_reference_job(serial), by=name, weights=kind)]
+    test = partial(Test, tokens=REFERENCE_TOKENS, weights=models[0].network.stored["qkvw"][0])
+    tests = [test("tg8@d2", 1, run=partial(time_reference_job, serial), by=by("reference", weights))]
     for model in models:
-        run = partial(time_reference_job, model)
-        tests.append(Test("tg8@d2", model.threads, REFERENCE_TOKENS, run, by=by("pygpt", weights), weights=kind))
+        tests.append(test("tg8@d2", model.threads, run=partial(time_reference_job, model), by=by("pygpt", weights)))
     if process:
         run = partial(time_process, path, weights, "--reference")
-        tests.append(Test("process", 1, REFERENCE_TOKENS, run, by=name, weights=kind))
+        tests.append(test("process", 1, run=run, by=by("reference", weights)))
     return tests
 
 
 def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list[Test]:
     """Return the tests of the peers. Each peer runs in its own process with the largest number of threads."""
-    threads, tests = max(options.threads), []
+    threads, new, tests = max(options.threads), options.new, []
     for name in options.against:
-        peer = stack.enter_context(bench_peers.Peer(name, path, threads))
-        for length in options.prompts:
-            run = partial(peer.prefill, length)
-            tests.append(Test(f"pp{length}", threads, length, run, by=name))
-        for depth in options.depths:
-            run = partial(peer.decode, options.new, depth)
-            tests.append(Test(f"tg{options.new}@d{depth}", threads, options.new, run, by=name))
+        peer = stack.enter_context(Peer(name, path, threads))
+        tests += [Test(f"pp{n}", threads, n, partial(peer.prefill, n), by=name) for n in options.prompts]
+        tests += [
+            Test(f"tg{new}@d{depth}", threads, new, partial(peer.decode, new, depth), by=name) for depth in options.depths
+        ]
     return tests
-
-
-# ------------------------------------------------------------------------------------------------ running and printing
-
-
-def run_rounds(options: argparse.Namespace, tests: list[Test], ceilings: dict[int, Ceilings]) -> None:
-    """Run every test once in each round, and measure the ceilings in between. The first round is a warm-up."""
-    with Progress("rounds", options.rounds) as progress:
-        for number in range(options.rounds + 1):
-            for ceiling in ceilings.values():
-                ceiling.measure(1)
-            for test in tests:
-                seconds = test.run()
-                if number:
-                    test.seconds.append(seconds)
-            progress.update(number)
 
 
 def describe(config: Config, version: int | None, ceilings: dict[int, Ceilings], dots: Iterable[str] = ()) -> dict[str, Any]:
     """Return the first object of the JSON output: the machine, the model, the limits. dots: the measured integer formats."""
+    rates = {name: {str(n): getattr(limit, name) for n, limit in ceilings.items()} for name in RATES}
+    if any(isnan(rate) for rate in rates["stream_gb_s"].values()):
+        del rates["stream_gb_s"]  # it was not measured
+    names = processors()
     return {
-        "test": "ceilings",
-        "cpu": _cpu_name(),
-        "isa": cpu_info()["isa"],
-        "python": platform.python_version(),
-        "pygpt": __version__,
-        "commit": _commit(),
+        "test": "ceilings", "cpu": f"{len(names)} x {names[0]}" if names else platform.processor(),
+        "isa": cpu_info()["isa"], "python": platform.python_version(), "pygpt": __version__, "commit": _commit(),
         "model": {**{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}, "version": version},
-        "read_gb_s": {str(threads): found.read_gb_s for threads, found in ceilings.items()},
-        "fma_gflop_s": {str(threads): found.fma_gflop_s for threads, found in ceilings.items()},
+        **rates,
         "dot_gop_s": {kind: {str(n): found.operations_gop_s(kind) for n, found in ceilings.items()} for kind in dots},
-        **({"stream_gb_s": streams} if (streams := _streams(ceilings)) else {}),
-    }
-
-
-def _streams(ceilings: dict[int, Ceilings]) -> dict[str, float]:
-    """Return the limits of AdamW's memory traffic, by number of threads, if they were measured."""
-    found = {str(threads): ceiling.stream_gb_s for threads, ceiling in ceilings.items()}
-    return {threads: rate for threads, rate in found.items() if rate == rate}
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    }  # fmt: skip
 
 
 def _commit() -> str:
     """Return the clone's commit, or "" for an installed package or without git."""
     root = Path(__file__).parents[3]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return result.stdout.strip()
+    with suppress(OSError):
+        if (root / ".git").exists():
+            command = ["git", "rev-parse", "--short", "HEAD"]
+            return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
@@ -408,29 +316,23 @@ def print_machine(machine: dict[str, Any]) -> None:
 
 def print_markdown(results: list[dict[str, Any]]) -> None:
     """Print the results as a Markdown table."""
-    print("| test | by | threads | tokens/s | middle half | % of limit | x 1 thread | x reference | anon MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = ["test", "by", "threads", "tokens/s", "middle half", "% of limit", "x 1 thread", "x reference", "anon MB"]
+    rows = []
     for r in results:
         low, high = r["tokens_per_s_middle_half"]
-        extra = "" if r["peak_anon_bytes"] is None else f"{r['peak_anon_bytes'] / 1e6:.0f}"
-        columns = [
+        rows.append([
             r["test"], r["by"], r["threads"], f"{r['tokens_per_s']:.4g}", f"{low:.4g} to {high:.4g}",
-            "" if r["percent_of_limit"] is None else f"{r['percent_of_limit']:.0f}",
-            f"{r['speed_up']:.2f}" if "speed_up" in r else "",
-            f"{r['speed_up_over_reference']:.1f}" if "speed_up_over_reference" in r else "", extra,
-        ]  # fmt: skip
-        print("| " + " | ".join(str(column) for column in columns) + " |")
+            figure(r, "percent_of_limit", 0), figure(r, "speed_up", 2), figure(r, "speed_up_over_reference", 1),
+            figure(r, "peak_anon_bytes", 0, 1e6),
+        ])  # fmt: skip
+    print_table(heads, rows)
 
 
 def print_csv(results: list[dict[str, Any]]) -> None:
     """Print one line for each test. The columns are the union of their fields."""
-    fields = list(dict.fromkeys(name for r in results for name in r))
-    writer = csv.DictWriter(sys.stdout, fields)
+    writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(name for r in results for name in r)))
     writer.writeheader()
     writer.writerows(results)
-
-
-# ------------------------------------------------------------------------------------------------ the command line
 
 
 def numbers(text: str) -> list[int]:
@@ -457,20 +359,12 @@ TRAINING = {"B": 4, "T": 64}
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = Parser(
-        prog="pygpt bench",
-        usage="pygpt bench [options]",
-        description=f"{__doc__}\n{bench_train.__doc__}\n{load.__doc__}",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        prog="pygpt bench", usage="pygpt bench [options]", description=f"{__doc__}\n{bench_train.__doc__}\n{load.__doc__}"
     )
     add, count = parser.add_argument, whole(1, 999_999)
+    kinds = f"{', '.join(QUANTISED)}, or {FILE} for those of the file (default)"
     add("-m", "--model", help="a model file or a downloaded model (default: see pygpt --help)")
-    add(
-        "--weights",
-        type=formats,
-        metavar="LIST",
-        help=f"formats to measure, each quantised in memory: {', '.join(QUANTISED)}, or {FILE} for those of the file (default)",
-    )
+    add("--weights", type=formats, metavar="LIST", help=f"formats to measure, each quantised in memory: {kinds}")
     add("-p", "--prompts", type=numbers, help="lengths of prompts (default 64,512,1000)")
     add("-n", "--new", type=count, help="new tokens in a decode test (default 64)")
     add("-d", "--depths", type=numbers, help="tokens of context before the new tokens (default 8,512)")
@@ -485,12 +379,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--against", default="", help="peers to run too, separated by commas, or all for the installed ones")
     add("--no-process", dest="process", action="store_false", help="leave out the test process")
     add("--no-memory", dest="memory", action="store_false", help="do not measure memory")
-    add(
-        "--limit-megabytes",
-        type=count,
-        default=512,
-        help="size of the arrays that measure the limits, larger than any cache (default 512)",
-    )
+    larger = "size of the arrays that measure the limits, larger than any cache (default 512)"
+    add("--limit-megabytes", type=count, default=512, help=larger)
     add("--serve", metavar="URL", help="measure a server; add --help for the options that go with it")
     add("--memory-of", help=argparse.SUPPRESS)
     return parser
@@ -536,7 +426,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Measure and print the results."""
     if options.memory_of:
-        report_memory(*json.loads(options.memory_of))
+        asked = json.loads(options.memory_of)
+        print(json.dumps((memory_of_training if options.train else memory_of_step)(*asked)))
         return
     check_stdout("the results")
     path = os.path.abspath(find_model(options.model)[0])  # absolute: a child may have another current folder
@@ -544,9 +435,7 @@ def run(options: argparse.Namespace) -> None:
         machine, results = (measure_training if options.train else measure)(options, path)
     except (RuntimeError, subprocess.SubprocessError) as error:  # from a peer or a child
         raise PyGPTError(str(error)) from None
-    if options.train:
-        bench_train.scaling(results)
-    else:
+    if not options.train:
         scaling(results, machine)
     if options.output == "json":
         print(json.dumps([machine, *results], indent=1))
@@ -582,7 +471,10 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
             layers = {found[0].network.stored["qkvw"][0] for found in models.values()}
             options.against = bench_peers.of_kind(options.against, layers)
         tests += peer_tests(options, stack, path)
-        run_rounds(options, tests, ceilings)
+        progress = stack.enter_context(Progress("rounds", options.rounds))
+        for _ in run_rounds(options.rounds, ceilings, progress.update):
+            for test in tests:
+                test.seconds.append(test.run())
         return describe(config, version, ceilings, dots), [test.result(ceilings) for test in tests]
 
 
@@ -612,17 +504,10 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
     batch = bench_train.batch_of(config, options.B, options.T)
     with ExitStack() as stack:
         ceilings, progress = open_ceilings(options, stack), stack.enter_context(Progress("rounds", options.rounds))
+        memory = (lambda threads: memory_of(path, threads, options.B, options.T, train=True)) if options.memory else None
         results = bench_train.measure(
-            path,
-            config,
-            batch,
-            options.rounds,
-            ceilings,
-            memory_of=(lambda threads: memory_of("train", path, None, threads, options.B, options.T))
-            if options.memory
-            else None,
-            peers=options.against,
-            reference=options.reference,
-            progress=progress.update,
-        )
+            path, config, batch, options.rounds, ceilings, memory_of=memory, peers=options.against,
+            reference=options.reference, progress=progress.update,
+        )  # fmt: skip
+        bench_train.scaling(results)
         return describe(config, version, ceilings), results

@@ -25,11 +25,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from ..child import child_environment
@@ -42,18 +41,12 @@ if TYPE_CHECKING:
 
     Weights = dict[str, npt.NDArray[np.float32]]
 
-# The peers, and the packages that each needs.
+# The peers, and the packages that each needs, besides numpy. torch-compile also needs a C++ compiler.
 PEERS: dict[str, tuple[str, ...]] = {
-    "numpy": ("numpy",),
-    "torch": ("numpy", "torch"),
-    "torch-compile": ("numpy", "torch"),  # also needs a C++ compiler
-    "transformers": ("numpy", "torch", "transformers"),
-    "llama.cpp": ("numpy", "llama_cpp"),
-    "llama.cpp-q8_0": ("numpy", "llama_cpp"),
-    "llama.cpp-q4_0": ("numpy", "llama_cpp"),
-    "ctranslate2": ("numpy", "ctranslate2"),
-    "ctranslate2-int8": ("numpy", "ctranslate2"),
-}
+    "numpy": ("numpy",), "torch": ("torch",), "torch-compile": ("torch",), "transformers": ("torch", "transformers"),
+    **dict.fromkeys(("llama.cpp", "llama.cpp-q8_0", "llama.cpp-q4_0"), ("llama_cpp",)),
+    **dict.fromkeys(("ctranslate2", "ctranslate2-int8"), ("ctranslate2",)),
+}  # fmt: skip
 QUANTISED = {"llama.cpp-q8_0": "q8_0", "llama.cpp-q4_0": "q4_0", "ctranslate2-int8": "q8_0"}  # our format of the same size
 TRAINING = ("torch", "transformers")  # the peers that can train
 CHILD = (sys.executable, "-m", "pygpt.commands.bench.peers")
@@ -61,9 +54,6 @@ EPSILON = 1e-5
 CLOSE_SECONDS = 2.0  # the time for a child to end by itself
 SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: wait, so that they do not slow the next test
 WARM_UP_TOKENS = 4
-
-
-# ------------------------------------------------------------------------------------------------ the parent's side
 
 
 def available() -> list[str]:
@@ -81,7 +71,7 @@ def _missing(name: str) -> list[str]:
     return [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
 
 
-class Peer:
+class Peer(AbstractContextManager["Peer"]):
     """A peer that runs a checkpoint in a child process. Use it in a `with` block, or close() it.
 
     Raises RuntimeError with one line for every failure: an unknown name, a missing package, a file that the child cannot load,
@@ -94,14 +84,12 @@ class Peer:
         if missing := _missing(name):
             raise RuntimeError(f"peer {name}: not installed: {', '.join(missing)}")
         self.name = name
-        self.process = subprocess.Popen(
-            [*CHILD, name, os.fspath(model_path), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**child_environment(), **library_settings(threads)},
-            text=True,
-        )
+        command = [*CHILD, name, os.fspath(model_path), str(threads)]
+        environment = {**child_environment(), **library_settings(threads)}
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment, text=True)
+        pipes = self.process.stdin, self.process.stdout
+        self._requests, self._answers = [opened for opened in pipes if opened]  # both exist; the `if` is for mypy
         try:
             self._answer()
         except BaseException:
@@ -134,35 +122,30 @@ class Peer:
 
     def close(self) -> None:
         """End the child; kill it if it takes longer than CLOSE_SECONDS. Safe to call twice."""
-        stdin, stdout = _pipes(self.process)
         with suppress(BrokenPipeError):
-            stdin.close()
+            self._requests.close()
         try:
             self.process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        stdout.close()
+        self._answers.close()
 
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ask(self, call: str, **arguments: Any) -> Any:
         """Send one request; return its result."""
-        stdin, _ = _pipes(self.process)
-        if stdin.closed:
+        if self._requests.closed:
             raise RuntimeError(f"peer {self.name}: closed before this call")
         with suppress(BrokenPipeError):  # the child died: _answer() reports how
-            stdin.write(json.dumps({"call": call, **arguments}) + "\n")
-            stdin.flush()
+            self._requests.write(json.dumps({"call": call, **arguments}) + "\n")
+            self._requests.flush()
         return self._answer()
 
     def _answer(self) -> Any:
         """Wait for one line from the child and return its result. Raises RuntimeError for an error, or if the child died."""
-        line = _pipes(self.process)[1].readline()
+        line = self._answers.readline()
         if not line.endswith("\n"):
             status = self.process.wait()
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -171,12 +154,6 @@ class Peer:
         if "error" in answer:
             raise RuntimeError(f"peer {self.name}: {answer['error']}")
         return answer["result"]
-
-
-def _pipes(process: "subprocess.Popen[str]") -> tuple[IO[str], IO[str]]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    return process.stdin, process.stdout
 
 
 def library_settings(threads: int) -> dict[str, str]:
@@ -189,14 +166,24 @@ def library_settings(threads: int) -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the child's side
+def laps(*steps: Callable[[], Any]) -> tuple[list[Any], list[float]]:
+    """Run the steps one after the other; return their results, and the seconds of each."""
+    results, times = [], [time.perf_counter()]
+    for step in steps:
+        results.append(step())
+        times.append(time.perf_counter())
+    return results, [end - begin for begin, end in pairwise(times)]
+
+
+def seconds_of(job: Callable[[], object]) -> float:
+    """Run a job; return its seconds."""
+    return laps(job)[1][0]
 
 
 class Engine:
     """An implementation in the child process, with one sequence."""
 
     config: "Config"
-    length = 0
 
     def _run(self, tokens: list[int], start: int) -> Any:
         """Run tokens from position `start`; return the last token's logits.
@@ -205,21 +192,11 @@ class Engine:
         """
         raise NotImplementedError
 
-    def prefill(self, tokens: list[int]) -> Any:
-        """Begin a new sequence with a prompt; return the last token's logits."""
-        self.length = len(tokens)
-        return self._run(tokens, 0)
-
-    def step(self, token: int) -> Any:
-        """Run one more token; return its logits."""
-        self.length += 1
-        return self._run([token], self.length - 1)
-
     def logits(self, tokens: list[int]) -> list[float]:
         """Return the last token's logits as floats. Run the last token as a step, to check both prefill and decode."""
-        last = self.prefill(tokens[:-1] or tokens)
+        last = self._run(tokens[:-1] or tokens, 0)
         if len(tokens) > 1:
-            last = self.step(tokens[-1])
+            last = self._run(tokens[-1:], len(tokens) - 1)
         return [float(value) for value in last[: self.config.V]]
 
     def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
@@ -228,17 +205,12 @@ class Engine:
 
     def time_prefill(self, tokens: list[int]) -> float:
         """Return the seconds for a prompt."""
-        start = time.perf_counter()
-        self.prefill(tokens)
-        return time.perf_counter() - start
+        return seconds_of(lambda: self._run(tokens, 0))
 
     def time_decode(self, context: list[int], new: list[int]) -> float:
         """Return the seconds for the tokens `new`, one by one, after a context."""
-        self.prefill(context)
-        start = time.perf_counter()
-        for token in new:
-            self.step(token)
-        return time.perf_counter() - start
+        self._run(context, 0)
+        return seconds_of(lambda: [self._run([token], position) for position, token in enumerate(new, len(context))])
 
 
 def read_weights(path: str) -> "tuple[Config, Weights]":
@@ -343,29 +315,29 @@ class Torch(Engine):
         """Return logits (B, T, V) of a batch (B, T), with a graph for autograd."""
         raise NotImplementedError
 
-    def _optimizer(self, lr: float, beta1: float, beta2: float, eps: float) -> Any:
-        parameters = [parameter.requires_grad_() for parameter in self._parameters()]
-        return self.torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0, fused=True)
-
     def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
         """Run one iteration. Clearing the gradients is part of the update."""
         torch = self.torch
         if self.optimizer is None:
-            self.optimizer = self._optimizer(**adamw)
+            parameters = [parameter.requires_grad_() for parameter in self._parameters()]
+            lr, *betas, eps = (adamw[name] for name in ("lr", "beta1", "beta2", "eps"))
+            self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True)
         x, y = torch.tensor(inputs), torch.tensor(targets)
-        times = [time.perf_counter()]
-        loss = self.functional.cross_entropy(self._batch(x).flatten(0, 1), y.flatten())
-        times.append(time.perf_counter())
-        loss.backward()
-        times.append(time.perf_counter())
-        gradients = [parameter.grad for parameter in self.optimizer.param_groups[0]["params"]]
-        torch.stack(torch._foreach_norm(gradients)).norm().item()
-        del gradients
-        times.append(time.perf_counter())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        times.append(time.perf_counter())
-        seconds = [end - begin for begin, end in pairwise(times)]
+        parameters = self.optimizer.param_groups[0]["params"]
+        loss: Any = None
+
+        def forward() -> None:
+            nonlocal loss
+            loss = self.functional.cross_entropy(self._batch(x).flatten(0, 1), y.flatten())
+
+        def update() -> None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        def norm() -> float:
+            return float(torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters])).norm())
+
+        _, seconds = laps(forward, lambda: loss.backward(), norm, update)
         return {"loss": loss.item(), **dict(zip(("forward", "backward", "norm", "update"), seconds, strict=True))}
 
 
@@ -376,54 +348,45 @@ class TorchGPT2(Torch):
         super().__init__(threads)
         self.config, arrays = read_weights(path)
         self.weights = {name: self.torch.from_numpy(array) for name, array in arrays.items()}
-        shape = (self.config.NH, self.config.maxT, self.config.HS)
-        self.keys = [self.torch.zeros(shape) for _ in range(self.config.L)]
-        self.values = [self.torch.zeros(shape) for _ in range(self.config.L)]
+        shape = (1, self.config.NH, self.config.maxT, self.config.HS)
+        self.keys, self.values = ([self.torch.zeros(shape) for _ in range(self.config.L)] for _ in range(2))
         self.run_prompt: Callable[[Any, int], Any] = self._forward
         self.run_step: Callable[[Any, int], Any] = self._forward
 
     def _run(self, tokens: list[int], start: int) -> Any:
         with self.torch.inference_mode():
-            return (self.run_step if start else self.run_prompt)(self.torch.tensor(tokens), start)
+            return (self.run_step if start else self.run_prompt)(self.torch.tensor([tokens]), start)[0, -1]
 
-    def _forward(self, tokens: Any, start: int) -> Any:
-        """Return logits (V,) of the last of the tokens (T,)."""
+    def _forward(self, tokens: Any, start: int | None) -> Any:
+        """Return logits (1, 1, V) of the last of the tokens (1, T) at `start`; without a start, (B, T, V) of all tokens."""
         w, layer_norm, linear = self.weights, self.functional.layer_norm, self.functional.linear
-        C, stop = (self.config.C,), start + tokens.shape[0]
-        x = w["wte"][tokens] + w["wpe"][start:stop]  # (T, C)
+        C, first = (self.config.C,), start or 0
+        x = w["wte"][tokens] + w["wpe"][first : first + tokens.shape[1]]  # (B, T, C)
         for i in range(self.config.L):
-            x = x + self._attention(i, layer_norm(x, C, w["ln1w"][i], w["ln1b"][i], EPSILON), start, stop)
-            fch = linear(layer_norm(x, C, w["ln2w"][i], w["ln2b"][i], EPSILON), w["fcw"][i], w["fcb"][i])  # (T, 4C)
+            x = x + self._attention(i, layer_norm(x, C, w["ln1w"][i], w["ln1b"][i], EPSILON), start)
+            fch = linear(layer_norm(x, C, w["ln2w"][i], w["ln2b"][i], EPSILON), w["fcw"][i], w["fcb"][i])  # (B, T, 4C)
             x = x + linear(self.functional.gelu(fch, approximate="tanh"), w["fcprojw"][i], w["fcprojb"][i])
-        return linear(layer_norm(x[-1:], C, w["lnfw"], w["lnfb"], EPSILON), w["wte"])[0]
+        return linear(layer_norm(x if start is None else x[:, -1:], C, w["lnfw"], w["lnfb"], EPSILON), w["wte"])
 
-    def _attention(self, i: int, x: Any, start: int, stop: int) -> Any:
-        """Compute causal attention of rows [start, stop) over all rows so far. Several rows are always a whole prompt."""
-        w, linear, T = self.weights, self.functional.linear, x.shape[0]
-        qkv = linear(x, w["qkvw"][i], w["qkvb"][i]).view(T, 3, self.config.NH, self.config.HS)
-        q, k, v = qkv.permute(1, 2, 0, 3).unbind(0)  # (NH, T, HS) each
-        positions = self.torch.arange(start, stop)
-        self.keys[i].index_copy_(1, positions, k)  # for a slice assignment, the compiler would copy the whole cache
-        self.values[i].index_copy_(1, positions, v)
-        keys, values = (k, v) if T > 1 else (self.keys[i][:, :stop], self.values[i][:, :stop])
-        atty = self.functional.scaled_dot_product_attention(q[None], keys[None], values[None], is_causal=T > 1)
-        return linear(atty[0].transpose(0, 1).reshape(T, -1), w["attprojw"][i], w["attprojb"][i])
+    def _attention(self, i: int, x: Any, start: int | None) -> Any:
+        """Compute causal attention of rows over all rows so far. Several rows are always a whole prompt."""
+        w, linear, (B, T, _) = self.weights, self.functional.linear, x.shape
+        qkv = linear(x, w["qkvw"][i], w["qkvb"][i]).view(B, T, 3, self.config.NH, self.config.HS)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, NH, T, HS) each
+        if start is not None:
+            positions = self.torch.arange(start, start + T)
+            self.keys[i].index_copy_(2, positions, k)  # for a slice assignment, the compiler would copy the whole cache
+            self.values[i].index_copy_(2, positions, v)
+            if T == 1:
+                k, v = (cache[i][:, :, : start + T] for cache in (self.keys, self.values))
+        atty = self.functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return linear(atty.transpose(1, 2).reshape(B, T, -1), w["attprojw"][i], w["attprojb"][i])
 
     def _parameters(self) -> list[Any]:
         return list(self.weights.values())
 
     def _batch(self, inputs: Any) -> Any:
-        w, layer_norm, linear = self.weights, self.functional.layer_norm, self.functional.linear
-        (B, T), C, NH = inputs.shape, (self.config.C,), self.config.NH
-        x = w["wte"][inputs] + w["wpe"][:T]  # (B, T, C)
-        for i in range(self.config.L):
-            qkv = linear(layer_norm(x, C, w["ln1w"][i], w["ln1b"][i], EPSILON), w["qkvw"][i], w["qkvb"][i])
-            q, k, v = qkv.view(B, T, 3, NH, self.config.HS).permute(2, 0, 3, 1, 4).unbind(0)  # (B, NH, T, HS) each
-            atty = self.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + linear(atty.transpose(1, 2).reshape(B, T, -1), w["attprojw"][i], w["attprojb"][i])
-            fch = linear(layer_norm(x, C, w["ln2w"][i], w["ln2b"][i], EPSILON), w["fcw"][i], w["fcb"][i])  # (B, T, 4C)
-            x = x + linear(self.functional.gelu(fch, approximate="tanh"), w["fcprojw"][i], w["fcprojb"][i])
-        return linear(layer_norm(x, C, w["lnfw"], w["lnfb"], EPSILON), w["wte"])
+        return self._forward(inputs, None)
 
 
 class CompiledGPT2(TorchGPT2):
@@ -452,23 +415,15 @@ class Transformers(Torch):
         self.cache: Any = None
 
     def _renamed(self, weights: "Weights") -> dict[str, Any]:
-        """Return the weights by the library's names and layout: by layer, with matrices as (in, out).
+        """Return the weights by the library's names and layout. Empties `weights`, so that each is in memory once."""
+        from ...formats.huggingface import HEAD, NAMES, PREFIX
 
-        Empties `weights`, so that each weight is in memory once.
-        """
-        names = {
-            "ln1": "ln_1", "qkv": "attn.c_attn", "attproj": "attn.c_proj",
-            "ln2": "ln_2", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj",
-        }  # fmt: skip
-        tensor = self.torch.from_numpy
-        state = {f"transformer.{name}.weight": tensor(weights.pop(name)) for name in ("wte", "wpe")}
-        state["lm_head.weight"] = state["transformer.wte.weight"]
-        for suffix, kind in (("w", "weight"), ("b", "bias")):
-            state[f"transformer.ln_f.{kind}"] = tensor(weights.pop("lnf" + suffix))
-            for ours, theirs in names.items():
-                for i, values in enumerate(weights.pop(ours + suffix)):
-                    state[f"transformer.h.{i}.{theirs}.{kind}"] = tensor(values.T.copy())
-        return state
+        state = {}
+        for ours in [*weights]:
+            (theirs, transposed), values = NAMES[ours], weights.pop(ours)
+            for i, one in enumerate(values if "{}" in theirs else [values]):
+                state[PREFIX + theirs.format(i)] = self.torch.from_numpy(one.T.copy() if transposed else one)
+        return {**state, HEAD: state[f"{PREFIX}wte.weight"]}
 
     def _run(self, tokens: list[int], start: int) -> Any:
         cache = self.cache if start else None
@@ -521,9 +476,7 @@ class CTranslate2(Engine):
         self.config = read_config(path)
         library: Any = importlib.import_module("ctranslate2")
         with converted("ctranslate2", path) as folder:
-            self.generator = library.Generator(
-                folder, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=threads
-            )
+            self.generator = library.Generator(folder, compute_type=compute_type, intra_threads=threads)
 
     def _generate(self, tokens: list[int], new: int, callback: Callable[[Any], bool] | None = None, **options: Any) -> Any:
         """Run a prompt with the head for its last token only, then generate new - 1 tokens."""
@@ -561,19 +514,10 @@ class CTranslate2(Engine):
 
 
 ENGINES: dict[str, Callable[[str, int], Engine]] = {
-    "numpy": NumPyGPT2,
-    "torch": TorchGPT2,
-    "torch-compile": CompiledGPT2,
-    "transformers": Transformers,
-    "llama.cpp": LlamaCpp,
-    "llama.cpp-q8_0": partial(LlamaCpp, name="llama.cpp-q8_0"),
-    "llama.cpp-q4_0": partial(LlamaCpp, name="llama.cpp-q4_0"),
-    "ctranslate2": CTranslate2,
-    "ctranslate2-int8": partial(CTranslate2, compute_type="int8"),
-}
-
-
-# ------------------------------------------------------------------------------------------------ other file formats
+    "numpy": NumPyGPT2, "torch": TorchGPT2, "torch-compile": CompiledGPT2, "transformers": Transformers,
+    **{name: partial(LlamaCpp, name=name) for name in PEERS if name.startswith("llama.cpp")},
+    "ctranslate2": CTranslate2, "ctranslate2-int8": partial(CTranslate2, compute_type="int8"),
+}  # fmt: skip
 
 
 @contextmanager
@@ -635,21 +579,21 @@ def convert_to_ctranslate2(path: str, folder: str) -> None:
 
 
 CONVERTERS: dict[str, Callable[[str, str], None]] = {
-    "llama.cpp": convert_to_gguf,
-    "llama.cpp-q8_0": partial(convert_to_gguf, format="q8_0"),
-    "llama.cpp-q4_0": partial(convert_to_gguf, format="q4_0"),
+    **{name: partial(convert_to_gguf, format=QUANTISED.get(name)) for name in PEERS if name.startswith("llama.cpp")},
     "ctranslate2": convert_to_ctranslate2,
 }
 
 
-# ------------------------------------------------------------------------------------------------ the child
+def artificial_ids(config: "Config", start: int, stop: int) -> list[int]:
+    """Return token ids, spread over the vocabulary, with the numbers [start, stop)."""
+    return [(i * 7919 + 13) % config.V for i in range(start, stop)]
 
 
 def prompt(config: "Config", start: int, stop: int) -> list[int]:
-    """Return artificial token ids, spread over the vocabulary, for positions [start, stop)."""
+    """Return artificial token ids for positions [start, stop). Raises ValueError for positions that the model does not have."""
     if not 0 <= start < stop <= config.maxT:
         raise ValueError(f"positions {start} to {stop} were requested, but the model has {config.maxT}")
-    return [(i * 7919 + 13) % config.V for i in range(start, stop)]
+    return artificial_ids(config, start, stop)
 
 
 def respond(engine: Engine, request: dict[str, Any], warm: set[str]) -> Any:
@@ -685,12 +629,19 @@ def time_call(engine: Engine, call: str, n: int, depth: int, warm: set[str]) -> 
     return engine.time_decode(context, new)
 
 
+def resident_bytes(field: str) -> int:
+    """Return a field of /proc/self/status, such as RssAnon, in bytes, or 0 if the system does not have it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def peak_rss_bytes() -> int:
     """Return this process's peak resident memory in bytes."""
-    with suppress(OSError):  # on Linux, because getrusage would include the parent's memory at the fork
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if peak := resident_bytes("VmHWM"):  # on Linux, because getrusage would include the parent's memory at the fork
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -703,7 +654,8 @@ def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str
         try:
             reply = {"result": work()}
         except Exception as error:
-            reply = {"error": _one_line(error)}
+            why = f"cannot import {error.name or 'a package'}" if isinstance(error, ImportError) else type(error).__name__
+            reply = {"error": f"{why}: {error}".splitlines()[0]}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
         return "result" in reply
@@ -715,13 +667,6 @@ def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str
     for line in requests:
         answer(partial(respond, engines[0], json.loads(line), warm))
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    """Describe an error in one line, without a traceback."""
-    if isinstance(error, ImportError):
-        return f"cannot import {error.name or 'a package'}: {error}".splitlines()[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main(arguments: list[str]) -> int:

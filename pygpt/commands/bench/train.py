@@ -31,11 +31,9 @@ With --train, the JSON object of a test has these fields in addition:
                         peak and final resident memory, and the size of weights, gradients and moments
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -44,7 +42,7 @@ from ...config import Config
 from ...errors import InputError, PyGPTError
 from ...reference import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
-from .peers import Peer
+from .peers import Peer, artificial_ids, laps
 
 PARTS = ("forward", "backward", "norm", "update")
 ADAMW: dict[str, Any] = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # as llm.c's train_gpt2.c
@@ -85,26 +83,15 @@ def batch_of(config: Config, B: int, T: int) -> Batch:
     """Return an artificial batch with ids spread over the vocabulary. Raises InputError if T exceeds the model's context."""
     if config.maxT < T:
         raise InputError(f"-T is {T}: it must be at most the model's context of {config.maxT} tokens")
-    ids = [(i * 7919 + 13) % config.V for i in range(B * T + 1)]
+    ids = artificial_ids(config, 0, B * T + 1)
     return Batch(*([ids[start + b * T : start + (b + 1) * T] for b in range(B)] for start in (0, 1)))
-
-
-# ------------------------------------------------------------------------------------------------ iterations
 
 
 def iterate(model: TrainableGPT2 | SerialTrainableGPT2, batch: Batch, step: int) -> Iteration:
     """Run one iteration. step: its number in this model's training, from 1."""
-    times = [time.perf_counter()]
-    losses = model.forward(*batch)
-    times.append(time.perf_counter())
-    model.backward()
-    times.append(time.perf_counter())
-    model.gradient_norm()
-    times.append(time.perf_counter())
-    model.update(step=step, **ADAMW)
-    times.append(time.perf_counter())
-    forward, backward, norm, update = (end - begin for begin, end in pairwise(times))
-    return Iteration(float(losses.mean(dtype="f8")), forward, backward, norm, update)
+    steps = partial(model.forward, *batch), model.backward, model.gradient_norm, partial(model.update, step=step, **ADAMW)
+    (losses, *_), seconds = laps(*steps)
+    return Iteration(float(losses.mean(dtype="f8")), *seconds)
 
 
 def iterate_peer(peer: Peer, batch: Batch, step: int) -> Iteration:
@@ -157,9 +144,6 @@ def check_losses(tests: Iterable[Test]) -> None:
                 )
 
 
-# ------------------------------------------------------------------------------------------------ limits
-
-
 def flop(config: Config, batch: Batch) -> tuple[float, float]:
     """Return the numbers of operations of the forward and of the backward pass."""
     B, T = len(batch.inputs), len(batch.inputs[0])
@@ -193,9 +177,6 @@ def scaling(results: list[Result]) -> None:
                 r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
 
 
-# ------------------------------------------------------------------------------------------------ running and printing
-
-
 def measure(
     path: str,
     config: Config,
@@ -217,14 +198,11 @@ def measure(
         others = [stack.enter_context(Peer(name, path, max(ceilings))) for name in peers]
         tests = [Test("pygpt", model.threads, partial(iterate, model)) for model in models]
         tests += [Test(peer.name, max(ceilings), partial(iterate_peer, peer)) for peer in others]
-        for number in range(rounds + 1):
-            for ceiling in ceilings.values():
-                ceiling.measure(1)
+        for number in run_rounds(rounds, ceilings, progress):
             for test in tests:
                 test.run(batch)
             if number < COMPARED:
                 check_losses(tests)
-            progress(number)
         if memory_of:
             for test, peer in zip(tests[len(models) :], others, strict=True):
                 test.memory = {"peak_rss_bytes": peer.peak_rss_bytes()}
@@ -255,24 +233,40 @@ def print_markdown(results: list[Result]) -> None:
         *("% of limit: forward", "backward", "norm", "update", "total"),
         *("x 1 thread", "efficiency", "x reference", "anon MB", "peak MB"),
     ]
-    print("| " + " | ".join(heads) + " |")
-    print("|---" * len(heads) + "|")
+    rows = []
     for r in results:
         low, high = r["total_ms_middle_half"]
         limits = [*(f"{part}_percent_of_limit" for part in PARTS), "percent_of_limit"]
-        columns = [
+        rows.append([
             r["by"], r["threads"], *(f"{r[f'{part}_ms']:.4g}" for part in (*PARTS, "total")), f"{low:.4g} to {high:.4g}",
-            f"{r['tokens_per_s']:.4g}", *(_figure(r, name, 0) for name in limits), _figure(r, "speed_up", 2),
-            _figure(r, "efficiency", 2), _figure(r, "speed_up_over_reference", 1), _figure(r, "peak_anon_bytes", 0, 1e6),
-            _figure(r, "peak_rss_bytes", 0, 1e6),
-        ]  # fmt: skip
-        print("| " + " | ".join(str(column) for column in columns) + " |")
+            f"{r['tokens_per_s']:.4g}", *(figure(r, name, 0) for name in limits), figure(r, "speed_up", 2),
+            figure(r, "efficiency", 2), figure(r, "speed_up_over_reference", 1), figure(r, "peak_anon_bytes", 0, 1e6),
+            figure(r, "peak_rss_bytes", 0, 1e6),
+        ])  # fmt: skip
+    print_table(heads, rows)
     first = results[0]
     print(f"\n{first['test']}: medians of {first['rounds']} iterations after one warm-up iteration.")
     if results[-1]["by"] == "reference":
         print("The reference ran one iteration only.")
 
 
-def _figure(result: Result, name: str, digits: int, unit: float = 1) -> str:
-    """Return a field as text, or "" if it is missing."""
-    return f"{result[name] / unit:.{digits}f}" if name in result else ""
+def run_rounds(rounds: int, ceilings: dict[int, Ceilings], progress: Callable[[int], None]) -> Iterator[int]:
+    """Yield the number of each round, after measuring the ceilings. Round 0 is a warm-up."""
+    for number in range(rounds + 1):
+        for ceiling in ceilings.values():
+            ceiling.measure(1)
+        yield number
+        progress(number)
+
+
+def print_table(heads: list[str], rows: list[list[Any]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def figure(result: Result, name: str, digits: int, unit: float = 1) -> str:
+    """Return a field as text, or "" if it was not measured."""
+    return "" if result.get(name) is None else f"{result[name] / unit:.{digits}f}"

@@ -22,6 +22,7 @@ from ...generation.sampling import sample
 from ...model import GPT2
 from ...reference import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
+from ..bench.train import batch_of
 
 WAKE = "wake-up"  # the time in which some workers are awake and others are not
 FIRST = ("encoder", "dlogits", "norm", "update")  # the phases that begin a step
@@ -42,6 +43,16 @@ class Event(NamedTuple):
     begin: int
     end: int
     left: int
+
+    @property
+    def waiting(self) -> str:
+        """The name of the wait."""
+        return WAKE if self.phase == WAKE else "wait"
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Return the phase and the wait after it as (name, begin, end), without empty ones."""
+        spans = [(self.phase, self.begin, self.end), (self.waiting, self.end, self.left)]
+        return [span for span in spans if span[2] > span[1]]
 
 
 def place(phase: str, layer: int) -> str:
@@ -74,11 +85,13 @@ class Call:
     sequences: int = 1
     steps: list[Step] = field(default_factory=list)
 
-    def times(self) -> Iterator[tuple[str, int]]:
-        """Yield the times that are compared between runs: (mode, time of the call), then (name, time) of each stage."""
-        yield self.mode, self.done - self.begin
-        for name, (begin, end) in zip(STAGES, pairwise((self.begin, *self.stages)), strict=False):
-            yield name, end - begin
+    def bounds(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the name, begin and end of each stage."""
+        return zip(STAGES, pairwise((self.begin, *self.stages)), strict=False)
+
+    def times(self) -> list[tuple[str, int]]:
+        """Return the times that are compared between runs: (mode, time of the call), then (name, time) of each stage."""
+        return [(self.mode, self.done - self.begin), *((name, end - begin) for name, (begin, end) in self.bounds())]
 
 
 @dataclass(frozen=True)
@@ -146,12 +159,7 @@ class Training:
     def of(cls, path: str, B: int, T: int, iterations: int, *, all_workers: bool = False) -> "Training":
         """Return a job with an artificial batch of B x T tokens. Raises InputError if T exceeds the model's context."""
         with open_floats(path) as opened:
-            V, maxT = opened.config.V, opened.config.maxT
-        if maxT < T:
-            raise InputError(f"-T is {T}: it must be at most the model's context of {maxT} tokens")
-        ids = [(13 + 7919 * i) % V for i in range(B * T + 1)]
-        inputs, targets = ([ids[start + b * T : start + (b + 1) * T] for b in range(B)] for start in (0, 1))
-        return cls(path, inputs, targets, iterations, all_workers)
+            return cls(path, *batch_of(opened.config, B, T), iterations, all_workers)
 
     def open(self, path: str, threads: int | None) -> TrainableGPT2:
         """Open the model that runs this job."""
@@ -162,20 +170,24 @@ class Training:
 
         Raises NumericalError if a gradient norm is not finite.
         """
-        self._restore(model)
+        with open_floats(self.path) as opened:
+            model.take(opened)
+        for array in (model.gradients, model.first_moments, model.second_moments):
+            array.fill(0)
         bits = hashlib.blake2b(digest_size=16)
         calls = []
         for step in range(1, self.iterations + 1):
-            begin = clock()
+            times = [clock()]
             losses = model.forward(self.inputs, self.targets)
-            forward = clock()
+            times.append(clock())
             model.backward()
-            backward = clock()
+            times.append(clock())
             norm = model.gradient_norm()
-            normed = clock()
+            times.append(clock())
             model.update(lr=1e-4, step=step)
-            done = clock()
-            calls.append(Call("train", 0, losses.size, begin, done, done, (forward, backward, normed, done), len(losses)))
+            times.append(clock())
+            begin, *stages = times
+            calls.append(Call("train", 0, losses.size, begin, times[-1], times[-1], tuple(stages), len(losses)))
             bits.update(losses.data)
             bits.update(struct.pack("d", norm))
             if not math.isfinite(norm):
@@ -183,12 +195,6 @@ class Training:
         if digest:
             bits.update(model.parameters.data)
         return calls, bits.hexdigest()
-
-    def _restore(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
-        with open_floats(self.path) as opened:
-            model.take(opened)
-        for array in (model.gradients, model.first_moments, model.second_moments):
-            array.fill(0)
 
     def warm_up(self, model: TrainableGPT2 | SerialTrainableGPT2) -> None:
         """Touch every page of weights, gradients, moments and activations once."""
@@ -221,25 +227,20 @@ class Planted(NamedTuple):
     worker: int | None
 
 
+@dataclass
 class Recording:
     """All rounds of a job: the calls of the traced rounds, the calls of the untraced rounds, and the digests of both."""
 
-    def __init__(self, capacity: int, nth: int) -> None:
-        self.capacity = capacity
-        self.dropped = [0] * nth
-        self.calls: list[Call] = []
-        self.untraced: list[Call] = []
-        self.digests: dict[str, set[str]] = {"profiled": set(), "unprofiled": set()}
-
-    @property
-    def same_bits(self) -> bool:
-        """Return whether all rounds, traced or not, computed the same bits."""
-        return len(self.digests["profiled"] | self.digests["unprofiled"]) == 1
+    capacity: int
+    dropped: list[int]
+    calls: list[Call] = field(default_factory=list)
+    untraced: list[Call] = field(default_factory=list)
+    digests: dict[str, set[str]] = field(default_factory=lambda: {"profiled": set(), "unprofiled": set()})
 
 
 def record(model: Any, job: Job, rounds: int, capacity: int | None = None, planted: Sequence[Planted] = ()) -> Recording:
     """Run the job `rounds` times, each time without and with a trace, on a model that job.open() returned."""
-    out = Recording(capacity or job.events(model.config), model.threads)
+    out = Recording(capacity or job.events(model.config), [0] * model.threads)
     trace = Trace(model.threads, out.capacity)
     plant(trace, planted)
     job.warm_up(model)
@@ -254,8 +255,7 @@ def record(model: Any, job: Job, rounds: int, capacity: int | None = None, plant
         finally:
             model.record(None)
         out.digests["profiled"].add(digest)
-        notes = [[Event(*event) for event in trace.events(ith)] for ith in range(trace.nth)]
-        out.calls += assign(calls, notes)
+        out.calls += assign(calls, [[Event(*event) for event in trace.events(ith)] for ith in range(trace.nth)])
         out.dropped = [before + trace.dropped(ith) for ith, before in enumerate(out.dropped)]
     return out
 
@@ -272,9 +272,6 @@ def plant(trace: Trace, planted: Sequence[Planted]) -> None:
                 raise InputError(f"--stretch: {phase!r} is not a phase: phases are {', '.join(PHASES)}, or all") from None
 
 
-# ------------------------------------------------------------------------------------------------ from events to steps
-
-
 def assign(calls: list[Call], notes: list[list[Event]]) -> list[Call]:
     """Divide each worker's events into steps, and add the steps to their calls.
 
@@ -282,24 +279,21 @@ def assign(calls: list[Call], notes: list[list[Event]]) -> list[Call]:
     belong to the last step that worker 0 had begun when the events ended. In a step without barriers, another worker may
     finish before worker 0 begins. Then its events belong to the next step of worker 0 that begins with the same phase.
     """
-    parts = [_split(events) for events in notes]
-    starts = [part[0].begin for part in parts[0]]
-    steps: list[Step] = [[part, *([] for _ in notes[1:])] for part in parts[0]]
-    for ith, theirs in enumerate(parts[1:], 1):
+    mine, *others = (_split(events) for events in notes)
+    steps: list[Step] = [[part, *([] for _ in others)] for part in mine]
+    for ith, theirs in enumerate(others, 1):
         at = 0
         for part in theirs:
-            while at + 1 < len(starts) and starts[at + 1] <= part[-1].left:
+            while at + 1 < len(mine) and mine[at + 1][0].begin <= part[-1].left:
                 at += 1
-            while at + 1 < len(starts) and parts[0][at][0].phase != part[0].phase:
+            while at + 1 < len(mine) and mine[at][0].phase != part[0].phase:
                 at += 1
             if steps:
                 steps[at][ith] = part
-    rest = iter(steps)
-    step = next(rest, None)
-    for call in calls:
-        while step is not None and step[0][0].begin < call.ran:
+    for step in steps:
+        call = next((call for call in calls if step[0][0].begin < call.ran), None)
+        if call is not None:
             call.steps.append(settle(step))
-            step = next(rest, None)
     return calls
 
 
@@ -321,21 +315,15 @@ def settle(step: Step) -> Step:
     present = [events for events in step if events]
     first, up = min(events[0].begin for events in present), max(events[0].begin for events in present)
     last = max(events[-1].left for events in present)
-    return [_settle(events, first, up, last) if events else events for events in step]
-
-
-def _settle(events: list[Event], first: int, up: int, last: int) -> list[Event]:
-    """Return one worker's events with the waits of settle().
-
-    first, up: the times at which the first and the last worker wake up. last: the time at which the last worker finishes.
-    """
-    head, *rest = events
-    begun = [head]
-    if head.begin > first:
-        begun = [Event(WAKE, 0, first, first, head.begin), head]
-    elif (asleep := min(up, head.left)) > head.end:  # it finished its first phase before the others began
-        waited = Event(WAKE, 0, head.end, head.end, asleep)
-        begun = [head._replace(left=head.end), waited, head._replace(begin=asleep, end=asleep)]
-    settled = begun + rest
-    settled[-1] = settled[-1]._replace(left=last)
-    return settled
+    settled = []
+    for head, *rest in present:
+        begun = [head]
+        if head.begin > first:
+            begun = [Event(WAKE, 0, first, first, head.begin), head]
+        elif (asleep := min(up, head.left)) > head.end:  # it finished its first phase before the others began
+            waited = Event(WAKE, 0, head.end, head.end, asleep)
+            begun = [head._replace(left=head.end), waited, head._replace(begin=asleep, end=asleep)]
+        *before, end = begun + rest
+        settled.append([*before, end._replace(left=last)])
+    found = iter(settled)
+    return [next(found) if events else events for events in step]

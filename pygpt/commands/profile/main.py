@@ -65,23 +65,18 @@ from typing import Any
 from ... import __version__
 from ..._kernels import Trace, cpu_info
 from ...config import Config
-from ...cpus import default_threads
+from ...cpus import default_threads, processors
 from ...errors import InputError
 from ...formats.open import open_model
 from ...formats.quantise import QUANTISED
 from ...hub.find import find_model
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
-from . import compare, job, numbers, perf, plots, startup, strategies, text, traces
+from ..console import Parser, check_stdout, say, status_of, whole
+from . import job, numbers, perf, plots, startup, strategies, text, traces
 from .work import Stored
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
-GENERATION = {
-    "tokens": "--tokens",
-    "prompt_length": "--prompt-length",
-    "sampler": "--sampler",
-    "weights": "--weights",
-}  # options without --train
+GENERATION = {name: f"--{name.replace('_', '-')}" for name in ("tokens", "prompt_length", "sampler", "weights")}  # not --train
 TRAINING = {"B": "-B", "T": "-T"}
 Report = dict[str, Any]
 
@@ -91,52 +86,28 @@ def main(arguments: list[str] | None = None) -> int:
     return status_of(lambda: run(parse(arguments)))
 
 
-# ------------------------------------------------------------------------------------------------ arguments
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt profile",
-        usage="pygpt profile [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pygpt profile", usage="pygpt profile [options]", description=__doc__)
     add = parser.add_argument
+    new = "number of tokens to decode one by one (default 32); with --train, number of iterations (default 3)"
+    rounds = "run the job N times without a trace and N times with a trace, alternating (default 3)"
+    slow = "number of tokens in the comparison of strategies, because the serial reference is slow (default 8)"
+    planting = "for tests: slow down a phase (or `all`) by the factor K, on worker W or on all workers; may be repeated"
     add("-m", "--model", metavar="PATH", help="a model file or a downloaded model (default: see pygpt --help)")
     add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)")
     add("--tokens", metavar="IDS", help="the prompt, such as 31373,612 (the default)")
     add("--prompt-length", metavar="N", help="use an artificial prompt of N tokens instead")
-    add(
-        "-n",
-        "--new",
-        metavar="N",
-        type=whole(1, 1 << 20),
-        help="number of tokens to decode one by one (default 32); with --train, number of iterations (default 3)",
-    )
+    add("-n", "--new", metavar="N", type=whole(1, 1 << 20), help=new)
     add("--train", action="store_true", help="profile training: forward, backward, gradient norm, AdamW")
     add("-B", metavar="N", type=whole(1, 1 << 16), help="with --train, sequences in a batch (default 4)")
     add("-T", metavar="N", type=whole(1, 1 << 16), help="with --train, tokens in a sequence (default 64)")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
-    add(
-        "-r",
-        "--rounds",
-        metavar="N",
-        type=whole(1, 1000),
-        default=3,
-        help="run the job N times without a trace and N times with a trace, alternating (default 3)",
-    )
+    add("-r", "--rounds", metavar="N", type=whole(1, 1000), default=3, help=rounds)
     add("--sampler", metavar="NAME", help="median (default) or greedy")
     add("--by-layer", action="store_true", help="add a table of the layers")
     add("--skip", metavar="LIST", default="", help=f"leave out parts of the report: all, or some of {','.join(PARTS)}")
-    add(
-        "--serial-tokens",
-        metavar="N",
-        type=whole(1, 1 << 20),
-        default=8,
-        help="number of tokens in the comparison of strategies, because the serial reference is slow (default 8)",
-    )
+    add("--serial-tokens", metavar="N", type=whole(1, 1 << 20), default=8, help=slow)
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
@@ -145,7 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
     add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")
-    planting = "for tests: slow down a phase (or `all`) by the factor K, on worker W or on all workers; may be repeated"
     add("--stretch", metavar="[W:]PHASE=K", action="append", default=[], help=planting)
     return parser
 
@@ -159,10 +129,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)
-    if options.output not in ("text", "json"):
-        raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
-    if options.sampler not in ("median", "greedy"):
-        raise InputError(f"--sampler is {options.sampler[:40]!r}: it must be median or greedy")
+    for flag, given, (one, other) in (
+        ("-o", options.output, ("text", "json")),
+        ("--sampler", options.sampler, ("median", "greedy")),
+    ):
+        if given not in (one, other):
+            raise InputError(f"{flag} is {given[:40]!r}: it must be {one} or {other}")
     if options.tokens is not None and options.prompt_length is not None:
         raise InputError("--tokens and --prompt-length were both given: give one")
     skipped = set(filter(None, options.skip.split(",")))
@@ -216,14 +188,11 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
     return job.Generation(prompt, options.new, options.sampler, options.all_workers, options.weights)
 
 
-# ------------------------------------------------------------------------------------------------ the run
-
-
 def run(options: argparse.Namespace) -> None:
     """Profile the job, print the report, and write the requested files."""
     check_stdout("the report")
     if options.compare:
-        print(compare.compare(*options.compare))
+        print(text.compare(*options.compare))
         return
     if options.plot:
         plots.matplotlib()  # if it is missing, report that now
@@ -236,14 +205,7 @@ def run(options: argparse.Namespace) -> None:
         except perf.PerfAbsent as error:
             say(str(error))
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
-    for name in write(options, report, recording.calls):
-        say(f"wrote {name}")
-
-
-def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) -> list[str]:
-    """Write the requested pictures and traces; return their names."""
-    nth = report["machine"]["threads"]
-    written = []
+    nth, calls, written = report["machine"]["threads"], recording.calls, []
     if options.trace:
         traces.chrome(options.trace, calls, nth, f"pygpt {report['model']['name']}")
         written.append(options.trace)
@@ -251,7 +213,8 @@ def write(options: argparse.Namespace, report: Report, calls: list[job.Call]) ->
         written += traces.paraver(options.paraver, calls, nth)
     if options.plot:
         written += plots.draw(options.plot, report, calls)
-    return written
+    for name in written:
+        say(f"wrote {name}")
 
 
 def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recording, job.Job]:
@@ -274,16 +237,14 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     if "scaling" in parts:
         report["scaling"] = strategies.scaling(path, task, counts, options.rounds)
     if "strategies" in parts:
-        report["strategies"] = ways(options, path, task, nth)
+        report["strategies"] = ways(options, path, task, nth, model.config.maxT)
     if "startup" in parts:
         report["startup"] = startup.measure(path, task, nth)
     return report, recording, task
 
 
-def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Report:
+def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int, maxT: int) -> Report:
     """Compare the strategies on a smaller job."""
-    with open_model(path) as opened:
-        maxT = opened.config.maxT
     tokens, serial = options.serial_tokens, "serial" in options.parts
     if isinstance(task, job.Training):
         small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
@@ -294,13 +255,14 @@ def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int) -> Rep
 
 def hotspots(config: Config, stored: Stored, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
     """Return the part of the report about the job itself: wall_ns, kernels, modes."""
-    modes, kernels = {}, []
+    report: Report = {"wall_ns": 0, "kernels": [], "modes": {}}
     for mode in task.modes:
         calls, untraced = ([call for call in found if call.mode == mode] for found in (recording.calls, recording.untraced))
-        nth = len(recording.dropped)
-        modes[mode], rows = numbers.mode_report(config, stored, calls, untraced, nth, ceilings)
-        kernels += [{"mode": mode, **row} for row in rows]
-    return {"wall_ns": sum(summary["wall_ns"] for summary in modes.values()), "kernels": kernels, "modes": modes}
+        summary, rows = numbers.mode_report(config, stored, calls, untraced, len(recording.dropped), ceilings)
+        report["wall_ns"] += summary["wall_ns"]
+        report["modes"][mode] = summary
+        report["kernels"] += [{"mode": mode, **row} for row in rows]
+    return report
 
 
 def facts(
@@ -308,37 +270,24 @@ def facts(
 ) -> Report:
     """Return the part of the report about the model, the machine and the job's options."""
     with open_model(path) as opened:
-        values = {"version": getattr(opened, "version", None)}
-    shape = {name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}
-    values |= {"weights": stored["qkvw"][0], "head": stored["wte"][0]}
-    values["weight_bytes"] = sum(size for name, (_, size) in stored.items() if name != "wpe")
-    nth = len(recording.dropped)
-    machine = {"processor": processor(), "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth}
+        version = getattr(opened, "version", None)
     described = []
     for phase, times, worker in options.stretch:
         where = "" if worker is None else f" on worker {worker}"
         described.append(f"{phase or 'every phase'} takes {times:g} times as long{where}")
+    processor = (processors() or [platform.processor() or platform.machine()])[0]
+    nth, digests = len(recording.dropped), recording.digests
     return {
-        "schema": compare.SCHEMA,
+        "schema": text.SCHEMA,
         "pygpt": __version__,
-        "model": {"path": path, "name": os.path.basename(path), **shape, **values},
-        "machine": machine,
-        "job": {
-            **task.describe(),
-            "rounds": options.rounds,
-            "all_workers": options.all_workers,
-            "planted": described,
+        "model": {
+            "path": path, "name": os.path.basename(path), "version": version,
+            **{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")},
+            "weights": stored["qkvw"][0], "head": stored["wte"][0],
+            "weight_bytes": sum(size for name, (_, size) in stored.items() if name != "wpe"),
         },
-        "bits": {name: min(found) for name, found in recording.digests.items()} | {"same": recording.same_bits},
+        "machine": {"processor": processor, "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth},
+        "job": {**task.describe(), "rounds": options.rounds, "all_workers": options.all_workers, "planted": described},
+        "bits": {**{name: min(found) for name, found in digests.items()}, "same": len(set().union(*digests.values())) == 1},
         "trace": {"capacity": recording.capacity, "dropped": recording.dropped},
-    }
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    }  # fmt: skip

@@ -6,7 +6,8 @@ kernels, is the row "python, pool". Rates divide a kernel's work by its self tim
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -25,39 +26,27 @@ class Tally:
     """Sums over the instances of one kernel, or of one layer."""
 
     def __init__(self, nth: int) -> None:
-        self.calls = 0
-        self.self_ns = self.wait_ns = 0.0  # sums of means over the workers of the step
-        self.slowest_ns = 0.0  # sum over the instances of the slowest worker's self time
-        self.selves: list[float] = []
+        self.wait_ns = self.slowest_ns = 0.0  # sums of the mean wait and of the slowest worker's self time
+        self.selves: list[float] = []  # of each instance, the mean over the workers of the step
         self.workers: list[Row] = [{"calls": 0, "self_ns": 0, "wait_ns": 0} for _ in range(nth)]
 
     def add(self, times: Sequence[tuple[int, int, int]], present: int) -> None:
         """Add one instance. times: (worker, self, wait) of each worker that ran it. present: number of workers in the step."""
-        mean = sum(busy for _, busy, _ in times) / present
-        self.calls += 1
-        self.self_ns += mean
+        self.selves.append(sum(busy for _, busy, _ in times) / present)
         self.wait_ns += sum(wait for _, _, wait in times) / present
         self.slowest_ns += max(busy for _, busy, _ in times)
-        self.selves.append(mean)
         for ith, busy, wait in times:
-            worker = self.workers[ith]
-            worker["calls"] += 1
-            worker["self_ns"] += busy
-            worker["wait_ns"] += wait
+            for name, more in ("calls", 1), ("self_ns", busy), ("wait_ns", wait):
+                self.workers[ith][name] += more
 
     def row(self, wall_ns: int) -> Row:
         """Return the sums as a row of the report."""
-        total = self.self_ns + self.wait_ns
+        self_ns = sum(self.selves)
         return {
-            "calls": self.calls,
-            "total_ns": total,
-            "self_ns": self.self_ns,
-            "wait_ns": self.wait_ns,
-            "median_ns": median(self.selves) if self.selves else 0.0,
-            "share": total / wall_ns,
-            "imbalance": self.slowest_ns / self.self_ns - 1 if self.self_ns else 0.0,
-            "workers": self.workers,
-        }
+            "calls": len(self.selves), "total_ns": self_ns + self.wait_ns, "self_ns": self_ns, "wait_ns": self.wait_ns,
+            "median_ns": median(self.selves) if self.selves else 0.0, "share": (self_ns + self.wait_ns) / wall_ns,
+            "imbalance": self.slowest_ns / self_ns - 1 if self_ns else 0.0, "workers": self.workers,
+        }  # fmt: skip
 
 
 def instances(step: Step) -> dict[tuple[str, int], list[tuple[int, int, int]]]:
@@ -75,38 +64,40 @@ def wall_of(calls: Iterable[Call]) -> int:
     return sum(call.done - call.begin for call in calls)
 
 
+def tallies_of(calls: list[Call], nth: int, key: Callable[[str, int], str]) -> dict[str, Tally]:
+    """Add up the instances of all phases by key(phase, layer)."""
+    tallies: dict[str, Tally] = defaultdict(lambda: Tally(nth))
+    for step in (step for call in calls for step in call.steps):
+        present = sum(bool(events) for events in step)
+        for (phase, layer), times in instances(step).items():
+            tallies[key(phase, layer)].add(times, present)
+    return tallies
+
+
 def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceiling: Ceiling | None) -> list[Row]:
     """Return the rows of one mode, the longest total first. Their shares add up to 1."""
-    wall = wall_of(calls)
-    tallies: dict[str, Tally] = {}
-    for call in calls:
-        for step in call.steps:
-            present = sum(bool(events) for events in step)
-            for (phase, _), times in instances(step).items():
-                tallies.setdefault(phase, Tally(nth)).add(times, present)
+    wall, training = wall_of(calls), bool(calls[0].stages)
     need = work(config, stored, calls)
     rows = []
-    for name, tally in tallies.items():
+    for name, tally in tallies_of(calls, nth, lambda phase, _: phase).items():
         row = {"name": name, "kind": "wait" if name == WAKE else "kernel", **tally.row(wall)}
-        kind = stored[WEIGHTS[name]][0] if name in WEIGHTS and not calls[0].stages else ""
-        rows.append(row | rates(name, *need.get(name, (0, 0)), tally.self_ns, ceiling, kind))
+        kind = stored[WEIGHTS[name]][0] if name in WEIGHTS and not training else ""
+        rows.append(row | rates(name, *need.get(name, (0, 0)), row["self_ns"], ceiling, kind))
     sampler = sum(call.done - call.ran for call in calls)
     rest = wall - sampler - sum(row["total_ns"] for row in rows)
-    if not calls[0].stages:
-        rows.append(_outside(SAMPLER, len(calls), sampler, wall))
-    rows.append(_outside(OUTSIDE, len(calls), rest, wall))
+    for name, total in ((OUTSIDE, rest),) if training else ((SAMPLER, sampler), (OUTSIDE, rest)):
+        times = {
+            "calls": len(calls),
+            "total_ns": total,
+            "self_ns": total,
+            "median_ns": total / len(calls),
+            "share": total / wall,
+        }
+        rows.append({"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(name, 0, 0, 0, None)})
     rows.sort(key=lambda row: -row["total_ns"])
-    reached = 0.0
-    for row in rows:
-        reached += row["share"]
+    for row, reached in zip(rows, accumulate(row["share"] for row in rows), strict=True):
         row["cumulative"] = reached
     return rows
-
-
-def _outside(name: str, calls: int, total: float, wall: int) -> Row:
-    """Return a row for time outside the kernels, on the calling thread."""
-    times = {"calls": calls, "total_ns": total, "self_ns": total, "median_ns": total / calls, "share": total / wall}
-    return {"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(name, 0, 0, 0, None)}
 
 
 def moved_by(name: str) -> str:
@@ -131,19 +122,10 @@ def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | No
 
 def layers(calls: list[Call], nth: int) -> list[Row]:
     """Return total, self and wait of each layer with its backward pass, and of the parts before and after the layers."""
-    tallies: dict[str, Tally] = {}
-    for call in calls:
-        for step in call.steps:
-            present = sum(bool(events) for events in step)
-            for (phase, layer), times in instances(step).items():
-                tallies.setdefault(place(phase, layer), Tally(nth)).add(times, present)
-    rows = [{"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies.items()]
+    rows = [{"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies_of(calls, nth, place).items()]
     for row in rows:
         del row["median_ns"], row["calls"]  # they count single kernels, not layers
     return rows
-
-
-# ------------------------------------------------------------------------------------------------ serial fraction
 
 
 def computing(step: Step) -> dict[int, int]:
@@ -165,22 +147,14 @@ def amdahl(serial: float, parallel: float, nth: int, floor: float | None) -> Row
     parallel part by n. In "bandwidth", the parallel part takes at least `floor` ns, the time of its bytes at the read ceiling.
     """
     alone = serial + nth * parallel
-    predictions = [
-        {
-            "threads": n,
-            "prediction": True,
-            "amdahl": alone / (serial + (alone - serial) / n),
-            "bandwidth": None if floor is None else alone / (serial + max((alone - serial) / n, floor)),
-        }
-        for n in PREDICTED
-    ]
-    return {
-        "serial_ns": serial,
-        "serial_share": serial / (serial + parallel),
-        "serial_fraction": serial / alone,
-        "one_thread_ns": alone,
-        "predictions": predictions,
-    }
+    shares = {"serial_share": serial / (serial + parallel), "serial_fraction": serial / alone}
+    found: Row = {"serial_ns": serial, **shares, "one_thread_ns": alone, "predictions": []}
+    for n in PREDICTED:
+        part = (alone - serial) / n
+        bandwidth = None if floor is None else alone / (serial + max(part, floor))
+        row = {"threads": n, "prediction": True, "amdahl": alone / (serial + part), "bandwidth": bandwidth}
+        found["predictions"].append(row)
+    return found
 
 
 def bandwidth_floor(rows: list[Row], ceilings: Sequence[Ceiling]) -> float | None:
@@ -205,38 +179,25 @@ def mode_report(
     used = max((sum(bool(events) for events in step) for step in steps), default=nth)
     rows = hotspots(config, stored, calls, nth, next((c for c in ceilings if c["threads"] == used), None))
     together = sum(computing(step)[nth] for step in steps)
+    medians = [median(call.done - call.begin for call in found) for found in (calls, untraced)]
     summary = {
-        "wall_ns": wall,
-        "calls": len(calls),
-        "tokens": sum(call.rows for call in calls),
-        "steps": len(steps),
-        "workers_used": used,
-        "median_call_ns": median(call.done - call.begin for call in calls),
-        "untraced_median_call_ns": median(call.done - call.begin for call in untraced),
-        "wait_ns": sum(row["wait_ns"] for row in rows),
-        "flop": sum(row["flop"] for row in rows),
-        "bytes": sum(row["bytes"] for row in rows),
-        "imbalance": _imbalance(rows, nth),
-        "layers": layers(calls, nth),
-        "stages": stages(calls, untraced),
+        "wall_ns": wall, "calls": len(calls), "tokens": sum(call.rows for call in calls), "steps": len(steps),
+        "workers_used": used, "median_call_ns": medians[0], "untraced_median_call_ns": medians[1],
+        **{name: sum(row[name] for row in rows) for name in ("wait_ns", "flop", "bytes")},
+        "imbalance": _imbalance(rows, nth), "layers": layers(calls, nth), "stages": stages(calls, untraced),
         "amdahl": amdahl(wall - together, together, nth, bandwidth_floor(rows, ceilings)),
-    }
+    }  # fmt: skip
     return summary, rows
 
 
 def stages(calls: list[Call], untraced: list[Call]) -> list[Row]:
     """Return the stages of an iteration of training, or [] for other calls. Their wall_ns add up to the mode's wall_ns."""
-    times, plain = ([dict(call.times()) for call in found if call.stages] for found in (calls, untraced))
-    return [
-        {
-            "name": name,
-            "wall_ns": sum(found[name] for found in times),
-            "median_ns": median(found[name] for found in times),
-            "untraced_median_ns": median(found[name] for found in plain),
-            "share": sum(found[name] for found in times) / wall_of(calls),
-        }
-        for name in (STAGES if times else ())
-    ]
+    rows = []
+    for name in STAGES if calls[0].stages else ():
+        times, plain = ([dict(call.times())[name] for call in found] for found in (calls, untraced))
+        medians = {"median_ns": median(times), "untraced_median_ns": median(plain)}
+        rows.append({"name": name, "wall_ns": sum(times), **medians, "share": sum(times) / wall_of(calls)})
+    return rows
 
 
 def _imbalance(rows: list[Row], nth: int) -> Row:

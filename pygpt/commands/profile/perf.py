@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,18 @@ SECONDS = 2.0  # the least duration of the run, which has at least one round
 PATIENCE = 20.0  # seconds to wait for perf to end
 
 # Families of kernels, and the symbols that belong to them. The first match counts.
-FAMILIES = (
-    ("layernorm", r"layernorm"),
-    ("sampler", r"inverse_cdf|median|greedy"),
-    ("encoder", r"encode"),
-    ("update, norm", r"adamw|update|square"),
-    (
-        "products, attention",
-        r"gemm|product|pack|outer|tile|dot|matmul|bias|gelu|mix|softmax|exp|scaled|attend|attention|lanes|add_rows|entropy",
-    ),
-)
-PHASES = {
-    **dict.fromkeys(("ln1", "ln2", "lnf", "dln1", "dln2", "dlnf"), "layernorm"),
-    **dict.fromkeys(("encoder", "dencoder"), "encoder"),
-    **dict.fromkeys(("update", "norm"), "update, norm"),
-    "sampler": "sampler",
+FAMILIES = {
+    "layernorm": r"layernorm",
+    "sampler": r"inverse_cdf|median|greedy",
+    "encoder": r"encode",
+    "update, norm": r"adamw|update|square",
+    "products, attention": r"gemm|product|pack|outer|tile|dot|matmul|bias|gelu|mix|softmax|exp|scaled|attend|attention|lanes|"
+    r"add_rows|entropy",
 }
+PHASES = {
+    **dict.fromkeys(("ln1", "ln2", "lnf", "dln1", "dln2", "dlnf"), "layernorm"), "sampler": "sampler",
+    **dict.fromkeys(("encoder", "dencoder"), "encoder"), **dict.fromkeys(("update", "norm"), "update, norm"),
+}  # fmt: skip
 
 
 class PerfAbsent(PyGPTError):
@@ -51,16 +48,12 @@ def look(path: str, job: Job, threads: int) -> Row:
     perf = shutil.which("perf")
     if not sys.platform.startswith("linux") or perf is None:
         raise PerfAbsent("--sample: perf is not installed here: on Linux, install the package linux-perf or linux-tools")
-    with tempfile.TemporaryDirectory() as folder, _opened(path, job, threads) as model:
+    opened: Any = job.open(path, threads)  # Any hides the kind of model from mypy
+    with tempfile.TemporaryDirectory() as folder, opened as model:
         data = os.path.join(folder, "perf.data")
         job.warm_up(model)
         _record(perf, data, model, job)
         return _report(perf, data)
-
-
-def _opened(path: str, job: Job, threads: int) -> Any:
-    """Open the model of the job. This function hides the kind of model from mypy."""
-    return job.open(path, threads)
 
 
 def _record(perf: str, data: str, model: Any, job: Job) -> None:
@@ -68,23 +61,10 @@ def _record(perf: str, data: str, model: Any, job: Job) -> None:
     orders, order = os.pipe()  # perf reads each order and answers it
     answer, answers = os.pipe()
     log = Path(f"{data}.log")
-    command = [
-        perf,
-        "record",
-        "-F",
-        "997",
-        "-D",
-        "-1",
-        "--control",
-        f"fd:{orders},{answers}",
-        "-p",
-        str(os.getpid()),
-        "-o",
-        data,
-    ]
+    command = f"record -F 997 -D -1 --control fd:{orders},{answers} -p {os.getpid()} -o".split()
     try:
         with log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, pass_fds=(orders, answers))
+            process = subprocess.Popen([perf, *command, data], stdout=output, stderr=output, pass_fds=(orders, answers))
     finally:
         os.close(orders)
         os.close(answers)
@@ -137,9 +117,9 @@ def _report(perf: str, data: str) -> Row:
 
 def families(symbols: list[Row]) -> dict[str, float]:
     """Return the share of each family of kernels in all computing. Waiting and Python are excluded."""
-    sums = {name: 0.0 for name, _ in FAMILIES}
+    sums: Counter[str] = Counter()
     for row in symbols:
-        family = next((name for name, pattern in FAMILIES if re.search(pattern, row["symbol"])), None)
+        family = next((name for name, pattern in FAMILIES.items() if re.search(pattern, row["symbol"])), None)
         if family and row["object"].startswith(("_kernels", "_backward")):
             sums[family] += row["share"]
     return _shares(sums)
@@ -147,7 +127,7 @@ def families(symbols: list[Row]) -> dict[str, float]:
 
 def reported(kernels: list[Row]) -> dict[str, float]:
     """Return the shares of the same families from the report's rows, by processor time of all workers."""
-    sums = {name: 0.0 for name, _ in FAMILIES}
+    sums: Counter[str] = Counter()
     for row in kernels:
         if row["kind"] == "kernel" or row["name"] == "sampler":
             busy = sum(worker["self_ns"] for worker in row["workers"]) or row["self_ns"]
@@ -155,6 +135,6 @@ def reported(kernels: list[Row]) -> dict[str, float]:
     return _shares(sums)
 
 
-def _shares(sums: dict[str, float]) -> dict[str, float]:
+def _shares(sums: "Counter[str]") -> dict[str, float]:
     total = sum(sums.values())
-    return {name: value / total if total else 0.0 for name, value in sums.items()}
+    return {name: sums[name] / total if total else 0.0 for name in FAMILIES}

@@ -38,20 +38,21 @@ def main() -> None:
 
     order = json.load(sys.stdin)
     parts: list[Row] = []
-    since, minor, major = order["began"], 0, 0
+    before = order["began"], 0, 0
 
     def part(name: str) -> None:
-        nonlocal since, minor, major
-        now, usage = time.clock_gettime_ns(time.CLOCK_MONOTONIC), resource.getrusage(resource.RUSAGE_SELF)
-        parts.append({"name": name, "ns": now - since, "minor": usage.ru_minflt - minor, "major": usage.ru_majflt - major})
-        since, minor, major = now, usage.ru_minflt, usage.ru_majflt
+        nonlocal before
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC), usage.ru_minflt, usage.ru_majflt
+        grown = [new - old for old, new in zip(before, now, strict=True)]
+        parts.append({"name": name, **dict(zip(("ns", "minor", "major"), grown, strict=True))})
+        before = now
 
     part("interpreter")
     if training := "inputs" in order:
         from ...training.trainable import TrainableGPT2
     else:
         from ...model import GPT2
-
     part("import pygpt")
     import numpy  # noqa: F401  (a command that only prints ids does not import numpy)
 
@@ -69,11 +70,10 @@ def main() -> None:
         with GPT2.load(order["path"], threads=order["threads"], weights=order["weights"]) as model:
             cache = model.new_cache()
             part("map the model, start the workers")
-            model.prefill(cache, order["prompt"])
-            part("first prefill, touching its pages")
-            cache.truncate(0)
-            model.prefill(cache, order["prompt"])
-            part("the same again, pages in memory")
+            for name in "first prefill, touching its pages", "the same again, pages in memory":
+                cache.truncate(0)
+                model.prefill(cache, order["prompt"])
+                part(name)
     json.dump(parts, sys.stdout)
 
 

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,6 +19,7 @@ from ...ceilings import Ceilings
 from ...model import GPT2
 from ...reference import SerialGPT2, SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
+from ..bench.peers import laps
 from .job import Call, Job, Training, clock
 
 Row = dict[str, Any]
@@ -67,39 +69,36 @@ def times_of(calls: Iterable[Call]) -> Times:
 
 def scaling(path: str, job: Job, counts: list[int], rounds: int) -> list[Row]:
     """Run the job with each number of threads; return the median times of calls and stages, and the speed-ups."""
-    taken: dict[int, Times] = {threads: defaultdict(list) for threads in counts}
+    taken: dict[int, list[Call]] = {threads: [] for threads in counts}
     with ExitStack() as stack:
         models: dict[int, Any] = {threads: stack.enter_context(job.open(path, threads)) for threads in counts}
         for model in models.values():
             job.warm_up(model)
         for _ in range(rounds):
             for threads, model in models.items():
-                calls, _ = job.run(model, digest=False)
-                for name, times in times_of(calls).items():
-                    taken[threads][name] += times
-    rows = []
-    for threads in counts:
+                taken[threads] += job.run(model, digest=False)[0]
+    rows: list[Row] = []
+    for threads, times in ((threads, times_of(calls)) for threads, calls in taken.items()):
         row: Row = {"threads": threads, "prediction": False}
         for name in job.timed:
-            row[f"{name}_ns"] = median(taken[threads][name])
-            row[f"{name}_speedup"] = median(taken[1][name]) / row[f"{name}_ns"]
+            row[f"{name}_ns"] = median(times[name])
+            row[f"{name}_speedup"] = (rows or [row])[0][f"{name}_ns"] / row[f"{name}_ns"]  # counts begins with 1
         rows.append(row)
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ strategies
-
-
+@dataclass
 class Way:
     """A strategy for the small job: its times, the digests of its bits, and its latest results."""
 
-    def __init__(self, name: str, threads: int, rounds_a_step: int, barriers: int, once: Callable[[], Outcome]) -> None:
-        self.name, self.threads = name, threads
-        self.rounds_a_step, self.barriers = rounds_a_step, barriers
-        self.once = once
-        self.times: Times = defaultdict(list)
-        self.digests: set[str] = set()
-        self.found: list[float] = []
+    name: str
+    threads: int
+    rounds_a_step: int
+    barriers: int
+    once: Callable[[], Outcome]
+    times: Times = field(default_factory=lambda: defaultdict(list))
+    digests: set[str] = field(default_factory=set)
+    found: list[float] = field(default_factory=list)
 
     def measure(self) -> None:
         """Run the job once and keep its outcome."""
@@ -107,6 +106,16 @@ class Way:
         for name, ns in times.items():
             self.times[name] += ns
         self.digests.add(digest)
+
+    def row(self, base: "Way | None", timed: Iterable[str]) -> Row:
+        """Return the report's row: times in ns, speed-up (T_serial / T_parallel) and efficiency (speed-up / threads)."""
+        row: Row = {"name": self.name, "threads": self.threads, "rounds_a_step": self.rounds_a_step}
+        row["meetings_a_step"] = self.barriers
+        for name in timed:
+            row[f"{name}_ns"] = median(self.times[name])
+            row[f"{name}_speedup"] = speedup = median(base.times[name]) / row[f"{name}_ns"] if base else None
+            row[f"{name}_efficiency"] = speedup / self.threads if speedup else None
+        return row
 
 
 def fast(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
@@ -137,13 +146,9 @@ def forked(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
 
 def serial(model: SerialGPT2, prompt: list[int], extra: list[int]) -> Outcome:
     """Run the prompt and one more token with the serial reference, which has no cache and computes the sequence twice."""
-    begin = clock()
-    first = model.logits(prompt)
-    middle = clock()
-    second = model.logits(prompt + extra[:1])
-    end = clock()
-    times = {"prefill": [middle - begin], "decode": [end - middle]}
-    return times, "", [float(first[-1].argmax()), float(second[-1].argmax())]
+    logits, seconds = laps(partial(model.logits, prompt), partial(model.logits, prompt + extra[:1]))
+    times = {name: [round(1e9 * taken)] for name, taken in zip(("prefill", "decode"), seconds, strict=True)}
+    return times, "", [float(found[-1].argmax()) for found in logits]
 
 
 def trained(model: TrainableGPT2 | SerialTrainableGPT2, job: Training) -> Outcome:
@@ -157,77 +162,49 @@ def compare(path: str, prompt: list[int], threads: int, rounds: int, *, with_ser
     """Compare the strategies of generation."""
     with ExitStack() as stack:
         many = stack.enter_context(GPT2.load(path, threads=threads, weights=weights))
-        extra = [prompt[i % len(prompt)] for i in range(min(DECODES, many.config.maxT - len(prompt)))]
-        L = many.config.L
+        job = prompt, [prompt[i % len(prompt)] for i in range(min(DECODES, many.config.maxT - len(prompt)))]
         ways = [
-            Way("one round a kernel", threads, 7 * L + 3, 0, lambda: forked(many, prompt, extra)),
-            Way("one round a step", threads, 1, 5 * L + 1, lambda: fast(many, prompt, extra)),
+            Way("one round a kernel", threads, 7 * many.config.L + 3, 0, partial(forked, many, *job)),
+            Way("one round a step", threads, 1, 5 * many.config.L + 1, partial(fast, many, *job)),
         ]
         if threads > 1:
             alone = stack.enter_context(GPT2.load(path, threads=1, weights=weights))
-            ways.insert(0, Way("one worker", 1, 0, 0, partial(fast, alone, prompt, extra)))
+            ways.insert(0, Way("one worker", 1, 0, 0, partial(fast, alone, *job)))
         if with_serial:
             reference = stack.enter_context(SerialGPT2.load(path, weights=weights))
-            ways.insert(0, Way(SERIAL, 1, 0, 0, lambda: serial(reference, prompt, extra)))
-        rows = measured(ways, rounds, ("prefill", "decode"))
-    return {"prompt_tokens": len(prompt), "same_bits": same_bits(ways), "same_tokens": same_findings(ways), "ways": rows}
+            ways.insert(0, Way(SERIAL, 1, 0, 0, partial(serial, reference, *job)))
+        found = measured(ways, rounds, ("prefill", "decode"))
+    return {"prompt_tokens": len(prompt), "same_tokens": same_findings(ways), **found}
 
 
 def compare_training(job: Training, threads: int, rounds: int, *, with_serial: bool) -> Row:
     """Compare the strategies of training, with one iteration each."""
     with ExitStack() as stack:
         many = stack.enter_context(job.open(job.path, threads))
-        ways = [Way("one round a stage", threads, 4, 14 * many.config.L + 6, lambda: trained(many, job))]
+        ways = [Way("one round a stage", threads, 4, 14 * many.config.L + 6, partial(trained, many, job))]
         if threads > 1:
             alone = stack.enter_context(job.open(job.path, 1))
             ways.insert(0, Way("one worker", 1, 0, 0, partial(trained, alone, job)))
         if with_serial:
             reference = stack.enter_context(SerialTrainableGPT2.load(job.path))
-            ways.insert(0, Way(SERIAL, 1, 0, 0, lambda: trained(reference, job)))
-        rows = measured(ways, rounds, job.timed)
-    shape = {name: job.describe()[name] for name in ("B", "T")}
-    return {**shape, "same_bits": same_bits(ways), "same_losses": same_findings(ways, 1e-3), "ways": rows}
+            ways.insert(0, Way(SERIAL, 1, 0, 0, partial(trained, reference, job)))
+        found = measured(ways, rounds, job.timed)
+    return {"B": len(job.inputs), "T": len(job.inputs[0]), "same_losses": same_findings(ways, 1e-3), **found}
 
 
-def measured(ways: list[Way], rounds: int, timed: Iterable[str]) -> list[Row]:
-    """Run the strategies in turns, and the reference once.
-
-    Return for each a row with times in ns, speed-up (T_serial / T_parallel) and efficiency (speed-up / threads).
-    """
-    fast_ways = [way for way in ways if way.name != SERIAL]
-    for way in fast_ways:
+def measured(ways: list[Way], rounds: int, timed: Iterable[str]) -> Row:
+    """Run the strategies in turns, and the reference once. Return their rows, and whether all others have the same bits."""
+    references, parallel = ([way for way in ways if (way.name == SERIAL) is serial] for serial in (True, False))
+    for way in parallel:
         way.once()  # warm up
-    for _ in range(rounds):
-        for way in fast_ways:
-            way.measure()
-    if ways[0].name == SERIAL:
-        ways[0].measure()
-    return [_row(way, ways[0] if ways[0].name == SERIAL else None, timed) for way in ways]
-
-
-def same_bits(ways: list[Way]) -> bool:
-    """Return whether all strategies except the reference computed the same bits."""
-    return len(set().union(*(way.digests for way in ways if way.name != SERIAL))) == 1
+    for way in parallel * rounds + references:
+        way.measure()
+    bits = set().union(*(way.digests for way in parallel))
+    base = references[0] if references else None
+    return {"same_bits": len(bits) == 1, "ways": [way.row(base, timed) for way in ways]}
 
 
 def same_findings(ways: list[Way], within: float = 0.0) -> bool:
     """Return whether all strategies have the same results, within a relative tolerance."""
     pairs = [pair for way in ways for pair in zip(way.found, ways[-1].found, strict=True)]
     return all(math.isclose(a, b, rel_tol=within) for a, b in pairs)
-
-
-def _row(way: Way, base: Way | None, timed: Iterable[str]) -> Row:
-    """Return a strategy's row, with speed-up and efficiency relative to `base`."""
-    row: Row = {
-        "name": way.name,
-        "threads": way.threads,
-        "rounds_a_step": way.rounds_a_step,
-        "meetings_a_step": way.barriers,
-    }
-    for name in timed:
-        taken = median(way.times[name])
-        speedup = median(base.times[name]) / taken if base else None
-        row[f"{name}_ns"] = taken
-        row[f"{name}_speedup"] = speedup
-        row[f"{name}_efficiency"] = speedup / way.threads if speedup else None
-    return row

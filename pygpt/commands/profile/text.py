@@ -1,14 +1,20 @@
-"""Write the report as text, at most 100 columns wide."""
+"""Write the report, and the differences of two reports, as text of at most 100 columns."""
 
+import json
+import os
 import textwrap
 from typing import Any
 
+from ...errors import InputError
+from .job import STAGES
+
 WIDTH = 100
+SCHEMA = 1
+PARTS = {"model", "machine", "job", "bits", "ceilings", "kernels", "modes"}  # the parts of a report that are compared
 Report = dict[str, Any]
 Row = dict[str, Any]
 
 CALLS = {"prefill": "a prompt", "decode": "a token", "train": "an iteration"}
-TIMED = {"train": ("train", "forward", "backward", "norm", "update")}  # the times compared for a mode, if there are several
 
 NOTES = """\
 Each row is a mean over the workers of a step. self is computing, wait is waiting at the barrier after it, and total is both. \
@@ -98,9 +104,6 @@ def wrap(text: str, indent: str = "") -> str:
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) for line in text.splitlines())
 
 
-# ------------------------------------------------------------------------------------------------ the head
-
-
 def head(report: Report) -> str:
     """Describe the model, the job, the machine and its ceilings, with warnings."""
     model, machine, job = report["model"], report["machine"], report["job"]
@@ -134,8 +137,7 @@ def warnings(report: Report) -> list[str]:
     found = []
     if report["ceilings"]:
         one, most = report["ceilings"][0], report["ceilings"][-1]
-        gain = most["fma_gflop_s"] / one["fma_gflop_s"]
-        if gain < 0.8 * most["threads"]:
+        if (gain := most["fma_gflop_s"] / one["fma_gflop_s"]) < 0.8 * most["threads"]:
             found.append(
                 f"{plural(most['threads'], 'thread')} together reach only {gain:.1f} times the arithmetic of one. The machine "
                 "is busy, or its processors share cores. This causes waiting that the program cannot avoid."
@@ -150,64 +152,38 @@ def warnings(report: Report) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ hotspots
-
-
 def mode_text(report: Report, mode: str) -> str:
     """Return the table of hotspots of one mode."""
     summary, rounds = report["modes"][mode], report["job"]["rounds"]
+    wall, wait = summary["wall_ns"], summary["wait_ns"]
     rows = [row for row in report["kernels"] if row["mode"] == mode]
-    rate = summary["tokens"] / summary["wall_ns"] * 1e9
     title = (
         f"{mode.upper()}  {ms(summary['median_call_ns'])} ms {CALLS[mode]}, median (untraced "
-        f"{ms(summary['untraced_median_call_ns'])}); {rate:.1f} tokens/s; "
+        f"{ms(summary['untraced_median_call_ns'])}); {summary['tokens'] / wall * 1e9:.1f} tokens/s; "
         f"{summary['workers_used']} of {plural(report['machine']['threads'], 'worker')} used"
     )
     heads = ["kernel", "calls", "total ms", "self ms", "wait ms", "share", "cum", "GFLOP/s", "GB/s", "roof", "imbal", "slow"]
     widths = [13, 7, 10, 9, 9, 8, 8, 9, 7, 7, 8, 5]
-    total = [
-        "total",
-        "",
-        ms(summary["wall_ns"] / rounds),
-        ms((summary["wall_ns"] - summary["wait_ns"]) / rounds),
-        ms(summary["wait_ns"] / rounds),
-        percent(sum(row["share"] for row in rows)),
-        "",
-        number(summary["flop"] / summary["wall_ns"]),
-        number(summary["bytes"] / summary["wall_ns"]),
-        *["", "", ""],
-    ]
+    total = ["total", "", *(ms(ns / rounds) for ns in (wall, wall - wait, wait)), percent(sum(row["share"] for row in rows))]
+    total += ["", number(summary["flop"] / wall), number(summary["bytes"] / wall), "", "", ""]
     lines = [title, *table(heads, [*(_hotspot(row, rounds) for row in rows), total], widths)]
-    return "\n".join([*lines, *stage_lines(summary), wrap(reading(summary, rows))])
-
-
-def stage_lines(summary: Row) -> list[str]:
-    """Return a line with the stages of an iteration of training, or none for other modes."""
-    found = [f"{row['name']} {ms(row['median_ns'])} ms ({percent(row['share'])})" for row in summary["stages"]]
-    return [wrap(f"Stages: {', '.join(found)}.")] if found else []
+    if summary["stages"]:
+        stages = [f"{row['name']} {ms(row['median_ns'])} ms ({percent(row['share'])})" for row in summary["stages"]]
+        lines.append(wrap(f"Stages: {', '.join(stages)}."))
+    return "\n".join([*lines, wrap(reading(summary, rows))])
 
 
 def _hotspot(row: Row, rounds: int) -> list[str]:
     """Return the cells of one kernel."""
     roof = "-" if row["roof"] is None else f"{100 * row['roof']:.0f}%{row['bound'][0]}"
-    slow, imbalance = "-", "-"
+    imbalance = ["-", "-"]
     if row["kind"] == "kernel" and sum(worker["calls"] > 0 for worker in row["workers"]) > 1:
-        slow = str(max(range(len(row["workers"])), key=lambda ith: row["workers"][ith]["self_ns"]))
-        imbalance = percent(row["imbalance"])
-    return [
-        row["name"],
-        f"{row['calls'] / rounds:.0f}",
-        ms(row["total_ns"] / rounds),
-        "-" if row["kind"] == "wait" else ms(row["self_ns"] / rounds),
-        "-" if row["kind"] == "outside" else ms(row["wait_ns"] / rounds),
-        percent(row["share"]),
-        percent(row["cumulative"]),
-        number(row["gflop_s"]),
-        number(row["gb_s"]),
-        roof,
-        imbalance,
-        slow,
-    ]
+        slow = max(range(len(row["workers"])), key=lambda ith: row["workers"][ith]["self_ns"])
+        imbalance = [percent(row["imbalance"]), str(slow)]
+    unless = {"total_ns": "", "self_ns": "wait", "wait_ns": "outside"}  # the kind of row without such a time
+    times = ["-" if row["kind"] == kind else ms(row[name] / rounds) for name, kind in unless.items()]
+    rates = [percent(row["share"]), percent(row["cumulative"]), number(row["gflop_s"]), number(row["gb_s"])]
+    return [row["name"], f"{row['calls'] / rounds:.0f}", *times, *rates, roof, *imbalance]
 
 
 def reading(summary: Row, rows: list[Row]) -> str:
@@ -237,33 +213,25 @@ def layer_text(report: Report, mode: str) -> str:
     return "\n".join([f"{mode.upper()} BY LAYER", *table(heads, rows, [13, 10, 9, 9, 8])])
 
 
-# ------------------------------------------------------------------------------------------------ speed-up
-
-
 def amdahl_text(report: Report) -> str:
     """Return the serial fraction, its predictions, and the measured speed-ups."""
-    lines = ["SPEED-UP over one thread of the same kernels"]
+    lines, modes = ["SPEED-UP over one thread of the same kernels"], report["modes"]
     workers = plural(report["machine"]["threads"], "worker")
-    for mode, summary in report["modes"].items():
-        found = summary["amdahl"]
-        lines.append(
-            f"{mode}: fewer than {workers} compute in {percent(found['serial_share'])} of the time, which is "
-            f"{percent(found['serial_fraction'])} of one thread's time"
-        )
-    modes = list(report["modes"])
-    timed = [name for mode in modes for name in TIMED.get(mode, ())[1:]]
+    for mode, summary in modes.items():
+        serial, alone = (percent(summary["amdahl"][name]) for name in ("serial_share", "serial_fraction"))
+        lines.append(f"{mode}: fewer than {workers} compute in {serial} of the time, which is {alone} of one thread's time")
+    timed = STAGES if "train" in modes else ()
     group = ["", *(cell for mode in modes for cell in (f"{mode}:", "predicted", "")), *timed, ""]
     heads = ["threads", *["Amdahl", "+ bandwidth", "measured"] * len(modes), *["measured"] * len(timed), ""]
-    widths = [8, *(width for number in range(len(modes)) for width in (14 if number else 12, 13, 10)), *[10] * len(timed), 17]
+    widths = [8, *[12, 13, 10, 14, 13, 10][: 3 * len(modes)], *[10] * len(timed), 17]
     measured = {row["threads"]: row for row in report["scaling"]}
-    predicted = {mode: {row["threads"]: row for row in s["amdahl"]["predictions"]} for mode, s in report["modes"].items()}
+    predicted = {mode: {row["threads"]: row for row in s["amdahl"]["predictions"]} for mode, s in modes.items()}
     rows = []
-    for threads in sorted({*measured, *predicted[modes[0]]}):
-        row = [str(threads)]
-        fact = measured.get(threads, {})
-        for mode in modes:
-            guess = predicted[mode].get(threads, {})
-            row += [number(guess.get("amdahl"), 2), number(guess.get("bandwidth"), 2), number(fact.get(f"{mode}_speedup"), 2)]
+    for threads in sorted({*measured, *(n for found in predicted.values() for n in found)}):
+        row, fact = [str(threads)], measured.get(threads, {})
+        for mode, found in predicted.items():
+            guess = found.get(threads, {})
+            row += [number(value, 2) for value in (guess.get("amdahl"), guess.get("bandwidth"), fact.get(f"{mode}_speedup"))]
         row += [number(fact.get(f"{name}_speedup"), 2) for name in timed]
         rows.append([*row, "" if threads in measured else "prediction only"])
     return "\n".join([*lines, *table(group, [heads, *rows], widths)])
@@ -272,21 +240,18 @@ def amdahl_text(report: Report) -> str:
 def strategies_text(report: Report) -> str:
     """Return the table that compares the strategies."""
     found, training = report["strategies"], "train" in report["modes"]
-    timed = TIMED["train"] if training else ("prefill", "decode")
+    cells = ["speedup", "efficiency"]
     rows = []
     for way in found["ways"]:
-        row = [way["name"], str(way["threads"]), str(way["rounds_a_step"]), str(way["meetings_a_step"])]
-        for name in timed:
-            if name in report["modes"]:
-                row += [ms(way[f"{name}_ns"]), number(way[f"{name}_speedup"]), number(way[f"{name}_efficiency"])]
-            else:
-                row.append(number(way[f"{name}_speedup"]))
-        rows.append(row)
+        row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "meetings_a_step"))]
+        for mode in report["modes"]:
+            row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in cells)]
+        rows.append([*row, *(number(way[f"{name}_speedup"]) for name in (STAGES if training else ()))])
     bits = "all except the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
     if training:
         title = f"STRATEGIES  an iteration of training on {found['B']} x {found['T']} tokens; medians, untraced"
         results = "all end at the same loss" if found["same_losses"] else "the final losses are NOT the same"
-        group = ["", "", "pool", "native", "total", "speed-", "effi-", *timed[1:]]
+        group = ["", "", "pool", "native", "total", "speed-", "effi-", *STAGES]
         heads = ["strategy", "threads", "rounds", "barriers", "ms", "up", "ciency", *["speed-up"] * 4]
         widths = [17, 8, 7, 9, 9, 7, 7, *[9] * 4]
     else:
@@ -294,15 +259,12 @@ def strategies_text(report: Report) -> str:
         title = f"STRATEGIES  prefill of {prompt}, then single tokens; medians, no sampler, untraced"
         results = "all choose the same tokens" if found["same_tokens"] else "the most probable tokens are NOT the same"
         group = ["", "", "pool rounds", "native", "prefill", "speed-", "effi-", "a token", "speed-", "effi-"]
-        heads = ["strategy", "threads", "a step", "barriers", "ms", "up", "ciency", "ms", "up", "ciency"]
+        heads = ["strategy", "threads", "a step", "barriers", *["ms", "up", "ciency"] * 2]
         widths = [18, 8, 12, 9, 9, 9, 8, 9, 9, 8]
     if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
         results += "; small steps ran on one worker (--all-workers changes this)"
     lines = [title, *table(group, [heads, *rows], widths), wrap(f"Bits: {bits}; {results}.")]
     return "\n".join([*lines, wrap(TRAINING_NOTES if training else STRATEGY_NOTES, "  ")])
-
-
-# ------------------------------------------------------------------------------------------------ other processes
 
 
 def startup_text(report: Report) -> str:
@@ -323,3 +285,72 @@ def perf_text(report: Report) -> str:
     compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
     lines += table(["share of computing", *found["families"]], compared, [20, 11, 10, 10, 14, 22])
     return "\n".join(lines)
+
+
+def read_report(path: str) -> Report:
+    """Read a report. Raises InputError for any other file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--compare: {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA or PARTS - report.keys():
+        raise InputError(f"--compare: {path}: not a report of pygpt profile (schema {SCHEMA}): write one with -o json")
+    return report
+
+
+def compare(path_a: str, path_b: str) -> str:
+    """Return the comparison of two reports as text. Raises InputError if they are of different kinds of jobs."""
+    a, b = read_report(path_a), read_report(path_b)
+    if a["modes"].keys() != b["modes"].keys():
+        jobs = (
+            f"{os.path.basename(path)} is of {' and '.join(report['modes'])}" for path, report in ((path_a, a), (path_b, b))
+        )
+        raise InputError(f"--compare: {', '.join(jobs)}: give two reports of the same kind of job")
+    lines = [f"a  {os.path.basename(path_a)}", f"b  {os.path.basename(path_b)}", *differences(a, b)]
+    for mode in a["modes"]:
+        lines += ["", *_differences_of(a, b, mode)]
+    return "\n".join(lines)
+
+
+def differences(a: Report, b: Report) -> list[str]:
+    """Return a warning for each difference in model, machine or job. Such differences make the times hard to compare."""
+    lines = []
+    for part in ("model", "machine", "job"):
+        for key, value in a[part].items():
+            other = b[part].get(key)
+            if value != other and key != "path":
+                lines.append(f"WARNING  {part} {key}: {value} in a, {other} in b"[:WIDTH])
+    speeds = [{row["threads"]: row["read_gb_s"] for row in report["ceilings"]} for report in (a, b)]
+    for threads in sorted({*speeds[0]} & {*speeds[1]}):
+        one, two = speeds[0][threads], speeds[1][threads]
+        if not 0.85 < two / one < 1.15:
+            lines.append(f"WARNING  the machine's speed differs: {threads} threads read {one:.1f} GB/s in a, {two:.1f} in b")
+    if a["model"] == b["model"] and a["job"] == b["job"] and a["bits"]["profiled"] != b["bits"]["profiled"]:
+        lines.append("WARNING  the same job gave different bits")
+    return lines
+
+
+def _differences_of(a: Report, b: Report, mode: str) -> list[str]:
+    """Return the table of one mode in ms per call (a prompt, a token, an iteration), the largest change first."""
+    times = [_times(report, mode) for report in (a, b)]
+    wall_a, wall_b = (report["modes"][mode]["wall_ns"] / report["modes"][mode]["calls"] for report in (a, b))
+    found = []
+    for name in {**times[0], **times[1]}:
+        (self_a, wait_a), (self_b, wait_b) = (side.get(name, (0.0, 0.0)) for side in times)
+        found.append((self_b + wait_b - self_a - wait_a, name, self_a, self_b, wait_a, wait_b))
+    rows = []
+    for moved, name, self_a, self_b, wait_a, wait_b in sorted(found, key=lambda row: -abs(row[0])):
+        ratio = f"{self_b / self_a:.2f}x" if self_a > 0 else "-"
+        change = [f"{moved / 1e6:+.3f}", f"{moved / wall_a:+.1%}"]
+        rows.append([name, ms(self_a), ms(self_b), ratio, ms(wait_a), ms(wait_b), *change])
+    title = f"{mode.upper()}  {ms(wall_a)} -> {ms(wall_b)} ms {CALLS[mode]} ({wall_b / wall_a - 1:+.1%})"
+    heads = ["ms", "self a", "self b", "b / a", "wait a", "wait b", "change", "of wall a"]
+    return [title, *table(heads, rows, [13, 11, 11, 9, 11, 11, 11, 11])]
+
+
+def _times(report: Report, mode: str) -> dict[str, tuple[float, float]]:
+    """Return self and wait of each row, in ns per call."""
+    calls = report["modes"][mode]["calls"]
+    rows = [row for row in report["kernels"] if row["mode"] == mode]
+    return {row["name"]: (row["self_ns"] / calls, row["wait_ns"] / calls) for row in rows}

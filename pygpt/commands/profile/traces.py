@@ -6,15 +6,16 @@ format" (Barcelona Supercomputing Center).
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
-from itertools import pairwise
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from ...formats.files import atomic_file
-from .job import STAGES, WAKE, Call, Event, place
+from .job import WAKE, Call, Event, place
 
-# ------------------------------------------------------------------------------------------------ Chrome
+ChromeEvent = dict[str, Any]
 
 
 def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str) -> None:
@@ -23,48 +24,35 @@ def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str
     A call contains steps, a step contains layers, and a layer contains phases and the waits after them. In training, a call
     contains stages, which contain the steps. Calls, stages and the sampler are on the track of worker 0.
     """
-    zero = calls[0].begin
-    events: list[dict[str, Any]] = [_meta("process_name", 0, name=title)]
-    events += [_meta("thread_name", ith, name=f"worker {ith}") for ith in range(nth)]
-    events += [_meta("thread_sort_index", ith, sort_index=ith) for ith in range(nth)]
+    events = [_event("process_name", 0, name=title)]
+    events += [_event("thread_name", ith, name=f"worker {ith}") for ith in range(nth)]
+    events += [_event("thread_sort_index", ith, sort_index=ith) for ith in range(nth)]
+    span = partial(_span, calls[0].begin)
     for number, call in enumerate(calls):
-        events.append(_span(0, f"{call.mode} {number}", "call", call.begin - zero, call.ran - zero, rows=call.rows))
-        for name, (begin, end) in zip(STAGES, pairwise((call.begin, *call.stages)), strict=False):
-            events.append(_span(0, name, "stage", begin - zero, end - zero))
+        events.append(span(0, f"{call.mode} {number}", "call", call.begin, call.ran, rows=call.rows))
+        events += [span(0, name, "stage", begin, end) for name, (begin, end) in call.bounds()]
         for step in call.steps:
             for ith, noted in enumerate(step):
-                events += _nested(ith, noted, zero)
+                events += _nested(partial(span, ith), noted)
         if not call.stages:
-            events.append(_span(0, "sampler", "sampler", call.ran - zero, call.done - zero))
+            events.append(span(0, "sampler", "sampler", call.ran, call.done))
     with atomic_file(path) as file:
         file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}, separators=(",", ":")).encode())
 
 
-def _nested(ith: int, noted: list[Event], zero: int) -> Iterator[dict[str, Any]]:
+def _nested(span: Callable[..., ChromeEvent], noted: list[Event]) -> Iterator[ChromeEvent]:
     """Yield the events of one worker's step, the outermost first."""
-    if not noted:
-        return
-    yield _span(ith, "step", "step", noted[0].begin - zero, noted[-1].left - zero)
-    for part in _by_layer(noted):
-        if where := _layer(part[0]):
-            yield _span(ith, where, "layer", part[0].begin - zero, part[-1].left - zero)
+    if noted:
+        yield span("step", "step", noted[0].begin, noted[-1].left)
+    for where, events in groupby(noted, _layer):
+        part = list(events)
+        if where:
+            yield span(where, "layer", part[0].begin, part[-1].left)
         for event in part:
             if event.end > event.begin:
-                yield _span(ith, event.phase, "phase", event.begin - zero, event.end - zero, layer=event.layer)
+                yield span(event.phase, "phase", event.begin, event.end, layer=event.layer)
             if event.left > event.end:
-                name = WAKE if event.phase == WAKE else "wait"
-                yield _span(ith, name, "wait", event.end - zero, event.left - zero, after=event.phase, layer=event.layer)
-
-
-def _by_layer(noted: list[Event]) -> Iterator[list[Event]]:
-    """Split a worker's step into the layers, the head, and the phases outside both."""
-    part: list[Event] = []
-    for event in noted:
-        if part and _layer(event) != _layer(part[0]):
-            yield part
-            part = []
-        part.append(event)
-    yield part
+                yield span(event.waiting, "wait", event.end, event.left, after=event.phase, layer=event.layer)
 
 
 def _layer(event: Event) -> str:
@@ -73,28 +61,24 @@ def _layer(event: Event) -> str:
     return f"layer {where}" if where.isdigit() else where if where == "head" else ""
 
 
-def _span(ith: int, name: str, category: str, begin: int, end: int, **args: object) -> dict[str, Any]:
+def _span(zero: int, ith: int, name: str, category: str, begin: int, end: int, /, **args: object) -> ChromeEvent:
     """Return a complete event. Its times are microseconds with three decimals, so they are exact to the nanosecond."""
-    times = {"ts": round(begin / 1000, 3), "dur": round((end - begin) / 1000, 3)}
-    return {"name": name, "cat": category, "ph": "X", "pid": 1, "tid": ith, **times, "args": args}
+    times = {"ts": round((begin - zero) / 1000, 3), "dur": round((end - begin) / 1000, 3)}
+    return {**_event(name, ith, **args), "cat": category, "ph": "X", **times}
 
 
-def _meta(kind: str, ith: int, **args: object) -> dict[str, Any]:
+def _event(name: str, ith: int, /, **args: object) -> ChromeEvent:
     """Return a metadata event, for example the name of a track."""
-    return {"name": kind, "ph": "M", "pid": 1, "tid": ith, "args": args}
+    return {"name": name, "ph": "M", "pid": 1, "tid": ith, "args": args}
 
 
 # ------------------------------------------------------------------------------------------------ Paraver
 
 IDLE, RUNNING, SYNCHRONISATION, FORK_JOIN = 0, 1, 5, 7
 STATES = {
-    IDLE: ("Idle", "117,195,255"),
-    RUNNING: ("Running", "0,0,255"),
-    SYNCHRONISATION: ("Synchronization", "179,0,0"),
-    FORK_JOIN: ("Scheduling and Fork/Join", "255,255,0"),
-    9: ("Blocked", "0,162,0"),
-    12: ("I/O", "172,174,41"),
-}
+    IDLE: ("Idle", "117,195,255"), RUNNING: ("Running", "0,0,255"), SYNCHRONISATION: ("Synchronization", "179,0,0"),
+    FORK_JOIN: ("Scheduling and Fork/Join", "255,255,0"), 9: ("Blocked", "0,162,0"), 12: ("I/O", "172,174,41"),
+}  # fmt: skip
 MODE, PHASE, LAYER = 60000001, 60000002, 60000003  # event types; the value 0 ends an event
 SAMPLER = "sampler"
 PCF_HEAD = """\
@@ -121,13 +105,15 @@ Interval = tuple[int, int, int, str, str]  # begin, end, state, phase or "", pla
 
 def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[str]:
     """Write STEM.prv, STEM.pcf and STEM.row; return their names. Every worker has exactly one state at every time."""
-    events = [event for call in calls for step in call.steps for noted in step for event in noted]
+    events = [event for call in calls for step in call.steps for noted in step for event in noted if event.phase != WAKE]
     names = {
         MODE: [*dict.fromkeys(call.mode for call in calls)],
-        PHASE: [*dict.fromkeys(event.phase for event in events if event.phase != WAKE), SAMPLER],
-        LAYER: [*dict.fromkeys(_place(event) for event in events if event.phase != WAKE), SAMPLER],
+        PHASE: [*dict.fromkeys(event.phase for event in events), SAMPLER],
+        LAYER: [*dict.fromkeys(_place(event) for event in events), SAMPLER],
     }
-    texts = {".prv": _prv(calls, nth, names), ".pcf": _pcf(names), ".row": _row(nth)}
+    levels = {"CPU": [f"CPU {i + 1}" for i in range(nth)], "NODE": ["node 1"], "THREAD": [f"worker {i}" for i in range(nth)]}
+    blocks = ["\n".join([f"LEVEL {level} SIZE {len(own)}", *own]) for level, own in levels.items()]
+    texts = {".prv": _prv(calls, nth, names), ".pcf": _pcf(names), ".row": "\n\n".join(blocks) + "\n"}
     for suffix, text in texts.items():
         with atomic_file(f"{os.fspath(stem)}{suffix}") as file:
             file.write(text.encode())
@@ -196,13 +182,3 @@ def _pcf(names: dict[int, list[str]]) -> str:
         lines += ["", "", "EVENT_TYPE", f"0    {number}    {label}", "VALUES", "0    End"]
         lines += [f"{value}    {name}" for value, name in enumerate(names[number], 1)]
     return PCF_HEAD + "\n".join(lines) + "\n"
-
-
-def _row(nth: int) -> str:
-    """Return the names of processors, nodes and threads."""
-    levels = {
-        "CPU": [f"CPU {ith + 1}" for ith in range(nth)],
-        "NODE": ["node 1"],
-        "THREAD": [f"worker {ith}" for ith in range(nth)],
-    }
-    return "\n\n".join("\n".join([f"LEVEL {level} SIZE {len(names)}", *names]) for level, names in levels.items()) + "\n"

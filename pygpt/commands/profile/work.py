@@ -12,6 +12,7 @@ AdamW has 17 operations, including a root and a division, and 28 bytes: it reads
 all except the gradient.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from ...config import Config
@@ -24,44 +25,46 @@ WEIGHTS = {"qkv": "qkvw", "attproj": "attprojw", "fc": "fcw", "fcproj": "fcprojw
 
 def work(config: Config, stored: Stored, calls: Iterable[Call]) -> Work:
     """Return the work of all calls by kernel. stored: the weights of generation; training has float32."""
-    total: Work = {}
+    total: Work = defaultdict(lambda: (0, 0))
     for call in calls:
         if call.stages:
             found = _iteration(config, call.sequences, call.rows // call.sequences)
         else:
             found = _call(config, stored, call.rows, call.position, max(1, len(call.steps)))
         for name, (flop, size) in found.items():
-            before = total.get(name, (0, 0))
-            total[name] = before[0] + flop, before[1] + size
+            total[name] = total[name][0] + flop, total[name][1] + size
     return total
 
 
 def _call(config: Config, stored: Stored, T: int, position: int, steps: int) -> Work:
     """Return the work of one call: T rows after `position` others, in equal steps, with the logits of the last row."""
-    L, C, V = config.L, config.C, config.V
-    F = config.F
+    L, C, F, V = config.L, config.C, config.F, config.V
     pairs = T * position + T * (T + 1) // 2  # number of (row, visible key)
     seen = sum(position + T * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
 
-    def product(phase: str, N: int, K: int, rows: int, steps: int, extra: int = 0) -> tuple[int, int]:
-        layers = 1 if phase == "logits" else L
-        return 2 * rows * N * K, steps * stored[WEIGHTS[phase]][1] // layers + 4 * rows * (N + K + extra)
+    def product(phase: str, N: int, K: int, extra: int = 0) -> tuple[int, int]:
+        return 2 * T * N * K, steps * stored[WEIGHTS[phase]][1] // L + 4 * T * (N + K + extra)
 
-    def layers(one: tuple[int, int]) -> tuple[int, int]:
-        return L * one[0], L * one[1]
-
+    norm = 8 * T * C, 8 * T * C
+    layer = {
+        "ln1": norm,
+        "qkv": product("qkv", 3 * C, C, extra=2 * C),  # keys and values go to the cache as well
+        "attention": (4 * C * pairs, 4 * (2 * C * seen + 2 * T * C)),
+        "attproj": product("attproj", C, C, extra=2 * C),  # the residual stream is read and written
+        "ln2": norm,
+        "fc": product("fc", F, C),
+        "fcproj": product("fcproj", C, F, extra=2 * C),
+    }
     return {
         "encoder": (T * C, T * (stored["wte"][1] // V + stored["wpe"][1] // config.maxT + 4 * C)),
-        "ln1": layers((8 * T * C, 8 * T * C)),
-        "qkv": layers(product("qkv", 3 * C, C, T, steps, extra=2 * C)),  # keys and values go to the cache as well
-        "attention": layers((4 * C * pairs, 4 * (2 * C * seen + 2 * T * C))),
-        "attproj": layers(product("attproj", C, C, T, steps, extra=2 * C)),  # the residual stream is read and written
-        "ln2": layers((8 * T * C, 8 * T * C)),
-        "fc": layers(product("fc", F, C, T, steps)),
-        "fcproj": layers(product("fcproj", C, F, T, steps, extra=2 * C)),
+        **_in_layers(L, layer),
         "lnf": (8 * C, 8 * C),
-        "logits": product("logits", V, C, 1, 1),
+        "logits": (2 * V * C, stored["wte"][1] + 4 * (V + C)),
     }
+
+
+def _in_layers(L: int, layer: Work) -> Work:
+    return {name: (L * flop, L * size) for name, (flop, size) in layer.items()}
 
 
 def _iteration(config: Config, B: int, T: int) -> Work:
@@ -94,7 +97,7 @@ def _iteration(config: Config, B: int, T: int) -> Work:
     }
     return {
         "encoder": (R * C, 12 * R * C),
-        **{name: (L * flop, L * size) for name, (flop, size) in layer.items()},
+        **_in_layers(L, layer),
         "lnf": norm,
         "logits": product(V, C),
         "loss": (2 * R * V, 8 * R * V),

@@ -18,10 +18,8 @@ STEPS, LR, WEIGHT_DECAY = 10, 1e-4, 0.01
 
 
 def check(engine: "TrainableGPT2 | SerialTrainableGPT2", path: str) -> bool:
-    """Print the table of differences and the losses of ten steps. Return whether all differences are within tolerance.
-
-    path: llm.c's debug state. Raises DataError if the file does not fit the model.
-    """
+    """Print the table of differences and the losses of ten steps. Return whether all differences are within tolerance. path:
+    llm.c's debug state. Raises DataError if the file does not fit the model."""
     state = read_debug_state(path, engine.config)
     loss = mean(engine.forward(state.inputs, state.targets))
     engine.backward()

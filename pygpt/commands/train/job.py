@@ -17,13 +17,16 @@ import numpy.typing as npt
 from ...config import Config
 from ...errors import DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.checkpoint import check_plain
-from ...formats.open import vocabulary_beside
+from ...formats.open import open_floats, vocabulary_beside
 from ...formats.shards import read_tokens
 from ...formats.text import joined, read_text, tokens_and_labels
+from ...hub.find import find_model
 from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
-from ...training.data import DataLoader, split
-from ...training.options import TrainingOptions
+from ...training.data import DataLoader, matching, split
+from ...training.options import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, TrainingOptions
 from ...training.state import TrainingState
+from ..console import say
+from ..profile.plots import matplotlib
 from .report import pictures
 
 SHAPES = {
@@ -34,35 +37,20 @@ SHAPES = {
 }
 GPT2_MAXT = 1024
 MOST = 1 << 30
-# Limits of a job's whole numbers, on the command line and in a training state.
-WHOLE = {
-    "val_tokens": (1, MOST),
-    "B": (1, MOST),
-    "T": (1, MOST),
-    "seed": (0, 2**64 - 1),
-    "val_every": (1, MOST),
-    "val_batches": (1, MOST),
-    "sample_every": (0, MOST),
-    "sample_tokens": (1, MOST),
-    "save_every": (0, MOST),
-    "patience": (1, MOST),
-    "version": (3, 5),
-}
+# Limits of whole numbers, on the command line and, for a job's, in a training state.
+WHOLE = dict.fromkeys(("val_tokens", "B", "T", "val_every", "val_batches", "sample_tokens", "patience"), (1, MOST))
+WHOLE |= dict.fromkeys(("sample_every", "save_every"), (0, MOST)) | {"version": (3, 5), "threads": (1, 256)}
+WHOLE |= {"seed": (0, 2**64 - 1), "train_tokenizer": (257, 1 << 16), "timeout": (1, 10**6)}
+WHOLE |= {"steps": (1, MOST_STEPS), "warmup": (0, MOST_STEPS), "accumulate": (1, MOST_MICRO_BATCHES)}
+WHOLE |= dict.fromkeys(("parts", "ranks"), (1, MOST_PARTS))
+RANDOM = "random"  # the value of --init for random weights
 BEST = "best"  # the field of a training state with the best validation loss and its step
 SHARD = ".bin"  # data files with another ending are text
 FOLDERLESS = ".safetensors"  # the ending of model files that can describe every model
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
 Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # shards, or tokens; labels or None
-FIXED = (
-    "val_tokens",
-    "val_fraction",
-    "B",
-    "T",
-    "seed",
-    "shuffle",
-    "field",
-    "no_special",
-)  # the stored position in the data depends on these
+# The stored position in the data depends on these.
+FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle", "field", "no_special")
 
 
 # ------------------------------------------------------------------------------------------------ the job
@@ -73,8 +61,7 @@ class Job:
     """The options that a training state stores in addition to TrainingOptions, so that --resume works without options.
 
     Raises InputError for a value out of its range, and TypeError for a value of a wrong type. Only a training state of another
-    program can contain a wrong type.
-    """
+    program can contain a wrong type."""
 
     data: str
     val: str | None = None
@@ -137,10 +124,8 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
 
 
 def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
-    """Return the job and the optimizer's options of a resumed run, and a notice for each option that changes.
-
-    Given options replace those of the state. Raises InputError if an option cannot change or another program wrote the state.
-    """
+    """Return the job and the optimizer's options of a resumed run, and a notice for each option that changes. Given options
+    replace those of the state. Raises InputError if an option cannot change or another program wrote the state."""
     for name in ("init", "shape"):
         if name in given:
             raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
@@ -163,14 +148,11 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
 
 
 def _job_part(given: dict[str, Any]) -> dict[str, Any]:
-    part = {name: given[name] for name in JOB & set(given)}
-    return part | {name: _absolute(part[name]) for name in PATHS if name in part}
-
-
-def _absolute(path: str) -> str:
-    """Return the absolute path of a file or a pattern."""
-    here = os.getcwd()
-    return os.path.join(here if os.path.lexists(path) else glob.escape(here), path)
+    part, here = {name: given[name] for name in JOB & set(given)}, os.getcwd()
+    for name in PATHS:  # files or patterns
+        if name in part:
+            part[name] = os.path.join(here if os.path.lexists(part[name]) else glob.escape(here), part[name])
+    return part
 
 
 def flag(name: str) -> str:
@@ -192,9 +174,8 @@ def number(text: str) -> float:
 
 
 def shape_of(text: str, V: int = GPT2_V) -> Config:
-    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else.
-
-    V: the ids if the shape does not say them."""
+    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else. V: the ids
+    if the shape does not say them."""
     if text in SHAPES:
         return Config(V=V, maxT=GPT2_MAXT, **SHAPES[text])
     parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]
@@ -204,18 +185,44 @@ def shape_of(text: str, V: int = GPT2_V) -> Config:
     return Config(**{"V": V, **found})
 
 
+def beginning(given: dict[str, Any]) -> tuple[Config, str]:
+    """Return the dimensions of a new run's model, and the path of its first checkpoint, or "random"."""
+    init, shape = given.get("init"), given.get("shape")
+    if init == RANDOM or (init is None and shape is not None):
+        if shape is None:
+            raise InputError("--init random needs --shape: give gpt2, or a shape such as L=4,NH=4,C=128,maxT=256")
+        tokenizer = new_vocabulary(given)
+        config = shape_of(shape) if tokenizer is None else shape_of(shape, tokenizer.V)
+        return with_tokenizer(config, tokenizer), RANDOM
+    if shape is not None:
+        raise InputError(f"--shape and --init {init} were both given, but the checkpoint has a shape already: give one of them")
+    path, origin = find_model(init)
+    if origin == "embedded":
+        say("training the small embedded Shakespeare model; for another model use --init, for random weights --shape")
+    if made := {"train_tokenizer", "chars"} & {*given}:
+        raise InputError(f"{flag(*made)} makes a vocabulary, which a trained model cannot know: begin with --shape")
+    with open_floats(path) as checkpoint:
+        return with_tokenizer(checkpoint.config, new_vocabulary(given)), path
+
+
+def with_tokenizer(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """Let a config have this tokenizer, if there is one; return the config. Raises InputError if the model has fewer ids."""
+    if tokenizer is not None:
+        padded = Tokenizer(tokenizer.vocabulary(), V=config.V)
+        config.tokenizer = lambda: padded
+    return config
+
+
 # ------------------------------------------------------------------------------------------------ data
 
 
 def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
-    """Return the loaders of training and validation data (None without validation). Every id is checked against V.
-
-    Raises DataError for missing, damaged or unsuitable files, InputError for options that do not fit the data.
-    """
+    """Return the loaders of training and validation data (None without validation). Every id is checked against V. Raises
+    DataError for missing, damaged or unsuitable files, InputError for options that do not fit the data."""
     seed, V = job.seed if job.shuffle else None, config.V
     if job.val_tokens is None and job.val_fraction is None:
         train = _loader(job, job.data, _source(job, job.data, config), V, seed=seed)
-        return train, None if job.val is None else _validation(job, job.val, _source(job, job.val, config), V)
+        return train, None if job.val is None else _loader(job, job.val, _source(job, job.val, config), V, use="validation: ")
     tokens, labels = _source(job, job.data, config)
     if isinstance(tokens, list):
         if len(tokens) > 1:
@@ -225,30 +232,17 @@ def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
     left, right = split(tokens, **sizes)
     left_labels, right_labels = (None, None) if labels is None else split(labels, **sizes)
     train = _loader(job, job.data, (left, left_labels), V, seed=seed)
-    return train, _validation(job, job.data, (right, right_labels), V)
+    return train, _loader(job, job.data, (right, right_labels), V, use="validation: ")
 
 
-def _loader(job: Job, name: str, source: Source, V: int, seed: int | None = None) -> DataLoader:
+def _loader(job: Job, name: str, source: Source, V: int, *, seed: int | None = None, use: str = "") -> DataLoader:
+    """Return a loader. Validation is not shuffled: every evaluation uses the same batches."""
     tokens, labels = source
     try:
         return DataLoader(tokens, job.B, job.T, shuffle_seed=seed, V=V, labels=labels)
     except DataError as error:
-        raise DataError(f"{name}: {error}" if isinstance(tokens, np.ndarray) else str(error)) from None  # names a shard already
-
-
-def _validation(job: Job, name: str, source: Source, V: int) -> DataLoader:
-    try:
-        return _loader(job, name, source, V)  # not shuffled: every evaluation uses the same batches
-    except DataError as error:
-        raise DataError(f"validation: {error}") from None
-
-
-def check_text(path: str) -> None:
-    """Raise DataError if the path is a folder or a device: --resume must be able to read the text again."""
-    if os.path.isdir(path):
-        raise DataError(f"{path}: a folder: name its files by a pattern in quotes, such as {os.path.join(path, '*.bin')!r}")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise DataError(f"{path}: not a regular file: save it as a file first, so that --resume can read the text again")
+        where = f"{name}: " if isinstance(tokens, np.ndarray) else ""  # an error of shards names one already
+        raise DataError(f"{use}{where}{error}") from None
 
 
 def _source(job: Job, pattern: str, config: Config) -> Source:
@@ -266,14 +260,15 @@ def _source(job: Job, pattern: str, config: Config) -> Source:
 
 def files_of_data(pattern: str) -> tuple[list[str], bool]:
     """Return the files that a name or pattern matches, and whether they are text. Raises DataError for none, or both kinds."""
-    names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
-    if not names:
-        raise DataError(f"{pattern!r}: not a file, and not a pattern that matches files: check the name")
+    names = matching(pattern, "check the name")
     shards = [name for name in names if name.endswith(SHARD)]
     if len(shards) == len(names):
         return shards, False
     for name in names:
-        check_text(name)
+        if os.path.isdir(name):
+            raise DataError(f"{name}: a folder: name its files by a pattern in quotes, such as {os.path.join(name, '*.bin')!r}")
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise DataError(f"{name}: not a regular file: save it as a file first, so that --resume can read the text again")
     if shards:
         raise DataError(f"{pattern!r}: {shards[0]} has tokens, but {min({*names} - {*shards})} is text: train on one kind")
     return names, True
@@ -281,7 +276,6 @@ def files_of_data(pattern: str) -> tuple[list[str], bool]:
 
 def new_vocabulary(given: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer that the options ask for: a file's, or one made from the text of --data. None without an option.
-
     Raises InputError if there is more than one option, or if a vocabulary cannot be made from this data."""
     asked = [name for name in ("tokenizer", "train_tokenizer", "chars") if name in given]
     if not asked:
@@ -317,7 +311,6 @@ class Output(NamedTuple):
     @classmethod
     def named(cls, name: str, config: Config) -> "Output":
         """Return the files of --out STEM, STEM.bin or STEM.safetensors. Raises InputError for a name that cannot be a file.
-
         Without an ending, a model that a .bin file cannot describe is written as STEM.safetensors."""
         ending = next((ending for ending in (SHARD, FOLDERLESS) if name.endswith(ending)), "")
         stem = name.removesuffix(ending)
@@ -356,20 +349,6 @@ def files_of(state: TrainingState) -> set[str]:
     return {os.path.realpath(name) for name in names if name}
 
 
-def check_distinct(paths: list[str]) -> None:
-    """Raise InputError if one file was given for two uses."""
-    names = [os.path.realpath(path) for path in paths]
-    for path, name in zip(paths, names, strict=True):
-        if names.count(name) > 1:
-            raise InputError(f"{path}: was given for two uses: data, --out, --log and --plot must be different files")
-
-
-def check_new(path: str) -> None:
-    """Raise InputError if the file exists already."""
-    if os.path.lexists(path):
-        raise InputError(f"{path}: exists already: give another name, --force to replace it, or --resume to continue its run")
-
-
 def check_writable(path: str, *, make_folder: bool = False) -> None:
     """Raise InputError before training if a file of this name cannot be written."""
     if os.path.lexists(path) and not os.path.isfile(path):
@@ -385,17 +364,43 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
         raise InputError(f"{path}: cannot write into the folder {folder}: {error.strerror}") from None
 
 
-def check_room(output: Output, config: Config, job: Job) -> None:
-    """Raise PyGPTError if the disk has no room for one state and one model, or two models with keep_best."""
-    P = config.parameters(padded=True)
-    needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * P
-    folder = os.path.dirname(os.path.realpath(output.state))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise PyGPTError(f"{folder}: {free} bytes are free, but state and model take {needed}: make room, or save elsewhere")
-
-
 def leftovers(path: str) -> list[str]:
     """Return the temporary files of this path that a killed run left behind. atomic_file() chose their names."""
     path = os.path.realpath(path)
     return [name for name in glob.glob(f"{glob.escape(path)}.*.tmp") if re.fullmatch(r"\.[0-9a-f]{8}\.tmp", name[len(path) :])]
+
+
+def prepare(job: Job, config: Config, output: Output | None, state: TrainingState | None, *, force: bool) -> None:
+    """Raise InputError or PyGPTError before training if its results cannot be saved; remove files of killed runs. state: of the
+    resumed run, which may replace its own files."""
+    mine = set() if state is None else files_of(state)
+    written = [*(output or ()), *([output.best] if output and job.keep_best else ()), *filter(None, [job.log])]
+    if output is not None and config.tokenizer is not None:
+        written.append(vocabulary_beside(output.model))
+    older = [] if output is None else [f"{output.state}.1"]
+    drawings = [] if job.plot is None else pictures(job.plot)
+    drawn = {*drawings, *filter(None, [job.plot])}  # include the name of a folder of pictures
+    used = [*written, *older, *sorted(drawn), *filter(None, [job.data, job.val])]
+    names = [os.path.realpath(path) for path in used]
+    for path, name in zip(used, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"{path}: was given for two uses: data, --out, --log and --plot must be different files")
+    for path in () if force else (*written, *older, *drawings):
+        if os.path.realpath(path) not in mine and os.path.lexists(path):
+            advice = "give another name, --force to replace it, or --resume to continue its run"
+            raise InputError(f"{path}: exists already: {advice}")
+    for path in drawings:
+        check_writable(path, make_folder=True)
+    if drawings:
+        matplotlib()  # if it is missing, report that now
+    for path in written:
+        check_writable(path)
+        for left in leftovers(path):
+            os.unlink(left)
+            say(f"removed {left}, a temporary file of a killed run")
+    if output is not None:  # room for one state and one model, or two models with --keep-best
+        needed = (3 * 4 + VALUE_BYTES[job.version] * (1 + job.keep_best)) * config.parameters(padded=True)
+        folder = os.path.dirname(os.path.realpath(output.state))
+        if (free := shutil.disk_usage(folder).free) < needed:
+            text = f"{free} bytes are free, but state and model take {needed}"
+            raise PyGPTError(f"{folder}: {text}: make room, or save elsewhere")

@@ -42,7 +42,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -52,48 +52,27 @@ from ... import __version__
 from ..._kernels import cpu_info
 from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
-from ...formats.open import open_floats, set_tokenizer, vocabulary_beside
+from ...formats.open import set_tokenizer, vocabulary_beside
 from ...formats.vocabulary import write_vocabulary
 from ...hub.find import find_model
 from ...reference import SerialTrainableGPT2
-from ...tokenizer import Tokenizer, tokenizer_of
+from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
 from ...training.parallel import open_ranks
 from ...training.parallel.ranks import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import HelpFormatter, Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
-from ..profile.plots import matplotlib
 from ..progress import Progress
 from . import check, report
 from .estimate import estimate
-from .job import (
-    BEST,
-    PATHS,
-    WHOLE,
-    Job,
-    Output,
-    best_of,
-    check_distinct,
-    check_new,
-    check_room,
-    check_writable,
-    files_of,
-    flag,
-    leftovers,
-    new,
-    new_vocabulary,
-    number,
-    open_data,
-    resumed,
-    shape_of,
-)
+from .job import BEST, PATHS, RANDOM, WHOLE, Job, Output, beginning, best_of, flag, new, number, open_data, prepare, resumed
 
-RANDOM = "random"  # the value of --init for random weights
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
 Engine = TrainableGPT2 | SerialTrainableGPT2
+ENGINES: dict[bool, type[Engine]] = {False: TrainableGPT2, True: SerialTrainableGPT2}  # by --reference
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,17 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
     """Run the command on the ranks that mpiexec or srun started, or on this process alone. Only the first rank prints."""
-    options, wrong = argparse.Namespace(timeout=None), InputError()
-    try:
-        options = build_parser().parse_args(arguments)
-    except InputError as error:
-        wrong = error  # report it after the ranks can agree on it
-    with open_ranks(options.timeout or TIMEOUT_S) as ranks:
+    timeout, parse = TIMEOUT_S, partial(build_parser().parse_args, arguments)
+    with suppress(InputError):  # reported when the ranks can agree on it
+        timeout = parse().timeout or TIMEOUT_S
+    with open_ranks(timeout) as ranks:
         streams = sys.stdout, sys.stderr
         try:
             if ranks.rank:
                 sys.stdout = sys.stderr = None  # as for closed streams, print() does nothing
-            ranks.together(partial(check_parsed, wrong))
+            options = ranks.together(parse)
+            assert options is not None
             run(options, stop, ranks)
         except PyGPTError as error:
             if ranks.agreed:
@@ -125,116 +103,88 @@ def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
                 sys.stdout, sys.stderr = streams
 
 
-def check_parsed(wrong: InputError) -> None:
-    """Raise the error of the command line, if it has one."""
-    if wrong.args:
-        raise wrong
+# By group, each option as "flag metavar" (a switch has no metavar) and its help. WHOLE has the limits of whole numbers.
+OPTIONS = {
+    "data": {
+        "--data FILE": "training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); "
+        "a file or a quoted pattern",
+        "--val FILE": "validation data, in the same forms as --data",
+        "--val-tokens N": "validate on the first N tokens of --data instead",
+        "--val-fraction F": "validate on this last part of --data instead, such as 0.1",
+        "-B N": "sequences in a batch (default 4)",
+        "-T N": "tokens in a sequence (default 64)",
+        "--shuffle": "shuffle the batches, differently in every epoch",
+        "--seed N": "seed of random weights and of --shuffle (default 1)",
+    },
+    "model": {
+        "--init FILE": "begin with this checkpoint, or with `random` weights (default: "
+        "the model that `pygpt` uses, see pygpt --help)",
+        "--shape SHAPE": "begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
+        "L=4,NH=4,C=128,maxT=256[,V=50257]",
+        "--tokenizer FILE": TOKENIZER_HELP,
+        "--train-tokenizer N": "make a vocabulary of N ids from --data (needs tokenizers); it is saved as FILE.tokenizer.json",
+        "--chars": "make a vocabulary of the characters of --data",
+        "--threads N": "threads (default $PYGPT_THREADS, else one per usable core)",
+        "--reference": "train with the slow serial reference",
+    },
+    "optimizer": {
+        "--steps N": "total number of updates (default 40)",
+        "--lr X": "learning rate (default 1e-4)",
+        "--schedule NAME": "constant (default), or cosine or linear, which fall to --min-lr",
+        "--warmup N": "raise the learning rate during the first N steps (default 0)",
+        "--min-lr X": "final learning rate of the cosine and linear schedules (default 0)",
+        "--beta1 X": "AdamW's decay rate for the mean of gradients (default 0.9)",
+        "--beta2 X": "AdamW's decay rate for the mean of squared gradients (default 0.999)",
+        "--eps X": "AdamW's term added to the square root (default 1e-8)",
+        "--weight-decay X": "AdamW's weight decay of all tensors (default 0)",
+        "--decay-matrices-only": "exclude biases and layer norms from weight decay",
+        "--clip X": "scale the gradient down to at most this norm (default 0: no limit)",
+        "--accumulate N": "average the gradients of N batches for each step (default 1)",
+    },
+    "ranks": {
+        "--parts S": "parts of a step, a multiple of the number of ranks (default 1)",
+        "--timeout S": "end a rank after S seconds without a message (default 600)",
+        "--estimate": "do not train, but estimate the time of a step on --ranks over --gbit",
+        "--ranks N": "the number of ranks for --estimate (default: --parts, else 8)",
+        "--gbit G": "the network's speed for --estimate in Gbit/s (default 10)",
+    },
+    "saving": {
+        "--out FILE": "save the model as FILE.bin or FILE.safetensors, and the state as FILE.state (default: save nothing)",
+        "--version N": "version of FILE.bin: 3, float32 (default); 5, bfloat16",
+        "--save-every N": "save every N steps (default 100; 0: only at the end)",
+        "--resume STATE": "continue the run of this state; its options are the defaults",
+        "--force": "replace existing files",
+    },
+    "reports": {
+        "--val-every N": "validate every N steps (default 10)",
+        "--keep-best": "save the model of the best validation as FILE.best.bin",
+        "--patience N": "stop early after N validations in a row without a better one (default: never)",
+        "--val-batches N": "use N batches for each validation (default 5)",
+        "--sample-every N": "print a sample of text every N steps (default 20; 0: never)",
+        "--sample-tokens N": "tokens in a sample (default 64)",
+        "--log FILE": "write a line of JSON for each step",
+        "--plot PATH": "draw the loss: a .svg, .png or .pdf file, or a folder (needs matplotlib)",
+        "--check STATE": "do not train, but compare the gradients with llm.c's debug state",
+    },
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options. Missing options are None: a resumed run has its own values."""
-    parser = Parser(
-        prog="pygpt train",
-        usage="pygpt train [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        metavar="FILE",
-        help="training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); a file or a quoted pattern",
-    )
-    add("--val", metavar="FILE", help="validation data, in the same forms as --data")
-    add("--val-tokens", metavar="N", type=whole(*WHOLE["val_tokens"]), help="validate on the first N tokens of --data instead")
-    add("--val-fraction", metavar="F", type=number, help="validate on this last part of --data instead, such as 0.1")
-    add_text_options(add)
-    add("-B", metavar="N", type=whole(*WHOLE["B"]), help="sequences in a batch (default 4)")
-    add("-T", metavar="N", type=whole(*WHOLE["T"]), help="tokens in a sequence (default 64)")
-    add("--shuffle", action="store_true", default=None, help="shuffle the batches, differently in every epoch")
-    add("--seed", metavar="N", type=whole(*WHOLE["seed"]), help="seed of random weights and of --shuffle (default 1)")
-
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--init",
-        metavar="FILE",
-        help="begin with this checkpoint, or with `random` weights (default: the model that `pygpt` uses, see pygpt --help)",
-    )
-    add(
-        "--shape",
-        metavar="SHAPE",
-        help="begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
-        "L=4,NH=4,C=128,maxT=256[,V=50257]",
-    )
-    add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
-    add(
-        "--train-tokenizer",
-        metavar="N",
-        type=whole(257, 1 << 16),
-        help="make a vocabulary of N ids from --data (needs tokenizers); it is saved as FILE.tokenizer.json",
-    )
-    add("--chars", action="store_true", default=None, help="make a vocabulary of the characters of --data")
-    add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
-    add("--reference", action="store_true", default=None, help="train with the slow serial reference")
-
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--steps", metavar="N", type=whole(1, 2**31 - 1), help="total number of updates (default 40)")
-    add("--lr", metavar="X", type=number, help="learning rate (default 1e-4)")
-    add("--schedule", metavar="NAME", help="constant (default), or cosine or linear, which fall to --min-lr")
-    add("--warmup", metavar="N", type=whole(0, 2**31 - 1), help="raise the learning rate during the first N steps (default 0)")
-    add("--min-lr", metavar="X", type=number, help="final learning rate of the cosine and linear schedules (default 0)")
-    add("--beta1", metavar="X", type=number, help="AdamW's decay rate for the mean of gradients (default 0.9)")
-    add("--beta2", metavar="X", type=number, help="AdamW's decay rate for the mean of squared gradients (default 0.999)")
-    add("--eps", metavar="X", type=number, help="AdamW's term added to the square root (default 1e-8)")
-    add("--weight-decay", metavar="X", type=number, help="AdamW's weight decay of all tensors (default 0)")
-    add("--decay-matrices-only", action="store_true", default=None, help="exclude biases and layer norms from weight decay")
-    add("--clip", metavar="X", type=number, help="scale the gradient down to at most this norm (default 0: no limit)")
-    add("--accumulate", metavar="N", type=whole(1, 10**6), help="average the gradients of N batches for each step (default 1)")
-
-    add = parser.add_argument_group("ranks").add_argument
-    add("--parts", metavar="S", type=whole(1, 1 << 16), help="parts of a step, a multiple of the number of ranks (default 1)")
-    add("--timeout", metavar="S", type=whole(1, 10**6), help="end a rank after S seconds without a message (default 600)")
-    add("--estimate", action="store_true", help="do not train, but estimate the time of a step on --ranks over --gbit")
-    add("--ranks", metavar="N", type=whole(1, 1 << 16), help="the number of ranks for --estimate (default: --parts, else 8)")
-    add("--gbit", metavar="G", type=number, help="the network's speed for --estimate in Gbit/s (default 10)")
-
-    add = parser.add_argument_group("saving").add_argument
-    add(
-        "--out",
-        metavar="FILE",
-        help="save the model as FILE.bin or FILE.safetensors, and the state as FILE.state (default: save nothing)",
-    )
-    add("--version", metavar="N", type=whole(*WHOLE["version"]), help="version of FILE.bin: 3, float32 (default); 5, bfloat16")
-    add(
-        "--save-every",
-        metavar="N",
-        type=whole(*WHOLE["save_every"]),
-        help="save every N steps (default 100; 0: only at the end)",
-    )
-    add("--resume", metavar="STATE", help="continue the run of this state; its options are the defaults")
-    add("--force", action="store_true", help="replace existing files")
-
-    add = parser.add_argument_group("reports").add_argument
-    add("--val-every", metavar="N", type=whole(*WHOLE["val_every"]), help="validate every N steps (default 10)")
-    add("--keep-best", action="store_true", default=None, help="save the model of the best validation as FILE.best.bin")
-    add(
-        "--patience",
-        metavar="N",
-        type=whole(*WHOLE["patience"]),
-        help="stop early after N validations in a row without a better one (default: never)",
-    )
-    add("--val-batches", metavar="N", type=whole(*WHOLE["val_batches"]), help="use N batches for each validation (default 5)")
-    add(
-        "--sample-every",
-        metavar="N",
-        type=whole(*WHOLE["sample_every"]),
-        help="print a sample of text every N steps (default 20; 0: never)",
-    )
-    add("--sample-tokens", metavar="N", type=whole(*WHOLE["sample_tokens"]), help="tokens in a sample (default 64)")
-    add("--log", metavar="FILE", help="write a line of JSON for each step")
-    add("--plot", metavar="PATH", help="draw the loss: a .svg, .png or .pdf file, or a folder (needs matplotlib)")
-    add("--check", metavar="STATE", help="do not train, but compare the gradients with llm.c's debug state")
+    parser = Parser(prog="pygpt train", usage="pygpt train [options]", description=__doc__)
+    for title, rows in OPTIONS.items():
+        add = parser.add_argument_group(title).add_argument
+        for row, text in rows.items():
+            word, _, metavar = row.partition(" ")
+            name = word.lstrip("-").replace("-", "_")
+            kind = whole(*WHOLE[name]) if name in WHOLE else number if metavar in ("F", "G", "X") else str
+            words = ["-t", word] if name == "threads" else [word]
+            if metavar:
+                add(*words, metavar=metavar, type=kind, help=text)
+            else:
+                add(*words, action="store_true", default=None, help=text)
+        if title == "data":
+            add_text_options(add)
     return parser
 
 
@@ -242,10 +192,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Stop:
-    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step.
-
-    A second signal takes effect immediately.
-    """
+    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step. A second signal
+    takes effect immediately."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -310,10 +258,12 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         output = Output.named(options.out, config) if options.out else Output.of_state(options.resume, config)
         if os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
             set_tokenizer(config, path)
-        if job.plot is not None and "plot" not in given:
-            check_pictures(report.pictures(job.plot), state)
+        for path in report.pictures(job.plot) if job.plot is not None and "plot" not in given else ():
+            if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
+                # A state from an unknown author could otherwise overwrite any file.
+                raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
     if ranks.rank == 0:  # only this rank writes
-        prepare(job, config, output, set() if state is None else files_of(state), force=options.force)
+        prepare(job, config, output, state, force="force" in given)
     train, validation = open_data(job, config)
     engine = make_engine(config, init, job, options.threads)
     engine.config.tokenizer = config.tokenizer
@@ -349,80 +299,9 @@ def warn_about_cores(ranks: Ranks, threads: int) -> None:
             )
 
 
-def check_pictures(paths: list[str], state: TrainingState) -> None:
-    """Raise InputError if a picture that the state names exists in another folder than the state.
-
-    A state from an unknown author could otherwise overwrite any file.
-    """
-    for path in paths:
-        if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
-            raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
-
-
-def beginning(given: dict[str, Any]) -> tuple[Config, str]:
-    """Return the dimensions of a new run's model, and the path of its first checkpoint, or "random"."""
-    init, shape = given.get("init"), given.get("shape")
-    if init == RANDOM or (init is None and shape is not None):
-        if shape is None:
-            raise InputError("--init random needs --shape: give gpt2, or a shape such as L=4,NH=4,C=128,maxT=256")
-        tokenizer = new_vocabulary(given)
-        config = shape_of(shape) if tokenizer is None else shape_of(shape, tokenizer.V)
-        return with_tokenizer(config, tokenizer), RANDOM
-    if shape is not None:
-        raise InputError(f"--shape and --init {init} were both given, but the checkpoint has a shape already: give one of them")
-    path, origin = find_model(init)
-    if origin == "embedded":
-        say("training the small embedded Shakespeare model; for another model use --init, for random weights --shape")
-    if made := {"train_tokenizer", "chars"} & {*given}:
-        raise InputError(f"{flag(*made)} makes a vocabulary, which a trained model cannot know: begin with --shape")
-    with open_floats(path) as checkpoint:
-        return with_tokenizer(checkpoint.config, new_vocabulary(given)), path
-
-
-def with_tokenizer(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """Let a config have this tokenizer, if there is one; return the config. Raises InputError if the model has fewer ids."""
-    if tokenizer is not None:
-        padded = Tokenizer(tokenizer.vocabulary(), V=config.V)
-        config.tokenizer = lambda: padded
-    return config
-
-
-def prepare(job: Job, config: Config, output: Output | None, mine: set[str], *, force: bool) -> None:
-    """Raise InputError or PyGPTError before training if its results cannot be saved; remove files of killed runs.
-
-    mine: the files of the resumed run, which it may replace.
-    """
-    written = [*(output or ()), *([output.best] if output and job.keep_best else ()), *filter(None, [job.log])]
-    if output is not None and config.tokenizer is not None:
-        written.append(vocabulary_beside(output.model))
-    older = [] if output is None else [f"{output.state}.1"]
-    pictures = [] if job.plot is None else report.pictures(job.plot)
-    drawn = {*pictures, *filter(None, [job.plot])}  # include the name of a folder of pictures
-    check_distinct([*written, *older, *sorted(drawn), *filter(None, [job.data, job.val])])
-    for path in () if force else (*written, *older, *pictures):
-        if os.path.realpath(path) not in mine:
-            check_new(path)
-    for path in pictures:
-        check_writable(path, make_folder=True)
-    if pictures:
-        matplotlib()  # if it is missing, report that now
-    for path in written:
-        check_writable(path)
-        for left in leftovers(path):
-            os.unlink(left)
-            say(f"removed {left}, a temporary file of a killed run")
-    if output is not None:
-        check_room(output, config, job)
-
-
-def engine_kind(*, reference: bool) -> type[Engine]:
-    """Return the class of the engine."""
-    return SerialTrainableGPT2 if reference else TrainableGPT2
-
-
 def make_engine(config: Config, init: str | None, job: Job, threads: int | None) -> Engine:
     """Return the engine. init: a checkpoint's path, "random", or None for weights that a training state will fill."""
-    kind = engine_kind(reference=job.reference)
+    kind = ENGINES[job.reference]
     if init is None:
         return kind(config, threads=threads)
     return kind.random(config, seed=job.seed, threads=threads) if init == RANDOM else kind.load(init, threads=threads)
@@ -449,12 +328,10 @@ def run_check(given: dict[str, Any]) -> None:
     if surplus := sorted({*given} - {"check", "init", "threads", "reference"}):
         raise InputError(f"--check does not train, so leave out {flag(surplus[0])}; it takes --init, -t and --reference")
     path, _ = find_model(given.get("init"))
-    kind = engine_kind(reference="reference" in given)
-    with kind.load(path, threads=given.get("threads")) as engine:
+    with ENGINES["reference" in given].load(path, threads=given.get("threads")) as engine:
         if not check.check(engine, given["check"]):
-            raise PyGPTError(
-                f"{given['check']}: the engine's results differ by more than the tolerance: check that {path} is the same model"
-            )
+            text = "the engine's results differ by more than the tolerance: check that"
+            raise PyGPTError(f"{given['check']}: {text} {path} is the same model")
 
 
 class Run:
@@ -544,15 +421,11 @@ class Run:
                 say(f"stopped early: the validation loss is not below that of step {self.best[1]}")
                 last = True
         if job.sample_every and done and done % job.sample_every == 0:
-            trainer.ranks.together(lambda: self.sample(lines), first=True)
+            show = lambda: lines.sampled(done, report.sample(trainer.engine, job.sample_tokens, seed=done))  # noqa: E731
+            trainer.ranks.together(show, first=True)
         if last:
             lines.finished(done)
         return last
-
-    def sample(self, lines: report.Report) -> None:
-        """Print a sample of text."""
-        with self.trainer.engine.model() as model:
-            lines.sampled(self.trainer.done, report.sample(model, self.job.sample_tokens, seed=self.trainer.done))
 
     def save(self) -> None:
         """Save the state, then the model, each atomically. Raises PyGPTError if writing fails."""
@@ -588,16 +461,16 @@ class Run:
         self.trainer.ranks.together(write, first=True)
 
     def rescue(self, error: Exception) -> None:
-        """Save the run after an error if its weights are useful, and print which state exists.
-
-        A failed step changes nothing, so the weights are those after the last good step. If their loss is not finite, save them
-        only if there is no earlier save.
-        """
+        """Save the run after an error if its weights are useful, and print which state exists. A failed step changes nothing,
+        so the weights are those after the last good step. If their loss is not finite, save them only if there is no earlier
+        save."""
         ranks = self.trainer.ranks
         if self.output is None or not ranks.agreed:  # to save takes all ranks
             return
-        suspect, older = isinstance(error, NumericalError), max(self.saved, self.begun)
-        worth = self.trainer.done > older and not (suspect and older) and all(ranks.gather(finite(self.trainer.engine)))
+        suspect, older, engine = isinstance(error, NumericalError), max(self.saved, self.begun), self.trainer.engine
+        worth = self.trainer.done > older and not (suspect and older)
+        arrays = engine.parameters, engine.first_moments, engine.second_moments
+        worth = worth and all(ranks.gather(all(np.isfinite(array).all() for array in arrays)))
         if worth and not self.saving:
             try:
                 self.save()
@@ -608,11 +481,6 @@ class Run:
             if suspect and self.saved == self.trainer.done and os.path.exists(f"{state}.1"):
                 other = f" ({state}.1 after fewer)"
             say(f"{state} contains the run after {counted(self.saved)}{other}; then training failed:")
-
-
-def finite(engine: Engine) -> bool:
-    """Return whether all weights and moments are finite."""
-    return all(np.isfinite(array).all() for array in (engine.parameters, engine.first_moments, engine.second_moments))
 
 
 def counted(steps: int) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from ...errors import InputError, PyGPTError
+from ...errors import Closing, InputError, PyGPTError
 from ...formats.files import atomic_file
-from ...model import GPT2
-from ...reference import SerialGPT2
+from ...reference import SerialTrainableGPT2
 from ...tokenizer import tokenizer_of
+from ...training.trainable import TrainableGPT2
 from ...training.trainer import Record
 from ..console import for_terminal
 from ..profile.plots import matplotlib, save
@@ -57,13 +57,11 @@ class Report:
         self._log.add(entry)
 
 
-class Log:
-    """The log of a run, one entry per step: lines of JSON in the file `path` (None: no file).
-
-    keep: also keep the entries in `entries`, for a picture. done: the number of steps of a resumed run, or None for a new run.
-    A new run begins a new file. A resumed run keeps the entries of its first `done` steps and drops later ones, because it
-    repeats those steps. Raises InputError if an older file is not a training log.
-    """
+class Log(Closing):
+    """The log of a run, one entry per step: lines of JSON in the file `path` (None: no file). keep: also keep the entries in
+    `entries`, for a picture. done: the number of steps of a resumed run, or None for a new run. A new run begins a new file. A
+    resumed run keeps the entries of its first `done` steps and drops later ones, because it repeats those steps. Raises
+    InputError if an older file is not a training log."""
 
     def __init__(self, path: str | None, done: int | None, *, keep: bool) -> None:
         self._path, self._keep, self._file = path, keep, None
@@ -71,20 +69,18 @@ class Log:
         if path is not None:
             with atomic_file(path) as file:
                 for entry in earlier(path, done):
-                    file.write(encoded(entry))
-                    self._kept(entry)
+                    file.write(json.dumps(entry).encode() + b"\n")
+                    if keep:
+                        self.entries.append(entry)
             self._file = open(path, "ab")  # noqa: SIM115 (close() closes it)
-
-    def _kept(self, entry: dict[str, Any]) -> None:
-        if self._keep:
-            self.entries.append(entry)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add an entry and flush the file. Raises PyGPTError if writing fails."""
-        self._kept(entry)
+        if self._keep:
+            self.entries.append(entry)
         if self._file is not None:
             try:
-                self._file.write(encoded(entry))
+                self._file.write(json.dumps(entry).encode() + b"\n")
                 self._file.flush()
             except OSError as error:
                 raise PyGPTError(f"{self._path}: cannot write the log: {error.strerror or error}") from error
@@ -94,12 +90,6 @@ class Log:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def earlier(path: str, done: int | None) -> Iterator[dict[str, Any]]:
@@ -118,22 +108,16 @@ def earlier(path: str, done: int | None) -> Iterator[dict[str, Any]]:
                 raise InputError(f"{path}: line {number} is not an entry of a training log: give --log another name") from None
 
 
-def encoded(entry: dict[str, Any]) -> bytes:
-    """Return an entry as a line of JSON."""
-    return json.dumps(entry).encode() + b"\n"
-
-
-def sample(model: "GPT2 | SerialGPT2", tokens: int, seed: int) -> str:
-    """Return a text that the model generates at random after <|endoftext|>. The same seed gives the same text.
-
-    If the vocabulary has no such token, start with id 0; if it is unknown, return ids.
-    """
+def sample(engine: TrainableGPT2 | SerialTrainableGPT2, tokens: int, seed: int) -> str:
+    """Return a text that the model generates at random after <|endoftext|>. The same seed gives the same text. If the
+    vocabulary has no such token, start with id 0; if it is unknown, return ids."""
     tokenizer = None
     with suppress(InputError):
-        tokenizer = tokenizer_of(model.config)
+        tokenizer = tokenizer_of(engine.config)
     begin = [(tokenizer and tokenizer.eot) or 0]
-    made = model.generate(begin, max_new_tokens=min(tokens, model.config.maxT - 1), seed=seed)
-    return " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
+    with engine.model() as model:
+        made = model.generate(begin, max_new_tokens=min(tokens, engine.config.maxT - 1), seed=seed)
+        return " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
 
 
 def pictures(path: str) -> list[str]:

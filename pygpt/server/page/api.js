@@ -1,5 +1,4 @@
 // The server's API: requests, streams, metrics. Paths are relative, so the page works under any prefix.
-const HOW = { "Content-Type": "application/json" };
 
 export class ApiError extends Error {
   constructor(status, message) { super(message); this.status = status; }
@@ -7,7 +6,7 @@ export class ApiError extends Error {
 
 export async function ask(path, body, signal) {
   const key = sessionStorage.getItem("key");
-  const headers = { ...(body && HOW), ...(key && { Authorization: `Bearer ${key}` }) };
+  const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
   const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
   if (answer.ok) return answer;
   const found = await answer.json().catch(() => ({}));

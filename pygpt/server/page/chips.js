@@ -1,6 +1,10 @@
 // Tokens on the page. Text from a model is only ever set as textContent.
 const whole = new TextDecoder("utf-8", { fatal: true });
 const hex = (byte) => "\\x" + byte.toString(16).padStart(2, "0");
+export const byId = (id) => document.getElementById(id);
+
+/** Return the class of a probability's colour, p1 to p5. */
+export const shade = (probability) => `p${1 + Math.min(4, Math.floor(5 * probability))}`;
 
 /** Return a token's text with visible white space; bytes that are not whole characters are shown as numbers. */
 export function shown(bytes) {
@@ -24,14 +28,13 @@ export function make(tag, properties = {}, ...children) {
 /** Return the button of a token {bytes, logprob, given}. */
 export function chip(token, place) {
   const text = shown(token.bytes), known = token.logprob != null;
-  const button = make("button", { type: "button", tabIndex: -1, className: "chip" }, text);
-  button.classList.add(token.given ? "given" : `p${1 + Math.min(4, Math.floor(5 * Math.exp(token.logprob ?? 0)))}`);
+  const kind = token.given ? "given" : shade(Math.exp(token.logprob ?? 0));
+  const button = make("button", { type: "button", tabIndex: -1, className: `chip ${kind}` }, text);
   button.dataset.place = place;
   button.setAttribute("aria-pressed", "false");
   if (token.given) button.setAttribute("aria-description", "given");
   button.append(make("small", { textContent: known ? percent(token.logprob) : "\u2013" }));
-  const end = text.endsWith("\u21b5") ? [document.createElement("br")] : [];
-  return [button, ...end];
+  return text.endsWith("\u21b5") ? [button, make("br")] : [button];
 }
 
 /** Return a row of a table: a name, which may be a button, a value, and perhaps a picture of it. */

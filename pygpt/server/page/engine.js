@@ -1,8 +1,7 @@
 // The folds: what the engine does, and what the network attends to.
 import { ask, metrics, stream } from "./api.js";
-import { make, row, share, shown } from "./chips.js";
+import { byId, make, row, shade, share, shown } from "./chips.js";
 
-const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 let before = null;
 
@@ -20,9 +19,8 @@ export async function showNumbers(model) {
     "Between two tokens, mean": mean("inter_token_latency_seconds"),
     "Prompt tokens from the prefix cache": `${now.prefix_cache_hits_total} of ${now.prefix_cache_queries_total}`,
     "Keys and values, share in use": `${(100 * now.kv_cache_usage_perc).toFixed(2)} %`,
+    "Drafted tokens that were accepted": `${now.spec_decode_num_accepted_tokens_total} of ${now.spec_decode_num_draft_tokens_total}`,
   };
-  if (now.spec_decode_num_draft_tokens_total !== undefined)
-    rows["Drafted tokens that were accepted"] = `${now.spec_decode_num_accepted_tokens_total} of ${now.spec_decode_num_draft_tokens_total}`;
   byId("numbers").replaceChildren(...Object.entries(rows).map(([name, value]) => row(name, value)));
 }
 
@@ -73,8 +71,5 @@ export async function showAttention(model, tokens, place) {
   const most = weights.map((weight, i) => [weight, i]).sort((a, b) => b[0] - a[0]).slice(0, 10);
   byId("attention").replaceChildren(...most.map(([weight, i]) => share(`${i}: ${shown(tokens[i].bytes)}`, weight)));
   byId("attention-text").textContent = `Layer ${layer}, head ${head}, from token ${place}: ${shown(tokens[place].bytes)}`;
-  for (const button of document.querySelectorAll(".chip")) {
-    button.classList.remove("p1", "p2", "p3", "p4", "p5", "given");
-    button.classList.add(`p${1 + Math.min(4, Math.floor(5 * (weights[button.dataset.place] ?? 0)))}`);
-  }
+  for (const button of document.querySelectorAll(".chip")) button.className = `chip ${shade(weights[button.dataset.place] ?? 0)}`;
 }

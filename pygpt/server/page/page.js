@@ -1,9 +1,8 @@
 // The page: a text of tokens, its branches, and the address that keeps them.
 import { ApiError, ask, stream } from "./api.js";
-import { chip, make, share, shown } from "./chips.js";
+import { byId, chip, make, share, shown } from "./chips.js";
 import { openFour, recordStep, showAttention, showNumbers } from "./engine.js";
 
-const byId = (id) => document.getElementById(id);
 const form = byId("ask"), chips = byId("chips");
 const FIELDS = ["max_tokens", "temperature", "top_p", "top_k", "seed"];
 const END = 50256; // <|endoftext|>: an empty prompt begins a document

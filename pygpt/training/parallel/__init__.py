@@ -19,8 +19,7 @@ def open_ranks(timeout: float = TIMEOUT_S) -> Ranks:
     """Return the ranks that mpiexec or srun started; without them, this process alone. Use them in a `with` block.
 
     timeout: seconds without a message from another rank, after which a rank ends with status 75. Raises InputError if
-    there are several, but mpi4py is missing.
-    """
+    there are several, but mpi4py is missing."""
     names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_STEP_NUM_TASKS"] if "PMIX_RANK" in os.environ else []))
     if all(os.environ.get(name, "1") == "1" for name in names):
         return Ranks()

@@ -22,7 +22,7 @@ from .ranks import TIMEOUT_S, Ranks  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self, TypeVar
+    from typing import Any, TypeVar
 
     from .ranks import Messages
 
@@ -121,9 +121,6 @@ class MPIRanks(Ranks):
         self.agreed = True
         return error
 
-    def __enter__(self) -> "Self":
-        return self
-
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None or self.agreed:
             self.gather(None)  # no rank finalizes MPI while another may still fail
@@ -139,18 +136,15 @@ class MPIRanks(Ranks):
 
 
 def _begin(timeout: float) -> None:
-    """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process.
-
-    MPI holds Python's global lock while it waits, so a thread could not look at the clock. A child process does."""
+    """Initialize MPI. If other ranks do not do so in time, as after a failed import, end this process. MPI holds Python's
+    global lock while it waits, so a thread could not look at the clock. A child process does."""
     if MPI.Is_initialized():
         return
     left, done = os.pipe()
     if not (child := os.fork()):
         os.close(done)
         if not select.select([left], [], [], timeout)[0]:
-            os.write(
-                2, f"pygpt: error: MPI did not start within {timeout:g} s: a rank ended before, or cannot be reached\n".encode()
-            )
+            os.write(2, b"pygpt: error: MPI did not start within %g s: a rank ended before, or cannot be reached\n" % timeout)
             os.kill(os.getppid(), signal.SIGKILL)
         os._exit(0)
     os.close(left)

@@ -26,8 +26,7 @@ class Ranks:
 
     `seconds`: the time that this rank has spent on messages. `timeout`: seconds without any message after which a rank ends.
     `agreed`: whether an exception that is raised now is raised by all ranks. `version`: of mpi4py, or "".
-    Use it in a `with` block: if an exception of one rank ends the block, all ranks end.
-    """
+    Use it in a `with` block: if an exception of one rank ends the block, all ranks end."""
 
     size, rank = 1, 0
     seconds = 0.0
@@ -59,9 +58,8 @@ class Ranks:
                 found = job()
             except (PyGPTError, OSError, MemoryError) as error:
                 own = error
-        errors = self.gather(
-            None if own is None else (isinstance(own, InputError | CheckpointError), str(own) or "out of memory")
-        )
+        wrong = None if own is None else (isinstance(own, InputError | CheckpointError), str(own) or "out of memory")
+        errors = self.gather(wrong)
         for rank, failed in enumerate(errors):
             if failed is not None:
                 if own is not None and (self.size == 1 or len(set(errors)) == 1):

@@ -49,40 +49,32 @@ def slices_of(size: int, ranks: int) -> list[slice]:
 
 
 class SharedStep:
-    """Sum an engine's gradients over the parts of a step and over the ranks, and share the updated weights.
-
-    `mine`: this rank's parts. `own`: its slice of the flat arrays. Raises InputError if the number of ranks does not divide
-    `parts`.
-    """
+    """Sum an engine's gradients over the parts of a step and over the ranks, and share the updated weights. `mine`: this rank's
+    parts. `own`: its slice of the flat arrays. Raises InputError if the number of ranks does not divide `parts`."""
 
     def __init__(self, engine: "TrainableGPT2 | SerialTrainableGPT2", ranks: Ranks, parts: int) -> None:
         if parts % ranks.size:
-            raise ranks.common(
-                InputError(f"parts is {parts}: {ranks.size} ranks must divide it; give a multiple, or start fewer")
-            )
+            text = f"parts is {parts}: {ranks.size} ranks must divide it; give a multiple, or start fewer"
+            raise ranks.common(InputError(text))
         if ranks.size > 1 and not isinstance(engine, TrainableGPT2):
             raise ranks.common(InputError("the serial reference trains on one rank: leave out --reference, or start one rank"))
         self.engine, self.ranks, self.parts = engine, ranks, parts
-        self.mine = self._parts_of(ranks.rank)
+        per = parts // ranks.size
+        self.mine = range(per * ranks.rank, per * (ranks.rank + 1))
         self.slices = slices_of(engine.gradients.size, ranks.size)
         self.own = self.slices[ranks.rank]
-        self._theirs = [subtrees(self._parts_of(i).start, self._parts_of(i).stop, parts) for i in range(ranks.size)]
+        self._theirs = [subtrees(per * i, per * (i + 1), parts) for i in range(ranks.size)]
         self._step = min(PIECE, max(1 << 14, INBOX // sum(map(len, self._theirs))))  # values in a message
+        self._messages: int = -(-max(part.stop - part.start for part in self.slices) // self._step)  # of the longest slice
         self._sums: list[tuple[Node, Array]] = []  # of the latest parts, the largest whole subtrees
         self._spare: list[Array] = []
         self._inbox: dict[tuple[int, Node], Array] = {}
 
-    def _parts_of(self, rank: int) -> range:
-        per = self.parts // self.ranks.size
-        return range(rank * per, (rank + 1) * per)
-
     # ---------------------------------------------------------------- the sum
 
     def add(self, part: int) -> None:
-        """Take the finished gradients of one of this rank's parts, in order, and add whole subtrees.
-
-        After the last part, the engine's gradients hold the sum of the last subtree.
-        """
+        """Take the finished gradients of one of this rank's parts, in order, and add whole subtrees. After the last part, the
+        engine's gradients hold the sum of the last subtree."""
         if part == self.mine.start:
             self._sums = []  # an interrupted step may have left some
         whole = subtrees(self.mine.start, part + 1, self.parts)
@@ -91,42 +83,31 @@ class SharedStep:
             _, left = self._sums.pop()
             self.engine.add_to(gradients, left)  # the sum of two floats has the same bits in both orders
             self._spare.append(left)
-        node = whole[-1]
         if part + 1 < self.mine.stop:
-            import numpy as np
-
-            kept = self._spare.pop() if self._spare else np.empty_like(gradients)
+            kept = self._spare.pop() if self._spare else gradients.copy()
             kept[:] = gradients
-            self._sums.append((node, kept))
-        else:
-            self._sums.append((node, gradients))
+            gradients = kept
+        self._sums.append((whole[-1], gradients))
 
     def reduce(self) -> None:
         """Sum all ranks' gradients of the own slice into the engine's. All other gradients become undefined."""
         sums, self._sums = self._sums, []
         size, rank = self.ranks.size, self.ranks.rank
         self._spare += [array for _, array in sums[:-1]]
-        if size > 1:
-            count = self._messages()
-            begun = self._begin(0, sums)
-            for k in range(count):
-                self.ranks.finish(begun)
-                if k + 1 < count:
-                    begun = self._begin(k + 1, sums)
-                mine = self._piece(rank, k)
-                if mine.start < mine.stop:
-                    have = {node: array[mine] for node, array in sums}
-                    for node in chain(*self._theirs[:rank], *self._theirs[rank + 1 :]):
-                        have[node] = self._buffer(k, node)[: mine.stop - mine.start]
-                    self.engine.gradients[mine] = tree_sum(have, 0, self.parts)
-
-    def _messages(self) -> int:
-        """Return the number of pieces of the longest slice."""
-        longest: int = max(part.stop - part.start for part in self.slices)
-        return -(-longest // self._step)
+        count = self._messages if size > 1 else 0
+        begun = self._begin(0, sums) if count else None
+        for k in range(count):
+            self.ranks.finish(begun)
+            if k + 1 < count:
+                begun = self._begin(k + 1, sums)
+            mine = self._piece(rank, k)
+            if mine.start < mine.stop:
+                have = {node: array[mine] for node, array in sums}
+                for node in chain(*self._theirs[:rank], *self._theirs[rank + 1 :]):
+                    have[node] = self._buffer(k, node)[: mine.stop - mine.start]
+                self.engine.gradients[mine] = tree_sum(have, 0, self.parts)
 
     def _piece(self, rank: int, k: int) -> slice:
-        """Return piece k of a rank's slice, possibly empty."""
         first, last = self.slices[rank].start, self.slices[rank].stop
         return slice(min(first + k * self._step, last), min(first + (k + 1) * self._step, last))
 
@@ -166,7 +147,7 @@ class SharedStep:
         """Send the own slice of the weights to all ranks, and receive theirs, in pieces."""
         weights, ranks = self.engine.parameters, self.ranks
         others = [(ranks.rank + distance) % ranks.size for distance in range(1, ranks.size)]
-        for k in range(self._messages() if others else 0):
+        for k in range(self._messages if others else 0):
             pieces = [weights[self._piece(rank, k)] for rank in range(ranks.size)]
             sends = [(pieces[ranks.rank], rank) for rank in others if pieces[ranks.rank].size]
             ranks.finish(ranks.begin(sends, [(pieces[rank], rank) for rank in reversed(others) if pieces[rank].size]))
