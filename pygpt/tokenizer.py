@@ -162,7 +162,6 @@ class _Encoding:
             raise InputError(f"the vocabulary is damaged ({what}): fetch it again") from error
 
     def _read(self, vocabulary: "dict[str, Any]") -> None:
-        """Take everything from the contents of a tokenizer.json."""
         self._given = vocabulary
         model = vocabulary["model"]
         if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -284,7 +283,6 @@ class _Encoding:
 
 @cache
 def _any_of(contents: tuple[str, ...]) -> re.Pattern[str]:
-    """Compile a pattern that matches any of these texts, the first in order."""
     return re.compile("|".join(map(re.escape, contents)))
 
 
@@ -312,7 +310,6 @@ def _patterns(rule: "dict[str, Any] | None") -> tuple[list[str], str, bool]:
 
 
 def _split(pattern: str, text: str) -> list[str]:
-    """Return the matches of a pattern with classes of Unicode's."""
     return [match[0] for match in import_module("regex").finditer(pattern, text)]
 
 
@@ -322,7 +319,6 @@ def _total(pattern: str) -> str:
 
 
 def _normalizers(rule: "dict[str, Any] | None") -> "list[Any]":
-    """Read a normalizer: Unicode's forms in order. Raises InputError for any other."""
     steps = rule["normalizers"] if rule and rule["type"] == "Sequence" else [rule] if rule else []
     for step in steps:
         if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
@@ -459,7 +455,6 @@ _load = cache(_GPT2)
 
 
 def _read_tokens(path: str) -> list[bytes]:
-    """Read vocab.bpe: the bytes of every ordinary token in the order of their ids."""
     return [_unspelled(token) for token in spelled_vocabulary(path)[0]]
 
 

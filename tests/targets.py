@@ -566,7 +566,7 @@ class TextTarget(FileTarget):
     def read(self, path: Path, data: bytes) -> str:
         tokenizer = Tokenizer()
         try:
-            expected = data.decode()
+            expected = data.decode().removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             try:
                 "".join(read_text(path))
@@ -584,7 +584,7 @@ class TextTarget(FileTarget):
         tokens = [token for part in encode_text(pieces, eot=eot, allow_special=special) for token in part.tolist()]
         assert tokens == tokens_of_text(expected, eot=eot, allow_special=special).tolist()
         assert eot != "none" or tokens == tokenizer.encode(expected, allow_special=special)
-        assert tokenizer.decode_bytes(whole) == data
+        assert tokenizer.decode_bytes(whole) == expected.encode()
         kept = expected.replace(END_OF_TEXT, "") if special else expected
         assert tokenizer.decode(token for token in tokens if token != tokenizer.eot) == kept
         return f"text, {eot}"

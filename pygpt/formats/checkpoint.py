@@ -80,7 +80,6 @@ class Checkpoint(Closing):
         self.values = memoryview(self._map).toreadonly()[HEADER_BYTES:]
 
     def _check(self, header: bytes, found: int) -> None:
-        """Check every field of the header, and the file's size; set `config` and `version`."""
         if len(header) < HEADER_BYTES:
             raise CheckpointError(f"{self.path}: {found} bytes, shorter than a checkpoint's header of {HEADER_BYTES} bytes")
         magic, version, maxT, V, L, NH, C, Vp, *reserved = struct.unpack("<256i", header)
@@ -141,7 +140,6 @@ class Checkpoint(Closing):
         return self.format.values(data).reshape(-1, *shape[1:])
 
     def _bytes(self, start: int, stop: int) -> memoryview:
-        """Return bytes [start, stop) of the values. Raises ClosedError after close()."""
         try:
             return self.values[start:stop]
         except ValueError:
@@ -203,7 +201,6 @@ def write_checkpoint(
 def _checked(
     name: str, shape: tuple[int, ...], tensor: "npt.ArrayLike | Iterator[npt.ArrayLike]"
 ) -> "Iterator[npt.NDArray[np.float32]]":
-    """Yield a tensor's rows as contiguous float32, one array for each piece given."""
     import numpy as np
 
     found = 0

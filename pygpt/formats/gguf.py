@@ -181,7 +181,6 @@ class GGUFFile(ModelFile):
         return self._place(cursor, table)
 
     def _read_pair(self, cursor: _Cursor) -> None:
-        """Read one key and its value."""
         key = cursor.string(KEY_LIMIT, "a key")
         if key in self._values or key in self._lengths:
             raise cursor.bad(f"key {key[:80]!r} occurs twice")
@@ -195,7 +194,6 @@ class GGUFFile(ModelFile):
             self._values[key] = cursor.scalar(SCALARS[kind], repr(key[:80]))
 
     def _read_tensor(self, cursor: _Cursor) -> tuple[str, Format, tuple[int, ...], int]:
-        """Read one row of the table: name, format, extents, offset."""
         name = cursor.string(NAME_LIMIT, "the name of a tensor")
         dimensions = cursor.count("I", 1, EXTENTS_LIMIT, f"the number of extents of {name!r}")
         extents = tuple(cursor.count("Q", 1, 1 << 32, f"an extent of {name!r}") for _ in range(dimensions))
@@ -435,7 +433,6 @@ def write_gguf(
 
 
 def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
-    """Write pieces until N rows are written."""
     while N:
         piece = next(pieces)
         file.write(piece.data)
@@ -443,7 +440,6 @@ def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
 
 
 def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
-    """Return the key-value pairs as bytes."""
     kind = formats["qkvw"].name
     whole = {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
     whole |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[kind]}

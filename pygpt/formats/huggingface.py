@@ -142,7 +142,6 @@ class HuggingFaceModel(Closing):
         return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor in the files, () if it is missing."""
         file, full = self._tensors.get(name, (None, ""))
         return () if file is None else file.tensors[full][1]
 
@@ -324,7 +323,6 @@ def write_model(folder: str, model: "Weights", kind: "Format") -> None:
 
 
 def _texts(config: Config, dtype: str) -> dict[str, bytes]:
-    """Return the files of a folder other than the tensors, by name."""
     from ..tokenizer import GPT2_V, tokenizer_of
     from .vocabulary import tokenizer_files
 
@@ -369,7 +367,6 @@ def _aligned(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
 
 
 def _rows(file: "Tensors", name: str) -> "Iterator[npt.NDArray[np.float32]]":
-    """Yield a tensor's rows as float32, some at a time."""
     _, shape, _ = file.tensors[name]
     step = max(1, dtypes.PIECE // prod(shape[1:]))
     for start in range(0, shape[0], step):

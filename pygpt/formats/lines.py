@@ -47,14 +47,12 @@ def is_compressed(path: str) -> bool:
 
 
 def _opened(file: "IO[bytes]", path: str, mode: str) -> "Any":
-    """Return an open file, or its decompressed or compressed form."""
     if path.endswith(".zst"):
         return _zstd().open(file, mode)
     return gzip.GzipFile("", mode, 6, file, 0) if path.endswith(".gz") else file
 
 
 def _zstd() -> "Any":
-    """Return the module of zstd. Raises PyGPTError if there is none."""
     for name in ("compression.zstd", "backports.zstd"):
         try:
             return import_module(name)

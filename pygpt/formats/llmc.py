@@ -125,7 +125,6 @@ def read_examples(path: "Path", *, V: int | None = None) -> Iterator[Example]:
 
 
 def _examples(name: str, stream: npt.NDArray[np.uint16], count: int, longest: int, V: int | None) -> Iterator[Example]:
-    """Yield the examples of a stream, reading one example at a time."""
     start = 0
     for index in range(count):
         where = f"{name}: example {index} at byte {HEADER_BYTES + 2 * start}"
@@ -146,8 +145,6 @@ def _examples(name: str, stream: npt.NDArray[np.uint16], count: int, longest: in
 
 
 def _example(where: str, index: int, values: list[int], V: int | None) -> Example:
-    """Read one example from its values after the length."""
-
     def take(number: int, what: str) -> list[int]:
         if len(values) < number:
             raise DataError(f"{where}: its {what} needs {number} values, but {len(values)} are left")

@@ -205,7 +205,6 @@ def blocks_of(model: "Source", name: str, kind: "Format") -> "Iterator[Blocks]":
 
 
 def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.float32]") -> "Blocks":
-    """Turn float32 rows (rows, K) into blocks."""
     import numpy as np
 
     from .panels import QUANTISED, quantise

@@ -41,9 +41,10 @@ FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
 DTYPE = {row.name: dtype for dtype, row in STORED.items()} | dict.fromkeys(QUANTISED, "U8")
 
 
-def aligned(size: int, alignment: int = ALIGNMENT) -> int:
-    """Round a size up to a multiple of `alignment` bytes."""
-    return -(-size // alignment) * alignment
+def aligned(size: int, alignment: int | None = None) -> int:
+    """Round a size up to a multiple of `alignment` bytes, by default 64."""
+    step = ALIGNMENT if alignment is None else alignment
+    return -(-size // step) * step
 
 
 # ------------------------------------------------------------------------------------------------ the layout
@@ -261,7 +262,6 @@ class PanelFile(ModelFile):
             raise CheckpointError(f"{self.path}: the {MODEL_KIND} changed while pygpt opened it: try again when it is complete")
 
     def _check(self, metadata: dict[str, str], found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Check the metadata and the dtype and size of every tensor. Set config and formats."""
         if metadata.get("format") != FILE_FORMAT:
             raise CheckpointError(
                 f"{self.path}: not made by `pygpt quantize`: its format is {metadata.get('format', '')[:40]!r}, expected "
@@ -305,7 +305,6 @@ class PanelFile(ModelFile):
         return int(text)
 
     def _bytes(self, name: str) -> memoryview:
-        """Return all bytes of one tensor, without its padding. Raises ClosedError."""
         start = self._places[name]
         try:
             return self.values[start : start + stored_size(self.config, name, self.formats[name])]

@@ -57,7 +57,6 @@ class PickleFile(Closing):
         }
 
     def _load(self, torch: "Any") -> "Any":
-        """Load the file, mapped if its format allows it."""
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before zip files cannot be mapped

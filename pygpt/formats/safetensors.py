@@ -57,7 +57,6 @@ class SafetensorsFile(Closing):
         return CheckpointError(f"{self.path}: not a valid safetensors file: {what}")
 
     def _check(self) -> dict[str, Stored]:
-        """Check the header and every range in it."""
         if self.size < LENGTH_BYTES:
             raise self._bad(f"{self.size} bytes, shorter than the length of a header")
         length = int.from_bytes(self._file.view(0, LENGTH_BYTES), "little")
@@ -86,7 +85,6 @@ class SafetensorsFile(Closing):
         return {name: (header[name]["dtype"], tuple(header[name]["shape"]), start + begin) for begin, _, name in ranges}
 
     def _range(self, name: str, entry: "Any") -> tuple[int, int, str]:
-        """Check a tensor's entry in the header; return (begin, end, name)."""
         if not isinstance(entry, dict) or set(entry) != MEMBERS:
             raise self._bad(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

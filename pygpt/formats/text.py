@@ -77,7 +77,6 @@ def read_text(path: "Path") -> Iterator[str]:
 
 
 def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
-    """Decode a binary file piece by piece."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     taken, piece = 0, b" "
     while piece:

@@ -25,6 +25,7 @@ from pygpt.config import Config
 from pygpt.errors import CheckpointError, ClosedError, InputError
 from pygpt.formats import dtypes
 from pygpt.formats.checkpoint import Checkpoint
+from pygpt.formats.files import is_pickle
 from pygpt.formats.huggingface import KNOWN_HEADS, HuggingFaceModel, settings_of
 from pygpt.formats.safetensors import HEADER_LIMIT, SafetensorsFile, write_safetensors
 
@@ -94,6 +95,12 @@ def test_any_shape(tmp_path_factory: pytest.TempPathFactory, L: int, NH: int, HS
     assert main([str(place / "a.bin"), str(place / "back/") + "/"]) == 0
     assert main([str(place / "back"), str(place / "b.bin")]) == 0
     assert (place / "b.bin").read_bytes() == (place / "a.bin").read_bytes()
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x10580])
+def test_the_length_of_a_header_does_not_make_a_file_a_pickle(tmp_path: Path, length: int) -> None:
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}".ljust(length))
+    assert not is_pickle(str(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize(("dtype", "version"), [("F32", 3), ("F16", 3), ("BF16", 5)])

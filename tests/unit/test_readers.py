@@ -73,7 +73,7 @@ def test_no_finding_among_mutations(sound: Any, name: str) -> None:
         ("state", "pygpt.training.state.TrainingState._check_sum", lambda *_: None),
         ("text", "pygpt.tokenizer.Tokenizer.decode_bytes", lambda *_: b"x"),
         ("safetensors", "pygpt.formats.safetensors._flaw", lambda *_: "two\nlines"),
-        ("gguf", "pygpt.formats.gguf._aligned", lambda size, alignment: size),
+        ("gguf", "pygpt.formats.gguf.aligned", lambda size, alignment: size),
         ("panels", "pygpt.formats.panels.ALIGNMENT", 32),
         ("serve", "pygpt.generation.prefix.PrefixCache.best", lambda *_: 1 // 0),
     ],
