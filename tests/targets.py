@@ -549,7 +549,7 @@ class TextTarget(FileTarget):
     """read_text, encode_text and Tokenizer: any bytes are a text, or refused at the right offset."""
 
     name = "text"
-    PIECES = ("\n", "\n\n", " ", "  ", "é", "🙂", "\u3000", "\x1c", "\xa0", "\u0300", "'s", "7", "\ufeff", "\0")
+    PIECES = ("\n", "\n\n", "\r\n", "\r", " ", "  ", "é", "🙂", "\u3000", "\x1c", "\xa0", "\u0300", "'s", "7", "\ufeff", "\0")
 
     def seeds(self) -> list[bytes]:
         hello, spaces = "hello there\n\nLadies and <|endoftext|> gentlemen\n\n\n", " \n \n\n" * 9
@@ -566,7 +566,7 @@ class TextTarget(FileTarget):
     def read(self, path: Path, data: bytes) -> str:
         tokenizer = Tokenizer()
         try:
-            expected = data.decode().removeprefix("\ufeff")
+            expected = data.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             try:
                 "".join(read_text(path))
