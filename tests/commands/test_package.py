@@ -235,6 +235,7 @@ RUNS = {  # the arguments of each command, in this order; {} is the output of th
     "convert": "mine.bin small.bin",
     "quantize": "small.bin small.safetensors --format q8_0",
     "eval": "perplexity my.txt -m small.bin -n 20 -o json",
+    "batch": "in.jsonl -o out.jsonl -m small.bin",
     "profile": f"-m small.bin --skip ceilings,scaling,strategies {TINY}",
     "bench": f"-m small.bin -p 4 -d 2 -b 1 --limit-megabytes 4 --reference --against numpy {TINY}",
 }
@@ -247,6 +248,7 @@ def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> Non
     place = folder / "work"
     place.mkdir()
     (place / "my.txt").write_text(TEXT)
+    (place / "in.jsonl").write_text('{"id": "a", "tokens": [1, 2], "max_new_tokens": 3}\n')
     bare = {"PATH": str(furnished.parent)}
     out = {name: run("pygpt", name, *words.split(), cwd=place, **bare) for name, words in RUNS.items()}
     assert RUNS.keys() == COMMANDS.keys() - {"download", "serve"}
@@ -256,6 +258,7 @@ def test_every_command_runs_from_the_wheel(furnished: Path, folder: Path) -> Non
         path.name for path in place.iterdir()
     }
     assert json.loads(out["eval"])["scored"] == 19
+    assert len(json.loads((place / "out.jsonl").read_text())["tokens"]) == 3
     assert [part["name"].split()[0] for part in json.loads(out["profile"])["startup"]][:2] == ["interpreter", "import"]
     tests = {(row["test"], row.get("by")) for row in json.loads(out["bench"])}
     assert {("pp4", "pygpt"), ("tg2@d2", "numpy"), ("process", "reference")} <= tests
@@ -357,7 +360,7 @@ def test_the_lock_has_everything_for_development() -> None:
     lines = (ROOT / "requirements-dev.lock").read_text().lower().splitlines()
     locked = dict(line.split("==") for line in lines if not line.startswith("#"))
     for need in named([*PROJECT["project"]["dependencies"], "pygpt[dev]"]):
-        name, relation, version = re.match(r"([\w-]+)(==|>=)([\d.]+)", need).groups()  # type: ignore[union-attr]
+        name, relation, version = re.match(r"([\w.-]+)(==|>=)([\d.]+)", need).groups()  # type: ignore[union-attr]
         have = [int(number) for number in re.findall(r"\d+", locked[name.lower()])]
         want = [int(number) for number in version.split(".")]
         assert have == want if relation == "==" else have >= want, need
