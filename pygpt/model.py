@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # The weights that guess for each format: much smaller than the model's own. The smallest format has none.
 DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
-QUANTISED = ("q8_0", "q4_0")
 
 
 class GPT2(Generator):
@@ -79,6 +78,8 @@ class GPT2(Generator):
 
     def _choose_draft(self, draft: str) -> None:
         """Take the draft that load() was asked for. Raises InputError for a model with another vocabulary."""
+        from .formats.quantise import QUANTISED
+
         self._draft_weights = draft if draft in QUANTISED else None
         if draft in (*QUANTISED, "lookup"):
             return

@@ -168,8 +168,10 @@ def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "S
 
 def _is_hugging_face(path: str) -> bool:
     """Return whether this is a folder, a pickle, or a safetensors file other than a panel file."""
-    if os.path.isdir(path) or is_pickle(path) or not path.endswith(".safetensors"):
-        return os.path.isdir(path) or is_pickle(path)
+    if os.path.isdir(path) or is_pickle(path):
+        return True
+    if not path.endswith(".safetensors"):
+        return False
     from .panels import FILE_FORMAT
     from .safetensors import SafetensorsFile
 
