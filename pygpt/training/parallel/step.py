@@ -105,7 +105,7 @@ class SharedStep:
                 have = {node: array[mine] for node, array in sums}
                 for node in chain(*self._theirs[:rank], *self._theirs[rank + 1 :]):
                     have[node] = self._buffer(k, node)[: mine.stop - mine.start]
-                self.engine.gradients[mine] = tree_sum(have, 0, self.parts)
+                tree_sum(have, 0, self.parts, out=self.engine.gradients[mine])
 
     def _piece(self, rank: int, k: int) -> slice:
         first, last = self.slices[rank].start, self.slices[rank].stop
@@ -169,12 +169,12 @@ class SharedStep:
                     yield piece
 
 
-def tree_sum(have: "dict[Node, Array]", start: int, stop: int) -> "Array":
-    """Return the tree's sum of the parts [start, stop). The arrays of subtrees are overwritten."""
+def tree_sum(have: "dict[Node, Array]", start: int, stop: int, out: "Array | None" = None) -> "Array":
+    """Return the tree's sum of the parts [start, stop), in `out` if given. The arrays of subtrees are overwritten."""
     import numpy as np
 
     if (start, stop) in have:
         return have[start, stop]
     half = middle(start, stop)
     left, right = tree_sum(have, start, half), tree_sum(have, half, stop)
-    return np.add(left, right, out=left)
+    return np.add(left, right, out=left if out is None else out)
