@@ -18,7 +18,6 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from math import exp
-from shutil import get_terminal_size
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -34,6 +33,7 @@ from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import Parser, for_terminal, say, status_of
 from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, add_model_options, parse_count, read_options
+from .progress import piece, table
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -42,7 +42,6 @@ APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # settings of on
 LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
 NEED_TEXT = ("/again", "/more", "/tokens", "/probs")
 PROBABLE = 10  # number of tokens that /probs shows
-BAR = 40  # columns of the longest bar, if the terminal is wide enough
 
 EXAMPLES = """\
 examples:
@@ -327,7 +326,8 @@ class Chat:
     def _show_tokens(self) -> None:
         """Show the ids of the text and the reply, each with its piece of text."""
         for name, tokens in ("text", self._text), ("reply", self._reply):
-            show("\n".join([f"{name}: {len(tokens)} tokens", *(f"{token:>7}  {self._piece(token)}" for token in tokens)]))
+            pieces = [f"{token:>7}  {piece(self._tokenizer.decode_bytes([token]))}" for token in tokens]
+            show("\n".join([f"{name}: {len(tokens)} tokens", *pieces]))
 
     def _show_probabilities(self) -> None:
         """Show the most probable tokens after the text, with bars. The child returns only ids, so run the model here."""
@@ -343,21 +343,8 @@ class Chat:
             show("")
             return
         [info] = completion.infos
-        pieces = [self._piece(token) for token, _ in info.top]
-        width = max(map(len, pieces))
-        longest = max(1, min(BAR, get_terminal_size().columns - width - 21))  # each token fits on one line
-        block = "█" if "█".encode(prompt_stream().encoding, "ignore") else "#"
-        for piece, (token, logprob) in zip(pieces, info.top, strict=True):
-            bar = block * round(longest * exp(logprob - info.top[0][1]))
-            show(f"{token:>7}  {piece:<{width}}  {100 * exp(logprob):6.2f} %  {bar}".rstrip())
-
-    def _piece(self, token: int) -> str:
-        """Return the text of an id in quotes, or its bytes if it is a part of a character."""
-        content = self._tokenizer.decode_bytes([token])
-        try:
-            return repr(content.decode())
-        except UnicodeDecodeError:
-            return repr(content)
+        rows = [(token, self._tokenizer.decode_bytes([token]), exp(logprob)) for token, logprob in info.top]
+        show(table(rows, prompt_stream()))
 
 
 def speed(times: Sequence[float]) -> str:

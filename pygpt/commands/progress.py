@@ -1,8 +1,13 @@
-"""A progress bar on stderr, drawn by tqdm. If tqdm is missing or stderr is not a terminal, no bar is drawn."""
+"""Bars: of progress on stderr, drawn by tqdm, and of probabilities. If tqdm is missing or stderr is not a terminal, no progress
+is drawn."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from shutil import get_terminal_size
+from typing import Any, TextIO
+
+BAR = 30  # columns of the longest bar of a table
 
 
 class Progress:
@@ -40,3 +45,26 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def piece(content: bytes) -> str:
+    """Return the text of a token in quotes, or its bytes if it is a part of a character."""
+    try:
+        return repr(content.decode())
+    except UnicodeDecodeError:
+        return repr(content)
+
+
+def table(rows: Sequence[tuple[int, bytes, float]], stream: TextIO) -> str:
+    """Return a line for each token (id, bytes, probability), with a bar that compares it with the first one. If COLUMNS or the
+    terminal says how wide a line may be, the bars are short enough."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    names = [piece(content).encode(encoding, "backslashreplace").decode(encoding) for _, content, _ in rows]
+    width = max(map(len, names))
+    longest = max(1, min(BAR, get_terminal_size((1000, 1)).columns - width - 19))
+    block = "█" if "█".encode(encoding, "ignore") else "#"
+    lines = [f"{'id':>6}  {'token':<{width}}  {'%':>7}"]
+    for (token, _, probability), name in zip(rows, names, strict=True):
+        bar = block * round(longest * probability / rows[0][2])
+        lines.append(f"{token:>6}  {name:<{width}}  {100 * probability:7.3f}  {bar}".rstrip())
+    return "\n".join(lines)

@@ -33,8 +33,8 @@ class Proxy(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         sent = False
-        for address in self.replicas:
-            upstream = http.client.HTTPConnection(*address, timeout=60)
+        for host, port in self.replicas:
+            upstream = http.client.HTTPConnection(host, port, timeout=60)
             with closing(upstream), suppress(OSError, http.client.HTTPException):
                 upstream.request("POST", self.path, body, {"Content-Type": "application/json"})
                 answer = upstream.getresponse()

@@ -3,19 +3,16 @@
 from collections.abc import Iterator
 from itertools import chain, pairwise
 
+import numpy as np
+
 from ...errors import InputError
 from ..parameters import NORM_BLOCK, norm_of
 from ..trainable import TrainableGPT2
-from .ranks import Ranks
+from .ranks import Array, Ranks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from ...reference import SerialTrainableGPT2
-
-    Array = npt.NDArray[np.float32]
 
 PIECE = 1 << 20  # the most values in a message: 4 MB
 INBOX = 1 << 24  # values of all messages that a rank receives at a time
@@ -111,15 +108,13 @@ class SharedStep:
         first, last = self.slices[rank].start, self.slices[rank].stop
         return slice(min(first + k * self._step, last), min(first + (k + 1) * self._step, last))
 
-    def _buffer(self, k: int, node: Node) -> "Array":
+    def _buffer(self, k: int, node: Node) -> Array:
         """Return the memory for piece k of a subtree. Two pieces are under way at a time."""
-        import numpy as np
-
         if (k % 2, node) not in self._inbox:
             self._inbox[k % 2, node] = np.empty(self._step, np.float32)
         return self._inbox[k % 2, node]
 
-    def _begin(self, k: int, sums: "list[tuple[Node, Array]]") -> object:
+    def _begin(self, k: int, sums: list[tuple[Node, Array]]) -> object:
         """Begin to exchange piece k of every slice. The nearest ranks come first, so that no rank is everyone's first."""
         sends, receives, ranks = [], [], self.ranks
         mine = self._piece(ranks.rank, k)
@@ -136,8 +131,6 @@ class SharedStep:
 
     def norm(self) -> float:
         """Return the 2-norm of the summed gradients: the squares of blocks are gathered, and added in the blocks' order."""
-        import numpy as np
-
         if self.ranks.size == 1 or not isinstance(self.engine, TrainableGPT2):
             return self.engine.gradient_norm()
         squares = self.engine.gradient_squares(self.own.start, self.own.stop)
@@ -152,10 +145,8 @@ class SharedStep:
             sends = [(pieces[ranks.rank], rank) for rank in others if pieces[ranks.rank].size]
             ranks.finish(ranks.begin(sends, [(pieces[rank], rank) for rank in reversed(others) if pieces[rank].size]))
 
-    def pieces(self, array: "Array") -> "Iterator[Array]":
+    def pieces(self, array: Array) -> Iterator[Array]:
         """On the first rank, yield an array whose slices lie on their owners, in pieces. The others send theirs, yield none."""
-        import numpy as np
-
         rank = self.ranks.rank
         for owner, part in enumerate(self.slices):
             for start in range(part.start, part.stop, PIECE):
@@ -169,10 +160,8 @@ class SharedStep:
                     yield piece
 
 
-def tree_sum(have: "dict[Node, Array]", start: int, stop: int, out: "Array | None" = None) -> "Array":
+def tree_sum(have: dict[Node, Array], start: int, stop: int, out: Array | None = None) -> Array:
     """Return the tree's sum of the parts [start, stop), in `out` if given. The arrays of subtrees are overwritten."""
-    import numpy as np
-
     if (start, stop) in have:
         return have[start, stop]
     half = middle(start, stop)
