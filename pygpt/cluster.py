@@ -22,7 +22,7 @@ from .errors import Closing, InputError, PyGPTError, is_whole, shown
 from .generation.engine import LIVE, Engine, Job
 from .generation.logprobs import token_info
 from .generation.prefix import common_prefix
-from .generation.request import JSON_KEYS, Request, check_ids, complete_order, whole_keys
+from .generation.request import JSON_KEYS, Request, check_ids, check_keys, complete_order
 from .hub.find import find_model
 from .model import GPT2
 from .network import CHUNK
@@ -92,20 +92,14 @@ class Complete(Closing):
         key = row.get("id")
         if not isinstance(key, str) and not is_whole(key, -(2**63), 2**64 - 1):
             raise InputError(f'"id" is {shown(key)}: it must be a string or a whole number of 64 bits')
-        if unknown := sorted(set(row) - KEYS, key=str):
-            raise InputError(f"unknown key {shown(unknown[0])}: keys are {', '.join(sorted(KEYS))}")
-        for name, value in row.items():
-            if value is None:
-                raise InputError(f"{name!r} is null (None): give it a value, or leave it out")
+        check_keys(row, KEYS)
         if ("prompt" in row) == ("tokens" in row):
             raise InputError('give either "prompt", a text, or "tokens", a list of ids')
         tokens = self._ids("prompt", row["prompt"], str) if "prompt" in row else self._ids("tokens", row["tokens"], list)
         if "continuations" in row:
             return tokens, self._continuations(row, len(tokens))
         own = {name: value for name, value in row.items() if name not in ("id", "prompt", "tokens")}
-        whole_keys(own)
-        order = complete_order(own, self._options)
-        return Request(self.model.config, tokens, top_logprobs=self.logprobs, **order)
+        return Request(self.model.config, tokens, top_logprobs=self.logprobs, **complete_order(own, self._options))
 
     def _continuations(self, row: Row, prompt: int) -> list[list[int]]:
         given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input

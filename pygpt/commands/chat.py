@@ -5,16 +5,13 @@ stdout carries only the replies. If stdout is not a terminal, prompts and the ou
 """
 
 import argparse
-import atexit
-import codecs
 import io
 import json
 import os
 import select
 import sys
-import termios
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from math import exp
@@ -204,7 +201,8 @@ class Chat:
 
     def converse(self) -> int:
         """Ask for texts on the terminal until Ctrl-D, an empty line, or Ctrl-C twice, which raises KeyboardInterrupt."""
-        ask = line_reader()
+        with on_terminal():
+            ask = line_reader()
         hinted = False
         while not self._leaving:
             self._command.check()
@@ -365,11 +363,9 @@ def line_reader() -> Callable[[str], str]:
     """Return a function that asks for a line on the terminal. It may return several pasted lines as one text.
 
     prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input()."""
-    if not sys.stdout.isatty():
-        return PlainLines()
     readline = None
     with suppress(ImportError):
-        readline = import_module("readline")  # input() uses it; if stdout is not a terminal, this import may write to it
+        readline = import_module("readline")  # input() uses it
     if os.environ.get("TERM", "dumb") == "dumb":
         return input
     bold = not os.environ.get("NO_COLOR")
@@ -382,54 +378,25 @@ def line_reader() -> Callable[[str], str]:
     return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
 
 
-class PlainLines:
-    """Ask for lines with the prompt and the echo on stderr. A terminal that collects lines itself cuts them at 4,095 bytes, so
-    this class reads keys, and edits the line with the terminal's keys: erase a character, erase the line, end the input."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stdin.fileno()
-        before = termios.tcgetattr(self._terminal)
-        keys = before[6]
-        self._erase, self._kill, self._end = keys[termios.VERASE], keys[termios.VKILL], keys[termios.VEOF]
-        atexit.register(termios.tcsetattr, self._terminal, termios.TCSANOW, before)
-        self._mode = termios.tcgetattr(self._terminal)
-        self._mode[0] &= ~termios.ICRNL
-        self._mode[3] &= ~(termios.ICANON | termios.ECHO)
-        self._mode[6][termios.VMIN], self._mode[6][termios.VTIME] = 1, 0
-        self._after_return = False
-
-    def __call__(self, prompt: str) -> str:
-        """Ask for a line. Raises EOFError at the end of the input."""
-        termios.tcsetattr(self._terminal, termios.TCSANOW, self._mode)  # each time: a shell resets it while we are stopped
-        echo = partial(print, end="", file=sys.stderr, flush=True)
-        echo(prompt)
-        line = ""
-        decoder = codecs.getincrementaldecoder(sys.stdin.encoding)("surrogateescape")
-        while True:
-            key = os.read(self._terminal, 1)
-            after, self._after_return = self._after_return, key == b"\r"
-            if key == b"\n" and after:  # the second half of a pasted CR LF
-                continue
-            if key in (b"\r", b"\n"):
-                echo("\n")
-                return line + decoder.decode(b"", final=True)
-            if key in (b"", self._end):
-                if not line:
-                    raise EOFError
-            elif key in (self._erase, self._kill):
-                gone = len(line) if key == self._kill else 1
-                echo("\b \b" * len(line[-gone:]))
-                line = line[:-gone]
-            else:
-                line += (char := decoder.decode(key))
-                echo(for_terminal(char, sys.stderr))
+@contextmanager
+def on_terminal() -> Iterator[None]:
+    """In this block, stdout is the terminal, where line editors write. Without an editor, a terminal cuts long lines."""
+    held = os.dup(1)
+    if not os.isatty(1):
+        os.dup2(2 if os.isatty(2) else 0, 1)
+    try:
+        yield
+    finally:
+        os.dup2(held, 1)
+        os.close(held)
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
     """Ask for a text. If a line ends in a backslash, ask for the next line too. Two backslashes at the end stand for one."""
-    text = given_text(ask(PROMPT))
-    while text.endswith("\\") and not text.endswith("\\\\"):
-        text = text[:-1] + "\n" + given_text(ask(CONTINUED))
+    with on_terminal():
+        text = given_text(ask(PROMPT))
+        while text.endswith("\\") and not text.endswith("\\\\"):
+            text = text[:-1] + "\n" + given_text(ask(CONTINUED))
     return text[:-1] if text.endswith("\\\\") else text
 
 
