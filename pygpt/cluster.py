@@ -121,8 +121,6 @@ class Complete(Closing):
             value = self._tokenizer.encode(value)
         return check_ids(self.model.config, value)
 
-    # ---------------------------------------------------------------- rows
-
     def rows(self, rows: Iterable[Row]) -> Iterator[Answer]:
         """Yield the answer of each row, in order. It takes few rows ahead of the answers, so `rows` may be endless.
 
@@ -194,8 +192,6 @@ class Complete(Closing):
             greedy = all(info.token == info.top[0][0] for info in infos)
             scores.append({"logprob": math.fsum(logprobs), "greedy": greedy, "tokens": one, "logprobs": logprobs})
         return scores
-
-    # ---------------------------------------------------------------- columns
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Answer a batch of columns, lists or arrays; return columns, one value a row. A missing value is None or NaN. The

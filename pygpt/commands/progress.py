@@ -3,6 +3,7 @@ is drawn."""
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from shutil import get_terminal_size
 from typing import Any, TextIO
@@ -13,17 +14,11 @@ BAR = 30  # columns of the longest bar of a table
 class Progress:
     """Show how many of `total` items are done. Use it in a `with` block; the end of the block removes the bar.
 
-    what: the name of the items, in the plural. done: the number of items done at the beginning.
-    """
+    what: the name of the items, in the plural. done: the number of items done at the beginning."""
 
     def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
         self._bar: Any = None
-        if sys.stderr is not None and sys.stderr.isatty():
-            try:
-                tqdm = import_module("tqdm").tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, initial=done, unit=f" {what}", leave=False, dynamic_ncols=True, file=sys.stderr)
+        self._options = {"total": total, "initial": done, "unit": f" {what}"}
 
     def update(self, done: int, note: str = "") -> None:
         """Show that `done` items are done, and a note such as ", loss 4.1". tqdm redraws at most ten times a second."""
@@ -40,6 +35,9 @@ class Progress:
             self._bar.refresh()
 
     def __enter__(self) -> "Progress":
+        if sys.stderr is not None and sys.stderr.isatty():
+            with suppress(ImportError):
+                self._bar = import_module("tqdm").tqdm(**self._options, leave=False, dynamic_ncols=True, file=sys.stderr)
         return self
 
     def __exit__(self, *_: object) -> None:

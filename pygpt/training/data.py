@@ -54,9 +54,6 @@ def split(
     return tokens[:train], tokens[train:]
 
 
-# ------------------------------------------------------------------------------------------------ batches
-
-
 class DataLoader:
     """Serve endless batches of B sequences of T tokens, in llm.c's order.
 

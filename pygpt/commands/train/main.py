@@ -43,6 +43,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -66,9 +67,10 @@ from ...training.trainer import Trainer
 from ..console import Parser, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
 from ..progress import Progress
-from . import check, report
+from . import check
 from .estimate import estimate
 from .job import BEST, PATHS, RANDOM, WHOLE, Job, Output, beginning, best_of, flag, new, number, open_data, prepare, resumed
+from .report import Report, draw, pictures, sample
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
 Engine = TrainableGPT2 | SerialTrainableGPT2
@@ -258,7 +260,7 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         output = Output.named(options.out, config) if options.out else Output.of_state(options.resume, config)
         if os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
             set_tokenizer(config, path)
-        for path in report.pictures(job.plot) if job.plot is not None and "plot" not in given else ():
+        for path in pictures(job.plot) if job.plot is not None and "plot" not in given else ():
             if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
                 # A state from an unknown author could otherwise overwrite any file.
                 raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
@@ -277,9 +279,9 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         say(change)
     if output is None:
         say("this run will not be saved: to save it, name a file with --out")
-    log_path = job.log if ranks.rank == 0 else None
-    log = stack.enter_context(report.Log(log_path, None if state is None else trainer.done, keep=job.plot is not None))
-    return Run(trainer, validation, job, output, log, state)
+    progress, log = Progress("steps", settings.steps, trainer.done), job.log if ranks.rank == 0 else None
+    lines = Report(progress, log, None if state is None else trainer.done, keep=job.plot is not None)
+    return Run(trainer, validation, job, output, stack.enter_context(lines), state)
 
 
 def warn_about_cores(ranks: Ranks, threads: int) -> None:
@@ -334,24 +336,23 @@ def run_check(given: dict[str, Any]) -> None:
             raise PyGPTError(f"{given['check']}: {text} {path} is the same model")
 
 
+@dataclass
 class Run:
     """A run with all its open files. state: the training state that it resumes, or None."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        validation: DataLoader | None,
-        job: Job,
-        output: Output | None,
-        log: report.Log,
-        state: TrainingState | None,
-    ) -> None:
-        self.trainer, self.validation, self.job, self.output, self.log = trainer, validation, job, output, log
-        self.begun = trainer.done  # number of updates at the beginning
-        here = output is not None and state is not None and state.path == os.path.realpath(output.state)
+    trainer: Trainer
+    validation: DataLoader | None
+    job: Job
+    output: Output | None
+    report: Report
+    state: TrainingState | None
+    saving = False
+
+    def __post_init__(self) -> None:
+        self.begun = self.trainer.done  # number of updates at the beginning
+        here = self.output is not None and self.state is not None and self.state.path == os.path.realpath(self.output.state)
         self.saved = self.begun if here else 0  # number of updates in this run's state on the disk; 0 without a state
-        self.saving = False
-        self.best = best_of(state)  # the best validation loss, and its step
+        self.best = best_of(self.state)  # the best validation loss, and its step
 
     def facts(self) -> dict[str, Any]:
         """Return what must be equal on all ranks before the first step."""
@@ -382,11 +383,10 @@ class Run:
         """Train until all steps are done or a signal comes. Report, save, and print what was saved."""
         trainer, job, output, ranks = self.trainer, self.job, self.output, self.trainer.ranks
         try:
-            with Progress("steps", trainer.options.steps, trainer.done) as progress:
-                lines = report.Report(progress, self.log)
-                while not self.stopped(stop) and not self.look(lines):
+            with self.report.progress:
+                while not self.stopped(stop) and not self.look():
                     record = trainer.step()
-                    ranks.together(partial(lines.step, record), first=True)
+                    ranks.together(partial(self.report.step, record), first=True)
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:
                         self.save()
             if stop.signal is None or trainer.done > max(self.saved, self.begun):
@@ -405,9 +405,9 @@ class Run:
         else:
             say(f"{ended}; saved; to continue, run: pygpt train --resume {shlex.quote(output.state)}")
 
-    def look(self, lines: report.Report) -> bool:
+    def look(self) -> bool:
         """Validate and print a sample if this step is due; return whether all steps are done."""
-        trainer, job, done = self.trainer, self.job, self.trainer.done
+        trainer, job, done, lines = self.trainer, self.job, self.trainer.done, self.report
         last = done >= trainer.options.steps
         if self.validation is not None and (done % job.val_every == 0 or last):
             batches = min(job.val_batches, self.validation.batches)
@@ -421,7 +421,7 @@ class Run:
                 say(f"stopped early: the validation loss is not below that of step {self.best[1]}")
                 last = True
         if job.sample_every and done and done % job.sample_every == 0:
-            show = lambda: lines.sampled(done, report.sample(trainer.engine, job.sample_tokens, seed=done))  # noqa: E731
+            show = lambda: lines.sampled(done, sample(trainer.engine, job.sample_tokens, seed=done))  # noqa: E731
             trainer.ranks.together(show, first=True)
         if last:
             lines.finished(done)
@@ -440,9 +440,9 @@ class Run:
     def draw(self) -> None:
         """Draw the loss, if the job asks for pictures."""
         if self.job.plot is not None:
-            names = report.pictures(self.job.plot)
-            if any("loss" in entry for entry in self.log.entries):
-                report.draw(names, self.log.entries)
+            names = pictures(self.job.plot)
+            if any("loss" in entry for entry in self.report.entries):
+                draw(names, self.report.entries)
                 say(f"wrote {' and '.join(names)}")
             else:
                 say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")

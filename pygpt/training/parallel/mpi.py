@@ -45,8 +45,6 @@ class MPIRanks(Ranks):
         """Return a rank's number and host for messages."""
         return self._hosts[rank]
 
-    # ---------------------------------------------------------------- messages
-
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks in their order. Every rank must call it."""
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -89,8 +87,6 @@ class MPIRanks(Ranks):
         finally:
             self._waiting = None
             self.seconds += time.perf_counter() - start
-
-    # ---------------------------------------------------------------- ends
 
     def _watch(self) -> None:
         """End the process if even a look takes too long: MPI itself hangs."""

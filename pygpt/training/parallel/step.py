@@ -67,8 +67,6 @@ class SharedStep:
         self._spare: list[Array] = []
         self._inbox: dict[tuple[int, Node], Array] = {}
 
-    # ---------------------------------------------------------------- the sum
-
     def add(self, part: int) -> None:
         """Take the finished gradients of one of this rank's parts, in order, and add whole subtrees. After the last part, the
         engine's gradients hold the sum of the last subtree."""
@@ -126,8 +124,6 @@ class SharedStep:
             if piece.start < piece.stop:
                 sends += [(array[piece], target) for _, array in sums]
         return ranks.begin(sends, receives)
-
-    # ---------------------------------------------------------------- the rest of a step
 
     def norm(self) -> float:
         """Return the 2-norm of the summed gradients: the squares of blocks are gathered, and added in the blocks' order."""
