@@ -5,7 +5,7 @@ updated weights have the same bits for every number of workers and every instruc
 """
 
 from functools import partial
-from typing import SupportsFloat, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,11 @@ from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Trace, Weights
 from ..config import Config
-from ..errors import InputError, check_number
+from ..errors import InputError
 from ..model import GPT2
 from ..network import CHUNK
 from ..pool import ThreadPool, nothing
-from .parameters import NORM_BLOCK, AdamW, Parameters, norm_of
-
-Ids = npt.NDArray[np.int32]  # (B, T)
+from .parameters import NORM_BLOCK, AdamW, Ids, Losses, Parameters, norm_of
 
 
 class TrainableGPT2(Parameters):
@@ -52,26 +50,16 @@ class TrainableGPT2(Parameters):
         """The number of updates made. If Ctrl-C interrupts an update, it is complete and counts, or it changed no weight."""
         return self._step.updates
 
-    def forward(self, inputs: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return the loss of predicting each target, (B, T), and keep the activations for backward().
+    def _forward(self, inputs: Ids, targets: Ids) -> Losses:
+        return self._losses(self._step, inputs, targets)
 
-        inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
-        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT."""
-        return self._losses(self._step, *self.check_batch(inputs, targets))
-
-    def evaluate(self, inputs: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Return the losses that forward() would return, (B, T). The activations of the last forward() stay."""
-        inputs, targets = self.check_batch(inputs, targets)
+    def _evaluate(self, inputs: Ids, targets: Ids) -> Losses:
         B, T = inputs.shape
         together = max(1, CHUNK // T)  # sequences at a time: few enough that the activations stay small
         some = [slice(b, b + together) for b in range(0, B, together)]
         return np.concatenate([self._losses(self._evaluation, inputs[part], targets[part]) for part in some])
 
-    def backward(self, *, accumulate: bool = False, scale: SupportsFloat = 1.0) -> None:
-        """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
-
-        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before."""
-        scale = check_number("scale", scale, -1e30, 1e30)
+    def _backward(self, accumulate: bool, scale: float) -> None:
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
         begin = partial(step.begin_backward, accumulate, scale, workers)
@@ -127,7 +115,7 @@ class TrainableGPT2(Parameters):
         self._pool.run(nothing, alone=True)  # raises ClosedError after close()
         return GPT2(self.weights(), threads=self.threads)
 
-    def _losses(self, step: TrainStep, inputs: Ids, targets: Ids) -> npt.NDArray[np.float32]:
+    def _losses(self, step: TrainStep, inputs: Ids, targets: Ids) -> Losses:
         workers = self._workers(inputs.size)
         begin = partial(step.begin_forward, inputs, targets, workers)
         losses = self._pool.run(step, step.abort, before=begin, after=step.finish_forward, alone=workers == 1)

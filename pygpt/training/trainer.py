@@ -24,8 +24,8 @@ from .state import Progress, TrainingState, open_state, write_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..reference import SerialTrainableGPT2
     from .data import DataLoader
+    from .serial import SerialTrainableGPT2
     from .trainable import TrainableGPT2
 
 

@@ -1310,7 +1310,7 @@ def test_a_long_line_is_pasted_whole_while_stdout_is_a_file(fake: Fake) -> None:
     """The terminal itself would cut it at 4,095 bytes. Its keys still edit the line."""
     line = "lorem é " * 1000
     with Terminal(fake, "-m", "none", piped=True) as chat:  # without a model's context, no text is too long
-        for text in line + "\r\n", "abé\x7f\x7fcd\x7f e\r", "xyz\x15a\n":
+        for text in line + "\r", "abé\x7f\x7fcd\x7f e\r", "xyz\x15a\n":
             chat.type(text)
             chat.expect("Text: ")
         chat.type("\x04")  # Ctrl-D

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...formats.llmc import read_debug_state
-from ...reference import SerialTrainableGPT2
+from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 
 FORWARD, GRADIENT = 1e-2, 2e-2

@@ -56,11 +56,11 @@ from ...errors import InputError, NumericalError, PyGPTError
 from ...formats.open import set_tokenizer, vocabulary_beside
 from ...formats.vocabulary import write_vocabulary
 from ...hub.find import find_model
-from ...reference import SerialTrainableGPT2
 from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
 from ...training.parallel import open_ranks
 from ...training.parallel.ranks import TIMEOUT_S, Ranks
+from ...training.serial import SerialTrainableGPT2
 from ...training.state import TrainingState, open_state
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer

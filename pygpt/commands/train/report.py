@@ -9,8 +9,8 @@ from typing import Any
 
 from ...errors import Closing, InputError, PyGPTError
 from ...formats.files import atomic_file
-from ...reference import SerialTrainableGPT2
 from ...tokenizer import tokenizer_of
+from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Record
 from ..console import for_terminal

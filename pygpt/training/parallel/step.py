@@ -12,7 +12,7 @@ from .ranks import Array, Ranks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ...reference import SerialTrainableGPT2
+    from ..serial import SerialTrainableGPT2
 
 PIECE = 1 << 20  # the most values in a message: 4 MB
 INBOX = 1 << 24  # values of all messages that a rank receives at a time
