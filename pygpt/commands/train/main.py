@@ -51,30 +51,23 @@ import numpy as np
 
 from ... import __version__
 from ..._kernels import cpu_info
-from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
 from ...formats.open import set_tokenizer, vocabulary_beside
 from ...formats.vocabulary import write_vocabulary
-from ...hub.find import find_model
 from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
 from ...training.parallel import open_ranks
 from ...training.parallel.ranks import TIMEOUT_S, Ranks
-from ...training.serial import SerialTrainableGPT2
 from ...training.state import TrainingState, open_state
-from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import Parser, check_stdout, say, status_of, whole
+from ..console import Parser, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
 from ..progress import Progress
-from . import check
-from .estimate import estimate
+from .instead import ENGINES, run_check, run_estimate
 from .job import BEST, PATHS, RANDOM, WHOLE, Job, Output, beginning, best_of, flag, new, number, open_data, prepare, resumed
 from .report import Report, draw, pictures, sample
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
-Engine = TrainableGPT2 | SerialTrainableGPT2
-ENGINES: dict[bool, type[Engine]] = {False: TrainableGPT2, True: SerialTrainableGPT2}  # by --reference
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,7 +260,13 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
     if ranks.rank == 0:  # only this rank writes
         prepare(job, config, output, state, force="force" in given)
     train, validation = open_data(job, config)
-    engine = make_engine(config, init, job, options.threads)
+    kind = ENGINES[job.reference]
+    if init is None:  # the state has the weights
+        engine = kind(config, threads=options.threads)
+    elif init == RANDOM:
+        engine = kind.random(config, seed=job.seed, threads=options.threads)
+    else:
+        engine = kind.load(init, threads=options.threads)
     engine.config.tokenizer = config.tokenizer
     stack.enter_context(engine)
     trainer = Trainer(engine, train, settings, ranks)
@@ -299,41 +298,6 @@ def warn_about_cores(ranks: Ranks, threads: int) -> None:
                 f"rank {threads} of its own with mpiexec -bind-to core:{threads} (MPICH), mpirun --bind-to core --map-by "
                 f"slot:PE={threads} (Open MPI) or srun -c {threads}, and the same number with -t"
             )
-
-
-def make_engine(config: Config, init: str | None, job: Job, threads: int | None) -> Engine:
-    """Return the engine. init: a checkpoint's path, "random", or None for weights that a training state will fill."""
-    kind = ENGINES[job.reference]
-    if init is None:
-        return kind(config, threads=threads)
-    return kind.random(config, seed=job.seed, threads=threads) if init == RANDOM else kind.load(init, threads=threads)
-
-
-def run_estimate(given: dict[str, Any]) -> None:
-    """Run --estimate. Raises InputError for a bad number of ranks or speed."""
-    parts = given.get("parts") or given.get("ranks", 8)
-    job, settings = new({"data": "none", **given, "parts": parts})
-    ranks, gbit = given.get("ranks", parts), given.get("gbit", 10.0)
-    if parts % ranks:
-        raise InputError(f"--ranks is {ranks}: it must divide --parts, which is {parts}")
-    if not 0.001 <= gbit <= 1e6:
-        raise InputError(f"--gbit is {gbit}: it must be from 0.001 to 1000000")
-    config, _ = beginning(given)
-    if config.maxT < job.T:
-        raise InputError(f"-T is {job.T}: the model takes sequences of at most {config.maxT} tokens")
-    check_stdout("the estimate")
-    print(estimate(config, job.B, job.T, settings, given.get("threads"), ranks, gbit))
-
-
-def run_check(given: dict[str, Any]) -> None:
-    """Run --check. Raises PyGPTError if a difference is too large, InputError for options that do not go with --check."""
-    if surplus := sorted({*given} - {"check", "init", "threads", "reference"}):
-        raise InputError(f"--check does not train, so leave out {flag(surplus[0])}; it takes --init, -t and --reference")
-    path, _ = find_model(given.get("init"))
-    with ENGINES["reference" in given].load(path, threads=given.get("threads")) as engine:
-        if not check.check(engine, given["check"]):
-            text = "the engine's results differ by more than the tolerance: check that"
-            raise PyGPTError(f"{given['check']}: {text} {path} is the same model")
 
 
 @dataclass
