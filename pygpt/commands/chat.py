@@ -12,7 +12,6 @@ import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib import import_module
 from math import exp
 from time import perf_counter
@@ -431,17 +430,11 @@ def write(text: str) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-class PassOn(argparse.Action):
-    """Add an option to `passed`, the child's options, exactly as the user gave it. The child checks it."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        """Keep the option's last value, and append the option to `passed`."""
-        assert option_string is not None
-        setattr(namespace, self.dest, values)
-        word = option_string if self.nargs == 0 else f"{option_string}{'=' * option_string.startswith('--')}{values}"
-        namespace.passed = [*namespace.passed, word]
+def passed_on(options: argparse.Namespace) -> list[str]:
+    """Return the given options of the model, unchecked, for the child."""
+    valued = {name: getattr(options, name) for name in ("model", "threads", "tokenizer", "weights", "draft_model")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in valued.items() if value is not None]
+    return words + ["--text-only"] * options.text_only + ["--no-mmap"] * options.no_mmap
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -453,12 +446,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    parser.set_defaults(passed=[], total=None)
+    parser.set_defaults(total=None)
     add("words", nargs="*", metavar="TEXT", help="complete this text and exit; without TEXT, ask for texts")
     new = f"number of new tokens in a reply (default {NEW_TOKENS})"
     add("-n", "--new", "--max-new-tokens", dest="max_new_tokens", metavar="N", help=new)
-    add("-m", "--model", action=PassOn, metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
-    add_model_options(add, value=PassOn, flag=partial(PassOn, nargs=0, const=True))
+    add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
+    add_model_options(add)
     add_completion_options(parser)
     add("--show-stop", action="store_true", help="print also the stop text at which a reply ends")
     add("--stats", action="store_true", help="print the speed on stderr after each reply")
@@ -488,7 +481,7 @@ def run(options: argparse.Namespace) -> int:
     if options.words and not any(options.words):
         raise InputError("the text is empty: give at least one character")
     settings = Settings(options, model_config(options.model, options.tokenizer, text_only=options.text_only))
-    with Command(options.passed) as command:  # start it first: it loads the model while this process prepares
+    with Command(passed_on(options)) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
             return chat.complete(given_text(" ".join(options.words)))

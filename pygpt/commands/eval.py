@@ -59,7 +59,7 @@ from ..network import KVCache
 from ..tokenizer import tokenizer_of
 from .console import Parser, check_stdout, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
-from .progress import Progress, table
+from .progress import Progress, table, text_of
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
@@ -387,18 +387,10 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
     for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # equal logits: the lowest id first
         logprob = float(logprobs[token])
         content = tokenizer.decode_bytes([token])
-        names = {"id": token, "text": as_text(content), "bytes": content.hex()}
+        names = {"id": token, "text": text_of(content), "bytes": content.hex()}
         choices.append({**names, "probability": math.exp(logprob), "logprob": logprob})
     rows = [(choice["id"], bytes.fromhex(choice["bytes"]), choice["probability"]) for choice in choices]
     return {"prompt": prompt, "next": choices}, len(prompt), table(rows, sys.stdout)
-
-
-def as_text(content: bytes) -> str | None:
-    """Return bytes as text, or None for a part of a character."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 TASKS: dict[str, Callable[..., tuple[Result, int, str]]]

@@ -45,12 +45,17 @@ class Progress:
             self._bar.close()
 
 
+def text_of(content: bytes) -> str | None:
+    """Return the text of a token's bytes, or None for a part of a character."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
+
+
 def piece(content: bytes) -> str:
     """Return the text of a token in quotes, or its bytes if it is a part of a character."""
-    try:
-        return repr(content.decode())
-    except UnicodeDecodeError:
-        return repr(content)
+    return repr(content if (text := text_of(content)) is None else text)
 
 
 def table(rows: Sequence[tuple[int, bytes, float]], stream: TextIO) -> str:

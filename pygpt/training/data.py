@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import LIMITS
-from ..errors import DataError, InputError, check_whole, is_whole, real, shown
+from ..errors import DataError, InputError, check_whole, real, shown
 from ..formats.shards import as_tokens, check_ids, read_tokens
 
 TYPE_CHECKING = False
@@ -151,13 +151,8 @@ class DataLoader:
             if type(state[name]) is not type(value) or state[name] != value:  # an array compares with a number, too
                 both = f"{name} = {shown(state[name])}, this loader has {value!r}"
                 raise InputError(f"the loader's state is for {both}: use the same data, B, T and seed, or start a new run")
-        place = []
-        for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
-            number = state[name]
-            if not isinstance(number, int) or not is_whole(number, 0, most):
-                raise InputError(f"the loader's state has {name} = {shown(number)}: it must be a whole number from 0 to {most}")
-            place.append(number)
-        self._move(*place)
+        limits = {"epoch": 2**63, "shard": len(self._counts) - 1, "batch": self.batches}
+        self._move(*(check_whole(f"the loader's state: {name}", state[name], 0, most) for name, most in limits.items()))
 
     def _identity(self) -> dict[str, int | str | None]:
         """Return the values on which the meaning of a position depends."""

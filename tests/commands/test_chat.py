@@ -279,7 +279,7 @@ def test_text_of_any_length_reaches_the_child(fake: Fake, length: int) -> None:
 
 def test_options_of_the_command_are_passed_on_unjudged(fake: Fake) -> None:
     fake.run("-m", "no such.bin", "hi", "--threads", "many", "--no-mmap", "-t-1", "-n", "3")
-    assert fake.log("argv") == [["-mno such.bin", "--threads=many", "--no-mmap", "-t-1", "-"]]
+    assert fake.log("argv") == [["--model=no such.bin", "--threads=-1", "--no-mmap", "-"]]
     assert fake.log("max_new_tokens") == [3]
 
 
