@@ -20,19 +20,16 @@ from . import __version__
 from ._kernels import cpu_info
 from .errors import Closing, InputError, PyGPTError, is_whole, shown
 from .generation.engine import LIVE, Engine, Job
-from .generation.logprobs import token_info
-from .generation.prefix import common_prefix
+from .generation.logprobs import score
 from .generation.request import JSON_KEYS, Request, check_ids, check_keys, complete_order
 from .hub.find import find_model
 from .model import GPT2
-from .network import CHUNK
 from .tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
 Answer = dict[str, Any]
 KEYS = JSON_KEYS | {"id", "prompt", "continuations"}
 AHEAD = 64 * LIVE  # answers that wait for an earlier one: then no row is added, so that memory stays small
-SCORED = 128  # rows of logits at a time: 26 MB with GPT-2's vocabulary
 
 
 class Complete(Closing):
@@ -174,20 +171,10 @@ class Complete(Closing):
         return {"id": row.get("id"), "error": str(error)}
 
     def _score(self, prompt: list[int], continuations: list[list[int]]) -> list[Answer]:
-        """Return the scores of continuations of a prompt. Only their own tokens run for each, after a copy of the cache."""
-        network, cache, held = self.model.network, self._cache, self._held
-        del held[common_prefix(held, prompt, len(prompt) - 1) :]
-        cache.truncate(len(held))
-        while piece := prompt[len(held) : -1][:CHUNK]:
-            network.extend(cache, piece)
-            held += piece
         scores = []
-        for one in continuations:
-            inputs, infos = [prompt[-1], *one[:-1]], []
-            branch = cache.copy(capacity=len(held) + len(inputs))
-            for start in range(0, len(one), SCORED):
-                logits = network.step([(token, branch, True) for token in inputs[start : start + SCORED]])
-                infos += [token_info(logits, i, token, 1) for i, token in enumerate(one[start : start + SCORED])]
+        for one, infos in zip(
+            continuations, score(self.model.network, self._cache, self._held, prompt, continuations), strict=True
+        ):
             logprobs = [info.logprob for info in infos]
             greedy = all(info.token == info.top[0][0] for info in infos)
             scores.append({"logprob": math.fsum(logprobs), "greedy": greedy, "tokens": one, "logprobs": logprobs})

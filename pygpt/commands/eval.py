@@ -53,9 +53,9 @@ from ..errors import DataError, InputError, NumericalError, shown
 from ..formats.llmc import Example, read_examples
 from ..formats.shards import read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
+from ..generation.logprobs import score
 from ..hub.find import find_model
 from ..model import GPT2
-from ..network import KVCache
 from ..tokenizer import tokenizer_of
 from .console import Parser, check_stdout, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
@@ -154,16 +154,17 @@ def log_sums(rows: Losses) -> Losses:
     return out
 
 
-def losses_of(rows: Losses, targets: Sequence[int]) -> Losses:
-    """Return minus the log-probability of each row's target, in nats: [rows, V], [rows] -> [rows]."""
-    return log_sums(rows) - rows[np.arange(len(rows)), targets]
+def picked(rows: Losses, targets: Sequence[int]) -> Losses:
+    """Return the value of each row's target: [rows, V], [rows] -> [rows]."""
+    return rows[np.arange(len(rows)), targets]
 
 
 def blocks(
-    models: Sequence[GPT2], caches: Sequence[KVCache], tokens: Sequence[int], targets: Sequence[int]
+    models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int]
 ) -> Iterator[tuple[list[Losses], Sequence[int]]]:
-    """Append tokens to the cache of each model. Yield the last len(targets) rows in blocks: the logits of each model, [16, V],
-    and the rows' targets, which are the successors of their tokens."""
+    """Run tokens through each model. Yield the last len(targets) rows in blocks: the logits of each model, [16, V], and the
+    rows' targets, which are the successors of their tokens."""
+    caches = [model.new_cache(len(tokens)) for model in models]
     silent = len(tokens) - len(targets)  # number of rows that are only context
     for start in range(0, len(tokens), ROWS):
         stop = min(start + ROWS, len(tokens))
@@ -174,12 +175,6 @@ def blocks(
         wanted = targets[max(0, start - silent) : max(0, stop - silent)]
         for at in range(0, len(wanted), FLOAT64_ROWS):
             yield [rows[at : at + FLOAT64_ROWS].astype("f8") for rows in logits], wanted[at : at + FLOAT64_ROWS]
-
-
-def score(model: GPT2, cache: KVCache, tokens: Sequence[int], targets: Sequence[int]) -> Losses:
-    """Append tokens to the cache; return the losses of `targets`, the successors of the last len(targets) tokens."""
-    found = blocks([model], [cache], tokens, targets)
-    return np.concatenate([np.empty(0), *(losses_of(rows, wanted) for (rows,), wanted in found)])
 
 
 # ------------------------------------------------------------------------------------------------ perplexity
@@ -194,7 +189,8 @@ def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, s
     def sums_of(ids: list[int], targets: list[int]) -> tuple[float, int]:
         text = [] if tokenizer is None else [token for token in targets if token != tokenizer.eot]
         text_bytes = len(tokenizer.decode_bytes(text)) if tokenizer is not None else 0
-        return math.fsum(score(model, model.new_cache(len(ids)), ids, targets)), text_bytes
+        found = blocks([model], ids, targets)
+        return math.fsum(loss for (rows,), wanted in found for loss in log_sums(rows) - picked(rows, wanted)), text_bytes
 
     facts, rows, (total, text_bytes) = slide([model], options, sums_of)
     loss = total / facts["scored"]
@@ -302,13 +298,11 @@ def divergence(model: GPT2, other: GPT2, tokens: list[int], targets: list[int]) 
     Three sums are in nats: the loss of `model`, the loss of `other`, and the divergence of `other` from `model`. The fourth sum
     is the number of rows at which both models have the same most probable token."""
     sums = np.zeros(4)
-    caches = [one.new_cache(len(tokens)) for one in (model, other)]
-    for logits, wanted in blocks([model, other], caches, tokens, targets):
+    for logits, wanted in blocks([model, other], tokens, targets):
         logprobs, others = (rows - log_sums(rows)[:, None] for rows in logits)
-        chosen = np.arange(len(wanted)), wanted
         kl = (np.exp(logprobs) * (logprobs - others)).sum()
         agreements = (logprobs.argmax(axis=1) == others.argmax(axis=1)).sum()
-        sums += [-logprobs[chosen].sum(), -others[chosen].sum(), kl, agreements]
+        sums += [-picked(logprobs, wanted).sum(), -picked(others, wanted).sum(), kl, agreements]
     return sums.tolist()
 
 
@@ -318,15 +312,19 @@ def divergence(model: GPT2, other: GPT2, tokens: list[int], targets: list[int]) 
 def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of computed rows, and the result as text."""
     done = right = right_norm = rows = 0
-    cache = model.new_cache()
+    cache, held = model.new_cache(), list[int]()
     with Progress("examples", options.limit) as progress:
         for example in islice(examples_in(options.subject, model), options.limit):
-            cache.truncate(0)
-            losses = ending_losses(model, cache, example)
+            longest = len(example.context) + max(map(len, example.endings)) - 1  # the last token of an ending is not an input
+            if longest > cache.capacity:
+                text = f"example {example.number} has {longest} tokens to run: the model takes at most {cache.capacity}"
+                raise InputError(text)
+            scores = score(model.network, cache, held, example.context, example.endings)
+            logprobs = [[info.logprob for info in infos] for infos in scores]
             done += 1
-            right += int(np.argmin([loss.sum() for loss in losses])) == example.label
-            right_norm += int(np.argmin([loss.mean() for loss in losses])) == example.label
-            rows += len(example.context) + sum(len(ending) - 1 for ending in example.endings)
+            right += int(np.argmax([math.fsum(one) for one in logprobs])) == example.label
+            right_norm += int(np.argmax([math.fsum(one) / len(one) for one in logprobs])) == example.label
+            rows += len(example.context) - 1 + sum(map(len, example.endings))
             progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
     if not done:
         raise DataError(f"{options.subject}: there are no examples: give a file with at least one")
@@ -352,22 +350,6 @@ def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
         if not context:
             raise DataError(f"{where}: the field 'ctx' is empty: it must be a text")
         yield Example(number, int(str(label)), context, [tokenizer.encode(f" {ending}") for ending in endings])
-
-
-def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]:
-    """Return the losses of the tokens of each ending. The context runs once for all endings.
-
-    Raises InputError if the example exceeds the model's context."""
-    longest = len(example.context) + max(map(len, example.endings)) - 1  # the last token of an ending is not an input
-    if longest > cache.capacity:
-        raise InputError(f"example {example.number} has {longest} tokens to run: the model takes at most {cache.capacity}")
-    after_context = model.prefill(cache, example.context)[None].astype("f8")  # [1, V]
-    losses = []
-    for ending in example.endings:
-        first = losses_of(after_context, ending[:1])
-        losses.append(np.concatenate([first, score(model, cache, ending[:-1], ending[1:])]))
-        cache.truncate(len(example.context))
-    return losses
 
 
 # ------------------------------------------------------------------------------------------------ next tokens

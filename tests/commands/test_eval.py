@@ -22,6 +22,7 @@ from pygpt.commands import eval as evaluate
 from pygpt.commands.progress import table
 from pygpt.commands.quantize import main as quantize
 from pygpt.formats.checkpoint import Checkpoint
+from pygpt.generation.logprobs import score
 from pygpt.hub.find import EMBEDDED_MODEL
 
 SHAPE = {"L": 2, "NH": 2, "C": 16, "V": 211, "maxT": 24}
@@ -217,12 +218,12 @@ def test_hellaswag(capsys: pytest.CaptureFixture[str], limit: int) -> None:
 def test_the_losses_of_endings() -> None:
     """The context runs once for all endings. Each loss equals the loss in the whole sequence."""
     with GPT2.load("model.bin", threads=2) as model:
-        cache = model.new_cache()
+        cache, held = model.new_cache(), list[int]()
         for example in read_examples("examples.bin"):
-            cache.truncate(0)
-            for ending, found in zip(example.endings, evaluate.ending_losses(model, cache, example), strict=True):
+            found = score(model.network, cache, held, example.context, example.endings)
+            for ending, infos in zip(example.endings, found, strict=True):
                 whole = losses("model.bin", [*example.context, *ending])
-                np.testing.assert_allclose(found, whole[-len(ending) :], rtol=0, atol=1e-5)
+                np.testing.assert_allclose([-info.logprob for info in infos], whole[-len(ending) :], rtol=0, atol=1e-5)
 
 
 def test_acc_and_acc_norm_differ_where_lengths_do(capsys: pytest.CaptureFixture[str]) -> None:
