@@ -75,8 +75,8 @@ if TYPE_CHECKING:
     from .training.data import DataLoader as DataLoader
     from .training.data import split as split
     from .training.options import TrainingOptions as TrainingOptions
-    from .training.parallel import Ranks as Ranks
     from .training.parallel import open_ranks as open_ranks
+    from .training.parallel.ranks import Ranks as Ranks
     from .training.serial import SerialTrainableGPT2 as SerialTrainableGPT2
     from .training.state import TrainingState as TrainingState
     from .training.state import open_state as open_state
@@ -108,7 +108,8 @@ _PUBLIC = {
     "reference": "SerialGPT2",
     "ceilings": "Ceilings",
     "cluster": "Complete",
-    "training.parallel": "Ranks open_ranks",
+    "training.parallel": "open_ranks",
+    "training.parallel.ranks": "Ranks",
     "training.options": "TrainingOptions",
     "training.data": "DataLoader split",
     "training.serial": "SerialTrainableGPT2",

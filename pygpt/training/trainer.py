@@ -18,7 +18,7 @@ from .._signals import see_through
 from ..errors import InputError, NumericalError, PyGPTError, Uncopied, check_whole, shown
 from ..pool import TRIES
 from .options import TrainingOptions
-from .parallel import Ranks
+from .parallel.ranks import Ranks
 from .parallel.step import SharedStep
 from .state import Progress, TrainingState, open_state, write_state
 

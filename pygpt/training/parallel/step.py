@@ -8,7 +8,7 @@ import numpy as np
 from ...errors import InputError
 from ..parameters import NORM_BLOCK, norm_of
 from ..trainable import TrainableGPT2
-from . import Array, Ranks
+from .ranks import Array, Ranks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
