@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .prefix import AnyNetwork
     from .speculate import Draft
 
-LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
-WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
+LIVE = 64  # sequences in one step: more would gain little speed, and each needs memory for keys and values
+WORTH_WAITING = 8  # a sequence waits for an earlier prompt that will give it at least this many more tokens than any cache
 FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
 SCORED_ROWS = 128  # the most rows of a step for log-probabilities of prompts: their logits take 26 MB with GPT-2's vocabulary
 
@@ -299,7 +299,7 @@ class Engine(Uncopied):
         """Give a sequence a cache with the longest prefix of its window that any cache has.
 
         If an earlier sequence will soon compute a longer prefix, give it no cache. The sequence then waits."""
-        if sequence.completion.unscored:  # a copied prefix would have no logits
+        if sequence.completion.unscored:  # a copied prefix would come without logits
             sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
             return
         live, held, coming = None, 0, 0

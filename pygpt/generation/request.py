@@ -157,7 +157,7 @@ class Request:
 
 
 def check_speculation(value: "Any") -> int | None:
-    """Return how many tokens to guess in a step: 0 as many as pay, None none."""
+    """Return how many tokens to guess in a step: 0 means the fastest number, None no guesses."""
     if value is None or is_boolean(value):
         return 0 if value else None
     return check_whole("speculation", value, 1, MOST_GUESSES, f" from 1 to {MOST_GUESSES}, or True or False")
