@@ -31,7 +31,7 @@ ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction se
 PAGE = 4096  # bytes
 APART = 576  # bytes: the offset in a page at which an array begins grows by this from one array to the next
 STD = 0.02  # of GPT-2's initial weights
-MATRICES = tuple(name for name, dims in (*TENSORS, HEAD) if sum(dim != "L" for dim in dims) == 2)  # the rest are vectors
+MATRICES = tuple(name for name, dims in (*TENSORS, HEAD) if sum(dim != "L" for dim in dims) == 2)  # the others are vectors
 GAINS = ("ln1w", "ln2w", "lnfw")
 RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L in total
 PIECE = 1 << 16  # random numbers made at a time: few enough to stay in the cache
