@@ -110,7 +110,7 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
     if options.reference:  # import only the class that is used
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, **given), notice  # guesses come from the text
+        return SerialGPT2.load(path, **given), notice  # without a draft: guesses come from the text
     from ..model import GPT2
 
     return GPT2.load(path, threads=threads, draft=options.draft_model, **given), notice

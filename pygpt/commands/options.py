@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 TOKENIZER_HELP = "use this vocabulary: tokenizer.json, vocab.json, llm.c's tokenizer.bin, .gguf (default: the model's own)"
 THREADS_HELP = "threads (default $PYGPT_THREADS, else one per usable core)"
 SPECULATE_HELP = (
-    "guess tokens ahead and check them together; the tokens stay the same: auto (as many as pay), a number, or off (default)"
+    "guess tokens ahead and check them together; the tokens stay the same: auto (the fastest), a number, or off (default)"
 )
 DRAFT_HELP = (
     "guess for --speculate with: q8_0 or q4_0, the model's weights quantised in memory (default: the one that suits "
