@@ -68,8 +68,8 @@ class ThreadPool(Closing):
         another round.
 
         If the job raises on a worker, abort() is called at once, so that workers that wait inside the job can leave it. When
-        every worker has come to rest, the first exception is raised here, and after() is not called. If a signal handler
-        raises meanwhile (Ctrl-C), its exception is raised here too, before any other. No worker is left behind. If the
+        all workers have stopped, run() raises the first exception, and does not call after(). If a signal handler raises
+        meanwhile (Ctrl-C), run() raises that exception, in preference to others, also after all workers have stopped. If the
         handler interrupts the caller's own share, which may or may not have begun, abort() may do that share instead.
 
         Raises ClosedError after close(), and PyGPTError inside a job of this pool."""

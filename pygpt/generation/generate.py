@@ -127,7 +127,7 @@ class Generator(Closing):
         seed: "SupportsIndex | None" = None,
         **options: "Unpack[Options]",
     ) -> "AsyncGenerator[int]":
-        """Complete a sequence as generate() does, for `async for`. The network runs on other threads, so no event loop waits.
+        """Complete a sequence as generate() does, for `async for`. Other threads run the network, so the event loop is free.
 
         Raises InputError at once, before anything runs. If the task is cancelled or the iterator is closed, the completion ends
         after the step that runs now. To close it at a `break`, use contextlib.aclosing()."""

@@ -151,7 +151,7 @@ class Parameters(Closing):
         return array[: self.config.V] if name == "wte" else array
 
     def save(self, path: "str | os.PathLike[str]", *, version: int = 3) -> None:
-        """Write the parameters as a checkpoint of version 1, 3 or 5, or, if the name ends in .safetensors, as that.
+        """Write the parameters: as a .safetensors file if the name ends so, else as a checkpoint of version 1, 3 or 5.
 
         A .safetensors file holds transformers' tensors, and config.json in its metadata: it describes every model. Version 5
         means bfloat16 there. The file gets its name only when it is complete. Raises InputError for a model that a .bin file
