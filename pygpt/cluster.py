@@ -116,7 +116,7 @@ class Complete(Closing):
     def _continuations(self, row: "Row", prompt: int) -> "list[list[int]]":
         given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input
         if surplus := sorted(set(row) - {"id", "prompt", "tokens", "continuations"}):
-            raise InputError(f'{surplus[0]!r} and "continuations" were both given, but scores take no options: leave one out')
+            raise InputError(f'{surplus[0]!r} is an option of completions, and "continuations" are scored: leave one out')
         if not isinstance(given, list) or not given:
             raise InputError(f'"continuations" is {shown(given)}: it must be a list of texts or of lists of ids')
         found = [self._ids("continuations", one, str | list) for one in given]

@@ -25,7 +25,7 @@ class PyGPTError(Exception):
 
 
 class InputError(PyGPTError, ValueError):
-    """An argument is out of its range. pygpt has computed nothing and changed no cache."""
+    """An argument is out of its range. pygpt has not computed anything, and caches are unchanged."""
 
 
 class DataError(InputError):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .generation.speculate import Draft
     from .network import OpenModel
 
-# The weights that guess for each format: much smaller than the model's own. The smallest format has none.
+# The weights that guess for each format: much smaller than the model's own. For the smallest format, only the text guesses.
 DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
 
 
@@ -114,9 +114,9 @@ class GPT2(Generator):
     def step(self, rows: Iterable[Row]) -> "npt.NDArray[np.float32]":
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
-        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, no
-        cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
-        """
+        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
+        caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, and ClosedError after
+        close()."""
         return self._whole(lambda lengths: self.network.step(rows, lengths), (-1, self.config.V))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":

@@ -70,7 +70,7 @@ text\\              continue the text on the next line; \\\\ stands for a final 
 """
 
 
-SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and no field of a request
+SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and are not fields of a request
 FIELDS = {"new": "max_new_tokens", "stop": "stop_strings", "stop_token": "stop_token_ids", "speculate": "speculation"}
 SETTINGS = {  # of /set: name, and the field of a `pygpt` request, which is another name of it
     name: FIELDS.get(name, name)

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     from ..generation.request import Request
 
     if threads is not None:
-        check_threads(threads)  # --reference uses no threads, but a wrong count is still the user's mistake
+        check_threads(threads)  # also with --reference, where the count has no effect: a wrong one is the user's mistake
     model, notice = load(options.model, threads, options)
     with model:
         request = Request(model.config, tokens or [0], **defaults)  # report bad options before serving

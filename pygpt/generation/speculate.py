@@ -175,7 +175,7 @@ class Speculator:
         self.drafted = self.accepted = 0
 
     def guess(self, parts: list[tuple[Completion, Memory, Speculation]]) -> list[list[int]]:
-        """Return the guesses for each decoding sequence of the next step, which has no other rows."""
+        """Return the guesses for each decoding sequence of the next step, which has only their rows."""
         found: list[list[int]] = [[] for _ in parts]
         limit = min(MOST, MIXED_ROWS // len(parts))
         wanted: list[tuple[int, int]] = []

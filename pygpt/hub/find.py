@@ -20,7 +20,7 @@ DOWNLOADABLE = rf"(?:{'|'.join(MODELS)}|{PART}/{PART})(?:@{PART}(?:/{PART}){{0,2
 def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     """Return (path, origin) of the model to use: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the embedded model.
 
-    If no model has that path, it can be the name of a downloaded model, one of MODELS or a repository, in the cache folder of
+    If the path does not exist, it can be the name of a downloaded model, one of MODELS or a repository, in the cache folder of
     pygpt or of huggingface_hub. origin is "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises
     CheckpointError if there is no such file or downloaded model, and InputError for the name of a downloaded model without a
     cache folder."""

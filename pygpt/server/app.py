@@ -266,7 +266,7 @@ async def detokenize(server: Server, request: Request, fields: dict[str, Any]) -
 
 
 async def tokenizer_info(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Describe the tokenizer, so that evaluation harnesses need no copy of it."""
+    """Describe the tokenizer, so that evaluation harnesses do not need a copy of it."""
     config = server.models[0].model.config
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
     own = {"tokenizer_class": "GPT2Tokenizer", "chat_template": None, "add_bos_token": False}
@@ -279,7 +279,7 @@ async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any
         async with asyncio.timeout(SLOW_S):
             return {"workers": await server.worker.trace(server.served(fields.get("model")))}
     except TimeoutError:
-        raise ApiError(f"no step ran within {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
+        raise ApiError(f"the model ran 0 steps within {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
 
 
 async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> Any:

@@ -29,7 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values without effect, which clients 
     "presence_penalty": (0,),
     "logit_bias": ({},),
 }
-FILTERS = ("temperature", "top_p", "top_k", "min_p")  # they change nothing for the most probable token
+FILTERS = ("temperature", "top_p", "top_k", "min_p")  # without effect on the most probable token
 
 
 class Served:
@@ -53,7 +53,7 @@ class Served:
                 self.fingerprint = f"pygpt-{__version__}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of ids. Ids beyond the vocabulary have none."""
+        """Return the bytes of ids. Ids beyond the vocabulary are left out."""
         if self.tokenizer is None:
             return b""
         return self.tokenizer.decode_bytes([token for token in tokens if token < self.tokenizer.V])

@@ -41,7 +41,7 @@ class Protocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Take data, and wait for the rest of a request's headers no longer than HEADER_S."""
+        """Take data, and wait at most HEADER_S seconds for the rest of a request's headers."""
         super().data_received(data)
         self._watch()
 

@@ -42,7 +42,7 @@ def subtrees(first: int, last: int, parts: int) -> list[Node]:
 
 
 def slices_of(size: int, ranks: int) -> list[slice]:
-    """Return each rank's slice of `size` values: whole norm blocks, as equal as possible, possibly none."""
+    """Return each rank's slice of `size` values: whole norm blocks, as equal as possible, possibly empty."""
     blocks = -(-size // NORM_BLOCK)
     edges = [min(size, blocks * rank // ranks * NORM_BLOCK) for rank in range(ranks + 1)]
     return [slice(*pair) for pair in pairwise(edges)]
