@@ -206,7 +206,7 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
         ({"tokens": "ab"}, "a list of ids"),
         ({"tokens": [1], "continuations": []}, '"continuations" is []'),
         ({"tokens": [1], "continuations": [[1] * 200]}, "at most 129"),
-        ({"tokens": [1], "continuations": [[1]], "top_k": 2}, "'top_k' and"),
+        ({"tokens": [1], "continuations": [[1]], "top_k": 2}, "'top_k' is an option"),
         ({"tokens": [1], "temperature": -1}, "temperature is -1"),
     ],
 )
