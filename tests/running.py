@@ -65,3 +65,22 @@ def assert_refuses(
     out, err = capsys.readouterr()
     assert out == ""
     assert_one_line_error(err, *named)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Map the files below a folder to their bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refuses_and_keeps(
+    main: Callable[[list[str]], int],
+    capsys: pytest.CaptureFixture[str],
+    arguments: Sequence[str],
+    *named: str,
+    status: int = 2,
+) -> None:
+    """Assert what assert_refuses() does, and that no file below the current folder changes."""
+    before = contents(Path())
+    capsys.readouterr()
+    assert_refuses(main, capsys, arguments, *named, status=status)
+    assert contents(Path()) == before

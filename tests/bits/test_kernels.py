@@ -1127,7 +1127,7 @@ def test_the_beginning_of_a_cache_is_copied(plain: GPT2, length: int | None) -> 
 def test_more_rows_than_a_cache_has_are_not_copied(plain: GPT2, length: int) -> None:
     source, target = plain.new_cache(), plain.new_cache()
     plain.prefill(source, [1, 2, 3])
-    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache has only 3"):
+    with pytest.raises(InputError, match=rf"{length}\b.*\b3$"):
         copy_keys_values(target, source, length)
     assert target.length == 0
 
@@ -1137,9 +1137,9 @@ def test_parts_of_a_model_are_not_copied_or_pickled(plain: GPT2) -> None:
     weights = Weights(PLAIN, tensors)
     for thing in weights, Step(weights, 1, 0), Trace(1, 1), Floats(1, 1):
         for act in copy.copy, copy.deepcopy, pickle.dumps:
-            with pytest.raises(TypeError, match="cannot be copied or pickled: "):
+            with pytest.raises(TypeError, match="pickled"):
                 act(thing)
-    with pytest.raises(TypeError, match=r"a cache cannot be pickled: .* keep the tokens"):
+    with pytest.raises(TypeError, match="pickled"):
         pickle.dumps(plain.new_cache())
 
 

@@ -199,7 +199,7 @@ def test_ceilings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ceilings_that_are_too_large() -> None:
     for megabytes in (1 << 62, 1 << 45, -1):
-        with pytest.raises(MemoryError, match="not enough memory for"):
+        with pytest.raises(MemoryError, match="memory"):
             Ceilings(1, megabytes=megabytes)
 
 

@@ -869,7 +869,7 @@ def test_commands_about_the_last_text_want_one(bench: Bench, capsys: pytest.Capt
     bench.take(line)
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert "needs an earlier text" in shown.err
+    assert "earlier text" in shown.err
     assert bench.echo.asked == []
 
 
@@ -972,7 +972,7 @@ def test_probs_fits_the_terminal(
 def test_probs_of_a_model_file_that_has_gone_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench(model="gone.bin")
     bench.take("hi", "/probs")
-    assert capsys.readouterr().err.startswith("pygpt: gone.bin: no such model file")
+    assert capsys.readouterr().err.startswith("pygpt: gone.bin: ")
 
 
 def test_ctrl_c_stops_probs(bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,15 +374,15 @@ def test_profiling_keeps_all_bits(base: Report, model: GPT2) -> None:
 
 
 def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
-    with pytest.raises(InputError, match="trace is for 1 workers: this model needs a trace for 2"):
+    with pytest.raises(InputError, match=r"1 workers.* 2$"):
         model.record(Trace(1, 8))
-    with pytest.raises(InputError, match="worker is 2: this trace has workers 0 to 1"):
+    with pytest.raises(InputError, match=r"worker is 2.*0 to 1"):
         Trace(2, 8).events(2)
     for nth, capacity in ((0, 1), (1, 0), (-1, 1)):
-        with pytest.raises(InputError, match="both numbers must be at least 1"):
+        with pytest.raises(InputError, match="at least 1"):
             Trace(nth, capacity)
     for nth, capacity in ((1 << 60, 1), (1 << 58, 1), (1, 1 << 61), (1, 1 << 62)):  # sizes that wrap around in 64 bits
-        with pytest.raises(MemoryError, match="not enough memory for a trace"):
+        with pytest.raises(MemoryError, match=r"memory.*trace"):
             Trace(nth, capacity)
 
 
