@@ -101,7 +101,7 @@ prompts = st.lists(st.sampled_from([1, 2]), min_size=0, max_size=15).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None], alone: Alone, data: st.DataObject) -> None:
     one = model.network.position_bytes

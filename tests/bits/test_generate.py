@@ -340,9 +340,9 @@ def test_a_closed_serial_model(path: str) -> None:
 def test_sliding_gives_the_logits_of_the_window_alone(
     model: GPT2, path: str, options: dict[str, Any], slide_to: int | None
 ) -> None:
-    asked = {"overflow": "slide", "slide_to": slide_to, "max_new_tokens": 60, **options}
+    asked = {"overflow": "slide", "slide_to": slide_to, "max_new_tokens": 40, **options}
     prompts = [[3], list(range(MAXT - 1)), list(range(MAXT)), list(range(2 * MAXT))]
-    wanted = [by_hand(model, prompt, 60, slide_to=slide_to or MAXT // 2, **options) for prompt in prompts]
+    wanted = [by_hand(model, prompt, 40, slide_to=slide_to or MAXT // 2, **options) for prompt in prompts]
     cache = model.new_prefix_cache()
     for _ in range(2):
         assert [list(model.generate(prompt, **asked, cache=cache)) for prompt in prompts] == wanted

@@ -23,6 +23,7 @@ from make_checkpoint import make, tensors
 from running import PATIENCE, ROOT, assert_refused, assert_refuses, environment, run
 
 from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpus
+from pygpt.commands import quantize
 from pygpt.commands.profile import job, numbers, perf, text
 from pygpt.commands.profile import main as profile
 from pygpt.generation.sampling import sample
@@ -167,7 +168,7 @@ def test_work_is_the_networks(base: Report) -> None:
 @pytest.mark.parametrize(("target", "weights"), [("q4.gguf", None), ("q4.safetensors", None), ("f32.gguf", "q8_0")])
 def test_every_kind_of_model_and_weights(small: str, tmp_path: Path, target: str, weights: str | None) -> None:
     path = str(tmp_path / target)
-    assert run("quantize", "--format", target.partition(".")[0].replace("q4", "q4_0"), small, path).returncode == 0
+    assert quantize.main(["--format", target.partition(".")[0].replace("q4", "q4_0"), small, path]) == 0
     given = [] if weights is None else ["--weights", weights]
     job_of = ("-t", "2", "--all-workers", "--skip", "scaling,strategies", "--prompt-length", "40", "-n", "5", "-r", "1")
     report = report_of("-m", path, *given, *job_of)
