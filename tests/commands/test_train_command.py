@@ -335,7 +335,7 @@ def test_a_second_ctrl_c_ends_it_at_once(capsys: pytest.CaptureFixture[str], mon
     assert not Path("run.state").exists()
 
 
-KILLS = int(os.environ.get("TRAIN_KILLS", "10"))
+KILLS = int(os.environ.get("TRAIN_KILLS", "5"))
 
 
 def test_kill_9_at_any_moment() -> None:

@@ -113,7 +113,7 @@ def slope(loss: Callable[[float], float], h: float) -> float:
     return (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
 
 
-@settings(fuzz, max_examples=30)
+@settings(fuzz, max_examples=15)
 @given(network=networks(largest=20), seed=seeds)
 def test_oracle_against_finite_differences(network: tuple[Config, dict[str, Array], Ids, Ids], seed: int) -> None:
     """Along a random direction of each tensor, which includes every gradient, and along one element."""
