@@ -7,6 +7,7 @@ import atexit
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -102,8 +103,13 @@ class Forks:
             asked.write(json.dumps({"argv": argv, "cwd": str(cwd), "env": env}).encode())
             asked.seek(0)
             socket.send_fds(self.channel, [b"."], [there, *(file.fileno() for file in (out, err, asked))])
-            self.answers.readline()
-            status = int(self.answers.readline())
+            child = int(self.answers.readline())
+            try:
+                status = int(self.answers.readline())
+            except BaseException:  # a test that takes too long
+                os.kill(child, signal.SIGKILL)
+                self.answers.readline()
+                raise
             out.seek(0)
             err.seek(0)
             return subprocess.CompletedProcess(argv, status, out.read(), err.read())
