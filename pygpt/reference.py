@@ -58,7 +58,7 @@ class SerialNetwork(Uncopied):
         stored = checkpoint.stored()
         panels = {name: tensor for name, tensor in stored.items() if tensor[0] in QUANTISED}
         arrays = {
-            name: data.cast("f") if kind == "float32" else FORMATS[kind].values(data)  # float32 needs no NumPy
+            name: data.cast("f") if kind == "float32" else FORMATS[kind].values(data)  # float32 without NumPy
             for name, (kind, data) in stored.items()
             if name not in panels
         }

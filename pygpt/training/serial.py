@@ -43,7 +43,7 @@ class SerialTrainableGPT2(Parameters):
 
     @property
     def updates(self) -> int:
-        """The number of updates made. If Ctrl-C interrupts an update, it is complete and counts, or it changed no weight."""
+        """The number of updates made. An update that Ctrl-C interrupts is complete and counts, or has not changed a weight."""
         return self._open().updates
 
     def _update(self, numbers: AdamW) -> None:
