@@ -1,5 +1,6 @@
 """Share a training step among ranks: its parts, the tree's sum of the gradients, and slices of the optimizer."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain, pairwise
 
@@ -65,7 +66,8 @@ class SharedStep:
         self._messages: int = -(-max(part.stop - part.start for part in self.slices) // self._step)  # of the longest slice
         self._sums: list[tuple[Node, Array]] = []  # of the latest parts, the largest whole subtrees
         self._spare: list[Array] = []
-        self._inbox: dict[tuple[int, Node], Array] = {}
+        # The memory for piece k of a subtree, by k % 2 and the subtree: two pieces are under way at a time.
+        self._inbox: dict[tuple[int, Node], Array] = defaultdict(lambda: np.empty(self._step, np.float32))
 
     def add(self, part: int) -> None:
         """Take the finished gradients of one of this rank's parts, in order, and add whole subtrees. After the last part, the
@@ -99,18 +101,12 @@ class SharedStep:
             if mine.start < mine.stop:
                 have = {node: array[mine] for node, array in sums}
                 for node in chain(*self._theirs[:rank], *self._theirs[rank + 1 :]):
-                    have[node] = self._buffer(k, node)[: mine.stop - mine.start]
+                    have[node] = self._inbox[k % 2, node][: mine.stop - mine.start]
                 tree_sum(have, 0, self.parts, out=self.engine.gradients[mine])
 
     def _piece(self, rank: int, k: int) -> slice:
         first, last = self.slices[rank].start, self.slices[rank].stop
         return slice(min(first + k * self._step, last), min(first + (k + 1) * self._step, last))
-
-    def _buffer(self, k: int, node: Node) -> Array:
-        """Return the memory for piece k of a subtree. Two pieces are under way at a time."""
-        if (k % 2, node) not in self._inbox:
-            self._inbox[k % 2, node] = np.empty(self._step, np.float32)
-        return self._inbox[k % 2, node]
 
     def _begin(self, k: int, sums: list[tuple[Node, Array]]) -> object:
         """Begin to exchange piece k of every slice. The nearest ranks come first, so that the ranks begin apart."""
@@ -119,7 +115,7 @@ class SharedStep:
         for distance in range(1, ranks.size):
             source, target = (ranks.rank - distance) % ranks.size, (ranks.rank + distance) % ranks.size
             if mine.start < mine.stop:
-                receives += [(self._buffer(k, node)[: mine.stop - mine.start], source) for node in self._theirs[source]]
+                receives += [(self._inbox[k % 2, node][: mine.stop - mine.start], source) for node in self._theirs[source]]
             piece = self._piece(target, k)
             if piece.start < piece.stop:
                 sends += [(array[piece], target) for _, array in sums]
