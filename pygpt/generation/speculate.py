@@ -27,7 +27,7 @@ MOST = 8  # guesses in one step: more are rarely all right
 NGRAM = 3  # equal tokens that a lookup needs
 WORTH = 1.02  # the least predicted gain
 GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
-PATIENCE, MOST_PATIENCE = 32, 512  # plain steps of a sequence before guesses are tried again
+PATIENCE, MOST_PATIENCE = 64, 512  # plain steps of a sequence before guesses are tried again
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
@@ -199,7 +199,7 @@ class Speculator:
 
     def _count(self, completion: Completion, state: Speculation, room: int, looked: list[int], sequences: int) -> int:
         """Return how many tokens the draft should guess; -n means to take n tokens of the lookup. All times are in plain
-        steps of one of the sequences. Before a draft is timed, it makes one guess."""
+        steps of one of the sequences. Until a guess, or a row of a guess, is timed, there is only one."""
         fixed, draft = completion.speculation, self._draft(False)
         if self._plain is None and not fixed:
             return 0
@@ -208,7 +208,7 @@ class Speculator:
         guess = GUESS if draft is None or draft.seconds is None else draft.seconds / plain
         if fixed:
             return -len(looked) if looked and state.lookups.speed(room, row) >= state.drafts.speed(room, row + guess) else room
-        by_lookup, looks = state.lookups.best(len(looked), row)
+        by_lookup, looks = state.lookups.best(len(looked) if self._row is not None else min(len(looked), 1), row)
         may_draft = draft is not None or completion.guesses >= SOON
         new = draft is None or draft.seconds is None
         by_draft, drafts = state.drafts.best(min(room, 1) if new else room, row + guess) if may_draft else (0.0, 0)
