@@ -355,9 +355,6 @@ def speed(times: Sequence[float]) -> str:
     return text
 
 
-# ---------------------------------------------------------------- terminal and pipes
-
-
 def line_reader() -> Callable[[str], str]:
     """Return a function that asks for a line on the terminal. It may return several pasted lines as one text.
 
@@ -425,9 +422,6 @@ def write(text: str) -> None:
     """Print a part of the reply and flush."""
     sys.stdout.write(for_terminal(text, sys.stdout))
     sys.stdout.flush()
-
-
-# ---------------------------------------------------------------- the command line
 
 
 def passed_on(options: argparse.Namespace) -> list[str]:

@@ -74,9 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status_of(lambda: run(build_parser().parse_args(arguments)))
 
 
-# ------------------------------------------------------------------------------------------------ arguments
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     one_model, shared = Parser(add_help=False), Parser(add_help=False)
@@ -140,9 +137,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
 
 
-# ------------------------------------------------------------------------------------------------ losses
-
-
 def log_sums(rows: Losses) -> Losses:
     """Return the logarithm of the sum of exponentials of each row's logits: [rows, V] -> [rows].
 
@@ -175,9 +169,6 @@ def blocks(
         wanted = targets[max(0, start - silent) : max(0, stop - silent)]
         for at in range(0, len(wanted), FLOAT64_ROWS):
             yield [rows[at : at + FLOAT64_ROWS].astype("f8") for rows in logits], wanted[at : at + FLOAT64_ROWS]
-
-
-# ------------------------------------------------------------------------------------------------ perplexity
 
 
 def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
@@ -272,9 +263,6 @@ def tokens_in(options: argparse.Namespace, model: GPT2) -> npt.NDArray[np.intege
     return joined(encode_file(read_text(subject), subject, eot=eot, **reading))
 
 
-# ------------------------------------------------------------------------------------------------ two models
-
-
 def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of rows computed by both models, and the result as text."""
     if model.config.V != other.config.V:
@@ -304,9 +292,6 @@ def divergence(model: GPT2, other: GPT2, tokens: list[int], targets: list[int]) 
         agreements = (logprobs.argmax(axis=1) == others.argmax(axis=1)).sum()
         sums += [-picked(logprobs, wanted).sum(), -picked(others, wanted).sum(), kl, agreements]
     return sums.tolist()
-
-
-# ------------------------------------------------------------------------------------------------ HellaSwag
 
 
 def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
@@ -350,9 +335,6 @@ def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
         if not context:
             raise DataError(f"{where}: the field 'ctx' is empty: it must be a text")
         yield Example(number, int(str(label)), context, [tokenizer.encode(f" {ending}") for ending in endings])
-
-
-# ------------------------------------------------------------------------------------------------ next tokens
 
 
 def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:

@@ -183,9 +183,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------------------------------------ the run
-
-
 class Stop:
     """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step. A second signal
     takes effect immediately."""
