@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ..errors import InputError, PyGPTError
 from ..generation.request import check_speculation
 from .console import Parser, say, status_of, whole
-from .options import DRAFT_HELP, SPECULATE_HELP, THREADS_HELP, parse_speculation
+from .options import SPECULATE_HELP, add_model_options, parse_count, parse_speculation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,10 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--uds", metavar="PATH", help="listen at a Unix socket instead")
     add("--api-key", metavar="KEY", action="append", default=[], help="ask for this key; may be repeated")
     add("--api-key-file", metavar="FILE", help="ask for one of the keys in this file, one a line")
-    add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
-    add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
+    add_model_options(add)
     add("--speculate", metavar="K", help=f"for requests without the field speculation: {SPECULATE_HELP}")
-    add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
     add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the memory)")
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
@@ -126,9 +124,11 @@ def open_models(options: argparse.Namespace) -> "list[Served]":
             raise InputError(f"the name {name[:40]!r} of a model is empty or given twice: use -m NAME=MODEL with another name")
         named.setdefault(path, []).append(name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
+    threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     found = []
     for path, names in named.items():
-        model = GPT2.load(path, threads=options.threads, weights=options.weights, draft=options.draft_model)
+        model = GPT2.load(path, threads=threads, draft=options.draft_model, **given)
         least = model.network.position_bytes * model.config.maxT
         limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
         found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))

@@ -438,18 +438,24 @@ class _Clock:
 
     def __init__(self, target_ms: float) -> None:
         self._target_s = target_ms / 1000
-        self._decode_s: float | None = None  # time of a step with only decoding sequences
-        self._row_s: float | None = None  # time of one row of a prompt
+        self._decode_s = self._row_s = 0.0  # times of a step with only decoding sequences, and of one row of a prompt
 
     def note(self, sequences: int, rows: int, seconds: float) -> None:
-        """Note the time of a step with this number of sequences and rows."""
+        """Note the time of a step with this number of sequences and rows.
+
+        A step with prompts corrects both times, because no other step may come for long while the machine gets faster."""
         if rows == sequences:
-            self._decode_s = mean(self._decode_s, seconds)
+            self._decode_s = mean(self._decode_s or None, seconds)
+        elif not self._row_s:
+            self._row_s = max(seconds - self._decode_s, seconds / 10) / rows
         else:
-            self._row_s = mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
+            ratio = seconds / (self._decode_s + self._row_s * rows)
+            change = mean(1.0, min(max(ratio, 0.5), 2.0), 0.2)
+            self._decode_s *= change
+            self._row_s *= change
 
     def rows(self, most: int) -> int:
         """Return how many prompt rows, at most `most`, to run together with decoding sequences."""
         if not self._row_s:
             return FEWEST_ROWS
-        return min(max(int((self._target_s - (self._decode_s or 0.0)) / self._row_s), FEWEST_ROWS), most)
+        return min(max(int((self._target_s - self._decode_s) / self._row_s), FEWEST_ROWS), most)

@@ -178,7 +178,7 @@ def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: l
     fields.setdefault("speculation", server.options.speculation)
 
     def checked() -> Call:
-        ids = [encode(served, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = [encode(served, given, served.model.config.maxT) if isinstance(given, str) else given for given in prompts]
         return Call(served, fields, ids, chat=chat)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -238,10 +238,8 @@ async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> 
     served = server.served(fields.get("model"))
     if ("prompt" in fields) == ("content" in fields):
         raise ApiError("give prompt or content: exactly one of them", "prompt")
-    if served.tokenizer is None:
-        raise ApiError("the vocabulary of this model is unknown, so its ids of a text are, too", "model")
     text = fields.get("prompt", fields.get("content", ""))
-    ids = await _unhurried(len(text), partial(served.tokenizer.encode, text))
+    ids = await _unhurried(len(text), partial(encode, served, text, len(text)))
     if "content" in fields:
         pieces = [{"id": token, "piece": _piece(served.bytes_of([token]))} for token in ids]
         return {"tokens": pieces if fields.get("with_pieces") else ids}
@@ -261,16 +259,17 @@ async def detokenize(server: Server, request: Request, fields: dict[str, Any]) -
     """Decode ids. The text is `prompt` for clients of vLLM, and `content` for those of llama.cpp."""
     served = server.served(fields.get("model"))
     served.check_ids("tokens", fields["tokens"])
-    text = served.bytes_of(fields["tokens"]).decode("utf-8", "replace")
+    text = served.vocabulary("tokens").decode(fields["tokens"])
     return {"prompt": text, "content": text}
 
 
 async def tokenizer_info(server: Server, request: Request, fields: dict[str, Any]) -> Any:
     """Describe the tokenizer, so that evaluation harnesses need no copy of it."""
-    config = server.models[0].model.config
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    served = server.models[0]
+    end = None if served.eot is None else token_text(served.bytes_of([served.eot]))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end)
     own = {"tokenizer_class": "GPT2Tokenizer", "chat_template": None, "add_bos_token": False}
-    return {**own, **special, "model_max_length": config.maxT, "vocab_size": config.V}
+    return {**own, **special, "model_max_length": served.model.config.maxT, "vocab_size": served.model.config.V}
 
 
 async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any:

@@ -412,6 +412,15 @@ def test_the_clock_keeps_steps_near_their_target() -> None:
         clock.note(5, 104, 0.120)  # with 100 rows of a prompt
     assert 30 <= clock.rows(512) <= 60
     assert clock.rows(20) == 20
+    for _ in range(50):
+        clock.note(5, 5 + clock.rows(512), 0.005 + 0.0002 * (5 + clock.rows(512)))  # the machine gets faster; prompts all the time
+    assert 250 <= clock.rows(512) <= 300
+    for _ in range(50):
+        clock.note(5, 5 + clock.rows(512), 0.200 + 0.002 * clock.rows(512))  # and slower
+    assert clock.rows(512) == FEWEST_ROWS
+    for _ in range(80):
+        clock.note(5, 5 + clock.rows(512), 0.020 + 0.0005 * clock.rows(512))
+    assert 60 <= clock.rows(512) <= 90
     slow = _Clock(1)
     slow.note(1, 1, 0.5)
     slow.note(2, 100, 0.9)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from serving import MAXT, Live, live, tiny
 
 from pygpt import GPT2, Request, Tokenizer
+from pygpt.formats.open import vocabulary_beside
+from pygpt.formats.vocabulary import characters_of, write_vocabulary
 from pygpt.generation.completion import Completion
-from pygpt.server.answering import Choice
+from pygpt.server.answering import Choice, token_text
 from pygpt.server.call import Call, Served
 
 HELLO = [15496]
@@ -480,7 +483,42 @@ def test_a_model_with_another_vocabulary_takes_ids(tmp_path_factory: pytest.Temp
         assert [top[0][0] for top in choice["logprobs"]["top"]]
         assert running.refused(400, {"prompt": "text"})["param"] == "prompt"
         assert running.refused(400, {"prompt": [5], "stop": "a"})["param"] == "stop"
-        assert "unknown" in running.refused(400, {"prompt": "a"}, "/tokenize")["message"]
+        for route, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+            assert "--tokenizer" in running.refused(400, fields, route)["message"]
+        assert running.ask("GET", "/tokenizer_info").json()["eos_token"] is None
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_a_model_with_its_own_tokenizer(tmp_path: Path, ending: bool) -> None:
+    """The tokenizer beside the model reads prompts and stop strings. An id beyond it has a placeholder as its text."""
+    vocabulary = characters_of([f"Once upon a time {FACE}\n"])
+    if ending:
+        vocabulary["added_tokens"].append({"id": len(vocabulary["model"]["vocab"]), "content": "</s>", "special": True})
+    known = Tokenizer(vocabulary).known
+    own = Tokenizer(vocabulary, V=known + 40)
+    path = tiny(tmp_path, V=own.V)
+    write_vocabulary(vocabulary_beside(str(path)), vocabulary)
+    with live(path) as running:
+        fields: dict[str, Any] = {"max_tokens": 30, "seed": 3, "return_token_ids": True, "ignore_eos": True, "echo": True}
+        free = running.complete(f"a {FACE}", logprobs=2, **fields)["choices"][0]
+        assert free["prompt_token_ids"] == own.encode(f"a {FACE}")
+        wanted = list(running.model.generate(own.encode(f"a {FACE}"), max_new_tokens=30, temperature=1.0, seed=3))
+        assert max(wanted) >= known
+        assert (free["token_ids"], free["text"]) == (wanted, own.decode(own.encode(f"a {FACE}") + wanted))
+        assert free["logprobs"]["tokens"][-30:] == [token_text(own.decode_bytes([token])) for token in wanted]
+        assert joined(running.stream(f"a {FACE}", logprobs=2, **fields)) == [free]
+        place = next(i for i, token in enumerate(wanted) if token >= known)
+        stop = f"<|{wanted[place]}|>"
+        cut = running.complete(f"a {FACE}", stop=[stop], **fields)["choices"][0]
+        assert (cut["finish_reason"], cut["token_ids"]) == ("stop", wanted[: place + 1])
+        assert cut["text"] == free["text"][: free["text"].index(stop)]
+        found = running.ask("POST", "/tokenize", {"prompt": "a time", "return_token_strs": True}).json()
+        assert (found["tokens"], found["token_strs"]) == (own.encode("a time"), list("a time"))
+        assert running.ask("POST", "/detokenize", {"tokens": [0, known]}).json()["prompt"] == own.decode([0, known])
+        for route in ("/v1/completions", "/tokenize"):
+            error = running.refused(400, {"prompt": "Zoo"}, route)
+            assert (error["param"], "'Z'" in error["message"]) == ("prompt", True)
+        assert running.ask("GET", "/tokenizer_info").json()["eos_token"] == ("</s>" if ending else None)
 
 
 def test_two_models_by_name(tmp_path_factory: pytest.TempPathFactory) -> None:
