@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -149,6 +149,8 @@ class Server:
         except TimeoutError:
             message = f"the body did not arrive within {SLOW_S:g} seconds"
             raise ApiError(message, status=408, Connection="close") from None
+        except ClientDisconnect:  # nobody reads this answer
+            raise ApiError("the body is not complete", Connection="close") from None
         return read_object(bytes(body), fields, required)
 
 

@@ -413,7 +413,9 @@ def test_the_clock_keeps_steps_near_their_target() -> None:
     assert 30 <= clock.rows(512) <= 60
     assert clock.rows(20) == 20
     for _ in range(50):
-        clock.note(5, 5 + clock.rows(512), 0.005 + 0.0002 * (5 + clock.rows(512)))  # the machine gets faster; prompts all the time
+        clock.note(
+            5, 5 + clock.rows(512), 0.005 + 0.0002 * (5 + clock.rows(512))
+        )  # the machine gets faster; prompts all the time
     assert 250 <= clock.rows(512) <= 300
     for _ in range(50):
         clock.note(5, 5 + clock.rows(512), 0.200 + 0.002 * clock.rows(512))  # and slower

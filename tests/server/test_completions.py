@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import MAXT, Live, live, tiny
+from serving import MAXT, Live, bare, joined, live, tiny
 
 from pygpt import GPT2, Request, Tokenizer
 from pygpt.formats.open import vocabulary_beside
@@ -30,32 +30,6 @@ FACE = "\N{GRINNING FACE}"  # four bytes in three tokens
 def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with live(tiny(tmp_path_factory.mktemp("serve")), queue=100) as running:
         yield running
-
-
-def bare(answer: Any) -> Any:
-    """An answer without what differs between two requests by design."""
-    return {key: value for key, value in answer.items() if key not in ("id", "created")}
-
-
-def joined(events: list[Any]) -> list[dict[str, Any]]:
-    """The choices of a stream, joined as a client does."""
-    choices: dict[int, dict[str, Any]] = {}
-    for event in events:
-        for piece in event["choices"]:
-            whole = choices.setdefault(piece["index"], {"index": piece["index"], "text": "", "logprobs": None})
-            assert whole.get("finish_reason") is None  # only the last piece of a choice has a reason
-            assert piece["text"] or piece["finish_reason"]  # no empty pieces
-            whole["text"] += piece["text"]
-            whole["finish_reason"] = piece["finish_reason"]
-            if "token_ids" in piece:
-                whole["token_ids"] = whole.get("token_ids", []) + piece["token_ids"]
-                whole.setdefault("prompt_token_ids", piece.get("prompt_token_ids"))
-            if piece["logprobs"]:
-                if whole["logprobs"] is None:
-                    whole["logprobs"] = {name: [] for name in piece["logprobs"]}
-                for name, values in piece["logprobs"].items():
-                    whole["logprobs"][name] += values
-    return [choices[index] for index in sorted(choices)]
 
 
 # ------------------------------------------------------------------------------------------------ answers

@@ -5,17 +5,16 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from running import PYGPT, assert_refuses, environment
-from serving import MAXT, SHAPE, Live, live, tiny
+from running import assert_refuses
+from serving import MAXT, SHAPE, Live, Process, live, tiny, wait_for
 
 from pygpt import Tokenizer
 from pygpt.commands import serve
@@ -39,13 +38,6 @@ def at(path: Path) -> Iterator[Live]:
 
 
 KEY = {"Authorization": "Bearer secret"}
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -508,27 +500,6 @@ def test_draining(path: Path, slow: None, grace_s: float) -> None:
         assert time.monotonic() - began < (15 if grace_s else 4)
         events = stream.result().events()
         assert events[-1] == "[DONE]" if grace_s else "shutting down" in events[-1]["error"]["message"]
-
-
-class Process:
-    """A `pygpt serve` process."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.child = subprocess.Popen(
-            [*PYGPT, "serve", "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
-        )
-        assert self.child.stderr
-        self.line = self.child.stderr.readline().decode()
-        found = re.search(r":(\d+)$", self.line)
-        self.at = Live.__new__(Live)
-        self.at.address = ("127.0.0.1", int(found[1])) if found else None
-
-    def end(self, number: int, times: int = 1) -> tuple[int, bytes, bytes]:
-        for _ in range(times):
-            self.child.send_signal(number)
-            time.sleep(0.2)
-        out, err = self.child.communicate(timeout=60)
-        return self.child.returncode, out, err
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
