@@ -1,6 +1,7 @@
 """Servers on loopback in this process or another one, and a plain HTTP client for them."""
 
 import asyncio
+import atexit
 import http.client
 import json
 import re
@@ -159,6 +160,7 @@ class Process:
         self.child = subprocess.Popen(
             [*PYGPT, "serve", "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
         )
+        atexit.register(self.child.kill)  # after a test that failed
         assert self.child.stderr
         self.line = self.child.stderr.readline().decode()
         found = re.search(r":(\d+)$", self.line)

@@ -58,7 +58,7 @@ def serving(options: argparse.Namespace) -> Iterator[str]:
     try:
         line = child.stderr.readline()
         if not (found := re.search(r"http://\S+$", line)):
-            raise PyGPTError(f"the server did not start: {line.strip()}")
+            raise PyGPTError(f"the server did not start: {line.strip().removeprefix('pygpt: error: ')}")
         yield found[0]
     finally:
         child.send_signal(signal.SIGTERM)
