@@ -380,7 +380,7 @@ def draw_load() -> str:
     slowest = max(one["itl"][1] for _, _, one, _ in rows)
     lines = [
         text(left, 20, "tokens a second: more is better"),
-        text(right, 20, "ms between tokens, 99 in 100 below: less is better"),
+        text(right, 20, "ms between tokens: median, 99th percentile"),
     ]
     for i, (clients, name, one, note) in enumerate(rows):
         y, colour = top + i * rise, OUR_BAR if name == "pygpt" else TEXT
