@@ -51,12 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
     cors = "let pages of this origin send requests; may be repeated"
     add("--cors-origins", dest="origins", metavar="URL", action="append", default=[], help=cors)
-    add(
-        "--chat-template",
-        metavar="NAME",
-        choices=("plain",),
-        help="plain: answer /v1/chat/completions with `role: content` lines",
-    )
+    template = "plain: answer /v1/chat/completions with `role: content` lines"
+    add("--chat-template", metavar="NAME", choices=("plain",), help=template)
     add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
     add("--no-page", dest="page", action="store_false", help="do not serve the page")
     return parser

@@ -86,7 +86,7 @@ class Load:
 
     def pick(self, rng: random.Random) -> tuple[dict[str, Any], Any]:
         number = rng.randrange(len(CASES))
-        guesses = rng.choice([{}, {}, {"speculation": True}, {"speculation": rng.randrange(1, 9)}])
+        guesses: dict[str, Any] = rng.choice([{}, {}, {"speculation": True}, {"speculation": rng.randrange(1, 9)}])
         return {**CASES[number], **guesses}, self.answers[number]
 
     def whole(self, rng: random.Random) -> None:
