@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,12 +25,10 @@ from ..errors import InputError, shown
 from ..generation.engine import Event
 from . import schema
 from .answering import SLOW_S, STOPPED, Run, Writer, reported, token_text
-from .call import Call, Served, as_prompts, chat_text, encode
+from .call import Call, Served, encode
 from .metrics import Metrics
 from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
 from .worker import Worker
-
-T = TypeVar("T")
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
@@ -154,14 +152,16 @@ class Server:
         return read_object(bytes(body), fields, required)
 
 
-async def _unhurried(size: int, function: Callable[[], T]) -> T:
+async def _unhurried(size: int, function: Callable[[], Any]) -> Any:
     """Return function(), which works on `size` characters. If they are many, run it outside the event loop."""
     return function() if size <= SHORT else await asyncio.to_thread(function)
 
 
 async def completions(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
     """Complete prompts."""
-    return _answer(server, request, fields, as_prompts(fields["prompt"]), chat=False)
+    prompt = fields["prompt"]
+    one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return _answer(server, request, fields, [prompt] if one else prompt, chat=False)
 
 
 async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
@@ -171,7 +171,8 @@ async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGI
         raise ApiError(message, code="no_chat_template")
     stop = fields.get("stop", [])
     fields["stop"] = ([stop] if isinstance(stop, str) else stop) + [f"\n{role}:" for role in ROLES]
-    return _answer(server, request, fields, [chat_text(fields["messages"])], chat=True)
+    lines = [f"{message['role']}: {message['content']}\n" for message in fields["messages"]]
+    return _answer(server, request, fields, ["".join(lines) + "assistant:"], chat=True)
 
 
 def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
@@ -243,18 +244,13 @@ async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> 
     text = fields.get("prompt", fields.get("content", ""))
     ids = await _unhurried(len(text), partial(encode, served, text, len(text)))
     if "content" in fields:
-        pieces = [{"id": token, "piece": _piece(served.bytes_of([token]))} for token in ids]
-        return {"tokens": pieces if fields.get("with_pieces") else ids}
+        if not fields.get("with_pieces"):
+            return {"tokens": ids}
+        named = [(token, token_text(data), data) for token in ids for data in [served.bytes_of([token])]]
+        # as in llama.cpp, a piece that is not whole characters is a list of its bytes
+        return {"tokens": [{"id": t, "piece": text if text.encode() == data else list(data)} for t, text, data in named]}
     strings = {"token_strs": [token_text(served.bytes_of([t])) for t in ids]} if fields.get("return_token_strs") else {}
     return {"tokens": ids, "count": len(ids), "max_model_len": served.model.config.maxT, **strings}
-
-
-def _piece(data: bytes) -> str | list[int]:
-    """Return a token's text, or its bytes if they are not whole characters, as llama.cpp does."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return list(data)
 
 
 async def detokenize(server: Server, request: Request, fields: dict[str, Any]) -> Any:

@@ -133,16 +133,6 @@ class Call:
         return {"sampler": sampler or "sample", **given, **stops, "speculation": self.fields.get("speculation")}
 
 
-def as_prompts(prompt: Any) -> list[str | list[int]]:
-    """Return a prompt field's prompts: texts, or lists of ids."""
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
-
-
-def chat_text(messages: list[dict[str, str]]) -> str:
-    """Return the prompt of a conversation: a line for each message, and the beginning of the answer's line."""
-    return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
-
-
 def encode(served: Served, text: str, maxT: int) -> list[int]:
     """Encode a prompt as ids. A text that has more than maxT tokens for certain is refused before it is encoded."""
     if (least := len(text) // LONGEST_TOKEN) > maxT:

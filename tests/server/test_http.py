@@ -18,6 +18,7 @@ from serving import MAXT, SHAPE, Live, Process, live, tiny, wait_for
 
 from pygpt import Tokenizer
 from pygpt.commands import serve
+from pygpt.formats.vocabulary import characters_of, write_vocabulary
 from pygpt.network import Network
 from pygpt.server import answering, app, run
 from pygpt.server.app import ENDPOINTS
@@ -583,6 +584,19 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert_refuses(serve.main, capsys, [], "starlette", "pip install 'pygpt[serve]'", status=1)
+
+
+def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:
+    """With --text-only, no id beyond the vocabulary is ever chosen."""
+    vocabulary, own = characters_of(["abc \n"]), tmp_path / "own.json"
+    write_vocabulary(str(own), vocabulary)
+    known = Tokenizer(vocabulary).known
+    process = Process("-m", str(tiny(tmp_path, V=known + 50)), "--tokenizer", str(own), "--text-only", "-t", "1")
+    answer = process.at.complete("ab c", max_tokens=40, seed=1, return_token_ids=True)["choices"][0]
+    assert answer["prompt_token_ids"] == Tokenizer(vocabulary).encode("ab c")
+    assert max(answer["token_ids"]) < known
+    assert answer["text"] == Tokenizer(vocabulary).decode(answer["token_ids"])
+    assert process.end()[0] == 0
 
 
 def test_keys_from_a_file(path: Path, tmp_path: Path) -> None:
