@@ -1,6 +1,7 @@
 """Run the application on a socket until a signal: uvicorn, with limits on connections and slow clients."""
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -91,7 +92,7 @@ def _listen_at(path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX)
     try:
         with socket.socket(socket.AF_UNIX) as probe:
-            if os.path.exists(path) and probe.connect_ex(path) == 111:
+            if probe.connect_ex(path) == errno.ECONNREFUSED:
                 os.unlink(path)
         made.bind(path)
         made.listen(BACKLOG)
