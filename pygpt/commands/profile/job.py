@@ -11,15 +11,19 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from itertools import pairwise, zip_longest
+from typing import Any, ClassVar, NamedTuple, cast
 
 from ..._kernels import PHASES, Trace
 from ...config import Config
 from ...errors import InputError, NumericalError
 from ...formats.open import open_floats
+from ...generation.engine import Engine
+from ...generation.request import Request
 from ...generation.sampling import sample
+from ...generation.speculate import MOST, Draft
 from ...model import GPT2
+from ...network import Network
 from ...reference import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 from ..bench.train import batch_of
@@ -83,6 +87,7 @@ class Call:
     done: int
     stages: tuple[int, ...] = ()
     sequences: int = 1
+    wanted: int = 1  # number of rows with logits
     steps: list[Step] = field(default_factory=list)
 
     def bounds(self) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -104,8 +109,8 @@ class Generation:
     all_workers: bool = False  # use all workers even for steps that are faster on one worker
     weights: str | None = None  # the format to quantise the weights to in memory, or None for those of the file
 
-    modes: ClassVar = ("prefill", "decode")
-    timed: ClassVar = modes  # the times that are compared between runs
+    modes: ClassVar[tuple[str, ...]] = ("prefill", "decode")
+    timed: ClassVar[tuple[str, ...]] = modes  # the times that are compared between runs
 
     def open(self, path: str, threads: int | None) -> GPT2:
         """Open the model that runs this job."""
@@ -140,6 +145,93 @@ class Generation:
     def describe(self) -> dict[str, Any]:
         """Return the fields of the report that describe this job."""
         return {"prompt_tokens": len(self.prompt), "new_tokens": self.new, "sampler": self.sampler}
+
+
+@dataclass(frozen=True)
+class Speculative(Generation):
+    """The same job with an engine that guesses tokens. A step of it is a decode, or drafts, a rollback of their rows from the
+    caches, a verification, and a rollback of rows that were wrong. Every moment of a step belongs to one of these phases."""
+
+    speculation: int | bool = True
+    draft: str | None = None
+
+    modes: ClassVar[tuple[str, ...]] = ("prefill", "draft", "verify", "rollback", "decode")
+    timed: ClassVar[tuple[str, ...]] = modes
+
+    def open(self, path: str, threads: int | None) -> GPT2:
+        """Open the model that runs this job, and make its draft."""
+        options: Any = {"weights": self.weights, "all_workers": self.all_workers, "draft": self.draft}
+        model = GPT2.load(path, threads=threads, **options)
+        model.draft(True)
+        return model
+
+    def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
+        """Run the job once; return its calls and a digest of the logits that chose the tokens, the same as without guesses."""
+        found: list[Call] = []
+        network, draft = _Watched(model.network, "decode", found), model.draft(False)
+        watched = draft and Draft(_Watched(draft.network, "draft", found), shared=draft.shared)
+        engine = Engine(network, draft=lambda make: watched)
+        options: Any = {"sampler": self.sampler, "speculation": self.speculation}
+        [completion] = engine.add(Request(model.config, self.prompt, max_new_tokens=self.new + 1, **options)).completions
+        calls: list[Call] = []
+        bits = hashlib.blake2b(digest_size=16)
+        while engine.busy:
+            prefill, begin = not completion.tokens, clock()
+            events = engine.step()
+            found[0].begin, end = begin, clock()
+            for call, after in zip_longest(found, found[1:]):
+                call.done = after.begin if after else end
+                if call.mode == "rollback":
+                    call.ran = call.done
+                elif call.mode == "decode" and (prefill or call.rows > 1):
+                    call.mode = "prefill" if prefill else "verify"
+            if events and events[-1].error is not None:
+                raise events[-1].error
+            if digest and events:
+                bits.update(memoryview(network.logits).cast("B")[: 4 * model.config.V * len(events)])
+            if prefill and calls:  # the next rows of a long prompt
+                calls[0].rows += found[0].rows
+                calls[0].ran, calls[0].done, calls[0].wanted = found[0].ran, end, found[0].wanted
+            else:
+                calls += found
+            found.clear()
+        return calls, bits.hexdigest()
+
+    def events(self, config: Config) -> int:
+        """Return the largest number of events of a worker: of a token for which all guesses were in vain."""
+        return (1 + (MOST if self.speculation is True else self.speculation)) * super().events(config)
+
+
+class _Watched:
+    """A network that adds a Call to `calls` for each step, and for each removal of rows from its caches."""
+
+    def __init__(self, network: Any, mode: str, calls: list[Call]) -> None:
+        self._network, self._mode, self._calls = network, mode, calls
+        self.logits: Any = None  # of the latest step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def step(self, rows: list[tuple[int, Any, bool]]) -> Any:
+        """Run a step of the network."""
+        position, wanted, begin = rows[0][1].length, sum(wants for *_, wants in rows), clock()
+        self.logits = self._network.step(rows)
+        self._calls.append(Call(self._mode, position, len(rows), begin, ran := clock(), ran, wanted=wanted))
+        return self.logits
+
+    def new_cache(self, capacity: int | None = None) -> Any:
+        """Return a cache of the network."""
+        cache = self._network.new_cache(capacity)
+        truncate = cache.truncate
+
+        def rewind(length: int) -> None:
+            removed, begin = cache.length - length, clock()
+            truncate(length)
+            if removed:
+                self._calls.append(Call("rollback", length, removed, begin, ran := clock(), ran))
+
+        vars(cache)["truncate"] = rewind
+        return cache
 
 
 @dataclass(frozen=True)
@@ -212,6 +304,12 @@ class Training:
 Job = Generation | Training
 
 
+def draft_of(model: GPT2 | TrainableGPT2) -> Network | None:
+    """Return the network of the draft that a job has made, or None."""
+    draft = model.draft(False) if isinstance(model, GPT2) else None
+    return None if draft is None else cast("Network", draft.network)
+
+
 def stored_of(model: GPT2 | TrainableGPT2) -> dict[str, tuple[str, int]]:
     """Return the weight format and the bytes of each tensor as the kernels read them."""
     if isinstance(model, GPT2):
@@ -249,11 +347,14 @@ def record(model: Any, job: Job, rounds: int, capacity: int | None = None, plant
         out.untraced += calls
         out.digests["unprofiled"].add(digest)
         trace.clear()
-        model.record(trace)
+        recorded = [model, *([draft] if (draft := draft_of(model)) else [])]
+        for network in recorded:
+            network.record(trace)
         try:
             calls, digest = job.run(model)
         finally:
-            model.record(None)
+            for network in recorded:
+                network.record(None)
         out.digests["profiled"].add(digest)
         out.calls += assign(calls, [[Event(*event) for event in trace.events(ith)] for ith in range(trace.nth)])
         out.dropped = [before + trace.dropped(ith) for ith, before in enumerate(out.dropped)]

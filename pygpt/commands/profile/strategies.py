@@ -78,9 +78,12 @@ def scaling(path: str, job: Job, counts: list[int], rounds: int) -> list[Row]:
             for threads, model in models.items():
                 taken[threads] += job.run(model, digest=False)[0]
     rows: list[Row] = []
-    for threads, times in ((threads, times_of(calls)) for threads, calls in taken.items()):
+    found = {threads: times_of(calls) for threads, calls in taken.items()}
+    for threads, times in found.items():
         row: Row = {"threads": threads, "prediction": False}
-        for name in job.timed:
+        for name in (
+            name for name in job.timed if all(name in times for times in found.values())
+        ):  # --speculate auto may differ
             row[f"{name}_ns"] = median(times[name])
             row[f"{name}_speedup"] = (rows or [row])[0][f"{name}_ns"] / row[f"{name}_ns"]  # counts begins with 1
         rows.append(row)

@@ -15,6 +15,7 @@ Report = dict[str, Any]
 Row = dict[str, Any]
 
 CALLS = {"prefill": "a prompt", "decode": "a token", "train": "an iteration"}
+CALLS |= {"draft": "a guess", "verify": "a step", "rollback": "a rollback"}
 
 NOTES = """\
 Each row is a mean over the workers of a step. self is computing, wait is waiting at the barrier after it, and total is both. \
@@ -59,7 +60,12 @@ def render(report: Report, *, by_layer: bool = False) -> str:
         if by_layer:
             parts.append(layer_text(report, mode))
     parts.append(amdahl_text(report))
-    for name, section in (("strategies", strategies_text), ("startup", startup_text), ("perf", perf_text)):
+    for name, section in (
+        ("speculation", speculation_text),
+        ("strategies", strategies_text),
+        ("startup", startup_text),
+        ("perf", perf_text),
+    ):
         if report[name]:
             parts.append(section(report))
     parts.append(wrap("NOTES\n" + NOTES))
@@ -213,28 +219,36 @@ def layer_text(report: Report, mode: str) -> str:
     return "\n".join([f"{mode.upper()} BY LAYER", *table(heads, rows, [13, 10, 9, 9, 8])])
 
 
+def speculation_text(report: Report) -> str:
+    """Return the counts of guesses, and the shares of the phases in the time after the prefill."""
+    found, modes = report["speculation"], report["modes"]
+    after = sum(summary["wall_ns"] for mode, summary in modes.items() if mode != "prefill")
+    shares = [f"{mode} {percent(summary['wall_ns'] / after)}" for mode, summary in modes.items() if mode != "prefill"]
+    right = f"{found['accepted']} of {found['drafted']} guesses were right ({percent(found['acceptance'])})"
+    text = (
+        f"SPECULATION  guesses: {found['guesses']}, draft: {found['draft']}. {right}; {found['tokens_per_step']:.2f} tokens a"
+    )
+    return wrap(f"{text} step. Time after the prefill: {', '.join(shares)}.")
+
+
 def amdahl_text(report: Report) -> str:
     """Return the serial fraction, its predictions, and the measured speed-ups."""
-    lines, modes = ["SPEED-UP over one thread of the same kernels"], report["modes"]
+    lines = ["SPEED-UP over one thread of the same kernels"]
+    modes = {mode: summary for mode, summary in report["modes"].items() if summary["steps"]}
     workers = plural(report["machine"]["threads"], "worker")
     for mode, summary in modes.items():
         serial, alone = (percent(summary["amdahl"][name]) for name in ("serial_share", "serial_fraction"))
         lines.append(f"{mode}: fewer than {workers} compute in {serial} of the time, which is {alone} of one thread's time")
-    timed = STAGES if "train" in modes else ()
-    group = ["", *(cell for mode in modes for cell in (f"{mode}:", "predicted", "")), *timed, ""]
-    heads = ["threads", *["Amdahl", "+ bandwidth", "measured"] * len(modes), *["measured"] * len(timed), ""]
-    widths = [8, *[12, 13, 10, 14, 13, 10][: 3 * len(modes)], *[10] * len(timed), 17]
     measured = {row["threads"]: row for row in report["scaling"]}
-    predicted = {mode: {row["threads"]: row for row in s["amdahl"]["predictions"]} for mode, s in modes.items()}
     rows = []
-    for threads in sorted({*measured, *(n for found in predicted.values() for n in found)}):
-        row, fact = [str(threads)], measured.get(threads, {})
-        for mode, found in predicted.items():
-            guess = found.get(threads, {})
-            row += [number(value, 2) for value in (guess.get("amdahl"), guess.get("bandwidth"), fact.get(f"{mode}_speedup"))]
-        row += [number(fact.get(f"{name}_speedup"), 2) for name in timed]
-        rows.append([*row, "" if threads in measured else "prediction only"])
-    return "\n".join([*lines, *table(group, [heads, *rows], widths)])
+    for mode in (*modes, *(STAGES if "train" in modes else ())):
+        predicted = {row["threads"]: row for row in modes[mode]["amdahl"]["predictions"]} if mode in modes else {}
+        for threads in sorted({*measured, *predicted}):
+            guess, fact = predicted.get(threads, {}), measured.get(threads, {})
+            cells = [guess.get("amdahl"), guess.get("bandwidth"), fact.get(f"{mode}_speedup")]
+            rows.append([str(threads), mode, *(number(value, 2) for value in cells), "" if fact else "prediction only"])
+    heads = ["threads", "mode", "Amdahl", "+ bandwidth", "measured", ""]
+    return "\n".join([*lines, *table(heads, rows, [8, 10, 10, 13, 10, 17])])
 
 
 def strategies_text(report: Report) -> str:
@@ -244,7 +258,7 @@ def strategies_text(report: Report) -> str:
     rows = []
     for way in found["ways"]:
         row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "meetings_a_step"))]
-        for mode in report["modes"]:
+        for mode in ("train",) if training else ("prefill", "decode"):
             row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in cells)]
         rows.append([*row, *(number(way[f"{name}_speedup"]) for name in (STAGES if training else ()))])
     bits = "all except the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
