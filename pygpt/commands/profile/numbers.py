@@ -212,7 +212,7 @@ def stages(calls: list[Call], untraced: list[Call]) -> list[Row]:
 
 
 def speculation(calls: Sequence[Call], new: int) -> Row:
-    """Return the counts of guesses of rounds with `new` tokens. A step after the prefill gives its right guesses and a token."""
+    """Return the counts of guesses of rounds with `new` tokens. Each step gives its right guesses and one more token."""
     guesses = [call.rows - 1 for call in calls if call.mode in ("verify", "decode")]
     tokens, drafted = new * sum(call.mode == "prefill" for call in calls), sum(guesses)
     accepted = tokens - len(guesses)
