@@ -265,11 +265,13 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
 def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int, maxT: int) -> Report:
     """Compare the strategies on a smaller job."""
     tokens, serial = options.serial_tokens, "serial" in options.parts
+    small: job.Job
     if isinstance(task, job.Training):
         small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
-        return strategies.compare_training(small, nth, options.rounds, with_serial=serial)
-    prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
-    return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial, weights=task.weights)
+    else:
+        prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
+        small = job.Generation(prompt, 1, weights=task.weights)
+    return strategies.compare(path, small, nth, options.rounds, with_serial=serial)
 
 
 def hotspots(model: Any, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:

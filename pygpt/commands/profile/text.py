@@ -38,18 +38,11 @@ one worker: the same kernels as below, without barriers.
 one round a kernel: fork-join. The pool is woken and gathered for every kernel, like OpenMP's parallel-for regions in llm.c.
 one round a step: the pool is woken once, and the workers wait at native barriers between kernels, like ggml's graph threads. \
 The workers persist, and the output channels are split statically. Only this split helps for a single token too.
+one round a stage: the same for forward, backward, norm and update. The outputs are split (rows, and channels of gradients), so \
+that no two workers add to the same sum.
 speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
-token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 \
-cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
-
-
-TRAINING_NOTES = """\
-serial reference: one thread and scalar loops, like llm.c's train_gpt2.c.
-one worker: the same kernels as below, without barriers.
-one round a stage: the pool is woken for forward, backward, norm and update. The workers wait at native barriers between \
-kernels. The outputs are split (rows, and channels of gradients), so that no two workers add to the same sum.
-speed-up = T_serial / T_parallel, efficiency = speed-up / threads, both for the small batch above. A published run of llm.c's \
-training on 112 cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
+token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 cores \
+reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
 
 
 def render(report: Report, *, by_layer: bool = False) -> str:
@@ -254,31 +247,26 @@ def amdahl_text(report: Report) -> str:
 def strategies_text(report: Report) -> str:
     """Return the table that compares the strategies."""
     found, training = report["strategies"], "train" in report["modes"]
-    cells = ["speedup", "efficiency"]
+    modes, stages = (("train",), STAGES) if training else (("prefill", "decode"), ())
+    job = f"an iteration on {found.get('B')} x {found.get('T')} tokens"
+    if not training:
+        job = f"prefill of {plural(found['prompt_tokens'], 'token')}, then single tokens without a sampler"
+    group = ["", "", "pool", "native", *(cell for mode in modes for cell in (mode, "speed-", "effi-")), *stages]
+    heads = ["strategy", "threads", "rounds", "barriers", *["ms", "up", "ciency"] * len(modes), *["speed-up"] * len(stages)]
     rows = []
     for way in found["ways"]:
         row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "meetings_a_step"))]
-        for mode in ("train",) if training else ("prefill", "decode"):
-            row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in cells)]
-        rows.append([*row, *(number(way[f"{name}_speedup"]) for name in (STAGES if training else ()))])
+        for mode in modes:
+            row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in ("speedup", "efficiency"))]
+        rows.append([*row, *(number(way[f"{name}_speedup"]) for name in stages)])
     bits = "all except the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
+    results = "all choose the same tokens" if found.get("same_tokens") else "the most probable tokens are NOT the same"
     if training:
-        title = f"STRATEGIES  an iteration of training on {found['B']} x {found['T']} tokens; medians, untraced"
         results = "all end at the same loss" if found["same_losses"] else "the final losses are NOT the same"
-        group = ["", "", "pool", "native", "total", "speed-", "effi-", *STAGES]
-        heads = ["strategy", "threads", "rounds", "barriers", "ms", "up", "ciency", *["speed-up"] * 4]
-        widths = [17, 8, 7, 9, 9, 7, 7, *[9] * 4]
-    else:
-        prompt = plural(found["prompt_tokens"], "token")
-        title = f"STRATEGIES  prefill of {prompt}, then single tokens; medians, no sampler, untraced"
-        results = "all choose the same tokens" if found["same_tokens"] else "the most probable tokens are NOT the same"
-        group = ["", "", "pool rounds", "native", "prefill", "speed-", "effi-", "a token", "speed-", "effi-"]
-        heads = ["strategy", "threads", "a step", "barriers", *["ms", "up", "ciency"] * 2]
-        widths = [18, 8, 12, 9, 9, 9, 8, 9, 9, 8]
     if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
         results += "; small steps ran on one worker (--all-workers changes this)"
-    lines = [title, *table(group, [heads, *rows], widths), wrap(f"Bits: {bits}; {results}.")]
-    return "\n".join([*lines, wrap(TRAINING_NOTES if training else STRATEGY_NOTES, "  ")])
+    lines = [f"STRATEGIES  {job}; medians, untraced", *table(group, [heads, *rows], [18, 8, 7, 9, *[8] * (len(heads) - 4)])]
+    return "\n".join([*lines, wrap(f"Bits: {bits}; {results}."), wrap(STRATEGY_NOTES, "  ")])
 
 
 def startup_text(report: Report) -> str:
