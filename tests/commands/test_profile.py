@@ -429,19 +429,19 @@ def test_profiling_training_keeps_all_bits(trained: Report, small: str) -> None:
 
 
 def test_speculation_keeps_all_bits_and_counts(speculation: tuple[Report, Path]) -> None:
-    """The digest is of the logits that chose the tokens, so it is that of plain decoding. Counts are those of the engine."""
+    """The digest is of the logits that chose the tokens, so it is that of plain decoding."""
     report, _ = speculation
     prompt = [(31373 + 7919 * i) % report["model"]["V"] for i in range(40)]
     plain = job.Generation(prompt, 12)
     with plain.open(EMBEDDED_MODEL, 1) as model:
         assert report["bits"] == {"profiled": plain.run(model)[1], "unprofiled": plain.run(model)[1], "same": True}
-    with GPT2.load(EMBEDDED_MODEL, threads=1, draft="q8_0") as model:
-        [alone] = model.generate_batch([prompt], max_new_tokens=13, speculation=3)
-    found = report["speculation"]
+    found, modes = report["speculation"], report["modes"]
+    steps = sum(modes[mode]["calls"] for mode in ("verify", "decode") if mode in modes)
     assert (found["guesses"], found["draft"]) == (3, "q8_0")
-    assert (found["drafted"], found["accepted"]) == (2 * alone.drafted, 2 * alone.accepted)
-    assert found["acceptance"] == pytest.approx(alone.accepted / alone.drafted)
-    assert found["tokens_per_step"] == pytest.approx(12 / (12 - alone.accepted))
+    assert found["drafted"] == modes["verify"]["tokens"] - modes["verify"]["calls"]
+    assert 0 < found["accepted"] == 2 * 12 - steps  # each step gives its right guesses and one more token
+    assert found["acceptance"] == pytest.approx(found["accepted"] / found["drafted"])
+    assert found["tokens_per_step"] == pytest.approx(24 / steps)
     assert "SPECULATION" in text.render(report)
     assert max(map(len, text.render(report).splitlines())) <= 100
 
@@ -462,8 +462,8 @@ def test_phases_of_speculation(speculation: tuple[Report, Path]) -> None:
     assert size["draft", "fc"] == modes["draft"]["calls"] * L * (4 * C * C * 34 // 32 + 4 * 5 * C)
     assert size["verify", "fc"] == L * (steps * 4 * C * C * 2 + 4 * 5 * C * checked)
     assert modes["rollback"]["steps"] == modes["rollback"]["flop"] == 0
-    removed = modes["draft"]["calls"] + found["drafted"] - found["accepted"]
-    assert modes["rollback"]["tokens"] == removed
+    wrong = found["drafted"] - found["accepted"]
+    assert wrong <= modes["rollback"]["tokens"] <= wrong + modes["draft"]["calls"]  # rows of the draft, and wrong guesses
 
 
 @pytest.mark.parametrize("draft", ["lookup", "file"])

@@ -64,11 +64,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from math import isnan
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ FILE = "file"  # with --weights: the weights of the file, as they are
 
 @dataclass
 class Test:
-    """A test. run: a function that runs it once and returns seconds. Its least work: operations by weight format, or bytes."""
+    """A test. run: a function that runs it once and returns seconds. work: operations by weight format, or bytes as "read"."""
 
     name: str
     threads: int
@@ -113,24 +115,20 @@ class Test:
     run: Callable[[], float]
     by: str
     weights: str | None = None
-    operations: Mapping[str, float] | None = None
-    read_bytes: float = 0
+    work: Mapping[str, float] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     facts: Mapping[str, Any] = field(default_factory=dict)  # more fields of the result
 
     def result(self, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
         """Return the test as an object of the JSON output. The first round was a warm-up."""
         seconds, (low, high) = middle(self.seconds[1:])
-        limit = None
-        if self.operations:
-            rate = ceilings[self.threads].operations_gop_s
-            limit = sum(count / (rate(kind) * 1e9) for kind, count in self.operations.items()) / seconds
-        elif self.read_bytes:
-            limit = self.read_bytes / seconds / (ceilings[self.threads].read_gb_s * 1e9)
+        limits = ceilings[self.threads]
+        rates = {kind: limits.read_gb_s if kind == "read" else limits.operations_gop_s(kind) for kind in self.work}
+        percent = sum(100 * amount / (rates[kind] * 1e9) for kind, amount in self.work.items()) / seconds
         return {
             "test": self.name, "by": self.by, "threads": self.threads, "weights": self.weights,
             "tokens_per_s": self.tokens / seconds, "tokens_per_s_middle_half": [self.tokens / high, self.tokens / low],
-            "seconds": seconds, "rounds": len(self.seconds) - 1, "percent_of_limit": None if limit is None else 100 * limit,
+            "seconds": seconds, "rounds": len(self.seconds) - 1, "percent_of_limit": percent or None,
             "peak_anon_bytes": None, **self.facts,
         }  # fmt: skip
 
@@ -165,12 +163,10 @@ def time_process(path: str, weights: str | None, *options: str) -> float:
     return seconds
 
 
-def memory_of(*test: object, train: bool = False) -> dict[str, int]:
-    """Return the memory of a test in a fresh process, which calls memory_of_training() or memory_of_step() with `test`."""
-    command = [sys.executable, "-m", "pygpt", "bench", *["--train"] * train, "--memory-of", json.dumps(test)]
-    done = subprocess.run(command, capture_output=True, check=True, env=child_environment())
-    found: dict[str, int] = json.loads(done.stdout)
-    return found
+def memory_of(measure: Callable[..., dict[str, int]], *arguments: object) -> dict[str, int]:
+    """Return the result of memory_of_training() or memory_of_step() in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()
 
 
 def memory_of_training(path: str, threads: int, B: int, T: int) -> dict[str, int]:
@@ -203,21 +199,27 @@ def by(program: str, weights: str | None) -> str:
     return program if weights is None else f"{program} {weights}"
 
 
+def tg(depth: int, new: int, batch: int = 1) -> str:
+    """Return the name of a decode test."""
+    return f"tg{new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
+
+
 def own_tests(options: argparse.Namespace, stack: ExitStack, model: GPT2, weights: str | None, path: str) -> list[Test]:
     """Return pygpt's tests with one number of threads and one format of weights."""
     if options.speculate:
         return speculative_tests(options, stack, model, weights, path)
     config, threads, stored, tests = model.config, model.threads, model.network.stored, []
     own = partial(Test, by=by("pygpt", weights), weights=stored["qkvw"][0])
-    memory: Callable[..., dict[str, int]] = partial(memory_of, path, weights, threads) if options.memory else lambda *_: {}
+    memory: Callable[..., dict[str, int]] = (
+        partial(memory_of, memory_of_step, path, weights, threads) if options.memory else lambda *_: {}
+    )
     for length in options.prompts:
         run, work = partial(time_prefill, model, length), operations(stored, forward(config, stored, length))
-        tests.append(own(f"pp{length}", threads, length, run, operations=work, facts=memory(length)))
+        tests.append(own(f"pp{length}", threads, length, run, work=work, facts=memory(length)))
     for depth, batch in product(options.depths, options.batches):
-        name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
         sizes = depth, options.new, batch
-        run, amount = partial(time_decode, model, *sizes), decode_bytes(config, stored, *sizes)
-        tests.append(own(name, threads, options.new * batch, run, read_bytes=amount, facts=memory(0, *sizes)))
+        run, work = partial(time_decode, model, *sizes), {"read": decode_bytes(config, stored, *sizes)}
+        tests.append(own(tg(*sizes), threads, options.new * batch, run, work=work, facts=memory(0, *sizes)))
     if options.process:
         tests.append(own("process", threads, REFERENCE_TOKENS, lambda: time_process(path, weights, "-t", str(threads))))
     return tests
@@ -229,26 +231,17 @@ def speculative_tests(options: argparse.Namespace, stack: ExitStack, model: GPT2
     load_with = partial(GPT2.load, path, threads=model.threads, weights=weights)
     guided = {draft: stack.enter_context(load_with(draft=draft)) for draft in options.draft_model if draft is not None}
     for depth, batch, sampler in product(options.depths, options.batches, options.sampler):
-        texts, expected = (
-            speculation.own_texts(model, depth, batch),
-            options.expected.setdefault((weights, depth, batch, sampler), []),
-        )
-        asked = {"sampler": sampler} | (
-            {"temperature": options.temperature, "seed": options.seed} if sampler == "sample" else {}
-        )
+        texts = speculation.own_texts(model, depth, batch)
+        asked = {"sampler": sampler, **(options.drawing if sampler == "sample" else {})}
+        expected = options.expected.setdefault((weights, depth, batch, sampler), [])
         for draft, guesses in [(None, False), *product(options.draft_model, options.speculate)]:
-            run = speculation.Completions(
-                guided.get(draft, model), texts, options.new, asked | {"speculation": guesses}, expected
-            )
-            name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "") + f" {sampler}"
-            program = by("pygpt", weights)
+            test = partial(speculation.Completions, guided.get(draft, model), texts, options.new, expected)
+            job, program = test(asked | {"speculation": guesses == "auto" or guesses}), by("pygpt", weights)
             if guesses:
-                run.facts |= {
-                    "draft": draft or DRAFTS.get(kind, "lookup"),
-                    "speculation": "auto" if guesses is True else guesses,
-                }
-                program += f" +{run.facts['draft']} {run.facts['speculation']}"
-            tests.append(Test(name, model.threads, options.new * batch, run.run, program, kind, facts=run.facts))
+                job.facts["draft"], job.facts["speculation"] = draft or DRAFTS.get(kind, "lookup"), guesses
+                program += f" +{job.facts['draft']} {guesses}"
+            name, new = f"{tg(depth, options.new, batch)} {sampler}", options.new * batch
+            tests.append(Test(name, model.threads, new, job.run, program, kind, facts=job.facts))
     return tests
 
 
@@ -270,9 +263,7 @@ def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list
     for name in options.against:
         peer = stack.enter_context(Peer(name, path, threads))
         tests += [Test(f"pp{n}", threads, n, partial(peer.prefill, n), by=name) for n in options.prompts]
-        tests += [
-            Test(f"tg{new}@d{depth}", threads, new, partial(peer.decode, new, depth), by=name) for depth in options.depths
-        ]
+        tests += [Test(tg(depth, new), threads, new, partial(peer.decode, new, depth), by=name) for depth in options.depths]
     return tests
 
 
@@ -323,13 +314,6 @@ SPECULATION = [
 ]  # fmt: skip
 
 
-def print_csv(results: list[dict[str, Any]]) -> None:
-    """Print one line for each test. The columns are the union of their fields."""
-    writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(name for r in results for name in r)))
-    writer.writeheader()
-    writer.writerows(results)
-
-
 def numbers(text: str) -> list[int]:
     """Read a list of positive whole numbers such as 64,512,1000, as a type for argparse."""
     words = text.split(",")
@@ -371,15 +355,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="\n".join(map(str, (__doc__, speculation.__doc__, bench_train.__doc__, load.__doc__))),
     )
     add, count = parser.add_argument, whole(1, 999_999)
-    kinds = f"{', '.join(QUANTISED)}, or {FILE} for those of the file (default)"
     guessed = "measure decode with and without speculation, for each of these: auto (default), or a number of tokens to guess"
     add("-m", "--model", help="a model file or a downloaded model (default: see pygpt --help)")
-    add(
-        "--weights",
-        type=listed([FILE, *QUANTISED]),
-        metavar="LIST",
-        help=f"formats to measure, each quantised in memory: {kinds}",
-    )
+    kinds = f"formats to measure, each quantised in memory: {', '.join(QUANTISED)}, or {FILE} for those of the file (default)"
+    add("--weights", type=listed([FILE, *QUANTISED]), metavar="LIST", help=kinds)
     add("-p", "--prompts", type=numbers, help="lengths of prompts (default 64,512,1000)")
     add("-n", "--new", type=count, help="new tokens in a decode test (default 64)")
     add("-d", "--depths", type=numbers, help="tokens of context before the new tokens (default 8,512)")
@@ -388,12 +367,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-B", type=count, help="with --train, sequences in a batch (default 4)")
     add("-T", type=count, help="with --train, tokens in a sequence (default 64)")
     add("--speculate", metavar="LIST", nargs="?", const="auto", help=guessed)
-    add(
-        "--sampler",
-        metavar="LIST",
-        type=listed(SAMPLERS),
-        help=f"for --speculate: some of {','.join(SAMPLERS)} (default greedy)",
-    )
+    add("--sampler", metavar="LIST", type=listed(SAMPLERS), help="for --speculate: names of samplers (default greedy)")
     add("--temp", dest="temperature", metavar="X", help="for --speculate: temperature of the sampler sample (default 1)")
     add("-s", "--seed", type=whole(0, 1 << 62), metavar="N", help="for --speculate: seed of the sampler sample (default 1)")
     add("--draft-model", metavar="LIST", type=lambda text: text.split(","), help=DRAFT_HELP)
@@ -407,7 +381,6 @@ def build_parser() -> argparse.ArgumentParser:
     larger = "size of the arrays that measure the limits, larger than any cache (default 512)"
     add("--limit-megabytes", type=count, default=512, help=larger)
     add("--serve", metavar="URL", help="measure a server; add --help for the options that go with it")
-    add("--memory-of", help=argparse.SUPPRESS)
     return parser
 
 
@@ -421,17 +394,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             how = f"with --{mode}" if mode else f"without --{owner}"
             raise InputError(f"{flag} cannot be used {how}: leave out {flag}")
     if options.temperature is not None:
-        options.temperature, options.sampler = (
-            parse_number("temperature (--temp)", options.temperature),
-            options.sampler or ["sample"],
-        )
+        options.temperature = parse_number("temperature (--temp)", options.temperature)
+        options.sampler = options.sampler or ["sample"]
     for name, usual in MODES[mode].items():
         if getattr(options, name) is None:
             setattr(options, name, usual)
     if options.speculate:
-        options.speculate = [parse_speculation(word) for word in options.speculate.split(",")]
-        options.speculate = [guesses for guesses in options.speculate if check_speculation(guesses) is not None]  # not off
+        words = [word for word in options.speculate.split(",") if check_speculation(parse_speculation(word)) is not None]
+        options.speculate = [word if word == "auto" else int(word) for word in words]  # without off
         options.prompts, options.process = [], False
+        options.drawing = {"temperature": options.temperature, "seed": options.seed}
     options.expected = {}
     options.threads = sorted({*options.threads})
     options.all_peers = options.against == "all"
@@ -461,10 +433,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print the results."""
-    if options.memory_of:
-        asked = json.loads(options.memory_of)
-        print(json.dumps((memory_of_training if options.train else memory_of_step)(*asked)))
-        return
     check_stdout("the results")
     path = os.path.abspath(find_model(options.model)[0])  # absolute: a child may have another current folder
     try:
@@ -475,7 +443,9 @@ def run(options: argparse.Namespace) -> None:
     if options.output == "json":
         print(json.dumps([machine, *results], indent=1))
     elif options.output == "csv":
-        print_csv(results)
+        writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(name for r in results for name in r)))
+        writer.writeheader()
+        writer.writerows(results)
     else:
         print_machine(machine)
         if options.train:
@@ -521,7 +491,7 @@ def leave_out(options: argparse.Namespace, maxT: int) -> None:
     """Remove tests that exceed the model's context from the options, and print a notice."""
     more = 1 if options.speculate else 0  # the token with which a text begins
     names = [f"pp{length}" for length in options.prompts if length > maxT]
-    names += [f"tg{options.new}@d{depth}" for depth in options.depths if depth + options.new + more > maxT]
+    names += [tg(depth, options.new) for depth in options.depths if depth + options.new + more > maxT]
     options.prompts = [length for length in options.prompts if length <= maxT]
     options.depths = [depth for depth in options.depths if depth + options.new + more <= maxT]
     if maxT < 2 + REFERENCE_TOKENS:
@@ -544,7 +514,9 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
     batch = bench_train.batch_of(config, options.B, options.T)
     with ExitStack() as stack:
         ceilings, progress = open_ceilings(options, stack), stack.enter_context(Progress("rounds", options.rounds))
-        memory = (lambda threads: memory_of(path, threads, options.B, options.T, train=True)) if options.memory else None
+        memory = (
+            (lambda threads: memory_of(memory_of_training, path, threads, options.B, options.T)) if options.memory else None
+        )
         results = bench_train.measure(
             path, config, batch, options.rounds, ceilings, memory_of=memory, peers=options.against,
             reference=options.reference, progress=progress.update,

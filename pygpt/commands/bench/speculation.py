@@ -27,7 +27,7 @@ class Completions:
 
     expected: the tokens that must come; an empty list takes those of the first run. facts: fields of the result."""
 
-    def __init__(self, model: GPT2, texts: Sequence[list[int]], new: int, asked: dict[str, Any], expected: list[Any]) -> None:
+    def __init__(self, model: GPT2, texts: Sequence[list[int]], new: int, expected: list[Any], asked: dict[str, Any]) -> None:
         self._requests = [Request(model.config, text, max_new_tokens=new + 1, **asked) for text in texts]
         self._engine, self._new, self._expected, self._runs = model.engine(), new, expected, 0
         names = ("drafted", "accepted", "acceptance", "tokens_per_step")

@@ -38,7 +38,7 @@ one worker: the same kernels as below, without barriers.
 one round a kernel: fork-join. The pool is woken and gathered for every kernel, like OpenMP's parallel-for regions in llm.c.
 one round a step: the pool is woken once, and the workers wait at native barriers between kernels, like ggml's graph threads. \
 The workers persist, and the output channels are split statically. Only this split helps for a single token too.
-one round a stage: the same for forward, backward, norm and update. The outputs are split (rows, and channels of gradients), so \
+one round a stage: the same for forward, backward, norm and update. Rows and channels of gradients are split, so \
 that no two workers add to the same sum.
 speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
 token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 cores \
