@@ -137,12 +137,18 @@ def library_settings(threads: int) -> dict[str, str]:
     }
 
 
-def laps(*steps: Callable[[], Any]) -> tuple[list[Any], list[float]]:
-    """Run the steps one after the other; return their results, and the seconds of each."""
-    results, times = [], [time.perf_counter()]
+def marks(clock: Callable[[], Any], *steps: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+    """Run the steps one after the other; return their results, and the times of the begin and of the end of each."""
+    results, times = [], [clock()]
     for step in steps:
         results.append(step())
-        times.append(time.perf_counter())
+        times.append(clock())
+    return results, times
+
+
+def laps(*steps: Callable[[], Any]) -> tuple[list[Any], list[float]]:
+    """Run the steps one after the other; return their results, and the seconds of each."""
+    results, times = marks(time.perf_counter, *steps)
     return results, [end - begin for begin, end in pairwise(times)]
 
 

@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -20,12 +21,12 @@ from ...errors import InputError, NumericalError
 from ...formats.open import open_floats
 from ...generation.engine import Engine
 from ...generation.request import Request
-from ...generation.sampling import sample
 from ...generation.speculate import MOST, Draft
 from ...model import GPT2
 from ...network import Network
 from ...reference import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
+from ..bench.peers import marks
 from ..bench.train import batch_of
 
 WAKE = "wake-up"  # the time in which some workers are awake and others are not
@@ -101,77 +102,40 @@ class Call:
 
 @dataclass(frozen=True)
 class Generation:
-    """A job that runs a prompt, then decodes `new` tokens one by one."""
+    """A job that runs a prompt, then decodes `new` tokens one by one, with the engine that users have.
+
+    With speculation, a step is a decode, or drafts, a rollback of their rows from the caches, a verification, and a rollback of
+    rows that were wrong. Every moment of a step belongs to one of these phases."""
 
     prompt: list[int]
     new: int
     sampler: str = "median"
     all_workers: bool = False  # use all workers even for steps that are faster on one worker
     weights: str | None = None  # the format to quantise the weights to in memory, or None for those of the file
-
-    modes: ClassVar[tuple[str, ...]] = ("prefill", "decode")
-    timed: ClassVar[tuple[str, ...]] = modes  # the times that are compared between runs
-
-    def open(self, path: str, threads: int | None) -> GPT2:
-        """Open the model that runs this job."""
-        return GPT2.load(path, threads=threads, weights=self.weights, all_workers=self.all_workers)
-
-    def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
-        """Run the job once; return its calls and a digest of all logits. The digest is computed between the calls."""
-        cache = model.new_cache(len(self.prompt) + self.new)
-        bits = hashlib.blake2b(digest_size=16)
-        calls = []
-        tokens = self.prompt
-        for number in range(self.new + 1):
-            position = cache.length
-            begin = clock()
-            logits = model.decode(cache, tokens[0]) if number else model.prefill(cache, tokens)
-            ran = clock()
-            token = sample(self.sampler, logits.reshape(1, -1).data, 0)
-            calls.append(Call(self.modes[number > 0], position, len(tokens), begin, ran, clock()))
-            if digest:
-                bits.update(logits.data)
-            tokens = [token]
-        return calls, bits.hexdigest()
-
-    def warm_up(self, model: GPT2) -> None:
-        """Touch every page of weights and activations once."""
-        replace(self, new=min(self.new, 2)).run(model, digest=False)
-
-    def events(self, config: Config) -> int:
-        """Return the largest number of events of a worker. A step of a prompt has at least 16 rows."""
-        return (11 * config.L + 4) * (self.new + len(self.prompt) // 16 + 2)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the fields of the report that describe this job."""
-        return {"prompt_tokens": len(self.prompt), "new_tokens": self.new, "sampler": self.sampler}
-
-
-@dataclass(frozen=True)
-class Speculative(Generation):
-    """The same job with an engine that guesses tokens. A step of it is a decode, or drafts, a rollback of their rows from the
-    caches, a verification, and a rollback of rows that were wrong. Every moment of a step belongs to one of these phases."""
-
-    speculation: int | bool = True
+    speculation: int | bool = False
     draft: str | None = None
 
-    modes: ClassVar[tuple[str, ...]] = ("prefill", "draft", "verify", "rollback", "decode")
-    timed: ClassVar[tuple[str, ...]] = modes
+    modes: ClassVar = ("prefill", "draft", "verify", "rollback", "decode")
+    timed: ClassVar = modes  # the times that are compared between runs
 
     def open(self, path: str, threads: int | None) -> GPT2:
         """Open the model that runs this job, and make its draft."""
         options: Any = {"weights": self.weights, "all_workers": self.all_workers, "draft": self.draft}
         model = GPT2.load(path, threads=threads, **options)
-        model.draft(True)
+        model.draft(bool(self.speculation))
         return model
 
     def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
-        """Run the job once; return its calls and a digest of the logits that chose the tokens, the same as without guesses."""
+        """Run the job once; return its calls and a digest of the logits that chose the tokens, computed between the calls."""
         found: list[Call] = []
         network, draft = _Watched(model.network, "decode", found), model.draft(False)
         watched = draft and Draft(_Watched(draft.network, "draft", found), shared=draft.shared)
         engine = Engine(network, draft=lambda make: watched)
-        options: Any = {"sampler": self.sampler, "speculation": self.speculation}
+        options: Any = {
+            "sampler": self.sampler,
+            "speculation": self.speculation,
+            "overflow": "slide",
+        }  # room for the last token
         [completion] = engine.add(Request(model.config, self.prompt, max_new_tokens=self.new + 1, **options)).completions
         calls: list[Call] = []
         bits = hashlib.blake2b(digest_size=16)
@@ -197,9 +161,18 @@ class Speculative(Generation):
             found.clear()
         return calls, bits.hexdigest()
 
+    def warm_up(self, model: GPT2) -> None:
+        """Touch every page of weights and activations once."""
+        replace(self, new=min(self.new, 2)).run(model, digest=False)
+
     def events(self, config: Config) -> int:
-        """Return the largest number of events of a worker: of a token for which all guesses were in vain."""
-        return (1 + (MOST if self.speculation is True else self.speculation)) * super().events(config)
+        """Return the largest number of events of a worker. A step of a prompt has at least 16 rows."""
+        guesses = MOST if self.speculation is True else self.speculation  # for one token, at the worst
+        return (11 * config.L + 4) * ((1 + guesses) * self.new + len(self.prompt) // 16 + 2)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of the report that describe this job."""
+        return {"prompt_tokens": len(self.prompt), "new_tokens": self.new, "sampler": self.sampler}
 
 
 class _Watched:
@@ -269,17 +242,10 @@ class Training:
         bits = hashlib.blake2b(digest_size=16)
         calls = []
         for step in range(1, self.iterations + 1):
-            times = [clock()]
-            losses = model.forward(self.inputs, self.targets)
-            times.append(clock())
-            model.backward()
-            times.append(clock())
-            norm = model.gradient_norm()
-            times.append(clock())
-            model.update(lr=1e-4, step=step)
-            times.append(clock())
-            begin, *stages = times
-            calls.append(Call("train", 0, losses.size, begin, times[-1], times[-1], tuple(stages), len(losses)))
+            update = partial(model.update, lr=1e-4, step=step)
+            forward = partial(model.forward, self.inputs, self.targets)
+            (losses, _, norm, _), (begin, *stages) = marks(clock, forward, model.backward, model.gradient_norm, update)
+            calls.append(Call("train", 0, losses.size, begin, stages[-1], stages[-1], tuple(stages), len(losses)))
             bits.update(losses.data)
             bits.update(struct.pack("d", norm))
             if not math.isfinite(norm):

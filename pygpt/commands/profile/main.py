@@ -198,12 +198,12 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
         prompt = [count("--tokens: an id", word.strip(), 0, V - 1) for word in options.tokens.split(",")]
     else:
         prompt = [token % V for token in PROMPT]
-    if len(prompt) + options.new + bool(options.speculate) > maxT:  # with guesses, the last token also needs a place
+    if len(prompt) + options.new > maxT:
         raise InputError(
             f"{len(prompt)} prompt tokens and {options.new} new tokens exceed the model's context of {maxT}: make -n smaller"
         )
     asked = prompt, options.new, options.sampler, options.all_workers, options.weights
-    return job.Speculative(*asked, options.speculate, options.draft_model) if options.speculate else job.Generation(*asked)
+    return job.Generation(*asked, options.speculate, options.draft_model)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -288,7 +288,7 @@ def hotspots(model: Any, task: job.Job, recording: job.Recording, ceilings: list
         report["wall_ns"] += summary["wall_ns"]
         report["modes"][mode] = summary
         report["kernels"] += [{"mode": mode, **row} for row in rows]
-    if isinstance(task, job.Speculative):
+    if isinstance(task, job.Generation) and task.speculation:
         draft_name = task.draft or DRAFTS.get(stored["qkvw"][0], "lookup")
         report["speculation"] = {"guesses": "auto" if task.speculation is True else task.speculation, "draft": draft_name}
         report["speculation"] |= numbers.speculation(recording.calls, task.new)
