@@ -1,13 +1,12 @@
 """Run the job under Linux perf, which samples the running symbol 997 times a second.
 
-perf attaches to this process after the model is warm, so that it excludes start-up. The
+perf attaches to this process after the model is warm, so that it excludes start-up. Its control pipe starts and stops it. The
 shares are of processor time, so a worker that sleeps at a barrier does not count.
 """
 
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -58,20 +57,41 @@ def look(path: str, job: Job, threads: int) -> Row:
 
 
 def _record(perf: str, data: str, model: Any, job: Job) -> None:
-    """Run the job while perf records into the file `data`. Raises PerfAbsent with perf's reason if perf ends earlier."""
+    """Run the job while perf records into the file `data`."""
+    orders, order = os.pipe()  # perf reads each order and answers it
+    answer, answers = os.pipe()
     log = Path(f"{data}.log")
-    with log.open("w") as output:
-        command = [perf, "record", "-F", "997", "-p", str(os.getpid()), "-o", data]
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+    command = f"record -F 997 -D -1 --control fd:{orders},{answers} -p {os.getpid()} -o".split()
     try:
-        until = clock() + int(SECONDS * 1e9)
-        while clock() < until and process.poll() is None:
-            job.run(model, digest=False)
-        ended = process.poll() is not None
+        with log.open("w") as output:
+            process = subprocess.Popen([perf, *command, data], stdout=output, stderr=output, pass_fds=(orders, answers))
     finally:
-        process.send_signal(signal.SIGINT)  # perf then writes its file; has no effect if it has ended
+        os.close(orders)
+        os.close(answers)
+    try:
+        _order(order, answer, b"enable\n", process, log)
+        until = clock() + int(SECONDS * 1e9)
+        job.run(model, digest=False)
+        while clock() < until:
+            job.run(model, digest=False)
+        _order(order, answer, b"stop\n", process, log)
         process.wait(PATIENCE)
-    if ended:
+    finally:
+        os.close(order)
+        os.close(answer)
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def _order(order: int, answer: int, word: bytes, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Send perf an order and wait until perf confirms it. Raises PerfAbsent with perf's reason if perf ends instead."""
+    try:
+        os.write(order, word)
+        answered = os.read(answer, 16)
+    except BrokenPipeError:
+        answered = b""
+    if not answered:
+        process.wait(PATIENCE)
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip(" :")]
         telling = [line for line in lines if re.search("denied|permi|paranoid|not supported|unknown", line, re.IGNORECASE)]
         reason = (telling or lines[-1:] or ["it printed no reason"])[0]
