@@ -30,13 +30,8 @@ class Completions:
     def __init__(self, model: GPT2, texts: Sequence[list[int]], new: int, expected: list[Any], asked: dict[str, Any]) -> None:
         self._requests = [Request(model.config, text, max_new_tokens=new + 1, **asked) for text in texts]
         self._engine, self._new, self._expected, self._runs = model.engine(), new, expected, 0
-        names = ("drafted", "accepted", "acceptance", "tokens_per_step")
-        self.facts: dict[str, Any] = {
-            "sampler": asked["sampler"],
-            "speculation": None,
-            "draft": None,
-            **dict.fromkeys(names, 0),
-        }
+        unknown = dict.fromkeys(("speculation", "draft", "acceptance"))
+        self.facts: dict[str, Any] = {"sampler": asked["sampler"], **unknown, "drafted": 0, "accepted": 0}
 
     def run(self) -> float:
         """Return the seconds of `new` tokens of each text. A first token, which ends the prefill, does not count."""

@@ -167,9 +167,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def count(name: str, given: str, least: int, most: int) -> int:
     """Read an option's whole number from `least` to `most`. Raises InputError for anything else."""
-    if not (given.isascii() and given.isdigit() and len(given) < 12 and least <= int(given) <= most):
-        raise InputError(f"{name} is {given[:40]!r}: it must be a whole number from {least} to {most}")
-    return int(given)
+    try:
+        return whole(least, most)(given)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def planted(given: str) -> job.Planted:
