@@ -89,7 +89,7 @@ from ...model import DRAFTS, GPT2
 from ...reference import SerialGPT2
 from ...training.trainable import TrainableGPT2
 from ..child import child_environment
-from ..console import Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, parse_number, parse_speculation
 from ..profile.work import decode_bytes, forward, operations
 from ..progress import Progress
@@ -320,18 +320,6 @@ def numbers(text: str) -> list[int]:
     if not all(word.isascii() and word.isdigit() and 0 < int(word) < 10**6 for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive whole numbers such as 64,512")
     return [int(word) for word in words]
-
-
-def listed(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a type for argparse that reads a list of these names."""
-
-    def read(text: str) -> list[str]:
-        words = list(dict.fromkeys(text.split(",")))
-        if unknown := [word for word in words if word not in names]:
-            raise argparse.ArgumentTypeError(f"{unknown[0][:40]!r} is not one of {', '.join(names)}")
-        return words
-
-    return read
 
 
 SIZES: dict[str, Any] = {"new": 64, "depths": [8, 512], "batches": [1, BATCH], "weights": [FILE]}

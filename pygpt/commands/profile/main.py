@@ -78,7 +78,7 @@ from ...formats.quantise import QUANTISED
 from ...generation.request import check_speculation
 from ...hub.find import find_model
 from ...model import DRAFTS
-from ..console import Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
 from . import job, numbers, perf, plots, startup, strategies, text, traces
 from .work import Stored
@@ -116,17 +116,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("-T", metavar="N", type=whole(1, 1 << 16), help="with --train, tokens in a sequence (default 64)")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("-r", "--rounds", metavar="N", type=whole(1, 1000), default=3, help=rounds)
-    add("--sampler", metavar="NAME", help="median (default) or greedy")
+    add("--sampler", metavar="NAME", choices=("median", "greedy"), help="median (default) or greedy")
     add("--speculate", metavar="K", help=SPECULATE_HELP)
     add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--by-layer", action="store_true", help="add a table of the layers")
-    add("--skip", metavar="LIST", default="", help=f"leave out parts of the report: all, or some of {','.join(PARTS)}")
+    parts = f"leave out parts of the report: all, or some of {','.join(PARTS)}"
+    add("--skip", metavar="LIST", type=listed(["all", *PARTS]), default=[], help=parts)
     add("--serial-tokens", metavar="N", type=whole(1, 1 << 20), default=8, help=slow)
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too, and print the hottest symbols")
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, with the schema above")
+    add(
+        "-o",
+        "--output",
+        metavar="FORMAT",
+        choices=("text", "json"),
+        default="text",
+        help="text (default) or json, with the schema above",
+    )
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
     add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")
@@ -143,21 +151,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)
-    for flag, given, (one, other) in (
-        ("-o", options.output, ("text", "json")),
-        ("--sampler", options.sampler, ("median", "greedy")),
-    ):
-        if given not in (one, other):
-            raise InputError(f"{flag} is {given[:40]!r}: it must be {one} or {other}")
     options.speculate = parse_speculation(options.speculate or "off")
     if check_speculation(options.speculate) is None and options.draft_model is not None:
         raise InputError("--draft-model cannot be used without --speculate: leave out --draft-model")
     if options.tokens is not None and options.prompt_length is not None:
         raise InputError("--tokens and --prompt-length were both given: give one")
-    skipped = set(filter(None, options.skip.split(",")))
-    if unknown := sorted(skipped - {*PARTS, "all"}):
-        raise InputError(f"--skip: {unknown[0][:40]!r} is not a part: it must be all, or some of {', '.join(PARTS)}")
-    options.parts = set() if "all" in skipped else {*PARTS} - skipped
+    options.parts = set() if "all" in options.skip else {*PARTS} - {*options.skip}
     options.stretch = [planted(given) for given in options.stretch]
     for flag, path in ("--trace", options.trace), ("--paraver", options.paraver):
         if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
