@@ -792,6 +792,14 @@ def test_compare(base: Report, tmp_path: Path) -> None:
         assert lines[at + 2].startswith("fc "), "the row that moved most comes first"
 
 
+def test_compare_shows_the_modes_of_both(base: Report, speculation: tuple[Report, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(base))
+    (tmp_path / "b.json").write_text(json.dumps(speculation[0]))
+    shown = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout
+    assert "\nPREFILL" in shown
+    assert "VERIFY" not in shown
+
+
 def test_compare_says_what_else_differs(base: Report, tmp_path: Path) -> None:
     other = json.loads(json.dumps(base))
     other["machine"]["threads"] = 7

@@ -337,11 +337,8 @@ FLAGS |= {"temperature": "--temp", "draft_model": "--draft-model"}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt bench",
-        usage="pygpt bench [options]",
-        description="\n".join(map(str, (__doc__, speculation.__doc__, bench_train.__doc__, load.__doc__))),
-    )
+    about = "\n".join(map(str, (__doc__, speculation.__doc__, bench_train.__doc__, load.__doc__)))
+    parser = Parser(prog="pygpt bench", usage="pygpt bench [options]", description=about)
     add, count = parser.add_argument, whole(1, 999_999)
     guessed = "measure decode with and without speculation, for each of these: auto (default), or a number of tokens to guess"
     add("-m", "--model", help="a model file or a downloaded model (default: see pygpt --help)")

@@ -127,14 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too, and print the hottest symbols")
-    add(
-        "-o",
-        "--output",
-        metavar="FORMAT",
-        choices=("text", "json"),
-        default="text",
-        help="text (default) or json, with the schema above",
-    )
+    form = "text (default) or json, with the schema above"
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help=form)
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
     add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")

@@ -304,13 +304,14 @@ def read_report(path: str) -> Report:
 def compare(path_a: str, path_b: str) -> str:
     """Return the comparison of two reports as text. Raises InputError if they are of different kinds of jobs."""
     a, b = read_report(path_a), read_report(path_b)
-    if a["modes"].keys() != b["modes"].keys():
+    modes = [mode for mode in a["modes"] if mode in b["modes"]]
+    if not modes:
         jobs = (
             f"{os.path.basename(path)} is of {' and '.join(report['modes'])}" for path, report in ((path_a, a), (path_b, b))
         )
         raise InputError(f"--compare: {', '.join(jobs)}: give two reports of the same kind of job")
     lines = [f"a  {os.path.basename(path_a)}", f"b  {os.path.basename(path_b)}", *differences(a, b)]
-    for mode in a["modes"]:
+    for mode in modes:
         lines += ["", *_differences_of(a, b, mode)]
     return "\n".join(lines)
 
