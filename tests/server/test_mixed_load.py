@@ -219,10 +219,8 @@ def test_a_wrong_byte_and_a_leak_are_found(paths: list[Path], answers: list[Any]
 def test_memory_reaches_a_plateau(tmp_path: Path) -> None:
     """Ever new prompts, 3,000 of them: the caches take what --cache-bytes says, also after many were allocated and freed."""
     limit = 16 << 20
-    process, sizes = (
-        ServerProcess("-m", str(tiny(tmp_path, L=4, C=64, V=1000, maxT=256)), "-t", "2", "--cache-bytes", str(limit)),
-        [],
-    )
+    model, sizes = tiny(tmp_path, L=4, C=64, V=1000, maxT=256), list[int]()
+    process = ServerProcess("-m", str(model), "-t", "2", "--cache-bytes", str(limit))
 
     before = process.resources()["bytes"]
 
