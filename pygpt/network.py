@@ -19,7 +19,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol, SupportsIndex
 
-    from ._activations import WatchedStep
     from ._kernels import Trace
     from .activations import Watch
     from .formats.dtypes import Format
@@ -112,7 +111,6 @@ class Network(Uncopied):
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
         self._value_bytes = sum(size for _, size in self.stored.values()) / self.config.parameters(padded=False)
         self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
-        self._watched: WatchedStep | None = None
 
     @property
     def threads(self) -> int:
@@ -148,30 +146,20 @@ class Network(Uncopied):
         after the step, lengths.restore() can undo the step. watch: reads and changes activations between the phases."""
         rows = list(rows)
         workers = self._workers(len(rows))
-        watched = self._watched_step() if watch is not None and rows else None
-        work = self._work if watched is None else watched
+        work = self._work
 
         def prepare() -> None:
             work.prepare(rows, workers)
-            if watch is not None and watched is not None:
-                watch.begin(watched, self.config, rows)
+            if watch is not None:
+                watch.begin(work, self.config, rows)
             if lengths is not None:
                 for _, cache, _ in rows:
                     lengths.setdefault(cache, cache.length)
 
-        more = work.more if watch is None or watched is None else watch.more
-        logits = self._pool.run(work, work.abort, before=prepare, again=more, after=work.finish, alone=workers == 1)
+        again = work.more if watch is None else watch.more
+        logits = self._pool.run(work, work.abort, before=prepare, again=again, after=work.finish, alone=workers == 1)
         assert logits is not None
         return logits
-
-    def _watched_step(self) -> "WatchedStep":
-        """Return the step for rows that are watched. Most networks never need it."""
-        from ._activations import WatchedStep
-
-        if self._watched is None:
-            self._watched = WatchedStep(self._weights, self.threads, cpus.spins_for(self.threads))
-        self._watched.trace = self._work.trace
-        return self._watched
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "Lengths | None" = None) -> Floats:
         """Append tokens to a cache, in chunks; return the logits after the last one, (1, V).

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from ..activations import Watch
 from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from typing import SupportsFloat, SupportsIndex
 
     from .._kernels import Logits
-    from ..activations import Watch
     from .prefix import AnyNetwork
     from .speculate import Draft
 
@@ -73,7 +73,7 @@ class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
 
     def __init__(self, job: Job, choice: int) -> None:
-        self.job, self.choice, self.completion = job, choice, job.completions[choice]
+        self.job, self.choice, self.completion, self.edits = job, choice, job.completions[choice], job.request.edits
         self.memory: Memory | None = None
         self.speculation = Speculation() if self.completion.speculation is not None else None
 
@@ -193,14 +193,15 @@ class Engine(Uncopied):
             rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
-        watch = self._watch(plan)
+        edited = {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}
+        watch = Watch(edited) if edited else None
         try:
             logits = self.network.step(rows, watch=watch)
         except Exception as error:  # an error of an edit ends only its job
             if watch is None or watch.editing is None:
                 raise
             self._ended = True
-            jobs = [job for job in dict.fromkeys(part.sequence.job for part in plan) if job.request.edits is watch.editing]
+            jobs = dict.fromkeys(part.sequence.job for part in plan if part.sequence.edits is watch.editing)
             return late + [_failed(job, error) for job in jobs]
         seconds = time.perf_counter() - began
         if decoding:
@@ -212,15 +213,6 @@ class Engine(Uncopied):
         events = self._choose(plan, logits)
         self._drop_ended()
         return late + events
-
-    def _watch(self, plan: list[_Part]) -> "Watch | None":
-        """Return the edits of the sequences in a step by their caches, or None without any."""
-        edited = {part.memory.cache: edits for part in plan if (edits := part.sequence.job.request.edits) is not None}
-        if not edited:
-            return None
-        from ..activations import Watch
-
-        return Watch(edited)
 
     def fail(self, error: Exception) -> list[Event]:
         """End all jobs with an error; return the events. A caller does this if step() fails each time."""
@@ -261,7 +253,7 @@ class Engine(Uncopied):
             self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
         for sequence in [sequence for sequence in self._live if _has_ended(sequence)]:
             self._live.remove(sequence)
-            if sequence.memory is not None and sequence.job.request.edits is None:
+            if sequence.memory is not None and sequence.edits is None:
                 self.prefix.give(sequence.memory)
         self._make_room()
 
@@ -321,17 +313,14 @@ class Engine(Uncopied):
             sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
             return
         live, held, coming = None, 0, 0
-        edits = sequence.job.request.edits
         for other, its_window in earlier:
-            if other.job.request.edits is not edits:  # its keys and values are other ones
-                continue
-            if other.memory is not None:
+            if other.memory is not None and other.edits is sequence.edits:  # others change keys and values
                 if its_window == window:
                     return
                 if (shared := other.memory.shared(window)) > held:
                     live, held = other.memory, shared
                 coming = max(coming, common_prefix(its_window, window, len(window) - 1))
-        idle, kept = self.prefix.best(window) if edits is None else (None, 0)
+        idle, kept = self.prefix.best(window) if sequence.edits is None else (None, 0)
         if coming - max(held, kept) >= WORTH_WAITING:
             return
         if idle is not None and kept >= held and self.prefix.take(idle):  # another thread may take it first
@@ -367,7 +356,7 @@ class Engine(Uncopied):
         events: list[Event] = []
         takers: list[tuple[_Sequence, int, _Part | None]] = []
         row = 0
-        waiting = [sequence for sequence in self._live if sequence.memory is None]
+        waiting = [s for s in self._live if s.memory is None and not s.job.completions[0].unscored]
         for part in plan:
             if part.scored:
                 events += self._score(part, logits, row)
@@ -377,8 +366,8 @@ class Engine(Uncopied):
                 continue
             takers.append((part.sequence, row, part))
             for twin in waiting:
-                same = twin.completion.window() == part.window and twin.job.request.edits is part.sequence.job.request.edits
-                if twin.memory is None and same and not twin.job.completions[0].unscored:
+                same = twin.memory is None and twin.edits is part.sequence.edits
+                if same and twin.completion.window() == part.window:
                     twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
                     takers.append((twin, row, None))
             row += 1 + len(part.guesses)
