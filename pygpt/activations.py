@@ -186,7 +186,7 @@ class Watch:
 
     def begin(self, work: "Step", config: Config, rows: "Sequence[tuple[Any, Any, bool]]") -> None:
         """Plan the stops of a prepared step, and select the phases of its first round."""
-        self._work, self._at, self._end = work, 0, work.watch()
+        self._work, self._at = work, 0
         self._wanted = {r: i for i, r in enumerate(r for r, row in enumerate(rows) if row[2])}
         sequences: dict[Any, list[tuple[int, int]]] = {}
         for r, (_, cache, _) in enumerate(rows):
@@ -200,6 +200,7 @@ class Watch:
                 if found := self._rows(change.name, concerned):
                     site = self._sites.setdefault((change.name, change.layer), [])
                     site.append((edits, change, found, places[-1][1] + 1))
+        self._end = work.watch(share_ln=any(name in ("ln1", "ln2", "lnf") for name, _ in self._sites))
         if self._captured:
             self._end = min(self._end, max(_stop(config, *site) for site in self._captured))
         order = [*NAMES, "before"].index
