@@ -168,8 +168,8 @@ class Capture:
     def put(self, name: str, layer: int, values: "Array", places: "Places") -> None:
         """Keep an activation's values at these places."""
         row_of = {position: row for row, position in places}
-        at = [i for i, position in enumerate(self._positions) if position in row_of]
-        rows, array = [row_of[self._positions[i]] for i in at], self.arrays[name]
+        kept = [i for i, position in enumerate(self._positions) if position in row_of]
+        at, rows, array = _span(kept), _span([row_of[self._positions[i]] for i in kept]), self.arrays[name]
         for target in [array] if name in WHOLE else [array[i] for i, each in enumerate(self._layers) if each == layer]:
             target[..., at, : values.shape[-1]] = values[..., rows, :]
             target[..., at, values.shape[-1] :] = 0  # keys of later chunks
@@ -225,13 +225,17 @@ class Watch:
             return places
         return [(self._wanted[row], position) for row, position in places if row in self._wanted]
 
-    def _visit(self, name: str, layer: int) -> None:
+    def _view(self, name: str, layer: int) -> "Array":
         import numpy as np
 
+        memory, shape, columns = self._work.view(name, layer)
+        return np.frombuffer(memory, np.float32).reshape(shape)[..., columns]
+
+    def _visit(self, name: str, layer: int) -> None:
         if name == "before":
-            self._before = np.array(self._work.view("residual2", layer))
+            self._before = self._view("residual2", layer).copy()
             return
-        values = np.asarray(self._work.view(name, layer))
+        values = self._view(name, layer)
         for edits, change, places, keys in self._sites.get((name, layer), ()):
             self.editing = edits
             self._change(change, values, places, slice(keys if name == "probs" else None))
@@ -245,13 +249,13 @@ class Watch:
         import numpy as np
 
         rows, positions = ([*each] for each in zip(*places, strict=True))
-        name, layer, before = change.name, change.layer, values[..., rows, keys]
-        after = change.apply(before.copy(), positions)
+        name, layer, part = change.name, change.layer, (..., _span(rows), keys)
+        after = change.apply(values[part].copy(), positions)
         if name == "probs":
-            after = np.where(np.arange(before.shape[-1]) <= np.array(positions)[:, None], after, np.float32(0))
+            after = np.where(np.arange(after.shape[-1]) <= np.array(positions)[:, None], after, np.float32(0))
             changed = np.zeros(values.shape[:2], np.uint8)
-            changed[:, rows] = (before != after).any(-1)  # the other heads keep their bits
-        values[..., rows, keys] = after
+            changed[:, rows] = (values[part] != after).any(-1)  # the other heads keep their bits
+        values[part] = after
         if name == "probs":
             self._work.mix(layer, changed)
         elif name in ("k", "v"):
@@ -259,7 +263,13 @@ class Watch:
         elif name == "fch":
             self._work.activate(rows)
         elif name in ("attproj", "fcproj"):
-            np.asarray(self._work.view("residual2", layer))[rows] = self._before[rows] + values[rows]
+            self._view("residual2", layer)[part] = self._before[part] + values[part]
+
+
+def _span(rows: list[int]) -> "list[int] | slice[int, int, None]":
+    """Return an index of these rows: a slice, which NumPy copies faster, if they are neighbours."""
+    neighbours = rows == [*range(rows[0], rows[0] + len(rows))] if rows else False
+    return slice(rows[0], rows[-1] + 1) if neighbours else rows
 
 
 def check_name(name: object) -> str:
