@@ -33,6 +33,7 @@ MOST_BYTES = 2 << 30  # that activations() takes by itself; `out` may hold more
 AFTER = {"encoder": "encoded", "ln1": "ln1", "qkv": "q k v", "attention": "probs atty", "attproj": "attproj residual2"}
 AFTER |= {"ln2": "ln2", "fc": "fch fch_gelu", "fcproj": "fcproj residual3", "lnf": "lnf", "logits": "logits"}
 NAMES = {name: PHASES.index(phase) for phase, names in AFTER.items() for name in names.split()}
+ORDER = {name: i for i, name in enumerate([*NAMES, "before"])}  # of what is done after one phase
 WHOLE = ("encoded", "lnf", "logits")  # without layers
 HEADS = ("q", "k", "v", "probs", "atty")
 
@@ -192,10 +193,10 @@ class Watch:
         for r, (_, cache, _) in enumerate(rows):
             self._places = sequences.setdefault(cache, [])  # of the only cache, if there is a capture
             self._places.append((r, cache.length + len(self._places)))
-        self._sites: dict[tuple[str, int], list[tuple[Edits, Change, Places, int]]] = {}
+        self._sites: dict[tuple[str, int], list[tuple[Edits | None, Change, Places, int]]] = {}
         for cache, places in sequences.items():
-            edits = self._edits if isinstance(self._edits, Edits) else self._edits.get(cache, Edits(config, {}))
-            for change in edits.changes:
+            edits = self._edits if isinstance(self._edits, Edits) else self._edits.get(cache)
+            for change in edits.changes if edits is not None else ():
                 concerned = [place for place in places if change.position in (None, place[1])]
                 if found := self._rows(change.name, concerned):
                     site = self._sites.setdefault((change.name, change.layer), [])
@@ -203,11 +204,10 @@ class Watch:
         self._end = work.watch(share_ln=any(name in ("ln1", "ln2", "lnf") for name, _ in self._sites))
         if self._captured:
             self._end = min(self._end, max(_stop(config, *site) for site in self._captured))
-        order = [*NAMES, "before"].index
-        stops = [(_stop(config, *site), order(site[0]), *site) for site in self._captured | self._sites.keys()]
+        stops = [(_stop(config, *site), ORDER[site[0]], *site) for site in self._captured | self._sites.keys()]
         for name, layer in self._sites:
             if name in ("attproj", "fcproj"):  # their phase overwrites the residual that it adds them to
-                stops.append((_stop(config, name, layer) - 1, order("before"), "before", layer))
+                stops.append((_stop(config, name, layer) - 1, ORDER["before"], "before", layer))
         self._stops = sorted(stop for stop in stops if stop[0] <= self._end)
         self.more()
 
