@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference
-from .errors import ClosedError, Uncopied
+from .errors import ClosedError, InputError, Uncopied
 from .formats.dtypes import FORMATS
 from .formats.open import open_weights
 from .formats.quantise import QUANTISED
