@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Protocol, SupportsIndex
 
     from ._kernels import Trace
+    from .activations import Watch
     from .formats.dtypes import Format
     from .formats.quantise import QuantisedWeights
 
@@ -135,25 +136,28 @@ class Network(Uncopied):
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return KVCache(self._weights, self.config, capacity)
 
-    def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None) -> Floats:
+    def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None, watch: "Watch | None" = None) -> Floats:
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
         The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
         caches have not changed. Raises InputError for a bad token or cache, ClosedError after close().
 
         lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
-        after the step, lengths.restore() can undo the step."""
+        after the step, lengths.restore() can undo the step. watch: reads and changes activations between the phases."""
         rows = list(rows)
         workers = self._workers(len(rows))
+        work = self._work
 
         def prepare() -> None:
-            self._work.prepare(rows, workers)
+            work.prepare(rows, workers)
+            if watch is not None:
+                watch.begin(work, self.config, rows)
             if lengths is not None:
                 for _, cache, _ in rows:
                     lengths.setdefault(cache, cache.length)
 
-        work = self._work
-        logits = self._pool.run(work, work.abort, before=prepare, again=work.more, after=work.finish, alone=workers == 1)
+        again = work.more if watch is None else watch.more
+        logits = self._pool.run(work, work.abort, before=prepare, again=again, after=work.finish, alone=workers == 1)
         assert logits is not None
         return logits
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from ..activations import Watch
 from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
@@ -72,7 +73,7 @@ class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
 
     def __init__(self, job: Job, choice: int) -> None:
-        self.job, self.choice, self.completion = job, choice, job.completions[choice]
+        self.job, self.choice, self.completion, self.edits = job, choice, job.completions[choice], job.request.edits
         self.memory: Memory | None = None
         self.speculation = Speculation() if self.completion.speculation is not None else None
 
@@ -192,7 +193,16 @@ class Engine(Uncopied):
             rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
-        logits = self.network.step(rows)
+        edited = {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}
+        watch = Watch(edited) if edited else None
+        try:
+            logits = self.network.step(rows) if watch is None else self.network.step(rows, watch=watch)
+        except Exception as error:  # an error of an edit ends only its job
+            if watch is None or watch.editing is None:
+                raise
+            self._ended = True
+            jobs = dict.fromkeys(part.sequence.job for part in plan if part.sequence.edits is watch.editing)
+            return late + [_failed(job, error) for job in jobs]
         seconds = time.perf_counter() - began
         if decoding:
             self.speculator.note(len(plan), len(rows) - len(plan), seconds)
@@ -244,7 +254,7 @@ class Engine(Uncopied):
             self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
         for sequence in [sequence for sequence in self._live if _has_ended(sequence)]:
             self._live.remove(sequence)
-            if sequence.memory is not None:
+            if sequence.memory is not None and sequence.edits is None:
                 self.prefix.give(sequence.memory)
         self._make_room()
 
@@ -305,13 +315,13 @@ class Engine(Uncopied):
             return
         live, held, coming = None, 0, 0
         for other, its_window in earlier:
-            if other.memory is not None:
+            if other.memory is not None and other.edits is sequence.edits:  # others change keys and values
                 if its_window == window:
                     return
                 if (shared := other.memory.shared(window)) > held:
                     live, held = other.memory, shared
                 coming = max(coming, common_prefix(its_window, window, len(window) - 1))
-        idle, kept = self.prefix.best(window)
+        idle, kept = self.prefix.best(window) if sequence.edits is None else (None, 0)
         if coming - max(held, kept) >= WORTH_WAITING:
             return
         if idle is not None and kept >= held and self.prefix.take(idle):  # another thread may take it first
@@ -347,7 +357,7 @@ class Engine(Uncopied):
         events: list[Event] = []
         takers: list[tuple[_Sequence, int, _Part | None]] = []
         row = 0
-        waiting = [sequence for sequence in self._live if sequence.memory is None]
+        waiting = [s for s in self._live if s.memory is None and not s.job.completions[0].unscored]
         for part in plan:
             if part.scored:
                 events += self._score(part, logits, row)
@@ -357,7 +367,8 @@ class Engine(Uncopied):
                 continue
             takers.append((part.sequence, row, part))
             for twin in waiting:
-                if twin.memory is None and twin.completion.window() == part.window and not twin.job.completions[0].unscored:
+                same = twin.memory is None and twin.edits is part.sequence.edits
+                if same and twin.completion.window() == part.window:
                     twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
                     takers.append((twin, row, None))
             row += 1 + len(part.guesses)

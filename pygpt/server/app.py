@@ -210,7 +210,7 @@ async def one_model(server: Server, request: Request, fields: dict[str, Any]) ->
 
 def _about(name: str, served: Served) -> dict[str, Any]:
     config, family = served.model.config, {"owned_by": "pygpt", "root": served.names[0], "parent": None}
-    sizes = {"max_model_len": config.maxT, "vocabulary": config.V, "can_inspect": hasattr(served.model, "activations")}
+    sizes = {"max_model_len": config.maxT, "vocabulary": config.V}
     return {"id": name, "object": "model", "created": served.created, **family, **sizes}
 
 
@@ -280,18 +280,16 @@ async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any
 
 
 async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Return the attention of the last token in one layer, for each head, if the model can report it."""
-    served = server.served(fields.get("model"))
-    if not hasattr(served.model, "activations"):
-        raise ApiError("the model cannot be inspected", status=404, code="cannot_inspect")
-    served.check_ids("tokens", fields["tokens"])
+    """Return the attention of the last token in one layer, for each head."""
+    served, tokens = server.served(fields.get("model")), fields["tokens"]
+    served.check_ids("tokens", tokens)
     async with server.admitted(1):
         try:
-            layers = [fields.get("layer", 0)]
-            found = await asyncio.to_thread(served.model.activations, fields["tokens"], ["probs"], layers=layers)
+            ask = partial(served.model.activations, tokens, ["probs"], [fields.get("layer", 0)], [len(tokens) - 1])
+            found = await asyncio.to_thread(ask)
         except InputError as error:
             raise ApiError(str(error)) from None
-    return {"attention": found["probs"][0, :, -1].tolist()}  # [1, NH, T, T] -> [NH, T]
+    return {"attention": found["probs"][0, :, 0].tolist()}  # [1, NH, 1, T] -> [NH, T]
 
 
 async def openapi(server: Server, request: Request, fields: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from running import assert_refuses
 from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny, wait_for
@@ -163,20 +162,20 @@ def test_tokens(at: Live) -> None:
     assert post("/tokenize", prompt="x y " * 1000)["count"] == 2001
     assert post("/tokenize")["error"]["param"] == "prompt"
     assert post("/detokenize", tokens=[50257])["error"]["param"] == "tokens"
-    assert post("/inspect", tokens=[1])["error"]["code"] == "cannot_inspect"
     info = at.ask("GET", "/tokenizer_info", **KEY).json()
     assert (info["eos_token"], info["model_max_length"]) == ("<|endoftext|>", MAXT)
 
 
-def test_inspection_is_there_if_the_model_has_it(path: Path) -> None:
+def test_the_attention_of_the_last_token(path: Path) -> None:
     with live(path) as running:
-        about = running.ask("GET", "/v1/models").json()["data"][0]
-        assert about["can_inspect"] is False
-        values = np.arange(3 * 2 * 4 * 4).reshape(3, 2, 4, 4)  # [L, NH, T, T]
-        running.model.activations = lambda tokens, names, layers: {names[0]: values[layers]}  # type: ignore[attr-defined]
-        assert running.ask("GET", "/v1/models").json()["data"][0]["can_inspect"] is True
-        found = running.ask("POST", "/inspect", {"tokens": [1, 2, 3, 4], "layer": 1})
-        assert found.json() == {"attention": values[1, :, -1].tolist()}
+        tokens, config = [1, 2, 3, 4], running.model.config
+        for layer in range(config.L):
+            found = running.ask("POST", "/inspect", {"tokens": tokens, "layer": layer}).json()
+            expected = running.model.activations(tokens, ["probs"])["probs"][layer, :, -1]
+            assert found == {"attention": expected.tolist()}
+        error = running.refused(400, {"tokens": tokens, "layer": config.L}, "/inspect")
+        assert f"a layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
+        assert running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")["message"].endswith("so give fewer")
 
 
 def test_chat(path: Path) -> None:

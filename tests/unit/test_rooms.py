@@ -15,7 +15,7 @@ LEVELS = (
     ("errors", "config", "cpus", "tokenizer"),
     ("_signals", "_kernels", "_backward", "_reference", "pool"),
     ("formats",),
-    ("network", "cache"),
+    ("network", "activations"),
     ("hub",),
     ("generation",),
     ("model",),
