@@ -167,20 +167,20 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
     assert main([*words, "-t", "2", "--batch-size", "5"]) == 0
     assert "complete already" in capsys.readouterr().err
     for change, named in ((["--seed", "8"], "seed"), (["--shard", "0/2"], "shard"), (["--top-k", "4"], "options")):
-        refused(capsys, [*words, *change], f"begun with {named}", "--force")
+        refused(capsys, [*words, *change], f"began with {named}", "--force")
     other = make_model(Path("other.bin"), seed=2)
-    refused(capsys, [*words, "-m", other], "begun with model")
+    refused(capsys, [*words, "-m", other], "began with model")
     record = Path("out.jsonl.job.json")
     content = record.read_text()
     record.write_text(content.replace('"pygpt": "', '"pygpt": "0.0.'))
-    refused(capsys, words, "begun with pygpt = '0.0.")
+    refused(capsys, words, "began with pygpt = '0.0.")
     record.write_text("[]")
     refused(capsys, words, "not the record")
     record.unlink()
     refused(capsys, words, "exists without")
     assert answers("--force") == whole
     write(ROWS[:3])
-    refused(capsys, words, "begun with input")
+    refused(capsys, words, "began with input")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
         ({"tokens": "ab"}, "a list of ids"),
         ({"tokens": [1], "continuations": []}, '"continuations" is []'),
         ({"tokens": [1], "continuations": [[1] * 200]}, "at most 129"),
-        ({"tokens": [1], "continuations": [[1]], "top_k": 2}, "'top_k' and"),
+        ({"tokens": [1], "continuations": [[1]], "top_k": 2}, "'top_k' is an option"),
         ({"tokens": [1], "temperature": -1}, "temperature is -1"),
     ],
 )

@@ -132,8 +132,8 @@ def test_every_container_keeps_the_model_or_refuses_it(name: str, capsys: pytest
             assert model.config == config
             assert np.array_equal(model.logits(family.PROMPT), exact)
     else:
-        assert "a.gguf: GGUF's gpt2 cannot say" in output
-    assert ("a.bin: a .bin file cannot say that the model has" in output) == bool(config.variations)
+        assert "a.gguf: GGUF's gpt2 cannot describe" in output
+    assert ("a.bin: a .bin file cannot describe a model with" in output) == bool(config.variations)
     assert Path("a.bin").exists() == (not config.variations)
 
 
