@@ -314,6 +314,25 @@ def test_a_request_goes_on_from_an_idle_and_from_a_live_cache(model: GPT2, monke
     assert counts == [1, 1 + 2]
 
 
+def test_few_rows_of_a_step_have_logits_for_prompts(model: GPT2, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a long prompt would not fit in memory at once."""
+    wanted, step = [], Network.step
+
+    def counting(self: Network, rows: list[tuple[int, Any, bool]]) -> Any:
+        wanted.append(sum(want for _, _, want in rows))
+        return step(self, rows)
+
+    prompts, number = ([*range(20)], [5, *range(14)]), len(OPTIONS) - 1
+    expected = [alone(prompt, number, 1) for prompt in prompts]
+    monkeypatch.setattr("pygpt.generation.engine.SCORED_ROWS", 6)
+    monkeypatch.setattr(Network, "step", counting)
+    engine = Engine(model.network)
+    jobs = [engine.add(request(model, prompt, OPTIONS[number])) for prompt in prompts]
+    list(engine.run())
+    assert [bits(job.completions) for job in jobs] == expected
+    assert max(wanted) == 6
+
+
 def test_requests_wait_for_room(model: GPT2) -> None:
     """Two sequences of twelve positions fit. The third begins when another one is done."""
     one = model.network.position_bytes

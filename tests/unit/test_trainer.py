@@ -605,6 +605,18 @@ def test_another_run_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run.state"]
 
 
+def test_a_state_is_on_the_disk_before_an_older_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, found, calls = tmp_path / "run.state", trainer(), list[str]()
+    for _ in range(2):
+        found.save(path)
+    for name in ("fsync", "unlink", "link", "replace"):
+        job = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, job=job: (calls.append(name), job(*given)))
+    found.save(path)
+    assert calls[0] == "fsync"
+    assert {"unlink", "link", "replace"} <= {*calls}
+
+
 def test_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "run.state").symlink_to(tmp_path / "there" / "real.state")
