@@ -333,6 +333,24 @@ def test_few_rows_of_a_step_have_logits_for_prompts(model: GPT2, alone: Alone, m
     assert max(wanted) == 6
 
 
+def test_choices_begin_when_the_prompt_is_scored(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request may have the same logits earlier."""
+    monkeypatch.setattr("pygpt.generation.engine.SCORED_ROWS", 6)
+    engine, prompt = Engine(model.network), [*range(20)]
+    engine.add(request(model, prompt, {}))
+    job = engine.add(request(model, prompt, {"prompt_logprobs": True}), n=2)
+    found = [(event.choice, len(job.completions[0].prompt_infos)) for event in engine.run() if event.job is job]
+    assert {*found} == {(0, 19), (1, 19)}
+
+
+def test_a_cancelled_job_is_not_late(model: GPT2) -> None:
+    engine = Engine(model.network)
+    engine.cancel(engine.add(request(model, [1, 2], {}), deadline=0.0))
+    assert engine.step() == []
+    late = engine.add(request(model, [1, 2], {}), deadline=0.0)
+    assert [(event.job, type(event.error)) for event in engine.step()] == [(late, TimeoutError)]
+
+
 def test_requests_wait_for_room(model: GPT2) -> None:
     """Two sequences of twelve positions fit. The third begins when another one is done."""
     one = model.network.position_bytes

@@ -610,8 +610,12 @@ def test_a_state_is_on_the_disk_before_an_older_one_changes(tmp_path: Path, monk
     for _ in range(2):
         found.save(path)
     for name in ("fsync", "unlink", "link", "replace"):
-        job = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, name=name, job=job: (calls.append(name), job(*given)))
+
+        def noted(*given: Any, name: str = name, job: Callable[..., object] = getattr(os, name)) -> object:
+            calls.append(name)
+            return job(*given)
+
+        monkeypatch.setattr(os, name, noted)
     found.save(path)
     assert calls[0] == "fsync"
     assert {"unlink", "link", "replace"} <= {*calls}
