@@ -13,6 +13,7 @@ import resource
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -609,13 +610,13 @@ def test_a_state_is_on_the_disk_before_an_older_one_changes(tmp_path: Path, monk
     path, found, calls = tmp_path / "run.state", trainer(), list[str]()
     for _ in range(2):
         found.save(path)
+
+    def noted(name: str, job: Callable[..., object], *given: Any) -> object:
+        calls.append(name)
+        return job(*given)
+
     for name in ("fsync", "unlink", "link", "replace"):
-
-        def noted(*given: Any, name: str = name, job: Callable[..., object] = getattr(os, name)) -> object:
-            calls.append(name)
-            return job(*given)
-
-        monkeypatch.setattr(os, name, noted)
+        monkeypatch.setattr(os, name, partial(noted, name, getattr(os, name)))
     found.save(path)
     assert calls[0] == "fsync"
     assert {"unlink", "link", "replace"} <= {*calls}
