@@ -351,6 +351,17 @@ def test_a_cancelled_job_is_not_late(model: GPT2) -> None:
     assert [(event.job, type(event.error)) for event in engine.step()] == [(late, TimeoutError)]
 
 
+def test_a_reused_cache_counts_with_all_the_memory_that_it_takes(model: GPT2) -> None:
+    most = 9 * MAXT * model.network.position_bytes
+    engine = Engine(model.network, prefix=model.new_prefix_cache(most), cache_bytes=most)
+    first = engine.add(Request(model.config, [*range(10)], max_new_tokens=10))
+    list(engine.run())
+    assert engine.load == (0, 0, 19 * model.network.position_bytes)
+    engine.add(Request(model.config, [*range(10), *first.completions[0].tokens[:2]], max_new_tokens=2))
+    engine.step()
+    assert engine.load == (1, 0, 19 * model.network.position_bytes)
+
+
 def test_requests_wait_for_room(model: GPT2) -> None:
     """Two sequences of twelve positions fit. The third begins when another one is done."""
     one = model.network.position_bytes
