@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from known import PROMPTS, SHAPE, make_model
 from limits import full_disk
@@ -86,6 +86,7 @@ def test_shards_together_are_the_whole(folder: Path, count: int, options: list[s
 
 @given(cut=st.integers(0, 2000), tail=st.binary(max_size=8))
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(cut=100, tail=b"x" * 100_000)  # more than the answers that follow
 def test_a_job_continues_from_every_part(folder: Path, cut: int, tail: bytes) -> None:
     whole = answers("--force")
     os.rename("out.jsonl", "out.jsonl.part")
