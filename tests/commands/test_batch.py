@@ -95,6 +95,13 @@ def test_a_job_continues_from_every_part(folder: Path, cut: int, tail: bytes) ->
     assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.job.json"]
 
 
+def test_a_job_keeps_only_answers_in_their_places(folder: Path) -> None:
+    whole = answers()
+    os.rename("out.jsonl", "out.jsonl.part")
+    Path("out.jsonl.part").write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
+    assert answers() == whole
+
+
 def test_killed_jobs_continue_to_the_same_bytes(folder: Path) -> None:
     write([{"tokens": [i % SHAPE.V], "max_new_tokens": 60} for i in range(300)])
     whole = answers(out="whole.jsonl")
