@@ -209,6 +209,17 @@ def test_a_draft_that_is_right_saves_steps(model: GPT2, monkeypatch: pytest.Monk
     assert job.completions[0].tokens == list(model.generate([1, 2], max_new_tokens=11, seed=1))
 
 
+def test_a_stop_ends_guesses(model: GPT2) -> None:
+    """The draft is the model itself, so all its guesses are right, also those after the stop."""
+    plain = list(model.generate([1, 2], max_new_tokens=12, sampler="greedy"))
+    stop = next(token for token in plain[1:] if token != plain[0])
+    engine = Engine(model.network, draft=lambda make: Draft(model.network, shared=True))
+    asked: dict[str, Any] = {"max_new_tokens": 12, "sampler": "greedy", "speculation": 8, "stop_token_ids": [stop]}
+    job = engine.add(Request(model.config, [1, 2], **asked))
+    events = [event.token for event in engine.run()]
+    assert events == job.completions[0].tokens == plain[: plain.index(stop) + 1]
+
+
 def test_an_interrupted_draft_loses_nothing(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some steps of both networks are interrupted after they ran, while guesses are made and while they are checked."""
     options: list[dict[str, Any]] = [{"seed": 1}, {"sampler": "greedy"}]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from known import PROMPTS, SHAPE, make_model
 from limits import full_disk
 from programs import command, run, start
-from running import assert_refuses_and_keeps
+from running import assert_refuses, assert_refuses_and_keeps
 
 from pygpt import GPT2, Complete, InputError, PyGPTError
 from pygpt.commands.batch import main
@@ -100,6 +100,36 @@ def test_a_job_keeps_only_answers_in_their_places(folder: Path) -> None:
     os.rename("out.jsonl", "out.jsonl.part")
     Path("out.jsonl.part").write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
     assert answers() == whole
+
+
+def test_force_keeps_nothing(folder: Path) -> None:
+    wanted = answers("--temp", "0.2", out="other.jsonl")
+    answers()
+    os.rename("out.jsonl", "out.jsonl.part")
+    assert answers("--temp", "0.2", "--force") == wanted
+
+
+def test_a_number_and_its_text_are_one_id(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write([{"id": 1, "tokens": [1]}, {"id": "1", "tokens": [2]}])
+    assert_refuses(main, capsys, ["in.jsonl", "-o", "out.jsonl", *OPTIONS], "line 2", "'1'")
+
+
+def test_a_prompt_that_begins_the_one_before_it(model: str) -> None:
+    rows = [{"id": len(tokens), "tokens": tokens, "continuations": [[5, 6]]} for tokens in ([1, 2, 3, 4], [1, 2, 3], [1])]
+    with Complete(model, threads=1) as job:
+        together = list(job.rows(rows))
+    for row, found in zip(rows, together, strict=True):
+        with Complete(model, threads=1) as job:
+            assert list(job.rows([row])) == [found]
+
+
+def test_a_completion_that_fails(model: str) -> None:
+    row = {"id": 1, "tokens": [1], "suppress_tokens": [*range(SHAPE.V)]}
+    with Complete(model, threads=1, keep_going=True) as job:
+        [found] = job.rows([row])
+    assert found.keys() == {"id", "error"}
+    with Complete(model, threads=1) as job, pytest.raises(InputError):
+        list(job.rows([row]))
 
 
 def test_killed_jobs_continue_to_the_same_bytes(folder: Path) -> None:
