@@ -455,7 +455,7 @@ def test_wide_and_long(files: Files) -> None:
     for isa in FUSED:
         with instruction_set(isa):
             assert same(whole(path, tokens[:130], threads=2), expected[:130])
-    assert_accurate(expected, *exact_logits(path, config, tokens))
+    assert_accurate(expected[:540], *exact_logits(path, config, tokens[:540]))
 
 
 @pytest.mark.parametrize("version", [1, 3, 5])
