@@ -48,11 +48,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, InputError, NumericalError, shown
+from ..errors import DataError, InputError, shown
 from ..formats.llmc import Example, read_examples
 from ..formats.shards import read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..hub.find import find_model
+from ..inspection.losses import FLOAT64_ROWS, ROWS, Losses, log_sums, losses_of, score
 from ..model import GPT2
 from ..network import KVCache
 from ..tokenizer import tokenizer_of
@@ -60,12 +61,9 @@ from .console import Parser, check_stdout, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
 
-ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
-FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
 LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
 BAR = 30  # columns of the longest bar
 MOST = 2**31 - 1  # largest number of tokens or examples
-Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
 
 
@@ -138,41 +136,6 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(facts | result) if options.output == "json" else text)
     if options.output == "text" and options.task != "next":
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
-
-
-# ------------------------------------------------------------------------------------------------ losses
-
-
-def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses:
-    """Return minus the log-probability of each row's target, in nats: [rows, V], [rows] -> [rows], computed in float64."""
-    out = np.empty(len(targets))
-    for start in range(0, len(targets), FLOAT64_ROWS):
-        rows = logits[start : start + FLOAT64_ROWS].astype(np.float64)  # [16, V]
-        chosen = rows[np.arange(len(rows)), targets[start : start + FLOAT64_ROWS]]  # [16]
-        out[start : start + FLOAT64_ROWS] = log_sums(rows) - chosen  # [16]
-    return out
-
-
-def log_sums(rows: Losses) -> Losses:
-    """Return the logarithm of the sum of exponentials of each row's logits: [rows, V] -> [rows].
-
-    Raises NumericalError if a result is not finite."""
-    top = rows.max(axis=1)  # [rows]
-    out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
-    if not np.isfinite(out).all():
-        raise NumericalError("the network's logits are not finite: the model file's weights are damaged or out of range")
-    return out
-
-
-def score(model: GPT2, cache: KVCache, tokens: Sequence[int], targets: Sequence[int]) -> Losses:
-    """Append tokens to the cache; return the losses of `targets`, the successors of the last len(targets) tokens."""
-    silent = len(tokens) - len(targets)  # number of rows that are only context
-    found = [np.empty(0)]
-    for start in range(0, len(tokens), ROWS):
-        stop = min(start + ROWS, len(tokens))
-        logits = model.step([(tokens[i], cache, i >= silent) for i in range(start, stop)])
-        found.append(losses_of(logits, targets[max(0, start - silent) : max(0, stop - silent)]))
-    return np.concatenate(found)
 
 
 # ------------------------------------------------------------------------------------------------ perplexity
@@ -403,11 +366,21 @@ def as_text(content: bytes) -> str | None:
         return None
 
 
+def quoted(content: bytes) -> str:
+    """Return a token's bytes as a literal in the characters of stdout: a text, or bytes for a part of a character."""
+    text, encoding = as_text(content), stdout_encoding()
+    return repr(content if text is None else text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def stdout_encoding() -> str:
+    """Return the encoding of stdout, ascii if it is unknown."""
+    return getattr(sys.stdout, "encoding", None) or "ascii"
+
+
 def table(choices: list[Result]) -> str:
     """Return a line for each token: id, text, probability, and a bar that compares it with the most probable token."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    names = [repr(bytes.fromhex(choice["bytes"])) if choice["text"] is None else repr(choice["text"]) for choice in choices]
-    names = [name.encode(encoding, "backslashreplace").decode(encoding) for name in names]
+    encoding = stdout_encoding()
+    names = [quoted(bytes.fromhex(choice["bytes"])) for choice in choices]
     width = max(map(len, names))
     block = "█" if "█".encode(encoding, "ignore") else "#"
     lines = [f"{'id':>6}  {'token':<{width}}  {'%':>7}"]

@@ -10,7 +10,7 @@ from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Weights
 from ..config import Config
-from ..errors import InputError, check_number
+from ..errors import InputError, check_number, sequence
 from ..model import GPT2
 from ..network import CHUNK
 from ..pool import ThreadPool, nothing
@@ -18,6 +18,7 @@ from .parameters import NORM_BLOCK, AdamW, Parameters, norm_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import SupportsFloat, SupportsIndex
 
     import numpy as np
@@ -78,11 +79,35 @@ class TrainableGPT2(Parameters):
         """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
 
         accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before."""
-        scale = check_number("scale", scale, -1e30, 1e30)
+        self._backward(accumulate, check_number("scale", scale, -1e30, 1e30))
+
+    def _backward(self, accumulate: bool, scale: float, *seed: "npt.NDArray[np.float32]") -> None:
+        """Run the backward pass; `seed` are the last arguments of TrainStep.begin_backward()."""
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
-        begin = partial(step.begin_backward, accumulate, scale, workers)
+        begin = partial(step.begin_backward, accumulate, scale, workers, *seed)
         self._pool.run(step, step.abort, before=begin, alone=workers == 1)
+
+    def residual_gradients(
+        self, tokens: "Iterable[SupportsIndex]", dlogits: "npt.ArrayLike"
+    ) -> "dict[str, npt.NDArray[np.float32]]":
+        """Return the gradients of a function of the logits with respect to the residual streams of one sequence.
+
+        tokens: T ids. dlogits: the function's gradients with respect to the logits, (T, V). Returns encoded (T, C), residual2
+        and residual3 (L, T, C), as GPT2.activations() names them. `gradients` then has the gradients of the parameters.
+        Raises InputError as forward() does, and for dlogits of another shape or that are not finite."""
+        import numpy as np
+
+        ids: npt.ArrayLike = [sequence(tokens)]  # type: ignore[assignment]  # check_batch() refuses what is not an id
+        inputs, targets = self.check_batch(ids, ids)
+        T, config = inputs.size, self.config
+        seed = np.ascontiguousarray(dlogits, np.float32)
+        if seed.shape != (T, config.V) or not np.isfinite(seed).all():
+            raise InputError(f"dlogits has shape {seed.shape}: it must be (T, V) = {(T, config.V)}, of finite numbers")
+        self.forward(inputs, targets)
+        out = np.empty((2 * config.L + 1, T, config.C), np.float32)  # of the input of each layernorm
+        self._backward(False, 1.0, seed, out)
+        return {"encoded": out[0], "residual2": out[1::2], "residual3": out[2::2]}
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients together, summed in float64 in a fixed order."""

@@ -70,6 +70,7 @@ from ...errors import InputError
 from ...formats.open import open_model
 from ...formats.quantise import QUANTISED
 from ...hub.find import find_model
+from ...inspection.show import matplotlib
 from ..console import Parser, check_stdout, say, status_of, whole
 from . import job, numbers, perf, plots, startup, strategies, text, traces
 from .work import Stored
@@ -195,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
         print(text.compare(*options.compare))
         return
     if options.plot:
-        plots.matplotlib()  # if it is missing, report that now
+        matplotlib()  # if it is missing, report that now
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:
