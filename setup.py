@@ -55,6 +55,7 @@ if __name__ == "__main__":  # the processes that cythonize() starts import this 
         extension("_kernels", *MICROKERNELS, kernels=True),
         extension("_reference"),
         extension("_backward", kernels=True),
+        extension("_activations", kernels=True),
         extension("_signals"),
     ]
     setup(ext_modules=cythonize(modules, nthreads=CORES), cmdclass={"build_ext": BuildSideBySide})

@@ -32,6 +32,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._kernels import Trace as Trace
     from ._kernels import cpu_info as cpu_info
+    from .activations import add as add
+    from .activations import scale as scale
+    from .activations import zero as zero
     from .ceilings import Ceilings as Ceilings
     from .cluster import Complete as Complete
     from .config import Config as Config
@@ -108,6 +111,7 @@ _PUBLIC = {
     "cpus": "default_threads",
     "_kernels": "Trace cpu_info",
     "pool": "ThreadPool",
+    "activations": "add scale zero",
     "formats.checkpoint": "Checkpoint write_checkpoint",
     "formats.shards": "read_tokens write_tokens",
     "formats.vocabulary": "load_tokenizer",

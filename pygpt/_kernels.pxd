@@ -201,6 +201,8 @@ cdef struct State:            # changing: activations of R rows, with the names 
     Py_ssize_t block_size
     work_pile* piles          # (L + 2, LAYER_PHASES) the next free block of each product
     Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16
+    float* probs              # (NH, R, ldp) the probabilities of one layer's attention, or NULL
+    Py_ssize_t probs_layer    # that layer
     # Set if activations are kept for a backward pass. Otherwise all steps are 0 (layers overwrite each other), the rest NULL.
     Py_ssize_t residual_step  # values from one version of the stream to the next, two a layer
     Py_ssize_t ln_step        # from ln1 to ln2 to the next layer's ln1
@@ -219,6 +221,11 @@ cdef void share(
     Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
 ) noexcept nogil
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil
+cdef Py_ssize_t phases(const Net* net, const State* s) noexcept nogil
+cdef void store_keys_values(
+    const Net* net, State* s, Py_ssize_t layer,
+    Py_ssize_t row, Py_ssize_t rows, Py_ssize_t start, Py_ssize_t stop,
+) noexcept nogil
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
 
 

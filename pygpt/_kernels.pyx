@@ -365,6 +365,7 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     cdef float* q = scratch                                             # (SPAN_ROWS, HSp)
     cdef float* acc = q + SPAN_ROWS * HSp                               # (SPAN_ROWS, HSp)
     cdef float* att = acc + SPAN_ROWS * HSp                             # (SPAN_ROWS, ldp)
+    cdef float* probs
     cdef float[SPAN_ROWS] total
     memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
     for i in range(rows):
@@ -376,6 +377,11 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     for i in range(rows):
         micro.mix(acc + i * HSp, att + i * ldp, ldp, 1, values, HSp, common, common + i)
         micro.store_scaled(atty + (span.start + i) * C + head * HS, acc + i * HSp, <float> 1 / total[i], HS)
+    if s.probs != NULL and layer == s.probs_layer:
+        for i in range(rows):
+            probs = s.probs + (head * s.R + span.start + i) * ldp
+            memset(probs, 0, ldp * sizeof(float))
+            micro.store_scaled(probs, att + i * ldp, <float> 1 / total[i], common + i)
 
 
 cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
@@ -459,7 +465,7 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
     return 0
 
 
-cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
+cdef Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
     """Return the number of phases of a step: the encoder, seven for each layer, the last layernorm and the logits if logits
     are wanted, and the loss if it is wanted."""
     return 1 + LAYER_PHASES * net.L + (2 if s.W else 0) + (1 if s.losses != NULL else 0)

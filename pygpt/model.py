@@ -1,7 +1,7 @@
 """GPT2: the class for users. It joins the network, which computes logits, and the engine, which completes requests."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._kernels import Floats, Trace
+    from .activations import Place, Value
     from .generation.speculate import Draft
     from .network import OpenModel
 
@@ -111,13 +112,20 @@ class GPT2(Generator):
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return self.network.new_cache(capacity)
 
-    def step(self, rows: Iterable[Row]) -> "npt.NDArray[np.float32]":
+    def step(self, rows: Iterable[Row], edits: "Mapping[Place, Value] | None" = None) -> "npt.NDArray[np.float32]":
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
         The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, no
         cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
-        """
-        return self._whole(lambda lengths: self.network.step(rows, lengths), (-1, self.config.V))
+
+        edits: changes of activations of every sequence, as activations() describes them. The caches then have the edited keys
+        and values."""
+        watch = None
+        if edits is not None:
+            from .activations import Edits, Watch
+
+            watch = Watch(Edits(self.config, edits))
+        return self._whole(lambda lengths: self.network.step(rows, lengths, watch), (-1, self.config.V))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
@@ -154,6 +162,47 @@ class GPT2(Generator):
             chunk = ids[start : start + CHUNK]
             out[start : start + CHUNK] = self.step([(token, cache, True) for token in chunk])
         return out
+
+    def activations(
+        self,
+        tokens: "Iterable[SupportsIndex]",
+        names: "Iterable[str] | str",
+        layers: "Iterable[SupportsIndex] | None" = None,
+        positions: "Iterable[SupportsIndex] | None" = None,
+        edits: "Mapping[Place, Value] | None" = None,
+        out: "Mapping[str, npt.NDArray[np.float32]] | None" = None,
+    ) -> "dict[str, npt.NDArray[np.float32]]":
+        """Run a sequence of T tokens; return the named activations, as the network used them, in float32.
+
+        encoded (T, C): embedding of token and position. Of each layer, ln1, q, k, v, atty, attproj, residual2, ln2, fcproj and
+        residual3 (L, T, C); fch, before the activation function, and fch_gelu (L, T, F); probs (L, NH, T, T), for each head
+        how a position (row) attends to the keys (column). lnf (T, C), and logits (T, V). In q, k, v and atty, head h has the
+        channels from h * HS. attproj and fcproj are the terms that are added to the residual stream: residual2 = residual3 of
+        the layer before (or encoded) + attproj, and residual3 = residual2 + fcproj.
+
+        layers, positions: which to return, in this order (default: all). out: arrays of these shapes that are filled and
+        returned, such as numpy.memmap. All other arrays together may take 2 GiB. The bits are those of an ordinary step.
+
+        edits: map (name, layer, position) to changes, made in this order. The layer is None for encoded, lnf and logits.
+        Position None means every position. A change is an array that replaces the activation, or add(), scale() or zero(); its
+        shape is (), that of one position, such as (C,), or for position None that of the layer, such as (T, C). Or it is
+        a function, which gets an array of the position or of the layer, and returns another or changes it. An edit of k or v
+        changes the cache. An edit of probs changes atty; keys after the position stay 0. The numbers before an edit keep
+        their bits, at earlier positions and in earlier phases.
+
+        Raises InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the
+        arrays take too much memory."""
+        from .activations import Capture, Edits, Watch
+
+        ids = check_tokens(self.config, tokens)
+        capture = Capture(self.config, len(ids), names, layers, positions, out)
+        changes = Edits(self.config, {} if edits is None else edits, len(ids))
+        cache = self.new_cache(len(ids))
+        size = len(ids) if changes.together else CHUNK
+        for start in range(0, len(ids), size):
+            rows = [(token, cache, capture.wants(i)) for i, token in enumerate(ids[start : start + size], start)]
+            self.network.step(rows, watch=Watch(changes, capture))
+        return capture.arrays
 
     def record(self, trace: "Trace | None") -> None:
         """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""

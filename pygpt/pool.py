@@ -86,6 +86,8 @@ class ThreadPool(Closing):
                     before()
                 if alone or self.nth == 1:
                     job(0, 1)
+                    while again is not None and again():
+                        job(0, 1)
                 else:
                     workers.run(job, abort or nothing)
                     while again is not None and again():
