@@ -71,21 +71,19 @@ if TYPE_CHECKING:
     from .hub.find import find_model as find_model
     from .inspection.autoencoder import SparseAutoencoder as SparseAutoencoder
     from .inspection.lens import Logit as Logit
-    from .inspection.lens import attention_patterns as attention_patterns
     from .inspection.lens import induction_scores as induction_scores
     from .inspection.lens import logit_attribution as logit_attribution
     from .inspection.lens import logit_lens as logit_lens
-    from .inspection.lens import repeated_tokens as repeated_tokens
     from .inspection.losses import loss_by_position as loss_by_position
-    from .inspection.names import activation_name as activation_name
     from .inspection.names import named_activations as named_activations
     from .inspection.names import save_activations as save_activations
+    from .inspection.names import their_names as their_names
     from .inspection.patching import ablate_heads as ablate_heads
     from .inspection.patching import attribution_patching as attribution_patching
     from .inspection.patching import mean_loss as mean_loss
     from .inspection.patching import patch_activations as patch_activations
     from .inspection.show import heat_map as heat_map
-    from .inspection.show import table as table
+    from .inspection.show import text_table as text_table
     from .model import GPT2 as GPT2
     from .network import KVCache as KVCache
     from .network import Network as Network
@@ -137,12 +135,12 @@ _PUBLIC = {
     "training.state": "TrainingState open_state",
     "training.trainable": "TrainableGPT2",
     "training.trainer": "Record Trainer",
-    "inspection.lens": "Logit attention_patterns induction_scores logit_attribution logit_lens repeated_tokens",
+    "inspection.lens": "Logit induction_scores logit_attribution logit_lens",
     "inspection.patching": "ablate_heads attribution_patching mean_loss patch_activations",
     "inspection.losses": "loss_by_position",
     "inspection.autoencoder": "SparseAutoencoder",
-    "inspection.names": "activation_name named_activations save_activations",
-    "inspection.show": "heat_map table",
+    "inspection.names": "named_activations save_activations their_names",
+    "inspection.show": "heat_map text_table",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 

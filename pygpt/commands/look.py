@@ -13,8 +13,8 @@ output is zero, the token that the head attends to most, and the head's attentio
 
 JSON (-o json) is one object with the fields model, threads, and
 
-    tokens     [id, text (null for a part of a character), loss (nats; null for the first token)]
-    lens       [layer (null for the embedding), top [id, text, probability]]
+    tokens     [id, text (null for a part of a character), bytes (hex), loss (nats; null for the first token)]
+    lens       [layer (null for the embedding), top [id, text, bytes, probability]]
     lead       token, against (ids), logits (the lead), embedding, heads (by layer), mlps (by layer), rest: parts of the lead
     heads      [layer, head, adds, zeroed (the lead's change), attends (position), attention]
 
@@ -25,7 +25,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,9 @@ from ..errors import InputError
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
-from ..inspection.lens import Logit, attention_patterns, logit_attribution, logit_lens
+from ..inspection.lens import Logit, logit_attribution, logit_lens
 from ..inspection.losses import loss_by_position
-from ..inspection.show import FORMATS, heat_map, matplotlib, table
+from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
 from ..model import GPT2
 from ..tokenizer import Tokenizer, tokenizer_of
 from .console import Parser, check_stdout, status_of, whole
@@ -83,96 +83,100 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"the text has {len(ids)} tokens: give a text of 2 to {model.config.maxT} tokens")
         result = {"model": path, "threads": model.threads, **look(model, tokenizer, ids, min(options.top, model.config.V))}
         if options.plot is not None:
-            draw(options.plot, model, tokenizer, result)
-    print(json.dumps(result) if options.output == "json" else text_of(tokenizer, result))
+            draw(options.plot, model, ids, result)
+    print(json.dumps(result) if options.output == "json" else text_of(result))
 
 
 def look(model: GPT2, tokenizer: Tokenizer, ids: list[int], k: int) -> Result:
     """Return the facts about the last token's prediction, as the JSON output has them."""
 
-    def fact(token: int, name: str, value: float | None) -> Result:
-        return {"id": token, "text": as_text(tokenizer.decode_bytes([token])), name: value}
+    def fact(token: int, **more: float | None) -> Result:
+        content = tokenizer.decode_bytes([token])
+        return {"id": token, "text": as_text(content), "bytes": content.hex(), **more}
 
-    last = len(ids) - 1
     losses = [None, *loss_by_position(model, ids).tolist()]
-    lens = logit_lens(model, ids, positions=[last])[:, 0]  # [L + 1, V]
-    tops = [token_info(memoryview(lens), row, 0, k).top for row in range(len(lens))]
+    lens = logit_lens(model, ids, positions=[len(ids) - 1])[:, 0]  # [L + 1, V]
+    tops = [token_info(lens.data, row, 0, k).top for row in range(len(lens))]
     lead = Logit(*(token for token, _ in tops[-1][:2]))
     parts = {name: part.tolist() for name, part in logit_attribution(model, ids, lead).items()}
+    rows = [[fact(token, probability=math.exp(logprob)) for token, logprob in top] for top in tops]
     return {
-        "tokens": [fact(token, "loss", loss) for token, loss in zip(ids, losses, strict=True)],
-        "lens": [
-            {"layer": row - 1 if row else None, "top": [fact(token, "probability", math.exp(chance)) for token, chance in top]}
-            for row, top in enumerate(tops)
-        ],
+        "tokens": [fact(token, loss=loss) for token, loss in zip(ids, losses, strict=True)],
+        "lens": [{"layer": row - 1 if row else None, "top": top} for row, top in enumerate(rows)],
         "lead": {"token": lead.token, "against": lead.against, "logits": lead(lens[-1:]), **parts},
-        "heads": heads_of(model, ids, lead, lead(lens[-1:]), parts["heads"], k),
+        "heads": [*heads_of(model, ids, lead, lead(lens[-1:]), parts["heads"], k)],
     }
 
 
-def heads_of(model: GPT2, ids: list[int], lead: Logit, plain: float, adds: list[list[float]], k: int) -> list[Result]:
-    """Return facts about the k heads that add or remove most."""
-    last, found = [len(ids) - 1], []
-    patterns = model.activations(ids, ["probs"], positions=last)["probs"][:, :, 0]  # [L, NH, T]
-    places = sorted(np.ndindex(patterns.shape[:2]), key=lambda place: -abs(adds[place[0]][place[1]]))
-    for layer, head in places[:k]:
-        edits = {("atty", layer, None): zero(heads=[head])}
-        zeroed = lead(model.activations(ids, ["logits"], positions=last, edits=edits)["logits"]) - plain
+def heads_of(
+    model: GPT2, ids: list[int], lead: Logit, plain: float, adds: list[list[float]], k: int
+) -> Iterator[dict[str, float]]:
+    """Yield facts about the k heads that add or remove most."""
+    last = [len(ids) - 1]
+    patterns = model.activations(ids, "probs", positions=last)["probs"][:, :, 0]  # [L, NH, T]
+    for layer, head in sorted(np.ndindex(patterns.shape[:2]), key=lambda place: -abs(adds[place[0]][place[1]]))[:k]:
+        found = model.activations(ids, "logits", positions=last, edits={("atty", layer, None): zero(heads=[head])})
+        facts = {"layer": layer, "head": head, "adds": adds[layer][head], "zeroed": lead(found["logits"]) - plain}
         at = int(patterns[layer, head].argmax())
-        seen = {"attends": at, "attention": float(patterns[layer, head, at])}
-        found.append({"layer": layer, "head": head, "adds": adds[layer][head], "zeroed": zeroed, **seen})
-    return found
+        yield {**facts, "attends": at, "attention": float(patterns[layer, head, at])}
 
 
-def text_of(tokenizer: Tokenizer, result: Result) -> str:
-    """Return the result as text of at most 100 columns."""
-    tokens, lens, lead, heads = result["tokens"], result["lens"], result["lead"], result["heads"]
-    names = [shortened(tokenizer, token["id"]) for token in tokens]
-    losses = ["" if token["loss"] is None else f"{token['loss']:.2f}" for token in tokens]
-    layers = ["embedding", *(f"layer {row['layer']}" for row in lens[1:])]
-    ranks = [f"{rank}." for rank in range(1, len(lens[0]["top"]) + 1)]
-    tops = [[f"{shortened(tokenizer, top['id'])} {100 * top['probability']:5.1f}" for top in row["top"]] for row in lens]
-    parts = {"embedding": lead["embedding"], "heads": sum(map(sum, lead["heads"])), "mlps": sum(lead["mlps"])}
-    parts |= {"rest": lead["rest"], "sum": lead["logits"]}
-    facts = [
-        [f"{row['adds']:+.2f}", f"{row['zeroed']:+.2f}", f"{row['attends']} {names[row['attends']]}", f"{row['attention']:.2f}"]
-        for row in heads
-    ]
-    ahead = " over ".join(shortened(tokenizer, lead[name]) for name in ("token", "against") if lead[name] is not None)
-    return "\n".join(
-        [
-            f"{len(tokens)} tokens, {result['model']}, {result['threads']} threads",
-            table([[str(token["id"]) for token in tokens], losses], ["id", "loss"], names),
-            f"\nwhat each layer would predict after {names[-1]}, with probabilities in %",
-            table(tops, layers, ranks),
-            f"\nthe lead of {ahead}, in logits: what the parts of the network add to it",
-            table([[f"{part:+.2f}" for part in parts.values()]], [""], list(parts)),
-            "\nthe heads that add or remove most, and the lead's change if the head's output is zero",
-            table(facts, [f"layer {row['layer']} head {row['head']}" for row in heads], ["adds", "zeroed", "attends to", "by"]),
-        ]
-    )
-
-
-def shortened(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token for a table."""
-    name = quoted(tokenizer.decode_bytes([token]))
+def name_of(fact: Result) -> str:
+    """Return a token for a table or a picture."""
+    name = quoted(bytes.fromhex(fact["bytes"]))
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
 
 
-def draw(folder: str, model: GPT2, tokenizer: Tokenizer, result: Result) -> None:
+def lens_of(result: Result) -> tuple[list[str], list[str], list[list[str]]]:
+    """Return the labels of the lens' rows and columns, and its tokens."""
+    tops = [[name_of(top) for top in row["top"]] for row in result["lens"]]
+    ranks = [f"{rank}." for rank in range(1, len(tops[0]) + 1)]
+    return ["embedding", *(f"layer {row['layer']}" for row in result["lens"][1:])], ranks, tops
+
+
+def text_of(result: Result) -> str:
+    """Return the result as text of at most 100 columns."""
+    tokens, lead, (layers, ranks, tops) = result["tokens"], result["lead"], lens_of(result)
+    names = [name_of(token) for token in tokens]
+    losses = ["" if token["loss"] is None else f"{token['loss']:.2f}" for token in tokens]
+    tops = [
+        [f"{name} {100 * top['probability']:5.1f}" for name, top in zip(line, row["top"], strict=True)]
+        for line, row in zip(tops, result["lens"], strict=True)
+    ]
+    parts = {"embedding": lead["embedding"], "heads": sum(map(sum, lead["heads"])), "mlps": sum(lead["mlps"])}
+    parts |= {"rest": lead["rest"], "sum": lead["logits"]}
+    heads = {
+        f"layer {row['layer']} head {row['head']}": [
+            *(f"{row[name]:+.2f}" for name in ("adds", "zeroed")),
+            f"{row['attends']} {names[row['attends']]}",
+            f"{row['attention']:.2f}",
+        ]
+        for row in result["heads"]
+    }
+    return f"""\
+{len(tokens)} tokens, {result["model"]}, {result["threads"]} threads
+{text_table([[str(token["id"]) for token in tokens], losses], ["id", "loss"], names)}
+
+what each layer would predict after {names[-1]}, with probabilities in %
+{text_table(tops, layers, ranks)}
+
+the lead of 1. over 2. in the last layer, in logits: what the parts of the network add to it
+{text_table([[f"{part:+.2f}" for part in parts.values()]], [""], list(parts))}
+
+the heads that add or remove most, and the lead's change if the head's output is zero
+{text_table(list(heads.values()), list(heads), ["adds", "zeroed", "attends to", "by"])}"""
+
+
+def draw(folder: str, model: GPT2, ids: list[int], result: Result) -> None:
     """Write the pictures into the folder."""
-    names = [shortened(tokenizer, token["id"]) for token in result["tokens"]]
-    layers = ["embedding", *(f"layer {layer}" for layer in range(model.config.L))]
-    tops = [[shortened(tokenizer, top["id"]) for top in row["top"]] for row in result["lens"]]
+    layers, ranks, tops = lens_of(result)
+    names = [name_of(token) for token in result["tokens"]]
     chances = [[top["probability"] for top in row["top"]] for row in result["lens"]]
-    first, ids = result["heads"][0], [token["id"] for token in result["tokens"]]
-    pattern = attention_patterns(model, ids, layers=[first["layer"]])[0, first["head"]]
-    heads = [f"head {head}" for head in range(model.config.NH)]
+    adds, (layer, head) = result["lead"]["heads"], (result["heads"][0][name] for name in ("layer", "head"))
+    pattern = model.activations(ids, "probs", layers=[layer])["probs"][0, head]
+    heads = [f"head {number}" for number in range(len(adds[0]))]
     for ending in FORMATS:
-        place = os.path.join(folder, "{}" + ending)
-        ranks = [f"{rank}." for rank in range(1, len(tops[0]) + 1)]
-        heat_map(chances, place.format("lens"), rows=layers, columns=ranks, title=f"after {names[-1]}: probability", cells=tops)
-        adds = result["lead"]["heads"]
-        heat_map(adds, place.format("heads"), rows=layers[1:], columns=heads, title="what each head adds to the lead")
-        title = f"attention of layer {first['layer']} head {first['head']}"
-        heat_map(pattern, place.format("attention"), rows=names, columns=names, title=title)
+        place = os.path.join(folder, "{}" + ending).format
+        heat_map(chances, place("lens"), rows=layers, columns=ranks, title=f"after {names[-1]}: probability", cells=tops)
+        heat_map(adds, place("heads"), rows=layers[1:], columns=heads, title="what each head adds to the lead")
+        heat_map(pattern, place("attention"), rows=names, columns=names, title=f"attention of layer {layer} head {head}")

@@ -53,10 +53,6 @@ class SparseAutoencoder(NamedTuple):
         kept: Float32 = np.where(found > (0 if self.threshold is None else self.threshold), found, np.float32(0))
         return kept
 
-    def decode(self, features: Float32) -> Float32:
-        """Return the residuals that features stand for, (..., F) -> (..., C)."""
-        return features @ self.W_dec + self.b_dec
-
     def top(self, residual: Float32, k: int = 10) -> list[tuple[int, float]]:
         """Return the k strongest active features of one residual (C,) with their values, the strongest first."""
         features = self.encode(residual).reshape(-1)
@@ -65,12 +61,12 @@ class SparseAutoencoder(NamedTuple):
 
     def ablate(self, feature: int) -> Callable[[Float32], Float32]:
         """Return an edit value that removes a feature from a residual and keeps everything else, also the rest."""
-        column = self._column(feature)
-        return lambda residual: residual - self.encode(residual)[..., column : column + 1] * self.W_dec[column]
+        row = self._direction(feature)
+        return lambda residual: residual - self.encode(residual)[..., feature, None] * row
 
     def steer(self, feature: int, strength: float) -> "Edit":
         """Return an edit value that adds `strength` times a feature's direction to a residual."""
-        return add(np.float32(check_number("strength", strength, -1e30, 1e30)) * self.W_dec[self._column(feature)])
+        return add(np.float32(check_number("strength", strength, -1e30, 1e30)) * self._direction(feature))
 
-    def _column(self, feature: int) -> int:
-        return check_whole("feature", feature, 0, len(self.W_dec) - 1)
+    def _direction(self, feature: int) -> Float32:
+        return self.W_dec[check_whole("feature", feature, 0, len(self.W_dec) - 1)]

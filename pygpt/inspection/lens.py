@@ -1,4 +1,4 @@
-"""How a prediction forms: the logit lens, the parts of a logit, and attention patterns.
+"""How a prediction forms: the logit lens, the parts of a logit, and heads that look for repetitions.
 
 Sources: nostalgebraist 2020, "interpreting GPT: the logit lens"; Elhage et al. 2021, "A mathematical framework for transformer
 circuits" (direct logit attribution); Olsson et al. 2022, "In-context learning and induction heads" (the induction score).
@@ -10,7 +10,7 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, check_whole
+from ..errors import check_whole
 from ..generation.request import check_tokens
 from ..model import GPT2
 
@@ -21,35 +21,30 @@ Float64 = npt.NDArray[np.float64]
 class Logit(NamedTuple):
     """The logit of a token at a position, or its lead over the token `against`: a number to explain.
 
-    Called with logits (T, V), it returns that number. position: from -T to T - 1."""
+    position: from -T to T - 1. A Logit is a function of the logits (T, V)."""
 
     token: int
     against: int | None = None
     position: int = -1
 
     def __call__(self, logits: Float32) -> float:
-        """Return the number for logits (T, V). Raises InputError if it is not among them."""
-        return float((logits[self.row(*logits.shape)].astype(np.float64) * self.direction(logits.shape[1])).sum())
+        """Return the number for logits (T, V). Raises InputError for an id or a position that they do not have."""
+        row = logits[self.row(*logits.shape)].astype(np.float64)
+        return float(row[self.token] - (0 if self.against is None else row[self.against]))
 
     def row(self, T: int, V: int) -> int:
-        """Return the position, from 0. Raises InputError for a token or position that T tokens and V ids do not have."""
-        for name, token in ("token", self.token), ("against", self.against):
+        """Return the position among T, from 0. Raises what __call__() raises."""
+        for name, token in zip(self._fields, self[:2], strict=False):
             if token is not None:
                 check_whole(name, token, 0, V - 1)
         return check_whole("position", self.position, -T, T - 1) % T
 
-    def direction(self, V: int) -> Float32:
-        """Return the gradient with respect to the logits of the position, (V,)."""
-        out = np.zeros(V, np.float32)
-        out[self.token] += 1
-        if self.against is not None:
-            out[self.against] -= 1
-        return out
-
     def gradient(self, T: int, V: int) -> Float32:
         """Return the gradient with respect to the logits, (T, V), for TrainableGPT2.residual_gradients()."""
-        out = np.zeros((T, V), np.float32)
-        out[self.row(T, V)] = self.direction(V)
+        row, out = self.row(T, V), np.zeros((T, V), np.float32)
+        out[row, self.token] = 1
+        if self.against is not None:
+            out[row, self.against] -= 1
         return out
 
 
@@ -61,9 +56,8 @@ def logit_lens(model: GPT2, tokens: Iterable[SupportsIndex], *, positions: Itera
     ids, last = check_tokens(model.config, tokens), model.config.L - 1
     streams = model.activations(ids, ["encoded", "residual3"])
     where = None if positions is None else list(positions)
-    rows = [streams["encoded"], *streams["residual3"]]
-    edits = [{("residual3", last, None): row} for row in rows]
-    return np.stack([model.activations(ids, ["logits"], positions=where, edits=edit)["logits"] for edit in edits])
+    edits = [{("residual3", last, None): row} for row in (streams["encoded"], *streams["residual3"])]
+    return np.stack([model.activations(ids, "logits", positions=where, edits=edit)["logits"] for edit in edits])
 
 
 def logit_attribution(model: GPT2, tokens: Iterable[SupportsIndex], logit: Logit) -> dict[str, Float64]:
@@ -87,12 +81,6 @@ def logit_attribution(model: GPT2, tokens: Iterable[SupportsIndex], logit: Logit
     return {"embedding": acts["encoded"] @ gain, "heads": heads, "mlps": acts["fcproj"] @ gain, "rest": rest}
 
 
-def attention_patterns(model: GPT2, tokens: Iterable[SupportsIndex], *, layers: Iterable[int] | None = None) -> Float32:
-    """Return the attention of each head, (layers, NH, T, T): row t says where token t looks, and adds up to 1."""
-    where = None if layers is None else list(layers)
-    return model.activations(tokens, ["probs"], layers=where)["probs"]
-
-
 def induction_scores(patterns: Float32, period: int) -> Float64:
     """Return how much each head attends to the token after the last occurrence, from attention (L, NH, T, T) to (L, NH).
 
@@ -102,11 +90,3 @@ def induction_scores(patterns: Float32, period: int) -> Float64:
     rows = np.arange(period, T)
     scores: Float64 = patterns[..., rows, rows - period + 1].mean(axis=-1, dtype=np.float64)
     return scores
-
-
-def repeated_tokens(V: int, period: int, *, times: int = 2, seed: int = 0) -> list[int]:
-    """Return `period` random ids below V, repeated: only a model that looks back can predict the second half."""
-    if period * times < 2:
-        raise InputError(f"period is {period}, repeated {times} times: at least 2 tokens are needed")
-    ids: list[int] = np.random.default_rng(seed).integers(0, V, period).tolist()
-    return ids * times

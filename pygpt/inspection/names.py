@@ -1,7 +1,6 @@
-"""The names of activations in TransformerLens and in transformers, and files of activations."""
+"""Activations by their names in TransformerLens and transformers, and files of activations."""
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex
 
@@ -15,60 +14,54 @@ from ..generation.request import check_tokens
 from ..model import GPT2
 from .lens import Float32
 
-THEIR_NAMES = {  # {} is a layer. Compare with from_pretrained_no_processing(): the default of TransformerLens changes weights.
-    "blocks.{}.hook_resid_pre": "residual3 of the layer before, or encoded",
-    "blocks.{}.ln1.hook_normalized": "ln1",
-    "blocks.{}.attn.hook_q": "q",
-    "blocks.{}.attn.hook_k": "k",
-    "blocks.{}.attn.hook_v": "v",
-    "blocks.{}.attn.hook_pattern": "probs",
-    "blocks.{}.attn.hook_z": "atty",
-    "blocks.{}.hook_attn_out": "attproj",
-    "blocks.{}.hook_resid_mid": "residual2",
-    "blocks.{}.ln2.hook_normalized": "ln2",
-    "blocks.{}.mlp.hook_pre": "fch",
-    "blocks.{}.mlp.hook_post": "fch_gelu",
-    "blocks.{}.hook_mlp_out": "fcproj",
-    "blocks.{}.hook_resid_post": "residual3",
-    "ln_final.hook_normalized": "lnf",
-    "hidden_states.{}": "residual3 of the layer before, or encoded",  # of L + 1; the last is lnf
-    "attentions.{}": "probs",
+BLOCK = {  # TransformerLens, inside blocks.0 and so on: ours
+    "ln1.hook_normalized": "ln1",
+    "attn.hook_q": "q",
+    "attn.hook_k": "k",
+    "attn.hook_v": "v",
+    "attn.hook_pattern": "probs",
+    "attn.hook_z": "atty",
+    "hook_attn_out": "attproj",
+    "hook_resid_mid": "residual2",
+    "ln2.hook_normalized": "ln2",
+    "mlp.hook_pre": "fch",
+    "mlp.hook_post": "fch_gelu",
+    "hook_mlp_out": "fcproj",
+    "hook_resid_post": "residual3",
 }
-# Without an equal: hook_embed and hook_pos_embed (encoded is their sum), hook_scale, attn.hook_attn_scores, attn.hook_result.
 
 
-def activation_name(theirs: str, L: int) -> tuple[str, int | None]:
-    """Return our name and the layer, None for an activation without layers, for a name in THEIR_NAMES.
+def their_names(L: int) -> dict[str, tuple[str, int | None]]:
+    """Map TransformerLens' and transformers' names in a model of L layers to our name and layer (None: without layers).
 
-    hidden_states.0 to hidden_states.L and attentions.0 are transformers' outputs. Raises InputError for a name that has no
-    equal here, and for a layer that a model of L layers does not have."""
-    number = re.search(r"(?<=\.)\d+(?=\.|$)", theirs)
-    pattern = theirs if number is None else f"{theirs[: number.start()]}{{}}{theirs[number.end() :]}"
-    if pattern not in THEIR_NAMES:
-        raise InputError(f"activation {shown(theirs)} has no equal: {near(pattern, THEIR_NAMES)}")
-    if number is None:
-        return THEIR_NAMES[pattern], None
-    layer, ours = int(number[0][:9]), THEIR_NAMES[pattern].split()[0]
-    most = L - (pattern != "hidden_states.{}")
-    if layer > most:
-        raise InputError(f"activation {shown(theirs)}: the model has {L} layers, so the number must be from 0 to {most}")
-    if pattern == "hidden_states.{}" and layer == L:
-        return "lnf", None
-    if THEIR_NAMES[pattern] == ours:
-        return ours, layer
-    return ("encoded", None) if layer == 0 else (ours, layer - 1)
+    hidden_states.0 and so on, and attentions.0, are the outputs of transformers; its last hidden state is lnf. The numbers of
+    TransformerLens are those of from_pretrained_no_processing(): by default it changes the weights. These have no equal:
+    hook_embed and hook_pos_embed (encoded is their sum), hook_scale, hook_attn_scores, hook_result, and our last residual3 in
+    transformers."""
+    streams = [("encoded", None), *(("residual3", layer) for layer in range(L))]
+    names: dict[str, tuple[str, int | None]] = {"ln_final.hook_normalized": ("lnf", None), f"hidden_states.{L}": ("lnf", None)}
+    for layer in range(L):
+        names |= {f"blocks.{layer}.{theirs}": (ours, layer) for theirs, ours in BLOCK.items()}
+        names |= {f"blocks.{layer}.hook_resid_pre": streams[layer], f"hidden_states.{layer}": streams[layer]}
+        names[f"attentions.{layer}"] = ("probs", layer)
+    return names
 
 
 def named_activations(model: GPT2, tokens: Iterable[SupportsIndex], names: Iterable[str]) -> dict[str, Float32]:
-    """Return activations by their names in TransformerLens or transformers, in those shapes, without the axis of batches.
+    """Return activations by the names in their_names(), in the shapes of TransformerLens and transformers without the batch.
 
     hook_q, hook_k, hook_v and hook_z are (T, NH, HS). Raises InputError for a name without an equal."""
-    ids = check_tokens(model.config, tokens)
-    places = {name: activation_name(name, model.config.L) for name in names}
+    ids, known = check_tokens(model.config, tokens), their_names(model.config.L)
+    names = list(names)
+    for name in names:
+        if name not in known:
+            raise InputError(f"activation {shown(name)} has no equal: {near(name, known)}")
+    layers = sorted({layer for name in names if (layer := known[name][1]) is not None})
+    kept = model.activations(ids, [known[name][0] for name in names], layers=layers or None)
     found: dict[str, Float32] = {}
-    for name, (ours, layer) in places.items():
-        array = model.activations(ids, [ours], layers=None if layer is None else [layer])[ours]
-        array = array if layer is None else array[0]
+    for name in names:
+        ours, layer = known[name]
+        array = kept[ours] if layer is None else kept[ours][layers.index(layer)]
         found[name] = array.reshape(len(ids), model.config.NH, -1) if ours in ("q", "k", "v", "atty") else array
     return found
 

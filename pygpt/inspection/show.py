@@ -15,7 +15,7 @@ FORMATS = (".svg", ".png")
 MOST_LABELS = 40  # of an axis: more would overlap
 
 
-def table(cells: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[str], *, digits: int = 2) -> str:
+def text_table(cells: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[str], *, digits: int = 2) -> str:
     """Return numbers or texts (rows, columns) as a table of at most 100 columns. Wide tables continue below.
 
     Raises InputError if the labels do not fit the shape."""
