@@ -13,27 +13,19 @@ from pygpt._kernels cimport Floats, Net, Row, State, Step, floats_of, micro, pha
 cdef class WatchedStep(Step):
     """A Step whose rounds end where run_to() says. Between two rounds, its caller may read and change what view() returns."""
 
-    cdef Floats kept                # probs, fch_gelu
-    cdef Floats minus_zero          # (1, F) a bias that changes no number, not even -0
+    cdef Floats kept                # fch_gelu, which other steps write over fch, and the probabilities of one layer
 
     def prepare(self, list rows not None, Py_ssize_t active) -> None:
         """Check and take the rows of the next step, as Step does. No phase is selected yet."""
         Step.prepare(self, rows, active)
-        self.last = 0
-        self.state.ln_size = 0      # the workers share one ln, so that a change reaches all of them
-
-    def keep(self, bint probs, bint fch) -> None:
-        """Make room for the probabilities of one layer, and for fch apart from fch_gelu, if they are asked for."""
         cdef State* s = &self.state
-        cdef Py_ssize_t F = self.weights.net.F
-        cdef Py_ssize_t values = self.weights.net.NH * s.R * s.ldp * probs
-        self.kept = Floats(1, values + s.R * s.fch_row * fch)
-        s.probs = self.kept.data if probs else NULL
-        s.fch_gelu = self.kept.data + values if fch else s.fch
-        if fch and self.minus_zero is None:
-            self.minus_zero = Floats(1, F)
-            for i in range(F):
-                self.minus_zero.data[i] = <float> -0.0
+        cdef Py_ssize_t size = s.R * (s.fch_row + self.weights.net.NH * s.ldp)
+        if self.kept is None or self.kept.shape[1] < size:
+            self.kept = Floats(1, 2 * size)     # twice the need, as scratch
+        s.fch_gelu = self.kept.data
+        s.probs = s.fch_gelu + s.R * s.fch_row
+        s.ln_size = 0                           # the workers share one ln, so that a change reaches all of them
+        self.last = 0
 
     @property
     def phases(self) -> int:
@@ -46,51 +38,48 @@ cdef class WatchedStep(Step):
         self.state.probs_layer = probs_layer
 
     def view(self, name, Py_ssize_t layer):
-        """Return the memory of a buffer, rows first, or a layer's vector. It is valid until the step ends."""
+        """Return the memory of a buffer, (R, width) or (NH, R, ldp), or a layer's bias. It is valid until the step ends."""
         cdef State* s = &self.state
         cdef const Net* net = &self.weights.net
-        cdef Py_ssize_t R = s.R, C = net.C
-        if name == "residual":
-            return <float[:R, :C]> s.residual
-        if name == "ln":
-            return <float[:R, :C]> s.ln
-        if name == "qkv":
-            return <float[:R, :3 * C]> s.qkv
         if name == "probs":
-            return <float[:net.NH, :R, :s.ldp]> s.probs
-        if name == "atty":
-            return <float[:R, :C]> s.atty
-        if name == "proj":
-            return <float[:R, :C]> s.proj
-        if name == "fch":
-            return <float[:R, :s.fch_row]> s.fch
-        if name == "fch_gelu":
-            return <float[:R, :s.fch_row]> s.fch_gelu
+            return <float[:net.NH, :s.R, :s.ldp]> s.probs
         if name == "logits":
             return self.logits
-        return <float[:C]> floats_of(&net.w.attprojb if name == "attprojb" else &net.w.fcprojb, layer)
+        place, rows, width = {
+            "residual": (<size_t> s.residual, s.R, net.C), "ln": (<size_t> s.ln, s.R, net.C),
+            "qkv": (<size_t> s.qkv, s.R, 3 * net.C), "atty": (<size_t> s.atty, s.R, net.C),
+            "proj": (<size_t> s.proj, s.R, net.C),
+            "fch": (<size_t> s.fch, s.R, s.fch_row), "fch_gelu": (<size_t> s.fch_gelu, s.R, s.fch_row),
+            "attprojb": (<size_t> floats_of(&net.w.attprojb, layer), 1, net.C),
+            "fcprojb": (<size_t> floats_of(&net.w.fcprojb, layer), 1, net.C),
+        }[name]
+        return <float[:rows, :width]> <float*> <size_t> place
 
     def store_keys_values(self, Py_ssize_t layer) -> None:
         """Copy the keys and values of all rows from qkv to their caches again."""
         store_keys_values(&self.weights.net, &self.state, layer, 0, self.state.R, self.weights.net.C, 3 * self.weights.net.C)
 
-    def activate(self, Py_ssize_t row) -> None:
-        """Compute a row of fch_gelu from fch again."""
-        cdef Py_ssize_t at = row * self.state.fch_row
-        micro.add_bias_act[self.weights.net.activation](
-            self.state.fch_gelu + at, self.state.fch + at, self.minus_zero.data, self.weights.net.F)
+    def activate(self, rows) -> None:
+        """Compute these rows of fch_gelu from fch again."""
+        cdef const Net* net = &self.weights.net
+        cdef Py_ssize_t row, width = self.state.fch_row
+        cdef Floats zeros = Floats(1, net.F)
+        memset(zeros.data, 0, net.F * sizeof(float))
+        for row in rows:
+            micro.add_bias_act[net.activation](
+                self.state.fch_gelu + row * width, self.state.fch + row * width, zeros.data, net.F)
 
     def mix(self, Py_ssize_t layer, const unsigned char[:, ::1] changed not None) -> None:
-        """Compute atty again as probs values, for each row and head that is not 0 in changed (R, NH)."""
+        """Compute atty again as probs values, for each head and row that is not 0 in changed (NH, R)."""
         cdef State* s = &self.state
         cdef const Net* net = &self.weights.net
         cdef float* acc = s.scratch
         cdef Row* row
         cdef Py_ssize_t r, head
-        for r in range(s.R):
-            row = s.rows + r
-            for head in range(net.NH):
-                if changed[r, head]:
+        for head in range(net.NH):
+            for r in range(s.R):
+                row = s.rows + r
+                if changed[head, r]:
                     memset(acc, 0, net.HSp * sizeof(float))
                     micro.mix(acc, s.probs + (head * s.R + r) * s.ldp, s.ldp, 1,
                               row.values + (layer * net.NH + head) * row.capacity * net.HSp, net.HSp, 0, row.pos + 1)

@@ -200,7 +200,7 @@ class GPT2(Generator):
         cache = self.new_cache(len(ids))
         size = len(ids) if changes.together else CHUNK
         for start in range(0, len(ids), size):
-            rows = [(token, cache, capture.wants(i)) for i, token in enumerate(ids[start : start + size], start)]
+            rows = [(token, cache, i in capture.wanted) for i, token in enumerate(ids[start : start + size], start)]
             self.network.step(rows, watch=Watch(changes, capture))
         return capture.arrays
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import SupportsFloat, SupportsIndex
 
     from .._kernels import Logits
+    from ..activations import Watch
     from .prefix import AnyNetwork
     from .speculate import Draft
 
@@ -192,7 +193,15 @@ class Engine(Uncopied):
             rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
-        logits = self.network.step(rows)
+        watch = self._watch(plan)
+        try:
+            logits = self.network.step(rows, watch=watch)
+        except Exception as error:  # an error of an edit ends only its job
+            if watch is None or watch.editing is None:
+                raise
+            self._ended = True
+            jobs = [job for job in dict.fromkeys(part.sequence.job for part in plan) if job.request.edits is watch.editing]
+            return late + [_failed(job, error) for job in jobs]
         seconds = time.perf_counter() - began
         if decoding:
             self.speculator.note(len(plan), len(rows) - len(plan), seconds)
@@ -203,6 +212,15 @@ class Engine(Uncopied):
         events = self._choose(plan, logits)
         self._drop_ended()
         return late + events
+
+    def _watch(self, plan: list[_Part]) -> "Watch | None":
+        """Return the edits of the sequences in a step by their caches, or None without any."""
+        edited = {part.memory.cache: edits for part in plan if (edits := part.sequence.job.request.edits) is not None}
+        if not edited:
+            return None
+        from ..activations import Watch
+
+        return Watch(edited)
 
     def fail(self, error: Exception) -> list[Event]:
         """End all jobs with an error; return the events. A caller does this if step() fails each time."""
@@ -243,7 +261,7 @@ class Engine(Uncopied):
             self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
         for sequence in [sequence for sequence in self._live if _has_ended(sequence)]:
             self._live.remove(sequence)
-            if sequence.memory is not None:
+            if sequence.memory is not None and sequence.job.request.edits is None:
                 self.prefix.give(sequence.memory)
         self._make_room()
 
@@ -303,14 +321,17 @@ class Engine(Uncopied):
             sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
             return
         live, held, coming = None, 0, 0
+        edits = sequence.job.request.edits
         for other, its_window in earlier:
+            if other.job.request.edits is not edits:  # its keys and values are other ones
+                continue
             if other.memory is not None:
                 if its_window == window:
                     return
                 if (shared := other.memory.shared(window)) > held:
                     live, held = other.memory, shared
                 coming = max(coming, common_prefix(its_window, window, len(window) - 1))
-        idle, kept = self.prefix.best(window)
+        idle, kept = self.prefix.best(window) if edits is None else (None, 0)
         if coming - max(held, kept) >= WORTH_WAITING:
             return
         if idle is not None and kept >= held and self.prefix.take(idle):  # another thread may take it first
@@ -356,7 +377,8 @@ class Engine(Uncopied):
                 continue
             takers.append((part.sequence, row, part))
             for twin in waiting:
-                if twin.memory is None and twin.completion.window() == part.window and not twin.job.completions[0].unscored:
+                same = twin.completion.window() == part.window and twin.job.request.edits is part.sequence.job.request.edits
+                if twin.memory is None and same and not twin.job.completions[0].unscored:
                     twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
                     takers.append((twin, row, None))
             row += 1 + len(part.guesses)

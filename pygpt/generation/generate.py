@@ -110,6 +110,9 @@ class Generator(Closing):
         speculation: True guesses as many tokens ahead as pay, and a whole number so many. All guesses are checked, so the
         tokens stay the same; they only come sooner. The first use quantises the model's weights, unless load() names a draft.
 
+        edits: changes of activations at every step, such as a steering vector, as GPT2.activations() describes them. A function
+        gets the positions of one step. A cache shares nothing with a completion that has edits.
+
         cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
         each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
         For several sequences, and for log-probabilities, see generate_batch()."""

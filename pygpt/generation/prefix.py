@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, SupportsIndex
 
     from .._kernels import Logits
+    from ..activations import Watch
     from ..config import Config
 
     class Cache(Protocol):
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
         def each(self, function: Callable[[int], object], count: int) -> None:
             """Call function(i) for i = 0 .. count - 1, on any thread."""
 
-        def step(self, rows: list[tuple[int, Any, bool]]) -> Logits:
+        def step(self, rows: list[tuple[int, Any, bool]], *, watch: Watch | None = None) -> Logits:
             """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
 
         def close(self) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
+    from ..activations import Edits, Place, Value
     from .control import Processor
 
     class Options(TypedDict, total=False):
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         overflow: str | None
         slide_to: SupportsIndex | None
         speculation: bool | SupportsIndex | None
+        edits: Mapping[Place, Value] | None
 
 
 DEFAULT_TOTAL = 10  # the serial program's n: the number of tokens with the prompt
@@ -53,7 +55,7 @@ SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # options of samp
 LENGTH = {"total", "max_new_tokens"}
 IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS[:-1]}
 JSON_KEYS = {"tokens", *IN_JSON}
-OPTIONS = {*IN_JSON, "do_sample", "logits_processor", "slide_to"}
+OPTIONS = {*IN_JSON, "do_sample", "edits", "logits_processor", "slide_to"}
 
 
 def check_ids(config: Config, tokens: "Iterable[SupportsIndex]") -> list[int]:
@@ -96,6 +98,7 @@ class Request:
         top_logprobs: "SupportsIndex | None" = None,
         prompt_logprobs: bool = False,
         speculation: "bool | SupportsIndex | None" = None,
+        edits: "Mapping[Place, Value] | None" = None,
         **options: "Any",
     ) -> None:
         if unknown := sorted(options.keys() - OPTIONS):
@@ -117,6 +120,11 @@ class Request:
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
         self.speculation = check_speculation(speculation)
+        self.edits: Edits | None = None
+        if edits is not None:
+            from .. import activations
+
+            self.edits = activations.Edits(config, edits)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""
