@@ -55,7 +55,6 @@ if __name__ == "__main__":  # the processes that cythonize() starts import this 
         extension("_kernels", *MICROKERNELS, kernels=True),
         extension("_reference"),
         extension("_backward", kernels=True),
-        extension("_activations", kernels=True),
         extension("_signals"),
     ]
     setup(ext_modules=cythonize(modules, nthreads=CORES), cmdclass={"build_ext": BuildSideBySide})

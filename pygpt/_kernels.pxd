@@ -221,11 +221,6 @@ cdef void share(
     Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
 ) noexcept nogil
 cdef int forward(const Net* net, State* s, const trace_worker* me) noexcept nogil
-cdef Py_ssize_t phases(const Net* net, const State* s) noexcept nogil
-cdef void store_keys_values(
-    const Net* net, State* s, Py_ssize_t layer,
-    Py_ssize_t row, Py_ssize_t rows, Py_ssize_t start, Py_ssize_t stop,
-) noexcept nogil
 cdef Py_ssize_t padded(Py_ssize_t n) noexcept nogil
 
 
@@ -279,6 +274,7 @@ cdef class Step:
     cdef Floats workspace
     cdef Floats scratch
     cdef Floats packed
+    cdef Floats kept                # fch_gelu and probs of a watched step, or None
     cdef Py_ssize_t room            # capacity of the arrays in rows
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step

@@ -465,7 +465,7 @@ cdef int run_phase(const Net* net, State* s, int phase, int layer, const trace_w
     return 0
 
 
-cdef Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
+cdef inline Py_ssize_t phases(const Net* net, const State* s) noexcept nogil:
     """Return the number of phases of a step: the encoder, seven for each layer, the last layernorm and the logits if logits
     are wanted, and the loss if it is wanted."""
     return 1 + LAYER_PHASES * net.L + (2 if s.W else 0) + (1 if s.losses != NULL else 0)
@@ -621,7 +621,7 @@ cdef class Weights:
 
 cdef class KeysValues:
     """Keys and values of one sequence, (L, NH, capacity, HSp) float32 each. Positions below `length` are committed. Unused
-    positions cost no memory, because the system allocates a page at its first write."""
+    positions do not take memory, because the system allocates a page at its first write."""
 
     def __init__(self, Weights weights not None, Py_ssize_t capacity):
         self.weights = weights
@@ -762,6 +762,8 @@ cdef class Step:
             raise InputError(f"active is {active}: this step has 1 to {self.nth} workers")
         self.active = active
         s.R = s.W = 0
+        if self.kept is not None:               # the step before was watched
+            s.fch_gelu, s.probs, self.kept = s.fch, NULL, None
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
                 raise InputError(f"row is {shown(entry)}: it must be (token, cache, want_logits)")
@@ -896,6 +898,72 @@ cdef class Step:
         me.first, me.last = self.first, self.last
         me.log = NULL if self.trace is None else self.trace.log(ith)
         return me
+
+    def watch(self) -> int:
+        """Let the prepared step stop where run_to() says, so that its activations can be read and changed between two rounds.
+        Return the number of its phases."""
+        cdef State* s = &self.state
+        self.kept = Floats(1, s.R * (s.fch_row + self.weights.net.NH * s.ldp))
+        s.fch_gelu = self.kept.data             # other steps write it over fch
+        s.probs = s.fch_gelu + s.R * s.fch_row
+        s.ln_size = 0                           # the workers share one ln, so that a change reaches all of them
+        self.last = 0
+        return phases(&self.weights.net, s)
+
+    def run_to(self, Py_ssize_t stop, Py_ssize_t probs_layer) -> None:
+        """Select the phases up to number `stop` for the next round. probs_layer: the layer that stores its probabilities."""
+        self.first, self.last = self.last, stop
+        self.state.probs_layer = probs_layer
+
+    def view(self, name, Py_ssize_t layer):
+        """Return the memory of an activation after its phase: (NH, R, keys) of probs, else (R, width). It is valid until the
+        step ends. attproj and fcproj lack their bias before the first call, because the phase adds it to the residual."""
+        cdef State* s = &self.state
+        cdef const Net* net = &self.weights.net
+        cdef Py_ssize_t r, C = net.C
+        if name == "probs":
+            return <float[:net.NH, :s.R, :s.ldp]> s.probs
+        if name == "logits":
+            return self.logits
+        if name in ("attproj", "fcproj"):
+            for r in range(s.R):
+                micro.add_bias(s.proj + r * C, floats_of(&net.w.attprojb if name == "attproj" else &net.w.fcprojb, layer), C)
+        place, row, first, width = {
+            "q": (<size_t> s.qkv, 3 * C, 0, C), "k": (<size_t> s.qkv, 3 * C, C, C), "v": (<size_t> s.qkv, 3 * C, 2 * C, C),
+            "atty": (<size_t> s.atty, C, 0, C), "attproj": (<size_t> s.proj, C, 0, C), "fcproj": (<size_t> s.proj, C, 0, C),
+            "fch": (<size_t> s.fch, s.fch_row, 0, net.F), "fch_gelu": (<size_t> s.fch_gelu, s.fch_row, 0, net.F),
+        }.get(name, (<size_t> (s.ln if name.startswith("ln") else s.residual), C, 0, C))
+        return (<float[:s.R, :row]> <float*> <size_t> place)[:, first:first + width]
+
+    def keep_keys_values(self, Py_ssize_t layer) -> None:
+        """Copy the keys and values of all rows from qkv to their caches again."""
+        store_keys_values(&self.weights.net, &self.state, layer, 0, self.state.R, self.weights.net.C, 3 * self.weights.net.C)
+
+    def activate(self, rows) -> None:
+        """Compute these rows of fch_gelu from fch again."""
+        cdef const Net* net = &self.weights.net
+        cdef Py_ssize_t row, width = self.state.fch_row
+        cdef Floats zeros = Floats(1, net.F)
+        memset(zeros.data, 0, net.F * sizeof(float))
+        for row in rows:
+            micro.add_bias_act[net.activation](
+                self.state.fch_gelu + row * width, self.state.fch + row * width, zeros.data, net.F)
+
+    def mix(self, Py_ssize_t layer, const unsigned char[:, ::1] changed not None) -> None:
+        """Compute atty again as probs values, for each head and row that is not 0 in changed (NH, R)."""
+        cdef State* s = &self.state
+        cdef const Net* net = &self.weights.net
+        cdef float* acc = s.scratch
+        cdef Row* row
+        cdef Py_ssize_t r, head
+        for head in range(net.NH):
+            for r in range(s.R):
+                row = s.rows + r
+                if changed[head, r]:
+                    memset(acc, 0, net.HSp * sizeof(float))
+                    micro.mix(acc, s.probs + (head * s.R + r) * s.ldp, s.ldp, 1,
+                              row.values + (layer * net.NH + head) * row.capacity * net.HSp, net.HSp, 0, row.pos + 1)
+                    memcpy(s.atty + r * net.C + head * net.HS, acc, net.HS * sizeof(float))
 
     def abort(self) -> None:
         """Release all workers from the barriers, because one worker cannot arrive. The results of the step are invalid."""
@@ -1148,7 +1216,7 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
 
 
 def copy_keys_values(KeysValues to not None, KeysValues source not None, length=None) -> None:
-    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches share no memory.
+    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches are independent.
     Raises InputError if the caches do not fit, and if the source has fewer rows than `length`."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
     cdef Py_ssize_t count = source.length if length is None else length

@@ -1,18 +1,18 @@
 """Activations: what GPT2.activations() returns, and the edits that change them.
 
-A step of the network runs phase by phase. A Watch lets it stop after the phases whose results somebody asked for. While the
-workers rest, the Watch changes or copies these results. All other phases run together, as in a step without a Watch.
+A Watch lets a step of the network stop after the phases whose results somebody asked for. While the workers rest, the Watch
+changes or copies these results. All other phases run together, as in a step without a Watch.
 
 In every array, the positions are the last axis but one: (n, width), and (NH, n, keys) for probs.
 """
 
-from collections import deque
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 
 from ._kernels import PHASES
 from .config import Config
-from .errors import InputError, check_whole, near, shown
+from .errors import InputError, check_whole, listed, near, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,79 +21,57 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ._activations import WatchedStep
+    from ._kernels import Step
 
     Array = npt.NDArray[np.float32]
     Value: TypeAlias = "npt.ArrayLike | Callable[[Array], npt.ArrayLike | None] | Edit"
-    Place = tuple[str, SupportsIndex | None, SupportsIndex | None]
     Places = Sequence[tuple[int, int]]  # (row of a buffer, position in its sequence)
 
 MOST_BYTES = 2 << 30  # that activations() takes by itself; `out` may hold more
 
-# The phase that computes each activation, and the buffer that then has it. The order is that of the network.
-NAMES = {
-    "encoded": ("encoder", "residual"),
-    "ln1": ("ln1", "ln"),
-    "q": ("qkv", "qkv"),
-    "k": ("qkv", "qkv"),
-    "v": ("qkv", "qkv"),
-    "probs": ("attention", "probs"),
-    "atty": ("attention", "atty"),
-    "attproj": ("attproj", "proj"),
-    "residual2": ("attproj", "residual"),
-    "ln2": ("ln2", "ln"),
-    "fch": ("fc", "fch"),
-    "fch_gelu": ("fc", "fch_gelu"),
-    "fcproj": ("fcproj", "proj"),
-    "residual3": ("fcproj", "residual"),
-    "lnf": ("lnf", "ln"),
-    "logits": ("logits", "logits"),
-}
-ORDER = {name: i for i, name in enumerate(NAMES)}
+# The activations that are there after each phase, in the order of the network.
+AFTER = {"encoder": "encoded", "ln1": "ln1", "qkv": "q k v", "attention": "probs atty", "attproj": "attproj residual2"}
+AFTER |= {"ln2": "ln2", "fc": "fch fch_gelu", "fcproj": "fcproj residual3", "lnf": "lnf", "logits": "logits"}
+NAMES = {name: PHASES.index(phase) for phase, names in AFTER.items() for name in names.split()}
 WHOLE = ("encoded", "lnf", "logits")  # without layers
 HEADS = ("q", "k", "v", "probs", "atty")
 
 
 class Edit:
-    """A change of an activation, made by add(), scale() or zero()."""
+    """A change that add(), scale() or zero() makes. bind(config, name) returns a function change(x, value), and the value."""
 
-    def __init__(self, change: "Callable[[Array, Array], Array]", value: "Callable[[Config, str], npt.ArrayLike]") -> None:
-        self.change, self.value = change, value
+    def __init__(self, bind: "Callable[[Config, str], tuple[Callable[[Any, Any], Any], npt.ArrayLike]]") -> None:
+        self.bind = bind
 
 
 def add(vector: "npt.ArrayLike") -> Edit:
     """Return an edit that adds a number, or an array with the shape of a replacement, to an activation."""
-    return Edit(lambda x, value: x + value, lambda *_: vector)
+    return Edit(lambda *_: (operator.add, vector))
 
 
 def scale(factor: "npt.ArrayLike") -> Edit:
     """Return an edit that multiplies an activation by a number, or by an array with the shape of a replacement."""
-    return Edit(lambda x, value: x * value, lambda *_: factor)
+    return Edit(lambda *_: (operator.mul, factor))
 
 
 def zero(*, heads: "Iterable[SupportsIndex] | None" = None, neurons: "Iterable[SupportsIndex] | None" = None) -> Edit:
     """Return an edit that sets an activation to 0: these heads of q, k, v, probs or atty, these channels, or by default all."""
 
-    def keep(config: Config, name: str) -> "Array":
-        import numpy as np
-
+    def bind(config: Config, name: str) -> "tuple[Callable[[Any, Any], Any], float]":
         if (heads is not None and name not in HEADS) or (neurons is not None and name == "probs"):
             raise InputError(f"zero() of {name}: only {', '.join(HEADS)} have heads, and only probs have no neurons")
-        shape = shape_of(config, name)
-        kept = np.full(shape, heads is not None or neurons is not None, np.float32)
-        if heads is not None:
-            kept.reshape(config.NH, -1)[_indices("head", heads, config.NH)] = 0
-        if neurons is not None:
-            kept[_indices("neuron", neurons, shape[-1])] = 0
-        return kept
+        some = [] if heads is None else _indices("head", heads, config.NH)
+        channels = [head * config.HS + i for head in some for i in range(config.HS)]
+        channels += [] if neurons is None else _indices("neuron", neurons, width_of(config, name))
+        at = ... if heads is None and neurons is None else some if name == "probs" else (..., channels)
 
-    def change(x: "Array", kept: "Array") -> "Array":
-        import numpy as np
+        def change(x: "Array", value: "Array") -> "Array":
+            x[at] = value
+            return x
 
-        x[np.broadcast_to(kept == 0, x.shape)] = 0
-        return x
+        return change, 0
 
-    return Edit(change, keep)
+    return Edit(bind)
 
 
 class Change:
@@ -103,17 +81,17 @@ class Change:
         self.what = f"edit of {shown(place)}"
         if not isinstance(place, tuple) or len(place) != 3:
             raise InputError(f"{self.what}: a key must be (name, layer or None, position or None)")
-        self.name = check_name(place[0])
-        if self.name in WHOLE and place[1] is not None:
+        self.name, layer, position = check_name(place[0]), *place[1:]
+        if self.name in WHOLE and layer is not None:
             raise InputError(f"{self.what}: {self.name} has no layers, so the layer must be None")
-        self.layer = 0 if self.name in WHOLE else check_whole(f"{self.what}: the layer", place[1], 0, config.L - 1)
+        self.layer = 0 if self.name in WHOLE else check_whole(f"{self.what}: the layer", layer, 0, config.L - 1)
         most = (T or config.maxT) - 1
-        self.position = None if place[2] is None else check_whole(f"{self.what}: the position", place[2], 0, most)
-        self.covers: int | None = None  # how many positions a value has that is for several
+        self.position = None if position is None else check_whole(f"{self.what}: the position", position, 0, most)
         self.function = value if callable(value) else None
         if self.function is None:
-            edit = value if isinstance(value, Edit) else Edit(lambda x, new: new, lambda *_: value)
-            self._change, self._value = edit.change, self._check(config, edit.value(config, self.name), T)
+            bind = value.bind if isinstance(value, Edit) else lambda *_: (lambda x, new: new, value)
+            self._change, value = bind(config, self.name)
+            self._value = self._check(config, value, T)
 
     def _check(self, config: Config, value: "Any", T: int | None) -> "Array":
         """Return a value as an array that broadcasts to the activation."""
@@ -123,34 +101,20 @@ class Change:
             array = np.asarray(value, np.float32)
         except (TypeError, ValueError):
             raise InputError(f"{self.what} is {shown(value)}: give numbers, a function, add(), scale() or zero()") from None
-        *heads, width = shape_of(config, self.name)
-        given, keys = array.shape, T if heads and T else width
-        if heads and given and (given[-1] == keys or (given[-1] < width and T is None)):  # the keys that it lacks get 0
-            array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - given[-1])])
-        if self.position is None and array.ndim == len(heads) + 2:
-            self.covers = given[-2]
-        elif given:
-            array = np.expand_dims(array, -2)  # [..., width] -> [..., 1, width]
-        fits = self.covers is None or (self.covers == T if T else 1 <= self.covers <= config.maxT)
-        if not fits or (given and array.shape != (*heads, array.shape[-2], width)):
-            one, several = (str((*heads, *n, keys)).replace("'", "") for n in ((), (T or "n",)))
-            rule = f"it must be () or {one}" + (f" or {several}" if self.position is None else "")
-            raise InputError(f"{self.what} has the shape {given}: {rule}")
-        return array
-
-    def among(self, places: "Places") -> "Places":
-        """Return which places of a sequence the edit concerns."""
-        if self.position is not None:
-            return [place for place in places if place[1] == self.position]
-        return places if self.covers is None else [place for place in places if place[1] < self.covers]
+        one = (config.NH, T) if self.name == "probs" else (width_of(config, self.name),)
+        shapes = [(), one, (*one[:-1], T, one[-1])]  # one number, one position, all positions
+        shapes = [shape for shape in shapes[: 3 if self.position is None else 2] if None not in shape]
+        if array.shape not in shapes:
+            raise InputError(f"{self.what} has the shape {array.shape}: it must be {' or '.join(map(str, shapes))}")
+        return np.expand_dims(array, -2) if array.shape == one else array
 
     def apply(self, x: "Array", positions: list[int]) -> "Array":
         """Return the edited values of an activation at these positions. x: a copy of the values."""
         import numpy as np
 
         if self.function is None:
-            value = self._value[..., positions, :] if self.covers else self._value
-            return np.broadcast_to(self._change(x, value[..., : x.shape[-1]] if value.ndim else value), x.shape)
+            value = self._value[..., positions, :] if self._value.ndim and self._value.shape[-2] > 1 else self._value
+            return np.broadcast_to(self._change(x, value), x.shape)
         given = x if self.position is None else x[..., 0, :]
         result = self.function(given)
         try:
@@ -166,11 +130,10 @@ class Edits:
 
     Raises InputError for an unknown name, a layer or position that is not there, and a value of another shape."""
 
-    def __init__(self, config: Config, edits: "Mapping[Place, Value]", T: int | None = None) -> None:
+    def __init__(self, config: Config, edits: "Mapping[Any, Value]", T: int | None = None) -> None:
         if not isinstance(edits, Mapping):
             raise InputError(f"edits are {shown(edits)}: they must map (name, layer or None, position or None) to changes")
         self.changes = [Change(config, place, value, T) for place, value in edits.items()]
-        self.together = any(change.function is not None and change.position is None for change in self.changes)
 
 
 class Capture:
@@ -179,26 +142,21 @@ class Capture:
     def __init__(self, config: Config, T: int, names: "Any", layers: "Any", positions: "Any", out: "Any") -> None:
         import numpy as np
 
-        names = [check_name(name) for name in ([names] if isinstance(names, str) else _listed("names", names))]
+        names = [check_name(name) for name in ([names] if isinstance(names, str) else listed("names", names))]
         if not names:
             raise InputError(f"names is empty: give at least one of {', '.join(NAMES)}")
         self._layers = [*range(config.L)] if layers is None else _indices("layer", layers, config.L)
         self._positions = [*range(T)] if positions is None else _indices("position", positions, T)
-        shapes = {}
+        count, shapes = len(self._positions), {}
         for name in names:
-            *heads, width = shape_of(config, name)
-            one = (*heads, len(self._positions), T if heads else width)
+            one = (config.NH, count, T) if name == "probs" else (count, width_of(config, name))
             shapes[name] = one if name in WHOLE else (len(self._layers), *one)
         out = {} if out is None else dict(out)
         for name, array in out.items():
-            if name not in shapes:
-                raise InputError(f"out has {shown(name)}, which is not among the names: ask for it, or leave it out")
-            kind = f"is {shown(array)}"
-            if isinstance(array, np.ndarray):
-                if (array.shape, array.dtype, array.flags.writeable) == (shapes[name], np.float32, True):
-                    continue
-                kind = f"has the shape {array.shape} and type {array.dtype}"
-            raise InputError(f"out of {name} {kind}: it must be a writable float32 array {shapes[name]}")
+            found = getattr(array, "shape", None), getattr(array, "dtype", type(array))
+            if found != (shapes.get(name), np.float32) or not getattr(array, "flags", {"WRITEABLE": 0})["WRITEABLE"]:
+                kind = f"out of {shown(name)} has the shape {found[0]} and the type {found[1]}"
+                raise InputError(f"{kind}: out takes writable float32 arrays for these names: {shapes}")
         size = 4 * sum(prod(shape) for name, shape in shapes.items() if name not in out)
         if size > MOST_BYTES:
             way = "ask for fewer names, layers or positions, or give arrays in out, such as numpy.memmap"
@@ -218,55 +176,52 @@ class Capture:
 
 
 class Watch:
-    """What is read and changed in one step. edits: of all caches, or of each cache that has some. editing: the edits that are
-    being made, or have raised an exception. capture: of a step with one cache, which ends after the last phase that is needed.
+    """What is read and changed in one step. edits: of all caches, or of each cache that has some. capture: of a step with one
+    cache, which ends after the last phase that is needed. editing: the edits that are being made, or have raised an exception.
     """
 
-    def __init__(self, edits: "Edits | Mapping[Any, Edits]", capture: "Capture | None" = None) -> None:
+    def __init__(self, edits: "Edits | Mapping[Any, Edits]", capture: Capture | None = None) -> None:
         self._edits, self._capture = edits, capture
+        self._captured = set() if capture is None else capture.sites
         self.editing: Edits | None = None
 
-    def begin(self, work: "WatchedStep", config: Config, rows: "Sequence[tuple[Any, Any, bool]]") -> None:
+    def begin(self, work: "Step", config: Config, rows: "Sequence[tuple[Any, Any, bool]]") -> None:
         """Plan the stops of a prepared step, and select the phases of its first round."""
-        self._work, self._config, self._at, self._end = work, config, 0, work.phases
+        self._work, self._at, self._end = work, 0, work.watch()
+        self._wanted = {r: i for i, r in enumerate(r for r, row in enumerate(rows) if row[2])}
         sequences: dict[Any, list[tuple[int, int]]] = {}
         for r, (_, cache, _) in enumerate(rows):
-            places = sequences.setdefault(cache, [])
-            places.append((r, cache.length + len(places)))
-        self._wanted = {r: i for i, r in enumerate(r for r, (_, _, want) in enumerate(rows) if want)}
+            self._places = sequences.setdefault(cache, [])  # of the only cache, if there is a capture
+            self._places.append((r, cache.length + len(self._places)))
         self._sites: dict[tuple[str, int], list[tuple[Edits, Change, Places, int]]] = {}
         for cache, places in sequences.items():
-            edits = self._edits if isinstance(self._edits, Edits) else self._edits.get(cache)
-            for change in edits.changes if edits is not None else ():
-                if edits and (found := self._rows(change.name, change.among(places))):
+            edits = self._edits if isinstance(self._edits, Edits) else self._edits.get(cache, Edits(config, {}))
+            for change in edits.changes:
+                concerned = [place for place in places if change.position in (None, place[1])]
+                if found := self._rows(change.name, concerned):
                     site = self._sites.setdefault((change.name, change.layer), [])
                     site.append((edits, change, found, places[-1][1] + 1))
-        self._places = places  # of the only sequence, if there is a capture
-        captured = set() if self._capture is None else self._capture.sites
-        if captured:
-            self._end = min(self._end, max(_stop(config, *site) for site in captured))
-        stops = [(_stop(config, *site), ORDER[site[0]], *site) for site in captured | self._sites.keys()]
+        if self._captured:
+            self._end = min(self._end, max(_stop(config, *site) for site in self._captured))
+        order = [*NAMES, "before"].index
+        stops = [(_stop(config, *site), order(site[0]), *site) for site in self._captured | self._sites.keys()]
         for name, layer in self._sites:
             if name in ("attproj", "fcproj"):  # their phase overwrites the residual that it adds them to
-                stops.append((_stop(config, name, layer) - 1, -1, "before", layer))
-        self._stops = deque(sorted(stop for stop in stops if stop[0] <= self._end))
-        self._continue()
+                stops.append((_stop(config, name, layer) - 1, order("before"), "before", layer))
+        self._stops = sorted(stop for stop in stops if stop[0] <= self._end)
+        self.more()
 
     def more(self) -> bool:
-        """Change and copy what the phases so far have computed; return whether another round follows."""
+        """Change and copy what the phases so far have computed; select the phases up to the next stop, and return whether there
+        are any."""
         while self._stops and self._stops[0][0] == self._at:
-            *_, name, layer = self._stops.popleft()
-            self._visit(name, layer)
-        return self._continue()
-
-    def _continue(self) -> bool:
-        """Select the phases up to the next stop. Return whether there are any."""
+            self._visit(*self._stops.pop(0)[2:])
         first, self._at = self._at, self._stops[0][0] if self._stops else self._end
         self._work.run_to(self._at, next((layer for *_, name, layer in self._stops if name == "probs"), -1))
         return first < self._at
 
     def _rows(self, name: str, places: "Places") -> "Places":
-        """Return the places in the buffer of an activation. lnf and logits have only the wanted rows."""
+        """Return the places in the memory of an activation. lnf and logits have only the wanted rows."""
         if name not in ("lnf", "logits"):
             return places
         return [(self._wanted[row], position) for row, position in places if row in self._wanted]
@@ -275,20 +230,14 @@ class Watch:
         import numpy as np
 
         if name == "before":
-            self._before = np.array(self._work.view("residual", 0))
+            self._before = np.array(self._work.view("residual2", layer))
             return
-        buffer, width = NAMES[name][1], shape_of(self._config, name)[-1]
-        values: Array = np.asarray(self._work.view(buffer, layer))
-        if buffer == "proj":  # the phase adds the bias together with the residual
-            values = values + np.asarray(self._work.view(f"{name}b", layer))
-        elif name != "probs":
-            start = width * "qkv".find(name) if buffer == "qkv" else 0
-            values = values[:, start : start + width]
+        values = np.asarray(self._work.view(name, layer))
         for edits, change, places, keys in self._sites.get((name, layer), ()):
             self.editing = edits
             self._change(change, values, places, slice(keys if name == "probs" else None))
         self.editing = None
-        if self._capture is not None and (name, layer) in self._capture.sites:
+        if self._capture is not None and (name, layer) in self._captured:
             kept = values[..., : self._places[-1][1] + 1] if name == "probs" else values
             self._capture.put(name, layer, kept, self._rows(name, self._places))
 
@@ -297,24 +246,21 @@ class Watch:
         import numpy as np
 
         rows, positions = ([*each] for each in zip(*places, strict=True))
-        name, before = change.name, values[..., rows, keys]
+        name, layer, before = change.name, change.layer, values[..., rows, keys]
         after = change.apply(before.copy(), positions)
         if name == "probs":
             after = np.where(np.arange(before.shape[-1]) <= np.array(positions)[:, None], after, np.float32(0))
-        values[..., rows, keys] = after
-        if name == "probs":  # only these heads: the others keep their bits
             changed = np.zeros(values.shape[:2], np.uint8)
-            changed[:, rows] = (before != after).any(-1)
-            self._work.mix(change.layer, changed)
+            changed[:, rows] = (before != after).any(-1)  # the other heads keep their bits
+        values[..., rows, keys] = after
+        if name == "probs":
+            self._work.mix(layer, changed)
         elif name in ("k", "v"):
-            self._work.store_keys_values(change.layer)
+            self._work.keep_keys_values(layer)
         elif name == "fch":
             self._work.activate(rows)
         elif name in ("attproj", "fcproj"):
-            np.asarray(self._work.view("residual", 0))[rows] = self._before[rows] + values[rows]
-
-
-# ------------------------------------------------------------------------------------------------ checks
+            np.asarray(self._work.view("residual2", layer))[rows] = self._before[rows] + values[rows]
 
 
 def check_name(name: object) -> str:
@@ -324,26 +270,17 @@ def check_name(name: object) -> str:
     return name
 
 
-def shape_of(config: Config, name: str) -> tuple[int, ...]:
-    """Return the shape of an activation at one position, of probs with as many keys as possible."""
-    widths = {"fch": config.F, "fch_gelu": config.F, "logits": config.V}
-    return (config.NH, config.maxT) if name == "probs" else (widths.get(name, config.C),)
+def width_of(config: Config, name: str) -> int:
+    """Return the number of channels of an activation, neurons or ids included."""
+    return {"fch": config.F, "fch_gelu": config.F, "logits": config.V}.get(name, config.C)
 
 
 def _stop(config: Config, name: str, layer: int) -> int:
-    """Return the number of phases of a step after which an activation is there."""
-    phase = PHASES.index(NAMES[name][0])
-    if name in WHOLE:
-        layer = config.L - 1 if phase else 0
-    return phase + layer * (PHASES.index("lnf") - 1) + 1
-
-
-def _listed(what: str, values: "Any") -> "list[Any]":
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise InputError(f"{what} is {shown(values)}: it must be a list")
-    return list(values)
+    """Return after how many phases of a step an activation is there."""
+    before = layer if name not in WHOLE else config.L - 1 if NAMES[name] else 0
+    return NAMES[name] + before * NAMES["residual3"] + 1  # a layer has the phases 1 to that of residual3
 
 
 def _indices(what: str, values: "Any", count: int) -> list[int]:
     """Return a list of whole numbers below `count`. Raises InputError for anything else."""
-    return [check_whole(f"a {what}", value, 0, count - 1) for value in _listed(f"{what}s", values)]
+    return [check_whole(f"a {what}", value, 0, count - 1) for value in listed(f"{what}s", values)]

@@ -8,15 +8,15 @@
     └── NumericalError (ArithmeticError)    the network's numbers are not finite
 
 Each message names the value, the limit and the way out in one line. The commands exit with status 2 for InputError and
-CheckpointError, and with 1 for all others. One function decides what is a whole number, one what is a number.
+CheckpointError, and with 1 for all others. whole() alone decides what is a whole number, and real() what is a number.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from operator import index
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import Any, NoReturn, Self, SupportsIndex
 
 
@@ -25,7 +25,7 @@ class PyGPTError(Exception):
 
 
 class InputError(PyGPTError, ValueError):
-    """An argument is out of its range. pygpt has computed nothing and changed no cache."""
+    """An argument is out of its range. pygpt has not computed anything, and caches are unchanged."""
 
 
 class DataError(InputError):
@@ -115,6 +115,13 @@ def sequence(tokens: "Any") -> "list[SupportsIndex]":
         raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
 
 
+def listed(name: str, values: "Any") -> "list[Any]":
+    """Return the values as a list. Raises InputError for text, a mapping, and anything that is not iterable."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise InputError(f"{name} is {shown(values)}: it must be a list")
+    return list(values)
+
+
 def near(name: object, known: "Iterable[str]") -> str:
     """Return a hint for an unknown name: the known names that are spelled alike, else all of them."""
     from difflib import get_close_matches
@@ -134,7 +141,7 @@ class Uncopied:
 
 
 class Closing(Uncopied):
-    """The base of those that a `with` block closes."""
+    """The base of objects that a `with` block closes."""
 
     def close(self) -> None:
         """Release what the object holds. May be called twice."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
+from .activations import Capture, Edits, Watch
 from .errors import InputError
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -15,25 +16,25 @@ from .pool import TRIES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import SupportsIndex
+    from typing import Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
 
     from ._kernels import Floats, Trace
-    from .activations import Place, Value
+    from .activations import Value
     from .generation.speculate import Draft
     from .network import OpenModel
 
-# The weights that guess for each format: much smaller than the model's own. The smallest format has none.
+# The weights that guess for each format: much smaller than the model's own. For the smallest format, only the text guesses.
 DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
 
 
 class GPT2(Generator):
     """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
 
-    Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller.
-    all_workers: use all workers even if a step is too small to gain from them."""
+    Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller. With
+    all_workers, even a step that is too small to gain from it uses all workers."""
 
     network: Network
 
@@ -57,14 +58,14 @@ class GPT2(Generator):
     ) -> "GPT2":
         """Open a model file or folder: `path`, else the one that find_model() finds. Unless mmap is False, it is mapped.
 
-        draft: what guesses tokens for speculation: q8_0 or q4_0, these weights quantised at the first use (default: q8_0 for
-        float32, q4_0 for smaller formats); lookup, only the text so far; or the file of a model with the same vocabulary.
-
         threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
         weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. tokenizer: a file with the
         vocabulary, for stop strings; None uses the one beside the model or inside it, else GPT-2's. text_only: leave out the
-        ids beyond the tokenizer's, so that they are never chosen. Raises CheckpointError for a file that is not a model,
-        InputError for a bad thread count, unknown weights or a file that is not a vocabulary."""
+        ids beyond the tokenizer's, so that they are never chosen.
+
+        draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights at the first use (default: q8_0 for
+        float32, q4_0 for smaller formats). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
+        Raises CheckpointError for a file that is not a model, InputError for bad threads, weights, tokenizer or draft."""
         checkpoint = open_weights(
             find_model(path)[0], mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only
         )
@@ -92,7 +93,7 @@ class GPT2(Generator):
         self._draft = self._draft_from(checkpoint)
 
     def draft(self, make: bool) -> "Draft | None":
-        """Return what guesses tokens for speculation, or None. Weights are quantised only if `make` is True, once."""
+        """Return the draft, which guesses tokens for speculation, or None. If `make` is True, quantise weights for it once."""
         if self._draft is None and make and self._draft_weights is not None:
             self._draft = self._draft_from(self.network.quantised(self._draft_weights))
         return self._draft
@@ -112,19 +113,15 @@ class GPT2(Generator):
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return self.network.new_cache(capacity)
 
-    def step(self, rows: Iterable[Row], edits: "Mapping[Place, Value] | None" = None) -> "npt.NDArray[np.float32]":
+    def step(self, rows: Iterable[Row], edits: "Mapping[Any, Value] | None" = None) -> "npt.NDArray[np.float32]":
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
-        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, no
-        cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
+        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
+        caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, and ClosedError after
+        close().
 
-        edits: changes of activations of every sequence, as activations() describes them. The caches then have the edited keys
-        and values."""
-        watch = None
-        if edits is not None:
-            from .activations import Edits, Watch
-
-            watch = Watch(Edits(self.config, edits))
+        edits: changes of activations of every sequence, as in activations(); arrays and functions are for these rows."""
+        watch = None if edits is None else Watch(Edits(self.config, edits))
         return self._whole(lambda lengths: self.network.step(rows, lengths, watch), (-1, self.config.V))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
@@ -169,36 +166,32 @@ class GPT2(Generator):
         names: "Iterable[str] | str",
         layers: "Iterable[SupportsIndex] | None" = None,
         positions: "Iterable[SupportsIndex] | None" = None,
-        edits: "Mapping[Place, Value] | None" = None,
+        edits: "Mapping[Any, Value] | None" = None,
         out: "Mapping[str, npt.NDArray[np.float32]] | None" = None,
     ) -> "dict[str, npt.NDArray[np.float32]]":
-        """Run a sequence of T tokens; return the named activations, as the network used them, in float32.
+        """Run a sequence of T tokens; return the named activations in float32, with the bits of an ordinary step.
 
-        encoded (T, C): embedding of token and position. Of each layer, ln1, q, k, v, atty, attproj, residual2, ln2, fcproj and
-        residual3 (L, T, C); fch, before the activation function, and fch_gelu (L, T, F); probs (L, NH, T, T), for each head
-        how a position (row) attends to the keys (column). lnf (T, C), and logits (T, V). In q, k, v and atty, head h has the
-        channels from h * HS. attproj and fcproj are the terms that are added to the residual stream: residual2 = residual3 of
-        the layer before (or encoded) + attproj, and residual3 = residual2 + fcproj.
+        encoded, lnf (T, C); logits (T, V). Of each layer: ln1, q, k, v, atty, attproj, residual2, ln2, fcproj and residual3
+        (L, T, C); fch, before the activation function, and fch_gelu (L, T, F); probs (L, NH, T, T), how each position attends
+        to each key. In q, k, v and atty, head h has the channels from h * HS. residual2 is attproj + the residual3 of the
+        layer before, or encoded. residual3 is residual2 + fcproj.
 
-        layers, positions: which to return, in this order (default: all). out: arrays of these shapes that are filled and
-        returned, such as numpy.memmap. All other arrays together may take 2 GiB. The bits are those of an ordinary step.
+        layers, positions: which to return, in this order (default: all). out: arrays of the right shapes to fill and return,
+        such as numpy.memmap. All other arrays together may take 2 GiB.
 
-        edits: map (name, layer, position) to changes, made in this order. The layer is None for encoded, lnf and logits.
-        Position None means every position. A change is an array that replaces the activation, or add(), scale() or zero(); its
-        shape is (), that of one position, such as (C,), or for position None that of the layer, such as (T, C). Or it is
-        a function, which gets an array of the position or of the layer, and returns another or changes it. An edit of k or v
-        changes the cache. An edit of probs changes atty; keys after the position stay 0. The numbers before an edit keep
-        their bits, at earlier positions and in earlier phases.
+        edits: map (name, layer, position) to changes, made in this order. The layer is None for encoded, lnf and logits;
+        position None means all. A change is an array that replaces the activation, add(), scale(), zero(), or a function that
+        gets the array and returns another or changes it. The shape is that of a position, such as (C,), or for all positions
+        that of a layer, such as (T, C). An edit of k or v changes the cache. An edit of probs changes atty; keys after the
+        position stay 0. All numbers before an edit keep their bits, at earlier positions and in earlier phases.
 
         Raises InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the
         arrays take too much memory."""
-        from .activations import Capture, Edits, Watch
-
         ids = check_tokens(self.config, tokens)
         capture = Capture(self.config, len(ids), names, layers, positions, out)
         changes = Edits(self.config, {} if edits is None else edits, len(ids))
         cache = self.new_cache(len(ids))
-        size = len(ids) if changes.together else CHUNK
+        size = CHUNK if edits is None else len(ids)  # a function gets the whole array
         for start in range(0, len(ids), size):
             rows = [(token, cache, i in capture.wanted) for i, token in enumerate(ids[start : start + size], start)]
             self.network.step(rows, watch=Watch(changes, capture))

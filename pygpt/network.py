@@ -19,7 +19,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol, SupportsIndex
 
-    from ._activations import WatchedStep
     from ._kernels import Trace
     from .activations import Watch
     from .formats.dtypes import Format
@@ -112,7 +111,6 @@ class Network(Uncopied):
         self._values = self.config.parameters(padded=False) - self.config.maxT * self.config.C  # weights that each row uses
         self._value_bytes = sum(size for _, size in self.stored.values()) / self.config.parameters(padded=False)
         self._work = Step(self._weights, self.threads, cpus.spins_for(self.threads))
-        self._watched: WatchedStep | None = None
 
     @property
     def threads(self) -> int:
@@ -149,37 +147,27 @@ class Network(Uncopied):
     def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None, watch: "Watch | None" = None) -> Floats:
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
-        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, no
-        cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
+        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
+        caches have not changed. Raises InputError for a bad token or cache, ClosedError after close().
 
         lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
         after the step, lengths.restore() can undo the step. watch: reads and changes activations between the phases."""
         rows = list(rows)
         workers = self._workers(len(rows))
-        watched = self._watched_step() if watch is not None and rows else None
-        work = self._work if watched is None else watched
+        work = self._work
 
         def prepare() -> None:
             work.prepare(rows, workers)
-            if watch is not None and watched is not None:
-                watch.begin(watched, self.config, rows)
+            if watch is not None:
+                watch.begin(work, self.config, rows)
             if lengths is not None:
                 for _, cache, _ in rows:
                     lengths.setdefault(cache, cache.length)
 
-        more = work.more if watch is None or watched is None else watch.more
-        logits = self._pool.run(work, work.abort, before=prepare, again=more, after=work.finish, alone=workers == 1)
+        again = work.more if watch is None else watch.more
+        logits = self._pool.run(work, work.abort, before=prepare, again=again, after=work.finish, alone=workers == 1)
         assert logits is not None
         return logits
-
-    def _watched_step(self) -> "WatchedStep":
-        """Return the step for rows that are watched. Most networks never need it."""
-        from ._activations import WatchedStep
-
-        if self._watched is None:
-            self._watched = WatchedStep(self._weights, self.threads, cpus.spins_for(self.threads))
-        self._watched.trace = self._work.trace
-        return self._watched
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "Lengths | None" = None) -> Floats:
         """Append tokens to a cache, in chunks; return the logits after the last one, (1, V).

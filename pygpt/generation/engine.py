@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from ..activations import Watch
 from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
     from typing import SupportsFloat, SupportsIndex
 
     from .._kernels import Logits
-    from ..activations import Watch
     from .prefix import AnyNetwork
     from .speculate import Draft
 
-LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
-WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
+LIVE = 64  # sequences in one step: more would gain little speed, and each needs memory for keys and values
+WORTH_WAITING = 8  # a sequence waits for an earlier prompt that will give it at least this many more tokens than any cache
 FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
 SCORED_ROWS = 128  # the most rows of a step for log-probabilities of prompts: their logits take 26 MB with GPT-2's vocabulary
 
@@ -54,7 +54,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the job has no more events."""
+        """Whether all events of the job have come."""
         return self.cancelled or self.error is not None or all(c.finish_reason is not None for c in self.completions)
 
 
@@ -73,7 +73,7 @@ class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
 
     def __init__(self, job: Job, choice: int) -> None:
-        self.job, self.choice, self.completion = job, choice, job.completions[choice]
+        self.job, self.choice, self.completion, self.edits = job, choice, job.completions[choice], job.request.edits
         self.memory: Memory | None = None
         self.speculation = Speculation() if self.completion.speculation is not None else None
 
@@ -152,7 +152,7 @@ class Engine(Uncopied):
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a job. After the step that runs now, the job has no more events."""
+        """End a job. Its events end with the step that runs now."""
         job.cancelled = True
         self._ended = True
 
@@ -176,7 +176,7 @@ class Engine(Uncopied):
     def step(self) -> list[Event]:
         """Run the network once for all live jobs; return the events, an empty list if the engine is not busy.
 
-        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again."""
+        If it raises (Ctrl-C, out of memory), tokens are not lost: the next step does the same work again."""
         self._receive()
         late = self._expire()
         self._drop_ended()
@@ -193,14 +193,15 @@ class Engine(Uncopied):
             rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
-        watch = self._watch(plan)
+        edited = {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}
+        watch = Watch(edited) if edited else None
         try:
             logits = self.network.step(rows, watch=watch)
         except Exception as error:  # an error of an edit ends only its job
             if watch is None or watch.editing is None:
                 raise
             self._ended = True
-            jobs = [job for job in dict.fromkeys(part.sequence.job for part in plan) if job.request.edits is watch.editing]
+            jobs = dict.fromkeys(part.sequence.job for part in plan if part.sequence.edits is watch.editing)
             return late + [_failed(job, error) for job in jobs]
         seconds = time.perf_counter() - began
         if decoding:
@@ -212,15 +213,6 @@ class Engine(Uncopied):
         events = self._choose(plan, logits)
         self._drop_ended()
         return late + events
-
-    def _watch(self, plan: list[_Part]) -> "Watch | None":
-        """Return the edits of the sequences in a step by their caches, or None without any."""
-        edited = {part.memory.cache: edits for part in plan if (edits := part.sequence.job.request.edits) is not None}
-        if not edited:
-            return None
-        from ..activations import Watch
-
-        return Watch(edited)
 
     def fail(self, error: Exception) -> list[Event]:
         """End all jobs with an error; return the events. A caller does this if step() fails each time."""
@@ -261,7 +253,7 @@ class Engine(Uncopied):
             self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
         for sequence in [sequence for sequence in self._live if _has_ended(sequence)]:
             self._live.remove(sequence)
-            if sequence.memory is not None and sequence.job.request.edits is None:
+            if sequence.memory is not None and sequence.edits is None:
                 self.prefix.give(sequence.memory)
         self._make_room()
 
@@ -316,22 +308,19 @@ class Engine(Uncopied):
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache with the longest prefix of its window that any cache has.
 
-        If an earlier sequence will soon compute a longer prefix, give it no cache. The sequence then waits."""
-        if sequence.completion.unscored:  # a copied prefix would have no logits
+        If an earlier sequence will soon compute a longer prefix, the sequence does not get a cache yet, and waits."""
+        if sequence.completion.unscored:  # a copied prefix would come without logits
             sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
             return
         live, held, coming = None, 0, 0
-        edits = sequence.job.request.edits
         for other, its_window in earlier:
-            if other.job.request.edits is not edits:  # its keys and values are other ones
-                continue
-            if other.memory is not None:
+            if other.memory is not None and other.edits is sequence.edits:  # others change keys and values
                 if its_window == window:
                     return
                 if (shared := other.memory.shared(window)) > held:
                     live, held = other.memory, shared
                 coming = max(coming, common_prefix(its_window, window, len(window) - 1))
-        idle, kept = self.prefix.best(window) if edits is None else (None, 0)
+        idle, kept = self.prefix.best(window) if sequence.edits is None else (None, 0)
         if coming - max(held, kept) >= WORTH_WAITING:
             return
         if idle is not None and kept >= held and self.prefix.take(idle):  # another thread may take it first
@@ -367,7 +356,7 @@ class Engine(Uncopied):
         events: list[Event] = []
         takers: list[tuple[_Sequence, int, _Part | None]] = []
         row = 0
-        waiting = [sequence for sequence in self._live if sequence.memory is None]
+        waiting = [s for s in self._live if s.memory is None and not s.job.completions[0].unscored]
         for part in plan:
             if part.scored:
                 events += self._score(part, logits, row)
@@ -377,8 +366,8 @@ class Engine(Uncopied):
                 continue
             takers.append((part.sequence, row, part))
             for twin in waiting:
-                same = twin.completion.window() == part.window and twin.job.request.edits is part.sequence.job.request.edits
-                if twin.memory is None and same and not twin.job.completions[0].unscored:
+                same = twin.memory is None and twin.edits is part.sequence.edits
+                if same and twin.completion.window() == part.window:
                     twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
                     takers.append((twin, row, None))
             row += 1 + len(part.guesses)
@@ -442,7 +431,7 @@ class Engine(Uncopied):
 
 
 def _has_ended(sequence: _Sequence) -> bool:
-    """Whether a sequence needs no more steps. Also sets the finish_reason of a cancelled completion."""
+    """Return whether a sequence has ended. Also set the finish_reason of a cancelled completion."""
     job, completion = sequence.job, sequence.completion
     if job.cancelled and completion.finish_reason is None:
         completion.finish_reason = "cancelled"

@@ -6,6 +6,7 @@ Refuses to know about networks. Generator.generate() describes the options.
 from collections.abc import Iterable
 
 from .._kernels import check_token
+from ..activations import Edits
 from ..config import Config
 from ..errors import InputError, check_whole, is_boolean, near, sequence, shown
 from .control import CONTROLS, Control
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
-    from ..activations import Edits, Place, Value
+    from ..activations import Value
     from .control import Processor
 
     class Options(TypedDict, total=False):
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
         overflow: str | None
         slide_to: SupportsIndex | None
         speculation: bool | SupportsIndex | None
-        edits: Mapping[Place, Value] | None
+        edits: Mapping[Any, Value] | None
 
 
 DEFAULT_TOTAL = 10  # the serial program's n: the number of tokens with the prompt
@@ -78,7 +79,7 @@ class Request:
     """A checked request: complete `tokens` to `total` tokens. Generator.generate() describes the options.
 
     Raises InputError for an empty prompt, an id outside the vocabulary, an option out of its range, and both total and
-    max_new_tokens. Raises it also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
+    max_new_tokens. Also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
 
     For servers: stop_in_prompt=False searches stop strings only in new text. prompt_logprobs=True fills
     Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0."""
@@ -98,7 +99,7 @@ class Request:
         top_logprobs: "SupportsIndex | None" = None,
         prompt_logprobs: bool = False,
         speculation: "bool | SupportsIndex | None" = None,
-        edits: "Mapping[Place, Value] | None" = None,
+        edits: "Mapping[Any, Value] | None" = None,
         **options: "Any",
     ) -> None:
         if unknown := sorted(options.keys() - OPTIONS):
@@ -120,11 +121,7 @@ class Request:
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
         self.speculation = check_speculation(speculation)
-        self.edits: Edits | None = None
-        if edits is not None:
-            from .. import activations
-
-            self.edits = activations.Edits(config, edits)
+        self.edits = None if edits is None else Edits(config, edits)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""
@@ -165,7 +162,7 @@ class Request:
 
 
 def check_speculation(value: "Any") -> int | None:
-    """Return how many tokens to guess in a step: 0 as many as pay, None none."""
+    """Return how many tokens to guess in a step: 0 means the fastest number, None no guesses."""
     if value is None or is_boolean(value):
         return 0 if value else None
     return check_whole("speculation", value, 1, MOST_GUESSES, f" from 1 to {MOST_GUESSES}, or True or False")

@@ -18,11 +18,9 @@ from pygpt import model as model_module
 from pygpt.activations import HEADS, NAMES, WHOLE
 
 SHAPE = Config(maxT=40, V=61, L=3, NH=3, C=33)
-FAMILY = {
+FAMILY: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "relu": {"activation": "relu", "F": 50},
-    "scaled by layer": {"scaled_by_layer": True, "epsilon": 1e-3, "tied": False},
-    "not scaled": {"scaled": False, "activation": "gelu"},
+    "relative": {"activation": "relu", "F": 50, "scaled_by_layer": True, "epsilon": 1e-3, "tied": False},
 }
 T = 30
 TOKENS = [(17 * i + 3) % SHAPE.V for i in range(T)]
@@ -46,11 +44,11 @@ def exact(w: dict[str, Array], config: Config, tokens: list[int], hook: Hook = l
         p = {name: w[name][i] for name in w if name not in ("wte", "wpe", "lnfw", "lnfb", "head")}
         ln1 = note("ln1", i, layernorm(x, p["ln1w"], p["ln1b"], config.epsilon))
         q, k, v = (note("qkv"[j], i, part) for j, part in enumerate(np.split(matmul(ln1, p["qkvw"], p["qkvb"]), 3, -1)))
-        heads = lambda a: a.reshape(len(tokens), config.NH, -1).swapaxes(0, 1)  # noqa: E731 ([T, C] -> [NH, T, HS])
+        q, k, v = (a.reshape(len(tokens), config.NH, -1).swapaxes(0, 1) for a in (q, k, v))  # [T, C] -> [NH, T, HS]
         factor = (config.HS**-0.5 if config.scaled else 1) / (i + 1 if config.scaled_by_layer else 1)
-        scores = heads(q) @ heads(k).swapaxes(1, 2) * factor
+        scores = q @ k.swapaxes(1, 2) * factor
         probs = note("probs", i, softmax(np.where(np.tri(len(tokens), dtype=bool), scores, -np.inf)))
-        atty = note("atty", i, (np.tril(probs) @ heads(v)).swapaxes(0, 1).reshape(x.shape))
+        atty = note("atty", i, (probs @ v).swapaxes(0, 1).reshape(x.shape))
         x = note("residual2", i, x + note("attproj", i, matmul(atty, p["attprojw"], p["attprojb"])))
         fch = note("fch", i, matmul(note("ln2", i, layernorm(x, p["ln2w"], p["ln2b"], config.epsilon)), p["fcw"], p["fcb"]))
         fch_gelu = note("fch_gelu", i, gpt2_numpy.ACTIVATIONS[config.activation](fch))
@@ -139,16 +137,20 @@ def test_sums_add_up(opened: Opened) -> None:
 @given(data=st.data())
 def test_any_selection_has_the_same_bits(path: Path, data: st.DataObject) -> None:
     """For any names, layers, positions, threads, chunks and weight formats."""
-    form = data.draw(st.sampled_from([{}, {"weights": "q8_0"}, {"weights": "q4_0"}, {"bf16": True}]))
-    file = path.with_suffix(".bf16.bin") if form.pop("bf16", False) else path
+    weights = data.draw(st.sampled_from([None, "q8_0", "q4_0", "bfloat16"]))
+    file = path.with_suffix(".bf16.bin") if weights == "bfloat16" else path
+    quantised = None if weights == "bfloat16" else weights
     tokens = data.draw(st.lists(st.integers(0, SHAPE.V - 1), min_size=1, max_size=SHAPE.maxT))
     names = data.draw(st.lists(st.sampled_from(EVERY), min_size=1, unique=True))
     layers = data.draw(st.none() | st.lists(st.integers(0, SHAPE.L - 1), min_size=1))
     positions = data.draw(st.none() | st.lists(st.integers(0, len(tokens) - 1), min_size=1))
-    with GPT2.load(file, threads=1, **form) as one:
+    with GPT2.load(file, threads=1, weights=quantised) as one:
         whole = one.activations(tokens, EVERY)
         assert np.array_equal(whole["logits"], one.logits(tokens))
-    with pytest.MonkeyPatch.context() as patch, GPT2.load(file, threads=data.draw(st.integers(1, 3)), **form) as many:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        GPT2.load(file, threads=data.draw(st.integers(1, 3)), weights=quantised) as many,
+    ):
         patch.setattr(model_module, "CHUNK", data.draw(st.integers(1, len(tokens))))
         found = many.activations(tokens, names, layers=layers, positions=positions)
     at = [*range(len(tokens))] if positions is None else positions
@@ -157,16 +159,22 @@ def test_any_selection_has_the_same_bits(path: Path, data: st.DataObject) -> Non
         assert np.array_equal(found[name], expected[..., at, :]), name
 
 
-def test_only_the_needed_layers_run(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_needed_phases_run(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step ends after the last phase that is asked for, with as few rounds as there are stops."""
-    rounds = []
-    run = activations.Watch._continue
-    monkeypatch.setattr(activations.Watch, "_continue", lambda self: (run(self), rounds.append(self._at))[0])
+    stops: list[int] = []
+    more = activations.Watch.more
+
+    def noted(self: activations.Watch) -> bool:
+        found = more(self)
+        stops.append(self._at)
+        return found
+
+    monkeypatch.setattr(activations.Watch, "more", noted)
     model.activations(TOKENS, ["residual3", "ln1"], layers=[1])
-    assert rounds == [9, 15, 15]  # the encoder and seven phases of layer 0, ln1; then to fcproj
-    rounds.clear()
-    model.step([(1, model.new_cache(), True)], edits={("residual3", 0, None): add(1.0)})
-    assert rounds == [8, 24, 24]
+    assert stops == [9, 15, 15]  # the encoder and seven phases of layer 0, ln1; then to fcproj
+    stops.clear()
+    model.step([(1, model.new_cache(), True)], edits={("residual3", 0, None): add(1.0), ("ln1", 0, 5): add(1.0)})
+    assert stops == [8, 24, 24]
 
 
 def test_arrays_of_the_caller_are_filled(model: GPT2, tmp_path: Path) -> None:
@@ -272,7 +280,7 @@ def test_edits_that_change_nothing_change_no_bits(opened: Opened) -> None:
 
 
 def test_edits_of_one_place_are_made_in_order(model: GPT2) -> None:
-    edits = {("ln1", 0, None): scale(2), ("ln1", 0, 4): add(1), ("ln1", 0, np.int64(5)): 7}
+    edits: dict[Any, Any] = {("ln1", 0, None): scale(2), ("ln1", 0, 4): add(1), ("ln1", 0, np.int64(5)): 7}
     plain, found = (model.activations(TOKENS, "ln1", edits=each)["ln1"][0] for each in ({}, edits))
     assert np.array_equal(found[4], plain[4] * 2 + 1)
     assert np.array_equal(found[6], plain[6] * 2)
@@ -283,7 +291,7 @@ def test_edits_of_one_place_are_made_in_order(model: GPT2) -> None:
 @given(data=st.data())
 def test_edits_have_the_same_bits_for_any_threads_and_chunks(path: Path, model: GPT2, data: st.DataObject) -> None:
     """A function gets the whole array, also of a prompt that is longer than a chunk."""
-    edits = {}
+    edits: dict[Any, Any] = {}
     for _ in range(data.draw(st.integers(1, 4))):
         name, layer = data.draw(st.sampled_from(SITES))
         position = data.draw(st.none() | st.integers(0, T - 1))
@@ -325,27 +333,6 @@ def test_steering_is_a_loop_of_steps(model: GPT2, sampler: str) -> None:
         tokens.append(token)
 
 
-def test_a_value_for_several_positions_ends_there(model: GPT2) -> None:
-    """So a completion can begin with the activations of another text."""
-    donor = model.activations(TOKENS[8:14], ["residual3", "probs"])
-    edits = {("residual3", 1, None): donor["residual3"][1], ("probs", 2, None): donor["probs"][2]}
-    alone = model.activations(TOKENS[:6], ["residual3", "probs"], edits=edits)
-    cache = model.new_cache()
-    for token in TOKENS[:6]:
-        model.step([(token, cache, False)], edits=edits)
-    logits = model.step([(9, cache, True)], edits=edits)[0]
-    padded = {place: add(0) if False else value for place, value in edits.items()}
-    assert np.array_equal(alone["residual3"][1], donor["residual3"][1])
-    assert np.array_equal(model.extend(_cache(model, edits), [9]), logits)
-    assert padded
-
-
-def _cache(model: GPT2, edits: dict[Any, Any]) -> Any:
-    cache = model.new_cache()
-    model.step([(token, cache, False) for token in TOKENS[:6]], edits=edits)
-    return cache
-
-
 # ------------------------------------------------------------------------------------------------ the engine
 
 
@@ -375,11 +362,15 @@ def test_requests_with_edits_and_without_keep_their_bits_together(model: GPT2, d
 
 
 def test_several_completions_of_one_request_share_its_prompt(model: GPT2) -> None:
-    rows = []
-    engine = Engine(model.network)
-    step = model.network.step
+    rows: list[int] = []
+    engine, step = Engine(model.network), model.network.step
+
+    def noted(given: Any, **more: Any) -> Any:
+        rows.append(len(given))
+        return step(given, **more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.network, "step", lambda given, **more: (rows.append(len(given)), step(given, **more))[1])
+        patch.setattr(model.network, "step", noted)
         engine.add(Request(model.config, TOKENS[:20], max_new_tokens=2, edits=STEER), n=3)
         list(engine.run())
     assert rows == [20, 3]
@@ -387,7 +378,7 @@ def test_several_completions_of_one_request_share_its_prompt(model: GPT2) -> Non
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError, InputError, None])
 def test_an_error_of_an_edit_ends_only_its_job(model: GPT2, fault: type[Exception] | None) -> None:
-    def broken(x: Array) -> Any:
+    def broken(x: Any) -> Any:
         if fault is not None:
             raise fault("no")
         return np.zeros(5)
@@ -405,7 +396,7 @@ def test_an_error_of_an_edit_ends_only_its_job(model: GPT2, fault: type[Exceptio
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_a_failed_step_changes_no_cache(model: GPT2, error: type[BaseException]) -> None:
-    def broken(x: Array) -> None:
+    def broken(x: Any) -> None:
         raise error
 
     cache = model.new_cache()
@@ -430,11 +421,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tokens": []}, "empty"),
     ({"tokens": [61]}, "ids are whole numbers from 0 to 60"),
     ({"tokens": [1] * 41}, "at most 40"),
-    ({"out": {"ln1": np.zeros((3, T, 33), np.float32)}}, "out has 'ln1', which is not among the names"),
-    ({"out": {"ln2": np.zeros((3, T, 33))}}, r"out of ln2 has the shape \(3, 30, 33\) and type float64"),
-    ({"out": {"ln2": np.zeros((3, T, 32), np.float32)}}, r"must be a writable float32 array \(3, 30, 33\)"),
-    ({"out": {"ln2": [1]}}, r"out of ln2 is \[1\]"),
-    ({"out": {"ln2": np.broadcast_to(np.float32(0), (3, T, 33))}}, "must be a writable"),
+    (
+        {"out": {"ln1": np.zeros((3, T, 33), np.float32)}},
+        "out of 'ln1' has the shape .* out takes writable float32 arrays for these names",
+    ),
+    ({"out": {"ln2": np.zeros((3, T, 33))}}, r"out of 'ln2' has the shape \(3, 30, 33\) and the type float64"),
+    (
+        {"out": {"ln2": np.zeros((3, T, 32), np.float32)}},
+        r"takes writable float32 arrays for these names: {'ln2': \(3, 30, 33\)}",
+    ),
+    ({"out": {"ln2": [1]}}, "has the shape None and the type <class 'list'>"),
+    ({"out": {"ln2": np.broadcast_to(np.float32(0), (3, T, 33))}}, "takes writable"),
     ({"edits": [1]}, r"edits are \[1\]: they must map"),
     ({"edits": {"ln1": 1}}, "edit of 'ln1': a key must be"),
     ({"edits": {("ln3", 0, 0): 1}}, "'ln3' is not an activation"),
@@ -470,7 +467,9 @@ def test_refusals_are_one_clear_line(model: GPT2, arguments: dict[str, Any], mes
 def test_requests_are_checked_before_anything_runs(model: GPT2, path: Path) -> None:
     with pytest.raises(InputError, match="it must be a whole number from 0 to 39"):
         model.generate([1], edits={("ln1", 0, 40): 1})
-    with pytest.raises(InputError, match=r"or \(n, 33\)"):
-        model.generate([1], edits={("ln1", 0, None): np.zeros((41, 33))})
+    with pytest.raises(InputError, match=r"has the shape \(2, 33\): it must be \(\) or \(33,\)$"):
+        model.generate([1], edits={("ln1", 0, None): np.zeros((2, 33))})
+    with pytest.raises(InputError, match=r"has the shape \(3, 1\): it must be \(\)$"):
+        model.generate([1], edits={("probs", 0, 0): np.zeros((3, 1))})
     with SerialGPT2.load(path) as serial, pytest.raises(InputError, match="leave out edits, or use GPT2"):
         list(serial.generate([1], edits={}))

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from running import PYGPT, assert_refuses, environment
 from serving import MAXT, SHAPE, Live, live, tiny
@@ -170,20 +169,20 @@ def test_tokens(at: Live) -> None:
     assert post("/tokenize", prompt="x y " * 1000)["count"] == 2001
     assert post("/tokenize")["error"]["param"] == "prompt"
     assert post("/detokenize", tokens=[50257])["error"]["param"] == "tokens"
-    assert post("/inspect", tokens=[1])["error"]["code"] == "cannot_inspect"
     info = at.ask("GET", "/tokenizer_info", **KEY).json()
     assert (info["eos_token"], info["model_max_length"]) == ("<|endoftext|>", MAXT)
 
 
-def test_inspection_is_there_if_the_model_has_it(path: Path) -> None:
+def test_the_attention_of_the_last_token(path: Path) -> None:
     with live(path) as running:
-        about = running.ask("GET", "/v1/models").json()["data"][0]
-        assert about["can_inspect"] is False
-        values = np.arange(3 * 2 * 4 * 4).reshape(3, 2, 4, 4)  # [L, NH, T, T]
-        running.model.activations = lambda tokens, names, layers: {names[0]: values[layers]}  # type: ignore[attr-defined]
-        assert running.ask("GET", "/v1/models").json()["data"][0]["can_inspect"] is True
-        found = running.ask("POST", "/inspect", {"tokens": [1, 2, 3, 4], "layer": 1})
-        assert found.json() == {"attention": values[1, :, -1].tolist()}
+        tokens, config = [1, 2, 3, 4], running.model.config
+        for layer in range(config.L):
+            found = running.ask("POST", "/inspect", {"tokens": tokens, "layer": layer}).json()
+            expected = running.model.activations(tokens, ["probs"])["probs"][layer, :, -1]
+            assert found == {"attention": expected.tolist()}
+        error = running.refused(400, {"tokens": tokens, "layer": config.L}, "/inspect")
+        assert f"a layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
+        assert running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")["message"].endswith("so give fewer")
 
 
 def test_chat(path: Path) -> None:
@@ -301,9 +300,8 @@ def test_two_hundred_cancelled_then_one_answer(path: Path) -> None:
         time.sleep(0.5)
         for connection in connections:
             connection.close()
-        began = time.monotonic()
         assert running.complete(max_tokens=5)["usage"]["completion_tokens"] == 5
-        assert time.monotonic() - began < 5
+        assert running.metrics()["generation_tokens_total"] < 200 * 90 / 2
         wait_for(lambda: running.server.waiting == 0)
         assert running.engine.load[2] <= (running.engine.cache_bytes or 0)
 
@@ -327,7 +325,7 @@ def test_the_queue_is_bounded(path: Path, slow: None) -> None:
 
 
 def test_the_time_limit_of_requests(path: Path, slow: None) -> None:
-    with live(path, request_timeout=0.3) as running:
+    with live(path, request_timeout=0.6) as running:
         assert running.refused(504, {"prompt": "a", "max_tokens": 90, "ignore_eos": True})["code"] == "timeout"
         fields = {"prompt": "a", "max_tokens": 90, "ignore_eos": True, "stream": True}
         events = running.ask("POST", "/v1/completions", fields).events()
@@ -505,7 +503,7 @@ def test_draining(path: Path, slow: None, grace_s: float) -> None:
             assert running.ask("GET", "/health").status == 503
             assert running.refused(503, HELLO)["code"] == "shutting_down"
             began = time.monotonic()
-        assert time.monotonic() - began < (15 if grace_s else 4)
+        assert time.monotonic() - began < 15
         events = stream.result().events()
         assert events[-1] == "[DONE]" if grace_s else "shutting down" in events[-1]["error"]["message"]
 
@@ -550,7 +548,7 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
             assert held.recv(100)
             began = time.monotonic()
             status, _, err = process.end(signal.SIGTERM, times)
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < 9
         assert (status, err) == (0, b"")
 
 

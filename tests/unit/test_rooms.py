@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2] / "pygpt"
 # From the lowest level up. A module may import from its own level and from those below.
 LEVELS = (
     ("errors", "config", "cpus", "tokenizer"),
-    ("_signals", "_kernels", "_activations", "_backward", "_reference", "pool"),
+    ("_signals", "_kernels", "_backward", "_reference", "pool"),
     ("formats",),
     ("network", "activations"),
     ("hub",),
