@@ -899,14 +899,14 @@ cdef class Step:
         me.log = NULL if self.trace is None else self.trace.log(ith)
         return me
 
-    def watch(self) -> int:
+    def watch(self, bint share_ln) -> int:
         """Let the prepared step stop where run_to() says, so that its activations can be read and changed between two rounds.
-        Return the number of its phases."""
+        share_ln: all workers read one ln, which can be changed. Return the number of phases."""
         cdef State* s = &self.state
         self.kept = Floats(1, s.R * (s.fch_row + self.weights.net.NH * s.ldp))
         s.fch_gelu = self.kept.data             # other steps write it over fch
         s.probs = s.fch_gelu + s.R * s.fch_row
-        s.ln_size = 0                           # the workers share one ln, so that a change reaches all of them
+        s.ln_size = 0 if share_ln else s.ln_size
         self.last = 0
         return phases(&self.weights.net, s)
 

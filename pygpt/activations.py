@@ -38,40 +38,39 @@ HEADS = ("q", "k", "v", "probs", "atty")
 
 
 class Edit:
-    """A change that add(), scale() or zero() makes. bind(config, name) returns a function change(x, value), and the value."""
+    """A change that add(), scale() or zero() makes: operation(x, value) replaces all of an activation x, or a part of it."""
 
-    def __init__(self, bind: "Callable[[Config, str], tuple[Callable[[Any, Any], Any], npt.ArrayLike]]") -> None:
-        self.bind = bind
+    def __init__(self, operation: "Any", value: "npt.ArrayLike", heads: "Any" = None, neurons: "Any" = None) -> None:
+        self.operation, self.value, self.heads, self.neurons = operation, value, heads, neurons
+
+    def at(self, config: Config, name: str) -> "Any":
+        """Return the index of what changes in an activation."""
+        if self.heads is None and self.neurons is None:
+            return ...
+        if (self.heads is not None and name not in HEADS) or (self.neurons is not None and name == "probs"):
+            raise InputError(f"zero() of {name}: only {', '.join(HEADS)} have heads, and only probs have no neurons")
+        heads = [] if self.heads is None else _indices("head", self.heads, config.NH)
+        neurons = [] if self.neurons is None else _indices("neuron", self.neurons, width_of(config, name))
+        return heads if name == "probs" else (..., neurons + [head * config.HS + i for head in heads for i in range(config.HS)])
 
 
 def add(vector: "npt.ArrayLike") -> Edit:
     """Return an edit that adds a number, or an array with the shape of a replacement, to an activation."""
-    return Edit(lambda *_: (operator.add, vector))
+    return Edit(operator.add, vector)
 
 
 def scale(factor: "npt.ArrayLike") -> Edit:
     """Return an edit that multiplies an activation by a number, or by an array with the shape of a replacement."""
-    return Edit(lambda *_: (operator.mul, factor))
+    return Edit(operator.mul, factor)
 
 
 def zero(*, heads: "Iterable[SupportsIndex] | None" = None, neurons: "Iterable[SupportsIndex] | None" = None) -> Edit:
     """Return an edit that sets an activation to 0: these heads of q, k, v, probs or atty, these channels, or by default all."""
+    return Edit(_replace, 0, heads, neurons)
 
-    def bind(config: Config, name: str) -> "tuple[Callable[[Any, Any], Any], float]":
-        if (heads is not None and name not in HEADS) or (neurons is not None and name == "probs"):
-            raise InputError(f"zero() of {name}: only {', '.join(HEADS)} have heads, and only probs have no neurons")
-        some = [] if heads is None else _indices("head", heads, config.NH)
-        channels = [head * config.HS + i for head in some for i in range(config.HS)]
-        channels += [] if neurons is None else _indices("neuron", neurons, width_of(config, name))
-        at = ... if heads is None and neurons is None else some if name == "probs" else (..., channels)
 
-        def change(x: "Array", value: "Array") -> "Array":
-            x[at] = value
-            return x
-
-        return change, 0
-
-    return Edit(bind)
+def _replace(x: "Any", value: "Any") -> "Any":
+    return value
 
 
 class Change:
@@ -85,13 +84,13 @@ class Change:
         if self.name in WHOLE and layer is not None:
             raise InputError(f"{self.what}: {self.name} has no layers, so the layer must be None")
         self.layer = 0 if self.name in WHOLE else check_whole(f"{self.what}: the layer", layer, 0, config.L - 1)
-        most = (T or config.maxT) - 1
-        self.position = None if position is None else check_whole(f"{self.what}: the position", position, 0, most)
+        end = (T or config.maxT) - 1
+        self.position = None if position is None else check_whole(f"{self.what}: the position", position, 0, end)
         self.function = value if callable(value) else None
         if self.function is None:
-            bind = value.bind if isinstance(value, Edit) else lambda *_: (lambda x, new: new, value)
-            self._change, value = bind(config, self.name)
-            self._value = self._check(config, value, T)
+            edit = value if isinstance(value, Edit) else Edit(_replace, value)
+            self._operation, self._at = edit.operation, edit.at(config, self.name)
+            self._value = self._check(config, edit.value, T)
 
     def _check(self, config: Config, value: "Any", T: int | None) -> "Array":
         """Return a value as an array that broadcasts to the activation."""
@@ -114,7 +113,8 @@ class Change:
 
         if self.function is None:
             value = self._value[..., positions, :] if self._value.ndim and self._value.shape[-2] > 1 else self._value
-            return np.broadcast_to(self._change(x, value), x.shape)
+            x[self._at] = self._operation(x[self._at], value)
+            return x
         given = x if self.position is None else x[..., 0, :]
         result = self.function(given)
         try:
@@ -176,9 +176,8 @@ class Capture:
 
 
 class Watch:
-    """What is read and changed in one step. edits: of all caches, or of each cache that has some. capture: of a step with one
-    cache, which ends after the last phase that is needed. editing: the edits that are being made, or have raised an exception.
-    """
+    """What a step reads and changes. edits: of all caches, or of each cache that has some. capture: of a step with one cache,
+    which ends after the last phase that is needed. editing: the edits that are being made, or have raised an exception."""
 
     def __init__(self, edits: "Edits | Mapping[Any, Edits]", capture: Capture | None = None) -> None:
         self._edits, self._capture = edits, capture
@@ -187,7 +186,7 @@ class Watch:
 
     def begin(self, work: "Step", config: Config, rows: "Sequence[tuple[Any, Any, bool]]") -> None:
         """Plan the stops of a prepared step, and select the phases of its first round."""
-        self._work, self._at, self._end = work, 0, work.watch()
+        self._work, self._at = work, 0
         self._wanted = {r: i for i, r in enumerate(r for r, row in enumerate(rows) if row[2])}
         sequences: dict[Any, list[tuple[int, int]]] = {}
         for r, (_, cache, _) in enumerate(rows):
@@ -201,6 +200,7 @@ class Watch:
                 if found := self._rows(change.name, concerned):
                     site = self._sites.setdefault((change.name, change.layer), [])
                     site.append((edits, change, found, places[-1][1] + 1))
+        self._end = work.watch(share_ln=any(name in ("ln1", "ln2", "lnf") for name, _ in self._sites))
         if self._captured:
             self._end = min(self._end, max(_stop(config, *site) for site in self._captured))
         order = [*NAMES, "before"].index
@@ -212,8 +212,7 @@ class Watch:
         self.more()
 
     def more(self) -> bool:
-        """Change and copy what the phases so far have computed; select the phases up to the next stop, and return whether there
-        are any."""
+        """Change and copy what the phases so far have computed. Select the next phases, and return whether there are any."""
         while self._stops and self._stops[0][0] == self._at:
             self._visit(*self._stops.pop(0)[2:])
         first, self._at = self._at, self._stops[0][0] if self._stops else self._end

@@ -189,12 +189,12 @@ class GPT2(Generator):
         arrays take too much memory."""
         ids = check_tokens(self.config, tokens)
         capture = Capture(self.config, len(ids), names, layers, positions, out)
-        changes = Edits(self.config, {} if edits is None else edits, len(ids))
+        watch = Watch(Edits(self.config, {} if edits is None else edits, len(ids)), capture)
         cache = self.new_cache(len(ids))
         size = CHUNK if edits is None else len(ids)  # a function gets the whole array
         for start in range(0, len(ids), size):
             rows = [(token, cache, i in capture.wanted) for i, token in enumerate(ids[start : start + size], start)]
-            self.network.step(rows, watch=Watch(changes, capture))
+            self.network.step(rows, watch=watch)
         return capture.arrays
 
     def record(self, trace: "Trace | None") -> None:

@@ -80,6 +80,7 @@ MEANING = {
     "cluster": "answers rows on any cluster",
     "model": "GPT2 joins network and engine",
     "generation": "the engine: requests in, tokens out",
+    "activations": "what a step computes, and its edits",
     "network": "step(rows); key-value caches",
     "hub": "finds models, downloads them",
     "formats": "reads and writes every file",

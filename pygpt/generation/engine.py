@@ -196,7 +196,7 @@ class Engine(Uncopied):
         edited = {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}
         watch = Watch(edited) if edited else None
         try:
-            logits = self.network.step(rows, watch=watch)
+            logits = self.network.step(rows) if watch is None else self.network.step(rows, watch=watch)
         except Exception as error:  # an error of an edit ends only its job
             if watch is None or watch.editing is None:
                 raise
