@@ -69,4 +69,5 @@ class SparseAutoencoder(NamedTuple):
         return add(np.float32(check_number("strength", strength, -1e30, 1e30)) * self._direction(feature))
 
     def _direction(self, feature: int) -> Float32:
-        return self.W_dec[check_whole("feature", feature, 0, len(self.W_dec) - 1)]
+        row: Float32 = self.W_dec[check_whole("feature", feature, 0, len(self.W_dec) - 1)]
+        return row

@@ -5,7 +5,8 @@ circuits" (direct logit attribution); Olsson et al. 2022, "In-context learning a
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple, SupportsIndex
+from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 
-class Logit(NamedTuple):
+@dataclass(frozen=True)
+class Logit:
     """The logit of a token at a position, or its lead over the token `against`: a number to explain.
 
     position: from -T to T - 1. A Logit is a function of the logits (T, V)."""
@@ -34,9 +36,9 @@ class Logit(NamedTuple):
 
     def row(self, T: int, V: int) -> int:
         """Return the position among T, from 0. Raises what __call__() raises."""
-        for name, token in zip(self._fields, self[:2], strict=False):
-            if token is not None:
-                check_whole(name, token, 0, V - 1)
+        check_whole("token", self.token, 0, V - 1)
+        if self.against is not None:
+            check_whole("against", self.against, 0, V - 1)
         return check_whole("position", self.position, -T, T - 1) % T
 
     def gradient(self, T: int, V: int) -> Float32:
