@@ -146,8 +146,8 @@ def test_induction_scores_of_patterns_made_by_hand() -> None:
         patterns[0, 0, t, max(t - period + 1, 0)] = 1
         patterns[0, 1, t, max(t - 1, 0)] = 1
         patterns[0, 2, t, : t + 1] = 1 / (t + 1)
-    uniform = np.mean([1 / (t + 1) for t in range(period, T)])
-    np.testing.assert_allclose(induction_scores(patterns, period), [[1, 0, uniform]], rtol=1e-6)
+    uniform = sum(1 / (t + 1) for t in range(period, T)) / (T - period)
+    np.testing.assert_allclose(induction_scores(patterns, period), [[1.0, 0.0, uniform]], rtol=1e-6)
     for wrong in (0, T, 2.5):
         with pytest.raises(InputError, match=f"period is {wrong}.*from 1 to 8"):
             induction_scores(patterns, wrong)  # type: ignore[arg-type]
