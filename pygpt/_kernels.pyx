@@ -17,7 +17,7 @@ Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of oper
 
 import os
 
-from cpython.buffer cimport PyBUF_FORMAT
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_WRITE
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
@@ -40,6 +40,9 @@ cdef extern from *:
     enum:
         huge_page             # bytes, on systems with huge pages
     void ask_huge_pages(void* memory, size_t size) noexcept nogil
+
+cdef extern from "Python.h":
+    object PyMemoryView_FromMemory(char* memory, Py_ssize_t size, int flags)
 
 cdef extern from "blocks.h" nogil:
     void panels_of_blocks(char* out, const char* blocks, int bits, ptrdiff_t N, ptrdiff_t K, ptrdiff_t start, ptrdiff_t stop)
@@ -916,24 +919,30 @@ cdef class Step:
         self.state.probs_layer = probs_layer
 
     def view(self, name, Py_ssize_t layer):
-        """Return the memory of an activation after its phase: (NH, R, keys) of probs, else (R, width). It is valid until the
-        step ends. attproj and fcproj lack their bias before the first call, because the phase adds it to the residual."""
+        """Return the memory of an activation after its phase, its shape (NH, R, keys) or (R, width), and which columns it has.
+        The memory is valid until the step ends. attproj and fcproj lack their bias before the first call, because the phase
+        adds it to the residual."""
         cdef State* s = &self.state
         cdef const Net* net = &self.weights.net
-        cdef Py_ssize_t r, C = net.C
-        if name == "probs":
-            return <float[:net.NH, :s.R, :s.ldp]> s.probs
-        if name == "logits":
-            return self.logits
-        if name in ("attproj", "fcproj"):
-            for r in range(s.R):
-                micro.add_bias(s.proj + r * C, floats_of(&net.w.attprojb if name == "attproj" else &net.w.fcprojb, layer), C)
-        place, row, first, width = {
-            "q": (<size_t> s.qkv, 3 * C, 0, C), "k": (<size_t> s.qkv, 3 * C, C, C), "v": (<size_t> s.qkv, 3 * C, 2 * C, C),
-            "atty": (<size_t> s.atty, C, 0, C), "attproj": (<size_t> s.proj, C, 0, C), "fcproj": (<size_t> s.proj, C, 0, C),
-            "fch": (<size_t> s.fch, s.fch_row, 0, net.F), "fch_gelu": (<size_t> s.fch_gelu, s.fch_row, 0, net.F),
-        }.get(name, (<size_t> (s.ln if name.startswith("ln") else s.residual), C, 0, C))
-        return (<float[:s.R, :row]> <float*> <size_t> place)[:, first:first + width]
+        cdef float* place = s.ln if name.startswith("ln") else s.residual
+        cdef Py_ssize_t r, C = net.C, heads = 1, rows = s.R, row = C, first = 0, width = C
+        if name in ("q", "k", "v"):
+            place, row, first = s.qkv, 3 * C, C * <Py_ssize_t> "qkv".index(name)
+        elif name == "probs":
+            place, heads, row, width = s.probs, net.NH, s.ldp, s.ldp
+        elif name == "atty":
+            place = s.atty
+        elif name in ("attproj", "fcproj"):
+            place = s.proj
+            for r in range(rows):
+                micro.add_bias(place + r * C, floats_of(&net.w.attprojb if name == "attproj" else &net.w.fcprojb, layer), C)
+        elif name in ("fch", "fch_gelu"):
+            place, row, width = s.fch if name == "fch" else s.fch_gelu, s.fch_row, net.F
+        elif name == "logits":
+            place, rows, row, width = s.logits, s.W, net.V, net.V
+        memory = PyMemoryView_FromMemory(<char*> place, heads * rows * row * sizeof(float), PyBUF_WRITE)
+        shape = [heads, rows, row] if name == "probs" else [rows, row]
+        return memory, shape, slice(first, first + width)
 
     def keep_keys_values(self, Py_ssize_t layer) -> None:
         """Copy the keys and values of all rows from qkv to their caches again."""

@@ -33,6 +33,7 @@ MOST_BYTES = 2 << 30  # that activations() takes by itself; `out` may hold more
 AFTER = {"encoder": "encoded", "ln1": "ln1", "qkv": "q k v", "attention": "probs atty", "attproj": "attproj residual2"}
 AFTER |= {"ln2": "ln2", "fc": "fch fch_gelu", "fcproj": "fcproj residual3", "lnf": "lnf", "logits": "logits"}
 NAMES = {name: PHASES.index(phase) for phase, names in AFTER.items() for name in names.split()}
+ORDER = {name: i for i, name in enumerate([*NAMES, "before"])}  # of what is done after one phase
 WHOLE = ("encoded", "lnf", "logits")  # without layers
 HEADS = ("q", "k", "v", "probs", "atty")
 
@@ -168,8 +169,8 @@ class Capture:
     def put(self, name: str, layer: int, values: "Array", places: "Places") -> None:
         """Keep an activation's values at these places."""
         row_of = {position: row for row, position in places}
-        at = [i for i, position in enumerate(self._positions) if position in row_of]
-        rows, array = [row_of[self._positions[i]] for i in at], self.arrays[name]
+        kept = [i for i, position in enumerate(self._positions) if position in row_of]
+        at, rows, array = _span(kept), _span([row_of[self._positions[i]] for i in kept]), self.arrays[name]
         for target in [array] if name in WHOLE else [array[i] for i, each in enumerate(self._layers) if each == layer]:
             target[..., at, : values.shape[-1]] = values[..., rows, :]
             target[..., at, values.shape[-1] :] = 0  # keys of later chunks
@@ -192,10 +193,10 @@ class Watch:
         for r, (_, cache, _) in enumerate(rows):
             self._places = sequences.setdefault(cache, [])  # of the only cache, if there is a capture
             self._places.append((r, cache.length + len(self._places)))
-        self._sites: dict[tuple[str, int], list[tuple[Edits, Change, Places, int]]] = {}
+        self._sites: dict[tuple[str, int], list[tuple[Edits | None, Change, Places, int]]] = {}
         for cache, places in sequences.items():
-            edits = self._edits if isinstance(self._edits, Edits) else self._edits.get(cache, Edits(config, {}))
-            for change in edits.changes:
+            edits = self._edits if isinstance(self._edits, Edits) else self._edits.get(cache)
+            for change in edits.changes if edits is not None else ():
                 concerned = [place for place in places if change.position in (None, place[1])]
                 if found := self._rows(change.name, concerned):
                     site = self._sites.setdefault((change.name, change.layer), [])
@@ -203,11 +204,10 @@ class Watch:
         self._end = work.watch(share_ln=any(name in ("ln1", "ln2", "lnf") for name, _ in self._sites))
         if self._captured:
             self._end = min(self._end, max(_stop(config, *site) for site in self._captured))
-        order = [*NAMES, "before"].index
-        stops = [(_stop(config, *site), order(site[0]), *site) for site in self._captured | self._sites.keys()]
+        stops = [(_stop(config, *site), ORDER[site[0]], *site) for site in self._captured | self._sites.keys()]
         for name, layer in self._sites:
             if name in ("attproj", "fcproj"):  # their phase overwrites the residual that it adds them to
-                stops.append((_stop(config, name, layer) - 1, order("before"), "before", layer))
+                stops.append((_stop(config, name, layer) - 1, ORDER["before"], "before", layer))
         self._stops = sorted(stop for stop in stops if stop[0] <= self._end)
         self.more()
 
@@ -225,13 +225,17 @@ class Watch:
             return places
         return [(self._wanted[row], position) for row, position in places if row in self._wanted]
 
-    def _visit(self, name: str, layer: int) -> None:
+    def _view(self, name: str, layer: int) -> "Array":
         import numpy as np
 
+        memory, shape, columns = self._work.view(name, layer)
+        return np.frombuffer(memory, np.float32).reshape(shape)[..., columns]
+
+    def _visit(self, name: str, layer: int) -> None:
         if name == "before":
-            self._before = np.array(self._work.view("residual2", layer))
+            self._before = self._view("residual2", layer).copy()
             return
-        values = np.asarray(self._work.view(name, layer))
+        values = self._view(name, layer)
         for edits, change, places, keys in self._sites.get((name, layer), ()):
             self.editing = edits
             self._change(change, values, places, slice(keys if name == "probs" else None))
@@ -245,13 +249,13 @@ class Watch:
         import numpy as np
 
         rows, positions = ([*each] for each in zip(*places, strict=True))
-        name, layer, before = change.name, change.layer, values[..., rows, keys]
-        after = change.apply(before.copy(), positions)
+        name, layer, part = change.name, change.layer, (..., _span(rows), keys)
+        after = change.apply(values[part].copy(), positions)
         if name == "probs":
-            after = np.where(np.arange(before.shape[-1]) <= np.array(positions)[:, None], after, np.float32(0))
+            after = np.where(np.arange(after.shape[-1]) <= np.array(positions)[:, None], after, np.float32(0))
             changed = np.zeros(values.shape[:2], np.uint8)
-            changed[:, rows] = (before != after).any(-1)  # the other heads keep their bits
-        values[..., rows, keys] = after
+            changed[:, rows] = (values[part] != after).any(-1)  # the other heads keep their bits
+        values[part] = after
         if name == "probs":
             self._work.mix(layer, changed)
         elif name in ("k", "v"):
@@ -259,7 +263,13 @@ class Watch:
         elif name == "fch":
             self._work.activate(rows)
         elif name in ("attproj", "fcproj"):
-            np.asarray(self._work.view("residual2", layer))[rows] = self._before[rows] + values[rows]
+            self._view("residual2", layer)[part] = self._before[part] + values[part]
+
+
+def _span(rows: list[int]) -> "list[int] | slice[int, int, None]":
+    """Return an index of these rows: a slice, which NumPy copies faster, if they are neighbours."""
+    neighbours = rows == [*range(rows[0], rows[0] + len(rows))] if rows else False
+    return slice(rows[0], rows[-1] + 1) if neighbours else rows
 
 
 def check_name(name: object) -> str:

@@ -266,12 +266,14 @@ def test_the_inside_view(browser: Any, at: Live) -> None:
         page.click("#inside summary")
         page.click(".chip >> nth=3")
         page.fill("#head", "1")
-        page.press("#head", "Enter")
+        with page.expect_request("**/inspect") as asked:
+            page.press("#head", "Enter")
         playwright.expect(page.locator("#attention-text")).to_contain_text("head 1, from token 3")
-        asked = page.evaluate("() => document.querySelectorAll('#attention tr').length")
-        assert asked == 4
-        shares = page.locator("#attention tr").all_inner_texts()
-        assert shares
+        tokens = asked.value.post_data_json["tokens"]
+        shares = at.model.activations(tokens, ["probs"])["probs"][0, 1, -1]
+        rows = [row.split(":")[0] for row in page.locator("#attention tr").all_inner_texts()]
+        assert rows == [str(i) for i in np.argsort(-shares, kind="stable")]
+        assert f"p{1 + int(5 * shares[1])}" in page.get_attribute(".chip >> nth=1", "class")
 
 
 @pytest.mark.parametrize("width", [320, 800, 1600])
