@@ -44,7 +44,7 @@ from .console import Parser, check_stdout, status_of, whole
 from .eval import as_text, quoted
 from .options import THREADS_HELP, TOKENIZER_HELP
 
-LONGEST = 16  # characters of a token in the tables
+LONGEST, LONGEST_PATH = 16, 70  # characters of a token in the tables, and of the model's path
 Result = dict[str, Any]
 
 
@@ -153,8 +153,9 @@ def text_of(result: Result) -> str:
         ]
         for row in result["heads"]
     }
+    path = result["model"] if len(result["model"]) <= LONGEST_PATH else f"...{result['model'][3 - LONGEST_PATH :]}"
     return f"""\
-{len(tokens)} tokens, {result["model"]}, {result["threads"]} threads
+{len(tokens)} tokens, {path}, {result["threads"]} threads
 {text_table([[str(token["id"]) for token in tokens], losses], ["id", "loss"], names)}
 
 what each layer would predict after {names[-1]}, with probabilities in %

@@ -1,6 +1,7 @@
 """Arrays as text tables, and as pictures by matplotlib: one function for each."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,15 +60,21 @@ def heat_map(
     image = axes.imshow(array, cmap="RdBu_r" if signed else "Blues", vmin=-most if signed else 0, vmax=most, aspect="auto")
     for ticks, labels, turned in ((axes.set_xticks, columns, 0 if cells else 90), (axes.set_yticks, rows, 0)):
         every = -(-len(labels) // MOST_LABELS)
-        ticks(range(0, len(labels), every), labels[::every], rotation=turned)
-    axes.set_title(title, loc="left")
+        ticks(range(0, len(labels), every), [_plain(label) for label in labels[::every]], rotation=turned)
+    axes.set_title(_plain(title), loc="left")
     for (row, column), value in np.ndenumerate(array):
         if cells:
             colour = "white" if abs(value) > 0.6 * most else "black"
-            axes.text(column, row, cells[row][column], ha="center", va="center", fontsize=8, color=colour)
+            axes.text(column, row, _plain(cells[row][column]), ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image)
-    save(figure, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a character that the font does not have becomes a box
+        save(figure, name)
     plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # matplotlib takes text between $ for formulas
 
 
 def _checked(values: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[str]) -> "npt.NDArray[Any]":

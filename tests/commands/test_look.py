@@ -76,7 +76,8 @@ def test_the_text_fits_100_columns_and_shows_the_same(capsys: pytest.CaptureFixt
 
 def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    assert main([TEXT, "--plot", str(tmp_path / "new" / "folder")]) == 0
+    assert main([f"{TEXT} $x^ $ 日本", "--plot", str(tmp_path / "new" / "folder")]) == 0
+    assert capsys.readouterr().err == ""
     names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
     assert names == {f"{name}.{ending}" for name in ("lens", "heads", "attention") for ending in ("svg", "png")}
 
@@ -86,6 +87,13 @@ def test_small_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     make(tmp_path / "model.bin", L=1, NH=1, C=4, V=50257, maxT=4, seed=1)
     found = result_of(capsys, "a b c d", "-m", str(tmp_path / "model.bin"), "-k", "50")
     assert (len(found["heads"]), len(found["lens"][0]["top"])) == (1, 50)
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    (tmp_path / "model.bin").rename(folder / "model.bin")
+    assert main(["a b c d", "-m", str(folder / "model.bin")]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert len(first) <= 100
+    assert "/model.bin, " in first
 
 
 @pytest.mark.parametrize(
