@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from .inspection.lens import induction_scores as induction_scores
     from .inspection.lens import logit_attribution as logit_attribution
     from .inspection.lens import logit_lens as logit_lens
-    from .inspection.losses import loss_by_position as loss_by_position
+    from .inspection.lens import loss_by_position as loss_by_position
     from .inspection.names import named_activations as named_activations
     from .inspection.names import save_activations as save_activations
     from .inspection.names import their_names as their_names
@@ -89,7 +89,6 @@ if TYPE_CHECKING:
     from .network import Network as Network
     from .pool import ThreadPool as ThreadPool
     from .reference import SerialGPT2 as SerialGPT2
-    from .reference import SerialTrainableGPT2 as SerialTrainableGPT2
     from .tokenizer import StreamDecoder as StreamDecoder
     from .tokenizer import Tokenizer as Tokenizer
     from .training.data import DataLoader as DataLoader
@@ -97,6 +96,7 @@ if TYPE_CHECKING:
     from .training.options import TrainingOptions as TrainingOptions
     from .training.parallel import open_ranks as open_ranks
     from .training.parallel.ranks import Ranks as Ranks
+    from .training.serial import SerialTrainableGPT2 as SerialTrainableGPT2
     from .training.state import TrainingState as TrainingState
     from .training.state import open_state as open_state
     from .training.trainable import TrainableGPT2 as TrainableGPT2
@@ -125,19 +125,19 @@ _PUBLIC = {
     "generation.prefix": "PrefixCache",
     "generation.engine": "Engine Event Job",
     "model": "GPT2",
-    "reference": "SerialGPT2 SerialTrainableGPT2",
+    "reference": "SerialGPT2",
     "ceilings": "Ceilings",
     "cluster": "Complete",
     "training.parallel": "open_ranks",
     "training.parallel.ranks": "Ranks",
     "training.options": "TrainingOptions",
     "training.data": "DataLoader split",
+    "training.serial": "SerialTrainableGPT2",
     "training.state": "TrainingState open_state",
     "training.trainable": "TrainableGPT2",
     "training.trainer": "Record Trainer",
-    "inspection.lens": "Logit induction_scores logit_attribution logit_lens",
+    "inspection.lens": "Logit induction_scores logit_attribution logit_lens loss_by_position",
     "inspection.patching": "ablate_heads attribution_patching mean_loss patch_activations",
-    "inspection.losses": "loss_by_position",
     "inspection.autoencoder": "SparseAutoencoder",
     "inspection.names": "named_activations save_activations their_names",
     "inspection.show": "heat_map text_table",

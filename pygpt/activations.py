@@ -39,7 +39,7 @@ HEADS = ("q", "k", "v", "probs", "atty")
 
 
 class Edit:
-    """A change that add(), scale() or zero() makes: operation(x, value) replaces all of an activation x, or a part of it."""
+    """A change that add(), scale() or zero() makes: operation(x, value), or the value, replaces an activation x or part of it."""
 
     def __init__(self, operation: "Any", value: "npt.ArrayLike", heads: "Any" = None, neurons: "Any" = None) -> None:
         self.operation, self.value, self.heads, self.neurons = operation, value, heads, neurons
@@ -67,11 +67,7 @@ def scale(factor: "npt.ArrayLike") -> Edit:
 
 def zero(*, heads: "Iterable[SupportsIndex] | None" = None, neurons: "Iterable[SupportsIndex] | None" = None) -> Edit:
     """Return an edit that sets an activation to 0: these heads of q, k, v, probs or atty, these channels, or by default all."""
-    return Edit(_replace, 0, heads, neurons)
-
-
-def _replace(x: "Any", value: "Any") -> "Any":
-    return value
+    return Edit(None, 0, heads, neurons)
 
 
 class Change:
@@ -89,7 +85,7 @@ class Change:
         self.position = None if position is None else check_whole(f"{self.what}: the position", position, 0, end)
         self.function = value if callable(value) else None
         if self.function is None:
-            edit = value if isinstance(value, Edit) else Edit(_replace, value)
+            edit = value if isinstance(value, Edit) else Edit(None, value)
             self._operation, self._at = edit.operation, edit.at(config, self.name)
             self._value = self._check(config, edit.value, T)
 
@@ -114,7 +110,7 @@ class Change:
 
         if self.function is None:
             value = self._value[..., positions, :] if self._value.ndim and self._value.shape[-2] > 1 else self._value
-            x[self._at] = self._operation(x[self._at], value)
+            x[self._at] = value if self._operation is None else self._operation(x[self._at], value)
             return x
         given = x if self.position is None else x[..., 0, :]
         result = self.function(given)

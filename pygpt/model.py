@@ -121,8 +121,8 @@ class GPT2(Generator):
         close().
 
         edits: changes of activations of every sequence, as in activations(); arrays and functions are for these rows."""
-        watch = None if edits is None else Watch(Edits(self.config, edits))
-        return self._whole(lambda lengths: self.network.step(rows, lengths, watch), (-1, self.config.V))
+        watch = () if edits is None else (Watch(Edits(self.config, edits)),)
+        return self._whole(lambda lengths: self.network.step(rows, lengths, *watch), (-1, self.config.V))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).

@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,14 +36,13 @@ from ..errors import InputError
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
-from ..inspection.lens import Logit, logit_attribution, logit_lens
-from ..inspection.losses import loss_by_position
+from ..inspection.lens import Logit, logit_attribution, logit_lens, loss_by_position
 from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
 from ..model import GPT2
 from ..tokenizer import Tokenizer, tokenizer_of
 from .console import Parser, check_stdout, status_of, whole
-from .eval import as_text, quoted
 from .options import THREADS_HELP, TOKENIZER_HELP
+from .progress import piece, text_of
 
 LONGEST, LONGEST_PATH = 16, 70  # characters of a token in the tables, and of the model's path
 Result = dict[str, Any]
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         result = {"model": path, "threads": model.threads, **look(model, tokenizer, ids, min(options.top, model.config.V))}
         if options.plot is not None:
             draw(options.plot, model, ids, result)
-    print(json.dumps(result) if options.output == "json" else text_of(result))
+    print(json.dumps(result) if options.output == "json" else report_of(result))
 
 
 def look(model: GPT2, tokenizer: Tokenizer, ids: list[int], k: int) -> Result:
@@ -92,7 +92,7 @@ def look(model: GPT2, tokenizer: Tokenizer, ids: list[int], k: int) -> Result:
 
     def fact(token: int, **more: float | None) -> Result:
         content = tokenizer.decode_bytes([token])
-        return {"id": token, "text": as_text(content), "bytes": content.hex(), **more}
+        return {"id": token, "text": text_of(content), "bytes": content.hex(), **more}
 
     losses = [None, *loss_by_position(model, ids).tolist()]
     lens = logit_lens(model, ids, positions=[len(ids) - 1])[:, 0]  # [L + 1, V]
@@ -123,7 +123,8 @@ def heads_of(
 
 def name_of(fact: Result) -> str:
     """Return a token for a table or a picture."""
-    name = quoted(bytes.fromhex(fact["bytes"]))
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    name = piece(bytes.fromhex(fact["bytes"])).encode(encoding, "backslashreplace").decode(encoding)
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
 
 
@@ -134,7 +135,7 @@ def lens_of(result: Result) -> tuple[list[str], list[str], list[list[str]]]:
     return ["embedding", *(f"layer {row['layer']}" for row in result["lens"][1:])], ranks, tops
 
 
-def text_of(result: Result) -> str:
+def report_of(result: Result) -> str:
     """Return the result as text of at most 100 columns."""
     tokens, lead, (layers, ranks, tops) = result["tokens"], result["lead"], lens_of(result)
     names = [name_of(token) for token in tokens]

@@ -11,7 +11,8 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import check_whole
+from ..errors import InputError, check_whole
+from ..generation.logprobs import score
 from ..generation.request import check_tokens
 from ..model import GPT2
 
@@ -81,6 +82,16 @@ def logit_attribution(model: GPT2, tokens: Iterable[SupportsIndex], logit: Logit
     heads = (moved * acts["atty"]).reshape(config.L, config.NH, -1).sum(axis=2)  # [L, C] -> [L, NH]
     rest = direction @ weights.row("lnfb", 0) + (acts["attproj"] @ gain - heads.sum(axis=1)).sum()
     return {"embedding": acts["encoded"] @ gain, "heads": heads, "mlps": acts["fcproj"] @ gain, "rest": rest}
+
+
+def loss_by_position(model: GPT2, tokens: Iterable[SupportsIndex]) -> Float64:
+    """Return the loss of each token of a text after the first, (T - 1,), in nats: minus the logarithm of its probability.
+
+    Raises InputError for fewer than 2 tokens, NumericalError if the logits are not finite."""
+    ids = check_tokens(model.config, tokens)
+    if len(ids) < 2:
+        raise InputError(f"{len(ids)} tokens were given: at least 2 are needed, because the first has no prediction")
+    return -np.array([info.logprob for info in next(score(model.network, model.new_cache(), [], ids[:1], [ids[1:]]))])
 
 
 def induction_scores(patterns: Float32, period: int) -> Float64:

@@ -4,17 +4,18 @@ Sources: Meng et al. 2022, "Locating and editing factual associations in GPT" (p
 """
 
 from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import SupportsIndex
 
 import numpy as np
 
 from ..activations import zero
 from ..errors import InputError
+from ..generation.logprobs import token_info
 from ..generation.request import check_tokens
 from ..model import GPT2
 from ..training.trainable import TrainableGPT2
 from .lens import Float32, Float64, Logit
-from .losses import losses_of
 
 Metric = Callable[[Float32], float]  # logits (T, V) -> a number, such as a Logit
 
@@ -22,7 +23,7 @@ Metric = Callable[[Float32], float]  # logits (T, V) -> a number, such as a Logi
 def mean_loss(tokens: Iterable[int]) -> Metric:
     """Return the metric that is the mean loss of these tokens after the first, in nats."""
     targets = list(tokens)[1:]
-    return lambda logits: float(losses_of(logits[: len(targets)], targets).mean())
+    return lambda logits: -fmean(token_info(logits.data, row, token, 1).logprob for row, token in enumerate(targets))
 
 
 def ablate_heads(model: GPT2, tokens: Iterable[SupportsIndex], metric: Metric | None = None) -> Float64:

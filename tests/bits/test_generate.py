@@ -62,9 +62,9 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     step = Network.step
 
-    def counting(self: Network, rows: Any, lengths: Any = None) -> Any:
+    def counting(self: Network, rows: Any, *more: Any) -> Any:
         counts.append(len(rows))
-        return step(self, rows, lengths)
+        return step(self, rows, *more)
 
     monkeypatch.setattr(Network, "step", counting)
     return counts
