@@ -39,7 +39,7 @@ HEADS = ("q", "k", "v", "probs", "atty")
 
 
 class Edit:
-    """A change that add(), scale() or zero() makes: operation(x, value), or the value, replaces an activation x or its part."""
+    """A change that add(), scale() or zero() makes: operation(x, value), or the value, replaces all or a part of x."""
 
     def __init__(self, operation: "Any", value: "npt.ArrayLike", heads: "Any" = None, neurons: "Any" = None) -> None:
         self.operation, self.value, self.heads, self.neurons = operation, value, heads, neurons
