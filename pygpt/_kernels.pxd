@@ -239,6 +239,7 @@ cdef class Floats:
     cdef float* data
     cdef Py_ssize_t[2] shape
     cdef Py_ssize_t[2] strides
+    cdef Py_ssize_t mapped          # the bytes of its own mapping, or 0 for memory of malloc()
 
 
 cdef class Weights:

@@ -20,6 +20,7 @@ import os
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_WRITE
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.stdlib cimport posix_memalign
 
 from .config import ACTIVATIONS
@@ -516,16 +517,23 @@ cdef class Floats:
     """A float32 array (rows, cols), C-contiguous, 64-byte aligned, not initialised. NumPy views it without a copy.
 
     `dense` says that all of the array will be used. Large dense arrays ask for huge pages, whose addresses resolve faster. A
-    cache of keys and values is not dense: its heads begin far apart, and huge pages would fill the gaps between them."""
+    cache of keys and values is `sparse`: its heads begin far apart, and huge pages would fill the gaps between them. A large
+    sparse array has a mapping of its own, because malloc() reuses pages, and then unused positions would take memory, too."""
 
-    def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols, *, bint dense=False):
+    def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols, *, bint dense=False, bint sparse=False):
         cdef void* memory = NULL
         cdef Py_ssize_t size, page = huge_page
         if rows < 0 or cols < 0 or (cols and rows > (<Py_ssize_t> 1 << 58) // cols):
             raise MemoryError(f"not enough memory for {rows} x {cols} float32 values")
         size = rows * cols * <Py_ssize_t> sizeof(float)
         dense = dense and size >= 2 * page
-        if posix_memalign(&memory, page if dense else 64, max(size, 1)):
+        if sparse and size >= page // 16:
+            self.mapped = size
+            memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        elif posix_memalign(&memory, page if dense else 64, max(size, 1)):
+            memory = MAP_FAILED
+        if memory == MAP_FAILED:
+            self.mapped = 0
             raise MemoryError(f"not enough memory for {rows} x {cols} float32 values ({size} bytes)")
         if dense:
             ask_huge_pages(memory, size)
@@ -534,7 +542,10 @@ cdef class Floats:
         self.strides[:] = [cols * <Py_ssize_t> sizeof(float), sizeof(float)]
 
     def __dealloc__(self):
-        free(self.data)
+        if self.mapped:
+            munmap(self.data, self.mapped)
+        else:
+            free(self.data)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -631,8 +642,8 @@ cdef class KeysValues:
         self.capacity = capacity
         self.length = 0
         rows = weights.net.L * weights.net.NH * capacity
-        self.keys = Floats(rows, weights.net.HSp)
-        self.values = Floats(rows, weights.net.HSp)
+        self.keys = Floats(rows, weights.net.HSp, sparse=True)
+        self.values = Floats(rows, weights.net.HSp, sparse=True)
 
     @property
     def nbytes(self) -> int:

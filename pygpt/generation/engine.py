@@ -21,7 +21,7 @@ from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
-from .speculate import Speculation, Speculator, mean
+from .speculate import Speculation, Speculator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -206,8 +206,9 @@ class Engine(Uncopied):
         seconds = time.perf_counter() - began
         if decoding:
             self.speculator.note(len(plan), len(rows) - len(plan), seconds)
-        if self._clock is not None and (len(rows) == len(plan) or not decoding):
-            self._clock.note(len(plan), len(rows), seconds)
+        singles = sum(len(part.tokens) == 1 for part in plan)
+        if self._clock is not None and 0 < singles < len(plan):
+            self._clock.note(len(rows) - singles, seconds)
         for part in plan:
             part.memory.note(part.tokens)
         events = self._choose(plan, logits)
@@ -445,22 +446,21 @@ def _failed(job: Job, error: Exception, choice: int = 0) -> Event:
 
 
 class _Clock:
-    """Keep running means of times, to choose how many prompt rows fit in a step of about `target_ms`."""
+    """Choose how many prompt rows run together with decoding sequences, so that a step takes about `target_ms`.
+
+    The number follows the times of the steps themselves. So it needs no model of the machine, whose speed other programs
+    change, and where the first rows beside a decode step cost much less than later ones."""
 
     def __init__(self, target_ms: float) -> None:
         self._target_s = target_ms / 1000
-        self._decode_s: float | None = None  # time of a step with only decoding sequences
-        self._row_s: float | None = None  # time of one row of a prompt
+        self._rows = float(FEWEST_ROWS)
 
-    def note(self, sequences: int, rows: int, seconds: float) -> None:
-        """Note the time of a step with this number of sequences and rows."""
-        if rows == sequences:
-            self._decode_s = mean(self._decode_s, seconds)
-        else:
-            self._row_s = mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
+    def note(self, rows: int, seconds: float) -> None:
+        """Note the time of a step with decoding sequences and so many prompt rows."""
+        change = min(max(self._target_s / seconds, 0.5), 1.5)
+        if change < 1 or rows >= self.rows(rows):
+            self._rows = max(self._rows * change, FEWEST_ROWS)
 
     def rows(self, most: int) -> int:
-        """Return how many prompt rows, at most `most`, to run together with decoding sequences."""
-        if not self._row_s:
-            return FEWEST_ROWS
-        return min(max(int((self._target_s - (self._decode_s or 0.0)) / self._row_s), FEWEST_ROWS), most)
+        """Return how many prompt rows to run in the next step, at most `most`."""
+        return min(int(self._rows), most)

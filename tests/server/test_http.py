@@ -6,17 +6,18 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from running import assert_refuses
-from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny
+from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny, wait_for
 
 from pygpt import Tokenizer
 from pygpt.commands import serve
+from pygpt.formats.vocabulary import characters_of, write_vocabulary
 from pygpt.network import Network
 from pygpt.server import answering, app, run
 from pygpt.server.app import ENDPOINTS
@@ -37,13 +38,6 @@ def at(path: Path) -> Iterator[Live]:
 
 
 KEY = {"Authorization": "Bearer secret"}
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -547,6 +541,10 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--chat-template", "chatml"], ["chatml", "plain"]),
         (["--max-live", "0"], ["max-live"]),
         (["--weights", "q5"], ["q5"]),
+        (["--tokenizer", "/nowhere.json"], ["/nowhere.json"]),
+        (["--tokenizer", "{empty}"], ["empty"]),
+        (["-t", "0"], ["threads", "0"]),
+        (["-t", "two"], ["threads", "'two'"]),
         (["--speculate", "soon"], ["speculation", "'soon'"]),
         (["--speculate", "65"], ["speculation", "65", "64"]),
         (["--draft-model", "/nowhere.bin"], ["/nowhere.bin"]),
@@ -585,6 +583,19 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert_refuses(serve.main, capsys, [], "starlette", "pip install 'pygpt[serve]'", status=1)
+
+
+def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:
+    """With --text-only, no id beyond the vocabulary is ever chosen."""
+    vocabulary, own = characters_of(["abc \n"]), tmp_path / "own.json"
+    write_vocabulary(str(own), vocabulary)
+    known = Tokenizer(vocabulary).known
+    process = ServerProcess("-m", str(tiny(tmp_path, V=known + 50)), "--tokenizer", str(own), "--text-only", "-t", "1")
+    answer = process.at.complete("ab c", max_tokens=40, seed=1, return_token_ids=True)["choices"][0]
+    assert answer["prompt_token_ids"] == Tokenizer(vocabulary).encode("ab c")
+    assert max(answer["token_ids"]) < known
+    assert answer["text"] == Tokenizer(vocabulary).decode(answer["token_ids"])
+    assert process.end()[0] == 0
 
 
 def test_keys_from_a_file(path: Path, tmp_path: Path) -> None:

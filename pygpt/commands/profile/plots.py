@@ -66,7 +66,7 @@ def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
     for axis, call in zip(axes[:, 0], shown, strict=True):
         for ith in range(nth):
             bars = [bar for step in call.steps for event in step[ith] for bar in event.spans()]
-            if ith == 0 and not call.stages:
+            if ith == 0 and call.done > call.ran:
                 bars.append(("sampler", call.ran, call.done))
             seen.update(name for name, _, _ in bars)
             spans = [((begin - call.begin) / 1e6, (end - begin) / 1e6) for _, begin, end in bars]
@@ -82,7 +82,7 @@ def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
 def _title(call: Call) -> str:
     if call.stages:
         return f"an iteration of training, sequences: {call.sequences}, tokens: {call.rows}"
-    return f"prefill, tokens: {call.rows}" if call.mode == "prefill" else f"one token at position {call.position}"
+    return f"{call.mode} at position {call.position}, tokens: {call.rows}"
 
 
 def speedup(plt: Any, report: Report) -> Any:
@@ -97,8 +97,8 @@ def speedup(plt: Any, report: Report) -> Any:
         if found[0]["bandwidth"] is not None:
             bounded = [1, *(row["bandwidth"] for row in found)]
             axis.plot(threads, bounded, "--s", color="#fd8d3c", ms=4, label="prediction: Amdahl and bandwidth")
-        if report["scaling"]:
-            points = [(row["threads"], row[f"{mode}_speedup"]) for row in report["scaling"]]
+        points = [(row["threads"], row[f"{mode}_speedup"]) for row in report["scaling"] if f"{mode}_speedup" in row]
+        if points:
             axis.plot(*zip(*points, strict=True), "-D", color="black", ms=6, label="measured")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
