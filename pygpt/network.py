@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from . import cpus
 from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
 from .config import Config
-from .errors import InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
+from .errors import ClosedError, InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
 from .pool import ThreadPool, nothing
 
 TYPE_CHECKING = False
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ._kernels import Trace
     from .activations import Watch
     from .formats.dtypes import Format
-    from .formats.quantise import QuantisedWeights
+    from .formats.panels import StoredWeights
 
     class OpenModel(Protocol):
         """The source of a network's weights: an open file, or arrays in memory."""
@@ -102,7 +102,7 @@ class Network(Uncopied):
     ) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        stored = checkpoint.stored()
+        self._tensors = stored = checkpoint.stored()
         self.stored = {name: (kind, data.nbytes) for name, (kind, data) in stored.items()}
         kin = target._weights if target is not None and target.config == self.config else None
         self._weights: Weights = Weights(self.config, stored, kin)
@@ -117,11 +117,19 @@ class Network(Uncopied):
         """The number of workers, the caller included."""
         return self._pool.nth
 
-    def quantised(self, weights: str) -> "QuantisedWeights":
+    def quantised(self, weights: str) -> "StoredWeights":
         """Return this network's weights, quantised to q8_0 or q4_0 in memory."""
         from .formats.quantise import quantised
 
         return quantised(self._checkpoint, weights, threads=self.threads)
+
+    def tensors(self) -> "StoredWeights":
+        """Return the weights for reading: pieces(name) yields a tensor as float32. Raises ClosedError after close()."""
+        from .formats.panels import StoredWeights
+
+        if not self._tensors:
+            raise ClosedError("the model is closed: open it again")
+        return StoredWeights(self.config, self._tensors)
 
     def extends(self, target: "Network") -> bool:
         """Return whether steps of this network extend the target's caches."""
@@ -202,6 +210,7 @@ class Network(Uncopied):
         """Stop the workers and unmap the file, after a running step has ended. May be called twice."""
         self._pool.close()  # after this, no step can run
         self._weights.close()
+        self._tensors = {}  # views of the file: without them, it can be unmapped
         self._checkpoint.close()
 
 

@@ -76,6 +76,7 @@ MEANING = {
     "__main__": "dispatches to a command",
     "commands": "one file a subcommand; reports",
     "server": "the API over HTTP, and a page",
+    "inspection": "lens, attribution, patching",
     "training": "parameters, options, data, trainer, state",
     "reference": "the serial program, for comparison",
     "cluster": "answers rows on any cluster",

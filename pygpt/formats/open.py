@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .dtypes import Format
     from .huggingface import HuggingFaceModel
     from .panels import Blocks, ModelFile
-    from .quantise import QuantisedWeights
 
     Model = Checkpoint | ModelFile | HuggingFaceModel  # config, format, stored(), pieces(), path, close()
     Source = Model
@@ -102,7 +101,7 @@ def open_weights(
     threads: "SupportsIndex | None" = None,
     tokenizer: str | os.PathLike[str] | None = None,
     text_only: bool = False,
-) -> "Model | QuantisedWeights":
+) -> "Model":
     """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 
     text_only: leave out the ids that the tokenizer does not have. Raises what open_model() raises, and InputError for weights
@@ -119,13 +118,12 @@ def open_weights(
         model.close()
 
 
-def of_text_only(model: "Model") -> "Model | QuantisedWeights":
+def of_text_only(model: "Model") -> "Model":
     """Return the weights of a model without the ids after the last one of its tokenizer; they outlive the model."""
     from copy import copy
 
     from ..tokenizer import tokenizer_of
-    from .panels import first_rows
-    from .quantise import QuantisedWeights
+    from .panels import StoredWeights, first_rows
 
     config, V = copy(model.config), model.config.V
     config.V = tokenizer_of(model.config).known
@@ -135,7 +133,7 @@ def of_text_only(model: "Model") -> "Model | QuantisedWeights":
         name: (kind, first_rows(kind, data, V, config.V, config.C) if name in ("wte", "head") else data)
         for name, (kind, data) in model.stored().items()
     }
-    return QuantisedWeights(config, model.format, tensors)
+    return StoredWeights(config, tensors)
 
 
 def open_floats(path: str | os.PathLike[str]) -> "Model":

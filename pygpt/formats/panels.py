@@ -162,7 +162,19 @@ class ModelFile(Closing):
         """Return rows [start, stop) of one layer's part of a tensor, as stored. start is a multiple of 16.
 
         A vector is one row. Returns the format and the blocks (rows, blocks of a row). Raises ClosedError."""
-        raise NotImplementedError
+        import numpy as np
+
+        _, N, K = layout(self.config, name)
+        kind, data = self.formats[name], self._stored(name)[1]
+        if kind.name not in QUANTISED:
+            first = layer * N
+            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
+            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
+        values, scales = panel_sizes(kind, N, K)
+        base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
+        ends = (start, -(-stop // PANEL) * PANEL)
+        of_values, of_scales = ([base + end * row for end in ends], [base + values + end * groups * 2 for end in ends])
+        return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
 
     def parts(self, name: str) -> "Iterator[tuple[Format, Blocks]]":
         """Yield the parts of a tensor in order, some rows at a time."""
@@ -214,6 +226,29 @@ class ModelFile(Closing):
             flat[done : done + piece.size] = np.ravel(piece)
             done += piece.size
         return out.data
+
+
+class StoredWeights(ModelFile):
+    """Weights in memory: quantised ones, those of a model in training, or an open model's. close() does not change them.
+
+    tensors: maps each tensor to the name of its format and its bytes, in the layout of Weights."""
+
+    path = "weights in memory"
+
+    def __init__(self, config: Config, tensors: "dict[str, tuple[str, memoryview]]") -> None:
+        self.config, self.tensors = config, tensors
+        self.formats = {name: FORMATS[kind] for name, (kind, _) in tensors.items()}
+
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        return self.tensors[name]
+
+    def row(self, name: str, row: int) -> "npt.NDArray[np.float32]":
+        """Return one row of a tensor without layers, or the whole of a vector, as float32 (K,)."""
+        kind, blocks = self.part(name, 0, row // PANEL * PANEL, row + 1)
+        return kind.to_float32(blocks)[-1, : layout(self.config, name)[2]]
+
+    def close(self) -> None:
+        """Do nothing: the memory is freed with its last user."""
 
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -304,31 +339,12 @@ class PanelFile(ModelFile):
             raise self._bad(f"{key} is {text[:40]!r}, expected a whole number")
         return int(text)
 
-    def _bytes(self, name: str) -> memoryview:
-        start = self._places[name]
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        start, kind = self._places[name], self.formats[name]
         try:
-            return self.values[start : start + stored_size(self.config, name, self.formats[name])]
+            return kind.name, self.values[start : start + stored_size(self.config, name, kind)]
         except ValueError:
             raise ClosedError(f"{self.path}: the model is closed; read its tensors before close()") from None
-
-    def _stored(self, name: str) -> tuple[str, memoryview]:
-        return self.formats[name].name, self._bytes(name)
-
-    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
-        """Return rows [start, stop): ModelFile.part(), with panels converted to blocks."""
-        import numpy as np
-
-        _, N, K = layout(self.config, name)
-        kind, data = self.formats[name], self._bytes(name)
-        if kind.name not in QUANTISED:
-            first = layer * N
-            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
-            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
-        values, scales = panel_sizes(kind, N, K)
-        base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
-        ends = (start, -(-stop // PANEL) * PANEL)
-        of_values, of_scales = ([base + end * row for end in ends], [base + values + end * groups * 2 for end in ends])
-        return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
 
     def close(self) -> None:
         """Unmap the file, or leave that to the last array that views it. May be called twice."""

@@ -20,6 +20,7 @@ LEVELS = (
     ("generation",),
     ("model",),
     ("training", "reference", "ceilings"),
+    ("inspection",),
     ("server",),
     ("cluster",),
     ("commands",),

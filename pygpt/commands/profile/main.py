@@ -77,6 +77,7 @@ from ...formats.open import open_model
 from ...formats.quantise import QUANTISED
 from ...generation.request import check_speculation
 from ...hub.find import find_model
+from ...inspection.show import matplotlib
 from ...model import DRAFTS
 from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
@@ -207,7 +208,7 @@ def run(options: argparse.Namespace) -> None:
         print(text.compare(*options.compare))
         return
     if options.plot:
-        plots.matplotlib()  # if it is missing, report that now
+        matplotlib()  # if it is missing, report that now
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:

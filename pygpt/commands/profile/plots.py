@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-from ...errors import PyGPTError
-from ...formats.files import atomic_file
+from ...inspection.show import matplotlib, save
 from .job import WAKE, Call
 
 Report = dict[str, Any]
@@ -21,19 +20,6 @@ COLOURS = {
 OTHER = "#555555"
 
 
-def matplotlib() -> Any:
-    """Return matplotlib's pyplot, set up to draw to files. Raises PyGPTError if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PyGPTError("--plot needs matplotlib: python -m pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "pygpt"})
-    return plt
-
-
 def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
     """Write all pictures into the folder; return their names."""
     plt = matplotlib()
@@ -46,12 +32,6 @@ def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
             save(figure, written[-1])
         plt.close(figure)
     return written
-
-
-def save(figure: Any, name: str) -> None:
-    """Write a picture atomically. The ending of the name is the format."""
-    with atomic_file(name) as file:
-        figure.savefig(file, format=name.rpartition(".")[2], dpi=120)
 
 
 def hotspots(plt: Any, report: Report) -> Any:
