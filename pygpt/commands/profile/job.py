@@ -185,10 +185,10 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
-    def step(self, rows: list[tuple[int, Any, bool]]) -> Any:
+    def step(self, rows: list[tuple[int, Any, bool]], *, watch: Any = None) -> Any:
         """Run a step of the network."""
         position, wanted, begin = rows[0][1].length, sum(wants for *_, wants in rows), clock()
-        self.logits = self._network.step(rows)
+        self.logits = self._network.step(rows, watch=watch)
         self._calls.append(Call(self._mode, position, len(rows), begin, ran := clock(), ran, wanted=wanted))
         return self.logits
 
