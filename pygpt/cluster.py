@@ -14,6 +14,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from . import __version__
 from ._kernels import cpu_info
@@ -25,7 +26,7 @@ from .generation.request import JSON_KEYS, Request, check_ids, complete_order, w
 from .hub.find import find_model
 from .model import GPT2
 from .network import CHUNK
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, tokenizer_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ class Complete(Closing):
         self.seed, self.logprobs, self.keep_going, self.batch_size = seed, logprobs, keep_going, batch_size
         self._weights, self._options = weights, options
         self._cache, self._held = self.model.new_cache(), list[int]()  # the latest scored prompt: many share their beginning
-        self._tokenizer = Tokenizer() if self.model.config.V == Tokenizer().V else None
+        self._tokenizer: Tokenizer | None = None
+        with suppress(InputError):  # its vocabulary is unknown
+            self._tokenizer = tokenizer_of(self.model.config)
         try:
             self.model.engine(max_live=batch_size)
             Request(self.model.config, [0], top_logprobs=logprobs, **options)  # report bad options before any row
@@ -138,7 +141,7 @@ class Complete(Closing):
     def rows(self, rows: "Iterable[Row]") -> "Iterator[Answer]":
         """Yield the answer of each row, in order. It takes few rows ahead of the answers, so `rows` may be endless.
 
-        A completion's answer has id, text (absent without GPT-2's vocabulary), tokens (the new ids) and finish_reason. With
+        A completion's answer has id, text (absent if the vocabulary is unknown), tokens (the new ids) and finish_reason. With
         logprobs, it has for each new token its id, logprob and top, a list of [id, logprob]. A scored row's answer has id and
         scores. For each continuation, they are logprob (the sum, in nats), greedy (whether each token is the most probable
         one), tokens and logprobs (of each token). Raises InputError for a bad row unless keep_going."""

@@ -11,7 +11,7 @@ alone, so begin a continuation with its space.
 OUT has a line for each line of IN, in its order:
 
     id              of the line
-    text, tokens    the new text (absent if the vocabulary is not GPT-2's), and the new ids
+    text, tokens    the new text (absent if the vocabulary is unknown), and the new ids
     finish_reason   stop or length
     logprobs        with --logprobs, for each new token: token, logprob (nats), top (the most probable: id, logprob)
     scores          of a scored line, for each continuation: logprob (the sum), greedy (whether each token is the most probable

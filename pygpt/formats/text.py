@@ -261,10 +261,11 @@ def tokens_and_labels(
     if not holds_rows(name, field):
         return joined(encode_file(read_text(path), name, **reading)), None
     tokens, labels, masked = [], [], False
+    marked = int(tokenizer is None or tokenizer.eot is not None)  # the number of ids before each row
     for prompt, document in read_documents(read_text(path), name, field):
         begin = tokens_of_text(prompt or "", eot="document", **reading)  # <|endoftext|> ends the row before
         end = tokens_of_text(document, eot="none", **reading)
         tokens += [begin, end]
-        labels += [begin[:1].astype(np.int32), np.full(len(begin) - 1, IGNORED, np.int32), end.astype(np.int32)]
+        labels += [begin[:marked].astype(np.int32), np.full(len(begin) - marked, IGNORED, np.int32), end.astype(np.int32)]
         masked = masked or prompt is not None
     return joined(tokens), np.concatenate(labels) if masked else None
