@@ -19,6 +19,7 @@ from contextlib import suppress
 from . import __version__
 from ._kernels import cpu_info
 from .errors import Closing, InputError, PyGPTError, is_whole, shown
+from .formats.open import sha256_of
 from .generation.engine import LIVE, Engine
 from .generation.logprobs import token_info
 from .generation.prefix import common_prefix
@@ -86,9 +87,12 @@ class Complete(Closing):
 
     def identity(self) -> "dict[str, Any]":
         """Return everything on which answers depend besides the rows, for JSON. It reads the whole model file once."""
-        with open(self.path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        program = {"pygpt": __version__, "model": digest, "weights": self._weights, "fused multiply-add": cpu_info()["fused"]}
+        program = {
+            "pygpt": __version__,
+            "model": sha256_of(self.path),
+            "weights": self._weights,
+            "fused multiply-add": cpu_info()["fused"],
+        }
         own = {name: getattr(self, name) for name in ("seed", "logprobs", "keep_going")}
         return {**program, **own, "options": self._options}
 

@@ -6,7 +6,6 @@ incomplete file is deleted. stdout stays empty.
 """
 
 import argparse
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
@@ -15,8 +14,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from ..formats.files import reason
 from ..formats.gguf import write_gguf
-from ..formats.huggingface import HuggingFaceModel
-from ..formats.open import blocks_of, open_source
+from ..formats.open import blocks_of, open_source, sha256_of
 from ..formats.panels import ModelFile, formats_of, write_panels
 from .console import Parser, say, status_of
 from .convert import check_target, describe
@@ -96,7 +94,7 @@ def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
             if gguf:
                 write_gguf(target, model.config, formats, tensors)
             else:
-                write_panels(target, model.config, formats, tensors, sha256_of(model))
+                write_panels(target, model.config, formats, tensors, sha256_of(model.path))
         except OSError as error:
             raise PyGPTError(f"{target}: cannot write the model file: {reason(error)}") from error
 
@@ -106,12 +104,3 @@ def positions_of(model: "Source") -> Format:
     if isinstance(model, ModelFile):
         return model.formats["wpe"]
     return model.format if isinstance(model, Checkpoint) else BFLOAT16 if model.dtype == "bfloat16" else FLOAT32
-
-
-def sha256_of(model: "Source") -> str:
-    """Return the sha256 of a model's files, one after the other, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in model.paths if isinstance(model, HuggingFaceModel) else [model.path]:
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()

@@ -201,11 +201,6 @@ class HuggingFaceModel(Closing):
         return set(dtype_of.values())
 
     @property
-    def paths(self) -> list[str]:
-        """The paths of the safetensors files."""
-        return [file.path for file in self._files.values()]
-
-    @property
     def size(self) -> int:
         """The size of all its files in bytes."""
         return sum(file.size for file in self._files.values())

@@ -166,6 +166,20 @@ def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "S
     return _with_tokenizer(StreamedCheckpoint(path))
 
 
+def sha256_of(path: str) -> str:
+    """Return the sha256 of a model's file in hexadecimal digits; of a folder, that of its settings and tensors, joined."""
+    import hashlib
+
+    from .huggingface import CONFIG_FILE, find_files
+
+    digest = hashlib.sha256()
+    names = [os.path.join(path, name) for name in (CONFIG_FILE, *find_files(path))] if os.path.isdir(path) else [path]
+    for name in names:
+        with open(name, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
 def _is_hugging_face(path: str) -> bool:
     """Return whether this is a folder, a pickle, or a safetensors file other than a panel file."""
     if os.path.isdir(path) or is_pickle(path):

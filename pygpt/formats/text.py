@@ -187,13 +187,18 @@ def read_rows(text: Iterable[str], name: str) -> "Iterator[tuple[str, dict[str, 
     for number, line in enumerate(_lines(text), 1):
         if line.strip():
             where = f"{name}: line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f'{where} is {shown(row)}: it must be an object such as {{"text": "..."}}')
-            yield where, row
+            yield where, row_of(line, where)
+
+
+def row_of(line: str | bytes, where: str, example: str = '{"text": "..."}') -> "dict[str, Any]":
+    """Return the JSON object in a line. where: its place, for messages. Raises DataError for other text."""
+    try:
+        row = json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is {shown(row)}: it must be an object such as {example}")
+    return row
 
 
 def _lines(text: Iterable[str]) -> Iterator[str]:
