@@ -45,18 +45,14 @@ static float *scratch(ptrdiff_t count) { /* its size differs by set, and must no
 
 static void release(void *p) { free((float *)p - MARGIN); }
 
-/* A matrix of N x K weights of a format. Single values are float32 or the upper halves of float32, which are finite as float16, too.
+/* A matrix of N x K weights of a format. Single values are float32 or the upper bytes of float32, which are finite as float16, too.
  * Blocks have random values, the least among them, and finite float16 scales of both signs, subnormals among them. */
 static void *weights(ptrdiff_t N, ptrdiff_t K, int spread, const weight_format *format) {
     const ptrdiff_t block = format->block_values, group = format->interleave;
     const ptrdiff_t blocks = (N + group - 1) / group * group * ((K + block - 1) / block);
     float *p = numbers(blocks * block, spread);
-    for (ptrdiff_t i = 0; format->scale_bytes == 0 && format->value_bytes == 2 && i < blocks; i++) {
-        uint32_t bits;
-        memcpy(&bits, p + i, 4);
-        const uint16_t upper = bits >> 16;
-        memcpy((uint16_t *)p + i, &upper, 2);
-    }
+    for (ptrdiff_t i = 0; format->scale_bytes == 0 && i < blocks; i++)
+        memmove((char *)p + i * format->value_bytes, (char *)(p + i + 1) - format->value_bytes, format->value_bytes);
     if (format->scale_bytes) {
         uint8_t *values = (uint8_t *)p;
         uint16_t *scales = (uint16_t *)(values + blocks * format->value_bytes);

@@ -2,15 +2,16 @@
 #include "micro.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include <cpuid.h>
 #include <immintrin.h>
 #define W 8
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
 #define WIDE(p) ((uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#define HALVES(p) ((vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define MAX(a, b) ((vec)_mm256_max_ps((a), (b)))
 #define FUSED 1
 #define SQRT(a) ((vec)_mm256_sqrt_ps(a))

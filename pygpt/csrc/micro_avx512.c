@@ -10,6 +10,7 @@
 #define W 16
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
 #define WIDE(p) ((uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))))
+#define HALVES(p) ((vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define MAX(a, b) ((vec)_mm512_max_ps((a), (b)))
 #define FUSED 1
 #define SQRT(a) ((vec)_mm512_sqrt_ps(a))

@@ -1,6 +1,7 @@
 /* The one source of the microkernels. A file that includes it first defines:
  *   W          floats in one register (16, 8 or 4)
- *   MAX(a,b)   a where a > b, else b, and WIDE(p), W uint16 from p on as uint32: defined if one instruction does it
+ *   MAX(a,b)   a where a > b, else b; WIDE(p), W uint16 from p on as uint32; HALVES(p), W float16 as float32: each is defined
+ *              if one instruction does it
  *   FMA(a,b,c) a * b + c               FUSED       1 if FMA rounds once          SQRT(a)  the square root, rounded once
  *   MR, NR     register tile of gemm: rows x outputs          STREAMS     weight rows that gemm reads side by side for one row
  *   TALL_TILES if 24 sums of 6 rows x 4 outputs fit the registers
@@ -37,6 +38,9 @@ typedef float vec4 __attribute__((vector_size(16)));
 
 #ifndef WIDE
 #define WIDE(p) __builtin_convertvector(*(const hvec_unaligned *)(p), uvec)
+#endif
+#ifndef HALVES
+#define HALVES(p) from_float16(WIDE(p))
 #endif
 #ifndef MAX
 #define MAX(a, b) choose((a) > (b), (a), (b))
@@ -80,11 +84,18 @@ INLINE void store_tail(float *p, lanes a, ptrdiff_t n) {
     memcpy(p, buffer, n * sizeof *p);
 }
 
+INLINE vec from_float16(uvec h) {
+    uvec magnitude = (uvec)((vec)((h & 0x7fff) << 13) * broadcast(0x1p112f)); /* the exponent moves, exactly */
+    uvec special = (uvec)((h & 0x7c00) == 0x7c00) & 0x7f800000;               /* infinity and NaN keep theirs */
+    return (vec)(magnitude | special | (h & 0x8000) << 16);
+}
+
 /* The weight formats without blocks: name, bytes of a value, W values from i on as float32. One line here creates the functions
  * of the format and its row in the table. Zero bits must mean 0. A bfloat16 is the upper half of its float32. */
 #define EACH_FORMAT(f)                                                \
     f(float32, 4, *(const vec_unaligned *)((const float *)w + i))     \
-    f(bfloat16, 2, (vec)(WIDE((const uint16_t *)w + i) << 16))
+    f(bfloat16, 2, (vec)(WIDE((const uint16_t *)w + i) << 16))        \
+    f(float16, 2, HALVES((const uint16_t *)w + i))
 
 #define KIND(name, bytes, load) KIND_##name,
 enum { EACH_FORMAT(KIND) }; /* constants: the compiler inlines a function once for each format */
@@ -173,18 +184,18 @@ INLINE float fold(lanes a) {
 /* Do four folds at once. Each lane does the same additions; the vectors are joined as they become shorter. */
 INLINE vec4 fold_four(lanes a, lanes b, lanes c, lanes d) {
 #if W == 16
-#define HALVES(x, y, o) __builtin_shufflevector(x, y, o, o + 1, o + 2, o + 3, o + 4, o + 5, o + 6, o + 7, \
+#define EIGHTS(x, y, o) __builtin_shufflevector(x, y, o, o + 1, o + 2, o + 3, o + 4, o + 5, o + 6, o + 7, \
                                                 o + 16, o + 17, o + 18, o + 19, o + 20, o + 21, o + 22, o + 23)
-#define QUARTERS(x, y, o) __builtin_shufflevector(x, y, o, o + 1, o + 2, o + 3, o + 8, o + 9, o + 10, o + 11, \
+#define FOURS(x, y, o) __builtin_shufflevector(x, y, o, o + 1, o + 2, o + 3, o + 8, o + 9, o + 10, o + 11, \
                                                   o + 16, o + 17, o + 18, o + 19, o + 24, o + 25, o + 26, o + 27)
-    vec ab = HALVES(a.v[0], b.v[0], 0) + HALVES(a.v[0], b.v[0], 8);
-    vec cd = HALVES(c.v[0], d.v[0], 0) + HALVES(c.v[0], d.v[0], 8);
-    vec four = QUARTERS(ab, cd, 0) + QUARTERS(ab, cd, 4);
+    vec ab = EIGHTS(a.v[0], b.v[0], 0) + EIGHTS(a.v[0], b.v[0], 8);
+    vec cd = EIGHTS(c.v[0], d.v[0], 0) + EIGHTS(c.v[0], d.v[0], 8);
+    vec four = FOURS(ab, cd, 0) + FOURS(ab, cd, 4);
     vec two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     vec one = two + __builtin_shufflevector(two, two, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     return __builtin_shufflevector(one, one, 0, 4, 8, 12);
-#undef HALVES
-#undef QUARTERS
+#undef EIGHTS
+#undef FOURS
 #else
     vec4 p = fold4(a), q = fold4(b), r = fold4(c), s = fold4(d);
     vec4 pq = __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);

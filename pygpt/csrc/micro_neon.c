@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 #define W 4
 #define FMA(a, b, c) ((vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define HALVES(p) ((vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p)))))
 #define FUSED 1
 #define SQRT(a) ((vec)vsqrtq_f32((float32x4_t)(a)))
 #define MR 2

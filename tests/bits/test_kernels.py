@@ -32,6 +32,7 @@ from pygpt._kernels import (
     Weights,
     copy_keys_values,
     greedy,
+    matrix_product,
     median,
     select_isa,
     weight_formats,
@@ -351,15 +352,30 @@ def test_each_tensor_has_its_own_format(data: st.DataObject, config: Config, see
         assert same(logits_of(config, tensors, formats, tokens), expected)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_pattern_of_two_bytes(isa: str, kind: str) -> None:
+    """Each of the 65,536 patterns as a weight whose input is 1. The other inputs and weights are 0."""
+    patterns, rows = np.arange(1 << 16, dtype="<u2").reshape(-1, 16), np.ones((1, 16), np.float32)
+    values = FORMATS[kind].to_float32(patterns.reshape(-1).view(FORMATS[kind].dtype)).reshape(patterns.shape)
+    values[values == 0] = 0  # a sum that begins with 0 does not end with -0
+    out = np.zeros((1, 16), np.float32)
+    with instruction_set(isa):
+        for at, expected in zip(patterns, values, strict=True):
+            matrix = np.where(np.arange(16) == 0, at[:, None], 0).astype("<u2")  # (16 outputs, 16 inputs)
+            matrix_product(out, rows, kind, matrix.view("u1").reshape(-1), 0, 16, packed=False)
+            assert same(out[0], expected)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_tables_of_formats_agree(isa: str) -> None:
     with instruction_set(isa):
         found = weight_formats()
-    assert list(found)[:2] == ["float32", "bfloat16"]
+    assert list(found)[:3] == ["float32", "bfloat16", "float16"]
     for name, block in found.items():
         if block[0] == 1 or name in FORMATS:
             assert (FORMATS[name].block_values, FORMATS[name].block_bytes) == block
-    assert list(found.items())[2:] == [("q8_0", (32, 34)), ("q4_0", (32, 18))]
+    assert list(found.items())[3:] == [("q8_0", (32, 34)), ("q4_0", (32, 18))]
     for name, row in FORMATS.items():
         assert row.name == name
         assert np.dtype(row.dtype).itemsize == row.block_bytes
@@ -368,8 +384,8 @@ def test_the_tables_of_formats_agree(isa: str) -> None:
 @pytest.mark.parametrize(
     ("name", "stored", "cut", "message"),
     [
-        ("qkvw", "q5_1", 0, "weights are of format 'q5_1': the kernels read float32, bfloat16, q8_0, q4_0"),
-        ("lnfb", "float16", 0, "weights are of format 'float16': the kernels read float32, bfloat16, q8_0, q4_0"),
+        ("qkvw", "q5_1", 0, "weights are of format 'q5_1': the kernels read float32, bfloat16, float16, q8_0, q4_0"),
+        ("lnfb", "q6_k", 0, "weights are of format 'q6_k': the kernels read float32, bfloat16, float16, q8_0, q4_0"),
         ("fcw", "float32", 1, "fcw has 9215 bytes, expected 9216 in float32"),
         ("lnfb", "bfloat16", 0, "lnfb has 96 bytes, expected 48 in bfloat16"),
     ],
