@@ -10,20 +10,19 @@ import os
 from collections.abc import Iterator, Sequence
 
 from ..errors import InputError, PyGPTError
-from ..formats.checkpoint import Checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from ..formats.files import reason
 from ..formats.gguf import write_gguf
-from ..formats.open import blocks_of, open_source, sha256_of
-from ..formats.panels import ModelFile, formats_of, write_panels
+from ..formats.open import blocks_of, open_model, sha256_of
+from ..formats.panels import formats_of, write_panels
+from ..formats.tensors import ModelFile
 from .console import Parser, say, status_of
 from .convert import check_target, describe
 from .progress import Progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..formats.open import Source
-    from ..formats.panels import Blocks
+    from ..formats.tensors import Blocks
 
 EXAMPLES = """\
 examples:
@@ -68,17 +67,17 @@ def run(options: argparse.Namespace) -> None:
     if not options.target.endswith(ENDINGS):
         raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; use `pygpt convert` for a .bin file")
     check_target(options.source, options.target)
-    with open_source(options.source) as model:
+    with open_model(options.source) as model:
         before = describe(options.source, model)
         quantise(model, options.target, FORMATS[options.format], FORMATS[head])
     size = os.path.getsize(options.target)
     say(f"{before} -> {options.target} ({FORMATS[options.format].name}, head {FORMATS[head].name}, {size} bytes)")
 
 
-def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
+def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
     """Write the model to `target`, a .gguf or .safetensors file. Raises PyGPTError if it cannot be written."""
     gguf = target.endswith(".gguf")
-    formats = formats_of(model.config, kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
+    formats = formats_of(model.config, kind, head, BFLOAT16 if not gguf and model.formats["wpe"] == BFLOAT16 else FLOAT32)
     with Progress("weights", model.config.parameters(padded=False)) as progress:
         done = 0
 
@@ -97,10 +96,3 @@ def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
         except OSError as error:
             raise PyGPTError(f"{target}: cannot write the model file: {reason(error)}") from error
-
-
-def positions_of(model: "Source") -> Format:
-    """Return the format of wpe."""
-    if isinstance(model, ModelFile):
-        return model.formats["wpe"]
-    return model.format if isinstance(model, Checkpoint) else BFLOAT16 if model.dtype == "bfloat16" else FLOAT32

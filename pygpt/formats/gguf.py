@@ -18,18 +18,18 @@ from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
-from .checkpoint import MODEL_KIND
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
-from .files import Windows, atomic_file
+from .files import MODEL_KIND, MappedFile, atomic_file
 from .panels import ALIGNMENT as ALIGNED
-from .panels import MATRICES, QUANTISED, ModelFile, aligned, layout, stored_size
+from .panels import MATRICES, QUANTISED, aligned, stored_size
+from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import IO, Any, SupportsIndex
 
-    from .panels import Blocks
+    from .tensors import Blocks
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -144,11 +144,12 @@ class GGUFFile(ModelFile):
     quantised tensors out in panels, on so many threads as for GPT2.load(). Raises CheckpointError if the file is
     not exactly as pygpt needs it."""
 
+    _file: MappedFile
+
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> None:
         self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
         self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
-        self._file = Windows(self.path, MODEL_KIND, CheckpointError)
-        self.size = self._file.size
+        self._file = MappedFile(self.path, MODEL_KIND, CheckpointError)
         try:
             self._tensors = self._read_header()
             self.config = self._read_config()
@@ -380,10 +381,6 @@ class GGUFFile(ModelFile):
             else:
                 into[:] = content
         return kind.name, out
-
-    def close(self) -> None:
-        """Close the file. Its arrays remain valid. May be called twice."""
-        self._file.close()
 
 
 def _theirs(name: str, layers: int) -> list[str]:

@@ -15,11 +15,12 @@ from contextlib import ExitStack
 from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, Closing, InputError, PyGPTError, shown
+from ..errors import CheckpointError, InputError, PyGPTError, shown
 from . import dtypes
-from .dtypes import FLOAT32
-from .files import is_pickle, reason
+from .dtypes import FLOAT32, Format
+from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
+from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .checkpoint import Weights
-    from .dtypes import Format
     from .pickles import PickleFile
+    from .tensors import Blocks, Weights
 
     Tensors = SafetensorsFile | PickleFile
 
@@ -65,8 +65,8 @@ NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
 KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
 
 
-class HuggingFaceModel(Closing):
-    """An open model with `config`, with stored() to compute, and pieces() of its tensors by our names. Close it, or use `with`.
+class HuggingFaceModel(ModelFile):
+    """An open model of transformers or nanoGPT. Close it, or use `with`.
 
     files: the files by path. settings: the contents of config.json, or None without that file. heads: the number of heads,
     needed only without settings, and only if the model does not have a known size. path: the model's name in messages.
@@ -105,8 +105,8 @@ class HuggingFaceModel(Closing):
             raise InputError(f"{path}: {CONFIG_FILE} contains the number of heads: leave out --heads")
         else:
             self.config = read_settings(settings, path, tied=self._tied())
-        found = self._check()
-        self.dtype = "mixed" if len(found) > 1 else FORMATS[found.pop()].name
+        self._check()
+        self.formats = {name: self._format(name) for name, _ in self.config.table}
 
     @classmethod
     def open(
@@ -133,7 +133,7 @@ class HuggingFaceModel(Closing):
                 _check_index(folder, files)
             place = os.path.join(folder, CONFIG_FILE)
             inside = next(iter(files.values())).metadata.get(CONFIG_FILE)
-            found = parse_settings(inside.encode(), path) if inside else _read_json(place) if os.path.exists(place) else None
+            found = parse_object(inside.encode(), path) if inside else read_json(place) if os.path.exists(place) else None
             model = cls(files, found, path=path, heads=heads, threads=threads, mmap=mmap)
             opened.pop_all()
         return model
@@ -181,8 +181,8 @@ class HuggingFaceModel(Closing):
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
 
-    def _check(self) -> set[str]:
-        """Check names, shapes and dtypes of all tensors against the dimensions; return the dtypes."""
+    def _check(self) -> None:
+        """Check names, shapes and dtypes of all tensors against the dimensions."""
         wanted: dict[str, tuple[int, ...]] = {}
         for name, shape, _, _ in self.config.tensors(padded=False):
             if not (self._unbiased and name.endswith("b")):
@@ -198,7 +198,6 @@ class HuggingFaceModel(Closing):
         dtype_of = {name: file.tensors[full][0] for name, (file, full) in self._tensors.items() if name in wanted}
         if wrong := sorted((dtype, name) for name, dtype in dtype_of.items() if dtype not in FORMATS):
             raise self._bad(f"tensor {wrong[0][1]} is of dtype {wrong[0][0]}, expected {', '.join(FORMATS)}")
-        return set(dtype_of.values())
 
     @property
     def size(self) -> int:
@@ -210,46 +209,33 @@ class HuggingFaceModel(Closing):
         """Whether the first file has a tokenizer.json in its metadata."""
         return "tokenizer.json" in next(iter(self._files.values())).metadata
 
-    @property
-    def format(self) -> "Format":
-        """The weight format of the layers' matrices."""
-        return self._format("qkvw")
-
     def _parts(self, name: str) -> "list[tuple[Tensors, str]]":
         """The files and full names of a tensor's layers; [] for biases that the model does not have."""
         if self._unbiased and name.endswith("b"):
             return []
-        theirs = NAMES[name][0]
-        layers = self.config.L if "{}" in theirs else 1
-        return [self._tensors[theirs.format(layer)] for layer in range(layers)]
+        layers, _, _ = layout(self.config, name)
+        return [self._tensors[NAMES[name][0].format(layer)] for layer in range(layers)]
 
-    def _format(self, name: str) -> "Format":
-        """The format in which the kernels read a tensor: the files' own, or float32 if layers differ or the kernels lack it."""
-        from .._kernels import weight_formats
-
+    def _format(self, name: str) -> Format:
+        """The format of a tensor in the files: float32 if its layers differ, and for biases that the model does not have."""
         found = {file.tensors[full][0] for file, full in self._parts(name)}
-        kind = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
-        return kind if kind.name in weight_formats() else FLOAT32
+        return FORMATS[found.pop()] if len(found) == 1 else FLOAT32
 
-    def _values(self, part: "tuple[Tensors, str]", kind: "Format", rows: slice = slice(None)) -> "npt.NDArray[Any]":
-        """Some rows of one tensor of the files in a format: a view if they have it."""
-        file, full = part
-        return file.stored(full, rows) if FORMATS[file.tensors[full][0]] == kind else file.tensor(full, rows)
-
-    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield our tensor `name` as float32 in order: some rows of an embedding at a time, else one layer at a time."""
+    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+        """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part()."""
         import numpy as np
 
-        theirs, transposed = NAMES[name]
-        parts = self._parts(name)
-        if not parts:
-            yield next(np.zeros(shape, "<f4") for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
-        elif "{}" not in theirs:
-            yield from _rows(*parts[0])
+        _, _, K = layout(self.config, name)
+        if not (parts := self._parts(name)):
+            return FLOAT32, np.zeros((1, K), "<f4")
+        file, full = parts[layer]
+        if NAMES[name][1] and not self._linear:
+            array = np.ascontiguousarray(file.stored(full).T[start:stop])  # [K, N] -> [rows, K]
+        elif len(file.tensors[full][1]) == 1:
+            array = file.stored(full)[None]
         else:
-            for file, full in parts:
-                array = file.tensor(full)
-                yield (array.T if transposed and not self._linear else array)[None]
+            array = file.stored(full, slice(start, stop))
+        return FORMATS[file.tensors[full][0]], array
 
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
         """Map each tensor to its format's name and its bytes, as Weights takes them.
@@ -257,14 +243,15 @@ class HuggingFaceModel(Closing):
         wte, wpe and a head are the bytes of the file. The layers' matrices are laid out in memory, on all workers at once."""
         import numpy as np
 
-        from .._kernels import Floats, transpose
+        from .._kernels import Floats, transpose, weight_formats
         from ..cpus import resolve_threads
         from ..pool import ThreadPool
 
+        known = weight_formats()
         found: dict[str, tuple[str, memoryview]] = {}
         moves: list[tuple[tuple[Tensors, str], Format, memoryview]] = []  # a layer's matrix, its format and its new place
         for name, shape, _, size in self.config.tensors(padded=False):
-            parts, kind = self._parts(name), self._format(name)
+            parts, kind = self._parts(name), self.formats[name] if self.formats[name].name in known else FLOAT32
             if NAMES[name][1]:
                 memory = memoryview(Floats(1, -(-kind.size(size) // 4), dense=True)).cast("B")[: kind.size(size)]
                 step = len(memory) // len(parts)
@@ -289,13 +276,18 @@ class HuggingFaceModel(Closing):
             pool.run(job)
         return found
 
+    def _values(self, part: "tuple[Tensors, str]", kind: Format, rows: slice = slice(None)) -> "npt.NDArray[Any]":
+        """Some rows of one tensor of the files in a format: a view if they have it."""
+        file, full = part
+        return file.stored(full, rows) if FORMATS[file.tensors[full][0]] == kind else file.tensor(full, rows)
+
     def close(self) -> None:
         """Close the files. May be called twice."""
         for file in self._files.values():
             file.close()
 
 
-def write_model(folder: str, model: "Weights", kind: "Format") -> None:
+def write_model(folder: str, model: "Weights", kind: Format) -> None:
     """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
     A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it
@@ -329,7 +321,7 @@ def _texts(config: Config, dtype: str) -> dict[str, bytes]:
     return texts | ({} if tokenizer is None else tokenizer_files(tokenizer, config.maxT))
 
 
-def write_tensors(file: "IO[bytes]", model: "Weights", kind: "Format", metadata: "dict[str, str] | None" = None) -> None:
+def write_tensors(file: "IO[bytes]", model: "Weights", kind: Format, metadata: "dict[str, str] | None" = None) -> None:
     """Write the tensors of a model to an open file as safetensors with transformers' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
@@ -421,7 +413,7 @@ def find_files(folder: str) -> list[str]:
 def _read_index(folder: str, index: str) -> dict[str, str]:
     """Read the index: map each tensor to its shard. An index can only name files in its own folder."""
     path = os.path.join(folder, index)
-    places = _read_json(path).get("weight_map")
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{path}: it has no weight_map from tensors to files")
     for name in places.values():
@@ -444,19 +436,6 @@ def _check_index(folder: str, files: "Mapping[str, Tensors]") -> None:
         raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is in {name}, but the index does not list it there")
 
 
-def _read_json(path: str) -> "dict[str, Any]":
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f"{path}: not a regular file")
-    try:
-        with open(path, "rb") as file:
-            text = file.read(JSON_LIMIT + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read it: {reason(error)}") from error
-    return parse_settings(text, path)
-
-
-def parse_settings(text: bytes, path: str) -> "dict[str, Any]":
-    """Parse an untrusted config.json or index. Raises CheckpointError."""
-    if len(text) > JSON_LIMIT:
-        raise CheckpointError(f"{path}: longer than {JSON_LIMIT} bytes: too long for the settings of a model")
-    return parse_object(text, path)
+def read_json(path: str) -> "dict[str, Any]":
+    """Read a config.json or an index. Raises CheckpointError."""
+    return parse_object(small_file(path, "model's settings", CheckpointError, JSON_LIMIT), path)

@@ -222,7 +222,7 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
         end = start + 1 + mapped[start] if start < len(mapped) else start + 1
         if end > len(mapped):
             raise DataError(f"{name}: truncated: token {token} of {V} would end at byte {end} of {len(mapped)}")
-        tokens.append(mapped[start + 1 : end])
+        tokens.append(bytes(mapped[start + 1 : end]))
         start = end
     check_size(name, len(mapped), start, f"{V} tokens")
     return tokens, eot

@@ -19,12 +19,11 @@ from ..errors import CheckpointError, InputError, PyGPTError
 from ..formats.huggingface import (
     CONFIG_FILE,
     INDEX_FILE,
-    JSON_LIMIT,
     MODEL_FILE,
     PICKLE_FILE,
     PICKLE_INDEX,
     find_files,
-    parse_settings,
+    read_json,
     read_settings,
 )
 from ..formats.pickles import pickle_error
@@ -123,8 +122,7 @@ class Repository:
 def _fetch_folder(repository: Repository) -> str:
     """Fetch config.json and the safetensors; return their folder."""
     settings = repository.need(CONFIG_FILE)
-    with open(settings, "rb") as file:
-        config = read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
+    config = read_settings(read_json(settings), repository.name)
     if config.V != GPT2_V:  # GPT-2's vocabulary is part of this package
         with suppress(PyGPTError):  # offline, a file that is not in the cache may not exist at all
             if repository.get("tokenizer.json") is None:

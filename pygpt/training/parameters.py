@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..formats.open import Model
+    from ..formats.tensors import ModelFile
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction set
 PAGE = 4096  # bytes
@@ -101,7 +101,7 @@ class Parameters(Closing):
             model.take(checkpoint)
         return model
 
-    def take(self, checkpoint: "Model") -> None:
+    def take(self, checkpoint: "ModelFile") -> None:
         """Copy the weights of an open model of the same dimensions. Raises CheckpointError for one that is not finite."""
         import numpy as np
 
@@ -168,7 +168,7 @@ class Parameters(Closing):
             write_tensors(file, self, kind, {CONFIG_FILE: json.dumps(settings_of(self.config, kind.name))})
 
     def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield a tensor in one piece for each layer, as Checkpoint.pieces() does."""
+        """Yield a tensor in one piece for each layer, as ModelFile.pieces() does."""
         array = self.tensor(name)
         yield from (array[i : i + 1] for i in range(len(array))) if array.ndim == 3 else [array]
 

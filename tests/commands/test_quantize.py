@@ -20,7 +20,7 @@ from pygpt.commands.quantize import FORMATS, main
 from pygpt.config import TENSORS, Config
 from pygpt.errors import CheckpointError
 from pygpt.formats.gguf import GGUFFile
-from pygpt.formats.open import open_model, open_source
+from pygpt.formats.open import open_model
 from pygpt.formats.panels import PanelFile, quantise
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 130, "maxT": 8}
@@ -55,7 +55,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[st
 
 
 def all_of(path: str) -> Tensors:
-    with open_source(path) as model:
+    with open_model(path) as model:
         return {name: np.concatenate(list(model.pieces(name))) for name, _ in TENSORS}
 
 

@@ -17,7 +17,7 @@ from pygpt.commands.convert import main as convert
 from pygpt.commands.quantize import main as quantize
 from pygpt.config import ACTIVATIONS
 from pygpt.formats.huggingface import HuggingFaceModel, read_settings
-from pygpt.formats.open import open_source
+from pygpt.formats.open import open_model
 from pygpt.reference import SerialTrainableGPT2
 from pygpt.training.data import DataLoader
 from pygpt.training.options import TrainingOptions
@@ -48,7 +48,7 @@ def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def weights_of(path: str) -> tuple[oracle.Weights, Config]:
-    with open_source(path) as model:
+    with open_model(path) as model:
         return {n: np.concatenate(list(model.pieces(n))).astype(np.float64) for n, _ in model.config.table}, model.config
 
 

@@ -80,8 +80,9 @@ from ...config import Config
 from ...cpus import processors
 from ...errors import InputError, PyGPTError
 from ...formats.open import open_floats, open_model
-from ...formats.panels import LAYERED, layout
+from ...formats.panels import LAYERED
 from ...formats.quantise import QUANTISED
+from ...formats.tensors import layout
 from ...hub.find import find_model
 from ...model import GPT2
 from ...reference import SerialGPT2
