@@ -26,8 +26,6 @@ class Format:
     dtype: NumPy's dtype of one block. to_float32: (..., blocks) -> (..., values), exact; float32 itself is not copied.
     from_float32: the inverse, rounded; None if pygpt only reads the format."""
 
-    __slots__ = ("block_bytes", "block_values", "dtype", "from_float32", "name", "to_float32")
-
     def __init__(
         self,
         name: str,
@@ -40,9 +38,6 @@ class Format:
         self.name, self.dtype = name, dtype
         self.block_values, self.block_bytes = block_values, block_bytes
         self.to_float32, self.from_float32 = to_float32, from_float32
-
-    def __repr__(self) -> str:
-        return f"Format({self.name})"
 
     def size(self, values: int) -> int:
         """Return the bytes of a row with this number of values, in whole blocks."""
@@ -80,10 +75,6 @@ def _to_bfloat16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.uint16]":
     bits = array.view("<u4")
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
     return np.where(np.isnan(array), (bits >> 16).astype("<u2") | np.uint16(0x40), rounded)
-
-
-def _from_float16(array: "npt.NDArray[np.float16]") -> "npt.NDArray[np.float32]":
-    return array.astype("<f4")
 
 
 def _to_float16(array: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float16]":
@@ -207,7 +198,7 @@ SEARCHED = 1 << 11  # blocks searched at a time, to fit the second-level cache
 
 FLOAT32 = Format("float32", "<f4", 1, 4, lambda array: array, lambda array: array)
 BFLOAT16 = Format("bfloat16", "<u2", 1, 2, _from_bfloat16, _to_bfloat16)
-FLOAT16 = Format("float16", "<f2", 1, 2, _from_float16, _to_float16)
+FLOAT16 = Format("float16", "<f2", 1, 2, lambda array: array.astype("<f4"), _to_float16)
 Q8_0 = Format("q8_0", [("d", "<f2"), ("q", "i1", 32)], 32, 34, lambda b: _from_blocks(b["d"].astype("<f4"), b["q"]), _to_q8_0)
 Q4_0 = Format("q4_0", [("d", "<f2"), ("q", "u1", 16)], 32, 18, _from_q4_0, _to_q4_0)  # low nibbles: inputs 0..15
 Q6_K = Format("q6_k", [("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")], 256, 210, _from_q6_k, None)

@@ -50,6 +50,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32, INT32, FLOAT = 4, 5, 6
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+END_KEYS = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 DIMENSIONS = {"maxT": "context_length", "C": "embedding_length", "L": "block_count", "NH": "attention.head_count"}
@@ -77,7 +78,7 @@ class _Cursor:
     """Read the fields of a header in order. Each must fit into the bytes that the file has."""
 
     def __init__(self, path: str, data: memoryview) -> None:
-        self._path, self.data, self.at, self.last = path, data, 0, (0, 0)
+        self._path, self.data, self.at = path, data, 0
 
     def bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: not a valid GGUF file: {what}")
@@ -113,18 +114,18 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.bad(f"{what} is not UTF-8: {error.reason}") from None
 
-    def array(self, what: str) -> int:
-        """Step over an array; return how many elements it has. self.last: its type, and where its elements begin."""
+    def array(self, what: str) -> tuple[int, int, int]:
+        """Step over an array; return the type of its elements, where they begin, and how many there are."""
         kind = self.count("I", 0, max(SCALARS), f"the type of {what}")
         number = self.count("Q", 0, ARRAY_LIMIT, f"the length of {what}")
-        self.last = kind, self.at
+        begin = self.at
         if kind in SCALARS:
             self.skip(number * struct.calcsize("<" + SCALARS[kind]), what)
         elif kind == STRING:
             self.skip(self._strings(number), what)
         else:
             raise self.bad(f"{what} is an array of arrays")
-        return number
+        return kind, begin, number
 
     def _strings(self, number: int) -> int:
         """Return the bytes of `number` strings, or too many if the file ends first. The loop runs 100,000 times."""
@@ -161,7 +162,7 @@ class GGUFFile(ModelFile):
     # -------------------------------------------------------------------------------------------- the header
 
     def _read_header(self) -> dict[str, Tensor]:
-        """Read key-value pairs into self._values, and lengths of arrays into self._lengths. Return the tensors."""
+        """Read key-value pairs into self._values, and the places of arrays into self._arrays. Return the tensors."""
         cursor = self._cursor = _Cursor(self.path, self._file.view(0, min(self.size, HEADER_LIMIT)))
         magic = bytes(self._file.view(0, min(self.size, len(MAGIC))))
         cursor.skip(len(MAGIC), "the magic")
@@ -174,8 +175,7 @@ class GGUFFile(ModelFile):
         tensors = cursor.count("Q", 0, TENSORS_LIMIT, "the number of tensors")
         pairs = cursor.count("Q", 0, KEYS_LIMIT, "the number of keys")
         self._values: dict[str, Value] = {}
-        self._lengths: dict[str, int] = {}
-        self._arrays: dict[str, tuple[int, int]] = {}  # by key: type, offset
+        self._arrays: dict[str, tuple[int, int, int]] = {}  # by key: type, offset, length
         for _ in range(pairs):
             self._read_pair(cursor)
         table = [self._read_tensor(cursor) for _ in range(tensors)]
@@ -183,12 +183,11 @@ class GGUFFile(ModelFile):
 
     def _read_pair(self, cursor: _Cursor) -> None:
         key = cursor.string(KEY_LIMIT, "a key")
-        if key in self._values or key in self._lengths:
+        if key in self._values or key in self._arrays:
             raise cursor.bad(f"key {key[:80]!r} occurs twice")
         kind = cursor.count("I", 0, max(SCALARS), f"the type of {key[:80]!r}")
         if kind == ARRAY:
-            self._lengths[key] = cursor.array(repr(key[:80]))
-            self._arrays[key] = cursor.last
+            self._arrays[key] = cursor.array(repr(key[:80]))
         elif kind == STRING:
             self._values[key] = cursor.string(STRING_LIMIT, repr(key[:80]))
         else:
@@ -267,7 +266,7 @@ class GGUFFile(ModelFile):
         if values.get("gpt2.attention.head_count_kv", config.NH) != config.NH:
             found_heads = shown(values["gpt2.attention.head_count_kv"])
             raise self._bad(f"gpt2.attention.head_count_kv is {found_heads}, expected {config.NH} for {config}")
-        tokens = self._lengths.get("tokenizer.ggml.tokens", config.V)
+        _, _, tokens = self._arrays.get(TOKENS, (0, 0, config.V))
         if tokens != config.V:
             raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, but {NAMES['wte']} has {config.V} rows")
         return config
@@ -296,14 +295,8 @@ class GGUFFile(ModelFile):
         if HEAD not in self._tensors:
             return True
         head, wte = self._tensors[HEAD], self._tensors[NAMES["wte"]]
-        if (head.kind, head.extents) != (wte.kind, wte.extents):
-            return False
-        for at in range(0, head.stop - head.start, HEADER_LIMIT):
-            size = min(HEADER_LIMIT, head.stop - head.start - at)
-            one, other = (self._file.view(tensor.start + at, tensor.start + at + size) for tensor in (head, wte))
-            if one != other:
-                return False
-        return True
+        same = (head.kind, head.extents) == (wte.kind, wte.extents)
+        return same and self._file.view(head.start, head.stop) == self._file.view(wte.start, wte.stop)
 
     @property
     def has_vocabulary(self) -> bool:
@@ -316,7 +309,7 @@ class GGUFFile(ModelFile):
         if not self.has_vocabulary or split not in ("gpt-2", "default"):
             raise InputError(f"{self.path}: it has no vocabulary that splits text as GPT-2 does (its kind is {shown(split)})")
         tokens = self._strings(TOKENS)
-        kind, at = self._arrays.get("tokenizer.ggml.token_type", (0, 0))
+        kind, at, _ = self._arrays.get("tokenizer.ggml.token_type", (0, 0, 0))
         types = struct.unpack_from(f"<{len(tokens)}i", self._cursor.data, at) if kind in (UINT32, INT32) else (1,) * len(tokens)
         added = {
             token: number == CONTROL for token, number in zip(tokens, types, strict=True) if number in (CONTROL, USER_DEFINED)
@@ -325,12 +318,12 @@ class GGUFFile(ModelFile):
 
     def _strings(self, key: str) -> list[str]:
         """Return the strings of an array."""
-        kind, at = self._arrays[key]
+        kind, at, number = self._arrays[key]
         if kind != STRING:
             raise self._cursor.bad(f"{key} is not an array of strings")
         cursor = _Cursor(self.path, self._cursor.data)
         cursor.at = at
-        return [cursor.string(STRING_LIMIT, key) for _ in range(self._lengths[key])]
+        return [cursor.string(STRING_LIMIT, key) for _ in range(number)]
 
     # -------------------------------------------------------------------------------------------- values
 
@@ -366,7 +359,7 @@ class GGUFFile(ModelFile):
         layers, N, K = layout(self.config, name)
         kind, parts = self.formats[name], [self._tensors[theirs] for theirs in _theirs(name, layers)]
         if any(part.kind != kind for part in parts):
-            return FLOAT32.name, self.widened(name)
+            return FLOAT32.name, self._widened(name)
         apart = any(one.stop != two.start for one, two in pairwise(parts))
         if self._mmap and not apart and kind.name not in QUANTISED:
             return kind.name, self._file.view(parts[0].start, parts[-1].stop)
@@ -437,47 +430,47 @@ def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
 
 
 def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
-    kind = formats["qkvw"].name
-    whole = {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
-    whole |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[kind]}
+    pairs: dict[str, Any] = {"general.architecture": "gpt2"}
+    pairs |= {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
+    pairs |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[formats["qkvw"].name]}
     if {formats["qkvw"].name, formats["wte"].name} & QUANTISED.keys():
-        whole["general.quantization_version"] = 2
-    pairs = [_pair("general.architecture", STRING, _string("gpt2"))]
-    pairs += [_pair(key, UINT32, struct.pack("<I", value)) for key, value in whole.items()]
-    pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", config.epsilon)))
-    return pairs + _vocabulary(config)
+        pairs["general.quantization_version"] = 2
+    pairs |= {"gpt2.attention.layer_norm_epsilon": config.epsilon, **_vocabulary(config)}
+    return [_string(key) + _value(value) for key, value in pairs.items()]
 
 
-def _vocabulary(config: Config) -> list[bytes]:
-    """The key-value pairs of the vocabulary; placeholders fill it up. One that GGUF cannot say is left out."""
-    V = config.V
+def _vocabulary(config: Config) -> "dict[str, Any]":
+    """Return the keys of the vocabulary; placeholders fill it up. One that GGUF cannot say is left out."""
     tokenizer = tokenizer_of(config) if config.tokenizer or config.V >= GPT2_V else None
     if tokenizer is None or not tokenizer.splits_before_space:
-        return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
+        return {"tokenizer.ggml.model": "none", "gpt2.vocab_size": config.V}
     found = tokenizer.vocabulary()
     tokens = {i: token for token, i in found["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, NORMAL)
     for token in found["added_tokens"]:
         tokens[token["id"]] = token["content"]
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    texts = [tokens.get(i, f"<|{i}|>") for i in range(V)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
-    kinds = struct.pack(f"<{V}i", *(types.get(i, UNUSED) for i in range(V)))
-    pairs = [
-        _pair("tokenizer.ggml.model", STRING, _string("gpt2")),
-        _pair("tokenizer.ggml.pre", STRING, _string("gpt-2")),
-        _pair(TOKENS, ARRAY, struct.pack("<IQ", STRING, V) + b"".join(map(_string, texts))),
-        _pair("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", INT32, V) + kinds),
-        _pair(MERGES, ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(_string, merges))),
-    ]
-    if tokenizer.eot is None:
-        return pairs
-    end = struct.pack("<I", tokenizer.eot)
-    return [*pairs, _pair("tokenizer.ggml.bos_token_id", UINT32, end), _pair("tokenizer.ggml.eos_token_id", UINT32, end)]
+    ends = {} if tokenizer.eot is None else dict.fromkeys(END_KEYS, tokenizer.eot)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        TOKENS: [tokens.get(i, f"<|{i}|>") for i in range(config.V)],
+        "tokenizer.ggml.token_type": [types.get(i, UNUSED) for i in range(config.V)],
+        MERGES: merges,
+        **ends,
+    }
 
 
-def _pair(key: str, kind: int, value: bytes) -> bytes:
-    return _string(key) + struct.pack("<I", kind) + value
+def _value(value: "Any") -> bytes:
+    """Return the type and the bytes of a text, a whole number, a number, or a list of texts or whole numbers."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    if not isinstance(value, list):
+        return struct.pack("<If", FLOAT, value) if isinstance(value, float) else struct.pack("<II", UINT32, value)
+    if value and isinstance(value[0], int):
+        return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
+    return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
 
 
 def _string(text: str) -> bytes:

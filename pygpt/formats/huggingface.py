@@ -12,11 +12,9 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from math import prod
 
 from ..config import Config
 from ..errors import CheckpointError, InputError, PyGPTError, shown
-from . import dtypes
 from .dtypes import FLOAT32, Format
 from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
@@ -147,15 +145,11 @@ class HuggingFaceModel(ModelFile):
 
     def _tied(self) -> bool:
         """Return whether the head is wte: the files have no head, or one of the same bits."""
-        import numpy as np
-
         if HEAD not in self._tensors:
             return True
         (file, full), (own, wte) = self._tensors[HEAD], self._tensors["wte.weight"]
-        if file.tensors[full][:2] != own.tensors[wte][:2]:
-            return False
-        pairs = zip(_rows(file, full), _rows(own, wte), strict=True)
-        return all(np.array_equal(one.view("<u4"), other.view("<u4")) for one, other in pairs)
+        same = file.tensors[full][:2] == own.tensors[wte][:2]
+        return same and _bytes(file.stored(full)) == _bytes(own.stored(wte))
 
     def _guess(self, heads: int | None) -> Config:
         """Return the dimensions, from the tensors' shapes. The number of heads cannot be read from the shapes."""
@@ -243,15 +237,14 @@ class HuggingFaceModel(ModelFile):
         wte, wpe and a head are the bytes of the file. The layers' matrices are laid out in memory, on all workers at once."""
         import numpy as np
 
-        from .._kernels import Floats, transpose, weight_formats
+        from .._kernels import Floats, transpose
         from ..cpus import resolve_threads
         from ..pool import ThreadPool
 
-        known = weight_formats()
         found: dict[str, tuple[str, memoryview]] = {}
         moves: list[tuple[tuple[Tensors, str], Format, memoryview]] = []  # a layer's matrix, its format and its new place
         for name, shape, _, size in self.config.tensors(padded=False):
-            parts, kind = self._parts(name), self.formats[name] if self.formats[name].name in known else FLOAT32
+            parts, kind = self._parts(name), self.formats[name]
             if NAMES[name][1]:
                 memory = memoryview(Floats(1, -(-kind.size(size) // 4), dense=True)).cast("B")[: kind.size(size)]
                 step = len(memory) // len(parts)
@@ -259,7 +252,7 @@ class HuggingFaceModel(ModelFile):
             else:
                 arrays = [self._values(part, kind) for part in parts] or [np.zeros(shape, "<f4")]
                 whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-                memory = (_aligned(whole) if self._mmap else whole.copy()).reshape(-1).view("u1").data
+                memory = _bytes(_aligned(whole) if self._mmap else whole.copy())
             found[name] = kind.name, memory
 
         def job(ith: int, nth: int) -> None:
@@ -268,7 +261,7 @@ class HuggingFaceModel(ModelFile):
                 start, stop = count * ith // nth, count * (ith + 1) // nth
                 rows = _aligned(self._values(part, kind, slice(start, stop)))
                 if self._linear:
-                    to[start * rows.strides[0] : stop * rows.strides[0]] = rows.reshape(-1).view("u1").data
+                    to[start * rows.strides[0] : stop * rows.strides[0]] = _bytes(rows)
                 elif start < stop:
                     transpose(to, rows.view("u1"), rows.itemsize, count, start)
 
@@ -279,7 +272,8 @@ class HuggingFaceModel(ModelFile):
     def _values(self, part: "tuple[Tensors, str]", kind: Format, rows: slice = slice(None)) -> "npt.NDArray[Any]":
         """Some rows of one tensor of the files in a format: a view if they have it."""
         file, full = part
-        return file.stored(full, rows) if FORMATS[file.tensors[full][0]] == kind else file.tensor(full, rows)
+        found, array = FORMATS[file.tensors[full][0]], file.stored(full, rows)
+        return array if found == kind else found.to_float32(array)
 
     def close(self) -> None:
         """Close the files. May be called twice."""
@@ -353,11 +347,8 @@ def _aligned(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
     return array.copy() if array.ctypes.data % array.itemsize else np.ascontiguousarray(array)
 
 
-def _rows(file: "Tensors", name: str) -> "Iterator[npt.NDArray[np.float32]]":
-    _, shape, _ = file.tensors[name]
-    step = max(1, dtypes.PIECE // prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        yield file.tensor(name, slice(start, start + step))
+def _bytes(array: "npt.NDArray[Any]") -> memoryview:
+    return array.reshape(-1).view("u1").data
 
 
 def read_settings(settings: "dict[str, Any]", place: str, *, tied: bool = True) -> Config:

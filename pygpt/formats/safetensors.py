@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..errors import CheckpointError, Closing, InputError, is_whole
+from ..errors import CheckpointError, Closing, InputError, PyGPTError, is_whole
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
 from .files import MODEL_KIND, MappedFile
 
@@ -75,7 +75,8 @@ class SafetensorsFile(Closing):
         end = 0
         for begin, stop, name in ranges:
             if begin != end:
-                raise self._bad(f"tensor {name!r} begins at {begin}, expected {end}: there is {_flaw(begin, end)}")
+                flaw = "a hole" if begin > end else "an overlap"
+                raise self._bad(f"tensor {name!r} begins at {begin}, expected {end}: there is {flaw}")
             end = stop
         if start + end != self.size:
             kind = "truncated" if self.size < start + end else "too long"
@@ -113,11 +114,6 @@ class SafetensorsFile(Closing):
             raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
         array: npt.NDArray[Any] = np.frombuffer(self.bytes_of(name), FORMATS[dtype].dtype).reshape(shape)
         return array[rows] if shape else array
-
-    def tensor(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[np.float32]":
-        """Return one tensor, or some of its rows, as exact float32. Raises the errors of stored()."""
-        array = self.stored(name, rows)
-        return FORMATS[self.tensors[name][0]].to_float32(array)
 
     def close(self) -> None:
         """Close the file; its arrays stay valid. May be called twice."""
@@ -160,14 +156,14 @@ def header_of(metadata: dict[str, str], tensors: Iterable[tuple[str, str, tuple[
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def parse_object(text: bytes, what: str) -> "dict[str, Any]":
-    """Parse an untrusted JSON object with unique names. Raises CheckpointError, which names it by `what`, for other text."""
+def parse_object(text: bytes, what: str, refusal: type[PyGPTError] = CheckpointError) -> "dict[str, Any]":
+    """Parse an untrusted JSON object with unique names. Raises `refusal`, which names it by `what`, for other text."""
     try:
         found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not JSON: {error}") from None
+        raise refusal(f"{what} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{what} is not a JSON object")
+        raise refusal(f"{what} is not a JSON object")
     return found
 
 
@@ -181,7 +177,3 @@ def unique(pairs: "list[tuple[str, Any]] | str") -> "dict[str, Any]":
             raise ValueError(f"{name[:80]!r} is given twice")
         found[name] = value
     return found
-
-
-def _flaw(begin: int, end: int) -> str:
-    return "a hole" if begin > end else "an overlap"

@@ -108,7 +108,7 @@ class ModelFile(Closing):
 
         known = weight_formats()
         return {
-            name: self._stored(name) if self.formats[name].name in known else (FLOAT32.name, self.widened(name))
+            name: self._stored(name) if self.formats[name].name in known else (FLOAT32.name, self._widened(name))
             for name, _ in self.config.table
         }
 
@@ -116,7 +116,7 @@ class ModelFile(Closing):
         """Return one tensor in its own format, in the layout of Weights."""
         raise NotImplementedError
 
-    def widened(self, name: str) -> memoryview:
+    def _widened(self, name: str) -> memoryview:
         """Return the bytes of one tensor as float32, in new memory."""
         import numpy as np
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from ..config import IGNORED
 from ..errors import DataError, InputError, check_flag, shown
 from ..tokenizer import Tokenizer
+from .files import foreign_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
     while piece:
         try:
             piece = file.read(PIECE)
-            if not taken and _is_wide(piece[:64]):
-                raise DataError(f"{name}: the text is UTF-16 or UTF-32: {WAY_OUT}")
+            if not taken and (other := _other_than_text(piece[:64])):
+                raise DataError(f"{name}: the text is {other}")
             taken += len(piece)
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
@@ -96,10 +97,12 @@ def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
         yield text
 
 
-def _is_wide(head: bytes) -> bool:
-    """Return whether text begins as UTF-16 or UTF-32: with their mark, or with a NUL as every other byte."""
-    halves = head[::2], head[1::2]
-    return head.startswith(OTHER_MARKS) or (any(halves) and not all(map(any, halves)) and len(head) > 1)
+def _other_than_text(head: bytes) -> str:
+    """Return what a file is that begins as UTF-16 or UTF-32, or as a file of another kind, with the way out; else ""."""
+    halves = head[::2], head[1::2]  # UTF-16 has a NUL as every other byte
+    if head.startswith(OTHER_MARKS) or (any(halves) and not all(map(any, halves)) and len(head) > 1):
+        return f"UTF-16 or UTF-32: {WAY_OUT}"
+    return "" if head.lstrip().startswith(b"<") else foreign_file(head)  # a page can be a text
 
 
 # ------------------------------------------------------------------------------------------------ tokens

@@ -108,10 +108,7 @@ def _read(path: str) -> bytes:
 
 
 def _parsed(text: bytes, path: str) -> "dict[str, Any]":
-    try:
-        return parse_object(text, path)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    return parse_object(text, path, InputError)
 
 
 # ------------------------------------------------------------------------------------------------ making and writing

@@ -171,27 +171,19 @@ def _import_hub() -> None:
 
 @contextmanager
 def _warnings_to(note: Callable[[str], None]) -> Iterator[None]:
-    """Pass huggingface_hub's log messages and warnings to note() while the block runs."""
-    logger = logging.getLogger("huggingface_hub")
-    before, logger.handlers = logger.handlers, [_Notes(note)]
+    """Pass huggingface_hub's log messages and warnings to note() while the block runs, above the progress bar."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    def emit(record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(sys.stderr):
+            note(record.getMessage())
+
+    logger, handler = logging.getLogger("huggingface_hub"), logging.Handler()
+    handler.emit = emit  # type: ignore[method-assign]
+    before, logger.handlers = logger.handlers, [handler]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
             yield
     finally:
         logger.handlers = before
-
-
-class _Notes(logging.Handler):
-    """Call note() with each record, above the progress bar."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        super().__init__()
-        self._note = note
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Pass one record to note()."""
-        from huggingface_hub.utils.tqdm import tqdm
-
-        with tqdm.external_write_mode(sys.stderr):
-            self._note(record.getMessage())
