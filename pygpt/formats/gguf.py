@@ -18,11 +18,11 @@ from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format
 from .files import MODEL_KIND, MappedFile, atomic_file
 from .panels import ALIGNMENT as ALIGNED
 from .panels import MATRICES, QUANTISED, aligned, stored_size
-from .tensors import ModelFile, layout
+from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class GGUFFile(ModelFile):
         try:
             self._tensors = self._read_header()
             self.config = self._read_config()
-            self.formats = self._check_tensors()
+            self.formats = self._read_formats()
         except BaseException:
             self.close()
             raise
@@ -234,9 +234,6 @@ class GGUFFile(ModelFile):
 
     # -------------------------------------------------------------------------------------------- the model
 
-    def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
-
     def _read_config(self) -> Config:
         """Return the dimensions, from the keys and the token embedding. Refuse settings that pygpt does not compute."""
         values = self._values
@@ -271,24 +268,16 @@ class GGUFFile(ModelFile):
             raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, but {NAMES['wte']} has {config.V} rows")
         return config
 
-    def _check_tensors(self) -> dict[str, Format]:
-        """Check names and extents against the dimensions. Return the format of each tensor: float32 if its layers differ."""
-        formats, known = {}, {HEAD}
+    def _read_formats(self) -> dict[str, Format]:
+        """Check names and extents of all tensors against the dimensions. Return the format of each of ours."""
+        wanted = {}
         for name, _ in self.config.table:
             layers, N, K = layout(self.config, name)
-            extents = (K, N) if name in MATRICES else (K,)
-            found = set()
-            for theirs in _theirs(name, layers):
-                if theirs not in self._tensors:
-                    raise self._bad(f"tensor {theirs} is missing")
-                if self._tensors[theirs].extents != extents:
-                    raise self._bad(f"tensor {theirs} has extents {self._tensors[theirs].extents}, expected {extents}")
-                found.add(self._tensors[theirs].kind.name)
-                known.add(theirs)
-            formats[name] = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
-        if unknown := sorted(self._tensors.keys() - known):
-            raise self._bad(f"tensor {unknown[0]!r} is unknown in a model with {self.config}")
-        return formats
+            wanted[name] = dict.fromkeys(_theirs(name, layers), (K, N) if name in MATRICES else (K,))
+        tied = {HEAD} if self.config.tied else set()
+        found = {name: tensor.extents for name, tensor in self._tensors.items() if name not in tied}
+        self._check_tensors(wanted, found, "extents")
+        return {name: common_format(self._tensors[one].kind for one in theirs) for name, theirs in wanted.items()}
 
     def _tied(self) -> bool:
         """Return whether the head is the token embedding: the file has no head, or one of the same bytes."""

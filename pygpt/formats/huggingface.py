@@ -18,7 +18,7 @@ from ..errors import CheckpointError, InputError, PyGPTError, shown
 from .dtypes import FLOAT32, Format
 from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
-from .tensors import ModelFile, layout
+from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ class HuggingFaceModel(ModelFile):
             raise InputError(f"{path}: {CONFIG_FILE} contains the number of heads: leave out --heads")
         else:
             self.config = read_settings(settings, path, tied=self._tied())
-        self._check()
-        self.formats = {name: self._format(name) for name, _ in self.config.table}
+        self.formats = self._check()
 
     @classmethod
     def open(
@@ -135,9 +134,6 @@ class HuggingFaceModel(ModelFile):
             model = cls(files, found, path=path, heads=heads, threads=threads, mmap=mmap)
             opened.pop_all()
         return model
-
-    def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         file, full = self._tensors.get(name, (None, ""))
@@ -175,23 +171,19 @@ class HuggingFaceModel(ModelFile):
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
 
-    def _check(self) -> None:
-        """Check names, shapes and dtypes of all tensors against the dimensions."""
-        wanted: dict[str, tuple[int, ...]] = {}
-        for name, shape, _, _ in self.config.tensors(padded=False):
-            if not (self._unbiased and name.endswith("b")):
-                wanted.update(_theirs(name, shape, linear=self._linear))
-        for name, shape in wanted.items():
-            if name not in self._tensors:
-                raise self._bad(f"tensor {name} is missing")
-            if self._shape(name) != shape:
-                raise self._bad(f"tensor {name} has shape {self._shape(name)}, expected {shape} for {self.config}")
-        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
-        if unknown := sorted(self._tensors.keys() - wanted.keys() - dropped - {HEAD}):
-            raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
-        dtype_of = {name: file.tensors[full][0] for name, (file, full) in self._tensors.items() if name in wanted}
-        if wrong := sorted((dtype, name) for name, dtype in dtype_of.items() if dtype not in FORMATS):
+    def _check(self) -> dict[str, Format]:
+        """Check names, shapes and dtypes of all tensors against the dimensions. Return the format of each of ours."""
+        wanted = {name: _theirs(name, shape, linear=self._linear) for name, shape, _, _ in self.config.tensors(padded=False)}
+        if self._unbiased:
+            wanted |= {name: {} for name in wanted if name.endswith("b")}
+        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)} | (
+            {HEAD} if self.config.tied else set()
+        )
+        found = {name: file.tensors[full][:2] for name, (file, full) in self._tensors.items() if name not in dropped}
+        self._check_tensors(wanted, {name: shape for name, (_, shape) in found.items()})
+        if wrong := sorted((dtype, name) for name, (dtype, _) in found.items() if dtype not in FORMATS):
             raise self._bad(f"tensor {wrong[0][1]} is of dtype {wrong[0][0]}, expected {', '.join(FORMATS)}")
+        return {name: common_format(FORMATS[found[one][0]] for one in theirs) for name, theirs in wanted.items()}
 
     @property
     def size(self) -> int:
@@ -209,11 +201,6 @@ class HuggingFaceModel(ModelFile):
             return []
         layers, _, _ = layout(self.config, name)
         return [self._tensors[NAMES[name][0].format(layer)] for layer in range(layers)]
-
-    def _format(self, name: str) -> Format:
-        """The format of a tensor in the files: float32 if its layers differ, and for biases that the model does not have."""
-        found = {file.tensors[full][0] for file, full in self._parts(name)}
-        return FORMATS[found.pop()] if len(found) == 1 else FLOAT32
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
         """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part()."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from ..config import LIMITS, Config
 from ..errors import CheckpointError, InputError
-from .dtypes import FLOAT32, FORMATS, Q4_0, Q8_0, Format, nibbles
+from .dtypes import FLOAT32, FORMATS, Q4_0, Q8_0, Format
 from .files import atomic_file
 from .safetensors import FORMATS as STORED
 from .safetensors import SafetensorsFile, header_of, parse_object
@@ -54,27 +54,8 @@ def panel_sizes(kind: Format, N: int, K: int) -> tuple[int, int]:
     return panels * groups * PANEL * (kind.block_bytes - 2), aligned(panels * groups * PANEL * 2)
 
 
-def to_panels(kind: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]":
-    """Convert blocks (N, K/32) to panels. Return the bytes of the values, and of the scales without padding."""
-    import numpy as np
-
-    N, groups = blocks.shape
-    if N % PANEL:
-        padding = np.zeros((PANEL - N % PANEL, groups), kind.dtype)
-        padding["q"] = 0 if kind == Q8_0 else 0x88
-        blocks = np.concatenate([blocks, padding])
-    scales = np.ascontiguousarray(blocks["d"].reshape(-1, PANEL, groups).swapaxes(1, 2))
-    if kind == Q8_0:
-        words = blocks["q"].reshape(-1, PANEL, groups * 8, 4)  # [panel][output][four inputs][input]
-    else:
-        halves = nibbles(blocks["q"]).reshape(-1, PANEL, groups * 4, 2, 4)  # [panel][output][eight inputs][half][input]
-        words = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
-    values = np.ascontiguousarray(words.swapaxes(1, 2))
-    return values.reshape(-1).view("u1"), scales.reshape(-1).view("u1")
-
-
 def from_panels(kind: Format, values: memoryview, scales: memoryview, N: int, K: int) -> "Blocks":
-    """Convert whole panels to blocks (N, K/32), the exact inverse of to_panels(). `scales` may end in padding."""
+    """Convert whole panels to blocks (N, K/32), the inverse of blocks_to_panels(). `scales` may end in padding."""
     import numpy as np
 
     panels, groups = -(-N // PANEL), kind.blocks(K)
@@ -277,6 +258,8 @@ def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Bloc
     """Write one layer's matrix of N rows in panels, from as many pieces as needed: all values, then all scales."""
     import numpy as np
 
+    from .._kernels import blocks_to_panels
+
     scales: list[npt.NDArray[np.uint8]] = []
     held: Blocks | None = None  # rows that do not yet fill a panel
     while N:
@@ -285,9 +268,14 @@ def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Bloc
         rows = piece if held is None else np.concatenate([held, piece])
         whole = len(rows) - len(rows) % PANEL if N else len(rows)
         held = rows[whole:]
-        values, d = to_panels(kind, rows[:whole])
-        file.write(values.data)
-        scales.append(d)
+        if not whole:
+            continue
+        K = rows.shape[1] * kind.block_values
+        values, padded = panel_sizes(kind, whole, K)
+        out = aligned_bytes(values + padded)
+        blocks_to_panels(out.data, kind.name, rows[:whole].reshape(-1).view("u1").data, 1, whole, K, 0, 1)
+        file.write(out[:values].data)
+        scales.append(out[values : values + -(-whole // PANEL) * PANEL * rows.shape[1] * 2])
     written = np.concatenate(scales)
     file.write(written.data)
     file.write(bytes(aligned(len(written)) - len(written)))

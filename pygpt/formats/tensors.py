@@ -3,15 +3,16 @@
 Refuses to know about any layout of a file: a reader says where a row of a tensor lies, and this module does the rest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..config import Config
-from ..errors import Closing, InputError
+from ..errors import CheckpointError, Closing, InputError
 from . import dtypes
-from .dtypes import FLOAT32, Format
+from .dtypes import FLOAT32, FORMATS, Format
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any, Protocol
 
     import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .files import MappedFile
     from .safetensors import SafetensorsFile
 
+    Shape = tuple[int, ...]
     Blocks = npt.NDArray[Any]  # (rows, blocks): a part of a matrix in its format, row-major
 
     class Weights(Protocol):
@@ -46,6 +48,12 @@ def layout(config: Config, name: str) -> tuple[int, int, int]:
     raise InputError(f"no tensor is named {name!r}")
 
 
+def common_format(kinds: Iterable[Format]) -> Format:
+    """Return the format that all layers of a tensor have, or float32 if they differ."""
+    found = {kind.name for kind in kinds}
+    return FORMATS[found.pop()] if len(found) == 1 else FLOAT32
+
+
 class ModelFile(Closing):
     """An open model. Close it, or use `with`; arrays and views of it stay valid.
 
@@ -55,6 +63,22 @@ class ModelFile(Closing):
     config: Config
     formats: dict[str, Format]
     _file: "MappedFile | SafetensorsFile"
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
+
+    def _check_tensors(
+        self, wanted: "Mapping[str, Mapping[str, Shape]]", found: "Mapping[str, Shape]", what: str = "shape"
+    ) -> None:
+        """Compare the tensors of a file with those wanted, by our names and by theirs. Raises CheckpointError."""
+        names = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
+        for name, shape in names.items():
+            if name not in found:
+                raise self._bad(f"tensor {name} is missing")
+            if found[name] != shape:
+                raise self._bad(f"tensor {name} has {what} {found[name]}, expected {shape} for {self.config}")
+        if unknown := sorted(found.keys() - names.keys()):
+            raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
 
     @property
     def format(self) -> Format:

@@ -35,7 +35,7 @@ ELSEWHERE = {
     "tools/check": "runs all checks, this test among them",
     "python tools/write_docs.py": "writes into this checkout; the same functions are called here",
     "python tools/pictures.py": "the same",
-    "FLOAT16 = Format(": "a part of a file, which tests/bits/test_neon.py tries",
+    "FLOAT8 = Format(": "a part of a file, which tests/bits/test_neon.py tries",
 }
 # Replacements that make a command short enough for a test.
 SHORTER = {
