@@ -1,9 +1,9 @@
-"""Train a tiny GPT-2 from random weights on a few lines, save it, and let it speak.
+"""Train a tiny GPT-2 from random weights on a few lines, save it, and complete a text with it.
 
     python examples/train_tiny.py              150 steps
     python examples/train_tiny.py 5 tiny.bin   five steps, and the model is saved as tiny.bin
 
-The loss begins at ln(50257) = 10.8, that of guessing. After 150 steps the model knows the text by heart.
+The loss begins at ln(50257) = 10.8, the loss of a random guess. After 150 steps the model knows the text by heart.
 """
 
 import sys

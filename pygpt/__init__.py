@@ -10,19 +10,19 @@ The rooms, from the outside in. Each imports only rooms below it:
 
     commands      `pygpt 31373 612` and its subcommands: options, reports, progress
     cluster       batch jobs: the callable that answers rows on any cluster
+    server        OpenAI's API over HTTP, and a page
     training      parameters, batches, AdamW, saved states; reference: the scalar twin of network and training
-    model         GPT2, the face that joins network and engine
+    model         GPT2, the class for users: it joins network and engine
     generation    the engine: requests in, tokens out; sampling, stop conditions, prefix caches
     hub           finds model files and downloads them
     network       one step over rows of tokens, and key-value caches
     formats       files: checkpoints, safetensors, token shards, text
     pool          wakes the workers once a step (Condition), and waits for them at its end (Barrier)
-    _kernels      every worker runs the whole forward pass on its share of each kernel, with native barriers in between;
-                  csrc has the inner loops, one source for every instruction set
+    _kernels      the forward pass, which every worker runs on its share; csrc has the inner loops of each instruction set
 
 One arithmetic: each number comes from one fixed sequence of IEEE-754 operations. So the bits do not depend on thread count,
 batch, cache use and instruction set (of the sets with fused multiply-add). Only the names below are public; README has the
-rules for their changes. A name is imported when it is first used, so the command starts without NumPy.
+rules for their changes. Python imports a name when it is first used, so the command starts without NumPy.
 """
 
 __version__ = "0.1.0"

@@ -33,7 +33,7 @@ def start(arguments: Sequence[str] | None = None) -> int:
     """Run main() as the whole of a process, which then starts and ends about 4 ms sooner."""
     gc.set_threshold(50_000)  # imports make many objects and hardly any garbage
     status = main(arguments)
-    gc.freeze()  # the interpreter ends with three collections: they find no object to visit
+    gc.freeze()  # the interpreter ends with three collections, which skip frozen objects
     return status
 
 

@@ -615,7 +615,7 @@ cdef class Weights:
 
 cdef class KeysValues:
     """Keys and values of one sequence, (L, NH, capacity, HSp) float32 each. Positions below `length` are committed. Unused
-    positions cost no memory, because the system allocates a page at its first write."""
+    positions do not take memory, because the system allocates a page at its first write."""
 
     def __init__(self, Weights weights not None, Py_ssize_t capacity):
         self.weights = weights
@@ -1142,7 +1142,7 @@ def log_probabilities(const float[:, ::1] logits not None, Py_ssize_t row, Py_ss
 
 
 def copy_keys_values(KeysValues to not None, KeysValues source not None, length=None) -> None:
-    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches share no memory.
+    """Copy the first `length` rows of a cache, by default all, to an empty cache of the same model. The caches are independent.
     Raises InputError if the caches do not fit, and if the source has fewer rows than `length`."""
     cdef Py_ssize_t i, rows = source.weights.net.L * source.weights.net.NH, width = source.weights.net.HSp
     cdef Py_ssize_t count = source.length if length is None else length

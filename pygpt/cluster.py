@@ -4,9 +4,9 @@
     done({"id": [1, 2], "prompt": ["To be", "Once upon"]})       # a batch of columns, as Ray Data and Dask pass it
     list(done.rows([{"id": 1, "prompt": "To be"}]))              # rows, as `pygpt batch` reads them
 
-An answer depends on its row, the model, the options and the seed of the job alone. Each row has a seed of its own, made from
-the job's seed and the row's id. So no batch size, order, partition or cluster changes an answer. Refuses to know about files
-and schedulers: those call a Complete.
+An answer depends only on its row, the model, and the options and the seed of the job. Each row has its own seed, made from the
+job's seed and the row's id. So batch size, order, partition and cluster do not change an answer. Refuses to know about files
+and schedulers: they call a Complete.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Answer = dict[str, Any]
 
 KEYS = JSON_KEYS | {"id", "prompt", "continuations"}
-AHEAD = 64 * LIVE  # answers that wait for an earlier one: then no row is added, so that memory stays small
+AHEAD = 64 * LIVE  # the most answers that wait for an earlier one: more rows must wait, so that memory stays small
 SCORED = 128  # rows of logits at a time: 26 MB with GPT-2's vocabulary
 
 
@@ -86,13 +86,9 @@ class Complete(Closing):
             raise
 
     def identity(self) -> "dict[str, Any]":
-        """Return everything on which answers depend besides the rows, for JSON. It reads the whole model file once."""
-        program = {
-            "pygpt": __version__,
-            "model": sha256_of(self.path),
-            "weights": self._weights,
-            "fused multiply-add": cpu_info()["fused"],
-        }
+        """Return everything on which answers depend besides the rows, for JSON. The first call reads the whole model file."""
+        arithmetic = {"weights": self._weights, "fused multiply-add": cpu_info()["fused"]}
+        program = {"pygpt": __version__, "model": sha256_of(self.path), **arithmetic}
         own = {name: getattr(self, name) for name in ("seed", "logprobs", "keep_going")}
         return {**program, **own, "options": self._options}
 
@@ -123,7 +119,7 @@ class Complete(Closing):
     def _continuations(self, row: "Row", prompt: int) -> "list[list[int]]":
         given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input
         if surplus := sorted(set(row) - {"id", "prompt", "tokens", "continuations"}):
-            raise InputError(f'{surplus[0]!r} and "continuations" were both given, but scores take no options: leave one out')
+            raise InputError(f'{surplus[0]!r} is an option of completions, and "continuations" are scored: leave one out')
         if not isinstance(given, list) or not given:
             raise InputError(f'"continuations" is {shown(given)}: it must be a list of texts or of lists of ids')
         found = [self._ids("continuations", one, str | list) for one in given]
@@ -195,7 +191,7 @@ class Complete(Closing):
         return {"id": row.get("id"), "error": str(error)}
 
     def _score(self, prompt: list[int], continuations: list[list[int]]) -> "list[Answer]":
-        """Return the scores of continuations of a prompt. Only their own tokens run for each, after a copy of the cache."""
+        """Return the scores of continuations of a prompt. The prompt runs once; each continuation uses a copy of its cache."""
         network, cache, held = self.model.network, self._cache, self._held
         del held[common_prefix(held, prompt, len(prompt) - 1) :]
         cache.truncate(len(held))

@@ -8,7 +8,7 @@
     └── NumericalError (ArithmeticError)    the network's numbers are not finite
 
 Each message names the value, the limit and the way out in one line. The commands exit with status 2 for InputError and
-CheckpointError, and with 1 for all others. One function decides what is a whole number, one what is a number.
+CheckpointError, and with 1 for all others. whole() alone decides what is a whole number, and real() what is a number.
 """
 
 import math
@@ -25,7 +25,7 @@ class PyGPTError(Exception):
 
 
 class InputError(PyGPTError, ValueError):
-    """An argument is out of its range. pygpt has computed nothing and changed no cache."""
+    """An argument is out of its range. pygpt has not computed anything, and caches are unchanged."""
 
 
 class DataError(InputError):
@@ -134,7 +134,7 @@ class Uncopied:
 
 
 class Closing(Uncopied):
-    """The base of those that a `with` block closes."""
+    """The base of objects that a `with` block closes."""
 
     def close(self) -> None:
         """Release what the object holds. May be called twice."""

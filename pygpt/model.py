@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from .generation.speculate import Draft
     from .network import OpenModel
 
-# The weights that guess for each format: much smaller than the model's own. The smallest format has none.
+# The weights that guess for each format: much smaller than the model's own. For the smallest format, only the text guesses.
 DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
 
 
 class GPT2(Generator):
     """A GPT-2 model on `threads` workers. Use it in a `with` block, or close() it.
 
-    Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller.
-    all_workers: use all workers even if a step is too small to gain from them."""
+    Threads may share a model: their steps take turns. Its methods return fresh float32 arrays, which belong to the caller. With
+    all_workers, even a step that is too small to gain from it uses all workers."""
 
     network: Network
 
@@ -56,14 +56,14 @@ class GPT2(Generator):
     ) -> "GPT2":
         """Open a model file or folder: `path`, else the one that find_model() finds. Unless mmap is False, it is mapped.
 
-        draft: what guesses tokens for speculation: q8_0 or q4_0, these weights quantised at the first use (default: q8_0 for
-        float32, q4_0 for smaller formats); lookup, only the text so far; or the file of a model with the same vocabulary.
-
         threads: the number of workers, 1 to 256; else PYGPT_THREADS, else as many as can run at the same time on this machine.
         weights: "q8_0" or "q4_0" quantises the matrices in memory; None uses the file's weights. tokenizer: a file with the
         vocabulary, for stop strings; None uses the one beside the model or inside it, else GPT-2's. text_only: leave out the
-        ids beyond the tokenizer's, so that they are never chosen. Raises CheckpointError for a file that is not a model,
-        InputError for a bad thread count, unknown weights or a file that is not a vocabulary."""
+        ids beyond the tokenizer's, so that they are never chosen.
+
+        draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights at the first use (default: q8_0 for
+        float32, q4_0 for smaller formats). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
+        Raises CheckpointError for a file that is not a model, InputError for bad threads, weights, tokenizer or draft."""
         checkpoint = open_weights(
             find_model(path)[0], mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only
         )
@@ -91,7 +91,7 @@ class GPT2(Generator):
         self._draft = self._draft_from(checkpoint)
 
     def draft(self, make: bool) -> "Draft | None":
-        """Return what guesses tokens for speculation, or None. Weights are quantised only if `make` is True, once."""
+        """Return the draft, which guesses tokens for speculation, or None. If `make` is True, quantise weights for it once."""
         if self._draft is None and make and self._draft_weights is not None:
             self._draft = self._draft_from(self.network.quantised(self._draft_weights))
         return self._draft
@@ -114,9 +114,9 @@ class GPT2(Generator):
     def step(self, rows: Iterable[Row]) -> "npt.NDArray[np.float32]":
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
-        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, no
-        cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
-        """
+        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
+        caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, and ClosedError after
+        close()."""
         return self._whole(lambda lengths: self.network.step(rows, lengths), (-1, self.config.V))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":

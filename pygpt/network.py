@@ -138,8 +138,8 @@ class Network(Uncopied):
     def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None) -> Floats:
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
-        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, no
-        cache has changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after close().
+        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
+        caches have not changed. Raises InputError for a bad token or cache, ClosedError after close().
 
         lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
         after the step, lengths.restore() can undo the step."""

@@ -24,7 +24,7 @@ from ._signals import see_through
 from .cpus import check_threads
 from .errors import ClosedError, Closing, PyGPTError
 
-TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt each time
+TRIES = 100  # attempts for a call that can fail by itself, and that signal handlers can interrupt at each attempt
 OWN_POOL = "a job, or a handler that interrupts it, cannot use its own pool: it would wait for itself"
 
 TYPE_CHECKING = False
@@ -37,7 +37,7 @@ Job = Callable[[int, int], object]
 
 
 class ThreadPool(Closing):
-    """`nth` workers: the caller and nth - 1 threads. nth = 1 starts no thread at all.
+    """`nth` workers: the caller and nth - 1 threads. With nth = 1, the caller works alone.
 
     Safe to share: callers take turns. After fork() the child makes its own threads at its first run. Raises InputError for
     a bad count, and PyGPTError when the system refuses a thread."""
@@ -68,8 +68,8 @@ class ThreadPool(Closing):
         another round.
 
         If the job raises on a worker, abort() is called at once, so that workers that wait inside the job can leave it. When
-        every worker has come to rest, the first exception is raised here, and after() is not called. If a signal handler
-        raises meanwhile (Ctrl-C), its exception is raised here too, before any other. No worker is left behind. If the
+        all workers have stopped, run() raises the first exception, and does not call after(). If a signal handler raises
+        meanwhile (Ctrl-C), run() raises that exception, in preference to others, also after all workers have stopped. If the
         handler interrupts the caller's own share, which may or may not have begun, abort() may do that share instead.
 
         Raises ClosedError after close(), and PyGPTError inside a job of this pool."""

@@ -60,7 +60,7 @@ class SerialNetwork(Uncopied):
         stored = checkpoint.stored()
         panels = {name: tensor for name, tensor in stored.items() if tensor[0] in QUANTISED}
         arrays = {
-            name: data.cast("f") if kind == "float32" else FORMATS[kind].values(data)  # float32 needs no NumPy
+            name: data.cast("f") if kind == "float32" else FORMATS[kind].values(data)  # float32 without NumPy
             for name, (kind, data) in stored.items()
             if name not in panels
         }
@@ -178,7 +178,7 @@ class SerialTrainableGPT2(Parameters):
 
     @property
     def updates(self) -> int:
-        """The number of updates made. If Ctrl-C interrupts an update, it is complete and counts, or it changed no weight."""
+        """The number of updates made. An update that Ctrl-C interrupts is complete and counts, or has not changed a weight."""
         return self._open().updates
 
     def _update(self, numbers: AdamW) -> None:

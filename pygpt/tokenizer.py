@@ -1,8 +1,8 @@
 """Byte-level byte-pair encoding: encode text as ids, decode ids to text, also while they stream.
 
-tiktoken merges the byte pairs: any two neighbours that make a token. A vocabulary allows only its listed merges. Both give the
-same ids if every token has one merge, and if its own text becomes this token by the listed merges. Any part of a text is merged
-as it would be alone until it joins its neighbours, so no other pair can meet. Other vocabularies are merged here, in Python.
+tiktoken merges any two neighbours that make a token. A vocabulary allows only its listed merges. Both give the same ids if
+every token has one merge, and if the listed merges turn its own text into this token. Until a part of a text joins its
+neighbours, its merges do not depend on them, so other pairs cannot occur. For other vocabularies, this module merges in Python.
 The first Tokenizer imports tiktoken; this module does not.
 
 Sources: GPT-2's encoder.py (order of the bytes, split pattern); tiktoken_ext/openai_public.py (`gpt2`); Hugging Face's

@@ -1,12 +1,12 @@
-"""Complete or score many prompts from a file, on one machine or as many shards. A killed job continues where it was.
+"""Complete or score many prompts from a file, on one machine or in shards on several. A killed job can continue.
 
     pygpt batch in.jsonl -o out.jsonl -m gpt2 --max-new-tokens 32 --temp 0.8 --seed 7
     pygpt batch in.jsonl.zst -o out-3.jsonl.gz --shard 3/8
 
 A line of IN is a JSON object: "prompt" (text) or "tokens" (ids), and "id", a string or a whole number (default: the number of
-the line in IN, from 1). It may hold options for itself, named as those of GPT2.generate(): max_new_tokens, sampler, seed and
-so on. With "continuations", a list of texts or of lists of ids, the line is scored instead of completed. A text is encoded
-alone, so begin a continuation with its space.
+the line in IN, from 1). It may have its own options, named as those of GPT2.generate(): max_new_tokens, sampler, seed and so
+on. If it has "continuations", a list of texts or of lists of ids, it is scored instead of completed. A text is encoded alone,
+so begin a continuation with its space.
 
 OUT has a line for each line of IN, in its order:
 
@@ -22,8 +22,8 @@ The seed of each line is the first 8 bytes of the SHA-256 of "SEED/ID". So OUT h
 shards and restarts. Shard I of N has a contiguous part of the lines: `cat` of all shards is the whole OUT.
 
 OUT.part holds the answers so far, and OUT gets its name when it is complete. OUT.job.json records IN, options, seed, model and
-version. The same command continues a killed job, and does nothing for a complete one. With other options it refuses. Names that
-end in .gz or .zst are compressed.
+version. If the job was killed, the same command continues it; if it is complete, the command does nothing. Other options are
+refused. Files whose names end in .gz or .zst are compressed.
 
 Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", metavar="IN", help="a file of JSON lines, possibly .gz or .zst")
     add("-o", "--out", metavar="OUT", help="the file of the answers, possibly .gz or .zst")
     add("--shard", metavar="I/N", default="0/1", help="answer only part I of N, counted from 0 (default 0/1)")
-    add("--force", action="store_true", help="begin anew, and replace OUT")
+    add("--force", action="store_true", help="begin again, and replace OUT")
     add("--keep-going", action="store_true", help="write an error for a line that cannot be answered, instead of stopping")
     add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         record = {**complete.identity(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
         with opened(options.out, json.loads(json.dumps(record)), force=options.force) as part:
             if part is None:
-                return say(f"{options.out}: is complete already; to answer the lines again, use --force")
+                return say(f"{options.out} is complete already; to answer the lines again, use --force")
             check_rows(complete, options.source, rows)
             answer(complete, options.source, rows, part)
             os.fsync(part.fileno())
@@ -199,7 +199,7 @@ def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[by
         except OSError:
             raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
         try:
-            if force:  # OUT goes first: the new record must never stand beside an old OUT
+            if force:  # delete OUT first: the new record must never exist together with an old OUT
                 for old in (path, f"{path}.job.json"):
                     with suppress(FileNotFoundError):
                         os.unlink(old)
@@ -232,4 +232,4 @@ def compare(path: str, record: dict[str, Any], *, begun: bool) -> None:
     for key in dict.fromkeys([*record, *before]):
         if before.get(key) != record.get(key):
             was, now = shown(before.get(key)), shown(record.get(key))
-            raise InputError(f"{path}: was begun with {key} = {was}, now it is {now}: give the same, or --force to begin anew")
+            raise InputError(f"{path}: the job began with {key} = {was}, not {now}: give the same, or --force to begin again")

@@ -38,7 +38,7 @@ from .options import CONTROL, LISTS, add_completion_options, add_model_options, 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
-APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # settings of one value that the command line may repeat
+APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # the command line may repeat these; /set takes one value
 LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
 NEED_TEXT = ("/again", "/more", "/tokens", "/probs")
 PROBABLE = 10  # number of tokens that /probs shows
@@ -70,7 +70,7 @@ text\\              continue the text on the next line; \\\\ stands for a final 
 """
 
 
-SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and no field of a request
+SWITCHES = ("stop_at_eot", "show_stop", "stats")  # settings that are on or off, and are not fields of a request
 FIELDS = {"new": "max_new_tokens", "stop": "stop_strings", "stop_token": "stop_token_ids", "speculate": "speculation"}
 SETTINGS = {  # of /set: name, and the field of a `pygpt` request, which is another name of it
     name: FIELDS.get(name, name)

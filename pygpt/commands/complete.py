@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     from ..generation.request import Request
 
     if threads is not None:
-        check_threads(threads)  # --reference uses no threads, but a wrong count is still the user's mistake
+        check_threads(threads)  # also with --reference, where the count has no effect: a wrong one is the user's mistake
     model, notice = load(options.model, threads, options)
     with model:
         request = Request(model.config, tokens or [0], **defaults)  # report bad options before serving
@@ -110,7 +110,7 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
     if options.reference:  # import only the class that is used
         from ..reference import SerialGPT2
 
-        return SerialGPT2.load(path, **given), notice  # guesses come from the text
+        return SerialGPT2.load(path, **given), notice  # without a draft: guesses come from the text
     from ..model import GPT2
 
     return GPT2.load(path, threads=threads, draft=options.draft_model, **given), notice

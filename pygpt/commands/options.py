@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 TOKENIZER_HELP = "use this vocabulary: tokenizer.json, vocab.json, llm.c's tokenizer.bin, .gguf (default: the model's own)"
 THREADS_HELP = "threads (default $PYGPT_THREADS, else one per usable core)"
 SPECULATE_HELP = (
-    "guess tokens ahead and check them together; the tokens stay the same: auto (as many as pay), a number, or off (default)"
+    "guess tokens ahead, and check them: auto (the fastest number), a number, or off (default); the tokens stay the same"
 )
 DRAFT_HELP = (
-    "guess for --speculate with: q8_0 or q4_0, the model's weights quantised in memory (default: the one that suits "
-    "its format); lookup, only the text so far; or a smaller model with the same vocabulary"
+    "the draft for --speculate: q8_0 or q4_0 (the model's weights, quantised in memory), lookup (only the text so far), or "
+    "a smaller model with the same vocabulary (default: q8_0 or q4_0, by the model's format)"
 )
 REPEAT_HELP = "above 1, make tokens that already occurred less probable (default 1: off)"
 

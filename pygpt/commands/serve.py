@@ -5,8 +5,8 @@
     pygpt serve --host :: --port 8080 --api-key-file key.txt  on all addresses, with a key
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 20}'
 
-An answer has the same bytes alone and among others, cached or not, for any number of threads. SIGTERM lets running requests end
-within --grace seconds, and the exit status is 0. After Ctrl-C it is 130. A second signal ends the requests at once.
+A request gets the same bytes alone and among others, cached or not, for any number of threads. After SIGTERM or Ctrl-C, running
+requests have --grace seconds to end. The exit status is then 0 or 130. A second signal ends the requests at once.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--host", metavar="HOST", default="127.0.0.1", help="address to listen at (default 127.0.0.1; :: for all)")
     add("--port", metavar="PORT", type=whole(0, 65535), default=8000, help="TCP port (default 8000; 0: a free one)")
     add("--uds", metavar="PATH", help="listen at a Unix socket instead")
-    add("--api-key", metavar="KEY", action="append", default=[], help="ask for this key; may be repeated")
-    add("--api-key-file", metavar="FILE", help="ask for one of the keys in this file, one a line")
+    add("--api-key", metavar="KEY", action="append", default=[], help="require this key; may be repeated")
+    add("--api-key-file", metavar="FILE", help="require one of the keys in this file, one key a line")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
     add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
     add("--speculate", metavar="K", help=f"for requests without the field speculation: {SPECULATE_HELP}")
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grace", metavar="S", type=whole(0, 86400), default=30, help=grace)
     add("--body-limit", metavar="N", type=count, default=2 << 20, help="most bytes of a request's body (default 2 MB)")
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
-    cors = "let pages of this origin ask; may be repeated"
+    cors = "let pages of this origin send requests; may be repeated"
     add("--cors-origins", dest="origins", metavar="URL", action="append", default=[], help=cors)
     add("--chat-template", metavar="NAME", help="plain: answer /v1/chat/completions with `role: content` lines")
     add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _keys(path: str | None) -> list[str]:
-    """Return the keys in a file, one a line. Raises InputError if there are none."""
+    """Return the keys in a file, one key a line. Raises InputError if there are none."""
     if path is None:
         return []
     try:

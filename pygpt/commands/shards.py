@@ -5,9 +5,9 @@
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's, or --tokenizer's. Each
-newline (CR LF, CR) is read as one LF. A .jsonl file has one document in each line, an object whose field --field (default text)
-is the text. --eot adds <|endoftext|>:
+Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's, or --tokenizer's. Each newline (CR LF, CR) is read as one
+LF. Each line of a .jsonl file is a document: an object with the text in the field --field (default text). --eot adds
+<|endoftext|>:
 
     paragraph    before each text and after each blank line, as llm.c prepares tinyshakespeare (default)
     document     before each text or document (default for .jsonl)

@@ -10,7 +10,7 @@
  *
  * Every weight format is one row of a table, weight_format. All other arrays are float32. Rows are contiguous along K, and
  * every leading dimension counts values. quantised_body.h has the arithmetic of the quantised formats. The functions
- * allocate no memory, and except for prefetches they read only the given arrays. */
+ * do not allocate memory, and except for prefetches they read only the given arrays. */
 #ifndef PYGPT_MICRO_H
 #define PYGPT_MICRO_H
 #include <stddef.h>

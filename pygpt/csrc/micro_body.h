@@ -309,7 +309,7 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
             }
         }
     }
-    if (__builtin_expect(k < K, 0)) { /* so that the sums stay in registers on the way past its calls */
+    if (__builtin_expect(k < K, 0)) { /* expected rarely: so the sums stay in registers despite the calls inside */
         lanes b[8];
         UNROLL for (int n = 0; n < outputs; n++) b[n] = load_weights_tail(wrow[n], k, K - k, kind);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -330,7 +330,7 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
 }
 
 /* Compute a few rows against `outputs` (a constant) weight rows, `wstep` apart. Two row tiles are about equally tall; each
- * prefetches every other line of the next weight rows. Of more tiles, the first and a lower last one prefetch for all. */
+ * prefetches every other line of the next weight rows. Of more tiles, the first and a shorter last one prefetch all lines. */
 INLINE void dots_column(const int outputs, const int tallest, float *out, ptrdiff_t ldo, ptrdiff_t ostep, const float *inp,
                         ptrdiff_t ldi, ptrdiff_t rows, const char *w, ptrdiff_t wstep, ptrdiff_t K, const int kind) {
     const int two = rows > tallest && rows <= 2 * tallest;

@@ -164,7 +164,7 @@ static inline int sample_weights_of(float *e, const float *x, ptrdiff_t V, const
     return 1;
 }
 
-/* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place; a NaN stays a NaN. It uses no libm.
+/* Return ln(x) of a normal float64 x > 0, accurate to a few units in the last place; a NaN stays a NaN. It does not use libm.
  * x = m 2^k with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series to the 21st power. */
 static inline double natural_log(double x) {
     const double LN2 = 0.6931471805599453;

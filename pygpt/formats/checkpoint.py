@@ -36,7 +36,7 @@ def check_plain(config: Config, path: str | os.PathLike[str]) -> None:
     """Raise InputError for a model that a .bin file cannot describe: its header has only dimensions."""
     for name, value in config.variations.items():
         raise InputError(
-            f"{os.fspath(path)}: a .bin file cannot say that the model has {name} = {shown(value)}: "
+            f"{os.fspath(path)}: a .bin file cannot describe a model with {name} = {shown(value)}: "
             "write a folder (a name that ends in /) or a .safetensors file"
         )
 

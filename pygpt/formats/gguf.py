@@ -61,7 +61,7 @@ NAMES = {"wte": "token_embd.weight", "wpe": "position_embd.weight", "head": "out
 NAMES |= {"lnfw": "output_norm.weight", "lnfb": "output_norm.bias"}
 NAMES |= {ours + end[0]: f"blk.{{}}.{theirs}.{end}" for ours, theirs in PARTS.items() for end in ("weight", "bias")}
 HEAD = NAMES["head"]
-SAID = {"F", "epsilon", "tied"}  # the variations that a file can say
+SAID = {"F", "epsilon", "tied"}  # the variations that a file can describe
 Value = int | float | bool | str
 
 
@@ -142,8 +142,8 @@ class GGUFFile(ModelFile):
     """An open GGUF file of a gpt2 model. Only the part in use is mapped. Close it, or use `with`.
 
     stored() uses plain floats in place if their layers follow each other in the file; with mmap=False it copies them. It lays
-    quantised tensors out in panels, on so many threads as for GPT2.load(). Raises CheckpointError if the file is
-    not exactly as pygpt needs it."""
+    quantised tensors out in panels, on as many threads as GPT2.load() would use. Raises CheckpointError if the file is not
+    exactly as pygpt needs it."""
 
     _file: MappedFile
 
@@ -342,7 +342,7 @@ class GGUFFile(ModelFile):
         return found
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
-        """All layers of a tensor one after the other. Panels of quantised ones are filled by stored()."""
+        """Return all layers of a tensor, one after the other. stored() fills the panels of quantised tensors."""
         from .._kernels import Floats
 
         layers, N, K = layout(self.config, name)
@@ -378,11 +378,11 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp, all or nothing. Arguments and errors are those of panels.write_panels().
 
-    The model's vocabulary stands in the file if it splits text as GPT-2's does; any other is left out. Raises InputError for
-    rows that do not fill whole blocks."""
+    The file contains the model's vocabulary if that splits text as GPT-2's does. Raises InputError for rows that do not fill
+    whole blocks."""
     if unsaid := sorted(config.variations.keys() - SAID):
         value = shown(getattr(config, unsaid[0]))
-        raise InputError(f"{os.fspath(path)}: GGUF's gpt2 cannot say {unsaid[0]} = {value}: write a .safetensors file instead")
+        raise InputError(f"{os.fspath(path)}: GGUF's gpt2 cannot describe {unsaid[0]} = {value}: write a .safetensors file")
     for name, kind in formats.items():
         _, _, K = layout(config, name)
         if K % kind.block_values:
@@ -429,7 +429,7 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
 
 
 def _vocabulary(config: Config) -> "dict[str, Any]":
-    """Return the keys of the vocabulary; placeholders fill it up. One that GGUF cannot say is left out."""
+    """Return the keys of the vocabulary, filled with placeholders, or only its size if GGUF cannot describe it."""
     tokenizer = tokenizer_of(config) if config.tokenizer or config.V >= GPT2_V else None
     if tokenizer is None or not tokenizer.splits_before_space:
         return {"tokenizer.ggml.model": "none", "gpt2.vocab_size": config.V}

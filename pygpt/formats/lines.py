@@ -1,6 +1,6 @@
 """Files of lines, compressed by their name: .gz with gzip, .zst with zstd (Python 3.14, or the extra `zstd`).
 
-Compressed bytes depend on the lines alone: no time and no name is stored. Refuses lines longer than LONGEST.
+Compressed bytes depend on the lines alone: time and name are left out. Refuses lines longer than LONGEST.
 """
 
 import gzip

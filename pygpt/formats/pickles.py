@@ -40,7 +40,7 @@ class PickleFile(Closing):
         self.path, self.size = path, os.path.getsize(path)
         try:
             found = self._load(torch)
-        except Exception as error:  # torch raises errors of many kinds for files of others
+        except Exception as error:  # torch raises errors of many kinds for other files
             words = reason(error).strip().partition("\n")[0].rstrip(".:")[:200]
             raise CheckpointError(f"{path}: torch cannot read this file with weights_only=True ({words}): {WAY_OUT}") from error
         self.metadata: dict[str, str] = {}

@@ -73,7 +73,7 @@ def read_vocabulary(path: str) -> "dict[str, Any]":
 
 
 def _of_two_files(path: str) -> "dict[str, Any]":
-    """Read vocab.json and merges.txt. Either may be named; names such as NAME-vocab.json keep what is before."""
+    """Read vocab.json and merges.txt. Either may be named; NAME-vocab.json belongs to NAME-merges.txt."""
     stem = path.removesuffix(VOCAB).removesuffix(MERGES)
     vocab = _parsed(_read(stem + VOCAB), stem + VOCAB)
     lines = _read(stem + MERGES).decode("utf-8", "replace").split("\n")

@@ -23,8 +23,8 @@ class Completion:
     string, "length" at the full length, or "cancelled". seed: the same seed and options give the same tokens; None if nothing
     is random. infos: a TokenInfo for each new token if top_logprobs is set, else empty. prompt_infos: a TokenInfo for each
     token of the prompt but the first, if prompt_logprobs is set; only the first of n completions has them. drafted and
-    accepted: how many tokens speculation guessed, and how many of them were right. For engines: speculation is the request's,
-    longest the largest number of tokens in the network's window, sequence the given and the new ids (do not change the list).
+    accepted: how many tokens speculation guessed, and how many of them were right. For engines: speculation is the request's.
+    longest is the most tokens in the network's window. sequence has the given and the new ids; do not change the list.
     """
 
     def __init__(self, request: Request, *, seed: int | None = None, stream: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Change a row of logits before a sampler chooses: biases, penalties, bans, and the caller's own functions.
 
 Control.process() is a pure function of the row and of the tokens before it. So its result does not depend on other rows of a
-batch, and rows that are checked later get the same result. Without an option, a Request has no Control, and nothing is copied.
+batch, and rows that are checked later get the same result. A Request without these options skips this module and its copy.
 
 Refuses to leave a row without any token. Sources: Hugging Face's transformers (logits_process.py), for names, meaning and
 order; OpenAI's API reference, for the bias and for the frequency and presence penalties.
@@ -69,7 +69,7 @@ class Control:
     def process(self, logits: "npt.ArrayLike", tokens: Sequence[int], prompt: int) -> "Row":
         """Return a changed copy of the logits (V,) that follow `tokens`. Its first `prompt` tokens were given.
 
-        Raises NumericalError for logits that are not finite, and InputError if no token remains or a function returns no row.
+        Raises NumericalError for logits that are not finite, InputError if every token is excluded or a result is bad.
         """
         import numpy as np
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .prefix import AnyNetwork
     from .speculate import Draft
 
-LIVE = 64  # sequences in one step: more gain little, and each takes memory for its keys and values
-WORTH_WAITING = 8  # a sequence waits if an earlier prompt will compute at least this many more of its tokens than any cache has
+LIVE = 64  # sequences in one step: more would gain little speed, and each needs memory for keys and values
+WORTH_WAITING = 8  # a sequence waits for an earlier prompt that will give it at least this many more tokens than any cache
 FEWEST_ROWS = 16  # the least number of prompt rows in a step with decoding sequences
 SCORED_ROWS = 128  # the most rows of a step for log-probabilities of prompts: their logits take 26 MB with GPT-2's vocabulary
 
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the job has no more events."""
+        """Whether all events of the job have come."""
         return self.cancelled or self.error is not None or all(c.finish_reason is not None for c in self.completions)
 
 
@@ -151,7 +151,7 @@ class Engine(Uncopied):
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a job. After the step that runs now, the job has no more events."""
+        """End a job. Its events end with the step that runs now."""
         job.cancelled = True
         self._ended = True
 
@@ -175,7 +175,7 @@ class Engine(Uncopied):
     def step(self) -> list[Event]:
         """Run the network once for all live jobs; return the events, an empty list if the engine is not busy.
 
-        If it raises (Ctrl-C, out of memory), no token is lost: the next step does the same work again."""
+        If it raises (Ctrl-C, out of memory), tokens are not lost: the next step does the same work again."""
         self._receive()
         late = self._expire()
         self._drop_ended()
@@ -298,8 +298,8 @@ class Engine(Uncopied):
     def _begin(self, sequence: _Sequence, window: list[int], earlier: list[tuple[_Sequence, list[int]]]) -> None:
         """Give a sequence a cache with the longest prefix of its window that any cache has.
 
-        If an earlier sequence will soon compute a longer prefix, give it no cache. The sequence then waits."""
-        if sequence.completion.unscored:  # a copied prefix would have no logits
+        If an earlier sequence will soon compute a longer prefix, the sequence does not get a cache yet, and waits."""
+        if sequence.completion.unscored:  # a copied prefix would come without logits
             sequence.memory = Memory(self.network.new_cache(self._capacity(sequence)))
             return
         live, held, coming = None, 0, 0
@@ -420,7 +420,7 @@ class Engine(Uncopied):
 
 
 def _has_ended(sequence: _Sequence) -> bool:
-    """Whether a sequence needs no more steps. Also sets the finish_reason of a cancelled completion."""
+    """Return whether a sequence has ended. Also set the finish_reason of a cancelled completion."""
     job, completion = sequence.job, sequence.completion
     if job.cancelled and completion.finish_reason is None:
         completion.finish_reason = "cancelled"

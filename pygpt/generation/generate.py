@@ -25,7 +25,7 @@ if TYPE_CHECKING:
             """Take int64 ids: first the prompt (1, T), then each new token (1,)."""
 
         def end(self) -> object:
-            """Take note that no more ids follow."""
+            """Take the end of the ids."""
 
 
 class Generator(Closing):
@@ -58,7 +58,7 @@ class Generator(Closing):
         )
 
     def draft(self, make: bool) -> "Draft | None":
-        """Return what guesses tokens for speculation, or None. A missing draft is made only if `make` is True."""
+        """Return the draft, which guesses tokens for speculation, or None. A missing draft is made only if `make` is True."""
         return None
 
     def complete(self, request: Request, cache: PrefixCache | None = None) -> "Steps[int]":
@@ -98,8 +98,8 @@ class Generator(Closing):
         False "greedy". temperature, top_k, top_p, min_p and seed imply "sample" (see Sampler); temperature=0 means "greedy".
 
         Control, with every sampler: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, no_repeat_ngram_size,
-        bad_words_ids, suppress_tokens and logits_processor change the logits before the choice, in this order. The last is
-        one function (tokens, row) or several: it gets the ids so far and the float32 logits (V,), and returns a row or None.
+        bad_words_ids, suppress_tokens and logits_processor change the logits before the choice, in this order. A processor
+        is a function (tokens, row) of the ids so far and the float32 logits (V,), which returns a row or None; or several.
 
         Stop: stop_token_ids and stop_strings, one or several. The last token is a stop token or completes a stop string. With
         stop_at_eot, the id that ends a text in the model's vocabulary is a stop token.
@@ -108,8 +108,8 @@ class Generator(Closing):
         overflow="slide", it continues with only the latest slide_to tokens (default: half of maxT) each time the window of maxT
         tokens is full. The network forgets the others, so the result depends on the kept tokens alone.
 
-        speculation: True guesses as many tokens ahead as pay, and a whole number so many. All guesses are checked, so the
-        tokens stay the same; they only come sooner. The first use quantises the model's weights, unless load() names a draft.
+        speculation: a number of tokens to guess ahead, or True to choose the fastest. All guesses are checked, so the tokens
+        stay the same and only come sooner. The first use quantises the model's weights, unless load() names a draft.
 
         cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
         each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
@@ -128,7 +128,7 @@ class Generator(Closing):
         seed: "SupportsIndex | None" = None,
         **options: "Unpack[Options]",
     ) -> "AsyncGenerator[int]":
-        """Complete a sequence as generate() does, for `async for`. The network runs on other threads, so no event loop waits.
+        """Complete a sequence as generate() does, for `async for`. Other threads run the network, so the event loop is free.
 
         Raises InputError at once, before anything runs. If the task is cancelled or the iterator is closed, the completion ends
         after the step that runs now. To close it at a `break`, use contextlib.aclosing()."""

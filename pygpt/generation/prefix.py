@@ -64,7 +64,7 @@ class Memory:
     def __init__(self, cache: "Cache", tokens: Sequence[int] = ()) -> None:
         self.cache = cache
         self.tokens = list(tokens)
-        self.draft: Memory | None = None  # of a draft with caches of its own
+        self.draft: Memory | None = None  # for a draft with its own caches
         self.positions = len(self.tokens)  # positions of the cache that were ever used, so they take memory
 
     def shared(self, window: Sequence[int]) -> int:

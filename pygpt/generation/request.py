@@ -78,7 +78,7 @@ class Request:
     """A checked request: complete `tokens` to `total` tokens. Generator.generate() describes the options.
 
     Raises InputError for an empty prompt, an id outside the vocabulary, an option out of its range, and both total and
-    max_new_tokens. Raises it also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
+    max_new_tokens. Also if `total` leaves no room for a new token, or exceeds maxT without an `overflow`.
 
     For servers: stop_in_prompt=False searches stop strings only in new text. prompt_logprobs=True fills
     Completion.prompt_infos with a TokenInfo for each token of the prompt but the first; max_new_tokens may then be 0."""
@@ -160,7 +160,7 @@ class Request:
 
 
 def check_speculation(value: "Any") -> int | None:
-    """Return how many tokens to guess in a step: 0 as many as pay, None none."""
+    """Return how many tokens to guess in a step: 0 means the fastest number, None no guesses."""
     if value is None or is_boolean(value):
         return 0 if value else None
     return check_whole("speculation", value, 1, MOST_GUESSES, f" from 1 to {MOST_GUESSES}, or True or False")

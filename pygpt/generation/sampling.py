@@ -3,10 +3,10 @@
 median   the serial program's rule: the first id, in id order, at which the running sum of the softmax exceeds one half. The
          sum is float32, in ascending order (sampler.h). The choice is deterministic, but it is not the argmax.
 greedy   the most probable id; the lowest of equals.
-sample   a random id, after temperature, top_k, top_p and min_p. These have the names and meaning, and apply in the order, of
+sample   a random id, after temperature, top_k, top_p and min_p. These have the names, the meaning and the order of
          Hugging Face's transformers. The choice is the Gumbel-max rule: each id has its own random number, which depends only
-         on seed, stream, step and id (sampler.h), so a seed gives the same tokens on every machine. Logits that differ little
-         give the same token nearly always. Temperature 0 means greedy.
+         on seed, stream, step and id (sampler.h), so a seed gives the same tokens on every machine. Slightly different logits
+         nearly always give the same token. Temperature 0 means greedy.
 
 The reference and the fast path call the same functions.
 """

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from .prefix import AnyNetwork
 
 MOST = 8  # guesses in one step: more are rarely all right
-NGRAM = 3  # equal tokens that a lookup asks for
+NGRAM = 3  # equal tokens that a lookup needs
 WORTH = 1.02  # the least predicted gain
 GUESS, ROW = 0.3, 0.06  # times of a guess and of one more row, in plain steps, until they are measured
-PATIENCE, MOST_PATIENCE = 32, 512  # plain steps of a sequence before guesses are tried again
+PATIENCE, MOST_PATIENCE = 64, 512  # plain steps of a sequence before guesses are tried again
 SOON = 48  # the fewest tokens still to come for which weights are quantised
 MIXED_ROWS = 24  # guesses of all sequences of a step together: more rows make a step bound by arithmetic
 RECENT = 0.06  # the weight of the latest guess in a share of accepted guesses
 
 
 class Share:
-    """A running mean of right guesses, which begins as if two guesses were known."""
+    """A running mean of right guesses. It begins as if two guesses had been compared."""
 
     __slots__ = ("count", "mean")
 
@@ -42,7 +42,7 @@ class Share:
         self.mean, self.count = mean, 2
 
     def note(self, guesses: Sequence[int], tokens: Sequence[int]) -> None:
-        """Compare guesses with the tokens that came: up to the first wrong guess, after which none was possible."""
+        """Compare guesses with the tokens that came, up to the first wrong guess: later guesses could not be right."""
         for guess, token in zip(guesses, tokens, strict=False):
             self.count += 1
             self.mean += max(RECENT, 1 / self.count) * ((guess == token) - self.mean)
@@ -50,8 +50,8 @@ class Share:
                 break
 
     def speed(self, count: int, guess: float) -> float:
-        """Return the expected tokens of a step with so many guesses, for each plain step's time that it takes. guess: the time
-        of one guess and of its row, in plain steps."""
+        """Return the expected tokens of a step with `count` guesses, divided by its time. Times are in plain steps. guess: the
+        time of one guess and of its row."""
         tokens = 1 + sum(self.mean**i for i in range(1, count + 1))
         return tokens / (1 + count * guess)
 
@@ -87,18 +87,18 @@ class Speculation:
     def look_up(self, sequence: Sequence[int], most: int) -> list[int]:
         """Return up to `most` tokens that followed the latest earlier occurrence of the last NGRAM tokens."""
         self.lookups.note(self._guessed, sequence[self._known :])
-        for end in range(max(self._known, NGRAM), len(sequence)):  # the last n-gram is looked up before it is known
+        for end in range(max(self._known, NGRAM), len(sequence)):  # not yet the last n-gram
             self._ends[tuple(sequence[end - NGRAM : end])] = end
         self._known = len(sequence)
         found: list[int] = []
         if (end := self._ends.get(tuple(sequence[-NGRAM:]), 0)) > 0:
-            for place in range(end, end + most):  # beyond the end of the text, its repetition goes on
+            for place in range(end, end + most):  # the text goes on by repeating itself
                 found.append(sequence[place] if place < len(sequence) else found[place - len(sequence)])
         self._guessed = found
         return found
 
     def try_again(self) -> bool:
-        """Return whether to guess in this step although it does not seem to pay: rarely, and more rarely each time."""
+        """Return whether to guess although guesses do not seem to pay. The waits become longer each time."""
         self.wait -= 1
         if self.wait > 0:
             return False
@@ -116,8 +116,8 @@ class Draft:
         self.seconds: float | None = None  # of one guess for each sequence of a step, a running mean
 
     def guess(self, wanted: list[tuple[Completion, Memory, int]]) -> list[list[int]]:
-        """Return for each (completion, memory, count) its guesses, at most `count`. No memory is changed. The first token that
-        a memory has not yet is the completion's last one."""
+        """Return for each (completion, memory, count) its guesses, at most `count`. The memories do not change. Each memory
+        lacks only the completion's last token."""
         found: list[list[int]] = [[] for _ in wanted]
         if not self.shared:  # its context may be shorter
             maxT = self.network.config.maxT
@@ -175,7 +175,7 @@ class Speculator:
         self.drafted = self.accepted = 0
 
     def guess(self, parts: list[tuple[Completion, Memory, Speculation]]) -> list[list[int]]:
-        """Return the guesses for each decoding sequence of the next step, which has no other rows."""
+        """Return the guesses for each decoding sequence of the next step, which has only their rows."""
         found: list[list[int]] = [[] for _ in parts]
         limit = min(MOST, MIXED_ROWS // len(parts))
         wanted: list[tuple[int, int]] = []
@@ -198,8 +198,8 @@ class Speculator:
         return found
 
     def _count(self, completion: Completion, state: Speculation, room: int, looked: list[int], sequences: int) -> int:
-        """Return how many tokens the draft should guess, or as a negative number how many of the lookup to take. All times are
-        in plain steps of one of the sequences. A draft that was not timed yet makes one guess."""
+        """Return how many tokens the draft should guess; -n means to take n tokens of the lookup. All times are in plain
+        steps of one of the sequences. Until a guess, or a row of a guess, is timed, there is only one."""
         fixed, draft = completion.speculation, self._draft(False)
         if self._plain is None and not fixed:
             return 0
@@ -208,7 +208,7 @@ class Speculator:
         guess = GUESS if draft is None or draft.seconds is None else draft.seconds / plain
         if fixed:
             return -len(looked) if looked and state.lookups.speed(room, row) >= state.drafts.speed(room, row + guess) else room
-        by_lookup, looks = state.lookups.best(len(looked), row)
+        by_lookup, looks = state.lookups.best(len(looked) if self._row is not None else min(len(looked), 1), row)
         may_draft = draft is not None or completion.guesses >= SOON
         new = draft is None or draft.seconds is None
         by_draft, drafts = state.drafts.best(min(room, 1) if new else room, row + guess) if may_draft else (0.0, 0)

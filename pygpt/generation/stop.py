@@ -1,8 +1,8 @@
 """Stop conditions: end a completion before its length at a stop token, or if its text contains a stop string.
 
-The text is that of the whole sequence with the prompt. A stop string may begin and end inside tokens. It counts if the newest
-token completes it, so that token is the last one, and may add text after the stop string. Source: the rule of Hugging Face's
-StopStringCriteria. The vocabulary is loaded only for stop strings, and for the end of text if it is not GPT-2's.
+The text is that of the whole sequence with the prompt. A stop string may begin and end inside tokens. The token that completes
+it is the last one, and may add text after the stop string. Source: the rule of Hugging Face's StopStringCriteria. Stop strings
+load the vocabulary, and so does the end of text if the vocabulary is not GPT-2's.
 
 Refuses both for a model of unknown vocabulary.
 """

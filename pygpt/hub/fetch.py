@@ -41,8 +41,8 @@ def fetch(name: str, note: Callable[[str], None]) -> str:
     """Fetch a model; return the path of its .bin file, or of its folder with config.json and safetensors.
 
     name: a name that is_downloadable() accepts. note: called with each warning of huggingface_hub. Raises InputError for a
-    repository or revision that does not exist, CheckpointError for a repository without a GPT-2 model, PyGPTError if fetching
-    fails, ImportError without huggingface_hub."""
+    repository or revision that does not exist, and CheckpointError for a repository without a GPT-2 model. Raises PyGPTError if
+    fetching fails, and ImportError without huggingface_hub."""
     _import_hub()
     model, _, revision = name.partition("@")
     with _warnings_to(note):

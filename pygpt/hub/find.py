@@ -1,4 +1,4 @@
-"""Find the model file to use, and the folder of downloaded models. Opens no file, and imports no code that downloads."""
+"""Find the model file to use, and the folder of downloaded models. Neither opens a file nor imports code that downloads."""
 
 import os
 import re
@@ -20,10 +20,10 @@ DOWNLOADABLE = rf"(?:{'|'.join(MODELS)}|{PART}/{PART})(?:@{PART}(?:/{PART}){{0,2
 def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     """Return (path, origin) of the model to use: `path`, else PYGPT_MODEL, else ./gpt2_124M.bin, else the embedded model.
 
-    If no model has that path, it can be the name of a downloaded model: one of MODELS, or a repository. It is in pygpt's cache
-    folder, or in huggingface_hub's, whoever downloaded it. origin is "given",
-    "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises CheckpointError if there is no such file or downloaded
-    model, and InputError for the name of a downloaded model without a cache folder."""
+    If the path does not exist, it can be the name of a downloaded model, one of MODELS or a repository, in the cache folder of
+    pygpt or of huggingface_hub. origin is "given", "PYGPT_MODEL", "folder" or "embedded". The file is not opened. Raises
+    CheckpointError if there is no such file or downloaded model, and InputError for the name of a downloaded model without a
+    cache folder."""
     if path is not None:
         name, origin, via = os.fspath(path), "given", ""
         if not name:

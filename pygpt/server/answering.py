@@ -25,8 +25,8 @@ from .schema import ApiError
 from .worker import Worker
 
 PING_S = 15.0  # between comments in a stream without text, so that proxies keep it open
-SLOW_S = 30.0  # for a client to send its body, or to take a part of an answer
-STOPPED = "the server is shutting down: ask another one"
+SLOW_S = 30.0  # the longest time in which a client sends its body, or takes a part of an answer
+STOPPED = "the server is shutting down: send the request to another server, or later"
 LEAST = -9999.0  # JSON has no infinity
 Note = tuple[int, TokenInfo | None, int]  # a token, its info, and its offset
 
@@ -42,10 +42,10 @@ class Piece:
 
 
 class Choice:
-    """One completion of a call: takes its tokens one by one, and returns pieces.
+    """One completion of a call. It takes tokens one by one, and returns pieces of text.
 
-    Text stays back while it may become a stop string, or while its last character is incomplete. text_offset counts
-    characters of the choice's whole text. A token whose bytes complete no character begins where the next one does."""
+    It holds text back while the text may become a stop string, or while the last character is incomplete. text_offset counts
+    characters of the choice's whole text. If a token's bytes do not complete a character, it has the next token's offset."""
 
     def __init__(self, call: Call, prompt: list[int], index: int) -> None:
         self.call, self.index = call, index
@@ -57,7 +57,7 @@ class Choice:
         self._seen = 0  # characters of all tokens so far
         self._out = codecs.getincrementaldecoder("utf-8")("replace")
         self._all = codecs.getincrementaldecoder("utf-8")("replace")
-        self._waiting: list[Note] = []  # tokens, and their offsets, that no piece has yet
+        self._waiting: list[Note] = []  # tokens that are not in a piece yet
         self._stops = [text.encode() for text in call.stop]
 
     def push(
@@ -186,7 +186,7 @@ def event(data: bytes) -> bytes:
 
 
 class Run:
-    """A call on its way: takes the engine's events, and keeps pieces of the answer until they are sent."""
+    """A running call. It takes the engine's events, and keeps pieces of the answer until they are sent."""
 
     def __init__(self, call: Call, metrics: Metrics) -> None:
         self.call, self._metrics, self._model = call, metrics, call.served.names[0]
@@ -199,7 +199,7 @@ class Run:
         self._gone = False  # whether the client has left
         self._wake = asyncio.Event()
         self._arrival = time.monotonic()
-        self._times: dict[int, float] = {}  # of each choice's latest token
+        self._times: dict[int, float] = {}  # when each choice's latest token came
 
     def take(self, happened: Event) -> None:
         """Take an event of one of the jobs."""
@@ -249,7 +249,7 @@ class Run:
         count("prefix_cache_hits", self._model, sum(job.shared for job in self.jobs))
 
     async def answer(self, worker: Worker, limit_s: float | None, writer: Writer, receive: Receive, send: Send) -> None:
-        """Add the jobs, and send the answer. Raises ApiError if nothing is sent yet. If the client leaves, the jobs end."""
+        """Add the jobs, and send the answer. Raises ApiError before the first byte only. If the client leaves, the jobs end."""
         watching = asyncio.create_task(self._watch(receive))
         try:
             self.jobs = worker.add(self.call, None if limit_s is None else self._arrival + limit_s, self)
@@ -265,7 +265,7 @@ class Run:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self._metrics.count("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has its answer
+        self._metrics.count("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has the whole answer
         self._wake.set()
 
     async def _whole(self, writer: Writer, send: Send) -> None:
@@ -277,7 +277,7 @@ class Run:
             await take(send, {"type": "http.response.body", "body": writer.whole(self._pieces, self.choices)})
 
     async def _stream(self, writer: Writer, send: Send) -> None:
-        """Send pieces as they come. An error after the first one is an event."""
+        """Send pieces as they come. An error after the first piece is sent as an event."""
         begun = False
 
         async def put(data: bytes, more: bool = True) -> None:
@@ -313,7 +313,7 @@ class Run:
 
 
 def reported(error: Exception) -> ApiError:
-    """Return the answer to an error in the engine. An unexpected one is told to the operator, but not to the client."""
+    """Return the answer to an error in the engine. Only the server's log shows the text of an unexpected error."""
     if isinstance(error, InputError):  # such as a bias that excludes every token
         return ApiError(str(error))
     if isinstance(error, TimeoutError):

@@ -42,7 +42,7 @@ POLICY = (
 
 @dataclass(kw_only=True)
 class Options:
-    """The server's settings, by the names of the command's options. keys: one is needed, if there are any."""
+    """The server's settings, by the names of the command's options. keys: if there are any, a request needs one of them."""
 
     keys: list[str] = field(default_factory=list)
     queue: int = 256  # the most sequences that wait for a step
@@ -102,7 +102,7 @@ class Server:
 
     @property
     def ready(self) -> bool:
-        """Whether the server takes requests."""
+        """Whether the server accepts requests."""
         return not self.draining and self.worker.thread.is_alive()
 
     def served(self, name: str | None) -> Served:
@@ -153,7 +153,7 @@ class Server:
 
 
 async def _unhurried(size: int, function: Callable[[], T]) -> T:
-    """Return function(), which works on `size` characters: for many, outside the event loop."""
+    """Return function(), which works on `size` characters. If they are many, run it outside the event loop."""
     return function() if size <= SHORT else await asyncio.to_thread(function)
 
 
@@ -212,7 +212,7 @@ def _about(name: str, served: Served) -> dict[str, Any]:
 
 
 async def health(server: Server, request: Request, fields: dict[str, Any]) -> Response:
-    """Tell whether the server takes requests."""
+    """Report whether the server accepts requests."""
     return JSONResponse({"status": "ok" if server.ready else "draining"}, 200 if server.ready else 503)
 
 
@@ -239,7 +239,7 @@ async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> 
     if ("prompt" in fields) == ("content" in fields):
         raise ApiError("give prompt or content: exactly one of them", "prompt")
     if served.tokenizer is None:
-        raise ApiError("the vocabulary of this model is unknown, so its ids of a text are, too", "model")
+        raise ApiError("the vocabulary of this model is unknown, so the server cannot encode text", "model")
     text = fields.get("prompt", fields.get("content", ""))
     ids = await _unhurried(len(text), partial(served.tokenizer.encode, text))
     if "content" in fields:
@@ -266,7 +266,7 @@ async def detokenize(server: Server, request: Request, fields: dict[str, Any]) -
 
 
 async def tokenizer_info(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Describe the tokenizer, so that evaluation harnesses need no copy of it."""
+    """Describe the tokenizer, so that evaluation harnesses do not need a copy of it."""
     config = server.models[0].model.config
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
     own = {"tokenizer_class": "GPT2Tokenizer", "chat_template": None, "add_bos_token": False}
@@ -279,11 +279,11 @@ async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any
         async with asyncio.timeout(SLOW_S):
             return {"workers": await server.worker.trace(server.served(fields.get("model")))}
     except TimeoutError:
-        raise ApiError(f"no step ran within {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
+        raise ApiError(f"the model ran 0 steps within {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
 
 
 async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Show the attention of the last token in one layer, for each head, if the model can tell it."""
+    """Return the attention of the last token in one layer, for each head, if the model can report it."""
     served = server.served(fields.get("model"))
     if not hasattr(served.model, "activations"):
         raise ApiError("the model cannot be inspected", status=404, code="cannot_inspect")
@@ -343,7 +343,7 @@ class _Outer:
             await self.app(scope, receive, send)
             return
         path, prefix = scope["path"], self.server.options.root_path.rstrip("/")
-        if prefix and path == prefix:  # the page's addresses are relative
+        if prefix and path == prefix:  # the page's relative addresses need the slash at the end
             await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
             return
         if prefix and f"{path}/".startswith(f"{prefix}/"):

@@ -19,7 +19,7 @@ from .schema import ApiError
 
 DEFAULT_NEW = 16  # tokens, as in OpenAI's API
 LONGEST_TOKEN = 1024  # bytes: more than any vocabulary has
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing; clients send them
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # values without effect, which clients may send
     "temperature": (1,),
     "top_p": (1,),
     "top_k": (0, -1),
@@ -29,7 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that change nothing; clients s
     "presence_penalty": (0,),
     "logit_bias": ({},),
 }
-FILTERS = ("temperature", "top_p", "top_k", "min_p")  # they change nothing for the most probable token
+FILTERS = ("temperature", "top_p", "top_k", "min_p")  # without effect on the most probable token
 
 
 class Served:
@@ -46,13 +46,13 @@ class Served:
         self.eot = self.tokenizer.eot if self.tokenizer else None
         prefix = model.new_prefix_cache(cache_bytes)
         self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
-        self.traced: list[Future[list[list[Any]]]] = []  # who waits for the timeline of the next step
+        self.traced: list[Future[list[list[Any]]]] = []  # requests that wait for the timeline of the next step
         self.fingerprint = None
-        if fingerprint:  # answers with equal hashes of the weights, their format and the arithmetic are equal
+        if fingerprint:  # equal hashes of the weights, their format and the arithmetic mean equal answers
             self.fingerprint = f"pygpt-{__version__}-{sha256_of(path)[:16]}"
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of ids. Ids beyond the vocabulary have none."""
+        """Return the bytes of ids. Ids beyond the vocabulary are left out."""
         if self.tokenizer is None:
             return b""
         return self.tokenizer.decode_bytes([token for token in tokens if token < self.tokenizer.V])

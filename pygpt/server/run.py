@@ -27,7 +27,7 @@ REFUSAL = (
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that refuses too many connections politely, and ends those whose headers do not arrive."""
+    """HTTP/1.1 with two limits: too many connections get status 503, and those whose headers do not arrive are closed."""
 
     most = CONNECTIONS
     _late: asyncio.TimerHandle | None = None
@@ -41,7 +41,7 @@ class Protocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Take data, and wait for the rest of a request's headers no longer than HEADER_S."""
+        """Take data, and wait at most HEADER_S seconds for the rest of a request's headers."""
         super().data_received(data)
         self._watch()
 
@@ -74,7 +74,7 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
             return _listen_at(uds)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         made = socket.create_server((host, port), family=family, backlog=2048)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not: this socket does not name its protocol
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on a socket that names its protocol
         return made
     except (OSError, OverflowError) as error:
         where = uds if uds is not None else f"{host} port {port}"
@@ -120,7 +120,7 @@ def run(server: Server, listening: socket.socket, *, grace_s: float, started: Ca
 
 
 def embedded(server: Server, grace_s: float) -> uvicorn.Server:
-    """Return a uvicorn server for the application, which handles no signals."""
+    """Return a uvicorn server for the application, without signal handlers."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     Protocol.most = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - SPARE_FILES))
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}

@@ -110,7 +110,7 @@ TOKENIZE: Fields = {
     "prompt": _string("a string"),
     "content": _string("a string"),
     "with_pieces": _flag("true or false: whether to return each token's text"),
-    "add_special_tokens": _flag("true or false, which is the same for GPT-2"),
+    "add_special_tokens": _flag("true or false, without effect for GPT-2"),
     "return_token_strs": _flag("true or false: whether to return each token's text"),
 }
 DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", **_list(ID)}}
@@ -167,7 +167,7 @@ def _refuse(constant: str) -> None:
 
 
 def fits(value: Any, schema: Schema) -> bool:
-    """Return whether a JSON value fits a schema. It knows the keywords that this module uses."""
+    """Return whether a JSON value fits a schema. The schema may have the keywords that this module uses."""
     if "anyOf" in schema:
         return any(fits(value, choice) for choice in schema["anyOf"])
     if "enum" in schema:
@@ -212,7 +212,7 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 
 
 class Endpoint(NamedTuple):
-    """A route. fields: of its JSON object, which makes it a POST. key: whether it needs an API key."""
+    """A route. fields: those of its JSON object; with fields, the route is a POST. key: whether it needs an API key."""
 
     path: str
     handler: Callable[..., Awaitable[Any]]
@@ -242,7 +242,7 @@ def answer(**content: Schema) -> Schema:
     return _object(**texts, created=COUNT, system_fingerprint=TEXT_OR_NULL, choices=_list(choice), usage=USAGE)
 
 
-ANSWERS = {  # of the paths whose answer is not just any object
+ANSWERS = {  # by path; any other path may answer with any object
     "/v1/completions": answer(text={"type": "string"}),
     "/v1/chat/completions": answer(message=_object(role={"const": "assistant"}, content={"type": "string"})),
     "/v1/models": _object(object={"const": "list"}, data=_list({"type": "object"})),

@@ -1,1 +1,1 @@
-"""Training: parameters, batches, steps and saved states. Prints nothing."""
+"""Training: parameters, batches, steps and saved states. Does not print."""

@@ -62,7 +62,7 @@ class DataLoader:
     """Serve endless batches of B sequences of T tokens, in llm.c's order.
 
     A batch reads B*T + 1 tokens, and the next batch starts B*T tokens later. source: a path or a pattern of shards (sorted),
-    a list of paths, or tokens in memory. A shard gives floor((tokens - 1) / (B*T)) batches, the last of several maybe none.
+    a list of paths, or tokens in memory. A shard gives floor((tokens - 1) / (B*T)) batches; the last may give none.
     labels, for tokens in memory: the targets, int32 (tokens,), with -100 for a token that is not trained on. After the last
     shard a new epoch begins. shuffle_seed: shuffle the shards, and the batches in each shard, again in every epoch. The order
     depends only on seed and epoch, so it is the same on every machine. V: the vocabulary size; opening a shard checks every id.

@@ -31,7 +31,7 @@ ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction se
 PAGE = 4096  # bytes
 APART = 576  # bytes: the offset in a page at which an array begins grows by this from one array to the next
 STD = 0.02  # of GPT-2's initial weights
-MATRICES = tuple(name for name, dims in (*TENSORS, HEAD) if sum(dim != "L" for dim in dims) == 2)  # the rest are vectors
+MATRICES = tuple(name for name, dims in (*TENSORS, HEAD) if sum(dim != "L" for dim in dims) == 2)  # the others are vectors
 GAINS = ("ln1w", "ln2w", "lnfw")
 RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L in total
 PIECE = 1 << 16  # random numbers made at a time: few enough to stay in the cache
@@ -151,7 +151,7 @@ class Parameters(Closing):
         return array[: self.config.V] if name == "wte" else array
 
     def save(self, path: "str | os.PathLike[str]", *, version: int = 3) -> None:
-        """Write the parameters as a checkpoint of version 1, 3 or 5, or, if the name ends in .safetensors, as that.
+        """Write the parameters: as a .safetensors file if the name ends so, else as a checkpoint of version 1, 3 or 5.
 
         A .safetensors file holds transformers' tensors, and config.json in its metadata: it describes every model. Version 5
         means bfloat16 there. The file gets its name only when it is complete. Raises InputError for a model that a .bin file

@@ -152,7 +152,7 @@ def _read_header(header: bytes, found: int) -> tuple[Config, int]:
         F, activation, epsilon, *switches = VARIATIONS.unpack_from(header, 36)
         reserved = [*header[36 + VARIATIONS.size :]]
         if not 0 <= activation < len(ACTIVATIONS):
-            raise ValueError(f"bad header: there is no activation {activation}")
+            raise ValueError(f"bad header: activation {activation} is unknown")
         variations = {"F": F, "activation": ACTIVATIONS[activation], "epsilon": epsilon}
         variations |= dict(zip(SWITCHES, switches, strict=True))
     try:

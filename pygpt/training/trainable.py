@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class TrainableGPT2(Parameters):
     """A GPT-2 in training on `threads` workers. Use it in a `with` block, or close() it.
 
-    It takes memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
+    It needs memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
     calls take turns. all_workers: use all workers even if the work is too small to gain from them."""
 
     def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
@@ -52,7 +52,7 @@ class TrainableGPT2(Parameters):
 
     @property
     def updates(self) -> int:
-        """The number of updates made. If Ctrl-C interrupts an update, it is complete and counts, or it changed no weight."""
+        """The number of updates made. An update that Ctrl-C interrupts is complete and counts, or has not changed a weight."""
         return self._step.updates
 
     def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":

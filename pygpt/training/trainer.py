@@ -115,7 +115,7 @@ class Trainer(Uncopied):
         return Record(self.done - 1, loss, lr, norm, 1000 * seconds, tokens / seconds, tuple(times))
 
     def _gradients(self, shared: SharedStep) -> float:
-        """Compute the step's gradients of the own slice in the engine; return the step's mean loss."""
+        """Compute the step's gradients of this rank's slice in the engine; return the step's mean loss."""
         each, parts, found = self.options.accumulate, self.options.parts, []
         counts = self._counts(self.loader, each * parts)
         total = max(sum(counts), 1)
@@ -147,8 +147,8 @@ class Trainer(Uncopied):
         return math.fsum(losses.flat) / max(int((targets >= 0).sum()), 1), place
 
     def _mean(self, what: str, found: "list[tuple[float, dict[str, int | str | None]]]", counts: list[int]) -> float:
-        """Return the mean of all ranks' losses of batches with so many targets each; equal counts give a plain mean's bits.
-        Raises NumericalError for the first that is not finite, on all ranks."""
+        """Return the mean of all ranks' losses, weighted by their batches' numbers of targets; equal numbers give the bits of
+        a plain mean. Raises NumericalError on all ranks for the first loss that is not finite."""
         everyone = list(chain.from_iterable(self.ranks.gather(found)))
         for loss, place in everyone:
             self._check_finite(what, loss, place)

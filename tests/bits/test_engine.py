@@ -101,7 +101,7 @@ prompts = st.lists(st.sampled_from([1, 2]), min_size=0, max_size=15).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_every_request_is_as_alone(model: GPT2, drafts: dict[str, Draft | None], alone: Alone, data: st.DataObject) -> None:
     one = model.network.position_bytes
@@ -323,7 +323,7 @@ def test_requests_wait_for_room(model: GPT2) -> None:
     assert running == {id(jobs[0]), id(jobs[1])}
     list(engine.run())
     assert all(job.done and job.completions[0].finish_reason == "length" for job in jobs)
-    with pytest.raises(InputError, match=f"{20 * one} bytes.*limit is {10 * one}"):
+    with pytest.raises(InputError, match=f"{20 * one}.*{10 * one}"):
         model.engine(cache_bytes=10 * one).add(Request(model.config, [1], total=20))
 
 

@@ -197,7 +197,7 @@ def test_bad_batches(model: GPT2, rows_run: list[int], options: dict[str, Any], 
         model.generate_batch(PROMPTS, **{"total": 22, **options})
     with pytest.raises(InputError, match="token '97'"):
         model.generate_batch([[1], [97]])
-    with pytest.raises(InputError, match="tokens are 1: give a list"):
+    with pytest.raises(InputError, match=r"tokens.*1.*list"):
         model.generate_batch([1, 2])  # type: ignore[list-item]
     assert rows_run == []
 
@@ -285,7 +285,7 @@ def test_caches_of_others(model: GPT2, path: str) -> None:
         own = serial.new_prefix_cache()
         for _ in range(2):
             assert list(serial.generate([1, 2], cache=own)) == list(model.generate([1, 2]))
-    with pytest.raises(InputError, match=r"cache is KVCache.*must be a PrefixCache"):
+    with pytest.raises(InputError, match=r"KVCache.*PrefixCache"):
         model.generate([1], cache=model.new_cache())  # type: ignore[arg-type]
     assert isinstance(model.new_prefix_cache(), PrefixCache)
 
@@ -299,7 +299,7 @@ def test_a_copied_cache_must_fit(model: GPT2, path: str) -> None:
     with GPT2.load(path, threads=1) as other:
         for wrong in (full, model.new_cache(2), other.new_cache()):
             length = wrong.length
-            with pytest.raises(InputError, match="an empty cache of the same model"):
+            with pytest.raises(InputError, match="empty"):
                 copy_keys_values(wrong, source, 3)
             assert wrong.length == length
     for capacity in (3, 7, MAXT):
@@ -340,9 +340,9 @@ def test_a_closed_serial_model(path: str) -> None:
 def test_sliding_gives_the_logits_of_the_window_alone(
     model: GPT2, path: str, options: dict[str, Any], slide_to: int | None
 ) -> None:
-    asked = {"overflow": "slide", "slide_to": slide_to, "max_new_tokens": 60, **options}
+    asked = {"overflow": "slide", "slide_to": slide_to, "max_new_tokens": 40, **options}
     prompts = [[3], list(range(MAXT - 1)), list(range(MAXT)), list(range(2 * MAXT))]
-    wanted = [by_hand(model, prompt, 60, slide_to=slide_to or MAXT // 2, **options) for prompt in prompts]
+    wanted = [by_hand(model, prompt, 40, slide_to=slide_to or MAXT // 2, **options) for prompt in prompts]
     cache = model.new_prefix_cache()
     for _ in range(2):
         assert [list(model.generate(prompt, **asked, cache=cache)) for prompt in prompts] == wanted
@@ -526,7 +526,7 @@ def test_bad_stops(speller: GPT2, options: dict[str, Any], message: str) -> None
 
 
 def test_stop_strings_need_the_vocabulary(model: GPT2, speller: GPT2) -> None:
-    with pytest.raises(InputError, match="this model has 97 ids, which are not GPT-2's vocabulary of 50257"):
+    with pytest.raises(InputError, match=r"97.*50257"):
         model.generate([1], stop_strings="a")
     assert list(model.generate([1], stop_strings=[])) == list(model.generate([1]))
     undecodable = b"\xff".decode("utf-8", "surrogateescape")  # as a command line gives it

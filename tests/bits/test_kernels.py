@@ -439,23 +439,22 @@ def test_bits_at_the_edge_of_float32(files: Files, data: st.DataObject, config: 
 def test_wide_and_long(files: Files) -> None:
     """GPT-2's width; more rows than a chunk and a tile of attention hold; positions beyond 512."""
     count = max(560, 2 * CHUNK + 40)
-    config = Config(maxT=count + 40, V=1000, L=1, NH=12, C=768)
+    config = Config(maxT=count, V=211, L=1, NH=12, C=768)
     path = files.random(config, 5)
     rng = np.random.default_rng(6)
     tokens = rng.integers(0, config.V, count).tolist()
     cut = count - 30
     assert cut > max(512, 2 * CHUNK)
     expected = whole(path, tokens)
-    for nth in (2, 3):
-        with GPT2.load(path, threads=nth) as model:
-            cache = model.new_cache()
-            assert same(model.prefill(cache, tokens[:cut]), expected[cut - 1])
-            for i in range(cut, cut + 10):
-                assert same(model.decode(cache, tokens[i]), expected[i])
-            assert same(model.step([(tokens[i], cache, True) for i in range(cut + 10, count)]), expected[cut + 10 :])
+    with GPT2.load(path, threads=3) as model:
+        cache = model.new_cache()
+        assert same(model.prefill(cache, tokens[:cut]), expected[cut - 1])
+        for i in range(cut, cut + 10):
+            assert same(model.decode(cache, tokens[i]), expected[i])
+        assert same(model.step([(tokens[i], cache, True) for i in range(cut + 10, count)]), expected[cut + 10 :])
     for isa in FUSED:
         with instruction_set(isa):
-            assert same(whole(path, tokens[:300], threads=2), expected[:300])
+            assert same(whole(path, tokens[:130], threads=2), expected[:130])
     assert_accurate(expected, *exact_logits(path, config, tokens))
 
 
@@ -496,8 +495,7 @@ def test_gpt2_shape_bits(gpt2_shape: Path) -> None:
     tokens = [31373, 612, 50256, 0, 11, *range(1000, 1013)]
     expected = whole(gpt2_shape, tokens)
     assert expected.shape == (len(tokens), 50257)
-    for nth in (2, 3, 8):
-        assert same(whole(gpt2_shape, tokens, threads=nth), expected)
+    assert same(whole(gpt2_shape, tokens, threads=3), expected)
     with GPT2.load(gpt2_shape, threads=2) as model:
         cache = model.new_cache(len(tokens))
         for i, token in enumerate(tokens):
@@ -549,7 +547,7 @@ def test_fma32_rounds_once() -> None:
     assert fma32(step, step, 0 * tiny)[0] == half[0] * half[0]  # on it: to even
 
 
-@fuzz
+@settings(fuzz, max_examples=30)
 @given(K=st.integers(1, 150), V=st.integers(1, 70), rows=st.sampled_from([1, 2, 3, 4, 5, 6, 11]), seed=seeds, nth=threads)
 @example(K=768, V=50, rows=1, seed=0, nth=3)
 @example(K=768, V=50, rows=7, seed=0, nth=2)
@@ -563,14 +561,11 @@ def test_order_of_a_dot(files: Files, K: int, V: int, rows: int, seed: int, nth:
     rng = np.random.default_rng(seed)
     scale = np.exp2(rng.integers(-12, 12, K)).astype(np.float32)  # cancellation: another order gives other bits
 
-    def tweak(tensors: Tensors) -> None:
-        tensors["lnfw"][:] = 0
-        tensors["lnfb"][:] = rng.standard_normal(K, dtype=np.float32) * scale
-        tensors["wte"][:] = rng.standard_normal((V, K), dtype=np.float32)
-
-    path = files.crafted(config, 0, tweak)
-    with Checkpoint(path) as checkpoint:
-        expected = dot16(checkpoint.tensor("lnfb").copy(), checkpoint.tensor("wte").copy())
+    tensors = {name: np.zeros(shape, np.float32) for name, shape, _, _ in config.tensors(padded=False)}
+    tensors["lnfb"] = rng.standard_normal(K, dtype=np.float32) * scale
+    tensors["wte"] = rng.standard_normal((V, K), dtype=np.float32)
+    path = files.write(config, tensors, 3, name="crafted.bin")
+    expected = dot16(tensors["lnfb"], tensors["wte"])
     for isa in FUSED:
         with instruction_set(isa):
             logits = whole(path, [0] * rows, threads=nth)
@@ -691,7 +686,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_golden_continuations(golden: tuple[str, Path]) -> None:
     name, path = golden
-    for isa in ISAS:
+    for isa in ISAS if name != GPT2_SHAPE else (ISAS[0], ISAS[-1]):  # 124M weights: test_gpt2_shape_bits has the other sets
         with instruction_set(isa), GPT2.load(path, threads=2 if isa == ISAS[0] else 1) as model:
             for case in GOLDENS[name]:
                 for sampler in {"median", "greedy"} & set(case):
@@ -1143,7 +1138,7 @@ def test_the_beginning_of_a_cache_is_copied(plain: GPT2, length: int | None) -> 
 def test_more_rows_than_a_cache_has_are_not_copied(plain: GPT2, length: int) -> None:
     source, target = plain.new_cache(), plain.new_cache()
     plain.prefill(source, [1, 2, 3])
-    with pytest.raises(InputError, match=f"cannot copy {length} rows: the cache has only 3"):
+    with pytest.raises(InputError, match=rf"{length}\b.*\b3$"):
         copy_keys_values(target, source, length)
     assert target.length == 0
 
@@ -1153,9 +1148,9 @@ def test_parts_of_a_model_are_not_copied_or_pickled(plain: GPT2) -> None:
     weights = Weights(PLAIN, tensors)
     for thing in weights, Step(weights, 1, 0), Trace(1, 1), Floats(1, 1):
         for act in copy.copy, copy.deepcopy, pickle.dumps:
-            with pytest.raises(TypeError, match="cannot be copied or pickled: "):
+            with pytest.raises(TypeError, match="pickled"):
                 act(thing)
-    with pytest.raises(TypeError, match=r"a cache cannot be pickled: .* keep the tokens"):
+    with pytest.raises(TypeError, match="pickled"):
         pickle.dumps(plain.new_cache())
 
 

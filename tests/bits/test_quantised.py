@@ -405,17 +405,17 @@ def test_vectors_stay_float32() -> None:
     config = Config(maxT=2, V=3, L=1, NH=1, C=2)
     model = quantised(Random(config, 0), "q8_0")
     model.tensors["lnfb"] = "q8_0", memoryview(bytes(matrix_bytes("q8_0", 1, 2)))
-    with pytest.raises(InputError, match="lnfb is a vector: it cannot be of format q8_0, only matrices can"):
+    with pytest.raises(InputError, match=r"lnfb.*q8_0"):
         GPT2(model)
 
 
 def test_buffers_of_another_size() -> None:
     out, rows = np.zeros(matrix_bytes("q8_0", 16, 32), np.uint8), np.zeros(16 * 34, np.uint8)
-    with pytest.raises(InputError, match="blocks has 543 bytes, expected 544"):
+    with pytest.raises(InputError, match=r"blocks.*543.*544"):
         blocks_to_panels(out, "q8_0", rows[1:], 1, 16, 32, 0, 1)
-    with pytest.raises(InputError, match="out has 575 bytes, expected 576"):
+    with pytest.raises(InputError, match=r"out.*575.*576"):
         blocks_to_panels(out[1:], "q8_0", rows, 1, 16, 32, 0, 1)
-    with pytest.raises(InputError, match="K is 33: it must be a multiple of 32"):
+    with pytest.raises(InputError, match=r"K.*33.*32"):
         blocks_to_panels(out, "q8_0", rows, 1, 16, 33, 0, 1)
-    with pytest.raises(InputError, match="weight format is float32: it must be q8_0 or q4_0"):
+    with pytest.raises(InputError, match=r"float32.*q8_0.*q4_0"):
         quantise_panels(out, "float32", rows, "float32", 1, 16, 32, 0, 1)

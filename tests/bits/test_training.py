@@ -273,7 +273,7 @@ def test_labels_of_minus_100_are_left_out(threads: int, share: float) -> None:
                 np.testing.assert_allclose(engine.gradient(name), gradient, rtol=1e-3, atol=2e-6)  # float32 sums of 21 rows
         assert np.array_equal(model.forward(inputs, masked), np.where(masked < 0, 0, whole))
         for bad in (-1, -99, -101, config.V):
-            with pytest.raises(InputError, match=rf"targets\[0, 0\] is {bad}: .*, or -100 for none"):
+            with pytest.raises(InputError, match=rf"targets\[0, 0\].*{bad}.*-100"):
                 model.forward(inputs, np.where(targets == targets[0, 0], bad, targets))
         with pytest.raises(InputError, match=r"inputs\[0, 0\] is -100"):
             model.forward(inputs * 0 - 100, targets)

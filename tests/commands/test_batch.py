@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from known import PROMPTS, SHAPE, make_model
 from limits import full_disk
 from programs import command, run, start
+from running import assert_refuses_and_keeps
 
 from pygpt import GPT2, Complete, InputError, PyGPTError
 from pygpt.commands.batch import main
@@ -55,15 +57,7 @@ def answers(*options: str, out: str = "out.jsonl") -> bytes:
     return Path(out).read_bytes()
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: list[str], *named: str, status: int = 2) -> None:
-    before = {path.name: path.read_bytes() for path in Path().iterdir()}
-    capsys.readouterr()
-    assert main(words) == status
-    output = capsys.readouterr()
-    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err), output.err
-    assert output.out == ""
-    assert all(word in output.err for word in named), output.err
-    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+refused = partial(assert_refuses_and_keeps, main)
 
 
 def test_answers_are_those_of_generate_batch_with_the_seeds_of_the_ids(folder: Path, model: str) -> None:
@@ -174,20 +168,20 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
     assert main([*words, "-t", "2", "--batch-size", "5"]) == 0
     assert "complete already" in capsys.readouterr().err
     for change, named in ((["--seed", "8"], "seed"), (["--shard", "0/2"], "shard"), (["--top-k", "4"], "options")):
-        refused(capsys, [*words, *change], f"begun with {named}", "--force")
+        refused(capsys, [*words, *change], f"began with {named}", "--force")
     other = make_model(Path("other.bin"), seed=2)
-    refused(capsys, [*words, "-m", other], "begun with model")
+    refused(capsys, [*words, "-m", other], "began with model")
     record = Path("out.jsonl.job.json")
     content = record.read_text()
     record.write_text(content.replace('"pygpt": "', '"pygpt": "0.0.'))
-    refused(capsys, words, "begun with pygpt = '0.0.")
+    refused(capsys, words, "began with pygpt = '0.0.")
     record.write_text("[]")
     refused(capsys, words, "not the record")
     record.unlink()
     refused(capsys, words, "exists without")
     assert answers("--force") == whole
     write(ROWS[:3])
-    refused(capsys, words, "begun with input")
+    refused(capsys, words, "began with input")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +201,7 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
         ({"tokens": "ab"}, "a list of ids"),
         ({"tokens": [1], "continuations": []}, '"continuations" is []'),
         ({"tokens": [1], "continuations": [[1] * 200]}, "at most 129"),
-        ({"tokens": [1], "continuations": [[1]], "top_k": 2}, "'top_k' and"),
+        ({"tokens": [1], "continuations": [[1]], "top_k": 2}, "'top_k' is an option"),
         ({"tokens": [1], "temperature": -1}, "temperature is -1"),
     ],
 )
@@ -237,9 +231,9 @@ def test_bad_arguments_and_files(folder: Path, capsys: pytest.CaptureFixture[str
     refused(capsys, [*words[:2], "no/out.jsonl"], "does not exist")
     refused(capsys, [*words, "--logprobs", "9999"], "top_logprobs is 9999")
     Path("bad.jsonl.gz").write_bytes(gzip.compress(Path("in.jsonl").read_bytes())[:40])
-    refused(capsys, ["bad.jsonl.gz", *words[1:]], "cannot read the lines")
+    refused(capsys, ["bad.jsonl.gz", *words[1:]], "bad.jsonl.gz: ")
     Path("bad.jsonl.zst").write_bytes(b"nothing of the kind")
-    refused(capsys, ["bad.jsonl.zst", *words[1:]], "cannot read the lines")
+    refused(capsys, ["bad.jsonl.zst", *words[1:]], "bad.jsonl.zst: ")
 
 
 def test_a_folder_is_a_model(folder: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +252,7 @@ def test_a_full_disk_and_a_second_process(folder: Path, capsys: pytest.CaptureFi
     whole = answers(out="whole.jsonl")
     with full_disk(700):
         assert main(["in.jsonl", "-o", "out.jsonl", *OPTIONS]) == 1
-    assert "out.jsonl.part: cannot write the answers: File too large" in capsys.readouterr().err
+    assert re.search(r"out\.jsonl\.part: .*File too large", capsys.readouterr().err)
     with open("out.jsonl.part", "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         refused(capsys, ["in.jsonl", "-o", "out.jsonl", *OPTIONS], "another process", status=1)

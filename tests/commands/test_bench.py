@@ -21,11 +21,13 @@ from running import assert_refuses, run
 
 from pygpt import GPT2, Ceilings, KVCache
 from pygpt._kernels import probe_dots, probe_fma
+from pygpt.commands import quantize
 from pygpt.commands.bench import main as bench
 from pygpt.network import Network
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 200, "maxT": 24}
 SIZES = ("-p", "5,24", "-n", "3", "-d", "2,7", "-b", "1,8", "-r", "3")
+FEW = ("-p", "5", "-n", "3", "-d", "2", "-b", "1,8", "-r", "1")
 Result = dict[str, Any]
 
 
@@ -133,8 +135,8 @@ def test_limits_are_the_networks(found: list[Result]) -> None:
 )
 def test_every_kind_of_model_and_weights(path: Path, tmp_path: Path, target: str, options: list[str], weights: str) -> None:
     """A limit counts integer operations at the rate of each format, and the bytes of each format."""
-    assert run("quantize", *options, str(path), str(tmp_path / target)).returncode == 0
-    done = bench_run("-m", str(tmp_path / target), "--weights", weights, *SIZES, "-t", "1", "--reference", "-o", "json")
+    assert quantize.main([*options, str(path), str(tmp_path / target)]) == 0
+    done = bench_run("-m", str(tmp_path / target), "--weights", weights, *FEW, "-t", "1", "--reference", "-o", "json")
     assert (done.returncode, done.stderr) == (0, "")
     machine, *results = json.loads(done.stdout)
     C, L, V = SHAPE["C"], SHAPE["L"], SHAPE["V"]
@@ -199,7 +201,7 @@ def test_ceilings_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ceilings_that_are_too_large() -> None:
     for megabytes in (1 << 62, 1 << 45, -1):
-        with pytest.raises(MemoryError, match="not enough memory for"):
+        with pytest.raises(MemoryError, match="memory"):
             Ceilings(1, megabytes=megabytes)
 
 

@@ -129,7 +129,7 @@ def test_too_many_or_too_few_tokens_are_refused_and_the_peer_goes_on(small: Path
 
 
 def test_wrong_name() -> None:
-    with pytest.raises(RuntimeError, match=r"^'nunpy' is not a peer: it must be one of numpy, torch, .*ctranslate2-int8$"):
+    with pytest.raises(RuntimeError, match=r"^'nunpy'.*numpy, torch, .*ctranslate2-int8$"):
         bench_peers.Peer("nunpy", EMBEDDED_MODEL, 1)
 
 

@@ -3,6 +3,7 @@ measurements are refused in one line.
 """
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -189,14 +190,14 @@ def test_bad_files_are_refused(tmp_path: Path, content: bytes | list[Row], reaso
 @pytest.mark.parametrize(
     ("arguments", "status", "reason"),
     [
-        ([], 2, "error: the following arguments are required: FILE, -o/--output"),
-        (["absent.json", "-o", "a.svg"], 2, "error: absent.json: cannot be read: No such file or directory"),
-        (["a.json", "-o", "a.png"], 2, "error: -o is 'a.png': the picture is SVG, so its name must end in .svg"),
-        (["a.json", "-o", "a.svg", "--tests", ","], 2, "error: --tests is ',': it must name tests, as in pp512,tg64@d8"),
-        (["tools/benchmarks/float32.json", "-o", "absent/a.svg"], 1, "error: absent/a.svg: cannot write the picture: No such"),
+        ([], 2, "FILE, -o/--output"),
+        (["absent.json", "-o", "a.svg"], 2, r"absent\.json: .*No such file"),
+        (["a.json", "-o", "a.png"], 2, r"-o is 'a\.png'.*\.svg"),
+        (["a.json", "-o", "a.svg", "--tests", ","], 2, r"--tests is ','.*pp512,tg64@d8"),
+        (["tools/benchmarks/float32.json", "-o", "absent/a.svg"], 1, r"absent/a\.svg: .*No such"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: list[str], status: int, reason: str) -> None:
     done = chart(*arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
-    assert done.stderr.startswith(f"pygpt: {reason}")
+    assert re.search(rf"^pygpt: error: .*{reason}", done.stderr)

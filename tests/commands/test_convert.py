@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
-from running import assert_one_line_error, assert_refused, assert_refuses, environment, run
+from running import assert_one_line_error, assert_refused, assert_refuses, contents, environment, run
 
 from pygpt.commands.convert import DEFAULTS, EXAMPLES, main
 from pygpt.config import TENSORS, Config
@@ -46,10 +46,6 @@ def converted(source: Path, version: int | None = None) -> bytes:
     target = source.with_name("converted.bin")
     assert main([str(source), str(target), *([] if version is None else ["--version", str(version)])]) == 0
     return target.read_bytes()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +408,7 @@ def test_pieces_are_the_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch, ve
             assert all(len(piece) <= 16 for piece in found)
             assert sum(map(len, found)) == shape[0]
             np.testing.assert_array_equal(np.concatenate(found), source.tensor(name))
-        with pytest.raises(InputError, match="no tensor is named 'wtf'"):
+        with pytest.raises(InputError, match="'wtf'"):
             next(source.pieces("wtf"))
         del found
     with pytest.raises(ClosedError):

@@ -101,9 +101,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *left: str) -> str:
 
 
 def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"^gpt2: not a file and not a downloaded model: run `pygpt download gpt2` first$"
-    ):
+    with pytest.raises(CheckpointError, match=r"^gpt2: .*`pygpt download gpt2`"):
         find_model("gpt2")
     assert main(["gpt2"]) == 0
     target = cached_model("gpt2")
@@ -120,7 +118,7 @@ def test_a_model_by_name(site: Site, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["gpt2"]) == 0
     assert capsys.readouterr().err.startswith(f"pygpt: {said} exists already")
     assert main(["gpt2", "--version", "5"]) == 2
-    assert "exists already, with version 3: remove it, or use pygpt convert" in capsys.readouterr().err
+    assert "version 3: remove it, or use pygpt convert" in capsys.readouterr().err
     assert site.requests == []
 
 
@@ -141,7 +139,7 @@ def test_a_repository_and_a_revision(site: Site, monkeypatch: pytest.MonkeyPatch
     assert Path(found).read_bytes() == BIN[3]
     assert find_model("me/my.model@refs/pr/1") == (found, "given")
     monkeypatch.setenv("PYGPT_MODEL", "me/my.model")
-    with pytest.raises(CheckpointError, match=r"^me/my\.model \(named by PYGPT_MODEL\): not a file and not a downloaded model"):
+    with pytest.raises(CheckpointError, match=r"^me/my\.model .*PYGPT_MODEL"):
         find_model()
 
 
@@ -171,7 +169,7 @@ def test_llmcs_file_lies_on_the_disk_once(site: Site) -> None:
     assert Path("own.bin").read_bytes() == BIN[3]
     assert not os.path.samefile("own.bin", theirs)
     theirs.unlink()  # `hf cache` does this
-    with pytest.raises(CheckpointError, match="not a file and not a downloaded model"):
+    with pytest.raises(CheckpointError, match="pygpt download"):
         find_model("gpt2_124M")
     assert main(["gpt2_124M", "--version", "5"]) == 0
     assert (linked.is_symlink(), linked.read_bytes(), theirs.read_bytes()) == (False, BIN[5], BIN[3])
@@ -209,7 +207,7 @@ def test_a_damaged_cache(site: Site, capsys: pytest.CaptureFixture[str], data: b
     (snapshot() / "model.safetensors").write_bytes(data)
     if len(data) < len(FILE):
         assert main(["gpt2"]) == 2
-        assert error_of(capsys).endswith("; if the file is damaged, delete it and download it again")
+        assert error_of(capsys).endswith("delete it and download it again")
 
 
 def test_wrong_bytes_arrive(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,7 +328,7 @@ def test_a_refusal(site: Site, capsys: pytest.CaptureFixture[str], answer: Answe
 def test_something_else_is_there(site: Site, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     {"file": os.mknod, "folder": os.mkdir, "link": lambda path: os.symlink("nowhere", path), "fifo": os.mkfifo}[kind]("a.bin")
     assert main(["gpt2", "-o", "a.bin"]) == 2
-    assert "a.bin: exists already and is not a model file" in error_of(capsys, "a.bin")
+    assert "a.bin: exists already" in error_of(capsys, "a.bin")
     assert site.requests == []
 
 
@@ -341,7 +339,7 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
     site.files[MODEL] = safetensors("BF16")
     with full_disk(len(site.files[MODEL]) + 10):
         assert main(["gpt2", "--version", "3"]) == 1
-    assert "gpt2.bin: cannot write the model file: File too large" in error_of(capsys)
+    assert re.search("gpt2.bin: .*File too large", error_of(capsys))
     site.plans["GET", MODEL] = [status(410)]
     assert main(["gpt2", "-o", "x.bin"]) == main(["gpt2_124M", "-o", "y.bin"]) == 0  # complete files are not downloaded again
     capsys.readouterr()
@@ -409,9 +407,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cache_folder() == expected
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    with pytest.raises(
-        InputError, match=r"^~/Library/Caches/pygpt: the user does not have a home folder: set PYGPT_HOME to the folder"
-    ):
+    with pytest.raises(InputError, match=r"^~/Library/Caches/pygpt: .*PYGPT_HOME"):
         find_model("gpt2")
 
 
@@ -442,7 +438,7 @@ def test_as_a_process(site: Site, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
         return done.stderr
 
-    assert "the user does not have a home folder: set PYGPT_HOME" in stderr_of("gpt2", 2)
+    assert "set PYGPT_HOME" in stderr_of("gpt2", 2)
     environment["PYGPT_HOME"] = str(tmp_path / "cache")
     assert str(tmp_path / "cache" / "huggingface") in stderr_of("gpt2", 0)
     assert Path(cached_model("gpt2")).read_bytes() == BIN[3]

@@ -13,6 +13,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +23,9 @@ import pytest
 from make_checkpoint import make, tensors
 from running import PATIENCE, ROOT, assert_refused, assert_refuses, environment, run
 
-from pygpt import GPT2, Config, InputError, Trace, TrainableGPT2, cpus
-from pygpt.commands.profile import job, numbers, perf, text
+from pygpt import GPT2, Ceilings, Config, InputError, Trace, TrainableGPT2, ceilings, cpus
+from pygpt.commands import quantize
+from pygpt.commands.profile import job, numbers, perf, strategies, text
 from pygpt.commands.profile import main as profile
 from pygpt.generation.sampling import sample
 from pygpt.hub.find import EMBEDDED_MODEL
@@ -38,6 +40,22 @@ STAGES = ("forward", "backward", "norm", "update")
 
 def profiled(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     return run("profile", *arguments, **variables)
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the machine's limits in a moment, without accuracy."""
+    monkeypatch.setattr(strategies, "Ceilings", partial(Ceilings, megabytes=8))
+    monkeypatch.setattr(ceilings, "FMA_TIMES", 100_000)
+
+
+def here(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command in this process; return its output."""
+    capsys.readouterr()
+    assert profile.main(list(arguments)) == 0
+    found = capsys.readouterr()
+    assert found.err == ""
+    return found.out
 
 
 def report_of(*arguments: str, **variables: str) -> Report:
@@ -165,12 +183,14 @@ def test_work_is_the_networks(base: Report) -> None:
 
 
 @pytest.mark.parametrize(("target", "weights"), [("q4.gguf", None), ("q4.safetensors", None), ("f32.gguf", "q8_0")])
-def test_every_kind_of_model_and_weights(small: str, tmp_path: Path, target: str, weights: str | None) -> None:
+def test_every_kind_of_model_and_weights(
+    small: str, tmp_path: Path, small_limits: None, capsys: pytest.CaptureFixture[str], target: str, weights: str | None
+) -> None:
     path = str(tmp_path / target)
-    assert run("quantize", "--format", target.partition(".")[0].replace("q4", "q4_0"), small, path).returncode == 0
+    assert quantize.main(["--format", target.partition(".")[0].replace("q4", "q4_0"), small, path]) == 0
     given = [] if weights is None else ["--weights", weights]
     job_of = ("-t", "2", "--all-workers", "--skip", "scaling,strategies", "--prompt-length", "40", "-n", "5", "-r", "1")
-    report = report_of("-m", path, *given, *job_of)
+    report = json.loads(here(capsys, "-m", path, *given, *job_of, "-o", "json"))
     kind, C, L, V = weights or "q4_0", CONFIG.C, CONFIG.L, CONFIG.V
     assert (report["model"]["weights"], report["model"]["head"], report["model"]["version"]) == (kind, "q8_0", None)
     assert all(row["dot_gop_s"].keys() == {kind, "q8_0"} for row in report["ceilings"])
@@ -374,15 +394,15 @@ def test_profiling_keeps_all_bits(base: Report, model: GPT2) -> None:
 
 
 def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
-    with pytest.raises(InputError, match="trace is for 1 workers: this model needs a trace for 2"):
+    with pytest.raises(InputError, match=r"1 workers.* 2$"):
         model.record(Trace(1, 8))
-    with pytest.raises(InputError, match="worker is 2: this trace has workers 0 to 1"):
+    with pytest.raises(InputError, match=r"worker is 2.*0 to 1"):
         Trace(2, 8).events(2)
     for nth, capacity in ((0, 1), (1, 0), (-1, 1)):
-        with pytest.raises(InputError, match="both numbers must be at least 1"):
+        with pytest.raises(InputError, match="at least 1"):
             Trace(nth, capacity)
     for nth, capacity in ((1 << 60, 1), (1 << 58, 1), (1, 1 << 61), (1, 1 << 62)):  # sizes that wrap around in 64 bits
-        with pytest.raises(MemoryError, match="not enough memory for a trace"):
+        with pytest.raises(MemoryError, match=r"memory.*trace"):
             Trace(nth, capacity)
 
 
@@ -545,18 +565,17 @@ def test_the_roof_of_the_update_is_its_own_traffic() -> None:
     assert numbers.bandwidth_floor(rows, [ceiling]) == pytest.approx(28 / 40 + 4 / 10)
 
 
-def test_the_text_of_training_fits_and_reads(small: str) -> None:
-    arguments = [argument if argument != "all" else "scaling,strategies,startup" for argument in TRAIN]
-    done = profiled(*arguments, "-m", small, "--by-layer")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert max(map(len, done.stdout.splitlines())) <= 100
+def test_the_text_of_training_fits_and_reads(small: str, small_limits: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [argument if argument != "all" else "scaling,strategies,serial,startup" for argument in TRAIN]
+    found = here(capsys, *arguments, "-m", small, "--by-layer")
+    assert max(map(len, found.splitlines())) <= 100
     for title in ("TRAIN", "TRAIN BY LAYER", "SPEED-UP", "NOTES"):
-        assert f"\n{title}" in done.stdout
-    assert "3 iterations of training on 2 x 16 tokens" in done.stdout
-    assert re.search(r"^ceiling  2 threads: .* AdamW's traffic$", done.stdout, re.MULTILINE)
-    assert re.search(r"^Stages: forward [\d.]+ ms \([\d.]+%\), backward ", done.stdout, re.MULTILINE)
-    assert re.search(r"^112 .* prediction only$", done.stdout, re.MULTILINE)
-    assert re.search(r"^total .* 100.0%", done.stdout, re.MULTILINE)
+        assert f"\n{title}" in found
+    assert "3 iterations of training on 2 x 16 tokens" in found
+    assert re.search(r"^ceiling  2 threads: .* AdamW's traffic$", found, re.MULTILINE)
+    assert re.search(r"^Stages: forward [\d.]+ ms \([\d.]+%\), backward ", found, re.MULTILINE)
+    assert re.search(r"^112 .* prediction only$", found, re.MULTILINE)
+    assert re.search(r"^total .* 100.0%", found, re.MULTILINE)
 
 
 def test_training_overflow_is_reported(small: str) -> None:
@@ -672,16 +691,15 @@ def test_every_part(tmp_path: Path) -> None:
     assert sum(row["minor"] for row in report["startup"]) > 0
 
 
-def test_the_text_fits_and_reads(base: Report) -> None:
+def test_the_text_fits_and_reads(small_limits: None, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [argument if argument != "all" else "startup" for argument in SMALL]
-    done = profiled(*arguments, "--by-layer", "--serial-tokens", "1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    found = here(capsys, *arguments, "--by-layer", "--serial-tokens", "1")
+    assert max(map(len, found.splitlines())) <= 100
     for title in ("PREFILL", "PREFILL BY LAYER", "DECODE", "DECODE BY LAYER", "SPEED-UP", "STRATEGIES", "NOTES"):
-        assert f"\n{title}" in done.stdout
-    assert re.search(r"^ceiling  2 threads: +\d+ GFLOP/s", done.stdout, re.MULTILINE)
-    assert re.search(r"^112 .* prediction only$", done.stdout, re.MULTILINE)
-    totals = re.findall(r"^total .* (\d+\.\d)%", done.stdout, re.MULTILINE)
+        assert f"\n{title}" in found
+    assert re.search(r"^ceiling  2 threads: +\d+ GFLOP/s", found, re.MULTILINE)
+    assert re.search(r"^112 .* prediction only$", found, re.MULTILINE)
+    totals = re.findall(r"^total .* (\d+\.\d)%", found, re.MULTILINE)
     assert [float(total) for total in totals] == [pytest.approx(100, abs=2)] * 2
 
 

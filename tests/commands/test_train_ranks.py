@@ -98,7 +98,7 @@ FAULTS = [
         "os.kill(os.getpid(), 19)",
         1,
         75,
-        r"rank 0 on \S+: no message from rank 1 on \S+ for 2 s: stuck or lost",
+        r"rank 0 on \S+: .* rank 1 on \S+ for 2 s",
         ["--timeout", 2],
     ),
     ("time.sleep(1)", 0, 0, "saved run.bin", ["--timeout", 5]),
@@ -106,7 +106,7 @@ FAULTS = [
         "self.engine.parameters[:] = float('nan')",
         1,
         1,
-        "error: step 3: the loss is nan at the loader's epoch 0, shard 0, batch 42",
+        "error: step 3: .*nan .*epoch 0, shard 0, batch 42",
         [],
     ),
     (

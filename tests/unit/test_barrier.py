@@ -514,7 +514,7 @@ def sanitizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_races_and_early_passes(flags: list[str], sanitizer: str, tmp_path: Path) -> None:
     program = build(tmp_path, "-Werror", sanitizer, *flags)
     for workers in (1, 2, 3, 4, 8):
-        for spins, steps in ((0, 2000), (100, 500), (20_000, 200)):
+        for spins, steps in ((0, 1000), (100, 300), (20_000, 200)):
             if spins > 100 and workers > 3:
                 continue  # more workers than processors, each spinning its time away
             done = run(program, workers=workers, spins=spins, steps=steps)

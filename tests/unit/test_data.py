@@ -79,9 +79,9 @@ def test_other_files_than_shards_are_refused(tmp_path: Path, content: bytes, mes
 def test_special_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
-        with pytest.raises(DataError, match=r"not a regular file; a token file is expected"):
+        with pytest.raises(DataError, match="regular"):
             read_tokens(tmp_path / name)
-    with pytest.raises(DataError, match=r"absent\.bin': cannot open the token file: No such file"):
+    with pytest.raises(DataError, match=r"absent\.bin'.*No such file"):
         read_tokens(tmp_path / "absent.bin")
 
 
@@ -92,7 +92,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pyt
     ids[position] = 10
     path = shard(tmp_path, ids)
     read_tokens(path, V=11)
-    with pytest.raises(DataError, match=rf"a.bin: token id 10 at position {position}: .* vocabulary of 10 ids"):
+    with pytest.raises(DataError, match=rf"a.bin: .* 10 .*\b{position}\b.* 10 ids"):
         read_tokens(path, V=10)
 
 
@@ -133,7 +133,7 @@ def test_writing_refuses_bad_tokens(tmp_path: Path, tokens: Any, message: str) -
 def test_writing_more_than_the_header_can_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MOST_TOKENS", 4)
     assert write_tokens(tmp_path / "a.bin", iter([[1, 2], [3, 4]])) == 4
-    with pytest.raises(InputError, match="more than 4 tokens: write several shards"):
+    with pytest.raises(InputError, match="4 tokens"):
         write_tokens(tmp_path / "b.bin", iter([[1, 2], [3, 4, 5]]))
     assert os.listdir(tmp_path) == ["a.bin"]
 
@@ -287,7 +287,7 @@ def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
         ),
         (lambda path: DataLoader([path.replace("a.bin", "b.bin"), path], 1, 4), r"b.bin: 2 tokens .* or leave this file out$"),
         (lambda path: DataLoader([1, 2], 2, 1), r"tokens: 2 tokens are too few"),
-        (lambda path: DataLoader(path + "x", 1, 4), "not a pattern that matches files"),
+        (lambda path: DataLoader(path + "x", 1, 4), "pattern"),
         (lambda path: DataLoader([], 1, 4), "list of token files is empty"),
         (lambda path: DataLoader([0.5, 1.5], 1, 1), "float64"),
     ],
@@ -375,7 +375,7 @@ def test_the_first_states_had_no_fingerprint() -> None:
 
 def test_a_batch_that_its_shard_has_not(tmp_path: Path) -> None:
     loader = DataLoader([shard(tmp_path, [1, 2], "a.bin"), shard(tmp_path, [1, 2, 3], "b.bin")], 1, 1)
-    with pytest.raises(InputError, match="batch = 2: its shard has 1 batches"):
+    with pytest.raises(InputError, match=r"batch = 2.* 1 batches"):
         loader.restore({**loader.state(), "batch": 2})
 
 
@@ -384,7 +384,7 @@ def test_a_shard_that_changes_meanwhile(tmp_path: Path) -> None:
     loader.next_batch()
     before = loader.state()
     shard(tmp_path, [3, 4, 5], "b.bin")
-    with pytest.raises(DataError, match=r"b\.bin: 3 tokens, expected 2: the file has changed"):
+    with pytest.raises(DataError, match=r"b\.bin: 3 tokens.* 2\b"):
         loader.next_batch()
     assert loader.state() == before
     shard(tmp_path, [3, 4], "b.bin")
@@ -471,7 +471,7 @@ def test_text_is_encoded_before_all_of_it_has_come() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(InputError, match="eot is 'line': it must be one of document, paragraph, none"):
+    with pytest.raises(InputError, match=r"eot is 'line'.*document.*paragraph.*none"):
         encode_text(["a"], eot="line")
 
 
@@ -501,10 +501,10 @@ def test_bytes_that_are_not_text(
 ) -> None:
     monkeypatch.setattr("pygpt.formats.text.PIECE", piece)
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(DataError, match=rf"a.txt: byte {byte:#x} at offset {offset} is not UTF-8 \(.*\): convert"):
+    with pytest.raises(DataError, match=rf"a.txt: .*{byte:#x}.* {offset} .*UTF-8"):
         list(read_text(tmp_path / "a.txt"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    with pytest.raises(DataError, match=rf"stdin: byte {byte:#x} at offset {offset} is not UTF-8"):
+    with pytest.raises(DataError, match=rf"stdin: .*{byte:#x}.* {offset} .*UTF-8"):
         list(read_text("-"))
 
 
@@ -512,11 +512,11 @@ def test_texts_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(DataError, match="-: stdin is closed"):
         list(read_text("-"))
-    with pytest.raises(DataError, match="absent': cannot open the text: No such file"):
+    with pytest.raises(DataError, match=r"absent'.*No such file"):
         list(read_text(tmp_path / "absent"))
     with pytest.raises(DataError, match="Is a directory"):
         list(read_text(tmp_path))
-    with pytest.raises(DataError, match="cannot open the text: embedded null byte"):
+    with pytest.raises(DataError, match="null byte"):
         list(read_text("a\0b"))
 
 

@@ -178,7 +178,7 @@ def test_readme_is_short_and_begins_with_the_commands_that_ci_runs() -> None:
     assert sum(line.startswith("|---") for line in lines) == 1
     first, second = (code.strip() for _, code, _ in blocks(README)[:2])
     assert first == "python -m pip install -e '.[all]' && python -m pygpt 31373 612"
-    assert second == "python -m pip install -e '.[test]' && python -m pytest"
+    assert second == "python -m pip install -e '.[test]' && python -m pytest -n 2 --dist loadfile"
     assert "grep -m 1 'python -m pytest' README.md" in (ROOT / ".ci/run").read_text()
     assert next(line for line in lines if "python -m pytest" in line) == second
     assert re.search(r"^all = ", (ROOT / "pyproject.toml").read_text(), re.M)
@@ -187,6 +187,28 @@ def test_readme_is_short_and_begins_with_the_commands_that_ci_runs() -> None:
 @pytest.mark.parametrize("page", write_docs.PARTS)
 def test_generated_parts_match_their_sources(page: str) -> None:
     assert write_docs.filled(page) == (ROOT / page).read_text(), "run python tools/write_docs.py"
+
+
+def test_claims_of_speed_are_those_of_the_log() -> None:
+    log = LOG.read_text()
+
+    def row(table: str, name: str) -> list[float]:
+        """The numbers at the beginnings of a row's cells, of the newest table whose head begins with `table`."""
+        [cells] = re.findall(rf"^\| {name} \|(.*)\|$", log[log.index(f"| {table} |") :].split("\n\n")[0], re.M)
+        return [float(re.match(r"[\d.]+", cell.strip().replace(",", ""))[0]) for cell in cells.split("|")]  # type: ignore[index]
+
+    plain = row("weights | pp512", "float32")
+    for name, table in (("q8_0", "q8_0"), ("q4_0", "q4_0, head q8_0")):
+        early, late = (row("weights | pp512", table)[i] / plain[i] for i in (1, 2))
+        claim = rf"`{name}`( decodes | is |, and | )?{late:.1f} to {early:.1f}\s+times"
+        for page in README, ROOT / "docs/explanation/performance.md":
+            assert re.search(claim, page.read_text()), (page, claim)
+    fastest, slowest = (row("rule", name)[0] for name in ("greedy", "median rule"))
+    assert f"{slowest:g} to {fastest:g} times as fast" in README.read_text()
+    rates = [write_docs.measured(name)[1:] for name in ("float32", "bfloat16")]
+    one, two = (next(t["tokens_per_s"] for t in tests if (t["test"], t["by"]) == ("tg64@d8", "pygpt")) for tests in rates)
+    assert round(two / one) == 2
+    assert "bfloat16 weights decode twice as fast" in README.read_text()
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from limits import full_disk
+from running import contents
 from targets import ONE, weights
 
 from pygpt import (
@@ -65,10 +66,6 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "training state": save_state,
     "folder": save_folder,
 }
-
-
-def contents(place: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(params=WRITERS, scope="module")

@@ -135,8 +135,8 @@ def test_every_container_keeps_the_model_or_refuses_it(name: str, capsys: pytest
             assert model.config == config
             assert np.array_equal(model.logits(family.PROMPT), exact)
     else:
-        assert "a.gguf: GGUF's gpt2 cannot say" in output
-    assert ("a.bin: a .bin file cannot say that the model has" in output) == bool(config.variations)
+        assert "a.gguf: GGUF's gpt2 cannot describe" in output
+    assert ("a.bin: a .bin file cannot describe a model with" in output) == bool(config.variations)
     assert Path("a.bin").exists() == (not config.variations)
 
 
@@ -241,7 +241,7 @@ def test_pickles_are_read_by_torch(tmp_path: Path) -> None:
     torch.save({"model": nano, "model_args": args, "iter_num": 3}, tmp_path / "ckpt.pt")
     assert_equal_to_recorded("gelu", logits_of(str(tmp_path / "ckpt.pt")))
     torch.save({"weights": Path("x")}, tmp_path / "ckpt.pt")
-    with pytest.raises(CheckpointError, match=r"ckpt\.pt: torch cannot read this file with weights_only=True"):
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt.*weights_only"):
         GPT2.load(tmp_path / "ckpt.pt")
 
 
@@ -257,7 +257,7 @@ def test_pickles_are_read_by_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["m.bin", "m.safetensors", "m.gguf"])
 def test_a_foreign_file_is_named(tmp_path: Path, file: str, content: bytes, named: str) -> None:
     (tmp_path / file).write_bytes(content + bytes(3000))
-    with pytest.raises(CheckpointError, match=f"{file}: not a model file, but {named}") as caught:
+    with pytest.raises(CheckpointError, match=f"{file}: .*{named}") as caught:
         GPT2.load(tmp_path / file)
     assert "\n" not in str(caught.value)
 

@@ -439,21 +439,21 @@ def test_other_files_are_refused(folder: Path) -> None:
     refused(b"GGU", "truncated")
     refused(b"GGML" + bytes(100), "b'GGML'")
     refused(build([], [], version=2), "version 2, expected 3")
-    refused(b"GGUF" + struct.pack(">I", 3) + bytes(100), "the other byte order")
-    refused(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0) + bytes(100), "the number of tensors", str(1 << 60))
-    refused(b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(100), "the number of keys", str(1 << 60))
+    refused(b"GGUF" + struct.pack(">I", 3) + bytes(100), "byte order")
+    refused(b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0) + bytes(100), "tensors", str(1 << 60))
+    refused(b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(100), "keys", str(1 << 60))
     refused(build(list(keys().values()), list(model().values()), shift=32), "begins at")
     refused(sound() + b"x", "too long")
     whole = sound()
     for size in range(0, len(whole) - 40, 999):
         refused(whole[:size])
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(CheckpointError, match="regular"):
         GGUFFile("/dev/null")
 
 
 def test_a_header_beyond_the_limit_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "HEADER_LIMIT", 200)
-    refused(sound(), "headers of at most 200 bytes")
+    refused(sound(), "200 bytes")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

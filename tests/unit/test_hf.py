@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from limits import full_disk
 from make_checkpoint import make
 from make_huggingface import SHAPE, Raw
+from running import assert_refuses_and_keeps
 
 from pygpt.commands.convert import main
 from pygpt.config import Config
@@ -45,21 +47,7 @@ def tensors(dtype: str = "F32", **changes: Any) -> Tensors:
     return hf.named(hf.weights(**SHAPE), dtype, **changes)
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], *named: str, status: int = 2) -> None:
-    """This status, one line on stderr that names these, nothing on stdout, nothing written."""
-    before = tree(folder)
-    capsys.readouterr()
-    assert main(arguments) == status
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert re.fullmatch(r"pygpt: error: [^\n]+\n", output.err)
-    for word in named:
-        assert word in output.err
-    assert tree(folder) == before
+refused = partial(assert_refuses_and_keeps, main)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,15 +167,15 @@ def test_one_file_with_its_settings_beside_it(folder: Path, capsys: pytest.Captu
     assert main(["model/model.safetensors", "a.bin"]) == 0
     with Checkpoint("a.bin") as found:
         assert found.config == Config(**SHAPE)
-    refused(folder, capsys, ["--heads", "2", "model/model.safetensors", "b.bin"], "config.json", "leave out --heads")
+    refused(capsys, ["--heads", "2", "model/model.safetensors", "b.bin"], "config.json", "leave out --heads")
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6])
 def test_one_file_needs_the_number_of_heads(folder: Path, capsys: pytest.CaptureFixture[str], heads: int) -> None:
     values = hf.weights(**SHAPE)
     hf.write(Path("m.safetensors"), hf.named(values))
-    refused(folder, capsys, ["m.safetensors", "a.bin"], "m.safetensors", "--heads")
-    refused(folder, capsys, ["m.safetensors", "a.bin", "--heads", "4"], "C is 6, which is not a multiple of NH = 4")
+    refused(capsys, ["m.safetensors", "a.bin"], "m.safetensors", "--heads")
+    refused(capsys, ["m.safetensors", "a.bin", "--heads", "4"], "C is 6", "NH = 4")
     assert main(["m.safetensors", "a.bin", "--heads", str(heads)]) == 0
     assert Path("a.bin").read_bytes() == hf.checkpoint_bytes(values, 3, **SHAPE | {"NH": heads})
 
@@ -195,19 +183,19 @@ def test_one_file_needs_the_number_of_heads(folder: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("heads", ["0", "-1", "two", "", "1025", "9" * 5000, "0" * 8 + "1" * 5000, "²"])
 def test_heads_that_are_not_numbers(folder: Path, capsys: pytest.CaptureFixture[str], heads: str) -> None:
     hf.write(Path("m.safetensors"), tensors())
-    refused(folder, capsys, ["m.safetensors", "a.bin", f"--heads={heads}"], "--heads", "from 1 to 1024")
+    refused(capsys, ["m.safetensors", "a.bin", f"--heads={heads}"], "--heads", "from 1 to 1024")
 
 
 def test_a_file_of_the_source_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
     for target in ("model/config.json", "model/../model/config.json"):
-        refused(folder, capsys, ["model", target], "config.json", "belongs to SRC")
+        refused(capsys, ["model", target], "config.json", "belongs to SRC")
     assert main(["model", "model/new.bin"]) == 0
 
 
 def test_heads_of_a_bin_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("a.bin", **SHAPE)
-    refused(folder, capsys, ["--heads", "2", "a.bin", "b.bin"], "a.bin", "leave out --heads")
+    refused(capsys, ["--heads", "2", "a.bin", "b.bin"], "a.bin", "leave out --heads")
 
 
 def sparse(path: Path, dtype: str, *, L: int, NH: int, C: int, V: int, maxT: int) -> None:
@@ -302,7 +290,7 @@ def test_tensors_that_are_not_gpt2s(
     model = tensors()
     change(model)
     hf.make_model(Path("model"), model, hf.settings(**SHAPE), shards=shards)
-    refused(folder, capsys, ["model", "a.bin"], "model: not a GPT-2 model: ", named)
+    refused(capsys, ["model", "a.bin"], "model: not a GPT-2 model: ", named)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +307,7 @@ def test_tensors_that_are_not_gpt2s(
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"tie_word_embeddings": False}, "tensor lm_head.weight is missing"),
         ({"n_head": None}, "NH is None"),
-        ({"n_head": 4}, "C is 6, which is not a multiple of NH = 4"),
+        ({"n_head": 4}, "C is 6"),
         ({"n_head": True}, "NH is True"),
         ({"n_layer": 1}, "tensor 'h.1.attn.bias' is unknown"),
         ({"n_layer": 3}, "tensor h.2.ln_1.weight is missing"),
@@ -333,7 +321,7 @@ def test_settings_that_are_not_ours(
     folder: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], named: str
 ) -> None:
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE) | settings)
-    refused(folder, capsys, ["model", "a.bin"], "model: ", named)
+    refused(capsys, ["model", "a.bin"], "model: ", named)
 
 
 @pytest.mark.parametrize("missing", ["model_type", "n_positions", "vocab_size", "n_layer", "n_head", "n_embd"])
@@ -341,7 +329,7 @@ def test_settings_that_are_missing(folder: Path, capsys: pytest.CaptureFixture[s
     config = hf.settings(**SHAPE)
     del config[missing]
     hf.make_model(Path("model"), tensors(), config)
-    refused(folder, capsys, ["model", "a.bin"], "config.json", missing)
+    refused(capsys, ["model", "a.bin"], "config.json", missing)
 
 
 @pytest.mark.parametrize(
@@ -360,28 +348,26 @@ def test_settings_that_are_missing(folder: Path, capsys: pytest.CaptureFixture[s
 def test_text_that_is_not_json(folder: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes, named: str) -> None:
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE), shards=2)
     Path("model", name).write_bytes(text)
-    refused(folder, capsys, ["model", "a.bin"], f"model/{name}", named)
+    refused(capsys, ["model", "a.bin"], f"model/{name}", named)
 
 
 def test_files_that_are_missing_or_not_models(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("empty").mkdir()
-    refused(folder, capsys, ["empty", "a.bin"], "empty: config.json is missing")
+    refused(capsys, ["empty", "a.bin"], "empty: config.json is missing")
     hf.make_model(Path("model"), tensors(), hf.settings(**SHAPE))
     Path("model/model.safetensors").rename("model/other.safetensors")
-    refused(folder, capsys, ["model", "a.bin"], "expected model.safetensors or model.safetensors.index.json")
+    refused(capsys, ["model", "a.bin"], "expected model.safetensors or model.safetensors.index.json")
     Path("model/pytorch_model.bin").write_bytes(b"\x80\x02")
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(
-        folder, capsys, ["model", "a.bin"], "model/pytorch_model.bin: a PyTorch pickle", "model.safetensors", "save_pretrained"
-    )
+    refused(capsys, ["model", "a.bin"], "model/pytorch_model.bin: ", "pickle", "model.safetensors", "save_pretrained")
     os.mkfifo("model/model.safetensors")
-    refused(folder, capsys, ["model", "a.bin"], "model/model.safetensors: not a regular file")
+    refused(capsys, ["model", "a.bin"], "model/model.safetensors: ", "regular")
     Path("model/config.json").unlink()
     os.mkfifo("model/config.json")
-    refused(folder, capsys, ["model/other.safetensors", "a.bin"], "model/config.json: not a regular file")
-    refused(folder, capsys, ["absent.safetensors", "a.bin"], "absent.safetensors", "No such file")
+    refused(capsys, ["model/other.safetensors", "a.bin"], "model/config.json: ", "regular")
+    refused(capsys, ["absent.safetensors", "a.bin"], "absent.safetensors", "No such file")
 
 
 @pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95"])
@@ -390,7 +376,7 @@ def test_a_pickle_is_not_opened_without_torch(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     Path("pytorch_model.bin").write_bytes(start + bytes(2000))
-    refused(folder, capsys, ["pytorch_model.bin", "a.bin"], "pytorch_model.bin: a PyTorch pickle: loading it can run any code")
+    refused(capsys, ["pytorch_model.bin", "a.bin"], "pytorch_model.bin: ", "pickle")
 
 
 @pytest.mark.parametrize(
@@ -413,7 +399,7 @@ def test_an_index_cannot_point_elsewhere(folder: Path, capsys: pytest.CaptureFix
     places = json.loads(index.read_text())
     places["weight_map"]["wte.weight"] = name
     index.write_text(json.dumps(places))
-    refused(folder, capsys, ["model", "a.bin"], str(index), "is not the name of a safetensors file in this folder")
+    refused(capsys, ["model", "a.bin"], str(index), "safetensors")
 
 
 @pytest.mark.parametrize(
@@ -438,7 +424,7 @@ def test_an_index_that_is_wrong(
     content = json.loads(index.read_text())
     change(content["weight_map"])
     index.write_text(json.dumps(content))
-    refused(folder, capsys, ["model", "a.bin"], named)
+    refused(capsys, ["model", "a.bin"], named)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,7 +521,7 @@ def test_a_damaged_file(folder: Path, capsys: pytest.CaptureFixture[str], data: 
     Path("x.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=re.escape(named)):
         SafetensorsFile("x.safetensors")
-    refused(folder, capsys, ["x.safetensors", "a.bin"], "x.safetensors: not a valid safetensors file: ", named)
+    refused(capsys, ["x.safetensors", "a.bin"], "x.safetensors: ", named)
 
 
 @settings(deadline=None, max_examples=300)
@@ -569,7 +555,7 @@ def test_values_that_do_not_fill_their_shapes(tmp_path: Path) -> None:
     for count in (5, 7):
         with (
             (tmp_path / "x").open("wb") as file,
-            pytest.raises(InputError, match=f"{count} values were given, but the shapes have 6"),
+            pytest.raises(InputError, match=f"{count} values.* 6$"),
         ):
             write_safetensors(file, "F32", [("a", (2, 3))], iter([np.zeros(count, np.float32)]))
 
@@ -650,13 +636,13 @@ def test_targets_that_cannot_be(
     Path("full").mkdir()
     Path("full/file").touch()
     os.symlink("nowhere", "dangling")
-    refused(folder, capsys, arguments, *named)
+    refused(capsys, arguments, *named)
 
 
 def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make("a.bin", **SHAPE)
     with full_disk(3000):
-        refused(folder, capsys, ["a.bin", "model/"], "model: cannot write the model: File too large", status=1)
+        refused(capsys, ["a.bin", "model/"], "model: ", "File too large", status=1)
     assert os.listdir() == ["a.bin"]
 
 
@@ -705,7 +691,7 @@ def test_a_source_that_is_cut_short_meanwhile(
 
     monkeypatch.setattr(dtypes.Format, "write", write_and_cut)
     assert main([source, "new/" if source == "a.bin" else "b.bin"]) == 2
-    assert re.fullmatch(rf"pygpt: error: {source}: cannot map the model file: [^\n]+\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"pygpt: error: {source}: [^\n]+\n", capsys.readouterr().err)
     assert sorted(os.listdir()) == ["a.bin", "model"]
 
 
@@ -716,7 +702,7 @@ def test_a_closed_file(folder: Path) -> None:
         copy = kept.copy()
     file.close()
     np.testing.assert_array_equal(kept, copy)
-    with pytest.raises(ClosedError, match=r"model\.safetensors: the model file is closed"):
+    with pytest.raises(ClosedError, match=r"model\.safetensors: .*closed"):
         file.stored("wpe.weight")
 
 

@@ -90,13 +90,13 @@ def test_wide_encodings_are_refused_in_one_line(tmp_path: Path, coding: str, tex
     (tmp_path / "a.txt").write_bytes(text.encode(coding))
     if text == "é" and coding == "utf-16-le":  # two bytes, which no rule can tell from other wrong bytes
         pytest.skip("too short")
-    with pytest.raises(DataError, match=r"a.txt: (the text is UTF-16 or UTF-32|byte 0x.. at offset .): ?.*iconv|with iconv"):
+    with pytest.raises(DataError, match=r"a.txt: .*iconv"):
         list(read_text(tmp_path / "a.txt"))
 
 
 def test_other_encodings_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(DataError, match=r"byte 0xe9 at offset 3 is not UTF-8 .*iconv"):
+    with pytest.raises(DataError, match=r"0xe9.* 3 .*iconv"):
         list(read_text(tmp_path / "a.txt"))
 
 
@@ -175,11 +175,11 @@ def test_every_whole_number_is_a_whole_number(model: GPT2, tmp_path: Path, kind:
 def test_nothing_else_is_a_whole_number(model: GPT2, bad: Any) -> None:
     assert whole(bad) is None
     for name in ("total", "max_new_tokens", "top_k", "seed") if bad is not None else ():
-        with pytest.raises(InputError, match=f"{name} is .*: it must be a whole number"):
+        with pytest.raises(InputError, match=f"{name}.*whole number"):
             model.generate([1], **{name: bad})
-    with pytest.raises(InputError, match=r"B is .*: it must be a whole number from 1 to"):
+    with pytest.raises(InputError, match=r"B is .*from 1 to"):
         DataLoader([1, 2], bad, 1)
-    with pytest.raises(InputError, match=r"token .* is not a token id"):
+    with pytest.raises(InputError, match="token id"):
         model.generate([bad])
 
 
@@ -196,9 +196,9 @@ def test_every_number_is_a_number(model: GPT2, kind: Callable[[float], Any]) -> 
 @pytest.mark.parametrize("bad", [True, np.True_, np.array([0.5]), np.array(True), "0.5", 1j, [0.5], float("nan")])
 def test_nothing_else_is_a_number(bad: Any) -> None:
     assert real(bad) != real(bad)
-    with pytest.raises(InputError, match=r"temperature is .*: it must be"):
+    with pytest.raises(InputError, match="temperature"):
         Sampler(temperature=bad)
-    with pytest.raises(InputError, match=r"lr is .*: it must be a number from 0 to 1"):
+    with pytest.raises(InputError, match=r"lr is .*from 0 to 1"):
         TrainingOptions(lr=bad)
 
 
@@ -206,7 +206,7 @@ def test_booleans_are_booleans() -> None:
     assert [Sampler(do_sample=yes).name for yes in (np.True_, np.False_)] == ["sample", "greedy"]  # type: ignore[arg-type]
     assert TrainingOptions(decay_matrices_only=np.True_).decay_matrices_only is True  # type: ignore[arg-type]
     for bad in (1, 0, "yes", None, np.int64(1), np.array([True])):
-        with pytest.raises(InputError, match=r"x is .*: it must be True or False"):
+        with pytest.raises(InputError, match=r"x is .*True or False"):
             check_flag("x", bad)
 
 
@@ -225,18 +225,16 @@ def test_one_prompt_in_every_form(model: GPT2, form: Callable[[list[int]], Any])
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (1, 1, 3), (3, 1)])
 def test_several_prompts_are_not_one(model: GPT2, shape: tuple[int, ...]) -> None:
     for call in (model.generate, model.logits, lambda ids: model.extend(model.new_cache(), ids)):
-        with pytest.raises(InputError, match=r"tokens have shape \(.*generate_batch\(\) takes several"):
+        with pytest.raises(InputError, match=r"shape \(.*generate_batch\(\)"):
             call(np.zeros(shape, int))
     assert len(model.generate_batch(np.ones((2, 3), int))) == 2
 
 
 def test_a_full_context_has_no_room(model: GPT2) -> None:
     for options in ({}, {"max_new_tokens": 1}, {"overflow": "stop"}, {"total": SHAPE.maxT + 1}):
-        with pytest.raises(
-            InputError, match=rf"{SHAPE.maxT} tokens were given, but the model takes {SHAPE.maxT}, so a new one"
-        ):
+        with pytest.raises(InputError, match=rf"{SHAPE.maxT} tokens.* {SHAPE.maxT}\b"):
             model.generate([1] * SHAPE.maxT, **options)
-    with pytest.raises(InputError, match="1 tokens cannot be split"):
+    with pytest.raises(InputError, match="1 tokens"):
         split(np.arange(1), val_tokens=1)
 
 
@@ -251,11 +249,11 @@ def test_unknown_options_name_the_near_ones(model: GPT2) -> None:
     ]
     for wrong, right in (("temprature", "temperature"), ("max_tokens", "max_new_tokens"), ("topk", "top_k"), ("stop", "stop_")):
         for call in calls:
-            with pytest.raises(InputError, match=f"'{wrong}' is not an option: did you mean .*{right}"):
+            with pytest.raises(InputError, match=f"'{wrong}'.*{right}"):
                 call([1], **{wrong: 1})
-        with pytest.raises(InputError, match=f"unknown key '{wrong}': did you mean .*{right}"):
+        with pytest.raises(InputError, match=f"'{wrong}'.*{right}"):
             request_from_json(SHAPE, json.dumps({"tokens": [1], wrong: 1}).encode(), {})
-    with pytest.raises(InputError, match=r"'xyzzy' is not an option: there are .*temperature"):
+    with pytest.raises(InputError, match=r"'xyzzy'.*temperature"):
         model.generate([1], xyzzy=1)  # type: ignore[call-arg]
 
 
@@ -271,7 +269,7 @@ def test_what_cannot_be_copied_says_what_to_do(path: str, model: GPT2, tmp_path:
             things = [model, model.network, model.engine(), model.new_prefix_cache(), slow, slow.network, engine, serial]
             for thing in [*things, trainer, state, file, pool]:
                 for act in (copy.copy, copy.deepcopy, pickle.dumps):
-                    with pytest.raises(TypeError, match=f"{type(thing).__name__} cannot be copied or pickled: .+"):
+                    with pytest.raises(TypeError, match=f"{type(thing).__name__}.*pickled: .+"):
                         act(thing)
 
 

@@ -172,7 +172,7 @@ def test_failures_are_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch, tmp_p
             refused(ranks, lambda: Trainer(engine, loader, TrainingOptions(parts=3), ranks), InputError, "parts is 3: 2 ranks")
             trainer = Trainer(engine, loader, TrainingOptions(parts=2), ranks)
             trainer.step()
-            refused(ranks, lambda: trainer.save(tmp_path / "no" / "x.state"), PyGPTError, "cannot write the training state")
+            refused(ranks, lambda: trainer.save(tmp_path / "no" / "x.state"), PyGPTError, "No such file")
             refused(
                 ranks, lambda: ranks.together(lambda: TrainingOptions(parts=1 - ranks.rank)), InputError, "rank 1: parts is 0"
             )

@@ -803,6 +803,31 @@ def test_the_list_of_pools_does_not_grow(path: Path) -> None:
     assert len(pool_module._pools) <= before + 2
 
 
+def test_another_thread_may_drop_a_forgotten_pool_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Contested(list[Any]):
+        def remove(self, found: Any) -> None:
+            super().remove(found)
+            super().remove(found)  # the other thread removes it first
+
+    monkeypatch.setattr(pool_module, "_pools", Contested([lambda: None]))
+    with ThreadPool(1):
+        assert len(pool_module._pools) == 1
+
+
+def test_the_garbage_collector_may_stop_a_worker_that_is_about_to_wait() -> None:
+    """The worker has the lock and has seen no stop. It would sleep for ever if only its own notification came."""
+    workers = pool_module._Workers(2)
+    wait = workers.wake.wait
+
+    def collected(timeout: float | None = None) -> bool:
+        workers.stop()
+        return wait(timeout)
+
+    workers.wake.wait = collected  # type: ignore[method-assign]
+    workers.notify()  # the worker looks for a round, finds none and waits again
+    finish(*workers.threads)
+
+
 @pytest.mark.parametrize("workers", [2, 5])
 def test_forgotten_pools_and_models_end(path: Path, workers: int) -> None:
     pool = ThreadPool(workers)

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -138,17 +139,22 @@ def test_end_of_text_is_ordinary_text_unless_asked_for() -> None:
     assert TOKENIZER.decode(special) == text
 
 
+@cache
+def uncut() -> Any:
+    """tiktoken's own encoding."""
+    assert TOKENIZER._bpe._encoding is not None
+    return import_module("tiktoken").Encoding(
+        "gpt2", pat_str=PATTERN, mergeable_ranks=TOKENIZER._bpe._encoding._mergeable_ranks, special_tokens={END_OF_TEXT: EOT}
+    )
+
+
 @pytest.mark.parametrize("length", [4095, 4096, 4097, 4098, 10000])
 @pytest.mark.parametrize("space", [" ", "\n", "\u3000", " \n"])
 @pytest.mark.parametrize("tail", ["", "x", " x", "\x1c", END_OF_TEXT])
 def test_long_white_space_gives_the_ids_of_the_uncut_text(length: int, space: str, tail: str) -> None:
-    assert TOKENIZER._bpe._encoding is not None
-    encoding = import_module("tiktoken").Encoding(
-        "gpt2", pat_str=PATTERN, mergeable_ranks=TOKENIZER._bpe._encoding._mergeable_ranks, special_tokens={END_OF_TEXT: EOT}
-    )
     text = "a" + (space * length + tail) * 2
-    assert TOKENIZER.encode(text) == encoding.encode_ordinary(text)
-    assert TOKENIZER.encode(text, allow_special=True) == encoding.encode(text, allowed_special="all")
+    assert TOKENIZER.encode(text) == uncut().encode_ordinary(text)
+    assert TOKENIZER.encode(text, allow_special=True) == uncut().encode(text, allowed_special="all")
 
 
 def test_a_million_spaces_do_not_overflow_the_stack() -> None:

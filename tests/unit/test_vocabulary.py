@@ -268,7 +268,7 @@ def test_a_model_of_unknown_vocabulary_says_so(folder: Path, capsys: pytest.Capt
     assert evaluate(["perplexity", "-m", "m.bin", "--tokenizer", "other.json", "t.txt"]) == 0
     assert chat(["-m", "m.bin", "--tokenizer", "other.json", "-n", "2", "hello"]) == 0
     assert chat(["-m", "m.bin", "--tokenizer", "other.json", "Hello"]) == 2
-    assert "the model's vocabulary has no 'H'" in capsys.readouterr().err
+    assert "'H'" in capsys.readouterr().err
     write_vocabulary("large.json", json.loads(PEERS["GPT-2's kind"]().to_str()))
     assert chat(["-m", "m.bin", "--tokenizer", "large.json", "hello"]) == 2
     assert "large.json: the tokenizer has 500 ids, and the model 70" in capsys.readouterr().err

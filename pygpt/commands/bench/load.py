@@ -13,7 +13,7 @@ Each client sends its next request when it has the answer. The lengths of prompt
 
 JSON (-o json) is a list with one object for each number of clients. It has tokens_per_s (new tokens of all clients), requests,
 failed, seconds, and for ttft, itl and tpot the 50th and 99th percentile and the maximum. equal_to_alone counts the answers that
-are the same when they are asked again alone (--check).
+are the same when the request is sent again alone (--check).
 """
 
 import argparse
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocabulary", metavar="N", type=count, default=50257, help="ids are below N (default 50257)")
     add("--seed", metavar="N", type=whole(0, 1 << 62), default=1, help="of the requests (default 1)")
     add("--key", metavar="KEY", help="API key")
-    add("--check", action="store_true", help="ask each request again alone, and compare the answers")
+    add("--check", action="store_true", help="send each request again alone, and compare the answers")
     add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     return parser
 

@@ -1,7 +1,7 @@
 """--estimate: the time of a step on several ranks, from a measurement on this machine and the network's speed.
 
 Each of N ranks sends and receives 4 P (N - 1) / N bytes twice a step: gradients, then weights. Over TCP, both took 1.0 to
-1.15 times the bytes' time on the wire at 1 and at 10 Gbit/s; the estimate takes 1.1. It knows nothing of slow ranks.
+1.15 times the bytes' time on the wire at 1 and at 10 Gbit/s; the estimate takes 1.1. It assumes ranks of equal speed.
 """
 
 import time

@@ -174,8 +174,8 @@ def number(text: str) -> float:
 
 
 def shape_of(text: str, V: int = GPT2_V) -> Config:
-    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else. V: the ids
-    if the shape does not say them."""
+    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else. V: the
+    default of the shape's V."""
     if text in SHAPES:
         return Config(V=V, maxT=GPT2_MAXT, **SHAPES[text])
     parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]

@@ -150,7 +150,7 @@ OPTIONS = {
     },
     "saving": {
         "--out FILE": "save the model as FILE.bin or FILE.safetensors, and the state as FILE.state (default: save nothing)",
-        "--version N": "version of FILE.bin: 3, float32 (default); 5, bfloat16",
+        "--version N": "version of FILE.bin: 3 (float32, default) or 5 (bfloat16)",
         "--save-every N": "save every N steps (default 100; 0: only at the end)",
         "--resume STATE": "continue the run of this state; its options are the defaults",
         "--force": "replace existing files",

@@ -35,9 +35,10 @@ export async function openFour(request) {
 
 /** Draw one real step: a line for each worker, a box for each phase, and a table of the sums. */
 export async function recordStep(model, request) {
-  const run = (async () => { for await (const _ of stream({ ...request, max_tokens: 3 })); })();
-  const { workers } = await (await ask("trace", { model })).json();
-  await run;
+  let traced = false; // a completion may end before the server is asked for the next step: then another one runs
+  const run = async () => { while (!traced) for await (const _ of stream({ ...request, max_tokens: 3 })); };
+  const [answer] = await Promise.all([ask("trace", { model }).finally(() => { traced = true; }), run()]);
+  const { workers } = await answer.json();
   const end = Math.max(1, ...workers.flat().map((phase) => phase[4]));
   const picture = document.createElementNS(SVG, "svg");
   picture.setAttribute("viewBox", `0 0 1000 ${40 * workers.length + 20}`);

@@ -7,11 +7,11 @@ const form = byId("ask"), chips = byId("chips");
 const FIELDS = ["max_tokens", "temperature", "top_p", "top_k", "seed"];
 const END = 50256; // <|endoftext|>: an empty prompt begins a document
 let tokens = []; // {id, bytes, logprob, top, given}
-let branches = []; // {label, tokens, request, parent}: each text from which or to which one has gone
+let branches = []; // {label, tokens, request, parent}: each text that was left or visited
 let place = 0; // of the current branch
 let chosen = -1; // the chosen token's place
 let running = null; // the AbortController of the running request
-let request = null; // whose answer ends the text; its prompt is ids
+let request = null; // the latest request, with its prompt as ids
 
 const say = (text) => { byId("status").textContent = text; };
 const settings = () => Object.fromEntries(FIELDS.map((name) => [name, Number(form.elements[name].value)]));

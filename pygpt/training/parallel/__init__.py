@@ -4,9 +4,9 @@ A rank is a process with a whole model and its own workers. A step has S parts, 
 summed from zero. A fixed binary tree over the parts' numbers adds them: the left half of [a, b) has the largest power of two of
 parts below b - a. MPI only moves data, because the order of a library's own reductions depends on the number of ranks.
 
-The optimizer is shared as in ZeRO-1 (Rajbhandari et al. 2020): each rank owns a slice of whole norm blocks. It receives the
-sums of all ranks for its slice, adds them by the tree, updates its weights and moments, and sends the weights to all. One rank
-is the same program without messages. Refuses to know about data, files and options.
+The ranks share the optimizer as in ZeRO-1 (Rajbhandari et al. 2020): each rank owns a slice of whole norm blocks. It receives
+the sums of all ranks for its slice, adds them by the tree, and updates its weights and moments. Then it sends the weights to
+all. One rank is the same program without messages. Refuses to know about data, files and options.
 """
 
 import os

@@ -40,7 +40,7 @@ class MPIRanks(Ranks):
         self._arrays, self._objects = MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.size, self.rank = self._arrays.size, self._arrays.rank
         self.timeout, self.seconds = timeout, 0.0
-        self._hosts = [f"rank {self.rank} on {MPI.Get_processor_name()}"] * self.size  # until gather() knows better
+        self._hosts = [f"rank {self.rank} on {MPI.Get_processor_name()}"] * self.size  # until gather() collects all names
         self._open, self.agreed, self.version = True, False, mpi4py.__version__
         self._waiting: tuple[float, list[int]] | None = None  # since when, and for which ranks
         atexit.register(self._abort)
@@ -83,7 +83,7 @@ class MPIRanks(Ranks):
         self._wait(look)
 
     def _wait(self, look: "Any") -> None:
-        """Call look() until it returns no rank that this one waits for."""
+        """Call look() until it returns an empty list: the ranks that this one still waits for."""
         start = time.perf_counter()
         try:
             while missing := look():

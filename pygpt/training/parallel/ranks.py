@@ -1,4 +1,4 @@
-"""Ranks: the processes that share a training run. This class is for one process, and imports no MPI.
+"""Ranks: the processes that share a training run. This class is for one process, and does not import MPI.
 
 mpi.py has the class for several. Both have the same methods, so that a step has one program.
 """
@@ -50,7 +50,7 @@ class Ranks:
         return error
 
     def together(self, job: "Callable[[], T]", *, first: bool = False) -> "T | None":
-        """Run a job on every rank, or on the first only; return its result. If it fails on any rank, all ranks raise that."""
+        """Run a job on every rank, or on the first only; return its result. If it fails on any rank, all raise its error."""
         found: T | None = None
         own: Exception | None = None
         if not first or self.rank == 0:

@@ -1,4 +1,4 @@
-"""What ranks share of a training step: the parts of each, the tree's sum of their gradients, slices of the optimizer."""
+"""Share a training step among ranks: its parts, the tree's sum of the gradients, and slices of the optimizer."""
 
 from collections.abc import Iterator
 from itertools import chain, pairwise
@@ -42,7 +42,7 @@ def subtrees(first: int, last: int, parts: int) -> list[Node]:
 
 
 def slices_of(size: int, ranks: int) -> list[slice]:
-    """Return each rank's slice of `size` values: whole norm blocks, as equal as possible, possibly none."""
+    """Return each rank's slice of `size` values: whole norm blocks, as equal as possible, possibly empty."""
     blocks = -(-size // NORM_BLOCK)
     edges = [min(size, blocks * rank // ranks * NORM_BLOCK) for rank in range(ranks + 1)]
     return [slice(*pair) for pair in pairwise(edges)]
@@ -90,7 +90,7 @@ class SharedStep:
         self._sums.append((whole[-1], gradients))
 
     def reduce(self) -> None:
-        """Sum all ranks' gradients of the own slice into the engine's. All other gradients become undefined."""
+        """Sum all ranks' gradients of this rank's slice in the engine. All its other gradients become undefined."""
         sums, self._sums = self._sums, []
         size, rank = self.ranks.size, self.ranks.rank
         self._spare += [array for _, array in sums[:-1]]
@@ -120,7 +120,7 @@ class SharedStep:
         return self._inbox[k % 2, node]
 
     def _begin(self, k: int, sums: "list[tuple[Node, Array]]") -> object:
-        """Begin to exchange piece k of every slice. The nearest ranks come first, so that no rank is everyone's first."""
+        """Begin to exchange piece k of every slice. The nearest ranks come first, so that the ranks begin apart."""
         sends, receives, ranks = [], [], self.ranks
         mine = self._piece(ranks.rank, k)
         for distance in range(1, ranks.size):
@@ -144,7 +144,7 @@ class SharedStep:
         return norm_of(np.concatenate(self.ranks.gather(squares)))
 
     def share(self) -> None:
-        """Send the own slice of the weights to all ranks, and receive theirs, in pieces."""
+        """Send this rank's slice of the weights to all ranks, and receive theirs, in pieces."""
         weights, ranks = self.engine.parameters, self.ranks
         others = [(ranks.rank + distance) % ranks.size for distance in range(1, ranks.size)]
         for k in range(self._messages if others else 0):
@@ -153,7 +153,7 @@ class SharedStep:
             ranks.finish(ranks.begin(sends, [(pieces[rank], rank) for rank in reversed(others) if pieces[rank].size]))
 
     def pieces(self, array: "Array") -> "Iterator[Array]":
-        """On the first rank, yield an array whose slices lie on their owners, in pieces. The others send theirs, yield none."""
+        """On the first rank, yield an array whose slices lie on their owners, in pieces. The other ranks only send theirs."""
         import numpy as np
 
         rank = self.ranks.rank
