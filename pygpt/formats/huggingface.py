@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from ..config import Config
 from ..errors import CheckpointError, InputError, PyGPTError, shown
-from .dtypes import FLOAT32, Format
+from .dtypes import Format
 from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
 from .tensors import ModelFile, common_format, layout
@@ -183,7 +183,8 @@ class HuggingFaceModel(ModelFile):
         self._check_tensors(wanted, {name: shape for name, (_, shape) in found.items()})
         if wrong := sorted((dtype, name) for name, (dtype, _) in found.items() if dtype not in FORMATS):
             raise self._bad(f"tensor {wrong[0][1]} is of dtype {wrong[0][0]}, expected {', '.join(FORMATS)}")
-        return {name: common_format(FORMATS[found[one][0]] for one in theirs) for name, theirs in wanted.items()}
+        formats = {name: common_format(FORMATS[found[one][0]] for one in theirs) for name, theirs in wanted.items()}
+        return {name: formats[name if theirs else "qkvw"] for name, theirs in wanted.items()}
 
     @property
     def size(self) -> int:
@@ -208,7 +209,7 @@ class HuggingFaceModel(ModelFile):
 
         _, _, K = layout(self.config, name)
         if not (parts := self._parts(name)):
-            return FLOAT32, np.zeros((1, K), "<f4")
+            return self.formats[name], np.zeros((1, K), self.formats[name].dtype)
         file, full = parts[layer]
         if NAMES[name][1] and not self._linear:
             array = np.ascontiguousarray(file.stored(full).T[start:stop])  # [K, N] -> [rows, K]
@@ -237,7 +238,7 @@ class HuggingFaceModel(ModelFile):
                 step = len(memory) // len(parts)
                 moves += [(part, kind, memory[i * step : (i + 1) * step]) for i, part in enumerate(parts)]
             else:
-                arrays = [self._values(part, kind) for part in parts] or [np.zeros(shape, "<f4")]
+                arrays = [self._values(part, kind) for part in parts] or [np.zeros(shape, kind.dtype)]
                 whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
                 memory = _bytes(_aligned(whole) if self._mmap else whole.copy())
             found[name] = kind.name, memory

@@ -303,6 +303,16 @@ def test_a_float16_model_stays_float16(tmp_path: Path, capsys: pytest.CaptureFix
     assert np.array_equal(logits_of(str(tmp_path / "model")), logits_of(str(tmp_path / "again")))
 
 
+def test_missing_biases_have_the_format_of_the_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So a model without biases keeps its bfloat16 numbers in a .bin file."""
+    rounded = {n: (array.view("<u4") >> 16).astype("<u2") for n, array in linear(family.tensors(), biases=False).items()}
+    stored: dict[str, hf.Raw] = {n: ("BF16", array.shape, array.tobytes()) for n, array in rounded.items()}
+    hf.make_model(tmp_path / "nano", stored, settings())
+    assert convert([str(tmp_path / "nano"), str(tmp_path / "nano.bin")]) == 0
+    assert "nano.bin (version 5, bfloat16, " in capsys.readouterr().err
+    assert np.array_equal(logits_of(str(tmp_path / "nano")), logits_of(str(tmp_path / "nano.bin")))
+
+
 def test_a_zip_file_is_not_taken_for_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     np.savez(tmp_path / "m.bin", a=np.zeros(3))
