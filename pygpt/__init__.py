@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from .network import Network as Network
     from .pool import ThreadPool as ThreadPool
     from .reference import SerialGPT2 as SerialGPT2
-    from .reference import SerialTrainableGPT2 as SerialTrainableGPT2
     from .tokenizer import StreamDecoder as StreamDecoder
     from .tokenizer import Tokenizer as Tokenizer
     from .training.data import DataLoader as DataLoader
@@ -78,6 +77,7 @@ if TYPE_CHECKING:
     from .training.options import TrainingOptions as TrainingOptions
     from .training.parallel import open_ranks as open_ranks
     from .training.parallel.ranks import Ranks as Ranks
+    from .training.serial import SerialTrainableGPT2 as SerialTrainableGPT2
     from .training.state import TrainingState as TrainingState
     from .training.state import open_state as open_state
     from .training.trainable import TrainableGPT2 as TrainableGPT2
@@ -105,13 +105,14 @@ _PUBLIC = {
     "generation.prefix": "PrefixCache",
     "generation.engine": "Engine Event Job",
     "model": "GPT2",
-    "reference": "SerialGPT2 SerialTrainableGPT2",
+    "reference": "SerialGPT2",
     "ceilings": "Ceilings",
     "cluster": "Complete",
     "training.parallel": "open_ranks",
     "training.parallel.ranks": "Ranks",
     "training.options": "TrainingOptions",
     "training.data": "DataLoader split",
+    "training.serial": "SerialTrainableGPT2",
     "training.state": "TrainingState open_state",
     "training.trainable": "TrainableGPT2",
     "training.trainer": "Record Trainer",

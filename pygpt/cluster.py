@@ -15,32 +15,23 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from . import __version__
 from ._kernels import cpu_info
 from .errors import Closing, InputError, PyGPTError, is_whole, shown
 from .formats.open import sha256_of
-from .generation.engine import LIVE, Engine
-from .generation.logprobs import token_info
-from .generation.prefix import common_prefix
-from .generation.request import JSON_KEYS, Request, check_ids, complete_order, whole_keys
+from .generation.engine import LIVE, Engine, Job
+from .generation.logprobs import score
+from .generation.request import JSON_KEYS, Request, check_ids, check_keys, complete_order
 from .hub.find import find_model
 from .model import GPT2
-from .network import CHUNK
 from .tokenizer import Tokenizer, tokenizer_of
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-    from .generation.engine import Job
-
-    Row = Mapping[str, Any]
-    Answer = dict[str, Any]
-
+Row = Mapping[str, Any]
+Answer = dict[str, Any]
 KEYS = JSON_KEYS | {"id", "prompt", "continuations"}
 AHEAD = 64 * LIVE  # the most answers that wait for an earlier one: more rows must wait, so that memory stays small
-SCORED = 128  # rows of logits at a time: 26 MB with GPT-2's vocabulary
 
 
 class Complete(Closing):
@@ -57,7 +48,7 @@ class Complete(Closing):
 
     def __init__(
         self,
-        model: "str | os.PathLike[str] | None" = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         threads: int | None = None,
         mmap: bool = True,
@@ -66,7 +57,7 @@ class Complete(Closing):
         logprobs: int | None = None,
         keep_going: bool = False,
         batch_size: int = LIVE,
-        **options: "Any",
+        **options: Any,
     ) -> None:
         if not is_whole(seed, 0, 2**64 - 1):
             raise InputError(f"seed is {shown(seed)}: it must be a whole number from 0 to 2^64 - 1")
@@ -85,7 +76,7 @@ class Complete(Closing):
             self.close()
             raise
 
-    def identity(self) -> "dict[str, Any]":
+    def identity(self) -> dict[str, Any]:
         """Return everything on which answers depend besides the rows, for JSON. The first call reads the whole model file."""
         arithmetic = {"weights": self._weights, "fused multiply-add": cpu_info()["fused"]}
         program = {"pygpt": __version__, "model": sha256_of(self.path), **arithmetic}
@@ -96,27 +87,21 @@ class Complete(Closing):
         """Return the seed of a row: the first 8 bytes of the SHA-256 of "SEED/ID", little-endian."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{key}".encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
-    def check(self, row: "Row") -> "Request | tuple[list[int], list[list[int]]]":
+    def check(self, row: Row) -> Request | tuple[list[int], list[list[int]]]:
         """Return a row's request, or the ids of the prompt and the continuations to score. Raises InputError for a bad row."""
         key = row.get("id")
         if not isinstance(key, str) and not is_whole(key, -(2**63), 2**64 - 1):
             raise InputError(f'"id" is {shown(key)}: it must be a string or a whole number of 64 bits')
-        if unknown := sorted(set(row) - KEYS, key=str):
-            raise InputError(f"unknown key {shown(unknown[0])}: keys are {', '.join(sorted(KEYS))}")
-        for name, value in row.items():
-            if value is None:
-                raise InputError(f"{name!r} is null (None): give it a value, or leave it out")
+        check_keys(row, KEYS)
         if ("prompt" in row) == ("tokens" in row):
             raise InputError('give either "prompt", a text, or "tokens", a list of ids')
         tokens = self._ids("prompt", row["prompt"], str) if "prompt" in row else self._ids("tokens", row["tokens"], list)
         if "continuations" in row:
             return tokens, self._continuations(row, len(tokens))
         own = {name: value for name, value in row.items() if name not in ("id", "prompt", "tokens")}
-        whole_keys(own)
-        order = complete_order(own, self._options)
-        return Request(self.model.config, tokens, top_logprobs=self.logprobs, **order)
+        return Request(self.model.config, tokens, top_logprobs=self.logprobs, **complete_order(own, self._options))
 
-    def _continuations(self, row: "Row", prompt: int) -> "list[list[int]]":
+    def _continuations(self, row: Row, prompt: int) -> list[list[int]]:
         given, most = row["continuations"], self.model.config.maxT + 1  # the last token is not an input
         if surplus := sorted(set(row) - {"id", "prompt", "tokens", "continuations"}):
             raise InputError(f'{surplus[0]!r} is an option of completions, and "continuations" are scored: leave one out')
@@ -127,7 +112,7 @@ class Complete(Closing):
             raise InputError(f"{prompt} tokens and a continuation of {longest} were given: at most {most} can be scored")
         return found
 
-    def _ids(self, name: str, value: object, kind: "Any") -> list[int]:
+    def _ids(self, name: str, value: object, kind: Any) -> list[int]:
         if not isinstance(value, kind):
             raise InputError(f"{name!r} holds {shown(value)}: it must be {'a list of ids' if kind is list else 'a text'}")
         if isinstance(value, str):
@@ -136,9 +121,7 @@ class Complete(Closing):
             value = self._tokenizer.encode(value)
         return check_ids(self.model.config, value)
 
-    # ---------------------------------------------------------------- rows
-
-    def rows(self, rows: "Iterable[Row]") -> "Iterator[Answer]":
+    def rows(self, rows: Iterable[Row]) -> Iterator[Answer]:
         """Yield the answer of each row, in order. It takes few rows ahead of the answers, so `rows` may be endless.
 
         A completion's answer has id, text (absent if the vocabulary is unknown), tokens (the new ids) and finish_reason. With
@@ -164,7 +147,7 @@ class Complete(Closing):
         finally:
             engine.close()
 
-    def _begin(self, row: "Row", engine: Engine) -> "Job | Answer":
+    def _begin(self, row: Row, engine: Engine) -> Job | Answer:
         """Add a row's request to the engine, or score the row; return the job or the answer."""
         try:
             asked = self.check(row)
@@ -175,7 +158,7 @@ class Complete(Closing):
         except PyGPTError as error:
             return self._failed(row, error)
 
-    def _answer(self, row: "Row", job: "Job | Answer") -> "Answer":
+    def _answer(self, row: Row, job: Job | Answer) -> Answer:
         if isinstance(job, dict):
             return job
         if job.error is not None:
@@ -185,34 +168,23 @@ class Complete(Closing):
         infos = {} if self.logprobs is None else {"logprobs": [info._asdict() for info in done.infos]}
         return {"id": row["id"], **text, "tokens": done.tokens, "finish_reason": done.finish_reason, **infos}
 
-    def _failed(self, row: "Row", error: Exception) -> "Answer":
+    def _failed(self, row: Row, error: Exception) -> Answer:
         if not self.keep_going:
             raise error
         return {"id": row.get("id"), "error": str(error)}
 
-    def _score(self, prompt: list[int], continuations: list[list[int]]) -> "list[Answer]":
+    def _score(self, prompt: list[int], continuations: list[list[int]]) -> list[Answer]:
         """Return the scores of continuations of a prompt. The prompt runs once; each continuation uses a copy of its cache."""
-        network, cache, held = self.model.network, self._cache, self._held
-        del held[common_prefix(held, prompt, len(prompt) - 1) :]
-        cache.truncate(len(held))
-        while piece := prompt[len(held) : -1][:CHUNK]:
-            network.extend(cache, piece)
-            held += piece
         scores = []
-        for one in continuations:
-            inputs, infos = [prompt[-1], *one[:-1]], []
-            branch = cache.copy(capacity=len(held) + len(inputs))
-            for start in range(0, len(one), SCORED):
-                logits = network.step([(token, branch, True) for token in inputs[start : start + SCORED]])
-                infos += [token_info(logits, i, token, 1) for i, token in enumerate(one[start : start + SCORED])]
+        for one, infos in zip(
+            continuations, score(self.model.network, self._cache, self._held, prompt, continuations), strict=True
+        ):
             logprobs = [info.logprob for info in infos]
             greedy = all(info.token == info.top[0][0] for info in infos)
             scores.append({"logprob": math.fsum(logprobs), "greedy": greedy, "tokens": one, "logprobs": logprobs})
         return scores
 
-    # ---------------------------------------------------------------- columns
-
-    def __call__(self, batch: "Mapping[str, Sequence[Any]]") -> "dict[str, list[Any]]":
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Answer a batch of columns, lists or arrays; return columns, one value a row. A missing value is None or NaN. The
         returned columns are the keys of the answers of rows(). An answer without a key has None there."""
         columns = {name: [_plain(value) for value in column] for name, column in batch.items()}
@@ -229,7 +201,7 @@ class Complete(Closing):
         self.model.close()
 
 
-def _plain(value: "Any") -> "Any":
+def _plain(value: Any) -> Any:
     """Return a value of a column as Python's own types: Ray passes NumPy's numbers and arrays."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -282,8 +282,6 @@ def _descend(calls: int) -> None:
         _descend(calls - 1)
 
 
-# ------------------------------------------------------------------------------------------------ fork and exit
-
 # Plain weak references: the garbage collector would run a WeakSet's callback, and Python drops a Ctrl-C raised in it.
 _pools: "list[weakref.ref[ThreadPool]]" = []
 

@@ -1,4 +1,4 @@
-"""The serial reference with the interfaces of the fast path: SerialGPT2 for GPT2, SerialTrainableGPT2 for TrainableGPT2.
+"""The serial reference with the interface of the fast path: SerialGPT2 for GPT2. training/serial.py has the one for training.
 
 Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector instructions.
 """
@@ -6,20 +6,18 @@ Commands, tests and benchmarks compare the fast path with it. It computes one nu
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-from ._reference import Reference, Training
-from .config import Config
-from .errors import ClosedError, InputError, Uncopied, check_number
+from ._reference import Reference
+from .errors import ClosedError, Uncopied
 from .formats.dtypes import FORMATS
 from .formats.open import open_weights
 from .formats.quantise import QUANTISED
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
-from .training.parameters import AdamW, Parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import SupportsFloat, SupportsIndex
+    from typing import SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
@@ -133,67 +131,3 @@ class SerialGPT2(Generator):
     def close(self) -> None:
         """Unmap the file. May be called twice."""
         self.network.close()
-
-
-class SerialTrainableGPT2(Parameters):
-    """The serial program's training: scalar, on one thread; `threads` and `all_workers` have no effect.
-
-    Use it in a `with` block, or close() it. Ctrl-C takes effect between layers. If it interrupts backward(), the gradients are
-    incomplete, but weights and moments do not change."""
-
-    threads = 1
-
-    def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
-        super().__init__(config, threads=threads, all_workers=all_workers)
-        self._training: Training | None = Training(self.parameters, self.gradients, config)
-
-    def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """Return the loss of predicting each target, (B, T), and keep the activations for backward().
-
-        inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
-        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT."""
-        import numpy as np
-
-        return np.asarray(self._open().forward(*self.check_batch(inputs, targets)))
-
-    def evaluate(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """Return the losses that forward() would return, (B, T). The activations of the last forward() stay."""
-        import numpy as np
-
-        return np.asarray(self._open().evaluate(*self.check_batch(inputs, targets)))
-
-    def backward(self, *, accumulate: bool = False, scale: "SupportsFloat" = 1.0) -> None:
-        """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
-
-        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before."""
-        training = self._open()
-        scale = check_number("scale", scale, -1e30, 1e30)
-        if not training.ready:
-            raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
-        training.backward(accumulate=accumulate, scale=scale)
-
-    def gradient_norm(self) -> float:
-        """Return the 2-norm of all gradients together, summed in float64 in ascending order."""
-        return self._open().gradient_norm()
-
-    @property
-    def updates(self) -> int:
-        """The number of updates made. An update that Ctrl-C interrupts is complete and counts, or has not changed a weight."""
-        return self._open().updates
-
-    def _update(self, numbers: AdamW) -> None:
-        self._open().update(self.first_moments, self.second_moments, numbers)
-
-    def model(self) -> SerialGPT2:
-        """Return a SerialGPT2 over the live weights, to complete sequences."""
-        self._open()
-        return SerialGPT2(self.weights())
-
-    def _open(self) -> Training:
-        if self._training is None:
-            raise ClosedError("the model is closed: open it again")
-        return self._training
-
-    def close(self) -> None:
-        """Free the activations. The arrays of parameters, gradients and moments remain. May be called twice."""
-        self._training = None

@@ -3,8 +3,11 @@
 import asyncio
 import http.client
 import json
+import re
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from typing import Any
 
 from make_checkpoint import make
 from prometheus_client.parser import text_string_to_metric_families
+from running import PYGPT, environment
 
 from pygpt import GPT2
 from pygpt.server.app import Options, Server
@@ -145,3 +149,24 @@ def live(
         stop()
         for served in models:
             served.model.close()
+
+
+class ServerProcess:
+    """A `pygpt serve` process."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.child = subprocess.Popen(
+            [*PYGPT, "serve", "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        )
+        assert self.child.stderr
+        self.line = self.child.stderr.readline().decode()
+        found = re.search(r":(\d+)$", self.line)
+        self.at = Live.__new__(Live)
+        self.at.address = ("127.0.0.1", int(found[1])) if found else None
+
+    def end(self, number: int, times: int = 1) -> tuple[int, bytes, bytes]:
+        for _ in range(times):
+            self.child.send_signal(number)
+            time.sleep(0.2)
+        out, err = self.child.communicate(timeout=60)
+        return self.child.returncode, out, err

@@ -114,9 +114,6 @@ def shard_of(text: str) -> tuple[int, int]:
     return index, count
 
 
-# ------------------------------------------------------------------------------------------------ lines
-
-
 def survey(path: str) -> tuple[str, int]:
     """Return the SHA-256 of the lines of a file, and the number of lines that are not blank."""
     digest, count = hashlib.sha256(), 0
@@ -178,9 +175,6 @@ def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
     part.seek(end)
     part.truncate()
     return count
-
-
-# ------------------------------------------------------------------------------------------------ files
 
 
 @contextmanager

@@ -5,20 +5,15 @@ stdout carries only the replies. If stdout is not a terminal, prompts and the ou
 """
 
 import argparse
-import atexit
-import codecs
 import io
 import json
 import os
 import select
 import sys
-import termios
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from math import exp
-from shutil import get_terminal_size
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -34,6 +29,7 @@ from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import Parser, for_terminal, say, status_of
 from .options import CONTROL, LISTS, add_completion_options, add_model_options, parse_count, read_options
+from .progress import piece, table
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -42,7 +38,6 @@ APPENDED = ("stop_strings", "stop_token_ids", "bad_words_ids")  # the command li
 LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
 NEED_TEXT = ("/again", "/more", "/tokens", "/probs")
 PROBABLE = 10  # number of tokens that /probs shows
-BAR = 40  # columns of the longest bar, if the terminal is wide enough
 
 EXAMPLES = """\
 examples:
@@ -205,7 +200,8 @@ class Chat:
 
     def converse(self) -> int:
         """Ask for texts on the terminal until Ctrl-D, an empty line, or Ctrl-C twice, which raises KeyboardInterrupt."""
-        ask = line_reader()
+        with on_terminal():
+            ask = line_reader()
         hinted = False
         while not self._leaving:
             self._command.check()
@@ -327,7 +323,8 @@ class Chat:
     def _show_tokens(self) -> None:
         """Show the ids of the text and the reply, each with its piece of text."""
         for name, tokens in ("text", self._text), ("reply", self._reply):
-            show("\n".join([f"{name}: {len(tokens)} tokens", *(f"{token:>7}  {self._piece(token)}" for token in tokens)]))
+            pieces = [f"{token:>7}  {piece(self._tokenizer.decode_bytes([token]))}" for token in tokens]
+            show("\n".join([f"{name}: {len(tokens)} tokens", *pieces]))
 
     def _show_probabilities(self) -> None:
         """Show the most probable tokens after the text, with bars. The child returns only ids, so run the model here."""
@@ -343,21 +340,8 @@ class Chat:
             show("")
             return
         [info] = completion.infos
-        pieces = [self._piece(token) for token, _ in info.top]
-        width = max(map(len, pieces))
-        longest = max(1, min(BAR, get_terminal_size().columns - width - 21))  # each token fits on one line
-        block = "█" if "█".encode(prompt_stream().encoding, "ignore") else "#"
-        for piece, (token, logprob) in zip(pieces, info.top, strict=True):
-            bar = block * round(longest * exp(logprob - info.top[0][1]))
-            show(f"{token:>7}  {piece:<{width}}  {100 * exp(logprob):6.2f} %  {bar}".rstrip())
-
-    def _piece(self, token: int) -> str:
-        """Return the text of an id in quotes, or its bytes if it is a part of a character."""
-        content = self._tokenizer.decode_bytes([token])
-        try:
-            return repr(content.decode())
-        except UnicodeDecodeError:
-            return repr(content)
+        rows = [(token, self._tokenizer.decode_bytes([token]), exp(logprob)) for token, logprob in info.top]
+        show(table(rows, prompt_stream()))
 
 
 def speed(times: Sequence[float]) -> str:
@@ -371,18 +355,13 @@ def speed(times: Sequence[float]) -> str:
     return text
 
 
-# ---------------------------------------------------------------- terminal and pipes
-
-
 def line_reader() -> Callable[[str], str]:
     """Return a function that asks for a line on the terminal. It may return several pasted lines as one text.
 
     prompt_toolkit or else readline provides history, editing and pasting. If both are missing or TERM is dumb, use input()."""
-    if not sys.stdout.isatty():
-        return PlainLines()
     readline = None
     with suppress(ImportError):
-        readline = import_module("readline")  # input() uses it; if stdout is not a terminal, this import may write to it
+        readline = import_module("readline")  # input() uses it
     if os.environ.get("TERM", "dumb") == "dumb":
         return input
     bold = not os.environ.get("NO_COLOR")
@@ -395,54 +374,25 @@ def line_reader() -> Callable[[str], str]:
     return lambda prompt: input(f"\001\033[1m\002{prompt}\001\033[0m\002" if bold else prompt)
 
 
-class PlainLines:
-    """Ask for lines with the prompt and the echo on stderr. A terminal that collects lines itself cuts them at 4,095 bytes, so
-    this class reads keys, and edits the line with the terminal's keys: erase a character, erase the line, end the input."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stdin.fileno()
-        before = termios.tcgetattr(self._terminal)
-        keys = before[6]
-        self._erase, self._kill, self._end = keys[termios.VERASE], keys[termios.VKILL], keys[termios.VEOF]
-        atexit.register(termios.tcsetattr, self._terminal, termios.TCSANOW, before)
-        self._mode = termios.tcgetattr(self._terminal)
-        self._mode[0] &= ~termios.ICRNL
-        self._mode[3] &= ~(termios.ICANON | termios.ECHO)
-        self._mode[6][termios.VMIN], self._mode[6][termios.VTIME] = 1, 0
-        self._after_return = False
-
-    def __call__(self, prompt: str) -> str:
-        """Ask for a line. Raises EOFError at the end of the input."""
-        termios.tcsetattr(self._terminal, termios.TCSANOW, self._mode)  # each time: a shell resets it while we are stopped
-        echo = partial(print, end="", file=sys.stderr, flush=True)
-        echo(prompt)
-        line = ""
-        decoder = codecs.getincrementaldecoder(sys.stdin.encoding)("surrogateescape")
-        while True:
-            key = os.read(self._terminal, 1)
-            after, self._after_return = self._after_return, key == b"\r"
-            if key == b"\n" and after:  # the second half of a pasted CR LF
-                continue
-            if key in (b"\r", b"\n"):
-                echo("\n")
-                return line + decoder.decode(b"", final=True)
-            if key in (b"", self._end):
-                if not line:
-                    raise EOFError
-            elif key in (self._erase, self._kill):
-                gone = len(line) if key == self._kill else 1
-                echo("\b \b" * len(line[-gone:]))
-                line = line[:-gone]
-            else:
-                line += (char := decoder.decode(key))
-                echo(for_terminal(char, sys.stderr))
+@contextmanager
+def on_terminal() -> Iterator[None]:
+    """In this block, stdout is the terminal, where line editors write. Without an editor, a terminal cuts long lines."""
+    held = os.dup(1)
+    if not os.isatty(1):
+        os.dup2(2 if os.isatty(2) else 0, 1)
+    try:
+        yield
+    finally:
+        os.dup2(held, 1)
+        os.close(held)
 
 
 def ask_text(ask: Callable[[str], str]) -> str:
     """Ask for a text. If a line ends in a backslash, ask for the next line too. Two backslashes at the end stand for one."""
-    text = given_text(ask(PROMPT))
-    while text.endswith("\\") and not text.endswith("\\\\"):
-        text = text[:-1] + "\n" + given_text(ask(CONTINUED))
+    with on_terminal():
+        text = given_text(ask(PROMPT))
+        while text.endswith("\\") and not text.endswith("\\\\"):
+            text = text[:-1] + "\n" + given_text(ask(CONTINUED))
     return text[:-1] if text.endswith("\\\\") else text
 
 
@@ -474,20 +424,11 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-# ---------------------------------------------------------------- the command line
-
-
-class PassOn(argparse.Action):
-    """Add an option to `passed`, the child's options, exactly as the user gave it. The child checks it."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        """Keep the option's last value, and append the option to `passed`."""
-        assert option_string is not None
-        setattr(namespace, self.dest, values)
-        word = option_string if self.nargs == 0 else f"{option_string}{'=' * option_string.startswith('--')}{values}"
-        namespace.passed = [*namespace.passed, word]
+def passed_on(options: argparse.Namespace) -> list[str]:
+    """Return the given options of the model, unchecked, for the child."""
+    valued = {name: getattr(options, name) for name in ("model", "threads", "tokenizer", "weights", "draft_model")}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in valued.items() if value is not None]
+    return words + ["--text-only"] * options.text_only + ["--no-mmap"] * options.no_mmap
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -499,12 +440,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    parser.set_defaults(passed=[], total=None)
+    parser.set_defaults(total=None)
     add("words", nargs="*", metavar="TEXT", help="complete this text and exit; without TEXT, ask for texts")
     new = f"number of new tokens in a reply (default {NEW_TOKENS})"
     add("-n", "--new", "--max-new-tokens", dest="max_new_tokens", metavar="N", help=new)
-    add("-m", "--model", action=PassOn, metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
-    add_model_options(add, value=PassOn, flag=partial(PassOn, nargs=0, const=True))
+    add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
+    add_model_options(add)
     add_completion_options(parser)
     add("--show-stop", action="store_true", help="print also the stop text at which a reply ends")
     add("--stats", action="store_true", help="print the speed on stderr after each reply")
@@ -534,7 +475,7 @@ def run(options: argparse.Namespace) -> int:
     if options.words and not any(options.words):
         raise InputError("the text is empty: give at least one character")
     settings = Settings(options, model_config(options.model, options.tokenizer, text_only=options.text_only))
-    with Command(options.passed) as command:  # start it first: it loads the model while this process prepares
+    with Command(passed_on(options)) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
             return chat.complete(given_text(" ".join(options.words)))

@@ -13,13 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from subprocess import PIPE
+from types import FrameType
+from typing import Any, Self
 
 from ..errors import PyGPTError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import FrameType
-    from typing import Any
 
 NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # prefixes of the child's lines on stderr
 LONGEST_ID = 7  # digits: a vocabulary has at most 2^20 ids
@@ -57,7 +54,7 @@ class Command:
         self._unseen = b""  # the child's stderr output that is not shown yet
         self._signalled = False  # True once Ctrl-C was passed on to this child
 
-    def ask(self, tokens: Sequence[int], options: "Mapping[str, Any]") -> Iterator[int]:
+    def ask(self, tokens: Sequence[int], options: Mapping[str, Any]) -> Iterator[int]:
         """Yield the ids that continue `tokens`, each as soon as it arrives. After stop(), yield no more ids.
 
         options: the other fields of the JSON request. Raises ChildError if the child ends early or writes anything but ids."""
@@ -157,7 +154,7 @@ class Command:
     def interruptible(self) -> Iterator[None]:
         """In this block, the first Ctrl-C stops the reply without an exception; the second raises KeyboardInterrupt."""
 
-        def on_ctrl_c(_signal: int, _frame: "FrameType | None") -> None:
+        def on_ctrl_c(_signal: int, _frame: FrameType | None) -> None:
             if self.stopped:
                 raise KeyboardInterrupt
             self.stop()
@@ -186,7 +183,7 @@ class Command:
             self._stdout.close()
             self._stderr.close()
 
-    def __enter__(self) -> "Command":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:

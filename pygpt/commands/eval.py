@@ -42,6 +42,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -52,18 +53,17 @@ from ..errors import DataError, InputError, NumericalError, shown
 from ..formats.llmc import Example, read_examples
 from ..formats.shards import read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
+from ..generation.logprobs import score
 from ..hub.find import find_model
 from ..model import GPT2
-from ..network import KVCache
 from ..tokenizer import tokenizer_of
 from .console import Parser, check_stdout, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
-from .progress import Progress
+from .progress import Progress, table, text_of
 
 ROWS = 128  # rows of a step: their logits take 26 MB with GPT-2's vocabulary
 FLOAT64_ROWS = 16  # rows of logits that are float64 at a time: 6 MB
 LARGEST_LOSS = 709  # nats: for a larger loss, e^loss overflows a float
-BAR = 30  # columns of the longest bar
 MOST = 2**31 - 1  # largest number of tokens or examples
 Losses = npt.NDArray[np.float64]
 Result = dict[str, Any]
@@ -72,9 +72,6 @@ Result = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     return status_of(lambda: run(build_parser().parse_args(arguments)))
-
-
-# ------------------------------------------------------------------------------------------------ arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,19 +137,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"{rows / seconds:.1f} tokens/s in {seconds:.1f} s, {facts['threads']} threads, {', '.join(paths)}")
 
 
-# ------------------------------------------------------------------------------------------------ losses
-
-
-def losses_of(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses:
-    """Return minus the log-probability of each row's target, in nats: [rows, V], [rows] -> [rows], computed in float64."""
-    out = np.empty(len(targets))
-    for start in range(0, len(targets), FLOAT64_ROWS):
-        rows = logits[start : start + FLOAT64_ROWS].astype(np.float64)  # [16, V]
-        chosen = rows[np.arange(len(rows)), targets[start : start + FLOAT64_ROWS]]  # [16]
-        out[start : start + FLOAT64_ROWS] = log_sums(rows) - chosen  # [16]
-    return out
-
-
 def log_sums(rows: Losses) -> Losses:
     """Return the logarithm of the sum of exponentials of each row's logits: [rows, V] -> [rows].
 
@@ -164,45 +148,73 @@ def log_sums(rows: Losses) -> Losses:
     return out
 
 
-def score(model: GPT2, cache: KVCache, tokens: Sequence[int], targets: Sequence[int]) -> Losses:
-    """Append tokens to the cache; return the losses of `targets`, the successors of the last len(targets) tokens."""
+def picked(rows: Losses, targets: Sequence[int]) -> Losses:
+    """Return the value of each row's target: [rows, V], [rows] -> [rows]."""
+    return rows[np.arange(len(rows)), targets]
+
+
+def blocks(
+    models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int]
+) -> Iterator[tuple[list[Losses], Sequence[int]]]:
+    """Run tokens through each model. Yield the last len(targets) rows in blocks: the logits of each model, [16, V], and the
+    rows' targets, which are the successors of their tokens."""
+    caches = [model.new_cache(len(tokens)) for model in models]
     silent = len(tokens) - len(targets)  # number of rows that are only context
-    found = [np.empty(0)]
     for start in range(0, len(tokens), ROWS):
         stop = min(start + ROWS, len(tokens))
-        logits = model.step([(tokens[i], cache, i >= silent) for i in range(start, stop)])
-        found.append(losses_of(logits, targets[max(0, start - silent) : max(0, stop - silent)]))
-    return np.concatenate(found)
-
-
-# ------------------------------------------------------------------------------------------------ perplexity
+        logits = [
+            model.step([(tokens[i], cache, i >= silent) for i in range(start, stop)])
+            for model, cache in zip(models, caches, strict=True)
+        ]
+        wanted = targets[max(0, start - silent) : max(0, stop - silent)]
+        for at in range(0, len(wanted), FLOAT64_ROWS):
+            yield [rows[at : at + FLOAT64_ROWS].astype("f8") for rows in logits], wanted[at : at + FLOAT64_ROWS]
 
 
 def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of computed rows, and the result as text."""
-    window, stride = window_of(model.config.maxT, options)
-    tokens = scored_tokens(model, options)
-    rows = scored = text_bytes = 0
-    sums: list[float] = []  # the sum of losses of each window
     tokenizer = None
     with suppress(InputError):  # the vocabulary is unknown
         tokenizer = tokenizer_of(model.config)
+
+    def sums_of(ids: list[int], targets: list[int]) -> tuple[float, int]:
+        text = [] if tokenizer is None else [token for token in targets if token != tokenizer.eot]
+        text_bytes = len(tokenizer.decode_bytes(text)) if tokenizer is not None else 0
+        found = blocks([model], ids, targets)
+        return math.fsum(loss for (rows,), wanted in found for loss in log_sums(rows) - picked(rows, wanted)), text_bytes
+
+    facts, rows, (total, text_bytes) = slide([model], options, sums_of)
+    loss = total / facts["scored"]
+    per_byte = total / math.log(2) / text_bytes if text_bytes else None
+    bits = f"{per_byte:.4f} bits per byte, " if per_byte is not None else ""
+    text = f"perplexity {shown_power(loss)}, loss {loss:.6f} nats per token, {bits}{where(facts)}"
+    return {**facts, "loss": loss, "perplexity": power_of(loss), "bits_per_byte": per_byte}, rows, text
+
+
+def slide(
+    models: Sequence[GPT2], options: argparse.Namespace, sums_of: Callable[[list[int], list[int]], Sequence[float]]
+) -> tuple[Result, int, list[float]]:
+    """Slide windows over the subject. sums_of: takes a window's inputs and its targets, returns sums over the targets, the
+    loss first. Return the facts for the result, the number of rows that the models computed, and the sums over all windows."""
+    window, stride = window_of(min(model.config.maxT for model in models), options)
+    tokens = tokens_in(options, models[0])[: options.limit]
+    if len(tokens) < 2:
+        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
+    rows = scored = 0
+    found: list[Sequence[float]] = []  # of each window
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
-            sums.append(math.fsum(score(model, model.new_cache(len(ids) - 1), ids[:-1], ids[first - begin :])))
-            rows, scored = rows + len(ids) - 1, scored + end - first
-            if tokenizer is not None:
-                text_bytes += len(tokenizer.decode_bytes(token for token in ids[first - begin :] if token != tokenizer.eot))
-            progress.update(scored, f", loss {sum(sums) / scored:.4f}")
-    loss = math.fsum(sums) / scored
-    power = power_of(loss)
+            found.append(sums_of(ids[:-1], ids[first - begin :]))
+            rows, scored = rows + len(models) * (len(ids) - 1), scored + end - first
+            progress.update(scored, f", loss {sum(sums[0] for sums in found) / scored:.4f}")
     facts = {"file": options.subject, "tokens": len(tokens), "scored": scored, "window": window, "stride": stride}
-    per_byte = math.fsum(sums) / math.log(2) / text_bytes if text_bytes else None
-    result = {**facts, "loss": loss, "perplexity": power, "bits_per_byte": per_byte}
-    bits = f"{per_byte:.4f} bits per byte, " if per_byte is not None else ""
-    where = f"{scored} tokens, window {window}, stride {stride}"
-    return result, rows, f"perplexity {shown_power(power)}, loss {loss:.6f} nats per token, {bits}{where}"
+    return facts, rows, [math.fsum(column) for column in zip(*found, strict=True)]
+
+
+def where(facts: Result) -> str:
+    """Return what was scored as text."""
+    return f"{facts['scored']} tokens, window {facts['window']}, stride {facts['stride']}"
 
 
 def power_of(loss: float) -> float | None:
@@ -210,9 +222,9 @@ def power_of(loss: float) -> float | None:
     return math.exp(loss) if loss < LARGEST_LOSS else None
 
 
-def shown_power(power: float | None) -> str:
-    """Return a perplexity as text."""
-    return "infinite" if power is None else f"{power:.4f}"
+def shown_power(loss: float) -> str:
+    """Return the perplexity of a loss as text."""
+    return "infinite" if (power := power_of(loss)) is None else f"{power:.4f}"
 
 
 def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
@@ -225,14 +237,6 @@ def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
     if not 1 <= stride <= window:
         raise InputError(f"--stride is {stride}: it must be from 1 to the window's {window}")
     return window, stride
-
-
-def scored_tokens(model: GPT2, options: argparse.Namespace) -> npt.NDArray[np.integer[Any]]:
-    """Return the first --limit tokens of the subject. Raises InputError if there are fewer than 2."""
-    tokens = tokens_in(options, model)[: options.limit]
-    if len(tokens) < 2:
-        raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
-    return tokens
 
 
 def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -259,77 +263,53 @@ def tokens_in(options: argparse.Namespace, model: GPT2) -> npt.NDArray[np.intege
     return joined(encode_file(read_text(subject), subject, eot=eot, **reading))
 
 
-# ------------------------------------------------------------------------------------------------ two models
-
-
 def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of rows computed by both models, and the result as text."""
     if model.config.V != other.config.V:
         raise InputError(f"A has {model.config.V} ids and B {other.config.V}: give two models with the same vocabulary")
-    window, stride = window_of(min(model.config.maxT, other.config.maxT), options)
-    tokens = scored_tokens(model, options)
-    rows = scored = 0
-    found: list[npt.NDArray[np.float64]] = []  # of each window: the sums that divergence() returns
-    with Progress("tokens", len(tokens) - 1) as progress:
-        for begin, first, end in windows(len(tokens), window, stride):
-            ids = tokens[begin:end].tolist()
-            found.append(divergence(model, other, ids[:-1], ids[first - begin :]))
-            rows, scored = rows + 2 * (len(ids) - 1), scored + end - first
-            progress.update(scored)
-    loss, loss_of_other, kl, agreement = (math.fsum(column) / scored for column in np.transpose(found))
-    powers = power_of(loss), power_of(loss_of_other)
-    facts = {"file": options.subject, "tokens": len(tokens), "scored": scored, "window": window, "stride": stride}
-    differences = {"kl_divergence": kl, "top1_agreement": agreement}
-    result = {**facts, "loss": [loss, loss_of_other], "perplexity": powers, **differences}
+    facts, rows, totals = slide([model, other], options, partial(divergence, model, other))
+    loss, other_loss, kl, agreement = (total / facts["scored"] for total in totals)
+    powers = power_of(loss), power_of(other_loss)
+    result = {**facts, "loss": [loss, other_loss], "perplexity": powers, "kl_divergence": kl, "top1_agreement": agreement}
     lines = [
-        f"A: perplexity {shown_power(powers[0])}, loss {loss:.6f} nats per token",
-        f"B: perplexity {shown_power(powers[1])}, loss {loss_of_other:.6f} ({loss_of_other - loss:+.6f})",
+        f"A: perplexity {shown_power(loss)}, loss {loss:.6f} nats per token",
+        f"B: perplexity {shown_power(other_loss)}, loss {other_loss:.6f} ({other_loss - loss:+.6f})",
         f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %",
-        f"{scored} tokens, window {window}, stride {stride}",
+        where(facts),
     ]
     return result, rows, "\n".join(lines)
 
 
-def divergence(model: GPT2, other: GPT2, tokens: Sequence[int], targets: Sequence[int]) -> npt.NDArray[np.float64]:
+def divergence(model: GPT2, other: GPT2, tokens: list[int], targets: list[int]) -> list[float]:
     """Run tokens through both models; return four sums over the last len(targets) tokens, whose successors are `targets`.
 
     Three sums are in nats: the loss of `model`, the loss of `other`, and the divergence of `other` from `model`. The fourth sum
     is the number of rows at which both models have the same most probable token."""
-    caches = [one.new_cache(len(tokens)) for one in (model, other)]
-    silent = len(tokens) - len(targets)  # number of rows that are only context
     sums = np.zeros(4)
-    for start in range(0, len(tokens), ROWS):
-        stop = min(start + ROWS, len(tokens))
-        pair = [
-            one.step([(tokens[i], cache, i >= silent) for i in range(start, stop)])
-            for one, cache in zip((model, other), caches, strict=True)
-        ]
-        wanted = targets[max(0, start - silent) : max(0, stop - silent)]
-        for at in range(0, len(wanted), FLOAT64_ROWS):
-            logits = [rows[at : at + FLOAT64_ROWS].astype(np.float64) for rows in pair]  # [16, V] each
-            logprobs, others = (rows - log_sums(rows)[:, None] for rows in logits)
-            chosen = np.arange(len(logprobs)), wanted[at : at + FLOAT64_ROWS]
-            kl = (np.exp(logprobs) * (logprobs - others)).sum()
-            agreements = (logprobs.argmax(axis=1) == others.argmax(axis=1)).sum()
-            sums += [-logprobs[chosen].sum(), -others[chosen].sum(), kl, agreements]
-    return sums
-
-
-# ------------------------------------------------------------------------------------------------ HellaSwag
+    for logits, wanted in blocks([model, other], tokens, targets):
+        logprobs, others = (rows - log_sums(rows)[:, None] for rows in logits)
+        kl = (np.exp(logprobs) * (logprobs - others)).sum()
+        agreements = (logprobs.argmax(axis=1) == others.argmax(axis=1)).sum()
+        sums += [-picked(logprobs, wanted).sum(), -picked(others, wanted).sum(), kl, agreements]
+    return sums.tolist()
 
 
 def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of computed rows, and the result as text."""
     done = right = right_norm = rows = 0
-    cache = model.new_cache()
+    cache, held = model.new_cache(), list[int]()
     with Progress("examples", options.limit) as progress:
         for example in islice(examples_in(options.subject, model), options.limit):
-            cache.truncate(0)
-            losses = ending_losses(model, cache, example)
+            longest = len(example.context) + max(map(len, example.endings)) - 1  # the last token of an ending is not an input
+            if longest > cache.capacity:
+                text = f"example {example.number} has {longest} tokens to run: the model takes at most {cache.capacity}"
+                raise InputError(text)
+            scores = score(model.network, cache, held, example.context, example.endings)
+            logprobs = [[info.logprob for info in infos] for infos in scores]
             done += 1
-            right += int(np.argmin([loss.sum() for loss in losses])) == example.label
-            right_norm += int(np.argmin([loss.mean() for loss in losses])) == example.label
-            rows += len(example.context) + sum(len(ending) - 1 for ending in example.endings)
+            right += int(np.argmax([math.fsum(one) for one in logprobs])) == example.label
+            right_norm += int(np.argmax([math.fsum(one) / len(one) for one in logprobs])) == example.label
+            rows += len(example.context) - 1 + sum(map(len, example.endings))
             progress.update(done, f", acc {right / done:.4f}, acc_norm {right_norm / done:.4f}")
     if not done:
         raise DataError(f"{options.subject}: there are no examples: give a file with at least one")
@@ -357,25 +337,6 @@ def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
         yield Example(number, int(str(label)), context, [tokenizer.encode(f" {ending}") for ending in endings])
 
 
-def ending_losses(model: GPT2, cache: KVCache, example: Example) -> list[Losses]:
-    """Return the losses of the tokens of each ending. The context runs once for all endings.
-
-    Raises InputError if the example exceeds the model's context."""
-    longest = len(example.context) + max(map(len, example.endings)) - 1  # the last token of an ending is not an input
-    if longest > cache.capacity:
-        raise InputError(f"example {example.number} has {longest} tokens to run: the model takes at most {cache.capacity}")
-    after_context = model.prefill(cache, example.context)[None]  # [1, V]
-    losses = []
-    for ending in example.endings:
-        first = losses_of(after_context, ending[:1])
-        losses.append(np.concatenate([first, score(model, cache, ending[:-1], ending[1:])]))
-        cache.truncate(len(example.context))
-    return losses
-
-
-# ------------------------------------------------------------------------------------------------ next tokens
-
-
 def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
     """Return the result, the number of computed rows, and the result as a table."""
     tokenizer = tokenizer_of(model.config)
@@ -390,31 +351,10 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
     for token in np.argsort(-logits, kind="stable")[: options.top].tolist():  # equal logits: the lowest id first
         logprob = float(logprobs[token])
         content = tokenizer.decode_bytes([token])
-        names = {"id": token, "text": as_text(content), "bytes": content.hex()}
+        names = {"id": token, "text": text_of(content), "bytes": content.hex()}
         choices.append({**names, "probability": math.exp(logprob), "logprob": logprob})
-    return {"prompt": prompt, "next": choices}, len(prompt), table(choices)
-
-
-def as_text(content: bytes) -> str | None:
-    """Return bytes as text, or None for a part of a character."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def table(choices: list[Result]) -> str:
-    """Return a line for each token: id, text, probability, and a bar that compares it with the most probable token."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    names = [repr(bytes.fromhex(choice["bytes"])) if choice["text"] is None else repr(choice["text"]) for choice in choices]
-    names = [name.encode(encoding, "backslashreplace").decode(encoding) for name in names]
-    width = max(map(len, names))
-    block = "█" if "█".encode(encoding, "ignore") else "#"
-    lines = [f"{'id':>6}  {'token':<{width}}  {'%':>7}"]
-    for choice, name in zip(choices, names, strict=True):
-        bar = block * round(BAR * choice["probability"] / choices[0]["probability"])
-        lines.append(f"{choice['id']:>6}  {name:<{width}}  {100 * choice['probability']:7.3f}  {bar}".rstrip())
-    return "\n".join(lines)
+    rows = [(choice["id"], bytes.fromhex(choice["bytes"]), choice["probability"]) for choice in choices]
+    return {"prompt": prompt, "next": choices}, len(prompt), table(rows, sys.stdout)
 
 
 TASKS: dict[str, Callable[..., tuple[Result, int, str]]]

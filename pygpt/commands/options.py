@@ -54,18 +54,16 @@ def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED)
     add("--speculate", dest="speculation", metavar="K", help=SPECULATE_HELP)
 
 
-def add_model_options(
-    add: "Callable[..., object]", *, stops: str = "", value: "Any" = "store", flag: "Any" = "store_true"
-) -> None:
-    """Add the options of a model, except -m, to a parser's add_argument(). value, flag: the actions of options of each kind."""
-    add("-t", "--threads", action=value, metavar="N", help=THREADS_HELP)
-    add("--tokenizer", action=value, metavar="FILE", help=f"{stops}{TOKENIZER_HELP}")
+def add_model_options(add: "Callable[..., object]", *, stops: str = "") -> None:
+    """Add the options of a model, except -m, to a parser's add_argument(). stops: a word before the help of --tokenizer."""
+    add("-t", "--threads", metavar="N", help=THREADS_HELP)
+    add("--tokenizer", metavar="FILE", help=f"{stops}{TOKENIZER_HELP}")
     unknown = "never choose an id that the tokenizer does not have, such as one of a padded vocabulary"
-    add("--text-only", action=flag, default=False, help=unknown)
+    add("--text-only", action="store_true", help=unknown)
     weights = "quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)"
-    add("--weights", action=value, metavar="FORMAT", help=weights)
-    add("--draft-model", action=value, metavar="MODEL", help=DRAFT_HELP)
-    add("--no-mmap", action=flag, help="copy the model into memory, in case another program changes its file")
+    add("--weights", metavar="FORMAT", help=weights)
+    add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
+    add("--no-mmap", action="store_true", help="copy the model into memory, in case another program changes its file")
 
 
 def add_text_options(add: "Callable[..., object]") -> None:

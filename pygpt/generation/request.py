@@ -177,21 +177,26 @@ def request_from_json(config: Config, text: bytes, defaults: "dict[str, Any]") -
         order = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"request {text[:60].decode('utf-8', 'replace')!r} is not JSON: {error}") from None
-    if unknown := sorted(set(order) - JSON_KEYS):
-        raise InputError(f"request: unknown key {shown(unknown[0])}: {near(unknown[0], JSON_KEYS)}")
+    check_keys(order, JSON_KEYS, "request: ")
     if "tokens" not in order:
         raise InputError('request: the key "tokens" is missing: add it, as in {"tokens": [31373, 612]}')
-    whole_keys(order)
-    for key, value in order.items():
-        if value is None:
-            raise InputError(f"request: {key!r} is null (None): give it a value, or leave it out")
     if not isinstance(tokens := order.pop("tokens"), list):
         raise InputError('request: "tokens" must be a list of token ids, as in {"tokens": [31373, 612]}')
     return Request(config, tokens, **complete_order(order, defaults))
 
 
+def check_keys(order: "Mapping[str, Any]", keys: set[str], where: str = "") -> None:
+    """Raise InputError for the first key of a JSON object that is not one of `keys`, or whose value is null."""
+    for key, value in order.items():
+        if key not in keys:
+            raise InputError(f"{where}unknown key {shown(key)}: {near(key, keys)}")
+        if value is None:
+            raise InputError(f"{where}{key!r} is null (None): give it a value, or leave it out")
+
+
 def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict[str, Any]":
-    """Return a request's own options, and the defaults that do not contradict them."""
+    """Return a request's own options, and the defaults that do not contradict them. logit_bias gets whole numbers as keys: the
+    keys of JSON objects are strings."""
     ruled_out: set[str] = set()
     if not LENGTH.isdisjoint(order):
         ruled_out |= LENGTH
@@ -200,13 +205,10 @@ def complete_order(order: "dict[str, Any]", defaults: "dict[str, Any]") -> "dict
             ruled_out |= SAMPLING
     elif not SAMPLING.isdisjoint(order):
         ruled_out.add("sampler")
-    return {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
-
-
-def whole_keys(order: "dict[str, Any]") -> None:
-    """Give logit_bias whole numbers as keys: the keys of JSON objects are strings."""
-    if isinstance(bias := order.get("logit_bias"), dict):
-        order["logit_bias"] = {
+    found = {**{name: value for name, value in defaults.items() if name not in ruled_out}, **order}
+    if isinstance(bias := found.get("logit_bias"), dict):
+        found["logit_bias"] = {
             int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key: bias[key]
             for key in bias
         }
+    return found

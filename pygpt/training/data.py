@@ -9,21 +9,20 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from typing import SupportsFloat, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config import LIMITS
-from ..errors import DataError, InputError, check_whole, is_whole, real, shown
+from ..errors import DataError, InputError, check_whole, real, shown
 from ..formats.shards import as_tokens, check_ids, read_tokens
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import SupportsFloat, SupportsIndex
-
     from ..formats.shards import Path, Tokens
 
-    Batch = npt.NDArray[np.int32]  # (B, T)
+Batch = npt.NDArray[np.int32]  # (B, T)
 
 # The fingerprint of a data set hashes all its tokens, up to WHOLE of them. Reading a hundred gigabytes takes minutes, so the
 # fingerprint of a larger data set hashes samples of every shard.
@@ -33,7 +32,7 @@ SAMPLES, SAMPLE = 16, 1 << 12  # samples in a shard, evenly spaced from its firs
 
 
 def split(
-    tokens: "Tokens", *, val_tokens: "SupportsIndex | None" = None, val_fraction: "SupportsFloat | None" = None
+    tokens: "Tokens", *, val_tokens: SupportsIndex | None = None, val_fraction: SupportsFloat | None = None
 ) -> "tuple[Tokens, Tokens]":
     """Split tokens into (train, val), two views.
 
@@ -55,9 +54,6 @@ def split(
     return tokens[:train], tokens[train:]
 
 
-# ------------------------------------------------------------------------------------------------ batches
-
-
 class DataLoader:
     """Serve endless batches of B sequences of T tokens, in llm.c's order.
 
@@ -74,11 +70,11 @@ class DataLoader:
     def __init__(
         self,
         source: "Path | Sequence[Path] | npt.ArrayLike",
-        B: "SupportsIndex",
-        T: "SupportsIndex",
+        B: SupportsIndex,
+        T: SupportsIndex,
         *,
-        shuffle_seed: "SupportsIndex | None" = None,
-        V: "SupportsIndex | None" = None,
+        shuffle_seed: SupportsIndex | None = None,
+        V: SupportsIndex | None = None,
         labels: "Tokens | None" = None,
     ) -> None:
         self.B, self.T = B, T = check_whole("B", B, 1, 1 << 30), check_whole("T", T, 1, 1 << 30)
@@ -104,7 +100,7 @@ class DataLoader:
         self.fingerprint = _fingerprint(parts, self.tokens)
         self.reset()
 
-    def next_batch(self) -> "tuple[Batch, Batch]":
+    def next_batch(self) -> tuple[Batch, Batch]:
         """Return the next (inputs, targets), fresh int32 arrays (B, T); each target is the token after its input."""
         while self._batch == len(self._order):  # a last shard can be too small for a batch
             self._next_shard()
@@ -155,13 +151,8 @@ class DataLoader:
             if type(state[name]) is not type(value) or state[name] != value:  # an array compares with a number, too
                 both = f"{name} = {shown(state[name])}, this loader has {value!r}"
                 raise InputError(f"the loader's state is for {both}: use the same data, B, T and seed, or start a new run")
-        place = []
-        for name, most in (("epoch", 2**63), ("shard", len(self._counts) - 1), ("batch", self.batches)):
-            number = state[name]
-            if not isinstance(number, int) or not is_whole(number, 0, most):
-                raise InputError(f"the loader's state has {name} = {shown(number)}: it must be a whole number from 0 to {most}")
-            place.append(number)
-        self._move(*place)
+        limits = {"epoch": 2**63, "shard": len(self._counts) - 1, "batch": self.batches}
+        self._move(*(check_whole(f"the loader's state: {name}", state[name], 0, most) for name, most in limits.items()))
 
     def _identity(self) -> dict[str, int | str | None]:
         """Return the values on which the meaning of a position depends."""
@@ -181,7 +172,7 @@ class DataLoader:
         self._order = self._permutation(epoch, 1 + index, self._batches[index])
         self._tokens, self._epoch, self._shard, self._batch = tokens, epoch, shard, batch
 
-    def _permutation(self, epoch: int, stream: int, count: int) -> "Sequence[int] | npt.NDArray[np.intp]":
+    def _permutation(self, epoch: int, stream: int, count: int) -> Sequence[int] | npt.NDArray[np.intp]:
         """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i. Each item
         gets 64 random bits, by which the items are sorted. Philox's raw output and a stable sort are the same in every version
         of NumPy and on every machine. The numbers of NumPy's Generator can differ."""

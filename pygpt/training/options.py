@@ -10,12 +10,9 @@ Defaults are those of llm.c's CPU program. Sources: Loshchilov & Hutter 2019 (Ad
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..errors import InputError, check_flag, check_number, check_whole, real, shown
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
 
 ADAMW = ("beta1", "beta2", "eps", "weight_decay", "decay_matrices_only")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -86,11 +83,11 @@ class TrainingOptions:
         """Return the factor that reduces a gradient's global norm to at most `clip`."""
         return self.clip / norm if 0 < self.clip < norm else 1.0
 
-    def adamw(self) -> "dict[str, Any]":
+    def adamw(self) -> dict[str, Any]:
         """Return the options that every AdamW step takes unchanged."""
         return {name: getattr(self, name) for name in ADAMW}
 
-    def as_dict(self) -> "dict[str, Any]":
+    def as_dict(self) -> dict[str, Any]:
         """Return the options as keyword arguments for TrainingOptions."""
         return asdict(self)
 

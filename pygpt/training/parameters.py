@@ -8,7 +8,10 @@ serial twin derive from this class and share its checks. Refuses to know about a
 import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self, SupportsFloat, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import HEAD, IGNORED, TENSORS, Config
 from ..errors import CheckpointError, Closing, InputError, check_flag, check_number, check_whole
@@ -20,13 +23,10 @@ from ..hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self, SupportsFloat, SupportsIndex
-
-    import numpy as np
-    import numpy.typing as npt
-
     from ..formats.tensors import ModelFile
 
+Ids = npt.NDArray[np.int32]  # (B, T)
+Losses = npt.NDArray[np.float32]  # (B, T)
 ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest instruction set
 PAGE = 4096  # bytes
 APART = 576  # bytes: the offset in a page at which an array begins grows by this from one array to the next
@@ -64,7 +64,7 @@ class LiveWeights(NamedTuple):
     values: memoryview  # the bytes of a version 3 file after its header
     format: Format = FLOAT32
 
-    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+    def stored(self) -> dict[str, tuple[str, memoryview]]:
         """Map each tensor to its format's name and its bytes, as Checkpoint.stored() does."""
         return stored_tensors(self.config, self.values, self.format, padded=True)
 
@@ -82,7 +82,7 @@ class Parameters(Closing):
 
     _instead = "save() writes a file, and load() reads it"
 
-    def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
+    def __init__(self, config: Config, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> None:
         self.config = config
         self._places = {name: (shape, offset, size) for name, shape, offset, size in config.tensors(padded=True)}
         P = config.parameters(padded=True)
@@ -90,8 +90,8 @@ class Parameters(Closing):
 
     @classmethod
     def load(
-        cls, path: "str | os.PathLike[str] | None" = None, *, threads: "SupportsIndex | None" = None, all_workers: bool = False
-    ) -> "Self":
+        cls, path: str | os.PathLike[str] | None = None, *, threads: SupportsIndex | None = None, all_workers: bool = False
+    ) -> Self:
         """Start from a model file of plain floats, widened to float32: `path`, else the one that find_model() finds.
 
         Raises CheckpointError for a file that is not a model, and for weights that are quantised or not finite. Raises
@@ -103,8 +103,6 @@ class Parameters(Closing):
 
     def take(self, checkpoint: "ModelFile") -> None:
         """Copy the weights of an open model of the same dimensions. Raises CheckpointError for one that is not finite."""
-        import numpy as np
-
         for name in self._places:
             start = 0
             for rows in checkpoint.pieces(name):
@@ -115,13 +113,11 @@ class Parameters(Closing):
                 start += len(rows)
 
     @classmethod
-    def random(cls, config: Config, *, seed: "SupportsIndex", threads: "SupportsIndex | None" = None) -> "Self":
+    def random(cls, config: Config, *, seed: SupportsIndex, threads: SupportsIndex | None = None) -> Self:
         """Start from GPT-2's random weights. Equal seeds give equal bits on every machine.
 
         Matrices have mean 0 and standard deviation 0.02, and 0.02 / sqrt(2L) for residual projections. Biases are 0, and gains
         of layer norms 1. seed: 0 to 2**64 - 1. Source: Radford et al. 2019; details from nanoGPT and llm.c."""
-        import numpy as np
-
         source = np.random.PCG64(check_whole("seed", seed, 0, LARGEST_SEED))
         model = cls(config, threads=threads)
         for name in model._places:
@@ -135,22 +131,22 @@ class Parameters(Closing):
                     piece[:] = std * normal(source, piece.size)
         return model
 
-    def tensor(self, name: str) -> "npt.NDArray[np.float32]":
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Return a live view of one tensor of the parameters by its name in config.table, wte with V rows."""
         return self._view(self.parameters, name)
 
-    def gradient(self, name: str) -> "npt.NDArray[np.float32]":
+    def gradient(self, name: str) -> npt.NDArray[np.float32]:
         """Return a live view of the gradient of one tensor, with the tensor's shape."""
         return self._view(self.gradients, name)
 
-    def _view(self, flat: "npt.NDArray[np.float32]", name: str) -> "npt.NDArray[np.float32]":
+    def _view(self, flat: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float32]:
         if name not in self._places:
             raise InputError(f"tensor {name!r} is unknown: the names are {', '.join(self._places)}")
         shape, offset, size = self._places[name]
         array = flat[offset : offset + size].reshape(shape)
         return array[: self.config.V] if name == "wte" else array
 
-    def save(self, path: "str | os.PathLike[str]", *, version: int = 3) -> None:
+    def save(self, path: str | os.PathLike[str], *, version: int = 3) -> None:
         """Write the parameters: as a .safetensors file if the name ends so, else as a checkpoint of version 1, 3 or 5.
 
         A .safetensors file holds transformers' tensors, and config.json in its metadata: it describes every model. Version 5
@@ -167,18 +163,16 @@ class Parameters(Closing):
         with atomic_file(path) as file:
             write_tensors(file, self, kind, {CONFIG_FILE: json.dumps(settings_of(self.config, kind.name))})
 
-    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
+    def pieces(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
         """Yield a tensor in one piece for each layer, as ModelFile.pieces() does."""
         array = self.tensor(name)
         yield from (array[i : i + 1] for i in range(len(array))) if array.ndim == 3 else [array]
 
-    def weights(self) -> "LiveWeights":
+    def weights(self) -> LiveWeights:
         """Return the parameters with a checkpoint's interface, for a model that uses them while they change."""
         return LiveWeights(self.config, self.parameters.data.cast("B"))
 
-    def check_batch(
-        self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike"
-    ) -> "tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]":
+    def check_batch(self, inputs: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[Ids, Ids]:
         """Return inputs and targets as fresh contiguous int32 arrays (B, T), with B >= 1, 1 <= T <= maxT and ids below V.
 
         A target may be -100. Raises InputError for anything else; the error names the first wrong value."""
@@ -187,10 +181,8 @@ class Parameters(Closing):
             raise InputError(f"targets has shape {checked[1].shape}, inputs {checked[0].shape}: each input needs one target")
         return checked
 
-    def _check_ids(self, name: str, ids: "npt.ArrayLike", also: int = 0) -> "npt.NDArray[np.int32]":
+    def _check_ids(self, name: str, ids: npt.ArrayLike, also: int = 0) -> Ids:
         """Check one of the batch's two arrays of token ids, which may hold `also`; return it as contiguous int32."""
-        import numpy as np
-
         try:
             array: npt.NDArray[Any] = np.array(ids)  # a copy: the caller cannot change it after the check
         except (ValueError, TypeError, OverflowError) as error:  # for example rows of unequal length
@@ -208,17 +200,34 @@ class Parameters(Closing):
             raise InputError(f"{name}[{b}, {t}] is {array[b, t]}: it must be a token id of this model, {rule}")
         return np.ascontiguousarray(array, np.int32)
 
+    def forward(self, inputs: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the loss of predicting each target, (B, T), and keep the activations for backward().
+
+        inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
+        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT."""
+        return self._forward(*self.check_batch(inputs, targets))
+
+    def evaluate(self, inputs: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the losses that forward() would return, (B, T). The activations of the last forward() stay."""
+        return self._evaluate(*self.check_batch(inputs, targets))
+
+    def backward(self, *, accumulate: bool = False, scale: SupportsFloat = 1.0) -> None:
+        """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
+
+        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before."""
+        self._backward(accumulate, check_number("scale", scale, -1e30, 1e30))
+
     def update(
         self,
         *,
-        lr: "SupportsFloat",
-        step: "SupportsIndex",
-        beta1: "SupportsFloat" = 0.9,
-        beta2: "SupportsFloat" = 0.999,
-        eps: "SupportsFloat" = 1e-8,
-        weight_decay: "SupportsFloat" = 0.0,
+        lr: SupportsFloat,
+        step: SupportsIndex,
+        beta1: SupportsFloat = 0.9,
+        beta2: SupportsFloat = 0.999,
+        eps: SupportsFloat = 1e-8,
+        weight_decay: SupportsFloat = 0.0,
         decay_matrices_only: bool = False,
-        gradient_scale: "SupportsFloat" = 1.0,
+        gradient_scale: SupportsFloat = 1.0,
         own: slice | None = None,
     ) -> None:
         """Update the parameters by one step of AdamW. Raises InputError for a value out of its range.
@@ -238,9 +247,18 @@ class Parameters(Closing):
         rests, corrections = (1 - beta1, 1 - beta2), (1 - power(beta1, step), 1 - power(beta2, step))
         self._update(AdamW(lr, beta1, beta2, *rests, *corrections, eps, gradient_scale, spans))
 
-    def add_to(self, out: "npt.NDArray[np.float32]", other: "npt.NDArray[np.float32]") -> None:
+    def add_to(self, out: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> None:
         """out += other, two flat arrays of equal size."""
         out += other
+
+    def _forward(self, inputs: Ids, targets: Ids) -> Losses:
+        raise NotImplementedError
+
+    def _evaluate(self, inputs: Ids, targets: Ids) -> Losses:
+        raise NotImplementedError
+
+    def _backward(self, accumulate: bool, scale: float) -> None:
+        raise NotImplementedError
 
     def _update(self, numbers: AdamW) -> None:
         raise NotImplementedError
@@ -257,7 +275,7 @@ class Parameters(Closing):
         yield begin, end, current
 
 
-def norm_of(squares: "npt.NDArray[np.float64]") -> float:
+def norm_of(squares: npt.NDArray[np.float64]) -> float:
     """Return the root of the sum of blocks' squares, (blocks,), added in ascending order."""
     total = 0.0
     for square in squares.tolist():  # sum() would compensate rounding errors in some versions of Python
@@ -276,24 +294,22 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
-def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> "npt.NDArray[np.float32]":
+def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> npt.NDArray[np.float32]:
     """Return zeros (size,) whose first element has an address of `shift` bytes beyond a multiple of `alignment`. The system
     reserves memory for a page only when the page is first written."""
-    import numpy as np
-
     room = np.zeros(size + (alignment + shift) // 4, np.float32)
     skip = (-room.ctypes.data % alignment + shift) // 4
     return room[skip : skip + size]
 
 
-def zeros_to_update(size: int) -> "list[npt.NDArray[np.float32]]":
+def zeros_to_update(size: int) -> list[npt.NDArray[np.float32]]:
     """Return four arrays (size,) of zeros that begin at different offsets in their pages. The allocator would give large arrays
     equal offsets. Then equal indices of the four arrays share one set of the first-level cache, and AdamW's pass takes 1.06
     times as long."""
     return [aligned_zeros(size, PAGE, i * APART) for i in range(4)]
 
 
-def normal(source: "np.random.PCG64", size: int) -> "npt.NDArray[np.float64]":
+def normal(source: np.random.PCG64, size: int) -> npt.NDArray[np.float64]:
     """Return `size` nearly normal random numbers, each the sum of twelve uniform numbers minus its mean. The mean is 0, the
     variance 1 and the largest magnitude 6. The kurtosis is 2.9; the normal distribution's is 3. Integers and two exact
     operations give the same bits on every system; a library's logarithm would not. NumPy guarantees the stream of

@@ -20,6 +20,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import ACTIVATIONS, SWITCHES, Config
 from ..errors import CheckpointError, ClosedError, Closing, InputError, is_whole, shown
@@ -27,14 +31,7 @@ from ..formats.files import HEADER_BYTES, atomic_file, map_file
 from ..formats.safetensors import unique
 from .options import TrainingOptions
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-    import numpy as np
-    import numpy.typing as npt
-
-    Buffers = Iterable[npt.NDArray[np.float32]]
+Buffers = Iterable[npt.NDArray[np.float32]]
 
 MAGIC, VERSION, VARIED_VERSION = 20261122, 1, 2
 VARIATIONS = struct.Struct("<2id3?")  # at byte 36 of a file of version 2
@@ -187,7 +184,7 @@ def open_state(path: str | os.PathLike[str]) -> tuple[TrainingState, str]:
 
 
 def write_state(
-    path: str | os.PathLike[str], config: Config, progress: Progress, values: "Buffers", *, after: str | None = None
+    path: str | os.PathLike[str], config: Config, progress: Progress, values: Buffers, *, after: str | None = None
 ) -> str:
     """Write a training state to a temporary file in the same folder, then rename it. Return its path, links resolved. values:
     the parameters and moments in order, in arrays of any sizes. after: the file that this run last wrote or read, known to be

@@ -5,25 +5,20 @@ updated weights have the same bits for every number of workers and every instruc
 """
 
 from functools import partial
+from typing import SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
 
 from .. import cpus
 from .._backward import TrainStep
-from .._kernels import Weights
+from .._kernels import Trace, Weights
 from ..config import Config
-from ..errors import InputError, check_number
+from ..errors import InputError
 from ..model import GPT2
 from ..network import CHUNK
 from ..pool import ThreadPool, nothing
-from .parameters import NORM_BLOCK, AdamW, Parameters, norm_of
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import SupportsFloat, SupportsIndex
-
-    import numpy as np
-    import numpy.typing as npt
-
-    from .._kernels import Floats, Trace
+from .parameters import NORM_BLOCK, AdamW, Ids, Losses, Parameters, norm_of
 
 
 class TrainableGPT2(Parameters):
@@ -32,7 +27,7 @@ class TrainableGPT2(Parameters):
     It needs memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
     calls take turns. all_workers: use all workers even if the work is too small to gain from them."""
 
-    def __init__(self, config: Config, *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
+    def __init__(self, config: Config, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> None:
         self._all_workers = all_workers
         self._pool = ThreadPool(cpus.resolve_threads(threads))
         count = self._pool.nth
@@ -55,30 +50,16 @@ class TrainableGPT2(Parameters):
         """The number of updates made. An update that Ctrl-C interrupts is complete and counts, or has not changed a weight."""
         return self._step.updates
 
-    def forward(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """Return the loss of predicting each target, (B, T), and keep the activations for backward().
+    def _forward(self, inputs: Ids, targets: Ids) -> Losses:
+        return self._losses(self._step, inputs, targets)
 
-        inputs, targets: token ids (B, T). A target of -100 has loss 0, and counts neither in the mean nor in gradients.
-        Raises InputError for an id outside the vocabulary, different shapes, or T > maxT."""
-        import numpy as np
-
-        return np.asarray(self._losses(self._step, *self.check_batch(inputs, targets)))
-
-    def evaluate(self, inputs: "npt.ArrayLike", targets: "npt.ArrayLike") -> "npt.NDArray[np.float32]":
-        """Return the losses that forward() would return, (B, T). The activations of the last forward() stay."""
-        import numpy as np
-
-        inputs, targets = self.check_batch(inputs, targets)
+    def _evaluate(self, inputs: Ids, targets: Ids) -> Losses:
         B, T = inputs.shape
         together = max(1, CHUNK // T)  # sequences at a time: few enough that the activations stay small
         some = [slice(b, b + together) for b in range(0, B, together)]
         return np.concatenate([self._losses(self._evaluation, inputs[part], targets[part]) for part in some])
 
-    def backward(self, *, accumulate: bool = False, scale: "SupportsFloat" = 1.0) -> None:
-        """Compute the gradients of scale * mean loss of the last forward(). Call it once after each forward().
-
-        accumulate: add them to `gradients` instead of replacing these. Raises InputError without a forward() before."""
-        scale = check_number("scale", scale, -1e30, 1e30)
+    def _backward(self, accumulate: bool, scale: float) -> None:
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
         begin = partial(step.begin_backward, accumulate, scale, workers)
@@ -88,12 +69,10 @@ class TrainableGPT2(Parameters):
         """Return the 2-norm of all gradients together, summed in float64 in a fixed order."""
         return norm_of(self.gradient_squares(0, self.gradients.size))
 
-    def gradient_squares(self, start: int, stop: int) -> "npt.NDArray[np.float64]":
+    def gradient_squares(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the sum of squares of each block of NORM_BLOCK gradients in [start, stop); norm_of() joins them to the norm.
 
         Raises InputError unless start is a multiple of NORM_BLOCK, and stop too or the number of parameters."""
-        import numpy as np
-
         size = self.gradients.size
         if not 0 <= start <= stop <= size or start % NORM_BLOCK or (stop % NORM_BLOCK and stop != size):
             raise InputError(f"slice [{start}, {stop}) of {size} gradients: it must consist of blocks of {NORM_BLOCK}")
@@ -104,9 +83,8 @@ class TrainableGPT2(Parameters):
         assert found is not None
         return found
 
-    def add_to(self, out: "npt.NDArray[np.float32]", other: "npt.NDArray[np.float32]") -> None:
+    def add_to(self, out: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> None:
         """out += other, two flat arrays of equal size, on all workers."""
-        import numpy as np
 
         def add(ith: int, nth: int) -> None:
             mine = slice(out.size * ith // nth, out.size * (ith + 1) // nth)
@@ -115,8 +93,6 @@ class TrainableGPT2(Parameters):
         self._pool.run(add)
 
     def _update(self, numbers: AdamW) -> None:
-        import numpy as np
-
         step, spans = self._step, np.array(numbers.spans, np.float64).reshape(-1, 3)
         workers = self._workers_for_arrays(7)  # AdamW reads four arrays and writes three
         rest = lambda: step(0, workers)  # noqa: E731 (completes the caller's share after an interruption)
@@ -130,7 +106,7 @@ class TrainableGPT2(Parameters):
         alone_us = count * self.parameters.nbytes / cpus.READ_BYTES_PER_US
         return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us)
 
-    def record(self, trace: "Trace | None") -> None:
+    def record(self, trace: Trace | None) -> None:
         """Record the workers' phases in `trace`, as GPT2.record() does; None stops the recording."""
         self._pool.run(nothing, before=lambda: setattr(self._step, "trace", trace), alone=True)
 
@@ -139,12 +115,11 @@ class TrainableGPT2(Parameters):
         self._pool.run(nothing, alone=True)  # raises ClosedError after close()
         return GPT2(self.weights(), threads=self.threads)
 
-    def _losses(self, step: TrainStep, inputs: "npt.NDArray[np.int32]", targets: "npt.NDArray[np.int32]") -> "Floats":
+    def _losses(self, step: TrainStep, inputs: Ids, targets: Ids) -> Losses:
         workers = self._workers(inputs.size)
         begin = partial(step.begin_forward, inputs, targets, workers)
         losses = self._pool.run(step, step.abort, before=begin, after=step.finish_forward, alone=workers == 1)
-        assert losses is not None
-        return losses
+        return np.asarray(losses)
 
     def close(self) -> None:
         """Stop the workers. The arrays of parameters, gradients and moments remain. May be called twice."""

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._signals import see_through
 from ..errors import InputError, NumericalError, PyGPTError, Uncopied, check_whole, shown
@@ -24,10 +24,8 @@ from .state import Progress, TrainingState, open_state, write_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
-    from ..reference import SerialTrainableGPT2
     from .data import DataLoader
+    from .serial import SerialTrainableGPT2
     from .trainable import TrainableGPT2
 
 
@@ -139,14 +137,14 @@ class Trainer(Uncopied):
         finally:
             loader.restore(start)
 
-    def _loss(self, loader: "DataLoader", *, validation: bool = False) -> "tuple[float, dict[str, int | str | None]]":
+    def _loss(self, loader: "DataLoader", *, validation: bool = False) -> tuple[float, dict[str, int | str | None]]:
         """Return the mean loss of the loader's next batch, and the batch's place. fsum() rounds once, whatever the order."""
         place = loader.state()
         inputs, targets = loader.next_batch()
         losses = (self.engine.evaluate if validation else self.engine.forward)(inputs, targets)
         return math.fsum(losses.flat) / max(int((targets >= 0).sum()), 1), place
 
-    def _mean(self, what: str, found: "list[tuple[float, dict[str, int | str | None]]]", counts: list[int]) -> float:
+    def _mean(self, what: str, found: list[tuple[float, dict[str, int | str | None]]], counts: list[int]) -> float:
         """Return the mean of all ranks' losses, weighted by their batches' numbers of targets; equal numbers give the bits of
         a plain mean. Raises NumericalError on all ranks for the first loss that is not finite."""
         everyone = list(chain.from_iterable(self.ranks.gather(found)))
@@ -156,7 +154,7 @@ class Trainer(Uncopied):
         total = math.fsum(loss * weight for (loss, _), weight in zip(everyone, weights, strict=True))
         return total / (math.fsum(weights) or 1)
 
-    def _check_finite(self, what: str, value: float, place: "dict[str, int | str | None]") -> None:
+    def _check_finite(self, what: str, value: float, place: dict[str, int | str | None]) -> None:
         if not math.isfinite(value):
             where = ", ".join(f"{name} {place[name]}" for name in ("epoch", "shard", "batch"))
             text = f"step {self.done}: the {what} is {value} at the loader's {where}: this step has not changed the weights; "
@@ -187,7 +185,7 @@ class Trainer(Uncopied):
                 text += "memory or its network may be faulty; continue from the last saved state without that host"
                 raise self.ranks.common(PyGPTError(text))
 
-    def save(self, path: str | os.PathLike[str], job: "dict[str, Any] | None" = None) -> None:
+    def save(self, path: str | os.PathLike[str], job: dict[str, Any] | None = None) -> None:
         """Write the whole training state to a file, and keep the previous one as PATH.1 (write_state).
 
         job: JSON data of the caller, saved with the state. Only the first rank writes. Raises PyGPTError if the file cannot be

@@ -95,18 +95,23 @@ def test_a_job_continues_from_every_part(folder: Path, cut: int, tail: bytes) ->
     assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.job.json"]
 
 
-def test_killed_jobs_continue_to_the_same_bytes(folder: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_jobs_continue_to_the_same_bytes(folder: Path, kills: int) -> None:
+    """A job is killed each time that its answers reach a random size, possibly in the middle of a line."""
     write([{"tokens": [i % SHAPE.V], "max_new_tokens": 60} for i in range(300)])
     whole = answers(out="whole.jsonl")
     words = command("batch", "in.jsonl", "-o", "out.jsonl.gz", *OPTIONS)
-    kills = 0
-    for pause in (0.25, 0.35, 0.45):
+    part = Path("out.jsonl.gz.part")
+    points = sorted(np.random.default_rng().integers(1, len(whole) * 9 // 10, kills).tolist())
+    killed = 0
+    for point in points:
         process = start(words, cwd=folder, env={**os.environ})
-        time.sleep(pause)
+        while process.poll() is None and not (part.exists() and part.stat().st_size >= point):
+            time.sleep(0.001)
         process.kill()
+        killed += process.wait() == -9
         process.communicate()
-        kills += not Path("out.jsonl.gz").exists()
-    assert kills
+    assert killed == kills, points
     assert run(words, cwd=folder, env={**os.environ}).status == 0
     assert gzip.decompress(Path("out.jsonl.gz").read_bytes()) == whole
 

@@ -19,8 +19,10 @@ from test_data import shard_bytes
 
 from pygpt import GPT2, Example, Tokenizer, read_examples, write_examples
 from pygpt.commands import eval as evaluate
+from pygpt.commands.progress import table
 from pygpt.commands.quantize import main as quantize
 from pygpt.formats.checkpoint import Checkpoint
+from pygpt.generation.logprobs import score
 from pygpt.hub.find import EMBEDDED_MODEL
 
 SHAPE = {"L": 2, "NH": 2, "C": 16, "V": 211, "maxT": 24}
@@ -216,12 +218,12 @@ def test_hellaswag(capsys: pytest.CaptureFixture[str], limit: int) -> None:
 def test_the_losses_of_endings() -> None:
     """The context runs once for all endings. Each loss equals the loss in the whole sequence."""
     with GPT2.load("model.bin", threads=2) as model:
-        cache = model.new_cache()
+        cache, held = model.new_cache(), list[int]()
         for example in read_examples("examples.bin"):
-            cache.truncate(0)
-            for ending, found in zip(example.endings, evaluate.ending_losses(model, cache, example), strict=True):
+            found = score(model.network, cache, held, example.context, example.endings)
+            for ending, infos in zip(example.endings, found, strict=True):
                 whole = losses("model.bin", [*example.context, *ending])
-                np.testing.assert_allclose(found, whole[-len(ending) :], rtol=0, atol=1e-5)
+                np.testing.assert_allclose([-info.logprob for info in infos], whole[-len(ending) :], rtol=0, atol=1e-5)
 
 
 def test_acc_and_acc_norm_differ_where_lengths_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,19 +258,18 @@ def test_next(capsys: pytest.CaptureFixture[str]) -> None:
         assert choice["text"] == Tokenizer().decode([choice["id"]])
 
 
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    choices: list[dict[str, Any]] = [
-        {"id": 11, "text": ",", "bytes": b",".hex(), "probability": 0.5},
-        {"id": 50256, "text": "\n\u4e2d", "bytes": "\n\u4e2d".encode().hex(), "probability": 0.25},
-        {"id": 447, "text": None, "bytes": b"\xe2\x80".hex(), "probability": 0.001},
-    ]
-    lines = evaluate.table(choices).splitlines()
+def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(11, b",", 0.5), (50256, "\n\u4e2d".encode(), 0.25), (447, b"\xe2\x80", 0.001)]
+    lines = table(rows, sys.stdout).splitlines()
     assert [line.split()[0] for line in lines] == ["id", "11", "50256", "447"]
     assert lines[1].endswith("50.000  " + "\u2588" * 30)
     assert lines[2].endswith("25.000  " + "\u2588" * 15)
     assert lines[3].endswith("0.100")
     assert "'\\n\u4e2d'" in lines[2]
     assert "b'\\xe2\\x80'" in lines[3]
+    for columns, longest in ((40, 40), (10, 1 + lines[1].index("\u2588"))):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, table(rows, sys.stdout).splitlines())) == longest
 
 
 def test_a_terminal_that_knows_ascii_only() -> None:

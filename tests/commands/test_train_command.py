@@ -203,7 +203,7 @@ def test_a_sample_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch,
     """On a terminal, control characters in the text are escaped: the model's author could choose them."""
     output = stream()
     monkeypatch.setattr(sys, "stdout", output)
-    report.Report(Progress("steps"), report.Log(None, None, keep=False)).sampled(3, "a\x1b[2J\tb\n\x9bc")
+    report.Report(Progress("steps"), None, None, keep=False).sampled(3, "a\x1b[2J\tb\n\x9bc")
     text = "a\\x1b[2J\tb\n\\x9bc" if stream is Screen else "a\x1b[2J\tb\n\x9bc"
     assert output.getvalue() == f"step 3: sample:\n---\n{text}\n---\n"
 

@@ -1,5 +1,6 @@
 """pygpt train on ranks over MPI: the same files on any number of ranks; failures end all ranks, and name one."""
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,11 @@ from pygpt.commands.train.main import main
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or ""
 pytestmark = pytest.mark.skipif(not MPIEXEC, reason="needs mpiexec and mpi4py: pip install 'pygpt[mpi]' mpich")
 pytest.importorskip("mpi4py")
+# Each MPI's launcher, with the variable that lets mpi4py load that MPI's library. As root, Open MPI asks for a confirmation.
+LAUNCHERS = {
+    "mpich": [MPIEXEC],
+    "openmpi": ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "-x", "MPI4PY_MPIABI=openmpi"],
+}
 
 OPTIONS = ["--val-fraction", "0.2", "--shape", "L=2,NH=2,C=64,maxT=16,V=999", "-B", "1", "-T", "16", "--parts", "12"]
 OPTIONS += ["--lr", "1e-2", "--clip", "1", "--shuffle"]
@@ -46,9 +52,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ranks(count: int, words: Sequence[object], *more: object) -> Outcome:
+def ranks(count: int, words: Sequence[object], *more: object, mpi: str = "mpich") -> Outcome:
     """Run a command on ranks. more: after a colon, the command of further ranks."""
-    return finish(start([MPIEXEC, "-n", count, *words, *more], cwd=os.getcwd(), env=environment()))
+    return finish(start([*LAUNCHERS[mpi], "-n", count, *words, *more], cwd=os.getcwd(), env=environment()))
 
 
 def train(*words: object) -> list[str]:
@@ -63,8 +69,8 @@ def lines(outcome: Outcome) -> list[str]:
     return re.sub(r"\(took .*", "", outcome.out.decode()).splitlines()
 
 
-def faulty(how: str, rank: int, count: int = 2, *words: object) -> Outcome:
-    return ranks(count, [PYTHON, "-c", FAULTY, how, rank, *train(*words)[3:]])
+def faulty(how: str, rank: int, count: int = 2, *words: object, mpi: str = "mpich") -> Outcome:
+    return ranks(count, [PYTHON, "-c", FAULTY, how, rank, *train(*words)[3:]], mpi=mpi)
 
 
 def test_any_number_of_ranks_writes_the_same_files(folder: Path) -> None:
@@ -87,6 +93,35 @@ def test_a_signal_stops_all_ranks_after_one_step_and_any_number_continues(folder
     assert "stopped by SIGTERM after 4 steps; saved" in found.err
     found = ranks(2, command("train", "--resume", "run.state", "-t", 1))
     assert (found.status, Path("run.state").read_bytes() == expected["run.state"]) == (0, True), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mpi", LAUNCHERS)
+@pytest.mark.parametrize(("parts", "counts"), [(4, (4, 2)), (6, (3, 6, 2)), (12, (4, 6))])
+def test_runs_that_stop_and_continue_on_other_ranks_end_alike(
+    folder: Path, mpi: str, parts: int, counts: tuple[int, ...]
+) -> None:
+    """Also with more ranks than processors. The state holds weights and moments, and the log the losses and norms."""
+    if shutil.which(LAUNCHERS[mpi][0]) is None:
+        pytest.skip(f"{LAUNCHERS[mpi][0]} is not installed")
+
+    def logged() -> list[dict[str, float]]:
+        return [
+            {name: value for name, value in json.loads(line).items() if name in ("step", "loss", "norm", "val_loss")}
+            for line in Path("run.jsonl").read_text().splitlines()
+        ]
+
+    words = ["--parts", parts, "--log", "run.jsonl"]
+    assert run(train(*words), cwd=folder).status == 0
+    expected = files(), logged()
+    for count, other in zip(counts, [*counts[1:], 1], strict=True):
+        found = ranks(count, train(*words, "--force"), mpi=mpi)
+        assert (found.status, (files(), logged()) == expected) == (0, True), found
+        found = faulty("os.kill(os.getpid(), 15)", count - 1, count, *words, "--force", mpi=mpi)
+        assert "stopped by SIGTERM after 4 steps; saved" in found.err, found
+        more = command("train", "--resume", "run.state", "-t", 1)
+        found = ranks(other, more, mpi=mpi) if other > 1 else run(more, cwd=folder)
+        assert (found.status, files()["run.state"] == expected[0]["run.state"], logged()) == (0, True, expected[1]), found
 
 
 FAULTS = [

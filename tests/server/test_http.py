@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import PYGPT, assert_refuses, environment
-from serving import MAXT, SHAPE, Live, live, tiny
+from running import assert_refuses
+from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny
 
 from pygpt import Tokenizer
 from pygpt.commands import serve
@@ -509,30 +508,9 @@ def test_draining(path: Path, slow: None, grace_s: float) -> None:
         assert events[-1] == "[DONE]" if grace_s else "shutting down" in events[-1]["error"]["message"]
 
 
-class Process:
-    """A `pygpt serve` process."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.child = subprocess.Popen(
-            [*PYGPT, "serve", "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
-        )
-        assert self.child.stderr
-        self.line = self.child.stderr.readline().decode()
-        found = re.search(r":(\d+)$", self.line)
-        self.at = Live.__new__(Live)
-        self.at.address = ("127.0.0.1", int(found[1])) if found else None
-
-    def end(self, number: int, times: int = 1) -> tuple[int, bytes, bytes]:
-        for _ in range(times):
-            self.child.send_signal(number)
-            time.sleep(0.2)
-        out, err = self.child.communicate(timeout=60)
-        return self.child.returncode, out, err
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals(path: Path, number: int, status: int) -> None:
-    process = Process("-m", f"small={path}", "-m", f"again={path}", "--max-live", "4", "-t", "1")
+    process = ServerProcess("-m", f"small={path}", "-m", f"again={path}", "--max-live", "4", "-t", "1")
     assert process.line.startswith("pygpt: serving small, again at http://127.0.0.1:")
     assert process.at.complete(model="again", max_tokens=2)["model"] == "again"
     assert process.end(number) == (status, b"", b"")
@@ -541,7 +519,7 @@ def test_signals(path: Path, number: int, status: int) -> None:
 def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
     """A second signal ends the server while a client waits for more; --grace 0 does so at the first one."""
     for grace, times in (("30", 2), ("0", 1)):
-        process = Process("-m", str(path), "--grace", grace)
+        process = ServerProcess("-m", str(path), "--grace", grace)
         with socket.create_connection(process.at.address) as held:
             body = json.dumps({"prompt": ["a"] * 100, "max_tokens": 90, "stream": True, "ignore_eos": True, "n": 3}).encode()
             head = f"Host: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -614,7 +592,7 @@ def test_keys_from_a_file(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("one\n\ntwo\n")
     os.chmod(file, 0o600)
-    process = Process("-m", str(path), "--api-key-file", str(file), "--api-key", "three")
+    process = ServerProcess("-m", str(path), "--api-key-file", str(file), "--api-key", "three")
     statuses = [process.at.ask("GET", "/v1/models", X_Api_Key=key).status for key in ("one", "two", "three", "four")]
     assert statuses == [200, 200, 200, 401]
     assert process.end(signal.SIGTERM)[0] == 0

@@ -12,7 +12,7 @@ import pytest
 import record_family as family
 from make_checkpoint import make
 
-from pygpt import GPT2, CheckpointError, Config, InputError, SerialGPT2
+from pygpt import GPT2, CheckpointError, Config, InputError, SerialGPT2, SerialTrainableGPT2
 from pygpt._kernels import cpu_info, select_isa
 from pygpt.commands.convert import main as convert
 from pygpt.commands.quantize import main as quantize
@@ -21,7 +21,6 @@ from pygpt.formats.huggingface import HuggingFaceModel, read_settings
 from pygpt.formats.open import open_model
 from pygpt.formats.text import read_text
 from pygpt.formats.vocabulary import load_tokenizer
-from pygpt.reference import SerialTrainableGPT2
 from pygpt.training.data import DataLoader
 from pygpt.training.options import TrainingOptions
 from pygpt.training.state import TrainingState

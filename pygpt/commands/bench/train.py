@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 from ...ceilings import Ceilings
 from ...config import Config
 from ...errors import InputError, PyGPTError
-from ...reference import SerialTrainableGPT2
+from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 from .peers import Peer, artificial_ids, laps
 

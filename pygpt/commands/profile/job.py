@@ -20,7 +20,7 @@ from ...errors import InputError, NumericalError
 from ...formats.open import open_floats
 from ...generation.sampling import sample
 from ...model import GPT2
-from ...reference import SerialTrainableGPT2
+from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 from ..bench.train import batch_of
 

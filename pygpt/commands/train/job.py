@@ -53,9 +53,6 @@ Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # sha
 FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle", "field", "no_special")
 
 
-# ------------------------------------------------------------------------------------------------ the job
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """The options that a training state stores in addition to TrainingOptions, so that --resume works without options.
@@ -170,9 +167,6 @@ def number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4")
 
 
-# ------------------------------------------------------------------------------------------------ the model's shape
-
-
 def shape_of(text: str, V: int = GPT2_V) -> Config:
     """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else. V: the
     default of the shape's V."""
@@ -211,9 +205,6 @@ def with_tokenizer(config: Config, tokenizer: Tokenizer | None) -> Config:
         padded = Tokenizer(tokenizer.vocabulary(), V=config.V)
         config.tokenizer = lambda: padded
     return config
-
-
-# ------------------------------------------------------------------------------------------------ data
 
 
 def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
@@ -291,9 +282,6 @@ def new_vocabulary(given: dict[str, Any]) -> Tokenizer | None:
         raise InputError(f"{flag(asked[0])} makes a vocabulary from text, but {names[0]} holds tokens: give text as --data")
     pieces = (piece for name in names for piece in read_text(name))
     return Tokenizer(characters_of(pieces) if "chars" in given else trained_on(pieces, given["train_tokenizer"]))
-
-
-# ------------------------------------------------------------------------------------------------ output files
 
 
 class Output(NamedTuple):

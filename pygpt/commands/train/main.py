@@ -43,6 +43,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,29 +51,23 @@ import numpy as np
 
 from ... import __version__
 from ..._kernels import cpu_info
-from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
 from ...formats.open import set_tokenizer, vocabulary_beside
 from ...formats.vocabulary import write_vocabulary
-from ...hub.find import find_model
-from ...reference import SerialTrainableGPT2
 from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
 from ...training.parallel import open_ranks
 from ...training.parallel.ranks import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
-from ...training.trainable import TrainableGPT2
 from ...training.trainer import Trainer
-from ..console import Parser, check_stdout, say, status_of, whole
+from ..console import Parser, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
 from ..progress import Progress
-from . import check, report
-from .estimate import estimate
+from .instead import ENGINES, run_check, run_estimate
 from .job import BEST, PATHS, RANDOM, WHOLE, Job, Output, beginning, best_of, flag, new, number, open_data, prepare, resumed
+from .report import Report, draw, pictures, sample
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
-Engine = TrainableGPT2 | SerialTrainableGPT2
-ENGINES: dict[bool, type[Engine]] = {False: TrainableGPT2, True: SerialTrainableGPT2}  # by --reference
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,9 +183,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------------------------------------ the run
-
-
 class Stop:
     """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step. A second signal
     takes effect immediately."""
@@ -258,14 +250,20 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         output = Output.named(options.out, config) if options.out else Output.of_state(options.resume, config)
         if os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
             set_tokenizer(config, path)
-        for path in report.pictures(job.plot) if job.plot is not None and "plot" not in given else ():
+        for path in pictures(job.plot) if job.plot is not None and "plot" not in given else ():
             if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
                 # A state from an unknown author could otherwise overwrite any file.
                 raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
     if ranks.rank == 0:  # only this rank writes
         prepare(job, config, output, state, force="force" in given)
     train, validation = open_data(job, config)
-    engine = make_engine(config, init, job, options.threads)
+    kind = ENGINES[job.reference]
+    if init is None:  # the state has the weights
+        engine = kind(config, threads=options.threads)
+    elif init == RANDOM:
+        engine = kind.random(config, seed=job.seed, threads=options.threads)
+    else:
+        engine = kind.load(init, threads=options.threads)
     engine.config.tokenizer = config.tokenizer
     stack.enter_context(engine)
     trainer = Trainer(engine, train, settings, ranks)
@@ -277,9 +275,9 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         say(change)
     if output is None:
         say("this run will not be saved: to save it, name a file with --out")
-    log_path = job.log if ranks.rank == 0 else None
-    log = stack.enter_context(report.Log(log_path, None if state is None else trainer.done, keep=job.plot is not None))
-    return Run(trainer, validation, job, output, log, state)
+    progress, log = Progress("steps", settings.steps, trainer.done), job.log if ranks.rank == 0 else None
+    lines = Report(progress, log, None if state is None else trainer.done, keep=job.plot is not None)
+    return Run(trainer, validation, job, output, stack.enter_context(lines), state)
 
 
 def warn_about_cores(ranks: Ranks, threads: int) -> None:
@@ -299,59 +297,23 @@ def warn_about_cores(ranks: Ranks, threads: int) -> None:
             )
 
 
-def make_engine(config: Config, init: str | None, job: Job, threads: int | None) -> Engine:
-    """Return the engine. init: a checkpoint's path, "random", or None for weights that a training state will fill."""
-    kind = ENGINES[job.reference]
-    if init is None:
-        return kind(config, threads=threads)
-    return kind.random(config, seed=job.seed, threads=threads) if init == RANDOM else kind.load(init, threads=threads)
-
-
-def run_estimate(given: dict[str, Any]) -> None:
-    """Run --estimate. Raises InputError for a bad number of ranks or speed."""
-    parts = given.get("parts") or given.get("ranks", 8)
-    job, settings = new({"data": "none", **given, "parts": parts})
-    ranks, gbit = given.get("ranks", parts), given.get("gbit", 10.0)
-    if parts % ranks:
-        raise InputError(f"--ranks is {ranks}: it must divide --parts, which is {parts}")
-    if not 0.001 <= gbit <= 1e6:
-        raise InputError(f"--gbit is {gbit}: it must be from 0.001 to 1000000")
-    config, _ = beginning(given)
-    if config.maxT < job.T:
-        raise InputError(f"-T is {job.T}: the model takes sequences of at most {config.maxT} tokens")
-    check_stdout("the estimate")
-    print(estimate(config, job.B, job.T, settings, given.get("threads"), ranks, gbit))
-
-
-def run_check(given: dict[str, Any]) -> None:
-    """Run --check. Raises PyGPTError if a difference is too large, InputError for options that do not go with --check."""
-    if surplus := sorted({*given} - {"check", "init", "threads", "reference"}):
-        raise InputError(f"--check does not train, so leave out {flag(surplus[0])}; it takes --init, -t and --reference")
-    path, _ = find_model(given.get("init"))
-    with ENGINES["reference" in given].load(path, threads=given.get("threads")) as engine:
-        if not check.check(engine, given["check"]):
-            text = "the engine's results differ by more than the tolerance: check that"
-            raise PyGPTError(f"{given['check']}: {text} {path} is the same model")
-
-
+@dataclass
 class Run:
     """A run with all its open files. state: the training state that it resumes, or None."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        validation: DataLoader | None,
-        job: Job,
-        output: Output | None,
-        log: report.Log,
-        state: TrainingState | None,
-    ) -> None:
-        self.trainer, self.validation, self.job, self.output, self.log = trainer, validation, job, output, log
-        self.begun = trainer.done  # number of updates at the beginning
-        here = output is not None and state is not None and state.path == os.path.realpath(output.state)
+    trainer: Trainer
+    validation: DataLoader | None
+    job: Job
+    output: Output | None
+    report: Report
+    state: TrainingState | None
+    saving = False
+
+    def __post_init__(self) -> None:
+        self.begun = self.trainer.done  # number of updates at the beginning
+        here = self.output is not None and self.state is not None and self.state.path == os.path.realpath(self.output.state)
         self.saved = self.begun if here else 0  # number of updates in this run's state on the disk; 0 without a state
-        self.saving = False
-        self.best = best_of(state)  # the best validation loss, and its step
+        self.best = best_of(self.state)  # the best validation loss, and its step
 
     def facts(self) -> dict[str, Any]:
         """Return what must be equal on all ranks before the first step."""
@@ -382,11 +344,10 @@ class Run:
         """Train until all steps are done or a signal comes. Report, save, and print what was saved."""
         trainer, job, output, ranks = self.trainer, self.job, self.output, self.trainer.ranks
         try:
-            with Progress("steps", trainer.options.steps, trainer.done) as progress:
-                lines = report.Report(progress, self.log)
-                while not self.stopped(stop) and not self.look(lines):
+            with self.report.progress:
+                while not self.stopped(stop) and not self.look():
                     record = trainer.step()
-                    ranks.together(partial(lines.step, record), first=True)
+                    ranks.together(partial(self.report.step, record), first=True)
                     if job.save_every and trainer.done % job.save_every == 0 and trainer.done < trainer.options.steps:
                         self.save()
             if stop.signal is None or trainer.done > max(self.saved, self.begun):
@@ -405,9 +366,9 @@ class Run:
         else:
             say(f"{ended}; saved; to continue, run: pygpt train --resume {shlex.quote(output.state)}")
 
-    def look(self, lines: report.Report) -> bool:
+    def look(self) -> bool:
         """Validate and print a sample if this step is due; return whether all steps are done."""
-        trainer, job, done = self.trainer, self.job, self.trainer.done
+        trainer, job, done, lines = self.trainer, self.job, self.trainer.done, self.report
         last = done >= trainer.options.steps
         if self.validation is not None and (done % job.val_every == 0 or last):
             batches = min(job.val_batches, self.validation.batches)
@@ -421,7 +382,7 @@ class Run:
                 say(f"stopped early: the validation loss is not below that of step {self.best[1]}")
                 last = True
         if job.sample_every and done and done % job.sample_every == 0:
-            show = lambda: lines.sampled(done, report.sample(trainer.engine, job.sample_tokens, seed=done))  # noqa: E731
+            show = lambda: lines.sampled(done, sample(trainer.engine, job.sample_tokens, seed=done))  # noqa: E731
             trainer.ranks.together(show, first=True)
         if last:
             lines.finished(done)
@@ -440,9 +401,9 @@ class Run:
     def draw(self) -> None:
         """Draw the loss, if the job asks for pictures."""
         if self.job.plot is not None:
-            names = report.pictures(self.job.plot)
-            if any("loss" in entry for entry in self.log.entries):
-                report.draw(names, self.log.entries)
+            names = pictures(self.job.plot)
+            if any("loss" in entry for entry in self.report.entries):
+                draw(names, self.report.entries)
                 say(f"wrote {' and '.join(names)}")
             else:
                 say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")

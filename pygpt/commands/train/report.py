@@ -9,8 +9,8 @@ from typing import Any
 
 from ...errors import Closing, InputError, PyGPTError
 from ...formats.files import atomic_file
-from ...reference import SerialTrainableGPT2
 from ...tokenizer import tokenizer_of
+from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Record
 from ..console import for_terminal
@@ -23,49 +23,17 @@ TRAINING = {"color": "#4292c6", "lw": 1.2}
 VALIDATION = {"color": "#cb181d", "lw": 1.2, "marker": "o", "ms": 4}
 
 
-class Report:
-    """Print the events of a run, and add them to the log."""
+class Report(Closing):
+    """Print the events of a run, and log them: one entry per step, lines of JSON in the file `path` (None: no file).
 
-    def __init__(self, progress: Progress, log: "Log") -> None:
-        self._progress, self._log = progress, log
-        self._val_loss: float | None = None
+    keep: keep the entries in `entries`, for a picture. done: the number of steps of a resumed run, or None for a new run. A new
+    run begins a new file. A resumed run keeps the entries of its first `done` steps and drops later ones, because it repeats
+    those steps. Raises InputError if an older file is not a training log."""
 
-    def step(self, record: Record) -> None:
-        """Report a step."""
-        self._progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
-        self._progress.update(record.step + 1, f", loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
-        self._note(record._asdict())
-
-    def validated(self, step: int, loss: float) -> None:
-        """Report the validation loss of the weights before this step. The log's line of this step will contain it."""
-        self._progress.line(f"step {step}: val loss {loss:.6f}")
-        self._val_loss = loss
-
-    def sampled(self, step: int, text: str) -> None:
-        """Report a text that the weights before this step generated."""
-        self._progress.line(f"step {step}: sample:\n---\n{for_terminal(text, sys.stdout)}\n---")
-
-    def finished(self, step: int) -> None:
-        """Log the validation loss after the last step, if there is one, on a line of its own."""
-        if self._val_loss is not None:
-            self._note({"step": step})
-
-    def _note(self, entry: dict[str, Any]) -> None:
-        if self._val_loss is not None:
-            entry["val_loss"] = self._val_loss
-        self._val_loss = None
-        self._log.add(entry)
-
-
-class Log(Closing):
-    """The log of a run, one entry per step: lines of JSON in the file `path` (None: no file). keep: also keep the entries in
-    `entries`, for a picture. done: the number of steps of a resumed run, or None for a new run. A new run begins a new file. A
-    resumed run keeps the entries of its first `done` steps and drops later ones, because it repeats those steps. Raises
-    InputError if an older file is not a training log."""
-
-    def __init__(self, path: str | None, done: int | None, *, keep: bool) -> None:
-        self._path, self._keep, self._file = path, keep, None
+    def __init__(self, progress: Progress, path: str | None, done: int | None, *, keep: bool) -> None:
+        self.progress, self._path, self._keep, self._file = progress, path, keep, None
         self.entries: list[dict[str, Any]] = []
+        self._val_loss: float | None = None
         if path is not None:
             with atomic_file(path) as file:
                 for entry in earlier(path, done):
@@ -74,8 +42,30 @@ class Log(Closing):
                         self.entries.append(entry)
             self._file = open(path, "ab")  # noqa: SIM115 (close() closes it)
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
+        """Report a step."""
+        self.progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
+        self.progress.update(record.step + 1, f", loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
+        self._add(record._asdict())
+
+    def validated(self, step: int, loss: float) -> None:
+        """Report the validation loss of the weights before this step. The log's line of this step will contain it."""
+        self.progress.line(f"step {step}: val loss {loss:.6f}")
+        self._val_loss = loss
+
+    def sampled(self, step: int, text: str) -> None:
+        """Report a text that the weights before this step generated."""
+        self.progress.line(f"step {step}: sample:\n---\n{for_terminal(text, sys.stdout)}\n---")
+
+    def finished(self, step: int) -> None:
+        """Log the validation loss after the last step, if there is one, on a line of its own."""
+        if self._val_loss is not None:
+            self._add({"step": step})
+
+    def _add(self, entry: dict[str, Any]) -> None:
         """Add an entry and flush the file. Raises PyGPTError if writing fails."""
+        if self._val_loss is not None:
+            entry["val_loss"], self._val_loss = self._val_loss, None
         if self._keep:
             self.entries.append(entry)
         if self._file is not None:
@@ -86,7 +76,7 @@ class Log(Closing):
                 raise PyGPTError(f"{self._path}: cannot write the log: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the file. An error here repeats one that add() has reported, so ignore it."""
+        """Close the file. An error here repeats one that an event has reported, so ignore it."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()

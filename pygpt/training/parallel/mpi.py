@@ -11,22 +11,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import mpi4py
 
 mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # _begin() initializes MPI
 from mpi4py import MPI  # noqa: E402
 
-from .ranks import TIMEOUT_S, Ranks  # noqa: E402
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, TypeVar
-
-    from .ranks import Messages
-
-    T = TypeVar("T")
+from .ranks import TIMEOUT_S, Messages, Ranks, T  # noqa: E402
 
 STUCK = 75  # the exit status if a message does not come in time: EX_TEMPFAIL, "try again later"
 PATIENT_S, NAP_S = 0.5, 0.001  # after so long a wait, sleep between two looks
@@ -51,9 +45,7 @@ class MPIRanks(Ranks):
         """Return a rank's number and host for messages."""
         return self._hosts[rank]
 
-    # ---------------------------------------------------------------- messages
-
-    def gather(self, value: "T") -> "list[T]":
+    def gather(self, value: T) -> list[T]:
         """Return the values of all ranks in their order. Every rank must call it."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         sends = [(self._objects.isend(value, rank), rank) for rank in others]
@@ -68,12 +60,12 @@ class MPIRanks(Ranks):
         self._wait(look)
         return [found[rank] for rank in range(self.size)]
 
-    def begin(self, sends: "Messages", receives: "Messages") -> "list[tuple[MPI.Request, int]]":
+    def begin(self, sends: Messages, receives: Messages) -> list[tuple[MPI.Request, int]]:
         """Begin to send and receive arrays; return what finish() takes. Between two ranks, messages keep their order."""
         begun = [(self._arrays.Irecv(array, rank), rank) for array, rank in receives]
         return begun + [(self._arrays.Isend(array, rank), rank) for array, rank in sends]
 
-    def finish(self, begun: "list[tuple[MPI.Request, int]]") -> None:
+    def finish(self, begun: list[tuple[MPI.Request, int]]) -> None:
         """Wait until all these messages have arrived."""
 
         def look() -> list[int]:
@@ -82,7 +74,7 @@ class MPIRanks(Ranks):
 
         self._wait(look)
 
-    def _wait(self, look: "Any") -> None:
+    def _wait(self, look: Callable[[], list[int]]) -> None:
         """Call look() until it returns an empty list: the ranks that this one still waits for."""
         start = time.perf_counter()
         try:
@@ -95,8 +87,6 @@ class MPIRanks(Ranks):
         finally:
             self._waiting = None
             self.seconds += time.perf_counter() - start
-
-    # ---------------------------------------------------------------- ends
 
     def _watch(self) -> None:
         """End the process if even a look takes too long: MPI itself hangs."""

@@ -4,20 +4,16 @@ mpi.py has the class for several. Both have the same methods, so that a step has
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from ...errors import CheckpointError, InputError, PyGPTError
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, Self, TypeVar
-
-    import numpy as np
-    import numpy.typing as npt
-
-    Array = npt.NDArray[np.float32]
-    Messages = Sequence[tuple[Array, int]]  # flat arrays, each with the rank to send it to or to receive it from
-    T = TypeVar("T")
-
+Array = npt.NDArray[np.float32]
+Messages = Sequence[tuple[Array, int]]  # flat arrays, each with the rank to send it to or to receive it from
+T = TypeVar("T")
 TIMEOUT_S = 600.0
 
 
@@ -33,23 +29,23 @@ class Ranks:
     timeout = TIMEOUT_S
     agreed, version = True, ""
 
-    def gather(self, value: "T") -> "list[T]":
+    def gather(self, value: T) -> list[T]:
         """Return the values of all ranks in their order. Every rank must call it."""
         return [value]
 
-    def begin(self, sends: "Messages", receives: "Messages") -> "Any":
+    def begin(self, sends: Messages, receives: Messages) -> Any:
         """Begin to send and receive arrays; return what finish() takes. Between two ranks, messages keep their order."""
         assert not sends
         assert not receives
 
-    def finish(self, begun: "Any") -> None:
+    def finish(self, begun: Any) -> None:
         """Wait until all these messages have arrived."""
 
-    def common(self, error: "Exception") -> "Exception":
+    def common(self, error: Exception) -> Exception:
         """Return an exception that every rank raises here, so that a `with` block can end without a message to the others."""
         return error
 
-    def together(self, job: "Callable[[], T]", *, first: bool = False) -> "T | None":
+    def together(self, job: Callable[[], T], *, first: bool = False) -> T | None:
         """Run a job on every rank, or on the first only; return its result. If it fails on any rank, all raise its error."""
         found: T | None = None
         own: Exception | None = None
@@ -68,7 +64,7 @@ class Ranks:
                 raise self.common(kind(failed[1] if first else f"{self.name(rank)}: {failed[1]}"))
         return found
 
-    def check_equal(self, facts: "dict[str, Any]") -> None:
+    def check_equal(self, facts: dict[str, Any]) -> None:
         """Raise InputError on all ranks unless all have equal facts; the error names the rank, the fact and both values."""
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, 1):
@@ -82,7 +78,7 @@ class Ranks:
         """Return a rank's number and host for messages."""
         return f"rank {rank}"
 
-    def __enter__(self) -> "Self":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

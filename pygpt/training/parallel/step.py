@@ -1,21 +1,19 @@
 """Share a training step among ranks: its parts, the tree's sum of the gradients, and slices of the optimizer."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain, pairwise
+
+import numpy as np
 
 from ...errors import InputError
 from ..parameters import NORM_BLOCK, norm_of
 from ..trainable import TrainableGPT2
-from .ranks import Ranks
+from .ranks import Array, Ranks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from ...reference import SerialTrainableGPT2
-
-    Array = npt.NDArray[np.float32]
+    from ..serial import SerialTrainableGPT2
 
 PIECE = 1 << 20  # the most values in a message: 4 MB
 INBOX = 1 << 24  # values of all messages that a rank receives at a time
@@ -68,9 +66,8 @@ class SharedStep:
         self._messages: int = -(-max(part.stop - part.start for part in self.slices) // self._step)  # of the longest slice
         self._sums: list[tuple[Node, Array]] = []  # of the latest parts, the largest whole subtrees
         self._spare: list[Array] = []
-        self._inbox: dict[tuple[int, Node], Array] = {}
-
-    # ---------------------------------------------------------------- the sum
+        # The memory for piece k of a subtree, by k % 2 and the subtree: two pieces are under way at a time.
+        self._inbox: dict[tuple[int, Node], Array] = defaultdict(lambda: np.empty(self._step, np.float32))
 
     def add(self, part: int) -> None:
         """Take the finished gradients of one of this rank's parts, in order, and add whole subtrees. After the last part, the
@@ -104,40 +101,28 @@ class SharedStep:
             if mine.start < mine.stop:
                 have = {node: array[mine] for node, array in sums}
                 for node in chain(*self._theirs[:rank], *self._theirs[rank + 1 :]):
-                    have[node] = self._buffer(k, node)[: mine.stop - mine.start]
-                self.engine.gradients[mine] = tree_sum(have, 0, self.parts)
+                    have[node] = self._inbox[k % 2, node][: mine.stop - mine.start]
+                tree_sum(have, 0, self.parts, out=self.engine.gradients[mine])
 
     def _piece(self, rank: int, k: int) -> slice:
         first, last = self.slices[rank].start, self.slices[rank].stop
         return slice(min(first + k * self._step, last), min(first + (k + 1) * self._step, last))
 
-    def _buffer(self, k: int, node: Node) -> "Array":
-        """Return the memory for piece k of a subtree. Two pieces are under way at a time."""
-        import numpy as np
-
-        if (k % 2, node) not in self._inbox:
-            self._inbox[k % 2, node] = np.empty(self._step, np.float32)
-        return self._inbox[k % 2, node]
-
-    def _begin(self, k: int, sums: "list[tuple[Node, Array]]") -> object:
+    def _begin(self, k: int, sums: list[tuple[Node, Array]]) -> object:
         """Begin to exchange piece k of every slice. The nearest ranks come first, so that the ranks begin apart."""
         sends, receives, ranks = [], [], self.ranks
         mine = self._piece(ranks.rank, k)
         for distance in range(1, ranks.size):
             source, target = (ranks.rank - distance) % ranks.size, (ranks.rank + distance) % ranks.size
             if mine.start < mine.stop:
-                receives += [(self._buffer(k, node)[: mine.stop - mine.start], source) for node in self._theirs[source]]
+                receives += [(self._inbox[k % 2, node][: mine.stop - mine.start], source) for node in self._theirs[source]]
             piece = self._piece(target, k)
             if piece.start < piece.stop:
                 sends += [(array[piece], target) for _, array in sums]
         return ranks.begin(sends, receives)
 
-    # ---------------------------------------------------------------- the rest of a step
-
     def norm(self) -> float:
         """Return the 2-norm of the summed gradients: the squares of blocks are gathered, and added in the blocks' order."""
-        import numpy as np
-
         if self.ranks.size == 1 or not isinstance(self.engine, TrainableGPT2):
             return self.engine.gradient_norm()
         squares = self.engine.gradient_squares(self.own.start, self.own.stop)
@@ -152,10 +137,8 @@ class SharedStep:
             sends = [(pieces[ranks.rank], rank) for rank in others if pieces[ranks.rank].size]
             ranks.finish(ranks.begin(sends, [(pieces[rank], rank) for rank in reversed(others) if pieces[rank].size]))
 
-    def pieces(self, array: "Array") -> "Iterator[Array]":
+    def pieces(self, array: Array) -> Iterator[Array]:
         """On the first rank, yield an array whose slices lie on their owners, in pieces. The other ranks only send theirs."""
-        import numpy as np
-
         rank = self.ranks.rank
         for owner, part in enumerate(self.slices):
             for start in range(part.start, part.stop, PIECE):
@@ -169,12 +152,10 @@ class SharedStep:
                     yield piece
 
 
-def tree_sum(have: "dict[Node, Array]", start: int, stop: int) -> "Array":
-    """Return the tree's sum of the parts [start, stop). The arrays of subtrees are overwritten."""
-    import numpy as np
-
+def tree_sum(have: dict[Node, Array], start: int, stop: int, out: Array | None = None) -> Array:
+    """Return the tree's sum of the parts [start, stop), in `out` if given. The arrays of subtrees are overwritten."""
     if (start, stop) in have:
         return have[start, stop]
     half = middle(start, stop)
     left, right = tree_sum(have, start, half), tree_sum(have, half, stop)
-    return np.add(left, right, out=left)
+    return np.add(left, right, out=left if out is None else out)
