@@ -11,6 +11,7 @@ The rooms, from the outside in. Each imports only rooms below it:
     commands      `pygpt 31373 612` and its subcommands: options, reports, progress
     cluster       batch jobs: the callable that answers rows on any cluster
     server        OpenAI's API over HTTP, and a page
+    inspection    what the layers and heads do: logit lens, attribution, ablation, patching
     training      parameters, batches, AdamW, saved states; reference: the scalar twin of network and training
     model         GPT2, the class for users: it joins network and engine
     generation    the engine: requests in, tokens out; sampling, stop conditions, prefix caches
@@ -31,6 +32,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._kernels import Trace as Trace
     from ._kernels import cpu_info as cpu_info
+    from .activations import add as add
+    from .activations import scale as scale
+    from .activations import zero as zero
     from .ceilings import Ceilings as Ceilings
     from .cluster import Complete as Complete
     from .config import Config as Config
@@ -65,6 +69,21 @@ if TYPE_CHECKING:
     from .generation.prefix import PrefixCache as PrefixCache
     from .generation.request import Request as Request
     from .hub.find import find_model as find_model
+    from .inspection.autoencoder import SparseAutoencoder as SparseAutoencoder
+    from .inspection.lens import Logit as Logit
+    from .inspection.lens import induction_scores as induction_scores
+    from .inspection.lens import logit_attribution as logit_attribution
+    from .inspection.lens import logit_lens as logit_lens
+    from .inspection.lens import loss_by_position as loss_by_position
+    from .inspection.names import named_activations as named_activations
+    from .inspection.names import save_activations as save_activations
+    from .inspection.names import their_names as their_names
+    from .inspection.patching import ablate_heads as ablate_heads
+    from .inspection.patching import attribution_patching as attribution_patching
+    from .inspection.patching import mean_loss as mean_loss
+    from .inspection.patching import patch_activations as patch_activations
+    from .inspection.show import heat_map as heat_map
+    from .inspection.show import text_table as text_table
     from .model import GPT2 as GPT2
     from .network import KVCache as KVCache
     from .network import Network as Network
@@ -90,6 +109,7 @@ _PUBLIC = {
     "cpus": "default_threads",
     "_kernels": "Trace cpu_info",
     "pool": "ThreadPool",
+    "activations": "add scale zero",
     "formats.checkpoint": "Checkpoint write_checkpoint",
     "formats.shards": "read_tokens write_tokens",
     "formats.vocabulary": "load_tokenizer",
@@ -116,6 +136,11 @@ _PUBLIC = {
     "training.state": "TrainingState open_state",
     "training.trainable": "TrainableGPT2",
     "training.trainer": "Record Trainer",
+    "inspection.lens": "Logit induction_scores logit_attribution logit_lens loss_by_position",
+    "inspection.patching": "ablate_heads attribution_patching mean_loss patch_activations",
+    "inspection.autoencoder": "SparseAutoencoder",
+    "inspection.names": "named_activations save_activations their_names",
+    "inspection.show": "heat_map text_table",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 

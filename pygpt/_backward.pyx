@@ -51,6 +51,8 @@ cdef struct Back:             # the state of the backward pass
     float* dinp               # (R, C) dlnf, then dln2, datty, dln1 of each layer
     float* dqkv               # (R, 3C)
     float* dfch               # (R, F of fch_row)
+    const float* dlogits      # (R, V) gradients of the logits, instead of the loss's; or NULL
+    float* dresiduals         # OUT (2L+1, R, C) of the input of each layernorm; or NULL
     float* scratch            # (nth, scratch_size) for micro.outer and the attention
     Py_ssize_t scratch_size
 
@@ -68,12 +70,17 @@ cdef struct Flat:             # the flat arrays: parameters, gradients, first an
 
 
 cdef void cross_entropy_backward(const Net* net, State* s, const Back* b, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
-    """dlogits = (softmax(logits) - [target]) dloss, in place of exp(logits - max), (R, V); 0 for -100. Rows are split."""
+    """dlogits = (softmax(logits) - [target]) dloss, in place of exp(logits - max), (R, V); 0 for -100. Rows are split.
+
+    If the caller gave dlogits, these are copied instead."""
     cdef Py_ssize_t r, start, stop
     cdef float* row
     shard(s.R, ith, nth, &start, &stop)
     for r in range(start, stop):
         row = s.logits + r * s.logits_row
+        if b.dlogits != NULL:
+            memcpy(row, b.dlogits + r * net.V, net.V * sizeof(float))
+            continue
         if s.targets[r] < 0:
             memset(row, 0, net.V * sizeof(float))
             continue
@@ -123,6 +130,8 @@ cdef void layernorm_backward(
     shard(s.R, ith, nth, &start, &stop)
     for r in range(start, stop):
         micro.layernorm_backward(b.dresidual + r * C, b.dinp + r * C, x + r * C, weight, stats + 2 * r, C)
+        if b.dresiduals != NULL:
+            memcpy(b.dresiduals + (index * s.R + r) * C, b.dresidual + r * C, C * sizeof(float))
     share(C, 16, ith, nth, &start, &stop)
     micro.layernorm_gains(dweight + start, dbias + start, b.dinp + start, x + start, stats, C, s.R, stop - start, b.add_to)
 
@@ -332,6 +341,7 @@ cdef class TrainStep(Step):
     cdef object views               # keeps the four flat arrays alive
     cdef readonly bytearray squares   # float64, of each block
     cdef const int32_t[:, ::1] targets
+    cdef object seed                # keeps the caller's arrays alive: dlogits and dresiduals
     cdef const double[:, ::1] spans
     cdef adamw_numbers numbers
     cdef bint owed                  # whether worker 0 still has to begin its share of the update
@@ -439,14 +449,21 @@ cdef class TrainStep(Step):
     cdef _reserve_logits(self):
         """Do nothing: the logits stay in the step, which reuses their memory."""
 
-    def begin_backward(self, bint accumulate, double scale, Py_ssize_t active) -> None:
-        """Prepare the gradients of scale * mean loss of the last forward pass, on the first `active` workers."""
+    def begin_backward(
+        self, bint accumulate, double scale, Py_ssize_t active, const float[:, ::1] dlogits=None, float[:, :, ::1] out=None,
+    ) -> None:
+        """Prepare the gradients of scale * mean loss of the last forward pass, on the first `active` workers.
+
+        dlogits: (R, V), the gradients to start from instead. out: (2L+1, R, C), for those of each layernorm's input."""
         if not self.ready:
             raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
         self.ready = False
         self.task, self.active = BACKWARD, active
         self.back.add_to = accumulate
         self.back.dloss = <float> (scale / self.trained)
+        self.seed = dlogits, out
+        self.back.dlogits = NULL if dlogits is None else &dlogits[0, 0]
+        self.back.dresiduals = NULL if out is None else &out[0, 0, 0]
         barrier_reset(self.barrier, <uint32_t> active, self.spins)
 
     def begin_norm(self, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t active) -> None:

@@ -201,6 +201,8 @@ cdef struct State:            # changing: activations of R rows, with the names 
     Py_ssize_t block_size
     work_pile* piles          # (L + 2, LAYER_PHASES) the next free block of each product
     Py_ssize_t ldp            # scores of a row: positions rounded up to a multiple of 16
+    float* probs              # (NH, R, ldp) the probabilities of one layer's attention, or NULL
+    Py_ssize_t probs_layer    # that layer
     # Set if activations are kept for a backward pass. Otherwise all steps are 0 (layers overwrite each other), the rest NULL.
     Py_ssize_t residual_step  # values from one version of the stream to the next, two a layer
     Py_ssize_t ln_step        # from ln1 to ln2 to the next layer's ln1
@@ -237,6 +239,7 @@ cdef class Floats:
     cdef float* data
     cdef Py_ssize_t[2] shape
     cdef Py_ssize_t[2] strides
+    cdef Py_ssize_t mapped          # the bytes of its own mapping, or 0 for memory of malloc()
 
 
 cdef class Weights:
@@ -272,6 +275,7 @@ cdef class Step:
     cdef Floats workspace
     cdef Floats scratch
     cdef Floats packed
+    cdef Floats kept                # fch_gelu and probs of a watched step, or None
     cdef Py_ssize_t room            # capacity of the arrays in rows
     cdef list keep                  # caches of the current step: alive while the workers write to them
     cdef readonly Floats logits     # (W, V) of the current step

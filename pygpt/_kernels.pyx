@@ -17,9 +17,10 @@ Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of oper
 
 import os
 
-from cpython.buffer cimport PyBUF_FORMAT
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_WRITE
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.stdlib cimport posix_memalign
 
 from .config import ACTIVATIONS
@@ -40,6 +41,9 @@ cdef extern from *:
     enum:
         huge_page             # bytes, on systems with huge pages
     void ask_huge_pages(void* memory, size_t size) noexcept nogil
+
+cdef extern from "Python.h":
+    object PyMemoryView_FromMemory(char* memory, Py_ssize_t size, int flags)
 
 cdef extern from "blocks.h" nogil:
     void panels_of_blocks(char* out, const char* blocks, int bits, ptrdiff_t N, ptrdiff_t K, ptrdiff_t start, ptrdiff_t stop)
@@ -365,6 +369,7 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     cdef float* q = scratch                                             # (SPAN_ROWS, HSp)
     cdef float* acc = q + SPAN_ROWS * HSp                               # (SPAN_ROWS, HSp)
     cdef float* att = acc + SPAN_ROWS * HSp                             # (SPAN_ROWS, ldp)
+    cdef float* probs
     cdef float[SPAN_ROWS] total
     memset(q, 0, 2 * SPAN_ROWS * HSp * sizeof(float))
     for i in range(rows):
@@ -376,6 +381,11 @@ cdef void attend(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t head, co
     for i in range(rows):
         micro.mix(acc + i * HSp, att + i * ldp, ldp, 1, values, HSp, common, common + i)
         micro.store_scaled(atty + (span.start + i) * C + head * HS, acc + i * HSp, <float> 1 / total[i], HS)
+    if s.probs != NULL and layer == s.probs_layer:
+        for i in range(rows):
+            probs = s.probs + (head * s.R + span.start + i) * ldp
+            memset(probs, 0, ldp * sizeof(float))
+            micro.store_scaled(probs, att + i * ldp, <float> 1 / total[i], common + i)
 
 
 cdef void attention(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
@@ -507,16 +517,23 @@ cdef class Floats:
     """A float32 array (rows, cols), C-contiguous, 64-byte aligned, not initialised. NumPy views it without a copy.
 
     `dense` says that all of the array will be used. Large dense arrays ask for huge pages, whose addresses resolve faster. A
-    cache of keys and values is not dense: its heads begin far apart, and huge pages would fill the gaps between them."""
+    cache of keys and values is `sparse`: its heads begin far apart, and huge pages would fill the gaps between them. A large
+    sparse array has a mapping of its own, because malloc() reuses pages, and then unused positions would take memory, too."""
 
-    def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols, *, bint dense=False):
+    def __cinit__(self, Py_ssize_t rows, Py_ssize_t cols, *, bint dense=False, bint sparse=False):
         cdef void* memory = NULL
         cdef Py_ssize_t size, page = huge_page
         if rows < 0 or cols < 0 or (cols and rows > (<Py_ssize_t> 1 << 58) // cols):
             raise MemoryError(f"not enough memory for {rows} x {cols} float32 values")
         size = rows * cols * <Py_ssize_t> sizeof(float)
         dense = dense and size >= 2 * page
-        if posix_memalign(&memory, page if dense else 64, max(size, 1)):
+        if sparse and size >= page // 16:
+            self.mapped = size
+            memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        elif posix_memalign(&memory, page if dense else 64, max(size, 1)):
+            memory = MAP_FAILED
+        if memory == MAP_FAILED:
+            self.mapped = 0
             raise MemoryError(f"not enough memory for {rows} x {cols} float32 values ({size} bytes)")
         if dense:
             ask_huge_pages(memory, size)
@@ -525,7 +542,10 @@ cdef class Floats:
         self.strides[:] = [cols * <Py_ssize_t> sizeof(float), sizeof(float)]
 
     def __dealloc__(self):
-        free(self.data)
+        if self.mapped:
+            munmap(self.data, self.mapped)
+        else:
+            free(self.data)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -622,8 +642,8 @@ cdef class KeysValues:
         self.capacity = capacity
         self.length = 0
         rows = weights.net.L * weights.net.NH * capacity
-        self.keys = Floats(rows, weights.net.HSp)
-        self.values = Floats(rows, weights.net.HSp)
+        self.keys = Floats(rows, weights.net.HSp, sparse=True)
+        self.values = Floats(rows, weights.net.HSp, sparse=True)
 
     @property
     def nbytes(self) -> int:
@@ -756,6 +776,8 @@ cdef class Step:
             raise InputError(f"active is {active}: this step has 1 to {self.nth} workers")
         self.active = active
         s.R = s.W = 0
+        if self.kept is not None:               # the step before was watched
+            s.fch_gelu, s.probs, self.kept = s.fch, NULL, None
         for entry in rows:
             if not (isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[1], KeysValues)):
                 raise InputError(f"row is {shown(entry)}: it must be (token, cache, want_logits)")
@@ -890,6 +912,78 @@ cdef class Step:
         me.first, me.last = self.first, self.last
         me.log = NULL if self.trace is None else self.trace.log(ith)
         return me
+
+    def watch(self, bint share_ln) -> int:
+        """Let the prepared step stop where run_to() says, so that its activations can be read and changed between two rounds.
+        share_ln: all workers read one ln, which can be changed. Return the number of phases."""
+        cdef State* s = &self.state
+        self.kept = Floats(1, s.R * (s.fch_row + self.weights.net.NH * s.ldp))
+        s.fch_gelu = self.kept.data             # other steps write it over fch
+        s.probs = s.fch_gelu + s.R * s.fch_row
+        s.ln_size = 0 if share_ln else s.ln_size
+        self.last = 0
+        return phases(&self.weights.net, s)
+
+    def run_to(self, Py_ssize_t stop, Py_ssize_t probs_layer) -> None:
+        """Select the phases up to number `stop` for the next round. probs_layer: the layer that stores its probabilities."""
+        self.first, self.last = self.last, stop
+        self.state.probs_layer = probs_layer
+
+    def view(self, name, Py_ssize_t layer):
+        """Return the memory of an activation after its phase, its shape (NH, R, keys) or (R, width), and which columns it has.
+        The memory is valid until the step ends. attproj and fcproj lack their bias before the first call, because the phase
+        adds it to the residual."""
+        cdef State* s = &self.state
+        cdef const Net* net = &self.weights.net
+        cdef float* place = s.ln if name.startswith("ln") else s.residual
+        cdef Py_ssize_t r, C = net.C, heads = 1, rows = s.R, row = C, first = 0, width = C
+        if name in ("q", "k", "v"):
+            place, row, first = s.qkv, 3 * C, C * <Py_ssize_t> "qkv".index(name)
+        elif name == "probs":
+            place, heads, row, width = s.probs, net.NH, s.ldp, s.ldp
+        elif name == "atty":
+            place = s.atty
+        elif name in ("attproj", "fcproj"):
+            place = s.proj
+            for r in range(rows):
+                micro.add_bias(place + r * C, floats_of(&net.w.attprojb if name == "attproj" else &net.w.fcprojb, layer), C)
+        elif name in ("fch", "fch_gelu"):
+            place, row, width = s.fch if name == "fch" else s.fch_gelu, s.fch_row, net.F
+        elif name == "logits":
+            place, rows, row, width = s.logits, s.W, net.V, net.V
+        memory = PyMemoryView_FromMemory(<char*> place, heads * rows * row * sizeof(float), PyBUF_WRITE)
+        shape = [heads, rows, row] if name == "probs" else [rows, row]
+        return memory, shape, slice(first, first + width)
+
+    def keep_keys_values(self, Py_ssize_t layer) -> None:
+        """Copy the keys and values of all rows from qkv to their caches again."""
+        store_keys_values(&self.weights.net, &self.state, layer, 0, self.state.R, self.weights.net.C, 3 * self.weights.net.C)
+
+    def activate(self, rows) -> None:
+        """Compute these rows of fch_gelu from fch again."""
+        cdef const Net* net = &self.weights.net
+        cdef Py_ssize_t row, width = self.state.fch_row
+        cdef Floats zeros = Floats(1, net.F)
+        memset(zeros.data, 0, net.F * sizeof(float))
+        for row in rows:
+            micro.add_bias_act[net.activation](
+                self.state.fch_gelu + row * width, self.state.fch + row * width, zeros.data, net.F)
+
+    def mix(self, Py_ssize_t layer, const unsigned char[:, ::1] changed not None) -> None:
+        """Compute atty again as probs values, for each head and row that is not 0 in changed (NH, R)."""
+        cdef State* s = &self.state
+        cdef const Net* net = &self.weights.net
+        cdef float* acc = s.scratch
+        cdef Row* row
+        cdef Py_ssize_t r, head
+        for head in range(net.NH):
+            for r in range(s.R):
+                row = s.rows + r
+                if changed[head, r]:
+                    memset(acc, 0, net.HSp * sizeof(float))
+                    micro.mix(acc, s.probs + (head * s.R + r) * s.ldp, s.ldp, 1,
+                              row.values + (layer * net.NH + head) * row.capacity * net.HSp, net.HSp, 0, row.pos + 1)
+                    memcpy(s.atty + r * net.C + head * net.HS, acc, net.HS * sizeof(float))
 
     def abort(self) -> None:
         """Release all workers from the barriers, because one worker cannot arrive. The results of the step are invalid."""

@@ -122,11 +122,14 @@ def _stream_of(values: int, nth: int) -> "TrainStep":
     from ._backward import TrainStep
     from ._kernels import Weights
     from .config import Config
-    from .training.parameters import LiveWeights, aligned_zeros, zeros_to_update
+    from .formats.checkpoint import stored_tensors
+    from .formats.dtypes import FLOAT32
+    from .training.parameters import aligned_zeros, zeros_to_update
 
     arrays = zeros_to_update(values)
     for array in arrays:
         array.fill(0)  # makes the system allocate its pages
     config = Config(maxT=1, V=1, L=1, NH=1, C=1)
-    least = LiveWeights(config, aligned_zeros(config.parameters(padded=True)).data.cast("B"))
-    return TrainStep(Weights(config, least.stored()), nth, 0, config, *arrays, keep=False)
+    least = aligned_zeros(config.parameters(padded=True)).data.cast("B")
+    weights = Weights(config, stored_tensors(config, least, FLOAT32, padded=True))
+    return TrainStep(weights, nth, 0, config, *arrays, keep=False)

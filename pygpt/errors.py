@@ -12,11 +12,11 @@ CheckpointError, and with 1 for all others. whole() alone decides what is a whol
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from operator import index
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import Any, NoReturn, Self, SupportsIndex
 
 
@@ -113,6 +113,13 @@ def sequence(tokens: "Any") -> "list[SupportsIndex]":
         return list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
     except TypeError:
         raise InputError(f"tokens are {shown(tokens)}: give a list of token ids") from None
+
+
+def listed(name: str, values: "Any") -> "list[Any]":
+    """Return the values as a list. Raises InputError for text, a mapping, and anything that is not iterable."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise InputError(f"{name} is {shown(values)}: it must be a list")
+    return list(values)
 
 
 def near(name: object, known: "Iterable[str]") -> str:

@@ -1,10 +1,11 @@
 """GPT2: the class for users. It joins the network, which computes logits, and the engine, which completes requests."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
+from .activations import Capture, Edits, Watch
 from .errors import InputError
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -15,12 +16,13 @@ from .pool import TRIES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import SupportsIndex
+    from typing import Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
 
     from ._kernels import Floats, Trace
+    from .activations import Value
     from .generation.speculate import Draft
     from .network import OpenModel
 
@@ -111,13 +113,16 @@ class GPT2(Generator):
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return self.network.new_cache(capacity)
 
-    def step(self, rows: Iterable[Row]) -> "npt.NDArray[np.float32]":
+    def step(self, rows: Iterable[Row], edits: "Mapping[Any, Value] | None" = None) -> "npt.NDArray[np.float32]":
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
         The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
         caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, and ClosedError after
-        close()."""
-        return self._whole(lambda lengths: self.network.step(rows, lengths), (-1, self.config.V))
+        close().
+
+        edits: changes of activations of every sequence, as in activations(); arrays and functions are for these rows."""
+        watch = () if edits is None else (Watch(Edits(self.config, edits)),)
+        return self._whole(lambda lengths: self.network.step(rows, lengths, *watch), (-1, self.config.V))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
@@ -154,6 +159,43 @@ class GPT2(Generator):
             chunk = ids[start : start + CHUNK]
             out[start : start + CHUNK] = self.step([(token, cache, True) for token in chunk])
         return out
+
+    def activations(
+        self,
+        tokens: "Iterable[SupportsIndex]",
+        names: "Iterable[str] | str",
+        layers: "Iterable[SupportsIndex] | None" = None,
+        positions: "Iterable[SupportsIndex] | None" = None,
+        edits: "Mapping[Any, Value] | None" = None,
+        out: "Mapping[str, npt.NDArray[np.float32]] | None" = None,
+    ) -> "dict[str, npt.NDArray[np.float32]]":
+        """Run a sequence of T tokens; return the named activations in float32, with the bits of an ordinary step.
+
+        encoded, lnf (T, C); logits (T, V). Of each layer: ln1, q, k, v, atty, attproj, residual2, ln2, fcproj and residual3
+        (L, T, C); fch, before the activation function, and fch_gelu (L, T, F); probs (L, NH, T, T), how each position attends
+        to each key. In q, k, v and atty, head h has the channels from h * HS. residual2 is attproj + the residual3 of the
+        layer before, or encoded. residual3 is residual2 + fcproj.
+
+        layers, positions: which to return, in this order (default: all). out: arrays of the right shapes to fill and return,
+        such as numpy.memmap. All other arrays together may take 2 GiB.
+
+        edits: map (name, layer, position) to changes, made in this order. The layer is None for encoded, lnf and logits;
+        position None means all. A change is an array that replaces the activation, add(), scale(), zero(), or a function that
+        gets the array and returns another or changes it. The shape is that of a position, such as (C,), or for all positions
+        that of a layer, such as (T, C). An edit of k or v changes the cache. An edit of probs changes atty; keys after the
+        position stay 0. All numbers before an edit keep their bits, at earlier positions and in earlier phases.
+
+        Raises InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the
+        arrays take too much memory."""
+        ids = check_tokens(self.config, tokens)
+        capture = Capture(self.config, len(ids), names, layers, positions, out)
+        watch = Watch(Edits(self.config, {} if edits is None else edits, len(ids)), capture)
+        cache = self.new_cache(len(ids))
+        size = CHUNK if edits is None else len(ids)  # a function gets the whole array
+        for start in range(0, len(ids), size):
+            rows = [(token, cache, i in capture.wanted) for i, token in enumerate(ids[start : start + size], start)]
+            self.network.step(rows, watch=watch)
+        return capture.arrays
 
     def record(self, trace: "Trace | None") -> None:
         """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from . import cpus
 from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
 from .config import Config
-from .errors import InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
+from .errors import ClosedError, InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
 from .pool import ThreadPool, nothing
 
 TYPE_CHECKING = False
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from typing import Protocol, SupportsIndex
 
     from ._kernels import Trace
+    from .activations import Watch
     from .formats.dtypes import Format
-    from .formats.quantise import QuantisedWeights
+    from .formats.panels import StoredWeights
 
     class OpenModel(Protocol):
         """The source of a network's weights: an open file, or arrays in memory."""
@@ -101,7 +102,7 @@ class Network(Uncopied):
     ) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
-        stored = checkpoint.stored()
+        self._tensors = stored = checkpoint.stored()
         self.stored = {name: (kind, data.nbytes) for name, (kind, data) in stored.items()}
         kin = target._weights if target is not None and target.config == self.config else None
         self._weights: Weights = Weights(self.config, stored, kin)
@@ -116,11 +117,19 @@ class Network(Uncopied):
         """The number of workers, the caller included."""
         return self._pool.nth
 
-    def quantised(self, weights: str) -> "QuantisedWeights":
+    def quantised(self, weights: str) -> "StoredWeights":
         """Return this network's weights, quantised to q8_0 or q4_0 in memory."""
         from .formats.quantise import quantised
 
         return quantised(self._checkpoint, weights, threads=self.threads)
+
+    def tensors(self) -> "StoredWeights":
+        """Return the weights for reading: pieces(name) yields a tensor as float32. Raises ClosedError after close()."""
+        from .formats.panels import StoredWeights
+
+        if not self._tensors:
+            raise ClosedError("the model is closed: open it again")
+        return StoredWeights(self.config, self._tensors)
 
     def extends(self, target: "Network") -> bool:
         """Return whether steps of this network extend the target's caches."""
@@ -135,25 +144,28 @@ class Network(Uncopied):
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return KVCache(self._weights, self.config, capacity)
 
-    def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None) -> Floats:
+    def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None, watch: "Watch | None" = None) -> Floats:
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
         The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
         caches have not changed. Raises InputError for a bad token or cache, ClosedError after close().
 
         lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
-        after the step, lengths.restore() can undo the step."""
+        after the step, lengths.restore() can undo the step. watch: reads and changes activations between the phases."""
         rows = list(rows)
         workers = self._workers(len(rows))
+        work = self._work
 
         def prepare() -> None:
-            self._work.prepare(rows, workers)
+            work.prepare(rows, workers)
+            if watch is not None:
+                watch.begin(work, self.config, rows)
             if lengths is not None:
                 for _, cache, _ in rows:
                     lengths.setdefault(cache, cache.length)
 
-        work = self._work
-        logits = self._pool.run(work, work.abort, before=prepare, again=work.more, after=work.finish, alone=workers == 1)
+        again = work.more if watch is None else watch.more
+        logits = self._pool.run(work, work.abort, before=prepare, again=again, after=work.finish, alone=workers == 1)
         assert logits is not None
         return logits
 
@@ -198,6 +210,7 @@ class Network(Uncopied):
         """Stop the workers and unmap the file, after a running step has ended. May be called twice."""
         self._pool.close()  # after this, no step can run
         self._weights.close()
+        self._tensors = {}  # views of the file: without them, it can be unmapped
         self._checkpoint.close()
 
 

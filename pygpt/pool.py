@@ -84,12 +84,13 @@ class ThreadPool(Closing):
                 workers = self._ready()
                 if before is not None:
                     before()
-                if alone or self.nth == 1:
-                    job(0, 1)
-                else:
-                    workers.run(job, abort or nothing)
-                    while again is not None and again():
+                while True:
+                    if alone or self.nth == 1:
+                        job(0, 1)
+                    else:
                         workers.run(job, abort or nothing)
+                    if again is None or not again():
+                        break
                 return after() if after is not None else None
             finally:
                 self._busy = False

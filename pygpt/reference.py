@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference
-from .errors import ClosedError, Uncopied
+from .errors import ClosedError, InputError, Uncopied
 from .formats.dtypes import FORMATS
 from .formats.open import open_weights
 from .formats.quantise import QUANTISED
@@ -73,8 +73,10 @@ class SerialNetwork(Uncopied):
         for i in range(count):
             function(i)
 
-    def step(self, rows: "list[tuple[int, SerialCache, bool]]") -> "memoryview[float]":
+    def step(self, rows: "list[tuple[int, SerialCache, bool]]", *, watch: object = None) -> "memoryview[float]":
         """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
+        if watch is not None:
+            raise InputError("the serial program cannot change activations: leave out edits, or use GPT2")
         grown: dict[SerialCache, list[int]] = {cache: list(cache.tokens) for _, cache, _ in rows}
         wanted = []
         for token, cache, want in rows:

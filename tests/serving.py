@@ -1,9 +1,11 @@
-"""Servers on loopback in this process, and a plain HTTP client for them."""
+"""Servers on loopback in this process or another one, and a plain HTTP client for them."""
 
 import asyncio
+import atexit
 import http.client
 import json
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -158,15 +160,56 @@ class ServerProcess:
         self.child = subprocess.Popen(
             [*PYGPT, "serve", "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
         )
+        atexit.register(self.child.kill)  # after a test that failed
         assert self.child.stderr
         self.line = self.child.stderr.readline().decode()
         found = re.search(r":(\d+)$", self.line)
         self.at = Live.__new__(Live)
         self.at.address = ("127.0.0.1", int(found[1])) if found else None
 
-    def end(self, number: int, times: int = 1) -> tuple[int, bytes, bytes]:
+    def resources(self) -> dict[str, int]:
+        """The process's resident bytes without files, descriptors and threads."""
+        place = Path(f"/proc/{self.child.pid}")
+        kilobytes = sum(map(int, re.findall(r"(?:RssAnon|VmSwap):\s+(\d+)", (place / "status").read_text())))
+        counts = {name: sum(1 for _ in (place / name).iterdir()) for name in ("fd", "task")}
+        return {"bytes": 1024 * kilobytes, "descriptors": counts["fd"], "threads": counts["task"]}
+
+    def end(self, number: int = signal.SIGTERM, times: int = 1) -> tuple[int, bytes, bytes]:
         for _ in range(times):
             self.child.send_signal(number)
             time.sleep(0.2)
         out, err = self.child.communicate(timeout=60)
         return self.child.returncode, out, err
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def bare(answer: Any) -> Any:
+    """An answer without what differs between two requests by design."""
+    return {key: value for key, value in answer.items() if key not in ("id", "created")}
+
+
+def joined(events: list[Any]) -> list[dict[str, Any]]:
+    """The choices of a stream, joined as a client does."""
+    choices: dict[int, dict[str, Any]] = {}
+    for event in events:
+        for piece in event["choices"]:
+            whole = choices.setdefault(piece["index"], {"index": piece["index"], "text": "", "logprobs": None})
+            assert whole.get("finish_reason") is None  # only the last piece of a choice has a reason
+            assert piece["text"] or piece["finish_reason"]  # no empty pieces
+            whole["text"] += piece["text"]
+            whole["finish_reason"] = piece["finish_reason"]
+            if "token_ids" in piece:
+                whole["token_ids"] = whole.get("token_ids", []) + piece["token_ids"]
+                whole.setdefault("prompt_token_ids", piece.get("prompt_token_ids"))
+            if piece["logprobs"]:
+                if whole["logprobs"] is None:
+                    whole["logprobs"] = {name: [] for name in piece["logprobs"]}
+                for name, values in piece["logprobs"].items():
+                    whole["logprobs"][name] += values
+    return [choices[index] for index in sorted(choices)]

@@ -554,7 +554,7 @@ class TextTarget(FileTarget):
 
     def seeds(self) -> list[bytes]:
         hello, spaces = "hello there\n\nLadies and <|endoftext|> gentlemen\n\n\n", " \n \n\n" * 9
-        texts = ("", hello, spaces, "naïve 中文 🙂\u200b \u2028\x85\x1c 'll")
+        texts = ("", hello, spaces, "\ufeff\ufefftwo marks", "naïve 中文 🙂\u200b \u2028\x85\x1c 'll")
         return [text.encode() for text in texts]
 
     def mutate(self, random: Random, data: bytes, other: bytes) -> bytes:
@@ -584,9 +584,10 @@ class TextTarget(FileTarget):
         special = len(data) % 2 == 1
         tokens = [token for part in encode_text(pieces, eot=eot, allow_special=special) for token in part.tolist()]
         assert tokens == tokens_of_text(expected, eot=eot, allow_special=special).tolist()
-        assert eot != "none" or tokens == tokenizer.encode(expected, allow_special=special)
         assert tokenizer.decode_bytes(whole) == expected.encode()
-        kept = expected.replace(END_OF_TEXT, "") if special else expected
+        kept = expected.removeprefix("\ufeff")  # encode_text() drops a mark, as read_text() has dropped another one
+        assert eot != "none" or tokens == tokenizer.encode(kept, allow_special=special)
+        kept = kept.replace(END_OF_TEXT, "") if special else kept
         assert tokenizer.decode(token for token in tokens if token != tokenizer.eot) == kept
         return f"text, {eot}"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the documentation's pictures: docs/pictures/rooms.svg, step.svg, token.svg, schedule.svg and speculation.svg.
+"""Draw the documentation's pictures: docs/pictures/rooms.svg, step.svg, token.svg, schedule.svg, speculation.svg, load.svg.
 
     python tools/pictures.py                              draw all pictures
     python tools/pictures.py --record gpt2_124M.bin       first record a step of this model in tools/benchmarks/step.json
@@ -9,6 +9,7 @@ step    one step of the network on two workers, from a recorded trace
 token   the way of a token through the program
 schedule  requests in one engine, step by step
 speculation   guesses of a draft, and the step that checks them
+load    clients of a server: tokens a second, and times between tokens, from tools/benchmarks/server.json (measure_server.py)
 
 All colours are readable on white and on black. The same sources give the same bytes, so a test can compare them.
 """
@@ -75,11 +76,13 @@ MEANING = {
     "__main__": "dispatches to a command",
     "commands": "one file a subcommand; reports",
     "server": "the API over HTTP, and a page",
+    "inspection": "lens, attribution, patching",
     "training": "parameters, options, data, trainer, state",
     "reference": "the serial program, for comparison",
     "cluster": "answers rows on any cluster",
     "model": "GPT2 joins network and engine",
     "generation": "the engine: requests in, tokens out",
+    "activations": "what a step computes, and its edits",
     "network": "step(rows); key-value caches",
     "hub": "finds models, downloads them",
     "formats": "reads and writes every file",
@@ -365,7 +368,37 @@ def draw_speculation() -> str:
     return svg(194, "Speculation: three of four guesses are right, so one step gives four tokens", lines)
 
 
+LOAD = TOOLS / "benchmarks" / "server.json"
+
+
+def draw_load() -> str:
+    """A line for each number of clients and each server: tokens a second, and the median and 99th percentile between tokens."""
+    found = json.loads(LOAD.read_text())
+    rows = [(one["clients"], name, one, "") for name, loads in found["load"].items() for one in loads]
+    rows.sort(key=lambda row: row[0])
+    rows += [(one["clients"], name, one, ", and long prompts") for name, one in found["long"].items()]
+    left, right, wide, rise, top = 230, 520, 230, 24, 34
+    fastest = max(one["tokens_per_s"] for _, _, one, _ in rows)
+    slowest = max(one["itl"][1] for _, _, one, _ in rows)
+    lines = [
+        text(left, 20, "tokens a second: more is better"),
+        text(right, 20, "ms between tokens: median, 99th percentile"),
+    ]
+    for i, (clients, name, one, note) in enumerate(rows):
+        y, colour = top + i * rise, OUR_BAR if name == "pygpt" else TEXT
+        lines.append(text(MARGIN, y + 12, f"{name}, {clients} client{'s' * (clients > 1)}{note}", colour=colour))
+        length = wide * one["tokens_per_s"] / fastest
+        lines += [rect(left, y, length, 14, colour), text(left + length + 4, y + 12, f"{one['tokens_per_s']:.0f}")]
+        median, most = (wide * value / slowest for value in one["itl"][:2])
+        lines += [rect(right, y, most, 14, colour, filled=False), rect(right, y, median, 14, colour)]
+        lines.append(text(right + most + 4, y + 12, f"{one['itl'][0]:.0f}, {one['itl'][1]:.0f}"))
+    height = top + rise * len(rows) + 24
+    lines.append(text(MARGIN, height - 8, f"{found['model']} on {found['machine']}", size=11))
+    return svg(height, "Speed of servers by the number of clients", lines)
+
+
 PICTURES = {
+    "load": draw_load,
     "schedule": draw_schedule,
     "rooms": draw_rooms,
     "step": draw_step,

@@ -8,6 +8,7 @@ COMMANDS = {  # name: its module in this folder, and one line for the help
     "batch": ("batch", "complete or score many prompts from a file, in resumable shards"),
     "train": ("train.main", "train or fine-tune a model on a text"),
     "eval": ("eval", "measure perplexity and HellaSwag accuracy, show next tokens, compare two models"),
+    "look": ("look", "look inside: predictions by layer, and the heads that matter"),
     "shards": ("shards", "turn texts into llm.c's token files"),
     "convert": ("convert", "convert a model file to another format"),
     "quantize": ("quantize", "write a model in another weight format, for pygpt or llama.cpp"),

@@ -299,9 +299,9 @@ class Chat:
                 if len(times) > 1:
                     write("\n")
                 raise ChildError(str(error)) from None
-        self._command.show_notices(others=True)
+        stats = self._command.show_notices(others=True) or ""
         if self._settings.switches["stats"]:
-            say(speed(times))
+            say(speed(times) + "".join(stats.partition("; ")[1:]))  # with the child's count of guesses
 
     def _fitting(self, tokens: list[int]) -> list[int]:
         """Return the last tokens that leave room for the reply in the context. Print a notice if tokens are dropped.
@@ -475,7 +475,8 @@ def run(options: argparse.Namespace) -> int:
     if options.words and not any(options.words):
         raise InputError("the text is empty: give at least one character")
     settings = Settings(options, model_config(options.model, options.tokenizer, text_only=options.text_only))
-    with Command(passed_on(options)) as command:  # start it first: it loads the model while this process prepares
+    told = ["--stats"] if options.stats else []  # of guesses, which this process cannot count
+    with Command([*passed_on(options), *told]) as command:  # start it first: it loads the model while this process prepares
         chat = Chat(command, settings, model=options.model, threads=options.threads)
         if options.words:
             return chat.complete(given_text(" ".join(options.words)))

@@ -112,19 +112,23 @@ class Command:
         self._unseen += data or b""
         return data != b""
 
-    def show_notices(self, *, others: bool = False) -> None:
-        """Print each of the child's notices once. With `others`, print all of its complete lines except errors.
+    def show_notices(self, *, others: bool = False) -> str:
+        """Print each of the child's notices once. With `others`, print all of its complete lines except errors. Do not print
+        what the child says of its speed with --stats: return it, or "".
 
         A line that is not a notice may begin a traceback. Print such lines only after a reply: then the child still runs."""
-        kept = b""
+        kept, stats = b"", ""
         for raw in self._unseen.splitlines(keepends=True):
             line = raw.decode("utf-8", "replace").rstrip()
             if line.startswith(ERROR) or not raw.endswith(b"\n") or not (others or line.startswith(NOTICE)):
                 kept += raw
+            elif line.startswith(NOTICE) and " tokens/s" in line:
+                stats = line
             elif line not in self._shown:
                 self._shown.add(line)
                 print(line, file=sys.stderr)
         self._unseen = kept
+        return stats
 
     def check(self) -> None:
         """Raise ChildError if the child has ended by itself, for example because of a bad option."""

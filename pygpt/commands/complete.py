@@ -116,17 +116,26 @@ def load(path: str | None, threads: int | None, options: argparse.Namespace) -> 
     return GPT2.load(path, threads=threads, draft=options.draft_model, **given), notice
 
 
-def answered(engine: "Engine", request: "Request", *, stats: bool) -> "Iterator[tuple[int | None, bool]]":
-    """Yield each new token of a request, and whether it is the last one. stats: describe the speed on stderr at the end."""
+def answered(engine: "Engine", request: "Request", *, stats: bool, early: bool = False) -> "Iterator[tuple[int | None, bool]]":
+    """Yield each new token of a request, and whether it is the last one. stats: describe the speed on stderr at the end.
+
+    early: describe it before the last token, so that a client with the whole answer has it, too."""
     [completion], began = engine.add(request).completions, perf_counter()
-    for event in engine.run():
-        if event.error is not None:
-            raise event.error
-        yield event.token, event.finish_reason is not None
-    if stats:
+
+    def describe() -> None:
         new, drafted, seconds = len(completion.tokens), completion.drafted, perf_counter() - began
         guesses = f"; {completion.accepted} of {drafted} guessed tokens were right" if drafted else ""
         say(f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s{guesses}")
+
+    for event in engine.run():
+        if event.error is not None:
+            raise event.error
+        ended = event.finish_reason is not None
+        if stats and ended and early:
+            describe()
+        yield event.token, ended
+    if stats and not early:
+        describe()
 
 
 def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *, stats: bool = False) -> None:
@@ -144,7 +153,7 @@ def serve(model: "GPT2 | SerialGPT2", defaults: "dict[str, Any]", notice: str, *
                 continue
             say(notice)
             notice = ""
-            for token, ended in answered(engine, request, stats=stats):
+            for token, ended in answered(engine, request, stats=stats, early=True):
                 put(f"{token}\n" if ended else f"{token} ")  # the space marks the end of the id
         except KeyboardInterrupt:  # put() wrote its whole text: stdout's buffer holds the part that a full pipe refused
             engine.close()

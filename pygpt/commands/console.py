@@ -145,3 +145,15 @@ def whole(low: int, high: int) -> "Callable[[str], int]":
         return int(text)
 
     return read
+
+
+def listed(names: Sequence[str]) -> "Callable[[str], list[str]]":
+    """Return a type for argparse that reads a list of these names."""
+
+    def read(text: str) -> list[str]:
+        words = list(dict.fromkeys(text.split(",")))
+        if unknown := [word for word in words if word not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0][:40]!r} is not one of {', '.join(names)}")
+        return words
+
+    return read

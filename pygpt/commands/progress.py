@@ -1,5 +1,5 @@
-"""Bars: of progress on stderr, drawn by tqdm, and of probabilities. If tqdm is missing or stderr is not a terminal, no progress
-is drawn."""
+"""Draw bars: of progress on stderr, by tqdm, and of probabilities. If tqdm is missing or stderr is not a terminal, progress is
+not drawn."""
 
 import sys
 from collections.abc import Sequence

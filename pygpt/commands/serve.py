@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ..errors import InputError, PyGPTError
 from ..generation.request import check_speculation
 from .console import Parser, say, status_of, whole
-from .options import DRAFT_HELP, SPECULATE_HELP, THREADS_HELP, parse_speculation
+from .options import SPECULATE_HELP, add_model_options, parse_count, parse_speculation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,10 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--uds", metavar="PATH", help="listen at a Unix socket instead")
     add("--api-key", metavar="KEY", action="append", default=[], help="require this key; may be repeated")
     add("--api-key-file", metavar="FILE", help="require one of the keys in this file, one key a line")
-    add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
-    add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0")
+    add_model_options(add)
     add("--speculate", metavar="K", help=f"for requests without the field speculation: {SPECULATE_HELP}")
-    add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--max-live", metavar="N", type=whole(1, 4096), default=64, help="most sequences in a step (default 64)")
     add("--cache-bytes", metavar="N", type=count, help="most bytes of keys and values (default: a quarter of the memory)")
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
@@ -53,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
     cors = "let pages of this origin send requests; may be repeated"
     add("--cors-origins", dest="origins", metavar="URL", action="append", default=[], help=cors)
-    add("--chat-template", metavar="NAME", help="plain: answer /v1/chat/completions with `role: content` lines")
+    template = "plain: answer /v1/chat/completions with `role: content` lines"
+    add("--chat-template", metavar="NAME", choices=("plain",), help=template)
     add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
     add("--no-page", dest="page", action="store_false", help="do not serve the page")
     return parser
@@ -61,8 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Check the arguments, open the models, and serve; return the exit status."""
-    if options.chat_template not in (None, "plain"):
-        raise InputError(f"--chat-template is {options.chat_template[:40]!r}: it must be plain")
     if options.root_path and not options.root_path.startswith("/"):
         raise InputError(f"--root-path is {options.root_path[:40]!r}: it must begin with /")
     for origin in options.origins:
@@ -126,9 +123,11 @@ def open_models(options: argparse.Namespace) -> "list[Served]":
             raise InputError(f"the name {name[:40]!r} of a model is empty or given twice: use -m NAME=MODEL with another name")
         named.setdefault(path, []).append(name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
+    threads = None if options.threads is None else parse_count("threads (-t)", options.threads)
     found = []
     for path, names in named.items():
-        model = GPT2.load(path, threads=options.threads, weights=options.weights, draft=options.draft_model)
+        model = GPT2.load(path, threads=threads, draft=options.draft_model, **given)
         least = model.network.position_bytes * model.config.maxT
         limits = {"cache_bytes": options.cache_bytes or max(memory // 4 // len(named), least), "max_live": options.max_live}
         found.append(Served(model, names, path, **limits, target_ms=options.target_ms, fingerprint=options.fingerprint))

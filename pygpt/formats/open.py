@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from ..tokenizer import Tokenizer
     from .dtypes import Format
-    from .quantise import QuantisedWeights
     from .tensors import Blocks
 
 GGUF_MAGIC = b"GGUF"
@@ -104,7 +103,7 @@ def open_weights(
     threads: "SupportsIndex | None" = None,
     tokenizer: str | os.PathLike[str] | None = None,
     text_only: bool = False,
-) -> "ModelFile | QuantisedWeights":
+) -> ModelFile:
     """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 
     text_only: leave out the ids that the tokenizer does not have. Raises what open_model() raises, and InputError for weights
@@ -121,13 +120,12 @@ def open_weights(
         model.close()
 
 
-def of_text_only(model: ModelFile) -> "ModelFile | QuantisedWeights":
+def of_text_only(model: ModelFile) -> ModelFile:
     """Return the weights of a model without the ids after the last one of its tokenizer; they outlive the model."""
     from copy import copy
 
     from ..tokenizer import tokenizer_of
-    from .panels import first_rows
-    from .quantise import QuantisedWeights
+    from .panels import StoredWeights, first_rows
 
     config, V = copy(model.config), model.config.V
     config.V = tokenizer_of(model.config).known
@@ -137,7 +135,7 @@ def of_text_only(model: ModelFile) -> "ModelFile | QuantisedWeights":
         name: (kind, first_rows(kind, data, V, config.V, config.C) if name in ("wte", "head") else data)
         for name, (kind, data) in model.stored().items()
     }
-    return QuantisedWeights(config, model.format, tensors)
+    return StoredWeights(config, tensors)
 
 
 def open_floats(path: str | os.PathLike[str]) -> ModelFile:

@@ -111,6 +111,49 @@ def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
     return room[skip : skip + size]
 
 
+class InPanels(ModelFile):
+    """Weights whose tensors are stored in the layout of Weights."""
+
+    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+        """Return rows [start, stop): ModelFile.part(), with panels converted to blocks."""
+        import numpy as np
+
+        _, N, K = layout(self.config, name)
+        kind, data = self.formats[name], self._stored(name)[1]
+        if kind.name not in QUANTISED:
+            first = layer * N
+            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
+            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
+        values, scales = panel_sizes(kind, N, K)
+        base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
+        ends = (start, -(-stop // PANEL) * PANEL)
+        of_values, of_scales = ([base + end * row for end in ends], [base + values + end * groups * 2 for end in ends])
+        return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
+
+
+class StoredWeights(InPanels):
+    """Weights in memory: quantised ones, those of a model in training, or an open model's. close() does not change them.
+
+    tensors: maps each tensor to the name of its format and its bytes, in the layout of Weights."""
+
+    path = "weights in memory"
+
+    def __init__(self, config: Config, tensors: "dict[str, tuple[str, memoryview]]") -> None:
+        self.config, self.tensors = config, tensors
+        self.formats = {name: FORMATS[kind] for name, (kind, _) in tensors.items()}
+
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        return self.tensors[name]
+
+    def row(self, name: str, row: int) -> "npt.NDArray[np.float32]":
+        """Return one row of a tensor without layers, or the whole of a vector, as float32 (K,)."""
+        kind, blocks = self.part(name, 0, row // PANEL * PANEL, row + 1)
+        return kind.to_float32(blocks)[-1, : layout(self.config, name)[2]]
+
+    def close(self) -> None:
+        """Do nothing: the memory is freed with its last user."""
+
+
 # ------------------------------------------------------------------------------------------------ the file
 
 
@@ -130,7 +173,7 @@ def formats_of(config: Config, kind: Format, head: Format, positions: Format) ->
     return {name: formats.get(name, FLOAT32) for name, _ in config.table}
 
 
-class PanelFile(ModelFile):
+class PanelFile(InPanels):
     """An open panel file. Its values are mapped read-only and used in place, or with mmap=False read into memory.
 
     Raises CheckpointError if the file is not exactly a panel file. The header is checked before values are mapped."""
@@ -198,22 +241,6 @@ class PanelFile(ModelFile):
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
         return self.formats[name].name, self._file.bytes_of(name)[: stored_size(self.config, name, self.formats[name])]
-
-    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
-        """Return rows [start, stop): ModelFile.part(), with panels converted to blocks."""
-        import numpy as np
-
-        _, N, K = layout(self.config, name)
-        kind, data = self.formats[name], self._file.bytes_of(name)
-        if kind.name not in QUANTISED:
-            first = layer * N
-            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
-            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
-        values, scales = panel_sizes(kind, N, K)
-        base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
-        ends = (start, -(-stop // PANEL) * PANEL)
-        of_values, of_scales = ([base + end * row for end in ends], [base + values + end * groups * 2 for end in ends])
-        return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
 
 
 def write_panels(

@@ -5,14 +5,13 @@ because they are small. The result has the numbers of a converted file (dtypes.p
 """
 
 from math import prod
-from typing import NamedTuple
 
 from .._kernels import Floats, matrix_bytes, quantise_panels
 from ..config import Config
 from ..cpus import resolve_threads
 from ..errors import InputError, shown
 from ..pool import ThreadPool
-from .dtypes import FORMATS, Format
+from .panels import StoredWeights
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,24 +32,9 @@ QUANTISED = {"q8_0": "q8_0", "q4_0": "q8_0"}  # each format for layers, and the 
 LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # the largest value that a float16 scale can represent
 
 
-class QuantisedWeights(NamedTuple):
-    """Weights in memory, with the attributes of an open model that a network needs."""
-
-    config: Config
-    format: Format  # the format of the layers' matrices
-    tensors: dict[str, tuple[str, memoryview]]
-
-    def stored(self) -> dict[str, tuple[str, memoryview]]:
-        """Map each tensor to (name of its format, bytes in the layout of Weights)."""
-        return self.tensors
-
-    def close(self) -> None:
-        """Do nothing: the memory is freed with its last user."""
-
-
 def quantised(
     checkpoint: "Model", format: str, head: str | None = None, threads: "SupportsIndex | None" = None
-) -> QuantisedWeights:
+) -> StoredWeights:
     """Quantise the matrices of an open model. The result stays valid after the model is closed.
 
     format: q8_0 or q4_0, for the layers' matrices. head: the format of wte, by default q8_0. threads: workers, as in
@@ -70,7 +54,7 @@ def quantised(
         tensors[name] = formats[name], memory[offset : offset + size]
         offset += size
     _fill(tensors, formats, stored, shapes, resolve_threads(threads))
-    return QuantisedWeights(config, FORMATS[format], {name: tensors[name] for name in shapes})
+    return StoredWeights(config, {name: tensors[name] for name in shapes})
 
 
 def _fill(

@@ -115,6 +115,10 @@ class SafetensorsFile(Closing):
         array: npt.NDArray[Any] = np.frombuffer(self.bytes_of(name), FORMATS[dtype].dtype).reshape(shape)
         return array[rows] if shape else array
 
+    def tensor(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[np.float32]":
+        """Return one tensor, or some of its rows, as exact float32. Raises the errors of stored()."""
+        return FORMATS[self.tensors[name][0]].to_float32(self.stored(name, rows))
+
     def close(self) -> None:
         """Close the file; its arrays stay valid. May be called twice."""
         self._file.close()

@@ -7,11 +7,11 @@ Refuses to leave a row without any token. Sources: Hugging Face's transformers (
 order; OpenAI's API reference, for the bias and for the frequency and presence penalties.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, check_number, check_whole, sequence, shown, whole
+from ..errors import InputError, check_number, check_whole, listed, sequence, shown, whole
 from .sampling import check_positive, not_finite
 
 TYPE_CHECKING = False
@@ -52,13 +52,13 @@ class Control:
             for name in ("frequency_penalty", "presence_penalty")
         )
         self._ngram = check_whole("no_repeat_ngram_size", given.get("no_repeat_ngram_size", 0), 0, 1 << 62, ", 0 (off) or more")
-        self._bad = [_ids(config, "bad_words_ids", ids) for ids in _listed("bad_words_ids", given.get("bad_words_ids", ()))]
+        self._bad = [_ids(config, "bad_words_ids", ids) for ids in listed("bad_words_ids", given.get("bad_words_ids", ()))]
         if [] in self._bad:
             raise InputError("bad_words_ids holds an empty sequence, which would ban every token: leave it out")
         suppressed = given.get("suppress_tokens", ())
         self._suppressed = _ids(config, "suppress_tokens", suppressed if whole(suppressed) is None else [suppressed])
         functions = given.get("logits_processor", ())
-        self._processors = [functions] if callable(functions) else _listed("logits_processor", functions)
+        self._processors = [functions] if callable(functions) else listed("logits_processor", functions)
         for function in self._processors:
             if not callable(function):
                 raise InputError(f"logits_processor is {shown(function)}: it must be a function of (tokens, row), or several")
@@ -137,9 +137,3 @@ def _ids(config: Config, name: str, ids: "Any") -> list[int]:
     if isinstance(ids, (str, bytes)):
         raise InputError(f"{name} is {shown(ids)}: it must be a list of token ids")
     return [check_token(token, config.V) for token in sequence(ids)]
-
-
-def _listed(name: str, values: "Any") -> "list[Any]":
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise InputError(f"{name} is {shown(values)}: it must be a list")
-    return list(values)

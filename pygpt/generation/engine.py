@@ -16,11 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from ..activations import Watch
 from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
 from .request import Request
-from .speculate import Speculation, Speculator, mean
+from .speculate import Speculation, Speculator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class _Sequence:
     """A waiting or running completion. memory: its cache with the tokens in it; None until it has one."""
 
     def __init__(self, job: Job, choice: int) -> None:
-        self.job, self.choice, self.completion = job, choice, job.completions[choice]
+        self.job, self.choice, self.completion, self.edits = job, choice, job.completions[choice], job.request.edits
         self.memory: Memory | None = None
         self.speculation = Speculation() if self.completion.speculation is not None else None
 
@@ -192,12 +193,22 @@ class Engine(Uncopied):
             rows.append((part.tokens[-1], part.memory.cache, part.scored or part.last))
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
-        logits = self.network.step(rows)
+        edited = {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}
+        watch = Watch(edited) if edited else None
+        try:
+            logits = self.network.step(rows) if watch is None else self.network.step(rows, watch=watch)
+        except Exception as error:  # an error of an edit ends only its job
+            if watch is None or watch.editing is None:
+                raise
+            self._ended = True
+            jobs = dict.fromkeys(part.sequence.job for part in plan if part.sequence.edits is watch.editing)
+            return late + [_failed(job, error) for job in jobs]
         seconds = time.perf_counter() - began
         if decoding:
             self.speculator.note(len(plan), len(rows) - len(plan), seconds)
-        if self._clock is not None and (len(rows) == len(plan) or not decoding):
-            self._clock.note(len(plan), len(rows), seconds)
+        singles = sum(len(part.tokens) == 1 for part in plan)
+        if self._clock is not None and 0 < singles < len(plan):
+            self._clock.note(len(rows) - singles, seconds)
         for part in plan:
             part.memory.note(part.tokens)
         events = self._choose(plan, logits)
@@ -243,7 +254,7 @@ class Engine(Uncopied):
             self._waiting = deque(sequence for sequence in self._waiting if not _has_ended(sequence))
         for sequence in [sequence for sequence in self._live if _has_ended(sequence)]:
             self._live.remove(sequence)
-            if sequence.memory is not None:
+            if sequence.memory is not None and sequence.edits is None:
                 self.prefix.give(sequence.memory)
         self._make_room()
 
@@ -304,13 +315,13 @@ class Engine(Uncopied):
             return
         live, held, coming = None, 0, 0
         for other, its_window in earlier:
-            if other.memory is not None:
+            if other.memory is not None and other.edits is sequence.edits:  # others change keys and values
                 if its_window == window:
                     return
                 if (shared := other.memory.shared(window)) > held:
                     live, held = other.memory, shared
                 coming = max(coming, common_prefix(its_window, window, len(window) - 1))
-        idle, kept = self.prefix.best(window)
+        idle, kept = self.prefix.best(window) if sequence.edits is None else (None, 0)
         if coming - max(held, kept) >= WORTH_WAITING:
             return
         if idle is not None and kept >= held and self.prefix.take(idle):  # another thread may take it first
@@ -346,7 +357,7 @@ class Engine(Uncopied):
         events: list[Event] = []
         takers: list[tuple[_Sequence, int, _Part | None]] = []
         row = 0
-        waiting = [sequence for sequence in self._live if sequence.memory is None]
+        waiting = [s for s in self._live if s.memory is None and not s.job.completions[0].unscored]
         for part in plan:
             if part.scored:
                 events += self._score(part, logits, row)
@@ -356,7 +367,8 @@ class Engine(Uncopied):
                 continue
             takers.append((part.sequence, row, part))
             for twin in waiting:
-                if twin.memory is None and twin.completion.window() == part.window and not twin.job.completions[0].unscored:
+                same = twin.memory is None and twin.edits is part.sequence.edits
+                if same and twin.completion.window() == part.window:
                     twin.memory = part.memory.copy(len(part.window), self._capacity(twin))
                     takers.append((twin, row, None))
             row += 1 + len(part.guesses)
@@ -434,22 +446,21 @@ def _failed(job: Job, error: Exception, choice: int = 0) -> Event:
 
 
 class _Clock:
-    """Keep running means of times, to choose how many prompt rows fit in a step of about `target_ms`."""
+    """Choose how many prompt rows run together with decoding sequences, so that a step takes about `target_ms`.
+
+    The number follows the times of the steps themselves. So it needs no model of the machine, whose speed other programs
+    change, and where the first rows beside a decode step cost much less than later ones."""
 
     def __init__(self, target_ms: float) -> None:
         self._target_s = target_ms / 1000
-        self._decode_s: float | None = None  # time of a step with only decoding sequences
-        self._row_s: float | None = None  # time of one row of a prompt
+        self._rows = float(FEWEST_ROWS)
 
-    def note(self, sequences: int, rows: int, seconds: float) -> None:
-        """Note the time of a step with this number of sequences and rows."""
-        if rows == sequences:
-            self._decode_s = mean(self._decode_s, seconds)
-        else:
-            self._row_s = mean(self._row_s, max(seconds - (self._decode_s or 0.0), 0.0) / rows)
+    def note(self, rows: int, seconds: float) -> None:
+        """Note the time of a step with decoding sequences and so many prompt rows."""
+        change = min(max(self._target_s / seconds, 0.5), 1.5)
+        if change < 1 or rows >= self.rows(rows):
+            self._rows = max(self._rows * change, FEWEST_ROWS)
 
     def rows(self, most: int) -> int:
-        """Return how many prompt rows, at most `most`, to run together with decoding sequences."""
-        if not self._row_s:
-            return FEWEST_ROWS
-        return min(max(int((self._target_s - (self._decode_s or 0.0)) / self._row_s), FEWEST_ROWS), most)
+        """Return how many prompt rows to run in the next step, at most `most`."""
+        return min(int(self._rows), most)

@@ -111,6 +111,9 @@ class Generator(Closing):
         speculation: a number of tokens to guess ahead, or True to choose the fastest. All guesses are checked, so the tokens
         stay the same and only come sooner. The first use quantises the model's weights, unless load() names a draft.
 
+        edits: changes of activations, such as a steering vector, as in GPT2.activations(). A function gets the positions of one
+        step. A completion with edits does not use the cache.
+
         cache: a PrefixCache, to reuse keys and values of earlier calls. streamer: its put(ids) gets the prompt (1, T), then
         each new token (1,), as int64 arrays; its end() is last. With a streamer, generate() returns after the last token.
         For several sequences, and for log-probabilities, see generate_batch()."""

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         def each(self, function: Callable[[int], object], count: int) -> None:
             """Call function(i) for i = 0 .. count - 1, on any thread."""
 
-        def step(self, rows: list[tuple[int, Any, bool]]) -> Logits:
+        def step(self, rows: list[tuple[int, Any, bool]], *, watch: Any = None) -> Logits:
             """Append rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V)."""
 
         def close(self) -> None:

@@ -6,6 +6,7 @@ Refuses to know about networks. Generator.generate() describes the options.
 from collections.abc import Iterable
 
 from .._kernels import check_token
+from ..activations import Edits
 from ..config import Config
 from ..errors import InputError, check_whole, is_boolean, near, sequence, shown
 from .control import CONTROLS, Control
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, SupportsFloat, SupportsIndex, TypedDict
 
+    from ..activations import Value
     from .control import Processor
 
     class Options(TypedDict, total=False):
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         overflow: str | None
         slide_to: SupportsIndex | None
         speculation: bool | SupportsIndex | None
+        edits: Mapping[Any, Value] | None
 
 
 DEFAULT_TOTAL = 10  # the serial program's n: the number of tokens with the prompt
@@ -55,7 +58,7 @@ LENGTH = {"total", "max_new_tokens"}
 STOPS = {"stop_token_ids", "stop_strings", "stop_at_eot"}
 IN_JSON = {"sampler", "speculation", "overflow", *STOPS, *LENGTH, *SAMPLING, *CONTROLS[:-1]}
 JSON_KEYS = {"tokens", *IN_JSON}
-OPTIONS = {*IN_JSON, "do_sample", "logits_processor", "slide_to"}
+OPTIONS = {*IN_JSON, "do_sample", "edits", "logits_processor", "slide_to"}
 
 
 def check_ids(config: Config, tokens: "Iterable[SupportsIndex]") -> list[int]:
@@ -99,6 +102,7 @@ class Request:
         top_logprobs: "SupportsIndex | None" = None,
         prompt_logprobs: bool = False,
         speculation: "bool | SupportsIndex | None" = None,
+        edits: "Mapping[Any, Value] | None" = None,
         **options: "Any",
     ) -> None:
         if unknown := sorted(options.keys() - OPTIONS):
@@ -120,6 +124,7 @@ class Request:
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
         self.speculation = check_speculation(speculation)
+        self.edits = None if edits is None else Edits(config, edits)
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,12 +25,10 @@ from ..errors import InputError, shown
 from ..generation.engine import Event
 from . import schema
 from .answering import SLOW_S, STOPPED, Run, Writer, reported, token_text
-from .call import Call, Served, as_prompts, chat_text, encode
+from .call import Call, Served, encode
 from .metrics import Metrics
 from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
 from .worker import Worker
-
-T = TypeVar("T")
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
@@ -149,17 +147,21 @@ class Server:
         except TimeoutError:
             message = f"the body did not arrive within {SLOW_S:g} seconds"
             raise ApiError(message, status=408, Connection="close") from None
+        except ClientDisconnect:  # nobody reads this answer
+            raise ApiError("the body is not complete", Connection="close") from None
         return read_object(bytes(body), fields, required)
 
 
-async def _unhurried(size: int, function: Callable[[], T]) -> T:
+async def _unhurried(size: int, function: Callable[[], Any]) -> Any:
     """Return function(), which works on `size` characters. If they are many, run it outside the event loop."""
     return function() if size <= SHORT else await asyncio.to_thread(function)
 
 
 async def completions(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
     """Complete prompts."""
-    return _answer(server, request, fields, as_prompts(fields["prompt"]), chat=False)
+    prompt = fields["prompt"]
+    one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return _answer(server, request, fields, [prompt] if one else prompt, chat=False)
 
 
 async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
@@ -169,7 +171,8 @@ async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGI
         raise ApiError(message, code="no_chat_template")
     stop = fields.get("stop", [])
     fields["stop"] = ([stop] if isinstance(stop, str) else stop) + [f"\n{role}:" for role in ROLES]
-    return _answer(server, request, fields, [chat_text(fields["messages"])], chat=True)
+    lines = [f"{message['role']}: {message['content']}\n" for message in fields["messages"]]
+    return _answer(server, request, fields, ["".join(lines) + "assistant:"], chat=True)
 
 
 def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
@@ -178,7 +181,7 @@ def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: l
     fields.setdefault("speculation", server.options.speculation)
 
     def checked() -> Call:
-        ids = [encode(served, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = [encode(served, given, served.model.config.maxT) if isinstance(given, str) else given for given in prompts]
         return Call(served, fields, ids, chat=chat)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,7 +210,7 @@ async def one_model(server: Server, request: Request, fields: dict[str, Any]) ->
 
 def _about(name: str, served: Served) -> dict[str, Any]:
     config, family = served.model.config, {"owned_by": "pygpt", "root": served.names[0], "parent": None}
-    sizes = {"max_model_len": config.maxT, "vocabulary": config.V, "can_inspect": hasattr(served.model, "activations")}
+    sizes = {"max_model_len": config.maxT, "vocabulary": config.V}
     return {"id": name, "object": "model", "created": served.created, **family, **sizes}
 
 
@@ -238,39 +241,33 @@ async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> 
     served = server.served(fields.get("model"))
     if ("prompt" in fields) == ("content" in fields):
         raise ApiError("give prompt or content: exactly one of them", "prompt")
-    if served.tokenizer is None:
-        raise ApiError("the vocabulary of this model is unknown, so the server cannot encode text", "model")
     text = fields.get("prompt", fields.get("content", ""))
-    ids = await _unhurried(len(text), partial(served.tokenizer.encode, text))
+    ids = await _unhurried(len(text), partial(encode, served, text, len(text)))
     if "content" in fields:
-        pieces = [{"id": token, "piece": _piece(served.bytes_of([token]))} for token in ids]
-        return {"tokens": pieces if fields.get("with_pieces") else ids}
+        if not fields.get("with_pieces"):
+            return {"tokens": ids}
+        named = [(token, token_text(data), data) for token in ids for data in [served.bytes_of([token])]]
+        # as in llama.cpp, a piece that is not whole characters is a list of its bytes
+        return {"tokens": [{"id": t, "piece": text if text.encode() == data else list(data)} for t, text, data in named]}
     strings = {"token_strs": [token_text(served.bytes_of([t])) for t in ids]} if fields.get("return_token_strs") else {}
     return {"tokens": ids, "count": len(ids), "max_model_len": served.model.config.maxT, **strings}
-
-
-def _piece(data: bytes) -> str | list[int]:
-    """Return a token's text, or its bytes if they are not whole characters, as llama.cpp does."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return list(data)
 
 
 async def detokenize(server: Server, request: Request, fields: dict[str, Any]) -> Any:
     """Decode ids. The text is `prompt` for clients of vLLM, and `content` for those of llama.cpp."""
     served = server.served(fields.get("model"))
     served.check_ids("tokens", fields["tokens"])
-    text = served.bytes_of(fields["tokens"]).decode("utf-8", "replace")
+    text = served.vocabulary("tokens").decode(fields["tokens"])
     return {"prompt": text, "content": text}
 
 
 async def tokenizer_info(server: Server, request: Request, fields: dict[str, Any]) -> Any:
     """Describe the tokenizer, so that evaluation harnesses do not need a copy of it."""
-    config = server.models[0].model.config
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    served = server.models[0]
+    end = None if served.eot is None else token_text(served.bytes_of([served.eot]))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end)
     own = {"tokenizer_class": "GPT2Tokenizer", "chat_template": None, "add_bos_token": False}
-    return {**own, **special, "model_max_length": config.maxT, "vocab_size": config.V}
+    return {**own, **special, "model_max_length": served.model.config.maxT, "vocab_size": served.model.config.V}
 
 
 async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any:
@@ -283,18 +280,16 @@ async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any
 
 
 async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Return the attention of the last token in one layer, for each head, if the model can report it."""
-    served = server.served(fields.get("model"))
-    if not hasattr(served.model, "activations"):
-        raise ApiError("the model cannot be inspected", status=404, code="cannot_inspect")
-    served.check_ids("tokens", fields["tokens"])
+    """Return the attention of the last token in one layer, for each head."""
+    served, tokens = server.served(fields.get("model")), fields["tokens"]
+    served.check_ids("tokens", tokens)
     async with server.admitted(1):
         try:
-            layers = [fields.get("layer", 0)]
-            found = await asyncio.to_thread(served.model.activations, fields["tokens"], ["probs"], layers=layers)
+            ask = partial(served.model.activations, tokens, ["probs"], [fields.get("layer", 0)], [len(tokens) - 1])
+            found = await asyncio.to_thread(ask)
         except InputError as error:
             raise ApiError(str(error)) from None
-    return {"attention": found["probs"][0, :, -1].tolist()}  # [1, NH, T, T] -> [NH, T]
+    return {"attention": found["probs"][0, :, 0].tolist()}  # [1, NH, 1, T] -> [NH, T]
 
 
 async def openapi(server: Server, request: Request, fields: dict[str, Any]) -> Any:

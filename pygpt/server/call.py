@@ -6,7 +6,6 @@ Refuses to know about HTTP.
 import os
 from asyncio import Future
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from .. import __version__
@@ -14,7 +13,7 @@ from ..errors import InputError
 from ..formats.open import sha256_of
 from ..generation.request import Request
 from ..model import GPT2
-from ..tokenizer import Tokenizer, tokenizer_of
+from ..tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from .schema import ApiError
 
 DEFAULT_NEW = 16  # tokens, as in OpenAI's API
@@ -40,9 +39,8 @@ class Served:
     ) -> None:
         self.model, self.names, self.path = model, names, path
         self.created = int(os.path.getmtime(path))
-        self.tokenizer: Tokenizer | None = None
-        with suppress(InputError):  # its vocabulary is unknown
-            self.tokenizer = tokenizer_of(model.config)
+        known = model.config.tokenizer is not None or model.config.V >= GPT2_V
+        self.tokenizer = tokenizer_of(model.config) if known else None
         self.eot = self.tokenizer.eot if self.tokenizer else None
         prefix = model.new_prefix_cache(cache_bytes)
         self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
@@ -52,10 +50,15 @@ class Served:
             self.fingerprint = f"pygpt-{__version__}-{sha256_of(path)[:16]}"
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:
-        """Return the bytes of ids. Ids beyond the vocabulary are left out."""
+        """Return the bytes of ids; none if the vocabulary is unknown."""
+        return b"" if self.tokenizer is None else self.tokenizer.decode_bytes(tokens)
+
+    def vocabulary(self, param: str) -> Tokenizer:
+        """Return the tokenizer, which the field `param` needs. Raises ApiError if the vocabulary is unknown."""
         if self.tokenizer is None:
-            return b""
-        return self.tokenizer.decode_bytes([token for token in tokens if token < self.tokenizer.V])
+            message = f"the vocabulary of this model is unknown, so {param} needs ids: send ids, or start with --tokenizer"
+            raise ApiError(message, param)
+        return self.tokenizer
 
     def check_ids(self, name: str, tokens: list[int]) -> None:
         """Raise ApiError if a token of the field `name` is outside the vocabulary."""
@@ -85,8 +88,8 @@ class Call:
             self.stop_ids.add(served.eot)
         stop = fields.get("stop", [])
         self.stop = [stop] if isinstance(stop, str) else stop
-        if self.stop and served.tokenizer is None:
-            raise ApiError("the vocabulary of this model is unknown: send stop_token_ids instead of stop", "stop")
+        if self.stop:
+            served.vocabulary("stop")
         self.requests = [self._request(prompt) for prompt in prompts]
 
     def _request(self, prompt: list[int]) -> Request:
@@ -129,21 +132,12 @@ class Call:
         return {"sampler": sampler or "sample", **given, **stops, "speculation": self.fields.get("speculation")}
 
 
-def as_prompts(prompt: Any) -> list[str | list[int]]:
-    """Return a prompt field's prompts: texts, or lists of ids."""
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
-
-
-def chat_text(messages: list[dict[str, str]]) -> str:
-    """Return the prompt of a conversation: a line for each message, and the beginning of the answer's line."""
-    return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
-
-
-def encode(served: Served, text: str) -> list[int]:
-    """Encode text as ids. A text that cannot fit in the context is refused before it is encoded."""
-    if served.tokenizer is None:
-        raise ApiError("the vocabulary of this model is unknown: send token ids instead of text", "prompt")
-    if (least := len(text) // LONGEST_TOKEN) > (maxT := served.model.config.maxT):
+def encode(served: Served, text: str, maxT: int) -> list[int]:
+    """Encode a prompt as ids. A text that has more than maxT tokens for certain is refused before it is encoded."""
+    if (least := len(text) // LONGEST_TOKEN) > maxT:
         message = f"the text has at least {least} tokens, but the context of this model is {maxT} tokens"
         raise ApiError(message, "prompt", code="context_length_exceeded")
-    return served.tokenizer.encode(text)
+    try:
+        return served.vocabulary("prompt").encode(text)
+    except InputError as error:  # a character that the vocabulary does not have
+        raise ApiError(str(error), "prompt") from None

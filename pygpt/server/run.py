@@ -1,6 +1,7 @@
 """Run the application on a socket until a signal: uvicorn, with limits on connections and slow clients."""
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -17,8 +18,8 @@ from ..errors import InputError
 from .app import Server
 
 HEADER_S = 20.0  # for a client to send a request's headers
-CONNECTIONS = 4096  # at once, if the system allows so many open files
-SPARE_FILES = 64  # open files for other purposes than connections
+CONNECTIONS = 4096  # at once, if the system allows twice as many open files
+BACKLOG = 2048  # connections that wait in the system
 REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
     b'content-length: 115\r\n\r\n{"error":{"message":"the server has too many connections",'
@@ -66,6 +67,11 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Any:
         return nullcontext()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(BACKLOG)  # asyncio has set the number that it accepts at once, which is smaller
+
 
 def listen(host: str, port: int, uds: str | None) -> socket.socket:
     """Return a listening socket: a Unix socket at the path `uds`, else TCP. Raises InputError if the system refuses."""
@@ -73,7 +79,7 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
         if uds is not None:
             return _listen_at(uds)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = socket.create_server((host, port), family=family, backlog=2048)
+        made = socket.create_server((host, port), family=family, backlog=BACKLOG)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on a socket that names its protocol
         return made
     except (OSError, OverflowError) as error:
@@ -86,10 +92,10 @@ def _listen_at(path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX)
     try:
         with socket.socket(socket.AF_UNIX) as probe:
-            if os.path.exists(path) and probe.connect_ex(path) == 111:
+            if probe.connect_ex(path) == errno.ECONNREFUSED:
                 os.unlink(path)
         made.bind(path)
-        made.listen(2048)
+        made.listen(BACKLOG)
     except BaseException:
         made.close()
         raise
@@ -122,7 +128,9 @@ def run(server: Server, listening: socket.socket, *, grace_s: float, started: Ca
 def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     """Return a uvicorn server for the application, without signal handlers."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    Protocol.most = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - SPARE_FILES))
+    files = 4 * CONNECTIONS if files == resource.RLIM_INFINITY else files
+    Protocol.most = min(CONNECTIONS, files // 2)
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     limits: dict[str, Any] = {"timeout_graceful_shutdown": grace_s, "h11_max_incomplete_event_size": 32768}
+    limits["backlog"] = max(1, min(BACKLOG, files // 16))  # accepted at once: several times as many are open meanwhile
     return _Uvicorn(uvicorn.Config(server.app, http=Protocol, ws="none", lifespan="on", **quiet, **limits))

@@ -103,7 +103,7 @@ CHAT: Fields = {
         **_list(_object(role={"enum": [*ROLES]}, content={"type": "string"}), minItems=1),
     },
     **_SHARED,
-    "max_completion_tokens": _whole(" of new tokens from 1", 1),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), _whole(" of new tokens from 1 (default 16)", 1)),
 }
 TOKENIZE: Fields = {
     **MODEL,

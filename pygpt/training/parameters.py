@@ -16,9 +16,10 @@ import numpy.typing as npt
 from ..config import HEAD, IGNORED, TENSORS, Config
 from ..errors import CheckpointError, Closing, InputError, check_flag, check_number, check_whole
 from ..formats.checkpoint import stored_tensors, write_checkpoint
-from ..formats.dtypes import BFLOAT16, FLOAT32, Format
+from ..formats.dtypes import BFLOAT16, FLOAT32
 from ..formats.files import atomic_file
 from ..formats.open import open_floats
+from ..formats.panels import StoredWeights
 from ..hub.find import find_model
 
 TYPE_CHECKING = False
@@ -55,21 +56,6 @@ class AdamW(NamedTuple):
     eps: float
     gradient_scale: float
     spans: list[tuple[int, int, float]]  # (start, stop, decay) over all parameters in order; equal neighbours are merged
-
-
-class LiveWeights(NamedTuple):
-    """Weights in memory, with the interface of an open Checkpoint. close() does not change them."""
-
-    config: Config
-    values: memoryview  # the bytes of a version 3 file after its header
-    format: Format = FLOAT32
-
-    def stored(self) -> dict[str, tuple[str, memoryview]]:
-        """Map each tensor to its format's name and its bytes, as Checkpoint.stored() does."""
-        return stored_tensors(self.config, self.values, self.format, padded=True)
-
-    def close(self) -> None:
-        """Do nothing: the memory belongs to the Parameters."""
 
 
 class Parameters(Closing):
@@ -168,9 +154,9 @@ class Parameters(Closing):
         array = self.tensor(name)
         yield from (array[i : i + 1] for i in range(len(array))) if array.ndim == 3 else [array]
 
-    def weights(self) -> LiveWeights:
+    def weights(self) -> StoredWeights:
         """Return the parameters with a checkpoint's interface, for a model that uses them while they change."""
-        return LiveWeights(self.config, self.parameters.data.cast("B"))
+        return StoredWeights(self.config, stored_tensors(self.config, self.parameters.data.cast("B"), FLOAT32, padded=True))
 
     def check_batch(self, inputs: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[Ids, Ids]:
         """Return inputs and targets as fresh contiguous int32 arrays (B, T), with B >= 1, 1 <= T <= maxT and ids below V.

@@ -4,6 +4,7 @@ The forward pass of a batch is the network's step over B sequences x T rows, and
 updated weights have the same bits for every number of workers and every instruction set with fused multiply-add.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import SupportsIndex
 
@@ -14,7 +15,7 @@ from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Trace, Weights
 from ..config import Config
-from ..errors import InputError
+from ..errors import InputError, sequence
 from ..model import GPT2
 from ..network import CHUNK
 from ..pool import ThreadPool, nothing
@@ -59,11 +60,28 @@ class TrainableGPT2(Parameters):
         some = [slice(b, b + together) for b in range(0, B, together)]
         return np.concatenate([self._losses(self._evaluation, inputs[part], targets[part]) for part in some])
 
-    def _backward(self, accumulate: bool, scale: float) -> None:
+    def _backward(self, accumulate: bool, scale: float, *seed: npt.NDArray[np.float32]) -> None:
         step = self._step
         workers = self._workers(2 * step.rows)  # two matrix products for each one of the forward pass
-        begin = partial(step.begin_backward, accumulate, scale, workers)
+        begin = partial(step.begin_backward, accumulate, scale, workers, *seed)
         self._pool.run(step, step.abort, before=begin, alone=workers == 1)
+
+    def residual_gradients(self, tokens: Iterable[SupportsIndex], dlogits: npt.ArrayLike) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the gradients of a function of the logits with respect to the residual streams of one sequence.
+
+        tokens: T ids. dlogits: the function's gradients with respect to the logits, (T, V). Returns encoded (T, C), residual2
+        and residual3 (L, T, C), as GPT2.activations() names them. `gradients` then has the gradients of the parameters.
+        Raises InputError as forward() does, and for dlogits of another shape or that are not finite."""
+        ids: npt.ArrayLike = [sequence(tokens)]  # type: ignore[assignment]  # check_batch() refuses what is not an id
+        inputs, targets = self.check_batch(ids, ids)
+        T, config = inputs.size, self.config
+        seed = np.ascontiguousarray(dlogits, np.float32)
+        if seed.shape != (T, config.V) or not np.isfinite(seed).all():
+            raise InputError(f"dlogits has shape {seed.shape}: it must be (T, V) = {(T, config.V)}, of finite numbers")
+        self.forward(inputs, targets)
+        out = np.empty((2 * config.L + 1, T, config.C), np.float32)  # of the input of each layernorm
+        self._backward(False, 1.0, seed, out)
+        return {"encoded": out[0], "residual2": out[1::2], "residual3": out[2::2]}
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients together, summed in float64 in a fixed order."""

@@ -209,6 +209,17 @@ def test_a_draft_that_is_right_saves_steps(model: GPT2, monkeypatch: pytest.Monk
     assert job.completions[0].tokens == list(model.generate([1, 2], max_new_tokens=11, seed=1))
 
 
+def test_a_stop_ends_guesses(model: GPT2) -> None:
+    """The draft is the model itself, so all its guesses are right, also those after the stop."""
+    plain = list(model.generate([1, 2], max_new_tokens=12, sampler="greedy"))
+    stop = next(token for token in plain[1:] if token != plain[0])
+    engine = Engine(model.network, draft=lambda make: Draft(model.network, shared=True))
+    asked: dict[str, Any] = {"max_new_tokens": 12, "sampler": "greedy", "speculation": 8, "stop_token_ids": [stop]}
+    job = engine.add(Request(model.config, [1, 2], **asked))
+    events = [event.token for event in engine.run()]
+    assert events == job.completions[0].tokens == plain[: plain.index(stop) + 1]
+
+
 def test_an_interrupted_draft_loses_nothing(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some steps of both networks are interrupted after they ran, while guesses are made and while they are checked."""
     options: list[dict[str, Any]] = [{"seed": 1}, {"sampler": "greedy"}]
@@ -314,6 +325,54 @@ def test_a_request_goes_on_from_an_idle_and_from_a_live_cache(model: GPT2, monke
     assert counts == [1, 1 + 2]
 
 
+def test_few_rows_of_a_step_have_logits_for_prompts(model: GPT2, alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a long prompt would not fit in memory at once."""
+    wanted, step = [], Network.step
+
+    def counting(self: Network, rows: list[tuple[int, Any, bool]]) -> Any:
+        wanted.append(sum(want for _, _, want in rows))
+        return step(self, rows)
+
+    prompts, number = ([*range(20)], [5, *range(14)]), len(OPTIONS) - 1
+    expected = [alone(prompt, number, 1) for prompt in prompts]
+    monkeypatch.setattr("pygpt.generation.engine.SCORED_ROWS", 6)
+    monkeypatch.setattr(Network, "step", counting)
+    engine = Engine(model.network)
+    jobs = [engine.add(request(model, prompt, OPTIONS[number])) for prompt in prompts]
+    list(engine.run())
+    assert [bits(job.completions) for job in jobs] == expected
+    assert max(wanted) == 6
+
+
+def test_choices_begin_when_the_prompt_is_scored(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request may have the same logits earlier."""
+    monkeypatch.setattr("pygpt.generation.engine.SCORED_ROWS", 6)
+    engine, prompt = Engine(model.network), [*range(20)]
+    engine.add(request(model, prompt, {}))
+    job = engine.add(request(model, prompt, {"prompt_logprobs": True}), n=2)
+    found = [(event.choice, len(job.completions[0].prompt_infos)) for event in engine.run() if event.job is job]
+    assert {*found} == {(0, 19), (1, 19)}
+
+
+def test_a_cancelled_job_is_not_late(model: GPT2) -> None:
+    engine = Engine(model.network)
+    engine.cancel(engine.add(request(model, [1, 2], {}), deadline=0.0))
+    assert engine.step() == []
+    late = engine.add(request(model, [1, 2], {}), deadline=0.0)
+    assert [(event.job, type(event.error)) for event in engine.step()] == [(late, TimeoutError)]
+
+
+def test_a_reused_cache_counts_with_all_the_memory_that_it_takes(model: GPT2) -> None:
+    most = 9 * MAXT * model.network.position_bytes
+    engine = Engine(model.network, prefix=model.new_prefix_cache(most), cache_bytes=most)
+    first = engine.add(Request(model.config, [*range(10)], max_new_tokens=10))
+    list(engine.run())
+    assert engine.load == (0, 0, 19 * model.network.position_bytes)
+    engine.add(Request(model.config, [*range(10), *first.completions[0].tokens[:2]], max_new_tokens=2))
+    engine.step()
+    assert engine.load == (1, 0, 19 * model.network.position_bytes)
+
+
 def test_requests_wait_for_room(model: GPT2) -> None:
     """Two sequences of twelve positions fit. The third begins when another one is done."""
     one = model.network.position_bytes
@@ -405,17 +464,30 @@ def test_close_gives_the_work_to_the_prefix_cache(model: GPT2) -> None:
 
 
 def test_the_clock_keeps_steps_near_their_target() -> None:
+    """It follows a machine that gets faster and slower, and an outlier costs few steps. A short prompt changes nothing."""
     clock = _Clock(60)
-    assert clock.rows(512) == FEWEST_ROWS  # before the first measurement
-    for _ in range(50):
-        clock.note(4, 4, 0.020)  # four sequences decode
-        clock.note(5, 104, 0.120)  # with 100 rows of a prompt
-    assert 30 <= clock.rows(512) <= 60
+    assert clock.rows(512) == FEWEST_ROWS
+
+    def run(count: int, decode_s: float, row_s: float) -> list[float]:
+        times = []
+        for _ in range(count):
+            rows = clock.rows(512)
+            times.append(decode_s + max(rows - 16, 0) * row_s)  # the first rows are free: the step reads all weights anyway
+            clock.note(rows, times[-1])
+        return times
+
+    assert max(run(10, 0.018, 0.0006)) < 0.063
+    assert run(1, 0.018, 0.0006)[0] > 0.055
+    clock.note(5, 0.020)
+    assert run(1, 0.018, 0.0006)[0] > 0.055
+    clock.note(clock.rows(512), 0.500)
+    assert run(8, 0.018, 0.0006)[-1] > 0.055
+    run(10, 0.200, 0.002)
+    assert clock.rows(512) == FEWEST_ROWS
+    assert max(run(20, 0.005, 0.00001)) < 0.060
+    assert clock.rows(512) == 512
     assert clock.rows(20) == 20
-    slow = _Clock(1)
-    slow.note(1, 1, 0.5)
-    slow.note(2, 100, 0.9)
-    assert slow.rows(512) == FEWEST_ROWS
+    assert 0.055 < run(20, 0.030, 0.0004)[-1] < 0.065
 
 
 @pytest.mark.parametrize("limits", [{"max_live": 0}, {"max_live": True}, {"cache_bytes": 0}, {"cache_bytes": 1.5}], ids=str)

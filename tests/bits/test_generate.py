@@ -62,9 +62,9 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     step = Network.step
 
-    def counting(self: Network, rows: Any, lengths: Any = None) -> Any:
+    def counting(self: Network, rows: Any, *more: Any) -> Any:
         counts.append(len(rows))
-        return step(self, rows, lengths)
+        return step(self, rows, *more)
 
     monkeypatch.setattr(Network, "step", counting)
     return counts
@@ -184,7 +184,7 @@ def test_numpy_prompts(model: GPT2) -> None:
         ({"seed": [1, 2]}, "2 seeds for 6 prompts"),
         ({"seed": [1, 2, 3, 4, 5, -6]}, "seed is -6"),
         ({"seed": -1}, "seed is -1"),
-        ({"top_logprobs": -1}, "top_logprobs is -1: it must be a whole number from 0 to 97"),
+        ({"top_logprobs": -1}, "top_logprobs is -1.* 0 to 97"),
         ({"top_logprobs": 98}, "top_logprobs is 98"),
         ({"top_logprobs": True}, "top_logprobs is True"),
         ({"total": 20}, "20 tokens were given"),
@@ -374,19 +374,19 @@ def test_stopping_at_the_context(model: GPT2, given: int) -> None:
     [
         (1, {"total": MAXT + 1}, f"total is {MAXT + 1}.*the model's {MAXT}"),
         (1, {"max_new_tokens": MAXT}, f"max_new_tokens is {MAXT}.*from 1 to {MAXT - 1}, .* {MAXT}"),
-        (1, {"overflow": "wrap"}, "overflow is 'wrap': it must be one of stop, slide"),
+        (1, {"overflow": "wrap"}, "overflow is 'wrap'.*stop, slide"),
         (1, {"overflow": True}, "overflow is True"),
         (1, {"slide_to": 5}, "slide_to is 5.* overflow"),
         (1, {"slide_to": 5, "overflow": "stop"}, "slide_to is 5.* overflow"),
-        (1, {"slide_to": 0, "overflow": "slide"}, f"slide_to is 0: it must be a whole number from 1 to the model's {MAXT}"),
+        (1, {"slide_to": 0, "overflow": "slide"}, f"slide_to is 0.*from 1 to .*{MAXT}"),
         (1, {"slide_to": MAXT + 1, "overflow": "slide"}, "slide_to is 25"),
         (1, {"slide_to": 2.0, "overflow": "slide"}, "slide_to is 2.0"),
         (1, {"total": 10**30, "overflow": "slide"}, "total is 1000"),
         (1, {"max_new_tokens": 0, "overflow": "slide"}, "max_new_tokens is 0"),
         (1, {"max_new_tokens": 10**18, "overflow": "stop"}, "max_new_tokens is 1000"),
-        (MAXT, {"max_new_tokens": 5, "overflow": "stop"}, f"{MAXT} tokens were given, but the model takes {MAXT}, .* slide"),
-        (MAXT + 1, {"max_new_tokens": 5, "overflow": "stop"}, f"{MAXT + 1} tokens were given: the model takes at most {MAXT}"),
-        (30, {"overflow": "slide"}, "30 tokens were given, .* 10, .* at most 9"),
+        (MAXT, {"max_new_tokens": 5, "overflow": "stop"}, f"{MAXT} tokens.*{MAXT}, .* slide"),
+        (MAXT + 1, {"max_new_tokens": 5, "overflow": "stop"}, f"{MAXT + 1} tokens.*{MAXT}"),
+        (30, {"overflow": "slide"}, "30 tokens.* 10, .* 9"),
         (0, {"overflow": "slide"}, "at least one token id"),
     ],
     ids=str,
@@ -505,15 +505,15 @@ def test_half_a_character_does_not_match(speller: GPT2, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stop_strings": ""}, "a stop string is empty"),
-        ({"stop_strings": ["a", ""]}, "a stop string is empty"),
-        ({"stop_strings": 5}, "stop_strings is 5: it must be a list of str"),
-        ({"stop_strings": [5]}, "stop string is 5: it must be text"),
+        ({"stop_strings": ""}, "stop string is empty"),
+        ({"stop_strings": ["a", ""]}, "stop string is empty"),
+        ({"stop_strings": 5}, "stop_strings is 5.*list of str"),
+        ({"stop_strings": [5]}, "stop string is 5.*text"),
         ({"stop_strings": b"a"}, "stop_strings is b'a'"),
         ({"stop_strings": ["\ud800"]}, "cannot be written in UTF-8"),
-        ({"stop_token_ids": 50257}, "token '50257' is not a token id"),
+        ({"stop_token_ids": 50257}, "token '50257'"),
         ({"stop_token_ids": [-1]}, "token '-1'"),
-        ({"stop_token_ids": "5"}, "stop_token_ids is '5': it must be a list of int"),
+        ({"stop_token_ids": "5"}, "stop_token_ids is '5'.*list of int"),
         ({"stop_token_ids": ["5"]}, "token '5'"),
         ({"stop_token_ids": True}, "token 'True'"),
         ({"stop_token_ids": 1.5}, "stop_token_ids is 1.5"),

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make, parse
+from running import gist
 
 from pygpt import GPT2, Config, InputError, KVCache, NumericalError, SerialGPT2, cpu_info, cpus, write_checkpoint
 from pygpt._kernels import (
@@ -384,19 +385,18 @@ def test_the_tables_of_formats_agree(isa: str) -> None:
 @pytest.mark.parametrize(
     ("name", "stored", "cut", "message"),
     [
-        ("qkvw", "q5_1", 0, "weights are of format 'q5_1': the kernels read float32, bfloat16, float16, q8_0, q4_0"),
-        ("lnfb", "q6_k", 0, "weights are of format 'q6_k': the kernels read float32, bfloat16, float16, q8_0, q4_0"),
-        ("fcw", "float32", 1, "fcw has 9215 bytes, expected 9216 in float32"),
-        ("lnfb", "bfloat16", 0, "lnfb has 96 bytes, expected 48 in bfloat16"),
+        ("qkvw", "q5_1", 0, "'q5_1' ... float32, bfloat16, float16, q8_0, q4_0"),
+        ("lnfb", "q6_k", 0, "'q6_k' ... float32, bfloat16, float16, q8_0, q4_0"),
+        ("fcw", "float32", 1, "fcw ... 9215 ... 9216 ... float32"),
+        ("lnfb", "bfloat16", 0, "lnfb ... 96 ... 48 ... bfloat16"),
     ],
 )
 def test_weights_that_do_not_fit(name: str, stored: str, cut: int, message: str) -> None:
     tensors = {key: ("float32", memoryview(array.tobytes())) for key, array in random_tensors(PLAIN, 0).items()}
     assert Weights(PLAIN, tensors)
     tensors[name] = stored, tensors[name][1][cut:]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=gist(message)):
         Weights(PLAIN, tensors)
-    assert str(caught.value) == message
 
 
 def specials() -> st.SearchStrategy[Float32]:
@@ -455,7 +455,7 @@ def test_wide_and_long(files: Files) -> None:
     for isa in FUSED:
         with instruction_set(isa):
             assert same(whole(path, tokens[:130], threads=2), expected[:130])
-    assert_accurate(expected, *exact_logits(path, config, tokens))
+    assert_accurate(expected[:540], *exact_logits(path, config, tokens[:540]))
 
 
 @pytest.mark.parametrize("version", [1, 3, 5])

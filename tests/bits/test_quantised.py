@@ -21,8 +21,8 @@ from pygpt import GPT2, Config, InputError, SerialGPT2, cpu_info
 from pygpt._kernels import blocks_to_panels, matrix_bytes, matrix_product, quantise_panels, select_isa
 from pygpt._reference import KERNELS
 from pygpt.formats.dtypes import FLOAT32, FORMATS
-from pygpt.formats.panels import from_panels, panel_sizes
-from pygpt.formats.quantise import QUANTISED, QuantisedWeights, quantised
+from pygpt.formats.panels import StoredWeights, from_panels, panel_sizes
+from pygpt.formats.quantise import QUANTISED, quantised
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -278,7 +278,7 @@ class Random:
         """Nothing is open."""
 
 
-def values_of(model: QuantisedWeights) -> dict[str, oracle.Array]:
+def values_of(model: StoredWeights) -> dict[str, oracle.Array]:
     """Return the numbers of a quantised model as float64."""
     arrays = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
@@ -296,7 +296,7 @@ def values_of(model: QuantisedWeights) -> dict[str, oracle.Array]:
     return arrays
 
 
-def logits(model: QuantisedWeights, tokens: list[int], threads: int = 1) -> Float32:
+def logits(model: StoredWeights, tokens: list[int], threads: int = 1) -> Float32:
     with GPT2(model, threads=threads) as gpt2:
         return gpt2.logits(tokens)
 
@@ -368,9 +368,9 @@ def test_rows_of_a_quantised_matrix(name: str, isa: str) -> None:
     source = Random(config, 1)
     quantised_wpe = np.zeros(matrix_bytes(name, 19, 43), np.uint8)
     assert quantise_panels(quantised_wpe, name, source.arrays["wpe"].view("u1").reshape(-1), "float32", 1, 19, 43, 0, 1)
-    panels = QuantisedWeights(config, FLOAT32, source.stored() | {"wpe": (name, quantised_wpe.data)})
+    panels = StoredWeights(config, source.stored() | {"wpe": (name, quantised_wpe.data)})
     source.arrays["wpe"] = values_of(panels)["wpe"].astype(np.float32)
-    plain = QuantisedWeights(config, FLOAT32, source.stored())
+    plain = StoredWeights(config, source.stored())
     with instruction_set(isa):
         assert same(logits(panels, [7] * 19), logits(plain, [7] * 19))
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from known import PROMPTS, SHAPE, make_model
 from limits import full_disk
 from programs import command, run, start
-from running import assert_refuses_and_keeps
+from running import assert_refuses, assert_refuses_and_keeps
 
 from pygpt import GPT2, Complete, InputError, PyGPTError
 from pygpt.commands.batch import main
@@ -87,12 +87,50 @@ def test_shards_together_are_the_whole(folder: Path, count: int, options: list[s
 
 @given(cut=st.integers(0, 2000), tail=st.binary(max_size=8))
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(cut=100, tail=b"x" * 100_000)  # more than the answers that follow
 def test_a_job_continues_from_every_part(folder: Path, cut: int, tail: bytes) -> None:
     whole = answers("--force")
     os.rename("out.jsonl", "out.jsonl.part")
     Path("out.jsonl.part").write_bytes(whole[: cut % (len(whole) + 1)] + tail)
     assert answers() == whole
     assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.job.json"]
+
+
+def test_a_job_keeps_only_answers_in_their_places(folder: Path) -> None:
+    whole = answers()
+    os.rename("out.jsonl", "out.jsonl.part")
+    Path("out.jsonl.part").write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
+    assert answers() == whole
+
+
+def test_force_keeps_nothing(folder: Path) -> None:
+    wanted = answers("--temp", "0.2", out="other.jsonl")
+    answers()
+    os.rename("out.jsonl", "out.jsonl.part")
+    assert answers("--temp", "0.2", "--force") == wanted
+
+
+def test_a_number_and_its_text_are_one_id(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write([{"id": 1, "tokens": [1]}, {"id": "1", "tokens": [2]}])
+    assert_refuses(main, capsys, ["in.jsonl", "-o", "out.jsonl", *OPTIONS], "line 2", "'1'")
+
+
+def test_a_prompt_that_begins_the_one_before_it(model: str) -> None:
+    rows = [{"id": len(tokens), "tokens": tokens, "continuations": [[5, 6]]} for tokens in ([1, 2, 3, 4], [1, 2, 3], [1])]
+    with Complete(model, threads=1) as job:
+        together = list(job.rows(rows))
+    for row, found in zip(rows, together, strict=True):
+        with Complete(model, threads=1) as job:
+            assert list(job.rows([row])) == [found]
+
+
+def test_a_completion_that_fails(model: str) -> None:
+    row = {"id": 1, "tokens": [1], "suppress_tokens": [*range(SHAPE.V)]}
+    with Complete(model, threads=1, keep_going=True) as job:
+        [found] = job.rows([row])
+    assert found.keys() == {"id", "error"}
+    with Complete(model, threads=1) as job, pytest.raises(InputError):
+        list(job.rows([row]))
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

@@ -269,17 +269,17 @@ def test_a_child_that_fails_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["-p", "0"], "'0' is not a list of positive whole numbers"),
+        (["-p", "0"], "'0'"),
         (["-n", "1,2"], "'1,2'"),
         (["-d", "x"], "'x'"),
         (["-b", ""], "''"),
         (["-t", "257"], "threads is 257"),
         (["-r", "0"], "'0'"),
         (["-o", "yaml"], "'yaml'"),
-        (["--weights", "file,q5_0"], "'q5_0' is not one of file, q8_0, q4_0"),
-        (["--train", "--weights", "q8_0"], "--weights cannot be used with --train"),
-        (["-m", "missing.bin"], "missing.bin: no such model file"),
-        (["--against", "nobody"], "'nobody' is not a peer here"),
+        (["--weights", "file,q5_0"], "'q5_0' ... file, q8_0, q4_0"),
+        (["--train", "--weights", "q8_0"], "--weights ... --train"),
+        (["-m", "missing.bin"], "missing.bin: "),
+        (["--against", "nobody"], "'nobody'"),
         (["surplus"], "surplus"),
     ],
 )

@@ -151,7 +151,7 @@ def test_it_can_be_read_on_white_and_on_black() -> None:
 # Refusals
 
 
-NOT_PRINTED = "not an output of pygpt bench: "
+NOT_PRINTED = "... pygpt bench: "
 
 
 @pytest.mark.parametrize(
@@ -160,21 +160,21 @@ NOT_PRINTED = "not an output of pygpt bench: "
         (b"", "not JSON: "),
         (b"\xff[]", "not JSON: "),
         (b"[" * 100_000, "not JSON: "),
-        (b"{}", "not a list of tests, as pygpt bench -o json prints it"),
-        (b"[1]", "not a list of tests"),
-        (b"[]", "does not begin with the machine's ceilings"),
-        ([row("pp512", "pygpt", 1)], "does not begin with the machine's ceilings"),
-        ([machine()], "the tests pp512, tg64@d8, tg64@d512 are missing: it has none; choose tests with --tests"),
-        ([machine(), row("pp64", "pygpt", 1)], "the tests pp512, tg64@d8, tg64@d512 are missing: it has pp64;"),
+        (b"{}", "... pygpt bench -o json"),
+        (b"[1]", "not a list"),
+        (b"[]", "... ceilings"),
+        ([row("pp512", "pygpt", 1)], "... ceilings"),
+        ([machine()], "... pp512, tg64@d8, tg64@d512 ... --tests"),
+        ([machine(), row("pp64", "pygpt", 1)], "... pp512, tg64@d8, tg64@d512 ... pp64;"),
         ([machine(), {"test": "pp512"}], NOT_PRINTED + "'threads' is missing"),
-        ([machine(), row("pp512", "pygpt", 0)], NOT_PRINTED + "0 is not a positive number"),
-        ([machine(), row("pp512", "pygpt", float("nan"))], NOT_PRINTED + "nan is not a positive number"),
-        ([machine(), row("pp512", "pygpt", True)], NOT_PRINTED + "True is not a positive number"),
-        ([machine(), row("pp512", "pygpt", 1, limit=-3)], NOT_PRINTED + "-3 is not a positive number"),
-        ([machine(), row("pp512", "p\x00", 1)], NOT_PRINTED + "'p\\x00' is not a short line of text"),
-        ([machine(), row("pp512", "", 1)], NOT_PRINTED + "'' is not a short line of text"),
-        ([machine(), row("pp512", "p", 1), row("pp512", "p", 2)], NOT_PRINTED + "p has pp512 with 2 threads twice"),
-        ([machine(version=9), row("pp512", "p", 1)], NOT_PRINTED + "9 is missing, or its value is unknown"),
+        ([machine(), row("pp512", "pygpt", 0)], NOT_PRINTED + "0 "),
+        ([machine(), row("pp512", "pygpt", float("nan"))], NOT_PRINTED + "nan "),
+        ([machine(), row("pp512", "pygpt", True)], NOT_PRINTED + "True "),
+        ([machine(), row("pp512", "pygpt", 1, limit=-3)], NOT_PRINTED + "-3 "),
+        ([machine(), row("pp512", "p\x00", 1)], NOT_PRINTED + "'p\\x00' "),
+        ([machine(), row("pp512", "", 1)], NOT_PRINTED + "'' "),
+        ([machine(), row("pp512", "p", 1), row("pp512", "p", 2)], NOT_PRINTED + "p ... pp512 ... 2 threads"),
+        ([machine(version=9), row("pp512", "p", 1)], NOT_PRINTED + "9 "),
         ([machine(model=[]), row("pp512", "p", 1)], NOT_PRINTED),
     ],
 )  # fmt: skip

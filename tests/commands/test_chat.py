@@ -25,6 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import PIPE_BYTES, ROOT, assert_one_line_error, forks
+from running import run as run_command
 
 from pygpt import GPT2, InputError
 from pygpt.commands import chat as chat_module
@@ -1033,6 +1034,15 @@ def test_stats_flag(fake: Fake) -> None:
     result = fake.run("--stats", "hi")
     assert result.stdout == b"hi\n"
     assert result.stderr.startswith(b"pygpt: 1 tokens, the first after ")
+
+
+def test_stats_count_guesses() -> None:
+    """The child writes its counts before the last token, so they are there at the end of each reply."""
+    chat = ("chat", "--stats", "--sampler", "greedy", "-n", "12")
+    found = [run_command(*chat, *more, "ROMEO:") for more in ([], ["--speculate", "3"])]
+    assert found[0].stdout == found[1].stdout
+    assert "guess" not in found[0].stderr
+    assert re.search(r"^pygpt: \d+ tokens, the first .* tokens/s; \d+ of \d+ guessed tokens were right$", found[1].stderr, re.M)
 
 
 COMMANDS = ["/set", "/again", "/more", "/tokens", "/help", "/quit", "/", "//"]

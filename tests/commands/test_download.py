@@ -16,6 +16,7 @@ import make_huggingface as hf
 import pytest
 from limits import full_disk
 from make_huggingface import SHAPE
+from running import gist
 from web_site import COMMIT, Answer, Handler, Site, status
 
 from pygpt import __version__
@@ -188,7 +189,7 @@ def test_offline(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert main(["gpt2"]) == 0
     os.unlink(cached_model("gpt2"))
     assert main(["gpt2-xl"]) == 1
-    assert "openai-community/gpt2-xl: not in huggingface_hub's cache, and HF_HUB_OFFLINE is set" in error_of(capsys)
+    assert re.search("openai-community/gpt2-xl: .*HF_HUB_OFFLINE", error_of(capsys))
     assert site.requests == []
 
 
@@ -230,11 +231,11 @@ def test_llmcs_known_file(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        ({"pytorch_model.bin": b"x"}, "a PyTorch pickle: loading it can run any code"),
+        ({"pytorch_model.bin": b"x"}, "pickle"),
         ({"pytorch_model.bin.index.json": b"x"}, "a PyTorch pickle"),
         ({"tf_model.h5": b"x"}, f"{INDEX} in this repository"),
-        ({INDEX: b'{"weight_map": {"x": "../x.safetensors"}}'}, "is not the name of a safetensors file"),
-        ({INDEX: b'{"weight_map": {"x": "x.safetensors"}}'}, "x.safetensors is missing in this repository"),
+        ({INDEX: b'{"weight_map": {"x": "../x.safetensors"}}'}, "../x.safetensors"),
+        ({INDEX: b'{"weight_map": {"x": "x.safetensors"}}'}, "x.safetensors"),
         ({"model.safetensors": FILE[:-4]}, "truncated: "),
         ({"config.json": SETTINGS.replace(b'"gpt2"', b'"bert"'), "model.safetensors": FILE}, "model_type is 'bert'"),
         ({"config.json": SETTINGS[:-1], "model.safetensors": FILE}, "config.json is not JSON"),
@@ -244,7 +245,7 @@ def test_without_a_model(site: Site, capsys: pytest.CaptureFixture[str], files: 
     site.files = {f"{GPT2}/{COMMIT}/{name}": data for name, data in files.items()}
     site.files[CONFIG] = files.get("config.json", SETTINGS)
     assert main(["gpt2"]) == 2
-    assert named in error_of(capsys)
+    assert re.search(gist(named), error_of(capsys))
     fetched = [path.rpartition("/")[2] for command, path, _ in site.requests if command == "GET"]
     assert fetched[1:] == ([name for name in files if "config.json" not in files and name in (INDEX, "model.safetensors")])
 
@@ -298,16 +299,16 @@ def test_a_warning_is_one_line(site: Site, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("answer", "code", "named"),
     [
-        (status(401, X_Error_Code="RepoNotFound"), 2, "no such repository, or a private one: check the name, or log in"),
-        (status(403, X_Error_Code="GatedRepo"), 1, "gated: ask for access on its page, then log in"),
-        (status(404, X_Error_Code="RevisionNotFound"), 2, "no revision 'main': give a branch, tag or commit"),
-        (status(404, X_Error_Code="EntryNotFound"), 2, "config.json is missing in this repository (revision main)"),
-        (status(401), 1, "the server answers 401 (Unauthorized): log in (hf auth login), or check HF_TOKEN"),
-        (status(403, X_Error_Message="\x1b[2J no"), 1, "the server answers 403 (\\x1b[2J no): log in"),
-        (status(410), 1, "the server answers 410 (Gone): check the network"),
-        (status(503), 1, "the server answers 503 (Service Unavailable): check the network"),
+        (status(401, X_Error_Code="RepoNotFound"), 2, "no such repository ... log in"),
+        (status(403, X_Error_Code="GatedRepo"), 1, "gated ... log in"),
+        (status(404, X_Error_Code="RevisionNotFound"), 2, "'main' ... branch"),
+        (status(404, X_Error_Code="EntryNotFound"), 2, "config.json ... main"),
+        (status(401), 1, "401 ... hf auth login ... HF_TOKEN"),
+        (status(403, X_Error_Message="\x1b[2J no"), 1, "403 (\\x1b[2J no) ... log in"),
+        (status(410), 1, "410 ... check the network"),
+        (status(503), 1, "503 ... check the network"),
         (status(302, Location=CONFIG), 1, "Exceeded"),
-        (status(200, ETag="x"), 1, "does not seem to be served by a Hugging Face Hub"),
+        (status(200, ETag="x"), 1, "Hugging Face Hub"),
         (lambda handler, data: handler.wfile.write(b"nonsense\r\n\r\n"), 1, "check the network"),
     ],
 )
@@ -316,7 +317,7 @@ def test_a_refusal(site: Site, capsys: pytest.CaptureFixture[str], answer: Answe
     assert main(["gpt2"]) == code
     line = error_of(capsys)
     assert line.startswith("pygpt: error: openai-community/gpt2: ")
-    assert named in line
+    assert re.search(gist(named), line)
     assert line.isprintable()
 
 
@@ -335,7 +336,7 @@ def test_something_else_is_there(site: Site, capsys: pytest.CaptureFixture[str],
 def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with full_disk(5000):
         assert main(["gpt2"]) == 1
-    assert "File too large: make room, or set HF_HOME to another folder" in error_of(capsys)
+    assert re.search("File too large: .*HF_HOME", error_of(capsys))
     site.files[MODEL] = safetensors("BF16")
     with full_disk(len(site.files[MODEL]) + 10):
         assert main(["gpt2", "--version", "3"]) == 1
@@ -345,10 +346,10 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
     capsys.readouterr()
     with full_disk(100):
         assert main(["gpt2_124M", "-o", "z.bin"]) == 1
-    assert "z.bin: cannot write here: File too large" in error_of(capsys, *sorted(os.listdir()))
+    assert re.search("z.bin: .*File too large", error_of(capsys, *sorted(os.listdir())))
     monkeypatch.setenv("PYGPT_HOME", os.path.abspath("x.bin/cache"))
     assert main(["gpt2"]) == 1
-    assert "x.bin/cache/gpt2.bin: cannot write here: Not a directory" in capsys.readouterr().err
+    assert re.search("x.bin/cache/gpt2.bin: .*Not a directory", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -357,14 +358,11 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
         ("", "NAME; see --help"),
         ("gpt3", "'gpt3' is neither a name (gpt2, gpt2-medium, "),
         ("gpt2 gpt2", "gpt2"),
-        ("gpt2 --version 4", "'4': it must be 1, 3 or 5"),
-        ("gpt2 -o ''", "-o is '': it must be the name of a file"),
-        ("gpt2 -o sub/", "-o is 'sub/': it must be the name of a file"),
+        ("gpt2 --version 4", "'4' ... 1, 3 or 5"),
+        ("gpt2 -o ''", "-o is ''"),
+        ("gpt2 -o sub/", "-o is 'sub/'"),
         ("gpt2 -o absent/a.bin", "absent/a.bin: the folder "),
-        (
-            "https://host/a.bin",
-            "https://host/a.bin: pygpt does not download from an address: fetch the file with any tool, then use `pygpt",
-        ),
+        ("https://host/a.bin", "https://host/a.bin: ... `pygpt"),
         ("me/model.bin", "'me/model.bin' is neither"),
         ("../me", "'../me' is neither"),
         ("me/..", "'me/..' is neither"),
@@ -377,7 +375,7 @@ def test_the_disk_fills_up(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: 
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], arguments: str, named: str) -> None:
     assert main(shlex.split(arguments)) == 2
-    assert named in error_of(capsys)
+    assert re.search(gist(named), error_of(capsys))
 
 
 def test_a_file_of_that_name_wins() -> None:

@@ -87,7 +87,12 @@ def training(tmp_path_factory: pytest.TempPathFactory, small: str) -> tuple[Repo
     return traced_report(tmp_path_factory.mktemp("traces"), *TRAIN, "-m", small)
 
 
-@pytest.fixture(scope="module", params=["generation", "training"])
+@pytest.fixture(scope="module")
+def speculation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    return traced_report(tmp_path_factory.mktemp("traces"), *SMALL, "--speculate", "3", "--draft-model", "q8_0", "-n", "12")
+
+
+@pytest.fixture(scope="module", params=["generation", "training", "speculation"])
 def traced(request: pytest.FixtureRequest) -> tuple[Report, Path]:
     found: tuple[Report, Path] = request.getfixturevalue(request.param)
     return found
@@ -440,6 +445,71 @@ def test_profiling_training_keeps_all_bits(trained: Report, small: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Speculation
+
+
+def test_speculation_keeps_all_bits_and_counts(speculation: tuple[Report, Path]) -> None:
+    """The digest is of the logits that chose the tokens, so it is that of plain decoding."""
+    report, _ = speculation
+    prompt = [(31373 + 7919 * i) % report["model"]["V"] for i in range(40)]
+    plain = job.Generation(prompt, 12)
+    with plain.open(EMBEDDED_MODEL, 1) as model:
+        assert report["bits"] == {"profiled": plain.run(model)[1], "unprofiled": plain.run(model)[1], "same": True}
+    found, modes = report["speculation"], report["modes"]
+    steps = sum(modes[mode]["calls"] for mode in ("verify", "decode") if mode in modes)
+    assert (found["guesses"], found["draft"]) == (3, "q8_0")
+    assert found["drafted"] == modes["verify"]["tokens"] - modes["verify"]["calls"]
+    assert 0 < found["accepted"] == 2 * 12 - steps  # each step gives its right guesses and one more token
+    assert found["acceptance"] == pytest.approx(found["accepted"] / found["drafted"])
+    assert found["tokens_per_step"] == pytest.approx(24 / steps)
+    assert "SPECULATION" in text.render(report)
+    assert max(map(len, text.render(report).splitlines())) <= 100
+
+
+def test_phases_of_speculation(speculation: tuple[Report, Path]) -> None:
+    """A draft has quantised weights, a verification has a row and logits for each guess, and a rollback has no kernels."""
+    report, _ = speculation
+    modes, shape, found = report["modes"], report["model"], report["speculation"]
+    assert modes.keys() - {"decode"} == {"prefill", "draft", "verify", "rollback"}
+    flop = {(row["mode"], row["name"]): row["flop"] for row in report["kernels"]}
+    size = {(row["mode"], row["name"]): row["bytes"] for row in report["kernels"]}
+    C, L, V = shape["C"], shape["L"], shape["V"]
+    steps, checked = modes["verify"]["calls"], modes["verify"]["tokens"]
+    assert checked == steps + found["drafted"]
+    assert flop["verify", "logits"] == 2 * checked * V * C
+    assert flop["verify", "fc"] == 2 * checked * L * 4 * C * C
+    assert flop["draft", "logits"] == 2 * modes["draft"]["calls"] * V * C
+    assert size["draft", "fc"] == modes["draft"]["calls"] * L * (4 * C * C * 34 // 32 + 4 * 5 * C)
+    assert size["verify", "fc"] == L * (steps * 4 * C * C * 2 + 4 * 5 * C * checked)
+    assert modes["rollback"]["steps"] == modes["rollback"]["flop"] == 0
+    wrong = found["drafted"] - found["accepted"]
+    assert wrong <= modes["rollback"]["tokens"] <= wrong + modes["draft"]["calls"]  # rows of the draft, and wrong guesses
+
+
+@pytest.mark.parametrize("draft", ["lookup", "file"])
+def test_speculation_with_every_part(small: str, draft: str) -> None:
+    """A draft from a file has its own caches; with auto, some steps have guesses and others do not."""
+    arguments = [argument if argument != "all" else "ceilings" for argument in SMALL[2:]]
+    given = ["--draft-model", small if draft == "file" else draft, "--sampler", "greedy", "--serial-tokens", "1", "-n", "9"]
+    report = report_of("-m", small, *arguments, *given, "--speculate", "auto" if draft == "lookup" else "2")
+    assert report["bits"]["same"]
+    assert report["speculation"]["draft"] == given[1]
+    if draft == "file":
+        assert report["speculation"]["acceptance"] == 1, "the draft is the model itself"
+        assert {"draft_speedup", "verify_ns", "rollback_ns"} <= report["scaling"][0].keys()
+    assert max(map(len, text.render(report).splitlines())) <= 100
+
+
+def test_a_long_prompt_is_one_call(tmp_path: Path) -> None:
+    make(tmp_path / "long.bin", L=1, NH=1, C=16, V=90, maxT=700)
+    job_of = ("-m", str(tmp_path / "long.bin"), "-t", "1", "--skip", "all", "--prompt-length", "600", "-n", "4", "-r", "1")
+    report, plain = report_of(*job_of, "--speculate", "2"), report_of(*job_of)
+    for name in ("calls", "steps", "tokens", "flop"):
+        assert report["modes"]["prefill"][name] == plain["modes"]["prefill"][name]
+    assert report["bits"] == plain["bits"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -722,6 +792,14 @@ def test_compare(base: Report, tmp_path: Path) -> None:
         assert lines[at + 2].startswith("fc "), "the row that moved most comes first"
 
 
+def test_compare_shows_the_modes_of_both(base: Report, speculation: tuple[Report, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(base))
+    (tmp_path / "b.json").write_text(json.dumps(speculation[0]))
+    shown = profiled("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout
+    assert "\nPREFILL" in shown
+    assert "VERIFY" not in shown
+
+
 def test_compare_says_what_else_differs(base: Report, tmp_path: Path) -> None:
     other = json.loads(json.dumps(base))
     other["machine"]["threads"] = 7
@@ -823,6 +901,11 @@ def test_pictures(tmp_path: Path, small: str, arguments: tuple[str, ...]) -> Non
         (["--train", "-T", "257"], "256"),
         (["--train", "-n", "0"], "-n"),
         (["--train", "--stretch", "dfd=2"], "dattention"),
+        (["--train", "--speculate", "auto"], "--speculate cannot be used with --train"),
+        (["--speculate", "many"], "'many'"),
+        (["--speculate", "65"], "speculation is 65"),
+        (["--draft-model", "q8_0"], "--draft-model cannot be used without --speculate"),
+        (["--speculate", "auto", "--prompt-length", "225"], "make -n smaller"),
         (["--what"], "--what"),
         (["surplus"], "surplus"),
     ],

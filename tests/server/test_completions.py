@@ -6,17 +6,20 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import MAXT, Live, live, tiny
+from serving import MAXT, Live, bare, joined, live, tiny
 
 from pygpt import GPT2, Request, Tokenizer
+from pygpt.formats.open import vocabulary_beside
+from pygpt.formats.vocabulary import characters_of, write_vocabulary
 from pygpt.generation.completion import Completion
-from pygpt.server.answering import Choice
+from pygpt.server.answering import Choice, token_text
 from pygpt.server.call import Call, Served
 
 HELLO = [15496]
@@ -27,32 +30,6 @@ FACE = "\N{GRINNING FACE}"  # four bytes in three tokens
 def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with live(tiny(tmp_path_factory.mktemp("serve")), queue=100) as running:
         yield running
-
-
-def bare(answer: Any) -> Any:
-    """An answer without what differs between two requests by design."""
-    return {key: value for key, value in answer.items() if key not in ("id", "created")}
-
-
-def joined(events: list[Any]) -> list[dict[str, Any]]:
-    """The choices of a stream, joined as a client does."""
-    choices: dict[int, dict[str, Any]] = {}
-    for event in events:
-        for piece in event["choices"]:
-            whole = choices.setdefault(piece["index"], {"index": piece["index"], "text": "", "logprobs": None})
-            assert whole.get("finish_reason") is None  # only the last piece of a choice has a reason
-            assert piece["text"] or piece["finish_reason"]  # no empty pieces
-            whole["text"] += piece["text"]
-            whole["finish_reason"] = piece["finish_reason"]
-            if "token_ids" in piece:
-                whole["token_ids"] = whole.get("token_ids", []) + piece["token_ids"]
-                whole.setdefault("prompt_token_ids", piece.get("prompt_token_ids"))
-            if piece["logprobs"]:
-                if whole["logprobs"] is None:
-                    whole["logprobs"] = {name: [] for name in piece["logprobs"]}
-                for name, values in piece["logprobs"].items():
-                    whole["logprobs"][name] += values
-    return [choices[index] for index in sorted(choices)]
 
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -412,9 +389,10 @@ def test_a_failing_step_is_an_error_of_its_requests(at: Live, monkeypatch: pytes
     error = at.refused(500, {"prompt": "Hello", "seed": 1})
     assert (error["type"], error["code"]) == ("server_error", "internal_error")
     assert "secret" not in error["message"]
-    events = at.ask("POST", "/v1/completions", {"prompt": "Hello", "stream": True, "seed": 1}).events()
-    assert events[-1]["error"]["code"] == "internal_error"
-    assert "[DONE]" not in events
+    answer = at.ask("POST", "/v1/completions", {"prompt": "Hello", "stream": True, "seed": 1})
+    last = answer.events()[-1] if answer.status == 200 else answer.json()  # before the stream has begun, it is a whole answer
+    assert last["error"]["code"] == "internal_error"
+    assert b"[DONE]" not in answer.body
     monkeypatch.undo()
     monkeypatch.setattr(type(at.model.network), "step", lambda *_: 1 / 0)
     assert at.refused(500, {"prompt": "Hello"})["code"] == "internal_error"
@@ -480,7 +458,42 @@ def test_a_model_with_another_vocabulary_takes_ids(tmp_path_factory: pytest.Temp
         assert [top[0][0] for top in choice["logprobs"]["top"]]
         assert running.refused(400, {"prompt": "text"})["param"] == "prompt"
         assert running.refused(400, {"prompt": [5], "stop": "a"})["param"] == "stop"
-        assert "unknown" in running.refused(400, {"prompt": "a"}, "/tokenize")["message"]
+        for route, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+            assert "--tokenizer" in running.refused(400, fields, route)["message"]
+        assert running.ask("GET", "/tokenizer_info").json()["eos_token"] is None
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_a_model_with_its_own_tokenizer(tmp_path: Path, ending: bool) -> None:
+    """The tokenizer beside the model reads prompts and stop strings. An id beyond it has a placeholder as its text."""
+    vocabulary = characters_of([f"Once upon a time {FACE}\n"])
+    if ending:
+        vocabulary["added_tokens"].append({"id": len(vocabulary["model"]["vocab"]), "content": "</s>", "special": True})
+    known = Tokenizer(vocabulary).known
+    own = Tokenizer(vocabulary, V=known + 40)
+    path = tiny(tmp_path, V=own.V)
+    write_vocabulary(vocabulary_beside(str(path)), vocabulary)
+    with live(path) as running:
+        fields: dict[str, Any] = {"max_tokens": 30, "seed": 3, "return_token_ids": True, "ignore_eos": True, "echo": True}
+        free = running.complete(f"a {FACE}", logprobs=2, **fields)["choices"][0]
+        assert free["prompt_token_ids"] == own.encode(f"a {FACE}")
+        wanted = list(running.model.generate(own.encode(f"a {FACE}"), max_new_tokens=30, temperature=1.0, seed=3))
+        assert max(wanted) >= known
+        assert (free["token_ids"], free["text"]) == (wanted, own.decode(own.encode(f"a {FACE}") + wanted))
+        assert free["logprobs"]["tokens"][-30:] == [token_text(own.decode_bytes([token])) for token in wanted]
+        assert joined(running.stream(f"a {FACE}", logprobs=2, **fields)) == [free]
+        place = next(i for i, token in enumerate(wanted) if token >= known)
+        stop = f"<|{wanted[place]}|>"
+        cut = running.complete(f"a {FACE}", stop=[stop], **fields)["choices"][0]
+        assert (cut["finish_reason"], cut["token_ids"]) == ("stop", wanted[: place + 1])
+        assert cut["text"] == free["text"][: free["text"].index(stop)]
+        found = running.ask("POST", "/tokenize", {"prompt": "a time", "return_token_strs": True}).json()
+        assert (found["tokens"], found["token_strs"]) == (own.encode("a time"), list("a time"))
+        assert running.ask("POST", "/detokenize", {"tokens": [0, known]}).json()["prompt"] == own.decode([0, known])
+        for route in ("/v1/completions", "/tokenize"):
+            error = running.refused(400, {"prompt": "Zoo"}, route)
+            assert (error["param"], "'Z'" in error["message"]) == ("prompt", True)
+        assert running.ask("GET", "/tokenizer_info").json()["eos_token"] == ("</s>" if ending else None)
 
 
 def test_two_models_by_name(tmp_path_factory: pytest.TempPathFactory) -> None:

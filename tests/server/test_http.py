@@ -6,18 +6,18 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from running import assert_refuses
-from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny
+from serving import MAXT, SHAPE, Live, ServerProcess, live, tiny, wait_for
 
 from pygpt import Tokenizer
 from pygpt.commands import serve
+from pygpt.formats.vocabulary import characters_of, write_vocabulary
 from pygpt.network import Network
 from pygpt.server import answering, app, run
 from pygpt.server.app import ENDPOINTS
@@ -38,13 +38,6 @@ def at(path: Path) -> Iterator[Live]:
 
 
 KEY = {"Authorization": "Bearer secret"}
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -169,20 +162,20 @@ def test_tokens(at: Live) -> None:
     assert post("/tokenize", prompt="x y " * 1000)["count"] == 2001
     assert post("/tokenize")["error"]["param"] == "prompt"
     assert post("/detokenize", tokens=[50257])["error"]["param"] == "tokens"
-    assert post("/inspect", tokens=[1])["error"]["code"] == "cannot_inspect"
     info = at.ask("GET", "/tokenizer_info", **KEY).json()
     assert (info["eos_token"], info["model_max_length"]) == ("<|endoftext|>", MAXT)
 
 
-def test_inspection_is_there_if_the_model_has_it(path: Path) -> None:
+def test_the_attention_of_the_last_token(path: Path) -> None:
     with live(path) as running:
-        about = running.ask("GET", "/v1/models").json()["data"][0]
-        assert about["can_inspect"] is False
-        values = np.arange(3 * 2 * 4 * 4).reshape(3, 2, 4, 4)  # [L, NH, T, T]
-        running.model.activations = lambda tokens, names, layers: {names[0]: values[layers]}  # type: ignore[attr-defined]
-        assert running.ask("GET", "/v1/models").json()["data"][0]["can_inspect"] is True
-        found = running.ask("POST", "/inspect", {"tokens": [1, 2, 3, 4], "layer": 1})
-        assert found.json() == {"attention": values[1, :, -1].tolist()}
+        tokens, config = [1, 2, 3, 4], running.model.config
+        for layer in range(config.L):
+            found = running.ask("POST", "/inspect", {"tokens": tokens, "layer": layer}).json()
+            expected = running.model.activations(tokens, ["probs"])["probs"][layer, :, -1]
+            assert found == {"attention": expected.tolist()}
+        error = running.refused(400, {"tokens": tokens, "layer": config.L}, "/inspect")
+        assert f"a layer is {config.L}: it must be a whole number from 0 to {config.L - 1}" in error["message"]
+        assert running.refused(400, {"tokens": [1] * (config.maxT + 1)}, "/inspect")["message"].endswith("so give fewer")
 
 
 def test_chat(path: Path) -> None:
@@ -548,6 +541,10 @@ def test_an_open_stream_does_not_stop_the_end(path: Path) -> None:
         (["--chat-template", "chatml"], ["chatml", "plain"]),
         (["--max-live", "0"], ["max-live"]),
         (["--weights", "q5"], ["q5"]),
+        (["--tokenizer", "/nowhere.json"], ["/nowhere.json"]),
+        (["--tokenizer", "{empty}"], ["empty"]),
+        (["-t", "0"], ["threads", "0"]),
+        (["-t", "two"], ["threads", "'two'"]),
         (["--speculate", "soon"], ["speculation", "'soon'"]),
         (["--speculate", "65"], ["speculation", "65", "64"]),
         (["--draft-model", "/nowhere.bin"], ["/nowhere.bin"]),
@@ -586,6 +583,19 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert_refuses(serve.main, capsys, [], "starlette", "pip install 'pygpt[serve]'", status=1)
+
+
+def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:
+    """With --text-only, no id beyond the vocabulary is ever chosen."""
+    vocabulary, own = characters_of(["abc \n"]), tmp_path / "own.json"
+    write_vocabulary(str(own), vocabulary)
+    known = Tokenizer(vocabulary).known
+    process = ServerProcess("-m", str(tiny(tmp_path, V=known + 50)), "--tokenizer", str(own), "--text-only", "-t", "1")
+    answer = process.at.complete("ab c", max_tokens=40, seed=1, return_token_ids=True)["choices"][0]
+    assert answer["prompt_token_ids"] == Tokenizer(vocabulary).encode("ab c")
+    assert max(answer["token_ids"]) < known
+    assert answer["text"] == Tokenizer(vocabulary).decode(answer["token_ids"])
+    assert process.end()[0] == 0
 
 
 def test_keys_from_a_file(path: Path, tmp_path: Path) -> None:

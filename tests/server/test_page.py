@@ -259,29 +259,21 @@ def test_the_engine_s_view(browser: Any, at: Live) -> None:
         assert page.locator("#timeline tbody tr").count() >= 9
 
 
-def test_the_inside_view(browser: Any, at: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fold is there only for models that can be inspected. It shades the tokens by the attention of one head."""
-    with opened(browser, at) as page:
-        start(page, "Hello world", max_tokens=2)
-        assert page.locator("#inside").is_hidden()
-    asked = []
-
-    def activations(tokens: list[int], names: list[str], layers: list[int]) -> dict[str, Any]:
-        asked.append((len(tokens), names, layers))
-        weights = np.zeros((1, 2, len(tokens), len(tokens)))  # [layers, NH, T, T]
-        weights[0, 1, -1, 1] = 1.0
-        return {"probs": weights}
-
-    monkeypatch.setattr(at.model, "activations", activations, raising=False)
+def test_the_inside_view(browser: Any, at: Live) -> None:
+    """The fold shades the tokens by the attention of one head from the chosen token."""
     with opened(browser, at) as page:
         start(page, "Hello world", max_tokens=2)
         page.click("#inside summary")
         page.click(".chip >> nth=3")
         page.fill("#head", "1")
-        page.press("#head", "Enter")
-        playwright.expect(page.locator("#attention tr").first).to_contain_text("1: \u00b7world")
-        assert asked[-1] == (4, ["probs"], [0])
-        assert "p5" in page.get_attribute(".chip >> nth=1", "class")
+        with page.expect_request("**/inspect") as asked:
+            page.press("#head", "Enter")
+        playwright.expect(page.locator("#attention-text")).to_contain_text("head 1, from token 3")
+        tokens = asked.value.post_data_json["tokens"]
+        shares = at.model.activations(tokens, ["probs"])["probs"][0, 1, -1]
+        rows = [row.split(":")[0] for row in page.locator("#attention tr").all_inner_texts()]
+        assert rows == [str(i) for i in np.argsort(-shares, kind="stable")]
+        assert f"p{1 + int(5 * shares[1])}" in page.get_attribute(".chip >> nth=1", "class")
 
 
 @pytest.mark.parametrize("width", [320, 800, 1600])

@@ -305,6 +305,7 @@ def test_the_loader_refuses(tmp_path: Path, make: Callable[[str], Any], message:
         ({"T": 1}, "state is for T = 1, this loader has 2"),
         ({"tokens": 8}, "state is for tokens = 8, this loader has 9"),
         ({"shards": 2}, "state is for shards = 2, this loader has 1"),
+        ({"shards": True}, "shards = True.* 1"),
         (
             {"fingerprint": "0" * 32},
             "state is for fingerprint = '0{32}', this loader has '[0-9a-f]{32}': use the same data",

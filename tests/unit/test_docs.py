@@ -46,6 +46,7 @@ SHORTER = {
     "--warmup 50": "--warmup 1",
     "-B 8 -T 128": "-B 2 -T 16",
     "-n 2000": "-n 300",
+    "range(1, 2001)": "range(1, 3)",
     "pygpt bench -m gpt2": "pygpt bench -m gpt2 --rounds 1 --prompts 64 --limit-megabytes 8 --no-memory",
     "pygpt profile": "pygpt profile --rounds 1 --skip all",
 }

@@ -183,6 +183,12 @@ rows = st.lists(
 ).filter(lambda values: max(values) > -math.inf)
 
 
+def test_top_p_keeps_no_id_beyond_the_share() -> None:
+    """The weights are exact: the first two of four reach the half exactly."""
+    assert weights([0, 0, 0, 0], top_p=0.5).tolist() == [0, 0, 0.5, 0.5]
+    assert weights([0, 0, 0, 0], top_p=0.501).tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+
+
 @fuzz
 @given(values=rows, options=option_sets)
 def test_options_against_float64(values: list[float], options: dict[str, Any]) -> None:

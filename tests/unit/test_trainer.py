@@ -13,6 +13,7 @@ import resource
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -603,6 +604,34 @@ def test_another_run_leaves_nothing_of_the_first(tmp_path: Path) -> None:
         found.save(path)
     trainer().save(path)
     assert os.listdir(tmp_path) == ["run.state"]
+
+
+def test_every_target_of_a_step_has_the_same_weight() -> None:
+    """Two batches, of which one has fewer targets, give the loss and the norm of one batch of both."""
+    tokens = np.arange(40) % 7
+    labels = np.where(np.arange(40) < 7, -100, tokens).astype(np.int32)
+    found = []
+    for B, accumulate in ((2, 1), (1, 2)):
+        with TrainableGPT2.random(Config(maxT=8, V=7, L=1, NH=1, C=8), seed=1, threads=1) as engine:
+            record = Trainer(engine, DataLoader(tokens, B, 8, labels=labels), TrainingOptions(accumulate=accumulate)).step()
+            found.append((record.loss, record.norm))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_state_is_on_the_disk_before_an_older_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, found, calls = tmp_path / "run.state", trainer(), list[str]()
+    for _ in range(2):
+        found.save(path)
+
+    def noted(name: str, job: Callable[..., object], *given: Any) -> object:
+        calls.append(name)
+        return job(*given)
+
+    for name in ("fsync", "unlink", "link", "replace"):
+        monkeypatch.setattr(os, name, partial(noted, name, getattr(os, name)))
+    found.save(path)
+    assert calls[0] == "fsync"
+    assert {"unlink", "link", "replace"} <= {*calls}
 
 
 def test_through_a_link(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
     pygpt bench -m gpt2_124M.bin --against all       also run installed peers (other programs) on the same weights
     pygpt bench -m gpt2_124M.bin --weights file,q8_0,q4_0 --against all  compare the file's weights and two quantised formats
     pygpt bench -m gpt2_124M.bin --train -B 4 -T 64  measure training; --reference and --against work too
+    pygpt bench -m gpt2_124M.bin --speculate auto,4 --sampler greedy,median --draft-model q8_0,lookup  measure speculation
 
 Tests are named as in llama-bench:
 
@@ -49,8 +50,8 @@ Each other object is a test of one program with one number of threads:
     anon_before_bytes   the part of peak_anon_bytes that was resident before the test
     cache_bytes         size of keys and values, which peak_anon_bytes does not include
     mapped_bytes        resident pages of files
-    speed_up, hardware_speed_up, percent_of_hardware_scaling
-                        over one thread, if the run measured one thread
+    speed_up, efficiency, hardware_speed_up, percent_of_hardware_scaling
+                        over one thread, if the run measured one thread; hardware_speed_up is that of the least times
     speed_up_over_reference, efficiency_over_reference
                         with --reference
 """
@@ -60,16 +61,16 @@ import csv
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from math import isnan
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -80,32 +81,33 @@ from ...config import Config
 from ...cpus import processors
 from ...errors import InputError, PyGPTError
 from ...formats.open import open_floats, open_model
-from ...formats.panels import LAYERED
 from ...formats.quantise import QUANTISED
-from ...formats.tensors import layout
+from ...generation.request import check_speculation
+from ...generation.sampling import SAMPLERS
 from ...hub.find import find_model
-from ...model import GPT2
+from ...model import DRAFTS, GPT2
 from ...reference import SerialGPT2
 from ...training.trainable import TrainableGPT2
 from ..child import child_environment
-from ..console import Parser, check_stdout, say, status_of, whole
+from ..console import Parser, check_stdout, listed, say, status_of, whole
+from ..options import DRAFT_HELP, parse_number, parse_speculation
+from ..profile.work import decode_bytes, forward, operations
 from ..progress import Progress
-from . import load
+from . import load, speculation
 from . import peers as bench_peers
 from . import train as bench_train
 from .peers import Peer, laps, peak_rss_bytes, prompt, resident_bytes, seconds_of
-from .train import figure, print_table, run_rounds
+from .train import middle, print_results, run_rounds, scaling
 
 BATCH = 8
 RATES = ("read_gb_s", "fma_gflop_s", "stream_gb_s")  # of Ceilings
 REFERENCE_TOKENS = 8  # new tokens in the reference's job, after 2 prompt tokens
 FILE = "file"  # with --weights: the weights of the file, as they are
-Stored = Mapping[str, tuple[str, int]]  # by tensor: weight format and bytes, as Network.stored
 
 
 @dataclass
 class Test:
-    """A test. run: a function that runs it once and returns seconds. Its least work: operations by weight format, or bytes."""
+    """A test. run: a function that runs it once and returns seconds. work: operations by weight format, or bytes as "read"."""
 
     name: str
     threads: int
@@ -113,43 +115,22 @@ class Test:
     run: Callable[[], float]
     by: str
     weights: str | None = None
-    operations: Mapping[str, float] | None = None
-    read_bytes: float = 0
+    work: Mapping[str, float] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    memory: dict[str, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # more fields of the result
 
     def result(self, ceilings: dict[int, Ceilings]) -> dict[str, Any]:
         """Return the test as an object of the JSON output. The first round was a warm-up."""
-        rates = sorted(self.tokens / seconds for seconds in self.seconds[1:])
-        seconds, limit = statistics.median(self.seconds[1:]), None
-        if self.operations:
-            rate = ceilings[self.threads].operations_gop_s
-            limit = sum(count / (rate(kind) * 1e9) for kind, count in self.operations.items()) / seconds
-        elif self.read_bytes:
-            limit = self.read_bytes / seconds / (ceilings[self.threads].read_gb_s * 1e9)
+        seconds, (low, high) = middle(self.seconds[1:])
+        limits = ceilings[self.threads]
+        rates = {kind: limits.read_gb_s if kind == "read" else limits.operations_gop_s(kind) for kind in self.work}
+        percent = sum(100 * amount / (rates[kind] * 1e9) for kind, amount in self.work.items()) / seconds
         return {
             "test": self.name, "by": self.by, "threads": self.threads, "weights": self.weights,
-            "tokens_per_s": statistics.median(rates),
-            "tokens_per_s_middle_half": [rates[len(rates) // 4], rates[-1 - len(rates) // 4]],
-            "seconds": seconds, "rounds": len(rates), "percent_of_limit": None if limit is None else 100 * limit,
-            "peak_anon_bytes": None, **self.memory,
+            "tokens_per_s": self.tokens / seconds, "tokens_per_s_middle_half": [self.tokens / high, self.tokens / low],
+            "seconds": seconds, "rounds": len(self.seconds) - 1, "percent_of_limit": percent or None,
+            "peak_anon_bytes": None, **self.facts,
         }  # fmt: skip
-
-
-def prefill_operations(config: Config, stored: Stored, length: int) -> Mapping[str, float]:
-    """Return the number of operations of a prompt by weight format, with the head for its last token only."""
-    found: Counter[str] = Counter(float32=2 * config.L * config.C * length * (length + 1))  # attention
-    for name in (*LAYERED, "wte"):
-        layers, N, K = layout(config, name)
-        found[stored[name][0]] += 2 * layers * N * K * (1 if name == "wte" else length)
-    return found
-
-
-def decode_bytes(config: Config, stored: Stored, depth: int, new: int, batch: int) -> float:
-    """Return the number of bytes that `new` decode steps read: each time the weights, and all keys and values so far."""
-    weights = sum(size for name, (_, size) in stored.items() if name != "wpe")
-    context = sum(2 * 4 * config.L * config.C * (depth + i + 1) for i in range(new))
-    return float(new * weights + batch * context)
 
 
 def time_prefill(model: GPT2, length: int) -> float:
@@ -182,12 +163,10 @@ def time_process(path: str, weights: str | None, *options: str) -> float:
     return seconds
 
 
-def memory_of(*test: object, train: bool = False) -> dict[str, int]:
-    """Return the memory of a test in a fresh process, which calls memory_of_training() or memory_of_step() with `test`."""
-    command = [sys.executable, "-m", "pygpt", "bench", *["--train"] * train, "--memory-of", json.dumps(test)]
-    done = subprocess.run(command, capture_output=True, check=True, env=child_environment())
-    found: dict[str, int] = json.loads(done.stdout)
-    return found
+def memory_of(measure: Callable[..., dict[str, int]], *arguments: object) -> dict[str, int]:
+    """Return the result of memory_of_training() or memory_of_step() in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()
 
 
 def memory_of_training(path: str, threads: int, B: int, T: int) -> dict[str, int]:
@@ -220,21 +199,49 @@ def by(program: str, weights: str | None) -> str:
     return program if weights is None else f"{program} {weights}"
 
 
-def own_tests(options: argparse.Namespace, model: GPT2, weights: str | None, path: str) -> list[Test]:
+def tg(depth: int, new: int, batch: int = 1) -> str:
+    """Return the name of a decode test."""
+    return f"tg{new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
+
+
+def own_tests(options: argparse.Namespace, stack: ExitStack, model: GPT2, weights: str | None, path: str) -> list[Test]:
     """Return pygpt's tests with one number of threads and one format of weights."""
+    if options.speculate:
+        return speculative_tests(options, stack, model, weights, path)
     config, threads, stored, tests = model.config, model.threads, model.network.stored, []
     own = partial(Test, by=by("pygpt", weights), weights=stored["qkvw"][0])
-    memory: Callable[..., dict[str, int]] = partial(memory_of, path, weights, threads) if options.memory else lambda *_: {}
+    memory: Callable[..., dict[str, int]] = (
+        partial(memory_of, memory_of_step, path, weights, threads) if options.memory else lambda *_: {}
+    )
     for length in options.prompts:
-        run, work = partial(time_prefill, model, length), prefill_operations(config, stored, length)
-        tests.append(own(f"pp{length}", threads, length, run, operations=work, memory=memory(length)))
+        run, work = partial(time_prefill, model, length), operations(stored, forward(config, stored, length))
+        tests.append(own(f"pp{length}", threads, length, run, work=work, facts=memory(length)))
     for depth, batch in product(options.depths, options.batches):
-        name = f"tg{options.new}@d{depth}" + (f"xb{batch}" if batch > 1 else "")
         sizes = depth, options.new, batch
-        run, amount = partial(time_decode, model, *sizes), decode_bytes(config, stored, *sizes)
-        tests.append(own(name, threads, options.new * batch, run, read_bytes=amount, memory=memory(0, *sizes)))
+        run, work = partial(time_decode, model, *sizes), {"read": decode_bytes(config, stored, *sizes)}
+        tests.append(own(tg(*sizes), threads, options.new * batch, run, work=work, facts=memory(0, *sizes)))
     if options.process:
         tests.append(own("process", threads, REFERENCE_TOKENS, lambda: time_process(path, weights, "-t", str(threads))))
+    return tests
+
+
+def speculative_tests(options: argparse.Namespace, stack: ExitStack, model: GPT2, weights: str | None, path: str) -> list[Test]:
+    """Return pygpt's tests with --speculate, with one number of threads and one format of weights."""
+    kind, tests = model.network.stored["qkvw"][0], []
+    load_with = partial(GPT2.load, path, threads=model.threads, weights=weights)
+    guided = {draft: stack.enter_context(load_with(draft=draft)) for draft in options.draft_model if draft is not None}
+    for depth, batch, sampler in product(options.depths, options.batches, options.sampler):
+        texts = speculation.own_texts(model, depth, batch)
+        asked = {"sampler": sampler, **(options.drawing if sampler == "sample" else {})}
+        expected = options.expected.setdefault((weights, depth, batch, sampler), [])
+        for draft, guesses in [(None, False), *product(options.draft_model, options.speculate)]:
+            test = partial(speculation.Completions, guided.get(draft, model), texts, options.new, expected)
+            job, program = test(asked | {"speculation": guesses == "auto" or guesses}), by("pygpt", weights)
+            if guesses:
+                job.facts["draft"], job.facts["speculation"] = draft or DRAFTS.get(kind, "lookup"), guesses
+                program += f" +{job.facts['draft']} {guesses}"
+            name, new = f"{tg(depth, options.new, batch)} {sampler}", options.new * batch
+            tests.append(Test(name, model.threads, new, job.run, program, kind, facts=job.facts))
     return tests
 
 
@@ -256,9 +263,7 @@ def peer_tests(options: argparse.Namespace, stack: ExitStack, path: str) -> list
     for name in options.against:
         peer = stack.enter_context(Peer(name, path, threads))
         tests += [Test(f"pp{n}", threads, n, partial(peer.prefill, n), by=name) for n in options.prompts]
-        tests += [
-            Test(f"tg{new}@d{depth}", threads, new, partial(peer.decode, new, depth), by=name) for depth in options.depths
-        ]
+        tests += [Test(tg(depth, new), threads, new, partial(peer.decode, new, depth), by=name) for depth in options.depths]
     return tests
 
 
@@ -287,23 +292,6 @@ def _commit() -> str:
     return ""
 
 
-def scaling(results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
-    """Add speed-up and efficiency over one thread, and over the reference, if they were measured."""
-    rate = {(r["by"], r["test"], r["threads"]): r["tokens_per_s"] for r in results}
-    for r in results:
-        alone, own = rate.get((r["by"], r["test"], 1)), r["by"].startswith("pygpt")
-        if own and r["threads"] > 1 and alone:
-            r["speed_up"] = r["tokens_per_s"] / alone
-            peak = machine["dot_gop_s"].get(r["weights"], machine["fma_gflop_s"])
-            limit = peak if r["test"].startswith("pp") else machine["read_gb_s"]
-            r["hardware_speed_up"] = limit[str(r["threads"])] / limit["1"]
-            r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
-        serial = rate.get((r["by"].replace("pygpt", "reference"), r["test"], 1))
-        if own and serial:
-            r["speed_up_over_reference"] = r["tokens_per_s"] / serial
-            r["efficiency_over_reference"] = r["speed_up_over_reference"] / r["threads"]
-
-
 def print_machine(machine: dict[str, Any]) -> None:
     """Print the machine, the versions and the limits."""
     print(f"{machine['cpu']}, {machine['isa']}, Python {machine['python']}, pygpt {machine['pygpt']} {machine['commit']}")
@@ -315,25 +303,15 @@ def print_machine(machine: dict[str, Any]) -> None:
     print()
 
 
-def print_markdown(results: list[dict[str, Any]]) -> None:
-    """Print the results as a Markdown table."""
-    heads = ["test", "by", "threads", "tokens/s", "middle half", "% of limit", "x 1 thread", "x reference", "anon MB"]
-    rows = []
-    for r in results:
-        low, high = r["tokens_per_s_middle_half"]
-        rows.append([
-            r["test"], r["by"], r["threads"], f"{r['tokens_per_s']:.4g}", f"{low:.4g} to {high:.4g}",
-            figure(r, "percent_of_limit", 0), figure(r, "speed_up", 2), figure(r, "speed_up_over_reference", 1),
-            figure(r, "peak_anon_bytes", 0, 1e6),
-        ])  # fmt: skip
-    print_table(heads, rows)
-
-
-def print_csv(results: list[dict[str, Any]]) -> None:
-    """Print one line for each test. The columns are the union of their fields."""
-    writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(name for r in results for name in r)))
-    writer.writeheader()
-    writer.writerows(results)
+COLUMNS = [  # head, field and format of each column
+    ("test", "test", ""), ("by", "by", ""), ("threads", "threads", ""), ("tokens/s", "tokens_per_s", ".4g"),
+    ("middle half", "tokens_per_s_middle_half", ".4g"), ("% of limit", "percent_of_limit", ".0f"),
+    ("x 1 thread", "speed_up", ".2f"), ("x reference", "speed_up_over_reference", ".1f"), ("anon MB", "peak_anon_bytes", "MB"),
+]  # fmt: skip
+SPECULATION = [
+    *COLUMNS[:5], ("x plain", "speed_up_over_plain", ".2f"), ("acceptance", "acceptance", ".3f"),
+    ("tokens a step", "tokens_per_step", ".2f"),
+]  # fmt: skip
 
 
 def numbers(text: str) -> list[int]:
@@ -344,28 +322,28 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def formats(text: str) -> list[str | None]:
-    """Read a list of weight formats such as file,q8_0, as a type for argparse. None stands for the file's own weights."""
-    words = list(dict.fromkeys(text.split(",")))
-    if unknown := [word for word in words if word != FILE and word not in QUANTISED]:
-        raise argparse.ArgumentTypeError(f"{unknown[0][:40]!r} is not one of {', '.join((FILE, *QUANTISED))}")
-    return [None if word == FILE else word for word in words]
-
-
-GENERATION = {"prompts": [64, 512, 1000], "new": 64, "depths": [8, 512], "batches": [1, BATCH], "weights": [None]}
-FLAGS = {"weights": "--weights"}  # where the flag is not the first letter
-TRAINING = {"B": 4, "T": 64}
+SIZES: dict[str, Any] = {"new": 64, "depths": [8, 512], "batches": [1, BATCH], "weights": [FILE]}
+MODES: dict[str, dict[str, Any]] = {  # the options of each mode, and their usual values
+    "": {"prompts": [64, 512, 1000], **SIZES},
+    "train": {"B": 4, "T": 64},
+    "speculate": {
+        **SIZES, "depths": [8], "batches": [1], "speculate": [], "sampler": ["greedy"], "temperature": 1.0, "seed": 1,
+        "draft_model": [None],
+    },
+}  # fmt: skip
+FLAGS = {name: f"--{name}" for name in ("weights", "speculate", "sampler", "seed")}
+FLAGS |= {"temperature": "--temp", "draft_model": "--draft-model"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt bench", usage="pygpt bench [options]", description=f"{__doc__}\n{bench_train.__doc__}\n{load.__doc__}"
-    )
+    about = "\n".join(map(str, (__doc__, speculation.__doc__, bench_train.__doc__, load.__doc__)))
+    parser = Parser(prog="pygpt bench", usage="pygpt bench [options]", description=about)
     add, count = parser.add_argument, whole(1, 999_999)
-    kinds = f"{', '.join(QUANTISED)}, or {FILE} for those of the file (default)"
+    guessed = "measure decode with and without speculation, for each of these: auto (default), or a number of tokens to guess"
     add("-m", "--model", help="a model file or a downloaded model (default: see pygpt --help)")
-    add("--weights", type=formats, metavar="LIST", help=f"formats to measure, each quantised in memory: {kinds}")
+    kinds = f"formats to measure, each quantised in memory: {', '.join(QUANTISED)}, or {FILE} for those of the file (default)"
+    add("--weights", type=listed([FILE, *QUANTISED]), metavar="LIST", help=kinds)
     add("-p", "--prompts", type=numbers, help="lengths of prompts (default 64,512,1000)")
     add("-n", "--new", type=count, help="new tokens in a decode test (default 64)")
     add("-d", "--depths", type=numbers, help="tokens of context before the new tokens (default 8,512)")
@@ -373,6 +351,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train", action="store_true", help="measure training: forward, backward, norm, update")
     add("-B", type=count, help="with --train, sequences in a batch (default 4)")
     add("-T", type=count, help="with --train, tokens in a sequence (default 64)")
+    add("--speculate", metavar="LIST", nargs="?", const="auto", help=guessed)
+    add("--sampler", metavar="LIST", type=listed(SAMPLERS), help="for --speculate: names of samplers (default greedy)")
+    add("--temp", dest="temperature", metavar="X", help="for --speculate: temperature of the sampler sample (default 1)")
+    add("-s", "--seed", type=whole(0, 1 << 62), metavar="N", help="for --speculate: seed of the sampler sample (default 1)")
+    add("--draft-model", metavar="LIST", type=lambda text: text.split(","), help=DRAFT_HELP)
     add("-t", "--threads", type=numbers, default="1,2", help="numbers of threads (default 1,2)")
     add("-r", "--rounds", type=count, default=5, help="number of rounds (default 5)")
     add("-o", "--output", choices=("md", "json", "csv"), default="md", help="md (a Markdown table, default), json or csv")
@@ -383,21 +366,30 @@ def build_parser() -> argparse.ArgumentParser:
     larger = "size of the arrays that measure the limits, larger than any cache (default 512)"
     add("--limit-megabytes", type=count, default=512, help=larger)
     add("--serve", metavar="URL", help="measure a server; add --help for the options that go with it")
-    add("--memory-of", help=argparse.SUPPRESS)
     return parser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the options. Raises InputError for bad ones."""
     options = build_parser().parse_args(arguments)
-    mine, others = (TRAINING, GENERATION) if options.train else (GENERATION, TRAINING)
-    for name in others:
+    mode = "train" if options.train else "speculate" if options.speculate else ""
+    for owner, name in ((owner, name) for owner, mine in MODES.items() for name in mine if name not in MODES[mode]):
         if getattr(options, name) is not None:
             flag = FLAGS.get(name, f"-{name[0]}")
-            raise InputError(f"{flag} cannot be used {'with' if options.train else 'without'} --train: leave out {flag}")
-    for name, usual in mine.items():
+            how = f"with --{mode}" if mode else f"without --{owner}"
+            raise InputError(f"{flag} cannot be used {how}: leave out {flag}")
+    if options.temperature is not None:
+        options.temperature = parse_number("temperature (--temp)", options.temperature)
+        options.sampler = options.sampler or ["sample"]
+    for name, usual in MODES[mode].items():
         if getattr(options, name) is None:
             setattr(options, name, usual)
+    if options.speculate:
+        words = [word for word in options.speculate.split(",") if check_speculation(parse_speculation(word)) is not None]
+        options.speculate = [word if word == "auto" else int(word) for word in words]  # without off
+        options.prompts, options.process = [], False
+        options.drawing = {"temperature": options.temperature, "seed": options.seed}
+    options.expected = {}
     options.threads = sorted({*options.threads})
     options.all_peers = options.against == "all"
     options.against = resolve_peers(options.against, bench_peers.TRAINING if options.train else bench_peers.PEERS)
@@ -426,25 +418,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print the results."""
-    if options.memory_of:
-        asked = json.loads(options.memory_of)
-        print(json.dumps((memory_of_training if options.train else memory_of_step)(*asked)))
-        return
     check_stdout("the results")
     path = os.path.abspath(find_model(options.model)[0])  # absolute: a child may have another current folder
     try:
         machine, results = (measure_training if options.train else measure)(options, path)
     except (RuntimeError, subprocess.SubprocessError) as error:  # from a peer or a child
         raise PyGPTError(str(error)) from None
-    if not options.train:
-        scaling(results, machine)
+    scaling(results, machine["read_gb_s"])
     if options.output == "json":
         print(json.dumps([machine, *results], indent=1))
     elif options.output == "csv":
-        print_csv(results)
+        writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(name for r in results for name in r)))
+        writer.writeheader()
+        writer.writerows(results)
     else:
         print_machine(machine)
-        (bench_train.print_markdown if options.train else print_markdown)(results)
+        if options.train:
+            bench_train.print_markdown(results)
+        else:
+            print_results(results, SPECULATION if options.speculate else COLUMNS)
 
 
 Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # the object of the machine, the objects of the tests
@@ -456,7 +448,7 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
         config, version = opened.config, getattr(opened, "version", None)
     with ExitStack() as stack:
         models: dict[str | None, list[GPT2]] = {}
-        for weights in options.weights:
+        for weights in (None if given == FILE else given for given in options.weights):
             load = partial(GPT2.load, path, weights=weights)
             models[weights] = [stack.enter_context(load(threads=threads)) for threads in options.threads]
         measured = {kind for found in models.values() for kind, _ in found[0].network.stored.values()}
@@ -464,8 +456,9 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
         leave_out(options, config.maxT)
         tests = []
         for weights, found in models.items():
-            tests += [test for model in found for test in own_tests(options, model, weights, path)]
-        for weights in options.weights if options.reference else ():
+            for model in found:
+                tests += own_tests(options, stack, model, weights, path)
+        for weights in models if options.reference else ():
             serial = stack.enter_context(SerialGPT2.load(path, weights=weights))
             tests += reference_tests(serial, models[weights], weights, path, options.process)
         if options.all_peers:
@@ -481,10 +474,11 @@ def measure(options: argparse.Namespace, path: str) -> Measured:
 
 def leave_out(options: argparse.Namespace, maxT: int) -> None:
     """Remove tests that exceed the model's context from the options, and print a notice."""
+    more = 1 if options.speculate else 0  # the token with which a text begins
     names = [f"pp{length}" for length in options.prompts if length > maxT]
-    names += [f"tg{options.new}@d{depth}" for depth in options.depths if depth + options.new > maxT]
+    names += [tg(depth, options.new) for depth in options.depths if depth + options.new + more > maxT]
     options.prompts = [length for length in options.prompts if length <= maxT]
-    options.depths = [depth for depth in options.depths if depth + options.new <= maxT]
+    options.depths = [depth for depth in options.depths if depth + options.new + more <= maxT]
     if maxT < 2 + REFERENCE_TOKENS:
         names += ["process"] * options.process + ["the reference"] * options.reference
         options.process = options.reference = False
@@ -505,10 +499,11 @@ def measure_training(options: argparse.Namespace, path: str) -> Measured:
     batch = bench_train.batch_of(config, options.B, options.T)
     with ExitStack() as stack:
         ceilings, progress = open_ceilings(options, stack), stack.enter_context(Progress("rounds", options.rounds))
-        memory = (lambda threads: memory_of(path, threads, options.B, options.T, train=True)) if options.memory else None
+        memory = (
+            (lambda threads: memory_of(memory_of_training, path, threads, options.B, options.T)) if options.memory else None
+        )
         results = bench_train.measure(
             path, config, batch, options.rounds, ceilings, memory_of=memory, peers=options.against,
             reference=options.reference, progress=progress.update,
         )  # fmt: skip
-        bench_train.scaling(results)
         return describe(config, version, ceilings), results

@@ -6,8 +6,7 @@
         peer.train(inputs, targets, lr=1e-4, ...)          # a loss, and seconds
 
 Each peer has its own process, because the libraries' thread pools and allocators disturb each other and pygpt. Also, the
-libraries read their numbers of threads at import. The child (main()) reads JSON lines such as {"call": "prefill", "n": 512}
-from stdin, and answers with {"result": 0.41} or {"error": "..."} on stdout.
+libraries read their numbers of threads at import.
 
 Each peer uses the fastest way that its public interface offers for one sequence in float32 (llama.cpp: in bfloat16 if the file
 is), or in the quantised mode that its name ends with. This means a key-value cache, the head for the last row only, and a copy
@@ -17,21 +16,19 @@ not download. The head is wte without padding.
 
 import importlib
 import importlib.util
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-from ..child import child_environment
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +46,6 @@ PEERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 QUANTISED = {"llama.cpp-q8_0": "q8_0", "llama.cpp-q4_0": "q4_0", "ctranslate2-int8": "q8_0"}  # our format of the same size
 TRAINING = ("torch", "transformers")  # the peers that can train
-CHILD = (sys.executable, "-m", "pygpt.commands.bench.peers")
 EPSILON = 1e-5
 CLOSE_SECONDS = 2.0  # the time for a child to end by itself
 SETTLE_SECONDS = 0.25  # OpenMP workers spin for up to 0.2 s after their last loop: wait, so that they do not slow the next test
@@ -72,7 +68,7 @@ def _missing(name: str) -> list[str]:
 
 
 class Peer(AbstractContextManager["Peer"]):
-    """A peer that runs a checkpoint in a child process. Use it in a `with` block, or close() it.
+    """An Engine that runs a checkpoint in a child process. Use it in a `with` block, or close() it.
 
     Raises RuntimeError with one line for every failure: an unknown name, a missing package, a file that the child cannot load,
     a request beyond the model's maxT, a child that died.
@@ -84,76 +80,51 @@ class Peer(AbstractContextManager["Peer"]):
         if missing := _missing(name):
             raise RuntimeError(f"peer {name}: not installed: {', '.join(missing)}")
         self.name = name
-        command = [*CHILD, name, os.fspath(model_path), str(threads)]
-        environment = {**child_environment(), **library_settings(threads)}
-        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment, text=True)
-        pipes = self.process.stdin, self.process.stdout
-        self._requests, self._answers = [opened for opened in pipes if opened]  # both exist; the `if` is for mypy
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, os.fspath(model_path), threads), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the child ends the pipe
         try:
             self._answer()
         except BaseException:
             self.close()
             raise
 
-    def prefill(self, n: int) -> float:
-        """Return the seconds for a prompt of n tokens, up to the logits of the last token."""
-        return float(self._ask("prefill", n=n))
-
-    def decode(self, n: int, depth: int) -> float:
-        """Return the seconds for n more tokens after a context of `depth` tokens, which is not timed."""
-        return float(self._ask("decode", n=n, depth=depth))
-
-    def logits(self, tokens: Sequence[int]) -> list[float]:
-        """Return the last token's logits, (V,), to check that the peer computes the same network."""
-        return [float(value) for value in self._ask("logits", tokens=list(tokens))]
-
-    def train(self, inputs: list[list[int]], targets: list[list[int]], **adamw: float) -> dict[str, float]:
-        """Run one iteration of training on a batch (B, T). adamw: lr, beta1, beta2 and eps.
-
-        Return the mean `loss` before the update, and the seconds of `forward`, `backward`, `norm` and `update`. The norm of the
-        gradient is computed but not used.
-        """
-        return {name: float(value) for name, value in self._ask("train", inputs=inputs, targets=targets, adamw=adamw).items()}
-
-    def peak_rss_bytes(self) -> int:
-        """Return the child's peak resident memory in bytes, including mapped files."""
-        return int(self._ask("peak"))
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        """Return a method of Engine, which runs in the child."""
+        return partial(self._ask, method)
 
     def close(self) -> None:
         """End the child; kill it if it takes longer than CLOSE_SECONDS. Safe to call twice."""
-        with suppress(BrokenPipeError):
-            self._requests.close()
-        try:
-            self.process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._answers.close()
+        self._pipe.close()
+        self.process.join(CLOSE_SECONDS)
+        self.process.kill()  # has no effect if the child has ended
+        self.process.join()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, call: str, **arguments: Any) -> Any:
-        """Send one request; return its result."""
-        if self._requests.closed:
+    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method of the child's engine; return its result."""
+        if self._pipe.closed:
             raise RuntimeError(f"peer {self.name}: closed before this call")
         with suppress(BrokenPipeError):  # the child died: _answer() reports how
-            self._requests.write(json.dumps({"call": call, **arguments}) + "\n")
-            self._requests.flush()
+            self._pipe.send((method, arguments, named))
         return self._answer()
 
     def _answer(self) -> Any:
-        """Wait for one line from the child and return its result. Raises RuntimeError for an error, or if the child died."""
-        line = self._answers.readline()
-        if not line.endswith("\n"):
-            status = self.process.wait()
+        """Wait for the child's answer and return its result. Raises RuntimeError for an error, or if the child died."""
+        try:
+            result, error = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            status = self.process.exitcode or 0
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            raise RuntimeError(f"peer {self.name}: its process died ({how})")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"peer {self.name}: {answer['error']}")
-        return answer["result"]
+            raise RuntimeError(f"peer {self.name}: its process died ({how})") from None
+        if error:
+            raise RuntimeError(f"peer {self.name}: {error}")
+        return result
 
 
 def library_settings(threads: int) -> dict[str, str]:
@@ -166,12 +137,18 @@ def library_settings(threads: int) -> dict[str, str]:
     }
 
 
-def laps(*steps: Callable[[], Any]) -> tuple[list[Any], list[float]]:
-    """Run the steps one after the other; return their results, and the seconds of each."""
-    results, times = [], [time.perf_counter()]
+def marks(clock: Callable[[], Any], *steps: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+    """Run the steps one after the other; return their results, and the times of the begin and of the end of each."""
+    results, times = [], [clock()]
     for step in steps:
         results.append(step())
-        times.append(time.perf_counter())
+        times.append(clock())
+    return results, times
+
+
+def laps(*steps: Callable[[], Any]) -> tuple[list[Any], list[float]]:
+    """Run the steps one after the other; return their results, and the seconds of each."""
+    results, times = marks(time.perf_counter, *steps)
     return results, [end - begin for begin, end in pairwise(times)]
 
 
@@ -181,9 +158,11 @@ def seconds_of(job: Callable[[], object]) -> float:
 
 
 class Engine:
-    """An implementation in the child process, with one sequence."""
+    """An implementation of GPT-2 with one sequence. A subclass defines _run(), and Torch's subclasses can train, too."""
 
-    config: "Config"
+    def __init__(self, config: "Config") -> None:
+        self.config = config
+        self._warm: set[tuple[str, int, int]] = set()  # the kinds and sizes of calls that ran before
 
     def _run(self, tokens: list[int], start: int) -> Any:
         """Run tokens from position `start`; return the last token's logits.
@@ -192,25 +171,52 @@ class Engine:
         """
         raise NotImplementedError
 
-    def logits(self, tokens: list[int]) -> list[float]:
-        """Return the last token's logits as floats. Run the last token as a step, to check both prefill and decode."""
+    def _last(self, tokens: list[int]) -> Any:
+        """Return the last token's logits. Run the last token as a step, to check both prefill and decode."""
         last = self._run(tokens[:-1] or tokens, 0)
-        if len(tokens) > 1:
-            last = self._run(tokens[-1:], len(tokens) - 1)
-        return [float(value) for value in last[: self.config.V]]
+        return self._run(tokens[-1:], len(tokens) - 1) if len(tokens) > 1 else last
 
-    def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
-        """Run one iteration of training; return the results that Peer.train() describes."""
-        raise NotImplementedError("this peer cannot train")
+    def logits(self, tokens: list[int]) -> list[float]:
+        """Return the last token's logits as floats."""
+        V, maxT = self.config.V, self.config.maxT
+        if not 1 <= len(tokens) <= maxT or not all(0 <= token < V for token in tokens):
+            raise ValueError(f"tokens must be 1 to {maxT} ids from 0 to {V - 1}")
+        return [float(value) for value in self._last(tokens)[:V]]
 
-    def time_prefill(self, tokens: list[int]) -> float:
-        """Return the seconds for a prompt."""
+    def prefill(self, n: int) -> float:
+        """Return the seconds for a prompt of n tokens. Before the first timing of a kind and size, run it as a warm-up."""
+        tokens = prompt(self.config, 0, n)
+        if self._is_new("prefill", n, 0):
+            self._run(tokens, 0)
         return seconds_of(lambda: self._run(tokens, 0))
 
-    def time_decode(self, context: list[int], new: list[int]) -> float:
-        """Return the seconds for the tokens `new`, one by one, after a context."""
+    def decode(self, n: int, depth: int) -> float:
+        """Return the seconds for n tokens, one by one, after a context."""
+        context, new = prompt(self.config, 0, depth), prompt(self.config, depth, depth + n)
+        if self._is_new("decode", n, depth):
+            self._time_decode(context, new[:WARM_UP_TOKENS])
+        return self._time_decode(context, new)
+
+    def _is_new(self, *call: Any) -> bool:
+        known = call in self._warm
+        self._warm.add(call)
+        return not known
+
+    def _time_decode(self, context: list[int], new: list[int]) -> float:
         self._run(context, 0)
         return seconds_of(lambda: [self._run([token], position) for position, token in enumerate(new, len(context))])
+
+    def peak_rss_bytes(self) -> int:
+        """Return this process's peak resident memory in bytes."""
+        return peak_rss_bytes()
+
+    def train(self, inputs: list[list[int]], targets: list[list[int]], **adamw: float) -> dict[str, float]:
+        """Run one iteration of training on a batch (B, T). adamw: lr, beta1, beta2 and eps.
+
+        Return the mean `loss` before the update, and the seconds of `forward`, `backward`, `norm` and `update`. The norm of the
+        gradient is computed but not used.
+        """
+        raise NotImplementedError("this peer cannot train")
 
 
 def read_weights(path: str) -> "tuple[Config, Weights]":
@@ -234,14 +240,6 @@ def read_weights(path: str) -> "tuple[Config, Weights]":
     return source.config, weights
 
 
-def read_config(path: str) -> "Config":
-    """Return the dimensions of a model file."""
-    from ...formats.open import open_model
-
-    with open_model(path) as source:
-        return source.config
-
-
 class NumPyGPT2(Engine):
     """A handwritten GPT-2 with NumPy and its BLAS."""
 
@@ -249,7 +247,8 @@ class NumPyGPT2(Engine):
         import numpy as np
 
         self.np = np
-        self.config, self.weights = read_weights(path)
+        config, self.weights = read_weights(path)
+        super().__init__(config)
         shape = (self.config.L, self.config.NH, self.config.maxT, self.config.HS)
         self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
 
@@ -301,7 +300,9 @@ class NumPyGPT2(Engine):
 class Torch(Engine):
     """The training of all PyTorch peers, with PyTorch's fused AdamW and weight decay 0."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, path: str, threads: int) -> None:
+        config, self.arrays = read_weights(path)
+        super().__init__(config)
         self.torch: Any = importlib.import_module("torch")
         self.functional: Any = importlib.import_module("torch.nn.functional")
         self.torch.set_num_threads(threads)
@@ -315,7 +316,7 @@ class Torch(Engine):
         """Return logits (B, T, V) of a batch (B, T), with a graph for autograd."""
         raise NotImplementedError
 
-    def train(self, inputs: list[list[int]], targets: list[list[int]], adamw: dict[str, float]) -> dict[str, float]:
+    def train(self, inputs: list[list[int]], targets: list[list[int]], **adamw: float) -> dict[str, float]:
         """Run one iteration. Clearing the gradients is part of the update."""
         torch = self.torch
         if self.optimizer is None:
@@ -345,9 +346,8 @@ class TorchGPT2(Torch):
     """A handwritten GPT-2 with PyTorch and its fused attention. Generation runs without autograd."""
 
     def __init__(self, path: str, threads: int) -> None:
-        super().__init__(threads)
-        self.config, arrays = read_weights(path)
-        self.weights = {name: self.torch.from_numpy(array) for name, array in arrays.items()}
+        super().__init__(path, threads)
+        self.weights = {name: self.torch.from_numpy(array) for name, array in self.arrays.items()}
         shape = (1, self.config.NH, self.config.maxT, self.config.HS)
         self.keys, self.values = ([self.torch.zeros(shape) for _ in range(self.config.L)] for _ in range(2))
         self.run_prompt: Callable[[Any, int], Any] = self._forward
@@ -403,14 +403,13 @@ class Transformers(Torch):
     """Hugging Face's GPT2LMHeadModel with its default cache and fused attention."""
 
     def __init__(self, path: str, threads: int) -> None:
-        super().__init__(threads)
+        super().__init__(path, threads)
         library: Any = importlib.import_module("transformers")
-        self.config, weights = read_weights(path)
         c = self.config
         options = {"vocab_size": c.V, "n_positions": c.maxT, "n_embd": c.C, "n_layer": c.L, "n_head": c.NH}
         with self.torch.device("meta"):  # allocate nothing: filling random weights would take seconds
             self.model = library.GPT2LMHeadModel(library.GPT2Config(**options, attn_implementation="sdpa")).eval()
-        self.model.load_state_dict(self._renamed(weights), strict=True, assign=True)
+        self.model.load_state_dict(self._renamed(self.arrays), strict=True, assign=True)
         self.model.tie_weights()  # otherwise wte and the head would be two parameters
         self.cache: Any = None
 
@@ -445,17 +444,17 @@ class LlamaCpp(Engine):
     The defaults are the fastest settings: keys, values and GELU's table are float16. Logits agree to 2e-3 of the largest.
     """
 
-    def __init__(self, path: str, threads: int, name: str = "llama.cpp") -> None:
-        self.config = read_config(path)
+    def __init__(self, path: str, threads: int, format: str | None = None) -> None:
         self.lib: Any = importlib.import_module("llama_cpp")
         self.lib.llama_backend_init()
+        with TemporaryDirectory() as folder:  # the file stays mapped after it is deleted
+            super().__init__(convert_to_gguf(path, folder, format))
+            file = os.path.join(folder, "model.gguf").encode()
+            self.model = self.lib.llama_model_load_from_file(file, self.lib.llama_model_default_params())
         options = self.lib.llama_context_default_params()
         options.n_ctx = options.n_batch = self.config.maxT
         options.n_threads = options.n_threads_batch = threads
-        with converted(name, path) as folder:  # the file stays mapped after it is deleted
-            file = os.path.join(folder, "model.gguf").encode()
-            self.model = self.lib.llama_model_load_from_file(file, self.lib.llama_model_default_params())
-            self.context = self.model and self.lib.llama_init_from_model(self.model, options)
+        self.context = self.model and self.lib.llama_init_from_model(self.model, options)
         if not self.context:
             raise RuntimeError("llama.cpp cannot load the converted model")
 
@@ -473,9 +472,9 @@ class CTranslate2(Engine):
     """CTranslate2's Generator with greedy sampling. It offers no single step, so tokens are timed in its callback."""
 
     def __init__(self, path: str, threads: int, compute_type: str = "float32") -> None:
-        self.config = read_config(path)
         library: Any = importlib.import_module("ctranslate2")
-        with converted("ctranslate2", path) as folder:
+        with TemporaryDirectory() as folder:
+            super().__init__(convert_to_ctranslate2(path, folder))
             self.generator = library.Generator(folder, compute_type=compute_type, intra_threads=threads)
 
     def _generate(self, tokens: list[int], new: int, callback: Callable[[Any], bool] | None = None, **options: Any) -> Any:
@@ -493,7 +492,7 @@ class CTranslate2(Engine):
     def _run(self, tokens: list[int], start: int) -> Any:
         self._generate(tokens, 1)
 
-    def time_decode(self, context: list[int], new: list[int]) -> float:
+    def _time_decode(self, context: list[int], new: list[int]) -> float:
         """Return the seconds from the first generated token to the token len(new) later."""
         times: list[float] = []
 
@@ -506,34 +505,21 @@ class CTranslate2(Engine):
             raise RuntimeError(f"{len(times)} tokens came back, expected {len(new) + 1}")
         return times[-1] - times[0]
 
-    def logits(self, tokens: list[int]) -> list[float]:
-        """Return the last token's logits."""
+    def _last(self, tokens: list[int]) -> Any:
         import numpy as np
 
-        return [float(value) for value in np.array(self._generate(tokens, 1, return_logits_vocab=True).logits[0][0])]
+        return np.array(self._generate(tokens, 1, return_logits_vocab=True).logits[0][0])
 
 
 ENGINES: dict[str, Callable[[str, int], Engine]] = {
     "numpy": NumPyGPT2, "torch": TorchGPT2, "torch-compile": CompiledGPT2, "transformers": Transformers,
-    **{name: partial(LlamaCpp, name=name) for name in PEERS if name.startswith("llama.cpp")},
+    **{name: partial(LlamaCpp, format=QUANTISED.get(name)) for name in PEERS if name.startswith("llama.cpp")},
     "ctranslate2": CTranslate2, "ctranslate2-int8": partial(CTranslate2, compute_type="int8"),
 }  # fmt: skip
 
 
-@contextmanager
-def converted(name: str, path: str) -> Iterator[str]:
-    """Convert the model to a peer's format in a temporary folder, in another process, whose memory does not count."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*CHILD, "--convert", name, path, folder]
-        environment = child_environment()
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
-        if result.returncode:
-            raise RuntimeError(f"conversion failed: {(result.stderr.strip() or 'it printed no reason').splitlines()[-1]}")
-        yield folder
-
-
-def convert_to_gguf(path: str, folder: str, format: str | None = None) -> None:
-    """Write model.gguf in a format of `pygpt quantize`, or in the file's own precision, the positions in float32."""
+def convert_to_gguf(path: str, folder: str, format: str | None = None) -> "Config":
+    """Write model.gguf in a format of `pygpt quantize`, or in the file's own precision; return the dimensions."""
     from ...formats.open import open_model
     from ..quantize import FORMATS, HEADS, quantise
 
@@ -541,10 +527,11 @@ def convert_to_gguf(path: str, folder: str, format: str | None = None) -> None:
         plain = "bf16" if source.formats["wpe"] == FORMATS["bf16"] else "f32"
         kind = plain if format is None else format
         quantise(source, os.path.join(folder, "model.gguf"), FORMATS[kind], FORMATS[HEADS.get(kind, kind)])
+        return source.config
 
 
-def convert_to_ctranslate2(path: str, folder: str) -> None:
-    """Write CTranslate2's model files from its specification of a decoder. The vocabulary is the ids in decimal.
+def convert_to_ctranslate2(path: str, folder: str) -> "Config":
+    """Write CTranslate2's model files from its specification of a decoder; return the dimensions. A word is an id in decimal.
 
     This does the same as CTranslate2's converter for transformers, without that package and a tokenizer.
     """
@@ -554,34 +541,27 @@ def convert_to_ctranslate2(path: str, folder: str) -> None:
         config.L, config.NH, pre_norm=True, activation=library.specs.Activation.GELUTanh
     )
 
-    def fill(target: Any, name: str, *layer: int, weight: str = "weight", bias: str = "bias") -> None:
-        setattr(target, weight, weights[name + "w"][layer])
-        setattr(target, bias, weights[name + "b"][layer])
+    def fill(target: Any, name: str, *layer: int) -> None:
+        names = ("gamma", "beta") if name.startswith("ln") else ("weight", "bias")
+        for attribute, suffix in zip(names, "wb", strict=True):
+            setattr(target, attribute, weights[name + suffix][layer])
 
     decoder = spec.decoder
     decoder.scale_embeddings = False
     decoder.embeddings.weight = decoder.projection.weight = weights["wte"]
     decoder.position_encodings.encodings = weights["wpe"]
-    norm = {"weight": "gamma", "bias": "beta"}
-    fill(decoder.layer_norm, "lnf", **norm)
+    fill(decoder.layer_norm, "lnf")
     for i, layer in enumerate(decoder.layer):
-        fill(layer.self_attention.layer_norm, "ln1", i, **norm)
-        fill(layer.self_attention.linear[0], "qkv", i)
-        fill(layer.self_attention.linear[1], "attproj", i)
-        fill(layer.ffn.layer_norm, "ln2", i, **norm)
-        fill(layer.ffn.linear_0, "fc", i)
-        fill(layer.ffn.linear_1, "fcproj", i)
+        attention, ffn = layer.self_attention, layer.ffn
+        targets = attention.layer_norm, *attention.linear[:2], ffn.layer_norm, ffn.linear_0, ffn.linear_1
+        for name, target in zip(("ln1", "qkv", "attproj", "ln2", "fc", "fcproj"), targets, strict=True):
+            fill(target, name, i)
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = str(config.V - 1)
     spec.register_vocabulary([str(token) for token in range(config.V)])
     spec.validate()
     spec.optimize()
     spec.save(folder)
-
-
-CONVERTERS: dict[str, Callable[[str, str], None]] = {
-    **{name: partial(convert_to_gguf, format=QUANTISED.get(name)) for name in PEERS if name.startswith("llama.cpp")},
-    "ctranslate2": convert_to_ctranslate2,
-}
+    return config
 
 
 def artificial_ids(config: "Config", start: int, stop: int) -> list[int]:
@@ -594,39 +574,6 @@ def prompt(config: "Config", start: int, stop: int) -> list[int]:
     if not 0 <= start < stop <= config.maxT:
         raise ValueError(f"positions {start} to {stop} were requested, but the model has {config.maxT}")
     return artificial_ids(config, start, stop)
-
-
-def respond(engine: Engine, request: dict[str, Any], warm: set[str]) -> Any:
-    """Return the result of one request."""
-    call, config = request["call"], engine.config
-    if call == "peak":
-        return peak_rss_bytes()
-    if call == "logits":
-        tokens = request["tokens"]
-        if not 1 <= len(tokens) <= config.maxT or not all(0 <= token < config.V for token in tokens):
-            raise ValueError(f"tokens must be 1 to {config.maxT} ids from 0 to {config.V - 1}")
-        return engine.logits(tokens)
-    if call == "train":
-        answer: Any = engine.train(request["inputs"], request["targets"], request["adamw"])
-    else:
-        answer = time_call(engine, call, request["n"], request.get("depth", 0), warm)
-    time.sleep(SETTLE_SECONDS)
-    return answer
-
-
-def time_call(engine: Engine, call: str, n: int, depth: int, warm: set[str]) -> float:
-    """Return the seconds of a prefill or decode. Before the first timing of a kind and size, run it once as a warm-up."""
-    cold = (key := f"{call} {n} {depth}") not in warm
-    warm.add(key)
-    if call == "prefill":
-        tokens = prompt(engine.config, 0, n)
-        if cold:
-            engine.time_prefill(tokens)
-        return engine.time_prefill(tokens)
-    context, new = prompt(engine.config, 0, depth), prompt(engine.config, depth, depth + n)
-    if cold:
-        engine.time_decode(context, new[:WARM_UP_TOKENS])
-    return engine.time_decode(context, new)
 
 
 def resident_bytes(field: str) -> int:
@@ -647,44 +594,25 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def serve(name: str, path: str, threads: int, requests: IO[str], answers: IO[str]) -> int:
-    """Load the model and report that, then answer requests until the input ends. Return the exit status."""
+def serve(requests: Connection, name: str, path: str, threads: int) -> None:
+    """Run the child: load the model and report that, then answer calls of the engine's methods until the pipe ends."""
+    os.environ.update(library_settings(threads))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):  # libraries print to stdout
+        os.dup2(nothing, stream)
 
-    def answer(work: Callable[[], Any]) -> bool:
+    def answer(work: Callable[[], Any]) -> None:
         try:
-            reply = {"result": work()}
+            reply = work(), ""
         except Exception as error:
             why = f"cannot import {error.name or 'a package'}" if isinstance(error, ImportError) else type(error).__name__
-            reply = {"error": f"{why}: {error}".splitlines()[0]}
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
-        return "result" in reply
+            reply = None, f"{why}: {error}".splitlines()[0]
+        time.sleep(SETTLE_SECONDS)
+        requests.send(reply)
 
     engines: list[Engine] = []
-    warm: set[str] = set()
-    if not answer(lambda: engines.append(ENGINES[name](path, threads))):
-        return 1
-    for line in requests:
-        answer(partial(respond, engines[0], json.loads(line), warm))
-    return 0
-
-
-def main(arguments: list[str]) -> int:
-    """Run the child with NAME MODEL THREADS, or a conversion with --convert NAME MODEL FOLDER. Return the exit status."""
-    if arguments[:1] == ["--convert"] and len(arguments) == 4 and arguments[1] in CONVERTERS:
-        CONVERTERS[arguments[1]](arguments[2], arguments[3])
-        return 0
-    if len(arguments) != 3 or arguments[0] not in PEERS or not arguments[2].isdecimal() or int(arguments[2]) < 1:
-        print(f"usage: python -m pygpt.commands.bench.peers {{{','.join(PEERS)}}} MODEL THREADS", file=sys.stderr)
-        return 2
-    name, path, threads = arguments[0], arguments[1], int(arguments[2])
-    os.environ.update(library_settings(threads))
-    with open(os.dup(0)) as requests, open(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # libraries print to stdout: this keeps their output out of the answers
-        with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)
-        return serve(name, path, threads, requests, answers)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    answer(lambda: engines.append(ENGINES[name](path, threads)))
+    with suppress(EOFError):
+        while engines:
+            method, arguments, named = requests.recv()
+            answer(partial(getattr(engines[0], method), *arguments, **named))

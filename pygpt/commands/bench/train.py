@@ -31,7 +31,7 @@ With --train, the JSON object of a test has these fields in addition:
                         peak and final resident memory, and the size of weights, gradients and moments
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
@@ -42,6 +42,7 @@ from ...config import Config
 from ...errors import InputError, PyGPTError
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
+from ..profile.work import floats, operations, training
 from .peers import Peer, artificial_ids, laps
 
 PARTS = ("forward", "backward", "norm", "update")
@@ -117,9 +118,7 @@ class Test:
         B, T = len(batch.inputs), len(batch.inputs[0])
         found: Result = {"test": f"train_b{B}_t{T}", "by": self.by, "threads": self.threads, "B": B, "T": T}
         for part in (*PARTS, "total"):
-            times = sorted(1e3 * getattr(iteration, part) for iteration in counted)
-            found[f"{part}_ms"] = median(times)
-            found[f"{part}_ms_middle_half"] = [times[len(times) // 4], times[-1 - len(times) // 4]]
+            found[f"{part}_ms"], found[f"{part}_ms_middle_half"] = middle(1e3 * getattr(one, part) for one in counted)
             if least is not None:
                 name = "percent_of_limit" if part == "total" else f"{part}_percent_of_limit"
                 found[name] = 100 * 1e3 * getattr(least, part) / found[f"{part}_ms"]
@@ -144,36 +143,37 @@ def check_losses(tests: Iterable[Test]) -> None:
                 )
 
 
-def flop(config: Config, batch: Batch) -> tuple[float, float]:
-    """Return the numbers of operations of the forward and of the backward pass."""
-    B, T = len(batch.inputs), len(batch.inputs[0])
-    weights = 12 * config.L * config.C**2 + config.V * config.C
-    attention = 4.0 * config.L * config.C * B * T * (T + 1) / 2
-    forward = 2.0 * weights * batch.tokens + attention
-    return forward, 2 * forward
-
-
 def least_times(config: Config, batch: Batch, ceiling: Ceilings) -> Iteration:
     """Return the seconds that each part takes at the machine's limits."""
-    forward, backward = (amount / (ceiling.fma_gflop_s * 1e9) for amount in flop(config, batch))
-    size = 4 * config.parameters(padded=True)
-    return Iteration(0.0, forward, backward, size / (ceiling.read_gb_s * 1e9), 7 * size / (ceiling.stream_gb_s * 1e9))
+    work = training(config, len(batch.inputs), len(batch.inputs[0]))
+    forward = sum(operations(floats(config), work).values()) / (ceiling.fma_gflop_s * 1e9)
+    norm, update = work["norm"][1] / (ceiling.read_gb_s * 1e9), work["update"][1] / (ceiling.stream_gb_s * 1e9)
+    return Iteration(0.0, forward, 2 * forward, norm, update)
 
 
-def scaling(results: list[Result]) -> None:
-    """Add speed-up and efficiency over one thread, and over the reference, if they were measured."""
-    for suffix, by in (("", "pygpt"), ("_over_reference", "reference")):
-        base = next((r for r in results if r["by"] == by and r["threads"] == 1), None)
-        for r in results:
-            if base is None or r["by"] != "pygpt" or (r is base and not suffix):
+def scaling(results: list[Result], read: Mapping[str, float]) -> None:
+    """Add the speed-ups over one thread, over the reference and over plain decode, where these were measured.
+
+    read: the read bandwidth by number of threads. It is the hardware's scaling of tests without a limit.
+    """
+    known = {(r["by"], r["test"], r["threads"]): r for r in results}
+    for r in results:
+        program, plain = r["by"].partition(" ")[0], (r["by"].partition(" +")[0], r["test"], r["threads"])
+        bases = {"": (r["by"], r["test"], 1), "_over_reference": (r["by"].replace("pygpt", "reference"), r["test"], 1)}
+        for suffix, key in {**bases, "_over_plain": plain}.items():
+            base = known.get(key)
+            if program != "pygpt" or base is None or base is r:
                 continue
-            for part in PARTS:
+            r[f"speed_up{suffix}"] = base["seconds"] / r["seconds"]
+            for part in PARTS if "B" in r else ():
                 r[f"{part}_speed_up{suffix}"] = base[f"{part}_ms"] / r[f"{part}_ms"]
-            r[f"speed_up{suffix}"] = base["total_ms"] / r["total_ms"]
-            r[f"efficiency{suffix}"] = r[f"speed_up{suffix}"] / r["threads"]
-            if not suffix:  # the machine's own speed-up, which is the speed-up of the least times
-                times = [r["percent_of_limit"] * r["total_ms"] for r in (base, r)]
-                r["hardware_speed_up"] = times[0] / times[1]
+            if key[2] == 1 and suffix != "_over_plain":
+                r[f"efficiency{suffix}"] = r[f"speed_up{suffix}"] / r["threads"]
+            if not suffix:  # the machine's own speed-up is that of the least times
+                least = [read.get(str(one["threads"]), 1.0) for one in (r, base)]
+                if r["percent_of_limit"] is not None:
+                    least = [one["percent_of_limit"] * one["seconds"] for one in (base, r)]
+                r["hardware_speed_up"] = least[0] / least[1]
                 r["percent_of_hardware_scaling"] = 100 * r["speed_up"] / r["hardware_speed_up"]
 
 
@@ -226,24 +226,19 @@ def reference_test(path: str, batch: Batch) -> Test:
     return test
 
 
+COLUMNS = [  # head, field and format of each column
+    ("by", "by", ""), ("threads", "threads", ""), *((f"{part} ms", f"{part}_ms", ".4g") for part in (*PARTS, "total")),
+    ("middle half", "total_ms_middle_half", ".4g"), ("tokens/s", "tokens_per_s", ".4g"),
+    ("% of limit: forward", "forward_percent_of_limit", ".0f"),
+    *((part, f"{part}_percent_of_limit", ".0f") for part in PARTS[1:]), ("total", "percent_of_limit", ".0f"),
+    ("x 1 thread", "speed_up", ".2f"), ("efficiency", "efficiency", ".2f"), ("x reference", "speed_up_over_reference", ".1f"),
+    ("anon MB", "peak_anon_bytes", "MB"), ("peak MB", "peak_rss_bytes", "MB"),
+]  # fmt: skip
+
+
 def print_markdown(results: list[Result]) -> None:
-    """Print the results as a Markdown table."""
-    heads = [
-        *("by", "threads", "forward ms", "backward ms", "norm ms", "update ms", "total ms", "middle half", "tokens/s"),
-        *("% of limit: forward", "backward", "norm", "update", "total"),
-        *("x 1 thread", "efficiency", "x reference", "anon MB", "peak MB"),
-    ]
-    rows = []
-    for r in results:
-        low, high = r["total_ms_middle_half"]
-        limits = [*(f"{part}_percent_of_limit" for part in PARTS), "percent_of_limit"]
-        rows.append([
-            r["by"], r["threads"], *(f"{r[f'{part}_ms']:.4g}" for part in (*PARTS, "total")), f"{low:.4g} to {high:.4g}",
-            f"{r['tokens_per_s']:.4g}", *(figure(r, name, 0) for name in limits), figure(r, "speed_up", 2),
-            figure(r, "efficiency", 2), figure(r, "speed_up_over_reference", 1), figure(r, "peak_anon_bytes", 0, 1e6),
-            figure(r, "peak_rss_bytes", 0, 1e6),
-        ])  # fmt: skip
-    print_table(heads, rows)
+    """Print the results as a Markdown table, with notes."""
+    print_results(results, COLUMNS)
     first = results[0]
     print(f"\n{first['test']}: medians of {first['rounds']} iterations after one warm-up iteration.")
     if results[-1]["by"] == "reference":
@@ -259,6 +254,12 @@ def run_rounds(rounds: int, ceilings: dict[int, Ceilings], progress: Callable[[i
         progress(number)
 
 
+def middle(values: Iterable[float]) -> tuple[float, list[float]]:
+    """Return the median, and the lowest and the highest of the middle half."""
+    ordered = sorted(values)
+    return median(ordered), [ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]]
+
+
 def print_table(heads: list[str], rows: list[list[Any]]) -> None:
     """Print a Markdown table."""
     print("| " + " | ".join(heads) + " |")
@@ -267,6 +268,16 @@ def print_table(heads: list[str], rows: list[list[Any]]) -> None:
         print("| " + " | ".join(map(str, row)) + " |")
 
 
-def figure(result: Result, name: str, digits: int, unit: float = 1) -> str:
-    """Return a field as text, or "" if it was not measured."""
-    return "" if result.get(name) is None else f"{result[name] / unit:.{digits}f}"
+def print_results(results: list[Result], columns: Iterable[tuple[str, str, str]]) -> None:
+    """Print results as a Markdown table. columns: the head, the field and the format of each column."""
+    heads, names, forms = map(list, zip(*columns, strict=True))
+    print_table(heads, [[figure(r.get(name), form) for name, form in zip(names, forms, strict=True)] for r in results])
+
+
+def figure(value: Any, form: str) -> str:
+    """Return the value of a field as text: a range as two numbers, and "" if it was not measured."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " to ".join(format(limit, form) for limit in value)
+    return f"{value / 1e6:.0f}" if form == "MB" else format(value, form)

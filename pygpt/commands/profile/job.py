@@ -11,17 +11,22 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from itertools import pairwise, zip_longest
+from typing import Any, ClassVar, NamedTuple, cast
 
 from ..._kernels import PHASES, Trace
 from ...config import Config
 from ...errors import InputError, NumericalError
 from ...formats.open import open_floats
-from ...generation.sampling import sample
+from ...generation.engine import Engine
+from ...generation.request import Request
+from ...generation.speculate import MOST, Draft
 from ...model import GPT2
+from ...network import Network
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
+from ..bench.peers import marks
 from ..bench.train import batch_of
 
 WAKE = "wake-up"  # the time in which some workers are awake and others are not
@@ -83,6 +88,7 @@ class Call:
     done: int
     stages: tuple[int, ...] = ()
     sequences: int = 1
+    wanted: int = 1  # number of rows with logits
     steps: list[Step] = field(default_factory=list)
 
     def bounds(self) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -96,37 +102,63 @@ class Call:
 
 @dataclass(frozen=True)
 class Generation:
-    """A job that runs a prompt, then decodes `new` tokens one by one."""
+    """A job that runs a prompt, then decodes `new` tokens one by one, with the engine that users have.
+
+    With speculation, a step is a decode, or drafts, a rollback of their rows from the caches, a verification, and a rollback of
+    rows that were wrong. Every moment of a step belongs to one of these phases."""
 
     prompt: list[int]
     new: int
     sampler: str = "median"
     all_workers: bool = False  # use all workers even for steps that are faster on one worker
     weights: str | None = None  # the format to quantise the weights to in memory, or None for those of the file
+    speculation: int | bool = False
+    draft: str | None = None
 
-    modes: ClassVar = ("prefill", "decode")
+    modes: ClassVar = ("prefill", "draft", "verify", "rollback", "decode")
     timed: ClassVar = modes  # the times that are compared between runs
 
     def open(self, path: str, threads: int | None) -> GPT2:
-        """Open the model that runs this job."""
-        return GPT2.load(path, threads=threads, weights=self.weights, all_workers=self.all_workers)
+        """Open the model that runs this job, and make its draft."""
+        options: Any = {"weights": self.weights, "all_workers": self.all_workers, "draft": self.draft}
+        model = GPT2.load(path, threads=threads, **options)
+        model.draft(bool(self.speculation))
+        return model
 
     def run(self, model: GPT2, *, digest: bool = True) -> tuple[list[Call], str]:
-        """Run the job once; return its calls and a digest of all logits. The digest is computed between the calls."""
-        cache = model.new_cache(len(self.prompt) + self.new)
+        """Run the job once; return its calls and a digest of the logits that chose the tokens, computed between the calls."""
+        found: list[Call] = []
+        network, draft = _Watched(model.network, "decode", found), model.draft(False)
+        watched = draft and Draft(_Watched(draft.network, "draft", found), shared=draft.shared)
+        engine = Engine(network, draft=lambda make: watched)
+        options: Any = {
+            "sampler": self.sampler,
+            "speculation": self.speculation,
+            "overflow": "slide",
+        }  # room for the last token
+        [completion] = engine.add(Request(model.config, self.prompt, max_new_tokens=self.new + 1, **options)).completions
+        calls: list[Call] = []
         bits = hashlib.blake2b(digest_size=16)
-        calls = []
-        tokens = self.prompt
-        for number in range(self.new + 1):
-            position = cache.length
-            begin = clock()
-            logits = model.decode(cache, tokens[0]) if number else model.prefill(cache, tokens)
-            ran = clock()
-            token = sample(self.sampler, logits.reshape(1, -1).data, 0)
-            calls.append(Call(self.modes[number > 0], position, len(tokens), begin, ran, clock()))
-            if digest:
-                bits.update(logits.data)
-            tokens = [token]
+        while engine.busy:
+            prefill, begin = not completion.tokens, clock()
+            events = engine.step()
+            found[0].begin, end = begin, clock()
+            for call, after in zip_longest(found, found[1:]):
+                call.done = after.begin if after else end
+                if call.mode == "rollback":
+                    call.ran = call.done
+                elif call.mode == "decode" and (prefill or call.rows > 1):
+                    call.mode = "prefill" if prefill else "verify"
+            if events and events[-1].error is not None:
+                raise events[-1].error
+            if digest and events:
+                bits.update(memoryview(network.logits).cast("B")[: 4 * model.config.V * len(events)])
+            if prefill and calls:  # the next rows of a long prompt
+                calls[0].rows += found[0].rows
+                calls[0].ran, calls[0].done, calls[0].wanted = found[0].ran, end, found[0].wanted
+            else:
+                calls += found
+            found.clear()
         return calls, bits.hexdigest()
 
     def warm_up(self, model: GPT2) -> None:
@@ -135,11 +167,44 @@ class Generation:
 
     def events(self, config: Config) -> int:
         """Return the largest number of events of a worker. A step of a prompt has at least 16 rows."""
-        return (11 * config.L + 4) * (self.new + len(self.prompt) // 16 + 2)
+        guesses = MOST if self.speculation is True else self.speculation  # for one token, at the worst
+        return (11 * config.L + 4) * ((1 + guesses) * self.new + len(self.prompt) // 16 + 2)
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of the report that describe this job."""
         return {"prompt_tokens": len(self.prompt), "new_tokens": self.new, "sampler": self.sampler}
+
+
+class _Watched:
+    """A network that adds a Call to `calls` for each step, and for each removal of rows from its caches."""
+
+    def __init__(self, network: Any, mode: str, calls: list[Call]) -> None:
+        self._network, self._mode, self._calls = network, mode, calls
+        self.logits: Any = None  # of the latest step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def step(self, rows: list[tuple[int, Any, bool]]) -> Any:
+        """Run a step of the network."""
+        position, wanted, begin = rows[0][1].length, sum(wants for *_, wants in rows), clock()
+        self.logits = self._network.step(rows)
+        self._calls.append(Call(self._mode, position, len(rows), begin, ran := clock(), ran, wanted=wanted))
+        return self.logits
+
+    def new_cache(self, capacity: int | None = None) -> Any:
+        """Return a cache of the network."""
+        cache = self._network.new_cache(capacity)
+        truncate = cache.truncate
+
+        def rewind(length: int) -> None:
+            removed, begin = cache.length - length, clock()
+            truncate(length)
+            if removed:
+                self._calls.append(Call("rollback", length, removed, begin, ran := clock(), ran))
+
+        vars(cache)["truncate"] = rewind
+        return cache
 
 
 @dataclass(frozen=True)
@@ -177,17 +242,10 @@ class Training:
         bits = hashlib.blake2b(digest_size=16)
         calls = []
         for step in range(1, self.iterations + 1):
-            times = [clock()]
-            losses = model.forward(self.inputs, self.targets)
-            times.append(clock())
-            model.backward()
-            times.append(clock())
-            norm = model.gradient_norm()
-            times.append(clock())
-            model.update(lr=1e-4, step=step)
-            times.append(clock())
-            begin, *stages = times
-            calls.append(Call("train", 0, losses.size, begin, times[-1], times[-1], tuple(stages), len(losses)))
+            update = partial(model.update, lr=1e-4, step=step)
+            forward = partial(model.forward, self.inputs, self.targets)
+            (losses, _, norm, _), (begin, *stages) = marks(clock, forward, model.backward, model.gradient_norm, update)
+            calls.append(Call("train", 0, losses.size, begin, stages[-1], stages[-1], tuple(stages), len(losses)))
             bits.update(losses.data)
             bits.update(struct.pack("d", norm))
             if not math.isfinite(norm):
@@ -210,6 +268,12 @@ class Training:
 
 
 Job = Generation | Training
+
+
+def draft_of(model: GPT2 | TrainableGPT2) -> Network | None:
+    """Return the network of the draft that a job has made, or None."""
+    draft = model.draft(False) if isinstance(model, GPT2) else None
+    return None if draft is None else cast("Network", draft.network)
 
 
 def stored_of(model: GPT2 | TrainableGPT2) -> dict[str, tuple[str, int]]:
@@ -249,11 +313,14 @@ def record(model: Any, job: Job, rounds: int, capacity: int | None = None, plant
         out.untraced += calls
         out.digests["unprofiled"].add(digest)
         trace.clear()
-        model.record(trace)
+        recorded = [model, *([draft] if (draft := draft_of(model)) else [])]
+        for network in recorded:
+            network.record(trace)
         try:
             calls, digest = job.run(model)
         finally:
-            model.record(None)
+            for network in recorded:
+                network.record(None)
         out.digests["profiled"].add(digest)
         out.calls += assign(calls, [[Event(*event) for event in trace.events(ith)] for ith in range(trace.nth)])
         out.dropped = [before + trace.dropped(ith) for ith, before in enumerate(out.dropped)]

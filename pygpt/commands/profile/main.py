@@ -4,6 +4,7 @@
     pygpt profile -m gpt2_124M.bin --prompt-length 512 -n 32 -t 2
     pygpt profile -m gpt2_124M.bin --weights q8_0   the same with weights that are quantised in memory
     pygpt profile --train -B 4 -T 64 -n 3           three iterations of training on 4 sequences of 64 tokens
+    pygpt profile --speculate auto -n 64            with speculation: draft, verify and rollback apart
     pygpt profile --skip all                        only the hotspots, in a second
     pygpt profile -o json > a.json                  print JSON; --compare a.json b.json shows the differences of two reports
     pygpt profile --stretch fc=3 --stretch 1:all=2  slow down a kernel and a worker, to check that the report shows it
@@ -32,17 +33,22 @@ lists of them are empty. [a, b] is a list of objects with the fields a and b.
         imbalance    how much longer the slowest worker computes than the mean; 0.1 is 10%
         roof, bound  share of the machine's nearest limit, and which limit: fma, dot (integer products), read or stream
         workers      for each worker: [calls, self_ns, wait_ns]
-    modes            an object for each of prefill and decode, or for train: wall_ns, calls, tokens, steps, workers_used,
-                     median_call_ns, untraced_median_call_ns, wait_ns, flop, bytes, imbalance, layers, stages, amdahl
+    modes            an object for each of prefill and decode, or for train; with --speculate also for draft (a guess), verify
+                     (a step that checks guesses) and rollback (removes guesses from a cache): wall_ns, calls, tokens, steps,
+                     workers_used, median_call_ns, untraced_median_call_ns, wait_ns, flop, bytes, imbalance, layers, stages,
+                     amdahl
         imbalance    self_ns (for each worker), slowest (a worker's number), excess (its time over the mean, as a share)
         layers       [layer, total_ns, self_ns, wait_ns, share, imbalance, workers], as in kernels
         stages       of an iteration of training: [name (forward, backward, norm, update), wall_ns, median_ns,
                      untraced_median_ns, share]
         amdahl       serial_ns (time in which fewer than all workers compute), serial_share (of wall_ns), serial_fraction (of
                      one_thread_ns), one_thread_ns, predictions [threads, prediction (true), amdahl, bandwidth (speed-ups)]
+    speculation      with --speculate: guesses (auto or a number), draft (what guesses), drafted, accepted (numbers of guesses,
+                     and of right ones), acceptance (their ratio), tokens_per_step (new tokens in each step after the prefill)
     scaling          measured with each number of threads: [threads, prediction (false), prefill_ns, prefill_speedup,
-                     decode_ns, decode_speedup]; with --train train_ns, train_speedup, forward_ns, forward_speedup,
-                     backward_ns, backward_speedup, norm_ns, norm_speedup, update_ns, update_speedup
+                     decode_ns, decode_speedup]; with --speculate also draft_ns, verify_ns and so on; with --train train_ns,
+                     train_speedup, forward_ns, forward_speedup, backward_ns, backward_speedup, norm_ns, norm_speedup,
+                     update_ns, update_speedup
     strategies       ways to run the same kernels: prompt_tokens, same_bits, same_tokens, ways [name, threads, rounds_a_step
                      (of the pool), meetings_a_step (native barriers), prefill_ns, prefill_speedup, prefill_efficiency,
                      decode_ns, decode_speedup, decode_efficiency]; with --train B, T, same_bits, same_losses, and ways with
@@ -69,14 +75,21 @@ from ...cpus import default_threads, processors
 from ...errors import InputError
 from ...formats.open import open_model
 from ...formats.quantise import QUANTISED
+from ...generation.request import check_speculation
 from ...hub.find import find_model
-from ..console import Parser, check_stdout, say, status_of, whole
+from ...inspection.show import matplotlib
+from ...model import DRAFTS
+from ..console import Parser, check_stdout, listed, say, status_of, whole
+from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
 from . import job, numbers, perf, plots, startup, strategies, text, traces
 from .work import Stored
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
-GENERATION = {name: f"--{name.replace('_', '-')}" for name in ("tokens", "prompt_length", "sampler", "weights")}  # not --train
+GENERATION = {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("tokens", "prompt_length", "sampler", "weights", "speculate", "draft_model")
+}  # not --train
 TRAINING = {"B": "-B", "T": "-T"}
 Report = dict[str, Any]
 
@@ -104,15 +117,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("-T", metavar="N", type=whole(1, 1 << 16), help="with --train, tokens in a sequence (default 64)")
     add("-t", "--threads", metavar="N", type=whole(1, 256), help="threads (default $PYGPT_THREADS, else one per usable core)")
     add("-r", "--rounds", metavar="N", type=whole(1, 1000), default=3, help=rounds)
-    add("--sampler", metavar="NAME", help="median (default) or greedy")
+    add("--sampler", metavar="NAME", choices=("median", "greedy"), help="median (default) or greedy")
+    add("--speculate", metavar="K", help=SPECULATE_HELP)
+    add("--draft-model", metavar="MODEL", help=DRAFT_HELP)
     add("--by-layer", action="store_true", help="add a table of the layers")
-    add("--skip", metavar="LIST", default="", help=f"leave out parts of the report: all, or some of {','.join(PARTS)}")
+    parts = f"leave out parts of the report: all, or some of {','.join(PARTS)}"
+    add("--skip", metavar="LIST", type=listed(["all", *PARTS]), default=[], help=parts)
     add("--serial-tokens", metavar="N", type=whole(1, 1 << 20), default=8, help=slow)
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too, and print the hottest symbols")
-    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json, with the schema above")
+    form = "text (default) or json, with the schema above"
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help=form)
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
     add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")
@@ -129,18 +146,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
             setattr(options, name, usual)
-    for flag, given, (one, other) in (
-        ("-o", options.output, ("text", "json")),
-        ("--sampler", options.sampler, ("median", "greedy")),
-    ):
-        if given not in (one, other):
-            raise InputError(f"{flag} is {given[:40]!r}: it must be {one} or {other}")
+    options.speculate = parse_speculation(options.speculate or "off")
+    if check_speculation(options.speculate) is None and options.draft_model is not None:
+        raise InputError("--draft-model cannot be used without --speculate: leave out --draft-model")
     if options.tokens is not None and options.prompt_length is not None:
         raise InputError("--tokens and --prompt-length were both given: give one")
-    skipped = set(filter(None, options.skip.split(",")))
-    if unknown := sorted(skipped - {*PARTS, "all"}):
-        raise InputError(f"--skip: {unknown[0][:40]!r} is not a part: it must be all, or some of {', '.join(PARTS)}")
-    options.parts = set() if "all" in skipped else {*PARTS} - skipped
+    options.parts = set() if "all" in options.skip else {*PARTS} - {*options.skip}
     options.stretch = [planted(given) for given in options.stretch]
     for flag, path in ("--trace", options.trace), ("--paraver", options.paraver):
         if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
@@ -150,9 +161,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def count(name: str, given: str, least: int, most: int) -> int:
     """Read an option's whole number from `least` to `most`. Raises InputError for anything else."""
-    if not (given.isascii() and given.isdigit() and len(given) < 12 and least <= int(given) <= most):
-        raise InputError(f"{name} is {given[:40]!r}: it must be a whole number from {least} to {most}")
-    return int(given)
+    try:
+        return whole(least, most)(given)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def planted(given: str) -> job.Planted:
@@ -185,7 +197,8 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
         raise InputError(
             f"{len(prompt)} prompt tokens and {options.new} new tokens exceed the model's context of {maxT}: make -n smaller"
         )
-    return job.Generation(prompt, options.new, options.sampler, options.all_workers, options.weights)
+    asked = prompt, options.new, options.sampler, options.all_workers, options.weights
+    return job.Generation(*asked, options.speculate, options.draft_model)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -195,7 +208,7 @@ def run(options: argparse.Namespace) -> None:
         print(text.compare(*options.compare))
         return
     if options.plot:
-        plots.matplotlib()  # if it is missing, report that now
+        matplotlib()  # if it is missing, report that now
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if options.sample:
@@ -226,13 +239,14 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
         job.plant(Trace(nth, 1), options.stretch)  # raises InputError before the job runs
         counts = sorted({*strategies.thread_counts(cores), nth})
         stored = job.stored_of(model)
-        dots = sorted({kind for kind, _ in stored.values()} & {*QUANTISED})
+        kinds = {kind for network in (stored, getattr(job.draft_of(model), "stored", {})) for kind, _ in network.values()}
+        dots = sorted(kinds & {*QUANTISED})
         limits = partial(strategies.ceilings, counts, stream=options.train, dots=dots)
         ceilings = limits(2) if "ceilings" in parts else []
         recording = job.record(model, task, options.rounds, options.capacity, options.stretch)
         ceilings = strategies.best(ceilings, limits(1) if ceilings else [])
         report = facts(options, path, model.config, stored, task, recording)
-        report |= hotspots(model.config, stored, task, recording, ceilings)
+        report |= hotspots(model, task, recording, ceilings)
     report |= {"ceilings": ceilings, "scaling": [], "strategies": None, "startup": None, "perf": None}
     if "scaling" in parts:
         report["scaling"] = strategies.scaling(path, task, counts, options.rounds)
@@ -246,22 +260,33 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
 def ways(options: argparse.Namespace, path: str, task: job.Job, nth: int, maxT: int) -> Report:
     """Compare the strategies on a smaller job."""
     tokens, serial = options.serial_tokens, "serial" in options.parts
+    small: job.Job
     if isinstance(task, job.Training):
         small = job.Training.of(path, 1, min(tokens, maxT), 1, all_workers=options.all_workers)
-        return strategies.compare_training(small, nth, options.rounds, with_serial=serial)
-    prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
-    return strategies.compare(path, prompt, nth, options.rounds, with_serial=serial, weights=task.weights)
+    else:
+        prompt = task.prompt[: max(1, min(tokens, maxT - strategies.DECODES))]
+        small = job.Generation(prompt, 1, weights=task.weights)
+    return strategies.compare(path, small, nth, options.rounds, with_serial=serial)
 
 
-def hotspots(config: Config, stored: Stored, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
-    """Return the part of the report about the job itself: wall_ns, kernels, modes."""
-    report: Report = {"wall_ns": 0, "kernels": [], "modes": {}}
+def hotspots(model: Any, task: job.Job, recording: job.Recording, ceilings: list[dict[str, Any]]) -> Report:
+    """Return the part of the report about the job itself: wall_ns, kernels, modes, speculation."""
+    report: Report = {"wall_ns": 0, "kernels": [], "modes": {}, "speculation": None}
+    stored, draft = job.stored_of(model), job.draft_of(model)
+    shapes = {} if draft is None else {"draft": (draft.config, draft.stored)}
     for mode in task.modes:
         calls, untraced = ([call for call in found if call.mode == mode] for found in (recording.calls, recording.untraced))
-        summary, rows = numbers.mode_report(config, stored, calls, untraced, len(recording.dropped), ceilings)
+        if not calls:
+            continue
+        config, weights = shapes.get(mode, (model.config, stored))
+        summary, rows = numbers.mode_report(config, weights, calls, untraced, len(recording.dropped), ceilings)
         report["wall_ns"] += summary["wall_ns"]
         report["modes"][mode] = summary
         report["kernels"] += [{"mode": mode, **row} for row in rows]
+    if isinstance(task, job.Generation) and task.speculation:
+        draft_name = task.draft or DRAFTS.get(stored["qkvw"][0], "lookup")
+        report["speculation"] = {"guesses": "auto" if task.speculation is True else task.speculation, "draft": draft_name}
+        report["speculation"] |= numbers.speculation(recording.calls, task.new)
     return report
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...config import Config
 from .job import STAGES, WAKE, Call, Step, place
-from .work import WEIGHTS, Stored, work
+from .work import WEIGHTS, Stored, Work, forward, training
 
 OUTSIDE, SAMPLER = "python, pool", "sampler"
 PREDICTED = (2, 4, 8, 16, 112)
@@ -76,16 +76,20 @@ def tallies_of(calls: list[Call], nth: int, key: Callable[[str, int], str]) -> d
 
 def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceiling: Ceiling | None) -> list[Row]:
     """Return the rows of one mode, the longest total first. Their shares add up to 1."""
-    wall, training = wall_of(calls), bool(calls[0].stages)
-    need = work(config, stored, calls)
+    wall, trains = wall_of(calls), bool(calls[0].stages)
+    need: Work = {}
+    for call in calls:
+        for name, least in work_of(config, stored, call).items():
+            flop, size = need.get(name, (0, 0))
+            need[name] = flop + least[0], size + least[1]
     rows = []
     for name, tally in tallies_of(calls, nth, lambda phase, _: phase).items():
         row = {"name": name, "kind": "wait" if name == WAKE else "kernel", **tally.row(wall)}
-        kind = stored[WEIGHTS[name]][0] if name in WEIGHTS and not training else ""
+        kind = stored[WEIGHTS[name]][0] if name in WEIGHTS and not trains else ""
         rows.append(row | rates(name, *need.get(name, (0, 0)), row["self_ns"], ceiling, kind))
     sampler = sum(call.done - call.ran for call in calls)
     rest = wall - sampler - sum(row["total_ns"] for row in rows)
-    for name, total in ((OUTSIDE, rest),) if training else ((SAMPLER, sampler), (OUTSIDE, rest)):
+    for name, total in ((OUTSIDE, rest),) if trains else ((SAMPLER, sampler), (OUTSIDE, rest)):
         times = {
             "calls": len(calls),
             "total_ns": total,
@@ -98,6 +102,13 @@ def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceilin
     for row, reached in zip(rows, accumulate(row["share"] for row in rows), strict=True):
         row["cumulative"] = reached
     return rows
+
+
+def work_of(config: Config, stored: Stored, call: Call) -> Work:
+    """Return the least work of a call. stored: the weights of generation; training has float32."""
+    if call.stages:
+        return training(config, call.sequences, call.rows // call.sequences)
+    return forward(config, stored, call.rows, call.position, steps=max(1, len(call.steps)), wanted=call.wanted)
 
 
 def moved_by(name: str) -> str:
@@ -179,7 +190,7 @@ def mode_report(
     used = max((sum(bool(events) for events in step) for step in steps), default=nth)
     rows = hotspots(config, stored, calls, nth, next((c for c in ceilings if c["threads"] == used), None))
     together = sum(computing(step)[nth] for step in steps)
-    medians = [median(call.done - call.begin for call in found) for found in (calls, untraced)]
+    medians = [median(call.done - call.begin for call in found) if found else None for found in (calls, untraced)]
     summary = {
         "wall_ns": wall, "calls": len(calls), "tokens": sum(call.rows for call in calls), "steps": len(steps),
         "workers_used": used, "median_call_ns": medians[0], "untraced_median_call_ns": medians[1],
@@ -198,6 +209,15 @@ def stages(calls: list[Call], untraced: list[Call]) -> list[Row]:
         medians = {"median_ns": median(times), "untraced_median_ns": median(plain)}
         rows.append({"name": name, "wall_ns": sum(times), **medians, "share": sum(times) / wall_of(calls)})
     return rows
+
+
+def speculation(calls: Sequence[Call], new: int) -> Row:
+    """Return the counts of guesses of rounds with `new` tokens. Each step gives its right guesses and one more token."""
+    guesses = [call.rows - 1 for call in calls if call.mode in ("verify", "decode")]
+    tokens, drafted = new * sum(call.mode == "prefill" for call in calls), sum(guesses)
+    accepted = tokens - len(guesses)
+    acceptance = accepted / drafted if drafted else None
+    return {"drafted": drafted, "accepted": accepted, "acceptance": acceptance, "tokens_per_step": tokens / len(guesses)}
 
 
 def _imbalance(rows: list[Row], nth: int) -> Row:

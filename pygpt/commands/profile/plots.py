@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-from ...errors import PyGPTError
-from ...formats.files import atomic_file
+from ...inspection.show import matplotlib, save
 from .job import WAKE, Call
 
 Report = dict[str, Any]
@@ -21,19 +20,6 @@ COLOURS = {
 OTHER = "#555555"
 
 
-def matplotlib() -> Any:
-    """Return matplotlib's pyplot, set up to draw to files. Raises PyGPTError if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PyGPTError("--plot needs matplotlib: python -m pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "pygpt"})
-    return plt
-
-
 def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
     """Write all pictures into the folder; return their names."""
     plt = matplotlib()
@@ -46,12 +32,6 @@ def draw(folder: str, report: Report, calls: list[Call]) -> list[str]:
             save(figure, written[-1])
         plt.close(figure)
     return written
-
-
-def save(figure: Any, name: str) -> None:
-    """Write a picture atomically. The ending of the name is the format."""
-    with atomic_file(name) as file:
-        figure.savefig(file, format=name.rpartition(".")[2], dpi=120)
 
 
 def hotspots(plt: Any, report: Report) -> Any:
@@ -86,7 +66,7 @@ def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
     for axis, call in zip(axes[:, 0], shown, strict=True):
         for ith in range(nth):
             bars = [bar for step in call.steps for event in step[ith] for bar in event.spans()]
-            if ith == 0 and not call.stages:
+            if ith == 0 and call.done > call.ran:
                 bars.append(("sampler", call.ran, call.done))
             seen.update(name for name, _, _ in bars)
             spans = [((begin - call.begin) / 1e6, (end - begin) / 1e6) for _, begin, end in bars]
@@ -102,7 +82,7 @@ def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
 def _title(call: Call) -> str:
     if call.stages:
         return f"an iteration of training, sequences: {call.sequences}, tokens: {call.rows}"
-    return f"prefill, tokens: {call.rows}" if call.mode == "prefill" else f"one token at position {call.position}"
+    return f"{call.mode} at position {call.position}, tokens: {call.rows}"
 
 
 def speedup(plt: Any, report: Report) -> Any:
@@ -117,8 +97,8 @@ def speedup(plt: Any, report: Report) -> Any:
         if found[0]["bandwidth"] is not None:
             bounded = [1, *(row["bandwidth"] for row in found)]
             axis.plot(threads, bounded, "--s", color="#fd8d3c", ms=4, label="prediction: Amdahl and bandwidth")
-        if report["scaling"]:
-            points = [(row["threads"], row[f"{mode}_speedup"]) for row in report["scaling"]]
+        points = [(row["threads"], row[f"{mode}_speedup"]) for row in report["scaling"] if f"{mode}_speedup" in row]
+        if points:
             axis.plot(*zip(*points, strict=True), "-D", color="black", ms=6, label="measured")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)

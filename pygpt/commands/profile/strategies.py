@@ -68,29 +68,9 @@ def times_of(calls: Iterable[Call]) -> Times:
     return found
 
 
-def scaling(path: str, job: Job, counts: list[int], rounds: int) -> list[Row]:
-    """Run the job with each number of threads; return the median times of calls and stages, and the speed-ups."""
-    taken: dict[int, list[Call]] = {threads: [] for threads in counts}
-    with ExitStack() as stack:
-        models: dict[int, Any] = {threads: stack.enter_context(job.open(path, threads)) for threads in counts}
-        for model in models.values():
-            job.warm_up(model)
-        for _ in range(rounds):
-            for threads, model in models.items():
-                taken[threads] += job.run(model, digest=False)[0]
-    rows: list[Row] = []
-    for threads, times in ((threads, times_of(calls)) for threads, calls in taken.items()):
-        row: Row = {"threads": threads, "prediction": False}
-        for name in job.timed:
-            row[f"{name}_ns"] = median(times[name])
-            row[f"{name}_speedup"] = (rows or [row])[0][f"{name}_ns"] / row[f"{name}_ns"]  # counts begins with 1
-        rows.append(row)
-    return rows
-
-
 @dataclass
 class Way:
-    """A strategy for the small job: its times, the digests of its bits, and its latest results."""
+    """A way to run a job: its times, the digests of its bits, and its latest results."""
 
     name: str
     threads: int
@@ -108,41 +88,51 @@ class Way:
             self.times[name] += ns
         self.digests.add(digest)
 
-    def row(self, base: "Way | None", timed: Iterable[str]) -> Row:
-        """Return the report's row: times in ns, speed-up (T_serial / T_parallel) and efficiency (speed-up / threads)."""
-        row: Row = {"name": self.name, "threads": self.threads, "rounds_a_step": self.rounds_a_step}
-        row["meetings_a_step"] = self.barriers
+    def row(self, base: "Way | None", timed: Iterable[str], **facts: Any) -> Row:
+        """Return a row of the report: facts, then times in ns, speed-ups (T_base / T) and efficiencies (speed-up / threads)."""
         for name in timed:
-            row[f"{name}_ns"] = median(self.times[name])
-            row[f"{name}_speedup"] = speedup = median(base.times[name]) / row[f"{name}_ns"] if base else None
-            row[f"{name}_efficiency"] = speedup / self.threads if speedup else None
-        return row
+            facts[f"{name}_ns"] = median(self.times[name])
+            facts[f"{name}_speedup"] = speedup = median(base.times[name]) / facts[f"{name}_ns"] if base else None
+            facts[f"{name}_efficiency"] = speedup / self.threads if speedup else None
+        return facts
 
 
-def fast(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
-    """Run the prompt, then the given tokens one by one, with the KV cache and without a sampler."""
-    cache = model.new_cache(len(prompt) + len(extra))
-    begin = clock()
-    logits = model.prefill(cache, prompt)
-    prefill = clock() - begin
-    digest = hashlib.blake2b(logits.data, digest_size=16)
-    decodes, tokens = [], [float(logits.argmax())]
-    for token in extra:
+def measured(ways: list[Way], rounds: int) -> None:
+    """Run the ways in turns after a warm-up, and the reference once."""
+    parallel = [way for way in ways if way.name != SERIAL]
+    for way in parallel:
+        way.once()
+    for way in parallel * rounds + [way for way in ways if way.name == SERIAL]:
+        way.measure()
+
+
+def scaling(path: str, job: Job, counts: list[int], rounds: int) -> list[Row]:
+    """Run the job with each number of threads; return the median times of calls and stages, and the speed-ups."""
+
+    def once(model: Any) -> Outcome:
+        return times_of(job.run(model, digest=False)[0]), "", []
+
+    with ExitStack() as stack:
+        ways = [Way("", n, 0, 0, partial(once, stack.enter_context(job.open(path, n)))) for n in counts]
+        measured(ways, rounds)
+    timed = [name for name in job.timed if all(name in way.times for way in ways)]  # with --speculate auto, phases may differ
+    return [way.row(ways[0], timed, threads=way.threads, prediction=False) for way in ways]  # counts begins with 1
+
+
+def fast(model: GPT2, prompt: list[int], extra: list[int], *, forked: bool = False) -> Outcome:
+    """Run the prompt, then the given tokens one by one, with the KV cache and without a sampler.
+
+    forked: with one round of the pool for each kernel."""
+    model.fork_join(forked)
+    cache, digest = model.new_cache(len(prompt) + len(extra)), hashlib.blake2b(digest_size=16)
+    times, tokens = [], []
+    for part in [prompt, *([token] for token in extra)]:
         begin = clock()
-        logits = model.decode(cache, token)
-        decodes.append(clock() - begin)
+        logits = model.extend(cache, part)
+        times.append(clock() - begin)
         digest.update(logits.data)
         tokens.append(float(logits.argmax()))
-    return {"prefill": [prefill], "decode": decodes}, digest.hexdigest(), tokens[:2]
-
-
-def forked(model: GPT2, prompt: list[int], extra: list[int]) -> Outcome:
-    """Run the same as fast(), with one round of the pool for each kernel."""
-    model.fork_join(True)
-    try:
-        return fast(model, prompt, extra)
-    finally:
-        model.fork_join(False)
+    return {"prefill": times[:1], "decode": times[1:]}, digest.hexdigest(), tokens[:2]
 
 
 def serial(model: SerialGPT2, prompt: list[int], extra: list[int]) -> Outcome:
@@ -152,60 +142,39 @@ def serial(model: SerialGPT2, prompt: list[int], extra: list[int]) -> Outcome:
     return times, "", [float(found[-1].argmax()) for found in logits]
 
 
-def trained(model: TrainableGPT2 | SerialTrainableGPT2, job: Training) -> Outcome:
+def trained(model: TrainableGPT2 | SerialTrainableGPT2, job: Any) -> Outcome:
     """Run an iteration of training, and compute the loss after it."""
     calls, digest = job.run(model)
     losses = model.evaluate(job.inputs, job.targets)
     return times_of(calls), digest, [float(losses.mean(dtype="f8"))]
 
 
-def compare(path: str, prompt: list[int], threads: int, rounds: int, *, with_serial: bool, weights: str | None = None) -> Row:
-    """Compare the strategies of generation."""
+def compare(path: str, job: Job, threads: int, rounds: int, *, with_serial: bool) -> Row:
+    """Compare the strategies on a small job: of generation with its prompt, or of training."""
     with ExitStack() as stack:
-        many = stack.enter_context(GPT2.load(path, threads=threads, weights=weights))
-        job = prompt, [prompt[i % len(prompt)] for i in range(min(DECODES, many.config.maxT - len(prompt)))]
-        ways = [
-            Way("one round a kernel", threads, 7 * many.config.L + 3, 0, partial(forked, many, *job)),
-            Way("one round a step", threads, 1, 5 * many.config.L + 1, partial(fast, many, *job)),
-        ]
+        many: Any = stack.enter_context(job.open(path, threads))
+        L, once, slow = many.config.L, partial(trained, job=job), partial(trained, job=job)
+        load: Callable[..., Any] = SerialTrainableGPT2.load
+        if isinstance(job, Training):
+            facts: Row = {"B": len(job.inputs), "T": len(job.inputs[0])}
+            ways = [Way("one round a stage", threads, 4, 14 * L + 6, partial(once, many))]
+        else:
+            facts, load = {"prompt_tokens": len(job.prompt)}, partial(SerialGPT2.load, weights=job.weights)
+            extra = [job.prompt[i % len(job.prompt)] for i in range(min(DECODES, many.config.maxT - len(job.prompt)))]
+            once, slow = (partial(run, prompt=job.prompt, extra=extra) for run in (fast, serial))
+            ways = [Way("one round a kernel", threads, 7 * L + 3, 0, partial(once, many, forked=True))]
+            ways.append(Way("one round a step", threads, 1, 5 * L + 1, partial(once, many)))
         if threads > 1:
-            alone = stack.enter_context(GPT2.load(path, threads=1, weights=weights))
-            ways.insert(0, Way("one worker", 1, 0, 0, partial(fast, alone, *job)))
+            ways.insert(0, Way("one worker", 1, 0, 0, partial(once, stack.enter_context(job.open(path, 1)))))
         if with_serial:
-            reference = stack.enter_context(SerialGPT2.load(path, weights=weights))
-            ways.insert(0, Way(SERIAL, 1, 0, 0, partial(serial, reference, *job)))
-        found = measured(ways, rounds, ("prefill", "decode"))
-    return {"prompt_tokens": len(prompt), "same_tokens": same_findings(ways), **found}
-
-
-def compare_training(job: Training, threads: int, rounds: int, *, with_serial: bool) -> Row:
-    """Compare the strategies of training, with one iteration each."""
-    with ExitStack() as stack:
-        many = stack.enter_context(job.open(job.path, threads))
-        ways = [Way("one round a stage", threads, 4, 14 * many.config.L + 6, partial(trained, many, job))]
-        if threads > 1:
-            alone = stack.enter_context(job.open(job.path, 1))
-            ways.insert(0, Way("one worker", 1, 0, 0, partial(trained, alone, job)))
-        if with_serial:
-            reference = stack.enter_context(SerialTrainableGPT2.load(job.path))
-            ways.insert(0, Way(SERIAL, 1, 0, 0, partial(trained, reference, job)))
-        found = measured(ways, rounds, job.timed)
-    return {"B": len(job.inputs), "T": len(job.inputs[0]), "same_losses": same_findings(ways, 1e-3), **found}
-
-
-def measured(ways: list[Way], rounds: int, timed: Iterable[str]) -> Row:
-    """Run the strategies in turns, and the reference once. Return their rows, and whether all others have the same bits."""
-    references, parallel = ([way for way in ways if (way.name == SERIAL) is serial] for serial in (True, False))
-    for way in parallel:
-        way.once()  # warm up
-    for way in parallel * rounds + references:
-        way.measure()
-    bits = set().union(*(way.digests for way in parallel))
-    base = references[0] if references else None
-    return {"same_bits": len(bits) == 1, "ways": [way.row(base, timed) for way in ways]}
-
-
-def same_findings(ways: list[Way], within: float = 0.0) -> bool:
-    """Return whether all strategies have the same results, within a relative tolerance."""
+            ways.insert(0, Way(SERIAL, 1, 0, 0, partial(slow, stack.enter_context(load(path)))))
+        measured(ways, rounds)
+    base, training = ways[0] if with_serial else None, isinstance(job, Training)
+    bits = set().union(*(way.digests for way in ways if way.name != SERIAL))
     pairs = [pair for way in ways for pair in zip(way.found, ways[-1].found, strict=True)]
-    return all(math.isclose(a, b, rel_tol=within) for a, b in pairs)
+    same = all(math.isclose(a, b, rel_tol=1e-3 if training else 0.0) for a, b in pairs)
+    rows = []
+    for way in ways:
+        described = {"name": way.name, "threads": way.threads, "rounds_a_step": way.rounds_a_step}
+        rows.append(way.row(base, [name for name in job.timed if name in way.times], **described, meetings_a_step=way.barriers))
+    return {**facts, "same_losses" if training else "same_tokens": same, "same_bits": len(bits) == 1, "ways": rows}

@@ -15,6 +15,7 @@ Report = dict[str, Any]
 Row = dict[str, Any]
 
 CALLS = {"prefill": "a prompt", "decode": "a token", "train": "an iteration"}
+CALLS |= {"draft": "a guess", "verify": "a step", "rollback": "a rollback"}
 
 NOTES = """\
 Each row is a mean over the workers of a step. self is computing, wait is waiting at the barrier after it, and total is both. \
@@ -37,18 +38,11 @@ one worker: the same kernels as below, without barriers.
 one round a kernel: fork-join. The pool is woken and gathered for every kernel, like OpenMP's parallel-for regions in llm.c.
 one round a step: the pool is woken once, and the workers wait at native barriers between kernels, like ggml's graph threads. \
 The workers persist, and the output channels are split statically. Only this split helps for a single token too.
+one round a stage: the same for forward, backward, norm and update. Rows and channels of gradients are split, so \
+that no two workers add to the same sum.
 speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
-token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 \
-cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
-
-
-TRAINING_NOTES = """\
-serial reference: one thread and scalar loops, like llm.c's train_gpt2.c.
-one worker: the same kernels as below, without barriers.
-one round a stage: the pool is woken for forward, backward, norm and update. The workers wait at native barriers between \
-kernels. The outputs are split (rows, and channels of gradients), so that no two workers add to the same sum.
-speed-up = T_serial / T_parallel, efficiency = speed-up / threads, both for the small batch above. A published run of llm.c's \
-training on 112 cores reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
+token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 cores \
+reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
 
 
 def render(report: Report, *, by_layer: bool = False) -> str:
@@ -59,7 +53,12 @@ def render(report: Report, *, by_layer: bool = False) -> str:
         if by_layer:
             parts.append(layer_text(report, mode))
     parts.append(amdahl_text(report))
-    for name, section in (("strategies", strategies_text), ("startup", startup_text), ("perf", perf_text)):
+    for name, section in (
+        ("speculation", speculation_text),
+        ("strategies", strategies_text),
+        ("startup", startup_text),
+        ("perf", perf_text),
+    ):
         if report[name]:
             parts.append(section(report))
     parts.append(wrap("NOTES\n" + NOTES))
@@ -213,58 +212,61 @@ def layer_text(report: Report, mode: str) -> str:
     return "\n".join([f"{mode.upper()} BY LAYER", *table(heads, rows, [13, 10, 9, 9, 8])])
 
 
+def speculation_text(report: Report) -> str:
+    """Return the counts of guesses, and the shares of the phases in the time after the prefill."""
+    found, modes = report["speculation"], report["modes"]
+    after = sum(summary["wall_ns"] for mode, summary in modes.items() if mode != "prefill")
+    shares = [f"{mode} {percent(summary['wall_ns'] / after)}" for mode, summary in modes.items() if mode != "prefill"]
+    right = f"{found['accepted']} of {found['drafted']} guesses were right ({percent(found['acceptance'])})"
+    text = (
+        f"SPECULATION  guesses: {found['guesses']}, draft: {found['draft']}. {right}; {found['tokens_per_step']:.2f} tokens a"
+    )
+    return wrap(f"{text} step. Time after the prefill: {', '.join(shares)}.")
+
+
 def amdahl_text(report: Report) -> str:
     """Return the serial fraction, its predictions, and the measured speed-ups."""
-    lines, modes = ["SPEED-UP over one thread of the same kernels"], report["modes"]
+    lines = ["SPEED-UP over one thread of the same kernels"]
+    modes = {mode: summary for mode, summary in report["modes"].items() if summary["steps"]}
     workers = plural(report["machine"]["threads"], "worker")
     for mode, summary in modes.items():
         serial, alone = (percent(summary["amdahl"][name]) for name in ("serial_share", "serial_fraction"))
         lines.append(f"{mode}: fewer than {workers} compute in {serial} of the time, which is {alone} of one thread's time")
-    timed = STAGES if "train" in modes else ()
-    group = ["", *(cell for mode in modes for cell in (f"{mode}:", "predicted", "")), *timed, ""]
-    heads = ["threads", *["Amdahl", "+ bandwidth", "measured"] * len(modes), *["measured"] * len(timed), ""]
-    widths = [8, *[12, 13, 10, 14, 13, 10][: 3 * len(modes)], *[10] * len(timed), 17]
     measured = {row["threads"]: row for row in report["scaling"]}
-    predicted = {mode: {row["threads"]: row for row in s["amdahl"]["predictions"]} for mode, s in modes.items()}
     rows = []
-    for threads in sorted({*measured, *(n for found in predicted.values() for n in found)}):
-        row, fact = [str(threads)], measured.get(threads, {})
-        for mode, found in predicted.items():
-            guess = found.get(threads, {})
-            row += [number(value, 2) for value in (guess.get("amdahl"), guess.get("bandwidth"), fact.get(f"{mode}_speedup"))]
-        row += [number(fact.get(f"{name}_speedup"), 2) for name in timed]
-        rows.append([*row, "" if threads in measured else "prediction only"])
-    return "\n".join([*lines, *table(group, [heads, *rows], widths)])
+    for mode in (*modes, *(STAGES if "train" in modes else ())):
+        predicted = {row["threads"]: row for row in modes[mode]["amdahl"]["predictions"]} if mode in modes else {}
+        for threads in sorted({*measured, *predicted}):
+            guess, fact = predicted.get(threads, {}), measured.get(threads, {})
+            cells = [guess.get("amdahl"), guess.get("bandwidth"), fact.get(f"{mode}_speedup")]
+            rows.append([str(threads), mode, *(number(value, 2) for value in cells), "" if fact else "prediction only"])
+    heads = ["threads", "mode", "Amdahl", "+ bandwidth", "measured", ""]
+    return "\n".join([*lines, *table(heads, rows, [8, 10, 10, 13, 10, 17])])
 
 
 def strategies_text(report: Report) -> str:
     """Return the table that compares the strategies."""
     found, training = report["strategies"], "train" in report["modes"]
-    cells = ["speedup", "efficiency"]
+    modes, stages = (("train",), STAGES) if training else (("prefill", "decode"), ())
+    job = f"an iteration on {found.get('B')} x {found.get('T')} tokens"
+    if not training:
+        job = f"prefill of {plural(found['prompt_tokens'], 'token')}, then single tokens without a sampler"
+    group = ["", "", "pool", "native", *(cell for mode in modes for cell in (mode, "speed-", "effi-")), *stages]
+    heads = ["strategy", "threads", "rounds", "barriers", *["ms", "up", "ciency"] * len(modes), *["speed-up"] * len(stages)]
     rows = []
     for way in found["ways"]:
         row = [way["name"], *(str(way[name]) for name in ("threads", "rounds_a_step", "meetings_a_step"))]
-        for mode in report["modes"]:
-            row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in cells)]
-        rows.append([*row, *(number(way[f"{name}_speedup"]) for name in (STAGES if training else ()))])
+        for mode in modes:
+            row += [ms(way[f"{mode}_ns"]), *(number(way[f"{mode}_{name}"]) for name in ("speedup", "efficiency"))]
+        rows.append([*row, *(number(way[f"{name}_speedup"]) for name in stages)])
     bits = "all except the reference give the same bits" if found["same_bits"] else "the bits are NOT the same"
+    results = "all choose the same tokens" if found.get("same_tokens") else "the most probable tokens are NOT the same"
     if training:
-        title = f"STRATEGIES  an iteration of training on {found['B']} x {found['T']} tokens; medians, untraced"
         results = "all end at the same loss" if found["same_losses"] else "the final losses are NOT the same"
-        group = ["", "", "pool", "native", "total", "speed-", "effi-", *STAGES]
-        heads = ["strategy", "threads", "rounds", "barriers", "ms", "up", "ciency", *["speed-up"] * 4]
-        widths = [17, 8, 7, 9, 9, 7, 7, *[9] * 4]
-    else:
-        prompt = plural(found["prompt_tokens"], "token")
-        title = f"STRATEGIES  prefill of {prompt}, then single tokens; medians, no sampler, untraced"
-        results = "all choose the same tokens" if found["same_tokens"] else "the most probable tokens are NOT the same"
-        group = ["", "", "pool rounds", "native", "prefill", "speed-", "effi-", "a token", "speed-", "effi-"]
-        heads = ["strategy", "threads", "a step", "barriers", *["ms", "up", "ciency"] * 2]
-        widths = [18, 8, 12, 9, 9, 9, 8, 9, 9, 8]
     if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
         results += "; small steps ran on one worker (--all-workers changes this)"
-    lines = [title, *table(group, [heads, *rows], widths), wrap(f"Bits: {bits}; {results}.")]
-    return "\n".join([*lines, wrap(TRAINING_NOTES if training else STRATEGY_NOTES, "  ")])
+    lines = [f"STRATEGIES  {job}; medians, untraced", *table(group, [heads, *rows], [18, 8, 7, 9, *[8] * (len(heads) - 4)])]
+    return "\n".join([*lines, wrap(f"Bits: {bits}; {results}."), wrap(STRATEGY_NOTES, "  ")])
 
 
 def startup_text(report: Report) -> str:
@@ -302,13 +304,14 @@ def read_report(path: str) -> Report:
 def compare(path_a: str, path_b: str) -> str:
     """Return the comparison of two reports as text. Raises InputError if they are of different kinds of jobs."""
     a, b = read_report(path_a), read_report(path_b)
-    if a["modes"].keys() != b["modes"].keys():
+    modes = [mode for mode in a["modes"] if mode in b["modes"]]
+    if not modes:
         jobs = (
             f"{os.path.basename(path)} is of {' and '.join(report['modes'])}" for path, report in ((path_a, a), (path_b, b))
         )
         raise InputError(f"--compare: {', '.join(jobs)}: give two reports of the same kind of job")
     lines = [f"a  {os.path.basename(path_a)}", f"b  {os.path.basename(path_b)}", *differences(a, b)]
-    for mode in a["modes"]:
+    for mode in modes:
         lines += ["", *_differences_of(a, b, mode)]
     return "\n".join(lines)
 

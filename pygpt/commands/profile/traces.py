@@ -34,7 +34,7 @@ def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str
         for step in call.steps:
             for ith, noted in enumerate(step):
                 events += _nested(partial(span, ith), noted)
-        if not call.stages:
+        if call.done > call.ran:
             events.append(span(0, "sampler", "sampler", call.ran, call.done))
     with atomic_file(path) as file:
         file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}, separators=(",", ":")).encode())
@@ -167,7 +167,7 @@ def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
                 at = event.left
         if ith == 0:
             yield at, call.ran, between, "", ""
-            if not call.stages:
+            if call.done > call.ran:
                 yield call.ran, call.done, RUNNING, SAMPLER, SAMPLER
             at = call.done
     if calls[-1].done > at:

@@ -1,4 +1,4 @@
-"""Compute the least work of each kernel of a call: floating-point operations, and bytes that must move in each step.
+"""The model of work of `pygpt bench` and `pygpt profile`: the least operations and bytes of each kernel.
 
 Forward operations: a product has 2 for each weight and row. Attention has 4 for each channel of a visible key. layernorm has 8
 and the encoder 1 for each value. GELU, exp and biases do not count. Bytes are compulsory traffic: each weight once per step,
@@ -12,54 +12,45 @@ AdamW has 17 operations, including a root and a division, and 28 bytes: it reads
 all except the gradient.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 from ...config import Config
-from .job import Call
 
 Work = dict[str, tuple[int, int]]  # phase -> (operations, bytes)
 Stored = Mapping[str, tuple[str, int]]  # by tensor: weight format and bytes, as Network.stored
 WEIGHTS = {"qkv": "qkvw", "attproj": "attprojw", "fc": "fcw", "fcproj": "fcprojw", "logits": "wte"}  # of forward products
 
 
-def work(config: Config, stored: Stored, calls: Iterable[Call]) -> Work:
-    """Return the work of all calls by kernel. stored: the weights of generation; training has float32."""
-    total: Work = defaultdict(lambda: (0, 0))
-    for call in calls:
-        if call.stages:
-            found = _iteration(config, call.sequences, call.rows // call.sequences)
-        else:
-            found = _call(config, stored, call.rows, call.position, max(1, len(call.steps)))
-        for name, (flop, size) in found.items():
-            total[name] = total[name][0] + flop, total[name][1] + size
-    return total
+def forward(
+    config: Config, stored: Stored, rows: int, position: int = 0, *, steps: int = 1, wanted: int = 1, sequences: int = 0
+) -> Work:
+    """Return the work of `rows` rows after `position` others, in equal steps, with the logits of `wanted` rows.
 
-
-def _call(config: Config, stored: Stored, T: int, position: int, steps: int) -> Work:
-    """Return the work of one call: T rows after `position` others, in equal steps, with the logits of the last row."""
-    L, C, F, V = config.L, config.C, config.F, config.V
-    pairs = T * position + T * (T + 1) // 2  # number of (row, visible key)
-    seen = sum(position + T * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
+    sequences: in training, how many sequences share the rows; 0 for generation.
+    """
+    L, C, F, V, T = config.L, config.C, config.F, config.V, rows // (sequences or 1)
+    pairs = (sequences or 1) * (T * position + T * (T + 1) // 2)  # number of (row, visible key)
+    seen = sum(position + rows * step // steps for step in range(1, steps + 1))  # number of keys that the steps read
 
     def product(phase: str, N: int, K: int, extra: int = 0) -> tuple[int, int]:
-        return 2 * T * N * K, steps * stored[WEIGHTS[phase]][1] // L + 4 * T * (N + K + extra)
+        return 2 * rows * N * K, steps * stored[WEIGHTS[phase]][1] // L + 4 * rows * (N + K + extra)
 
-    norm = 8 * T * C, 8 * T * C
+    norm = 8 * rows * C, 8 * rows * C
     layer = {
         "ln1": norm,
         "qkv": product("qkv", 3 * C, C, extra=2 * C),  # keys and values go to the cache as well
-        "attention": (4 * C * pairs, 4 * (2 * C * seen + 2 * T * C)),
+        "attention": (4 * C * pairs, 4 * (2 * C * seen + 2 * rows * C)),
         "attproj": product("attproj", C, C, extra=2 * C),  # the residual stream is read and written
         "ln2": norm,
-        "fc": product("fc", F, C),
+        "fc": product("fc", F, C, extra=F if sequences else 0),  # training stores fch as well as fch_gelu
         "fcproj": product("fcproj", C, F, extra=2 * C),
     }
     return {
-        "encoder": (T * C, T * (stored["wte"][1] // V + stored["wpe"][1] // config.maxT + 4 * C)),
+        "encoder": (rows * C, rows * (stored["wte"][1] // V + stored["wpe"][1] // config.maxT + 4 * C)),
         **_in_layers(L, layer),
-        "lnf": (8 * C, 8 * C),
-        "logits": (2 * V * C, stored["wte"][1] + 4 * (V + C)),
+        "lnf": (8 * wanted * C, 8 * wanted * C),
+        "logits": (2 * wanted * V * C, stored["wte"][1] + 4 * wanted * (V + C)),
     }
 
 
@@ -67,26 +58,16 @@ def _in_layers(L: int, layer: Work) -> Work:
     return {name: (L * flop, L * size) for name, (flop, size) in layer.items()}
 
 
-def _iteration(config: Config, B: int, T: int) -> Work:
+def training(config: Config, B: int, T: int) -> Work:
     """Return the work of one iteration of training on B x T tokens, in float32."""
     L, C, F, V, P = config.L, config.C, config.F, config.V, config.parameters(padded=True)
     R, pairs = B * T, B * T * (T + 1) // 2
 
-    def product(N: int, K: int, extra: int = 0) -> tuple[int, int]:
-        return 2 * R * N * K, 4 * (N * K + R * (N + K + extra))
-
     def dproduct(N: int, K: int, extra: int = 0) -> tuple[int, int]:  # dout (R, N) and inp (R, K) in, dinp out
         return 4 * R * N * K, 4 * (2 * N * K + R * (N + 2 * K + extra))
 
-    norm, dnorm = (8 * R * C, 8 * R * C), (16 * R * C, 16 * R * C)  # dnorm: dout, x and dresidual in, dresidual out
+    dnorm = 16 * R * C, 16 * R * C  # dout, x and dresidual in, dresidual out
     layer = {
-        "ln1": norm,
-        "qkv": product(3 * C, C, extra=2 * C),  # keys and values go to the cache as well
-        "attention": (4 * C * pairs, 4 * 4 * R * C),
-        "attproj": product(C, C, extra=2 * C),  # the residual stream is read and written
-        "ln2": norm,
-        "fc": product(F, C, extra=F),  # fch is stored as well as fch_gelu
-        "fcproj": product(C, F, extra=2 * C),
         "dfcproj": dproduct(C, F, extra=F),  # the activation's derivative reads fch
         "dfc": dproduct(F, C),
         "dln2": dnorm,
@@ -96,10 +77,8 @@ def _iteration(config: Config, B: int, T: int) -> Work:
         "dln1": dnorm,
     }
     return {
-        "encoder": (R * C, 12 * R * C),
+        **forward(config, floats(config), R, wanted=R, sequences=B),
         **_in_layers(L, layer),
-        "lnf": norm,
-        "logits": product(V, C),
         "loss": (2 * R * V, 8 * R * V),
         "dlogits": (R * V, 8 * R * V),
         "dhead": dproduct(V, C),
@@ -108,3 +87,26 @@ def _iteration(config: Config, B: int, T: int) -> Work:
         "norm": (2 * P, 4 * P),
         "update": (17 * P, 28 * P),
     }
+
+
+def floats(config: Config) -> Stored:
+    """Return the weights of training, in the form of Network.stored."""
+    return {name: ("float32", 4 * size) for name, _, _, size in config.tensors(padded=False)}
+
+
+def operations(stored: Stored, found: Work) -> Mapping[str, int]:
+    """Return the operations of a forward pass by weight format: of its products, and in float32 those of attention."""
+    sums = Counter(float32=found["attention"][0])
+    for phase, name in WEIGHTS.items():
+        sums[stored[name][0]] += found[phase][0]
+    return sums
+
+
+def weight_bytes(stored: Stored) -> int:
+    """Return the bytes of all weights that each token reads: those of wpe are hardly any."""
+    return sum(size for name, (_, size) in stored.items() if name != "wpe")
+
+
+def decode_bytes(config: Config, stored: Stored, depth: int, new: int, batch: int) -> int:
+    """Return the bytes that `new` decode steps of a batch read: each time the weights, and all keys and values so far."""
+    return new * weight_bytes(stored) + batch * sum(2 * 4 * config.L * config.C * (depth + i + 1) for i in range(new))

@@ -1,4 +1,4 @@
-"""What `pygpt train` does instead of training.
+"""Run --check or --estimate, with which `pygpt train` does not train.
 
 --check compares the engine's results with PyTorch's, which llm.c's debug state file contains. The absolute tolerances are
 llm.c's (test_gpt2.c): 1e-2 for logits and loss, 2e-2 for gradients. As in test_gpt2.c, ten steps of AdamW on the same batch

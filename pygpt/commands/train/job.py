@@ -21,12 +21,12 @@ from ...formats.open import open_floats, vocabulary_beside
 from ...formats.shards import read_tokens
 from ...formats.text import joined, read_text, tokens_and_labels
 from ...hub.find import find_model
+from ...inspection.show import matplotlib
 from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from ...training.data import DataLoader, matching, split
 from ...training.options import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, TrainingOptions
 from ...training.state import TrainingState
 from ..console import say
-from ..profile.plots import matplotlib
 from .report import pictures
 
 SHAPES = {

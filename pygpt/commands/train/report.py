@@ -9,12 +9,12 @@ from typing import Any
 
 from ...errors import Closing, InputError, PyGPTError
 from ...formats.files import atomic_file
+from ...inspection.show import matplotlib, save
 from ...tokenizer import tokenizer_of
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Record
 from ..console import for_terminal
-from ..profile.plots import matplotlib, save
 from ..progress import Progress
 
 BEGIN = b'{"step": '  # the first bytes of each line of the log

@@ -40,8 +40,8 @@ export async function recordStep(model, request) {
   const [answer] = await Promise.all([ask("trace", { model }).finally(() => { traced = true; }), run()]);
   const { workers } = await answer.json();
   const end = Math.max(1, ...workers.flat().map((phase) => phase[4]));
-  const picture = document.createElementNS(SVG, "svg");
-  picture.setAttribute("viewBox", `0 0 1000 ${40 * workers.length + 20}`);
+  const picture = document.createElementNS(SVG, "svg"), wide = byId("timeline").clientWidth; // so text keeps its size
+  picture.setAttribute("viewBox", `0 0 ${wide} ${40 * workers.length + 20}`);
   picture.setAttribute("role", "img");
   picture.setAttribute("aria-label", `One step of ${workers.length} workers in ${end.toFixed(0)} microseconds; the table has the sums`);
   const add = (tag, attributes, text = "") => {
@@ -54,7 +54,7 @@ export async function recordStep(model, request) {
   workers.forEach((phases, worker) => {
     add("text", { x: 0, y: 40 * worker + 12 }, `worker ${worker}`);
     phases.forEach(([name, , begin, stop], i) => {
-      add("rect", { x: (1000 * begin) / end, y: 40 * worker + 16, width: Math.max(0.3, (1000 * (stop - begin)) / end), height: 20, class: i % 2 ? "odd" : "even" });
+      add("rect", { x: (wide * begin) / end, y: 40 * worker + 16, width: Math.max(0.3, (wide * (stop - begin)) / end), height: 20, class: i % 2 ? "odd" : "even" });
       sums.set(name, (sums.get(name) ?? 0) + stop - begin);
     });
   });

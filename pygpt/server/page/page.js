@@ -218,7 +218,6 @@ async function begin() {
   byId("model").replaceChildren(...data.map(({ id }) => make("option", { textContent: id, value: id })));
   const wanted = new URLSearchParams(location.hash.slice(1)).get("model");
   if (data.some(({ id }) => id === wanted)) byId("model").value = wanted;
-  byId("inside").hidden = !data.some(({ can_inspect }) => can_inspect);
   say("");
   await restore();
 }

@@ -1,0 +1,184 @@
+"""Look inside a model: its prediction layer by layer, and the heads that matter.
+
+    pygpt look "The king is dead, long live the"
+    pygpt look "To be, or not to" -m gpt2 -k 3
+    pygpt look "To be, or not to" --plot pictures -o json
+
+Each token has a loss, which is minus the logarithm of its probability. The logit lens shows what each layer would predict after
+the last token if it were the last layer. Then the lead of the most probable token over the second is split into what each part
+of the network adds to it. For the heads that add or remove most, three facts follow. These are the lead's change if the head's
+output is zero, the token that the head attends to most, and the head's attention to that token.
+
+--plot writes lens, heads and attention (of the first of these heads) as .svg and .png.
+
+JSON (-o json) is one object with the fields model, threads, and
+
+    tokens     [id, text (null for a part of a character), bytes (hex), loss (nats; null for the first token)]
+    lens       [layer (null for the embedding), top [id, text, bytes, probability]]
+    lead       token, against (ids), logits (the lead), embedding, heads (by layer), mlps (by layer), rest: parts of the lead
+    heads      [layer, head, adds, zeroed (the lead's change), attends (position), attention]
+
+Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..activations import zero
+from ..errors import InputError
+from ..formats.text import given_text
+from ..generation.logprobs import token_info
+from ..hub.find import find_model
+from ..inspection.lens import Logit, logit_attribution, logit_lens, loss_by_position
+from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
+from ..model import GPT2
+from ..tokenizer import Tokenizer, tokenizer_of
+from .console import Parser, check_stdout, status_of, whole
+from .options import THREADS_HELP, TOKENIZER_HELP
+from .progress import piece, text_of
+
+LONGEST, LONGEST_PATH = 16, 70  # characters of a token in the tables, and of the model's path
+Result = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return status_of(lambda: run(build_parser().parse_args(arguments)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    parser = Parser(prog="pygpt look", usage="pygpt look TEXT [options]", description=__doc__)
+    add = parser.add_argument
+    add("text", metavar="TEXT", help="the text to look at, at least two tokens")
+    add("-m", "--model", metavar="MODEL", help="a model file or a downloaded model (default: see pygpt --help)")
+    add("-t", "--threads", metavar="N", type=whole(1, 256), help=THREADS_HELP)
+    add("--tokenizer", metavar="FILE", help=TOKENIZER_HELP)
+    add("-k", "--top", metavar="K", type=whole(2, 50), default=5, help="number of predictions and heads to show (default 5)")
+    add("-o", "--output", metavar="FORMAT", default="text", help="text (default) or json")
+    add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the arguments, look, and print the result."""
+    if options.output not in ("text", "json"):
+        raise InputError(f"-o is {options.output[:40]!r}: it must be text or json")
+    check_stdout("the result")
+    if options.plot is not None:
+        matplotlib()  # if it is missing, report that now
+        os.makedirs(options.plot, exist_ok=True)
+    path = find_model(options.model)[0]
+    with GPT2.load(path, threads=options.threads, tokenizer=options.tokenizer) as model:
+        tokenizer = tokenizer_of(model.config)
+        ids = tokenizer.encode(given_text(options.text))
+        if not 2 <= len(ids) <= model.config.maxT:
+            raise InputError(f"the text has {len(ids)} tokens: give a text of 2 to {model.config.maxT} tokens")
+        result = {"model": path, "threads": model.threads, **look(model, tokenizer, ids, min(options.top, model.config.V))}
+        if options.plot is not None:
+            draw(options.plot, model, ids, result)
+    print(json.dumps(result) if options.output == "json" else report_of(result))
+
+
+def look(model: GPT2, tokenizer: Tokenizer, ids: list[int], k: int) -> Result:
+    """Return the facts about the last token's prediction, as the JSON output has them."""
+
+    def fact(token: int, **more: float | None) -> Result:
+        content = tokenizer.decode_bytes([token])
+        return {"id": token, "text": text_of(content), "bytes": content.hex(), **more}
+
+    losses = [None, *loss_by_position(model, ids).tolist()]
+    lens = logit_lens(model, ids, positions=[len(ids) - 1])[:, 0]  # [L + 1, V]
+    tops = [token_info(lens.data, row, 0, k).top for row in range(len(lens))]
+    lead = Logit(*(token for token, _ in tops[-1][:2]))
+    parts = {name: part.tolist() for name, part in logit_attribution(model, ids, lead).items()}
+    rows = [[fact(token, probability=math.exp(logprob)) for token, logprob in top] for top in tops]
+    return {
+        "tokens": [fact(token, loss=loss) for token, loss in zip(ids, losses, strict=True)],
+        "lens": [{"layer": row - 1 if row else None, "top": top} for row, top in enumerate(rows)],
+        "lead": {"token": lead.token, "against": lead.against, "logits": lead(lens[-1:]), **parts},
+        "heads": [*heads_of(model, ids, lead, lead(lens[-1:]), parts["heads"], k)],
+    }
+
+
+def heads_of(
+    model: GPT2, ids: list[int], lead: Logit, plain: float, adds: list[list[float]], k: int
+) -> Iterator[dict[str, float]]:
+    """Yield facts about the k heads that add or remove most."""
+    last = [len(ids) - 1]
+    patterns = model.activations(ids, "probs", positions=last)["probs"][:, :, 0]  # [L, NH, T]
+    for layer, head in sorted(np.ndindex(patterns.shape[:2]), key=lambda place: -abs(adds[place[0]][place[1]]))[:k]:
+        found = model.activations(ids, "logits", positions=last, edits={("atty", layer, None): zero(heads=[head])})
+        facts = {"layer": layer, "head": head, "adds": adds[layer][head], "zeroed": lead(found["logits"]) - plain}
+        at = int(patterns[layer, head].argmax())
+        yield {**facts, "attends": at, "attention": float(patterns[layer, head, at])}
+
+
+def name_of(fact: Result) -> str:
+    """Return a token for a table or a picture."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    name = piece(bytes.fromhex(fact["bytes"])).encode(encoding, "backslashreplace").decode(encoding)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+
+
+def lens_of(result: Result) -> tuple[list[str], list[str], list[list[str]]]:
+    """Return the labels of the lens' rows and columns, and its tokens."""
+    tops = [[name_of(top) for top in row["top"]] for row in result["lens"]]
+    ranks = [f"{rank}." for rank in range(1, len(tops[0]) + 1)]
+    return ["embedding", *(f"layer {row['layer']}" for row in result["lens"][1:])], ranks, tops
+
+
+def report_of(result: Result) -> str:
+    """Return the result as text of at most 100 columns."""
+    tokens, lead, (layers, ranks, tops) = result["tokens"], result["lead"], lens_of(result)
+    names = [name_of(token) for token in tokens]
+    losses = ["" if token["loss"] is None else f"{token['loss']:.2f}" for token in tokens]
+    tops = [
+        [f"{name} {100 * top['probability']:5.1f}" for name, top in zip(line, row["top"], strict=True)]
+        for line, row in zip(tops, result["lens"], strict=True)
+    ]
+    parts = {"embedding": lead["embedding"], "heads": sum(map(sum, lead["heads"])), "mlps": sum(lead["mlps"])}
+    parts |= {"rest": lead["rest"], "sum": lead["logits"]}
+    heads = {
+        f"layer {row['layer']} head {row['head']}": [
+            *(f"{row[name]:+.2f}" for name in ("adds", "zeroed")),
+            f"{row['attends']} {names[row['attends']]}",
+            f"{row['attention']:.2f}",
+        ]
+        for row in result["heads"]
+    }
+    path = result["model"] if len(result["model"]) <= LONGEST_PATH else f"...{result['model'][3 - LONGEST_PATH :]}"
+    return f"""\
+{len(tokens)} tokens, {path}, {result["threads"]} threads
+{text_table([[str(token["id"]) for token in tokens], losses], ["id", "loss"], names)}
+
+what each layer would predict after {names[-1]}, with probabilities in %
+{text_table(tops, layers, ranks)}
+
+the lead of 1. over 2. in the last layer, in logits: what the parts of the network add to it
+{text_table([[f"{part:+.2f}" for part in parts.values()]], [""], list(parts))}
+
+the heads that add or remove most, and the lead's change if the head's output is zero
+{text_table(list(heads.values()), list(heads), ["adds", "zeroed", "attends to", "by"])}"""
+
+
+def draw(folder: str, model: GPT2, ids: list[int], result: Result) -> None:
+    """Write the pictures into the folder."""
+    layers, ranks, tops = lens_of(result)
+    names = [name_of(token) for token in result["tokens"]]
+    chances = [[top["probability"] for top in row["top"]] for row in result["lens"]]
+    adds, (layer, head) = result["lead"]["heads"], (result["heads"][0][name] for name in ("layer", "head"))
+    pattern = model.activations(ids, "probs", layers=[layer])["probs"][0, head]
+    heads = [f"head {number}" for number in range(len(adds[0]))]
+    for ending in FORMATS:
+        place = os.path.join(folder, "{}" + ending).format
+        heat_map(chances, place("lens"), rows=layers, columns=ranks, title=f"after {names[-1]}: probability", cells=tops)
+        heat_map(adds, place("heads"), rows=layers[1:], columns=heads, title="what each head adds to the lead")
+        heat_map(pattern, place("attention"), rows=names, columns=names, title=f"attention of layer {layer} head {head}")
