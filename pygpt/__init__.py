@@ -69,19 +69,19 @@ if TYPE_CHECKING:
     from .generation.prefix import PrefixCache as PrefixCache
     from .generation.request import Request as Request
     from .hub.find import find_model as find_model
-    from .inspection.autoencoder import SparseAutoencoder as SparseAutoencoder
-    from .inspection.lens import Logit as Logit
-    from .inspection.lens import induction_scores as induction_scores
-    from .inspection.lens import logit_attribution as logit_attribution
-    from .inspection.lens import logit_lens as logit_lens
-    from .inspection.lens import loss_by_position as loss_by_position
-    from .inspection.names import named_activations as named_activations
-    from .inspection.names import save_activations as save_activations
-    from .inspection.names import their_names as their_names
-    from .inspection.patching import ablate_heads as ablate_heads
-    from .inspection.patching import attribution_patching as attribution_patching
-    from .inspection.patching import mean_loss as mean_loss
-    from .inspection.patching import patch_activations as patch_activations
+    from .inspection.inside import Logit as Logit
+    from .inspection.inside import SparseAutoencoder as SparseAutoencoder
+    from .inspection.inside import ablate_heads as ablate_heads
+    from .inspection.inside import attribution_patching as attribution_patching
+    from .inspection.inside import induction_scores as induction_scores
+    from .inspection.inside import logit_attribution as logit_attribution
+    from .inspection.inside import logit_lens as logit_lens
+    from .inspection.inside import loss_by_position as loss_by_position
+    from .inspection.inside import mean_loss as mean_loss
+    from .inspection.inside import named_activations as named_activations
+    from .inspection.inside import patch_activations as patch_activations
+    from .inspection.inside import save_activations as save_activations
+    from .inspection.inside import their_names as their_names
     from .inspection.show import heat_map as heat_map
     from .inspection.show import text_table as text_table
     from .model import GPT2 as GPT2
@@ -136,10 +136,8 @@ _PUBLIC = {
     "training.state": "TrainingState open_state",
     "training.trainable": "TrainableGPT2",
     "training.trainer": "Record Trainer",
-    "inspection.lens": "Logit induction_scores logit_attribution logit_lens loss_by_position",
-    "inspection.patching": "ablate_heads attribution_patching mean_loss patch_activations",
-    "inspection.autoencoder": "SparseAutoencoder",
-    "inspection.names": "named_activations save_activations their_names",
+    "inspection.inside": "Logit SparseAutoencoder ablate_heads attribution_patching induction_scores logit_attribution "
+    "logit_lens loss_by_position mean_loss named_activations patch_activations save_activations their_names",
     "inspection.show": "heat_map text_table",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -36,7 +36,7 @@ from ..errors import InputError
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
-from ..inspection.lens import Logit, logit_attribution, logit_lens, loss_by_position
+from ..inspection.inside import Logit, logit_attribution, logit_lens, loss_by_position
 from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
 from ..model import GPT2
 from ..tokenizer import Tokenizer, tokenizer_of
