@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from ._kernels import Floats, Trace
     from .activations import Value
+    from .formats.tensors import ModelFile
     from .generation.speculate import Draft
-    from .network import OpenModel
 
 # The weights that guess for each format: much smaller than the model's own. For the smallest format, only the text guesses.
 DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
@@ -38,7 +38,7 @@ class GPT2(Generator):
 
     network: Network
 
-    def __init__(self, checkpoint: "OpenModel", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
+    def __init__(self, checkpoint: "ModelFile", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
         self._draft: Draft | None = None
         self._draft_weights = DRAFTS.get(checkpoint.format.name)  # quantise to this format for guesses
@@ -98,7 +98,7 @@ class GPT2(Generator):
             self._draft = self._draft_from(self.network.quantised(self._draft_weights))
         return self._draft
 
-    def _draft_from(self, checkpoint: "OpenModel") -> "Draft":
+    def _draft_from(self, checkpoint: "ModelFile") -> "Draft":
         from .generation.speculate import Draft
 
         network = Network(checkpoint, target=self.network)

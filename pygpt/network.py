@@ -17,30 +17,12 @@ from .pool import ThreadPool, nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol, SupportsIndex
+    from typing import SupportsIndex
 
     from ._kernels import Trace
     from .activations import Watch
-    from .formats.dtypes import Format
     from .formats.panels import StoredWeights
-
-    class OpenModel(Protocol):
-        """The source of a network's weights: an open file, or arrays in memory."""
-
-        @property
-        def config(self) -> Config:
-            """The dimensions."""
-
-        @property
-        def format(self) -> Format:
-            """The weight format of most tensors."""
-
-        def stored(self) -> dict[str, tuple[str, memoryview]]:
-            """Map each tensor's name to its weight format and its bytes; the network uses the bytes in place."""
-
-        def close(self) -> None:
-            """Release the bytes."""
-
+    from .formats.tensors import ModelFile
 
 CHUNK = 512  # rows of a prompt in one step: so Ctrl-C takes effect soon, and the activations stay small
 
@@ -94,7 +76,7 @@ class Network(Uncopied):
 
     def __init__(
         self,
-        checkpoint: "OpenModel",
+        checkpoint: "ModelFile",
         *,
         threads: "SupportsIndex | None" = None,
         all_workers: bool = False,

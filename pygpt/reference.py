@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .network import OpenModel
+    from .formats.tensors import ModelFile
 
 
 class SerialCache:
@@ -51,7 +51,7 @@ class SerialNetwork(Uncopied):
 
     position_bytes = 8
 
-    def __init__(self, checkpoint: "OpenModel") -> None:
+    def __init__(self, checkpoint: "ModelFile") -> None:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
@@ -107,7 +107,7 @@ class SerialGPT2(Generator):
 
     network: SerialNetwork
 
-    def __init__(self, checkpoint: "OpenModel") -> None:
+    def __init__(self, checkpoint: "ModelFile") -> None:
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod
