@@ -6,24 +6,8 @@
         for token in model.generate([31373, 612], total=10):
             print(token)
 
-The rooms, from the outside in. Each imports only rooms below it:
-
-    commands      `pygpt 31373 612` and its subcommands: options, reports, progress
-    cluster       batch jobs: the callable that answers rows on any cluster
-    server        OpenAI's API over HTTP, and a page
-    inspection    what the layers and heads do: logit lens, attribution, ablation, patching
-    training      parameters, batches, AdamW, saved states; reference: the scalar twin of network and training
-    model         GPT2, the class for users: it joins network and engine
-    generation    the engine: requests in, tokens out; sampling, stop conditions, prefix caches
-    hub           finds model files and downloads them
-    network       one step over rows of tokens, and key-value caches
-    formats       files: checkpoints, safetensors, token shards, text
-    pool          wakes the workers once a step (Condition), and waits for them at its end (Barrier)
-    _kernels      the forward pass, which every worker runs on its share; csrc has the inner loops of each instruction set
-
-One arithmetic: each number comes from one fixed sequence of IEEE-754 operations. So the bits do not depend on thread count,
-batch, cache use and instruction set (of the sets with fused multiply-add). Only the names below are public; README has the
-rules for their changes. Python imports a name when it is first used, so the command starts without NumPy.
+Only the names below are public; README has the rules for their changes. docs/explanation/architecture.md shows the rooms.
+Python imports a name when it is first used, so the command starts without NumPy.
 """
 
 __version__ = "0.1.0"

@@ -121,21 +121,24 @@ class GPT2(Generator):
         close().
 
         edits: changes of activations of every sequence, as in activations(); arrays and functions are for these rows."""
-        watch = () if edits is None else (Watch(Edits(self.config, edits)),)
-        return self._whole(lambda lengths: self.network.step(rows, lengths, *watch), (-1, self.config.V))
+        watch = None if edits is None else Watch(Edits(self.config, edits))
+        return self._whole(lambda lengths: self.network.step(rows, lengths, watch))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
 
         If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more tokens than the cache has
         room for."""
-        return self._whole(lambda lengths: self.network.extend(cache, tokens, lengths), (-1,))
+        row: npt.NDArray[np.float32] = self._whole(lambda lengths: self.network.extend(cache, tokens, lengths))[0]
+        return row
 
-    def _whole(self, run: "Callable[[Lengths], Floats]", shape: tuple[int, ...]) -> "npt.NDArray[np.float32]":
+    def _whole(self, run: "Callable[[Lengths], Floats]") -> "npt.NDArray[np.float32]":
         """Return the logits of run(lengths) as an array. If it is interrupted, restore the lengths of all caches."""
+        import numpy as np
+
         lengths = Lengths()
         try:
-            return _array(run(lengths)).reshape(shape)
+            return np.asarray(run(lengths))
         except BaseException:
             see_through(lengths.restore, TRIES)
             raise
@@ -210,9 +213,3 @@ class GPT2(Generator):
         self.network.close()
         if self._draft is not None:
             self._draft.network.close()
-
-
-def _array(logits: "Floats") -> "npt.NDArray[np.float32]":
-    import numpy as np
-
-    return np.asarray(logits)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from . import cpus
 from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
 from .config import Config
-from .errors import ClosedError, InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
+from .errors import ClosedError, InputError, Uncopied, check_whole, sequence
 from .pool import ThreadPool, nothing
 
 TYPE_CHECKING = False
@@ -43,20 +43,19 @@ class KVCache(KeysValues):
 
     def truncate(self, length: "SupportsIndex") -> None:
         """Keep only the first `length` tokens. Raises InputError unless 0 <= length <= self.length."""
-        if not is_whole(length, 0, self.length):
-            raise InputError(f"cannot truncate to {shown(length)} tokens: give 0 to {self.length}, the cache's length")
-        self._truncate(whole(length) or 0)
+        self._truncate(self._known("truncate to", length))
 
     def copy(self, length: "SupportsIndex | None" = None, *, capacity: "SupportsIndex | None" = None) -> "KVCache":
         """Return an independent cache with the first `length` tokens (default: all).
 
         capacity: of the new cache (default: the same). Raises InputError if `length` exceeds self.length or `capacity`."""
-        length = self.length if length is None else length
-        if not is_whole(length, 0, self.length):
-            raise InputError(f"cannot copy {shown(length)} tokens: give 0 to {self.length}, the cache's length")
+        length = self._known("copy", self.length if length is None else length)
         cache = KVCache(self._weights, self._config, self.capacity if capacity is None else capacity)
-        copy_keys_values(cache, self, whole(length))
+        copy_keys_values(cache, self, length)
         return cache
+
+    def _known(self, verb: str, length: "SupportsIndex") -> int:
+        return check_whole(f"the length to {verb}", length, 0, self.length, f" from 0 to {self.length}, the cache's length")
 
     def __len__(self) -> int:
         return self.length
