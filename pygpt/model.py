@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
-from .activations import Capture, Edits, Watch
 from .errors import InputError
 from .formats.open import open_weights
 from .generation.generate import Generator
@@ -121,7 +120,11 @@ class GPT2(Generator):
         close().
 
         edits: changes of activations of every sequence, as in activations(); arrays and functions are for these rows."""
-        watch = None if edits is None else Watch(Edits(self.config, edits))
+        watch = None
+        if edits is not None:
+            from .activations import Edits, Watch
+
+            watch = Watch(Edits(self.config, edits))
         return self._whole(lambda lengths: self.network.step(rows, lengths, watch))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
@@ -190,6 +193,8 @@ class GPT2(Generator):
 
         Raises InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the
         arrays take too much memory."""
+        from .activations import Capture, Edits, Watch
+
         ids = check_tokens(self.config, tokens)
         capture = Capture(self.config, len(ids), names, layers, positions, out)
         watch = Watch(Edits(self.config, {} if edits is None else edits, len(ids)), capture)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference
 from .errors import ClosedError, InputError, Uncopied
-from .formats.dtypes import FORMATS
+from .formats.dtypes import FORMATS, Q4_0, Q8_0
 from .formats.open import open_weights
-from .formats.quantise import QUANTISED
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -56,7 +55,7 @@ class SerialNetwork(Uncopied):
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
         stored = checkpoint.stored()
-        panels = {name: tensor for name, tensor in stored.items() if tensor[0] in QUANTISED}
+        panels = {name: tensor for name, tensor in stored.items() if tensor[0] in (Q8_0.name, Q4_0.name)}
         arrays = {
             name: data.cast("f") if kind == "float32" else FORMATS[kind].values(data)  # float32 without NumPy
             for name, (kind, data) in stored.items()
