@@ -9,7 +9,7 @@ In every array, the positions are the last axis but one: (n, width), and (NH, n,
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +33,13 @@ WHOLE = ("encoded", "lnf", "logits")  # without layers
 HEADS = ("q", "k", "v", "probs", "atty")
 
 
-class Edit:
+class Edit(NamedTuple):
     """A change that add(), scale() or zero() makes: operation(x, value), or the value, replaces all or a part of x."""
 
-    def __init__(self, operation: Any, value: npt.ArrayLike, heads: Any = None, neurons: Any = None) -> None:
-        self.operation, self.value, self.heads, self.neurons = operation, value, heads, neurons
+    operation: Callable[[Array, Array], Array] | None
+    value: npt.ArrayLike
+    heads: Any = None
+    neurons: Any = None
 
     def at(self, config: Config, name: str) -> Any:
         """Return the index of what changes in an activation."""
@@ -79,23 +81,22 @@ class Change:
         end = (T or config.maxT) - 1
         self.position = None if position is None else check_whole(f"{self.what}: the position", position, 0, end)
         self.function = value if callable(value) else None
-        if self.function is None:
-            edit = value if isinstance(value, Edit) else Edit(None, value)
-            self._operation, self._at = edit.operation, edit.at(config, self.name)
-            self._value = self._check(config, edit.value, T)
-
-    def _check(self, config: Config, value: Any, T: int | None) -> Array:
-        """Return a value as an array that broadcasts to the activation."""
+        if self.function is not None:
+            return
+        edit = value if isinstance(value, Edit) else Edit(None, value)
+        self._operation, self._at = edit.operation, edit.at(config, self.name)
         try:
-            array = np.asarray(value, np.float32)
+            array = np.asarray(edit.value, np.float32)
         except (TypeError, ValueError):
-            raise InputError(f"{self.what} is {shown(value)}: give numbers, a function, add(), scale() or zero()") from None
+            raise InputError(
+                f"{self.what} is {shown(edit.value)}: give numbers, a function, add(), scale() or zero()"
+            ) from None
         one = (config.NH, T) if self.name == "probs" else (width_of(config, self.name),)
         shapes = [(), one, (*one[:-1], T, one[-1])]  # one number, one position, all positions
         shapes = [shape for shape in shapes[: 3 if self.position is None else 2] if None not in shape]
         if array.shape not in shapes:
             raise InputError(f"{self.what} has the shape {array.shape}: it must be {' or '.join(map(str, shapes))}")
-        return np.expand_dims(array, -2) if array.shape == one else array
+        self._value = np.expand_dims(array, -2) if array.shape == one else array  # broadcasts to the activation
 
     def apply(self, x: Array, positions: list[int]) -> Array:
         """Return the edited values of an activation at these positions. x: a copy of the values."""
@@ -190,9 +191,8 @@ class Watch:
         if self._captured:
             self._end = min(self._end, max(_stop(config, *site) for site in self._captured))
         stops = [(_stop(config, *site), ORDER[site[0]], *site) for site in self._captured | self._sites.keys()]
-        for name, layer in self._sites:
-            if name in ("attproj", "fcproj"):  # their phase overwrites the residual that it adds them to
-                stops.append((_stop(config, name, layer) - 1, ORDER["before"], "before", layer))
+        added = [site for site in self._sites if site[0] in ("attproj", "fcproj")]  # to a residual that their phase overwrites
+        stops += [(_stop(config, *site) - 1, ORDER["before"], "before", site[1]) for site in added]
         self._stops = sorted(stop for stop in stops if stop[0] <= self._end)
         self.more()
 
@@ -206,9 +206,8 @@ class Watch:
 
     def _rows(self, name: str, places: Places) -> Places:
         """Return the places in the memory of an activation. lnf and logits have only the wanted rows."""
-        if name not in ("lnf", "logits"):
-            return places
-        return [(self._wanted[row], position) for row, position in places if row in self._wanted]
+        wanted = [(self._wanted[row], position) for row, position in places if row in self._wanted]
+        return wanted if name in ("lnf", "logits") else places
 
     def _view(self, name: str, layer: int) -> Array:
         memory, shape, columns = self._work.view(name, layer)

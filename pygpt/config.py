@@ -5,14 +5,13 @@ Vp = V rounded up to a multiple of 128, maxT longest sequence. Refuses to know a
 Source of names and order: llm.c, train_gpt2.c. Source of the variations: transformers, models/gpt2/configuration_gpt2.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 
 from .errors import InputError, check_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     Row = tuple[str, tuple[str, ...]]

@@ -10,7 +10,7 @@ Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy c
 from collections.abc import Callable, Iterable
 
 from . import cpus
-from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
+from ._kernels import Floats, KeysValues, Step, Trace, Weights, copy_keys_values
 from .config import Config
 from .errors import ClosedError, InputError, Uncopied, check_whole, sequence
 from .pool import ThreadPool, nothing
@@ -19,7 +19,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
-    from ._kernels import Trace
     from .activations import Watch
     from .formats.panels import StoredWeights
     from .formats.tensors import ModelFile
@@ -37,8 +36,7 @@ class KVCache(KeysValues):
 
     def __init__(self, weights: Weights, config: Config, capacity: "SupportsIndex | None" = None) -> None:
         capacity = config.maxT if capacity is None else capacity
-        rule = f" from 1 to maxT = {config.maxT}"
-        super().__init__(weights, check_whole("capacity", capacity, 1, config.maxT, rule))
+        super().__init__(weights, check_whole("capacity", capacity, 1, config.maxT, f" from 1 to maxT = {config.maxT}"))
         self._weights, self._config = weights, config
 
     def truncate(self, length: "SupportsIndex") -> None:
@@ -126,16 +124,12 @@ class Network(Uncopied):
         return KVCache(self._weights, self.config, capacity)
 
     def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None, watch: "Watch | None" = None) -> Floats:
-        """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
-
-        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
-        caches have not changed. Raises InputError for a bad token or cache, ClosedError after close().
+        """Run the network over rows and raise errors as GPT2.step() does; return the logits, (wanted, V), as Floats.
 
         lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
         after the step, lengths.restore() can undo the step. watch: reads and changes activations between the phases."""
-        rows = list(rows)
+        rows, work = list(rows), self._work
         workers = self._workers(len(rows))
-        work = self._work
 
         def prepare() -> None:
             work.prepare(rows, workers)
@@ -151,10 +145,9 @@ class Network(Uncopied):
         return logits
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "Lengths | None" = None) -> Floats:
-        """Append tokens to a cache, in chunks; return the logits after the last one, (1, V).
+        """Append tokens as GPT2.extend() does; return the logits, (1, V), as Floats. lengths: as for step().
 
-        Raises InputError, before anything runs, for zero tokens and for more tokens than the cache has room for. lengths: as
-        for step(). If a later chunk fails, the earlier chunks stay in the cache."""
+        If a later chunk fails, the earlier chunks stay in the cache. lengths.restore() can remove them."""
         tokens = sequence(tokens)
         room = cache.capacity - cache.length
         if not 1 <= len(tokens) <= room:
@@ -175,16 +168,14 @@ class Network(Uncopied):
         elif count:
             self._pool.run(lambda ith, nth: [function(i) for i in range(ith, count, nth)])
 
-    def record(self, trace: "Trace | None") -> None:
-        """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""
+    def record(self, trace: Trace | None) -> None:
+        """Record phases as GPT2.record() does. Raises InputError for a trace of fewer workers."""
         if trace is not None and trace.nth < self.threads:
             raise InputError(f"trace is for {trace.nth} workers: this model needs a trace for {self.threads}")
         self._pool.run(nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
 
     def fork_join(self, on: bool) -> None:
-        """Run later steps as one round of the pool for each kernel, for comparison; False returns to one round per step.
-
-        The kernels and the bits are the same, but the additional rounds take time."""
+        """Run later steps as GPT2.fork_join() does. The bits are the same, but the additional rounds take time."""
         self._pool.run(nothing, before=lambda: setattr(self._work, "forked", on), alone=True)
 
     def close(self) -> None:

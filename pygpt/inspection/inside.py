@@ -29,8 +29,6 @@ Float64 = npt.NDArray[np.float64]
 Tokens = Iterable[SupportsIndex]
 Metric = Callable[[Float32], float]  # logits (T, V) -> a number, such as a Logit
 
-# ------------------------------------------------------------------------------------------------ how a prediction forms
-
 
 @dataclass(frozen=True)
 class Logit:
@@ -116,9 +114,6 @@ def induction_scores(patterns: Float32, period: int) -> Float64:
     return scores
 
 
-# ------------------------------------------------------------------------------------------------ what a part changes
-
-
 def mean_loss(tokens: Iterable[int]) -> Metric:
     """Return the metric that is the mean loss of these tokens after the first, in nats."""
     targets = list(tokens)[1:]
@@ -192,12 +187,11 @@ class SparseAutoencoder(NamedTuple):
         """Read the weights of a .safetensors file. Raises CheckpointError for other tensors, and for shapes that do not fit."""
         with SafetensorsFile(path) as file:
             found = {name: np.array(file.tensor(name)) for name in file.tensors}
-        shape = found["W_enc"].shape if "W_enc" in found else ()
-        C, F = shape if len(shape) == 2 else (0, 0)
-        shapes = {"W_enc": (C, F), "b_enc": (F,), "W_dec": (F, C), "b_dec": (C,), "threshold": (F,)}
-        fits = all(array.shape == shapes.get(name) for name, array in found.items())
-        if not C or not fits or len(found.keys() | {"threshold"}) != len(shapes):
-            named = ", ".join(f"{name} {array.shape}" for name, array in found.items())[:300]
+        shapes = {name: array.shape for name, array in found.items()}
+        C, F = shape if len(shape := shapes.get("W_enc", ())) == 2 else (0, 0)
+        wanted = {"W_enc": (C, F), "b_enc": (F,), "W_dec": (F, C), "b_dec": (C,), "threshold": (F,)}
+        if not C or {"threshold": (F,), **shapes} != wanted:
+            named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())[:300]
             rule = "W_enc (C, F), b_enc (F,), W_dec (F, C), b_dec (C,), and optionally threshold (F,)"
             raise CheckpointError(f"{os.fspath(path)}: {named}: expected the tensors {rule}")
         return cls(**found, subtract=subtract)
@@ -230,8 +224,6 @@ class SparseAutoencoder(NamedTuple):
         row: Float32 = self.W_dec[check_whole("feature", feature, 0, len(self.W_dec) - 1)]
         return row
 
-
-# ------------------------------------------------------------------------------------------------ others' names, and files
 
 # TransformerLens' names inside blocks.0 and so on, each followed by ours.
 BLOCK = """ln1.hook_normalized ln1, attn.hook_q q, attn.hook_k k, attn.hook_v v, attn.hook_pattern probs, attn.hook_z atty,
