@@ -1,8 +1,6 @@
 """Activations: what GPT2.activations() returns, and the edits that change them.
 
-A Watch lets a step of the network stop after the phases whose results somebody asked for. While the workers rest, the Watch
-changes or copies these results. All other phases run together, as in a step without a Watch.
-
+A Watch lets a step stop after the phases whose results somebody asked for. While the workers rest, it changes or copies them.
 In every array, the positions are the last axis but one: (n, width), and (NH, n, keys) for probs.
 """
 
@@ -153,7 +151,7 @@ class Capture:
         self.wanted = {*self._positions} if {"lnf", "logits"} & shapes.keys() else set()  # positions
 
     def put(self, name: str, layer: int, values: Array, places: Places) -> None:
-        """Keep an activation's values at these places."""
+        """Keep values at these places."""
         row_of = {position: row for row, position in places}
         kept = [i for i, position in enumerate(self._positions) if position in row_of]
         at, rows, array = _span(kept), _span([row_of[self._positions[i]] for i in kept]), self.arrays[name]

@@ -10,7 +10,7 @@ from .formats.open import open_weights
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
-from .network import CHUNK, KVCache, Lengths, Network, Row
+from .network import CHUNK, KVCache, Network, Row
 from .pool import TRIES
 
 TYPE_CHECKING = False
@@ -116,10 +116,8 @@ class GPT2(Generator):
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
         The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
-        caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, and ClosedError after
-        close().
-
-        edits: changes of activations of every sequence, as in activations(); arrays and functions are for these rows."""
+        caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after
+        close(). edits: changes of every sequence's activations, as in activations(); arrays and functions fit these rows."""
         watch = None
         if edits is not None:
             from .activations import Edits, Watch
@@ -135,15 +133,19 @@ class GPT2(Generator):
         row: npt.NDArray[np.float32] = self._whole(lambda lengths: self.network.extend(cache, tokens, lengths))[0]
         return row
 
-    def _whole(self, run: "Callable[[Lengths], Floats]") -> "npt.NDArray[np.float32]":
+    def _whole(self, run: "Callable[[dict[KVCache, int]], Floats]") -> "npt.NDArray[np.float32]":
         """Return the logits of run(lengths) as an array. If it is interrupted, restore the lengths of all caches."""
-        import numpy as np
+        lengths: dict[KVCache, int] = {}
 
-        lengths = Lengths()
+        def restore() -> bool:
+            for cache, length in lengths.items():
+                cache._truncate(length)
+            return True
+
         try:
-            return np.asarray(run(lengths))
+            return _array(run(lengths))
         except BaseException:
-            see_through(lengths.restore, TRIES)
+            see_through(restore, TRIES)  # Ctrl-C can arrive after a step is committed, before its caller has the logits
             raise
 
     def prefill(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
@@ -189,10 +191,9 @@ class GPT2(Generator):
         position None means all. A change is an array that replaces the activation, add(), scale(), zero(), or a function that
         gets the array and returns another or changes it. The shape is that of a position, such as (C,), or for all positions
         that of a layer, such as (T, C). An edit of k or v changes the cache. An edit of probs changes atty; keys after the
-        position stay 0. All numbers before an edit keep their bits, at earlier positions and in earlier phases.
-
-        Raises InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the
-        arrays take too much memory."""
+        position stay 0. All numbers before an edit keep their bits, at earlier positions and in earlier phases. Raises
+        InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the arrays
+        take too much memory."""
         from .activations import Capture, Edits, Watch
 
         ids = check_tokens(self.config, tokens)
@@ -218,3 +219,9 @@ class GPT2(Generator):
         self.network.close()
         if self._draft is not None:
             self._draft.network.close()
+
+
+def _array(logits: "Floats") -> "npt.NDArray[np.float32]":
+    import numpy as np
+
+    return np.asarray(logits)

@@ -123,13 +123,15 @@ class Network(Uncopied):
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return KVCache(self._weights, self.config, capacity)
 
-    def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None, watch: "Watch | None" = None) -> Floats:
+    def step(self, rows: Iterable[Row], lengths: "dict[KVCache, int] | None" = None, watch: "Watch | None" = None) -> Floats:
         """Run the network over rows and raise errors as GPT2.step() does; return the logits, (wanted, V), as Floats.
 
-        lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
-        after the step, lengths.restore() can undo the step. watch: reads and changes activations between the phases."""
-        rows, work = list(rows), self._work
-        workers = self._workers(len(rows))
+        lengths: receives the length of each cache before the step, unless it already has one, so that a caller can undo even a
+        committed step. watch: reads and changes activations between the phases."""
+        rows, work, workers = list(rows), self._work, self.threads
+        if not self._all_workers:
+            alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * len(rows) / cpus.FLOP_PER_US)
+            workers = cpus.workers_for(workers, alone_us, 5 * self.config.L + 3)
 
         def prepare() -> None:
             work.prepare(rows, workers)
@@ -144,10 +146,10 @@ class Network(Uncopied):
         assert logits is not None
         return logits
 
-    def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "Lengths | None" = None) -> Floats:
+    def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "dict[KVCache, int] | None" = None) -> Floats:
         """Append tokens as GPT2.extend() does; return the logits, (1, V), as Floats. lengths: as for step().
 
-        If a later chunk fails, the earlier chunks stay in the cache. lengths.restore() can remove them."""
+        If a later chunk fails, the earlier chunks stay in the cache."""
         tokens = sequence(tokens)
         room = cache.capacity - cache.length
         if not 1 <= len(tokens) <= room:
@@ -156,10 +158,6 @@ class Network(Uncopied):
         for start in range(0, len(rows) - CHUNK, CHUNK):
             self.step(rows[start : start + CHUNK], lengths)
         return self.step(rows[(len(rows) - 1) // CHUNK * CHUNK :], lengths)
-
-    def _workers(self, rows: int) -> int:
-        alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
-        return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us, 5 * self.config.L + 3)
 
     def each(self, function: Callable[[int], object], count: int) -> None:
         """Call function(i) for i = 0 .. count - 1, shared among the workers if there are several."""
@@ -184,14 +182,3 @@ class Network(Uncopied):
         self._weights.close()
         self._tensors = {}  # views of the file: without them, it can be unmapped
         self._checkpoint.close()
-
-
-class Lengths(dict[KVCache, int]):
-    """The lengths of caches before a step."""
-
-    def restore(self) -> bool:
-        """Give the caches these lengths again; return True. This undoes even a committed step. Ctrl-C can arrive after a step
-        is committed, before its caller has the logits."""
-        for cache, length in self.items():
-            cache._truncate(length)
-        return True
