@@ -47,8 +47,9 @@ class Logit:
 
     def row(self, T: int, V: int) -> int:
         """Return the position among T, from 0. Raises what __call__() raises."""
-        for name, token in (("token", self.token), ("against", self.against)):
-            check_whole(name, token or 0, 0, V - 1)
+        check_whole("token", self.token, 0, V - 1)
+        if self.against is not None:
+            check_whole("against", self.against, 0, V - 1)
         return check_whole("position", self.position, -T, T - 1) % T
 
     def gradient(self, T: int, V: int) -> Float32:
