@@ -99,8 +99,7 @@ class GPT2(Generator):
     def _draft_from(self, checkpoint: "ModelFile") -> "Draft":
         from .generation.speculate import Draft
 
-        network = Network(checkpoint, target=self.network)
-        return Draft(network, shared=network.extends(self.network))
+        return Draft(Network(checkpoint, target=self.network), shared=checkpoint.config == self.config)  # its caches
 
     @property
     def threads(self) -> int:
