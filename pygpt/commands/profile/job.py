@@ -26,8 +26,7 @@ from ...model import GPT2
 from ...network import Network
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
-from ..bench.peers import marks
-from ..bench.train import batch_of
+from ..bench.measuring import batch_of, marks
 
 WAKE = "wake-up"  # the time in which some workers are awake and others are not
 FIRST = ("encoder", "dlogits", "norm", "update")  # the phases that begin a step

@@ -9,54 +9,7 @@
     pygpt profile -o json > a.json                  print JSON; --compare a.json b.json shows the differences of two reports
     pygpt profile --stretch fc=3 --stretch 1:all=2  slow down a kernel and a worker, to check that the report shows it
 
-JSON (-o json), schema 1. Times are in ns, summed over all rounds, except medians. Values that were not measured are null, and
-lists of them are empty. [a, b] is a list of objects with the fields a and b.
-
-    schema, pygpt    1, and the version of the package
-    model            path, name, L, NH, C, V, maxT, version (null for other files than .bin), weights, head (the formats of the
-                     layers' matrices and of wte), weight_bytes (of all weights that each token reads)
-    machine          processor, isa, cores, threads (number of workers)
-    job              prompt_tokens, new_tokens, sampler, or with --train B, T, iterations; always rounds, all_workers,
-                     planted (a text for each --stretch)
-    bits             profiled, unprofiled (digests of all logits, or of all losses, norms and final weights), same (true if all
-                     rounds agree)
-    trace            capacity (events per worker and round), dropped (for each worker, events that exceeded the capacity)
-    ceilings         the machine's limits: [threads, read_gb_s, fma_gflop_s, stream_gb_s (memory traffic of AdamW), dot_gop_s
-                     (10^9 operations a second of integer products, by weight format: q8_0, q4_0)]
-    wall_ns          time measured around all profiled calls
-    kernels          [mode, name, kind, calls, total_ns, self_ns, wait_ns, median_ns, share, cumulative, imbalance, flop, bytes,
-                     gflop_s, gb_s, roof, bound, workers]; the total_ns of a mode's rows add up to the mode's wall_ns
-        kind         kernel, wait, or outside (the kernels)
-        total_ns     self_ns (computing) + wait_ns (waiting at the barrier), each the mean over the workers
-        median_ns    median of self_ns of one call
-        share        total_ns / wall_ns of the mode; cumulative is the running sum
-        imbalance    how much longer the slowest worker computes than the mean; 0.1 is 10%
-        roof, bound  share of the machine's nearest limit, and which limit: fma, dot (integer products), read or stream
-        workers      for each worker: [calls, self_ns, wait_ns]
-    modes            an object for each of prefill and decode, or for train; with --speculate also for draft (a guess), verify
-                     (a step that checks guesses) and rollback (removes guesses from a cache): wall_ns, calls, tokens, steps,
-                     workers_used, median_call_ns, untraced_median_call_ns, wait_ns, flop, bytes, imbalance, layers, stages,
-                     amdahl
-        imbalance    self_ns (for each worker), slowest (a worker's number), excess (its time over the mean, as a share)
-        layers       [layer, total_ns, self_ns, wait_ns, share, imbalance, workers], as in kernels
-        stages       of an iteration of training: [name (forward, backward, norm, update), wall_ns, median_ns,
-                     untraced_median_ns, share]
-        amdahl       serial_ns (time in which fewer than all workers compute), serial_share (of wall_ns), serial_fraction (of
-                     one_thread_ns), one_thread_ns, predictions [threads, prediction (true), amdahl, bandwidth (speed-ups)]
-    speculation      with --speculate: guesses (auto or a number), draft (what guesses), drafted, accepted (numbers of guesses,
-                     and of right ones), acceptance (their ratio), tokens_per_step (new tokens in each step after the prefill)
-    scaling          measured with each number of threads: [threads, prediction (false), prefill_ns, prefill_speedup,
-                     decode_ns, decode_speedup]; with --speculate also draft_ns, verify_ns and so on; with --train train_ns,
-                     train_speedup, forward_ns, forward_speedup, backward_ns, backward_speedup, norm_ns, norm_speedup,
-                     update_ns, update_speedup
-    strategies       ways to run the same kernels: prompt_tokens, same_bits, same_tokens, ways [name, threads, rounds_a_step
-                     (of the pool), meetings_a_step (native barriers), prefill_ns, prefill_speedup, prefill_efficiency,
-                     decode_ns, decode_speedup, decode_efficiency]; with --train B, T, same_bits, same_losses, and ways with
-                     train_ns, train_speedup, train_efficiency, the fields of the stages as in scaling, forward_efficiency,
-                     backward_efficiency, norm_efficiency, update_efficiency; a step is then an iteration
-    startup          parts of a fresh process: [name, ns, minor, major (page faults)]
-    perf             samples, symbols [symbol, object, share], families (shares of computing time by kind of kernel),
-                     reported (the same shares from this report's kernels)
+docs/reference/reports.md describes the JSON.
 
 Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
@@ -128,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too, and print the hottest symbols")
-    form = "text (default) or json, with the schema above"
+    form = "text (default) or json"
     add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help=form)
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")

@@ -20,7 +20,7 @@ from ...model import GPT2
 from ...reference import SerialGPT2
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
-from ..bench.peers import laps
+from ..bench.measuring import laps
 from .job import Call, Job, Training, clock
 
 Row = dict[str, Any]
