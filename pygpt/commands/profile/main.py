@@ -35,7 +35,7 @@ from ...model import DRAFTS
 from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
 from . import job, numbers, perf, plots, startup, strategies, text, traces
-from .work import Stored
+from .work import Stored, weight_bytes
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
@@ -262,7 +262,7 @@ def facts(
             "path": path, "name": os.path.basename(path), "version": version,
             **{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")},
             "weights": stored["qkvw"][0], "head": stored["wte"][0],
-            "weight_bytes": sum(size for name, (_, size) in stored.items() if name != "wpe"),
+            "weight_bytes": weight_bytes(stored),
         },
         "machine": {"processor": processor, "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth},
         "job": {**task.describe(), "rounds": options.rounds, "all_workers": options.all_workers, "planted": described},

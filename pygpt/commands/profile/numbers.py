@@ -90,14 +90,9 @@ def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceilin
     sampler = sum(call.done - call.ran for call in calls)
     rest = wall - sampler - sum(row["total_ns"] for row in rows)
     for name, total in ((OUTSIDE, rest),) if trains else ((SAMPLER, sampler), (OUTSIDE, rest)):
-        times = {
-            "calls": len(calls),
-            "total_ns": total,
-            "self_ns": total,
-            "median_ns": total / len(calls),
-            "share": total / wall,
-        }
-        rows.append({"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(name, 0, 0, 0, None)})
+        times = {"calls": len(calls), "self_ns": total, "median_ns": total / len(calls), "share": total / wall}
+        row = {"name": name, "kind": "outside", **Tally(0).row(wall), **times, "total_ns": total}
+        rows.append(row | rates(name, 0, 0, 0, None))
     rows.sort(key=lambda row: -row["total_ns"])
     for row, reached in zip(rows, accumulate(row["share"] for row in rows), strict=True):
         row["cumulative"] = reached

@@ -1,8 +1,7 @@
 """Compare thread counts and strategies in generation and in training, without a trace.
 
 A strategy is a way to dispatch the same kernels, or the serial reference. All candidates run in turns over a few rounds. The
-results are medians, so that a slow minute of a shared machine affects all candidates alike. The report's notes (text.py) name
-the sources of the strategies.
+results are medians. The report's notes (text.py) name the sources of the strategies.
 """
 
 import hashlib

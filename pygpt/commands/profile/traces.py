@@ -49,10 +49,9 @@ def _nested(span: Callable[..., ChromeEvent], noted: list[Event]) -> Iterator[Ch
         if where:
             yield span(where, "layer", part[0].begin, part[-1].left)
         for event in part:
-            if event.end > event.begin:
-                yield span(event.phase, "phase", event.begin, event.end, layer=event.layer)
-            if event.left > event.end:
-                yield span(event.waiting, "wait", event.end, event.left, after=event.phase, layer=event.layer)
+            for name, begin, end in event.spans():
+                kind, more = ("phase", {}) if begin == event.begin < event.end else ("wait", {"after": event.phase})
+                yield span(name, kind, begin, end, layer=event.layer, **more)
 
 
 def _layer(event: Event) -> str:
@@ -82,22 +81,9 @@ STATES = {
 MODE, PHASE, LAYER = 60000001, 60000002, 60000003  # event types; the value 0 ends an event
 SAMPLER = "sampler"
 PCF_HEAD = """\
-DEFAULT_OPTIONS
-
-LEVEL               THREAD
-UNITS               NANOSEC
-LOOK_BACK           100
-SPEED               1
-FLAG_ICONS          ENABLED
-NUM_OF_STATE_COLORS 1000
-YMAX_SCALE          37
-
-
-DEFAULT_SEMANTIC
-
-THREAD_FUNC         State As Is
-
-
+DEFAULT_OPTIONS\n\nLEVEL               THREAD\nUNITS               NANOSEC\nLOOK_BACK           100\nSPEED               1
+FLAG_ICONS          ENABLED\nNUM_OF_STATE_COLORS 1000\nYMAX_SCALE          37\n\n
+DEFAULT_SEMANTIC\n\nTHREAD_FUNC         State As Is\n\n
 """
 
 Interval = tuple[int, int, int, str, str]  # begin, end, state, phase or "", place or ""
@@ -160,10 +146,9 @@ def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
             for event in step[ith]:
                 if event.begin > at:
                     yield at, event.begin, between, "", ""
-                if event.end > event.begin:
-                    yield event.begin, event.end, RUNNING, event.phase, _place(event)
-                if event.left > event.end:
-                    yield event.end, event.left, SYNCHRONISATION, "", ""
+                for name, begin, end in event.spans():
+                    busy = name == event.phase != WAKE
+                    yield (begin, end, RUNNING, name, _place(event)) if busy else (begin, end, SYNCHRONISATION, "", "")
                 at = event.left
         if ith == 0:
             yield at, call.ran, between, "", ""
