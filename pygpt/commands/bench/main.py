@@ -51,6 +51,7 @@ from .measuring import CLONE, Result, clone_tool, print_results
 from .tests import FILE, PARTS, check_losses, generation_tests, training_tests
 
 BATCH = 8
+RATES = ("read_gb_s", "fma_gflop_s", "stream_gb_s")  # of Ceilings; the last one with --train
 SIZES: dict[str, Any] = {"new": 64, "depths": [8, 512], "batches": [1, BATCH], "weights": [FILE]}
 MODES: dict[str, dict[str, Any]] = {  # the options of each mode, and their usual values
     "": {"prompts": [64, 512, 1000], **SIZES},
@@ -212,10 +213,7 @@ def describe(config: Config, version: int | None, ceilings: dict[int, Ceilings],
         "test": "ceilings", "cpu": f"{len(names)} x {names[0]}" if names else platform.processor(),
         "isa": cpu_info()["isa"], "python": platform.python_version(), "pygpt": __version__, "commit": _commit(),
         "model": {**{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")}, "version": version},
-        **{
-            name: {str(n): getattr(limit, name) for n, limit in ceilings.items()}
-            for name in ("read_gb_s", "fma_gflop_s", *(["stream_gb_s"] if train else []))
-        },
+        **{name: {str(n): getattr(limit, name) for n, limit in ceilings.items()} for name in RATES[: 3 if train else 2]},
         "dot_gop_s": {kind: {str(n): found.operations_gop_s(kind) for n, found in ceilings.items()} for kind in dots},
     }  # fmt: skip
 
@@ -230,10 +228,7 @@ def _commit() -> str:
 
 
 def scaling(results: list[Result], read: Mapping[str, float]) -> None:
-    """Add the speed-ups over one thread, over the reference and over plain decode, where these were measured.
-
-    read: the read bandwidth by number of threads. It is the hardware's scaling of tests without a limit.
-    """
+    """Add the speed-ups over one thread, the reference and plain decode. read: the read bandwidth by number of threads."""
     known = {(r["by"], r["test"], r["threads"]): r for r in results}
     for r in results:
         program, plain = r["by"].partition(" ")[0], (r["by"].partition(" +")[0], r["test"], r["threads"])

@@ -15,7 +15,7 @@ from ...config import Config
 from ...errors import InputError
 
 CLONE = Path(__file__).resolve().parents[3]  # the folder of the package's folder
-TOOLS = {"peers": "--against", "load": "--serve"}  # files in the clone's tools/, and the options that need them
+TOOLS = {"peers": "--against", "load": "--serve", "perf": "--sample"}  # files of the clone, and options that need them
 Result = dict[str, Any]
 
 

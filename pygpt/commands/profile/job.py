@@ -130,11 +130,8 @@ class Generation:
         network, draft = _Watched(model.network, "decode", found), model.draft(False)
         watched = draft and Draft(_Watched(draft.network, "draft", found), shared=draft.shared)
         engine = Engine(network, draft=lambda make: watched)
-        options: Any = {
-            "sampler": self.sampler,
-            "speculation": self.speculation,
-            "overflow": "slide",
-        }  # room for the last token
+        options: Any = {"sampler": self.sampler, "speculation": self.speculation}
+        options["overflow"] = "slide"  # room for the last token
         [completion] = engine.add(Request(model.config, self.prompt, max_new_tokens=self.new + 1, **options)).completions
         calls: list[Call] = []
         bits = hashlib.blake2b(digest_size=16)

@@ -32,18 +32,15 @@ from ...generation.request import check_speculation
 from ...hub.find import find_model
 from ...inspection.show import matplotlib
 from ...model import DRAFTS
+from ..bench.measuring import clone_tool
 from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
-from . import job, numbers, perf, plots, startup, strategies, text, traces
+from . import job, numbers, plots, startup, strategies, text, traces
 from .work import Stored, weight_bytes
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
-GENERATION = {
-    name: f"--{name.replace('_', '-')}"
-    for name in ("tokens", "prompt_length", "sampler", "weights", "speculate", "draft_model")
-}  # not --train
-TRAINING = {"B": "-B", "T": "-T"}
+GENERATION = ("tokens", "prompt_length", "sampler", "weights", "speculate", "draft_model")  # options that --train does not have
 Report = dict[str, Any]
 
 
@@ -80,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
-    add("--sample", action="store_true", help="run the job under Linux perf too, and print the hottest symbols")
+    add("--sample", action="store_true", help="run the job under Linux perf too (in a clone of pygpt): the hottest symbols")
     form = "text (default) or json"
     add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help=form)
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
@@ -93,8 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the arguments. Raises InputError for everything that can be checked without the model."""
     options = build_parser().parse_args(arguments)
-    for name, flag in (GENERATION if options.train else TRAINING).items():
+    for name in GENERATION if options.train else ("B", "T"):
         if getattr(options, name) is not None:
+            flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} cannot be used {'with' if options.train else 'without'} --train: leave out {flag}")
     for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
@@ -162,9 +160,10 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.plot:
         matplotlib()  # if it is missing, report that now
+    perf = clone_tool("perf") if options.sample else None
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
-    if options.sample:
+    if perf:
         try:
             report["perf"] = perf.look(path, task, report["machine"]["threads"])
             report["perf"]["reported"] = perf.reported(report["kernels"])

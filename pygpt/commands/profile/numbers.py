@@ -1,8 +1,7 @@
 """Compute the numbers of the report from a job's events: hotspots, layers, the serial fraction, predictions.
 
-Times of a kernel are means over the workers that ran the step. So a mode's rows add up to the time measured around its calls.
-total is self (computing) plus wait (at the barrier after it). The sampler has its own row. The remaining time, outside all
-kernels, is the row "python, pool". Rates divide a kernel's work by its self time.
+Times of a kernel are means over the workers that ran the step. So a mode's rows, with those of the sampler and of the time
+outside all kernels, add up to the time measured around its calls.
 """
 
 from collections import defaultdict

@@ -147,11 +147,9 @@ def mode_text(report: Report, mode: str) -> str:
     summary, rounds = report["modes"][mode], report["job"]["rounds"]
     wall, wait = summary["wall_ns"], summary["wait_ns"]
     rows = [row for row in report["kernels"] if row["mode"] == mode]
-    title = (
-        f"{mode.upper()}  {ms(summary['median_call_ns'])} ms {CALLS[mode]}, median (untraced "
-        f"{ms(summary['untraced_median_call_ns'])}); {summary['tokens'] / wall * 1e9:.1f} tokens/s; "
-        f"{summary['workers_used']} of {plural(report['machine']['threads'], 'worker')} used"
-    )
+    title = f"{mode.upper()}  {ms(summary['median_call_ns'])} ms {CALLS[mode]}, median (untraced "
+    title += f"{ms(summary['untraced_median_call_ns'])}); {summary['tokens'] / wall * 1e9:.1f} tokens/s; "
+    title += f"{summary['workers_used']} of {plural(report['machine']['threads'], 'worker')} used"
     heads = ["kernel", "calls", "total ms", "self ms", "wait ms", "share", "cum", "GFLOP/s", "GB/s", "roof", "imbal", "slow"]
     total = ["total", "", *(ms(ns / rounds) for ns in (wall, wall - wait, wait)), percent(sum(row["share"] for row in rows))]
     total += ["", number(summary["flop"] / wall), number(summary["bytes"] / wall), "", "", ""]
@@ -194,12 +192,11 @@ def reading(summary: Row, rows: list[Row]) -> str:
 def layer_text(report: Report, mode: str) -> str:
     """Return the table of one mode's layers."""
     rounds = report["job"]["rounds"]
-    rows = [
-        [row["layer"], *(ms(row[f"{key}_ns"] / rounds) for key in ("total", "self", "wait")), percent(row["share"])]
-        for row in report["modes"][mode]["layers"]
-    ]
-    heads = ["layer", "total ms", "self ms", "wait ms", "share"]
-    return "\n".join([f"{mode.upper()} BY LAYER", *table(heads, *rows)])
+    rows = [["layer", "total ms", "self ms", "wait ms", "share"]]
+    for row in report["modes"][mode]["layers"]:
+        times = (ms(row[f"{key}_ns"] / rounds) for key in ("total", "self", "wait"))
+        rows.append([row["layer"], *times, percent(row["share"])])
+    return "\n".join([f"{mode.upper()} BY LAYER", *table(*rows)])
 
 
 def speculation_text(report: Report) -> str:

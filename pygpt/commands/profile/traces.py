@@ -19,11 +19,7 @@ ChromeEvent = dict[str, Any]
 
 
 def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str) -> None:
-    """Write trace events with one track for each worker.
-
-    A call contains steps, a step contains layers, and a layer contains phases and the waits after them. In training, a call
-    contains stages, which contain the steps. Calls, stages and the sampler are on the track of worker 0.
-    """
+    """Write trace events with one track for each worker: calls, stages of training, steps, layers, phases and waits, nested."""
     events = [_event("process_name", 0, name=title)]
     events += [_event("thread_name", ith, name=f"worker {ith}") for ith in range(nth)]
     events += [_event("thread_sort_index", ith, sort_index=ith) for ith in range(nth)]
@@ -92,11 +88,9 @@ Interval = tuple[int, int, int, str, str]  # begin, end, state, phase or "", pla
 def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[str]:
     """Write STEM.prv, STEM.pcf and STEM.row; return their names. Every worker has exactly one state at every time."""
     events = [event for call in calls for step in call.steps for noted in step for event in noted if event.phase != WAKE]
-    names = {
-        MODE: [*dict.fromkeys(call.mode for call in calls)],
-        PHASE: [*dict.fromkeys(event.phase for event in events), SAMPLER],
-        LAYER: [*dict.fromkeys(_place(event) for event in events), SAMPLER],
-    }
+    names = {MODE: [*dict.fromkeys(call.mode for call in calls)]}
+    names[PHASE] = [*dict.fromkeys(event.phase for event in events), SAMPLER]
+    names[LAYER] = [*dict.fromkeys(map(_place, events)), SAMPLER]
     levels = {"CPU": [f"CPU {i + 1}" for i in range(nth)], "NODE": ["node 1"], "THREAD": [f"worker {i}" for i in range(nth)]}
     blocks = ["\n".join([f"LEVEL {level} SIZE {len(own)}", *own]) for level, own in levels.items()]
     texts = {".prv": _prv(calls, nth, names), ".pcf": _pcf(names), ".row": "\n\n".join(blocks) + "\n"}
@@ -135,11 +129,8 @@ def _prv(calls: list[Call], nth: int, names: dict[int, list[str]]) -> str:
 
 
 def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
-    """Yield one worker's states, without gaps, from the begin of the first call to the end of the last.
-
-    Time without an event is Python and pool on worker 0, and idle on the other workers.
-    """
-    between = FORK_JOIN if ith == 0 else IDLE
+    """Yield one worker's states, without gaps, from the begin of the first call to the end of the last."""
+    between = FORK_JOIN if ith == 0 else IDLE  # time without an event is Python and pool on worker 0
     at = calls[0].begin
     for call in calls:
         for step in call.steps:

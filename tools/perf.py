@@ -1,4 +1,4 @@
-"""Run the job under Linux perf, which samples the running symbol 997 times a second.
+"""Run the job of `pygpt profile --sample` under Linux perf, which samples the running symbol 997 times a second.
 
 perf attaches to this process after the model is warm, so that it excludes start-up. Its control pipe starts and stops it. The
 shares are of processor time, so a worker that sleeps at a barrier does not count.
@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ...errors import PyGPTError
-from .job import Job, clock
+from pygpt.commands.profile.job import Job, clock
+from pygpt.errors import PyGPTError
 
 Row = dict[str, Any]
 SECONDS = 2.0  # the least duration of the run, which has at least one round
