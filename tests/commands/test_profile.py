@@ -843,6 +843,10 @@ def test_perf_report_is_read_by_families() -> None:
     ]
     assert perf.families(symbols)["products, attention"] == pytest.approx(0.75)
     assert perf.families(symbols)["layernorm"] == pytest.approx(0.25)
+    found = {"samples": 9, "symbols": symbols, "families": perf.families(symbols), "reported": perf.families(symbols)}
+    lines = perf.table_text(found).splitlines()
+    assert lines[2].split() == ["gemm", "_kernels.so", "60.0%"]
+    assert lines[-1].split()[:3] == ["this", "report", "25.0%"]
 
 
 def test_without_matplotlib(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ Tests are named as in llama-bench:
     tg64@d8xb8   the same for 8 sequences together
     process      the whole command, with 2 prompt tokens and 8 new tokens
 
-Each round runs every test once, so that a slow minute of a shared machine affects all tests alike. The results are medians. The
-middle half is the range without the lowest and the highest quarter of the rounds. --against and --serve need a clone of pygpt.
-docs/reference/reports.md describes the limits and the fields of the JSON.
+Each round runs every test once, so that a slow minute of a shared machine affects all tests alike. The results are medians.
+--against and --serve need a clone of pygpt. docs/reference/reports.md describes the limits and the JSON.
 """
 
 import argparse

@@ -89,9 +89,6 @@ def memory_of(measure: Callable[..., dict[str, int]], *arguments: object) -> dic
         return process.submit(measure, *arguments).result()
 
 
-# ------------------------------------------------------------------------------------------------ generation
-
-
 def time_prefill(model: GPT2, length: int) -> float:
     """Return the seconds of a prompt."""
     tokens, cache = prompt(model.config, 0, length), model.new_cache(length)
@@ -217,9 +214,6 @@ def reference_tests(serial: SerialGPT2, models: list[GPT2], weights: str | None,
     return tests
 
 
-# ------------------------------------------------------------------------------------------------ speculation
-
-
 def speculative_tests(options: argparse.Namespace, stack: ExitStack, model: GPT2, weights: str | None, path: str) -> list[Test]:
     """Return pygpt's tests with --speculate, with one number of threads and one format of weights."""
     kind, tests = model.network.stored["qkvw"][0], []
@@ -284,9 +278,6 @@ class Completions:
         for event in self._engine.step():
             if event.error is not None:
                 raise event.error
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 def training_tests(options: argparse.Namespace, stack: ExitStack, path: str, config: Config) -> list[Test]:
@@ -361,6 +352,5 @@ def check_losses(tests: Sequence[Test]) -> None:
             allowed = 0.0 if other.by == first.by else TOLERANCE * max(1.0, abs(ours))
             if not abs(ours - theirs) <= allowed:  # NaN differs from everything
                 whose = f"{first.by}'s loss with {first.threads} threads is {ours!r}, {other.by}'s with {other.threads} threads"
-                raise PyGPTError(
-                    f"losses of iteration {number} differ: {whose} is {theirs!r}, and they may differ by {allowed:g}"
-                )
+                differ = f"losses of iteration {number} differ: {whose} is {theirs!r}"
+                raise PyGPTError(f"{differ}, and they may differ by {allowed:g}")

@@ -1,8 +1,7 @@
 """The profiled job, and the recording of its calls and events.
 
-A job is a Generation (a prompt, then tokens one by one) or a Training (iterations on one batch). A Call is one prefill() or
-decode() with the choice of the next token, or one iteration of training, timed from outside. The steps of a call contain the
-events of each worker. All times are nanoseconds of one monotonic clock, which the kernels' trace reads too.
+A Call is timed from outside, and its steps contain the events of each worker. All times are nanoseconds of one monotonic clock,
+which the kernels' trace reads too.
 """
 
 import hashlib
@@ -48,14 +47,9 @@ class Event(NamedTuple):
     end: int
     left: int
 
-    @property
-    def waiting(self) -> str:
-        """The name of the wait."""
-        return WAKE if self.phase == WAKE else "wait"
-
     def spans(self) -> list[tuple[str, int, int]]:
         """Return the phase and the wait after it as (name, begin, end), without empty ones."""
-        spans = [(self.phase, self.begin, self.end), (self.waiting, self.end, self.left)]
+        spans = [(self.phase, self.begin, self.end), (WAKE if self.phase == WAKE else "wait", self.end, self.left)]
         return [span for span in spans if span[2] > span[1]]
 
 
@@ -73,19 +67,15 @@ Step = list[list[Event]]  # one pass through the network: for each worker its ev
 
 @dataclass
 class Call:
-    """One prefill, decode or iteration of training, timed from outside.
-
-    ran: the time when the logits were ready. done: the time when the next token was chosen; in training, the same as ran.
-    stages: in training, the end of each of STAGES.
-    """
+    """One prefill, decode or iteration of training, timed from outside."""
 
     mode: str
     position: int  # number of tokens in the cache before the call
     rows: int
     begin: int
-    ran: int
-    done: int
-    stages: tuple[int, ...] = ()
+    ran: int  # the time when the logits were ready
+    done: int  # the time when the next token was chosen; in training, the same as ran
+    stages: tuple[int, ...] = ()  # in training, the end of each of STAGES
     sequences: int = 1
     wanted: int = 1  # number of rows with logits
     steps: list[Step] = field(default_factory=list)

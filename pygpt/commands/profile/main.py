@@ -23,7 +23,6 @@ from typing import Any
 
 from ... import __version__
 from ..._kernels import Trace, cpu_info
-from ...config import Config
 from ...cpus import default_threads, processors
 from ...errors import InputError
 from ...formats.open import open_model
@@ -60,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-m", "--model", metavar="PATH", help="a model file or a downloaded model (default: see pygpt --help)")
     add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)")
     add("--tokens", metavar="IDS", help="the prompt, such as 31373,612 (the default)")
-    add("--prompt-length", metavar="N", help="use an artificial prompt of N tokens instead")
+    add("--prompt-length", metavar="N", type=whole(1, 1 << 20), help="use an artificial prompt of N tokens instead")
     add("-n", "--new", metavar="N", type=whole(1, 1 << 20), help=new)
     add("--train", action="store_true", help="profile training: forward, backward, gradient norm, AdamW")
     add("-B", metavar="N", type=whole(1, 1 << 16), help="with --train, sequences in a batch (default 4)")
@@ -78,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
     add("--sample", action="store_true", help="run the job under Linux perf too (in a clone of pygpt): the hottest symbols")
-    form = "text (default) or json"
-    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help=form)
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
     add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")
@@ -110,14 +108,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def count(name: str, given: str, least: int, most: int) -> int:
-    """Read an option's whole number from `least` to `most`. Raises InputError for anything else."""
-    try:
-        return whole(least, most)(given)
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{name}: {error}") from None
-
-
 def planted(given: str) -> job.Planted:
     """Read the value of --stretch: [W:]PHASE=K. Raises InputError for anything else."""
     where, _, times = given.rpartition("=")
@@ -138,16 +128,17 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
     with open_model(path) as opened:
         V, maxT = opened.config.V, opened.config.maxT
     if options.prompt_length is not None:
-        length = count("--prompt-length", options.prompt_length, 1, maxT)
-        prompt = [(PROMPT[0] + 7919 * i) % V for i in range(length)]
+        prompt = [(PROMPT[0] + 7919 * i) % V for i in range(options.prompt_length)]
     elif options.tokens is not None:
-        prompt = [count("--tokens: an id", word.strip(), 0, V - 1) for word in options.tokens.split(",")]
+        try:
+            prompt = [whole(0, V - 1)(word.strip()) for word in options.tokens.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--tokens: an id: {error}") from None
     else:
         prompt = [token % V for token in PROMPT]
     if len(prompt) + options.new > maxT:
-        raise InputError(
-            f"{len(prompt)} prompt tokens and {options.new} new tokens exceed the model's context of {maxT}: make -n smaller"
-        )
+        given = f"{len(prompt)} prompt tokens and {options.new} new tokens"
+        raise InputError(f"{given} exceed the model's context of {maxT}: make -n smaller")
     asked = prompt, options.new, options.sampler, options.all_workers, options.weights
     return job.Generation(*asked, options.speculate, options.draft_model)
 
@@ -164,11 +155,7 @@ def run(options: argparse.Namespace) -> None:
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
     if perf:
-        try:
-            report["perf"] = perf.look(path, task, report["machine"]["threads"])
-            report["perf"]["reported"] = perf.reported(report["kernels"])
-        except perf.PerfAbsent as error:
-            say(str(error))
+        report["perf"] = perf.sampled(path, task, report)
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
     nth, calls, written = report["machine"]["threads"], recording.calls, []
     if options.trace:
@@ -189,7 +176,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     with task.open(path, options.threads) as model:
         nth = model.threads
         job.plant(Trace(nth, 1), options.stretch)  # raises InputError before the job runs
-        counts = sorted({*strategies.thread_counts(cores), nth})
+        counts = sorted({*(1 << k for k in range(cores.bit_length())), cores, nth})  # powers of two, all cores
         stored = job.stored_of(model)
         kinds = {kind for network in (stored, getattr(job.draft_of(model), "stored", {})) for kind, _ in network.values()}
         dots = sorted(kinds & {*QUANTISED})
@@ -197,7 +184,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
         ceilings = limits(2) if "ceilings" in parts else []
         recording = job.record(model, task, options.rounds, options.capacity, options.stretch)
         ceilings = strategies.best(ceilings, limits(1) if ceilings else [])
-        report = facts(options, path, model.config, stored, task, recording)
+        report = facts(options, path, stored, task, recording)
         report |= hotspots(model, task, recording, ceilings)
     report |= {"ceilings": ceilings, "scaling": [], "strategies": None, "startup": None, "perf": None}
     if "scaling" in parts:
@@ -242,12 +229,10 @@ def hotspots(model: Any, task: job.Job, recording: job.Recording, ceilings: list
     return report
 
 
-def facts(
-    options: argparse.Namespace, path: str, config: Config, stored: Stored, task: job.Job, recording: job.Recording
-) -> Report:
+def facts(options: argparse.Namespace, path: str, stored: Stored, task: job.Job, recording: job.Recording) -> Report:
     """Return the part of the report about the model, the machine and the job's options."""
     with open_model(path) as opened:
-        version = getattr(opened, "version", None)
+        config, version = opened.config, getattr(opened, "version", None)
     described = []
     for phase, times, worker in options.stretch:
         where = "" if worker is None else f" on worker {worker}"
@@ -255,13 +240,11 @@ def facts(
     processor = (processors() or [platform.processor() or platform.machine()])[0]
     nth, digests = len(recording.dropped), recording.digests
     return {
-        "schema": text.SCHEMA,
-        "pygpt": __version__,
+        "schema": text.SCHEMA, "pygpt": __version__,
         "model": {
             "path": path, "name": os.path.basename(path), "version": version,
             **{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")},
-            "weights": stored["qkvw"][0], "head": stored["wte"][0],
-            "weight_bytes": weight_bytes(stored),
+            "weights": stored["qkvw"][0], "head": stored["wte"][0], "weight_bytes": weight_bytes(stored),
         },
         "machine": {"processor": processor, "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth},
         "job": {**task.describe(), "rounds": options.rounds, "all_workers": options.all_workers, "planted": described},

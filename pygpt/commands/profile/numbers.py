@@ -1,7 +1,6 @@
 """Compute the numbers of the report from a job's events: hotspots, layers, the serial fraction, predictions.
 
-Times of a kernel are means over the workers that ran the step. So a mode's rows, with those of the sampler and of the time
-outside all kernels, add up to the time measured around its calls.
+Times of a kernel are means over the workers that ran the step. So a mode's rows add up to the time measured around its calls.
 """
 
 from collections import defaultdict
@@ -78,7 +77,11 @@ def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceilin
     wall, trains = wall_of(calls), bool(calls[0].stages)
     need: Work = {}
     for call in calls:
-        for name, least in work_of(config, stored, call).items():
+        if trains:
+            work = training(config, call.sequences, call.rows // call.sequences)
+        else:
+            work = forward(config, stored, call.rows, call.position, steps=max(1, len(call.steps)), wanted=call.wanted)
+        for name, least in work.items():
             flop, size = need.get(name, (0, 0))
             need[name] = flop + least[0], size + least[1]
     rows = []
@@ -96,13 +99,6 @@ def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceilin
     for row, reached in zip(rows, accumulate(row["share"] for row in rows), strict=True):
         row["cumulative"] = reached
     return rows
-
-
-def work_of(config: Config, stored: Stored, call: Call) -> Work:
-    """Return the least work of a call. stored: the weights of generation; training has float32."""
-    if call.stages:
-        return training(config, call.sequences, call.rows // call.sequences)
-    return forward(config, stored, call.rows, call.position, steps=max(1, len(call.steps)), wanted=call.wanted)
 
 
 def moved_by(name: str) -> str:
@@ -127,10 +123,9 @@ def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | No
 
 def layers(calls: list[Call], nth: int) -> list[Row]:
     """Return total, self and wait of each layer with its backward pass, and of the parts before and after the layers."""
-    rows = [{"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies_of(calls, nth, place).items()]
-    for row in rows:
-        del row["median_ns"], row["calls"]  # they count single kernels, not layers
-    return rows
+    rows = ({"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies_of(calls, nth, place).items())
+    kernels = ("median_ns", "calls")  # these fields count single kernels, not layers
+    return [{key: value for key, value in row.items() if key not in kernels} for row in rows]
 
 
 def computing(step: Step) -> dict[int, int]:

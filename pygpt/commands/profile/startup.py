@@ -8,19 +8,16 @@ import os
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import PyGPTError
 from ..child import child_environment
 
-if TYPE_CHECKING:
-    from .job import Job
-
 Row = dict[str, Any]
 
 
-def measure(path: str, job: "Job", threads: int) -> list[Row]:
-    """Start a fresh process; return its parts: name, ns, minor and major page faults. Raises PyGPTError if it fails."""
+def measure(path: str, job: Any, threads: int) -> list[Row]:
+    """Start a fresh process for a job; return its parts: name, ns, page faults. Raises PyGPTError if it fails."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     given = {name: value for name, value in vars(job).items() if name in ("prompt", "weights", "inputs", "targets")}
     order = {"path": os.path.abspath(path), **given, "threads": threads, "began": began}
@@ -28,8 +25,7 @@ def measure(path: str, job: "Job", threads: int) -> list[Row]:
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=child_environment())
     if done.returncode:
         raise PyGPTError(f"the start-up process failed: {(done.stderr.strip().splitlines() or ['it printed no reason'])[-1]}")
-    parts: list[Row] = json.loads(done.stdout)
-    return parts
+    return list(json.loads(done.stdout))
 
 
 def main() -> None:

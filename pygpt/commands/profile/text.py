@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 from ...errors import InputError
+from ..bench.measuring import clone_tool
 from .job import STAGES
 
 WIDTH = 100
@@ -52,7 +53,8 @@ def render(report: Report, *, by_layer: bool = False) -> str:
         if by_layer:
             parts.append(layer_text(report, mode))
     parts.append(amdahl_text(report))
-    sections = {"speculation": speculation_text, "strategies": strategies_text, "startup": startup_text, "perf": perf_text}
+    sections = {"speculation": speculation_text, "strategies": strategies_text, "startup": startup_text}
+    sections["perf"] = lambda report: str(clone_tool("perf").table_text(report["perf"]))
     parts += [section(report) for name, section in sections.items() if report[name]]
     parts.append(wrap("NOTES\n" + NOTES))
     return "\n\n".join(parts)
@@ -128,17 +130,14 @@ def warnings(report: Report) -> list[str]:
     if report["ceilings"]:
         one, most = report["ceilings"][0], report["ceilings"][-1]
         if (gain := most["fma_gflop_s"] / one["fma_gflop_s"]) < 0.8 * most["threads"]:
-            found.append(
-                f"{plural(most['threads'], 'thread')} together reach only {gain:.1f} times the arithmetic of one. The machine "
-                "is busy, or its processors share cores. This causes waiting that the program cannot avoid."
-            )
+            reached = f"{plural(most['threads'], 'thread')} together reach only {gain:.1f} times the arithmetic of one"
+            why = "The machine is busy, or its processors share cores. This causes waiting that the program cannot avoid."
+            found.append(f"{reached}. {why}")
     trace = report["trace"]
     if any(trace["dropped"]):
         lost = ", ".join(f"worker {ith} {count}" for ith, count in enumerate(trace["dropped"]))
-        found.append(
-            f"the trace overflowed: it holds {trace['capacity']} events of a worker in a round. Dropped: {lost}. Their time "
-            'appears as "python, pool". Raise --capacity.'
-        )
+        text = f"the trace overflowed: it holds {trace['capacity']} events of a worker in a round. Dropped: {lost}"
+        found.append(f'{text}. Their time appears as "python, pool". Raise --capacity.')
     return found
 
 
@@ -258,20 +257,8 @@ def startup_text(report: Report) -> str:
     """Return the table of a fresh process's start, until its first result."""
     rows = [[row["name"], ms(row["ns"]), str(row["minor"]), str(row["major"])] for row in report["startup"]]
     rows.append(["total", ms(sum(row["ns"] for row in report["startup"])), "", ""])
-    lines = table(["part", "ms", "minor faults", "major faults"], *rows)
-    return "\n".join(["START-UP  a fresh process; the system counts page faults (getrusage)", *lines])
-
-
-def perf_text(report: Report) -> str:
-    """Return the table of the hottest symbols found by perf."""
-    found = report["perf"]
-    shown = [row for row in found["symbols"] if row["share"] >= 0.002][:16]
-    rows = [[row["symbol"][:44], row["object"][:44], percent(row["share"])] for row in shown]
-    lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
-    lines += table(["symbol", "object", "share"], *rows)
-    compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
-    lines += table(["share of computing", *found["families"]], *compared)
-    return "\n".join(lines)
+    title = "START-UP  a fresh process; the system counts page faults (getrusage)"
+    return "\n".join([title, *table(["part", "ms", "minor faults", "major faults"], *rows)])
 
 
 def read_report(path: str) -> Report:
@@ -320,24 +307,17 @@ def differences(a: Report, b: Report) -> list[str]:
 
 def _differences_of(a: Report, b: Report, mode: str) -> list[str]:
     """Return the table of one mode in ms per call (a prompt, a token, an iteration), the largest change first."""
-    times = [_times(report, mode) for report in (a, b)]
+    times = []  # of a and of b: self and wait of each row
+    for report in (a, b):
+        calls, kernels = report["modes"][mode]["calls"], (row for row in report["kernels"] if row["mode"] == mode)
+        times.append({row["name"]: (row["self_ns"] / calls, row["wait_ns"] / calls) for row in kernels})
     wall_a, wall_b = (report["modes"][mode]["wall_ns"] / report["modes"][mode]["calls"] for report in (a, b))
-    found = []
+    rows = []
     for name in {**times[0], **times[1]}:
         (self_a, wait_a), (self_b, wait_b) = (side.get(name, (0.0, 0.0)) for side in times)
-        found.append((self_b + wait_b - self_a - wait_a, name, self_a, self_b, wait_a, wait_b))
-    rows = []
-    for moved, name, self_a, self_b, wait_a, wait_b in sorted(found, key=lambda row: -abs(row[0])):
-        ratio = f"{self_b / self_a:.2f}x" if self_a > 0 else "-"
-        change = [f"{moved / 1e6:+.3f}", f"{moved / wall_a:+.1%}"]
-        rows.append([name, ms(self_a), ms(self_b), ratio, ms(wait_a), ms(wait_b), *change])
+        moved, ratio = self_b + wait_b - self_a - wait_a, f"{self_b / self_a:.2f}x" if self_a > 0 else "-"
+        cells = [name, ms(self_a), ms(self_b), ratio, ms(wait_a), ms(wait_b), f"{moved / 1e6:+.3f}", f"{moved / wall_a:+.1%}"]
+        rows.append((-abs(moved), cells))
     title = f"{mode.upper()}  {ms(wall_a)} -> {ms(wall_b)} ms {CALLS[mode]} ({wall_b / wall_a - 1:+.1%})"
     heads = ["ms", "self a", "self b", "b / a", "wait a", "wait b", "change", "of wall a"]
-    return [title, *table(heads, *rows)]
-
-
-def _times(report: Report, mode: str) -> dict[str, tuple[float, float]]:
-    """Return self and wait of each row, in ns per call."""
-    calls = report["modes"][mode]["calls"]
-    rows = [row for row in report["kernels"] if row["mode"] == mode]
-    return {row["name"]: (row["self_ns"] / calls, row["wait_ns"] / calls) for row in rows}
+    return [title, *table(heads, *(cells for _, cells in sorted(rows)))]

@@ -1,7 +1,6 @@
 """Write traces for viewers: Chrome's trace events (Perfetto, chrome://tracing), and Paraver's .prv, .pcf and .row.
 
-Times begin with the first call. Sources: "Trace Event Format" (Google; complete events "X" and metadata "M"); "Paraver: trace
-format" (Barcelona Supercomputing Center).
+Times begin with the first call. Sources: Google's "Trace Event Format" and Paraver's "Trace format".
 """
 
 import json
@@ -66,8 +65,6 @@ def _event(name: str, ith: int, /, **args: object) -> ChromeEvent:
     """Return a metadata event, for example the name of a track."""
     return {"name": name, "ph": "M", "pid": 1, "tid": ith, "args": args}
 
-
-# ------------------------------------------------------------------------------------------------ Paraver
 
 IDLE, RUNNING, SYNCHRONISATION, FORK_JOIN = 0, 1, 5, 7
 STATES = {

@@ -39,14 +39,10 @@ def forward(
     }
     return {
         "encoder": (rows * C, rows * (stored["wte"][1] // V + stored["wpe"][1] // config.maxT + 4 * C)),
-        **_in_layers(L, layer),
+        **{name: (L * flop, L * size) for name, (flop, size) in layer.items()},
         "lnf": (8 * wanted * C, 8 * wanted * C),
         "logits": (2 * wanted * V * C, stored["wte"][1] + 4 * wanted * (V + C)),
     }
-
-
-def _in_layers(L: int, layer: Work) -> Work:
-    return {name: (L * flop, L * size) for name, (flop, size) in layer.items()}
 
 
 def training(config: Config, B: int, T: int) -> Work:
@@ -69,7 +65,7 @@ def training(config: Config, B: int, T: int) -> Work:
     }
     return {
         **forward(config, floats(config), R, wanted=R, sequences=B),
-        **_in_layers(L, layer),
+        **{name: (L * flop, L * size) for name, (flop, size) in layer.items()},
         "loss": (2 * R * V, 8 * R * V),
         "dlogits": (R * V, 8 * R * V),
         "dhead": dproduct(V, C),
