@@ -410,7 +410,7 @@ def test_a_trace_needs_room_for_every_worker(model: GPT2) -> None:
         with pytest.raises(InputError, match="at least 1"):
             Trace(nth, capacity)
     for nth, capacity in ((1 << 60, 1), (1 << 58, 1), (1, 1 << 61), (1, 1 << 62)):  # sizes that wrap around in 64 bits
-        with pytest.raises(MemoryError, match=r"memory.*trace"):
+        with pytest.raises(MemoryError, match="not enough memory"):
             Trace(nth, capacity)
 
 
