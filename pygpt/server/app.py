@@ -32,10 +32,8 @@ from .worker import Worker
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
-POLICY = (
-    "script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+OWN = "; ".join(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect"))
+POLICY = f"{OWN}; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 @dataclass(kw_only=True)
@@ -54,7 +52,7 @@ class Options:
 
 
 class Server:
-    """The application's state: models, worker, settings. `app` is the ASGI application."""
+    """The ASGI application, with its models, its worker, and its settings. A method below `handlers` answers one path."""
 
     def __init__(self, models: list[Served], options: Options) -> None:
         self.models, self.options = models, options
@@ -64,16 +62,39 @@ class Server:
         self.waiting = 0  # sequences between their admission and the end of their calls
         self.most = options.queue + sum(served.engine.max_live for served in models)
         self.worker = Worker(models, self.deliver)
-        methods, told = ["GET", "POST"], ["X-Request-Id", "Retry-After"]
-        cors = Middleware(
-            CORSMiddleware, allow_origins=options.origins, allow_methods=methods, allow_headers=["*"], expose_headers=told
-        )
-        self.app = Starlette(
+        others: dict[str, Any] = {"allow_headers": ["*"], "expose_headers": ["X-Request-Id", "Retry-After"]}
+        cors = Middleware(CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], **others)
+        self._app = Starlette(
             routes=[self._route(endpoint) for endpoint in ENDPOINTS],
-            middleware=[Middleware(_Outer, server=self), *([cors] if options.origins else []), Middleware(_Keys, server=self)],
+            middleware=[cors] if options.origins else [],
             exception_handlers=dict.fromkeys((HTTPException, ApiError, Exception), _error),
             lifespan=self._lifespan,
         )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give a request an id, count its answer, and accept paths with the prefix, and with a slash at the end."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, prefix = scope["path"], self.options.root_path.rstrip("/")
+        if prefix and path == prefix:  # the page's relative addresses need the slash at the end
+            await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
+            return
+        if prefix and f"{path}/".startswith(f"{prefix}/"):
+            path = path[len(prefix) :]
+        path = "/" + path.strip("/")
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        name = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        scope = {**scope, "path": path, "raw_path": path.encode(), "root_path": "", "state": {"id": name}}
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                self.metrics.count("http_requests", self.models[0].names[0], status=message["status"])
+            await send(message)
+
+        with suppress(TimeoutError):  # the client does not take its answer
+            await self._app(scope, receive, send_counted)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -83,11 +104,22 @@ class Server:
 
     def _route(self, endpoint: Endpoint) -> Route:
         async def handle(request: Request) -> ASGIApp:
+            if endpoint.key and self.options.keys:
+                self._check_key(request)
             fields = None if endpoint.fields is None else await self.read(request, endpoint.fields, endpoint.required)
             found = await endpoint.handler(self, request, fields or {})
             return found if callable(found) else JSONResponse(found)
 
         return Route(endpoint.path, handle, methods=["GET" if endpoint.fields is None else "POST"])
+
+    def _check_key(self, request: Request) -> None:
+        """Raise ApiError without one of the keys, in a time that does not depend on how much of a key is right."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        right = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self.options.keys]
+        if not any(right):
+            message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
+            raise ApiError(message, status=401, code="invalid_api_key", WWW_Authenticate="Bearer")
 
     def deliver(self, events: list[Event]) -> None:
         """Pass a step's events to their runs."""
@@ -151,240 +183,171 @@ class Server:
             raise ApiError("the body is not complete", Connection="close") from None
         return read_object(bytes(body), fields, required)
 
+    # ---------------- handlers
 
-async def _unhurried(size: int, function: Callable[[], Any]) -> Any:
-    """Return function(), which works on `size` characters. If they are many, run it outside the event loop."""
-    return function() if size <= SHORT else await asyncio.to_thread(function)
+    async def completions(self, request: Request, fields: dict[str, Any]) -> ASGIApp:
+        """Complete prompts."""
+        prompt = fields["prompt"]
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return self._answer(request, fields, [prompt] if one else prompt, chat=False)
 
+    async def chat(self, request: Request, fields: dict[str, Any]) -> ASGIApp:
+        """Answer a conversation, if the server was started with a chat template."""
+        if not self.options.chat:
+            message = "GPT-2 completes text and has no chat template: use /v1/completions, or start with --chat-template plain"
+            raise ApiError(message, code="no_chat_template")
+        stop = fields.get("stop", [])
+        fields["stop"] = ([stop] if isinstance(stop, str) else stop) + [f"\n{role}:" for role in ROLES]
+        lines = [f"{message['role']}: {message['content']}\n" for message in fields["messages"]]
+        return self._answer(request, fields, ["".join(lines) + "assistant:"], chat=True)
 
-async def completions(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
-    """Complete prompts."""
-    prompt = fields["prompt"]
-    one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    return _answer(server, request, fields, [prompt] if one else prompt, chat=False)
+    def _answer(self, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
+        """Return the answer of a call. The call runs when the answer is sent, so that it can watch the connection meanwhile."""
+        served = self.served(fields.get("model"))
+        fields.setdefault("speculation", self.options.speculation)
 
+        def checked() -> Call:
+            ids = [encode(served, given, served.model.config.maxT) if isinstance(given, str) else given for given in prompts]
+            return Call(served, fields, ids, chat=chat)
 
-async def chat(server: Server, request: Request, fields: dict[str, Any]) -> ASGIApp:
-    """Answer a conversation, if the server was started with a chat template."""
-    if not server.options.chat:
-        message = "GPT-2 completes text and has no chat template: use /v1/completions, or start with --chat-template plain"
-        raise ApiError(message, code="no_chat_template")
-    stop = fields.get("stop", [])
-    fields["stop"] = ([stop] if isinstance(stop, str) else stop) + [f"\n{role}:" for role in ROLES]
-    lines = [f"{message['role']}: {message['content']}\n" for message in fields["messages"]]
-    return _answer(server, request, fields, ["".join(lines) + "assistant:"], chat=True)
-
-
-def _answer(server: Server, request: Request, fields: dict[str, Any], prompts: list[str | list[int]], chat: bool) -> ASGIApp:
-    """Return the answer of a call. The call runs when the answer is sent, so that it can watch the connection meanwhile."""
-    served = server.served(fields.get("model"))
-    fields.setdefault("speculation", server.options.speculation)
-
-    def checked() -> Call:
-        ids = [encode(served, given, served.model.config.maxT) if isinstance(given, str) else given for given in prompts]
-        return Call(served, fields, ids, chat=chat)
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with server.admitted(len(prompts) * fields.get("n", 1)):
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            async with self.admitted(len(prompts) * fields.get("n", 1)):
                 size = sum(len(prompt) + 50 for prompt in prompts)  # many short prompts take time, too
-                run = Run(await _unhurried(size, checked), server.metrics)
+                run = Run(await _unhurried(size, checked), self.metrics)
                 writer = Writer(run.call, request.state.id, int(time.time()))
-                await run.answer(server.worker, server.options.request_timeout, writer, receive, send)
-        except ApiError as error:
-            await _answer_of(error)(scope, receive, send)
+                await run.answer(self.worker, self.options.request_timeout, writer, receive, send)
 
-    return answer
+        return answer
 
+    async def list_models(self, request: Request, fields: dict[str, Any]) -> Any:
+        """List the models."""
+        return {"object": "list", "data": [self._about(name) for name in self.by_name]}
 
-async def models(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """List the models."""
-    return {"object": "list", "data": [_about(name, served) for name, served in server.by_name.items()]}
+    async def one_model(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Describe a model."""
+        return self._about(request.path_params["id"])
 
+    def _about(self, name: str) -> dict[str, Any]:
+        served, config = self.served(name), self.served(name).model.config
+        family = {"owned_by": "pygpt", "root": served.names[0], "parent": None}
+        sizes = {"max_model_len": config.maxT, "vocabulary": config.V}
+        return {"id": name, "object": "model", "created": served.created, **family, **sizes}
 
-async def one_model(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Describe a model."""
-    name = request.path_params["id"]
-    return _about(name, server.served(name))
+    async def health(self, request: Request, fields: dict[str, Any]) -> Response:
+        """Report whether the server accepts requests."""
+        return JSONResponse({"status": "ok" if self.ready else "draining"}, 200 if self.ready else 503)
 
+    async def report_metrics(self, request: Request, fields: dict[str, Any]) -> Response:
+        """Return the metrics in Prometheus's format."""
+        gauges: dict[str, tuple[float, ...]] = {}
+        for served in self.models:
+            running, waiting, used = served.engine.load
+            name, speculator = served.names[0], served.engine.speculator
+            gauges[name] = running, waiting, used / (served.engine.cache_bytes or 1)
+            self.metrics.count_to("spec_decode_num_draft_tokens", name, speculator.drafted)
+            self.metrics.count_to("spec_decode_num_accepted_tokens", name, speculator.accepted)
+        return Response(self.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-def _about(name: str, served: Served) -> dict[str, Any]:
-    config, family = served.model.config, {"owned_by": "pygpt", "root": served.names[0], "parent": None}
-    sizes = {"max_model_len": config.maxT, "vocabulary": config.V}
-    return {"id": name, "object": "model", "created": served.created, **family, **sizes}
+    async def version(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Return the version of pygpt."""
+        return {"version": __version__}
 
+    async def tokenize(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Encode text: `prompt` as vLLM does, or `content` as llama.cpp does."""
+        served = self.served(fields.get("model"))
+        if ("prompt" in fields) == ("content" in fields):
+            raise ApiError("give prompt or content: exactly one of them", "prompt")
+        text = fields.get("prompt", fields.get("content", ""))
+        ids = await _unhurried(len(text), partial(encode, served, text, len(text)))
+        if "content" in fields:
+            if not fields.get("with_pieces"):
+                return {"tokens": ids}
+            named = [(token, token_text(data), data) for token in ids for data in [served.bytes_of([token])]]
+            # as in llama.cpp, a piece that is not whole characters is a list of its bytes
+            return {"tokens": [{"id": t, "piece": text if text.encode() == data else list(data)} for t, text, data in named]}
+        strings = {"token_strs": [token_text(served.bytes_of([t])) for t in ids]} if fields.get("return_token_strs") else {}
+        return {"tokens": ids, "count": len(ids), "max_model_len": served.model.config.maxT, **strings}
 
-async def health(server: Server, request: Request, fields: dict[str, Any]) -> Response:
-    """Report whether the server accepts requests."""
-    return JSONResponse({"status": "ok" if server.ready else "draining"}, 200 if server.ready else 503)
+    async def detokenize(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Decode ids. The text is `prompt` for clients of vLLM, and `content` for those of llama.cpp."""
+        served = self.served(fields.get("model"))
+        served.check_ids("tokens", fields["tokens"])
+        text = served.vocabulary("tokens").decode(fields["tokens"])
+        return {"prompt": text, "content": text}
 
+    async def tokenizer_info(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Describe the tokenizer, so that evaluation harnesses do not need a copy of it."""
+        served = self.models[0]
+        end = None if served.eot is None else token_text(served.bytes_of([served.eot]))
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end)
+        own = {"tokenizer_class": "GPT2Tokenizer", "chat_template": None, "add_bos_token": False}
+        return {**own, **special, "model_max_length": served.model.config.maxT, "vocab_size": served.model.config.V}
 
-async def metrics(server: Server, request: Request, fields: dict[str, Any]) -> Response:
-    """Return the metrics in Prometheus's format."""
-    gauges: dict[str, tuple[float, ...]] = {}
-    for served in server.models:
-        running, waiting, used = served.engine.load
-        name, speculator = served.names[0], served.engine.speculator
-        gauges[name] = running, waiting, used / (served.engine.cache_bytes or 1)
-        server.metrics.count_to("spec_decode_num_draft_tokens", name, speculator.drafted)
-        server.metrics.count_to("spec_decode_num_accepted_tokens", name, speculator.accepted)
-    return Response(server.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def version(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Return the version of pygpt."""
-    return {"version": __version__}
-
-
-async def tokenize(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Encode text: `prompt` as vLLM does, or `content` as llama.cpp does."""
-    served = server.served(fields.get("model"))
-    if ("prompt" in fields) == ("content" in fields):
-        raise ApiError("give prompt or content: exactly one of them", "prompt")
-    text = fields.get("prompt", fields.get("content", ""))
-    ids = await _unhurried(len(text), partial(encode, served, text, len(text)))
-    if "content" in fields:
-        if not fields.get("with_pieces"):
-            return {"tokens": ids}
-        named = [(token, token_text(data), data) for token in ids for data in [served.bytes_of([token])]]
-        # as in llama.cpp, a piece that is not whole characters is a list of its bytes
-        return {"tokens": [{"id": t, "piece": text if text.encode() == data else list(data)} for t, text, data in named]}
-    strings = {"token_strs": [token_text(served.bytes_of([t])) for t in ids]} if fields.get("return_token_strs") else {}
-    return {"tokens": ids, "count": len(ids), "max_model_len": served.model.config.maxT, **strings}
-
-
-async def detokenize(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Decode ids. The text is `prompt` for clients of vLLM, and `content` for those of llama.cpp."""
-    served = server.served(fields.get("model"))
-    served.check_ids("tokens", fields["tokens"])
-    text = served.vocabulary("tokens").decode(fields["tokens"])
-    return {"prompt": text, "content": text}
-
-
-async def tokenizer_info(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Describe the tokenizer, so that evaluation harnesses do not need a copy of it."""
-    served = server.models[0]
-    end = None if served.eot is None else token_text(served.bytes_of([served.eot]))
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), end)
-    own = {"tokenizer_class": "GPT2Tokenizer", "chat_template": None, "add_bos_token": False}
-    return {**own, **special, "model_max_length": served.model.config.maxT, "vocab_size": served.model.config.V}
-
-
-async def trace(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Record the next step: for each worker, its phases [name, layer, begin, end, left] with times in microseconds."""
-    try:
-        async with asyncio.timeout(SLOW_S):
-            return {"workers": await server.worker.trace(server.served(fields.get("model")))}
-    except TimeoutError:
-        raise ApiError(f"the model ran 0 steps within {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
-
-
-async def inspect(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Return the attention of the last token in one layer, for each head."""
-    served, tokens = server.served(fields.get("model")), fields["tokens"]
-    served.check_ids("tokens", tokens)
-    async with server.admitted(1):
+    async def trace(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Record the next step: for each worker, its phases [name, layer, begin, end, left] with times in microseconds."""
         try:
-            ask = partial(served.model.activations, tokens, ["probs"], [fields.get("layer", 0)], [len(tokens) - 1])
-            found = await asyncio.to_thread(ask)
-        except InputError as error:
-            raise ApiError(str(error)) from None
-    return {"attention": found["probs"][0, :, 0].tolist()}  # [1, NH, 1, T] -> [NH, T]
+            async with asyncio.timeout(SLOW_S):
+                return {"workers": await self.worker.trace(self.served(fields.get("model")))}
+        except TimeoutError:
+            raise ApiError(
+                f"the model ran 0 steps within {SLOW_S:g} seconds: send a completion meanwhile", status=408
+            ) from None
 
+    async def inspect(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Return the attention of the last token in one layer, for each head."""
+        served, tokens = self.served(fields.get("model")), fields["tokens"]
+        served.check_ids("tokens", tokens)
+        async with self.admitted(1):
+            try:
+                ask = partial(served.model.activations, tokens, ["probs"], [fields.get("layer", 0)], [len(tokens) - 1])
+                found = await asyncio.to_thread(ask)
+            except InputError as error:
+                raise ApiError(str(error)) from None
+        return {"attention": found["probs"][0, :, 0].tolist()}  # [1, NH, 1, T] -> [NH, T]
 
-async def openapi(server: Server, request: Request, fields: dict[str, Any]) -> Any:
-    """Return this document."""
-    return document([one for one in ENDPOINTS if one.handler is not page], server.options.root_path.rstrip("/"))
+    async def openapi(self, request: Request, fields: dict[str, Any]) -> Any:
+        """Return this document."""
+        return document([one for one in ENDPOINTS if one.handler is not Server.page], self.options.root_path.rstrip("/"))
 
-
-async def page(server: Server, request: Request, fields: dict[str, Any]) -> Response:
-    """Return the page, or one of its files."""
-    name = request.path_params.get("file", "index.html")
-    if not server.options.page or name not in os.listdir(PAGE):
-        raise HTTPException(404)
-    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
-    return FileResponse(os.path.join(PAGE, name), headers=headers)
+    async def page(self, request: Request, fields: dict[str, Any]) -> Response:
+        """Return the page, or one of its files."""
+        name = request.path_params.get("file", "index.html")
+        if not self.options.page or name not in os.listdir(PAGE):
+            raise HTTPException(404)
+        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+        return FileResponse(os.path.join(PAGE, name), headers=headers)
 
 
 ENDPOINTS = [
-    Endpoint("/v1/completions", completions, schema.COMPLETION, ("prompt",)),
-    Endpoint("/v1/chat/completions", chat, schema.CHAT, ("messages",)),
-    Endpoint("/v1/models", models),
-    Endpoint("/v1/models/{id:path}", one_model),
-    Endpoint("/tokenize", tokenize, schema.TOKENIZE),
-    Endpoint("/detokenize", detokenize, schema.DETOKENIZE, ("tokens",)),
-    Endpoint("/tokenizer_info", tokenizer_info),
-    Endpoint("/inspect", inspect, schema.INSPECT, ("tokens",)),
-    Endpoint("/trace", trace, schema.MODEL),
-    Endpoint("/metrics", metrics),
-    Endpoint("/version", version),
-    Endpoint("/openapi.json", openapi),
-    Endpoint("/health", health, key=False),
-    Endpoint("/ready", health, key=False),
-    Endpoint("/", page, key=False),
-    Endpoint("/page/{file}", page, key=False),
+    Endpoint("/v1/completions", Server.completions, schema.COMPLETION, ("prompt",)),
+    Endpoint("/v1/chat/completions", Server.chat, schema.CHAT, ("messages",)),
+    Endpoint("/v1/models", Server.list_models),
+    Endpoint("/v1/models/{id:path}", Server.one_model),
+    Endpoint("/tokenize", Server.tokenize, schema.TOKENIZE),
+    Endpoint("/detokenize", Server.detokenize, schema.DETOKENIZE, ("tokens",)),
+    Endpoint("/tokenizer_info", Server.tokenizer_info),
+    Endpoint("/inspect", Server.inspect, schema.INSPECT, ("tokens",)),
+    Endpoint("/trace", Server.trace, schema.MODEL),
+    Endpoint("/metrics", Server.report_metrics),
+    Endpoint("/version", Server.version),
+    Endpoint("/openapi.json", Server.openapi),
+    Endpoint("/health", Server.health, key=False),
+    Endpoint("/ready", Server.health, key=False),
+    Endpoint("/", Server.page, key=False),
+    Endpoint("/page/{file}", Server.page, key=False),
 ]
-KEYLESS = {endpoint.path for endpoint in ENDPOINTS if not endpoint.key}
-
-
-class _Outer:
-    """Give each request an id, count its answer, and accept paths with the prefix, and with a slash at the end."""
-
-    def __init__(self, app: ASGIApp, server: Server) -> None:
-        self.app, self.server = app, server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        path, prefix = scope["path"], self.server.options.root_path.rstrip("/")
-        if prefix and path == prefix:  # the page's relative addresses need the slash at the end
-            await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)
-            return
-        if prefix and f"{path}/".startswith(f"{prefix}/"):
-            path = path[len(prefix) :]
-        path = "/" + path.strip("/")
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        name = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
-        scope = {**scope, "path": path, "raw_path": path.encode(), "root_path": "", "state": {"id": name}}
-
-        async def send_counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
-                self.server.metrics.count("http_requests", self.server.models[0].names[0], status=message["status"])
-            await send(message)
-
-        with suppress(TimeoutError):  # the client does not take its answer
-            await self.app(scope, receive, send_counted)
-
-
-class _Keys:
-    """Refuse requests without one of the keys, in a time that does not depend on how much of a key is right."""
-
-    def __init__(self, app: ASGIApp, server: Server) -> None:
-        self.app, self.keys = app, [key.encode() for key in server.options.keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self.app
-        if scope["type"] == "http" and self.keys and not (scope["path"] in KEYLESS or scope["path"].startswith("/page/")):
-            headers = dict(scope["headers"])
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            given = given if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-            right = [hmac.compare_digest(given.strip(), key) for key in self.keys]
-            if not any(right):
-                message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
-                answer = _answer_of(ApiError(message, status=401, code="invalid_api_key", WWW_Authenticate="Bearer"))
-        await answer(scope, receive, send)
-
-
-def _answer_of(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
 
 
 async def _error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or an unknown path or method."""
-    if not isinstance(error, HTTPException):
-        return _answer_of(error if isinstance(error, ApiError) else reported(error))
-    unknown = f"no such path: {shown(request.url.path)}; GET /openapi.json lists the paths"
-    message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
-    return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
+    if isinstance(error, HTTPException):
+        unknown = f"no such path: {shown(request.url.path)}; GET /openapi.json lists the paths"
+        message = unknown if error.status_code == 404 else f"{request.method} is not allowed here"
+        return JSONResponse(ApiError(message, status=error.status_code).body, error.status_code, error.headers)
+    found = error if isinstance(error, ApiError) else reported(error)
+    return JSONResponse(found.body, found.status, found.headers)
+
+
+async def _unhurried(size: int, function: Callable[[], Any]) -> Any:
+    """Return function(), which works on `size` characters. If they are many, run it outside the event loop."""
+    return function() if size <= SHORT else await asyncio.to_thread(function)

@@ -133,4 +133,4 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     limits: dict[str, Any] = {"timeout_graceful_shutdown": grace_s, "h11_max_incomplete_event_size": 32768}
     limits["backlog"] = max(1, min(BACKLOG, files // 16))  # accepted at once: several times as many are open meanwhile
-    return _Uvicorn(uvicorn.Config(server.app, http=Protocol, ws="none", lifespan="on", **quiet, **limits))
+    return _Uvicorn(uvicorn.Config(server, http=Protocol, ws="none", lifespan="on", **quiet, **limits))

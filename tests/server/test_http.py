@@ -199,7 +199,7 @@ def test_chat(path: Path) -> None:
 def test_the_openapi_document_names_every_field(at: Live) -> None:
     paths = at.ask("GET", "/openapi.json", **KEY).json()["paths"]
     for endpoint in ENDPOINTS:
-        if endpoint.handler is not app.page:
+        if endpoint.handler is not app.Server.page:
             (operation,) = paths[endpoint.path.replace(":path", "")].values()
             if endpoint.fields is not None:
                 body = operation["requestBody"]["content"]["application/json"]["schema"]
