@@ -14,20 +14,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Message, Receive, Send
+from starlette.types import Receive, Send
 
 from ..errors import InputError
 from ..generation.engine import Event, Job
 from ..generation.logprobs import TokenInfo
-from .call import Call, Served
+from .call import Call, Served, Worker
 from .metrics import Metrics
 from .schema import ApiError
-from .worker import Worker
 
 PING_S = 15.0  # between comments in a stream without text, so that proxies keep it open
 SLOW_S = 30.0  # the longest time in which a client sends its body, or takes a part of an answer
 STOPPED = "the server is shutting down: send the request to another server, or later"
 LEAST = -9999.0  # JSON has no infinity
+JSON = [(b"content-type", b"application/json")]
+SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
 Note = tuple[int, TokenInfo | None, int]  # a token, its info, and its offset
 
 
@@ -197,6 +202,7 @@ class Run:
         self._left = len(self.choices)
         self._error: Exception | None = None
         self._gone = False  # whether the client has left
+        self._begun = False  # whether the client has a part of the answer
         self._wake = asyncio.Event()
         self._arrival = time.monotonic()
         self._times: dict[int, float] = {}  # when each choice's latest token came
@@ -273,43 +279,37 @@ class Run:
         if self._error is not None:
             raise reported(self._error)
         if not self._gone:
-            await take(send, start(b"application/json"))
-            await take(send, {"type": "http.response.body", "body": writer.whole(self._pieces, self.choices)})
+            await self._put(send, writer.whole(self._pieces, self.choices))
 
     async def _stream(self, writer: Writer, send: Send) -> None:
         """Send pieces as they come. An error after the first piece is sent as an event."""
-        begun = False
-
-        async def put(data: bytes, more: bool = True) -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                headers = (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")
-                await take(send, start(b"text/event-stream; charset=utf-8", *headers))
-            await take(send, {"type": "http.response.body", "body": data, "more_body": more})
-
         try:
             while not self._gone:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(PING_S):
-                        await self._wake.wait()
+                    await asyncio.wait_for(self._wake.wait(), PING_S)
                 if self._error is not None:
                     error = reported(self._error)
-                    if not begun:
+                    if not self._begun:
                         raise error
-                    await put(event(encoded(error.body)), more=False)
-                    return
+                    return await self._put(send, event(encoded(error.body)))
                 data = b"".join([writer.chunk(self._pieces.popleft(), self.choices) for _ in range(len(self._pieces))])
                 if self._left == 0:
                     usage = writer.chunk(None, self.choices) if self.call.usage_in_stream else b""
-                    await put(data + usage + event(b"[DONE]"), more=False)
-                    return
+                    return await self._put(send, data + usage + event(b"[DONE]"))
                 self._wake.clear()
-                await put(data or b": waiting\n\n")
+                await self._put(send, data or b": waiting\n\n", more=True)
         except asyncio.CancelledError:
             with suppress(Exception):
-                await put(event(encoded(ApiError(STOPPED, status=503).body)), more=False)
+                await self._put(send, event(encoded(ApiError(STOPPED, status=503).body)))
             raise
+
+    async def _put(self, send: Send, data: bytes, *, more: bool = False) -> None:
+        """Send a part of the answer. Raises TimeoutError if the client does not take it within SLOW_S seconds."""
+        async with asyncio.timeout(SLOW_S):
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": SSE if self.call.stream else JSON})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def reported(error: Exception) -> ApiError:
@@ -321,14 +321,3 @@ def reported(error: Exception) -> ApiError:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     print(f"pygpt: error: a request failed: {text}", file=sys.stderr, flush=True)
     return ApiError("the request failed on the server; its log says why", status=500, code="internal_error")
-
-
-async def take(send: Send, message: Message) -> None:
-    """Send a message. Raises TimeoutError if the client does not take it within SLOW_S seconds."""
-    async with asyncio.timeout(SLOW_S):
-        await send(message)
-
-
-def start(kind: bytes, *headers: tuple[bytes, bytes]) -> Message:
-    """Return the message that begins an answer."""
-    return {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind), *headers]}

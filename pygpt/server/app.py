@@ -25,10 +25,9 @@ from ..errors import InputError, shown
 from ..generation.engine import Event
 from . import schema
 from .answering import SLOW_S, STOPPED, Run, Writer, reported, token_text
-from .call import Call, Served, encode
+from .call import Call, Served, Worker, encode
 from .metrics import Metrics
 from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
-from .worker import Worker
 
 PAGE = os.path.join(os.path.dirname(__file__), "page")
 SHORT = 2000  # characters: longer texts are encoded outside the event loop
@@ -289,9 +288,7 @@ class Server:
             async with asyncio.timeout(SLOW_S):
                 return {"workers": await self.worker.trace(self.served(fields.get("model")))}
         except TimeoutError:
-            raise ApiError(
-                f"the model ran 0 steps within {SLOW_S:g} seconds: send a completion meanwhile", status=408
-            ) from None
+            raise ApiError(f"the model ran 0 steps in {SLOW_S:g} seconds: send a completion meanwhile", status=408) from None
 
     async def inspect(self, request: Request, fields: dict[str, Any]) -> Any:
         """Return the attention of the last token in one layer, for each head."""

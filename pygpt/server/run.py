@@ -77,7 +77,10 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
     """Return a listening socket: a Unix socket at the path `uds`, else TCP. Raises InputError if the system refuses."""
     try:
         if uds is not None:
-            return _listen_at(uds)
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(uds) == errno.ECONNREFUSED:  # a dead server left its socket
+                    os.unlink(uds)
+            return socket.create_server(uds, family=socket.AF_UNIX, backlog=BACKLOG)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         made = socket.create_server((host, port), family=family, backlog=BACKLOG)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on a socket that names its protocol
@@ -85,21 +88,6 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
     except (OSError, OverflowError) as error:
         where = uds if uds is not None else f"{host} port {port}"
         raise InputError(f"cannot listen at {where}: {getattr(error, 'strerror', None) or error}; choose another") from None
-
-
-def _listen_at(path: str) -> socket.socket:
-    """Return a socket at a path. A socket that a dead server left there is replaced; a living server's is not."""
-    made = socket.socket(socket.AF_UNIX)
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(path) == errno.ECONNREFUSED:
-                os.unlink(path)
-        made.bind(path)
-        made.listen(BACKLOG)
-    except BaseException:
-        made.close()
-        raise
-    return made
 
 
 def run(server: Server, listening: socket.socket, *, grace_s: float, started: Callable[[], None]) -> int:
