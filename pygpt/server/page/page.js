@@ -1,8 +1,5 @@
-// The page: a text of tokens, its branches, and the address that keeps them.
-import { ApiError, ask, stream } from "./api.js";
-import { byId, chip, make, share, shown } from "./chips.js";
-import { openFour, recordStep, showAttention, showNumbers } from "./engine.js";
-
+// The page: a text of tokens, its branches, and the address that keeps them. Text from a model is only ever set as textContent.
+const byId = (id) => document.getElementById(id);
 const form = byId("ask"), chips = byId("chips");
 const FIELDS = ["max_tokens", "temperature", "top_p", "top_k", "seed"];
 const END = 50256; // <|endoftext|>: an empty prompt begins a document
@@ -16,15 +13,180 @@ let request = null; // the latest request, with its prompt as ids
 const say = (text) => { byId("status").textContent = text; };
 const settings = () => Object.fromEntries(FIELDS.map((name) => [name, Number(form.elements[name].value)]));
 const model = () => byId("model").value;
+const typed = () => byId("prompt").value || [END];
+
+// ---------------------------------------------------------------- the server's API; paths are relative, for any prefix
+
+async function ask(path, body, signal) {
+  const key = sessionStorage.getItem("key");
+  const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
+  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  if (answer.ok) return answer;
+  const found = await answer.json().catch(() => ({}));
+  throw Object.assign(new Error(found.error?.message ?? `the server answered ${answer.status}`), { status: answer.status });
+}
+
+/** Yield the choices of a streamed completion. */
+async function* stream(body, signal) {
+  const answer = await ask("v1/completions", { ...body, stream: true }, signal);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) throw new Error("the connection ended early: the text is not complete");
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts.filter((one) => one.startsWith("data: "))) {
+      if (part === "data: [DONE]") return;
+      const found = JSON.parse(part.slice(6));
+      if (found.error) throw new Error(found.error.message);
+      yield* found.choices;
+    }
+  }
+}
+
+/** Return the metrics of one model: name to value, labels other than the model's left out. */
+async function metrics(model) {
+  const found = {};
+  for (const line of (await (await ask("metrics")).text()).split("\n")) {
+    const [, name, labels, value] = line.match(/^pygpt:(\w+)\{(.*)\} (\S+)$/) ?? [];
+    if (name && labels.startsWith(`model_name=${JSON.stringify(model)}`) && !labels.includes("le=")) found[name] = +value;
+  }
+  return found;
+}
+
+// ---------------------------------------------------------------- tokens and tables
+
+const whole = new TextDecoder("utf-8", { fatal: true });
+const hex = (byte) => "\\x" + byte.toString(16).padStart(2, "0");
+
+/** Return the class of a probability's colour, p1 to p5. */
+const shade = (probability) => `p${1 + Math.min(4, Math.floor(5 * probability))}`;
+
+/** Return a token's text with visible white space; bytes that are not whole characters are shown as numbers. */
+function shown(bytes) {
+  let text;
+  try { text = whole.decode(new Uint8Array(bytes)); } catch { return bytes.map(hex).join(""); }
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\ufeff]/g, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`)
+    .replaceAll(" ", "\u00b7").replaceAll("\t", "\u2192").replaceAll("\n", "\u21b5");
+}
+
+const percent = (logprob) => {
+  const value = 100 * Math.exp(logprob);
+  return value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : "<0.1";
+};
+
+function make(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+/** Return the button of a token {bytes, logprob, given}. */
+function chip(token, place) {
+  const text = shown(token.bytes), known = token.logprob != null;
+  const kind = token.given ? "given" : shade(Math.exp(token.logprob ?? 0));
+  const button = make("button", { type: "button", tabIndex: -1, className: `chip ${kind}` }, text);
+  button.dataset.place = place;
+  button.setAttribute("aria-pressed", "false");
+  if (token.given) button.setAttribute("aria-description", "given");
+  button.append(make("small", { textContent: known ? percent(token.logprob) : "\u2013" }));
+  return text.endsWith("\u21b5") ? [button, make("br")] : [button];
+}
+
+/** Return a row of a table: a name, which may be a button, a value, and perhaps a picture of it. */
+const row = (name, value, ...more) =>
+  make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value), ...more.map((one) => make("td", {}, one)));
+
+/** Return the row of an alternative. */
+function share(name, probability) {
+  const meter = make("meter", { min: 0, max: 1, value: probability });
+  meter.setAttribute("aria-label", "probability");
+  return row(name, `${percent(Math.log(probability))} %`, meter);
+}
+
+// ---------------------------------------------------------------- the folds: what the engine does, and the network attends to
+
+const SVG = "http://www.w3.org/2000/svg";
+let before = null;
+
+/** Show the server's numbers; call it again after a second. */
+async function showNumbers(model) {
+  const now = await metrics(model), at = performance.now();
+  const rate = before && before.model === model ? (1000 * (now.generation_tokens_total - before.tokens)) / (at - before.at) : 0;
+  before = { model, at, tokens: now.generation_tokens_total };
+  const mean = (name) => (now[`${name}_count`] ? `${((1000 * now[`${name}_sum`]) / now[`${name}_count`]).toFixed(1)} ms` : "\u2013");
+  const rows = {
+    "New tokens a second": rate.toFixed(1),
+    "Running sequences": now.num_requests_running,
+    "Waiting sequences": now.num_requests_waiting,
+    "Time to the first token, mean": mean("time_to_first_token_seconds"),
+    "Between two tokens, mean": mean("inter_token_latency_seconds"),
+    "Prompt tokens from the prefix cache": `${now.prefix_cache_hits_total} of ${now.prefix_cache_queries_total}`,
+    "Keys and values, share in use": `${(100 * now.kv_cache_usage_perc).toFixed(2)} %`,
+    "Drafted tokens that were accepted": `${now.spec_decode_num_accepted_tokens_total} of ${now.spec_decode_num_draft_tokens_total}`,
+  };
+  byId("numbers").replaceChildren(...Object.entries(rows).map(([name, value]) => row(name, value)));
+}
+
+/** Run four completions of one prompt at once, with four seeds. */
+async function openFour(request) {
+  const lines = [1, 2, 3, 4].map(() => make("li"));
+  byId("lines").replaceChildren(...lines);
+  await Promise.all(lines.map(async (line, seed) => {
+    for await (const choice of stream({ ...request, seed: seed + 1 })) line.textContent += choice.text;
+  }));
+}
+
+/** Draw one real step: a line for each worker, a box for each phase, and a table of the sums. */
+async function recordStep(model, request) {
+  let traced = false; // a completion may end before the server is asked for the next step: then another one runs
+  const run = async () => { while (!traced) for await (const _ of stream({ ...request, max_tokens: 3 })); };
+  const [answer] = await Promise.all([ask("trace", { model }).finally(() => { traced = true; }), run()]);
+  const { workers } = await answer.json();
+  const end = Math.max(1, ...workers.flat().map((phase) => phase[4]));
+  const picture = document.createElementNS(SVG, "svg"), wide = byId("timeline").clientWidth; // so text keeps its size
+  picture.setAttribute("viewBox", `0 0 ${wide} ${40 * workers.length + 20}`);
+  picture.setAttribute("role", "img");
+  picture.setAttribute("aria-label", `One step of ${workers.length} workers in ${end.toFixed(0)} microseconds; the table has the sums`);
+  const add = (tag, attributes, text = "") => {
+    const made = document.createElementNS(SVG, tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.textContent = text;
+    picture.append(made);
+  };
+  const sums = new Map();
+  workers.forEach((phases, worker) => {
+    add("text", { x: 0, y: 40 * worker + 12 }, `worker ${worker}`);
+    phases.forEach(([name, , begin, stop], i) => {
+      add("rect", { x: (wide * begin) / end, y: 40 * worker + 16, width: Math.max(0.3, (wide * (stop - begin)) / end), height: 20, class: i % 2 ? "odd" : "even" });
+      sums.set(name, (sums.get(name) ?? 0) + stop - begin);
+    });
+  });
+  const rows = [...sums].sort((a, b) => b[1] - a[1]).map(([name, us]) => row(name, `${us.toFixed(0)} \u00b5s`));
+  byId("timeline").replaceChildren(picture, make("table", {}, make("caption", { className: "hint", textContent: `Work of all workers by phase, in a step of ${end.toFixed(0)} \u00b5s` }), make("tbody", {}, ...rows)));
+}
+
+/** Show the attention of one head from the token at `place`, as a table and as shading of the chips. */
+async function showAttention(model, tokens, place) {
+  const layer = +byId("layer").value, head = +byId("head").value;
+  const asked = { model, tokens: tokens.slice(0, place + 1).map((token) => token.id), layer };
+  const { attention } = await (await ask("inspect", asked)).json();
+  const weights = attention[head];
+  if (!weights) throw new Error(`layer ${layer} has the heads 0 to ${attention.length - 1}`);
+  const most = weights.map((weight, i) => [weight, i]).sort((a, b) => b[0] - a[0]).slice(0, 10);
+  byId("attention").replaceChildren(...most.map(([weight, i]) => share(`${i}: ${shown(tokens[i].bytes)}`, weight)));
+  byId("attention-text").textContent = `Layer ${layer}, head ${head}, from token ${place}: ${shown(tokens[place].bytes)}`;
+  for (const button of document.querySelectorAll(".chip")) button.className = `chip ${shade(weights[button.dataset.place] ?? 0)}`;
+}
+
+// ---------------------------------------------------------------- the text and its branches
 
 /** Run something that may fail, and show its error. */
 async function attempt(action) {
   try { await action(); } catch (error) {
-    if (error.name === "AbortError") say("Stopped.");
-    else {
-      say(`Error: ${error.message}`);
-      if (error instanceof ApiError && error.status === 401) byId("key").hidden = false;
-    }
+    say(error.name === "AbortError" ? "Stopped." : `Error: ${error.message}`);
+    if (error.status === 401) byId("key").hidden = false;
   }
 }
 
@@ -36,16 +198,14 @@ async function complete(prompt, echo, length) {
   running = new AbortController();
   busy(true);
   say("Running.");
-  let left = typeof prompt === "string" ? new TextEncoder().encode(prompt).length : Infinity, taken = 0;
+  let left = typeof prompt === "string" ? new TextEncoder().encode(prompt).length : Infinity;
   try {
     for await (const { logprobs: found } of stream({ ...asked, logprobs: 10, echo }, running.signal)) {
-      const fresh = found.token_ids.map((id, i) => ({ id, bytes: found.bytes[i], logprob: found.token_logprobs[i], top: found.top[i] }));
-      for (const token of fresh) {
-        token.given = echo && taken < given && left > 0;
-        left -= token.bytes.length;
-        taken += 1;
-      }
-      draw(tokens.length, fresh);
+      draw(tokens.length, found.token_ids.map((id, i) => {
+        const bytes = found.bytes[i], isGiven = tokens.length + i < given && left > 0;
+        left -= bytes.length;
+        return { id, bytes, logprob: found.token_logprobs[i], top: found.top[i], given: isGiven };
+      }));
     }
     say(`${tokens.length} tokens.`);
   } finally {
@@ -179,7 +339,7 @@ form.addEventListener("submit", (event) => {
   branches = [];
   place = 0;
   byId("choice").hidden = true;
-  attempt(() => complete(byId("prompt").value || [END], true));
+  attempt(() => complete(typed(), true));
 });
 byId("more").addEventListener("click", () => attempt(() => { remember("continued"); return complete(tokens.map((token) => token.id), false); }));
 byId("stop").addEventListener("click", () => running?.abort());
@@ -204,8 +364,8 @@ byId("key").addEventListener("submit", (event) => {
 });
 for (const copy of document.querySelectorAll("[data-copy]"))
   copy.addEventListener("click", () => attempt(async () => { await navigator.clipboard.writeText(byId(copy.dataset.copy).textContent); say("Copied."); }));
-byId("four").addEventListener("click", () => attempt(() => openFour({ model: model(), prompt: byId("prompt").value || [END], ...settings() })));
-byId("record").addEventListener("click", () => attempt(() => recordStep(model(), { model: model(), prompt: byId("prompt").value || [END] })));
+byId("four").addEventListener("click", () => attempt(() => openFour({ model: model(), prompt: typed(), ...settings() })));
+byId("record").addEventListener("click", () => attempt(() => recordStep(model(), { model: model(), prompt: typed() })));
 for (const id of ["layer", "head"]) byId(id).addEventListener("change", () => attempt(() => showAttention(model(), tokens, Math.max(chosen, 0))));
 byId("engine").addEventListener("toggle", () => {
   const again = () => { if (byId("engine").open) attempt(() => showNumbers(model())).then(() => setTimeout(again, 1000)); };
