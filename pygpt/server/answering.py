@@ -232,27 +232,27 @@ class Run:
             self._wake.set()
 
     def _time(self, job: Job, choice: Choice) -> None:
-        now, observe = time.monotonic(), self._metrics.observe
-        self._metrics.count("generation_tokens", self._model)
+        now, add = time.monotonic(), self._metrics.add
+        add("generation_tokens", self._model)
         if not self._times:
             self._first, began = now, job.began or now
-            observe("time_to_first_token_seconds", self._model, now - self._arrival)
-            observe("request_queue_time_seconds", self._model, began - self._arrival)
-            observe("request_prefill_time_seconds", self._model, now - began)
+            add("time_to_first_token_seconds", self._model, now - self._arrival)
+            add("request_queue_time_seconds", self._model, began - self._arrival)
+            add("request_prefill_time_seconds", self._model, now - began)
         if choice.count:
-            observe("inter_token_latency_seconds", self._model, now - self._times[choice.index])
+            add("inter_token_latency_seconds", self._model, now - self._times[choice.index])
         self._times[choice.index] = now
 
     def _finish(self) -> None:
-        now, count, observe = time.monotonic(), self._metrics.count, self._metrics.observe
-        observe("e2e_request_latency_seconds", self._model, now - self._arrival)
+        now, add = time.monotonic(), self._metrics.add
+        add("e2e_request_latency_seconds", self._model, now - self._arrival)
         if self._times:
-            observe("request_decode_time_seconds", self._model, now - self._first)
+            add("request_decode_time_seconds", self._model, now - self._first)
         for reason, amount in Counter(choice.finish_reason for choice in self.choices).items():
-            count("request_success", self._model, amount, finished_reason=reason)
+            add("request_success", self._model, amount, finished_reason=reason)
         for name in ("prompt_tokens", "prefix_cache_queries"):
-            count(name, self._model, sum(len(request.tokens) for request in self.call.requests))
-        count("prefix_cache_hits", self._model, sum(job.shared for job in self.jobs))
+            add(name, self._model, sum(len(request.tokens) for request in self.call.requests))
+        add("prefix_cache_hits", self._model, sum(job.shared for job in self.jobs))
 
     async def answer(self, worker: Worker, limit_s: float | None, writer: Writer, receive: Receive, send: Send) -> None:
         """Add the jobs, and send the answer. Raises ApiError before the first byte only. If the client leaves, the jobs end."""
@@ -271,7 +271,7 @@ class Run:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self._metrics.count("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has the whole answer
+        self._metrics.add("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has the whole answer
         self._wake.set()
 
     async def _whole(self, writer: Writer, send: Send) -> None:

@@ -89,7 +89,7 @@ class Server:
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
-                self.metrics.count("http_requests", self.models[0].names[0], status=message["status"])
+                self.metrics.add("http_requests", self.models[0].names[0], status=message["status"])
             await send(message)
 
         with suppress(TimeoutError):  # the client does not take its answer
@@ -127,7 +127,7 @@ class Server:
             assert isinstance(run, Run)
             run.take(happened)
             if happened is events[-1]:
-                self.metrics.observe("iteration_tokens_total", run.call.served.names[0], len(events))
+                self.metrics.add("iteration_tokens_total", run.call.served.names[0], len(events))
 
     @property
     def ready(self) -> bool:
@@ -238,14 +238,14 @@ class Server:
 
     async def report_metrics(self, request: Request, fields: dict[str, Any]) -> Response:
         """Return the metrics in Prometheus's format."""
-        gauges: dict[str, tuple[float, ...]] = {}
         for served in self.models:
             running, waiting, used = served.engine.load
-            name, speculator = served.names[0], served.engine.speculator
-            gauges[name] = running, waiting, used / (served.engine.cache_bytes or 1)
-            self.metrics.count_to("spec_decode_num_draft_tokens", name, speculator.drafted)
-            self.metrics.count_to("spec_decode_num_accepted_tokens", name, speculator.accepted)
-        return Response(self.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+            share, speculator = used / (served.engine.cache_bytes or 1), served.engine.speculator
+            numbers = {"num_requests_running": running, "num_requests_waiting": waiting, "kv_cache_usage_perc": share}
+            guesses = {"draft": speculator.drafted, "accepted": speculator.accepted}
+            for name, value in (numbers | {f"spec_decode_num_{kind}_tokens": n for kind, n in guesses.items()}).items():
+                self.metrics.set(name, served.names[0], value)
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def version(self, request: Request, fields: dict[str, Any]) -> Any:
         """Return the version of pygpt."""

@@ -23,15 +23,9 @@ Timeline = list[list[Any]]  # for each worker, its phases: (phase, layer, begin_
 DEFAULT_NEW = 16  # tokens, as in OpenAI's API
 LONGEST_TOKEN = 1024  # bytes: more than any vocabulary has
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # values without effect, which clients may send
-    "temperature": (1,),
-    "top_p": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-}
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (1,)),
+    **dict.fromkeys(("min_p", "frequency_penalty", "presence_penalty"), (0,)),
+} | {"top_k": (0, -1), "logit_bias": ({},)}
 FILTERS = ("temperature", "top_p", "top_k", "min_p")  # without effect on the most probable token
 
 

@@ -49,24 +49,22 @@ class Metrics:
             self._all[name] = kind(f"pygpt:{name}", about, labels, registry=self._registry, **own)
         for name in COUNTERS.keys() - LABELS.keys():
             for model in models:
-                self.count(name, model, 0)
+                self.add(name, model, 0)
 
-    def count(self, name: str, model: str, amount: int = 1, **labels: object) -> None:
-        """Add to a counter."""
-        self._all[name].labels(model_name=model, **labels).inc(amount)
+    def add(self, name: str, model: str, value: float = 1, **labels: object) -> None:
+        """Add to a counter, or add a value in seconds or tokens to a histogram."""
+        one = self._all[name].labels(model_name=model, **labels)
+        (one.observe if name in HISTOGRAMS else one.inc)(value)
 
-    def count_to(self, name: str, model: str, total: int) -> None:
-        """Set a counter to a total that another part of the program counts."""
-        self._all[name].labels(model_name=model).reset()
-        self.count(name, model, total)
+    def set(self, name: str, model: str, value: float) -> None:
+        """Set a gauge, or a counter that another part of the program counts."""
+        one = self._all[name].labels(model_name=model)
+        if name in GAUGES:
+            one.set(value)
+        else:
+            one.reset()
+            one.inc(value)
 
-    def observe(self, name: str, model: str, value: float) -> None:
-        """Add a value, in seconds or tokens, to a histogram."""
-        self._all[name].labels(model_name=model).observe(value)
-
-    def text(self, gauges: dict[str, tuple[float, ...]]) -> bytes:
-        """Return all metrics. gauges: each model's values of the gauges, in order."""
-        for model, values in gauges.items():
-            for name, value in zip(GAUGES, values, strict=True):
-                self._all[name].labels(model_name=model).set(value)
+    def text(self) -> bytes:
+        """Return all metrics."""
         return generate_latest(self._registry)

@@ -13,10 +13,10 @@ let request = null; // the latest request, with its prompt as ids
 const say = (text) => { byId("status").textContent = text; };
 const settings = () => Object.fromEntries(FIELDS.map((name) => [name, Number(form.elements[name].value)]));
 const model = () => byId("model").value;
+const button = (at) => chips.querySelector(`[data-place="${at}"]`);
 const typed = () => byId("prompt").value || [END];
 
-// ---------------------------------------------------------------- the server's API; paths are relative, for any prefix
-
+/** Ask the server. Paths are relative, so the page works under any prefix. */
 async function ask(path, body, signal) {
   const key = sessionStorage.getItem("key");
   const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
@@ -44,18 +44,6 @@ async function* stream(body, signal) {
     }
   }
 }
-
-/** Return the metrics of one model: name to value, labels other than the model's left out. */
-async function metrics(model) {
-  const found = {};
-  for (const line of (await (await ask("metrics")).text()).split("\n")) {
-    const [, name, labels, value] = line.match(/^pygpt:(\w+)\{(.*)\} (\S+)$/) ?? [];
-    if (name && labels.startsWith(`model_name=${JSON.stringify(model)}`) && !labels.includes("le=")) found[name] = +value;
-  }
-  return found;
-}
-
-// ---------------------------------------------------------------- tokens and tables
 
 const whole = new TextDecoder("utf-8", { fatal: true });
 const hex = (byte) => "\\x" + byte.toString(16).padStart(2, "0");
@@ -105,14 +93,17 @@ function share(name, probability) {
   return row(name, `${percent(Math.log(probability))} %`, meter);
 }
 
-// ---------------------------------------------------------------- the folds: what the engine does, and the network attends to
-
 const SVG = "http://www.w3.org/2000/svg";
 let before = null;
 
 /** Show the server's numbers; call it again after a second. */
 async function showNumbers(model) {
-  const now = await metrics(model), at = performance.now();
+  const now = {};
+  for (const line of (await (await ask("metrics")).text()).split("\n")) {
+    const [, name, labels, value] = line.match(/^pygpt:(\w+)\{(.*)\} (\S+)$/) ?? [];
+    if (name && labels.startsWith(`model_name=${JSON.stringify(model)}`) && !labels.includes("le=")) now[name] = +value;
+  }
+  const at = performance.now();
   const rate = before && before.model === model ? (1000 * (now.generation_tokens_total - before.tokens)) / (at - before.at) : 0;
   before = { model, at, tokens: now.generation_tokens_total };
   const mean = (name) => (now[`${name}_count`] ? `${((1000 * now[`${name}_sum`]) / now[`${name}_count`]).toFixed(1)} ms` : "\u2013");
@@ -180,8 +171,6 @@ async function showAttention(model, tokens, place) {
   for (const button of document.querySelectorAll(".chip")) button.className = `chip ${shade(weights[button.dataset.place] ?? 0)}`;
 }
 
-// ---------------------------------------------------------------- the text and its branches
-
 /** Run something that may fail, and show its error. */
 async function attempt(action) {
   try { await action(); } catch (error) {
@@ -228,18 +217,17 @@ function draw(from, fresh) {
   tokens = [...tokens.slice(0, from), ...fresh];
   if (from === 0) chips.replaceChildren();
   for (let last = chips.lastElementChild; last && (last.dataset.place ?? last.previousElementSibling?.dataset.place) >= from; last = chips.lastElementChild) last.remove();
-  const piece = document.createDocumentFragment();
-  fresh.forEach((token, i) => piece.append(...chip(token, from + i)));
-  chips.append(piece);
+  chips.append(...fresh.flatMap((token, i) => chip(token, from + i)));
   if (!chips.querySelector('[tabindex="0"]')) chips.querySelector("button")?.setAttribute("tabindex", "0");
 }
-
-const button = (at) => chips.querySelector(`[data-place="${at}"]`);
 
 /** Choose a token, and show its alternatives. */
 function choose(at, focus = true) {
   if (!tokens[at]) return;
-  for (const old of chips.querySelectorAll('[tabindex="0"]')) { old.tabIndex = -1; old.setAttribute("aria-pressed", "false"); }
+  for (const old of chips.querySelectorAll('[tabindex="0"]')) {
+    old.tabIndex = -1;
+    old.setAttribute("aria-pressed", "false");
+  }
   chosen = at;
   const now = button(at);
   now.tabIndex = 0;
@@ -250,9 +238,8 @@ function choose(at, focus = true) {
   byId("choice-title").textContent = `Alternatives to ${shown(token.bytes)}`;
   const rows = (token.top ?? []).map(([id, , logprob]) => {
     const bytes = bytesOf(token, id);
-    const other = make("button", { type: "button", textContent: shown(bytes) });
-    other.addEventListener("click", () => attempt(() => branch(at, id, bytes, logprob)));
-    return share(other, Math.exp(logprob));
+    const take = () => attempt(() => branch(at, id, bytes, logprob));
+    return share(make("button", { type: "button", textContent: shown(bytes), onclick: take }), Math.exp(logprob));
   });
   const rest = 1 - (token.top ?? []).reduce((sum, [, , logprob]) => sum + Math.exp(logprob), 0);
   byId("others").replaceChildren(...rows, share("all others", Math.max(0, rest)));
@@ -277,10 +264,7 @@ async function branch(at, id, bytes, logprob) {
 }
 
 /** Begin a new branch: the current text stays in the list. */
-function remember(label) {
-  branches.push({ label, tokens, request, parent: place });
-  place = branches.length - 1;
-}
+function remember(label) { place = branches.push({ label, tokens, request, parent: place }) - 1; }
 
 /** Keep the current text in the list and in the address, and show how to get it elsewhere. */
 function keep() {
@@ -290,9 +274,8 @@ function keep() {
   const address = new URLSearchParams({ ...rest, given: tokens.filter((token) => token.given).length, from: prompt.length });
   history.replaceState(null, "", `#${address}&ids=${tokens.map((token) => token.id).join(",")}`);
   const list = branches.map(({ label }, i) => {
-    const go = make("button", { type: "button", textContent: label });
+    const go = make("button", { type: "button", textContent: label, onclick: () => visit(i) });
     go.setAttribute("aria-current", i === place);
-    go.addEventListener("click", () => visit(i));
     return make("li", {}, go);
   });
   byId("branches").hidden = branches.length < 2;
@@ -367,10 +350,8 @@ for (const copy of document.querySelectorAll("[data-copy]"))
 byId("four").addEventListener("click", () => attempt(() => openFour({ model: model(), prompt: typed(), ...settings() })));
 byId("record").addEventListener("click", () => attempt(() => recordStep(model(), { model: model(), prompt: typed() })));
 for (const id of ["layer", "head"]) byId(id).addEventListener("change", () => attempt(() => showAttention(model(), tokens, Math.max(chosen, 0))));
-byId("engine").addEventListener("toggle", () => {
-  const again = () => { if (byId("engine").open) attempt(() => showNumbers(model())).then(() => setTimeout(again, 1000)); };
-  again();
-});
+const watch = () => { if (byId("engine").open) attempt(() => showNumbers(model())).then(() => setTimeout(watch, 1000)); };
+byId("engine").addEventListener("toggle", watch);
 window.addEventListener("hashchange", () => attempt(restore));
 
 async function begin() {
