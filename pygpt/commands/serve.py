@@ -42,19 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
     add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
     add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
-    add(
-        "--grace", metavar="S", type=whole(0, 86400), default=30, help="seconds for running requests after SIGTERM (default 30)"
-    )
+    add("--grace", metavar="S", type=whole(0, 86400), default=30, help="seconds of running requests after SIGTERM (default 30)")
     add("--body-limit", metavar="N", type=count, default=2 << 20, help="most bytes of a request's body (default 2 MB)")
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
     cors = "let pages of this origin send requests; may be repeated"
     add("--cors-origins", dest="origins", metavar="URL", action="append", default=[], help=cors)
-    add(
-        "--chat-template",
-        choices=("plain",),
-        metavar="NAME",
-        help="plain: answer /v1/chat/completions with `role: content` lines",
-    )
+    add("--chat-template", choices=("plain",), help="plain: answer /v1/chat/completions with `role: content` lines")
     add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
     add("--no-page", dest="page", action="store_false", help="do not serve the page")
     return parser

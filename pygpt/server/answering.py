@@ -9,7 +9,6 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -128,58 +127,6 @@ def logprobs_of(served: Served, tokens: list[Note]) -> dict[str, Any]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-class Writer:
-    """Write the objects of one answer. id, created: as in OpenAI's API."""
-
-    def __init__(self, call: Call, id: str, created: int) -> None:
-        self.call = call
-        kind = ("chat.completion.chunk" if call.stream else "chat.completion") if call.chat else "text_completion"
-        self._head = {"id": ("chatcmpl-" if call.chat else "cmpl-") + id, "object": kind, "created": created}
-        self._head["model"] = call.fields.get("model", call.served.names[0])
-        self._head["system_fingerprint"] = call.served.fingerprint
-        self._begun: set[int] = set()
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """Return the object of a piece, or of a whole choice, in `choices`."""
-        call, index, first = self.call, piece.index, piece.index not in self._begun
-        self._begun.add(index)
-        found: dict[str, Any] = {"index": index, "finish_reason": piece.finish_reason, "logprobs": None}
-        if call.chat:
-            role = {"role": "assistant"} if first else {}
-            return {**found, "delta" if call.stream else "message": {**role, "content": piece.text}}
-        found["text"] = piece.text
-        if call.logprobs is not None:
-            found["logprobs"] = logprobs_of(call.served, piece.tokens)
-        if call.token_ids:
-            prompt = call.requests[index // call.n].tokens
-            found["token_ids"] = [token for token, _, _ in piece.tokens[len(prompt) if call.echo and first else 0 :]]
-            if first:
-                found["prompt_token_ids"] = prompt
-        return found
-
-    def whole(self, pieces: Iterable[Piece], choices: list[Choice]) -> bytes:
-        """Return the whole answer."""
-        joined = [Piece(choice.index, "", [], choice.finish_reason) for choice in choices]
-        for piece in pieces:
-            joined[piece.index].text += piece.text
-            joined[piece.index].tokens += piece.tokens
-        return encoded({**self._head, "choices": [self.choice(piece) for piece in joined], "usage": self.usage(choices)})
-
-    def chunk(self, piece: Piece | None, choices: list[Choice]) -> bytes:
-        """Return one event of a stream: a piece, or the usage at the end."""
-        body = {**self._head, "choices": [] if piece is None else [self.choice(piece)]}
-        if piece is None or self.call.usage_in_chunks:
-            body["usage"] = self.usage(choices)
-        elif self.call.usage_in_stream:
-            body["usage"] = None
-        return event(encoded(body))
-
-    def usage(self, choices: list[Choice]) -> dict[str, int]:
-        """Return the numbers of tokens. Each prompt counts once, and each of its n completions."""
-        given, new = sum(len(request.tokens) for request in self.call.requests), sum(choice.count for choice in choices)
-        return {"prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new}
-
-
 def encoded(body: Any) -> bytes:
     """Return a JSON object as bytes."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
@@ -191,13 +138,17 @@ def event(data: bytes) -> bytes:
 
 
 class Run:
-    """A running call. It takes the engine's events, and keeps pieces of the answer until they are sent."""
+    """A running call. It takes the engine's events, and keeps pieces of the answer until they are sent. id: the answer's."""
 
-    def __init__(self, call: Call, metrics: Metrics) -> None:
+    def __init__(self, call: Call, metrics: Metrics, id: str) -> None:
         self.call, self._metrics, self._model = call, metrics, call.served.names[0]
         self.jobs: list[Job] = []
         prompts = [request.tokens for request in call.requests for _ in range(call.n)]
         self.choices = [Choice(call, prompt, index) for index, prompt in enumerate(prompts)]
+        kind = ("chat.completion.chunk" if call.stream else "chat.completion") if call.chat else "text_completion"
+        self._head = {"id": ("chatcmpl-" if call.chat else "cmpl-") + id, "object": kind, "created": int(time.time())}
+        self._head |= {"model": call.fields.get("model", self._model), "system_fingerprint": call.served.fingerprint}
+        self._named: set[int] = set()  # choices that have a piece in the answer
         self._pieces: deque[Piece] = deque()
         self._left = len(self.choices)
         self._error: Exception | None = None
@@ -254,12 +205,52 @@ class Run:
             add(name, self._model, sum(len(request.tokens) for request in self.call.requests))
         add("prefix_cache_hits", self._model, sum(job.shared for job in self.jobs))
 
-    async def answer(self, worker: Worker, limit_s: float | None, writer: Writer, receive: Receive, send: Send) -> None:
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        """Return the object of a piece, or of a whole choice, in `choices`."""
+        call, index, first = self.call, piece.index, piece.index not in self._named
+        self._named.add(index)
+        found: dict[str, Any] = {"index": index, "finish_reason": piece.finish_reason, "logprobs": None}
+        if call.chat:
+            role = {"role": "assistant"} if first else {}
+            return {**found, "delta" if call.stream else "message": {**role, "content": piece.text}}
+        found["text"] = piece.text
+        if call.logprobs is not None:
+            found["logprobs"] = logprobs_of(call.served, piece.tokens)
+        if call.token_ids:
+            prompt = call.requests[index // call.n].tokens
+            found["token_ids"] = [token for token, _, _ in piece.tokens[len(prompt) if call.echo and first else 0 :]]
+            if first:
+                found["prompt_token_ids"] = prompt
+        return found
+
+    def _joined(self) -> bytes:
+        """Return the whole answer."""
+        joined = [Piece(choice.index, "", [], choice.finish_reason) for choice in self.choices]
+        for piece in self._pieces:
+            joined[piece.index].text += piece.text
+            joined[piece.index].tokens += piece.tokens
+        return encoded({**self._head, "choices": [self._choice(piece) for piece in joined], "usage": self._usage()})
+
+    def _chunk(self, piece: Piece | None) -> bytes:
+        """Return one event of a stream: a piece, or the usage at the end."""
+        body = {**self._head, "choices": [] if piece is None else [self._choice(piece)]}
+        if piece is None or self.call.usage_in_chunks:
+            body["usage"] = self._usage()
+        elif self.call.usage_in_stream:
+            body["usage"] = None
+        return event(encoded(body))
+
+    def _usage(self) -> dict[str, int]:
+        """Return the numbers of tokens. Each prompt counts once, and each of its n completions."""
+        given, new = sum(len(request.tokens) for request in self.call.requests), sum(choice.count for choice in self.choices)
+        return {"prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new}
+
+    async def answer(self, worker: Worker, limit_s: float | None, receive: Receive, send: Send) -> None:
         """Add the jobs, and send the answer. Raises ApiError before the first byte only. If the client leaves, the jobs end."""
         watching = asyncio.create_task(self._watch(receive))
         try:
             self.jobs = worker.add(self.call, None if limit_s is None else self._arrival + limit_s, self)
-            await (self._stream(writer, send) if self.call.stream else self._whole(writer, send))
+            await (self._stream(send) if self.call.stream else self._whole(send))
         except InputError as error:
             raise ApiError(str(error), "max_tokens", code="context_length_exceeded") from None
         finally:
@@ -274,14 +265,14 @@ class Run:
         self._metrics.add("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has the whole answer
         self._wake.set()
 
-    async def _whole(self, writer: Writer, send: Send) -> None:
+    async def _whole(self, send: Send) -> None:
         await self._wake.wait()
         if self._error is not None:
             raise reported(self._error)
         if not self._gone:
-            await self._put(send, writer.whole(self._pieces, self.choices))
+            await self._put(send, self._joined())
 
-    async def _stream(self, writer: Writer, send: Send) -> None:
+    async def _stream(self, send: Send) -> None:
         """Send pieces as they come. An error after the first piece is sent as an event."""
         try:
             while not self._gone:
@@ -292,9 +283,9 @@ class Run:
                     if not self._begun:
                         raise error
                     return await self._put(send, event(encoded(error.body)))
-                data = b"".join([writer.chunk(self._pieces.popleft(), self.choices) for _ in range(len(self._pieces))])
+                data = b"".join([self._chunk(self._pieces.popleft()) for _ in range(len(self._pieces))])
                 if self._left == 0:
-                    usage = writer.chunk(None, self.choices) if self.call.usage_in_stream else b""
+                    usage = self._chunk(None) if self.call.usage_in_stream else b""
                     return await self._put(send, data + usage + event(b"[DONE]"))
                 self._wake.clear()
                 await self._put(send, data or b": waiting\n\n", more=True)

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import socket
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -31,7 +30,7 @@ from .. import __version__
 from ..errors import InputError, shown
 from ..generation.engine import Event
 from . import schema
-from .answering import SLOW_S, STOPPED, Run, Writer, reported, token_text
+from .answering import SLOW_S, STOPPED, Run, encoded, reported, token_text
 from .call import Call, Served, Worker, encode
 from .metrics import Metrics
 from .schema import ROLES, ApiError, Endpoint, Fields, document, read_object
@@ -43,11 +42,8 @@ POLICY = f"{OWN}; default-src 'none'; base-uri 'none'; form-action 'none'; frame
 HEADER_S = 20.0  # for a client to send a request's headers
 CONNECTIONS = 4096  # at once, if the system allows twice as many open files
 BACKLOG = 2048  # connections that wait in the system
-REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
-    b'content-length: 115\r\n\r\n{"error":{"message":"the server has too many connections",'
-    b'"type":"server_error","param":null,"code":"connections"}}'
-)
+FULL = encoded(ApiError("the server has too many connections", status=503, code="connections").body)
+REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
 
 
 @dataclass(kw_only=True)
@@ -154,8 +150,7 @@ class Server:
         if name is None:
             return self.models[0]
         if name not in self.by_name:
-            known = ", ".join(self.by_name)
-            message = f"the model {shown(name)} is not served: the models are {known}"
+            message = f"the model {shown(name)} is not served: the models are {', '.join(self.by_name)}"
             raise ApiError(message, "model", status=404, code="model_not_found")
         return self.by_name[name]
 
@@ -227,9 +222,8 @@ class Server:
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             async with self.admitted(len(prompts) * fields.get("n", 1)):
                 size = sum(len(prompt) + 50 for prompt in prompts)  # many short prompts take time, too
-                run = Run(await _unhurried(size, checked), self.metrics)
-                writer = Writer(run.call, request.state.id, int(time.time()))
-                await run.answer(self.worker, self.options.request_timeout, writer, receive, send)
+                run = Run(await _unhurried(size, checked), self.metrics, request.state.id)
+                await run.answer(self.worker, self.options.request_timeout, receive, send)
 
         return answer
 
@@ -375,7 +369,7 @@ class Protocol(H11Protocol):
         """Begin a connection, or refuse it."""
         super().connection_made(transport)
         if len(self.connections) > self.most:
-            transport.write(REFUSAL)
+            transport.write(REFUSAL + b"content-length: %d\r\n\r\n%b" % (len(FULL), FULL))
             transport.close()
         self._watch()
 
@@ -456,7 +450,7 @@ def embedded(server: Server, grace_s: float) -> uvicorn.Server:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 4 * CONNECTIONS if files == resource.RLIM_INFINITY else files
     Protocol.most = min(CONNECTIONS, files // 2)
-    quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     limits: dict[str, Any] = {"timeout_graceful_shutdown": grace_s, "h11_max_incomplete_event_size": 32768}
     limits["backlog"] = max(1, min(BACKLOG, files // 16))  # accepted at once: several times as many are open meanwhile
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
     return _Uvicorn(uvicorn.Config(server, http=Protocol, ws="none", lifespan="on", **quiet, **limits))

@@ -218,7 +218,6 @@ ANSWERS = {  # by path; any other path may answer with any object
     "/tokenize": _object(tokens=_list({"type": ["integer", "object"]})),
     "/detokenize": _object(prompt=STRING, content=STRING),
 }
-ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {}}
     summary = (endpoint.handler.__doc__ or "").partition("\n")[0]
     found: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": summary, "content": content}}}
-    for status in ERRORS:
+    for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504):
         if endpoint.key if status == 401 else status in (500, 503) or endpoint.fields is not None or "{" in endpoint.path:
             content = {"application/json": {"schema": {} if endpoint.path in ("/health", "/ready") else ERROR}}
             found["responses"][str(status)] = {"description": HTTPStatus(status).phrase, "content": content}

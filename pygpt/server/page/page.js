@@ -74,11 +74,10 @@ function make(tag, properties = {}, ...children) {
 function chip(token, place) {
   const text = shown(token.bytes), known = token.logprob != null;
   const kind = token.given ? "given" : shade(Math.exp(token.logprob ?? 0));
-  const button = make("button", { type: "button", tabIndex: -1, className: `chip ${kind}` }, text);
+  const small = make("small", { textContent: known ? percent(token.logprob) : "\u2013" }), names = { ariaPressed: "false" };
+  if (token.given) names.ariaDescription = "given";
+  const button = make("button", { type: "button", tabIndex: -1, className: `chip ${kind}`, ...names }, text, small);
   button.dataset.place = place;
-  button.setAttribute("aria-pressed", "false");
-  if (token.given) button.setAttribute("aria-description", "given");
-  button.append(make("small", { textContent: known ? percent(token.logprob) : "\u2013" }));
   return text.endsWith("\u21b5") ? [button, make("br")] : [button];
 }
 
@@ -88,8 +87,7 @@ const row = (name, value, ...more) =>
 
 /** Return the row of an alternative. */
 function share(name, probability) {
-  const meter = make("meter", { min: 0, max: 1, value: probability });
-  meter.setAttribute("aria-label", "probability");
+  const meter = make("meter", { min: 0, max: 1, value: probability, ariaLabel: "probability" });
   return row(name, `${percent(Math.log(probability))} %`, meter);
 }
 
@@ -138,8 +136,8 @@ async function recordStep(model, request) {
   const end = Math.max(1, ...workers.flat().map((phase) => phase[4]));
   const picture = document.createElementNS(SVG, "svg"), wide = byId("timeline").clientWidth; // so text keeps its size
   picture.setAttribute("viewBox", `0 0 ${wide} ${40 * workers.length + 20}`);
-  picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", `One step of ${workers.length} workers in ${end.toFixed(0)} microseconds; the table has the sums`);
+  picture.ariaLabel = `One step of ${workers.length} workers in ${end.toFixed(0)} microseconds; the table has the sums`;
+  picture.role = "img";
   const add = (tag, attributes, text = "") => {
     const made = document.createElementNS(SVG, tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -224,15 +222,10 @@ function draw(from, fresh) {
 /** Choose a token, and show its alternatives. */
 function choose(at, focus = true) {
   if (!tokens[at]) return;
-  for (const old of chips.querySelectorAll('[tabindex="0"]')) {
-    old.tabIndex = -1;
-    old.setAttribute("aria-pressed", "false");
-  }
+  for (const old of chips.querySelectorAll('[tabindex="0"]')) Object.assign(old, { tabIndex: -1, ariaPressed: "false" });
   chosen = at;
-  const now = button(at);
-  now.tabIndex = 0;
-  now.setAttribute("aria-pressed", "true");
-  if (focus) now.focus();
+  Object.assign(button(at), { tabIndex: 0, ariaPressed: "true" });
+  if (focus) button(at).focus();
   const token = tokens[at];
   byId("choice").hidden = !token.top;
   byId("choice-title").textContent = `Alternatives to ${shown(token.bytes)}`;
@@ -274,9 +267,8 @@ function keep() {
   const address = new URLSearchParams({ ...rest, given: tokens.filter((token) => token.given).length, from: prompt.length });
   history.replaceState(null, "", `#${address}&ids=${tokens.map((token) => token.id).join(",")}`);
   const list = branches.map(({ label }, i) => {
-    const go = make("button", { type: "button", textContent: label, onclick: () => visit(i) });
-    go.setAttribute("aria-current", i === place);
-    return make("li", {}, go);
+    const how = { ariaCurrent: `${i === place}`, onclick: () => visit(i) };
+    return make("li", {}, make("button", { type: "button", textContent: label, ...how }));
   });
   byId("branches").hidden = branches.length < 2;
   byId("branches").querySelector("ol").replaceChildren(...list);
