@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
     speculation = parse_speculation(options.speculate or "off")
     check_speculation(speculation)
-    keys = options.api_key + _keys(options.api_key_file)
+    keys = options.api_key + ([] if options.api_key_file is None else _keys(options.api_key_file))
     if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
         raise InputError("an API key is empty or has spaces at its ends or characters beyond ASCII: choose another")
     try:
@@ -87,10 +87,8 @@ def run(options: argparse.Namespace) -> int:
             os.unlink(options.uds)
 
 
-def _keys(path: str | None) -> list[str]:
+def _keys(path: str) -> list[str]:
     """Return the keys in a file, one key a line. Raises InputError if there are none."""
-    if path is None:
-        return []
     try:
         with open(path, encoding="utf-8") as file:
             keys = [line.strip() for line in file if line.strip()]

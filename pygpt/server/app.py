@@ -186,8 +186,7 @@ class Server:
                     if len(body) > most:
                         raise too_long
         except TimeoutError:
-            message = f"the body did not arrive within {SLOW_S:g} seconds"
-            raise ApiError(message, status=408, Connection="close") from None
+            raise ApiError(f"the body did not arrive within {SLOW_S:g} seconds", status=408, Connection="close") from None
         except ClientDisconnect:  # nobody reads this answer
             raise ApiError("the body is not complete", Connection="close") from None
         return read_object(bytes(body), fields, required)
@@ -280,8 +279,7 @@ class Server:
         """Decode ids. The text is `prompt` for clients of vLLM, and `content` for those of llama.cpp."""
         served = self.served(fields.get("model"))
         served.check_ids("tokens", fields["tokens"])
-        text = served.vocabulary("tokens").decode(fields["tokens"])
-        return {"prompt": text, "content": text}
+        return dict.fromkeys(("prompt", "content"), served.vocabulary("tokens").decode(fields["tokens"]))
 
     async def tokenizer_info(self, request: Request, fields: dict[str, Any]) -> Any:
         """Describe the tokenizer, so that evaluation harnesses do not need a copy of it."""

@@ -42,9 +42,8 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry, self._all = CollectorRegistry(), dict[str, Any]()
         for name, about in (GAUGES | COUNTERS | HISTOGRAMS).items():
-            kind, own = Gauge if name in GAUGES else Counter if name in COUNTERS else Histogram, dict[str, Any]()
-            if name in HISTOGRAMS:
-                own["buckets"] = LATENCIES if name.endswith("_seconds") else TOKENS
+            kind: Any = Gauge if name in GAUGES else Counter if name in COUNTERS else Histogram
+            own = {"buckets": LATENCIES if name.endswith("_seconds") else TOKENS} if name in HISTOGRAMS else {}
             labels = ["model_name", *LABELS.get(name, ())]
             self._all[name] = kind(f"pygpt:{name}", about, labels, registry=self._registry, **own)
         for name in COUNTERS.keys() - LABELS.keys():

@@ -86,10 +86,8 @@ const row = (name, value, ...more) =>
   make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value), ...more.map((one) => make("td", {}, one)));
 
 /** Return the row of an alternative. */
-function share(name, probability) {
-  const meter = make("meter", { min: 0, max: 1, value: probability, ariaLabel: "probability" });
-  return row(name, `${percent(Math.log(probability))} %`, meter);
-}
+const share = (name, value) =>
+  row(name, `${percent(Math.log(value))} %`, make("meter", { min: 0, max: 1, value, ariaLabel: "probability" }));
 
 const SVG = "http://www.w3.org/2000/svg";
 let before = null;
@@ -229,8 +227,8 @@ function choose(at, focus = true) {
   const token = tokens[at];
   byId("choice").hidden = !token.top;
   byId("choice-title").textContent = `Alternatives to ${shown(token.bytes)}`;
-  const rows = (token.top ?? []).map(([id, , logprob]) => {
-    const bytes = bytesOf(token, id);
+  const rows = (token.top ?? []).map(([id, name, logprob]) => {
+    const bytes = bytesOf(name);
     const take = () => attempt(() => branch(at, id, bytes, logprob));
     return share(make("button", { type: "button", textContent: shown(bytes), onclick: take }), Math.exp(logprob));
   });
@@ -239,9 +237,8 @@ function choose(at, focus = true) {
   if (byId("inside").open) attempt(() => showAttention(model(), tokens, at));
 }
 
-/** Return the bytes of an alternative: of its name, which the server writes as bytes:\xNN if it is not text. */
-function bytesOf(token, id) {
-  const name = token.top.find(([other]) => other === id)[1];
+/** Return the bytes of an alternative's name, which the server writes as bytes:\xNN if it is not text. */
+function bytesOf(name) {
   if (/^bytes:(\\x[0-9a-f]{2})+$/.test(name)) return name.slice(6).match(/[0-9a-f]{2}/g).map((digits) => parseInt(digits, 16));
   return [...new TextEncoder().encode(name)];
 }
@@ -250,8 +247,7 @@ function bytesOf(token, id) {
 async function branch(at, id, bytes, logprob) {
   if (running) return;
   remember(`${shown(tokens[at].bytes)} \u2192 ${shown(bytes)}`);
-  const { top } = tokens[at];
-  draw(at, [{ id, bytes, logprob, top, given: false }]);
+  draw(at, [{ id, bytes, logprob, top: tokens[at].top, given: false }]);
   choose(at, false);
   await complete(tokens.map((token) => token.id), false);
 }
