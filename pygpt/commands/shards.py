@@ -13,7 +13,7 @@ LF. Each line of a .jsonl file is a document: an object with the text in the fie
     document     before each text or document (default for .jsonl)
     none         nowhere
 
-<|endoftext|> in a text becomes its one id, 50256, which separates documents. With --no-special it is ordinary text.
+<|endoftext|> in a text becomes its one id, which separates documents. With --no-special it is ordinary text.
 
 `-o NAME` writes NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin, NAME_train_000002.bin and so on.
 If NAME is a folder, the files in it begin with the name of the first text. If NAME ends in /, the folder is created if needed.
