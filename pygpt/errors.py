@@ -1,14 +1,8 @@
 """All exceptions that pygpt raises on purpose, and the checks of arguments that raise them.
 
-    PyGPTError
-    ├── InputError (ValueError)             an argument is out of its range: token, length, thread count, sampler
-    │   └── DataError                       a data file is missing, damaged or of another format
-    ├── CheckpointError (ValueError)        a model file or training state is missing, damaged or of another format
-    ├── ClosedError (RuntimeError)          a model, cache or pool is used after close()
-    └── NumericalError (ArithmeticError)    the network's numbers are not finite
-
 Each message names the value, the limit and the way out in one line. The commands exit with status 2 for InputError and
-CheckpointError, and with 1 for all others. whole() alone decides what is a whole number, and real() what is a number.
+CheckpointError, and with 1 for all others. docs/reference/errors.md lists the exceptions. whole() alone decides what is a whole
+number, and real() what is a number.
 """
 
 import math
@@ -103,12 +97,11 @@ def check_flag(name: str, value: "Any", meaning: str = "") -> bool:
 def sequence(tokens: "Any") -> "list[SupportsIndex]":
     """Return token ids as a list, unchecked. An array or a tensor may have the shape (T,) or (1, T). Raises InputError for
     another shape, and for anything that is not iterable."""
-    shape: tuple[int, ...] = getattr(tokens, "shape", ())
-    if len(shape) > 1:
-        if len(shape) > 2 or shape[0] != 1:
-            rule = "one sequence has the shape (T,) or (1, T); generate_batch() takes several"
-            raise InputError(f"tokens have shape {tuple(shape)}: {rule}")
-        tokens = tokens[0]
+    shape = tuple(getattr(tokens, "shape", ()))
+    if len(shape) > 2 or (len(shape) == 2 and shape[0] != 1):
+        rule = "one sequence has the shape (T,) or (1, T); generate_batch() takes several"
+        raise InputError(f"tokens have shape {shape}: {rule}")
+    tokens = tokens[0] if len(shape) == 2 else tokens
     try:
         return list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
     except TypeError:

@@ -14,9 +14,11 @@ from ..formats.files import atomic_file
 WIDTH = 100  # columns of a table
 FORMATS = (".svg", ".png")
 MOST_LABELS = 40  # of an axis: more would overlap
+Labels = Sequence[str]
+Path = str | os.PathLike[str]
 
 
-def text_table(cells: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[str], *, digits: int = 2) -> str:
+def text_table(cells: npt.ArrayLike, rows: Labels, columns: Labels, *, digits: int = 2) -> str:
     """Return numbers or texts (rows, columns) as a table of at most 100 columns. Wide tables continue below.
 
     Raises InputError if the labels do not fit the shape."""
@@ -25,25 +27,18 @@ def text_table(cells: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[st
     margin = max(map(len, rows), default=0)
     blocks, line = [], WIDTH
     for column, name in enumerate(columns):
-        width = max([len(name), *(len(row[column]) for row in texts)]) + 2
+        below = [name, *(row[column] for row in texts)]
+        width = max(map(len, below)) + 2
         if line + width > WIDTH:
             blocks.append([row.ljust(margin) for row in ["", *rows]])
             line = margin
         line += width
-        blocks[-1] = [
-            text + cell.rjust(width) for text, cell in zip(blocks[-1], [name, *(row[column] for row in texts)], strict=True)
-        ]
+        blocks[-1] = [text + cell.rjust(width) for text, cell in zip(blocks[-1], below, strict=True)]
     return "\n\n".join("\n".join(text.rstrip() for text in block) for block in blocks)
 
 
 def heat_map(
-    values: "npt.ArrayLike",
-    path: str | os.PathLike[str],
-    *,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str = "",
-    cells: Sequence[Sequence[str]] | None = None,
+    values: npt.ArrayLike, path: Path, *, rows: Labels, columns: Labels, title: str = "", cells: Sequence[Labels] | None = None
 ) -> None:
     """Draw numbers (rows, columns) as colours, and write the picture to a .svg or .png file.
 
@@ -55,17 +50,16 @@ def heat_map(
     plt = matplotlib()
     size = 2 + min(max(4, (1.0 if cells else 0.45) * len(columns)), 14), 1.2 + min(max(1.5, 0.32 * len(rows)), 10)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    most = np.abs(array).max(initial=0) or 1
-    signed = (array < 0).any()
+    most, signed = np.abs(array).max(initial=0) or 1, (array < 0).any()
     image = axes.imshow(array, cmap="RdBu_r" if signed else "Blues", vmin=-most if signed else 0, vmax=most, aspect="auto")
     for ticks, labels, turned in ((axes.set_xticks, columns, 0 if cells else 90), (axes.set_yticks, rows, 0)):
         every = -(-len(labels) // MOST_LABELS)
-        ticks(range(0, len(labels), every), [_plain(label) for label in labels[::every]], rotation=turned)
-    axes.set_title(_plain(title), loc="left")
+        ticks(range(0, len(labels), every), labels[::every], rotation=turned)
+    axes.set_title(title, loc="left")
     for (row, column), value in np.ndenumerate(array):
         if cells:
             colour = "white" if abs(value) > 0.6 * most else "black"
-            axes.text(column, row, _plain(cells[row][column]), ha="center", va="center", fontsize=8, color=colour)
+            axes.text(column, row, cells[row][column], ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a character that the font does not have becomes a box
@@ -73,11 +67,7 @@ def heat_map(
     plt.close(figure)
 
 
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib takes text between $ for formulas
-
-
-def _checked(values: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[str]) -> "npt.NDArray[Any]":
+def _checked(values: npt.ArrayLike, rows: Labels, columns: Labels) -> npt.NDArray[Any]:
     array = np.asarray(values)
     if array.shape != (len(rows), len(columns)):
         raise InputError(f"the array has shape {array.shape}: the labels are for {(len(rows), len(columns))}")
@@ -94,6 +84,7 @@ def matplotlib() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "pygpt"})
+    plt.rcParams["text.parse_math"] = False  # text between $ is not a formula
     return plt
 
 
