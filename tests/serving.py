@@ -21,9 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from running import PYGPT, environment
 
 from pygpt import GPT2
-from pygpt.server.app import Options, Server
+from pygpt.server.app import Options, Server, embedded, listen
 from pygpt.server.call import Served
-from pygpt.server.run import embedded, listen
 
 MAXT = 96
 SHAPE: dict[str, Any] = {"L": 2, "NH": 2, "C": 16, "V": 50257, "maxT": MAXT}

@@ -12,15 +12,12 @@ requests have --grace seconds to end. The exit status is then 0 or 130. A second
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import InputError, PyGPTError
 from ..generation.request import check_speculation
 from .console import Parser, say, status_of, whole
 from .options import SPECULATE_HELP, add_model_options, parse_count, parse_speculation
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ..server.call import Served
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,14 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--queue", metavar="N", type=whole(0, 1 << 20), default=256, help="most sequences that wait (default 256)")
     add("--target-ms", metavar="N", type=whole(1, 60000), default=60, help="a step's time while prompts join (default 60)")
     add("--request-timeout", metavar="S", type=count, help="seconds until a request ends with an error (default: none)")
-    grace = "seconds for running requests after SIGTERM (default 30)"
-    add("--grace", metavar="S", type=whole(0, 86400), default=30, help=grace)
+    add("--grace", metavar="S", type=whole(0, 86400), default=30, help="seconds of running requests after SIGTERM (default 30)")
     add("--body-limit", metavar="N", type=count, default=2 << 20, help="most bytes of a request's body (default 2 MB)")
     add("--root-path", metavar="P", default="", help="prefix of all paths behind a proxy; paths without it work, too")
     cors = "let pages of this origin send requests; may be repeated"
     add("--cors-origins", dest="origins", metavar="URL", action="append", default=[], help=cors)
-    template = "plain: answer /v1/chat/completions with `role: content` lines"
-    add("--chat-template", metavar="NAME", choices=("plain",), help=template)
+    add("--chat-template", choices=("plain",), help="plain: answer /v1/chat/completions with `role: content` lines")
     add("--fingerprint", action="store_true", help="hash the weights at the start, for system_fingerprint in answers")
     add("--no-page", dest="page", action="store_false", help="do not serve the page")
     return parser
@@ -67,13 +62,12 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"--cors-origins is {origin[:40]!r}: it must be * or begin with http:// or https://")
     speculation = parse_speculation(options.speculate or "off")
     check_speculation(speculation)
-    keys = options.api_key + _keys(options.api_key_file)
+    keys = options.api_key + ([] if options.api_key_file is None else _keys(options.api_key_file))
     if not all(key.strip() == key != "" and key.isascii() and key.isprintable() for key in keys):
         raise InputError("an API key is empty or has spaces at its ends or characters beyond ASCII: choose another")
     try:
-        from ..server.app import Options, Server
-        from ..server.run import listen
-        from ..server.run import run as serve
+        from ..server.app import Options, Server, listen
+        from ..server.app import run as serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "h11", "prometheus_client"):
             raise
@@ -85,18 +79,16 @@ def run(options: argparse.Namespace) -> int:
         server = Server(open_models(options), settings)
         host = f"[{options.host}]" if ":" in options.host else options.host
         where = options.uds or f"http://{host}:{listening.getsockname()[1]}"
-        names = ", ".join(server.by_name)
-        return serve(server, listening, grace_s=options.grace, started=lambda: say(f"serving {names} at {where}"))
+        started = f"serving {', '.join(server.by_name)} at {where}"
+        return serve(server, listening, grace_s=options.grace, started=lambda: say(started))
     finally:
         listening.close()
         if options.uds:
             os.unlink(options.uds)
 
 
-def _keys(path: str | None) -> list[str]:
+def _keys(path: str) -> list[str]:
     """Return the keys in a file, one key a line. Raises InputError if there are none."""
-    if path is None:
-        return []
     try:
         with open(path, encoding="utf-8") as file:
             keys = [line.strip() for line in file if line.strip()]
@@ -107,8 +99,8 @@ def _keys(path: str | None) -> list[str]:
     return keys
 
 
-def open_models(options: argparse.Namespace) -> "list[Served]":
-    """Open the models. A file that is given under several names is opened once."""
+def open_models(options: argparse.Namespace) -> list[Any]:
+    """Open the models, and return them as Served. A file that is given under several names is opened once."""
     from ..hub.find import find_model
     from ..model import GPT2
     from ..server.call import Served

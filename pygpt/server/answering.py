@@ -9,25 +9,29 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Message, Receive, Send
+from starlette.types import Receive, Send
 
 from ..errors import InputError
 from ..generation.engine import Event, Job
 from ..generation.logprobs import TokenInfo
-from .call import Call, Served
+from .call import Call, Served, Worker
 from .metrics import Metrics
 from .schema import ApiError
-from .worker import Worker
 
 PING_S = 15.0  # between comments in a stream without text, so that proxies keep it open
 SLOW_S = 30.0  # the longest time in which a client sends its body, or takes a part of an answer
 STOPPED = "the server is shutting down: send the request to another server, or later"
 LEAST = -9999.0  # JSON has no infinity
+JSON = [(b"content-type", b"application/json")]
+SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
 Note = tuple[int, TokenInfo | None, int]  # a token, its info, and its offset
 
 
@@ -123,58 +127,6 @@ def logprobs_of(served: Served, tokens: list[Note]) -> dict[str, Any]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-class Writer:
-    """Write the objects of one answer. id, created: as in OpenAI's API."""
-
-    def __init__(self, call: Call, id: str, created: int) -> None:
-        self.call = call
-        kind = ("chat.completion.chunk" if call.stream else "chat.completion") if call.chat else "text_completion"
-        self._head = {"id": ("chatcmpl-" if call.chat else "cmpl-") + id, "object": kind, "created": created}
-        self._head["model"] = call.fields.get("model", call.served.names[0])
-        self._head["system_fingerprint"] = call.served.fingerprint
-        self._begun: set[int] = set()
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """Return the object of a piece, or of a whole choice, in `choices`."""
-        call, index, first = self.call, piece.index, piece.index not in self._begun
-        self._begun.add(index)
-        found: dict[str, Any] = {"index": index, "finish_reason": piece.finish_reason, "logprobs": None}
-        if call.chat:
-            role = {"role": "assistant"} if first else {}
-            return {**found, "delta" if call.stream else "message": {**role, "content": piece.text}}
-        found["text"] = piece.text
-        if call.logprobs is not None:
-            found["logprobs"] = logprobs_of(call.served, piece.tokens)
-        if call.token_ids:
-            prompt = call.requests[index // call.n].tokens
-            found["token_ids"] = [token for token, _, _ in piece.tokens[len(prompt) if call.echo and first else 0 :]]
-            if first:
-                found["prompt_token_ids"] = prompt
-        return found
-
-    def whole(self, pieces: Iterable[Piece], choices: list[Choice]) -> bytes:
-        """Return the whole answer."""
-        joined = [Piece(choice.index, "", [], choice.finish_reason) for choice in choices]
-        for piece in pieces:
-            joined[piece.index].text += piece.text
-            joined[piece.index].tokens += piece.tokens
-        return encoded({**self._head, "choices": [self.choice(piece) for piece in joined], "usage": self.usage(choices)})
-
-    def chunk(self, piece: Piece | None, choices: list[Choice]) -> bytes:
-        """Return one event of a stream: a piece, or the usage at the end."""
-        body = {**self._head, "choices": [] if piece is None else [self.choice(piece)]}
-        if piece is None or self.call.usage_in_chunks:
-            body["usage"] = self.usage(choices)
-        elif self.call.usage_in_stream:
-            body["usage"] = None
-        return event(encoded(body))
-
-    def usage(self, choices: list[Choice]) -> dict[str, int]:
-        """Return the numbers of tokens. Each prompt counts once, and each of its n completions."""
-        given, new = sum(len(request.tokens) for request in self.call.requests), sum(choice.count for choice in choices)
-        return {"prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new}
-
-
 def encoded(body: Any) -> bytes:
     """Return a JSON object as bytes."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
@@ -186,17 +138,22 @@ def event(data: bytes) -> bytes:
 
 
 class Run:
-    """A running call. It takes the engine's events, and keeps pieces of the answer until they are sent."""
+    """A running call. It takes the engine's events, and keeps pieces of the answer until they are sent. id: the answer's."""
 
-    def __init__(self, call: Call, metrics: Metrics) -> None:
+    def __init__(self, call: Call, metrics: Metrics, id: str) -> None:
         self.call, self._metrics, self._model = call, metrics, call.served.names[0]
         self.jobs: list[Job] = []
         prompts = [request.tokens for request in call.requests for _ in range(call.n)]
         self.choices = [Choice(call, prompt, index) for index, prompt in enumerate(prompts)]
+        kind = ("chat.completion.chunk" if call.stream else "chat.completion") if call.chat else "text_completion"
+        self._head = {"id": ("chatcmpl-" if call.chat else "cmpl-") + id, "object": kind, "created": int(time.time())}
+        self._head |= {"model": call.fields.get("model", self._model), "system_fingerprint": call.served.fingerprint}
+        self._named: set[int] = set()  # choices that have a piece in the answer
         self._pieces: deque[Piece] = deque()
         self._left = len(self.choices)
         self._error: Exception | None = None
         self._gone = False  # whether the client has left
+        self._begun = False  # whether the client has a part of the answer
         self._wake = asyncio.Event()
         self._arrival = time.monotonic()
         self._times: dict[int, float] = {}  # when each choice's latest token came
@@ -226,34 +183,74 @@ class Run:
             self._wake.set()
 
     def _time(self, job: Job, choice: Choice) -> None:
-        now, observe = time.monotonic(), self._metrics.observe
-        self._metrics.count("generation_tokens", self._model)
+        now, add = time.monotonic(), self._metrics.add
+        add("generation_tokens", self._model)
         if not self._times:
             self._first, began = now, job.began or now
-            observe("time_to_first_token_seconds", self._model, now - self._arrival)
-            observe("request_queue_time_seconds", self._model, began - self._arrival)
-            observe("request_prefill_time_seconds", self._model, now - began)
+            add("time_to_first_token_seconds", self._model, now - self._arrival)
+            add("request_queue_time_seconds", self._model, began - self._arrival)
+            add("request_prefill_time_seconds", self._model, now - began)
         if choice.count:
-            observe("inter_token_latency_seconds", self._model, now - self._times[choice.index])
+            add("inter_token_latency_seconds", self._model, now - self._times[choice.index])
         self._times[choice.index] = now
 
     def _finish(self) -> None:
-        now, count, observe = time.monotonic(), self._metrics.count, self._metrics.observe
-        observe("e2e_request_latency_seconds", self._model, now - self._arrival)
+        now, add = time.monotonic(), self._metrics.add
+        add("e2e_request_latency_seconds", self._model, now - self._arrival)
         if self._times:
-            observe("request_decode_time_seconds", self._model, now - self._first)
+            add("request_decode_time_seconds", self._model, now - self._first)
         for reason, amount in Counter(choice.finish_reason for choice in self.choices).items():
-            count("request_success", self._model, amount, finished_reason=reason)
+            add("request_success", self._model, amount, finished_reason=reason)
         for name in ("prompt_tokens", "prefix_cache_queries"):
-            count(name, self._model, sum(len(request.tokens) for request in self.call.requests))
-        count("prefix_cache_hits", self._model, sum(job.shared for job in self.jobs))
+            add(name, self._model, sum(len(request.tokens) for request in self.call.requests))
+        add("prefix_cache_hits", self._model, sum(job.shared for job in self.jobs))
 
-    async def answer(self, worker: Worker, limit_s: float | None, writer: Writer, receive: Receive, send: Send) -> None:
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        """Return the object of a piece, or of a whole choice, in `choices`."""
+        call, index, first = self.call, piece.index, piece.index not in self._named
+        self._named.add(index)
+        found: dict[str, Any] = {"index": index, "finish_reason": piece.finish_reason, "logprobs": None}
+        if call.chat:
+            role = {"role": "assistant"} if first else {}
+            return {**found, "delta" if call.stream else "message": {**role, "content": piece.text}}
+        found["text"] = piece.text
+        if call.logprobs is not None:
+            found["logprobs"] = logprobs_of(call.served, piece.tokens)
+        if call.token_ids:
+            prompt = call.requests[index // call.n].tokens
+            found["token_ids"] = [token for token, _, _ in piece.tokens[len(prompt) if call.echo and first else 0 :]]
+            if first:
+                found["prompt_token_ids"] = prompt
+        return found
+
+    def _joined(self) -> bytes:
+        """Return the whole answer."""
+        joined = [Piece(choice.index, "", [], choice.finish_reason) for choice in self.choices]
+        for piece in self._pieces:
+            joined[piece.index].text += piece.text
+            joined[piece.index].tokens += piece.tokens
+        return encoded({**self._head, "choices": [self._choice(piece) for piece in joined], "usage": self._usage()})
+
+    def _chunk(self, piece: Piece | None) -> bytes:
+        """Return one event of a stream: a piece, or the usage at the end."""
+        body = {**self._head, "choices": [] if piece is None else [self._choice(piece)]}
+        if piece is None or self.call.usage_in_chunks:
+            body["usage"] = self._usage()
+        elif self.call.usage_in_stream:
+            body["usage"] = None
+        return event(encoded(body))
+
+    def _usage(self) -> dict[str, int]:
+        """Return the numbers of tokens. Each prompt counts once, and each of its n completions."""
+        given, new = sum(len(request.tokens) for request in self.call.requests), sum(choice.count for choice in self.choices)
+        return {"prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new}
+
+    async def answer(self, worker: Worker, limit_s: float | None, receive: Receive, send: Send) -> None:
         """Add the jobs, and send the answer. Raises ApiError before the first byte only. If the client leaves, the jobs end."""
         watching = asyncio.create_task(self._watch(receive))
         try:
             self.jobs = worker.add(self.call, None if limit_s is None else self._arrival + limit_s, self)
-            await (self._stream(writer, send) if self.call.stream else self._whole(writer, send))
+            await (self._stream(send) if self.call.stream else self._whole(send))
         except InputError as error:
             raise ApiError(str(error), "max_tokens", code="context_length_exceeded") from None
         finally:
@@ -265,51 +262,45 @@ class Run:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self._metrics.count("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has the whole answer
+        self._metrics.add("http_requests_client_disconnected", self._model, int(self._left > 0))  # 0: it has the whole answer
         self._wake.set()
 
-    async def _whole(self, writer: Writer, send: Send) -> None:
+    async def _whole(self, send: Send) -> None:
         await self._wake.wait()
         if self._error is not None:
             raise reported(self._error)
         if not self._gone:
-            await take(send, start(b"application/json"))
-            await take(send, {"type": "http.response.body", "body": writer.whole(self._pieces, self.choices)})
+            await self._put(send, self._joined())
 
-    async def _stream(self, writer: Writer, send: Send) -> None:
+    async def _stream(self, send: Send) -> None:
         """Send pieces as they come. An error after the first piece is sent as an event."""
-        begun = False
-
-        async def put(data: bytes, more: bool = True) -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                headers = (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")
-                await take(send, start(b"text/event-stream; charset=utf-8", *headers))
-            await take(send, {"type": "http.response.body", "body": data, "more_body": more})
-
         try:
             while not self._gone:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(PING_S):
-                        await self._wake.wait()
+                    await asyncio.wait_for(self._wake.wait(), PING_S)
                 if self._error is not None:
                     error = reported(self._error)
-                    if not begun:
+                    if not self._begun:
                         raise error
-                    await put(event(encoded(error.body)), more=False)
-                    return
-                data = b"".join([writer.chunk(self._pieces.popleft(), self.choices) for _ in range(len(self._pieces))])
+                    return await self._put(send, event(encoded(error.body)))
+                data = b"".join([self._chunk(self._pieces.popleft()) for _ in range(len(self._pieces))])
                 if self._left == 0:
-                    usage = writer.chunk(None, self.choices) if self.call.usage_in_stream else b""
-                    await put(data + usage + event(b"[DONE]"), more=False)
-                    return
+                    usage = self._chunk(None) if self.call.usage_in_stream else b""
+                    return await self._put(send, data + usage + event(b"[DONE]"))
                 self._wake.clear()
-                await put(data or b": waiting\n\n")
+                await self._put(send, data or b": waiting\n\n", more=True)
         except asyncio.CancelledError:
             with suppress(Exception):
-                await put(event(encoded(ApiError(STOPPED, status=503).body)), more=False)
+                await self._put(send, event(encoded(ApiError(STOPPED, status=503).body)))
             raise
+
+    async def _put(self, send: Send, data: bytes, *, more: bool = False) -> None:
+        """Send a part of the answer. Raises TimeoutError if the client does not take it within SLOW_S seconds."""
+        async with asyncio.timeout(SLOW_S):
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": SSE if self.call.stream else JSON})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def reported(error: Exception) -> ApiError:
@@ -321,14 +312,3 @@ def reported(error: Exception) -> ApiError:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     print(f"pygpt: error: a request failed: {text}", file=sys.stderr, flush=True)
     return ApiError("the request failed on the server; its log says why", status=500, code="internal_error")
-
-
-async def take(send: Send, message: Message) -> None:
-    """Send a message. Raises TimeoutError if the client does not take it within SLOW_S seconds."""
-    async with asyncio.timeout(SLOW_S):
-        await send(message)
-
-
-def start(kind: bytes, *headers: tuple[bytes, bytes]) -> Message:
-    """Return the message that begins an answer."""
-    return {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind), *headers]}

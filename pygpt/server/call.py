@@ -1,33 +1,31 @@
-"""Served models, and a call of one: the checked requests for its engine, and how the answer is written.
+"""Served models, the thread that steps their engines, and a call: checked requests for an engine, and how to write the answer.
 
 Refuses to know about HTTP.
 """
 
 import os
-from asyncio import Future
-from collections.abc import Iterable
+import threading
+from asyncio import AbstractEventLoop, Future
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import __version__
+from .._kernels import Trace
 from ..errors import InputError
 from ..formats.open import sha256_of
+from ..generation.engine import Event, Job
 from ..generation.request import Request
 from ..model import GPT2
 from ..tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from .schema import ApiError
 
+Timeline = list[list[Any]]  # for each worker, its phases: (phase, layer, begin_us, end_us, left_us)
 DEFAULT_NEW = 16  # tokens, as in OpenAI's API
 LONGEST_TOKEN = 1024  # bytes: more than any vocabulary has
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # values without effect, which clients may send
-    "temperature": (1,),
-    "top_p": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-}
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (1,)),
+    **dict.fromkeys(("min_p", "frequency_penalty", "presence_penalty"), (0,)),
+} | {"top_k": (0, -1), "logit_bias": ({},)}
 FILTERS = ("temperature", "top_p", "top_k", "min_p")  # without effect on the most probable token
 
 
@@ -44,7 +42,7 @@ class Served:
         self.eot = self.tokenizer.eot if self.tokenizer else None
         prefix = model.new_prefix_cache(cache_bytes)
         self.engine = model.engine(prefix=prefix, max_live=max_live, cache_bytes=cache_bytes, target_ms=target_ms)
-        self.traced: list[Future[list[list[Any]]]] = []  # requests that wait for the timeline of the next step
+        self.traced: list[Future[Timeline]] = []  # requests that wait for the timeline of the next step
         self.fingerprint = None
         if fingerprint:  # equal hashes of the weights, their format and the arithmetic mean equal answers
             self.fingerprint = f"pygpt-{__version__}-{sha256_of(path)[:16]}"
@@ -141,3 +139,89 @@ def encode(served: Served, text: str, maxT: int) -> list[int]:
         return served.vocabulary("prompt").encode(text)
     except InputError as error:  # a character that the vocabulary does not have
         raise ApiError(str(error), "prompt") from None
+
+
+class Worker:
+    """The thread that steps the engines. deliver(events) runs in the event loop, once for each step.
+
+    The thread is worker 0 of each model's pool. Models take turns, so their workers do not compete for cores."""
+
+    def __init__(self, models: list[Served], deliver: Callable[[list[Event]], object]) -> None:
+        self._models, self._deliver = models, deliver
+        self._wake = threading.Event()
+        self._stopping = False
+        self.thread = threading.Thread(target=self._serve, name="pygpt-0", daemon=True)
+
+    def start(self, loop: AbstractEventLoop) -> None:
+        """Start the thread."""
+        self._loop = loop
+        self.thread.start()
+
+    def add(self, call: Call, deadline: float | None, owner: object) -> list[Job]:
+        """Add the jobs of a call. Raises InputError if one of them can never fit; then none is added."""
+        jobs: list[Job] = []
+        try:
+            for request in call.requests:
+                jobs.append(call.served.engine.add(request, n=call.n, deadline=deadline, owner=owner))
+        except BaseException:
+            self.cancel(call.served, jobs)
+            raise
+        self._wake.set()
+        return jobs
+
+    def cancel(self, served: Served, jobs: list[Job]) -> None:
+        """End jobs, at the latest after the step that runs now."""
+        for job in jobs:
+            served.engine.cancel(job)
+        self._wake.set()
+
+    def trace(self, served: Served) -> Future[Timeline]:
+        """Record the model's next step."""
+        future: Future[Timeline] = self._loop.create_future()
+        served.traced.append(future)
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the step that runs now, and wait for it."""
+        self._stopping = True
+        self._wake.set()
+        self.thread.join()
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            self._wake.wait()
+            self._wake.clear()
+            while not self._stopping and (busy := [served for served in self._models if served.engine.busy]):
+                for served in busy:
+                    self._step(served)
+
+    def _step(self, served: Served) -> None:
+        """Run one step of a model, and deliver its events. An error of the step ends the model's jobs."""
+        traced, served.traced = served.traced, []
+        trace = Trace(served.model.threads, 64 * served.model.config.L) if traced else None
+        if trace is not None:
+            served.model.record(trace)
+        try:
+            events = served.engine.step()
+        except Exception as error:
+            events = served.engine.fail(error)
+        if trace is not None:
+            served.model.record(None)
+        try:
+            self._loop.call_soon_threadsafe(self._finish, events, trace, traced)
+        except RuntimeError:  # a second signal has closed the loop: nobody waits for the events
+            self._stopping = True
+
+    def _finish(self, events: list[Event], trace: Trace | None, traced: list[Future[Timeline]]) -> None:
+        """Deliver a step's events, and its trace to those who asked for it. Runs in the event loop."""
+        self._deliver(events)
+        for future in traced:
+            if trace is not None and not future.done():
+                future.set_result(_timeline(trace))
+
+
+def _timeline(trace: Trace) -> Timeline:
+    """Return a trace with times in microseconds since the step began."""
+    workers = [trace.events(ith) for ith in range(trace.nth)]
+    zero = min((begin for events in workers for _, _, begin, _, _ in events), default=0)
+    return [[(phase, layer, *((at - zero) / 1000 for at in times)) for phase, layer, *times in events] for events in workers]

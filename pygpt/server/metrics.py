@@ -1,5 +1,7 @@
 """The server's metrics for Prometheus. The names are vLLM's, with the prefix `pygpt:`."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0, 300.0)
@@ -38,36 +40,30 @@ class Metrics:
 
     def __init__(self, models: list[str]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = registry = CollectorRegistry()
-        own = ["model_name"]
-        self._gauges = {name: Gauge(f"pygpt:{name}", about, own, registry=registry) for name, about in GAUGES.items()}
-        self._counters, self._histograms = dict[str, Counter](), dict[str, Histogram]()
-        for name, about in COUNTERS.items():
-            self._counters[name] = Counter(f"pygpt:{name}", about, own + LABELS.get(name, []), registry=registry)
-        for name, about in HISTOGRAMS.items():
-            edges = LATENCIES if name.endswith("_seconds") else TOKENS
-            self._histograms[name] = Histogram(f"pygpt:{name}", about, own, registry=registry, buckets=edges)
-        self._totals: dict[tuple[str, str], int] = {}
-        for model in models:
-            for name in COUNTERS.keys() - LABELS.keys():
-                self.count(name, model, 0)
+        self._registry, self._all = CollectorRegistry(), dict[str, Any]()
+        for name, about in (GAUGES | COUNTERS | HISTOGRAMS).items():
+            kind: Any = Gauge if name in GAUGES else Counter if name in COUNTERS else Histogram
+            own = {"buckets": LATENCIES if name.endswith("_seconds") else TOKENS} if name in HISTOGRAMS else {}
+            labels = ["model_name", *LABELS.get(name, ())]
+            self._all[name] = kind(f"pygpt:{name}", about, labels, registry=self._registry, **own)
+        for name in COUNTERS.keys() - LABELS.keys():
+            for model in models:
+                self.add(name, model, 0)
 
-    def count(self, name: str, model: str, amount: int = 1, **labels: object) -> None:
-        """Add to a counter."""
-        self._counters[name].labels(model_name=model, **labels).inc(amount)
+    def add(self, name: str, model: str, value: float = 1, **labels: object) -> None:
+        """Add to a counter, or add a value in seconds or tokens to a histogram."""
+        one = self._all[name].labels(model_name=model, **labels)
+        (one.observe if name in HISTOGRAMS else one.inc)(value)
 
-    def count_to(self, name: str, model: str, total: int) -> None:
-        """Raise a counter to a total that another part of the program counts."""
-        self.count(name, model, total - self._totals.get((name, model), 0))
-        self._totals[name, model] = total
+    def set(self, name: str, model: str, value: float) -> None:
+        """Set a gauge, or a counter that another part of the program counts."""
+        one = self._all[name].labels(model_name=model)
+        if name in GAUGES:
+            one.set(value)
+        else:
+            one.reset()
+            one.inc(value)
 
-    def observe(self, name: str, model: str, value: float) -> None:
-        """Add a value, in seconds or tokens, to a histogram."""
-        self._histograms[name].labels(model_name=model).observe(value)
-
-    def text(self, gauges: dict[str, tuple[float, ...]]) -> bytes:
-        """Return all metrics. gauges: each model's values of the gauges, in order."""
-        for model, values in gauges.items():
-            for gauge, value in zip(self._gauges.values(), values, strict=True):
-                gauge.labels(model_name=model).set(value)
+    def text(self) -> bytes:
+        """Return all metrics."""
         return generate_latest(self._registry)

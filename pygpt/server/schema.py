@@ -29,28 +29,28 @@ def _list(items: Schema, **limits: int) -> Schema:
     return {"type": "array", "items": items, **limits}
 
 
-def _either(description: str, *schemas: Schema) -> Schema:
-    return {"description": description, "anyOf": [*schemas]}
-
-
-def _string(description: str) -> Schema:
-    return {"description": description, "type": "string"}
-
-
-def _flag(description: str = "true or false") -> Schema:
-    return {"description": description, "type": "boolean"}
+def _field(description: str, **schema: Any) -> Schema:
+    return {"description": description, **schema}
 
 
 def _number(description: str, minimum: float, maximum: float, kind: str = "number") -> Schema:
-    return {"description": description, "type": kind, "minimum": minimum, "maximum": maximum}
+    return _field(description, type=kind, minimum=minimum, maximum=maximum)
 
 
 def _whole(description: str, minimum: int, maximum: int = 1 << 31) -> Schema:
     return _number(f"a whole number{description}", minimum, maximum, "integer")
 
 
+FLAG, STRING = {"type": "boolean"}, {"type": "string"}
+SWITCH = _field("true or false", **FLAG)
 IDS = _list(ID, minItems=1)
-MODEL = {"model": _string("the name of a served model; GET /v1/models lists them")}
+PROMPTS = [TEXT, _list(TEXT, minItems=1), IDS, _list(IDS, minItems=1)]
+BIASES = {"patternProperties": {"^[0-9]{1,7}$": _number("a bias", -100, 100)}, "additionalProperties": False}
+USAGES = ("include_usage", "continuous_usage_stats")
+OPTIONS = {"type": "object", "properties": dict.fromkeys((*USAGES, "include_obfuscation"), SWITCH)}
+MESSAGE = _object(role={"enum": [*ROLES]}, content=STRING)
+GUESSES = f"a whole number from 1 to {MOST_GUESSES} of tokens to guess in a step"
+MODEL = {"model": _field("the name of a served model; GET /v1/models lists them", **STRING)}
 _SHARED: Fields = {
     **MODEL,
     "max_tokens": _whole(" of new tokens (default 16); 0 needs echo", 0),
@@ -61,64 +61,45 @@ _SHARED: Fields = {
     "repetition_penalty": _number("a number from 0.01 to 100; 1 changes nothing", 0.01, 100),
     "frequency_penalty": _number("a number from -2 to 2", -2, 2),
     "presence_penalty": _number("a number from -2 to 2", -2, 2),
-    "logit_bias": {
-        "description": "an object from token ids to numbers from -100 to 100",
-        "type": "object",
-        "patternProperties": {"^[0-9]{1,7}$": {"type": "number", "minimum": -100, "maximum": 100}},
-        "additionalProperties": False,
-    },
+    "logit_bias": _field("an object from token ids to numbers from -100 to 100", type="object", **BIASES),
     "n": _whole(" of choices from 1 (default 1)", 1, 1 << 16),
     "seed": _whole(" from -2^63 to 2^64 - 1", -(1 << 63), (1 << 64) - 1),
-    "stop": _either("a string or a list of up to 64 strings, none of them empty", TEXT, _list(TEXT, maxItems=64)),
-    "stop_token_ids": {"description": "a list of up to 1024 token ids", **_list(ID, maxItems=1024)},
-    "ignore_eos": _flag("true or false: whether to continue after <|endoftext|>"),
-    "sampler": {"description": "sample, greedy or median", "enum": ["sample", "greedy", "median"]},
-    "speculation": _either(
-        f"true, false, or a whole number from 1 to {MOST_GUESSES} of tokens to guess in a step; the text stays the same",
-        *(_flag(), _whole(" of tokens", 1, MOST_GUESSES)),
-    ),
-    "stream": _flag(),
-    "stream_options": {
-        "description": "an object with include_usage and continuous_usage_stats, each true or false; it needs stream",
-        "type": "object",
-        "properties": {name: _flag() for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")},
-    },
-    "user": _string("a string, which is not used"),
+    "stop": _field("a string or a list of up to 64 strings, none of them empty", anyOf=[TEXT, _list(TEXT, maxItems=64)]),
+    "stop_token_ids": _field("a list of up to 1024 token ids", **_list(ID, maxItems=1024)),
+    "ignore_eos": _field("true or false: whether to continue after <|endoftext|>", **FLAG),
+    "sampler": _field("sample, greedy or median", enum=["sample", "greedy", "median"]),
+    "speculation": _field(f"true, false, or {GUESSES}; the text stays the same", anyOf=[FLAG, _whole("", 1, MOST_GUESSES)]),
+    "stream": SWITCH,
+    "stream_options": _field(f"an object with {' and '.join(USAGES)}, each true or false; it needs stream", **OPTIONS),
+    "user": _field("a string, which is not used", **STRING),
 }
 COMPLETION: Fields = {
-    "prompt": _either(
-        "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty",
-        *(TEXT, _list(TEXT, minItems=1), IDS, _list(IDS, minItems=1)),
+    "prompt": _field(
+        "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty", anyOf=PROMPTS
     ),
     **_SHARED,
-    "echo": _flag("true or false: whether the answer begins with the prompt"),
+    "echo": _field("true or false: whether the answer begins with the prompt", **FLAG),
     "logprobs": _whole(f" from 0 to {MOST_LOGPROBS}", 0, MOST_LOGPROBS),
     "best_of": _whole(", the same as n", 1, 1 << 16),
-    "return_token_ids": _flag(),
-    "suffix": {"description": "left out or null: GPT-2 cannot fill in text", "enum": [None]},
+    "return_token_ids": SWITCH,
+    "suffix": _field("left out or null: GPT-2 cannot fill in text", enum=[None]),
 }
 CHAT: Fields = {
-    "messages": {
-        "description": "a list of objects with a role (system, user or assistant) and a content string",
-        **_list(_object(role={"enum": [*ROLES]}, content={"type": "string"}), minItems=1),
-    },
+    "messages": _field(
+        "a list of objects with a role (system, user or assistant) and a content string", **_list(MESSAGE, minItems=1)
+    ),
     **_SHARED,
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), _whole(" of new tokens from 1 (default 16)", 1)),
 }
 TOKENIZE: Fields = {
     **MODEL,
-    "prompt": _string("a string"),
-    "content": _string("a string"),
-    "with_pieces": _flag("true or false: whether to return each token's text"),
-    "add_special_tokens": _flag("true or false, without effect for GPT-2"),
-    "return_token_strs": _flag("true or false: whether to return each token's text"),
+    **dict.fromkeys(("prompt", "content"), _field("a string", **STRING)),
+    "add_special_tokens": _field("true or false, without effect for GPT-2", **FLAG),
+    **dict.fromkeys(("with_pieces", "return_token_strs"), _field("true or false: whether to return each token's text", **FLAG)),
 }
-DETOKENIZE: Fields = {**MODEL, "tokens": {"description": "a list of token ids", **_list(ID)}}
-INSPECT: Fields = {
-    **MODEL,
-    "tokens": {"description": "a list of token ids, not empty", **IDS},
-    "layer": _whole(" from 0 (default 0)", 0),
-}
+DETOKENIZE: Fields = {**MODEL, "tokens": _field("a list of token ids", **_list(ID))}
+LAYER = _whole(" from 0 (default 0)", 0)
+INSPECT: Fields = {**MODEL, "tokens": _field("a list of token ids, not empty", **IDS), "layer": LAYER}
 
 
 class ApiError(Exception):
@@ -158,7 +139,6 @@ def read_object(body: bytes, fields: Fields, required: tuple[str, ...]) -> dict[
 
 
 def _number_of(text: str) -> int | float:
-    """Return a number of JSON: 16.0 is the integer 16."""
     return int(value) if (value := float(text)).is_integer() else value
 
 
@@ -188,21 +168,10 @@ def fits(value: Any, schema: Schema) -> bool:
 
 
 def _members_fit(value: dict[str, Any], schema: Schema) -> bool:
-    if not set(schema.get("required", ())) <= value.keys():
-        return False
     for bias in schema.get("patternProperties", {}).values():
         return all(key.isascii() and key.isdigit() and len(key) < 8 and fits(item, bias) for key, item in value.items())
-    return all(fits(value[name], member) for name, member in schema["properties"].items() if name in value)
-
-
-def published(fields: Fields, required: tuple[str, ...]) -> Schema:
-    """Return the schema of a request's object for the OpenAPI document: every field but the required ones may be null."""
-    null: Schema = {"type": "null"}
-    properties = {
-        name: field if name in required else {"anyOf": [field, null]} if field.get("enum") != [None] else null
-        for name, field in fields.items()
-    }
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": null}
+    right = all(fits(value[name], member) for name, member in schema["properties"].items() if name in value)
+    return right and set(schema.get("required", ())) <= value.keys()
 
 
 # ---------------------------------------------------------------- the OpenAPI document
@@ -221,9 +190,9 @@ class Endpoint(NamedTuple):
     key: bool = True
 
 
-ERROR = _object(error=_object(message={"type": "string"}, type={"type": "string"}, param=TEXT_OR_NULL, code=TEXT_OR_NULL))
+ERROR = _object(error=_object(message=STRING, type=STRING, param=TEXT_OR_NULL, code=TEXT_OR_NULL))
 LOGPROBS = _object(
-    tokens=_list({"type": "string"}),
+    tokens=_list(STRING),
     token_logprobs=_list({"type": ["number", "null"]}),
     top_logprobs=_list({"type": ["object", "null"], "additionalProperties": {"type": "number"}}),
     text_offset=_list(COUNT),
@@ -238,47 +207,47 @@ USAGE = _object(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT
 def answer(**content: Schema) -> Schema:
     """Return the schema of an answer. content: the fields of a choice that hold its text."""
     choice = _object(index=COUNT, finish_reason={"enum": ["stop", "length", None]}, logprobs=LOGPROBS, **content)
-    texts = {name: {"type": "string"} for name in ("id", "object", "model")}
+    texts = dict.fromkeys(("id", "object", "model"), STRING)
     return _object(**texts, created=COUNT, system_fingerprint=TEXT_OR_NULL, choices=_list(choice), usage=USAGE)
 
 
 ANSWERS = {  # by path; any other path may answer with any object
-    "/v1/completions": answer(text={"type": "string"}),
-    "/v1/chat/completions": answer(message=_object(role={"const": "assistant"}, content={"type": "string"})),
+    "/v1/completions": answer(text=STRING),
+    "/v1/chat/completions": answer(message=_object(role={"const": "assistant"}, content=STRING)),
     "/v1/models": _object(object={"const": "list"}, data=_list({"type": "object"})),
     "/tokenize": _object(tokens=_list({"type": ["integer", "object"]})),
-    "/detokenize": _object(prompt={"type": "string"}, content={"type": "string"}),
+    "/detokenize": _object(prompt=STRING, content=STRING),
 }
-ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    kinds = {"/metrics": "text/plain"}
-    content = {kinds.get(endpoint.path, "application/json"): {"schema": ANSWERS.get(endpoint.path, {})}}
+    kind = "text/plain" if endpoint.path == "/metrics" else "application/json"
+    content = {kind: {"schema": ANSWERS.get(endpoint.path, {})}}
     if endpoint.path.endswith("/completions"):
         content["text/event-stream"] = {"schema": {}}
     summary = (endpoint.handler.__doc__ or "").partition("\n")[0]
     found: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": summary, "content": content}}}
-    for status in ERRORS:
+    for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504):
         if endpoint.key if status == 401 else status in (500, 503) or endpoint.fields is not None or "{" in endpoint.path:
             content = {"application/json": {"schema": {} if endpoint.path in ("/health", "/ready") else ERROR}}
             found["responses"][str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
     if endpoint.fields is not None:
-        body = published(endpoint.fields, endpoint.required)
+        required, null = list(endpoint.required), {"type": "null"}  # every other field may be null
+        fields = {name: field if name in required else {"anyOf": [field, null]} for name, field in endpoint.fields.items()}
+        body = {"type": "object", "properties": fields, "required": required, "additionalProperties": null}
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     if "{" in endpoint.path:
-        found["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+        found["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
     return {**found, "security": [{"key": []}, {}] if endpoint.key else []}
 
 
 def document(endpoints: list[Endpoint], root_path: str) -> dict[str, Any]:
     """Return the OpenAPI document. root_path: the prefix of all paths, or ""."""
+    methods = ["get" if one.fields is None else "post" for one in endpoints]
     return {
         "openapi": "3.1.0",
         "info": {"title": "pygpt", "version": __version__, "description": "OpenAI's completions API for GPT-2 on the CPU."},
         "servers": [{"url": root_path or "/"}],
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "paths": {
-            one.path.replace(":path", ""): {"post" if one.fields is not None else "get": _operation(one)} for one in endpoints
-        },
+        "paths": {one.path.replace(":path", ""): {how: _operation(one)} for one, how in zip(endpoints, methods, strict=True)},
     }

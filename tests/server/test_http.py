@@ -19,7 +19,7 @@ from pygpt import Tokenizer
 from pygpt.commands import serve
 from pygpt.formats.vocabulary import characters_of, write_vocabulary
 from pygpt.network import Network
-from pygpt.server import answering, app, run
+from pygpt.server import answering, app
 from pygpt.server.app import ENDPOINTS
 
 HELLO = {"prompt": "Hello", "max_tokens": 2}
@@ -140,7 +140,7 @@ def test_unix_socket(path: Path, tmp_path: Path) -> None:
     with live(path, uds=where) as running:
         assert running.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
         with pytest.raises(Exception, match="cannot listen at"):
-            run.listen("", 0, where)
+            app.listen("", 0, where)
 
 
 # ------------------------------------------------------------------------------------------------ the other answers
@@ -199,7 +199,7 @@ def test_chat(path: Path) -> None:
 def test_the_openapi_document_names_every_field(at: Live) -> None:
     paths = at.ask("GET", "/openapi.json", **KEY).json()["paths"]
     for endpoint in ENDPOINTS:
-        if endpoint.handler is not app.page:
+        if endpoint.handler is not app.Server.page:
             (operation,) = paths[endpoint.path.replace(":path", "")].values()
             if endpoint.fields is not None:
                 body = operation["requestBody"]["content"]["application/json"]["schema"]
@@ -368,7 +368,7 @@ def test_bodies(at: Live) -> None:
     ids=["nothing", "headers", "body"],
 )
 def test_slow_clients(path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(run, "HEADER_S", 0.3)
+    monkeypatch.setattr(app, "HEADER_S", 0.3)
     monkeypatch.setattr(app, "SLOW_S", 0.3)
     with live(path) as running:
         connection = running.connect()
@@ -407,7 +407,7 @@ def test_long_headers_and_hostile_ones(path: Path) -> None:
 
 def test_too_many_connections_are_refused_politely(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(path) as running:
-        monkeypatch.setattr(run.Protocol, "most", 20)
+        monkeypatch.setattr(app.Protocol, "most", 20)
         held = [running.connect() for _ in range(20)]
         wait_for(lambda: running.ask("GET", "/health").status == 503)
         answer = running.ask("GET", "/health")
