@@ -7,32 +7,7 @@
     pygpt eval next "To be, or not to" -o json
     pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
 
-perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
-window scores the tokens after the previous window, so each token except the first is scored once. In all windows except the
-first, a scored token has at least window - stride tokens of context. --window T+1 --stride T scores blocks of T tokens, as in
-training. If the stride equals the window, the first token of each window has no context and is not scored.
-
-compare slides the same windows over the text for two models A and B, in any formats. It prints the perplexity of each, the mean
-Kullback-Leibler divergence of B from A, and the top-1 agreement. The divergence is the sum of p_A (log p_A - log p_B) over the
-vocabulary, in nats. The agreement is the share of positions at which both models have the same most probable token.
-
-hellaswag reads llm.c's hellaswag_val.bin, or HellaSwag's own .jsonl file, whose rows have the fields ctx, endings and label.
-Each ending begins with a space, as in llm.c. It counts an example as right if its right ending has the lowest sum of losses
-(acc) or the lowest mean loss (acc_norm).
-
-next prints the most probable tokens after the prompt.
-
-JSON (-o json) is one object with the fields task, model, threads, seconds, tokens_per_s (computed rows per second), and
-
-    perplexity    file, tokens (number read), scored (number scored), window, stride, loss (nats per token), perplexity (null
-                  above 1e307), bits_per_byte (of the scored text without <|endoftext|>; null for an unknown vocabulary)
-    hellaswag     file, examples, right, right_norm (right examples by sum and by mean), acc, acc_norm
-    compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement
-                  (0 to 1); model is [A, B]
-    next          prompt (ids), next [id, text (null for a part of a character), bytes (hex), probability, logprob (nats)]
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
-Sources: Hugging Face, "Perplexity of fixed-length models"; llm.c, dev/data/hellaswag.py.
+docs/reference/eval.md says how each number is computed, and describes the JSON.
 """
 
 import argparse

@@ -13,15 +13,11 @@ LF. Each line of a .jsonl file is a document: an object with the text in the fie
     document     before each text or document (default for .jsonl)
     none         nowhere
 
-<|endoftext|> in a text becomes its one id, 50256, which separates documents. With --no-special it is ordinary text.
+<|endoftext|> in a text becomes its one id, which separates documents. With --no-special it is ordinary text.
 
-`-o NAME` writes NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin, NAME_train_000002.bin and so on.
-If NAME is a folder, the files in it begin with the name of the first text. If NAME ends in /, the folder is created if needed.
-
-All files appear together at the end. Until then, the files and a second copy of all tokens are in a temporary folder next to
-them. The command refuses to write files next to older shards of the same NAME, because a pattern would match both.
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
+-o NAME writes NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin and so on. If NAME is a folder, the
+files in it begin with the name of the first text. If NAME ends in /, the folder is created if needed. All files appear together
+at the end. Files next to older shards of the same NAME are refused, because a pattern would match both.
 """
 
 import argparse

@@ -15,23 +15,8 @@ mine.state is damaged, --resume uses mine.state.1.
 At Ctrl-C or SIGTERM, training finishes the step and saves. A second signal ends it immediately. Existing files are replaced
 only if they belong to the resumed run, or with --force.
 
-stdout has a line for each step and each validation. Samples of text are printed between lines of ---. Each sample continues
-<|endoftext|> at random, with the step as the seed. --log FILE writes a line of JSON for each step:
-
-    step            number of updates before this step, from 0
-    loss            mean loss of the step's batches before the update, in nats per token
-    norm            norm of the gradient before clipping
-    lr              learning rate
-    ms              time of the step in milliseconds
-    tokens_per_s    training speed
-    ranks           for each rank, the milliseconds of computing, and those of communication and of waiting for other ranks
-    val_loss        validation loss of the weights before this step, if they were validated
-
-After the last step, a line with only step and val_loss follows if the final weights were validated.
-
-Exit status: 0 for success; 1 for a failure at run time, such as a loss that is not finite, or if --check finds a difference;
-2 for bad input; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader closed stdout. A run that ends with 130, 141, 143 or
-an error is saved. But if the loss is not finite, an earlier save is kept instead.
+stdout has a line for each step and each validation, and samples of text between lines of ---. docs/reference/train.md describes
+them, the log's JSON, and which runs are saved.
 """
 
 import argparse
