@@ -94,14 +94,14 @@ if TYPE_CHECKING:
     from .training.data import DataLoader as DataLoader
     from .training.data import split as split
     from .training.options import TrainingOptions as TrainingOptions
-    from .training.parallel import open_ranks as open_ranks
-    from .training.parallel.ranks import Ranks as Ranks
-    from .training.serial import SerialTrainableGPT2 as SerialTrainableGPT2
+    from .training.parallel import Ranks as Ranks
     from .training.state import TrainingState as TrainingState
     from .training.state import open_state as open_state
+    from .training.trainable import SerialTrainableGPT2 as SerialTrainableGPT2
     from .training.trainable import TrainableGPT2 as TrainableGPT2
     from .training.trainer import Record as Record
     from .training.trainer import Trainer as Trainer
+    from .training.trainer import open_ranks as open_ranks
 
 _PUBLIC = {
     "errors": "CheckpointError ClosedError DataError InputError NumericalError PyGPTError",
@@ -128,14 +128,12 @@ _PUBLIC = {
     "reference": "SerialGPT2",
     "ceilings": "Ceilings",
     "cluster": "Complete",
-    "training.parallel": "open_ranks",
-    "training.parallel.ranks": "Ranks",
+    "training.parallel": "Ranks",
     "training.options": "TrainingOptions",
     "training.data": "DataLoader split",
-    "training.serial": "SerialTrainableGPT2",
     "training.state": "TrainingState open_state",
-    "training.trainable": "TrainableGPT2",
-    "training.trainer": "Record Trainer",
+    "training.trainable": "SerialTrainableGPT2 TrainableGPT2",
+    "training.trainer": "Record Trainer open_ranks",
     "inspection.lens": "Logit induction_scores logit_attribution logit_lens loss_by_position",
     "inspection.patching": "ablate_heads attribution_patching mean_loss patch_activations",
     "inspection.autoencoder": "SparseAutoencoder",

@@ -1,4 +1,4 @@
-"""The serial reference with the interface of the fast path: SerialGPT2 for GPT2. training/serial.py has the one for training.
+"""The serial reference with the interface of the fast path: SerialGPT2 for GPT2. training/trainable.py has its training.
 
 Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector instructions.
 """

@@ -40,8 +40,7 @@ from typing import Any, NamedTuple
 from ...ceilings import Ceilings
 from ...config import Config
 from ...errors import InputError, PyGPTError
-from ...training.serial import SerialTrainableGPT2
-from ...training.trainable import TrainableGPT2
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ..profile.work import floats, operations, training
 from .peers import Peer, artificial_ids, laps
 

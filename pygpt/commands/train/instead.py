@@ -19,8 +19,7 @@ from ...config import Config
 from ...errors import InputError, PyGPTError
 from ...formats.llmc import read_debug_state
 from ...hub.find import find_model
-from ...training.serial import SerialTrainableGPT2
-from ...training.trainable import TrainableGPT2
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ..console import check_stdout
 from .job import beginning, flag, new
 

@@ -41,10 +41,9 @@ from ...formats.open import set_tokenizer, vocabulary_beside
 from ...formats.vocabulary import write_vocabulary
 from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
-from ...training.parallel import open_ranks
-from ...training.parallel.ranks import TIMEOUT_S, Ranks
+from ...training.parallel import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
-from ...training.trainer import Trainer
+from ...training.trainer import Trainer, open_ranks
 from ..console import Parser, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
 from ..progress import Progress

@@ -11,8 +11,7 @@ from ...errors import Closing, InputError, PyGPTError
 from ...formats.files import atomic_file
 from ...inspection.show import matplotlib, save
 from ...tokenizer import tokenizer_of
-from ...training.serial import SerialTrainableGPT2
-from ...training.trainable import TrainableGPT2
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Record
 from ..console import for_terminal
 from ..progress import Progress
