@@ -26,6 +26,7 @@ import platform
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -33,25 +34,34 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ... import __version__
 from ..._kernels import cpu_info
+from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
+from ...formats.llmc import read_debug_state
 from ...formats.open import set_tokenizer, vocabulary_beside
 from ...formats.vocabulary import write_vocabulary
+from ...hub.find import find_model
 from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
 from ...training.parallel import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Trainer, open_ranks
-from ..console import Parser, say, status_of, whole
+from ..console import Parser, check_stdout, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
 from ..progress import Progress
-from .instead import ENGINES, run_check, run_estimate
-from .job import BEST, PATHS, RANDOM, WHOLE, Job, Output, beginning, best_of, flag, new, number, open_data, prepare, resumed
-from .report import Report, draw, pictures, sample
+from .job import BEST, PATHS, WHOLE, Job, Output, Report, beginning, best_of, flag, new, open_data, prepare, resumed, sample
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
+ENGINES: dict[bool, type[TrainableGPT2 | SerialTrainableGPT2]]
+ENGINES = {False: TrainableGPT2, True: SerialTrainableGPT2}  # by --reference
+FORWARD, GRADIENT = 1e-2, 2e-2  # tolerances
+STEPS, LR, WEIGHT_DECAY = 10, 1e-4, 0.01
+OVERHEAD = 1.1  # of messages over the bytes' own time
+LINES = 8  # of the estimate's table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,6 +177,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def number(text: str) -> float:
+    """Read any number, as a type for argparse. The user of the number checks its limits."""
+    try:
+        if text.isascii() and "_" not in text:  # float() would also accept 1_0 and digits of other scripts
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4")
+
+
 class Stop:
     """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step. A second signal
     takes effect immediately."""
@@ -211,7 +231,7 @@ def run(options: argparse.Namespace, stop: Stop, ranks: Ranks) -> None:
             warn_about_cores(ranks, run.trainer.engine.threads)
         with stop:
             run.train(stop)
-        ranks.together(run.draw, first=True)
+        ranks.together(partial(run.report.draw, run.job.plot), first=True)
     return None
 
 
@@ -234,17 +254,13 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         output = Output.named(options.out, config) if options.out else Output.of_state(options.resume, config)
         if os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
             set_tokenizer(config, path)
-        for path in pictures(job.plot) if job.plot is not None and "plot" not in given else ():
-            if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
-                # A state from an unknown author could otherwise overwrite any file.
-                raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
     if ranks.rank == 0:  # only this rank writes
         prepare(job, config, output, state, force="force" in given)
     train, validation = open_data(job, config)
     kind = ENGINES[job.reference]
-    if init is None:  # the state has the weights
+    if state is not None:  # it has the weights
         engine = kind(config, threads=options.threads)
-    elif init == RANDOM:
+    elif init is None:
         engine = kind.random(config, seed=job.seed, threads=options.threads)
     else:
         engine = kind.load(init, threads=options.threads)
@@ -382,16 +398,6 @@ class Run:
         self.save_model(self.output.model)
         self.saving = False
 
-    def draw(self) -> None:
-        """Draw the loss, if the job asks for pictures."""
-        if self.job.plot is not None:
-            names = pictures(self.job.plot)
-            if any("loss" in entry for entry in self.report.entries):
-                draw(names, self.report.entries)
-                say(f"wrote {' and '.join(names)}")
-            else:
-                say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")
-
     def save_model(self, path: str) -> None:
         """Save the model atomically, on the first rank. Raises PyGPTError if writing fails."""
 
@@ -431,3 +437,97 @@ class Run:
 def counted(steps: int) -> str:
     """Return a number of steps with its noun."""
     return f"{steps} step{'' if steps == 1 else 's'}"
+
+
+def run_check(given: dict[str, Any]) -> None:
+    """Run --check. Raises PyGPTError if a difference is too large, InputError for options that do not go with --check."""
+    if surplus := sorted({*given} - {"check", "init", "threads", "reference"}):
+        raise InputError(f"--check does not train, so leave out {flag(surplus[0])}; it takes --init, -t and --reference")
+    path, _ = find_model(given.get("init"))
+    with ENGINES["reference" in given].load(path, threads=given.get("threads")) as engine:
+        if not check(engine, given["check"]):
+            text = "the engine's results differ by more than the tolerance: check that"
+            raise PyGPTError(f"{given['check']}: {text} {path} is the same model")
+
+
+def check(engine: TrainableGPT2 | SerialTrainableGPT2, path: str) -> bool:
+    """Print the table of differences and the losses of ten steps. Return whether all differences are within tolerance. path:
+    llm.c's debug state. Raises DataError if the file does not fit the model."""
+    state = read_debug_state(path, engine.config)
+
+    def mean_loss() -> float:
+        loss = float(engine.forward(state.inputs, state.targets).mean(dtype="f8"))
+        engine.backward()
+        return loss
+
+    loss = mean_loss()
+    with engine.model() as model:
+        logits = max(largest(model.logits(row.tolist()), state.logits[b]) for b, row in enumerate(state.inputs))
+    rows = [("logits", logits, FORWARD), ("loss", largest(np.array(loss), np.array(state.loss)), FORWARD)]
+    rows += [(f"d{name}", largest(engine.gradient(name), state.gradients[name]), GRADIENT) for name in state.gradients]
+    print(f"{'tensor':<12} {'difference':>12} {'tolerance':>10}")
+    for name, difference, tolerance in rows:
+        print(f"{name:<12} {difference:>12.3e} {tolerance:>10.0e}  {'OK' if difference <= tolerance else 'NOT OK'}")
+    for step in range(STEPS):
+        loss = mean_loss()
+        engine.update(lr=LR, step=step + 1, weight_decay=WEIGHT_DECAY)
+        print(f"step {step}: loss {loss:.6f}", flush=True)
+    return all(difference <= tolerance for _, difference, tolerance in rows)
+
+
+def largest(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Return the largest absolute difference. If an array holds NaN, return NaN, which is outside every tolerance."""
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        return float(np.abs(found.astype("f8") - expected).max())
+
+
+def run_estimate(given: dict[str, Any]) -> None:
+    """Run --estimate: print a line for each of some numbers of ranks that divide the parts. Raises InputError for a bad number
+    of ranks or speed."""
+    parts = given.get("parts") or given.get("ranks", 8)
+    job, options = new({"data": "none", **given, "parts": parts})
+    ranks, gbit, tokens = given.get("ranks", parts), given.get("gbit", 10.0), options.accumulate * job.B * job.T
+    if parts % ranks:
+        raise InputError(f"--ranks is {ranks}: it must divide --parts, which is {parts}")
+    if not 0.001 <= gbit <= 1e6:
+        raise InputError(f"--gbit is {gbit}: it must be from 0.001 to 1000000")
+    config, _ = beginning(given)
+    if config.maxT < job.T:
+        raise InputError(f"-T is {job.T}: the model takes sequences of at most {config.maxT} tokens")
+    check_stdout("the estimate")
+    batch, update, threads = measure(config, job.B, job.T, given.get("threads"))
+    P = config.parameters(padded=True)
+    print(f"model: {P} parameters; step: {parts} parts of {options.accumulate} x {job.B} x {job.T} tokens")
+    print(f"measured here with {threads} threads: {batch:.3f} s for {job.B} x {job.T} tokens, {update:.3f} s for an update")
+    print(f"network: {gbit:g} Gbit/s; memory of a rank: weights, gradients and moments, without activations\n")
+    print("ranks  compute s  messages s   step s  tokens/s  speed-up  efficiency      MB")
+    counts = [count for count in range(1, ranks + 1) if parts % count == 0]
+    alone = 0.0
+    for count in [*counts[: LINES - 1], *counts[LINES - 1 :][-1:]]:
+        per = parts // count
+        add = update * 5 / 7  # a copy and a sum pass over 5 arrays, an update over 7
+        compute = per * options.accumulate * batch + (per - 1) * add + update / count
+        messages = OVERHEAD * 2 * 4 * P * (count - 1) / count * 8 / (gbit * 1e9)
+        step = compute + messages
+        alone = alone or step
+        print(
+            f"{count:>5} {compute:>10.2f} {messages:>11.2f} {step:>8.2f} {parts * tokens / step:>9.0f} {alone / step:>9.2f} "
+            f"{alone / step / count:>11.2f} {(8 + 8 / count) * P / 1e6:>7.0f}"
+        )
+
+
+def measure(config: Config, B: int, T: int, threads: int | None) -> tuple[float, float, int]:
+    """Return the seconds of one micro-batch and of one update on this machine, the best of three, and the threads."""
+    ids = np.arange(B * T, dtype=np.int32).reshape(B, T) % config.V
+    batches, updates = [], []
+    with TrainableGPT2(config, threads=threads) as engine:
+        for step in range(1, 4):
+            start = time.perf_counter()
+            engine.forward(ids, ids)
+            engine.backward()
+            middle = time.perf_counter()
+            engine.gradient_norm()
+            engine.update(lr=0.0, step=step)
+            batches.append(middle - start)
+            updates.append(time.perf_counter() - middle)
+        return min(batches), min(updates), engine.threads
