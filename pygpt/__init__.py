@@ -93,8 +93,8 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer as Tokenizer
     from .training.data import DataLoader as DataLoader
     from .training.data import split as split
-    from .training.options import TrainingOptions as TrainingOptions
     from .training.parallel import Ranks as Ranks
+    from .training.parameters import TrainingOptions as TrainingOptions
     from .training.state import TrainingState as TrainingState
     from .training.state import open_state as open_state
     from .training.trainable import SerialTrainableGPT2 as SerialTrainableGPT2
@@ -129,7 +129,7 @@ _PUBLIC = {
     "ceilings": "Ceilings",
     "cluster": "Complete",
     "training.parallel": "Ranks",
-    "training.options": "TrainingOptions",
+    "training.parameters": "TrainingOptions",
     "training.data": "DataLoader split",
     "training.state": "TrainingState open_state",
     "training.trainable": "SerialTrainableGPT2 TrainableGPT2",

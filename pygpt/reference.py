@@ -17,7 +17,7 @@ from .hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import SupportsIndex
+    from typing import Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
@@ -111,18 +111,9 @@ class SerialGPT2(Generator):
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod
-    def load(
-        cls,
-        path: "str | os.PathLike[str] | None" = None,
-        *,
-        mmap: bool = True,
-        weights: str | None = None,
-        tokenizer: "str | os.PathLike[str] | None" = None,
-        text_only: bool = False,
-    ) -> "SerialGPT2":
-        """Open the checkpoint that GPT2.load() would open."""
-        model = find_model(path)[0]
-        return cls(open_weights(model, mmap=mmap, weights=weights, tokenizer=tokenizer, text_only=text_only))
+    def load(cls, path: "str | os.PathLike[str] | None" = None, **options: "Any") -> "SerialGPT2":
+        """Open the checkpoint that GPT2.load() would open. options: its mmap, weights, tokenizer and text_only."""
+        return cls(open_weights(find_model(path)[0], **options))
 
     def logits(self, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Return the logits of every position of a sequence, (T, V)."""

@@ -33,13 +33,12 @@ Node = tuple[int, int]  # a subtree: the parts [start, stop)
 class Ranks:
     """The ranks of a training run: `size` processes of which this one is number `rank`.
 
-    `seconds`: the time that this rank has spent on messages. `timeout`: seconds without any message after which a rank ends.
+    `seconds`: the time that this rank has spent on messages.
     `agreed`: whether an exception that is raised now is raised by all ranks. `version`: of mpi4py, or "".
     Use it in a `with` block: if an exception of one rank ends the block, all ranks end."""
 
     size, rank = 1, 0
     seconds = 0.0
-    timeout = TIMEOUT_S
     agreed, version = True, ""
 
     def gather(self, value: T) -> list[T]:
@@ -83,9 +82,8 @@ class Ranks:
         for rank, other in enumerate(others, 1):
             for name, value in first.items():
                 if other[name] != value:
-                    names = self.name(rank), self.name(0)
-                    text = f"{names[0]} has {name} {other[name]!s:.80}, {names[1]} has {value!s:.80}: make them equal"
-                    raise self.common(InputError(text))
+                    both = f"{self.name(rank)} has {name} {other[name]!s:.80}, {self.name(0)} has {value!s:.80}"
+                    raise self.common(InputError(f"{both}: make them equal"))
 
     def name(self, rank: int) -> str:
         """Return a rank's number and host for messages."""

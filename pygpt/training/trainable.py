@@ -25,7 +25,7 @@ from .parameters import NORM_BLOCK, AdamW, Ids, Losses, Parameters, norm_of
 
 
 class TrainableGPT2(Parameters):
-    """A GPT-2 in training on `threads` workers. Use it in a `with` block, or close() it.
+    """A GPT-2 in training on `threads` workers, the caller included. Use it in a `with` block, or close() it.
 
     It needs memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
     calls take turns. all_workers: use all workers even if the work is too small to gain from them."""
@@ -33,7 +33,7 @@ class TrainableGPT2(Parameters):
     def __init__(self, config: Config, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> None:
         self._all_workers = all_workers
         self._pool = ThreadPool(cpus.resolve_threads(threads))
-        count = self._pool.nth
+        self.threads = count = self._pool.nth
         super().__init__(config, threads=count, all_workers=all_workers)
         self._weights = Weights(config, self.weights().stored())
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
@@ -42,11 +42,6 @@ class TrainableGPT2(Parameters):
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments
         return TrainStep(self._weights, count, cpus.spins_for(count), self.config, *flat, keep=keep)
-
-    @property
-    def threads(self) -> int:
-        """The number of workers, the caller included."""
-        return self._pool.nth
 
     @property
     def updates(self) -> int:

@@ -18,8 +18,8 @@ from .._signals import see_through
 from ..errors import InputError, NumericalError, PyGPTError, Uncopied, check_whole, shown
 from ..pool import TRIES
 from .data import DataLoader
-from .options import TrainingOptions
 from .parallel import TIMEOUT_S, Ranks, SharedStep
+from .parameters import TrainingOptions
 from .state import Progress, TrainingState, open_state, write_state
 from .trainable import SerialTrainableGPT2, TrainableGPT2
 

@@ -19,7 +19,7 @@ from pygpt.config import ACTIVATIONS
 from pygpt.formats.huggingface import HuggingFaceModel, read_settings
 from pygpt.formats.open import open_source
 from pygpt.training.data import DataLoader
-from pygpt.training.options import TrainingOptions
+from pygpt.training.parameters import TrainingOptions
 from pygpt.training.state import TrainingState
 from pygpt.training.trainable import TrainableGPT2
 from pygpt.training.trainer import Trainer

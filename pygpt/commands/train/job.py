@@ -27,7 +27,7 @@ from ...hub.find import find_model
 from ...inspection.show import matplotlib, save
 from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from ...training.data import DataLoader, matching, split
-from ...training.options import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, TrainingOptions
+from ...training.parameters import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, TrainingOptions
 from ...training.state import TrainingState
 from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Record
@@ -64,10 +64,8 @@ FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle", "field", "no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """The options that a training state stores in addition to TrainingOptions, so that --resume works without options.
-
-    Raises InputError for a value out of its range, and TypeError for a value of a wrong type. Only a training state of another
-    program can contain a wrong type."""
+    """The options that a training state stores besides TrainingOptions. Raises InputError for a value out of its range, and
+    TypeError for a value of a wrong type, which only a training state of another program can contain."""
 
     data: str
     val: str | None = None
@@ -130,8 +128,7 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
 
 
 def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
-    """Return the job and the optimizer's options of a resumed run, and a notice for each option that changes. Given options
-    replace those of the state. Raises InputError if an option cannot change or another program wrote the state."""
+    """Return a resumed run's job, its TrainingOptions, and a notice for each given option that differs from the state's."""
     for name in ("init", "shape"):
         if name in given:
             raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
@@ -171,8 +168,7 @@ def flag(name: str) -> str:
 
 
 def shape_of(text: str, V: int = GPT2_V) -> Config:
-    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else. V: the
-    default of the shape's V."""
+    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. V: the default of its V."""
     if text in SHAPES:
         return Config(V=V, maxT=GPT2_MAXT, **SHAPES[text])
     parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]
@@ -211,8 +207,7 @@ def with_tokenizer(config: Config, tokenizer: Tokenizer | None) -> Config:
 
 
 def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
-    """Return the loaders of training and validation data (None without validation). Every id is checked against V. Raises
-    DataError for missing, damaged or unsuitable files, InputError for options that do not fit the data."""
+    """Return the loaders of training and validation data (None without validation). Every id is checked against V."""
     seed, V = job.seed if job.shuffle else None, config.V
     if job.val_tokens is None and job.val_fraction is None:
         train = _loader(job, job.data, _source(job, job.data, config), V, seed=seed)
@@ -269,8 +264,7 @@ def files_of_data(pattern: str) -> tuple[list[str], bool]:
 
 
 def new_vocabulary(given: dict[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer that the options ask for: a file's, or one made from the text of --data. None without an option.
-    Raises InputError if there is more than one option, or if a vocabulary cannot be made from this data."""
+    """Return the tokenizer that the options ask for: a file's, or one made from the text of --data. None without an option."""
     asked = [name for name in ("tokenizer", "train_tokenizer", "chars") if name in given]
     if not asked:
         return None
@@ -292,12 +286,7 @@ class Output(NamedTuple):
 
     model: str
     state: str
-
-    @property
-    def best(self) -> str:
-        """The file of the model with the best validation loss."""
-        stem, ending = os.path.splitext(self.model)
-        return f"{stem}.best{ending}"
+    best: str  # the model with the best validation loss
 
     @classmethod
     def named(cls, name: str, config: Config) -> "Output":
@@ -307,10 +296,10 @@ class Output(NamedTuple):
         stem = name.removesuffix(ending)
         if not os.path.basename(stem) or os.path.isdir(name):
             raise InputError(f"--out is {name!r}: it must be the name of a file, such as run.bin")
-        model = f"{stem}{ending or (FOLDERLESS if config.variations else SHARD)}"
-        if model.endswith(SHARD):
-            check_plain(config, model)
-        return cls(model, f"{stem}.state")
+        ending = ending or (FOLDERLESS if config.variations else SHARD)
+        if ending == SHARD:
+            check_plain(config, f"{stem}{SHARD}")
+        return cls(f"{stem}{ending}", f"{stem}.state", f"{stem}.best{ending}")
 
     @classmethod
     def of_state(cls, state: str, config: Config) -> "Output":
@@ -333,10 +322,9 @@ def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
     stem = path.removesuffix(".state")
-    outputs = [Output(stem + ending, path) for ending in (SHARD, FOLDERLESS)]
+    models = [stem + ending for ending in (SHARD, FOLDERLESS, f".best{SHARD}", f".best{FOLDERLESS}")]
     log, plot = state.progress.job.get("log"), state.progress.job.get("plot")
-    names = [name for output in outputs for name in (*output, output.best, vocabulary_beside(output.model))]
-    names += [f"{path}.1", *filter(None, [log]), *(pictures(plot) if plot else ())]
+    names = [*models, *map(vocabulary_beside, models[:2]), path, f"{path}.1", log, *(pictures(plot) if plot else ())]
     return {os.path.realpath(name) for name in names if name}
 
 
@@ -356,10 +344,9 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
 
 
 def prepare(job: Job, config: Config, output: Output | None, state: TrainingState | None, *, force: bool) -> None:
-    """Raise InputError or PyGPTError before training if its results cannot be saved; remove files of killed runs. state: of the
-    resumed run, which may replace its own files."""
+    """Raise an error before training if its results cannot be saved; remove files of killed runs. `state` may be replaced."""
     mine = set() if state is None else files_of(state)
-    written = [*(output or ()), *([output.best] if output and job.keep_best else ()), *filter(None, [job.log])]
+    written = [*([] if output is None else output[: 2 + job.keep_best]), *filter(None, [job.log])]
     if output is not None and config.tokenizer is not None:
         written.append(vocabulary_beside(output.model))
     older = [] if output is None else [f"{output.state}.1"]
@@ -394,11 +381,10 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
 
 
 class Report(Closing):
-    """Print the events of a run, and log them: one entry per step, lines of JSON in the file `path` (None: no file).
+    """Print the events of a run, and log them as lines of JSON in the file `path` (None: no file).
 
-    keep: keep the entries in `entries`, for a picture. done: the number of steps of a resumed run, or None for a new run. A new
-    run begins a new file. A resumed run keeps the entries of its first `done` steps and drops later ones, because it repeats
-    those steps. Raises InputError if an older file is not a training log."""
+    keep: keep the log's entries in `entries`, for a picture. done: the number of steps of a resumed run, whose log keeps the
+    entries of only these steps; None for a new run and log. Raises InputError if an older file is not a training log."""
 
     def __init__(self, progress: Progress, path: str | None, done: int | None, *, keep: bool) -> None:
         self.progress, self._path, self._keep, self._file = progress, path, keep, None

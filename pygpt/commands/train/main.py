@@ -5,18 +5,8 @@
     pygpt train --resume mine.state
     pygpt train --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
 
-The defaults are those of llm.c's CPU program.
-
---out mine.bin saves the model as mine.bin and the training state as mine.state. `pygpt chat -m mine.bin` runs the model. The
-state contains the weights, AdamW's moments, the step, the options and the position in the data. --resume continues a run with
-any number of threads, and gives the same bits as a run without a stop. The previous state is kept as mine.state.1; if
-mine.state is damaged, --resume uses mine.state.1.
-
-At Ctrl-C or SIGTERM, training finishes the step and saves. A second signal ends it immediately. Existing files are replaced
-only if they belong to the resumed run, or with --force.
-
-stdout has a line for each step and each validation, and samples of text between lines of ---. docs/reference/train.md describes
-them, the log's JSON, and which runs are saved.
+The defaults are those of llm.c's CPU program. --out mine.bin saves the model as mine.bin and the training state as mine.state.
+At Ctrl-C or SIGTERM, training finishes the step and saves. docs/reference/train.md describes the states, stdout and the log.
 """
 
 import argparse
@@ -51,13 +41,13 @@ from ...training.state import TrainingState, open_state
 from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ...training.trainer import Trainer, open_ranks
 from ..console import Parser, check_stdout, say, status_of, whole
-from ..options import TOKENIZER_HELP, add_text_options
+from ..options import TOKENIZER_HELP, add_text_options, parse_number
 from ..progress import Progress
 from .job import BEST, PATHS, WHOLE, Job, Output, Report, beginning, best_of, flag, new, open_data, prepare, resumed, sample
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
-ENGINES: dict[bool, type[TrainableGPT2 | SerialTrainableGPT2]]
-ENGINES = {False: TrainableGPT2, True: SerialTrainableGPT2}  # by --reference
+# The class of the engine by --reference.
+ENGINES: dict[bool, type[TrainableGPT2 | SerialTrainableGPT2]] = {False: TrainableGPT2, True: SerialTrainableGPT2}
 FORWARD, GRADIENT = 1e-2, 2e-2  # tolerances
 STEPS, LR, WEIGHT_DECAY = 10, 1e-4, 0.01
 OVERHEAD = 1.1  # of messages over the bytes' own time
@@ -67,7 +57,7 @@ LINES = 8  # of the estimate's table
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     stop = Stop()
-    return status_of(lambda: run_ranks(arguments, stop)) or stop.status
+    return status_of(lambda: run_ranks(arguments, stop)) or (128 + stop.signal if stop.signal else 0)
 
 
 def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
@@ -95,8 +85,7 @@ def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
 # By group, each option as "flag metavar" (a switch has no metavar) and its help. WHOLE has the limits of whole numbers.
 OPTIONS = {
     "data": {
-        "--data FILE": "training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); "
-        "a file or a quoted pattern",
+        "--data FILE": "UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); a file or a quoted pattern",
         "--val FILE": "validation data, in the same forms as --data",
         "--val-tokens N": "validate on the first N tokens of --data instead",
         "--val-fraction F": "validate on this last part of --data instead, such as 0.1",
@@ -106,10 +95,8 @@ OPTIONS = {
         "--seed N": "seed of random weights and of --shuffle (default 1)",
     },
     "model": {
-        "--init FILE": "begin with this checkpoint, or with `random` weights (default: "
-        "the model that `pygpt` uses, see pygpt --help)",
-        "--shape SHAPE": "begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
-        "L=4,NH=4,C=128,maxT=256[,V=50257]",
+        "--init FILE": "begin with this checkpoint, or with `random` weights (default: pygpt's model, see pygpt --help)",
+        "--shape SHAPE": "random weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or L=4,NH=4,C=128,maxT=256[,V=50257]",
         "--tokenizer FILE": TOKENIZER_HELP,
         "--train-tokenizer N": "make a vocabulary of N ids from --data (needs tokenizers); it is saved as FILE.tokenizer.json",
         "--chars": "make a vocabulary of the characters of --data",
@@ -180,25 +167,17 @@ def build_parser() -> argparse.ArgumentParser:
 def number(text: str) -> float:
     """Read any number, as a type for argparse. The user of the number checks its limits."""
     try:
-        if text.isascii() and "_" not in text:  # float() would also accept 1_0 and digits of other scripts
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4")
+        return parse_number("", text)
+    except InputError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4") from None
 
 
 class Stop:
-    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step. A second signal
-    takes effect immediately."""
+    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`. A second signal takes effect immediately."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[int, Any] = {}
-
-    @property
-    def status(self) -> int:
-        """Return the exit status for the signal, or 0 if no signal came."""
-        return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> "Stop":
         for which in (signal.SIGINT, signal.SIGTERM):
@@ -318,11 +297,9 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """Return what must be equal on all ranks before the first step."""
         trainer = self.trainer
+        versions = {"pygpt": __version__, "NumPy": np.__version__, "mpi4py": trainer.ranks.version, "byte order": sys.byteorder}
         return {
-            "pygpt": __version__,
-            "NumPy": np.__version__,
-            "mpi4py": trainer.ranks.version,
-            "byte order": sys.byteorder,
+            **versions,
             "fused multiply-add": cpu_info()["fused"],
             "the model": trainer.engine.config,
             **{flag(name): value for name, value in trainer.options.as_dict().items()},
@@ -412,9 +389,8 @@ class Run:
         self.trainer.ranks.together(write, first=True)
 
     def rescue(self, error: Exception) -> None:
-        """Save the run after an error if its weights are useful, and print which state exists. A failed step changes nothing,
-        so the weights are those after the last good step. If their loss is not finite, save them only if there is no earlier
-        save."""
+        """Save the run after an error if its weights are useful, and print which state exists. The weights are those after the
+        last good step. If their loss is not finite, save them only if there is no earlier save."""
         ranks = self.trainer.ranks
         if self.output is None or not ranks.agreed:  # to save takes all ranks
             return
@@ -445,34 +421,28 @@ def run_check(given: dict[str, Any]) -> None:
         raise InputError(f"--check does not train, so leave out {flag(surplus[0])}; it takes --init, -t and --reference")
     path, _ = find_model(given.get("init"))
     with ENGINES["reference" in given].load(path, threads=given.get("threads")) as engine:
-        if not check(engine, given["check"]):
-            text = "the engine's results differ by more than the tolerance: check that"
-            raise PyGPTError(f"{given['check']}: {text} {path} is the same model")
+        state = read_debug_state(given["check"], engine.config)
 
+        def mean_loss() -> float:
+            loss = float(engine.forward(state.inputs, state.targets).mean(dtype="f8"))
+            engine.backward()
+            return loss
 
-def check(engine: TrainableGPT2 | SerialTrainableGPT2, path: str) -> bool:
-    """Print the table of differences and the losses of ten steps. Return whether all differences are within tolerance. path:
-    llm.c's debug state. Raises DataError if the file does not fit the model."""
-    state = read_debug_state(path, engine.config)
-
-    def mean_loss() -> float:
-        loss = float(engine.forward(state.inputs, state.targets).mean(dtype="f8"))
-        engine.backward()
-        return loss
-
-    loss = mean_loss()
-    with engine.model() as model:
-        logits = max(largest(model.logits(row.tolist()), state.logits[b]) for b, row in enumerate(state.inputs))
-    rows = [("logits", logits, FORWARD), ("loss", largest(np.array(loss), np.array(state.loss)), FORWARD)]
-    rows += [(f"d{name}", largest(engine.gradient(name), state.gradients[name]), GRADIENT) for name in state.gradients]
-    print(f"{'tensor':<12} {'difference':>12} {'tolerance':>10}")
-    for name, difference, tolerance in rows:
-        print(f"{name:<12} {difference:>12.3e} {tolerance:>10.0e}  {'OK' if difference <= tolerance else 'NOT OK'}")
-    for step in range(STEPS):
         loss = mean_loss()
-        engine.update(lr=LR, step=step + 1, weight_decay=WEIGHT_DECAY)
-        print(f"step {step}: loss {loss:.6f}", flush=True)
-    return all(difference <= tolerance for _, difference, tolerance in rows)
+        with engine.model() as model:
+            logits = max(largest(model.logits(row.tolist()), state.logits[b]) for b, row in enumerate(state.inputs))
+        rows = [("logits", logits, FORWARD), ("loss", largest(np.array(loss), np.array(state.loss)), FORWARD)]
+        rows += [(f"d{name}", largest(engine.gradient(name), state.gradients[name]), GRADIENT) for name in state.gradients]
+        print(f"{'tensor':<12} {'difference':>12} {'tolerance':>10}")
+        for name, difference, tolerance in rows:
+            print(f"{name:<12} {difference:>12.3e} {tolerance:>10.0e}  {'OK' if difference <= tolerance else 'NOT OK'}")
+        for step in range(STEPS):
+            loss = mean_loss()
+            engine.update(lr=LR, step=step + 1, weight_decay=WEIGHT_DECAY)
+            print(f"step {step}: loss {loss:.6f}", flush=True)
+    if not all(difference <= tolerance for _, difference, tolerance in rows):
+        text = f"the engine's results differ by more than the tolerance: check that {path} is the same model"
+        raise PyGPTError(f"{given['check']}: {text}")
 
 
 def largest(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
@@ -482,8 +452,7 @@ def largest(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 def run_estimate(given: dict[str, Any]) -> None:
-    """Run --estimate: print a line for each of some numbers of ranks that divide the parts. Raises InputError for a bad number
-    of ranks or speed."""
+    """Run --estimate: print a line for each of some numbers of ranks. Raises InputError for a bad number of ranks or speed."""
     parts = given.get("parts") or given.get("ranks", 8)
     job, options = new({"data": "none", **given, "parts": parts})
     ranks, gbit, tokens = given.get("ranks", parts), given.get("gbit", 10.0), options.accumulate * job.B * job.T
