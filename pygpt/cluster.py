@@ -14,17 +14,19 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from . import __version__
 from ._kernels import cpu_info
 from .errors import Closing, InputError, PyGPTError, is_whole, shown
+from .formats.open import sha256_of
 from .generation.engine import LIVE, Engine, Job
 from .generation.logprobs import score
 from .generation.request import JSON_KEYS, Request, check_ids, check_keys, complete_order
 from .hub.find import find_model
 from .model import GPT2
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, tokenizer_of
 
 Row = Mapping[str, Any]
 Answer = dict[str, Any]
@@ -64,7 +66,9 @@ class Complete(Closing):
         self.seed, self.logprobs, self.keep_going, self.batch_size = seed, logprobs, keep_going, batch_size
         self._weights, self._options = weights, options
         self._cache, self._held = self.model.new_cache(), list[int]()  # the latest scored prompt: many share their beginning
-        self._tokenizer = Tokenizer() if self.model.config.V == Tokenizer().V else None
+        self._tokenizer: Tokenizer | None = None
+        with suppress(InputError):  # its vocabulary is unknown
+            self._tokenizer = tokenizer_of(self.model.config)
         try:
             self.model.engine(max_live=batch_size)
             Request(self.model.config, [0], top_logprobs=logprobs, **options)  # report bad options before any row
@@ -74,9 +78,8 @@ class Complete(Closing):
 
     def identity(self) -> dict[str, Any]:
         """Return everything on which answers depend besides the rows, for JSON. The first call reads the whole model file."""
-        with open(self.path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        program = {"pygpt": __version__, "model": digest, "weights": self._weights, "fused multiply-add": cpu_info()["fused"]}
+        arithmetic = {"weights": self._weights, "fused multiply-add": cpu_info()["fused"]}
+        program = {"pygpt": __version__, "model": sha256_of(self.path), **arithmetic}
         own = {name: getattr(self, name) for name in ("seed", "logprobs", "keep_going")}
         return {**program, **own, "options": self._options}
 
@@ -121,7 +124,7 @@ class Complete(Closing):
     def rows(self, rows: Iterable[Row]) -> Iterator[Answer]:
         """Yield the answer of each row, in order. It takes few rows ahead of the answers, so `rows` may be endless.
 
-        A completion's answer has id, text (absent without GPT-2's vocabulary), tokens (the new ids) and finish_reason. With
+        A completion's answer has id, text (absent if the vocabulary is unknown), tokens (the new ids) and finish_reason. With
         logprobs, it has for each new token its id, logprob and top, a list of [id, logprob]. A scored row's answer has id and
         scores. For each continuation, they are logprob (the sum, in nats), greedy (whether each token is the most probable
         one), tokens and logprobs (of each token). Raises InputError for a bad row unless keep_going."""

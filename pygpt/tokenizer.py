@@ -144,6 +144,12 @@ def tokenizer_of(config: Config) -> Tokenizer:
     return _gpt2(config.V)
 
 
+def end_of_text(config: Config) -> int | None:
+    """Return the id that ends a text in the vocabulary of a model, or None if it has none. Raises tokenizer_of()'s errors."""
+    known = config.tokenizer is None and config.V >= GPT2_V
+    return GPT2_V - 1 if known else tokenizer_of(config).eot  # without loading GPT-2's vocabulary
+
+
 @cache
 def _gpt2(V: int) -> Tokenizer:
     return Tokenizer(V=V)

@@ -11,7 +11,7 @@ so begin a continuation with its space.
 OUT has a line for each line of IN, in its order:
 
     id              of the line
-    text, tokens    the new text (absent if the vocabulary is not GPT-2's), and the new ids
+    text, tokens    the new text (absent if the vocabulary is unknown), and the new ids
     finish_reason   stop or length
     logprobs        with --logprobs, for each new token: token, logprob (nats), top (the most probable: id, logprob)
     scores          of a scored line, for each continuation: logprob (the sum), greedy (whether each token is the most probable
@@ -36,12 +36,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import IO, Any
 
 from ..cluster import Complete
-from ..errors import DataError, InputError, PyGPTError, shown
+from ..errors import InputError, PyGPTError, shown
 from ..formats.files import atomic_file
 from ..formats.lines import compress, is_compressed, read_lines
+from ..formats.text import row_of
 from .console import Parser, say, status_of, whole
 from .options import add_completion_options, read_options
 from .progress import Progress
@@ -123,22 +125,9 @@ def survey(path: str) -> tuple[str, int]:
 
 def rows_of(path: str, wanted: range) -> Iterator[tuple[int, Row]]:
     """Yield the number of the line, from 1, and its object, of the rows in `wanted`. Raises DataError for other lines."""
-    index = -1
-    for number, line in enumerate(read_lines(path), 1):
-        if not (text := line.strip()):
-            continue
-        index += 1
-        if index >= wanted.stop:
-            return
-        if index < wanted.start:
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f'{path}: line {number} is not an object such as {{"id": 1, "prompt": "To be"}}')
-        yield number, {"id": number, **row}
+    filled = ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
+    for number, line in islice(filled, wanted.start, wanted.stop):
+        yield number, {"id": number, **row_of(line, f"{path}: line {number}", '{"id": 1, "prompt": "To be"}')}
 
 
 def check_rows(complete: Complete, path: str, wanted: range) -> None:

@@ -24,11 +24,11 @@ from ..formats.text import given_text, read_text
 from ..generation.request import SAMPLING, Request, complete_order
 from ..generation.sampling import DEFAULT_SAMPLER, SEEDS
 from ..hub.find import find_model
-from ..tokenizer import StreamDecoder, Tokenizer, tokenizer_of
+from ..tokenizer import StreamDecoder, Tokenizer, end_of_text, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
 from .console import Parser, for_terminal, say, status_of
-from .options import CONTROL, END_OF_TEXT, LISTS, add_completion_options, add_model_options, parse_count, read_options
+from .options import CONTROL, LISTS, add_completion_options, add_model_options, parse_count, read_options
 from .progress import piece, table
 
 PROMPT, CONTINUED = "Text: ", " ...  "
@@ -85,27 +85,27 @@ class Settings:
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.config = config
         self._given = {name: getattr(options, name) for name in SWITCHES}
-        self._given["stop_at_eot"] = options.stop_at_eot is not False
+        self._end = None if config is None else end_of_text(config)
+        if options.stop_at_eot is None:
+            self._given["stop_at_eot"] = self._end is not None
         self.switches = {**self._given}
         self._defaults = {"max_new_tokens": NEW_TOKENS if config is None else min(NEW_TOKENS, config.maxT - 1)}
         self._asked = read_options(options)  # by the names of a request's fields
+        self._asked.pop("stop_at_eot", None)
         self.check([0])
 
     @property
     def request(self) -> dict[str, Any]:
         """Return the options of a request."""
         request = self._defaults | self._asked
-        stops = request.get("stop_token_ids", [])
-        has_end = self.config is not None and END_OF_TEXT < self.config.V
-        if self.switches["stop_at_eot"] and has_end and END_OF_TEXT not in stops:
-            request["stop_token_ids"] = [*stops, END_OF_TEXT]
-        return request
+        return request | ({"stop_at_eot": True} if self.switches["stop_at_eot"] else {})
 
     @property
     def cuts(self) -> dict[str, Any]:
         """Return the options of a decoder that leaves out the text at which a reply stops."""
         request = {} if self.switches["show_stop"] else self.request
-        return {name: request[name] for name in ("stop_strings", "stop_token_ids") if name in request}
+        end = [self._end] if request.get("stop_at_eot") else []
+        return {"stop_strings": request.get("stop_strings", []), "stop_token_ids": [*request.get("stop_token_ids", []), *end]}
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise InputError if the child would refuse these tokens with these settings."""

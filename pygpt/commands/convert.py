@@ -12,15 +12,12 @@ from collections.abc import Sequence
 
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError, is_whole
-from ..formats.checkpoint import FORMATS, Checkpoint, file_bytes, write_checkpoint
+from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
-from ..formats.open import open_source
+from ..formats.open import open_model
+from ..formats.tensors import ModelFile
 from .console import Parser, say, status_of
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ..formats.open import Source
 
 EXAMPLES = """\
 examples:
@@ -82,7 +79,7 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
     """Write the model `source` to `target`, a file of this version or, if it ends with /, a folder. Return a one-line summary.
 
     Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails."""
-    with open_source(source, heads=heads) as model:
+    with open_model(source, heads=heads) as model:
         before = describe(source, model)
         if target.endswith(FOLDER):
             if version is not None:
@@ -101,24 +98,22 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""
-    with open_source(target) as written:
+    with open_model(target) as written:
         return f"{before} -> {describe(target, written)}{notice and f'; {notice}'}"
 
 
-def default_version(model: "Source") -> int:
+def default_version(model: ModelFile) -> int:
     """Return the target version if --version is not given: for all but .bin files, the one that keeps every value exactly."""
     return DEFAULTS[model.version] if isinstance(model, Checkpoint) else 5 if plain_format(model) == BFLOAT16 else 3
 
 
-def plain_format(model: "Source") -> Format:
+def plain_format(model: ModelFile) -> Format:
     """Return the format of all tensors if it is one of single values, else float32, which holds all values exactly."""
-    if isinstance(model, HuggingFaceModel):
-        return BFLOAT16 if model.dtype == "bfloat16" else FLOAT32
-    formats = [model.format] if isinstance(model, Checkpoint) else [*model.formats.values()]
+    formats = [*model.formats.values()]
     return formats[0] if all(kind == formats[0] and kind.block_values == 1 for kind in formats) else FLOAT32
 
 
-def write_bin(target: str, model: "Source", version: int) -> None:
+def write_bin(target: str, model: ModelFile, version: int) -> None:
     """Write the model as a .bin file. Raises PyGPTError if writing fails."""
     tensors = {name: model.pieces(name) for name, _, _, _ in model.config.tensors(padded=False)}
     try:
@@ -154,11 +149,9 @@ def check_parent(target: str) -> None:
         raise InputError(f"{target}: the folder {folder} does not exist: make it first")
 
 
-def describe(path: str, model: "Source") -> str:
+def describe(path: str, model: ModelFile) -> str:
     """Return a short description of a model: path, version, format, size."""
-    if isinstance(model, HuggingFaceModel):
-        return f"{path} (Hugging Face, {model.dtype}, {model.size} bytes)"
-    if not isinstance(model, Checkpoint):
-        return f"{path} ({model.format.name}, {os.path.getsize(path)} bytes)"
-    size = file_bytes(model.config, model.version)
-    return f"{path} (version {model.version}, {model.format.name}, {size} bytes)"
+    kind = "Hugging Face, " if isinstance(model, HuggingFaceModel) else ""
+    kind = f"version {model.version}, " if isinstance(model, Checkpoint) else kind
+    mixed = isinstance(model, HuggingFaceModel) and len({kind.name for kind in model.formats.values()}) > 1
+    return f"{path} ({kind}{'mixed' if mixed else model.format.name}, {model.size} bytes)"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from ..errors import CheckpointError, InputError, PyGPTError
 from ..formats.checkpoint import Checkpoint
 from ..formats.files import atomic_file, reason
-from ..formats.open import open_source
+from ..formats.open import open_model
 from ..hub.fetch import fetch
 from ..hub.find import MODELS, cached_model, is_downloadable
 from ..tokenizer import GPT2_V
@@ -78,7 +78,7 @@ def download(name: str, target: str | None = None, version: int | None = None) -
         return there
     source = fetch(name, say)
     try:
-        with open_source(source) as model:
+        with open_model(source) as model:
             own_vocabulary = model.config.V != GPT2_V and model.config.tokenizer is not None
             if linked and version is None and (model.config.variations or own_vocabulary):
                 return f"{describe(source, model)}: used in place, because a .bin file cannot hold all of it"

@@ -18,7 +18,6 @@ DRAFT_HELP = (
     "the draft for --speculate: q8_0 or q4_0 (the model's weights, quantised in memory), lookup (only the text so far), or "
     "a smaller model with the same vocabulary (default: q8_0 or q4_0, by the model's format)"
 )
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>: without --stop-at-eot, generation continues after it
 REPEAT_HELP = "above 1, make tokens that already occurred less probable (default 1: off)"
 
 CONTROL = (  # flag, name of a request's option, metavar, help; with every sampler
@@ -48,7 +47,7 @@ def add_completion_options(parser: argparse.ArgumentParser, *, seed: str = SEED)
         add(flag, dest=name, metavar=metavar, action="append" if name in LISTS else "store", help=text)
     add("--stop", dest="stop_strings", action="append", metavar="TEXT", help="stop after TEXT; may be repeated")
     add("--stop-token", dest="stop_token_ids", action="append", metavar="ID", help="stop after this token; may be repeated")
-    eot = f"stop after <|endoftext|>, token {END_OF_TEXT} (default: only in chat)"
+    eot = "stop after <|endoftext|>, or the token that ends a text in the model's vocabulary (default: only in chat)"
     add("--stop-at-eot", action=argparse.BooleanOptionalAction, help=eot)
     full = "when the model's context is full: stop, or slide to keep its latest half (default: refuse more tokens)"
     add("--overflow", metavar="HOW", help=full)
@@ -84,13 +83,14 @@ def read_options(options: argparse.Namespace) -> "dict[str, Any]":
         if (text := getattr(options, name)) is not None:
             asked[name] = parse_number(f"{name} ({flag})", text)
     asked |= {name: parse_list(name, texts) for name in LISTS if (texts := getattr(options, name)) is not None}
-    for name in "sampler", "stop_strings", "overflow":
-        if (text := getattr(options, name)) is not None:
-            asked[name] = text
+    for name in "sampler", "stop_strings", "stop_at_eot", "overflow":
+        if (given := getattr(options, name)) is not None:
+            asked[name] = given
     if options.speculation is not None:
         asked["speculation"] = parse_speculation(options.speculation)
-    stop_tokens = [parse_id(text) for text in options.stop_token_ids or ()] + [END_OF_TEXT] * bool(options.stop_at_eot)
-    return {**asked, "stop_token_ids": stop_tokens} if stop_tokens else asked
+    if options.stop_token_ids:
+        asked["stop_token_ids"] = [parse_id(text) for text in options.stop_token_ids]
+    return asked
 
 
 def parse_speculation(text: str) -> int | bool:

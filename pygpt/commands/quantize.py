@@ -6,26 +6,23 @@ incomplete file is deleted. stdout stays empty.
 """
 
 import argparse
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
 from ..errors import InputError, PyGPTError
-from ..formats.checkpoint import Checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
 from ..formats.files import reason
 from ..formats.gguf import write_gguf
-from ..formats.huggingface import HuggingFaceModel
-from ..formats.open import blocks_of, open_source
-from ..formats.panels import ModelFile, formats_of, write_panels
+from ..formats.open import blocks_of, open_model, sha256_of
+from ..formats.panels import formats_of, write_panels
+from ..formats.tensors import ModelFile
 from .console import Parser, say, status_of
 from .convert import check_target, describe
 from .progress import Progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..formats.open import Source
-    from ..formats.panels import Blocks
+    from ..formats.tensors import Blocks
 
 EXAMPLES = """\
 examples:
@@ -70,17 +67,17 @@ def run(options: argparse.Namespace) -> None:
     if not options.target.endswith(ENDINGS):
         raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; use `pygpt convert` for a .bin file")
     check_target(options.source, options.target)
-    with open_source(options.source) as model:
+    with open_model(options.source) as model:
         before = describe(options.source, model)
         quantise(model, options.target, FORMATS[options.format], FORMATS[head])
     size = os.path.getsize(options.target)
     say(f"{before} -> {options.target} ({FORMATS[options.format].name}, head {FORMATS[head].name}, {size} bytes)")
 
 
-def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
+def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
     """Write the model to `target`, a .gguf or .safetensors file. Raises PyGPTError if it cannot be written."""
     gguf = target.endswith(".gguf")
-    formats = formats_of(model.config, kind, head, BFLOAT16 if not gguf and positions_of(model) == BFLOAT16 else FLOAT32)
+    formats = formats_of(model.config, kind, head, BFLOAT16 if not gguf and model.formats["wpe"] == BFLOAT16 else FLOAT32)
     with Progress("weights", model.config.parameters(padded=False)) as progress:
         done = 0
 
@@ -96,22 +93,6 @@ def quantise(model: "Source", target: str, kind: Format, head: Format) -> None:
             if gguf:
                 write_gguf(target, model.config, formats, tensors)
             else:
-                write_panels(target, model.config, formats, tensors, sha256_of(model))
+                write_panels(target, model.config, formats, tensors, sha256_of(model.path))
         except OSError as error:
             raise PyGPTError(f"{target}: cannot write the model file: {reason(error)}") from error
-
-
-def positions_of(model: "Source") -> Format:
-    """Return the format of wpe."""
-    if isinstance(model, ModelFile):
-        return model.formats["wpe"]
-    return model.format if isinstance(model, Checkpoint) else BFLOAT16 if model.dtype == "bfloat16" else FLOAT32
-
-
-def sha256_of(model: "Source") -> str:
-    """Return the sha256 of a model's files, one after the other, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in model.paths if isinstance(model, HuggingFaceModel) else [model.path]:
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-/* Make panels of the quantised formats (a part of quantised_body.h). _to_q8_0 and _to_q4_0 in pygpt/formats/dtypes.py describe and
+/* Make panels of the quantised formats (a part of quantised_body.h). to_q8_0 and to_q4_0 in tests/quantisers.py describe and
  * compute the same numbers. Lanes are outputs, W at a time, so the numbers are the same in every instruction set. The baseline
  * lacks FMA, so products and sums are rounded separately. */
 

@@ -9,36 +9,22 @@ Source: llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_che
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, ClosedError, Closing, InputError, shown, whole
-from . import dtypes
+from ..errors import CheckpointError, InputError, shown, whole
 from .dtypes import BFLOAT16, FLOAT32, Format
-from .files import HEADER_BYTES, Windows, atomic_file, map_file
+from .files import HEADER_BYTES, MODEL_KIND, MappedFile, atomic_file
+from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
-
     import numpy as np
     import numpy.typing as npt
 
-    class Weights(Protocol):
-        """What is written to files: an open model, or the parameters of one in training."""
-
-        @property
-        def config(self) -> Config:
-            """The dimensions and variations."""
-
-        def pieces(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
-            """Yield a tensor in order, as Checkpoint.pieces() does."""
-
+    from .tensors import Blocks
 
 MAGIC = 20240326
 FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version
-MODEL_KIND = "model file"  # the name of such files in messages
 
 
 def file_bytes(config: Config, version: int) -> int:
@@ -64,20 +50,22 @@ def stored_tensors(config: Config, values: memoryview, kind: Format, *, padded: 
     return found
 
 
-class Checkpoint(Closing):
-    """An open checkpoint with its values mapped read-only. Use it in a `with` block, or close() it.
+class Checkpoint(ModelFile):
+    """An open checkpoint, whose values are viewed through read-only maps. Use it in a `with` block, or close() it.
 
-    `config` and `version` are from the checked header; `values` are the mapped bytes after the header. Raises CheckpointError,
-    with the found and the expected numbers, for any file that is not exactly a checkpoint.
+    `config` and `version` are from the checked header. Raises CheckpointError, with the found and the expected numbers, for any
+    file that is not exactly a checkpoint.
 
     If the file is deleted, or replaced by a rename, an open checkpoint does not change. If another process truncates the file
     in place, its mapped pages disappear and the process ends (SIGBUS). If another process overwrites it, the weights change.
     With mmap=False the file is copied into memory at once, and later changes have no effect."""
 
+    _file: MappedFile
+
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
-        self._map = map_file(self.path, MODEL_KIND, CheckpointError, self._check, read=not mmap)
-        self.values = memoryview(self._map).toreadonly()[HEADER_BYTES:]
+        self._file = MappedFile(self.path, MODEL_KIND, CheckpointError, self._check, read=not mmap)
+        self.formats = dict.fromkeys((name for name, _ in self.config.table), FORMATS[self.version])
 
     def _check(self, header: bytes, found: int) -> None:
         if len(header) < HEADER_BYTES:
@@ -105,9 +93,9 @@ class Checkpoint(Closing):
         self.config, self.version = config, version
 
     @property
-    def format(self) -> Format:
-        """The weight format of the values."""
-        return FORMATS[self.version]
+    def values(self) -> memoryview:
+        """The mapped bytes after the header."""
+        return self._file.view(HEADER_BYTES, self.size)
 
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
         """Map each tensor to its format's name and its bytes in the file, wte without padding."""
@@ -115,56 +103,23 @@ class Checkpoint(Closing):
 
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
         """Return one tensor as float32, wte without padding: a read-only view of the file, or a copy of bfloat16 values."""
-        shape, offset = self._place(name)
-        return self._rows(shape, offset, 0, shape[0])
+        layers, N, _ = layout(self.config, name)
+        shape = next(shape for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
+        return self.format.to_float32(self._rows(name, 0, layers * N)).reshape(shape)
 
-    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield the rows of tensor(name) in order, some at a time, so that the model may be larger than memory."""
-        shape, offset = self._place(name)
-        step = max(1, dtypes.PIECE // prod(shape[1:]))
-        for start in range(0, shape[0], step):
-            yield self._rows(shape, offset, start, min(start + step, shape[0]))
+    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+        """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part(), as a view of the file."""
+        _, N, _ = layout(self.config, name)
+        return self.format, self._rows(name, layer * N + start, layer * N + stop)
 
-    def _place(self, name: str) -> tuple[tuple[int, ...], int]:
-        """Return a tensor's shape, wte without padding, and its offset in the values."""
-        places = {found: (shape, offset) for found, shape, offset, _ in self.config.tensors(padded=self.version != 1)}
-        if name not in places:
-            raise InputError(f"no tensor is named {name!r}")
-        shape, offset = places[name]
-        return (self.config.V, *shape[1:]) if name == "wte" else shape, offset
+    def _rows(self, name: str, start: int, stop: int) -> "Blocks":
+        """Return rows [start, stop) of a tensor with all its layers."""
+        import numpy as np
 
-    def _rows(self, shape: tuple[int, ...], offset: int, start: int, stop: int) -> "npt.NDArray[np.float32]":
-        """Return rows [start, stop) of the tensor of this shape at this offset, as tensor() does."""
-        row, size = prod(shape[1:]), self.format.size
-        data = self._bytes(size(offset + start * row), size(offset + stop * row))
-        return self.format.values(data).reshape(-1, *shape[1:])
-
-    def _bytes(self, start: int, stop: int) -> memoryview:
-        try:
-            return self.values[start:stop]
-        except ValueError:
-            raise ClosedError(f"{self.path}: the checkpoint is closed; read its tensors before close()") from None
-
-    def close(self) -> None:
-        """Unmap the file as soon as no array views it. May be called twice."""
-        with suppress(BufferError):  # arrays of tensor() still view the map: the last one unmaps it
-            self.values.release()
-            self._map.close()
-
-
-class StreamedCheckpoint(Checkpoint):
-    """An open checkpoint without `values`, which maps only the rows in use. It may be larger than memory."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self._file = Windows(self.path, MODEL_KIND, CheckpointError, self._check)
-
-    def _bytes(self, start: int, stop: int) -> memoryview:
-        return self._file.view(HEADER_BYTES + start, HEADER_BYTES + stop)
-
-    def close(self) -> None:
-        """Close the file; its arrays stay valid. May be called twice."""
-        self._file.close()
+        _, _, K = layout(self.config, name)
+        begin = next(at for found, _, at, _ in self.config.tensors(padded=self.version != 1) if found == name)
+        first, last = (HEADER_BYTES + self.format.size(begin + row * K) for row in (start, stop))
+        return np.frombuffer(self._file.view(first, last), self.format.dtype).reshape(-1, K)
 
 
 def write_checkpoint(
@@ -177,7 +132,7 @@ def write_checkpoint(
     """Write a checkpoint of version 1, 3 or 5 to a temporary file in the same folder, then rename it.
 
     tensors: maps the sixteen names to arrays of config.tensors()' shapes, wte with V rows. An iterator over pieces of rows, as
-    of Checkpoint.pieces(), can replace an array: each piece is requested, written and dropped. Values are rounded to float32,
+    of ModelFile.pieces(), can replace an array: each piece is requested, written and dropped. Values are rounded to float32,
     then to bfloat16 (nearest even). Raises InputError for a wrong name or shape, and OSError if the file cannot be written. In
     both cases an older file stays intact."""
     if (number := whole(version)) not in FORMATS:

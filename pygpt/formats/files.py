@@ -3,6 +3,7 @@
 Refuses anything that is not a regular file. A new file gets its name only when it is complete.
 """
 
+import codecs
 import errno
 import mmap
 import os
@@ -16,65 +17,117 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO
 
+MODEL_KIND = "model file"  # the name of such files in messages
 HEADER_BYTES = 1024  # of llm.c's files: int32[256]
 ZIP = b"PK\x03\x04"  # the first bytes of PyTorch's files, and of those before version 1.6:
 PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
-class Windows:
-    """An open file that is viewed through small read-only maps. A map lives as long as its views.
+class MappedFile:
+    """An open regular file that is viewed through read-only maps. A map lives as long as its views.
 
-    `size`: the file's size in bytes. Raises the errors of map_file(), also in view() if the file has become shorter."""
+    kind: the kind of file, for messages. check: called with the first 1,024 bytes and the size; it may raise. read: copy the
+    file into memory at once, so that later changes have no effect. `size`: in bytes. Raises `refusal` if the file is not
+    regular, cannot be opened or mapped, is of a foreign kind, or changes while it is read; view() does, too, if the file has
+    become shorter. Raises MemoryError if the address space has no room."""
 
     def __init__(
-        self, path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None] | None = None
+        self,
+        path: str,
+        kind: str,
+        refusal: type[PyGPTError],
+        check: Callable[[bytes, int], None] | None = None,
+        *,
+        read: bool = False,
     ) -> None:
         self._path, self._kind, self._refusal = path, kind, refusal
-        self._fd, status = _open_regular(path, kind, refusal)
-        self.size = status.st_size
+        self._copy: memoryview | None = None
         try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
+        except (OSError, ValueError) as error:
+            raise refusal(f"{path!r}: cannot open the {kind}: {reason(error)}") from error
+        try:
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise refusal(f"{path}: not a regular file; a {kind} is expected")
+            self.size, header = status.st_size, os.pread(self._fd, HEADER_BYTES, 0)
+            if foreign := foreign_file(header):
+                raise refusal(f"{path}: not a {kind}, but {foreign}")
             if check is not None:
-                check(bytes(self.view(0, min(HEADER_BYTES, self.size))), self.size)
-        except BaseException:
+                check(header, self.size)
+            if read:
+                self._copy = self._read(header, status)
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise self._failure(error) from error
             raise
 
     def view(self, start: int, stop: int) -> memoryview:
         """Return bytes [start, stop) of the file. Raises ClosedError after close()."""
         if self._fd < 0:
             raise ClosedError(f"{self._path}: the {self._kind} is closed; read its tensors before close()")
+        if self._copy is not None:
+            return self._copy[start:stop]
         if start == stop:
             return memoryview(b"")
         first = start - start % mmap.ALLOCATIONGRANULARITY
         try:
             mapped = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_READ, offset=first)
         except (OSError, ValueError) as error:  # ValueError: the file has become shorter
-            raise map_failure(error, self._path, self._kind, self._refusal) from error
+            raise self._failure(error) from error
         return memoryview(mapped)[start - first :]
+
+    def _read(self, header: bytes, before: os.stat_result) -> memoryview:
+        """Return a copy of the file, or raise if the file changed meanwhile."""
+        memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE)
+        done, count = 0, 1
+        with memoryview(memory) as view, os.fdopen(self._fd, "rb", buffering=0, closefd=False) as file:
+            while count:
+                with view[done:] as rest:
+                    count = file.readinto(rest) or 0
+                done += count
+        after = os.fstat(self._fd)
+        if (
+            done != self.size
+            or after.st_size != done
+            or after.st_mtime_ns != before.st_mtime_ns
+            or memory[: len(header)] != header
+        ):
+            raise self._refusal(f"{self._path}: the {self._kind} changed while pygpt read it: try again when it is complete")
+        return memoryview(memory).toreadonly()
+
+    def _failure(self, error: Exception) -> Exception:
+        """Return the exception for a file that cannot be mapped or read."""
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            way = "raise the limit (ulimit -v), or use a smaller one"
+            return MemoryError(f"{self._path}: no room in memory for the {self._kind}: {way}")
+        return self._refusal(f"{self._path}: cannot map the {self._kind}: {reason(error)}")
 
     def close(self) -> None:
         """Close the file; its views stay valid. May be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
-            self._fd = -1
+            self._fd, self._copy = -1, None
 
 
-def _open_regular(path: str, kind: str, refusal: type[PyGPTError]) -> tuple[int, os.stat_result]:
-    """Open a regular file for reading; return its descriptor and status. Raises `refusal` for anything else."""
+def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None]) -> memoryview:
+    """Return all bytes of a checked file. Arguments and errors are those of MappedFile."""
+    file = MappedFile(path, kind, refusal, check)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
-    except (OSError, ValueError) as error:
-        raise refusal(f"{path!r}: cannot open the {kind}: {reason(error)}") from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise refusal(f"{path}: not a regular file; a {kind} is expected")
-        if foreign := foreign_file(os.pread(fd, 512, 0)):
-            raise refusal(f"{path}: not a {kind}, but {foreign}")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, status
+        return file.view(0, file.size)
+    finally:
+        file.close()
+
+
+def small_file(path: str, kind: str, refusal: type[PyGPTError], limit: int) -> bytes:
+    """Return the content of a text file of at most `limit` bytes, without a byte order mark. Raises `refusal`."""
+
+    def check(_header: bytes, size: int) -> None:
+        if size > limit:
+            raise refusal(f"{path}: longer than {limit} bytes: too long for a {kind}")
+
+    return bytes(map_file(path, kind, refusal, check)).removeprefix(codecs.BOM_UTF8)
 
 
 def is_pickle(path: str) -> bool:
@@ -100,60 +153,13 @@ def is_pickle(path: str) -> bool:
 
 def foreign_file(start: bytes) -> str:
     """Return what a file is that people give by mistake, with the way out, or "". start: its first bytes."""
-    text = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a Git LFS pointer, which only names the file: run `git lfs pull` in its repository, or download the file itself"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "an HTML page: download the file itself (on Hugging Face, its address has /resolve/ in it)"
-    if start.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf")):
+    if start.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd")):
         return "a compressed archive: unpack it, and give the file in it"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page: download the file itself (on Hugging Face, its address has /resolve/ in it)"
     return ""
-
-
-def map_file(
-    path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None], *, read: bool = False
-) -> mmap.mmap:
-    """Call check(first 1,024 bytes, size), which may raise, then map the file read-only, or `read` it into memory.
-
-    kind: the kind of file, for messages. Raises `refusal` if the file is not regular, cannot be opened or mapped, or changes
-    while it is read. Raises MemoryError if the address space has no room."""
-    fd, status = _open_regular(path, kind, refusal)
-    try:
-        header = os.read(fd, HEADER_BYTES)
-        check(header, status.st_size)
-        if not read:
-            return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
-        memory = mmap.mmap(-1, status.st_size, flags=mmap.MAP_PRIVATE)
-        if not _read_into(memory, fd, status) or memory[:HEADER_BYTES] != header:
-            memory.close()
-            raise refusal(f"{path}: the {kind} changed while pygpt read it: try again when it is complete")
-        return memory
-    except refusal:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: the file has become shorter
-        raise map_failure(error, path, kind, refusal) from error
-    finally:
-        os.close(fd)
-
-
-def _read_into(memory: mmap.mmap, fd: int, status: os.stat_result) -> bool:
-    """Read an open file into memory; return False if it changed, or has more or fewer bytes than `status` says."""
-    done, count = 0, 1
-    with memoryview(memory) as view, os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
-        file.seek(0)
-        while count:
-            with view[done:] as rest:
-                count = file.readinto(rest) or 0
-            done += count
-        after = os.fstat(fd)
-    return done == after.st_size == status.st_size and after.st_mtime_ns == status.st_mtime_ns
-
-
-def map_failure(error: Exception, path: str, kind: str, refusal: type[PyGPTError]) -> Exception:
-    """Return the exception for a file that cannot be mapped or read."""
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return MemoryError(f"{path}: no room in memory for the {kind}: raise the limit (ulimit -v), or use a smaller one")
-    return refusal(f"{path}: cannot map the {kind}: {reason(error)}")
 
 
 @contextmanager

@@ -18,18 +18,18 @@ from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
-from .checkpoint import MODEL_KIND
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, FORMATS, Q4_0, Q6_K, Q8_0, Format
-from .files import Windows, atomic_file
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format
+from .files import MODEL_KIND, MappedFile, atomic_file
 from .panels import ALIGNMENT as ALIGNED
-from .panels import MATRICES, QUANTISED, ModelFile, aligned, layout, stored_size
+from .panels import MATRICES, QUANTISED, aligned, stored_size
+from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import IO, Any, SupportsIndex
 
-    from .panels import Blocks
+    from .tensors import Blocks
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -50,6 +50,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 BOOL, STRING, ARRAY = 7, 8, 9
 UINT32, INT32, FLOAT = 4, 5, 6
 TOKENS, MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+END_KEYS = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 DIMENSIONS = {"maxT": "context_length", "C": "embedding_length", "L": "block_count", "NH": "attention.head_count"}
@@ -77,7 +78,7 @@ class _Cursor:
     """Read the fields of a header in order. Each must fit into the bytes that the file has."""
 
     def __init__(self, path: str, data: memoryview) -> None:
-        self._path, self.data, self.at, self.last = path, data, 0, (0, 0)
+        self._path, self.data, self.at = path, data, 0
 
     def bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: not a valid GGUF file: {what}")
@@ -113,18 +114,18 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.bad(f"{what} is not UTF-8: {error.reason}") from None
 
-    def array(self, what: str) -> int:
-        """Step over an array; return how many elements it has. self.last: its type, and where its elements begin."""
+    def array(self, what: str) -> tuple[int, int, int]:
+        """Step over an array; return the type of its elements, where they begin, and how many there are."""
         kind = self.count("I", 0, max(SCALARS), f"the type of {what}")
         number = self.count("Q", 0, ARRAY_LIMIT, f"the length of {what}")
-        self.last = kind, self.at
+        begin = self.at
         if kind in SCALARS:
             self.skip(number * struct.calcsize("<" + SCALARS[kind]), what)
         elif kind == STRING:
             self.skip(self._strings(number), what)
         else:
             raise self.bad(f"{what} is an array of arrays")
-        return number
+        return kind, begin, number
 
     def _strings(self, number: int) -> int:
         """Return the bytes of `number` strings, or too many if the file ends first. The loop runs 100,000 times."""
@@ -144,15 +145,16 @@ class GGUFFile(ModelFile):
     quantised tensors out in panels, on as many threads as GPT2.load() would use. Raises CheckpointError if the file is not
     exactly as pygpt needs it."""
 
+    _file: MappedFile
+
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> None:
         self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
         self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
-        self._file = Windows(self.path, MODEL_KIND, CheckpointError)
-        self.size = self._file.size
+        self._file = MappedFile(self.path, MODEL_KIND, CheckpointError)
         try:
             self._tensors = self._read_header()
             self.config = self._read_config()
-            self.formats = self._check_tensors()
+            self.formats = self._read_formats()
         except BaseException:
             self.close()
             raise
@@ -160,7 +162,7 @@ class GGUFFile(ModelFile):
     # -------------------------------------------------------------------------------------------- the header
 
     def _read_header(self) -> dict[str, Tensor]:
-        """Read key-value pairs into self._values, and lengths of arrays into self._lengths. Return the tensors."""
+        """Read key-value pairs into self._values, and the places of arrays into self._arrays. Return the tensors."""
         cursor = self._cursor = _Cursor(self.path, self._file.view(0, min(self.size, HEADER_LIMIT)))
         magic = bytes(self._file.view(0, min(self.size, len(MAGIC))))
         cursor.skip(len(MAGIC), "the magic")
@@ -173,8 +175,7 @@ class GGUFFile(ModelFile):
         tensors = cursor.count("Q", 0, TENSORS_LIMIT, "the number of tensors")
         pairs = cursor.count("Q", 0, KEYS_LIMIT, "the number of keys")
         self._values: dict[str, Value] = {}
-        self._lengths: dict[str, int] = {}
-        self._arrays: dict[str, tuple[int, int]] = {}  # by key: type, offset
+        self._arrays: dict[str, tuple[int, int, int]] = {}  # by key: type, offset, length
         for _ in range(pairs):
             self._read_pair(cursor)
         table = [self._read_tensor(cursor) for _ in range(tensors)]
@@ -182,12 +183,11 @@ class GGUFFile(ModelFile):
 
     def _read_pair(self, cursor: _Cursor) -> None:
         key = cursor.string(KEY_LIMIT, "a key")
-        if key in self._values or key in self._lengths:
+        if key in self._values or key in self._arrays:
             raise cursor.bad(f"key {key[:80]!r} occurs twice")
         kind = cursor.count("I", 0, max(SCALARS), f"the type of {key[:80]!r}")
         if kind == ARRAY:
-            self._lengths[key] = cursor.array(repr(key[:80]))
-            self._arrays[key] = cursor.last
+            self._arrays[key] = cursor.array(repr(key[:80]))
         elif kind == STRING:
             self._values[key] = cursor.string(STRING_LIMIT, repr(key[:80]))
         else:
@@ -234,9 +234,6 @@ class GGUFFile(ModelFile):
 
     # -------------------------------------------------------------------------------------------- the model
 
-    def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
-
     def _read_config(self) -> Config:
         """Return the dimensions, from the keys and the token embedding. Refuse settings that pygpt does not compute."""
         values = self._values
@@ -266,43 +263,29 @@ class GGUFFile(ModelFile):
         if values.get("gpt2.attention.head_count_kv", config.NH) != config.NH:
             found_heads = shown(values["gpt2.attention.head_count_kv"])
             raise self._bad(f"gpt2.attention.head_count_kv is {found_heads}, expected {config.NH} for {config}")
-        tokens = self._lengths.get("tokenizer.ggml.tokens", config.V)
+        _, _, tokens = self._arrays.get(TOKENS, (0, 0, config.V))
         if tokens != config.V:
             raise self._bad(f"tokenizer.ggml.tokens has {tokens} tokens, but {NAMES['wte']} has {config.V} rows")
         return config
 
-    def _check_tensors(self) -> dict[str, Format]:
-        """Check names and extents against the dimensions. Return the format of each tensor: float32 if its layers differ."""
-        formats, known = {}, {HEAD}
+    def _read_formats(self) -> dict[str, Format]:
+        """Check names and extents of all tensors against the dimensions. Return the format of each of ours."""
+        wanted = {}
         for name, _ in self.config.table:
             layers, N, K = layout(self.config, name)
-            extents = (K, N) if name in MATRICES else (K,)
-            found = set()
-            for theirs in _theirs(name, layers):
-                if theirs not in self._tensors:
-                    raise self._bad(f"tensor {theirs} is missing")
-                if self._tensors[theirs].extents != extents:
-                    raise self._bad(f"tensor {theirs} has extents {self._tensors[theirs].extents}, expected {extents}")
-                found.add(self._tensors[theirs].kind.name)
-                known.add(theirs)
-            formats[name] = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
-        if unknown := sorted(self._tensors.keys() - known):
-            raise self._bad(f"tensor {unknown[0]!r} is unknown in a model with {self.config}")
-        return formats
+            wanted[name] = dict.fromkeys(_theirs(name, layers), (K, N) if name in MATRICES else (K,))
+        tied = {HEAD} if self.config.tied else set()
+        found = {name: tensor.extents for name, tensor in self._tensors.items() if name not in tied}
+        self._check_tensors(wanted, found, "extents")
+        return {name: common_format(self._tensors[one].kind for one in theirs) for name, theirs in wanted.items()}
 
     def _tied(self) -> bool:
         """Return whether the head is the token embedding: the file has no head, or one of the same bytes."""
         if HEAD not in self._tensors:
             return True
         head, wte = self._tensors[HEAD], self._tensors[NAMES["wte"]]
-        if (head.kind, head.extents) != (wte.kind, wte.extents):
-            return False
-        for at in range(0, head.stop - head.start, HEADER_LIMIT):
-            size = min(HEADER_LIMIT, head.stop - head.start - at)
-            one, other = (self._file.view(tensor.start + at, tensor.start + at + size) for tensor in (head, wte))
-            if one != other:
-                return False
-        return True
+        same = (head.kind, head.extents) == (wte.kind, wte.extents)
+        return same and self._file.view(head.start, head.stop) == self._file.view(wte.start, wte.stop)
 
     @property
     def has_vocabulary(self) -> bool:
@@ -315,7 +298,7 @@ class GGUFFile(ModelFile):
         if not self.has_vocabulary or split not in ("gpt-2", "default"):
             raise InputError(f"{self.path}: it has no vocabulary that splits text as GPT-2 does (its kind is {shown(split)})")
         tokens = self._strings(TOKENS)
-        kind, at = self._arrays.get("tokenizer.ggml.token_type", (0, 0))
+        kind, at, _ = self._arrays.get("tokenizer.ggml.token_type", (0, 0, 0))
         types = struct.unpack_from(f"<{len(tokens)}i", self._cursor.data, at) if kind in (UINT32, INT32) else (1,) * len(tokens)
         added = {
             token: number == CONTROL for token, number in zip(tokens, types, strict=True) if number in (CONTROL, USER_DEFINED)
@@ -324,12 +307,12 @@ class GGUFFile(ModelFile):
 
     def _strings(self, key: str) -> list[str]:
         """Return the strings of an array."""
-        kind, at = self._arrays[key]
+        kind, at, number = self._arrays[key]
         if kind != STRING:
             raise self._cursor.bad(f"{key} is not an array of strings")
         cursor = _Cursor(self.path, self._cursor.data)
         cursor.at = at
-        return [cursor.string(STRING_LIMIT, key) for _ in range(self._lengths[key])]
+        return [cursor.string(STRING_LIMIT, key) for _ in range(number)]
 
     # -------------------------------------------------------------------------------------------- values
 
@@ -365,7 +348,7 @@ class GGUFFile(ModelFile):
         layers, N, K = layout(self.config, name)
         kind, parts = self.formats[name], [self._tensors[theirs] for theirs in _theirs(name, layers)]
         if any(part.kind != kind for part in parts):
-            return FLOAT32.name, self.widened(name)
+            return FLOAT32.name, self._widened(name)
         apart = any(one.stop != two.start for one, two in pairwise(parts))
         if self._mmap and not apart and kind.name not in QUANTISED:
             return kind.name, self._file.view(parts[0].start, parts[-1].stop)
@@ -380,10 +363,6 @@ class GGUFFile(ModelFile):
             else:
                 into[:] = content
         return kind.name, out
-
-    def close(self) -> None:
-        """Close the file. Its arrays remain valid. May be called twice."""
-        self._file.close()
 
 
 def _theirs(name: str, layers: int) -> list[str]:
@@ -440,47 +419,47 @@ def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
 
 
 def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
-    kind = formats["qkvw"].name
-    whole = {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
-    whole |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[kind]}
+    pairs: dict[str, Any] = {"general.architecture": "gpt2"}
+    pairs |= {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
+    pairs |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[formats["qkvw"].name]}
     if {formats["qkvw"].name, formats["wte"].name} & QUANTISED.keys():
-        whole["general.quantization_version"] = 2
-    pairs = [_pair("general.architecture", STRING, _string("gpt2"))]
-    pairs += [_pair(key, UINT32, struct.pack("<I", value)) for key, value in whole.items()]
-    pairs.append(_pair("gpt2.attention.layer_norm_epsilon", FLOAT, struct.pack("<f", config.epsilon)))
-    return pairs + _vocabulary(config)
+        pairs["general.quantization_version"] = 2
+    pairs |= {"gpt2.attention.layer_norm_epsilon": config.epsilon, **_vocabulary(config)}
+    return [_string(key) + _value(value) for key, value in pairs.items()]
 
 
-def _vocabulary(config: Config) -> list[bytes]:
-    """Return the key-value pairs of the vocabulary, filled with placeholders, or only its size if GGUF cannot describe it."""
-    V = config.V
+def _vocabulary(config: Config) -> "dict[str, Any]":
+    """Return the keys of the vocabulary, filled with placeholders, or only its size if GGUF cannot describe it."""
     tokenizer = tokenizer_of(config) if config.tokenizer or config.V >= GPT2_V else None
     if tokenizer is None or not tokenizer.splits_before_space:
-        return [_pair("tokenizer.ggml.model", STRING, _string("none")), _pair("gpt2.vocab_size", UINT32, struct.pack("<I", V))]
+        return {"tokenizer.ggml.model": "none", "gpt2.vocab_size": config.V}
     found = tokenizer.vocabulary()
     tokens = {i: token for token, i in found["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, NORMAL)
     for token in found["added_tokens"]:
         tokens[token["id"]] = token["content"]
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    texts = [tokens.get(i, f"<|{i}|>") for i in range(V)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
-    kinds = struct.pack(f"<{V}i", *(types.get(i, UNUSED) for i in range(V)))
-    pairs = [
-        _pair("tokenizer.ggml.model", STRING, _string("gpt2")),
-        _pair("tokenizer.ggml.pre", STRING, _string("gpt-2")),
-        _pair(TOKENS, ARRAY, struct.pack("<IQ", STRING, V) + b"".join(map(_string, texts))),
-        _pair("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", INT32, V) + kinds),
-        _pair(MERGES, ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(_string, merges))),
-    ]
-    if tokenizer.eot is None:
-        return pairs
-    end = struct.pack("<I", tokenizer.eot)
-    return [*pairs, _pair("tokenizer.ggml.bos_token_id", UINT32, end), _pair("tokenizer.ggml.eos_token_id", UINT32, end)]
+    ends = {} if tokenizer.eot is None else dict.fromkeys(END_KEYS, tokenizer.eot)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        TOKENS: [tokens.get(i, f"<|{i}|>") for i in range(config.V)],
+        "tokenizer.ggml.token_type": [types.get(i, UNUSED) for i in range(config.V)],
+        MERGES: merges,
+        **ends,
+    }
 
 
-def _pair(key: str, kind: int, value: bytes) -> bytes:
-    return _string(key) + struct.pack("<I", kind) + value
+def _value(value: "Any") -> bytes:
+    """Return the type and the bytes of a text, a whole number, a number, or a list of texts or whole numbers."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    if not isinstance(value, list):
+        return struct.pack("<If", FLOAT, value) if isinstance(value, float) else struct.pack("<II", UINT32, value)
+    if value and isinstance(value[0], int):
+        return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
+    return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
 
 
 def _string(text: str) -> bytes:

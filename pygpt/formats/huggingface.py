@@ -12,14 +12,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from math import prod
 
 from ..config import Config
-from ..errors import CheckpointError, Closing, InputError, PyGPTError, shown
-from . import dtypes
-from .dtypes import FLOAT32
-from .files import is_pickle, reason
+from ..errors import CheckpointError, InputError, PyGPTError, shown
+from .dtypes import Format
+from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
+from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,9 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .checkpoint import Weights
-    from .dtypes import Format
     from .pickles import PickleFile
+    from .tensors import Blocks, Weights
 
     Tensors = SafetensorsFile | PickleFile
 
@@ -65,8 +63,8 @@ NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
 KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
 
 
-class HuggingFaceModel(Closing):
-    """An open model with `config`, with stored() to compute, and pieces() of its tensors by our names. Close it, or use `with`.
+class HuggingFaceModel(ModelFile):
+    """An open model of transformers or nanoGPT. Close it, or use `with`.
 
     files: the files by path. settings: the contents of config.json, or None without that file. heads: the number of heads,
     needed only without settings, and only if the model does not have a known size. path: the model's name in messages.
@@ -105,8 +103,7 @@ class HuggingFaceModel(Closing):
             raise InputError(f"{path}: {CONFIG_FILE} contains the number of heads: leave out --heads")
         else:
             self.config = read_settings(settings, path, tied=self._tied())
-        found = self._check()
-        self.dtype = "mixed" if len(found) > 1 else FORMATS[found.pop()].name
+        self.formats = self._check()
 
     @classmethod
     def open(
@@ -133,13 +130,10 @@ class HuggingFaceModel(Closing):
                 _check_index(folder, files)
             place = os.path.join(folder, CONFIG_FILE)
             inside = next(iter(files.values())).metadata.get(CONFIG_FILE)
-            found = parse_settings(inside.encode(), path) if inside else _read_json(place) if os.path.exists(place) else None
+            found = parse_object(inside.encode(), path) if inside else read_json(place) if os.path.exists(place) else None
             model = cls(files, found, path=path, heads=heads, threads=threads, mmap=mmap)
             opened.pop_all()
         return model
-
-    def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         file, full = self._tensors.get(name, (None, ""))
@@ -147,15 +141,11 @@ class HuggingFaceModel(Closing):
 
     def _tied(self) -> bool:
         """Return whether the head is wte: the files have no head, or one of the same bits."""
-        import numpy as np
-
         if HEAD not in self._tensors:
             return True
         (file, full), (own, wte) = self._tensors[HEAD], self._tensors["wte.weight"]
-        if file.tensors[full][:2] != own.tensors[wte][:2]:
-            return False
-        pairs = zip(_rows(file, full), _rows(own, wte), strict=True)
-        return all(np.array_equal(one.view("<u4"), other.view("<u4")) for one, other in pairs)
+        same = file.tensors[full][:2] == own.tensors[wte][:2]
+        return same and _bytes(file.stored(full)) == _bytes(own.stored(wte))
 
     def _guess(self, heads: int | None) -> Config:
         """Return the dimensions, from the tensors' shapes. The number of heads cannot be read from the shapes."""
@@ -181,29 +171,20 @@ class HuggingFaceModel(Closing):
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
 
-    def _check(self) -> set[str]:
-        """Check names, shapes and dtypes of all tensors against the dimensions; return the dtypes."""
-        wanted: dict[str, tuple[int, ...]] = {}
-        for name, shape, _, _ in self.config.tensors(padded=False):
-            if not (self._unbiased and name.endswith("b")):
-                wanted.update(_theirs(name, shape, linear=self._linear))
-        for name, shape in wanted.items():
-            if name not in self._tensors:
-                raise self._bad(f"tensor {name} is missing")
-            if self._shape(name) != shape:
-                raise self._bad(f"tensor {name} has shape {self._shape(name)}, expected {shape} for {self.config}")
-        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
-        if unknown := sorted(self._tensors.keys() - wanted.keys() - dropped - {HEAD}):
-            raise self._bad(f"tensor {unknown[0][:80]!r} is unknown in a model with {self.config}")
-        dtype_of = {name: file.tensors[full][0] for name, (file, full) in self._tensors.items() if name in wanted}
-        if wrong := sorted((dtype, name) for name, dtype in dtype_of.items() if dtype not in FORMATS):
+    def _check(self) -> dict[str, Format]:
+        """Check names, shapes and dtypes of all tensors against the dimensions. Return the format of each of ours."""
+        wanted = {name: _theirs(name, shape, linear=self._linear) for name, shape, _, _ in self.config.tensors(padded=False)}
+        if self._unbiased:
+            wanted |= {name: {} for name in wanted if name.endswith("b")}
+        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)} | (
+            {HEAD} if self.config.tied else set()
+        )
+        found = {name: file.tensors[full][:2] for name, (file, full) in self._tensors.items() if name not in dropped}
+        self._check_tensors(wanted, {name: shape for name, (_, shape) in found.items()})
+        if wrong := sorted((dtype, name) for name, (dtype, _) in found.items() if dtype not in FORMATS):
             raise self._bad(f"tensor {wrong[0][1]} is of dtype {wrong[0][0]}, expected {', '.join(FORMATS)}")
-        return set(dtype_of.values())
-
-    @property
-    def paths(self) -> list[str]:
-        """The paths of the safetensors files."""
-        return [file.path for file in self._files.values()]
+        formats = {name: common_format(FORMATS[found[one][0]] for one in theirs) for name, theirs in wanted.items()}
+        return {name: formats[name if theirs else "qkvw"] for name, theirs in wanted.items()}
 
     @property
     def size(self) -> int:
@@ -215,46 +196,28 @@ class HuggingFaceModel(Closing):
         """Whether the first file has a tokenizer.json in its metadata."""
         return "tokenizer.json" in next(iter(self._files.values())).metadata
 
-    @property
-    def format(self) -> "Format":
-        """The weight format of the layers' matrices."""
-        return self._format("qkvw")
-
     def _parts(self, name: str) -> "list[tuple[Tensors, str]]":
         """The files and full names of a tensor's layers; [] for biases that the model does not have."""
         if self._unbiased and name.endswith("b"):
             return []
-        theirs = NAMES[name][0]
-        layers = self.config.L if "{}" in theirs else 1
-        return [self._tensors[theirs.format(layer)] for layer in range(layers)]
+        layers, _, _ = layout(self.config, name)
+        return [self._tensors[NAMES[name][0].format(layer)] for layer in range(layers)]
 
-    def _format(self, name: str) -> "Format":
-        """The format in which the kernels read a tensor: the files' own, or float32 if layers differ or the kernels lack it."""
-        from .._kernels import weight_formats
-
-        found = {file.tensors[full][0] for file, full in self._parts(name)}
-        kind = FORMATS[found.pop()] if len(found) == 1 else FLOAT32
-        return kind if kind.name in weight_formats() else FLOAT32
-
-    def _values(self, part: "tuple[Tensors, str]", kind: "Format", rows: slice = slice(None)) -> "npt.NDArray[Any]":
-        """Some rows of one tensor of the files in a format: a view if they have it."""
-        file, full = part
-        return file.stored(full, rows) if FORMATS[file.tensors[full][0]] == kind else file.tensor(full, rows)
-
-    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield our tensor `name` as float32 in order: some rows of an embedding at a time, else one layer at a time."""
+    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
+        """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part()."""
         import numpy as np
 
-        theirs, transposed = NAMES[name]
-        parts = self._parts(name)
-        if not parts:
-            yield next(np.zeros(shape, "<f4") for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
-        elif "{}" not in theirs:
-            yield from _rows(*parts[0])
+        _, _, K = layout(self.config, name)
+        if not (parts := self._parts(name)):
+            return self.formats[name], np.zeros((1, K), self.formats[name].dtype)
+        file, full = parts[layer]
+        if NAMES[name][1] and not self._linear:
+            array = np.ascontiguousarray(file.stored(full).T[start:stop])  # [K, N] -> [rows, K]
+        elif len(file.tensors[full][1]) == 1:
+            array = file.stored(full)[None]
         else:
-            for file, full in parts:
-                array = file.tensor(full)
-                yield (array.T if transposed and not self._linear else array)[None]
+            array = file.stored(full, slice(start, stop))
+        return FORMATS[file.tensors[full][0]], array
 
     def stored(self) -> "dict[str, tuple[str, memoryview]]":
         """Map each tensor to its format's name and its bytes, as Weights takes them.
@@ -269,15 +232,15 @@ class HuggingFaceModel(Closing):
         found: dict[str, tuple[str, memoryview]] = {}
         moves: list[tuple[tuple[Tensors, str], Format, memoryview]] = []  # a layer's matrix, its format and its new place
         for name, shape, _, size in self.config.tensors(padded=False):
-            parts, kind = self._parts(name), self._format(name)
+            parts, kind = self._parts(name), self.formats[name]
             if NAMES[name][1]:
                 memory = memoryview(Floats(1, -(-kind.size(size) // 4), dense=True)).cast("B")[: kind.size(size)]
                 step = len(memory) // len(parts)
                 moves += [(part, kind, memory[i * step : (i + 1) * step]) for i, part in enumerate(parts)]
             else:
-                arrays = [self._values(part, kind) for part in parts] or [np.zeros(shape, "<f4")]
+                arrays = [self._values(part, kind) for part in parts] or [np.zeros(shape, kind.dtype)]
                 whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-                memory = (_aligned(whole) if self._mmap else whole.copy()).reshape(-1).view("u1").data
+                memory = _bytes(_aligned(whole) if self._mmap else whole.copy())
             found[name] = kind.name, memory
 
         def job(ith: int, nth: int) -> None:
@@ -286,7 +249,7 @@ class HuggingFaceModel(Closing):
                 start, stop = count * ith // nth, count * (ith + 1) // nth
                 rows = _aligned(self._values(part, kind, slice(start, stop)))
                 if self._linear:
-                    to[start * rows.strides[0] : stop * rows.strides[0]] = rows.reshape(-1).view("u1").data
+                    to[start * rows.strides[0] : stop * rows.strides[0]] = _bytes(rows)
                 elif start < stop:
                     transpose(to, rows.view("u1"), rows.itemsize, count, start)
 
@@ -294,13 +257,19 @@ class HuggingFaceModel(Closing):
             pool.run(job)
         return found
 
+    def _values(self, part: "tuple[Tensors, str]", kind: Format, rows: slice = slice(None)) -> "npt.NDArray[Any]":
+        """Some rows of one tensor of the files in a format: a view if they have it."""
+        file, full = part
+        found, array = FORMATS[file.tensors[full][0]], file.stored(full, rows)
+        return array if found == kind else found.to_float32(array)
+
     def close(self) -> None:
         """Close the files. May be called twice."""
         for file in self._files.values():
             file.close()
 
 
-def write_model(folder: str, model: "Weights", kind: "Format") -> None:
+def write_model(folder: str, model: "Weights", kind: Format) -> None:
     """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
     A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it
@@ -334,7 +303,7 @@ def _texts(config: Config, dtype: str) -> dict[str, bytes]:
     return texts | ({} if tokenizer is None else tokenizer_files(tokenizer, config.maxT))
 
 
-def write_tensors(file: "IO[bytes]", model: "Weights", kind: "Format", metadata: "dict[str, str] | None" = None) -> None:
+def write_tensors(file: "IO[bytes]", model: "Weights", kind: Format, metadata: "dict[str, str] | None" = None) -> None:
     """Write the tensors of a model to an open file as safetensors with transformers' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
@@ -366,11 +335,8 @@ def _aligned(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
     return array.copy() if array.ctypes.data % array.itemsize else np.ascontiguousarray(array)
 
 
-def _rows(file: "Tensors", name: str) -> "Iterator[npt.NDArray[np.float32]]":
-    _, shape, _ = file.tensors[name]
-    step = max(1, dtypes.PIECE // prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        yield file.tensor(name, slice(start, start + step))
+def _bytes(array: "npt.NDArray[Any]") -> memoryview:
+    return array.reshape(-1).view("u1").data
 
 
 def read_settings(settings: "dict[str, Any]", place: str, *, tied: bool = True) -> Config:
@@ -426,7 +392,7 @@ def find_files(folder: str) -> list[str]:
 def _read_index(folder: str, index: str) -> dict[str, str]:
     """Read the index: map each tensor to its shard. An index can only name files in its own folder."""
     path = os.path.join(folder, index)
-    places = _read_json(path).get("weight_map")
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{path}: it has no weight_map from tensors to files")
     for name in places.values():
@@ -449,19 +415,6 @@ def _check_index(folder: str, files: "Mapping[str, Tensors]") -> None:
         raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is in {name}, but the index does not list it there")
 
 
-def _read_json(path: str) -> "dict[str, Any]":
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f"{path}: not a regular file")
-    try:
-        with open(path, "rb") as file:
-            text = file.read(JSON_LIMIT + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read it: {reason(error)}") from error
-    return parse_settings(text, path)
-
-
-def parse_settings(text: bytes, path: str) -> "dict[str, Any]":
-    """Parse an untrusted config.json or index. Raises CheckpointError."""
-    if len(text) > JSON_LIMIT:
-        raise CheckpointError(f"{path}: longer than {JSON_LIMIT} bytes: too long for the settings of a model")
-    return parse_object(text, path)
+def read_json(path: str) -> "dict[str, Any]":
+    """Read a config.json or an index. Raises CheckpointError."""
+    return parse_object(small_file(path, "model's settings", CheckpointError, JSON_LIMIT), path)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..config import LIMITS, Config
 from ..errors import DataError, InputError, is_whole, shown
+from ..tokenizer import GPT2_V
 from .files import HEADER_BYTES, atomic_file
 from .shards import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
 
@@ -31,7 +32,6 @@ STATE_VERSION = 2  # version 1 did not pad wte
 START = 65535  # the first value of an example
 ENDINGS = 4
 VOCABULARY_VERSIONS = (1, 2)  # version 1 does not contain the end of text: it is GPT-2's
-GPT2_V, GPT2_EOT = 50257, 50256
 
 
 # ------------------------------------------------------------------------------------------------ debug state
@@ -211,7 +211,7 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
     if version == 1:
         if V != GPT2_V or eot:
             raise DataError(f"{name}: bad header: V is {V} and field 3 is {eot}, expected {GPT2_V} and 0 in version 1")
-        eot = GPT2_EOT
+        eot = GPT2_V - 1
     if not 0 <= eot < V <= LIMITS["V"]:
         raise DataError(
             f"{name}: bad header: the end of text is {eot}, and V is {V}: it must be an id below V, and V at most {LIMITS['V']}"
@@ -222,7 +222,7 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
         end = start + 1 + mapped[start] if start < len(mapped) else start + 1
         if end > len(mapped):
             raise DataError(f"{name}: truncated: token {token} of {V} would end at byte {end} of {len(mapped)}")
-        tokens.append(mapped[start + 1 : end])
+        tokens.append(bytes(mapped[start + 1 : end]))
         start = end
     check_size(name, len(mapped), start, f"{V} tokens")
     return tokens, eot

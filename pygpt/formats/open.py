@@ -9,25 +9,21 @@ import os
 
 from ..config import Config
 from ..errors import CheckpointError, InputError
-from .checkpoint import MODEL_KIND, Checkpoint, StreamedCheckpoint
-from .files import Windows, is_pickle
+from .checkpoint import Checkpoint
+from .files import is_pickle
+from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import SupportsIndex, TypeVar
+    from typing import SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
 
     from ..tokenizer import Tokenizer
     from .dtypes import Format
-    from .huggingface import HuggingFaceModel
-    from .panels import Blocks, ModelFile
-
-    Model = Checkpoint | ModelFile | HuggingFaceModel  # config, format, stored(), pieces(), path, close()
-    Source = Model
-    M = TypeVar("M", bound=Model)
+    from .tensors import Blocks
 
 GGUF_MAGIC = b"GGUF"
 
@@ -38,28 +34,35 @@ def open_model(
     mmap: bool = True,
     threads: "SupportsIndex | None" = None,
     tokenizer: str | os.PathLike[str] | None = None,
-) -> "Model":
-    """Open a model to compute with. With mmap=False the values are read into memory, and the file may change meanwhile.
+    heads: int | None = None,
+) -> ModelFile:
+    """Open a model. No more of it is mapped than is in use; with mmap=False it is read into memory, and the file may change.
 
     threads: workers that lay out a Hugging Face model. tokenizer: a file with the model's vocabulary, instead of its own.
-    Raises CheckpointError for a file of no such format."""
+    heads: of a Hugging Face file without a config.json. Raises CheckpointError for a file of no such format, and InputError if
+    another model gets `heads`."""
     path = os.fspath(path)
-    model: Model
+    model: ModelFile
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        model = HuggingFaceModel.open(path, threads=threads, mmap=mmap)
+        model = HuggingFaceModel.open(path, heads=heads, threads=threads, mmap=mmap)
+    elif heads is not None:
+        raise InputError(f"{path}: this file contains its number of heads: leave out --heads")
     elif path.endswith(".safetensors"):
         from .panels import PanelFile
 
         model = PanelFile(path, mmap=mmap)
-    elif _is_gguf(path):
+    elif path.endswith(".gguf") or _begins_with(path, GGUF_MAGIC):
         from .gguf import GGUFFile
 
         model = GGUFFile(path, mmap=mmap, threads=threads)
+    elif path.endswith(".json") and _begins_with(path, b"{"):
+        raise CheckpointError(f"{path}: JSON, not a model file: give the model's folder, or the file of its tensors")
     else:
         model = Checkpoint(path, mmap=mmap)
-    return _with_tokenizer(model, tokenizer)
+    _find_tokenizer(model, tokenizer)
+    return model
 
 
 def vocabulary_beside(model: str) -> str:
@@ -78,19 +81,18 @@ def set_tokenizer(config: Config, path: str) -> None:
     config.tokenizer = load
 
 
-def _with_tokenizer(model: "M", given: str | os.PathLike[str] | None = None) -> "M":
-    """Find the vocabulary of an open model: as given, beside its file, inside it, or in its folder. Return the model."""
+def _find_tokenizer(model: ModelFile, given: str | os.PathLike[str] | None) -> None:
+    """Find the vocabulary of an open model: as given, beside its file, inside it, or in its folder."""
     if given is not None:
-        set_tokenizer(model.config, os.fspath(given))
-        return model
+        return set_tokenizer(model.config, os.fspath(given))
     folder = model.path if os.path.isdir(model.path) else os.path.dirname(model.path)
-    inside = model.path if getattr(model, "has_vocabulary", False) else ""
+    inside = model.path if model.has_vocabulary else ""
     two = os.path.join(folder, "vocab.json")
     beside = vocabulary_beside(model.path) if folder != model.path else ""
     in_folder = (os.path.join(folder, "tokenizer.json"), two if os.path.isfile(os.path.join(folder, "merges.txt")) else "")
     if path := next((path for path in (beside, inside, *in_folder) if os.path.isfile(path)), ""):
         set_tokenizer(model.config, path)
-    return model
+    return None
 
 
 def open_weights(
@@ -101,7 +103,7 @@ def open_weights(
     threads: "SupportsIndex | None" = None,
     tokenizer: str | os.PathLike[str] | None = None,
     text_only: bool = False,
-) -> "Model":
+) -> ModelFile:
     """Open a model to compute with. If `weights` is q8_0 or q4_0, quantise its matrices in memory, on `threads` threads.
 
     text_only: leave out the ids that the tokenizer does not have. Raises what open_model() raises, and InputError for weights
@@ -118,7 +120,7 @@ def open_weights(
         model.close()
 
 
-def of_text_only(model: "Model") -> "Model":
+def of_text_only(model: ModelFile) -> ModelFile:
     """Return the weights of a model without the ids after the last one of its tokenizer; they outlive the model."""
     from copy import copy
 
@@ -136,10 +138,10 @@ def of_text_only(model: "Model") -> "Model":
     return StoredWeights(config, tensors)
 
 
-def open_floats(path: str | os.PathLike[str]) -> "Model":
+def open_floats(path: str | os.PathLike[str]) -> ModelFile:
     """Open a model to train. Raises CheckpointError for quantised weights, and otherwise as open_model()."""
     model = open_model(path)
-    for kind in getattr(model, "formats", {"": model.format}).values():
+    for kind in model.formats.values():
         if kind.block_values > 1:
             model.close()
             raise CheckpointError(
@@ -148,20 +150,18 @@ def open_floats(path: str | os.PathLike[str]) -> "Model":
     return model
 
 
-def open_source(path: str | os.PathLike[str], *, heads: int | None = None) -> "Source":
-    """Open a model to convert; no more of it is mapped than is being looked at.
+def sha256_of(path: str) -> str:
+    """Return the sha256 of a model's file in hexadecimal digits; of a folder, that of its settings and tensors, joined."""
+    import hashlib
 
-    heads: of a Hugging Face file without a config.json. Raises InputError if another model gets `heads`."""
-    path = os.fspath(path)
-    if _is_hugging_face(path):
-        from .huggingface import HuggingFaceModel
+    from .huggingface import CONFIG_FILE, find_files
 
-        return _with_tokenizer(HuggingFaceModel.open(path, heads=heads))
-    if heads is not None:
-        raise InputError(f"{path}: this file contains its number of heads: leave out --heads")
-    if path.endswith(".safetensors") or _is_gguf(path):
-        return open_model(path)
-    return _with_tokenizer(StreamedCheckpoint(path))
+    digest = hashlib.sha256()
+    names = [os.path.join(path, name) for name in (CONFIG_FILE, *find_files(path))] if os.path.isdir(path) else [path]
+    for name in names:
+        with open(name, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _is_hugging_face(path: str) -> bool:
@@ -177,34 +177,28 @@ def _is_hugging_face(path: str) -> bool:
         return file.metadata.get("format") != FILE_FORMAT
 
 
-def _is_gguf(path: str) -> bool:
-    file = Windows(path, MODEL_KIND, CheckpointError)
+def _begins_with(path: str, start: bytes) -> bool:
+    if not os.path.isfile(path):  # opening a FIFO would block
+        return False
     try:
-        return path.endswith(".gguf") or bytes(file.view(0, min(file.size, len(GGUF_MAGIC)))) == GGUF_MAGIC
-    finally:
-        file.close()
+        with open(path, "rb") as file:
+            return file.read(len(start)) == start
+    except OSError:  # the reader of the file says why
+        return False
 
 
-def blocks_of(model: "Source", name: str, kind: "Format") -> "Iterator[Blocks]":
+def blocks_of(model: ModelFile, name: str, kind: "Format") -> "Iterator[Blocks]":
     """Yield a tensor's rows in order as blocks (rows, blocks of a row) of a format. A piece has rows of one layer only.
 
-    Zeros pad rows that do not fill whole blocks. Blocks that already have this format are passed on unchanged. Raises
+    Zeros pad rows that do not fill whole blocks. Quantised blocks that already have this format are passed on unchanged. Raises
     CheckpointError if a value is not finite, or exceeds the range of the format."""
-    from .panels import ModelFile, layout
-
-    layers, N, K = layout(model.config, name)
-    if isinstance(model, ModelFile):
-        for found, blocks in model.parts(name):
-            yield blocks if found == kind else _encode(model, name, kind, found.to_float32(blocks)[:, :K])
-        return
-    for piece in model.pieces(name):
-        rows = piece.reshape(-1, K)
-        step = N if layers > 1 else len(rows)
-        for start in range(0, len(rows), step):
-            yield _encode(model, name, kind, rows[start : start + step])
+    _, _, K = layout(model.config, name)
+    for found, blocks in model.parts(name):
+        same = found == kind and kind.block_values > 1
+        yield blocks if same else _encode(model, name, kind, found.to_float32(blocks)[:, :K])
 
 
-def _encode(model: "Source", name: str, kind: "Format", rows: "npt.NDArray[np.float32]") -> "Blocks":
+def _encode(model: ModelFile, name: str, kind: "Format", rows: "npt.NDArray[np.float32]") -> "Blocks":
     import numpy as np
 
     from .panels import QUANTISED, quantise

@@ -12,30 +12,28 @@ because they are mapped and used in place. Source: the layout of the kernels' pr
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 
 from ..config import LIMITS, Config
-from ..errors import CheckpointError, ClosedError, Closing, InputError
-from .checkpoint import MODEL_KIND
-from .dtypes import FLOAT32, FORMATS, PIECE, Q4_0, Q8_0, Format, nibbles
-from .files import atomic_file, map_file
+from ..errors import CheckpointError, InputError
+from .dtypes import FLOAT32, FORMATS, Q4_0, Q8_0, Format
+from .files import atomic_file
 from .safetensors import FORMATS as STORED
 from .safetensors import SafetensorsFile, header_of, parse_object
+from .tensors import EMBEDDINGS, ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO, Any
+    from typing import IO
 
     import numpy as np
     import numpy.typing as npt
 
-    Blocks = npt.NDArray[Any]  # (rows, blocks): a part of a matrix in its format, row-major
+    from .tensors import Blocks
 
 PANEL, GROUP, ALIGNMENT = 16, 32, 64  # outputs; inputs that share a scale; bytes
 QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # the formats that are stored in panels
 LAYERED = ("qkvw", "attprojw", "fcw", "fcprojw")  # the matrices of a layer, which have the format `kind`
-EMBEDDINGS = ("wte", "wpe", "head")  # matrices of one layer
 MATRICES = (*EMBEDDINGS, *LAYERED)
 FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
 DTYPE = {row.name: dtype for dtype, row in STORED.items()} | dict.fromkeys(QUANTISED, "U8")
@@ -56,27 +54,8 @@ def panel_sizes(kind: Format, N: int, K: int) -> tuple[int, int]:
     return panels * groups * PANEL * (kind.block_bytes - 2), aligned(panels * groups * PANEL * 2)
 
 
-def to_panels(kind: Format, blocks: "Blocks") -> "tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]":
-    """Convert blocks (N, K/32) to panels. Return the bytes of the values, and of the scales without padding."""
-    import numpy as np
-
-    N, groups = blocks.shape
-    if N % PANEL:
-        padding = np.zeros((PANEL - N % PANEL, groups), kind.dtype)
-        padding["q"] = 0 if kind == Q8_0 else 0x88
-        blocks = np.concatenate([blocks, padding])
-    scales = np.ascontiguousarray(blocks["d"].reshape(-1, PANEL, groups).swapaxes(1, 2))
-    if kind == Q8_0:
-        words = blocks["q"].reshape(-1, PANEL, groups * 8, 4)  # [panel][output][four inputs][input]
-    else:
-        halves = nibbles(blocks["q"]).reshape(-1, PANEL, groups * 4, 2, 4)  # [panel][output][eight inputs][half][input]
-        words = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
-    values = np.ascontiguousarray(words.swapaxes(1, 2))
-    return values.reshape(-1).view("u1"), scales.reshape(-1).view("u1")
-
-
 def from_panels(kind: Format, values: memoryview, scales: memoryview, N: int, K: int) -> "Blocks":
-    """Convert whole panels to blocks (N, K/32), the exact inverse of to_panels(). `scales` may end in padding."""
+    """Convert whole panels to blocks (N, K/32), the inverse of blocks_to_panels(). `scales` may end in padding."""
     import numpy as np
 
     panels, groups = -(-N // PANEL), kind.blocks(K)
@@ -123,15 +102,6 @@ def first_rows(kind: str, data: memoryview, N: int, rows: int, K: int) -> memory
     return out.data
 
 
-def layout(config: Config, name: str) -> tuple[int, int, int]:
-    """Return (layers, rows, columns) of one of the tensors. A vector is one row; wte, wpe and a head have one layer."""
-    for (found, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), config.table, strict=True):
-        if found == name:
-            layers, rest = (shape[0], shape[1:]) if symbols[0] == "L" else (1, shape)
-            return layers, (rest[0] if len(rest) == 2 else 1), rest[-1]
-    raise InputError(f"no tensor is named {name!r}")
-
-
 def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
     """Return `size` zero bytes that begin at a multiple of 64."""
     import numpy as np
@@ -141,27 +111,11 @@ def aligned_bytes(size: int) -> "npt.NDArray[np.uint8]":
     return room[skip : skip + size]
 
 
-# ------------------------------------------------------------------------------------------------ models of any layout
-
-
-class ModelFile(Closing):
-    """An open panel or GGUF file, in which each tensor has its own format. Close it, or use `with`.
-
-    `config` has the dimensions, `formats` the format of each tensor, and `format` that of the layers' matrices."""
-
-    path: str
-    config: Config
-    formats: "dict[str, Format]"
-
-    @property
-    def format(self) -> Format:
-        """Return the format of the layers' matrices."""
-        return self.formats["qkvw"]
+class InPanels(ModelFile):
+    """Weights whose tensors are stored in the layout of Weights."""
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
-        """Return rows [start, stop) of one layer's part of a tensor, as stored. start is a multiple of 16.
-
-        A vector is one row. Returns the format and the blocks (rows, blocks of a row). Raises ClosedError."""
+        """Return rows [start, stop): ModelFile.part(), with panels converted to blocks."""
         import numpy as np
 
         _, N, K = layout(self.config, name)
@@ -176,59 +130,8 @@ class ModelFile(Closing):
         of_values, of_scales = ([base + end * row for end in ends], [base + values + end * groups * 2 for end in ends])
         return kind, from_panels(kind, data[slice(*of_values)], data[slice(*of_scales)], stop - start, K)
 
-    def parts(self, name: str) -> "Iterator[tuple[Format, Blocks]]":
-        """Yield the parts of a tensor in order, some rows at a time."""
-        layers, N, K = layout(self.config, name)
-        step = max(1, PIECE // (PANEL * K)) * PANEL
-        for layer in range(layers):
-            for start in range(0, N, step):
-                yield self.part(name, layer, start, min(start + step, N))
 
-    def pieces(self, name: str) -> "Iterator[npt.NDArray[np.float32]]":
-        """Yield a tensor as float32 in order, as Checkpoint.pieces() does: rows of an embedding, else layers."""
-        import numpy as np
-
-        layers, N, K = layout(self.config, name)
-        if name in EMBEDDINGS:
-            for kind, blocks in self.parts(name):
-                yield kind.to_float32(blocks)[:, :K]
-            return
-        shape = next(shape for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
-        for layer in range(layers):
-            kind, blocks = self.part(name, layer, 0, N)
-            values = np.ascontiguousarray(kind.to_float32(blocks)[:, :K])
-            yield values.reshape(-1) if len(shape) == 1 else values.reshape(1, *shape[1:])
-
-    def stored(self) -> "dict[str, tuple[str, memoryview]]":
-        """Map each tensor to (name of its format, bytes in the layout of Weights).
-
-        If the kernels do not read the format of a tensor, its values become float32."""
-        from .._kernels import weight_formats
-
-        known = weight_formats()
-        return {
-            name: self._stored(name) if self.formats[name].name in known else ("float32", self.widened(name))
-            for name, _ in self.config.table
-        }
-
-    def _stored(self, name: str) -> tuple[str, memoryview]:
-        """Return one tensor in its own format, in the layout of Weights."""
-        raise NotImplementedError
-
-    def widened(self, name: str) -> memoryview:
-        """Return the bytes of one tensor as float32, in new memory."""
-        import numpy as np
-
-        layers, N, K = layout(self.config, name)
-        out = aligned_bytes(4 * layers * N * K)
-        flat, done = out.view("<f4"), 0
-        for piece in self.pieces(name):
-            flat[done : done + piece.size] = np.ravel(piece)
-            done += piece.size
-        return out.data
-
-
-class StoredWeights(ModelFile):
+class StoredWeights(InPanels):
     """Weights in memory: quantised ones, those of a model in training, or an open model's. close() does not change them.
 
     tensors: maps each tensor to the name of its format and its bytes, in the layout of Weights."""
@@ -270,31 +173,28 @@ def formats_of(config: Config, kind: Format, head: Format, positions: Format) ->
     return {name: formats.get(name, FLOAT32) for name, _ in config.table}
 
 
-class PanelFile(ModelFile):
+class PanelFile(InPanels):
     """An open panel file. Its values are mapped read-only and used in place, or with mmap=False read into memory.
 
     Raises CheckpointError if the file is not exactly a panel file. The header is checked before values are mapped."""
 
+    _file: SafetensorsFile
+
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = os.fspath(path)
-        with SafetensorsFile(self.path) as file:
-            metadata, size, start = file.metadata, file.size, file.start
-            self._check(metadata, {name: (dtype, shape) for name, (dtype, shape, _) in file.tensors.items()})
-            self._places = {name: offset for name, (_, _, offset) in file.tensors.items()}
-        begin = self._places["wte"]
-        if begin % ALIGNMENT or list(self._places) != [name for name, _ in self.config.table]:
-            raise self._bad(f"its values begin at byte {begin}, expected a multiple of {ALIGNMENT} and the order of llm.c")
-        self.sha256 = metadata["source_sha256"]
-        self._map = map_file(self.path, MODEL_KIND, CheckpointError, lambda *now: self._same(now, (start, size)), read=not mmap)
-        self.values = memoryview(self._map).toreadonly()
+        self._file = file = SafetensorsFile(self.path, read=not mmap)
+        try:
+            self._check(file.metadata, {name: (dtype, shape) for name, (dtype, shape, _) in file.tensors.items()})
+            begin = file.tensors["wte"][2]
+            if begin % ALIGNMENT or list(file.tensors) != [name for name, _ in self.config.table]:
+                raise self._bad(f"its values begin at byte {begin}, expected a multiple of {ALIGNMENT} and the order of llm.c")
+        except BaseException:
+            self.close()
+            raise
+        self.sha256 = file.metadata["source_sha256"]
 
     def _bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: not a valid panel file: {what}")
-
-    def _same(self, now: tuple[bytes, int], before: tuple[bytes, int]) -> None:
-        """Refuse a file that was replaced after the check."""
-        if now != before:
-            raise CheckpointError(f"{self.path}: the {MODEL_KIND} changed while pygpt opened it: try again when it is complete")
 
     def _check(self, metadata: dict[str, str], found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         if metadata.get("format") != FILE_FORMAT:
@@ -340,17 +240,7 @@ class PanelFile(ModelFile):
         return int(text)
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
-        start, kind = self._places[name], self.formats[name]
-        try:
-            return kind.name, self.values[start : start + stored_size(self.config, name, kind)]
-        except ValueError:
-            raise ClosedError(f"{self.path}: the model is closed; read its tensors before close()") from None
-
-    def close(self) -> None:
-        """Unmap the file, or leave that to the last array that views it. May be called twice."""
-        with suppress(BufferError):
-            self.values.release()
-            self._map.close()
+        return self.formats[name].name, self._file.bytes_of(name)[: stored_size(self.config, name, self.formats[name])]
 
 
 def write_panels(
@@ -395,6 +285,8 @@ def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Bloc
     """Write one layer's matrix of N rows in panels, from as many pieces as needed: all values, then all scales."""
     import numpy as np
 
+    from .._kernels import blocks_to_panels
+
     scales: list[npt.NDArray[np.uint8]] = []
     held: Blocks | None = None  # rows that do not yet fill a panel
     while N:
@@ -403,9 +295,14 @@ def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Bloc
         rows = piece if held is None else np.concatenate([held, piece])
         whole = len(rows) - len(rows) % PANEL if N else len(rows)
         held = rows[whole:]
-        values, d = to_panels(kind, rows[:whole])
-        file.write(values.data)
-        scales.append(d)
+        if not whole:
+            continue
+        K = rows.shape[1] * kind.block_values
+        values, padded = panel_sizes(kind, whole, K)
+        out = aligned_bytes(values + padded)
+        blocks_to_panels(out.data, kind.name, rows[:whole].reshape(-1).view("u1").data, 1, whole, K, 0, 1)
+        file.write(out[:values].data)
+        scales.append(out[values : values + -(-whole // PANEL) * PANEL * rows.shape[1] * 2])
     written = np.concatenate(scales)
     file.write(written.data)
     file.write(bytes(aligned(len(written)) - len(written)))

@@ -15,7 +15,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    import numpy as np
     import numpy.typing as npt
 
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
@@ -71,10 +70,6 @@ class PickleFile(Closing):
             value = value.view(torch.int16)
         array: npt.NDArray[Any] = value.numpy()
         return array.view(FORMATS[self.tensors[name][0]].dtype).reshape(-1, *self.tensors[name][1][1:])
-
-    def tensor(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[np.float32]":
-        """Return one tensor, or some of its rows, as exact float32."""
-        return FORMATS[self.tensors[name][0]].to_float32(self.stored(name, rows))
 
     def close(self) -> None:
         """Release the tensors; arrays of them stay valid."""

@@ -13,10 +13,9 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..errors import CheckpointError, Closing, InputError, is_whole
-from .checkpoint import MODEL_KIND
+from ..errors import CheckpointError, Closing, InputError, PyGPTError, is_whole
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
-from .files import HEADER_BYTES, Windows
+from .files import MODEL_KIND, MappedFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,15 +38,14 @@ class SafetensorsFile(Closing):
     """An open file that maps only the tensors in use. Use it in a `with` block, or close() it.
 
     `tensors` maps each name to (dtype, shape, offset), in ascending order of offsets. `metadata` is the header's __metadata__.
-    `start` is the file's first 1,024 bytes. Raises CheckpointError for any file that is not exactly in the format."""
+    read: copy the file into memory. Raises CheckpointError for any file that is not exactly in the format."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, read: bool = False) -> None:
         self.path = os.fspath(path)
-        self._file = Windows(self.path, MODEL_KIND, CheckpointError)
+        self._file = MappedFile(self.path, MODEL_KIND, CheckpointError, read=read)
         self.size = self._file.size
         self.metadata: dict[str, str] = {}
         try:
-            self.start = bytes(self._file.view(0, min(HEADER_BYTES, self.size)))
             self.tensors = self._check()
         except BaseException:
             self.close()
@@ -77,7 +75,8 @@ class SafetensorsFile(Closing):
         end = 0
         for begin, stop, name in ranges:
             if begin != end:
-                raise self._bad(f"tensor {name!r} begins at {begin}, expected {end}: there is {_flaw(begin, end)}")
+                flaw = "a hole" if begin > end else "an overlap"
+                raise self._bad(f"tensor {name!r} begins at {begin}, expected {end}: there is {flaw}")
             end = stop
         if start + end != self.size:
             kind = "truncated" if self.size < start + end else "too long"
@@ -99,26 +98,26 @@ class SafetensorsFile(Closing):
             raise self._bad(f"tensor {name!r} takes {offsets[1] - offsets[0]} bytes, expected {size} for {dtype} {shape}")
         return offsets[0], offsets[1], name
 
+    def bytes_of(self, name: str) -> memoryview:
+        """Return a tensor's bytes, as a view of the file."""
+        dtype, shape, offset = self.tensors[name]
+        return self._file.view(offset, offset + prod(shape) * DTYPE_BYTES[dtype])
+
     def stored(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[Any]":
         """Return a tensor, or some of its rows, as a read-only view of the file: float32, float16, or the bits of bfloat16.
 
         Raises CheckpointError for a tensor of another dtype."""
         import numpy as np
 
-        dtype, shape, offset = self.tensors[name]
+        dtype, shape, _ = self.tensors[name]
         if dtype not in FORMATS:
             raise CheckpointError(f"{self.path}: tensor {name!r} is of dtype {dtype}, expected F32, F16 or BF16")
-        width = DTYPE_BYTES[dtype]
-        if rows != slice(None):
-            start, stop, _ = rows.indices(shape[0])
-            offset += start * prod(shape[1:]) * width
-            shape = (stop - start, *shape[1:])
-        return np.frombuffer(self._file.view(offset, offset + prod(shape) * width), FORMATS[dtype].dtype).reshape(shape)
+        array: npt.NDArray[Any] = np.frombuffer(self.bytes_of(name), FORMATS[dtype].dtype).reshape(shape)
+        return array[rows] if shape else array
 
     def tensor(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[np.float32]":
         """Return one tensor, or some of its rows, as exact float32. Raises the errors of stored()."""
-        array = self.stored(name, rows)
-        return FORMATS[self.tensors[name][0]].to_float32(array)
+        return FORMATS[self.tensors[name][0]].to_float32(self.stored(name, rows))
 
     def close(self) -> None:
         """Close the file; its arrays stay valid. May be called twice."""
@@ -161,14 +160,14 @@ def header_of(metadata: dict[str, str], tensors: Iterable[tuple[str, str, tuple[
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def parse_object(text: bytes, what: str) -> "dict[str, Any]":
-    """Parse an untrusted JSON object with unique names. Raises CheckpointError, which names it by `what`, for other text."""
+def parse_object(text: bytes, what: str, refusal: type[PyGPTError] = CheckpointError) -> "dict[str, Any]":
+    """Parse an untrusted JSON object with unique names. Raises `refusal`, which names it by `what`, for other text."""
     try:
         found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not JSON: {error}") from None
+        raise refusal(f"{what} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{what} is not a JSON object")
+        raise refusal(f"{what} is not a JSON object")
     return found
 
 
@@ -182,7 +181,3 @@ def unique(pairs: "list[tuple[str, Any]] | str") -> "dict[str, Any]":
             raise ValueError(f"{name[:80]!r} is given twice")
         found[name] = value
     return found
-
-
-def _flaw(begin: int, end: int) -> str:
-    return "a hole" if begin > end else "an overlap"

@@ -4,7 +4,6 @@ A shard has an int32[256] little-endian header (magic, version, count, zeros), t
 mapped file until they are used. Source: llm.c, dev/data/data_common.py (write_datafile).
 """
 
-import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ MOST_TOKENS = 2**31 - 1  # the header's count is an int32
 PIECE = 1 << 20  # tokens checked or written at a time
 
 
-def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: int) -> tuple[list[int], mmap.mmap]:
+def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: int) -> tuple[list[int], memoryview]:
     """Map one of llm.c's data files; return ([version, next `named` fields], the map with the header).
 
     Raises DataError for another magic or version, a file shorter than a header, and a header whose other fields are not 0."""

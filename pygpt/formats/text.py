@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from ..config import IGNORED
 from ..errors import DataError, InputError, check_flag, shown
 from ..tokenizer import Tokenizer
+from .files import foreign_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
     while piece:
         try:
             piece = file.read(PIECE)
-            if not taken and _is_wide(piece[:64]):
-                raise DataError(f"{name}: the text is UTF-16 or UTF-32: {WAY_OUT}")
+            if not taken and (other := _other_than_text(piece[:64])):
+                raise DataError(f"{name}: the text is {other}")
             taken += len(piece)
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
@@ -96,10 +97,12 @@ def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
         yield text
 
 
-def _is_wide(head: bytes) -> bool:
-    """Return whether text begins as UTF-16 or UTF-32: with their mark, or with a NUL as every other byte."""
-    halves = head[::2], head[1::2]
-    return head.startswith(OTHER_MARKS) or (any(halves) and not all(map(any, halves)) and len(head) > 1)
+def _other_than_text(head: bytes) -> str:
+    """Return what a file is that begins as UTF-16 or UTF-32, or as a file of another kind, with the way out; else ""."""
+    halves = head[::2], head[1::2]  # UTF-16 has a NUL as every other byte
+    if head.startswith(OTHER_MARKS) or (any(halves) and not all(map(any, halves)) and len(head) > 1):
+        return f"UTF-16 or UTF-32: {WAY_OUT}"
+    return "" if head.lstrip().startswith(b"<") else foreign_file(head)  # a page can be a text
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -187,13 +190,18 @@ def read_rows(text: Iterable[str], name: str) -> "Iterator[tuple[str, dict[str, 
     for number, line in enumerate(_lines(text), 1):
         if line.strip():
             where = f"{name}: line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f'{where} is {shown(row)}: it must be an object such as {{"text": "..."}}')
-            yield where, row
+            yield where, row_of(line, where)
+
+
+def row_of(line: str | bytes, where: str, example: str = '{"text": "..."}') -> "dict[str, Any]":
+    """Return the JSON object in a line. where: its place, for messages. Raises DataError for other text."""
+    try:
+        row = json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is {shown(row)}: it must be an object such as {example}")
+    return row
 
 
 def _lines(text: Iterable[str]) -> Iterator[str]:
@@ -261,10 +269,11 @@ def tokens_and_labels(
     if not holds_rows(name, field):
         return joined(encode_file(read_text(path), name, **reading)), None
     tokens, labels, masked = [], [], False
+    marked = int(tokenizer is None or tokenizer.eot is not None)  # the number of ids before each row
     for prompt, document in read_documents(read_text(path), name, field):
         begin = tokens_of_text(prompt or "", eot="document", **reading)  # <|endoftext|> ends the row before
         end = tokens_of_text(document, eot="none", **reading)
         tokens += [begin, end]
-        labels += [begin[:1].astype(np.int32), np.full(len(begin) - 1, IGNORED, np.int32), end.astype(np.int32)]
+        labels += [begin[:marked].astype(np.int32), np.full(len(begin) - marked, IGNORED, np.int32), end.astype(np.int32)]
         masked = masked or prompt is not None
     return joined(tokens), np.concatenate(labels) if masked else None

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from ..errors import DataError, InputError
 from ..tokenizer import END_OF_TEXT, NEVER, Tokenizer, merged, spelled, vocabulary_of
-from .files import atomic_file, reason
+from .files import atomic_file, small_file
 from .safetensors import parse_object
 
 TYPE_CHECKING = False
@@ -42,7 +42,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tok
     try:
         return Tokenizer(read_vocabulary(path), V=V)
     except InputError as error:
-        raise (error if str(error).startswith(path) else InputError(f"{path}: {error}")) from None
+        raise (error if str(error).startswith((path, repr(path))) else InputError(f"{path}: {error}")) from None
 
 
 def read_vocabulary(path: str) -> "dict[str, Any]":
@@ -104,21 +104,11 @@ def _of_tokens(contents: list[bytes], eot: int) -> "dict[str, Any]":
 
 
 def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(LIMIT + 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read the vocabulary: {reason(error)}") from error
-    if len(text) > LIMIT:
-        raise InputError(f"{path}: longer than {LIMIT} bytes: too long for a vocabulary")
-    return text.removeprefix(b"\xef\xbb\xbf")
+    return small_file(path, "vocabulary", InputError, LIMIT)
 
 
 def _parsed(text: bytes, path: str) -> "dict[str, Any]":
-    try:
-        return parse_object(text, path)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    return parse_object(text, path, InputError)
 
 
 # ------------------------------------------------------------------------------------------------ making and writing

@@ -101,7 +101,8 @@ class Generator(Closing):
         bad_words_ids, suppress_tokens and logits_processor change the logits before the choice, in this order. A processor
         is a function (tokens, row) of the ids so far and the float32 logits (V,), which returns a row or None; or several.
 
-        Stop: stop_token_ids and stop_strings, one or several. The last token is a stop token or completes a stop string.
+        Stop: stop_token_ids and stop_strings, one or several. The last token is a stop token or completes a stop string. With
+        stop_at_eot, the id that ends a text in the model's vocabulary is a stop token.
 
         More than maxT tokens: by default they are refused. With overflow="stop", the completion ends at maxT. With
         overflow="slide", it continues with only the latest slide_to tokens (default: half of maxT) each time the window of maxT

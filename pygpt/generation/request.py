@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         logits_processor: Processor | Sequence[Processor] | None
         stop_token_ids: SupportsIndex | Iterable[SupportsIndex] | None
         stop_strings: str | Iterable[str] | None
+        stop_at_eot: bool | None
         overflow: str | None
         slide_to: SupportsIndex | None
         speculation: bool | SupportsIndex | None
@@ -54,7 +55,8 @@ OVERFLOWS = ("stop", "slide")
 MOST_GUESSES = 64  # in one step
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}  # options of sampler "sample"
 LENGTH = {"total", "max_new_tokens"}
-IN_JSON = {"sampler", "speculation", "stop_token_ids", "stop_strings", "overflow", *LENGTH, *SAMPLING, *CONTROLS[:-1]}
+STOPS = {"stop_token_ids", "stop_strings", "stop_at_eot"}
+IN_JSON = {"sampler", "speculation", "overflow", *STOPS, *LENGTH, *SAMPLING, *CONTROLS[:-1]}
 JSON_KEYS = {"tokens", *IN_JSON}
 OPTIONS = {*IN_JSON, "do_sample", "edits", "logits_processor", "slide_to"}
 
@@ -95,6 +97,7 @@ class Request:
         slide_to: "SupportsIndex | None" = None,
         stop_token_ids: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
         stop_strings: "str | Iterable[str] | None" = None,
+        stop_at_eot: bool | None = None,
         stop_in_prompt: bool = True,
         top_logprobs: "SupportsIndex | None" = None,
         prompt_logprobs: bool = False,
@@ -113,7 +116,7 @@ class Request:
         if self.control is not None and self.control.idle:
             self.control = None
         self.sampler = Sampler(options.pop("sampler", None), **options)
-        self.stop = Stop(config, stop_token_ids, stop_strings)
+        self.stop = Stop(config, stop_token_ids, stop_strings, stop_at_eot)
         self.stop_in_prompt, self.prompt_logprobs = stop_in_prompt, prompt_logprobs
         self.slide_to = self._check_slide_to(slide_to)
         self.top_logprobs = None if top_logprobs is None else check_whole("top_logprobs", top_logprobs, 0, config.V)
@@ -149,7 +152,7 @@ class Request:
             total = count + check_whole("max_new_tokens", max_new_tokens, 1, longest - count, rule)
         most = f"the model's {maxT}" if longest == maxT else str(longest)
         rule = f" from 2 to {most}; it counts the given tokens, too"
-        total = check_whole("total", DEFAULT_TOTAL if total is None else total, 2, longest, rule)
+        total = check_whole("total", min(DEFAULT_TOTAL, longest) if total is None else total, 2, longest, rule)
         if count >= total:
             way = f"give at most {total - 1}, or raise the total (-n)"
             raise InputError(f"{count} tokens were given, but the total is {total}, so a new one does not fit: {way}")

@@ -1,10 +1,10 @@
 """Stop conditions: end a completion before its length at a stop token, or if its text contains a stop string.
 
 The text is that of the whole sequence with the prompt. A stop string may begin and end inside tokens. The token that completes
-it is the last one, and may add text after the stop string. Source: the rule of Hugging Face's StopStringCriteria. Only stop
-strings load the vocabulary.
+it is the last one, and may add text after the stop string. Source: the rule of Hugging Face's StopStringCriteria. Stop strings
+load the vocabulary, and so does the end of text if the vocabulary is not GPT-2's.
 
-Refuses stop strings for a model of unknown vocabulary.
+Refuses both for a model of unknown vocabulary.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from .._kernels import check_token
 from ..config import Config
-from ..errors import InputError, shown, whole
+from ..errors import InputError, check_flag, shown, whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,16 +24,25 @@ if TYPE_CHECKING:
 class Stop:
     """Checked stop tokens and stop strings.
 
-    Raises InputError for an id outside the vocabulary, an empty stop string, or stop strings for an unknown vocabulary."""
+    at_eot: whether the id that ends a text is a stop token. Raises InputError for an id outside the vocabulary, an empty stop
+    string, stop strings or at_eot for an unknown vocabulary, and at_eot if the vocabulary does not have such an id."""
 
     def __init__(
         self,
         config: Config,
         token_ids: "SupportsIndex | Iterable[SupportsIndex] | None" = None,
         strings: "str | Iterable[str] | None" = None,
+        at_eot: bool | None = None,
     ) -> None:
         ids = _several("stop_token_ids", token_ids if whole(token_ids) is None else [token_ids], int)
         self.tokens = frozenset(check_token(token, config.V) for token in ids)
+        if at_eot is not None and check_flag("stop_at_eot", at_eot):
+            from ..tokenizer import end_of_text
+
+            if (end := end_of_text(config)) is None:
+                what = "the model's vocabulary has no token that ends a text"
+                raise InputError(f"stop_at_eot is True, but {what}: give an id in stop_token_ids (--stop-token)")
+            self.tokens |= {end}
         self.strings = [_encoded(text) for text in _several("stop_strings", strings, str)]
         self.longest = max(map(len, self.strings), default=0)
         self.tokenizer: Tokenizer | None = None

@@ -19,12 +19,11 @@ from ..errors import CheckpointError, InputError, PyGPTError
 from ..formats.huggingface import (
     CONFIG_FILE,
     INDEX_FILE,
-    JSON_LIMIT,
     MODEL_FILE,
     PICKLE_FILE,
     PICKLE_INDEX,
     find_files,
-    parse_settings,
+    read_json,
     read_settings,
 )
 from ..formats.pickles import pickle_error
@@ -123,8 +122,7 @@ class Repository:
 def _fetch_folder(repository: Repository) -> str:
     """Fetch config.json and the safetensors; return their folder."""
     settings = repository.need(CONFIG_FILE)
-    with open(settings, "rb") as file:
-        config = read_settings(parse_settings(file.read(JSON_LIMIT + 1), settings), repository.name)
+    config = read_settings(read_json(settings), repository.name)
     if config.V != GPT2_V:  # GPT-2's vocabulary is part of this package
         with suppress(PyGPTError):  # offline, a file that is not in the cache may not exist at all
             if repository.get("tokenizer.json") is None:
@@ -173,27 +171,19 @@ def _import_hub() -> None:
 
 @contextmanager
 def _warnings_to(note: Callable[[str], None]) -> Iterator[None]:
-    """Pass huggingface_hub's log messages and warnings to note() while the block runs."""
-    logger = logging.getLogger("huggingface_hub")
-    before, logger.handlers = logger.handlers, [_Notes(note)]
+    """Pass huggingface_hub's log messages and warnings to note() while the block runs, above the progress bar."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    def emit(record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(sys.stderr):
+            note(record.getMessage())
+
+    logger, handler = logging.getLogger("huggingface_hub"), logging.Handler()
+    handler.emit = emit  # type: ignore[method-assign]
+    before, logger.handlers = logger.handlers, [handler]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
             yield
     finally:
         logger.handlers = before
-
-
-class _Notes(logging.Handler):
-    """Call note() with each record, above the progress bar."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        super().__init__()
-        self._note = note
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Pass one record to note()."""
-        from huggingface_hub.utils.tqdm import tqdm
-
-        with tqdm.external_write_mode(sys.stderr):
-            self._note(record.getMessage())

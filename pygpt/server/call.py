@@ -3,7 +3,6 @@
 Refuses to know about HTTP.
 """
 
-import hashlib
 import os
 from asyncio import Future
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import InputError
+from ..formats.open import sha256_of
 from ..generation.request import Request
 from ..model import GPT2
 from ..tokenizer import GPT2_V, Tokenizer, tokenizer_of
@@ -47,8 +47,7 @@ class Served:
         self.traced: list[Future[list[list[Any]]]] = []  # requests that wait for the timeline of the next step
         self.fingerprint = None
         if fingerprint:  # equal hashes of the weights, their format and the arithmetic mean equal answers
-            with open(path, "rb") as file:
-                self.fingerprint = f"pygpt-{__version__}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+            self.fingerprint = f"pygpt-{__version__}-{sha256_of(path)[:16]}"
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:
         """Return the bytes of ids; none if the vocabulary is unknown."""

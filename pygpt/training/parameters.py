@@ -29,7 +29,7 @@ from ..hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..formats.open import Model
+    from ..formats.tensors import ModelFile
 
 Ids = npt.NDArray[np.int32]  # (B, T)
 Losses = npt.NDArray[np.float32]  # (B, T)
@@ -173,7 +173,7 @@ class Parameters(Closing):
             model.take(checkpoint)
         return model
 
-    def take(self, checkpoint: "Model") -> None:
+    def take(self, checkpoint: "ModelFile") -> None:
         """Copy the weights of an open model of the same dimensions. Raises CheckpointError for one that is not finite."""
         for name in self._places:
             start = 0
@@ -236,7 +236,7 @@ class Parameters(Closing):
             write_tensors(file, self, kind, {CONFIG_FILE: json.dumps(settings_of(self.config, kind.name))})
 
     def pieces(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield a tensor in one piece for each layer, as Checkpoint.pieces() does."""
+        """Yield a tensor in one piece for each layer, as ModelFile.pieces() does."""
         array = self.tensor(name)
         yield from (array[i : i + 1] for i in range(len(array))) if array.ndim == 3 else [array]
 

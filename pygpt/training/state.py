@@ -85,8 +85,7 @@ class TrainingState(Closing):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.realpath(path)
-        self._map = map_file(os.fspath(path), "training state", CheckpointError, self._check)
-        self._view = memoryview(self._map)
+        self._view = map_file(os.fspath(path), "training state", CheckpointError, self._check)
         try:
             self._check_sum()
             self.progress = Progress.from_json(bytes(self._view[HEADER_BYTES : self._values]))
@@ -127,7 +126,6 @@ class TrainingState(Closing):
     def close(self) -> None:
         """Unmap the file. May be called twice."""
         self._view.release()
-        self._map.close()
 
 
 def _finite(text: str) -> float:

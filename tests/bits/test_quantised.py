@@ -15,12 +15,13 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quantisers import quantise, to_panels
 
 from pygpt import GPT2, Config, InputError, SerialGPT2, cpu_info
 from pygpt._kernels import blocks_to_panels, matrix_bytes, matrix_product, quantise_panels, select_isa
 from pygpt._reference import KERNELS
 from pygpt.formats.dtypes import FLOAT32, FORMATS
-from pygpt.formats.panels import StoredWeights, from_panels, panel_sizes, to_panels
+from pygpt.formats.panels import StoredWeights, from_panels, panel_sizes
 from pygpt.formats.quantise import QUANTISED, quantised
 
 Float32 = npt.NDArray[np.float32]
@@ -197,7 +198,7 @@ def test_panels_are_a_files(name: str, N: int, K: int, seed: int, nth: int) -> N
     array[rng.random((N, K)) < 0.1] = 0
     array[rng.integers(N), rng.integers(K)] = rng.choice([1e-41, -3e-6, 4e5, -5e4, 0])
     padded = np.pad(array, ((0, 0), (0, -K % 32)))
-    values, scales = to_panels(FORMATS[name], FORMATS[name].from_float32(padded))  # type: ignore[misc]
+    values, scales = to_panels(FORMATS[name], quantise(FORMATS[name], padded))
     for isa in ISAS:
         out = np.zeros(matrix_bytes(name, N, K), np.uint8)
         with instruction_set(isa):

@@ -21,6 +21,7 @@ from running import assert_refuses, assert_refuses_and_keeps
 
 from pygpt import GPT2, Complete, InputError, PyGPTError
 from pygpt.commands.batch import main
+from pygpt.commands.convert import main as convert
 
 OPTIONS = ["-t", "1", "--max-new-tokens", "6", "--temp", "0.9", "--seed", "7"]
 ROWS: list[dict[str, Any]] = [
@@ -229,7 +230,7 @@ def test_a_complete_job_is_kept_and_other_options_are_refused(
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ("[1]", "line 2 is not an object"),
+        ("[1]", "line 2 is [1]: it must be an object"),
         ("{", "line 2 is not JSON"),
         ({"id": 5}, 'line 2: give either "prompt"'),
         ({"id": 5, "tokens": [1], "prompt": "x"}, 'either "prompt"'),
@@ -276,6 +277,18 @@ def test_bad_arguments_and_files(folder: Path, capsys: pytest.CaptureFixture[str
     refused(capsys, ["bad.jsonl.gz", *words[1:]], "bad.jsonl.gz: ")
     Path("bad.jsonl.zst").write_bytes(b"nothing of the kind")
     refused(capsys, ["bad.jsonl.zst", *words[1:]], "bad.jsonl.zst: ")
+
+
+def test_a_folder_is_a_model(folder: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its answers are those of the same weights in one file, and the job knows the folder's settings, too."""
+    whole = answers()
+    assert convert([model, "hf/"]) == 0
+    words = ["in.jsonl", "-o", "hf.jsonl", *OPTIONS, "-m", "hf"]
+    assert main(words) == 0
+    assert Path("hf.jsonl").read_bytes() == whole
+    Path("hf/config.json").write_text(Path("hf/config.json").read_text().replace("gelu_new", "relu"))
+    assert main(words) == 2
+    assert re.search("hf.jsonl: .*model .*give the same, or --force", capsys.readouterr().err)
 
 
 def test_a_full_disk_and_a_second_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

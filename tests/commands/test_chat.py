@@ -27,13 +27,13 @@ from hypothesis import strategies as st
 from running import PIPE_BYTES, ROOT, assert_one_line_error, forks
 from running import run as run_command
 
-from pygpt import GPT2
+from pygpt import GPT2, InputError
 from pygpt.commands import chat as chat_module
 from pygpt.commands.child import ChildError, child_environment, read_ids
 from pygpt.config import Config
 from pygpt.formats.checkpoint import Checkpoint, write_checkpoint
 from pygpt.hub.find import EMBEDDED_MODEL
-from pygpt.tokenizer import Tokenizer
+from pygpt.tokenizer import Tokenizer, vocabulary_of
 
 CHAT = ROOT / "chat.py"
 TOKENIZER = Tokenizer()
@@ -303,7 +303,8 @@ def test_options_of_a_completion_are_in_the_request(fake: Fake) -> None:
     for name, value in FLAGS.values():
         assert fake.log(name) == [value]
     assert fake.log("stop_strings") == [["\n\n", "é"]]
-    assert fake.log("stop_token_ids") == [[7, 50256]]
+    assert fake.log("stop_token_ids") == [[7]]
+    assert fake.log("stop_at_eot") == [True]
     assert fake.log("argv") == [["-"]]
 
 
@@ -675,7 +676,7 @@ class Echo:
     """A replacement for the child: it answers with the ids in `reply`, and stores the requests."""
 
     def __init__(self, reply: str = "hello there") -> None:
-        self.reply = ids_of(reply)
+        self.reply: list[int] = ids_of(reply)
         self.asked: list[tuple[list[int], dict[str, Any]]] = []
         self.stopped = False
 
@@ -752,12 +753,29 @@ def test_set_changes_the_next_requests(
 
 def test_stop_text_and_the_end_of_text_end_a_reply_unseen(capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench(eot=True)
-    assert bench.request["stop_token_ids"] == [50256]
+    assert bench.request["stop_at_eot"] is True
     bench.echo.reply = [*ids_of("Hi.\n\n"), 50256]
     bench.take("hello", '/set stop "\\n\\n"', "hello", "hello\\n", "/set show_stop on", "hello", "/set stop_at_eot off")
     out = capsys.readouterr().out
     assert out == "Hi.\n\n\n" + "Hi.\n" * 2 + "Hi.\n\n<|endoftext|>\n"
-    assert "stop_token_ids" not in bench.request
+    assert "stop_at_eot" not in bench.request
+
+
+def test_the_end_of_a_reply_is_that_of_the_models_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not GPT-2's: here <eos> has id 3, id 50256 does not exist, and the other vocabulary has no such token."""
+    for added, end in ({"<eos>": True}, 3), ({}, None):
+        tokens = ["a", "b", "c", *added]
+        vocabulary = vocabulary_of(tokens, [], added)
+        config = Config(maxT=64, V=len(tokens), L=1, NH=1, C=1)
+        config.tokenizer = lambda vocabulary=vocabulary: Tokenizer(vocabulary)
+        settings, echo = chat_module.Settings(chat_module.parse(["-n", "5"]), config), Echo()
+        chat = chat_module.Chat(echo, settings)  # type: ignore[arg-type]
+        echo.reply = [0, 1] if end is None else [0, 1, end]
+        chat.take("ab")
+        assert capsys.readouterr().out == "ab\n"
+        assert settings.request == {"max_new_tokens": 5, **({} if end is None else {"stop_at_eot": True})}
+    with pytest.raises(InputError, match="stop_at_eot is True, but the model's vocabulary has no"):
+        chat_module.Settings(chat_module.parse(["--stop-at-eot"]), config)
 
 
 @pytest.mark.parametrize(

@@ -665,7 +665,7 @@ def test_bad_options_of_generation(arguments: list[str], named: list[str]) -> No
 
 
 def test_stops_outside_the_vocabulary(small: str) -> None:
-    assert_refused(run("-m", small, "--stop-at-eot", "5"), "50256", "210")
+    assert_refused(run("-m", small, "--stop-at-eot", "5"), "50257", "211")
     assert_refused(run("-m", small, "--stop", "a", "5"), "50257", "211")
     assert_refused(run("-m", small, "--stop", "a", "-"), "50257", "211")
 

@@ -21,7 +21,7 @@ from pygpt.commands.quantize import FORMATS, main
 from pygpt.config import TENSORS, Config
 from pygpt.errors import CheckpointError
 from pygpt.formats.gguf import GGUFFile
-from pygpt.formats.open import open_model, open_source
+from pygpt.formats.open import open_model
 from pygpt.formats.panels import PanelFile, quantise
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 130, "maxT": 8}
@@ -42,7 +42,7 @@ refused = partial(assert_refuses_and_keeps, main)
 
 
 def all_of(path: str) -> Tensors:
-    with open_source(path) as model:
+    with open_model(path) as model:
         return {name: np.concatenate(list(model.pieces(name))) for name, _ in TENSORS}
 
 

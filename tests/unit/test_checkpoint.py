@@ -95,7 +95,7 @@ def refusal(path: str | Path) -> str:
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as caught:
-            Checkpoint(path)
+            Checkpoint(path).stored()
         assert tracemalloc.get_traced_memory()[1] < SMALL_MEMORY
     finally:
         tracemalloc.stop()
@@ -349,9 +349,9 @@ def test_a_file_that_shrinks_while_it_is_opened_is_refused(tmp_path: Path, monke
     path = small_model(tmp_path)
     real = mmap.mmap
 
-    def shrink_then_map(fd: int, length: int, access: int) -> Any:
+    def shrink_then_map(fd: int, length: int, access: int, offset: int) -> Any:
         os.truncate(path, 2000)
-        return real(fd, length, access=access)
+        return real(fd, length, access=access, offset=offset)
 
     monkeypatch.setattr(mmap, "mmap", shrink_then_map)
     assert "cannot map" in refusal(path)
@@ -411,7 +411,7 @@ def test_a_file_too_large_for_memory_is_a_memory_error(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match=f"^{path}: .*ulimit -v"):
-        Checkpoint(path, mmap=mapped)
+        Checkpoint(path, mmap=mapped).stored()
     (tmp_path / "model.safetensors").write_bytes(bytes(100))
     with pytest.raises(MemoryError, match="ulimit -v"):
         SafetensorsFile(tmp_path / "model.safetensors")

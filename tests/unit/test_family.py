@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import record_family as family
+from make_checkpoint import make
 
 from pygpt import GPT2, CheckpointError, Config, InputError, SerialGPT2, SerialTrainableGPT2
 from pygpt._kernels import cpu_info, select_isa
@@ -17,7 +18,9 @@ from pygpt.commands.convert import main as convert
 from pygpt.commands.quantize import main as quantize
 from pygpt.config import ACTIVATIONS
 from pygpt.formats.huggingface import HuggingFaceModel, read_settings
-from pygpt.formats.open import open_source
+from pygpt.formats.open import open_model
+from pygpt.formats.text import read_text
+from pygpt.formats.vocabulary import load_tokenizer
 from pygpt.training.data import DataLoader
 from pygpt.training.parameters import TrainingOptions
 from pygpt.training.state import TrainingState
@@ -47,7 +50,7 @@ def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def weights_of(path: str) -> tuple[oracle.Weights, Config]:
-    with open_source(path) as model:
+    with open_model(path) as model:
         return {n: np.concatenate(list(model.pieces(n))).astype(np.float64) for n, _ in model.config.table}, model.config
 
 
@@ -256,6 +259,57 @@ def test_a_foreign_file_is_named(tmp_path: Path, file: str, content: bytes, name
     with pytest.raises(CheckpointError, match=f"{file}: .*{named}") as caught:
         GPT2.load(tmp_path / file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"\x1f\x8b\x08", b"PK\x03\x04"])
+def test_a_foreign_file_in_place_of_a_text_or_vocabulary_is_named(tmp_path: Path, content: bytes) -> None:
+    what = "Git LFS pointer" if content[0] == ord("v") else "compressed archive"
+    (tmp_path / "t.txt").write_bytes(content + b"\n" * 100)
+    with pytest.raises(InputError, match=f"t.txt: the text is a {what}"):
+        "".join(read_text(tmp_path / "t.txt"))
+    for name in "vocab.json", "own.json", "tokenizer.bin":
+        (tmp_path / name).write_bytes(content + b"\n" * 2000)
+        with pytest.raises(InputError, match=f"{name}: not a vocabulary, but a {what}"):
+            load_tokenizer(tmp_path / name)
+
+
+def test_a_page_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"<html>\r\n")
+    assert "".join(read_text(tmp_path / "t.txt")) == "<html>\n"
+
+
+def test_settings_in_place_of_a_model_are_named(tmp_path: Path) -> None:
+    hf.make_model(tmp_path / "model", raw(family.tensors()), settings())
+    with pytest.raises(CheckpointError, match=r"config\.json: JSON, not a model file: give the model's folder"):
+        GPT2.load(tmp_path / "model" / "config.json")
+
+
+def test_a_short_context_needs_no_total(tmp_path: Path) -> None:
+    """The default length is ten tokens, or the context if that is shorter."""
+    make(tmp_path / "m.bin", L=1, NH=1, C=4, V=9, maxT=6)
+    with GPT2.load(tmp_path / "m.bin") as model:
+        assert len(list(model.generate([1, 2]))) == 4
+
+
+def test_a_float16_model_stays_float16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a folder, and in memory: the kernels use its numbers as they are."""
+    hf.make_model(tmp_path / "model", raw(family.tensors(), "F16"), settings())
+    assert convert([str(tmp_path / "model"), f"{tmp_path}/again/"]) == 0
+    assert capsys.readouterr().err.count("(Hugging Face, float16, ") == 2
+    for path in ("model", "again"):
+        with HuggingFaceModel.open(str(tmp_path / path)) as model:
+            assert {kind for kind, _ in model.stored().values()} == {"float16"}
+    assert np.array_equal(logits_of(str(tmp_path / "model")), logits_of(str(tmp_path / "again")))
+
+
+def test_missing_biases_have_the_format_of_the_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So a model without biases keeps its bfloat16 numbers in a .bin file."""
+    rounded = {n: (array.view("<u4") >> 16).astype("<u2") for n, array in linear(family.tensors(), biases=False).items()}
+    stored: dict[str, hf.Raw] = {n: ("BF16", array.shape, array.tobytes()) for n, array in rounded.items()}
+    hf.make_model(tmp_path / "nano", stored, settings())
+    assert convert([str(tmp_path / "nano"), str(tmp_path / "nano.bin")]) == 0
+    assert "nano.bin (version 5, bfloat16, " in capsys.readouterr().err
+    assert np.array_equal(logits_of(str(tmp_path / "nano")), logits_of(str(tmp_path / "nano.bin")))
 
 
 def test_a_zip_file_is_not_taken_for_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Peer
 
 from pygpt import GPT2, InputError, SerialGPT2, StreamDecoder, Tokenizer
+from pygpt.commands.batch import main as batch
 from pygpt.commands.chat import main as chat
 from pygpt.commands.convert import main as convert
 from pygpt.commands.eval import main as evaluate
@@ -21,8 +22,9 @@ from pygpt.commands.quantize import main as quantize
 from pygpt.commands.train.main import main as train
 from pygpt.formats.llmc import write_tokenizer
 from pygpt.formats.open import open_model
+from pygpt.formats.text import tokens_and_labels
 from pygpt.formats.vocabulary import characters_of, load_tokenizer, tokenizer_files, write_vocabulary
-from pygpt.tokenizer import tokenizer_of
+from pygpt.tokenizer import tokenizer_of, vocabulary_of
 
 TEXT = Path(__file__).with_name("test_tokenizer.py").read_text()
 TEXT += "äöü ß 中文字 🙂🙃 e\u0301 123 4567 \r\n\t  x I'll we've DON'T\n" * 20
@@ -169,7 +171,7 @@ def test_gpt2s_own_vocabulary_from_every_file(folder: Path) -> None:
         ("tokenizer.json", b"{}", "it has no object `model`"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": []}}', "type 'Unigram': only byte-level BPE"),
         ("tokenizer.json", b'{"model": {"vocab": {"a": 0}, "merges": []}}', "splits text by None"),
-        ("vocab.json", b'{"a": 0}', "merges.txt: cannot read the vocabulary: No such file"),
+        ("vocab.json", b'{"a": 0}', "'merges.txt': cannot open the vocabulary: No such file"),
         ("tokenizer.bin", b"x" * 2000, "magic number"),
         ("absent.json", None, "No such file"),
     ],
@@ -180,7 +182,7 @@ def test_a_file_that_is_no_vocabulary(folder: Path, name: str, content: bytes | 
     with pytest.raises(InputError) as caught:
         load_tokenizer(name)
     assert named in str(caught.value)
-    assert str(caught.value).startswith(name.removesuffix("vocab.json"))
+    assert str(caught.value).lstrip("'").startswith(name.removesuffix("vocab.json"))
     assert "\n" not in str(caught.value)
 
 
@@ -329,7 +331,7 @@ def test_from_text_to_chat_in_two_commands(
     [
         (["--chars", "--train-tokenizer", "300"], "--train-tokenizer and --chars were both given"),
         (["--train-tokenizer", "256"], "257"),
-        (["--tokenizer", "absent.json"], "absent.json: cannot read"),
+        (["--tokenizer", "absent.json"], "'absent.json': cannot open"),
         (["--chars", "--data", "ids.bin"], "--chars makes a vocabulary from text, but ids.bin holds tokens"),
         (["--chars", "--shape", "L=1,NH=1,C=32,maxT=16,V=7"], "the tokenizer has"),
     ],
@@ -338,3 +340,49 @@ def test_bad_vocabularies_for_training(play: str, capsys: pytest.CaptureFixture[
     Path("ids.bin").write_bytes(struct.pack("<256i", 20240520, 1, 20, *[0] * 253) + bytes(40))
     assert train([*RUN, *options]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [["text"], ["prompt"], ["text", "prompt"]])
+def test_rows_are_documents_in_every_vocabulary(play: str, rows: list[str]) -> None:
+    """Before each row is the id that ends a text, if the vocabulary has one. Prompts are masked without it, too."""
+    given = [dict.fromkeys(["prompt", "completion"] if row == "prompt" else [row], "ROMEO") for row in rows]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, given)))
+    for tokenizer in Tokenizer(characters_of([play])), Tokenizer(vocabulary_of([*"ROME", "</s>"], [], {"</s>": True})):
+        mark, text = [] if tokenizer.eot is None else [tokenizer.eot], tokenizer.encode("ROMEO")
+        tokens, labels = tokens_and_labels("rows.jsonl", tokenizer=tokenizer)
+        parts = [(mark + text, mark + [-100] * 5) if "prompt" in row else (mark, mark) for row in given]
+        assert tokens.tolist() == [i for ids, _ in parts for i in ids + text]
+        assert (labels is None) == ("prompt" not in given[-1])
+        assert labels is None or labels.tolist() == [i for _, ids in parts for i in ids + text]
+
+
+def test_the_end_of_a_text_is_that_of_the_vocabulary(play: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """stop_at_eot ends at the model's own id in every program; a model that always chooses it shows this."""
+    write_vocabulary("m.tokenizer.json", vocabulary_of([*"ROME", "<eos>"], [], {"<eos>": True}))
+    make("m.bin", L=1, NH=1, C=32, V=5, maxT=8)
+    content = bytearray(Path("m.bin").read_bytes())
+    values = np.frombuffer(content, "<f4", offset=1024)
+    values[4 * 32 : 5 * 32], values[-32:] = 10, 1
+    Path("m.bin").write_bytes(content)
+    for kind in GPT2, SerialGPT2:
+        with kind.load("m.bin") as model:
+            assert list(model.generate([1], max_new_tokens=5, sampler="greedy")) == [4] * 5
+            assert list(model.generate([1], max_new_tokens=5, sampler="greedy", stop_at_eot=True)) == [4]
+            assert list(model.generate([1], max_new_tokens=2, sampler="greedy", stop_at_eot=False)) == [4] * 2
+            with pytest.raises(InputError, match="stop_at_eot is 1"):
+                model.generate([1], stop_at_eot=1)  # type: ignore[arg-type]
+    assert chat(["-m", "m.bin", "-n", "3", "--sampler", "greedy", "ROM"]) == 0
+    assert chat(["-m", "m.bin", "-n", "3", "--sampler", "greedy", "--no-stop-at-eot", "ROM"]) == 0
+    assert capsys.readouterr().out == "\n<eos><eos><eos>\n"
+    Path("in.jsonl").write_text('{"prompt": "ROM", "max_new_tokens": 4}\n{"prompt": "E", "stop_at_eot": false}\n')
+    assert batch(["in.jsonl", "-o", "out.jsonl", "-m", "m.bin", "--sampler", "greedy", "--stop-at-eot"]) == 0
+    assert [json.loads(line)["tokens"] for line in Path("out.jsonl").read_text().splitlines()] == [[4], [4] * 7]
+    write_vocabulary("none.json", vocabulary_of([*"ROME"], [], {}))
+    with (
+        GPT2.load("m.bin", tokenizer="none.json") as model,
+        pytest.raises(InputError, match="vocabulary has no token that ends a text: give an id"),
+    ):
+        model.generate([1], stop_at_eot=True)
+    Path("m.tokenizer.json").unlink()
+    with GPT2.load("m.bin") as model, pytest.raises(InputError, match="this model has 5 ids, which are not GPT-2's"):
+        model.generate([1], stop_at_eot=True)

@@ -227,10 +227,10 @@ def read_weights(path: str) -> "tuple[Config, Weights]":
     """
     import numpy as np
 
-    from ...formats.open import open_source
+    from ...formats.open import open_model
 
     weights = {}
-    with open_source(path) as source:
+    with open_model(path) as source:
         for name, shape, _, _ in source.config.tensors(padded=False):
             array, start = np.empty(shape, np.float32), 0
             for rows in source.pieces(name):
@@ -520,11 +520,11 @@ ENGINES: dict[str, Callable[[str, int], Engine]] = {
 
 def convert_to_gguf(path: str, folder: str, format: str | None = None) -> "Config":
     """Write model.gguf in a format of `pygpt quantize`, or in the file's own precision; return the dimensions."""
-    from ...formats.open import open_source
-    from ..quantize import FORMATS, HEADS, positions_of, quantise
+    from ...formats.open import open_model
+    from ..quantize import FORMATS, HEADS, quantise
 
-    with open_source(path) as source:
-        plain = "bf16" if positions_of(source) == FORMATS["bf16"] else "f32"
+    with open_model(path) as source:
+        plain = "bf16" if source.formats["wpe"] == FORMATS["bf16"] else "f32"
         kind = plain if format is None else format
         quantise(source, os.path.join(folder, "model.gguf"), FORMATS[kind], FORMATS[HEADS.get(kind, kind)])
         return source.config
