@@ -50,13 +50,11 @@ if TYPE_CHECKING:
     from .reference import SerialGPT2 as SerialGPT2
     from .tokenizer import StreamDecoder as StreamDecoder, Tokenizer as Tokenizer
     from .training.data import DataLoader as DataLoader, split as split
-    from .training.options import TrainingOptions as TrainingOptions
-    from .training.parallel import open_ranks as open_ranks
-    from .training.parallel.ranks import Ranks as Ranks
-    from .training.serial import SerialTrainableGPT2 as SerialTrainableGPT2
+    from .training.parallel import Ranks as Ranks
+    from .training.parameters import TrainingOptions as TrainingOptions
     from .training.state import TrainingState as TrainingState, open_state as open_state
-    from .training.trainable import TrainableGPT2 as TrainableGPT2
-    from .training.trainer import Record as Record, Trainer as Trainer
+    from .training.trainable import SerialTrainableGPT2 as SerialTrainableGPT2, TrainableGPT2 as TrainableGPT2
+    from .training.trainer import Record as Record, Trainer as Trainer, open_ranks as open_ranks
 
 # The public names after the module of each, in the order of the reference.
 _PUBLIC = """
@@ -67,9 +65,10 @@ formats.llmc DebugState Example read_debug_state read_examples read_tokenizer wr
 write_tokenizer, tokenizer StreamDecoder Tokenizer, hub.find find_model, network KVCache Network, generation.request Request,
 generation.completion Completion, generation.logprobs TokenInfo, generation.prefix PrefixCache,
 generation.engine Engine Event Job, model GPT2, reference SerialGPT2, ceilings Ceilings, cluster Complete,
-training.parallel open_ranks, training.parallel.ranks Ranks, training.options TrainingOptions, training.data DataLoader split,
-training.serial SerialTrainableGPT2, training.state TrainingState open_state, training.trainable TrainableGPT2,
-training.trainer Record Trainer, inspection.inside Logit SparseAutoencoder ablate_heads attribution_patching induction_scores
+training.parallel Ranks, training.parameters TrainingOptions, training.data DataLoader split,
+training.state TrainingState open_state, training.trainable SerialTrainableGPT2 TrainableGPT2,
+training.trainer Record Trainer open_ranks,
+inspection.inside Logit SparseAutoencoder ablate_heads attribution_patching induction_scores
 logit_attribution logit_lens loss_by_position mean_loss named_activations patch_activations save_activations their_names,
 inspection.show heat_map text_table"""
 _HOME = {name: module for module, *names in map(str.split, _PUBLIC.split(",")) for name in names}

@@ -1,4 +1,4 @@
-"""The serial reference with the interface of the fast path: SerialGPT2 for GPT2. training/serial.py has the one for training.
+"""The serial reference with the interface of the fast path: SerialGPT2 for GPT2. training/trainable.py has its training.
 
 Commands, tests and benchmarks compare the fast path with it. It computes one number after another, without vector instructions.
 """
@@ -16,7 +16,7 @@ from .hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import SupportsIndex
+    from typing import Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
@@ -110,18 +110,9 @@ class SerialGPT2(Generator):
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod
-    def load(
-        cls,
-        path: "str | os.PathLike[str] | None" = None,
-        *,
-        mmap: bool = True,
-        weights: str | None = None,
-        tokenizer: "str | os.PathLike[str] | None" = None,
-        text_only: bool = False,
-    ) -> "SerialGPT2":
-        """Open the checkpoint that GPT2.load() would open."""
-        model = find_model(path)[0]
-        return cls(open_weights(model, mmap=mmap, weights=weights, tokenizer=tokenizer, text_only=text_only))
+    def load(cls, path: "str | os.PathLike[str] | None" = None, **options: "Any") -> "SerialGPT2":
+        """Open the checkpoint that GPT2.load() would open. options: its mmap, weights, tokenizer and text_only."""
+        return cls(open_weights(find_model(path)[0], **options))
 
     def logits(self, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Return the logits of every position of a sequence, (T, V)."""

@@ -7,32 +7,7 @@
     pygpt eval next "To be, or not to" -o json
     pygpt eval compare gpt2_124M.bin gpt2_q8.gguf book.txt -n 10000
 
-perplexity slides a window of --window tokens (default maxT) over the text, by --stride tokens (default half a window). Each
-window scores the tokens after the previous window, so each token except the first is scored once. In all windows except the
-first, a scored token has at least window - stride tokens of context. --window T+1 --stride T scores blocks of T tokens, as in
-training. If the stride equals the window, the first token of each window has no context and is not scored.
-
-compare slides the same windows over the text for two models A and B, in any formats. It prints the perplexity of each, the mean
-Kullback-Leibler divergence of B from A, and the top-1 agreement. The divergence is the sum of p_A (log p_A - log p_B) over the
-vocabulary, in nats. The agreement is the share of positions at which both models have the same most probable token.
-
-hellaswag reads llm.c's hellaswag_val.bin, or HellaSwag's own .jsonl file, whose rows have the fields ctx, endings and label.
-Each ending begins with a space, as in llm.c. It counts an example as right if its right ending has the lowest sum of losses
-(acc) or the lowest mean loss (acc_norm).
-
-next prints the most probable tokens after the prompt.
-
-JSON (-o json) is one object with the fields task, model, threads, seconds, tokens_per_s (computed rows per second), and
-
-    perplexity    file, tokens (number read), scored (number scored), window, stride, loss (nats per token), perplexity (null
-                  above 1e307), bits_per_byte (of the scored text without <|endoftext|>; null for an unknown vocabulary)
-    hellaswag     file, examples, right, right_norm (right examples by sum and by mean), acc, acc_norm
-    compare       file, tokens, scored, window, stride, loss [A, B], perplexity [A, B], kl_divergence (nats), top1_agreement
-                  (0 to 1); model is [A, B]
-    next          prompt (ids), next [id, text (null for a part of a character), bytes (hex), probability, logprob (nats)]
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
-Sources: Hugging Face, "Perplexity of fixed-length models"; llm.c, dev/data/hellaswag.py.
+docs/reference/eval.md says how each number is computed, and describes the JSON.
 """
 
 import argparse
@@ -40,9 +15,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -138,19 +112,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def log_sums(rows: Losses) -> Losses:
-    """Return the logarithm of the sum of exponentials of each row's logits: [rows, V] -> [rows].
-
-    Raises NumericalError if a result is not finite."""
+    """Return the log-sum-exp of each row of logits: [rows, V] -> [rows]. Raises NumericalError if one is not finite."""
     top = rows.max(axis=1)  # [rows]
     out: Losses = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))  # [rows]
     if not np.isfinite(out).all():
         raise NumericalError("the network's logits are not finite: the model file's weights are damaged or out of range")
     return out
-
-
-def picked(rows: Losses, targets: Sequence[int]) -> Losses:
-    """Return the value of each row's target: [rows, V], [rows] -> [rows]."""
-    return rows[np.arange(len(rows)), targets]
 
 
 def blocks(
@@ -171,45 +138,56 @@ def blocks(
             yield [rows[at : at + FLOAT64_ROWS].astype("f8") for rows in logits], wanted[at : at + FLOAT64_ROWS]
 
 
-def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
-    """Return the result, the number of computed rows, and the result as text."""
+def sums_of(models: Sequence[GPT2], tokens: Sequence[int], targets: Sequence[int]) -> list[float]:
+    """Run tokens through each model; return sums over the last len(targets) tokens, whose successors are `targets`.
+
+    Each model has a sum of losses, in nats. Two models also have the sum of divergences of the second from the first, in nats,
+    and the number of rows at which both have the same most probable token."""
+    found: list[tuple[float, ...]] = []  # of each row
+    for logits, wanted in blocks(models, tokens, targets):
+        totals = [log_sums(rows) for rows in logits]
+        columns = [total - rows[np.arange(len(rows)), wanted] for rows, total in zip(logits, totals, strict=True)]
+        if len(models) == 2:
+            logprobs, others = (rows - total[:, None] for rows, total in zip(logits, totals, strict=True))
+            columns.append((np.exp(logprobs) * (logprobs - others)).sum(axis=1))
+            columns.append(logprobs.argmax(axis=1) == others.argmax(axis=1))
+        found += zip(*(column.tolist() for column in columns), strict=True)
+    return [math.fsum(column) for column in zip(*found, strict=True)]
+
+
+def slide(models: Sequence[GPT2], options: argparse.Namespace) -> tuple[Result, int, list[float], int]:
+    """Slide windows over the subject. Return the facts for the result, the number of rows that the models computed, the means
+    of what sums_of() sums, and the bytes of the scored text without <|endoftext|> (0 for an unknown vocabulary)."""
     tokenizer = None
-    with suppress(InputError):  # the vocabulary is unknown
-        tokenizer = tokenizer_of(model.config)
-
-    def sums_of(ids: list[int], targets: list[int]) -> tuple[float, int]:
-        text = [] if tokenizer is None else [token for token in targets if token != tokenizer.eot]
-        text_bytes = len(tokenizer.decode_bytes(text)) if tokenizer is not None else 0
-        found = blocks([model], ids, targets)
-        return math.fsum(loss for (rows,), wanted in found for loss in log_sums(rows) - picked(rows, wanted)), text_bytes
-
-    facts, rows, (total, text_bytes) = slide([model], options, sums_of)
-    loss = total / facts["scored"]
-    per_byte = total / math.log(2) / text_bytes if text_bytes else None
-    bits = f"{per_byte:.4f} bits per byte, " if per_byte is not None else ""
-    text = f"perplexity {shown_power(loss)}, loss {loss:.6f} nats per token, {bits}{where(facts)}"
-    return {**facts, "loss": loss, "perplexity": power_of(loss), "bits_per_byte": per_byte}, rows, text
-
-
-def slide(
-    models: Sequence[GPT2], options: argparse.Namespace, sums_of: Callable[[list[int], list[int]], Sequence[float]]
-) -> tuple[Result, int, list[float]]:
-    """Slide windows over the subject. sums_of: takes a window's inputs and its targets, returns sums over the targets, the
-    loss first. Return the facts for the result, the number of rows that the models computed, and the sums over all windows."""
+    with suppress(InputError):
+        tokenizer = tokenizer_of(models[0].config)
     window, stride = window_of(min(model.config.maxT for model in models), options)
     tokens = tokens_in(options, models[0])[: options.limit]
     if len(tokens) < 2:
         raise InputError(f"{options.subject}: {len(tokens)} tokens: at least 2 are needed, because the first is not scored")
-    rows = scored = 0
-    found: list[Sequence[float]] = []  # of each window
+    rows = scored = text_bytes = 0
+    found: list[list[float]] = []  # of each window
     with Progress("tokens", len(tokens) - 1) as progress:
         for begin, first, end in windows(len(tokens), window, stride):
             ids = tokens[begin:end].tolist()
-            found.append(sums_of(ids[:-1], ids[first - begin :]))
-            rows, scored = rows + len(models) * (len(ids) - 1), scored + end - first
+            targets = ids[first - begin :]
+            found.append(sums_of(models, ids[:-1], targets))
+            rows, scored = rows + len(models) * (len(ids) - 1), scored + len(targets)
+            if tokenizer is not None:
+                text_bytes += len(tokenizer.decode_bytes([token for token in targets if token != tokenizer.eot]))
             progress.update(scored, f", loss {sum(sums[0] for sums in found) / scored:.4f}")
     facts = {"file": options.subject, "tokens": len(tokens), "scored": scored, "window": window, "stride": stride}
-    return facts, rows, [math.fsum(column) for column in zip(*found, strict=True)]
+    return facts, rows, [math.fsum(column) / scored for column in zip(*found, strict=True)], text_bytes
+
+
+def perplexity(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
+    """Return the result, the number of computed rows, and the result as text."""
+    facts, rows, (loss,), text_bytes = slide([model], options)
+    per_byte = loss * facts["scored"] / math.log(2) / text_bytes if text_bytes else None
+    bits = f"{per_byte:.4f} bits per byte, " if per_byte is not None else ""
+    power, shown_power = power_of(loss)
+    text = f"perplexity {shown_power}, loss {loss:.6f} nats per token, {bits}{where(facts)}"
+    return {**facts, "loss": loss, "perplexity": power, "bits_per_byte": per_byte}, rows, text
 
 
 def where(facts: Result) -> str:
@@ -217,14 +195,10 @@ def where(facts: Result) -> str:
     return f"{facts['scored']} tokens, window {facts['window']}, stride {facts['stride']}"
 
 
-def power_of(loss: float) -> float | None:
-    """Return the perplexity of a loss, or None if it overflows a float."""
-    return math.exp(loss) if loss < LARGEST_LOSS else None
-
-
-def shown_power(loss: float) -> str:
-    """Return the perplexity of a loss as text."""
-    return "infinite" if (power := power_of(loss)) is None else f"{power:.4f}"
+def power_of(loss: float) -> tuple[float | None, str]:
+    """Return the perplexity of a loss, and its text; None if it overflows a float."""
+    power = math.exp(loss) if loss < LARGEST_LOSS else None
+    return power, "infinite" if power is None else f"{power:.4f}"
 
 
 def window_of(maxT: int, options: argparse.Namespace) -> tuple[int, int]:
@@ -251,9 +225,7 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 
 
 def tokens_in(options: argparse.Namespace, model: GPT2) -> npt.NDArray[np.integer[Any]]:
-    """Return the tokens of a token file (.bin), of a text, or of JSON lines with <|endoftext|> before each document.
-
-    Raises DataError for a bad file, and InputError for a text if the model's vocabulary is unknown."""
+    """Return the tokens of a token file (.bin), of a text, or of JSON lines with <|endoftext|> before each document."""
     subject = options.subject
     if subject.endswith(".bin"):
         return read_tokens(subject, V=model.config.V)
@@ -267,31 +239,16 @@ def compare(model: GPT2, other: GPT2, options: argparse.Namespace) -> tuple[Resu
     """Return the result, the number of rows computed by both models, and the result as text."""
     if model.config.V != other.config.V:
         raise InputError(f"A has {model.config.V} ids and B {other.config.V}: give two models with the same vocabulary")
-    facts, rows, totals = slide([model, other], options, partial(divergence, model, other))
-    loss, other_loss, kl, agreement = (total / facts["scored"] for total in totals)
-    powers = power_of(loss), power_of(other_loss)
+    facts, rows, (loss, other_loss, kl, agreement), _ = slide([model, other], options)
+    powers, texts = zip(power_of(loss), power_of(other_loss), strict=True)
     result = {**facts, "loss": [loss, other_loss], "perplexity": powers, "kl_divergence": kl, "top1_agreement": agreement}
     lines = [
-        f"A: perplexity {shown_power(loss)}, loss {loss:.6f} nats per token",
-        f"B: perplexity {shown_power(other_loss)}, loss {other_loss:.6f} ({other_loss - loss:+.6f})",
+        f"A: perplexity {texts[0]}, loss {loss:.6f} nats per token",
+        f"B: perplexity {texts[1]}, loss {other_loss:.6f} ({other_loss - loss:+.6f})",
         f"KL divergence {kl:.6f} nats, top-1 agreement {100 * agreement:.2f} %",
         where(facts),
     ]
     return result, rows, "\n".join(lines)
-
-
-def divergence(model: GPT2, other: GPT2, tokens: list[int], targets: list[int]) -> list[float]:
-    """Run tokens through both models; return four sums over the last len(targets) tokens, whose successors are `targets`.
-
-    Three sums are in nats: the loss of `model`, the loss of `other`, and the divergence of `other` from `model`. The fourth sum
-    is the number of rows at which both models have the same most probable token."""
-    sums = np.zeros(4)
-    for logits, wanted in blocks([model, other], tokens, targets):
-        logprobs, others = (rows - log_sums(rows)[:, None] for rows in logits)
-        kl = (np.exp(logprobs) * (logprobs - others)).sum()
-        agreements = (logprobs.argmax(axis=1) == others.argmax(axis=1)).sum()
-        sums += [-picked(logprobs, wanted).sum(), -picked(others, wanted).sum(), kl, agreements]
-    return sums.tolist()
 
 
 def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, str]:
@@ -314,9 +271,9 @@ def hellaswag(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, st
     if not done:
         raise DataError(f"{options.subject}: there are no examples: give a file with at least one")
     acc, acc_norm = right / done, right_norm / done
-    counts = {"examples": done, "right": right, "right_norm": right_norm}
-    result = {"file": options.subject, **counts, "acc": acc, "acc_norm": acc_norm}
-    return result, rows, f"acc {acc:.4f} ({right}/{done}), acc_norm {acc_norm:.4f} ({right_norm}/{done})"
+    text = f"acc {acc:.4f} ({right}/{done}), acc_norm {acc_norm:.4f} ({right_norm}/{done})"
+    result = {"examples": done, "right": right, "right_norm": right_norm, "acc": acc, "acc_norm": acc_norm}
+    return {"file": options.subject, **result}, rows, text
 
 
 def examples_in(subject: str, model: GPT2) -> Iterator[Example]:
@@ -357,5 +314,4 @@ def next_tokens(model: GPT2, options: argparse.Namespace) -> tuple[Result, int, 
     return {"prompt": prompt, "next": choices}, len(prompt), table(rows, sys.stdout)
 
 
-TASKS: dict[str, Callable[..., tuple[Result, int, str]]]
-TASKS = {"perplexity": perplexity, "hellaswag": hellaswag, "next": next_tokens, "compare": compare}
+TASKS: dict[str, Any] = {"perplexity": perplexity, "hellaswag": hellaswag, "next": next_tokens, "compare": compare}

@@ -5,27 +5,10 @@
     zcat dump.gz | pygpt shards - -o data/dump --eot document
     pygpt shards --show data/input_val.bin -n 20
 
-Texts are UTF-8 and may be larger than memory. The tokens are GPT-2's, or --tokenizer's. Each newline (CR LF, CR) is read as one
-LF. Each line of a .jsonl file is a document: an object with the text in the field --field (default text). --eot adds
-<|endoftext|>:
-
-    paragraph    before each text and after each blank line, as llm.c prepares tinyshakespeare (default)
-    document     before each text or document (default for .jsonl)
-    none         nowhere
-
-<|endoftext|> in a text becomes its one id, which separates documents. With --no-special it is ordinary text.
-
-`-o NAME` writes NAME_train.bin and NAME_val.bin, or with --shard-size NAME_train_000001.bin, NAME_train_000002.bin and so on.
-If NAME is a folder, the files in it begin with the name of the first text. If NAME ends in /, the folder is created if needed.
-
-All files appear together at the end. Until then, the files and a second copy of all tokens are in a temporary folder next to
-them. The command refuses to write files next to older shards of the same NAME, because a pattern would match both.
-
-Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
+If NAME ends in /, the folder is created if needed. docs/reference/shards.md describes texts, --eot and the files' names.
 """
 
 import argparse
-import glob
 import os
 import re
 import sys
@@ -42,7 +25,7 @@ from ..formats.shards import MOST_TOKENS, read_tokens, write_tokens
 from ..formats.text import EOT_MODES, encode_file, read_text
 from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer
-from ..training.data import split
+from ..training.data import matching, split
 from .console import Parser, check_stdout, for_terminal, say, status_of, whole
 from .options import TOKENIZER_HELP, add_text_options
 from .progress import Progress
@@ -96,13 +79,11 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--eot is {options.eot[:40]!r}: it must be one of {', '.join(EOT_MODES)}")
     if options.val_tokens is not None and options.val_fraction is not None:
         raise InputError("--val-tokens and --val-fraction were both given: give one")
-    texts = [name for given in options.texts for name in expand(given)]
+    advice = "check the name of the text"
+    texts = [name for given in options.texts for name in ([STDIN] if given == STDIN else matching(given, advice))]
     if texts.count(STDIN) > 1:
         raise InputError("- was given twice, but stdin can be read once: give it once")
-    prefix = target(options.output, texts[0])
-    sizes = options.shard_size, options.val_tokens, options.val_fraction
-    reading = {"field": options.field, "allow_special": not options.no_special, "tokenizer": tokenizer}
-    say(make(texts, prefix, options.eot, *sizes, **reading))
+    say(make(texts, target(options.output, texts[0]), options, tokenizer))
 
 
 def fraction(text: str) -> float:
@@ -112,24 +93,8 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-# ------------------------------------------------------------------------------------------------ names
-
-
-def expand(given: str) -> list[str]:
-    """Return the texts named by one argument: a file, the sorted files that match a pattern, or stdin.
-
-    Raises InputError if there are no such files."""
-    if given == STDIN or os.path.lexists(given):
-        return [given]
-    if found := sorted(glob.glob(given)):
-        return found
-    raise InputError(f"{given!r}: not a text file, and not a pattern that matches files: check the name")
-
-
 def target(output: str, first: str) -> str:
-    """Return the beginning of the files' names. If `output` ends in /, make that folder.
-
-    Raises InputError if the folder does not exist and cannot be made here, or if it holds older files of the same name."""
+    """Return the beginning of the files' names; make the folder if `output` ends in /. Raises InputError for a bad name."""
     asked = output.endswith("/")
     if os.path.isdir(output) or asked:
         output = os.path.join(output, "stdin" if first == STDIN else Path(first).stem)
@@ -144,27 +109,16 @@ def target(output: str, first: str) -> str:
     return output
 
 
-# ------------------------------------------------------------------------------------------------ texts to shards
-
-
-def make(
-    texts: Sequence[str],
-    prefix: str,
-    eot: str | None,
-    shard_size: int | None = None,
-    val_tokens: int | None = None,
-    val_fraction: float | None = None,
-    **reading: Any,
-) -> str:
+def make(texts: list[str], prefix: str, options: argparse.Namespace, tokenizer: Tokenizer) -> str:
     """Write the files; return a one-line summary. Raises PyGPTError if writing fails."""
+    sizes = {"val_tokens": options.val_tokens, "val_fraction": options.val_fraction}
     folder, name = os.path.split(prefix)
     try:
         with tempfile.TemporaryDirectory(dir=folder or ".", prefix=f".{name}.") as work:
-            tokens = tokenize(texts, os.path.join(work, "tokens"), eot=eot, **reading)
-            parts = {"train": tokens}
-            if val_tokens is not None or val_fraction is not None:
-                parts["train"], parts["val"] = split(tokens, val_tokens=val_tokens, val_fraction=val_fraction)
-            files = {part: write(f"{name}_{part}", parts[part], shard_size, work) for part in parts}
+            tokens = tokenize(texts, os.path.join(work, "tokens"), options, tokenizer)
+            unsplit = options.val_tokens is None and options.val_fraction is None
+            parts = {"train": tokens} if unsplit else dict(zip(("train", "val"), split(tokens, **sizes), strict=True))
+            files = {part: write(f"{name}_{part}", parts[part], options.shard_size, work) for part in parts}
             for file in [file for part in parts for file in files[part]]:
                 os.replace(os.path.join(work, file), os.path.join(folder, file))
     except OSError as error:
@@ -173,11 +127,9 @@ def make(
     return "; ".join(f"{os.path.join(folder, files[part][0])}{more[part]}: {len(parts[part])} tokens" for part in parts)
 
 
-def tokenize(texts: Sequence[str], spool: str, **reading: Any) -> Tokens:
-    """Write all tokens of the texts to the file `spool`; return them as a mapped array.
-
-    The split needs the number of all tokens, which is known only at the end. reading: the options of encode_file(). Raises
-    InputError if there are no tokens."""
+def tokenize(texts: list[str], spool: str, options: argparse.Namespace, tokenizer: Tokenizer) -> Tokens:
+    """Write all tokens to the file `spool`; return them as a mapped array. The split needs their number, known at the end."""
+    reading = {"field": options.field, "allow_special": not options.no_special, "tokenizer": tokenizer, "eot": options.eot}
     total = None if any(not os.path.isfile(text) for text in texts) else sum(map(os.path.getsize, texts))
     done = count = 0
 
@@ -200,17 +152,12 @@ def tokenize(texts: Sequence[str], spool: str, **reading: Any) -> Tokens:
 
 def write(name: str, tokens: Tokens, shard_size: int | None, work: str) -> list[str]:
     """Write tokens to the folder `work` as one file or as shards; return the files' names."""
-    if shard_size is None:
-        files = [(f"{name}.bin", tokens)]
-    else:
-        starts = range(0, len(tokens), shard_size)
-        files = [(f"{name}_{i:06d}.bin", tokens[start : start + shard_size]) for i, start in enumerate(starts, 1)]
-    for file, part in files:
-        write_tokens(os.path.join(work, file), part)
-    return [file for file, _ in files]
-
-
-# ------------------------------------------------------------------------------------------------ show a shard
+    starts = range(0, len(tokens), shard_size or len(tokens))
+    pieces = [tokens[start : start + starts.step] for start in starts]
+    names = [f"{name}.bin"] if shard_size is None else [f"{name}_{i:06d}.bin" for i in range(1, len(pieces) + 1)]
+    for file, piece in zip(names, pieces, strict=True):
+        write_tokens(os.path.join(work, file), piece)
+    return names
 
 
 def show(path: str, count: int, tokenizer: Tokenizer) -> None:

@@ -63,9 +63,9 @@ class DataLoader:
     shard a new epoch begins. shuffle_seed: shuffle the shards, and the batches in each shard, again in every epoch. The order
     depends only on seed and epoch, so it is the same on every machine. V: the vocabulary size; opening a shard checks every id.
 
-    `batches` is the number of batches in an epoch, and `tokens` the number of tokens in all shards. `fingerprint` is a hash
-    that identifies the data in a state(). Raises InputError for a bad B, T, V or seed. Raises DataError for a file that is
-    not a shard or is too small for one batch."""
+    `batches` is the number of batches in an epoch, and `tokens` the number of tokens in all shards. `epoch` is that of the
+    latest batch, from 0. `masked`: whether there are labels. `fingerprint` is a hash that identifies the data in a state().
+    Raises InputError for a bad B, T, V or seed, DataError for a file that is not a shard or is too small for one batch."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class DataLoader:
                 raise DataError(f"{name}: {count} tokens are too few for one batch: {needed}{or_else}")
         if labels is not None and (tokens is None or labels.shape != tokens.shape):
             raise InputError(f"labels have shape {labels.shape}: they need one label for each of the tokens in memory")
-        self._labels = labels
+        self._labels, self.masked = labels, labels is not None
         self.batches, self.tokens = sum(self._batches), sum(self._counts)
         parts = map(read_tokens, self._files) if tokens is None else [tokens, *([] if labels is None else [labels])]
         self.fingerprint = _fingerprint(parts, self.tokens)
@@ -112,11 +112,6 @@ class DataLoader:
         self._batch += 1
         return tokens[:-1].astype(np.int32).reshape(B, T), targets.astype(np.int32).reshape(B, T)
 
-    @property
-    def masked(self) -> bool:
-        """Whether some tokens are not trained on."""
-        return self._labels is not None
-
     def skip(self, batches: int) -> None:
         """Go forward by a number of batches without reading them, as if next_batch() had returned them."""
         while batches > (left := len(self._order) - self._batch):
@@ -126,20 +121,15 @@ class DataLoader:
 
     def _next_shard(self) -> None:
         last = self._shard == len(self._counts) - 1
-        self._move(*((self._epoch + 1, 0, 0) if last else (self._epoch, self._shard + 1, 0)))
+        self._move(*((self.epoch + 1, 0, 0) if last else (self.epoch, self._shard + 1, 0)))
 
     def reset(self) -> None:
         """Go to the first batch of the first epoch. Validation does so before each evaluation."""
         self._move(0, 0, 0)
 
-    @property
-    def epoch(self) -> int:
-        """The epoch of the latest batch, counted from 0."""
-        return self._epoch
-
     def state(self) -> dict[str, int | str | None]:
         """Return the position and the identity of the data, for JSON. restore() continues there with the same batches."""
-        return {"epoch": self._epoch, "shard": self._shard, "batch": self._batch, **self._identity()}
+        return {"epoch": self.epoch, "shard": self._shard, "batch": self._batch, **self._identity()}
 
     def restore(self, state: Mapping[str, int | str | None]) -> None:
         """Go to the position of a state(). Raises InputError if that loader had other data, B, T or seed."""
@@ -170,12 +160,11 @@ class DataLoader:
             if len(tokens) != (count := self._counts[index]):
                 raise DataError(f"{self._files[index]}: {len(tokens)} tokens, expected {count}: the file has changed")
         self._order = self._permutation(epoch, 1 + index, self._batches[index])
-        self._tokens, self._epoch, self._shard, self._batch = tokens, epoch, shard, batch
+        self._tokens, self.epoch, self._shard, self._batch = tokens, epoch, shard, batch
 
     def _permutation(self, epoch: int, stream: int, count: int) -> Sequence[int] | npt.NDArray[np.intp]:
-        """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i. Each item
-        gets 64 random bits, by which the items are sorted. Philox's raw output and a stable sort are the same in every version
-        of NumPy and on every machine. The numbers of NumPy's Generator can differ."""
+        """Return an order of `count` items. Stream 0 orders the epoch's shards, stream 1 + i the batches of shard i. Items are
+        sorted by 64 random bits. Philox's raw output and a stable sort are the same in every NumPy, on every machine."""
         if self.shuffle_seed is None:
             return range(count)
         key, counter = np.array([self.shuffle_seed, epoch], np.uint64), np.array([0, stream, 0, 0], np.uint64)

@@ -1,20 +1,25 @@
-"""Parameters: the four flat arrays of a network in training, with loading, saving and checks.
+"""Parameters: the four flat arrays of a network in training, with loading, saving and checks; and the options of a run.
 
 Parameters, gradients and AdamW's two moments are float32 arrays with the layout of a version 3 file. In it, wte is padded to
 Vp rows, and the padding stays zero. Equal indices in the four arrays belong to the same parameter. TrainableGPT2 and its
 serial twin derive from this class and share its checks. Refuses to know about activations, workers and kernels.
+
+A run's numbers are pure functions of the options and the step. They use only float64 additions, multiplications and divisions,
+because libm's cosine and power differ between machines. Defaults are those of llm.c's CPU program. Sources: Loshchilov & Hutter
+2019 (AdamW) and 2017 (cosine); llm.c, train_gpt2.c (gpt2_update) and llmc/schedulers.h.
 """
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self, SupportsFloat, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config import HEAD, IGNORED, TENSORS, Config
-from ..errors import CheckpointError, Closing, InputError, check_flag, check_number, check_whole
+from ..errors import CheckpointError, Closing, InputError, check_flag, check_number, check_whole, real, shown
 from ..formats.checkpoint import stored_tensors, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32
 from ..formats.files import atomic_file
@@ -37,7 +42,83 @@ GAINS = ("ln1w", "ln2w", "lnfw")
 RESIDUAL = ("attprojw", "fcprojw")  # the projections that write to the residual stream, 2L in total
 PIECE = 1 << 16  # random numbers made at a time: few enough to stay in the cache
 LARGEST_SEED = 2**64 - 1
+ADAMW = ("beta1", "beta2", "eps", "weight_decay", "decay_matrices_only")
+SCHEDULES = ("constant", "cosine", "linear")
+MOST_STEPS = 2**31 - 1
+MOST_MICRO_BATCHES = 10**6
+MOST_PARTS = 1 << 16
 NORM_BLOCK = 1 << 16  # gradients whose squares are summed together, as in _backward.pyx
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Hold the options of one training run; immutable. Raises InputError for an option out of its range.
+
+    steps                   the number of updates; the schedule ends there
+    lr                      the highest learning rate
+    beta1, beta2, eps       AdamW's decay rates of the running means, and the number added to the square root
+    weight_decay            pulls weights towards zero, independent of the gradient; on every tensor, as in llm.c
+    decay_matrices_only     decay only matrices, not biases and LayerNorms
+    clip                    the largest global norm; a larger gradient is scaled down to it; 0: no clipping
+    accumulate              micro-batches in one step, whose gradients are averaged. With a power of two, all gradients but
+                            wte's have the same bits as those of one large batch.
+    parts                   groups of `accumulate` micro-batches in one step. Each group starts a sum of its own, and a fixed
+                            binary tree adds the sums. Up to this number of ranks can share a step (pygpt.open_ranks).
+    warmup                  steps in which the learning rate rises from lr / warmup to lr
+    schedule                "constant" after the warm-up; "cosine": half a wave from lr down to min_lr; "linear": a line
+    min_lr                  the learning rate at the end of the cosine or the line"""
+
+    steps: int = 40
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay_matrices_only: bool = False
+    clip: float = 0.0
+    accumulate: int = 1
+    parts: int = 1
+    warmup: int = 0
+    schedule: str = "constant"
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {"steps": check_whole("steps", self.steps, 1, MOST_STEPS)}
+        for name, most in (("accumulate", MOST_MICRO_BATCHES), ("parts", MOST_PARTS)):
+            checked[name] = check_whole(name, getattr(self, name), 1, most)
+        checked["warmup"] = check_whole("warmup", self.warmup, 0, checked["steps"])
+        checked["decay_matrices_only"] = check_flag("decay_matrices_only", self.decay_matrices_only)
+        highest = {"lr": 1.0, "min_lr": real(self.lr), "beta1": 0.9999999, "beta2": 0.9999999}
+        for name, high in (highest | {"eps": 1.0, "weight_decay": 1000.0, "clip": 1e30}).items():
+            checked[name] = check_number(name, getattr(self, name), 1e-30 if name == "eps" else 0.0, high)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # NumPy scalars round and serialize differently
+        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
+            raise InputError(f"schedule is {shown(self.schedule)}: it must be one of {', '.join(SCHEDULES)}")
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0: warm-up, then constant, or falling to min_lr."""
+        if step < self.warmup:
+            return self.lr * ((step + 1) / self.warmup)
+        if self.schedule == "constant":
+            return self.lr
+        if step >= self.steps:
+            return self.min_lr
+        done = (step - self.warmup) / (self.steps - self.warmup)
+        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + cos_pi(done))
+        return self.min_lr + left * (self.lr - self.min_lr)
+
+    def gradient_scale(self, norm: float) -> float:
+        """Return the factor that reduces a gradient's global norm to at most `clip`."""
+        return self.clip / norm if 0 < self.clip < norm else 1.0
+
+    def adamw(self) -> dict[str, Any]:
+        """Return the options that every AdamW step takes unchanged."""
+        return {name: getattr(self, name) for name in ADAMW}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options as keyword arguments for TrainingOptions."""
+        return asdict(self)
 
 
 class AdamW(NamedTuple):
@@ -67,6 +148,11 @@ class Parameters(Closing):
     P = config.parameters(padded=True), each aligned to 64 bytes."""
 
     _instead = "save() writes a file, and load() reads it"
+    # The engines that derive from this class define these methods, whose arguments are checked.
+    _forward: Callable[[Ids, Ids], Losses]
+    _evaluate: Callable[[Ids, Ids], Losses]
+    _backward: Callable[..., None]
+    _update: Callable[[AdamW], None]
 
     def __init__(self, config: Config, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> None:
         self.config = config
@@ -237,18 +323,6 @@ class Parameters(Closing):
         """out += other, two flat arrays of equal size."""
         out += other
 
-    def _forward(self, inputs: Ids, targets: Ids) -> Losses:
-        raise NotImplementedError
-
-    def _evaluate(self, inputs: Ids, targets: Ids) -> Losses:
-        raise NotImplementedError
-
-    def _backward(self, accumulate: bool, scale: float) -> None:
-        raise NotImplementedError
-
-    def _update(self, numbers: AdamW) -> None:
-        raise NotImplementedError
-
     def _spans(self, weight_decay: float, decay_matrices_only: bool) -> Iterator[tuple[int, int, float]]:
         """Yield (start, stop, decay); neighbouring tensors of equal decay share one span."""
         begin, end, current = 0, 0, weight_decay  # wte, the first tensor, is a matrix
@@ -280,6 +354,17 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
+def cos_pi(x: float) -> float:
+    """Return cos(pi x) for x in [0, 1] by a Taylor polynomial: the same bits on every machine, error below 1e-15."""
+    if x > 0.5:
+        return -cos_pi(1 - x)
+    square = (math.pi * x) * (math.pi * x)  # ** would call libm's pow
+    total = 0.0
+    for k in range(11, -1, -1):  # the next term is below 1e-18
+        total = total * square + (-1) ** k / math.factorial(2 * k)
+    return total
+
+
 def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> npt.NDArray[np.float32]:
     """Return zeros (size,) whose first element has an address of `shift` bytes beyond a multiple of `alignment`. The system
     reserves memory for a page only when the page is first written."""
@@ -289,17 +374,15 @@ def aligned_zeros(size: int, alignment: int = ALIGNMENT, shift: int = 0) -> npt.
 
 
 def zeros_to_update(size: int) -> list[npt.NDArray[np.float32]]:
-    """Return four arrays (size,) of zeros that begin at different offsets in their pages. The allocator would give large arrays
-    equal offsets. Then equal indices of the four arrays share one set of the first-level cache, and AdamW's pass takes 1.06
-    times as long."""
+    """Return four arrays (size,) of zeros at different offsets in their pages. At equal offsets, as the allocator gives them,
+    equal indices share one set of the first-level cache, and AdamW's pass takes 1.06 times as long."""
     return [aligned_zeros(size, PAGE, i * APART) for i in range(4)]
 
 
 def normal(source: np.random.PCG64, size: int) -> npt.NDArray[np.float64]:
-    """Return `size` nearly normal random numbers, each the sum of twelve uniform numbers minus its mean. The mean is 0, the
-    variance 1 and the largest magnitude 6. The kurtosis is 2.9; the normal distribution's is 3. Integers and two exact
-    operations give the same bits on every system; a library's logarithm would not. NumPy guarantees the stream of
-    PCG64.random_raw() in all versions. Each number takes three 64-bit words, and each word gives four 16-bit uniform numbers.
+    """Return `size` nearly normal random numbers, each the sum of twelve uniform ones minus its mean: variance 1, kurtosis 2.9,
+    largest magnitude 6. Integers and two exact operations give the same bits on every system, unlike a library's logarithm.
+    NumPy guarantees the stream of PCG64.random_raw(). A number takes three 64-bit words, a word has four uniform numbers.
     Source: Irwin 1927 and Hall 1927 for the sum; O'Neill 2014 for PCG64."""
     words = source.random_raw(3 * size).reshape(size, 3)
     pairs = (words & 0x0000FFFF0000FFFF) + (words >> 16 & 0x0000FFFF0000FFFF)  # each word has two sums of two numbers

@@ -29,7 +29,7 @@ from ..config import ACTIVATIONS, SWITCHES, Config
 from ..errors import CheckpointError, ClosedError, Closing, InputError, is_whole, shown
 from ..formats.files import HEADER_BYTES, atomic_file, map_file
 from ..formats.safetensors import unique
-from .options import TrainingOptions
+from .parameters import TrainingOptions
 
 Buffers = Iterable[npt.NDArray[np.float32]]
 
@@ -162,7 +162,7 @@ def _read_header(header: bytes, found: int) -> tuple[Config, int]:
         raise ValueError(f"bad header: {json_bytes} bytes of JSON, expected a multiple of 64 up to {JSON_LIMIT}")
     if any(reserved):
         raise ValueError("bad header: a reserved field is not 0")
-    expected = state_bytes(config, json_bytes)
+    expected = HEADER_BYTES + json_bytes + BUFFERS * 4 * config.parameters(padded=True) + SUM_BYTES
     if found != expected:
         raise ValueError(f"{'truncated' if found < expected else 'too long'}: {found} bytes, expected {expected} with {config}")
     return config, json_bytes
@@ -208,29 +208,18 @@ def write_state(
         file.write(digest.digest())
         file.flush()
         os.fsync(file.fileno())  # the new file is complete on the disk before any older file changes
-        _keep_previous(path, after)
+        older = previous(path)
+        if after != older and (after != path or os.path.exists(path)):  # otherwise only PATH.1 can be complete: keep it
+            with suppress(FileNotFoundError):
+                os.unlink(older)
+            if after == path:
+                try:
+                    os.link(path, older)  # the old state has both names until the new file takes one of them
+                except OSError:  # a file system without links
+                    os.replace(path, older)
     return path
-
-
-def _keep_previous(path: str, after: str | None) -> None:
-    """Keep the file that will be replaced as the previous one, if this run knows that it is complete (write_state)."""
-    older = previous(path)
-    if after == older or (after == path and not os.path.exists(path)):
-        return  # only PATH.1 can be complete: keep it
-    with suppress(FileNotFoundError):
-        os.unlink(older)
-    if after == path:
-        try:
-            os.link(path, older)  # the old state has both names until the new file takes one of them
-        except OSError:  # a file system without links
-            os.replace(path, older)
 
 
 def previous(path: str | os.PathLike[str]) -> str:
     """Return the path of the previous state."""
     return os.path.realpath(path) + ".1"
-
-
-def state_bytes(config: Config, json_bytes: int) -> int:
-    """Return the exact size of a training state in bytes."""
-    return HEADER_BYTES + json_bytes + BUFFERS * 4 * config.parameters(padded=True) + SUM_BYTES

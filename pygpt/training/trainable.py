@@ -14,16 +14,18 @@ import numpy.typing as npt
 from .. import cpus
 from .._backward import TrainStep
 from .._kernels import Trace, Weights
+from .._reference import Training
 from ..config import Config
-from ..errors import InputError, sequence
+from ..errors import ClosedError, InputError, sequence
 from ..model import GPT2
 from ..network import CHUNK
 from ..pool import ThreadPool, nothing
+from ..reference import SerialGPT2
 from .parameters import NORM_BLOCK, AdamW, Ids, Losses, Parameters, norm_of
 
 
 class TrainableGPT2(Parameters):
-    """A GPT-2 in training on `threads` workers. Use it in a `with` block, or close() it.
+    """A GPT-2 in training on `threads` workers, the caller included. Use it in a `with` block, or close() it.
 
     It needs memory for four float32 values per parameter, and for the activations of a batch. Threads may share it: their
     calls take turns. all_workers: use all workers even if the work is too small to gain from them."""
@@ -31,7 +33,7 @@ class TrainableGPT2(Parameters):
     def __init__(self, config: Config, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> None:
         self._all_workers = all_workers
         self._pool = ThreadPool(cpus.resolve_threads(threads))
-        count = self._pool.nth
+        self.threads = count = self._pool.nth
         super().__init__(config, threads=count, all_workers=all_workers)
         self._weights = Weights(config, self.weights().stored())
         self._step, self._evaluation = self._new_step(count, keep=True), self._new_step(count, keep=False)
@@ -40,11 +42,6 @@ class TrainableGPT2(Parameters):
     def _new_step(self, count: int, *, keep: bool) -> TrainStep:
         flat = self.parameters, self.gradients, self.first_moments, self.second_moments
         return TrainStep(self._weights, count, cpus.spins_for(count), self.config, *flat, keep=keep)
-
-    @property
-    def threads(self) -> int:
-        """The number of workers, the caller included."""
-        return self._pool.nth
 
     @property
     def updates(self) -> int:
@@ -142,3 +139,53 @@ class TrainableGPT2(Parameters):
     def close(self) -> None:
         """Stop the workers. The arrays of parameters, gradients and moments remain. May be called twice."""
         self._pool.close()
+
+
+class SerialTrainableGPT2(Parameters):
+    """The serial program's training: scalar, on one thread; `threads` and `all_workers` have no effect.
+
+    Use it in a `with` block, or close() it. Ctrl-C takes effect between layers. If it interrupts backward(), the gradients are
+    incomplete, but weights and moments do not change."""
+
+    threads = 1
+
+    def __init__(self, config: Config, *, threads: SupportsIndex | None = None, all_workers: bool = False) -> None:
+        super().__init__(config, threads=threads, all_workers=all_workers)
+        self._training: Training | None = Training(self.parameters, self.gradients, config)
+
+    def _forward(self, inputs: Ids, targets: Ids) -> Losses:
+        return np.asarray(self._open().forward(inputs, targets))
+
+    def _evaluate(self, inputs: Ids, targets: Ids) -> Losses:
+        return np.asarray(self._open().evaluate(inputs, targets))
+
+    def _backward(self, accumulate: bool, scale: float) -> None:
+        if not self._open().ready:
+            raise InputError("backward() was called without a forward() before it: call forward(), then backward() once")
+        self._open().backward(accumulate=accumulate, scale=scale)
+
+    def gradient_norm(self) -> float:
+        """Return the 2-norm of all gradients together, summed in float64 in ascending order."""
+        return self._open().gradient_norm()
+
+    @property
+    def updates(self) -> int:
+        """The number of updates made. An update that Ctrl-C interrupts is complete and counts, or has not changed a weight."""
+        return self._open().updates
+
+    def _update(self, numbers: AdamW) -> None:
+        self._open().update(self.first_moments, self.second_moments, numbers)
+
+    def model(self) -> SerialGPT2:
+        """Return a SerialGPT2 over the live weights, to complete sequences."""
+        self._open()
+        return SerialGPT2(self.weights())
+
+    def _open(self) -> Training:
+        if self._training is None:
+            raise ClosedError("the model is closed: open it again")
+        return self._training
+
+    def close(self) -> None:
+        """Free the activations. The arrays of parameters, gradients and moments remain. May be called twice."""
+        self._training = None

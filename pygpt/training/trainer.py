@@ -17,17 +17,11 @@ from typing import Any, NamedTuple
 from .._signals import see_through
 from ..errors import InputError, NumericalError, PyGPTError, Uncopied, check_whole, shown
 from ..pool import TRIES
-from .options import TrainingOptions
-from .parallel.ranks import Ranks
-from .parallel.step import SharedStep
+from .data import DataLoader
+from .parallel import TIMEOUT_S, Ranks, SharedStep
+from .parameters import TrainingOptions
 from .state import Progress, TrainingState, open_state, write_state
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from .data import DataLoader
-    from .serial import SerialTrainableGPT2
-    from .trainable import TrainableGPT2
-
+from .trainable import SerialTrainableGPT2, TrainableGPT2
 
 CHECK_EVERY = 100  # steps after which the ranks compare their weights
 
@@ -57,8 +51,8 @@ class Trainer(Uncopied):
 
     def __init__(
         self,
-        engine: "TrainableGPT2 | SerialTrainableGPT2",
-        loader: "DataLoader",
+        engine: TrainableGPT2 | SerialTrainableGPT2,
+        loader: DataLoader,
         options: TrainingOptions | None = None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -127,7 +121,7 @@ class Trainer(Uncopied):
         shared.reduce()
         return self._mean("loss", found, counts)
 
-    def _counts(self, loader: "DataLoader", batches: int) -> list[int]:
+    def _counts(self, loader: DataLoader, batches: int) -> list[int]:
         """Return how many targets each of the next batches trains on. Every target of a step has the same weight."""
         if not loader.masked:
             return [loader.B * loader.T] * batches
@@ -137,7 +131,7 @@ class Trainer(Uncopied):
         finally:
             loader.restore(start)
 
-    def _loss(self, loader: "DataLoader", *, validation: bool = False) -> tuple[float, dict[str, int | str | None]]:
+    def _loss(self, loader: DataLoader, *, validation: bool = False) -> tuple[float, dict[str, int | str | None]]:
         """Return the mean loss of the loader's next batch, and the batch's place. fsum() rounds once, whatever the order."""
         place = loader.state()
         inputs, targets = loader.next_batch()
@@ -160,7 +154,7 @@ class Trainer(Uncopied):
             text = f"step {self.done}: the {what} is {value} at the loader's {where}: this step has not changed the weights; "
             raise self.ranks.common(NumericalError(text + "a lower lr, a warm-up or clipping may help"))
 
-    def evaluate(self, loader: "DataLoader", batches: int) -> float:
+    def evaluate(self, loader: DataLoader, batches: int) -> float:
         """Return the mean loss over the next `batches` batches of a loader, then restore the loader's position.
 
         Several ranks share the batches. Raises InputError for a bad number of batches, NumericalError if a loss is not finite.
@@ -213,7 +207,7 @@ class Trainer(Uncopied):
             receive()
         self.ranks.together(write, first=True)
 
-    def restore(self, state: "TrainingState | str | os.PathLike[str]") -> str:
+    def restore(self, state: TrainingState | str | os.PathLike[str]) -> str:
         """Restore weights, moments, step, options and the loader's position; return a notice for the user, possibly "".
 
         state: an open state, or the path of one. If that file is damaged or missing, the previous state is used, and the notice
@@ -235,3 +229,18 @@ class Trainer(Uncopied):
     def _check_whole(self) -> None:
         if not self._whole:
             raise PyGPTError("restore() was interrupted and left a mixture of two states: call restore() again first")
+
+
+def open_ranks(timeout: float = TIMEOUT_S) -> Ranks:
+    """Return the ranks that mpiexec or srun started; without them, this process alone. Use them in a `with` block.
+
+    timeout: seconds without a message from another rank, after which a rank ends with status 75. Raises InputError if
+    there are several, but mpi4py is missing."""
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_STEP_NUM_TASKS"] if "PMIX_RANK" in os.environ else []))
+    if all(os.environ.get(name, "1") == "1" for name in names):
+        return Ranks()
+    try:
+        from .mpi import MPIRanks
+    except (ImportError, RuntimeError) as error:  # mpi4py, or the MPI library that it loads
+        raise InputError(f"several ranks were started, but MPI is missing ({error}): pip install 'pygpt[mpi]' mpich") from None
+    return MPIRanks(timeout)

@@ -128,7 +128,7 @@ def test_a_text_need_not_fit_in_memory(folder: Path, monkeypatch: pytest.MonkeyP
         ("in.txt -o b --shard-size -5", ["--shard-size"]),
         ("in.txt -o b -n 5", ["-n goes with --show"]),
         ("in.txt -o b --shard 5", ["--shard"]),
-        ("absent.txt -o b", ["'absent.txt'", "not a text file"]),
+        ("absent.txt -o b", ["'absent.txt'", "not a file"]),
         ("*.text -o b", ["'*.text'", "pattern"]),
         ("- - -o b", ["stdin can be read once"]),
         ("in.txt -o absent/b", ["folder 'absent' does not exist"]),

@@ -45,7 +45,7 @@ from pygpt import (
     write_debug_state,
 )
 from pygpt.commands.progress import Progress
-from pygpt.commands.train import job, report
+from pygpt.commands.train import job
 from pygpt.commands.train import main as train
 from pygpt.formats.text import tokens_and_labels
 
@@ -203,7 +203,7 @@ def test_a_sample_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch,
     """On a terminal, control characters in the text are escaped: the model's author could choose them."""
     output = stream()
     monkeypatch.setattr(sys, "stdout", output)
-    report.Report(Progress("steps"), None, None, keep=False).sampled(3, "a\x1b[2J\tb\n\x9bc")
+    job.Report(Progress("steps"), None, None, keep=False).sampled(3, "a\x1b[2J\tb\n\x9bc")
     text = "a\\x1b[2J\tb\n\\x9bc" if stream is Screen else "a\x1b[2J\tb\n\x9bc"
     assert output.getvalue() == f"step 3: sample:\n---\n{text}\n---\n"
 

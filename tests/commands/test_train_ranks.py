@@ -211,7 +211,7 @@ def test_ranks_must_divide_the_parts(folder: Path) -> None:
 
 def test_missing_mpi_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PMI_SIZE", "2")
-    monkeypatch.setitem(sys.modules, "pygpt.training.parallel.mpi", None)
+    monkeypatch.setitem(sys.modules, "pygpt.training.mpi", None)
     assert main(["--data", "data.bin"]) == 2
     assert re.fullmatch(
         r"pygpt: error: several ranks were started, .* pip install 'pygpt\[mpi\]' mpich\n", capsys.readouterr().err

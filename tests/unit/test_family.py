@@ -22,7 +22,7 @@ from pygpt.formats.open import open_model
 from pygpt.formats.text import read_text
 from pygpt.formats.vocabulary import load_tokenizer
 from pygpt.training.data import DataLoader
-from pygpt.training.options import TrainingOptions
+from pygpt.training.parameters import TrainingOptions
 from pygpt.training.state import TrainingState
 from pygpt.training.trainable import TrainableGPT2
 from pygpt.training.trainer import Trainer

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pygpt import Config, DataLoader, InputError, NumericalError, PyGPTError, Ranks, TrainableGPT2, Trainer, TrainingOptions
+from pygpt.training import parallel as step_module
 from pygpt.training import trainer as trainer_module
-from pygpt.training.parallel import step as step_module
-from pygpt.training.parallel.step import SharedStep, middle, slices_of, subtrees, tree_sum
+from pygpt.training.parallel import SharedStep, middle, slices_of, subtrees, tree_sum
 from pygpt.training.parameters import NORM_BLOCK
 
 CONFIG = Config(maxT=16, V=900, L=2, NH=2, C=96)  # parameters in 6 norm blocks, the last one not full

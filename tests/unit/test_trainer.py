@@ -39,7 +39,7 @@ from pygpt import (
     open_state,
 )
 from pygpt.training import state as state_module
-from pygpt.training.options import cos_pi
+from pygpt.training.parameters import cos_pi
 
 CONFIG = Config(maxT=8, V=31, L=1, NH=2, C=4)
 P = CONFIG.parameters(padded=True)

@@ -22,8 +22,7 @@ from ...errors import PyGPTError
 from ...generation.request import Request
 from ...model import DRAFTS, GPT2
 from ...reference import SerialGPT2
-from ...training.serial import SerialTrainableGPT2
-from ...training.trainable import TrainableGPT2
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ..child import child_environment
 from ..console import say
 from ..profile.work import decode_bytes, floats, forward, operations, training

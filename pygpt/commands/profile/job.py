@@ -23,8 +23,7 @@ from ...generation.request import Request
 from ...generation.speculate import MOST, Draft
 from ...model import GPT2
 from ...network import Network
-from ...training.serial import SerialTrainableGPT2
-from ...training.trainable import TrainableGPT2
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ..bench.measuring import batch_of, marks
 
 WAKE = "wake-up"  # the time in which some workers are awake and others are not

@@ -16,8 +16,7 @@ from typing import Any
 from ...ceilings import Ceilings
 from ...model import GPT2
 from ...reference import SerialGPT2
-from ...training.serial import SerialTrainableGPT2
-from ...training.trainable import TrainableGPT2
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
 from ..bench.measuring import laps
 from .job import Call, Job, Training, clock
 

@@ -1,13 +1,15 @@
-"""The definition of a training run: its options, its data, its files, and the part that a training state stores."""
+"""The definition of a training run: its options, data, files and reports, and the part that a training state stores."""
 
-import argparse
 import dataclasses
 import glob
+import json
 import math
 import os
 import re
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -15,19 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ...config import Config
-from ...errors import DataError, InputError, PyGPTError, is_whole, real, shown
+from ...errors import Closing, DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.checkpoint import check_plain
+from ...formats.files import atomic_file
 from ...formats.open import open_floats, vocabulary_beside
 from ...formats.shards import read_tokens
 from ...formats.text import joined, read_text, tokens_and_labels
 from ...hub.find import find_model
-from ...inspection.show import matplotlib
+from ...inspection.show import matplotlib, save
 from ...tokenizer import GPT2_V, Tokenizer, tokenizer_of
 from ...training.data import DataLoader, matching, split
-from ...training.options import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, TrainingOptions
+from ...training.parameters import MOST_MICRO_BATCHES, MOST_PARTS, MOST_STEPS, TrainingOptions
 from ...training.state import TrainingState
-from ..console import say
-from .report import pictures
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
+from ...training.trainer import Record
+from ..console import for_terminal, say
+from ..progress import Progress
 
 SHAPES = {
     "gpt2": {"L": 12, "NH": 12, "C": 768},
@@ -48,6 +53,10 @@ BEST = "best"  # the field of a training state with the best validation loss and
 SHARD = ".bin"  # data files with another ending are text
 FOLDERLESS = ".safetensors"  # the ending of model files that can describe every model
 VALUE_BYTES = {3: 4, 5: 2}  # by the model file's version
+BEGIN = b'{"step": '  # the first bytes of each line of the log
+PICTURES = (".svg", ".png", ".pdf")
+TRAINING = {"color": "#4292c6", "lw": 1.2}
+VALIDATION = {"color": "#cb181d", "lw": 1.2, "marker": "o", "ms": 4}
 Source = tuple["list[str] | npt.NDArray[Any]", "npt.NDArray[Any] | None"]  # shards, or tokens; labels or None
 # The stored position in the data depends on these.
 FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle", "field", "no_special")
@@ -55,10 +64,8 @@ FIXED = ("val_tokens", "val_fraction", "B", "T", "seed", "shuffle", "field", "no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """The options that a training state stores in addition to TrainingOptions, so that --resume works without options.
-
-    Raises InputError for a value out of its range, and TypeError for a value of a wrong type. Only a training state of another
-    program can contain a wrong type."""
+    """The options that a training state stores besides TrainingOptions. Raises InputError for a value out of its range, and
+    TypeError for a value of a wrong type, which only a training state of another program can contain."""
 
     data: str
     val: str | None = None
@@ -121,8 +128,7 @@ def new(given: dict[str, Any]) -> tuple[Job, TrainingOptions]:
 
 
 def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingOptions, list[str]]:
-    """Return the job and the optimizer's options of a resumed run, and a notice for each option that changes. Given options
-    replace those of the state. Raises InputError if an option cannot change or another program wrote the state."""
+    """Return a resumed run's job, its TrainingOptions, and a notice for each given option that differs from the state's."""
     for name in ("init", "shape"):
         if name in given:
             raise InputError(f"--{name} and --resume were both given, but the state contains the weights: leave out --{name}")
@@ -130,6 +136,10 @@ def resumed(given: dict[str, Any], state: TrainingState) -> tuple[Job, TrainingO
         job = Job(**{name: value for name, value in state.progress.job.items() if name != BEST})
     except (TypeError, InputError):
         raise InputError(f"{state.path}: pygpt train did not write this state: read it with Trainer.restore()") from None
+    for path in pictures(job.plot) if job.plot is not None and "plot" not in given else ():
+        if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
+            # A state from an unknown author could otherwise overwrite any file.
+            raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
     part, old = _job_part(given), vars(job)
     for name in FIXED:
         if name in part and part[name] != old[name]:
@@ -157,19 +167,8 @@ def flag(name: str) -> str:
     return f"-{name}" if name in ("B", "T") else f"--{name.replace('_', '-')}"
 
 
-def number(text: str) -> float:
-    """Read any number, as a type for argparse. The user of the number checks its limits."""
-    try:
-        if text.isascii() and "_" not in text:  # float() would also accept 1_0 and digits of other scripts
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4")
-
-
 def shape_of(text: str, V: int = GPT2_V) -> Config:
-    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. Raises InputError for anything else. V: the
-    default of the shape's V."""
+    """Read the value of --shape: a name, or L=4,NH=4,C=128,maxT=256[,V=50257]. V: the default of its V."""
     if text in SHAPES:
         return Config(V=V, maxT=GPT2_MAXT, **SHAPES[text])
     parts = [re.fullmatch(r"(L|NH|C|maxT|V)=([0-9]{1,9})", part.strip()) for part in text.split(",")]
@@ -179,15 +178,15 @@ def shape_of(text: str, V: int = GPT2_V) -> Config:
     return Config(**{"V": V, **found})
 
 
-def beginning(given: dict[str, Any]) -> tuple[Config, str]:
-    """Return the dimensions of a new run's model, and the path of its first checkpoint, or "random"."""
+def beginning(given: dict[str, Any]) -> tuple[Config, str | None]:
+    """Return the dimensions of a new run's model, and the path of its first checkpoint; None for random weights."""
     init, shape = given.get("init"), given.get("shape")
     if init == RANDOM or (init is None and shape is not None):
         if shape is None:
             raise InputError("--init random needs --shape: give gpt2, or a shape such as L=4,NH=4,C=128,maxT=256")
         tokenizer = new_vocabulary(given)
         config = shape_of(shape) if tokenizer is None else shape_of(shape, tokenizer.V)
-        return with_tokenizer(config, tokenizer), RANDOM
+        return with_tokenizer(config, tokenizer), None
     if shape is not None:
         raise InputError(f"--shape and --init {init} were both given, but the checkpoint has a shape already: give one of them")
     path, origin = find_model(init)
@@ -208,8 +207,7 @@ def with_tokenizer(config: Config, tokenizer: Tokenizer | None) -> Config:
 
 
 def open_data(job: Job, config: Config) -> tuple[DataLoader, DataLoader | None]:
-    """Return the loaders of training and validation data (None without validation). Every id is checked against V. Raises
-    DataError for missing, damaged or unsuitable files, InputError for options that do not fit the data."""
+    """Return the loaders of training and validation data (None without validation). Every id is checked against V."""
     seed, V = job.seed if job.shuffle else None, config.V
     if job.val_tokens is None and job.val_fraction is None:
         train = _loader(job, job.data, _source(job, job.data, config), V, seed=seed)
@@ -266,8 +264,7 @@ def files_of_data(pattern: str) -> tuple[list[str], bool]:
 
 
 def new_vocabulary(given: dict[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer that the options ask for: a file's, or one made from the text of --data. None without an option.
-    Raises InputError if there is more than one option, or if a vocabulary cannot be made from this data."""
+    """Return the tokenizer that the options ask for: a file's, or one made from the text of --data. None without an option."""
     asked = [name for name in ("tokenizer", "train_tokenizer", "chars") if name in given]
     if not asked:
         return None
@@ -289,12 +286,7 @@ class Output(NamedTuple):
 
     model: str
     state: str
-
-    @property
-    def best(self) -> str:
-        """The file of the model with the best validation loss."""
-        stem, ending = os.path.splitext(self.model)
-        return f"{stem}.best{ending}"
+    best: str  # the model with the best validation loss
 
     @classmethod
     def named(cls, name: str, config: Config) -> "Output":
@@ -304,10 +296,10 @@ class Output(NamedTuple):
         stem = name.removesuffix(ending)
         if not os.path.basename(stem) or os.path.isdir(name):
             raise InputError(f"--out is {name!r}: it must be the name of a file, such as run.bin")
-        model = f"{stem}{ending or (FOLDERLESS if config.variations else SHARD)}"
-        if model.endswith(SHARD):
-            check_plain(config, model)
-        return cls(model, f"{stem}.state")
+        ending = ending or (FOLDERLESS if config.variations else SHARD)
+        if ending == SHARD:
+            check_plain(config, f"{stem}{SHARD}")
+        return cls(f"{stem}{ending}", f"{stem}.state", f"{stem}.best{ending}")
 
     @classmethod
     def of_state(cls, state: str, config: Config) -> "Output":
@@ -330,10 +322,9 @@ def files_of(state: TrainingState) -> set[str]:
     """Return the files that the run of a state wrote, with links resolved. A resumed run may replace them."""
     path = state.path.removesuffix(".1")  # .1 is the previous generation
     stem = path.removesuffix(".state")
-    outputs = [Output(stem + ending, path) for ending in (SHARD, FOLDERLESS)]
+    models = [stem + ending for ending in (SHARD, FOLDERLESS, f".best{SHARD}", f".best{FOLDERLESS}")]
     log, plot = state.progress.job.get("log"), state.progress.job.get("plot")
-    names = [name for output in outputs for name in (*output, output.best, vocabulary_beside(output.model))]
-    names += [f"{path}.1", *filter(None, [log]), *(pictures(plot) if plot else ())]
+    names = [*models, *map(vocabulary_beside, models[:2]), path, f"{path}.1", log, *(pictures(plot) if plot else ())]
     return {os.path.realpath(name) for name in names if name}
 
 
@@ -353,10 +344,9 @@ def check_writable(path: str, *, make_folder: bool = False) -> None:
 
 
 def prepare(job: Job, config: Config, output: Output | None, state: TrainingState | None, *, force: bool) -> None:
-    """Raise InputError or PyGPTError before training if its results cannot be saved; remove files of killed runs. state: of the
-    resumed run, which may replace its own files."""
+    """Raise an error before training if its results cannot be saved; remove files of killed runs. `state` may be replaced."""
     mine = set() if state is None else files_of(state)
-    written = [*(output or ()), *([output.best] if output and job.keep_best else ()), *filter(None, [job.log])]
+    written = [*([] if output is None else output[: 2 + job.keep_best]), *filter(None, [job.log])]
     if output is not None and config.tokenizer is not None:
         written.append(vocabulary_beside(output.model))
     older = [] if output is None else [f"{output.state}.1"]
@@ -388,3 +378,116 @@ def prepare(job: Job, config: Config, output: Output | None, state: TrainingStat
         if (free := shutil.disk_usage(folder).free) < needed:
             text = f"{free} bytes are free, but state and model take {needed}"
             raise PyGPTError(f"{folder}: {text}: make room, or save elsewhere")
+
+
+class Report(Closing):
+    """Print the events of a run, and log them as lines of JSON in the file `path` (None: no file).
+
+    keep: keep the log's entries in `entries`, for a picture. done: the number of steps of a resumed run, whose log keeps the
+    entries of only these steps; None for a new run and log. Raises InputError if an older file is not a training log."""
+
+    def __init__(self, progress: Progress, path: str | None, done: int | None, *, keep: bool) -> None:
+        self.progress, self._path, self._keep, self._file = progress, path, keep, None
+        self.entries: list[dict[str, Any]] = []
+        self._val_loss: float | None = None
+        if path is not None:
+            with atomic_file(path) as file:
+                for entry in earlier(path, done):
+                    file.write(json.dumps(entry).encode() + b"\n")
+                    if keep:
+                        self.entries.append(entry)
+            self._file = open(path, "ab")  # noqa: SIM115 (close() closes it)
+
+    def step(self, record: Record) -> None:
+        """Report a step."""
+        self.progress.line(f"step {record.step}: train loss {record.loss:.6f} (took {record.ms:.1f} ms)")
+        self.progress.update(record.step + 1, f", loss {record.loss:.4f}, {record.tokens_per_s:.0f} tokens/s")
+        self._add(record._asdict())
+
+    def validated(self, step: int, loss: float) -> None:
+        """Report the validation loss of the weights before this step. The log's line of this step will contain it."""
+        self.progress.line(f"step {step}: val loss {loss:.6f}")
+        self._val_loss = loss
+
+    def sampled(self, step: int, text: str) -> None:
+        """Report a text that the weights before this step generated."""
+        self.progress.line(f"step {step}: sample:\n---\n{for_terminal(text, sys.stdout)}\n---")
+
+    def finished(self, step: int) -> None:
+        """Log the validation loss after the last step, if there is one, on a line of its own."""
+        if self._val_loss is not None:
+            self._add({"step": step})
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        """Add an entry and flush the file. Raises PyGPTError if writing fails."""
+        if self._val_loss is not None:
+            entry["val_loss"], self._val_loss = self._val_loss, None
+        if self._keep:
+            self.entries.append(entry)
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(entry).encode() + b"\n")
+                self._file.flush()
+            except OSError as error:
+                raise PyGPTError(f"{self._path}: cannot write the log: {error.strerror or error}") from error
+
+    def draw(self, plot: str | None) -> None:
+        """Draw the loss by step into the files of --plot, if it was given."""
+        if plot is None:
+            return
+        names = pictures(plot)
+        if not any("loss" in entry for entry in self.entries):
+            say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")
+            return
+        plt = matplotlib()
+        figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for key, style, label in (("loss", TRAINING, "training"), ("val_loss", VALIDATION, "validation")):
+            points = [(entry["step"], entry[key]) for entry in self.entries if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, **style)
+        axis.set_xlabel("step")
+        axis.set_ylabel("mean loss, nats per token")
+        axis.legend(frameon=False)
+        for name in names:
+            save(figure, name)
+        plt.close(figure)
+        say(f"wrote {' and '.join(names)}")
+
+    def close(self) -> None:
+        """Close the file. An error here repeats one that an event has reported, so ignore it."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+
+def earlier(path: str, done: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a log's first `done` steps. Skip an incomplete last line, which a killed run can leave."""
+    if done is None or not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") and BEGIN.startswith(line[: len(BEGIN)]):
+                return
+            try:
+                entry = json.loads(line)
+                if entry["step"] < done and "loss" in entry:
+                    yield entry
+            except (ValueError, TypeError, KeyError):
+                raise InputError(f"{path}: line {number} is not an entry of a training log: give --log another name") from None
+
+
+def sample(engine: TrainableGPT2 | SerialTrainableGPT2, tokens: int, seed: int) -> str:
+    """Return a text that the model generates at random after <|endoftext|>. The same seed gives the same text. If the
+    vocabulary has no such token, start with id 0; if it is unknown, return ids."""
+    tokenizer = None
+    with suppress(InputError):
+        tokenizer = tokenizer_of(engine.config)
+    begin = [(tokenizer and tokenizer.eot) or 0]
+    with engine.model() as model:
+        made = model.generate(begin, max_new_tokens=min(tokens, engine.config.maxT - 1), seed=seed)
+        return " ".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
+
+
+def pictures(path: str) -> list[str]:
+    """Return the files that --plot PATH writes: the picture PATH, or loss.svg and loss.png in the folder PATH."""
+    return [path] if path.endswith(PICTURES) else [os.path.join(path, f"loss{suffix}") for suffix in PICTURES[:2]]

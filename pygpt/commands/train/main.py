@@ -5,33 +5,8 @@
     pygpt train --resume mine.state
     pygpt train --check gpt2_124M_debug_state.bin --init gpt2_124M.bin
 
-The defaults are those of llm.c's CPU program.
-
---out mine.bin saves the model as mine.bin and the training state as mine.state. `pygpt chat -m mine.bin` runs the model. The
-state contains the weights, AdamW's moments, the step, the options and the position in the data. --resume continues a run with
-any number of threads, and gives the same bits as a run without a stop. The previous state is kept as mine.state.1; if
-mine.state is damaged, --resume uses mine.state.1.
-
-At Ctrl-C or SIGTERM, training finishes the step and saves. A second signal ends it immediately. Existing files are replaced
-only if they belong to the resumed run, or with --force.
-
-stdout has a line for each step and each validation. Samples of text are printed between lines of ---. Each sample continues
-<|endoftext|> at random, with the step as the seed. --log FILE writes a line of JSON for each step:
-
-    step            number of updates before this step, from 0
-    loss            mean loss of the step's batches before the update, in nats per token
-    norm            norm of the gradient before clipping
-    lr              learning rate
-    ms              time of the step in milliseconds
-    tokens_per_s    training speed
-    ranks           for each rank, the milliseconds of computing, and those of communication and of waiting for other ranks
-    val_loss        validation loss of the weights before this step, if they were validated
-
-After the last step, a line with only step and val_loss follows if the final weights were validated.
-
-Exit status: 0 for success; 1 for a failure at run time, such as a loss that is not finite, or if --check finds a difference;
-2 for bad input; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader closed stdout. A run that ends with 130, 141, 143 or
-an error is saved. But if the loss is not finite, an earlier save is kept instead.
+The defaults are those of llm.c's CPU program. --out mine.bin saves the model as mine.bin and the training state as mine.state.
+At Ctrl-C or SIGTERM, training finishes the step and saves. docs/reference/train.md describes the states, stdout and the log.
 """
 
 import argparse
@@ -41,6 +16,7 @@ import platform
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -48,32 +24,40 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ... import __version__
 from ..._kernels import cpu_info
+from ...config import Config
 from ...errors import InputError, NumericalError, PyGPTError
+from ...formats.llmc import read_debug_state
 from ...formats.open import set_tokenizer, vocabulary_beside
 from ...formats.vocabulary import write_vocabulary
+from ...hub.find import find_model
 from ...tokenizer import tokenizer_of
 from ...training.data import DataLoader
-from ...training.parallel import open_ranks
-from ...training.parallel.ranks import TIMEOUT_S, Ranks
+from ...training.parallel import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
-from ...training.trainer import Trainer
-from ..console import Parser, say, status_of, whole
-from ..options import TOKENIZER_HELP, add_text_options
+from ...training.trainable import SerialTrainableGPT2, TrainableGPT2
+from ...training.trainer import Trainer, open_ranks
+from ..console import Parser, check_stdout, say, status_of, whole
+from ..options import TOKENIZER_HELP, add_text_options, parse_number
 from ..progress import Progress
-from .instead import ENGINES, run_check, run_estimate
-from .job import BEST, PATHS, RANDOM, WHOLE, Job, Output, beginning, best_of, flag, new, number, open_data, prepare, resumed
-from .report import Report, draw, pictures, sample
+from .job import BEST, PATHS, WHOLE, Job, Output, Report, beginning, best_of, flag, new, open_data, prepare, resumed, sample
 
 NAMES = {"tokenizer", "data", "val", "init", "out", "resume", "log", "plot", "check"}  # options that take the name of a file
+# The class of the engine by --reference.
+ENGINES: dict[bool, type[TrainableGPT2 | SerialTrainableGPT2]] = {False: TrainableGPT2, True: SerialTrainableGPT2}
+FORWARD, GRADIENT = 1e-2, 2e-2  # tolerances
+STEPS, LR, WEIGHT_DECAY = 10, 1e-4, 0.01
+OVERHEAD = 1.1  # of messages over the bytes' own time
+LINES = 8  # of the estimate's table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     stop = Stop()
-    return status_of(lambda: run_ranks(arguments, stop)) or stop.status
+    return status_of(lambda: run_ranks(arguments, stop)) or (128 + stop.signal if stop.signal else 0)
 
 
 def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
@@ -101,8 +85,7 @@ def run_ranks(arguments: Sequence[str] | None, stop: "Stop") -> None:
 # By group, each option as "flag metavar" (a switch has no metavar) and its help. WHOLE has the limits of whole numbers.
 OPTIONS = {
     "data": {
-        "--data FILE": "training data: UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); "
-        "a file or a quoted pattern",
+        "--data FILE": "UTF-8 text, JSON lines (.jsonl) or llm.c's token shards (.bin); a file or a quoted pattern",
         "--val FILE": "validation data, in the same forms as --data",
         "--val-tokens N": "validate on the first N tokens of --data instead",
         "--val-fraction F": "validate on this last part of --data instead, such as 0.1",
@@ -112,10 +95,8 @@ OPTIONS = {
         "--seed N": "seed of random weights and of --shuffle (default 1)",
     },
     "model": {
-        "--init FILE": "begin with this checkpoint, or with `random` weights (default: "
-        "the model that `pygpt` uses, see pygpt --help)",
-        "--shape SHAPE": "begin with random weights of this shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or such as "
-        "L=4,NH=4,C=128,maxT=256[,V=50257]",
+        "--init FILE": "begin with this checkpoint, or with `random` weights (default: pygpt's model, see pygpt --help)",
+        "--shape SHAPE": "random weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or L=4,NH=4,C=128,maxT=256[,V=50257]",
         "--tokenizer FILE": TOKENIZER_HELP,
         "--train-tokenizer N": "make a vocabulary of N ids from --data (needs tokenizers); it is saved as FILE.tokenizer.json",
         "--chars": "make a vocabulary of the characters of --data",
@@ -183,18 +164,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def number(text: str) -> float:
+    """Read any number, as a type for argparse. The user of the number checks its limits."""
+    try:
+        return parse_number("", text)
+    except InputError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be a number such as 0.0001 or 1e-4") from None
+
+
 class Stop:
-    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`, so that the run can end after the step. A second signal
-    takes effect immediately."""
+    """In a `with` block, keep the first Ctrl-C or SIGTERM in `signal`. A second signal takes effect immediately."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[int, Any] = {}
-
-    @property
-    def status(self) -> int:
-        """Return the exit status for the signal, or 0 if no signal came."""
-        return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> "Stop":
         for which in (signal.SIGINT, signal.SIGTERM):
@@ -227,7 +210,7 @@ def run(options: argparse.Namespace, stop: Stop, ranks: Ranks) -> None:
             warn_about_cores(ranks, run.trainer.engine.threads)
         with stop:
             run.train(stop)
-        ranks.together(run.draw, first=True)
+        ranks.together(partial(run.report.draw, run.job.plot), first=True)
     return None
 
 
@@ -250,17 +233,13 @@ def opened(options: argparse.Namespace, given: dict[str, Any], ranks: Ranks, sta
         output = Output.named(options.out, config) if options.out else Output.of_state(options.resume, config)
         if os.path.exists(path := vocabulary_beside(state.path.removesuffix(".1"))):
             set_tokenizer(config, path)
-        for path in pictures(job.plot) if job.plot is not None and "plot" not in given else ():
-            if os.path.lexists(path) and os.path.dirname(os.path.realpath(path)) != os.path.dirname(state.path):
-                # A state from an unknown author could otherwise overwrite any file.
-                raise InputError(f"{path}: exists already outside the state's folder: to replace it, give --plot again")
     if ranks.rank == 0:  # only this rank writes
         prepare(job, config, output, state, force="force" in given)
     train, validation = open_data(job, config)
     kind = ENGINES[job.reference]
-    if init is None:  # the state has the weights
+    if state is not None:  # it has the weights
         engine = kind(config, threads=options.threads)
-    elif init == RANDOM:
+    elif init is None:
         engine = kind.random(config, seed=job.seed, threads=options.threads)
     else:
         engine = kind.load(init, threads=options.threads)
@@ -318,11 +297,9 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """Return what must be equal on all ranks before the first step."""
         trainer = self.trainer
+        versions = {"pygpt": __version__, "NumPy": np.__version__, "mpi4py": trainer.ranks.version, "byte order": sys.byteorder}
         return {
-            "pygpt": __version__,
-            "NumPy": np.__version__,
-            "mpi4py": trainer.ranks.version,
-            "byte order": sys.byteorder,
+            **versions,
             "fused multiply-add": cpu_info()["fused"],
             "the model": trainer.engine.config,
             **{flag(name): value for name, value in trainer.options.as_dict().items()},
@@ -398,16 +375,6 @@ class Run:
         self.save_model(self.output.model)
         self.saving = False
 
-    def draw(self) -> None:
-        """Draw the loss, if the job asks for pictures."""
-        if self.job.plot is not None:
-            names = pictures(self.job.plot)
-            if any("loss" in entry for entry in self.report.entries):
-                draw(names, self.report.entries)
-                say(f"wrote {' and '.join(names)}")
-            else:
-                say(f"did not write {' and '.join(names)}: this run did not make steps, and does not have a --log")
-
     def save_model(self, path: str) -> None:
         """Save the model atomically, on the first rank. Raises PyGPTError if writing fails."""
 
@@ -422,9 +389,8 @@ class Run:
         self.trainer.ranks.together(write, first=True)
 
     def rescue(self, error: Exception) -> None:
-        """Save the run after an error if its weights are useful, and print which state exists. A failed step changes nothing,
-        so the weights are those after the last good step. If their loss is not finite, save them only if there is no earlier
-        save."""
+        """Save the run after an error if its weights are useful, and print which state exists. The weights are those after the
+        last good step. If their loss is not finite, save them only if there is no earlier save."""
         ranks = self.trainer.ranks
         if self.output is None or not ranks.agreed:  # to save takes all ranks
             return
@@ -447,3 +413,90 @@ class Run:
 def counted(steps: int) -> str:
     """Return a number of steps with its noun."""
     return f"{steps} step{'' if steps == 1 else 's'}"
+
+
+def run_check(given: dict[str, Any]) -> None:
+    """Run --check. Raises PyGPTError if a difference is too large, InputError for options that do not go with --check."""
+    if surplus := sorted({*given} - {"check", "init", "threads", "reference"}):
+        raise InputError(f"--check does not train, so leave out {flag(surplus[0])}; it takes --init, -t and --reference")
+    path, _ = find_model(given.get("init"))
+    with ENGINES["reference" in given].load(path, threads=given.get("threads")) as engine:
+        state = read_debug_state(given["check"], engine.config)
+
+        def mean_loss() -> float:
+            loss = float(engine.forward(state.inputs, state.targets).mean(dtype="f8"))
+            engine.backward()
+            return loss
+
+        loss = mean_loss()
+        with engine.model() as model:
+            logits = max(largest(model.logits(row.tolist()), state.logits[b]) for b, row in enumerate(state.inputs))
+        rows = [("logits", logits, FORWARD), ("loss", largest(np.array(loss), np.array(state.loss)), FORWARD)]
+        rows += [(f"d{name}", largest(engine.gradient(name), state.gradients[name]), GRADIENT) for name in state.gradients]
+        print(f"{'tensor':<12} {'difference':>12} {'tolerance':>10}")
+        for name, difference, tolerance in rows:
+            print(f"{name:<12} {difference:>12.3e} {tolerance:>10.0e}  {'OK' if difference <= tolerance else 'NOT OK'}")
+        for step in range(STEPS):
+            loss = mean_loss()
+            engine.update(lr=LR, step=step + 1, weight_decay=WEIGHT_DECAY)
+            print(f"step {step}: loss {loss:.6f}", flush=True)
+    if not all(difference <= tolerance for _, difference, tolerance in rows):
+        text = f"the engine's results differ by more than the tolerance: check that {path} is the same model"
+        raise PyGPTError(f"{given['check']}: {text}")
+
+
+def largest(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """Return the largest absolute difference. If an array holds NaN, return NaN, which is outside every tolerance."""
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        return float(np.abs(found.astype("f8") - expected).max())
+
+
+def run_estimate(given: dict[str, Any]) -> None:
+    """Run --estimate: print a line for each of some numbers of ranks. Raises InputError for a bad number of ranks or speed."""
+    parts = given.get("parts") or given.get("ranks", 8)
+    job, options = new({"data": "none", **given, "parts": parts})
+    ranks, gbit, tokens = given.get("ranks", parts), given.get("gbit", 10.0), options.accumulate * job.B * job.T
+    if parts % ranks:
+        raise InputError(f"--ranks is {ranks}: it must divide --parts, which is {parts}")
+    if not 0.001 <= gbit <= 1e6:
+        raise InputError(f"--gbit is {gbit}: it must be from 0.001 to 1000000")
+    config, _ = beginning(given)
+    if config.maxT < job.T:
+        raise InputError(f"-T is {job.T}: the model takes sequences of at most {config.maxT} tokens")
+    check_stdout("the estimate")
+    batch, update, threads = measure(config, job.B, job.T, given.get("threads"))
+    P = config.parameters(padded=True)
+    print(f"model: {P} parameters; step: {parts} parts of {options.accumulate} x {job.B} x {job.T} tokens")
+    print(f"measured here with {threads} threads: {batch:.3f} s for {job.B} x {job.T} tokens, {update:.3f} s for an update")
+    print(f"network: {gbit:g} Gbit/s; memory of a rank: weights, gradients and moments, without activations\n")
+    print("ranks  compute s  messages s   step s  tokens/s  speed-up  efficiency      MB")
+    counts = [count for count in range(1, ranks + 1) if parts % count == 0]
+    alone = 0.0
+    for count in [*counts[: LINES - 1], *counts[LINES - 1 :][-1:]]:
+        per = parts // count
+        add = update * 5 / 7  # a copy and a sum pass over 5 arrays, an update over 7
+        compute = per * options.accumulate * batch + (per - 1) * add + update / count
+        messages = OVERHEAD * 2 * 4 * P * (count - 1) / count * 8 / (gbit * 1e9)
+        step = compute + messages
+        alone = alone or step
+        print(
+            f"{count:>5} {compute:>10.2f} {messages:>11.2f} {step:>8.2f} {parts * tokens / step:>9.0f} {alone / step:>9.2f} "
+            f"{alone / step / count:>11.2f} {(8 + 8 / count) * P / 1e6:>7.0f}"
+        )
+
+
+def measure(config: Config, B: int, T: int, threads: int | None) -> tuple[float, float, int]:
+    """Return the seconds of one micro-batch and of one update on this machine, the best of three, and the threads."""
+    ids = np.arange(B * T, dtype=np.int32).reshape(B, T) % config.V
+    batches, updates = [], []
+    with TrainableGPT2(config, threads=threads) as engine:
+        for step in range(1, 4):
+            start = time.perf_counter()
+            engine.forward(ids, ids)
+            engine.backward()
+            middle = time.perf_counter()
+            engine.gradient_norm()
+            engine.update(lr=0.0, step=step)
+            batches.append(middle - start)
+            updates.append(time.perf_counter() - middle)
+        return min(batches), min(updates), engine.threads

@@ -1,23 +1,99 @@
-"""Share a training step among ranks: its parts, the tree's sum of the gradients, and slices of the optimizer."""
+"""One training step on several ranks, with bits that do not depend on their number.
+
+A rank is a process with a whole model and its own workers. A step has S parts, groups of micro-batches whose gradients are
+summed from zero. A fixed binary tree over the parts' numbers adds them: the left half of [a, b) has the largest power of two of
+parts below b - a. MPI only moves data, because the order of a library's own reductions depends on the number of ranks.
+
+The ranks share the optimizer as in ZeRO-1 (Rajbhandari et al. 2020): each rank owns a slice of whole norm blocks. It receives
+the sums of all ranks for its slice, adds them by the tree, and updates its weights and moments. Then it sends the weights to
+all. One rank is the same program without messages. Refuses to know about data, files and options.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
+from typing import Any, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from ...errors import InputError
-from ..parameters import NORM_BLOCK, norm_of
-from ..trainable import TrainableGPT2
-from .ranks import Array, Ranks
+from ..errors import CheckpointError, InputError, PyGPTError
+from .parameters import NORM_BLOCK, norm_of
+from .trainable import SerialTrainableGPT2, TrainableGPT2
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ..serial import SerialTrainableGPT2
-
+Array = npt.NDArray[np.float32]
+Messages = Sequence[tuple[Array, int]]  # flat arrays, each with the rank to send it to or to receive it from
+T = TypeVar("T")
+TIMEOUT_S = 600.0
 PIECE = 1 << 20  # the most values in a message: 4 MB
 INBOX = 1 << 24  # values of all messages that a rank receives at a time
 Node = tuple[int, int]  # a subtree: the parts [start, stop)
+
+
+class Ranks:
+    """The ranks of a training run: `size` processes of which this one is number `rank`.
+
+    `seconds`: the time that this rank has spent on messages.
+    `agreed`: whether an exception that is raised now is raised by all ranks. `version`: of mpi4py, or "".
+    Use it in a `with` block: if an exception of one rank ends the block, all ranks end."""
+
+    size, rank = 1, 0
+    seconds = 0.0
+    agreed, version = True, ""
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks in their order. Every rank must call it."""
+        return [value]
+
+    def begin(self, sends: Messages, receives: Messages) -> Any:
+        """Begin to send and receive arrays; return what finish() takes. Between two ranks, messages keep their order."""
+        assert not sends
+        assert not receives
+
+    def finish(self, begun: Any) -> None:
+        """Wait until all these messages have arrived."""
+
+    def common(self, error: Exception) -> Exception:
+        """Return an exception that every rank raises here, so that a `with` block can end without a message to the others."""
+        return error
+
+    def together(self, job: Callable[[], T], *, first: bool = False) -> T | None:
+        """Run a job on every rank, or on the first only; return its result. If it fails on any rank, all raise its error."""
+        found: T | None = None
+        own: Exception | None = None
+        if not first or self.rank == 0:
+            try:
+                found = job()
+            except (PyGPTError, OSError, MemoryError) as error:
+                own = error
+        wrong = None if own is None else (isinstance(own, InputError | CheckpointError), str(own) or "out of memory")
+        errors = self.gather(wrong)
+        for rank, failed in enumerate(errors):
+            if failed is not None:
+                if own is not None and (self.size == 1 or len(set(errors)) == 1):
+                    raise self.common(own)
+                kind = InputError if failed[0] else PyGPTError
+                raise self.common(kind(failed[1] if first else f"{self.name(rank)}: {failed[1]}"))
+        return found
+
+    def check_equal(self, facts: dict[str, Any]) -> None:
+        """Raise InputError on all ranks unless all have equal facts; the error names the rank, the fact and both values."""
+        first, *others = self.gather(facts)
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    both = f"{self.name(rank)} has {name} {other[name]!s:.80}, {self.name(0)} has {value!s:.80}"
+                    raise self.common(InputError(f"{both}: make them equal"))
+
+    def name(self, rank: int) -> str:
+        """Return a rank's number and host for messages."""
+        return f"rank {rank}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        pass
 
 
 def middle(start: int, stop: int) -> int:
@@ -50,7 +126,7 @@ class SharedStep:
     """Sum an engine's gradients over the parts of a step and over the ranks, and share the updated weights. `mine`: this rank's
     parts. `own`: its slice of the flat arrays. Raises InputError if the number of ranks does not divide `parts`."""
 
-    def __init__(self, engine: "TrainableGPT2 | SerialTrainableGPT2", ranks: Ranks, parts: int) -> None:
+    def __init__(self, engine: TrainableGPT2 | SerialTrainableGPT2, ranks: Ranks, parts: int) -> None:
         if parts % ranks.size:
             text = f"parts is {parts}: {ranks.size} ranks must divide it; give a multiple, or start fewer"
             raise ranks.common(InputError(text))

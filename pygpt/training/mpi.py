@@ -20,7 +20,7 @@ import mpi4py
 mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # _begin() initializes MPI
 from mpi4py import MPI  # noqa: E402
 
-from .ranks import TIMEOUT_S, Messages, Ranks, T  # noqa: E402
+from .parallel import TIMEOUT_S, Messages, Ranks, T  # noqa: E402
 
 STUCK = 75  # the exit status if a message does not come in time: EX_TEMPFAIL, "try again later"
 PATIENT_S, NAP_S = 0.5, 0.001  # after so long a wait, sleep between two looks
