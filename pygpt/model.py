@@ -80,7 +80,7 @@ class GPT2(Generator):
 
     def _choose_draft(self, draft: str) -> None:
         """Take the draft that load() was asked for. Raises InputError for a model with another vocabulary."""
-        from .formats.quantise import QUANTISED
+        from .formats.panels import QUANTISED
 
         self._draft_weights = draft if draft in QUANTISED else None
         if draft in (*QUANTISED, "lookup"):

@@ -119,7 +119,7 @@ class Network(Uncopied):
 
     def quantised(self, weights: str) -> "StoredWeights":
         """Return this network's weights, quantised to q8_0 or q4_0 in memory."""
-        from .formats.quantise import quantised
+        from .formats.panels import quantised
 
         return quantised(self._checkpoint, weights, threads=self.threads)
 

@@ -10,7 +10,7 @@ from ._reference import Reference
 from .errors import ClosedError, InputError, Uncopied
 from .formats.dtypes import FORMATS
 from .formats.open import open_weights
-from .formats.quantise import QUANTISED
+from .formats.panels import QUANTISED
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model

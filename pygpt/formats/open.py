@@ -46,7 +46,7 @@ def open_model(
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        model = HuggingFaceModel.open(path, heads=heads, threads=threads, mmap=mmap)
+        model = HuggingFaceModel(path, heads=heads, threads=threads, mmap=mmap)
     elif heads is not None:
         raise InputError(f"{path}: this file contains its number of heads: leave out --heads")
     elif path.endswith(".safetensors"):
@@ -112,7 +112,7 @@ def open_weights(
     source = of_text_only(model) if text_only else model
     if weights is None:
         return source
-    from .quantise import quantised
+    from .panels import quantised
 
     try:
         return quantised(source, weights, threads=threads)

@@ -12,9 +12,12 @@ because they are mapped and used in place. Source: the layout of the kernels' pr
 import json
 import os
 from collections.abc import Iterator
+from math import prod
 
 from ..config import LIMITS, Config
-from ..errors import CheckpointError, InputError
+from ..cpus import resolve_threads
+from ..errors import CheckpointError, InputError, shown
+from ..pool import ThreadPool
 from .dtypes import FLOAT32, FORMATS, Q4_0, Q8_0, Format
 from .files import atomic_file
 from .safetensors import FORMATS as STORED
@@ -24,7 +27,7 @@ from .tensors import EMBEDDINGS, ModelFile, layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO
+    from typing import IO, Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 PANEL, GROUP, ALIGNMENT = 16, 32, 64  # outputs; inputs that share a scale; bytes
 QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # the formats that are stored in panels
+LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # the largest value that a float16 scale can represent
 LAYERED = ("qkvw", "attprojw", "fcw", "fcprojw")  # the matrices of a layer, which have the format `kind`
 MATRICES = (*EMBEDDINGS, *LAYERED)
 FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
@@ -152,6 +156,47 @@ class StoredWeights(InPanels):
 
     def close(self) -> None:
         """Do nothing: the memory is freed with its last user."""
+
+
+def quantised(model: "Any", format: str, head: str | None = None, threads: "SupportsIndex | None" = None) -> StoredWeights:
+    """Quantise the matrices of an open model in memory, to the numbers of a converted file.
+
+    The result stays valid after the model is closed. Positions, biases and gains keep their format, because they are small.
+
+    format: q8_0 or q4_0, for the layers' matrices. head: the format of wte, by default q8_0. threads: workers, as in
+    GPT2.load(). Raises InputError for an unknown format, and for weights that the format cannot represent."""
+    for name in (format, head):
+        if name is not None and name not in QUANTISED:
+            raise InputError(f"weights cannot be quantised to {shown(name)}: choose one of {', '.join(QUANTISED)}")
+    from .._kernels import Floats, matrix_bytes, quantise_panels
+
+    config, stored = model.config, model.stored()
+    shapes = {name: shape for name, shape, _, _ in config.tensors(padded=False)}
+    formats = {name: format for name in shapes if len(shapes[name]) == 3}
+    formats |= {name: head or "q8_0" for name in ("wte", "head") if name in shapes}
+    sizes = {name: prod(shapes[name][:-2]) * matrix_bytes(kind, *shapes[name][-2:]) for name, kind in formats.items()}
+    memory = memoryview(Floats(1, sum(sizes.values()) // 4, dense=True)).cast("B")  # every size is a multiple of 64
+    tensors = {name: (kind, memoryview(bytes(data))) for name, (kind, data) in stored.items() if name not in formats}
+    offset = 0
+    for name, size in sizes.items():
+        tensors[name] = formats[name], memory[offset : offset + size]
+        offset += size
+
+    refused = set()
+
+    def job(ith: int, nth: int) -> None:
+        for name in formats:
+            (*layers, N, K), (kind, out), (source_kind, source) = shapes[name], tensors[name], stored[name]
+            if not quantise_panels(out, kind, source, source_kind, prod(layers), N, K, ith, nth):
+                refused.add(name)
+
+    with ThreadPool(resolve_threads(threads)) as pool:
+        pool.run(job)
+    for name in formats:
+        if name in refused:
+            most = LARGEST[formats[name]]
+            raise InputError(f"{name} cannot be {formats[name]}: it has a value that is not finite, or beyond {most}")
+    return StoredWeights(config, {name: tensors[name] for name in shapes})
 
 
 # ------------------------------------------------------------------------------------------------ the file
