@@ -52,11 +52,11 @@ if TYPE_CHECKING:
     from .formats.llmc import read_debug_state as read_debug_state
     from .formats.llmc import read_examples as read_examples
     from .formats.llmc import read_tokenizer as read_tokenizer
+    from .formats.llmc import read_tokens as read_tokens
     from .formats.llmc import write_debug_state as write_debug_state
     from .formats.llmc import write_examples as write_examples
     from .formats.llmc import write_tokenizer as write_tokenizer
-    from .formats.shards import read_tokens as read_tokens
-    from .formats.shards import write_tokens as write_tokens
+    from .formats.llmc import write_tokens as write_tokens
     from .formats.text import encode_text as encode_text
     from .formats.text import read_text as read_text
     from .formats.text import tokens_of_text as tokens_of_text
@@ -111,11 +111,10 @@ _PUBLIC = {
     "pool": "ThreadPool",
     "activations": "add scale zero",
     "formats.checkpoint": "Checkpoint write_checkpoint",
-    "formats.shards": "read_tokens write_tokens",
     "formats.vocabulary": "load_tokenizer",
     "formats.text": "encode_text read_text tokens_of_text",
-    "formats.llmc": "DebugState Example read_debug_state read_examples read_tokenizer "
-    "write_debug_state write_examples write_tokenizer",
+    "formats.llmc": "DebugState Example read_debug_state read_examples read_tokenizer read_tokens "
+    "write_debug_state write_examples write_tokenizer write_tokens",
     "tokenizer": "StreamDecoder Tokenizer",
     "hub.find": "find_model",
     "network": "KVCache Network",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .shards import Path, Shard
+    from .llmc import Path, Shard
 
     Labels = npt.NDArray[np.int32]  # (tokens,)
 

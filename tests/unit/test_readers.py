@@ -65,7 +65,7 @@ def test_no_finding_among_mutations(sound: Any, name: str) -> None:
     ("name", "replaced", "by"),
     [
         ("checkpoint", "pygpt.formats.checkpoint.file_bytes", lambda config, version: 0),
-        ("shard", "pygpt.formats.shards.check_size", lambda *_: None),
+        ("shard", "pygpt.formats.llmc.check_size", lambda *_: None),
         ("shard", "pygpt.training.data.DataLoader.restore", lambda *_: None),
         ("tokenizer", "pygpt.formats.llmc.check_size", lambda *_: None),
         ("debug-state", "pygpt.formats.llmc.check_ids", lambda *_: None),

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from ...config import Config
 from ...errors import DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.checkpoint import check_plain
+from ...formats.llmc import read_tokens
 from ...formats.open import open_floats, vocabulary_beside
-from ...formats.shards import read_tokens
 from ...formats.text import joined, read_text, tokens_and_labels
 from ...hub.find import find_model
 from ...inspection.show import matplotlib
