@@ -5,17 +5,21 @@ Source: llm.c, dev/data/tinyshakespeare.py, for the positions of `<|endoftext|>`
 """
 
 import codecs
+import gzip
 import io
 import json
 import os
 import re
+import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 
 from ..config import IGNORED
-from ..errors import DataError, InputError, check_flag, shown
+from ..errors import DataError, InputError, PyGPTError, check_flag, shown
 from ..tokenizer import Tokenizer
-from .files import foreign_file
+from .files import atomic_file, foreign_file, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     Labels = npt.NDArray[np.int32]  # (tokens,)
 
 PIECE = 1 << 20  # bytes of text read at a time
+LONGEST = 1 << 24  # bytes of a line in a file that may be compressed
 EOT_MODES = ("document", "paragraph", "none")
 MARK = "\ufeff"  # the byte order mark
 OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # of UTF-16 and UTF-32
@@ -277,3 +282,44 @@ def tokens_and_labels(
         labels += [begin[:marked].astype(np.int32), np.full(len(begin) - marked, IGNORED, np.int32), end.astype(np.int32)]
         masked = masked or prompt is not None
     return joined(tokens), np.concatenate(labels) if masked else None
+
+
+def read_lines(path: str) -> Iterator[bytes]:
+    """Yield a file's lines, decompressed by its name (.gz, .zst). Raises DataError for damage or a long line."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: {'not a regular' if os.path.exists(path) else 'no such'} file: name a file of JSON lines")
+    damage = (OSError, EOFError, zlib.error, *([_zstd().ZstdError] if path.endswith(".zst") else []))
+    try:
+        with open(path, "rb") as raw, _opened(raw, path, "rb") as file:
+            while line := file.readline(LONGEST + 1):
+                if len(line) > LONGEST:
+                    raise DataError(f"{path}: a line is longer than {LONGEST} bytes: write one object on a line")
+                yield line
+    except damage as error:
+        raise DataError(f"{path}: cannot read the lines: {reason(error)}") from error
+
+
+def compress(source: str, path: str) -> None:
+    """Write the bytes of the file `source` as `path` atomically, compressed by its name. They do not depend on the time."""
+    with atomic_file(path) as target, open(source, "rb") as file, _opened(target, path, "wb") as packed:
+        shutil.copyfileobj(file, packed, 1 << 20)
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether the name is of a compressed file. Raises PyGPTError for .zst if this Python has no zstd."""
+    return path.endswith(".gz") or (path.endswith(".zst") and bool(_zstd()))
+
+
+def _opened(file: "IO[bytes]", path: str, mode: str) -> "Any":
+    if path.endswith(".zst"):
+        return _zstd().open(file, mode)
+    return gzip.GzipFile("", mode, 6, file, 0) if path.endswith(".gz") else file
+
+
+def _zstd() -> "Any":
+    for name in ("compression.zstd", "backports.zstd"):
+        try:
+            return import_module(name)
+        except ImportError:
+            pass
+    raise PyGPTError("files of zstd (.zst) need Python 3.14 or the extra: pip install 'pygpt[zstd]'")
