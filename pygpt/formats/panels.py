@@ -120,14 +120,10 @@ class InPanels(ModelFile):
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
         """Return rows [start, stop): ModelFile.part(), with panels converted to blocks."""
-        import numpy as np
-
         _, N, K = layout(self.config, name)
         kind, data = self.formats[name], self._stored(name)[1]
         if kind.name not in QUANTISED:
-            first = layer * N
-            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
-            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
+            return super().part(name, layer, start, stop)
         values, scales = panel_sizes(kind, N, K)
         base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
         ends = (start, -(-stop // PANEL) * PANEL)

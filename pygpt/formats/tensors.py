@@ -99,7 +99,12 @@ class ModelFile(Closing):
         """Return rows [start, stop) of one layer's part of a tensor, as stored. start is a multiple of 16.
 
         A vector is one row. Returns the format and the blocks (rows, blocks of a row). Raises ClosedError."""
-        raise NotImplementedError
+        import numpy as np
+
+        _, N, K = layout(self.config, name)
+        kind, first = self.formats[name], layer * N
+        rows = self._stored(name)[1][kind.size((first + start) * K) : kind.size((first + stop) * K)]
+        return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
 
     def parts(self, name: str) -> "Iterator[tuple[Format, Blocks]]":
         """Yield the parts of a tensor in order, some rows at a time, so that the model may be larger than memory."""
