@@ -102,9 +102,12 @@ class Checkpoint(ModelFile):
 
     def _stored(self, name: str) -> tuple[str, memoryview]:
         layers, N, K = layout(self.config, name)
+        return self.format.name, self._bytes(name, 0, self.format.size(layers * N * K))
+
+    def _bytes(self, name: str, first: int, last: int) -> memoryview:
         begin = next(at for found, _, at, _ in self.config.tensors(padded=self.version != 1) if found == name)
-        first, last = (HEADER_BYTES + self.format.size(at) for at in (begin, begin + layers * N * K))
-        return self.format.name, self._file.view(first, last)
+        start = HEADER_BYTES + self.format.size(begin)
+        return self._file.view(start + first, start + last)
 
 
 def write_checkpoint(

@@ -7,14 +7,16 @@ Quantised rows are blocks of neighbours in one row of a matrix, as GGUF stores t
 panels (panels.py), and they alone quantise (csrc/quantise.h). Source of the blocks: ggml, ggml-common.h and ggml-quants.c.
 """
 
-from collections.abc import Callable
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import IO, Any
 
     import numpy as np
     import numpy.typing as npt
+
+    DType = str | list[Any]
+    Map = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 PIECE = 1 << 18  # values that are converted at a time
 
@@ -28,11 +30,11 @@ class Format:
     def __init__(
         self,
         name: str,
-        dtype: "str | list[Any]",
+        dtype: "DType",
         block_values: int,
         block_bytes: int,
-        to_float32: "Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]",
-        from_float32: "Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]] | None",
+        to_float32: "Map",
+        from_float32: "Map | None",
     ) -> None:
         self.name, self.dtype = name, dtype
         self.block_values, self.block_bytes = block_values, block_bytes
@@ -61,7 +63,7 @@ class Format:
 
 
 def _from_bfloat16(bits: "npt.NDArray[np.uint16]") -> "npt.NDArray[np.float32]":
-    """Convert bits of bfloat16, the upper half of a float32, to float32. This is exact, and keeps the bits of a NaN."""
+    """Map bits of bfloat16, the upper half of a float32, to float32. This is exact, and keeps the bits of a NaN."""
     wide = bits.astype("<u4")
     wide <<= 16
     return wide.view("<f4")
@@ -105,7 +107,7 @@ def nibbles(packed: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.uint8]":
 
 
 def _from_q6_k(blocks: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
-    """Convert ggml's Q6_K to float32: 16 groups of 16 six-bit numbers q, an int8 scale a group. (d * scale) * q, as in ggml."""
+    """Map ggml's Q6_K to float32: 16 groups of 16 six-bit numbers q, an int8 scale a group. (d * scale) * q, as in ggml."""
     import numpy as np
 
     shape = blocks.shape

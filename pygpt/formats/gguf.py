@@ -27,7 +27,7 @@ from .tensors import ModelFile, common_format, layout
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO, Any, SupportsIndex
+    from typing import Any, SupportsIndex
 
     from .tensors import Blocks
 
@@ -159,8 +159,6 @@ class GGUFFile(ModelFile):
             self.close()
             raise
 
-    # -------------------------------------------------------------------------------------------- the header
-
     def _read_header(self) -> dict[str, Tensor]:
         """Read key-value pairs into self._values, and the places of arrays into self._arrays. Return the tensors."""
         cursor = self._cursor = _Cursor(self.path, self._file.view(0, min(self.size, HEADER_LIMIT)))
@@ -231,8 +229,6 @@ class GGUFFile(ModelFile):
             flaw = "truncated" if self.size < end else "too long"
             raise cursor.bad(f"{flaw}: {self.size} bytes, expected {end}; fetch it again")
         return found
-
-    # -------------------------------------------------------------------------------------------- the model
 
     def _read_config(self) -> Config:
         """Return the dimensions, from the keys and the token embedding. Refuse settings that pygpt does not compute."""
@@ -314,8 +310,6 @@ class GGUFFile(ModelFile):
         cursor.at = at
         return [cursor.string(STRING_LIMIT, key) for _ in range(number)]
 
-    # -------------------------------------------------------------------------------------------- values
-
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
         """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part(), as a view of the file."""
         import numpy as np
@@ -370,9 +364,6 @@ def _theirs(name: str, layers: int) -> list[str]:
     return [NAMES[name].format(layer) for layer in range(layers)]
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
 def write_gguf(
     path: str | os.PathLike[str], config: Config, formats: "Mapping[str, Format]", tensors: "Mapping[str, Iterator[Blocks]]"
 ) -> None:
@@ -406,16 +397,12 @@ def write_gguf(
         file.write(header + bytes(-len(header) % ALIGNMENT))
         for name, _ in config.table:
             layers, N, K = layout(config, name)
-            for _ in range(layers):
-                _write_rows(file, tensors[name], N)
-                file.write(bytes(-formats[name].size(N * K) % ALIGNMENT))
-
-
-def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
-    while N:
-        piece = next(pieces)
-        file.write(piece.data)
-        N -= len(piece)
+            rows = 0
+            for piece in tensors[name]:
+                file.write(piece.data)
+                rows += len(piece)
+                if rows % N == 0:  # the end of a layer
+                    file.write(bytes(-formats[name].size(N * K) % ALIGNMENT))
 
 
 def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:

@@ -27,7 +27,7 @@ from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .tensors import Blocks, Weights
+    from .tensors import Blocks
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -304,7 +304,7 @@ class HuggingFaceModel(ModelFile):
             file.close()
 
 
-def write_model(folder: str, model: "Weights", kind: Format) -> None:
+def write_model(folder: str, model: ModelFile, kind: Format) -> None:
     """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
     A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it
@@ -338,7 +338,7 @@ def _texts(config: Config, dtype: str) -> dict[str, bytes]:
     return texts | ({} if tokenizer is None else tokenizer_files(tokenizer, config.maxT))
 
 
-def write_tensors(file: IO[bytes], model: "Weights", kind: Format, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(file: IO[bytes], model: ModelFile, kind: Format, metadata: dict[str, str] | None = None) -> None:
     """Write the tensors of a model to an open file as safetensors with transformers' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape, _, _ in model.config.tensors(padded=False):

@@ -195,11 +195,9 @@ def write_debug_state(path: Path, config: Config, state: DebugState) -> None:
         file.write(header_bytes(STATE_MAGIC, STATE_VERSION, *shape))
         for ids in (inputs, targets):
             file.write(ids.astype("<i4").tobytes())
-        for values in (state.logits, state.loss, *(state.gradients[tensor] for tensor, _ in wanted[:1])):
+        wte, *others = (state.gradients[tensor] for tensor, _ in wanted)
+        for values in (state.logits, state.loss, wte, np.zeros((config.Vp - config.V, config.C)), *others):
             file.write(np.asarray(values, "<f4").tobytes())
-        file.write(bytes(4 * (config.Vp - config.V) * config.C))
-        for tensor, _ in wanted[1:]:
-            file.write(np.asarray(state.gradients[tensor], "<f4").tobytes())
 
 
 # ------------------------------------------------------------------------------------------------ examples

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import SupportsIndex
 
-    import numpy as np
-    import numpy.typing as npt
-
     from ..tokenizer import Tokenizer
     from .dtypes import Format
     from .tensors import Blocks
@@ -76,7 +73,7 @@ def set_tokenizer(config: Config, path: str) -> None:
     def load() -> "Tokenizer":
         from .vocabulary import cached_tokenizer
 
-        return cached_tokenizer(path, config.V)
+        return cached_tokenizer(path, V=config.V)
 
     config.tokenizer = load
 
@@ -192,29 +189,26 @@ def blocks_of(model: ModelFile, name: str, kind: "Format") -> "Iterator[Blocks]"
 
     Zeros pad rows that do not fill whole blocks. Quantised blocks that already have this format are passed on unchanged. Raises
     CheckpointError if a value is not finite, or exceeds the range of the format."""
-    _, _, K = layout(model.config, name)
-    for found, blocks in model.parts(name):
-        same = found == kind and kind.block_values > 1
-        yield blocks if same else _encode(model, name, kind, found.to_float32(blocks)[:, :K])
-
-
-def _encode(model: ModelFile, name: str, kind: "Format", rows: "npt.NDArray[np.float32]") -> "Blocks":
     import numpy as np
 
     from .panels import QUANTISED, quantise
 
-    if not (finite := np.isfinite(rows)).all():
-        raise CheckpointError(f"{model.path}: {name} holds {rows[~finite][0]}: weights must be finite")
-    if padding := -rows.shape[1] % kind.block_values:
-        rows = np.pad(rows, ((0, 0), (0, padding)))
-    rows = np.ascontiguousarray(rows, "<f4")
-    if kind.name in QUANTISED:
-        blocks = quantise(kind, rows)
-    else:
-        assert kind.from_float32 is not None
-        rounded = kind.from_float32(rows)
-        blocks = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
-    if blocks is None:
-        largest = rows.flat[np.abs(rows).argmax()]
-        raise CheckpointError(f"{model.path}: {name} holds {largest}: out of the range of {kind.name}")
-    return blocks
+    _, _, K = layout(model.config, name)
+    for found, blocks in model.parts(name):
+        if found == kind and kind.block_values > 1:
+            yield blocks
+            continue
+        rows = found.to_float32(blocks)[:, :K]
+        if not (finite := np.isfinite(rows)).all():
+            raise CheckpointError(f"{model.path}: {name} holds {rows[~finite][0]}: weights must be finite")
+        rows = np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -K % kind.block_values))), "<f4")
+        if kind.name in QUANTISED:
+            encoded = quantise(kind, rows)
+        else:
+            assert kind.from_float32 is not None
+            rounded = kind.from_float32(rows)
+            encoded = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
+        if encoded is None:
+            largest = rows.flat[np.abs(rows).argmax()]
+            raise CheckpointError(f"{model.path}: {name} holds {largest}: out of the range of {kind.name}")
+        yield encoded

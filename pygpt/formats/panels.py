@@ -49,9 +49,6 @@ def aligned(size: int, alignment: int | None = None) -> int:
     return -(-size // step) * step
 
 
-# ------------------------------------------------------------------------------------------------ the layout
-
-
 def panel_sizes(kind: Format, N: int, K: int) -> tuple[int, int]:
     """Return the bytes of values, and of scales with padding, of one layer's matrix in panels."""
     panels, groups = -(-N // PANEL), kind.blocks(K)
@@ -195,9 +192,6 @@ def quantised(model: "Any", format: str, head: str | None = None, threads: "Supp
     return StoredWeights(config, {name: tensors[name] for name in shapes})
 
 
-# ------------------------------------------------------------------------------------------------ the file
-
-
 def entries(config: Config, formats: "Mapping[str, Format]") -> dict[str, tuple[str, int, int]]:
     """Return the header that such a model must have: name -> dtype, length of the flat array, bytes."""
     found = {}
@@ -293,8 +287,8 @@ def write_panels(
 ) -> None:
     """Write a panel file, all or nothing. `tensors` yield the blocks of each tensor in its format, rows in order.
 
-    A piece contains rows of one layer only. `formats` are the result of formats_of(). `sha256` of the source has 64 characters.
-    Raises OSError if the file cannot be written; an older file then stays unchanged."""
+    A piece contains whole panels, or the last rows of a layer. `formats` are the result of formats_of(). `sha256` of the source
+    has 64 characters. Raises OSError if the file cannot be written; an older file then stays unchanged."""
     metadata = {
         "format": FILE_FORMAT,
         "version": VARIED_VERSION if config.variations else FILE_VERSION,
@@ -323,27 +317,17 @@ def write_panels(
 
 
 def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Blocks]") -> None:
-    """Write one layer's matrix of N rows in panels, from as many pieces as needed: all values, then all scales."""
-    import numpy as np
-
+    """Write one layer's matrix of N rows in panels: all values, then all scales."""
     from .._kernels import blocks_to_panels
 
-    scales: list[npt.NDArray[np.uint8]] = []
-    held: Blocks | None = None  # rows that do not yet fill a panel
+    scales = b""
     while N:
-        piece = next(pieces)
-        N -= len(piece)
-        rows = piece if held is None else np.concatenate([held, piece])
-        whole = len(rows) - len(rows) % PANEL if N else len(rows)
-        held = rows[whole:]
-        if not whole:
-            continue
+        rows = next(pieces)
+        N -= len(rows)
         K = rows.shape[1] * kind.block_values
-        values, padded = panel_sizes(kind, whole, K)
+        values, padded = panel_sizes(kind, len(rows), K)
         out = aligned_bytes(values + padded)
-        blocks_to_panels(out.data, kind.name, rows[:whole].reshape(-1).view("u1").data, 1, whole, K, 0, 1)
+        blocks_to_panels(out.data, kind.name, rows.reshape(-1).view("u1").data, 1, len(rows), K, 0, 1)
         file.write(out[:values].data)
-        scales.append(out[values : values + -(-whole // PANEL) * PANEL * rows.shape[1] * 2])
-    written = np.concatenate(scales)
-    file.write(written.data)
-    file.write(bytes(aligned(len(written)) - len(written)))
+        scales += out[values : values + -(-len(rows) // PANEL) * PANEL * rows.shape[1] * 2].tobytes()
+    file.write(scales.ljust(aligned(len(scales)), b"\0"))

@@ -13,7 +13,7 @@ from .dtypes import FLOAT32, FORMATS, Format
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any, Protocol
+    from typing import Any
 
     import numpy as np
     import numpy.typing as npt
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
     Shape = tuple[int, ...]
     Blocks = npt.NDArray[Any]  # (rows, blocks): a part of a matrix in its format, row-major
-
-    class Weights(Protocol):
-        """What is written to files: an open model, or the parameters of one in training."""
-
-        @property
-        def config(self) -> Config:
-            """The dimensions and variations."""
-
-        def pieces(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
-            """Yield a tensor in order, as ModelFile.pieces() does."""
-
 
 ROWS = 16  # parts of a tensor begin at multiples of it, because panels hold 16 rows
 EMBEDDINGS = ("wte", "wpe", "head")  # matrices of one layer
@@ -103,7 +92,7 @@ class ModelFile(Closing):
 
         _, N, K = layout(self.config, name)
         kind, first = self.formats[name], layer * N
-        rows = self._stored(name)[1][kind.size((first + start) * K) : kind.size((first + stop) * K)]
+        rows = self._bytes(name, kind.size((first + start) * K), kind.size((first + stop) * K))
         return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
 
     def parts(self, name: str) -> "Iterator[tuple[Format, Blocks]]":
@@ -144,6 +133,10 @@ class ModelFile(Closing):
     def _stored(self, name: str) -> tuple[str, memoryview]:
         """Return one tensor in its own format, in the layout of Weights."""
         raise NotImplementedError
+
+    def _bytes(self, name: str, first: int, last: int) -> memoryview:
+        """Return bytes [first, last) of one tensor in its own format."""
+        return self._stored(name)[1][first:last]
 
     def _widened(self, name: str) -> memoryview:
         """Return the bytes of one tensor as float32, in new memory."""

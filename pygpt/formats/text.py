@@ -15,22 +15,18 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from importlib import import_module
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import IGNORED
 from ..errors import DataError, InputError, PyGPTError, check_flag, shown
 from ..tokenizer import Tokenizer
 from .files import atomic_file, foreign_file, reason
+from .llmc import Path, Shard
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import IO, Any
-
-    import numpy as np
-    import numpy.typing as npt
-
-    from .llmc import Path, Shard
-
-    Labels = npt.NDArray[np.int32]  # (tokens,)
+Labels = npt.NDArray[np.int32]  # (tokens,)
 
 PIECE = 1 << 20  # bytes of text read at a time
 LONGEST = 1 << 24  # bytes of a line in a file that may be compressed
@@ -64,7 +60,7 @@ def given_text(text: str) -> str:
     return "".join(plain([text]))
 
 
-def read_text(path: "Path") -> Iterator[str]:
+def read_text(path: Path) -> Iterator[str]:
     """Yield the text of a UTF-8 file, or of stdin if the path is "-", in pieces.
 
     Every newline becomes "\\n", and a byte order mark at the beginning is dropped. Raises DataError if the text cannot be read,
@@ -82,7 +78,7 @@ def read_text(path: "Path") -> Iterator[str]:
         yield from plain(_decoded(file, os.fspath(path)))
 
 
-def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
+def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     taken, piece = 0, b" "
     while piece:
@@ -110,27 +106,22 @@ def _other_than_text(head: bytes) -> str:
     return "" if head.lstrip().startswith(b"<") else foreign_file(head)  # a page can be a text
 
 
-# ------------------------------------------------------------------------------------------------ tokens
-
-
 def tokens_of_text(
     text: str | Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> "Shard":
+) -> Shard:
     """Return the tokens of a text, given whole or in pieces, as a uint16 array (tokens,). See encode_text()."""
     pieces = [text] if isinstance(text, str) else text
     return joined(encode_text(pieces, eot=eot, allow_special=allow_special, tokenizer=tokenizer))
 
 
-def joined(pieces: "Iterable[Shard]") -> "Shard":
+def joined(pieces: Iterable[Shard]) -> Shard:
     """Return pieces of tokens as one uint16 array (tokens,)."""
-    import numpy as np
-
     return np.concatenate([np.empty(0, "<u2"), *pieces])
 
 
 def encode_text(
     text: Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> "Iterator[Shard]":
+) -> Iterator[Shard]:
     """Yield the tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
 
     eot: the positions of `<|endoftext|>`. "paragraph" adds it before the text and after every blank line (each "\\n\\n"), as
@@ -148,9 +139,7 @@ def encode_text(
     return _encoded(pieces, tokenizer, eot, check_flag("allow_special", allow_special))
 
 
-def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str, allow_special: bool) -> "Iterator[Shard]":
-    import numpy as np
-
+def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str, allow_special: bool) -> Iterator[Shard]:
     end = [] if eot == "none" or tokenizer.eot is None else [tokenizer.eot]
     ids = [*end]
     for piece in _independent(text):
@@ -180,15 +169,12 @@ def _independent(text: Iterable[str]) -> Iterator[str]:
     yield "".join(kept)
 
 
-# ------------------------------------------------------------------------------------------------ rows of JSON
-
-
 def holds_rows(name: str, field: str | None = None) -> bool:
     """Return whether a file holds JSON lines: its name says so, or the user named the field of their text."""
     return field is not None or name.lower().endswith(ROWS)
 
 
-def read_rows(text: Iterable[str], name: str) -> "Iterator[tuple[str, dict[str, Any]]]":
+def read_rows(text: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the JSON objects of a text, one a line, each with its place for messages. Blank lines are skipped.
 
     Raises DataError for a line that is not a JSON object."""
@@ -198,7 +184,7 @@ def read_rows(text: Iterable[str], name: str) -> "Iterator[tuple[str, dict[str, 
             yield where, row_of(line, where)
 
 
-def row_of(line: str | bytes, where: str, example: str = '{"text": "..."}') -> "dict[str, Any]":
+def row_of(line: str | bytes, where: str, example: str = '{"text": "..."}') -> dict[str, Any]:
     """Return the JSON object in a line. where: its place, for messages. Raises DataError for other text."""
     try:
         row = json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
@@ -217,7 +203,7 @@ def _lines(text: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-def field_of(where: str, row: "dict[str, Any]", field: str, way_out: str = "") -> str:
+def field_of(where: str, row: dict[str, Any], field: str, way_out: str = "") -> str:
     """Return the text of a row's field. Raises DataError if it is missing or is not a text."""
     if not isinstance(text := row.get(field), str):
         what = f"is {shown(text)}, not a text" if field in row else f"is missing; there are {shown(sorted(row))[1:-1]}"
@@ -245,7 +231,7 @@ def encode_file(
     field: str | None = None,
     allow_special: bool = True,
     tokenizer: Tokenizer | None = None,
-) -> "Iterator[Shard]":
+) -> Iterator[Shard]:
     """Yield the tokens of one file: a text, or JSON lines with one document in each row (holds_rows).
 
     eot: as for encode_text(); by default "paragraph" for text, and "document" for each row. Raises DataError for rows with a
@@ -262,13 +248,11 @@ def encode_file(
 
 
 def tokens_and_labels(
-    path: "Path", field: str | None = None, *, allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> "tuple[Shard, Labels | None]":
+    path: Path, field: str | None = None, *, allow_special: bool = True, tokenizer: Tokenizer | None = None
+) -> tuple[Shard, Labels | None]:
     """Return the tokens of a file to train on, and their labels: -100 for the tokens of prompts, else the token itself.
 
     Prompts come from JSON lines with the fields "prompt" and "completion" (read_documents). Without them, labels are None."""
-    import numpy as np
-
     name = os.fspath(path)
     reading: dict[str, Any] = {"allow_special": allow_special, "tokenizer": tokenizer}
     if not holds_rows(name, field):
@@ -310,13 +294,13 @@ def is_compressed(path: str) -> bool:
     return path.endswith(".gz") or (path.endswith(".zst") and bool(_zstd()))
 
 
-def _opened(file: "IO[bytes]", path: str, mode: str) -> "Any":
+def _opened(file: IO[bytes], path: str, mode: str) -> Any:
     if path.endswith(".zst"):
         return _zstd().open(file, mode)
     return gzip.GzipFile("", mode, 6, file, 0) if path.endswith(".gz") else file
 
 
-def _zstd() -> "Any":
+def _zstd() -> Any:
     for name in ("compression.zstd", "backports.zstd"):
         try:
             return import_module(name)
