@@ -375,13 +375,8 @@ def vocabulary_of(
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    model: dict[str, Any] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-    }
+    model: dict[str, Any] = {"type": "BPE", **dict.fromkeys(("dropout", "unk_token"))}
+    model |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), "")
     model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     vocab = {token: i for i, token in enumerate(tokens)}
     return {

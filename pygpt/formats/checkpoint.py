@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 
 from ..config import Config
 from ..errors import CheckpointError, InputError, shown, whole
-from .dtypes import BFLOAT16, FLOAT32, Format
+from .dtypes import BFLOAT16, FLOAT32, Format, ModelFile, layout
 from .files import HEADER_BYTES, MODEL_KIND, MappedFile, atomic_file
-from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

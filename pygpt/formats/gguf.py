@@ -8,28 +8,24 @@ Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), lla
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format, ModelFile, common_format, layout
 from .files import MODEL_KIND, MappedFile, atomic_file
 from .panels import ALIGNMENT as ALIGNED
 from .panels import MATRICES, QUANTISED, aligned, stored_size
-from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any, SupportsIndex
-
-    from .tensors import Blocks
+    from .dtypes import Blocks
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -147,7 +143,7 @@ class GGUFFile(ModelFile):
 
     _file: MappedFile
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: SupportsIndex | None = None) -> None:
         self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
         self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
         self._file = MappedFile(self.path, MODEL_KIND, CheckpointError)
@@ -288,7 +284,7 @@ class GGUFFile(ModelFile):
         """Whether the file has a byte-level BPE vocabulary."""
         return self._values.get("tokenizer.ggml.model") == "gpt2" and {TOKENS, MERGES} <= self._arrays.keys()
 
-    def vocabulary(self) -> "dict[str, Any]":
+    def vocabulary(self) -> dict[str, Any]:
         """Return the vocabulary in the form of tokenizer.json. Raises InputError if it is not GPT-2's kind."""
         split = self._values.get("tokenizer.ggml.pre", "gpt-2")
         if not self.has_vocabulary or split not in ("gpt-2", "default"):
@@ -365,7 +361,7 @@ def _theirs(name: str, layers: int) -> list[str]:
 
 
 def write_gguf(
-    path: str | os.PathLike[str], config: Config, formats: "Mapping[str, Format]", tensors: "Mapping[str, Iterator[Blocks]]"
+    path: str | os.PathLike[str], config: Config, formats: Mapping[str, Format], tensors: "Mapping[str, Iterator[Blocks]]"
 ) -> None:
     """Write a GGUF file for llama.cpp, all or nothing. Arguments and errors are those of panels.write_panels().
 
@@ -405,7 +401,7 @@ def write_gguf(
                     file.write(bytes(-formats[name].size(N * K) % ALIGNMENT))
 
 
-def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
+def _pairs(config: Config, formats: Mapping[str, Format]) -> list[bytes]:
     pairs: dict[str, Any] = {"general.architecture": "gpt2"}
     pairs |= {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
     pairs |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[formats["qkvw"].name]}
@@ -415,7 +411,7 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
     return [_string(key) + _value(value) for key, value in pairs.items()]
 
 
-def _vocabulary(config: Config) -> "dict[str, Any]":
+def _vocabulary(config: Config) -> dict[str, Any]:
     """Return the keys of the vocabulary, filled with placeholders, or only its size if GGUF cannot describe it."""
     tokenizer = tokenizer_of(config) if config.tokenizer or config.V >= GPT2_V else None
     if tokenizer is None or not tokenizer.splits_before_space:
@@ -438,7 +434,7 @@ def _vocabulary(config: Config) -> "dict[str, Any]":
     }
 
 
-def _value(value: "Any") -> bytes:
+def _value(value: Any) -> bytes:
     """Return the type and the bytes of a text, a whole number, a number, or a list of texts or whole numbers."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)

@@ -20,14 +20,13 @@ from ..config import Config
 from ..cpus import resolve_threads
 from ..errors import CheckpointError, Closing, InputError, PyGPTError, shown
 from ..pool import ThreadPool
-from .dtypes import Format
+from .dtypes import Format, ModelFile, common_format, layout
 from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
-from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .tensors import Blocks
+    from .dtypes import Blocks
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -217,9 +216,8 @@ class HuggingFaceModel(ModelFile):
         wanted = {name: _theirs(name, shape, linear=self._linear) for name, shape, _, _ in self.config.tensors(padded=False)}
         if self._unbiased:
             wanted |= {name: {} for name in wanted if name.endswith("b")}
-        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)} | (
-            {HEAD} if self.config.tied else set()
-        )
+        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
+        dropped |= {HEAD} if self.config.tied else set()
         found = {name: file.tensors[full][:2] for name, (file, full) in self._tensors.items() if name not in dropped}
         self._check_tensors(wanted, {name: shape for name, (_, shape) in found.items()})
         if wrong := sorted((dtype, name) for name, (dtype, _) in found.items() if dtype not in FORMATS):

@@ -84,9 +84,6 @@ def check_ids(tokens: Tokens, V: int, where: str) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------ shards
-
-
 def read_tokens(path: Path, *, V: int | None = None) -> Shard:
     """Open a token shard as a read-only uint16 array (tokens,), a view of the mapped file.
 
@@ -136,9 +133,6 @@ def as_tokens(tokens: npt.ArrayLike) -> Tokens:
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InputError(f"tokens have shape {array.shape} and type {array.dtype}: they must be an array (tokens,) of integers")
     return array if array.size else array.astype(TOKEN)
-
-
-# ------------------------------------------------------------------------------------------------ debug state
 
 
 class DebugState(NamedTuple):
@@ -198,9 +192,6 @@ def write_debug_state(path: Path, config: Config, state: DebugState) -> None:
         wte, *others = (state.gradients[tensor] for tensor, _ in wanted)
         for values in (state.logits, state.loss, wte, np.zeros((config.Vp - config.V, config.C)), *others):
             file.write(np.asarray(values, "<f4").tobytes())
-
-
-# ------------------------------------------------------------------------------------------------ examples
 
 
 class Example(NamedTuple):
@@ -299,9 +290,6 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
         file.seek(0)
         file.write(header_bytes(EXAMPLES_MAGIC, 1, count, longest))
     return count
-
-
-# ------------------------------------------------------------------------------------------------ vocabulary
 
 
 def read_tokenizer(path: Path) -> tuple[list[bytes], int]:

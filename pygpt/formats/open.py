@@ -10,8 +10,8 @@ import os
 from ..config import Config
 from ..errors import CheckpointError, InputError
 from .checkpoint import Checkpoint
+from .dtypes import ModelFile, layout
 from .files import is_pickle
-from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from typing import SupportsIndex
 
     from ..tokenizer import Tokenizer
-    from .dtypes import Format
-    from .tensors import Blocks
+    from .dtypes import Blocks, Format
 
 GGUF_MAGIC = b"GGUF"
 

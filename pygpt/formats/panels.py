@@ -11,28 +11,26 @@ because they are mapped and used in place. Source: the layout of the kernels' pr
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from ..config import LIMITS, Config
 from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, shown
 from ..pool import ThreadPool
-from .dtypes import FLOAT32, FORMATS, Q4_0, Q8_0, Format
+from .dtypes import EMBEDDINGS, FLOAT32, FORMATS, Q4_0, Q8_0, Format, ModelFile, layout
 from .files import atomic_file
 from .safetensors import FORMATS as STORED
 from .safetensors import SafetensorsFile, header_of, parse_object
-from .tensors import EMBEDDINGS, ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import IO, Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
 
-    from .tensors import Blocks
+    from .dtypes import Blocks
 
 PANEL, GROUP, ALIGNMENT = 16, 32, 64  # outputs; inputs that share a scale; bytes
 QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # the formats that are stored in panels
@@ -192,7 +190,7 @@ def quantised(model: "Any", format: str, head: str | None = None, threads: "Supp
     return StoredWeights(config, {name: tensors[name] for name in shapes})
 
 
-def entries(config: Config, formats: "Mapping[str, Format]") -> dict[str, tuple[str, int, int]]:
+def entries(config: Config, formats: Mapping[str, Format]) -> dict[str, tuple[str, int, int]]:
     """Return the header that such a model must have: name -> dtype, length of the flat array, bytes."""
     found = {}
     for name, _ in config.table:
@@ -281,7 +279,7 @@ class PanelFile(InPanels):
 def write_panels(
     path: str | os.PathLike[str],
     config: Config,
-    formats: "Mapping[str, Format]",
+    formats: Mapping[str, Format],
     tensors: "Mapping[str, Iterator[Blocks]]",
     sha256: str,
 ) -> None:

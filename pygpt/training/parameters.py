@@ -24,7 +24,7 @@ from ..hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..formats.tensors import ModelFile
+    from ..formats.dtypes import ModelFile
 
 Ids = npt.NDArray[np.int32]  # (B, T)
 Losses = npt.NDArray[np.float32]  # (B, T)
