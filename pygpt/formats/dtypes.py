@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .files import MappedFile
-    from .safetensors import SafetensorsFile
 
     DType = str | list[Any]
     Map = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
@@ -158,7 +157,7 @@ class ModelFile(Closing):
     path: str
     config: Config
     formats: dict[str, Format]
-    _file: "MappedFile | SafetensorsFile"
+    _file: "MappedFile"
 
     def _bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: not a GPT-2 model: {what}")
