@@ -152,9 +152,9 @@ class Capture:
 
     def put(self, name: str, layer: int, values: Array, places: Places) -> None:
         """Keep values at these places."""
-        row_of = {position: row for row, position in places}
+        row_of, array = {position: row for row, position in places}, self.arrays[name]
         kept = [i for i, position in enumerate(self._positions) if position in row_of]
-        at, rows, array = _span(kept), _span([row_of[self._positions[i]] for i in kept]), self.arrays[name]
+        at, rows = _span(kept), _span([row_of[self._positions[i]] for i in kept])
         for target in [array] if name in WHOLE else [array[i] for i, each in enumerate(self._layers) if each == layer]:
             target[..., at, : values.shape[-1]] = values[..., rows, :]
             target[..., at, values.shape[-1] :] = 0  # keys of later chunks
@@ -246,8 +246,7 @@ class Watch:
 
 def _span(rows: list[int]) -> list[int] | slice:
     """Return an index of these rows: a slice, which NumPy copies faster, if they are neighbours."""
-    neighbours = rows == [*range(rows[0], rows[0] + len(rows))] if rows else False
-    return slice(rows[0], rows[-1] + 1) if neighbours else rows
+    return slice(rows[0], rows[-1] + 1) if rows and rows == [*range(rows[0], rows[0] + len(rows))] else rows
 
 
 def check_name(name: object) -> str:

@@ -105,9 +105,8 @@ class Config:
         offset = 0
         for name, symbols in self.table:
             shape = tuple(dims[symbol] for symbol in symbols)
-            size = prod(shape)
-            yield name, shape, offset, size
-            offset += size
+            yield name, shape, offset, prod(shape)
+            offset += prod(shape)
 
     def parameters(self, *, padded: bool) -> int:
         """Return the total number of values in the tensors."""

@@ -97,12 +97,11 @@ def check_flag(name: str, value: "Any", meaning: str = "") -> bool:
 def sequence(tokens: "Any") -> "list[SupportsIndex]":
     """Return token ids as a list, unchecked. An array or a tensor may have the shape (T,) or (1, T). Raises InputError for
     another shape, and for anything that is not iterable."""
-    shape: tuple[int, ...] = getattr(tokens, "shape", ())
-    if len(shape) > 1:
-        if len(shape) > 2 or shape[0] != 1:
-            rule = "one sequence has the shape (T,) or (1, T); generate_batch() takes several"
-            raise InputError(f"tokens have shape {tuple(shape)}: {rule}")
-        tokens = tokens[0]
+    shape = tuple(getattr(tokens, "shape", ()))
+    if len(shape) > 2 or (len(shape) == 2 and shape[0] != 1):
+        rule = "one sequence has the shape (T,) or (1, T); generate_batch() takes several"
+        raise InputError(f"tokens have shape {shape}: {rule}")
+    tokens = tokens[0] if len(shape) == 2 else tokens
     try:
         return list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
     except TypeError:

@@ -65,9 +65,8 @@ class GPT2(Generator):
         draft: what guesses tokens for speculation. "q8_0" or "q4_0" quantises these weights at the first use (default: q8_0 for
         float32, q4_0 for smaller formats). "lookup" uses only the text so far. Or the file of a model with the same vocabulary.
         Raises CheckpointError for a file that is not a model, InputError for bad threads, weights, tokenizer or draft."""
-        checkpoint = open_weights(
-            find_model(path)[0], mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only
-        )
+        found, _ = find_model(path)
+        checkpoint = open_weights(found, mmap=mmap, weights=weights, threads=threads, tokenizer=tokenizer, text_only=text_only)
         with ExitStack() as undo:
             undo.callback(checkpoint.close)
             model = cls(checkpoint, threads=threads, all_workers=all_workers)
@@ -100,8 +99,7 @@ class GPT2(Generator):
     def _draft_from(self, checkpoint: "ModelFile") -> "Draft":
         from .generation.speculate import Draft
 
-        network = Network(checkpoint, target=self.network)
-        return Draft(network, shared=network.extends(self.network))
+        return Draft(Network(checkpoint, target=self.network), shared=checkpoint.config == self.config)  # its caches
 
     @property
     def threads(self) -> int:

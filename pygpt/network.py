@@ -110,10 +110,6 @@ class Network(Uncopied):
             raise ClosedError("the model is closed: open it again")
         return StoredWeights(self.config, self._tensors)
 
-    def extends(self, target: "Network") -> bool:
-        """Return whether steps of this network extend the target's caches."""
-        return self._pool is target._pool and self.config == target.config
-
     @property
     def position_bytes(self) -> int:
         """The bytes of keys and values that one token takes in a cache."""

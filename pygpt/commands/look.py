@@ -82,8 +82,7 @@ def look(model: GPT2, tokenizer: Tokenizer, ids: list[int], k: int) -> Result:
         content = tokenizer.decode_bytes([token])
         return {"id": token, "text": text_of(content), "bytes": content.hex(), **more}
 
-    losses = [None, *loss_by_position(model, ids).tolist()]
-    last = [len(ids) - 1]
+    losses, last = [None, *loss_by_position(model, ids).tolist()], [len(ids) - 1]
     lens = logit_lens(model, ids, positions=last)[:, 0]  # [L + 1, V]
     tops = [token_info(lens.data, row, 0, k).top for row in range(len(lens))]
     lead = Logit(*(token for token, _ in tops[-1][:2]))
@@ -93,8 +92,8 @@ def look(model: GPT2, tokenizer: Tokenizer, ids: list[int], k: int) -> Result:
     for layer, head in sorted(np.ndindex(patterns.shape[:2]), key=lambda at: -abs(parts["heads"][at[0]][at[1]]))[:k]:
         found = model.activations(ids, "logits", positions=last, edits={("atty", layer, None): zero(heads=[head])})
         facts = {"layer": layer, "head": head, "adds": parts["heads"][layer][head], "zeroed": lead(found["logits"]) - plain}
-        pattern = patterns[layer, head]
-        heads.append({**facts, "attends": int(pattern.argmax()), "attention": float(pattern.max())})
+        at = int(patterns[layer, head].argmax())
+        heads.append({**facts, "attends": at, "attention": float(patterns[layer, head, at])})
     rows = [[fact(token, probability=math.exp(logprob)) for token, logprob in top] for top in tops]
     return {
         "tokens": [fact(token, loss=loss) for token, loss in zip(ids, losses, strict=True)],

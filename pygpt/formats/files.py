@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import stat
+from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -42,6 +43,7 @@ class MappedFile(Closing):
     ) -> None:
         self.path, self._kind, self._refusal = path, kind, refusal
         self._copy: memoryview | None = None
+        self._open = allocate_lock()  # view() must not map another file that got the number of this closed one
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not block
         except (OSError, ValueError) as error:
@@ -65,18 +67,19 @@ class MappedFile(Closing):
 
     def view(self, start: int, stop: int) -> memoryview:
         """Return bytes [start, stop) of the file. Raises ClosedError after close()."""
-        if self._fd < 0:
-            raise ClosedError(f"{self.path}: the {self._kind} is closed; read its tensors before close()")
-        if self._copy is not None:
-            return self._copy[start:stop]
-        if start == stop:
-            return memoryview(b"")
-        first = start - start % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapped = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_READ, offset=first)
-        except (OSError, ValueError) as error:  # ValueError: the file has become shorter
-            raise self._failure(error) from error
-        return memoryview(mapped)[start - first :]
+        with self._open:
+            if self._fd < 0:
+                raise ClosedError(f"{self.path}: the {self._kind} is closed; read its tensors before close()")
+            if self._copy is not None:
+                return self._copy[start:stop]
+            if start == stop:
+                return memoryview(b"")
+            first = start - start % mmap.ALLOCATIONGRANULARITY
+            try:
+                mapped = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_READ, offset=first)
+            except (OSError, ValueError) as error:  # ValueError: the file has become shorter
+                raise self._failure(error) from error
+            return memoryview(mapped)[start - first :]
 
     def _read(self, header: bytes, before: os.stat_result) -> memoryview:
         """Return a copy of the file, or raise if the file changed meanwhile."""
@@ -106,9 +109,10 @@ class MappedFile(Closing):
 
     def close(self) -> None:
         """Close the file; its views stay valid. May be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd, self._copy = -1, None
+        with self._open:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd, self._copy = -1, None
 
 
 def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None]) -> memoryview:

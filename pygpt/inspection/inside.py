@@ -47,8 +47,9 @@ class Logit:
 
     def row(self, T: int, V: int) -> int:
         """Return the position among T, from 0. Raises what __call__() raises."""
-        for name, token in (("token", self.token), ("against", self.against)):
-            check_whole(name, token or 0, 0, V - 1)
+        check_whole("token", self.token, 0, V - 1)
+        if self.against is not None:
+            check_whole("against", self.against, 0, V - 1)
         return check_whole("position", self.position, -T, T - 1) % T
 
     def gradient(self, T: int, V: int) -> Float32:
@@ -110,8 +111,7 @@ def induction_scores(patterns: Float32, period: int) -> Float64:
     T = patterns.shape[-1]
     check_whole("period", period, 1, T - 1, f" from 1 to {T - 1}, less than the number of tokens")
     rows = np.arange(period, T)
-    scores: Float64 = patterns[..., rows, rows - period + 1].mean(axis=-1, dtype=np.float64)
-    return scores
+    return np.asarray(patterns[..., rows, rows - period + 1].mean(axis=-1, dtype=np.float64))
 
 
 def mean_loss(tokens: Iterable[int]) -> Metric:
@@ -125,7 +125,7 @@ def ablate_heads(model: GPT2, tokens: Tokens, metric: Metric | None = None) -> F
 
     Each head costs a pass of the network."""
     ids = check_tokens(model.config, tokens)
-    metric = mean_loss(ids) if metric is None else metric
+    metric = metric or mean_loss(ids)
     plain, out = metric(model.logits(ids)), np.empty((model.config.L, model.config.NH))
     for layer, head in np.ndindex(out.shape):
         edits = {("atty", layer, None): zero(heads=[head])}
@@ -139,8 +139,7 @@ def patch_activations(model: GPT2, clean: Tokens, corrupt: Tokens, metric: Metri
     name: an activation with layers and channels, such as residual3, attproj or fcproj. Each cell costs a pass of the network.
     Raises InputError for texts of different lengths."""
     ids, others = _pair(model, clean, corrupt)
-    kept = model.activations(ids, name)[name]
-    if kept.ndim != 3:
+    if (kept := model.activations(ids, name)[name]).ndim != 3:
         raise InputError(f"name is {name!r}: it must be an activation of shape (L, T, ...), such as residual3")
     out = np.empty(kept.shape[:2])
     for layer, position in np.ndindex(out.shape):
@@ -158,8 +157,7 @@ def attribution_patching(engine: TrainableGPT2, clean: Tokens, corrupt: Tokens, 
         ids, others = _pair(model, clean, corrupt)
         there, here = (model.activations(some, "residual3")["residual3"].astype(np.float64) for some in (ids, others))
     gradients = engine.residual_gradients(others, logit.gradient(len(others), engine.config.V))["residual3"]
-    effect: Float64 = ((there - here) * gradients).sum(axis=2)  # [L, T, C] -> [L, T]
-    return effect
+    return np.asarray(((there - here) * gradients).sum(axis=2))  # [L, T, C] -> [L, T]
 
 
 def _pair(model: GPT2, clean: Tokens, corrupt: Tokens) -> tuple[list[int], list[int]]:
@@ -202,8 +200,7 @@ class SparseAutoencoder(NamedTuple):
         if residual.shape[-1:] != self.b_dec.shape:
             raise InputError(f"residuals have shape {residual.shape}: the autoencoder needs {self.b_dec.size} channels")
         found = (residual - self.b_dec if self.subtract else residual) @ self.W_enc + self.b_enc  # [..., C] -> [..., F]
-        kept: Float32 = np.where(found > (0 if self.threshold is None else self.threshold), found, np.float32(0))
-        return kept
+        return np.where(found > (0 if self.threshold is None else self.threshold), found, np.float32(0))
 
     def top(self, residual: Float32, k: int = 10) -> list[tuple[int, float]]:
         """Return the k strongest active features of one residual (C,) with their values, the strongest first."""
@@ -221,8 +218,7 @@ class SparseAutoencoder(NamedTuple):
         return add(np.float32(check_number("strength", strength, -1e30, 1e30)) * self._direction(feature))
 
     def _direction(self, feature: int) -> Float32:
-        row: Float32 = self.W_dec[check_whole("feature", feature, 0, len(self.W_dec) - 1)]
-        return row
+        return np.asarray(self.W_dec[check_whole("feature", feature, 0, len(self.W_dec) - 1)])
 
 
 # TransformerLens' names inside blocks.0 and so on, each followed by ours.

@@ -50,26 +50,21 @@ def heat_map(
     plt = matplotlib()
     size = 2 + min(max(4, (1.0 if cells else 0.45) * len(columns)), 14), 1.2 + min(max(1.5, 0.32 * len(rows)), 10)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    most = np.abs(array).max(initial=0) or 1
-    signed = (array < 0).any()
+    most, signed = np.abs(array).max(initial=0) or 1, (array < 0).any()
     image = axes.imshow(array, cmap="RdBu_r" if signed else "Blues", vmin=-most if signed else 0, vmax=most, aspect="auto")
     for ticks, labels, turned in ((axes.set_xticks, columns, 0 if cells else 90), (axes.set_yticks, rows, 0)):
         every = -(-len(labels) // MOST_LABELS)
-        ticks(range(0, len(labels), every), [_plain(label) for label in labels[::every]], rotation=turned)
-    axes.set_title(_plain(title), loc="left")
+        ticks(range(0, len(labels), every), labels[::every], rotation=turned)
+    axes.set_title(title, loc="left")
     for (row, column), value in np.ndenumerate(array):
         if cells:
             colour = "white" if abs(value) > 0.6 * most else "black"
-            axes.text(column, row, _plain(cells[row][column]), ha="center", va="center", fontsize=8, color=colour)
+            axes.text(column, row, cells[row][column], ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a character that the font does not have becomes a box
         save(figure, name)
     plt.close(figure)
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib takes text between $ for formulas
 
 
 def _checked(values: npt.ArrayLike, rows: Labels, columns: Labels) -> npt.NDArray[Any]:
@@ -89,6 +84,7 @@ def matplotlib() -> Any:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "pygpt"})
+    plt.rcParams["text.parse_math"] = False  # text between $ is not a formula
     return plt
 
 

@@ -312,7 +312,7 @@ def test_types_reach_the_user(furnished: Path, folder: Path) -> None:
 ALLOWED = r"""
 pygpt\.\w+\.\w+ is not present in stub
 pygpt\.\w+\.\w+\.__(setstate|reduce)_cython__ is not present in stub
-pygpt\.\w+\.(Array|Bytes|CPUInfo|Ids|Logits) is not present at runtime
+pygpt\.\w+\.(Array|Bytes|Ids|Logits) is not present at runtime
 pygpt\.\w+\.\w+\.__init__ is inconsistent, runtime does not have parameter
 pygpt\._kernels\.Floats\.__buffer__ is not present at runtime
 """
