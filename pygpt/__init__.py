@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from .formats.llmc import DebugState as DebugState, Example as Example, read_debug_state as read_debug_state
     from .formats.llmc import read_examples as read_examples, read_tokenizer as read_tokenizer
     from .formats.llmc import write_debug_state as write_debug_state, write_examples as write_examples
-    from .formats.llmc import write_tokenizer as write_tokenizer
-    from .formats.shards import read_tokens as read_tokens, write_tokens as write_tokens
+    from .formats.llmc import read_tokens as read_tokens, write_tokenizer as write_tokenizer, write_tokens as write_tokens
     from .formats.text import encode_text as encode_text, read_text as read_text, tokens_of_text as tokens_of_text
     from .formats.vocabulary import load_tokenizer as load_tokenizer
     from .generation.completion import Completion as Completion
@@ -60,10 +59,10 @@ if TYPE_CHECKING:
 _PUBLIC = """
 errors CheckpointError ClosedError DataError InputError NumericalError PyGPTError, config Config, cpus default_threads,
 _kernels Trace cpu_info, pool ThreadPool, activations add scale zero, formats.checkpoint Checkpoint write_checkpoint,
-formats.shards read_tokens write_tokens, formats.vocabulary load_tokenizer, formats.text encode_text read_text tokens_of_text,
-formats.llmc DebugState Example read_debug_state read_examples read_tokenizer write_debug_state write_examples
-write_tokenizer, tokenizer StreamDecoder Tokenizer, hub.find find_model, network KVCache Network, generation.request Request,
-generation.completion Completion, generation.logprobs TokenInfo, generation.prefix PrefixCache,
+formats.vocabulary load_tokenizer, formats.text encode_text read_text tokens_of_text,
+formats.llmc DebugState Example read_debug_state read_examples read_tokenizer read_tokens write_debug_state write_examples
+write_tokenizer write_tokens, tokenizer StreamDecoder Tokenizer, hub.find find_model, network KVCache Network,
+generation.request Request, generation.completion Completion, generation.logprobs TokenInfo, generation.prefix PrefixCache,
 generation.engine Engine Event Job, model GPT2, reference SerialGPT2, ceilings Ceilings, cluster Complete,
 training.parallel Ranks, training.parameters TrainingOptions, training.data DataLoader split,
 training.state TrainingState open_state, training.trainable SerialTrainableGPT2 TrainableGPT2,

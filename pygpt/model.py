@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ._kernels import Floats, Trace
     from .activations import Value
-    from .formats.tensors import ModelFile
+    from .formats.dtypes import ModelFile
     from .generation.speculate import Draft
 
 # The weights that guess for each format: much smaller than the model's own. For the smallest format, only the text guesses.
@@ -78,7 +78,7 @@ class GPT2(Generator):
 
     def _choose_draft(self, draft: str) -> None:
         """Take the draft that load() was asked for. Raises InputError for a model with another vocabulary."""
-        from .formats.quantise import QUANTISED
+        from .formats.panels import QUANTISED
 
         self._draft_weights = draft if draft in QUANTISED else None
         if draft in (*QUANTISED, "lookup"):

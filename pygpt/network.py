@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from typing import SupportsIndex
 
     from .activations import Watch
+    from .formats.dtypes import ModelFile
     from .formats.panels import StoredWeights
-    from .formats.tensors import ModelFile
 
 CHUNK = 512  # rows of a prompt in one step: so Ctrl-C takes effect soon, and the activations stay small
 
@@ -98,7 +98,7 @@ class Network(Uncopied):
 
     def quantised(self, weights: str) -> "StoredWeights":
         """Return this network's weights, quantised to q8_0 or q4_0 in memory."""
-        from .formats.quantise import quantised
+        from .formats.panels import quantised
 
         return quantised(self._checkpoint, weights, threads=self.threads)
 

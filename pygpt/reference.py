@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .formats.tensors import ModelFile
+    from .formats.dtypes import ModelFile
 
 
 class SerialCache:

@@ -44,9 +44,7 @@ WHOLE = r"[\s\S]+"  # the pattern of a vocabulary that does not split
 # four control characters as white space. Unicode, and so the pattern above, does not.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_SPACE = re.compile(rf"(?<![{_SPACE}])[{_SPACE}]{{4096,}}(?=[{_SPACE}][^{_SPACE}])")
-
 _ONE_SPACE = re.compile(rf"[{_SPACE}]")
-
 _WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d]"
 
 # The 256 bytes in the order of their ids, first those that are printable in Latin-1, and their spelling in vocab.bpe.
@@ -184,9 +182,8 @@ class _Encoding:
             self.bytes[i] = _unspelled(token)
         for token in added:
             self.bytes[token["id"]] = token["content"].encode()
-        self.added = {token["content"]: token["id"] for token in added}
         self._rules = {token["content"]: token for token in sorted(added, key=lambda token: -len(token["content"]))}
-        self.eot = next((self.added[end] for end in ENDS if end in self.added), None)
+        self.eot = next((self._rules[end]["id"] for end in ENDS if end in self._rules), None)
         self._unknown = vocab[model["unk_token"]] if model.get("unk_token") in vocab else None
         self._fuse = bool(model.get("fuse_unk"))
         merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
@@ -356,10 +353,10 @@ class _GPT2(_Encoding):
     """GPT-2's vocabulary."""
 
     def __init__(self) -> None:
-        tokens = _read_tokens(VOCABULARY_FILE)
+        tokens = [_unspelled(token) for token in spelled_vocabulary(VOCABULARY_FILE)[0]]
         self.bytes = [*tokens, END_OF_TEXT.encode()]
         self.cuts, self.pattern, self.prefix_space, self.normalizers = [], PATTERN, False, []
-        self.added, self.eot, self._plain = {END_OF_TEXT: len(tokens)}, len(tokens), True
+        self.eot, self._plain = len(tokens), True
         self._rules = {END_OF_TEXT: {"id": len(tokens), "special": True}}
         self._encoding = _tiktoken("gpt2", PATTERN, {token: rank for rank, token in enumerate(tokens)})
 
@@ -378,13 +375,8 @@ def vocabulary_of(
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    model: dict[str, Any] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-    }
+    model: dict[str, Any] = {"type": "BPE", **dict.fromkeys(("dropout", "unk_token"))}
+    model |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), "")
     model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     vocab = {token: i for i, token in enumerate(tokens)}
     return {
@@ -458,10 +450,6 @@ class StreamDecoder:
 
 
 _load = cache(_GPT2)
-
-
-def _read_tokens(path: str) -> list[bytes]:
-    return [_unspelled(token) for token in spelled_vocabulary(path)[0]]
 
 
 def spelled(content: bytes) -> str:

@@ -54,11 +54,10 @@ from pygpt import (
 )
 from pygpt.__main__ import main
 from pygpt.errors import DataError
-from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
+from pygpt.formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, layout
 from pygpt.formats.gguf import TYPES, GGUFFile, write_gguf
 from pygpt.formats.panels import PanelFile, formats_of, quantise, write_panels
 from pygpt.formats.safetensors import SafetensorsFile, write_safetensors
-from pygpt.formats.tensors import layout
 from pygpt.tokenizer import END_OF_TEXT
 
 TINY = Config(maxT=3, V=5, L=1, NH=2, C=4)

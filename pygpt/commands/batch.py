@@ -42,8 +42,7 @@ from typing import IO, Any
 from ..cluster import Complete
 from ..errors import InputError, PyGPTError, shown
 from ..formats.files import atomic_file
-from ..formats.lines import compress, is_compressed, read_lines
-from ..formats.text import row_of
+from ..formats.text import compress, is_compressed, read_lines, row_of
 from .console import Parser, say, status_of, whole
 from .options import add_completion_options, read_options
 from .progress import Progress

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError, is_whole
 from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
-from ..formats.dtypes import BFLOAT16, FLOAT32, Format
+from ..formats.dtypes import BFLOAT16, FLOAT32, Format, ModelFile
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
 from ..formats.open import open_model
-from ..formats.tensors import ModelFile
 from .console import Parser, say, status_of
 
 EXAMPLES = """\

@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError, InputError, NumericalError, shown
-from ..formats.llmc import Example, read_examples
-from ..formats.shards import read_tokens
+from ..formats.llmc import Example, read_examples, read_tokens
 from ..formats.text import encode_file, field_of, given_text, holds_rows, joined, read_rows, read_text
 from ..generation.logprobs import score
 from ..hub.find import find_model

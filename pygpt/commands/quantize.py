@@ -10,19 +10,18 @@ import os
 from collections.abc import Iterator, Sequence
 
 from ..errors import InputError, PyGPTError
-from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
+from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format, ModelFile
 from ..formats.files import reason
 from ..formats.gguf import write_gguf
 from ..formats.open import blocks_of, open_model, sha256_of
 from ..formats.panels import formats_of, write_panels
-from ..formats.tensors import ModelFile
 from .console import Parser, say, status_of
 from .convert import check_target, describe
 from .progress import Progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..formats.tensors import Blocks
+    from ..formats.dtypes import Blocks
 
 EXAMPLES = """\
 examples:

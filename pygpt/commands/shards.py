@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, PyGPTError
-from ..formats.shards import MOST_TOKENS, read_tokens, write_tokens
+from ..formats.llmc import MOST_TOKENS, read_tokens, write_tokens
 from ..formats.text import EOT_MODES, encode_file, read_text
 from ..formats.vocabulary import load_tokenizer
 from ..tokenizer import Tokenizer

@@ -12,16 +12,13 @@ from collections.abc import Iterator, Mapping
 
 from ..config import Config
 from ..errors import CheckpointError, InputError, shown, whole
-from .dtypes import BFLOAT16, FLOAT32, Format
+from .dtypes import BFLOAT16, FLOAT32, Format, ModelFile, layout
 from .files import HEADER_BYTES, MODEL_KIND, MappedFile, atomic_file
-from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from .tensors import Blocks
 
 MAGIC = 20240326
 FORMATS = {1: FLOAT32, 3: FLOAT32, 5: BFLOAT16}  # by version
@@ -97,29 +94,19 @@ class Checkpoint(ModelFile):
         """The mapped bytes after the header."""
         return self._file.view(HEADER_BYTES, self.size)
 
-    def stored(self) -> "dict[str, tuple[str, memoryview]]":
-        """Map each tensor to its format's name and its bytes in the file, wte without padding."""
-        return stored_tensors(self.config, self.values, self.format, padded=self.version != 1)
-
     def tensor(self, name: str) -> "npt.NDArray[np.float32]":
         """Return one tensor as float32, wte without padding: a read-only view of the file, or a copy of bfloat16 values."""
-        layers, N, _ = layout(self.config, name)
-        shape = next(shape for found, shape, _, _ in self.config.tensors(padded=False) if found == name)
-        return self.format.to_float32(self._rows(name, 0, layers * N)).reshape(shape)
+        shape = next((shape for found, shape, _, _ in self.config.tensors(padded=False) if found == name), None)
+        return self.format.values(self._stored(name)[1]).reshape(shape)
 
-    def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
-        """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part(), as a view of the file."""
-        _, N, _ = layout(self.config, name)
-        return self.format, self._rows(name, layer * N + start, layer * N + stop)
+    def _stored(self, name: str) -> tuple[str, memoryview]:
+        layers, N, K = layout(self.config, name)
+        return self.format.name, self._bytes(name, 0, self.format.size(layers * N * K))
 
-    def _rows(self, name: str, start: int, stop: int) -> "Blocks":
-        """Return rows [start, stop) of a tensor with all its layers."""
-        import numpy as np
-
-        _, _, K = layout(self.config, name)
+    def _bytes(self, name: str, first: int, last: int) -> memoryview:
         begin = next(at for found, _, at, _ in self.config.tensors(padded=self.version != 1) if found == name)
-        first, last = (HEADER_BYTES + self.format.size(begin + row * K) for row in (start, stop))
-        return np.frombuffer(self._file.view(first, last), self.format.dtype).reshape(-1, K)
+        start = HEADER_BYTES + self.format.size(begin)
+        return self._file.view(start + first, start + last)
 
 
 def write_checkpoint(

@@ -12,7 +12,7 @@ from _thread import allocate_lock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from ..errors import ClosedError, PyGPTError
+from ..errors import ClosedError, Closing, PyGPTError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ZIP = b"PK\x03\x04"  # the first bytes of PyTorch's files, and of those before v
 PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
-class MappedFile:
+class MappedFile(Closing):
     """An open regular file that is viewed through read-only maps. A map lives as long as its views.
 
     kind: the kind of file, for messages. check: called with the first 1,024 bytes and the size; it may raise. read: copy the
@@ -41,7 +41,7 @@ class MappedFile:
         *,
         read: bool = False,
     ) -> None:
-        self._path, self._kind, self._refusal = path, kind, refusal
+        self.path, self._kind, self._refusal = path, kind, refusal
         self._copy: memoryview | None = None
         self._open = allocate_lock()  # view() must not map another file that got the number of this closed one
         try:
@@ -69,7 +69,7 @@ class MappedFile:
         """Return bytes [start, stop) of the file. Raises ClosedError after close()."""
         with self._open:
             if self._fd < 0:
-                raise ClosedError(f"{self._path}: the {self._kind} is closed; read its tensors before close()")
+                raise ClosedError(f"{self.path}: the {self._kind} is closed; read its tensors before close()")
             if self._copy is not None:
                 return self._copy[start:stop]
             if start == stop:
@@ -97,15 +97,15 @@ class MappedFile:
             or after.st_mtime_ns != before.st_mtime_ns
             or memory[: len(header)] != header
         ):
-            raise self._refusal(f"{self._path}: the {self._kind} changed while pygpt read it: try again when it is complete")
+            raise self._refusal(f"{self.path}: the {self._kind} changed while pygpt read it: try again when it is complete")
         return memoryview(memory).toreadonly()
 
     def _failure(self, error: Exception) -> Exception:
         """Return the exception for a file that cannot be mapped or read."""
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             way = "raise the limit (ulimit -v), or use a smaller one"
-            return MemoryError(f"{self._path}: no room in memory for the {self._kind}: {way}")
-        return self._refusal(f"{self._path}: cannot map the {self._kind}: {reason(error)}")
+            return MemoryError(f"{self.path}: no room in memory for the {self._kind}: {way}")
+        return self._refusal(f"{self.path}: cannot map the {self._kind}: {reason(error)}")
 
     def close(self) -> None:
         """Close the file; its views stay valid. May be called twice."""
@@ -117,11 +117,8 @@ class MappedFile:
 
 def map_file(path: str, kind: str, refusal: type[PyGPTError], check: Callable[[bytes, int], None]) -> memoryview:
     """Return all bytes of a checked file. Arguments and errors are those of MappedFile."""
-    file = MappedFile(path, kind, refusal, check)
-    try:
+    with MappedFile(path, kind, refusal, check) as file:
         return file.view(0, file.size)
-    finally:
-        file.close()
 
 
 def small_file(path: str, kind: str, refusal: type[PyGPTError], limit: int) -> bytes:

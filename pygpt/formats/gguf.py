@@ -8,28 +8,24 @@ Sources: ggml, docs/gguf.md and gguf.cpp; llama.cpp, llama-arch.cpp (names), lla
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from ..config import LIMITS, TENSORS, Config
 from ..cpus import resolve_threads
 from ..errors import CheckpointError, InputError, is_whole, shown
 from ..pool import ThreadPool
 from ..tokenizer import GPT2_V, tokenizer_of, vocabulary_of
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q6_K, Q8_0, Format, ModelFile, common_format, layout
 from .files import MODEL_KIND, MappedFile, atomic_file
 from .panels import ALIGNMENT as ALIGNED
 from .panels import MATRICES, QUANTISED, aligned, stored_size
-from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import IO, Any, SupportsIndex
-
-    from .tensors import Blocks
+    from .dtypes import Blocks
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -147,7 +143,7 @@ class GGUFFile(ModelFile):
 
     _file: MappedFile
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: "SupportsIndex | None" = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, threads: SupportsIndex | None = None) -> None:
         self.path, self._mmap, self._threads = os.fspath(path), mmap, threads
         self._waiting: list[tuple[memoryview, str, memoryview, int, int]] = []  # (panels, format, blocks, N, K)
         self._file = MappedFile(self.path, MODEL_KIND, CheckpointError)
@@ -158,8 +154,6 @@ class GGUFFile(ModelFile):
         except BaseException:
             self.close()
             raise
-
-    # -------------------------------------------------------------------------------------------- the header
 
     def _read_header(self) -> dict[str, Tensor]:
         """Read key-value pairs into self._values, and the places of arrays into self._arrays. Return the tensors."""
@@ -232,8 +226,6 @@ class GGUFFile(ModelFile):
             raise cursor.bad(f"{flaw}: {self.size} bytes, expected {end}; fetch it again")
         return found
 
-    # -------------------------------------------------------------------------------------------- the model
-
     def _read_config(self) -> Config:
         """Return the dimensions, from the keys and the token embedding. Refuse settings that pygpt does not compute."""
         values = self._values
@@ -292,7 +284,7 @@ class GGUFFile(ModelFile):
         """Whether the file has a byte-level BPE vocabulary."""
         return self._values.get("tokenizer.ggml.model") == "gpt2" and {TOKENS, MERGES} <= self._arrays.keys()
 
-    def vocabulary(self) -> "dict[str, Any]":
+    def vocabulary(self) -> dict[str, Any]:
         """Return the vocabulary in the form of tokenizer.json. Raises InputError if it is not GPT-2's kind."""
         split = self._values.get("tokenizer.ggml.pre", "gpt-2")
         if not self.has_vocabulary or split not in ("gpt-2", "default"):
@@ -313,8 +305,6 @@ class GGUFFile(ModelFile):
         cursor = _Cursor(self.path, self._cursor.data)
         cursor.at = at
         return [cursor.string(STRING_LIMIT, key) for _ in range(number)]
-
-    # -------------------------------------------------------------------------------------------- values
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
         """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part(), as a view of the file."""
@@ -370,11 +360,8 @@ def _theirs(name: str, layers: int) -> list[str]:
     return [NAMES[name].format(layer) for layer in range(layers)]
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
 def write_gguf(
-    path: str | os.PathLike[str], config: Config, formats: "Mapping[str, Format]", tensors: "Mapping[str, Iterator[Blocks]]"
+    path: str | os.PathLike[str], config: Config, formats: Mapping[str, Format], tensors: "Mapping[str, Iterator[Blocks]]"
 ) -> None:
     """Write a GGUF file for llama.cpp, all or nothing. Arguments and errors are those of panels.write_panels().
 
@@ -406,19 +393,15 @@ def write_gguf(
         file.write(header + bytes(-len(header) % ALIGNMENT))
         for name, _ in config.table:
             layers, N, K = layout(config, name)
-            for _ in range(layers):
-                _write_rows(file, tensors[name], N)
-                file.write(bytes(-formats[name].size(N * K) % ALIGNMENT))
+            rows = 0
+            for piece in tensors[name]:
+                file.write(piece.data)
+                rows += len(piece)
+                if rows % N == 0:  # the end of a layer
+                    file.write(bytes(-formats[name].size(N * K) % ALIGNMENT))
 
 
-def _write_rows(file: "IO[bytes]", pieces: "Iterator[Blocks]", N: int) -> None:
-    while N:
-        piece = next(pieces)
-        file.write(piece.data)
-        N -= len(piece)
-
-
-def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
+def _pairs(config: Config, formats: Mapping[str, Format]) -> list[bytes]:
     pairs: dict[str, Any] = {"general.architecture": "gpt2"}
     pairs |= {f"gpt2.{theirs}": getattr(config, ours) for ours, theirs in DIMENSIONS.items()}
     pairs |= {"gpt2.feed_forward_length": config.F, "general.file_type": FILE_TYPE[formats["qkvw"].name]}
@@ -428,7 +411,7 @@ def _pairs(config: Config, formats: "Mapping[str, Format]") -> list[bytes]:
     return [_string(key) + _value(value) for key, value in pairs.items()]
 
 
-def _vocabulary(config: Config) -> "dict[str, Any]":
+def _vocabulary(config: Config) -> dict[str, Any]:
     """Return the keys of the vocabulary, filled with placeholders, or only its size if GGUF cannot describe it."""
     tokenizer = tokenizer_of(config) if config.tokenizer or config.V >= GPT2_V else None
     if tokenizer is None or not tokenizer.splits_before_space:
@@ -451,7 +434,7 @@ def _vocabulary(config: Config) -> "dict[str, Any]":
     }
 
 
-def _value(value: "Any") -> bytes:
+def _value(value: Any) -> bytes:
     """Return the type and the bytes of a text, a whole number, a number, or a list of texts or whole numbers."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)

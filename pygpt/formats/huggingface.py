@@ -11,26 +11,22 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from typing import IO, Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import Config
-from ..errors import CheckpointError, InputError, PyGPTError, shown
-from .dtypes import Format
+from ..cpus import resolve_threads
+from ..errors import CheckpointError, Closing, InputError, PyGPTError, shown
+from ..pool import ThreadPool
+from .dtypes import Format, ModelFile, common_format, layout
 from .files import is_pickle, reason, small_file
 from .safetensors import FORMATS, SafetensorsFile, parse_object, write_safetensors
-from .tensors import ModelFile, common_format, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Any, SupportsIndex
-
-    import numpy as np
-    import numpy.typing as npt
-
-    from .pickles import PickleFile
-    from .tensors import Blocks, Weights
-
-    Tensors = SafetensorsFile | PickleFile
+    from .dtypes import Blocks
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -60,80 +56,124 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "tied": ("tie_word_embeddings",),
 }
 NANOGPT = "block_size"  # nanoGPT's settings have this name, and no model_type
+DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+WAY_OUT = "use the same model's model.safetensors, or let transformers write it (save_pretrained)"
 KNOWN_HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by (L, C): OpenAI's, distilgpt2
 
 
+def pickle_error(place: str) -> CheckpointError:
+    """Return the error for a pickle without torch, with the reason and the way out."""
+    return CheckpointError(
+        f"{place}: a PyTorch pickle: loading it can run any code, so only torch reads it (weights_only=True), which is not "
+        f"installed: {WAY_OUT}, or install torch"
+    )
+
+
+class PickleFile(Closing):
+    """The tensors of a PyTorch file, with SafetensorsFile's interface. Raises CheckpointError if torch refuses the file.
+
+    Loading a pickle can run any code. torch's unpickler for weights accepts only tensors and plain values, so pygpt never uses
+    another one. nanoGPT's checkpoints hold the weights as `model` and the settings as `model_args`."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise pickle_error(path) from None
+        self.path, self.size = path, os.path.getsize(path)
+        try:
+            found = self._load(torch)
+        except Exception as error:  # torch raises errors of many kinds for other files
+            words = reason(error).strip().partition("\n")[0].rstrip(".:")[:200]
+            raise CheckpointError(f"{path}: torch cannot read this file with weights_only=True ({words}): {WAY_OUT}") from error
+        self.metadata: dict[str, str] = {}
+        if isinstance(found, dict) and isinstance(found.get("model"), dict):  # nanoGPT's checkpoint
+            if isinstance(found.get("model_args"), dict):
+                self.metadata["config.json"] = json.dumps(found["model_args"])
+            found = found["model"]
+        values = found if isinstance(found, dict) else {}
+        self._values = {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        self.tensors = {
+            name: (DTYPES.get(str(value.dtype), str(value.dtype)), tuple(value.shape), 0)
+            for name, value in self._values.items()
+        }
+
+    def _load(self, torch: Any) -> Any:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before zip files cannot be mapped
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+
+    def stored(self, name: str, rows: slice = slice(None)) -> npt.NDArray[Any]:
+        """Return a tensor, or some of its rows, as SafetensorsFile.stored() does."""
+        import torch
+
+        value = self._values[name].detach()[rows].contiguous()
+        if value.dtype == torch.bfloat16:
+            value = value.view(torch.int16)
+        array: npt.NDArray[Any] = value.numpy()
+        return array.view(FORMATS[self.tensors[name][0]].dtype).reshape(-1, *self.tensors[name][1][1:])
+
+    def close(self) -> None:
+        """Release the tensors; arrays of them stay valid."""
+        self._values = {}
+
+
+Tensors = SafetensorsFile | PickleFile
+
+
 class HuggingFaceModel(ModelFile):
-    """An open model of transformers or nanoGPT. Close it, or use `with`.
+    """An open model of transformers or nanoGPT: a folder with config.json and tensors, or one file of tensors.
 
-    files: the files by path. settings: the contents of config.json, or None without that file. heads: the number of heads,
-    needed only without settings, and only if the model does not have a known size. path: the model's name in messages.
-    threads: workers that lay out the layers. mmap: use embeddings in place. Raises CheckpointError for a model that the kernels
-    do not compute, InputError for a bad `heads`."""
+    A file's folder may have a config.json, and a safetensors file's own metadata may hold its text, as Parameters.save() writes
+    it. heads: the number of heads, needed only without settings, and only if the model does not have a known size. threads:
+    workers that lay out the layers. mmap: use embeddings in place. Raises CheckpointError for a model that the kernels do not
+    compute, InputError for a bad `heads`."""
 
-    def __init__(
-        self,
-        files: "Mapping[str, Tensors]",
-        settings: "dict[str, Any] | None",
-        *,
-        path: str,
-        heads: int | None = None,
-        threads: "SupportsIndex | None" = None,
-        mmap: bool = True,
-    ) -> None:
+    def __init__(self, path: str, *, heads: int | None = None, threads: SupportsIndex | None = None, mmap: bool = True) -> None:
         self.path, self.notice = path, ""
-        self._files, self._threads, self._mmap = files, threads, mmap
+        self._files: dict[str, Tensors] = {}
+        self._threads, self._mmap = threads, mmap
+        try:
+            self._open(heads)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, heads: int | None) -> None:
+        is_folder = os.path.isdir(self.path)
+        folder = self.path if is_folder else os.path.dirname(self.path)
+        place = os.path.join(folder, CONFIG_FILE)
+        if is_folder and not os.path.exists(place):
+            raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing: give the folder or file of a model")
+        for name in find_files(folder) if is_folder else [os.path.basename(self.path)]:
+            file = os.path.join(folder, name)
+            self._files[name] = PickleFile(file) if is_pickle(file) else SafetensorsFile(file)
+        if is_folder:
+            _check_index(folder, self._files)
         self._tensors: dict[str, tuple[Tensors, str]] = {}  # by name without prefixes: the file and the full name
-        for file in files.values():
-            for name in file.tensors:
+        for tensors in self._files.values():
+            for name in tensors.tensors:
                 short = name
                 while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), ""):
                     short = short.removeprefix(prefix)
                 if short in self._tensors:
                     raise self._bad(f"tensor {short} occurs twice")
-                self._tensors[short] = file, name
+                self._tensors[short] = tensors, name
         if "wte.weight" not in self._tensors and HEAD in self._tensors:  # safetensors.torch.save_model keeps one of two names
             self._tensors["wte.weight"] = self._tensors.pop(HEAD)
         shape = self._shape("h.0.attn.c_attn.weight")
         self._linear = len(shape) == 2 and shape[0] == 3 * shape[1]  # nanoGPT's matrices are (out, in); qkv's is not square
         self._unbiased = not any(name.endswith(".bias") and not name.endswith(".attn.bias") for name in self._tensors)
-        if settings is None:
+        inside = next(iter(self._files.values())).metadata.get(CONFIG_FILE)
+        if not inside and not os.path.exists(place):
             self.config = self._guess(heads)
         elif heads is not None:
-            raise InputError(f"{path}: {CONFIG_FILE} contains the number of heads: leave out --heads")
+            raise InputError(f"{self.path}: {CONFIG_FILE} contains the number of heads: leave out --heads")
         else:
-            self.config = read_settings(settings, path, tied=self._tied())
+            settings = parse_object(inside.encode(), self.path) if inside else read_json(place)
+            self.config = read_settings(settings, self.path, tied=self._tied())
         self.formats = self._check()
-
-    @classmethod
-    def open(
-        cls, path: str, *, heads: int | None = None, threads: "SupportsIndex | None" = None, mmap: bool = True
-    ) -> "HuggingFaceModel":
-        """Open a folder with config.json and tensors, or one file of tensors, whose folder may have a config.json.
-
-        A safetensors file's own metadata may hold the text of config.json, as Parameters.save() writes it."""
-        from .pickles import PickleFile
-
-        with ExitStack() as opened:
-            if os.path.isdir(path):
-                folder = path
-                if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
-                    raise CheckpointError(f"{folder}: {CONFIG_FILE} is missing: give the folder or file of a model")
-                paths = {name: os.path.join(folder, name) for name in find_files(folder)}
-            else:
-                folder, paths = os.path.dirname(path), {path: path}
-            files: dict[str, Tensors] = {}
-            for name, place in paths.items():
-                files[name] = file = PickleFile(place) if is_pickle(place) else SafetensorsFile(place)
-                opened.callback(file.close)
-            if os.path.isdir(path):
-                _check_index(folder, files)
-            place = os.path.join(folder, CONFIG_FILE)
-            inside = next(iter(files.values())).metadata.get(CONFIG_FILE)
-            found = parse_object(inside.encode(), path) if inside else read_json(place) if os.path.exists(place) else None
-            model = cls(files, found, path=path, heads=heads, threads=threads, mmap=mmap)
-            opened.pop_all()
-        return model
 
     def _shape(self, name: str) -> tuple[int, ...]:
         file, full = self._tensors.get(name, (None, ""))
@@ -176,9 +216,8 @@ class HuggingFaceModel(ModelFile):
         wanted = {name: _theirs(name, shape, linear=self._linear) for name, shape, _, _ in self.config.tensors(padded=False)}
         if self._unbiased:
             wanted |= {name: {} for name in wanted if name.endswith("b")}
-        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)} | (
-            {HEAD} if self.config.tied else set()
-        )
+        dropped = {mask.format(layer) for mask in MASKS for layer in range(self.config.L)}
+        dropped |= {HEAD} if self.config.tied else set()
         found = {name: file.tensors[full][:2] for name, (file, full) in self._tensors.items() if name not in dropped}
         self._check_tensors(wanted, {name: shape for name, (_, shape) in found.items()})
         if wrong := sorted((dtype, name) for name, (dtype, _) in found.items() if dtype not in FORMATS):
@@ -196,7 +235,7 @@ class HuggingFaceModel(ModelFile):
         """Whether the first file has a tokenizer.json in its metadata."""
         return "tokenizer.json" in next(iter(self._files.values())).metadata
 
-    def _parts(self, name: str) -> "list[tuple[Tensors, str]]":
+    def _parts(self, name: str) -> list[tuple[Tensors, str]]:
         """The files and full names of a tensor's layers; [] for biases that the model does not have."""
         if self._unbiased and name.endswith("b"):
             return []
@@ -205,8 +244,6 @@ class HuggingFaceModel(ModelFile):
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
         """Return rows [start, stop) of one layer's part of a tensor: ModelFile.part()."""
-        import numpy as np
-
         _, _, K = layout(self.config, name)
         if not (parts := self._parts(name)):
             return self.formats[name], np.zeros((1, K), self.formats[name].dtype)
@@ -219,15 +256,11 @@ class HuggingFaceModel(ModelFile):
             array = file.stored(full, slice(start, stop))
         return FORMATS[file.tensors[full][0]], array
 
-    def stored(self) -> "dict[str, tuple[str, memoryview]]":
+    def stored(self) -> dict[str, tuple[str, memoryview]]:
         """Map each tensor to its format's name and its bytes, as Weights takes them.
 
         wte, wpe and a head are the bytes of the file. The layers' matrices are laid out in memory, on all workers at once."""
-        import numpy as np
-
         from .._kernels import Floats, transpose
-        from ..cpus import resolve_threads
-        from ..pool import ThreadPool
 
         found: dict[str, tuple[str, memoryview]] = {}
         moves: list[tuple[tuple[Tensors, str], Format, memoryview]] = []  # a layer's matrix, its format and its new place
@@ -257,7 +290,7 @@ class HuggingFaceModel(ModelFile):
             pool.run(job)
         return found
 
-    def _values(self, part: "tuple[Tensors, str]", kind: Format, rows: slice = slice(None)) -> "npt.NDArray[Any]":
+    def _values(self, part: tuple[Tensors, str], kind: Format, rows: slice = slice(None)) -> npt.NDArray[Any]:
         """Some rows of one tensor of the files in a format: a view if they have it."""
         file, full = part
         found, array = FORMATS[file.tensors[full][0]], file.stored(full, rows)
@@ -269,7 +302,7 @@ class HuggingFaceModel(ModelFile):
             file.close()
 
 
-def write_model(folder: str, model: "Weights", kind: Format) -> None:
+def write_model(folder: str, model: ModelFile, kind: Format) -> None:
     """Write a model as a folder that transformers loads: its config, its tokenizer, and its tensors in a weight format.
 
     A tokenizer that pygpt does not know is left out. The folder gets its name only when it is complete. Raises PyGPTError if it
@@ -303,14 +336,14 @@ def _texts(config: Config, dtype: str) -> dict[str, bytes]:
     return texts | ({} if tokenizer is None else tokenizer_files(tokenizer, config.maxT))
 
 
-def write_tensors(file: "IO[bytes]", model: "Weights", kind: Format, metadata: "dict[str, str] | None" = None) -> None:
+def write_tensors(file: IO[bytes], model: ModelFile, kind: Format, metadata: dict[str, str] | None = None) -> None:
     """Write the tensors of a model to an open file as safetensors with transformers' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape, _, _ in model.config.tensors(padded=False):
         prefix = "" if name == "head" else PREFIX
         shapes.update({prefix + theirs: found for theirs, found in _theirs(name, shape).items()})
 
-    def values() -> "Iterator[npt.NDArray[np.float32]]":
+    def values() -> Iterator[npt.NDArray[np.float32]]:
         for name, _ in model.config.table:
             for piece in model.pieces(name):
                 yield piece.transpose(0, 2, 1) if NAMES[name][1] else piece
@@ -319,7 +352,7 @@ def write_tensors(file: "IO[bytes]", model: "Weights", kind: Format, metadata: "
     write_safetensors(file, dtype, list(shapes.items()), values(), metadata)
 
 
-def _theirs(name: str, shape: tuple[int, ...], *, linear: bool = False) -> "dict[str, tuple[int, ...]]":
+def _theirs(name: str, shape: tuple[int, ...], *, linear: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes that one of our tensors has in the files."""
     theirs, transposed = NAMES[name]
     if "{}" not in theirs:
@@ -328,18 +361,16 @@ def _theirs(name: str, shape: tuple[int, ...], *, linear: bool = False) -> "dict
     return {theirs.format(layer): tuple(reversed(rest) if transposed and not linear else rest) for layer in range(layers)}
 
 
-def _aligned(array: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
+def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a contiguous array whose values have aligned addresses: a file may place them anywhere."""
-    import numpy as np
-
     return array.copy() if array.ctypes.data % array.itemsize else np.ascontiguousarray(array)
 
 
-def _bytes(array: "npt.NDArray[Any]") -> memoryview:
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
     return array.reshape(-1).view("u1").data
 
 
-def read_settings(settings: "dict[str, Any]", place: str, *, tied: bool = True) -> Config:
+def read_settings(settings: dict[str, Any], place: str, *, tied: bool = True) -> Config:
     """Return the config in config.json. Raises CheckpointError for settings that the kernels do not compute.
 
     tied: whether the files have no head, or one that equals wte. A head that differs is used, as transformers does."""
@@ -401,7 +432,7 @@ def _read_index(folder: str, index: str) -> dict[str, str]:
     return places
 
 
-def _check_index(folder: str, files: "Mapping[str, Tensors]") -> None:
+def _check_index(folder: str, files: Mapping[str, Tensors]) -> None:
     """Raise CheckpointError unless the shards contain exactly the tensors that their index lists."""
     if MODEL_FILE in files or PICKLE_FILE in files:
         return
@@ -415,6 +446,6 @@ def _check_index(folder: str, files: "Mapping[str, Tensors]") -> None:
         raise CheckpointError(f"{path}: tensor {tensor[:80]!r} is in {name}, but the index does not list it there")
 
 
-def read_json(path: str) -> "dict[str, Any]":
+def read_json(path: str) -> dict[str, Any]:
     """Read a config.json or an index. Raises CheckpointError."""
     return parse_object(small_file(path, "model's settings", CheckpointError, JSON_LIMIT), path)

@@ -1,17 +1,19 @@
-"""llm.c's other files: the debug state, multiple-choice examples, and the vocabulary.
+"""llm.c's data files: token shards, the debug state, multiple-choice examples, and the vocabulary.
 
+    shard         uint16 ids, which stay in the mapped file until they are used
     debug state   one batch as PyTorch computed it: tokens, logits, loss and every gradient
     examples      multiple choice such as HellaSwag: a context and four endings; one is right
     vocabulary    the bytes of every id, for programs that only decode
 
 Each file begins with an int32[256] little-endian header. The readers check every field and length against the file's end before
 they use it, and refuse bytes after the last value.
-Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py (write_evalfile), llmc/dataloader.h.
+Sources: llm.c, train_gpt2.py (write_state, write_tokenizer), dev/data/data_common.py, llmc/dataloader.h.
 """
 
 import os
+import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,22 +21,118 @@ import numpy.typing as npt
 from ..config import LIMITS, Config
 from ..errors import DataError, InputError, is_whole, shown
 from ..tokenizer import GPT2_V
-from .files import HEADER_BYTES, atomic_file
-from .shards import TOKEN, as_tokens, check_ids, check_size, header_bytes, map_data
+from .files import HEADER_BYTES, atomic_file, map_file
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    Path = str | os.PathLike[str]
-    Floats = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.integer[Any]]  # (tokens,)
+Shard = npt.NDArray[np.uint16]  # (tokens,)
+Path = str | os.PathLike[str]
 
-STATE_MAGIC, EXAMPLES_MAGIC, VOCABULARY_MAGIC = 20240327, 20240522, 20240328
+MAGIC, STATE_MAGIC, EXAMPLES_MAGIC, VOCABULARY_MAGIC = 20240520, 20240327, 20240522, 20240328
+TOKEN = np.dtype("<u2")
+MOST_TOKENS = 2**31 - 1  # the header's count is an int32
+PIECE = 1 << 20  # tokens checked or written at a time
 STATE_VERSION = 2  # version 1 did not pad wte
 START = 65535  # the first value of an example
 ENDINGS = 4
 VOCABULARY_VERSIONS = (1, 2)  # version 1 does not contain the end of text: it is GPT-2's
 
 
-# ------------------------------------------------------------------------------------------------ debug state
+def map_data(path: str, kind: str, magic: int, versions: Sequence[int], named: int) -> tuple[list[int], memoryview]:
+    """Map one of llm.c's data files; return ([version, next `named` fields], the map with the header).
+
+    Raises DataError for another magic or version, a file shorter than a header, and a header whose other fields are not 0."""
+    fields: list[int] = []
+
+    def check(header: bytes, found: int) -> None:
+        if len(header) < HEADER_BYTES:
+            raise DataError(f"{path}: {found} bytes, shorter than the header of a {kind}, {HEADER_BYTES} bytes")
+        first, *others = struct.unpack("<256i", header)
+        if first != magic:
+            raise DataError(f"{path}: magic number {first}, expected {magic}: not a {kind} of llm.c")
+        if others[0] not in versions:
+            raise DataError(f"{path}: version {others[0]}, expected {' or '.join(map(str, versions))} for a {kind}")
+        for index, value in enumerate(others[1 + named :], start=2 + named):
+            if value:
+                raise DataError(f"{path}: bad header: reserved field {index} is {value}, expected 0")
+        fields.extend(others[: 1 + named])
+
+    mapped = map_file(path, kind, DataError, check)
+    return fields, mapped
+
+
+def check_size(path: str, found: int, expected: int, what: str) -> None:
+    """Raise DataError unless the file has exactly the size that its header promises."""
+    if found != expected:
+        raise DataError(
+            f"{path}: {'truncated' if found < expected else 'too long'}: {found} bytes, expected {expected} for {what}"
+        )
+
+
+def header_bytes(magic: int, version: int, *fields: int) -> bytes:
+    """Return the header of a data file."""
+    return struct.pack("<256i", magic, version, *fields, *[0] * (254 - len(fields)))
+
+
+def check_ids(tokens: Tokens, V: int, where: str) -> None:
+    """Raise DataError, with the position of the first wrong id, unless all ids are in [0, V)."""
+    for start in range(0, len(tokens), PIECE):
+        piece = tokens[start : start + PIECE]
+        if piece.max() >= V or piece.min() < 0:
+            position = start + int(np.flatnonzero((piece < 0) | (piece >= V))[0])
+            raise DataError(
+                f"{where}: token id {tokens[position]} at position {position}: it must be below the vocabulary of {V} ids"
+            )
+
+
+def read_tokens(path: Path, *, V: int | None = None) -> Shard:
+    """Open a token shard as a read-only uint16 array (tokens,), a view of the mapped file.
+
+    V: the vocabulary size, to check every id. Raises DataError, with the found and the expected numbers, for any file that is
+    not exactly a shard."""
+    name = os.fspath(path)
+    (_, count), mapped = map_data(name, "token file", MAGIC, (1,), 1)
+    if count < 1:
+        raise DataError(f"{name}: bad header: {count} tokens, expected 1 or more")
+    check_size(name, len(mapped), HEADER_BYTES + 2 * count, f"{count} tokens")
+    tokens = np.frombuffer(mapped, TOKEN, offset=HEADER_BYTES)
+    if V is not None:
+        check_ids(tokens, V, name)
+    return tokens
+
+
+def write_tokens(path: Path, tokens: npt.ArrayLike | Iterator[npt.ArrayLike]) -> int:
+    """Write a token shard atomically; return how many tokens it has.
+
+    tokens: one array of ids, or an iterator of arrays, each dropped after it is written. Raises InputError for zero tokens or
+    more than 2**31 - 1, and for ids that are not whole numbers from 0 to 65535. Raises OSError if the file cannot be written.
+    """
+    count = 0
+    with atomic_file(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        for piece in tokens if isinstance(tokens, Iterator) else [tokens]:
+            ids = as_tokens(piece)
+            count += len(ids)
+            if count > MOST_TOKENS:
+                raise InputError(f"{os.fspath(path)}: more than {MOST_TOKENS} tokens: write several shards")
+            check_ids(ids, 1 << 16, os.fspath(path))
+            for start in range(0, len(ids), PIECE):  # ids may view a file larger than memory
+                file.write(ids[start : start + PIECE].astype(TOKEN).data)
+        if not count:
+            raise InputError(f"{os.fspath(path)}: there are no tokens to write: a shard holds 1 or more")
+        file.seek(0)
+        file.write(header_bytes(MAGIC, 1, count))
+    return count
+
+
+def as_tokens(tokens: npt.ArrayLike) -> Tokens:
+    """Return tokens as a one-dimensional array of integers. Raises InputError for anything else."""
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise InputError(f"tokens must be an array (tokens,) of integers: {error}") from None
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"tokens have shape {array.shape} and type {array.dtype}: they must be an array (tokens,) of integers")
+    return array if array.size else array.astype(TOKEN)
 
 
 class DebugState(NamedTuple):
@@ -47,7 +145,7 @@ class DebugState(NamedTuple):
     gradients: dict[str, npt.NDArray[np.float32]]  # by tensor, of config.tensors()' shapes, wte (V, C)
 
 
-def read_debug_state(path: "Path", config: Config) -> DebugState:
+def read_debug_state(path: Path, config: Config) -> DebugState:
     """Read llm.c's debug state (`gpt2_124M_debug_state.bin`) of a model of this shape.
 
     Raises DataError, with the found and the expected numbers, for any file that is not exactly a debug state."""
@@ -71,7 +169,7 @@ def read_debug_state(path: "Path", config: Config) -> DebugState:
     return DebugState(inputs, targets, logits.reshape(B, T, config.V), float(loss[0]), gradients)
 
 
-def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
+def write_debug_state(path: Path, config: Config, state: DebugState) -> None:
     """Write a debug state atomically. Raises InputError for arrays whose shapes are not DebugState's, and OSError."""
     inputs, targets = (np.asarray(ids) for ids in (state.inputs, state.targets))
     if inputs.ndim != 2 or not inputs.size or not 1 <= inputs.shape[1] <= config.maxT:
@@ -91,14 +189,9 @@ def write_debug_state(path: "Path", config: Config, state: DebugState) -> None:
         file.write(header_bytes(STATE_MAGIC, STATE_VERSION, *shape))
         for ids in (inputs, targets):
             file.write(ids.astype("<i4").tobytes())
-        for values in (state.logits, state.loss, *(state.gradients[tensor] for tensor, _ in wanted[:1])):
+        wte, *others = (state.gradients[tensor] for tensor, _ in wanted)
+        for values in (state.logits, state.loss, wte, np.zeros((config.Vp - config.V, config.C)), *others):
             file.write(np.asarray(values, "<f4").tobytes())
-        file.write(bytes(4 * (config.Vp - config.V) * config.C))
-        for tensor, _ in wanted[1:]:
-            file.write(np.asarray(state.gradients[tensor], "<f4").tobytes())
-
-
-# ------------------------------------------------------------------------------------------------ examples
 
 
 class Example(NamedTuple):
@@ -110,7 +203,7 @@ class Example(NamedTuple):
     endings: Sequence[Sequence[int]]
 
 
-def read_examples(path: "Path", *, V: int | None = None) -> Iterator[Example]:
+def read_examples(path: Path, *, V: int | None = None) -> Iterator[Example]:
     """Yield the examples of a multiple-choice file (`hellaswag_val.bin`) in order.
 
     V: the vocabulary size, to check every id. Raises DataError for any file that is not exactly such a file. The header is
@@ -172,7 +265,7 @@ def _example(where: str, index: int, values: list[int], V: int | None) -> Exampl
     return example
 
 
-def write_examples(path: "Path", examples: Iterable[Example]) -> int:
+def write_examples(path: Path, examples: Iterable[Example]) -> int:
     """Write a multiple-choice file atomically; return how many examples it has.
 
     Examples are numbered from 0. Raises InputError for an example that does not fit in the format, and OSError."""
@@ -199,10 +292,7 @@ def write_examples(path: "Path", examples: Iterable[Example]) -> int:
     return count
 
 
-# ------------------------------------------------------------------------------------------------ vocabulary
-
-
-def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
+def read_tokenizer(path: Path) -> tuple[list[bytes], int]:
     """Read llm.c's vocabulary (`gpt2_tokenizer.bin`); return the bytes of every id, and the id that ends a text.
 
     Raises DataError for any file that is not exactly a vocabulary."""
@@ -228,7 +318,7 @@ def read_tokenizer(path: "Path") -> tuple[list[bytes], int]:
     return tokens, eot
 
 
-def write_tokenizer(path: "Path", tokens: Sequence[bytes], eot: int) -> None:
+def write_tokenizer(path: Path, tokens: Sequence[bytes], eot: int) -> None:
     """Write a vocabulary (version 2) atomically. Raises InputError for values that do not fit in the format, and OSError."""
     if not is_whole(eot, 0, len(tokens) - 1):
         raise InputError(f"eot is {shown(eot)}: with {len(tokens)} tokens it must be a whole number, 0 to {len(tokens) - 1}")

@@ -10,20 +10,16 @@ import os
 from ..config import Config
 from ..errors import CheckpointError, InputError
 from .checkpoint import Checkpoint
+from .dtypes import ModelFile, layout
 from .files import is_pickle
-from .tensors import ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import SupportsIndex
 
-    import numpy as np
-    import numpy.typing as npt
-
     from ..tokenizer import Tokenizer
-    from .dtypes import Format
-    from .tensors import Blocks
+    from .dtypes import Blocks, Format
 
 GGUF_MAGIC = b"GGUF"
 
@@ -46,7 +42,7 @@ def open_model(
     if _is_hugging_face(path):
         from .huggingface import HuggingFaceModel
 
-        model = HuggingFaceModel.open(path, heads=heads, threads=threads, mmap=mmap)
+        model = HuggingFaceModel(path, heads=heads, threads=threads, mmap=mmap)
     elif heads is not None:
         raise InputError(f"{path}: this file contains its number of heads: leave out --heads")
     elif path.endswith(".safetensors"):
@@ -76,7 +72,7 @@ def set_tokenizer(config: Config, path: str) -> None:
     def load() -> "Tokenizer":
         from .vocabulary import cached_tokenizer
 
-        return cached_tokenizer(path, config.V)
+        return cached_tokenizer(path, V=config.V)
 
     config.tokenizer = load
 
@@ -112,7 +108,7 @@ def open_weights(
     source = of_text_only(model) if text_only else model
     if weights is None:
         return source
-    from .quantise import quantised
+    from .panels import quantised
 
     try:
         return quantised(source, weights, threads=threads)
@@ -192,29 +188,26 @@ def blocks_of(model: ModelFile, name: str, kind: "Format") -> "Iterator[Blocks]"
 
     Zeros pad rows that do not fill whole blocks. Quantised blocks that already have this format are passed on unchanged. Raises
     CheckpointError if a value is not finite, or exceeds the range of the format."""
-    _, _, K = layout(model.config, name)
-    for found, blocks in model.parts(name):
-        same = found == kind and kind.block_values > 1
-        yield blocks if same else _encode(model, name, kind, found.to_float32(blocks)[:, :K])
-
-
-def _encode(model: ModelFile, name: str, kind: "Format", rows: "npt.NDArray[np.float32]") -> "Blocks":
     import numpy as np
 
     from .panels import QUANTISED, quantise
 
-    if not (finite := np.isfinite(rows)).all():
-        raise CheckpointError(f"{model.path}: {name} holds {rows[~finite][0]}: weights must be finite")
-    if padding := -rows.shape[1] % kind.block_values:
-        rows = np.pad(rows, ((0, 0), (0, padding)))
-    rows = np.ascontiguousarray(rows, "<f4")
-    if kind.name in QUANTISED:
-        blocks = quantise(kind, rows)
-    else:
-        assert kind.from_float32 is not None
-        rounded = kind.from_float32(rows)
-        blocks = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
-    if blocks is None:
-        largest = rows.flat[np.abs(rows).argmax()]
-        raise CheckpointError(f"{model.path}: {name} holds {largest}: out of the range of {kind.name}")
-    return blocks
+    _, _, K = layout(model.config, name)
+    for found, blocks in model.parts(name):
+        if found == kind and kind.block_values > 1:
+            yield blocks
+            continue
+        rows = found.to_float32(blocks)[:, :K]
+        if not (finite := np.isfinite(rows)).all():
+            raise CheckpointError(f"{model.path}: {name} holds {rows[~finite][0]}: weights must be finite")
+        rows = np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -K % kind.block_values))), "<f4")
+        if kind.name in QUANTISED:
+            encoded = quantise(kind, rows)
+        else:
+            assert kind.from_float32 is not None
+            rounded = kind.from_float32(rows)
+            encoded = rounded if np.isfinite(kind.to_float32(rounded)).all() else None
+        if encoded is None:
+            largest = rows.flat[np.abs(rows).argmax()]
+            raise CheckpointError(f"{model.path}: {name} holds {largest}: out of the range of {kind.name}")
+        yield encoded

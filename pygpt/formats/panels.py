@@ -11,28 +11,30 @@ because they are mapped and used in place. Source: the layout of the kernels' pr
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 
 from ..config import LIMITS, Config
-from ..errors import CheckpointError, InputError
-from .dtypes import FLOAT32, FORMATS, Q4_0, Q8_0, Format
+from ..cpus import resolve_threads
+from ..errors import CheckpointError, InputError, shown
+from ..pool import ThreadPool
+from .dtypes import EMBEDDINGS, FLOAT32, FORMATS, Q4_0, Q8_0, Format, ModelFile, layout
 from .files import atomic_file
 from .safetensors import FORMATS as STORED
 from .safetensors import SafetensorsFile, header_of, parse_object
-from .tensors import EMBEDDINGS, ModelFile, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import IO
+    from typing import IO, Any, SupportsIndex
 
     import numpy as np
     import numpy.typing as npt
 
-    from .tensors import Blocks
+    from .dtypes import Blocks
 
 PANEL, GROUP, ALIGNMENT = 16, 32, 64  # outputs; inputs that share a scale; bytes
 QUANTISED = {"q8_0": Q8_0, "q4_0": Q4_0}  # the formats that are stored in panels
+LARGEST = {"q8_0": 127 * 65504, "q4_0": 8 * 65504}  # the largest value that a float16 scale can represent
 LAYERED = ("qkvw", "attprojw", "fcw", "fcprojw")  # the matrices of a layer, which have the format `kind`
 MATRICES = (*EMBEDDINGS, *LAYERED)
 FILE_FORMAT, FILE_VERSION, VARIED_VERSION = "pygpt panels", "1", "2"
@@ -43,9 +45,6 @@ def aligned(size: int, alignment: int | None = None) -> int:
     """Round a size up to a multiple of `alignment` bytes, by default 64."""
     step = ALIGNMENT if alignment is None else alignment
     return -(-size // step) * step
-
-
-# ------------------------------------------------------------------------------------------------ the layout
 
 
 def panel_sizes(kind: Format, N: int, K: int) -> tuple[int, int]:
@@ -116,14 +115,10 @@ class InPanels(ModelFile):
 
     def part(self, name: str, layer: int, start: int, stop: int) -> "tuple[Format, Blocks]":
         """Return rows [start, stop): ModelFile.part(), with panels converted to blocks."""
-        import numpy as np
-
         _, N, K = layout(self.config, name)
         kind, data = self.formats[name], self._stored(name)[1]
         if kind.name not in QUANTISED:
-            first = layer * N
-            rows = data[kind.size((first + start) * K) : kind.size((first + stop) * K)]
-            return kind, np.frombuffer(rows, kind.dtype).reshape(-1, K)
+            return super().part(name, layer, start, stop)
         values, scales = panel_sizes(kind, N, K)
         base, row, groups = layer * (values + scales), values // (-(-N // PANEL) * PANEL), kind.blocks(K)
         ends = (start, -(-stop // PANEL) * PANEL)
@@ -154,10 +149,48 @@ class StoredWeights(InPanels):
         """Do nothing: the memory is freed with its last user."""
 
 
-# ------------------------------------------------------------------------------------------------ the file
+def quantised(model: "Any", format: str, head: str | None = None, threads: "SupportsIndex | None" = None) -> StoredWeights:
+    """Quantise the matrices of an open model in memory, to the numbers of a converted file.
+
+    The result stays valid after the model is closed. Positions, biases and gains keep their format, because they are small.
+
+    format: q8_0 or q4_0, for the layers' matrices. head: the format of wte, by default q8_0. threads: workers, as in
+    GPT2.load(). Raises InputError for an unknown format, and for weights that the format cannot represent."""
+    for name in (format, head):
+        if name is not None and name not in QUANTISED:
+            raise InputError(f"weights cannot be quantised to {shown(name)}: choose one of {', '.join(QUANTISED)}")
+    from .._kernels import Floats, matrix_bytes, quantise_panels
+
+    config, stored = model.config, model.stored()
+    shapes = {name: shape for name, shape, _, _ in config.tensors(padded=False)}
+    formats = {name: format for name in shapes if len(shapes[name]) == 3}
+    formats |= {name: head or "q8_0" for name in ("wte", "head") if name in shapes}
+    sizes = {name: prod(shapes[name][:-2]) * matrix_bytes(kind, *shapes[name][-2:]) for name, kind in formats.items()}
+    memory = memoryview(Floats(1, sum(sizes.values()) // 4, dense=True)).cast("B")  # every size is a multiple of 64
+    tensors = {name: (kind, memoryview(bytes(data))) for name, (kind, data) in stored.items() if name not in formats}
+    offset = 0
+    for name, size in sizes.items():
+        tensors[name] = formats[name], memory[offset : offset + size]
+        offset += size
+
+    refused = set()
+
+    def job(ith: int, nth: int) -> None:
+        for name in formats:
+            (*layers, N, K), (kind, out), (source_kind, source) = shapes[name], tensors[name], stored[name]
+            if not quantise_panels(out, kind, source, source_kind, prod(layers), N, K, ith, nth):
+                refused.add(name)
+
+    with ThreadPool(resolve_threads(threads)) as pool:
+        pool.run(job)
+    for name in formats:
+        if name in refused:
+            most = LARGEST[formats[name]]
+            raise InputError(f"{name} cannot be {formats[name]}: it has a value that is not finite, or beyond {most}")
+    return StoredWeights(config, {name: tensors[name] for name in shapes})
 
 
-def entries(config: Config, formats: "Mapping[str, Format]") -> dict[str, tuple[str, int, int]]:
+def entries(config: Config, formats: Mapping[str, Format]) -> dict[str, tuple[str, int, int]]:
     """Return the header that such a model must have: name -> dtype, length of the flat array, bytes."""
     found = {}
     for name, _ in config.table:
@@ -246,14 +279,14 @@ class PanelFile(InPanels):
 def write_panels(
     path: str | os.PathLike[str],
     config: Config,
-    formats: "Mapping[str, Format]",
+    formats: Mapping[str, Format],
     tensors: "Mapping[str, Iterator[Blocks]]",
     sha256: str,
 ) -> None:
     """Write a panel file, all or nothing. `tensors` yield the blocks of each tensor in its format, rows in order.
 
-    A piece contains rows of one layer only. `formats` are the result of formats_of(). `sha256` of the source has 64 characters.
-    Raises OSError if the file cannot be written; an older file then stays unchanged."""
+    A piece contains whole panels, or the last rows of a layer. `formats` are the result of formats_of(). `sha256` of the source
+    has 64 characters. Raises OSError if the file cannot be written; an older file then stays unchanged."""
     metadata = {
         "format": FILE_FORMAT,
         "version": VARIED_VERSION if config.variations else FILE_VERSION,
@@ -282,27 +315,17 @@ def write_panels(
 
 
 def _write_layer(file: "IO[bytes]", kind: Format, N: int, pieces: "Iterator[Blocks]") -> None:
-    """Write one layer's matrix of N rows in panels, from as many pieces as needed: all values, then all scales."""
-    import numpy as np
-
+    """Write one layer's matrix of N rows in panels: all values, then all scales."""
     from .._kernels import blocks_to_panels
 
-    scales: list[npt.NDArray[np.uint8]] = []
-    held: Blocks | None = None  # rows that do not yet fill a panel
+    scales = b""
     while N:
-        piece = next(pieces)
-        N -= len(piece)
-        rows = piece if held is None else np.concatenate([held, piece])
-        whole = len(rows) - len(rows) % PANEL if N else len(rows)
-        held = rows[whole:]
-        if not whole:
-            continue
+        rows = next(pieces)
+        N -= len(rows)
         K = rows.shape[1] * kind.block_values
-        values, padded = panel_sizes(kind, whole, K)
+        values, padded = panel_sizes(kind, len(rows), K)
         out = aligned_bytes(values + padded)
-        blocks_to_panels(out.data, kind.name, rows[:whole].reshape(-1).view("u1").data, 1, whole, K, 0, 1)
+        blocks_to_panels(out.data, kind.name, rows.reshape(-1).view("u1").data, 1, len(rows), K, 0, 1)
         file.write(out[:values].data)
-        scales.append(out[values : values + -(-whole // PANEL) * PANEL * rows.shape[1] * 2])
-    written = np.concatenate(scales)
-    file.write(written.data)
-    file.write(bytes(aligned(len(written)) - len(written)))
+        scales += out[values : values + -(-len(rows) // PANEL) * PANEL * rows.shape[1] * 2].tobytes()
+    file.write(scales.ljust(aligned(len(scales)), b"\0"))

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..errors import CheckpointError, Closing, InputError, PyGPTError, is_whole
+from ..errors import CheckpointError, InputError, PyGPTError, is_whole
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32
 from .files import MODEL_KIND, MappedFile
 
@@ -34,43 +34,34 @@ FORMATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}  # the dtypes that 
 Stored = tuple[str, tuple[int, ...], int]  # dtype, shape, offset in the file
 
 
-class SafetensorsFile(Closing):
+class SafetensorsFile(MappedFile):
     """An open file that maps only the tensors in use. Use it in a `with` block, or close() it.
 
     `tensors` maps each name to (dtype, shape, offset), in ascending order of offsets. `metadata` is the header's __metadata__.
     read: copy the file into memory. Raises CheckpointError for any file that is not exactly in the format."""
 
     def __init__(self, path: str | os.PathLike[str], *, read: bool = False) -> None:
-        self.path = os.fspath(path)
-        self._file = MappedFile(self.path, MODEL_KIND, CheckpointError, read=read)
-        self.size = self._file.size
-        self.metadata: dict[str, str] = {}
-        try:
-            self.tensors = self._check()
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(os.fspath(path), MODEL_KIND, CheckpointError, self._check, read=read)
 
     def _bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: not a valid safetensors file: {what}")
 
-    def _check(self) -> dict[str, Stored]:
+    def _check(self, _header: bytes, _size: int) -> None:
         if self.size < LENGTH_BYTES:
             raise self._bad(f"{self.size} bytes, shorter than the length of a header")
-        length = int.from_bytes(self._file.view(0, LENGTH_BYTES), "little")
+        length = int.from_bytes(self.view(0, LENGTH_BYTES), "little")
         if length > HEADER_LIMIT:
             raise self._bad(f"its header has {length} bytes, at most {HEADER_LIMIT} are allowed")
         start = LENGTH_BYTES + length
         if start > self.size:
             raise self._bad(f"truncated: {self.size} bytes, but its header alone has {length}")
-        text = bytes(self._file.view(LENGTH_BYTES, start))
+        text = bytes(self.view(LENGTH_BYTES, start))
         if not text.startswith(b"{"):
             raise self._bad("its header does not begin with {")
         header = parse_object(text, f"{self.path}: not a valid safetensors file: its header")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        if not isinstance(self.metadata, dict) or not all(isinstance(value, str) for value in self.metadata.values()):
             raise self._bad("__metadata__ is not an object of strings")
-        self.metadata = metadata
         ranges = sorted(self._range(name, entry) for name, entry in header.items())
         end = 0
         for begin, stop, name in ranges:
@@ -81,7 +72,9 @@ class SafetensorsFile(Closing):
         if start + end != self.size:
             kind = "truncated" if self.size < start + end else "too long"
             raise self._bad(f"{kind}: {self.size} bytes, expected {start + end}; fetch it again")
-        return {name: (header[name]["dtype"], tuple(header[name]["shape"]), start + begin) for begin, _, name in ranges}
+        self.tensors: dict[str, Stored] = {
+            name: (header[name]["dtype"], tuple(header[name]["shape"]), start + begin) for begin, _, name in ranges
+        }
 
     def _range(self, name: str, entry: "Any") -> tuple[int, int, str]:
         if not isinstance(entry, dict) or set(entry) != MEMBERS:
@@ -101,7 +94,7 @@ class SafetensorsFile(Closing):
     def bytes_of(self, name: str) -> memoryview:
         """Return a tensor's bytes, as a view of the file."""
         dtype, shape, offset = self.tensors[name]
-        return self._file.view(offset, offset + prod(shape) * DTYPE_BYTES[dtype])
+        return self.view(offset, offset + prod(shape) * DTYPE_BYTES[dtype])
 
     def stored(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[Any]":
         """Return a tensor, or some of its rows, as a read-only view of the file: float32, float16, or the bits of bfloat16.
@@ -118,10 +111,6 @@ class SafetensorsFile(Closing):
     def tensor(self, name: str, rows: slice = slice(None)) -> "npt.NDArray[np.float32]":
         """Return one tensor, or some of its rows, as exact float32. Raises the errors of stored()."""
         return FORMATS[self.tensors[name][0]].to_float32(self.stored(name, rows))
-
-    def close(self) -> None:
-        """Close the file; its arrays stay valid. May be called twice."""
-        self._file.close()
 
 
 def write_safetensors(

@@ -5,30 +5,31 @@ Source: llm.c, dev/data/tinyshakespeare.py, for the positions of `<|endoftext|>`
 """
 
 import codecs
+import gzip
 import io
 import json
 import os
 import re
+import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from importlib import import_module
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..config import IGNORED
-from ..errors import DataError, InputError, check_flag, shown
+from ..errors import DataError, InputError, PyGPTError, check_flag, shown
 from ..tokenizer import Tokenizer
-from .files import foreign_file
+from .files import atomic_file, foreign_file, reason
+from .llmc import Path, Shard
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import IO, Any
-
-    import numpy as np
-    import numpy.typing as npt
-
-    from .shards import Path, Shard
-
-    Labels = npt.NDArray[np.int32]  # (tokens,)
+Labels = npt.NDArray[np.int32]  # (tokens,)
 
 PIECE = 1 << 20  # bytes of text read at a time
+LONGEST = 1 << 24  # bytes of a line in a file that may be compressed
 EOT_MODES = ("document", "paragraph", "none")
 MARK = "\ufeff"  # the byte order mark
 OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # of UTF-16 and UTF-32
@@ -59,7 +60,7 @@ def given_text(text: str) -> str:
     return "".join(plain([text]))
 
 
-def read_text(path: "Path") -> Iterator[str]:
+def read_text(path: Path) -> Iterator[str]:
     """Yield the text of a UTF-8 file, or of stdin if the path is "-", in pieces.
 
     Every newline becomes "\\n", and a byte order mark at the beginning is dropped. Raises DataError if the text cannot be read,
@@ -77,7 +78,7 @@ def read_text(path: "Path") -> Iterator[str]:
         yield from plain(_decoded(file, os.fspath(path)))
 
 
-def _decoded(file: "IO[bytes]", name: str) -> Iterator[str]:
+def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     taken, piece = 0, b" "
     while piece:
@@ -105,27 +106,22 @@ def _other_than_text(head: bytes) -> str:
     return "" if head.lstrip().startswith(b"<") else foreign_file(head)  # a page can be a text
 
 
-# ------------------------------------------------------------------------------------------------ tokens
-
-
 def tokens_of_text(
     text: str | Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> "Shard":
+) -> Shard:
     """Return the tokens of a text, given whole or in pieces, as a uint16 array (tokens,). See encode_text()."""
     pieces = [text] if isinstance(text, str) else text
     return joined(encode_text(pieces, eot=eot, allow_special=allow_special, tokenizer=tokenizer))
 
 
-def joined(pieces: "Iterable[Shard]") -> "Shard":
+def joined(pieces: Iterable[Shard]) -> Shard:
     """Return pieces of tokens as one uint16 array (tokens,)."""
-    import numpy as np
-
     return np.concatenate([np.empty(0, "<u2"), *pieces])
 
 
 def encode_text(
     text: Iterable[str], *, eot: str = "paragraph", allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> "Iterator[Shard]":
+) -> Iterator[Shard]:
     """Yield the tokens of one text, given in pieces, as uint16 arrays. The tokens do not depend on the pieces.
 
     eot: the positions of `<|endoftext|>`. "paragraph" adds it before the text and after every blank line (each "\\n\\n"), as
@@ -143,9 +139,7 @@ def encode_text(
     return _encoded(pieces, tokenizer, eot, check_flag("allow_special", allow_special))
 
 
-def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str, allow_special: bool) -> "Iterator[Shard]":
-    import numpy as np
-
+def _encoded(text: Iterable[str], tokenizer: Tokenizer, eot: str, allow_special: bool) -> Iterator[Shard]:
     end = [] if eot == "none" or tokenizer.eot is None else [tokenizer.eot]
     ids = [*end]
     for piece in _independent(text):
@@ -175,15 +169,12 @@ def _independent(text: Iterable[str]) -> Iterator[str]:
     yield "".join(kept)
 
 
-# ------------------------------------------------------------------------------------------------ rows of JSON
-
-
 def holds_rows(name: str, field: str | None = None) -> bool:
     """Return whether a file holds JSON lines: its name says so, or the user named the field of their text."""
     return field is not None or name.lower().endswith(ROWS)
 
 
-def read_rows(text: Iterable[str], name: str) -> "Iterator[tuple[str, dict[str, Any]]]":
+def read_rows(text: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the JSON objects of a text, one a line, each with its place for messages. Blank lines are skipped.
 
     Raises DataError for a line that is not a JSON object."""
@@ -193,7 +184,7 @@ def read_rows(text: Iterable[str], name: str) -> "Iterator[tuple[str, dict[str, 
             yield where, row_of(line, where)
 
 
-def row_of(line: str | bytes, where: str, example: str = '{"text": "..."}') -> "dict[str, Any]":
+def row_of(line: str | bytes, where: str, example: str = '{"text": "..."}') -> dict[str, Any]:
     """Return the JSON object in a line. where: its place, for messages. Raises DataError for other text."""
     try:
         row = json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
@@ -212,7 +203,7 @@ def _lines(text: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-def field_of(where: str, row: "dict[str, Any]", field: str, way_out: str = "") -> str:
+def field_of(where: str, row: dict[str, Any], field: str, way_out: str = "") -> str:
     """Return the text of a row's field. Raises DataError if it is missing or is not a text."""
     if not isinstance(text := row.get(field), str):
         what = f"is {shown(text)}, not a text" if field in row else f"is missing; there are {shown(sorted(row))[1:-1]}"
@@ -240,7 +231,7 @@ def encode_file(
     field: str | None = None,
     allow_special: bool = True,
     tokenizer: Tokenizer | None = None,
-) -> "Iterator[Shard]":
+) -> Iterator[Shard]:
     """Yield the tokens of one file: a text, or JSON lines with one document in each row (holds_rows).
 
     eot: as for encode_text(); by default "paragraph" for text, and "document" for each row. Raises DataError for rows with a
@@ -257,13 +248,11 @@ def encode_file(
 
 
 def tokens_and_labels(
-    path: "Path", field: str | None = None, *, allow_special: bool = True, tokenizer: Tokenizer | None = None
-) -> "tuple[Shard, Labels | None]":
+    path: Path, field: str | None = None, *, allow_special: bool = True, tokenizer: Tokenizer | None = None
+) -> tuple[Shard, Labels | None]:
     """Return the tokens of a file to train on, and their labels: -100 for the tokens of prompts, else the token itself.
 
     Prompts come from JSON lines with the fields "prompt" and "completion" (read_documents). Without them, labels are None."""
-    import numpy as np
-
     name = os.fspath(path)
     reading: dict[str, Any] = {"allow_special": allow_special, "tokenizer": tokenizer}
     if not holds_rows(name, field):
@@ -277,3 +266,44 @@ def tokens_and_labels(
         labels += [begin[:marked].astype(np.int32), np.full(len(begin) - marked, IGNORED, np.int32), end.astype(np.int32)]
         masked = masked or prompt is not None
     return joined(tokens), np.concatenate(labels) if masked else None
+
+
+def read_lines(path: str) -> Iterator[bytes]:
+    """Yield a file's lines, decompressed by its name (.gz, .zst). Raises DataError for damage or a long line."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: {'not a regular' if os.path.exists(path) else 'no such'} file: name a file of JSON lines")
+    damage = (OSError, EOFError, zlib.error, *([_zstd().ZstdError] if path.endswith(".zst") else []))
+    try:
+        with open(path, "rb") as raw, _opened(raw, path, "rb") as file:
+            while line := file.readline(LONGEST + 1):
+                if len(line) > LONGEST:
+                    raise DataError(f"{path}: a line is longer than {LONGEST} bytes: write one object on a line")
+                yield line
+    except damage as error:
+        raise DataError(f"{path}: cannot read the lines: {reason(error)}") from error
+
+
+def compress(source: str, path: str) -> None:
+    """Write the bytes of the file `source` as `path` atomically, compressed by its name. They do not depend on the time."""
+    with atomic_file(path) as target, open(source, "rb") as file, _opened(target, path, "wb") as packed:
+        shutil.copyfileobj(file, packed, 1 << 20)
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether the name is of a compressed file. Raises PyGPTError for .zst if this Python has no zstd."""
+    return path.endswith(".gz") or (path.endswith(".zst") and bool(_zstd()))
+
+
+def _opened(file: IO[bytes], path: str, mode: str) -> Any:
+    if path.endswith(".zst"):
+        return _zstd().open(file, mode)
+    return gzip.GzipFile("", mode, 6, file, 0) if path.endswith(".gz") else file
+
+
+def _zstd() -> Any:
+    for name in ("compression.zstd", "backports.zstd"):
+        try:
+            return import_module(name)
+        except ImportError:
+            pass
+    raise PyGPTError("files of zstd (.zst) need Python 3.14 or the extra: pip install 'pygpt[zstd]'")

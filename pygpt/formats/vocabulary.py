@@ -12,25 +12,16 @@ import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 from ..errors import DataError, InputError
 from ..tokenizer import END_OF_TEXT, NEVER, Tokenizer, merged, spelled, vocabulary_of
 from .files import atomic_file, small_file
 from .safetensors import parse_object
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 FILE, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 LIMIT = 1 << 27  # bytes of a file: far more than any vocabulary needs
 EACH_CHARACTER = r"[\s\S]"
-
-
-@lru_cache(maxsize=8)
-def cached_tokenizer(path: str, V: int) -> Tokenizer:
-    """Return load_tokenizer(), which reads a file only once."""
-    return load_tokenizer(path, V=V)
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tokenizer:
@@ -45,7 +36,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, V: int | None = None) -> Tok
         raise (error if str(error).startswith((path, repr(path))) else InputError(f"{path}: {error}")) from None
 
 
-def read_vocabulary(path: str) -> "dict[str, Any]":
+cached_tokenizer = lru_cache(maxsize=8)(load_tokenizer)
+
+
+def read_vocabulary(path: str) -> dict[str, Any]:
     """Read a vocabulary of any form. Raises InputError."""
     if os.path.isdir(path):
         path = next((name for name in (os.path.join(path, FILE), os.path.join(path, VOCAB)) if os.path.isfile(name)), path)
@@ -58,7 +52,7 @@ def read_vocabulary(path: str) -> "dict[str, Any]":
         from .safetensors import SafetensorsFile
 
         with SafetensorsFile(path) as file:
-            return _parsed(file.metadata.get(FILE, "").encode(), path)
+            return parse_object(file.metadata.get(FILE, "").encode(), path, InputError)
     if path.endswith(".bin"):
         from .llmc import read_tokenizer
 
@@ -66,16 +60,16 @@ def read_vocabulary(path: str) -> "dict[str, Any]":
     name = os.path.basename(path)
     if name.endswith((VOCAB, MERGES)):
         return _of_two_files(path)
-    found = _parsed(_read(path), path)
+    found = parse_object(_read(path), path, InputError)
     if not isinstance(found.get("model"), dict):
         raise InputError(f"{path}: not a tokenizer.json: it has no object `model`")
     return found
 
 
-def _of_two_files(path: str) -> "dict[str, Any]":
+def _of_two_files(path: str) -> dict[str, Any]:
     """Read vocab.json and merges.txt. Either may be named; NAME-vocab.json belongs to NAME-merges.txt."""
     stem = path.removesuffix(VOCAB).removesuffix(MERGES)
-    vocab = _parsed(_read(stem + VOCAB), stem + VOCAB)
+    vocab = parse_object(_read(stem + VOCAB), stem + VOCAB, InputError)
     lines = _read(stem + MERGES).decode("utf-8", "replace").split("\n")
     merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
     for merge in merges:
@@ -89,7 +83,7 @@ def _of_two_files(path: str) -> "dict[str, Any]":
     return vocabulary_of([tokens[i] for i in range(len(vocab))], merges, special)
 
 
-def _of_tokens(contents: list[bytes], eot: int) -> "dict[str, Any]":
+def _of_tokens(contents: list[bytes], eot: int) -> dict[str, Any]:
     """Find the merges of tokens in the order of their ids; `eot` is special."""
     ranks = {content: i for i, content in enumerate(contents) if i != eot}
     merges = []
@@ -107,14 +101,7 @@ def _read(path: str) -> bytes:
     return small_file(path, "vocabulary", InputError, LIMIT)
 
 
-def _parsed(text: bytes, path: str) -> "dict[str, Any]":
-    return parse_object(text, path, InputError)
-
-
-# ------------------------------------------------------------------------------------------------ making and writing
-
-
-def characters_of(text: Iterable[str]) -> "dict[str, Any]":
+def characters_of(text: Iterable[str]) -> dict[str, Any]:
     """Return a vocabulary whose tokens are the characters of a text, in ascending order, without merges between characters.
 
     A character of several bytes is merged from them, so these bytes and the parts of the character are tokens too."""
@@ -130,7 +117,7 @@ def characters_of(text: Iterable[str]) -> "dict[str, Any]":
     return vocabulary_of([spelled(content) for content in contents], merges, {}, pattern=EACH_CHARACTER)
 
 
-def trained_on(text: Iterable[str], size: int) -> "dict[str, Any]":
+def trained_on(text: Iterable[str], size: int) -> dict[str, Any]:
     """Return a vocabulary of `size` ids, `<|endoftext|>` included, made from a text by Hugging Face's tokenizers.
 
     Raises InputError for a size below 257, and ImportError without the package."""
@@ -152,7 +139,7 @@ def trained_on(text: Iterable[str], size: int) -> "dict[str, Any]":
     return parse_object(trainee.to_str().encode(), FILE)
 
 
-def write_vocabulary(path: str, vocabulary: "dict[str, Any]") -> None:
+def write_vocabulary(path: str, vocabulary: dict[str, Any]) -> None:
     """Write a tokenizer.json atomically. Raises OSError."""
     with atomic_file(path) as file:
         file.write(json.dumps(vocabulary, ensure_ascii=False, indent=1).encode())

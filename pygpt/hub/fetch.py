@@ -23,10 +23,10 @@ from ..formats.huggingface import (
     PICKLE_FILE,
     PICKLE_INDEX,
     find_files,
+    pickle_error,
     read_json,
     read_settings,
 )
-from ..formats.pickles import pickle_error
 from ..tokenizer import GPT2_V
 from .find import cache_folder, repository_of
 

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from ..config import LIMITS
 from ..errors import DataError, InputError, check_whole, real, shown
-from ..formats.shards import as_tokens, check_ids, read_tokens
+from ..formats.llmc import as_tokens, check_ids, read_tokens
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..formats.shards import Path, Tokens
+    from ..formats.llmc import Path, Tokens
 
 Batch = npt.NDArray[np.int32]  # (B, T)
 

@@ -29,7 +29,7 @@ from ..hub.find import find_model
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..formats.tensors import ModelFile
+    from ..formats.dtypes import ModelFile
 
 Ids = npt.NDArray[np.int32]  # (B, T)
 Losses = npt.NDArray[np.float32]  # (B, T)
@@ -233,7 +233,7 @@ class Parameters(Closing):
 
         kind = BFLOAT16 if version == 5 else FLOAT32
         with atomic_file(path) as file:
-            write_tensors(file, self, kind, {CONFIG_FILE: json.dumps(settings_of(self.config, kind.name))})
+            write_tensors(file, self.weights(), kind, {CONFIG_FILE: json.dumps(settings_of(self.config, kind.name))})
 
     def pieces(self, name: str) -> Iterator[npt.NDArray[np.float32]]:
         """Yield a tensor in one piece for each layer, as ModelFile.pieces() does."""

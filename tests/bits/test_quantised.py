@@ -21,8 +21,7 @@ from pygpt import GPT2, Config, InputError, SerialGPT2, cpu_info
 from pygpt._kernels import blocks_to_panels, matrix_bytes, matrix_product, quantise_panels, select_isa
 from pygpt._reference import KERNELS
 from pygpt.formats.dtypes import FLOAT32, FORMATS
-from pygpt.formats.panels import StoredWeights, from_panels, panel_sizes
-from pygpt.formats.quantise import QUANTISED, quantised
+from pygpt.formats.panels import QUANTISED, StoredWeights, from_panels, panel_sizes, quantised
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

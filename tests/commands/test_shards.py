@@ -18,7 +18,7 @@ from test_data import by_hand, shard_bytes
 
 from pygpt import DataLoader, Tokenizer
 from pygpt.commands import progress, shards
-from pygpt.formats import shards as token_files
+from pygpt.formats import llmc as token_files
 from pygpt.formats import text
 
 TEXT = "hello there\n\nLadies and gentlemen\n\nna\u00efve \u4e2d"

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pygpt.errors import DataError, InputError
-from pygpt.formats import shards, text
-from pygpt.formats.shards import read_tokens, write_tokens
+from pygpt.formats import llmc, text
+from pygpt.formats.llmc import read_tokens, write_tokens
 from pygpt.formats.text import encode_text, read_text, tokens_of_text
 from pygpt.tokenizer import Tokenizer
 from pygpt.training import data as loader
@@ -87,7 +87,7 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: int) -> None:
-    monkeypatch.setattr(shards, "PIECE", 2)
+    monkeypatch.setattr(llmc, "PIECE", 2)
     ids = [9, 9, 9, 9, 9]
     ids[position] = 10
     path = shard(tmp_path, ids)
@@ -131,7 +131,7 @@ def test_writing_refuses_bad_tokens(tmp_path: Path, tokens: Any, message: str) -
 
 
 def test_writing_more_than_the_header_can_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MOST_TOKENS", 4)
+    monkeypatch.setattr(llmc, "MOST_TOKENS", 4)
     assert write_tokens(tmp_path / "a.bin", iter([[1, 2], [3, 4]])) == 4
     with pytest.raises(InputError, match="4 tokens"):
         write_tokens(tmp_path / "b.bin", iter([[1, 2], [3, 4, 5]]))

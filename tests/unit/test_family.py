@@ -177,7 +177,7 @@ def test_the_tied_head_and_prefixes(tmp_path: Path, prefix: str, head: str) -> N
     outer = prefix.removesuffix("transformer.")
     named = {(outer if n.startswith("lm_head") else prefix) + n: array for n, array in tensors.items()}
     hf.make_model(tmp_path / "model", raw(named), settings())
-    with HuggingFaceModel.open(str(tmp_path / "model")) as model:
+    with HuggingFaceModel(str(tmp_path / "model")) as model:
         assert model.config.tied
     assert_equal_to_recorded("gpt2", logits_of(str(tmp_path / "model")))
 
@@ -297,7 +297,7 @@ def test_a_float16_model_stays_float16(tmp_path: Path, capsys: pytest.CaptureFix
     assert convert([str(tmp_path / "model"), f"{tmp_path}/again/"]) == 0
     assert capsys.readouterr().err.count("(Hugging Face, float16, ") == 2
     for path in ("model", "again"):
-        with HuggingFaceModel.open(str(tmp_path / path)) as model:
+        with HuggingFaceModel(str(tmp_path / path)) as model:
             assert {kind for kind, _ in model.stored().values()} == {"float16"}
     assert np.array_equal(logits_of(str(tmp_path / "model")), logits_of(str(tmp_path / "again")))
 

@@ -28,7 +28,7 @@ def test_a_finding_is_saved(
     fuzz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pygpt.formats.shards.check_size", lambda *_: None)
+        patch.setattr("pygpt.formats.llmc.check_size", lambda *_: None)
         with pytest.raises((AssertionError, ValueError)):
             fuzz.try_at_random(fuzz.new_target("shard", tmp_path), Random(1), 100, tmp_path)
     [saved] = tmp_path.glob("shard.*")

@@ -225,10 +225,10 @@ def sparse(path: Path, dtype: str, *, L: int, NH: int, C: int, V: int, maxT: int
 @pytest.mark.parametrize(("L", "C", "NH"), [(12, 768, 12), (24, 1024, 16), (36, 1280, 20), (48, 1600, 25)])
 def test_the_four_sizes_are_known(folder: Path, L: int, C: int, NH: int) -> None:
     sparse(Path("m.safetensors"), "BF16", L=L, NH=NH, C=C, V=50257, maxT=1024)
-    with HuggingFaceModel.open("m.safetensors") as model:
+    with HuggingFaceModel("m.safetensors") as model:
         assert model.config == Config(L=L, NH=NH, C=C, V=50257, maxT=1024)
         assert model.notice == f"without config.json, assuming {NH} heads, as in GPT-2 with {L} layers and {C} channels"
-    with HuggingFaceModel.open("m.safetensors", heads=1) as model:
+    with HuggingFaceModel("m.safetensors", heads=1) as model:
         assert (model.config.NH, model.notice) == (1, "")
 
 

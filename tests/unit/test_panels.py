@@ -22,8 +22,7 @@ from pygpt.errors import CheckpointError, ClosedError
 from pygpt.formats.checkpoint import Checkpoint
 from pygpt.formats.dtypes import BFLOAT16, FLOAT16, Q4_0, Q6_K, Q8_0, Format
 from pygpt.formats.open import open_model
-from pygpt.formats.panels import LAYERED, PanelFile, from_panels, panel_sizes, quantise
-from pygpt.formats.quantise import quantised
+from pygpt.formats.panels import LAYERED, PanelFile, from_panels, panel_sizes, quantise, quantised
 
 SHAPE = {"L": 2, "NH": 2, "C": 20, "V": 37, "maxT": 5}  # nothing is a multiple of a panel or a group
 f4 = np.float32

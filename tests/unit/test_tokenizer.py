@@ -262,10 +262,10 @@ def fresh_cache() -> Iterator[None]:
 
 def test_vocabulary_is_loaded_once_by_many_threads(fresh_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
-    read = module._read_tokens
+    read = module._read_checked
     together = threading.Barrier(8)
 
-    def counted(path: str) -> list[bytes]:
+    def counted(path: str) -> bytes:
         loads.append(path)
         return read(path)
 
@@ -273,7 +273,7 @@ def test_vocabulary_is_loaded_once_by_many_threads(fresh_cache: None, monkeypatc
         together.wait()
         return Tokenizer()
 
-    monkeypatch.setattr(module, "_read_tokens", counted)
+    monkeypatch.setattr(module, "_read_checked", counted)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(make, range(8)))
     assert loads == [VOCABULARY_FILE]

@@ -39,7 +39,7 @@ from ...config import Config
 from ...cpus import processors
 from ...errors import InputError, PyGPTError
 from ...formats.open import open_floats, open_model
-from ...formats.quantise import QUANTISED
+from ...formats.panels import QUANTISED
 from ...generation.request import check_speculation
 from ...generation.sampling import SAMPLERS
 from ...hub.find import find_model

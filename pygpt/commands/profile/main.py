@@ -26,7 +26,7 @@ from ..._kernels import Trace, cpu_info
 from ...cpus import default_threads, processors
 from ...errors import InputError
 from ...formats.open import open_model
-from ...formats.quantise import QUANTISED
+from ...formats.panels import QUANTISED
 from ...generation.request import check_speculation
 from ...hub.find import find_model
 from ...inspection.show import matplotlib

@@ -20,8 +20,8 @@ from ...config import Config
 from ...errors import Closing, DataError, InputError, PyGPTError, is_whole, real, shown
 from ...formats.checkpoint import check_plain
 from ...formats.files import atomic_file
+from ...formats.llmc import read_tokens
 from ...formats.open import open_floats, vocabulary_beside
-from ...formats.shards import read_tokens
 from ...formats.text import joined, read_text, tokens_and_labels
 from ...hub.find import find_model
 from ...inspection.show import matplotlib, save
