@@ -3,27 +3,9 @@
     pygpt batch in.jsonl -o out.jsonl -m gpt2 --max-new-tokens 32 --temp 0.8 --seed 7
     pygpt batch in.jsonl.zst -o out-3.jsonl.gz --shard 3/8
 
-A line of IN is a JSON object: "prompt" (text) or "tokens" (ids), and "id", a string or a whole number (default: the number of
-the line in IN, from 1). It may have its own options, named as those of GPT2.generate(): max_new_tokens, sampler, seed and so
-on. If it has "continuations", a list of texts or of lists of ids, it is scored instead of completed. A text is encoded alone,
-so begin a continuation with its space.
-
-OUT has a line for each line of IN, in its order:
-
-    id              of the line
-    text, tokens    the new text (absent if the vocabulary is unknown), and the new ids
-    finish_reason   stop or length
-    logprobs        with --logprobs, for each new token: token, logprob (nats), top (the most probable: id, logprob)
-    scores          of a scored line, for each continuation: logprob (the sum), greedy (whether each token is the most probable
-                    one), tokens, logprobs
-    error           with --keep-going, of a line that cannot be answered
-
-The seed of each line is the first 8 bytes of the SHA-256 of "SEED/ID". So OUT has the same bytes for any number of threads,
-shards and restarts. Shard I of N has a contiguous part of the lines: `cat` of all shards is the whole OUT.
-
-OUT.part holds the answers so far, and OUT gets its name when it is complete. OUT.job.json records IN, options, seed, model and
-version. If the job was killed, the same command continues it; if it is complete, the command does nothing. Other options are
-refused. Files whose names end in .gz or .zst are compressed.
+Each line of IN is a JSON object with a "prompt" or "tokens", and each line of OUT is its answer. OUT.part holds the answers so
+far, and OUT gets its name when it is complete. To continue a killed job, give the same command. docs/reference/batch.md
+describes the JSON and the files.
 
 Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
@@ -34,9 +16,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import chain, islice
 from typing import IO, Any
 
 from ..cluster import Complete
@@ -45,6 +28,7 @@ from ..formats.files import atomic_file
 from ..formats.lines import compress, is_compressed, read_lines
 from ..formats.text import row_of
 from .console import Parser, say, status_of, whole
+from .convert import check_parent
 from .options import add_completion_options, read_options
 from .progress import Progress
 
@@ -86,23 +70,31 @@ def run(options: argparse.Namespace) -> None:
     shard = shard_of(options.shard)
     given = {"seed": 0, "mmap": not options.no_mmap, **read_options(options)}
     given |= {name: getattr(options, name) for name in ("threads", "weights", "logprobs", "keep_going", "batch_size")}
-    packed, _ = map(is_compressed, (options.out, options.source))
-    with Complete(options.model, **given) as complete:
-        digest, count = survey(options.source)
+    out, source = options.out, options.source
+    packed, _ = map(is_compressed, (out, source))
+    with Complete(options.model, **given) as complete, ThreadPoolExecutor(1) as pool:
+        identity = pool.submit(complete.identity)  # reads the whole model, while the rows are checked and answered
+        digest, count = survey(source)
         rows = range(shard[0] * count // shard[1], (shard[0] + 1) * count // shard[1])
-        record = {**complete.identity(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
-        with opened(options.out, json.loads(json.dumps(record)), force=options.force) as part:
-            if part is None:
-                return say(f"{options.out} is complete already; to answer the lines again, use --force")
-            check_rows(complete, options.source, rows)
-            answer(complete, options.source, rows, part)
+
+        def record() -> Row:
+            return {**identity.result(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
+
+        with opened(out, force=options.force) as part:
+            if begun := os.path.exists(out) or os.fstat(part.fileno()).st_size > 0:
+                compare(out, json.loads(json.dumps(record())))
+            if os.path.exists(out):
+                part.truncate(0)
+                return say(f"{out} is complete already; to answer the lines again, use --force")
+            check_rows(complete, source, rows)
+            answer(complete, source, rows, part, lambda: None if begun else write_record(out, record()))
             os.fsync(part.fileno())
             if packed:
-                compress(f"{options.out}.part", options.out)
-                os.unlink(f"{options.out}.part")
+                compress(part.name, out)
+                os.unlink(part.name)
             else:
-                os.replace(f"{options.out}.part", options.out)
-    return say(f"wrote {options.out}: {len(rows)} answers")
+                os.replace(part.name, out)
+    return say(f"wrote {out}: {len(rows)} answers")
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -146,12 +138,15 @@ def check_rows(complete: Complete, path: str, wanted: range) -> None:
         seen.add(key)
 
 
-def answer(complete: Complete, path: str, wanted: range, part: "IO[bytes]") -> None:
-    """Keep the answers that `part` holds already, and append those of the other rows."""
+def answer(complete: Complete, path: str, wanted: range, part: IO[bytes], begin: Callable[[], None]) -> None:
+    """Keep the answers that `part` holds already, and append those of the other rows. Call begin() before the first one."""
     kept = keep_answers(part, (row["id"] for _, row in rows_of(path, wanted)))
     left = (row for _, row in rows_of(path, range(wanted.start + kept, wanted.stop)))
     with Progress("prompts", len(wanted), kept) as progress:
-        for done, found in enumerate(complete.rows(left), kept + 1):
+        answers = complete.rows(left)
+        first = [*islice(answers, 1)]
+        begin()
+        for done, found in enumerate(chain(first, answers), kept + 1):
             try:
                 line = json.dumps(found).encode() + b"\n"
                 while line:  # the file is not buffered, so that no later flush can fail
@@ -161,7 +156,7 @@ def answer(complete: Complete, path: str, wanted: range, part: "IO[bytes]") -> N
             progress.update(done)
 
 
-def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
+def keep_answers(part: IO[bytes], keys: Iterator[object]) -> int:
     """Count the whole answers at the beginning of a part, one for each key, and cut off the rest."""
     count = end = 0
     with open(part.name, "rb") as lines:
@@ -178,12 +173,11 @@ def keep_answers(part: "IO[bytes]", keys: "Iterator[object]") -> int:
 
 
 @contextmanager
-def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[bytes] | None]":
-    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out; None if OUT is complete. Raises
-    InputError if the files belong to a job with another record."""
-    folder, name = os.path.dirname(os.path.realpath(path)), f"{path}.part"
-    if not os.path.isdir(folder):
-        raise InputError(f"{path}: the folder {folder} does not exist: make it first")
+def opened(path: str, *, force: bool) -> Iterator[IO[bytes]]:
+    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out, and delete it if it is empty at
+    the end. force: delete OUT and all that belongs to it first."""
+    name, record = f"{path}.part", f"{path}.job.json"
+    check_parent(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a regular file, so it is not replaced: give another name")
     with open(name, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as part:
@@ -194,28 +188,32 @@ def opened(path: str, record: dict[str, Any], *, force: bool) -> "Iterator[IO[by
             raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
         try:
             if force:  # delete OUT first: the new record must never exist together with an old OUT
-                for old in (path, f"{path}.job.json"):
-                    with suppress(FileNotFoundError):
-                        os.unlink(old)
+                remove(path, record)
                 part.truncate(0)
-            compare(path, record, begun=os.fstat(part.fileno()).st_size > 0)
-            if done := os.path.exists(path):
-                part.truncate(0)
-            yield None if done else part
+            yield part
         finally:
-            if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):
-                os.unlink(name)  # it has no answers
+            if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):  # it has no answers
+                remove(name, *([] if os.path.exists(path) else [record]))
 
 
-def compare(path: str, record: dict[str, Any], *, begun: bool) -> None:
-    """Write the record of a new job, or compare it with that of the job that continues."""
+def remove(*paths: str) -> None:
+    """Delete those of the files that exist."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def write_record(path: str, record: Row) -> None:
+    """Write OUT.job.json."""
+    with atomic_file(f"{path}.job.json") as file:
+        file.write(json.dumps(record, indent=1).encode() + b"\n")
+
+
+def compare(path: str, record: Row) -> None:
+    """Raise InputError if the record of the job that began OUT is missing or differs from this record."""
     name = f"{path}.job.json"
     if not os.path.exists(name):
-        if begun or os.path.exists(path):
-            raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
-        with atomic_file(name) as new:
-            new.write(json.dumps(record, indent=1).encode() + b"\n")
-        return
+        raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
     try:
         with open(name, "rb") as file:
             before = json.load(file)
