@@ -1,23 +1,20 @@
-"""Convert a model file to another format. `pygpt convert --help` shows the options.
+"""Convert a model file to another format. Conversion streams, so memory use stays low.
 
-Conversion to bfloat16 rounds each value to the nearest, ties to even. All other conversions are exact. Conversion streams, so
-memory use stays low. The command refuses to convert a file in place, or to the format that it has. After a failure, an older
-DST is unchanged, and an incomplete new file is removed. stdout stays empty.
+After a failure, an older DST is unchanged, and an incomplete new file is removed. stdout stays empty.
 """
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 
 from ..config import LIMITS
-from ..errors import InputError, PyGPTError, is_whole
+from ..errors import InputError, PyGPTError
 from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
 from ..formats.open import open_model
 from ..formats.tensors import ModelFile
-from .console import Parser, say, status_of
+from .console import Parser, say, status_of, whole
 
 EXAMPLES = """\
 examples:
@@ -48,24 +45,18 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
-    parser.add_argument(
-        "target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end"
-    )
-    version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; from others, the version that keeps all "
-    version += "values exact)"
-    heads = "number of attention heads, for a .safetensors file without a config.json in its folder"
+    target = "the file to write, or a new folder if DST ends in /; an old file is replaced at the end"
+    parser.add_argument("target", metavar="DST", help=target)
+    version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; others keep all values exact)"
     parser.add_argument("--version", metavar="N", help=version)
-    parser.add_argument("--heads", metavar="N", help=heads)
+    heads = "number of attention heads, for a .safetensors file without a config.json in its folder"
+    parser.add_argument("--heads", metavar="N", type=whole(1, LIMITS["NH"]), help=heads)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Check the arguments, convert, and print a summary."""
-    version = parse_version(options.version)
-    heads = options.heads
-    if heads is not None and not (re.fullmatch("[0-9]{1,9}", heads) and is_whole(int(heads), 1, LIMITS["NH"])):
-        raise InputError(f"heads (--heads) is {heads[:40]!r}: it must be a whole number from 1 to {LIMITS['NH']}")
-    say(convert(options.source, options.target, version, heads=None if heads is None else int(heads)))
+    say(convert(options.source, options.target, parse_version(options.version), heads=options.heads))
 
 
 def parse_version(text: str | None) -> int | None:
@@ -93,8 +84,8 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
             if not target:
                 raise InputError("DST is empty: it must be the name of a file")
             if target.endswith(".safetensors"):
-                what = f"a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}"
-                raise InputError(f"{target}: {what}: end DST with a /")
+                way = f"a Hugging Face model is a folder with {CONFIG_FILE} and {MODEL_FILE}: end DST with a /"
+                raise InputError(f"{target}: {way}")
             check_target(source, target)
             write_bin(target, model, version)
         notice = model.notice if isinstance(model, HuggingFaceModel) else ""

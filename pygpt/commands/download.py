@@ -1,8 +1,8 @@
-"""Download a GPT-2 model. `pygpt download --help` shows the options.
+"""Download a GPT-2 model.
 
 huggingface_hub fetches the files and keeps them in its cache (hub/fetch.py). This command converts safetensors to a .bin file
 in pygpt's cache folder, and links llm.c's .bin files there. A model that a .bin file cannot hold whole stays in the cache of
-huggingface_hub. `-m NAME` finds both. A failed download leaves no incomplete model file. stdout stays empty.
+huggingface_hub. A failed download leaves no incomplete model file. stdout stays empty.
 """
 
 import argparse
@@ -95,9 +95,8 @@ def download(name: str, target: str | None = None, version: int | None = None) -
 def check_name(name: str) -> None:
     """Raise InputError if this is not the name of a model that can be downloaded."""
     if "://" in name:
-        raise InputError(
-            f"{name[:200]}: pygpt does not download from an address: fetch the file with any tool, then use `pygpt convert`"
-        )
+        way = "fetch the file with any tool, then use `pygpt convert`"
+        raise InputError(f"{name[:200]}: pygpt does not download from an address: {way}")
     if not is_downloadable(name):
         raise InputError(f"{name[:80]!r} is neither a name ({', '.join(MODELS)}) nor a repository OWNER/NAME; see --help")
 

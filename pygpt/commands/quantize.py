@@ -1,8 +1,6 @@
-"""Write a model in another weight format: quantised, or in floats. See `pygpt quantize --help`.
+"""Write a model in another weight format: quantised, or in floats. Files and memory are treated as by `pygpt convert`.
 
-The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format. Conversion
-streams, so memory use stays low. Numbers in this format are copied. After a failure, an older DST is unchanged, and an
-incomplete file is deleted. stdout stays empty.
+The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format.
 """
 
 import argparse
@@ -33,7 +31,6 @@ examples:
 
 FORMATS = {"q8_0": Q8_0, "q4_0": Q4_0, "f16": FLOAT16, "bf16": BFLOAT16, "f32": FLOAT32}
 HEADS = {"q4_0": "q8_0"}  # head's format by layers' format, if they differ: a head in q4_0 loses too much accuracy
-ENDINGS = (".gguf", ".safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    names = ", ".join(FORMATS)
     parser = Parser(
         prog="pygpt quantize",
         usage="pygpt quantize [options] SRC DST",
@@ -53,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
     parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")
-    parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{names} (default q8_0)")
+    parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{', '.join(FORMATS)} (default q8_0)")
     parser.add_argument("--head", metavar="NAME", help="the format of the head (default: --format, but q8_0 for q4_0)")
     return parser
 
@@ -64,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     for name, given in (("format", options.format), ("head", head)):
         if given not in FORMATS:
             raise InputError(f"--{name} is {given[:40]!r}: it must be {', '.join(FORMATS)}")
-    if not options.target.endswith(ENDINGS):
+    if not options.target.endswith((".gguf", ".safetensors")):
         raise InputError(f"{options.target}: DST must end in .gguf or .safetensors; use `pygpt convert` for a .bin file")
     check_target(options.source, options.target)
     with open_model(options.source) as model:
