@@ -28,7 +28,7 @@ from ..formats.files import atomic_file
 from ..formats.lines import compress, is_compressed, read_lines
 from ..formats.text import row_of
 from .console import Parser, say, status_of, whole
-from .convert import check_parent
+from .convert import check_parent, writing
 from .options import add_completion_options, read_options
 from .progress import Progress
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
                 part.truncate(0)
                 return say(f"{out} is complete already; to answer the lines again, use --force")
             check_rows(complete, source, rows)
-            answer(complete, source, rows, part, lambda: None if begun else write_record(out, record()))
+            answer(complete, source, rows, part, None if begun else record)
             os.fsync(part.fileno())
             if packed:
                 compress(part.name, out)
@@ -138,21 +138,21 @@ def check_rows(complete: Complete, path: str, wanted: range) -> None:
         seen.add(key)
 
 
-def answer(complete: Complete, path: str, wanted: range, part: IO[bytes], begin: Callable[[], None]) -> None:
-    """Keep the answers that `part` holds already, and append those of the other rows. Call begin() before the first one."""
+def answer(complete: Complete, path: str, wanted: range, part: IO[bytes], record: Callable[[], Row] | None) -> None:
+    """Keep the answers that `part` holds already, and append those of the other rows. record: to write before the first."""
     kept = keep_answers(part, (row["id"] for _, row in rows_of(path, wanted)))
     left = (row for _, row in rows_of(path, range(wanted.start + kept, wanted.stop)))
     with Progress("prompts", len(wanted), kept) as progress:
         answers = complete.rows(left)
         first = [*islice(answers, 1)]
-        begin()
+        if record is not None:
+            with atomic_file(f"{part.name.removesuffix('.part')}.job.json") as file:
+                file.write(json.dumps(record(), indent=1).encode() + b"\n")
         for done, found in enumerate(chain(first, answers), kept + 1):
-            try:
-                line = json.dumps(found).encode() + b"\n"
+            line = json.dumps(found).encode() + b"\n"
+            with writing(part.name, "the answers"):
                 while line:  # the file is not buffered, so that no later flush can fail
                     line = line[part.write(line) :]
-            except OSError as error:
-                raise PyGPTError(f"{part.name}: cannot write the answers: {error.strerror or error}") from None
             progress.update(done)
 
 
@@ -201,12 +201,6 @@ def remove(*paths: str) -> None:
     for path in paths:
         with suppress(FileNotFoundError):
             os.unlink(path)
-
-
-def write_record(path: str, record: Row) -> None:
-    """Write OUT.job.json."""
-    with atomic_file(f"{path}.job.json") as file:
-        file.write(json.dumps(record, indent=1).encode() + b"\n")
 
 
 def compare(path: str, record: Row) -> None:

@@ -19,28 +19,32 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, NoReturn, TextIO
 
-CUT_SHORT = (
-    b"pygpt: error: another process truncated a file in use, or its disk failed (SIGBUS): to replace a file, rename a new "
-    b"one over it; to run a model that another process rewrites in place, use --no-mmap\n"
-)
+CUT_SHORT = b"""pygpt: error: another process truncated a file in use, or its disk failed (SIGBUS): to replace a file, \
+rename a new one over it; to run a model that another process rewrites in place, use --no-mmap
+"""
 LONGEST_LINE = 5000  # characters of a message: a path alone may have 4,096
 
 
 def status_of(job: "Callable[[], int | None]") -> int:
     """Run a command's job; report an exception in one line; return the exit status, which is the job's result if it has one.
 
-    If a mapped file is truncated meanwhile, the process prints one line and ends by SIGBUS."""
+    If a mapped file is truncated meanwhile, print CUT_SHORT before the process ends."""
     try:
         with Interrupts():
-            status = explained(job) or 0
+            from .. import _signals  # import here: if the module is not built, one line says so
+
+            begun = _signals.begin(CUT_SHORT)
+            try:
+                status = job() or 0
+            finally:
+                if begun:
+                    _signals.end()
             if sys.stdout is not None:
                 sys.stdout.flush()  # flush here: a failure at exit would print a traceback
     except KeyboardInterrupt:
         return 130
-    except (InputError, CheckpointError) as error:
-        return complain(error, 2)
     except (PyGPTError, MemoryError) as error:
-        return complain(str(error) or "out of memory", 1)
+        return complain(str(error) or "out of memory", 2 if isinstance(error, (InputError, CheckpointError)) else 1)
     except (ImportError, RuntimeError, SystemError) as error:
         if made_of_ctrl_c(error):
             return 130
@@ -59,18 +63,6 @@ def import_command(name: str) -> "Callable[[Sequence[str]], int]":
     if status := status_of(lambda: found.append(import_module(f".{name}", __package__).main)):
         sys.exit(status)
     return found[0]
-
-
-def explained(job: "Callable[[], int | None]") -> int | None:
-    """Run a job and return its result. If a mapped file is truncated meanwhile, print CUT_SHORT before the process ends."""
-    from .. import _signals  # import here: if the module is not built, status_of() reports that in one line
-
-    begun = _signals.begin(CUT_SHORT)
-    try:
-        return job()
-    finally:
-        if begun:
-            _signals.end()
 
 
 def complain(error: object, status: int) -> int:
@@ -95,9 +87,7 @@ def check_stdout(what: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return text as one line with control characters escaped, shortened to LONGEST_LINE.
-
-    File names and servers' answers may contain control sequences for the terminal."""
+    """Return text as one line, shortened to LONGEST_LINE. Control characters, such as those of file names, are escaped."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 500]} [...] {line[-400:]}"
 

@@ -1,16 +1,19 @@
-"""Convert a model file to another format. Conversion streams, so memory use stays low.
+"""Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors), or from a GGUF file.
 
-After a failure, an older DST is unchanged, and an incomplete new file is removed. stdout stays empty.
+Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even. After a failure, an older DST is
+unchanged, and an incomplete new file is removed.
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..config import LIMITS
 from ..errors import InputError, PyGPTError
 from ..formats.checkpoint import FORMATS, Checkpoint, write_checkpoint
 from ..formats.dtypes import BFLOAT16, FLOAT32, Format
+from ..formats.files import reason
 from ..formats.huggingface import CONFIG_FILE, MODEL_FILE, HuggingFaceModel, write_model
 from ..formats.open import open_model
 from ..formats.tensors import ModelFile
@@ -32,38 +35,27 @@ FOLDER = "/"  # the ending of a DST that names a folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    return status_of(lambda: run(build_parser().parse_args(arguments)))
+    return status_of(lambda: say(convert(**vars(build_parser().parse_args(arguments)))))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = Parser(
-        prog="pygpt convert",
-        usage="pygpt convert [options] SRC DST",
-        description="Convert an llm.c checkpoint (.bin) to another version, or to or from a Hugging Face GPT-2 (safetensors),\n"
-        "or from a GGUF file. Versions 1 and 3 hold float32. Version 5 holds bfloat16, rounded to the nearest, ties to even.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
-    target = "the file to write, or a new folder if DST ends in /; an old file is replaced at the end"
-    parser.add_argument("target", metavar="DST", help=target)
+    parser = Parser(prog="pygpt convert", usage="pygpt convert [options] SRC DST", description=__doc__, epilog=EXAMPLES)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a folder of a Hugging Face model")
+    add("target", metavar="DST", help="the file to write, or a new folder if DST ends in /; an old file is replaced at the end")
     version = "version of DST: 1, 3 or 5 (default: 1 and 3 become 5, 5 becomes 3; others keep all values exact)"
-    parser.add_argument("--version", metavar="N", help=version)
+    add("--version", metavar="N", type=version_of, help=version)
     heads = "number of attention heads, for a .safetensors file without a config.json in its folder"
-    parser.add_argument("--heads", metavar="N", type=whole(1, LIMITS["NH"]), help=heads)
+    add("--heads", metavar="N", type=whole(1, LIMITS["NH"]), help=heads)
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Check the arguments, convert, and print a summary."""
-    say(convert(options.source, options.target, parse_version(options.version), heads=options.heads))
-
-
-def parse_version(text: str | None) -> int | None:
-    """Read the value of --version. Raises InputError unless it is 1, 3 or 5."""
-    if text is not None and text not in map(str, FORMATS):
-        raise InputError(f"version (--version) is {text[:40]!r}: it must be 1, 3 or 5")
-    return None if text is None else int(text)
+def version_of(text: str) -> int:
+    """Read the value of --version."""
+    if text not in map(str, FORMATS):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: it must be 1, 3 or 5")
+    return int(text)
 
 
 def convert(source: str, target: str, version: int | None = None, *, heads: int | None = None) -> str:
@@ -107,10 +99,17 @@ def plain_format(model: ModelFile) -> Format:
 def write_bin(target: str, model: ModelFile, version: int) -> None:
     """Write the model as a .bin file. Raises PyGPTError if writing fails."""
     tensors = {name: model.pieces(name) for name, _, _, _ in model.config.tensors(padded=False)}
-    try:
+    with writing(target):
         write_checkpoint(target, model.config, tensors, version=version)
+
+
+@contextmanager
+def writing(path: str, what: str = "the model file", way: str = "") -> Iterator[None]:
+    """Turn an OSError into a PyGPTError with a one-line message. what: is written. way: out of the error."""
+    try:
+        yield
     except OSError as error:
-        raise PyGPTError(f"{target}: cannot write the model file: {error.strerror or error}") from error
+        raise PyGPTError(f"{path}: cannot write {what}: {reason(error)}{way}") from error
 
 
 def check_target(source: str, target: str) -> None:

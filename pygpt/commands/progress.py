@@ -1,5 +1,4 @@
-"""Draw bars: of progress on stderr, by tqdm, and of probabilities. If tqdm is missing or stderr is not a terminal, progress is
-not drawn."""
+"""Draw bars: of progress on stderr, by tqdm if it is there and stderr is a terminal, and of probabilities."""
 
 import sys
 from collections.abc import Sequence
@@ -59,8 +58,7 @@ def piece(content: bytes) -> str:
 
 
 def table(rows: Sequence[tuple[int, bytes, float]], stream: TextIO) -> str:
-    """Return a line for each token (id, bytes, probability), with a bar that compares it with the first one. If COLUMNS or the
-    terminal says how wide a line may be, the bars are short enough."""
+    """Return a line for each token (id, bytes, probability), with a bar that compares it with the first one."""
     encoding = getattr(stream, "encoding", None) or "ascii"
     names = [piece(content).encode(encoding, "backslashreplace").decode(encoding) for _, content, _ in rows]
     width = max(map(len, names))

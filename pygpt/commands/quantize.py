@@ -1,4 +1,4 @@
-"""Write a model in another weight format: quantised, or in floats. Files and memory are treated as by `pygpt convert`.
+"""Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file (mapped in place).
 
 The four matrices of each layer and wte (head and embedding) are quantised. Positions and vectors keep their format.
 """
@@ -7,15 +7,14 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 
-from ..errors import InputError, PyGPTError
+from ..errors import InputError
 from ..formats.dtypes import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q8_0, Format
-from ..formats.files import reason
 from ..formats.gguf import write_gguf
 from ..formats.open import blocks_of, open_model, sha256_of
 from ..formats.panels import formats_of, write_panels
 from ..formats.tensors import ModelFile
 from .console import Parser, say, status_of
-from .convert import check_target, describe
+from .convert import check_target, describe, writing
 from .progress import Progress
 
 TYPE_CHECKING = False
@@ -40,13 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = Parser(
-        prog="pygpt quantize",
-        usage="pygpt quantize [options] SRC DST",
-        description="Write a model in another weight format, as a .gguf file (for llama.cpp, too) or a .safetensors file\n"
-        "(mapped in place by pygpt).",
-        epilog=EXAMPLES,
-    )
+    parser = Parser(prog="pygpt quantize", usage="pygpt quantize [options] SRC DST", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("source", metavar="SRC", help="a .bin, .gguf or .safetensors file, or a Hugging Face model's folder")
     parser.add_argument("target", metavar="DST", help="the file to write, .gguf or .safetensors; replaced when complete")
     parser.add_argument("--format", metavar="NAME", default="q8_0", help=f"{', '.join(FORMATS)} (default q8_0)")
@@ -85,10 +78,8 @@ def quantise(model: ModelFile, target: str, kind: Format, head: Format) -> None:
                 progress.update(done)
 
         tensors = {name: watched(name) for name, _ in model.config.table}
-        try:
+        with writing(target):
             if gguf:
                 write_gguf(target, model.config, formats, tensors)
             else:
                 write_panels(target, model.config, formats, tensors, sha256_of(model.path))
-        except OSError as error:
-            raise PyGPTError(f"{target}: cannot write the model file: {reason(error)}") from error
