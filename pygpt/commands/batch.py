@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
+from pathlib import Path
 from typing import IO, Any
 
 from ..cluster import Complete
@@ -27,10 +28,9 @@ from ..errors import InputError, PyGPTError, shown
 from ..formats.files import atomic_file
 from ..formats.lines import compress, is_compressed, read_lines
 from ..formats.text import row_of
-from .console import Parser, say, status_of, whole
+from .console import Parser, Progress, say, status_of, whole
 from .convert import check_parent, writing
 from .options import add_completion_options, read_options
-from .progress import Progress
 
 MOST_SHARDS = 10**6
 Row = dict[str, Any]
@@ -43,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    usage = "pygpt batch IN.jsonl -o OUT.jsonl [options]"
-    parser = Parser(prog="pygpt batch", usage=usage, description=__doc__)
+    parser = Parser(prog="pygpt batch", usage="pygpt batch IN.jsonl -o OUT.jsonl [options]", description=__doc__)
     add = parser.add_argument
     add("source", metavar="IN", help="a file of JSON lines, possibly .gz or .zst")
     add("-o", "--out", metavar="OUT", help="the file of the answers, possibly .gz or .zst")
@@ -159,12 +158,9 @@ def answer(complete: Complete, path: str, wanted: range, part: IO[bytes], record
 def keep_answers(part: IO[bytes], keys: Iterator[object]) -> int:
     """Count the whole answers at the beginning of a part, one for each key, and cut off the rest."""
     count = end = 0
-    with open(part.name, "rb") as lines:
+    with open(part.name, "rb") as lines, suppress(ValueError, TypeError, KeyError):  # of a damaged line
         for line, key in zip(lines, keys, strict=False):
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["id"] != key:
-                    break
-            except (ValueError, TypeError, KeyError):
+            if not line.endswith(b"\n") or json.loads(line)["id"] != key:
                 break
             count, end = count + 1, end + len(line)
     part.seek(end)
@@ -174,8 +170,7 @@ def keep_answers(part: IO[bytes], keys: Iterator[object]) -> int:
 
 @contextmanager
 def opened(path: str, *, force: bool) -> Iterator[IO[bytes]]:
-    """Open OUT.part for reading and writing, in a `with` block that keeps other processes out, and delete it if it is empty at
-    the end. force: delete OUT and all that belongs to it first."""
+    """Open OUT.part for reading and writing, and keep other processes out. Leave nothing of a job without answers."""
     name, record = f"{path}.part", f"{path}.job.json"
     check_parent(path)
     if os.path.exists(path) and not os.path.isfile(path):
@@ -188,19 +183,15 @@ def opened(path: str, *, force: bool) -> Iterator[IO[bytes]]:
             raise PyGPTError(f"{name}: another process is writing it: wait for its end") from None
         try:
             if force:  # delete OUT first: the new record must never exist together with an old OUT
-                remove(path, record)
+                Path(path).unlink(missing_ok=True)
+                Path(record).unlink(missing_ok=True)
                 part.truncate(0)
             yield part
         finally:
             if os.fstat(part.fileno()).st_size == 0 and os.path.exists(name):  # it has no answers
-                remove(name, *([] if os.path.exists(path) else [record]))
-
-
-def remove(*paths: str) -> None:
-    """Delete those of the files that exist."""
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+                os.unlink(name)
+                if not os.path.exists(path):
+                    Path(record).unlink(missing_ok=True)
 
 
 def compare(path: str, record: Row) -> None:
@@ -208,11 +199,9 @@ def compare(path: str, record: Row) -> None:
     name = f"{path}.job.json"
     if not os.path.exists(name):
         raise InputError(f"{path}: exists without {name}: give another name, or --force to replace it")
-    try:
-        with open(name, "rb") as file:
-            before = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        before = None
+    before = None
+    with suppress(OSError, ValueError, RecursionError), open(name, "rb") as file:
+        before = json.load(file)
     if not isinstance(before, dict):
         raise InputError(f"{name}: not the record of a job: give OUT another name, or --force")
     for key in dict.fromkeys([*record, *before]):

@@ -26,9 +26,8 @@ from ..hub.find import find_model
 from ..tokenizer import StreamDecoder, Tokenizer, end_of_text, tokenizer_of
 from .child import ChildError, Command
 from .complete import LINE_LIMIT
-from .console import Parser, for_terminal, say, status_of
+from .console import Parser, for_terminal, piece, say, status_of, table
 from .options import CONTROL, LISTS, add_completion_options, add_model_options, read_options
-from .progress import piece, table
 
 PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
@@ -73,9 +72,7 @@ ALIASES = {"n": "new", "temp": "temperature", **{flag[2:].replace("-", "_"): nam
 
 
 class Settings:
-    """The options of replies, from the command line and from /set. Raises InputError for a bad value.
-
-    config: the model's dimensions, or None if the model cannot be opened. The child reports why."""
+    """The options of replies, from the command line and from /set. config: None if the model cannot be opened."""
 
     def __init__(self, options: argparse.Namespace, config: Config | None) -> None:
         self.config, self._end = config, None if config is None else end_of_text(config)
@@ -165,18 +162,15 @@ def read_setting(name: str, key: str, value: str) -> dict[str, Any]:
 
 
 class Chat:
-    """A conversation of independent texts and replies, with / commands between them.
-
-    model, threads: the values of -m and -t. /probs needs them, because it runs the model in this process."""
+    """A conversation of independent texts and replies, with / commands between them. model, threads: for /probs."""
 
     def __init__(self, command: Command, settings: Settings, *, model: str | None = None, threads: int | None = None) -> None:
         self._command, self._settings = command, settings
         self._model, self._threads = model, threads
         self._tokenizer = Tokenizer() if settings.config is None else tokenizer_of(settings.config)
-        self._leaving = False
+        self._leaving, self._repeated = False, 0  # how often /again repeated this text
         self._text: list[int] = []  # ids of the latest text; empty before the first text
         self._reply: list[int] = []  # ids of its reply that were printed
-        self._repeated = 0  # how often /again repeated this text
         self._commands: dict[str, Callable[[], None]] = {"/again": self._again, "/more": self._go_on, "/quit": lambda: None}
         self._commands |= {"/tokens": self._show_tokens, "/probs": self._show_probabilities}
         self._commands["/help"] = lambda: show(HELP.rstrip())

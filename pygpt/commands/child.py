@@ -50,9 +50,7 @@ class Command:
         self._signalled = False  # True once Ctrl-C was passed on to this child
 
     def ask(self, tokens: Sequence[int], options: Mapping[str, Any]) -> Iterator[int]:
-        """Yield the ids that continue `tokens`, each as soon as it arrives, until Ctrl-C. Raises ChildError.
-
-        options: the other fields of the JSON request."""
+        """Yield the ids that continue `tokens`, each as soon as it arrives, until Ctrl-C. Raises ChildError."""
         if self.stopped:
             return
         self._stdout.read(1 << 20)  # drop what the child wrote after the end of a reply that Ctrl-C stopped

@@ -92,8 +92,8 @@ def load(options: argparse.Namespace) -> "tuple[GPT2 | SerialGPT2, str]":
 
     path, origin = find_model(options.model)
     way = "for GPT-2, run `pygpt download gpt2`, then use -m gpt2 or PYGPT_MODEL=gpt2"
-    notice = f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; {way}"
-    notice = notice if origin == "embedded" else ""
+    small = f"using the small embedded Shakespeare model, because {GPT2_FILE} is not in this folder; {way}"
+    notice = small if origin == "embedded" else ""
     given = {name: getattr(options, name) for name in ("weights", "tokenizer", "text_only")} | {"mmap": not options.no_mmap}
     if options.reference:  # import only the class that is used
         from ..reference import SerialGPT2

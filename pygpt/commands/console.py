@@ -1,4 +1,4 @@
-"""Shared by all commands: one-line errors, exit statuses, argument parsing, and Ctrl-C, which never prints a traceback.
+"""Shared by all commands: one-line errors, exit statuses, argument parsing, bars, and Ctrl-C without a traceback.
 
 Exit status: 0 for success; 1 for a failure at run time; 2 for bad input; 130 after Ctrl-C; 141 if the reader closed stdout.
 """
@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 CUT_SHORT = b"""pygpt: error: another process truncated a file in use, or its disk failed (SIGBUS): to replace a file, \
 rename a new one over it; to run a model that another process rewrites in place, use --no-mmap
 """
+LONGEST_BAR = 30  # columns, in a table
 LONGEST_LINE = 5000  # characters of a message: a path alone may have 4,096
 
 
@@ -150,8 +152,7 @@ def listed(names: Sequence[str]) -> "Callable[[str], list[str]]":
 def made_of_ctrl_c(error: BaseException | None) -> bool:
     """Return whether an exception is a KeyboardInterrupt or was caused by one.
 
-    Compiled code can turn it into an ImportError or a SystemError. Before Python 3.12, a class body turns it into a
-    RuntimeError. An exception handler may raise another exception."""
+    Compiled code can turn it into an ImportError or a SystemError; before Python 3.12, a class body into a RuntimeError."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -167,8 +168,7 @@ class Interrupts:
     - In a finalizer (__del__, a callback of a weak reference), raise it after the finalizer. There, Python would only print it.
 
     The delay uses Python's profiler hook, which costs nothing until Ctrl-C is pressed. If SIGINT is ignored, or has a handler
-    other than Python's, nothing changes. Before the block (during the command's imports) and after it (at the interpreter's
-    exit), Ctrl-C ends the process by the signal: each script begins with that setting, and the block restores it."""
+    other than Python's, nothing changes. Before and after the block, Ctrl-C ends the process by the signal."""
 
     def __enter__(self) -> None:
         self._base, self._hook, self._before = sys._getframe(1), sys.unraisablehook, signal.getsignal(signal.SIGINT)
@@ -216,3 +216,66 @@ def raise_later(now: "Callable[[FrameType, str], bool]") -> None:
             raise KeyboardInterrupt
 
     sys.setprofile(look)
+
+
+class Progress:
+    """Show how many of `total` items are done. Use it in a `with` block; the end of the block removes the bar.
+
+    what: the name of the items, in the plural. done: the number of items done at the beginning."""
+
+    def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
+        self._bar: Any = None
+        self._options = {"total": total, "initial": done, "unit": f" {what}"}
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that `done` items are done, and a note such as ", loss 4.1". tqdm redraws at most ten times a second."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note.removeprefix(", "), refresh=False)
+            self._bar.update(done - self._bar.n)
+
+    def line(self, text: str) -> None:
+        """Print a line to stdout, above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr is not None and sys.stderr.isatty():
+            with suppress(ImportError):
+                self._bar = import_module("tqdm").tqdm(**self._options, leave=False, dynamic_ncols=True, file=sys.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def text_of(content: bytes) -> str | None:
+    """Return the text of a token's bytes, or None for a part of a character."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def piece(content: bytes) -> str:
+    """Return the text of a token in quotes, or its bytes if it is a part of a character."""
+    return repr(content if (text := text_of(content)) is None else text)
+
+
+def table(rows: Sequence[tuple[int, bytes, float]], stream: "TextIO") -> str:
+    """Return a line for each token (id, bytes, probability), with a bar that compares it with the first one."""
+    from shutil import get_terminal_size
+
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    names = [piece(content).encode(encoding, "backslashreplace").decode(encoding) for _, content, _ in rows]
+    width = max(map(len, names))
+    longest = max(1, min(LONGEST_BAR, get_terminal_size((1000, 1)).columns - width - 19))
+    block = "█" if "█".encode(encoding, "ignore") else "#"
+    lines = [f"{'id':>6}  {'token':<{width}}  {'%':>7}"]
+    for (token, _, probability), name in zip(rows, names, strict=True):
+        bar = block * round(longest * probability / rows[0][2])
+        lines.append(f"{token:>6}  {name:<{width}}  {100 * probability:7.3f}  {bar}".rstrip())
+    return "\n".join(lines)

@@ -67,7 +67,9 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
         if target.endswith(FOLDER):
             if version is not None:
                 raise InputError(f"{target}: a Hugging Face folder has no version: leave out --version")
-            check_folder(target)
+            check_parent(os.path.realpath(target))
+            if os.path.lexists(target.rstrip(FOLDER) or FOLDER) and not (os.path.isdir(target) and not os.listdir(target)):
+                raise InputError(f"{target}: exists and is not an empty folder: give DST another name")
             write_model(os.path.realpath(target), model, plain_format(model))
         else:
             version = default_version(model) if version is None else version
@@ -123,13 +125,6 @@ def check_target(source: str, target: str) -> None:
         raise InputError(f"{target}: this file belongs to SRC{what}: give DST another name")
     if not os.path.isfile(target):
         raise InputError(f"{target}: not a regular file, so it is not replaced: give DST another name")
-
-
-def check_folder(target: str) -> None:
-    """Raise InputError if the target folder exists and is not empty, or if its own folder does not exist."""
-    check_parent(os.path.realpath(target))
-    if os.path.lexists(target.rstrip(FOLDER) or FOLDER) and not (os.path.isdir(target) and not os.listdir(target)):
-        raise InputError(f"{target}: exists and is not an empty folder: give DST another name")
 
 
 def check_parent(target: str) -> None:

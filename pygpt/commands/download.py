@@ -68,9 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def download(name: str, target: str | None = None, version: int | None = None) -> str:
-    """Download the model of this name to the file `target` (default: in the cache folder). Return a one-line summary.
-
-    An existing model of the same version stays as it is. Raises InputError, CheckpointError or PyGPTError."""
+    """Download the model of this name to the file `target` (default: in the cache folder), unless it is there already."""
     if "://" in name:
         way = "fetch the file with any tool, then use `pygpt convert`"
         raise InputError(f"{name[:200]}: pygpt does not download from an address: {way}")
@@ -122,26 +120,35 @@ def present(target: str, version: int | None) -> str:
         raise InputError(f"{target}: exists already and is not a model file: remove it, or give another name with -o") from None
 
 
-# ------------------------------------------------------------------------------------------------ huggingface_hub
-
-
 def fetch(name: str) -> str:
-    """Fetch a model; return the path of its .bin file, or of its folder with config.json and safetensors.
-
-    Raises InputError for an unknown repository or revision, CheckpointError for another model, and PyGPTError or ImportError
-    for a failure."""
+    """Fetch a model; return the path of its .bin file, or of its folder with config.json and safetensors."""
     _import_hub()
     model, _, revision = name.partition("@")
     with _warnings_shown():
         if model in LLMC_SHA256:
             return Repository(LLMC, revision, "dataset").need(f"{model}.bin", None if revision else LLMC_SHA256[model])
-        return _fetch_folder(Repository(repository_of(model), revision))
+        repository = Repository(repository_of(model), revision)
+        settings = repository.need(huggingface.CONFIG_FILE)
+        config = huggingface.read_settings(huggingface.read_json(settings), repository.name)
+        if config.V != GPT2_V:  # GPT-2's vocabulary is part of this package
+            with suppress(PyGPTError):  # offline, a file that is not in the cache may not exist at all
+                if repository.get("tokenizer.json") is None:
+                    repository.get("vocab.json")
+                    repository.get("merges.txt")
+        folder = os.path.dirname(settings)
+        if repository.get(huggingface.MODEL_FILE) is None:
+            if repository.get(huggingface.INDEX_FILE) is None:
+                if any(repository.ask(name, dry_run=True) for name in (huggingface.PICKLE_FILE, huggingface.PICKLE_INDEX)):
+                    raise pickle_error(repository.name)
+                what = f"expected {huggingface.MODEL_FILE} or {huggingface.INDEX_FILE}"
+                raise CheckpointError(f"{repository.name}: {what} in this repository")
+            for name in huggingface.find_files(folder):
+                repository.need(name)
+        return folder
 
 
 class Repository:
-    """One revision of a repository on Hugging Face ("": its main branch). All files are from the commit of the first file.
-
-    kind: "model" or "dataset". Paths are in huggingface_hub's cache. The methods raise the errors of fetch()."""
+    """One revision of a repository on Hugging Face ("": its main branch). All files are from the commit of the first file."""
 
     def __init__(self, name: str, revision: str, kind: str = "model") -> None:
         self.name, self.revision, self.kind = name, revision or "main", kind
@@ -154,16 +161,13 @@ class Repository:
 
     def get(self, file: str, sha256: str | None = None) -> str | None:
         """Fetch a file, and check its sha256; return its path, or None if the repository has no such file."""
-        if (path := self._ask(file)) is not None:
+        if (path := self.ask(file)) is not None:
             check_sha256(path, sha256)
             self.revision = os.path.basename(os.path.dirname(path))  # snapshots/COMMIT/FILE
         return path
 
-    def has(self, file: str) -> bool:
-        """Return whether the repository has a file, without fetching it."""
-        return self._ask(file, dry_run=True) is not None
-
-    def _ask(self, file: str, *, dry_run: bool = False) -> str | None:
+    def ask(self, file: str, *, dry_run: bool = False) -> str | None:
+        """Fetch a file, unless dry_run; return its path, or None if the repository has no such file."""
         from huggingface_hub.errors import RemoteEntryNotFoundError
         from huggingface_hub.file_download import hf_hub_download
 
@@ -206,27 +210,6 @@ class Repository:
         return PyGPTError(f"{self.name}: cannot download from {constants.ENDPOINT}: {words}: check the network, then try again")
 
 
-def _fetch_folder(repository: Repository) -> str:
-    """Fetch config.json and the safetensors; return their folder."""
-    settings = repository.need(huggingface.CONFIG_FILE)
-    config = huggingface.read_settings(huggingface.read_json(settings), repository.name)
-    if config.V != GPT2_V:  # GPT-2's vocabulary is part of this package
-        with suppress(PyGPTError):  # offline, a file that is not in the cache may not exist at all
-            if repository.get("tokenizer.json") is None:
-                repository.get("vocab.json")
-                repository.get("merges.txt")
-    folder = os.path.dirname(settings)
-    if repository.get(huggingface.MODEL_FILE) is None:
-        if repository.get(huggingface.INDEX_FILE) is None:
-            if any(map(repository.has, (huggingface.PICKLE_FILE, huggingface.PICKLE_INDEX))):
-                raise pickle_error(repository.name)
-            what = f"expected {huggingface.MODEL_FILE} or {huggingface.INDEX_FILE}"
-            raise CheckpointError(f"{repository.name}: {what} in this repository")
-        for name in huggingface.find_files(folder):
-            repository.need(name)
-    return folder
-
-
 def check_sha256(path: str, known: str | None = None) -> None:
     """Compare a file's sha256 with `known`, and with the name of its link's target, a sha256 in huggingface_hub's cache."""
     named = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
@@ -244,8 +227,8 @@ def _import_hub() -> None:
         import huggingface_hub.file_download  # noqa: F401
         from huggingface_hub.errors import RemoteEntryNotFoundError  # noqa: F401 - versions before 1.0 do not have it
     except ImportError as error:
-        install = "python -m pip install 'pygpt[hub]'"
-        raise ImportError(f"downloads need huggingface_hub, which cannot be imported ({error}): {install}") from error
+        way = "python -m pip install 'pygpt[hub]'"
+        raise ImportError(f"downloads need huggingface_hub, which cannot be imported ({error}): {way}") from error
     except ValueError as error:  # HF_HUB_ETAG_TIMEOUT=soon
         raise InputError(f"huggingface_hub does not accept a variable HF_...: {error}") from error
 

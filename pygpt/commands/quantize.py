@@ -13,9 +13,8 @@ from ..formats.gguf import write_gguf
 from ..formats.open import blocks_of, open_model, sha256_of
 from ..formats.panels import formats_of, write_panels
 from ..formats.tensors import ModelFile
-from .console import Parser, say, status_of
+from .console import Parser, Progress, say, status_of
 from .convert import check_target, describe, writing
-from .progress import Progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -89,10 +89,9 @@ from ...model import DRAFTS, GPT2
 from ...reference import SerialGPT2
 from ...training.trainable import TrainableGPT2
 from ..child import child_environment
-from ..console import Parser, check_stdout, listed, say, status_of, whole
+from ..console import Parser, Progress, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, parse_number, parse_speculation
 from ..profile.work import decode_bytes, forward, operations
-from ..progress import Progress
 from . import load, speculation
 from . import peers as bench_peers
 from . import train as bench_train

@@ -60,9 +60,8 @@ from ...training.parallel import open_ranks
 from ...training.parallel.ranks import TIMEOUT_S, Ranks
 from ...training.state import TrainingState, open_state
 from ...training.trainer import Trainer
-from ..console import Parser, say, status_of, whole
+from ..console import Parser, Progress, say, status_of, whole
 from ..options import TOKENIZER_HELP, add_text_options
-from ..progress import Progress
 from .instead import ENGINES, run_check, run_estimate
 from .job import BEST, PATHS, RANDOM, WHOLE, Job, Output, beginning, best_of, flag, new, number, open_data, prepare, resumed
 from .report import Report, draw, pictures, sample

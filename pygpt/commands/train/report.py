@@ -14,8 +14,7 @@ from ...tokenizer import tokenizer_of
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
 from ...training.trainer import Record
-from ..console import for_terminal
-from ..progress import Progress
+from ..console import Progress, for_terminal
 
 BEGIN = b'{"step": '  # the first bytes of each line of the log
 PICTURES = (".svg", ".png", ".pdf")
