@@ -17,10 +17,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
+from threading import Thread
 from typing import IO, Any
 
 from ..cluster import Complete
@@ -32,7 +32,6 @@ from .console import Parser, Progress, say, status_of, whole
 from .convert import check_parent, writing
 from .options import add_completion_options, read_options
 
-MOST_SHARDS = 10**6
 Row = dict[str, Any]
 
 
@@ -71,13 +70,21 @@ def run(options: argparse.Namespace) -> None:
     given |= {name: getattr(options, name) for name in ("threads", "weights", "logprobs", "keep_going", "batch_size")}
     out, source = options.out, options.source
     packed, _ = map(is_compressed, (out, source))
-    with Complete(options.model, **given) as complete, ThreadPoolExecutor(1) as pool:
-        identity = pool.submit(complete.identity)  # reads the whole model, while the rows are checked and answered
+    found: list[Row] = []
+    with Complete(options.model, **given) as complete:
+
+        def identify() -> None:  # read the whole model, while the rows are checked and answered
+            with suppress(OSError):  # record() raises it
+                found.append(complete.identity())
+
+        hashing = Thread(target=identify, daemon=True)  # an error or Ctrl-C does not wait for it
+        hashing.start()
         digest, count = survey(source)
         rows = range(shard[0] * count // shard[1], (shard[0] + 1) * count // shard[1])
 
         def record() -> Row:
-            return {**identity.result(), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
+            hashing.join()
+            return {**(found[0] if found else complete.identity()), "input": digest, "shard": f"{shard[0]}/{shard[1]}"}
 
         with opened(out, force=options.force) as part:
             if begun := os.path.exists(out) or os.fstat(part.fileno()).st_size > 0:
@@ -100,7 +107,7 @@ def shard_of(text: str) -> tuple[int, int]:
     """Read the value of --shard."""
     found = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 <= index < count <= MOST_SHARDS:
+    if not 0 <= index < count <= 10**6:
         raise InputError(f"--shard is {text[:40]!r}: it must be I/N, such as 0/8, with I from 0 to N - 1")
     return index, count
 

@@ -33,7 +33,6 @@ PROMPT, CONTINUED = "Text: ", " ...  "
 NEW_TOKENS = 40
 MOST_TOKENS = LINE_LIMIT // 8  # of a request: an id with its separator takes at most 8 bytes of the child's input line
 LONGEST_STOP = 256  # tokens before a reply in which a stop text may begin
-PROBABLE = 10  # number of tokens that /probs shows
 
 EXAMPLES = """\
 examples:
@@ -303,7 +302,7 @@ class Chat:
         tokens, overflow = self._fitting(self._text), self._settings.request.get("overflow")
         try:
             with GPT2.load(self._model, threads=self._threads) as model:
-                count = min(PROBABLE, model.config.V)
+                count = min(10, model.config.V)
                 [completion] = model.generate_batch([tokens], max_new_tokens=1, overflow=overflow, top_logprobs=count)
         except KeyboardInterrupt:
             return show("")

@@ -17,7 +17,6 @@ from ..errors import PyGPTError
 
 NOTICE, ERROR = "pygpt: ", "pygpt: error: "  # prefixes of the child's lines on stderr
 LONGEST_ID = 7  # digits: a vocabulary has at most 2^20 ids
-GRACE_SECONDS = 5.0  # the child may take this long to end after its input is closed
 INTERRUPTED = (130, -signal.SIGINT)  # exit statuses after Ctrl-C: from the running command, and from its imports
 
 
@@ -157,11 +156,11 @@ class Command:
             signal.signal(signal.SIGINT, before)
 
     def _end(self) -> None:
-        """Close the child's input, so that it ends. Kill it after GRACE_SECONDS, or at a Ctrl-C."""
+        """Close the child's input, so that it ends. Kill it after 5 seconds, or at a Ctrl-C."""
         self._stdin.close()
         try:
             with suppress(subprocess.TimeoutExpired):
-                self._child.wait(GRACE_SECONDS)
+                self._child.wait(5)
         finally:
             self._child.kill()  # has no effect if the child has ended
             self._child.wait()

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 CUT_SHORT = b"""pygpt: error: another process truncated a file in use, or its disk failed (SIGBUS): to replace a file, \
 rename a new one over it; to run a model that another process rewrites in place, use --no-mmap
 """
-LONGEST_BAR = 30  # columns, in a table
 LONGEST_LINE = 5000  # characters of a message: a path alone may have 4,096
 
 
@@ -272,7 +271,7 @@ def table(rows: Sequence[tuple[int, bytes, float]], stream: "TextIO") -> str:
     encoding = getattr(stream, "encoding", None) or "ascii"
     names = [piece(content).encode(encoding, "backslashreplace").decode(encoding) for _, content, _ in rows]
     width = max(map(len, names))
-    longest = max(1, min(LONGEST_BAR, get_terminal_size((1000, 1)).columns - width - 19))
+    longest = max(1, min(30, get_terminal_size((1000, 1)).columns - width - 19))
     block = "█" if "█".encode(encoding, "ignore") else "#"
     lines = [f"{'id':>6}  {'token':<{width}}  {'%':>7}"]
     for (token, _, probability), name in zip(rows, names, strict=True):

@@ -30,7 +30,6 @@ examples:
 """
 
 DEFAULTS = {1: 5, 3: 5, 5: 3}  # target version by source version; see default_version() for Hugging Face models
-FOLDER = "/"  # the ending of a DST that names a folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,11 +63,11 @@ def convert(source: str, target: str, version: int | None = None, *, heads: int 
     Raises InputError or CheckpointError if the conversion is impossible, PyGPTError if writing fails."""
     with open_model(source, heads=heads) as model:
         before = describe(source, model)
-        if target.endswith(FOLDER):
+        if target.endswith("/"):  # a folder
             if version is not None:
                 raise InputError(f"{target}: a Hugging Face folder has no version: leave out --version")
             check_parent(os.path.realpath(target))
-            if os.path.lexists(target.rstrip(FOLDER) or FOLDER) and not (os.path.isdir(target) and not os.listdir(target)):
+            if os.path.lexists(target.rstrip("/") or "/") and not (os.path.isdir(target) and not os.listdir(target)):
                 raise InputError(f"{target}: exists and is not an empty folder: give DST another name")
             write_model(os.path.realpath(target), model, plain_format(model))
         else:

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 TOKENIZER_HELP = "use this vocabulary: tokenizer.json, vocab.json, llm.c's tokenizer.bin, .gguf (default: the model's own)"
 THREADS_HELP = "threads (default $PYGPT_THREADS, else one per usable core)"
 SPECULATE_HELP = "guess tokens ahead and check them: auto (the fastest number), a number, or off (default); the same tokens"
-DRAFT_HELP = (
-    "the draft for --speculate: q8_0 or q4_0 (the model's weights, quantised in memory), lookup (only the text so far), or "
-    "a smaller model with the same vocabulary (default: q8_0 or q4_0, by the model's format)"
-)
+DRAFT_HELP = """the draft for --speculate: q8_0 or q4_0 (the model's weights, quantised in memory), lookup (only the text so \
+far), or a smaller model with the same vocabulary (default: q8_0 or q4_0, by the model's format)"""
 CONTROL = (  # flag, name of a request's option, metavar, help; with every sampler
     ("--repeat-penalty", "repetition_penalty", "X", "above 1, make tokens that occurred less probable (default 1: off)"),
     ("--frequency-penalty", "frequency_penalty", "X", "subtract X from a logit for each time that the token was generated"),
