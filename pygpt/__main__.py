@@ -1,8 +1,4 @@
-"""The `pygpt` command: complete token ids, or run a subcommand.
-
-`python -m pygpt 31373 612` completes ids (commands/complete.py). `python -m pygpt train ...` runs commands/train. This module
-imports only the chosen command.
-"""
+"""The `pygpt` command: complete token ids, or run a subcommand. It imports only the chosen command."""
 
 import gc
 import signal

@@ -89,17 +89,16 @@ cdef void cross_entropy_backward(const Net* net, State* s, const Back* b, Py_ssi
 
 
 cdef void matmul_backward(
-    const Back* b,
-    float* dinp, Py_ssize_t ldi,            # OUT (R, K), a row every ldi values
-    float* dweight,                         # OUT (N, K)
-    float* dbias,                           # OUT (N,), or NULL
-    const float* dout, Py_ssize_t ldo,      # IN  (R, N), a row every ldo values
-    const float* inp, Py_ssize_t lda,       # IN  (R, K), a row every lda values
-    const float* weight,                    # IN  (N, K)
-    const float* act_of,                    # IN  (R, K) rows as dinp's: the inputs are the activation of these; or NULL
-    int activation,                         # which one
-    Py_ssize_t R, Py_ssize_t K, Py_ssize_t N, Py_ssize_t ith, Py_ssize_t nth,
-) noexcept nogil:
+        const Back* b,
+        float* dinp, Py_ssize_t ldi,        # OUT (R, K), a row every ldi values
+        float* dweight,                     # OUT (N, K)
+        float* dbias,                       # OUT (N,), or NULL
+        const float* dout, Py_ssize_t ldo,  # IN  (R, N), a row every ldo values
+        const float* inp, Py_ssize_t lda,   # IN  (R, K), a row every lda values
+        const float* weight,                # IN  (N, K)
+        const float* act_of,                # IN  (R, K) rows as dinp's: the inputs are the activation of these; or NULL
+        int activation,                     # which one
+        Py_ssize_t R, Py_ssize_t K, Py_ssize_t N, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """dinp = dout weight, split over its columns; dweight (+)= dout^T inp and dbias (+)= sum of dout's rows, over outputs."""
     cdef Py_ssize_t start, stop, r
     cdef float* scratch = b.scratch + ith * b.scratch_size
@@ -115,12 +114,11 @@ cdef void matmul_backward(
 
 
 cdef void layernorm_backward(
-    const Net* net, State* s, const Back* b,
-    Py_ssize_t index,                       # of all layernorms, as in the forward pass
-    float* dweight, float* dbias,           # OUT (C,), (C,)
-    const float* weight,                    # IN  (C,)
-    Py_ssize_t ith, Py_ssize_t nth,
-) noexcept nogil:
+        const Net* net, State* s, const Back* b,
+        Py_ssize_t index,                   # of all layernorms, as in the forward pass
+        float* dweight, float* dbias,       # OUT (C,), (C,)
+        const float* weight,                # IN  (C,)
+        Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """dresidual += the gradient of this layernorm's input, from dinp, the gradient of its output. Rows are split.
 
     Also computes dweight and dbias. Channels are split."""
@@ -141,9 +139,8 @@ cdef Py_ssize_t attention_scratch(const Net* net, Py_ssize_t T) noexcept nogil:
     return T * (2 * padded(T) + 3 * net.HSp)
 
 
-cdef void attend_backward(
-    const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair, float* scratch,
-) noexcept nogil:
+cdef void attend_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t pair,
+                          float* scratch) noexcept nogil:
     """One head of one sequence: compute dq, dk and dv from datty, with the forward pass's probabilities computed again.
 
     With p = softmax(q k^T scale), out = p v:  dv = p^T dout,  dp = dout v^T,  ds = p (dp - dot(p, dp)) scale,
@@ -193,9 +190,8 @@ cdef void attend_backward(
         t0 += rows
 
 
-cdef void attention_backward(
-    const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith, Py_ssize_t nth,
-) noexcept nogil:
+cdef void attention_backward(const Net* net, State* s, const Back* b, Py_ssize_t layer, Py_ssize_t ith,
+                             Py_ssize_t nth) noexcept nogil:
     """dqkv (R, 3C) from datty (R, C). Pairs of sequence and head are split."""
     cdef Py_ssize_t pair, start, stop
     shard(b.B * net.NH, ith, nth, &start, &stop)
@@ -221,9 +217,8 @@ cdef void encoder_backward(const Net* net, State* s, const Back* b, Py_ssize_t i
 # ------------------------------------------------------------------------------------------------ (b) the backward pass
 
 
-cdef void run_layer(
-    const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith, Py_ssize_t nth,
-) noexcept nogil:
+cdef void run_layer(const Net* net, State* s, const Back* b, int phase, Py_ssize_t l, Py_ssize_t ith,
+                    Py_ssize_t nth) noexcept nogil:
     """Run worker ith's share of one phase of layer l, as run_phase() does in the forward pass."""
     cdef Py_ssize_t R = s.R, C = net.C
     cdef const Tensors* w = &net.w
@@ -298,9 +293,8 @@ cdef void squares_of(const Flat* f, Py_ssize_t ith, Py_ssize_t nth) noexcept nog
         f.squares[i] = micro.square_sum(f.g + i * NORM_BLOCK, min(<Py_ssize_t> NORM_BLOCK, f.stop - i * NORM_BLOCK))
 
 
-cdef void update(
-    const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith, Py_ssize_t nth,
-) noexcept nogil:
+cdef void update(const Flat* f, adamw_numbers numbers, const double[:, ::1] spans, Py_ssize_t ith,
+                 Py_ssize_t nth) noexcept nogil:
     """One step of AdamW on this worker's share of the slice. A span is (start, stop, decay)."""
     cdef Py_ssize_t i, start, stop, first, last
     share(f.stop - f.start, 16, ith, nth, &start, &stop)
@@ -349,11 +343,8 @@ cdef class TrainStep(Step):
     cdef readonly Py_ssize_t updates   # complete updates
     cdef readonly bint ready        # whether backward() has activations
 
-    def __init__(
-        self, Weights weights not None, Py_ssize_t nth, uint32_t spins, config,
-        float[::1] parameters not None, float[::1] gradients not None, float[::1] first not None, float[::1] second not None,
-        *, bint keep,
-    ):
+    def __init__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins, config, float[::1] parameters not None,
+                 float[::1] gradients not None, float[::1] first not None, float[::1] second not None, *, bint keep):
         self.keeps = keep
         self.config = config
         self.views = (parameters, gradients, first, second)
@@ -375,9 +366,8 @@ cdef class TrainStep(Step):
         self.back.maxT = config.maxT
         self.caches = []
 
-    def begin_forward(
-        self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None, Py_ssize_t active,
-    ) -> None:
+    def begin_forward(self, const int32_t[:, ::1] inputs not None, const int32_t[:, ::1] targets not None,
+                      Py_ssize_t active) -> None:
         """Prepare the forward pass of a checked batch, both (B, T), on the first `active` workers."""
         cdef Py_ssize_t b, t, B = inputs.shape[0], T = inputs.shape[1]
         self.ready = False
@@ -449,9 +439,8 @@ cdef class TrainStep(Step):
     cdef _reserve_logits(self):
         """Do nothing: the logits stay in the step, which reuses their memory."""
 
-    def begin_backward(
-        self, bint accumulate, double scale, Py_ssize_t active, const float[:, ::1] dlogits=None, float[:, :, ::1] out=None,
-    ) -> None:
+    def begin_backward(self, bint accumulate, double scale, Py_ssize_t active, const float[:, ::1] dlogits=None,
+                       float[:, :, ::1] out=None) -> None:
         """Prepare the gradients of scale * mean loss of the last forward pass, on the first `active` workers.
 
         dlogits: (R, V), the gradients to start from instead. out: (2L+1, R, C), for those of each layernorm's input."""

@@ -60,13 +60,8 @@ cdef extern from "micro.h" nogil:
     void gemm_floats(const weight_format* float32, float* out, ptrdiff_t ldo, const float* inp, ptrdiff_t ldi, ptrdiff_t rows,
                      const float* w, ptrdiff_t N, ptrdiff_t K)
 
-    const microkernels* micro_baseline()
-    const microkernels* micro_avx2()
-    const microkernels* micro_avxvnni()
-    const microkernels* micro_avx512()
-    const microkernels* micro_avx512vnni()
-    const microkernels* micro_neon()
-    const microkernels* micro_neondot()
+    const microkernels *micro_baseline(), *micro_avx2(), *micro_avxvnni(), *micro_avx512(), *micro_avx512vnni()
+    const microkernels *micro_neon(), *micro_neondot()
 
 
 cdef extern from "sync.h" nogil:
@@ -138,20 +133,13 @@ cdef struct Tensor:           # one of the sixteen tensors, all layers' parts on
 cdef struct Tensors:          # in the order of config.TENSORS, so that one loop fills them
     Tensor wte                # (V, C)
     Tensor wpe                # (maxT, C)
-    Tensor ln1w               # (L, C)
-    Tensor ln1b               # (L, C)
-    Tensor qkvw               # (L, 3C, C)
-    Tensor qkvb               # (L, 3C)
-    Tensor attprojw           # (L, C, C)
-    Tensor attprojb           # (L, C)
-    Tensor ln2w               # (L, C)
-    Tensor ln2b               # (L, C)
-    Tensor fcw                # (L, F, C)
-    Tensor fcb                # (L, F)
-    Tensor fcprojw            # (L, C, F)
-    Tensor fcprojb            # (L, C)
-    Tensor lnfw               # (C,)
-    Tensor lnfb               # (C,)
+    Tensor ln1w, ln1b         # (L, C), (L, C)
+    Tensor qkvw, qkvb         # (L, 3C, C), (L, 3C)
+    Tensor attprojw, attprojb   # (L, C, C), (L, C)
+    Tensor ln2w, ln2b         # (L, C), (L, C)
+    Tensor fcw, fcb           # (L, F, C), (L, F)
+    Tensor fcprojw, fcprojb   # (L, C, F), (L, C)
+    Tensor lnfw, lnfb         # (C,), (C,)
     Tensor head               # (V, C), wte if it is tied
 
 
@@ -259,7 +247,7 @@ cdef class KeysValues:
 
 
 cdef class Trace:
-    cdef trace_log* logs
+    cdef Floats memory              # for each worker its log, then its events
     cdef readonly Py_ssize_t nth
     cdef readonly Py_ssize_t capacity
     cdef trace_log* log(self, Py_ssize_t ith) except NULL
@@ -268,6 +256,8 @@ cdef class Trace:
 cdef class Step:
     cdef Weights weights
     cdef State state
+    cdef Floats shared              # the barrier, then the piles
+    cdef Floats described           # rows, spans and wanted of the state
     cdef native_barrier* barrier
     cdef Py_ssize_t nth             # workers of the pool
     cdef Py_ssize_t active          # workers of the current step: numbers 0 to active - 1

@@ -18,7 +18,7 @@ Sources: Radford et al. 2019 (GPT-2); llm.c, train_gpt2.c, for the order of oper
 import os
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_WRITE
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.stdlib cimport posix_memalign
@@ -168,9 +168,8 @@ cdef void shard(Py_ssize_t n, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start,
     stop[0] = n * (ith + 1) // nth
 
 
-cdef void share(
-    Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start, Py_ssize_t* stop,
-) noexcept nogil:
+cdef void share(Py_ssize_t n, Py_ssize_t unit, Py_ssize_t ith, Py_ssize_t nth, Py_ssize_t* start,
+                Py_ssize_t* stop) noexcept nogil:
     """Find worker ith's share as shard() does, but in whole units of items."""
     shard((n + unit - 1) // unit, ith, nth, start, stop)
     start[0] = min(start[0] * unit, n)
@@ -207,13 +206,12 @@ cdef void encoder(const Net* net, State* s, Py_ssize_t ith, Py_ssize_t nth) noex
 
 
 cdef void layernorm(
-    const Net* net, State* s,
-    Py_ssize_t index,           # among all layernorms of the network: 2 layer, 2 layer + 1, and 2L for the last
-    const float* weight,        # IN (C,)
-    const float* bias,          # IN (C,)
-    const Py_ssize_t* wanted,   # IN (rows,) row numbers of the stream, or NULL for all rows in order
-    Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth,
-) noexcept nogil:
+        const Net* net, State* s,
+        Py_ssize_t index,       # among all layernorms of the network: 2 layer, 2 layer + 1, and 2L for the last
+        const float* weight,    # IN (C,)
+        const float* bias,      # IN (C,)
+        const Py_ssize_t* wanted,   # IN (rows,) row numbers of the stream, or NULL for all rows in order
+        Py_ssize_t rows, Py_ssize_t ith, Py_ssize_t nth) noexcept nogil:
     """ln[i] = layernorm(residual[row i]), (rows, C). Source: Ba et al. 2016.
 
     Rows are split over the workers, which then wait at the barrier. If rows are few, every worker computes them all,
@@ -269,10 +267,8 @@ cdef inline Py_ssize_t widest(const Net* net) noexcept nogil:
     return padded(max(net.F, net.C))
 
 
-cdef void store_keys_values(
-    const Net* net, State* s, Py_ssize_t layer,
-    Py_ssize_t row, Py_ssize_t rows, Py_ssize_t start, Py_ssize_t stop,
-) noexcept nogil:
+cdef void store_keys_values(const Net* net, State* s, Py_ssize_t layer, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t start,
+                            Py_ssize_t stop) noexcept nogil:
     """Copy the keys and values among the outputs [start, stop) of qkv to the caches of `rows` rows, head by head. The padding
     of a head is zero, so that it adds nothing to a dot product."""
     cdef Py_ssize_t n = max(start, net.C), r, head, d, count, C = net.C, HS = net.HS
@@ -290,9 +286,8 @@ cdef void store_keys_values(
         n += count
 
 
-cdef void finish(
-    const Net* net, State* s, const Product* p, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t n, Py_ssize_t count,
-) noexcept nogil:
+cdef void finish(const Net* net, State* s, const Product* p, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t n,
+                 Py_ssize_t count) noexcept nogil:
     """Run the epilogue of a product on `rows` rows and `count` outputs, from (row, n) on."""
     cdef Py_ssize_t r
     cdef float* out
@@ -312,9 +307,8 @@ cdef void finish(
         store_keys_values(net, s, p.layer, row, rows, n, n + count)
 
 
-cdef void block_of_outputs(
-    const Net* net, State* s, const Product* p, float* block, Py_ssize_t n, Py_ssize_t width,
-) noexcept nogil:
+cdef void block_of_outputs(const Net* net, State* s, const Product* p, float* block, Py_ssize_t n,
+                           Py_ssize_t width) noexcept nogil:
     """Compute the outputs [n, n + width) of all rows of a large product. The weights are packed first if their format needs
     packing. The epilogue runs after each band of BAND_ROWS rows."""
     cdef Py_ssize_t r = 0, rows
@@ -593,10 +587,8 @@ cdef class Weights:
         self.kept = []
         for (name, shape, _, _), (_, symbols) in zip(config.tensors(padded=False), config.table, strict=True):
             format, data = tensors[name]
-            if symbols[0] == "L":
-                self._place(tensor, name, shape[0], shape[1:], format, data)
-            else:
-                self._place(tensor, name, 1, shape, format, data)
+            layers, shape = (shape[0], shape[1:]) if symbols[0] == "L" else (1, shape)
+            self._place(tensor, name, layers, shape, format, data)
             tensor += 1
         if net.tied:
             net.w.head = net.w.wte
@@ -672,35 +664,21 @@ cdef class Trace:
     """A log of the phases of a step: `capacity` events for each worker. Later events are counted and dropped."""
 
     def __cinit__(self, Py_ssize_t nth, Py_ssize_t capacity):
-        cdef void* memory = NULL
-        cdef Py_ssize_t i
+        cdef trace_log* log
+        cdef Py_ssize_t i, bytes = sizeof(trace_log) + min(capacity, <Py_ssize_t> 1 << 50) * sizeof(trace_event)   # no overflow
         if nth < 1 or capacity < 1:
             raise InputError(f"a trace is for {capacity} events and {nth} workers: both numbers must be at least 1")
-        if (
-            nth > (<Py_ssize_t> 1 << 50) or capacity > (<Py_ssize_t> 1 << 50)   # larger sizes would wrap around
-            or posix_memalign(&memory, 64, nth * sizeof(trace_log))
-        ):
-            raise MemoryError(f"not enough memory for a trace of {capacity} events for {nth} workers")
-        memset(memory, 0, nth * sizeof(trace_log))
-        self.logs = <trace_log*> memory
+        self.memory = Floats(nth, (bytes + 63) // 64 * 16)
+        memset(self.memory.data, 0, nth * self.memory.strides[0])   # touch the pages before timing begins
         self.nth, self.capacity = nth, capacity
         for i in range(nth):
-            self.logs[i].capacity = capacity
-            self.logs[i].events = <trace_event*> malloc(capacity * sizeof(trace_event))
-            if self.logs[i].events == NULL:
-                raise MemoryError(f"not enough memory for a trace of {capacity} events for {nth} workers")
-            memset(self.logs[i].events, 0, capacity * sizeof(trace_event))   # touch the pages before timing begins
-
-    def __dealloc__(self):
-        if self.logs != NULL:
-            for i in range(self.nth):
-                free(self.logs[i].events)
-        free(self.logs)
+            log = self.log(i)
+            log.capacity, log.events = capacity, <trace_event*> (log + 1)
 
     cdef trace_log* log(self, Py_ssize_t ith) except NULL:
         if not 0 <= ith < self.nth:
             raise InputError(f"worker is {ith}: this trace has workers 0 to {self.nth - 1}")
-        return self.logs + ith
+        return <trace_log*> (self.memory.data + ith * self.memory.shape[1])
 
     def events(self, Py_ssize_t ith) -> list:
         """Return worker ith's events in time order: (phase name, layer, begin_ns, end_ns, left_ns).
@@ -722,8 +700,10 @@ cdef class Trace:
     def clear(self) -> None:
         """Remove all events. Call it only between steps."""
         cdef Py_ssize_t i
+        cdef trace_log* log
         for i in range(self.nth):
-            self.logs[i].count = self.logs[i].dropped = 0
+            log = self.log(i)
+            log.count = log.dropped = 0
 
     def stretch(self, Py_ssize_t ith, phase, double times) -> None:
         """Make worker ith spend `times` as long in a phase, or in every phase for None, to debug a report.
@@ -743,25 +723,14 @@ cdef class Step:
     The activations stay allocated between steps, so that a step of a known size allocates only its logits."""
 
     def __cinit__(self, Weights weights not None, Py_ssize_t nth, uint32_t spins, *_, **__):
-        cdef void* memory = NULL
-        if posix_memalign(&memory, 64, sizeof(native_barrier)):
-            raise MemoryError("not enough memory for a barrier")
-        memset(memory, 0, sizeof(native_barrier))
-        self.barrier = <native_barrier*> memory
         self.weights = weights
-        self.state.piles = <work_pile*> malloc(self._piles())
-        if self.state.piles == NULL:
-            raise MemoryError("not enough memory for a step")
+        self.shared = Floats(1, (sizeof(native_barrier) + self._piles()) // sizeof(float))
+        memset(self.shared.data, 0, sizeof(native_barrier))
+        self.barrier = <native_barrier*> self.shared.data
+        self.state.piles = <work_pile*> (self.barrier + 1)
         self.nth = self.active = nth
         self.spins = spins
         self.room = 0
-
-    def __dealloc__(self):
-        free(self.barrier)
-        free(self.state.rows)
-        free(self.state.spans)
-        free(self.state.wanted)
-        free(self.state.piles)
 
     def prepare(self, list rows not None, Py_ssize_t active) -> None:
         """Check and take the rows of the next step: tuples (token, KeysValues, want_logits), for the first `active` workers.
@@ -844,14 +813,10 @@ cdef class Step:
             self.packed = Floats(1, padded(R) * widest(&self.weights.net) + self.nth * s.block_size, dense=True)
             s.packed = self.packed.data
             s.blocks = s.packed + padded(R) * widest(&self.weights.net)
-        free(s.rows)
-        free(s.spans)
-        free(s.wanted)
-        s.rows = <Row*> malloc(R * sizeof(Row))
-        s.spans = <Span*> malloc(R * sizeof(Span))
-        s.wanted = <Py_ssize_t*> malloc(R * sizeof(Py_ssize_t))
-        if s.rows == NULL or s.spans == NULL or s.wanted == NULL:
-            raise MemoryError(f"not enough memory for a step of {R} rows")
+        self.described = Floats(R, (sizeof(Row) + sizeof(Span) + sizeof(Py_ssize_t)) // sizeof(float))
+        s.rows = <Row*> self.described.data
+        s.spans = <Span*> (s.rows + R)
+        s.wanted = <Py_ssize_t*> (s.spans + R)
 
     cdef size_t _piles(self):
         """Return the bytes of s.piles: one pile for each phase that may be a product, including the logits."""
@@ -1021,38 +986,57 @@ def matrix_bytes(format, Py_ssize_t N, Py_ssize_t K) -> int:
     return bytes_of(format_named(format), N, K)
 
 
-def quantise_panels(
-    unsigned char[::1] out not None, format, const unsigned char[::1] source not None, source_format,
-    Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth,
-) -> bool:
-    """Quantise worker ith's share of `layers` matrices (N, K) of any weight format to panels, without the GIL.
+cdef bint fill_panels(
+        unsigned char[::1] out, const weight_format* to, const unsigned char[::1] source, const weight_format* come,
+        Py_ssize_t source_step, Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth) except *:
+    """Fill worker ith's share of the panels of `layers` matrices (N, K) from format `come`, or from GGUF's blocks if NULL.
 
-    Returns whether the format could represent every number of the share: finite, and in the range of a float16 scale. Raises
-    InputError for buffers of another size, and if `format` is not quantised."""
-    cdef const weight_format* to = quantised_format(format)
-    cdef const weight_format* come = format_named(source_format)
-    cdef Py_ssize_t step = bytes_of(to, N, K), source_step = bytes_of(come, N, K), groups = (N + 15) // 16
-    cdef Py_ssize_t start, stop, layer, first, last
+    source_step: bytes of a layer of the source. Returns whether the format could represent every number."""
+    cdef Py_ssize_t start, stop, layer, first, last, step = bytes_of(to, N, K), groups = (N + 15) // 16
     cdef weight_matrix w
     cdef bint held = True
     cdef Floats room = Floats(16, (K + 31) // 32 * 32 + 16)
     check_bytes("out", out.shape[0], layers * step)
-    check_bytes("source", source.shape[0], layers * source_step)
+    check_bytes("source" if come != NULL else "blocks", source.shape[0], layers * source_step)
     shard(layers * groups, ith, nth, &start, &stop)
     with nogil:
         while start < stop:
             layer, first = start // groups, start % groups
             last = min(groups, first + stop - start)
             w = weight_matrix(&source[0] + layer * source_step, N, K)
-            held &= to.quantise(&out[0] + layer * step, come, &w, 16 * first, min(16 * last, N), room.data)
+            if come == NULL:
+                panels_of_blocks(<char*> &out[0] + layer * step, <const char*> w.data, to.value_bytes // 4, N, K, first, last)
+            else:
+                held &= to.quantise(&out[0] + layer * step, come, &w, 16 * first, min(16 * last, N), room.data)
             start += last - first
     return held
 
 
-def matrix_product(
-    float[:, ::1] out not None, const float[:, ::1] inp not None, format, const unsigned char[::1] weights not None,
-    Py_ssize_t start, Py_ssize_t stop, *, bint packed,
-) -> None:
+def quantise_panels(
+        unsigned char[::1] out not None, format, const unsigned char[::1] source not None, source_format,
+        Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth) -> bool:
+    """Quantise worker ith's share of `layers` matrices (N, K) of any weight format to panels, without the GIL.
+
+    Returns whether the format could represent every number of the share: finite, and in the range of a float16 scale. Raises
+    InputError for buffers of another size, and if `format` is not quantised."""
+    cdef const weight_format* come = format_named(source_format)
+    return fill_panels(out, quantised_format(format), source, come, bytes_of(come, N, K), layers, N, K, ith, nth)
+
+
+def blocks_to_panels(
+        unsigned char[::1] out not None, format, const unsigned char[::1] blocks not None,
+        Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth) -> None:
+    """Convert worker ith's share of `layers` matrices (N, K) from GGUF's blocks to panels, without the GIL.
+
+    Raises InputError for buffers of another size, if K is not a multiple of 32, and if `format` is not quantised."""
+    cdef const weight_format* to = quantised_format(format)
+    if K % 32:
+        raise InputError(f"K is {K}: it must be a multiple of 32")
+    fill_panels(out, to, blocks, NULL, N * (K // 32) * (to.value_bytes + to.scale_bytes), layers, N, K, ith, nth)
+
+
+def matrix_product(float[:, ::1] out not None, const float[:, ::1] inp not None, format,
+                   const unsigned char[::1] weights not None, Py_ssize_t start, Py_ssize_t stop, *, bint packed) -> None:
     """Compute out = inp weights^T for the outputs [start, stop) of a matrix: inp (rows, K), out (rows, N). `packed` selects the
     kernel for many rows, else the kernel for few rows. For tests and probes of one microkernel."""
     cdef const weight_format* form = format_named(format)
@@ -1073,10 +1057,8 @@ def matrix_product(
             form.product(&out[0, start], N, room.data, rows, &w, start, stop, packed_weights)
 
 
-def transpose(
-    unsigned char[::1] out not None, const unsigned char[:, ::1] rows not None,
-    Py_ssize_t width, Py_ssize_t K, Py_ssize_t start,
-) -> None:
+def transpose(unsigned char[::1] out not None, const unsigned char[:, ::1] rows not None, Py_ssize_t width, Py_ssize_t K,
+              Py_ssize_t start) -> None:
     """Write rows (count, N) of values of 2 or 4 bytes as the columns from `start` on of out (N, K), without the GIL.
 
     Raises InputError for buffers of another size."""
@@ -1097,31 +1079,6 @@ def transpose(
                             to4[n * K + start + k] = from4[k * N + n]
                         else:
                             to2[n * K + start + k] = from2[k * N + n]
-
-
-def blocks_to_panels(
-    unsigned char[::1] out not None, format, const unsigned char[::1] blocks not None,
-    Py_ssize_t layers, Py_ssize_t N, Py_ssize_t K, Py_ssize_t ith, Py_ssize_t nth,
-) -> None:
-    """Convert worker ith's share of `layers` matrices (N, K) from GGUF's blocks to panels, without the GIL.
-
-    Raises InputError for buffers of another size, if K is not a multiple of 32, and if `format` is not quantised."""
-    cdef const weight_format* to = quantised_format(format)
-    cdef Py_ssize_t step = bytes_of(to, N, K), size = N * (K // 32) * (to.value_bytes + to.scale_bytes)
-    cdef Py_ssize_t start, stop, layer, first, last, groups = (N + 15) // 16
-    if K % 32:
-        raise InputError(f"K is {K}: it must be a multiple of 32")
-    check_bytes("out", out.shape[0], layers * step)
-    check_bytes("blocks", blocks.shape[0], layers * size)
-    shard(layers * groups, ith, nth, &start, &stop)
-    with nogil:
-        while start < stop:
-            layer, first = start // groups, start % groups
-            last = min(groups, first + stop - start)
-            panels_of_blocks(<char*> &out[0] + layer * step, <const char*> &blocks[0] + layer * size, to.value_bytes // 4,
-                             N, K, first, last)
-            start += last - first
-
 
 # ------------------------------------------------------------------------------------------------ (f) probes
 
@@ -1185,18 +1142,15 @@ def median(const float[:, ::1] logits not None, Py_ssize_t row) -> int:
     return token
 
 
-def sample_weights(
-    const float[:, ::1] logits not None, Py_ssize_t row,
-    *, double temperature, Py_ssize_t top_k, double top_p, double min_p,
-):
+def sample_weights(const float[:, ::1] logits not None, Py_ssize_t row, *, double temperature, Py_ssize_t top_k, double top_p,
+                   double min_p):
     """Return the sampling weights (1, V) of a row of (rows, V), not normalised: 1 for the most probable id, 0 for excluded ids
     (sampler.h). Returns None if the logits are not finite. The caller checks the options."""
     cdef const float* values = row_of(logits, row)
     cdef Py_ssize_t V = logits.shape[1]
     cdef sample_options options
     cdef int finite
-    options.temperature, options.top_k, options.top_p = temperature, top_k, top_p
-    options.min_p = min_p
+    options.temperature, options.top_k, options.top_p, options.min_p = temperature, top_k, top_p, min_p
     cdef Floats e = Floats(1, V), room = Floats(4, V)
     cdef ranked* order = <ranked*> room.data
     with nogil:

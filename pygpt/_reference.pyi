@@ -1,9 +1,9 @@
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ._backward import AdamWNumbers
 from .config import Config
 
 KERNELS: dict[str, int]
@@ -31,6 +31,4 @@ class Training:
     def evaluate(self, inputs: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> memoryview: ...
     def backward(self, *, accumulate: bool, scale: float) -> None: ...
     def gradient_norm(self) -> float: ...
-    def update(
-        self, first_moments: npt.NDArray[np.float32], second_moments: npt.NDArray[np.float32], numbers: AdamWNumbers
-    ) -> None: ...
+    def update(self, first_moments: npt.NDArray[np.float32], second_moments: npt.NDArray[np.float32], numbers: Any) -> None: ...

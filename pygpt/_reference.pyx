@@ -26,10 +26,9 @@ from .config import ACTIVATIONS, HEAD, TENSORS
 
 
 cdef void encoder_forward(
-    float* out,                                       # OUT (B, T, C)
-    const int* tokens, const float* wte, const float* wpe,  # IN (B, T), (V, C), (maxT, C)
-    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C,
-) noexcept nogil:
+        float* out,                                   # OUT (B, T, C)
+        const int* tokens, const float* wte, const float* wpe,  # IN (B, T), (V, C), (maxT, C)
+        Py_ssize_t B, Py_ssize_t T, Py_ssize_t C) noexcept nogil:
     cdef Py_ssize_t n, i
     for n in range(B * T):
         for i in range(C):
@@ -37,11 +36,10 @@ cdef void encoder_forward(
 
 
 cdef void layernorm_forward(
-    float* out, float* means, float* rstds,           # OUT (N, C), (N,), (N,)
-    const float* inp,                                 # IN (N, C)
-    const float* weight, const float* bias,           # IN (C,), (C,)
-    Py_ssize_t N, Py_ssize_t C, float epsilon,
-) noexcept nogil:
+        float* out, float* means, float* rstds,       # OUT (N, C), (N,), (N,)
+        const float* inp,                             # IN (N, C)
+        const float* weight, const float* bias,       # IN (C,), (C,)
+        Py_ssize_t N, Py_ssize_t C, float epsilon) noexcept nogil:
     cdef Py_ssize_t n, i
     cdef float mean, variance, shift, rstd
     for n in range(N):
@@ -62,10 +60,9 @@ cdef void layernorm_forward(
 
 
 cdef void matmul_forward(
-    float* out, const float* inp,                     # OUT (N, OC), IN (N, C)
-    const float* weight, const float* bias,           # IN (OC, C), (OC,) or NULL
-    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
-) noexcept nogil:
+        float* out, const float* inp,                 # OUT (N, OC), IN (N, C)
+        const float* weight, const float* bias,       # IN (OC, C), (OC,) or NULL
+        Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC) noexcept nogil:
     cdef Py_ssize_t n, o, i
     cdef float val
     for n in range(N):
@@ -77,11 +74,10 @@ cdef void matmul_forward(
 
 
 cdef void matmul_quantised_forward(
-    float* out, const float* inp,                     # OUT (N, OC), IN (N, C)
-    const signed char* weight, const float* scale,    # IN (OC, C), (OC, groups of 32 channels)
-    const float* bias,                                # IN (OC,) or NULL
-    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
-) noexcept nogil:
+        float* out, const float* inp,                 # OUT (N, OC), IN (N, C)
+        const signed char* weight, const float* scale,    # IN (OC, C), (OC, groups of 32 channels)
+        const float* bias,                            # IN (OC,) or NULL
+        Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC) noexcept nogil:
     """The arithmetic of q8_0 and q4_0 (csrc/quantised_body.h). Each group of 32 inputs is rounded to int8. Its products with
     the weights are summed as integers; the sums of the groups are added in ascending order, each by a fused multiply-add."""
     cdef Py_ssize_t n, o, i, group, count, groups = (C + 31) // 32
@@ -146,9 +142,8 @@ cdef void unpack_panels(
 
 
 cdef void attention_forward(
-    float* out, float* att, const float* qkv,         # OUT (B, T, C), (B, NH, T, T), IN (B, T, 3C)
-    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH, float scale,
-) noexcept nogil:
+        float* out, float* att, const float* qkv,     # OUT (B, T, C), (B, NH, T, T), IN (B, T, 3C)
+        Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH, float scale) noexcept nogil:
     """Compute causal attention. The kernel does not touch att above its diagonal."""
     cdef Py_ssize_t b, t, h, t2, i, HS = C // NH
     cdef float maxval, expsum, val
@@ -234,10 +229,9 @@ cdef void softmax_forward(float* probs, const float* logits, Py_ssize_t N, Py_ss
 
 
 cdef void crossentropy_forward(
-    float* losses,                                    # OUT (N,)
-    const float* probs, const int* targets,           # IN (N, V), (N,)
-    Py_ssize_t N, Py_ssize_t V,
-) noexcept nogil:
+        float* losses,                                # OUT (N,)
+        const float* probs, const int* targets,       # IN (N, V), (N,)
+        Py_ssize_t N, Py_ssize_t V) noexcept nogil:
     cdef Py_ssize_t n
     for n in range(N):
         losses[n] = -logf(probs[n * V + targets[n]]) if targets[n] >= 0 else 0   # -100: no target
@@ -248,10 +242,9 @@ cdef void crossentropy_forward(
 
 
 cdef void crossentropy_softmax_backward(
-    float* dlogits, float dloss,                      # OUT (N, V), IN the gradient of every loss
-    const float* probs, const int* targets,           # IN (N, V), (N,)
-    Py_ssize_t N, Py_ssize_t V,
-) noexcept nogil:
+        float* dlogits, float dloss,                  # OUT (N, V), IN the gradient of every loss
+        const float* probs, const int* targets,       # IN (N, V), (N,)
+        Py_ssize_t N, Py_ssize_t V) noexcept nogil:
     """Compute dlogits, which may be the same array as probs. Unlike other backward kernels, this one overwrites its output."""
     cdef Py_ssize_t n, i
     cdef float indicator
@@ -282,9 +275,7 @@ cdef void gelu_backward(float* dinp, const float* inp, const float* dout, Py_ssi
         )
 
 
-cdef void activation_backward(
-    float* dinp, const float* inp, const float* dout, Py_ssize_t size, int activation,
-) noexcept nogil:
+cdef void activation_backward(float* dinp, const float* inp, const float* dout, Py_ssize_t size, int activation) noexcept nogil:
     cdef Py_ssize_t i
     cdef float x, s, slope = <float> 1 if activation == 3 else <float> 1.702
     if activation == 0:
@@ -303,11 +294,10 @@ cdef void activation_backward(
 
 
 cdef void attention_backward(
-    float* dqkv,                                      # OUT (B, T, 3C)
-    float* dpreatt, float* datt,                      # SCRATCH (T,), (T,) for the current row
-    const float* dout, const float* qkv, const float* att,  # IN (B, T, C), (B, T, 3C), (B, NH, T, T)
-    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH, float scale,
-) noexcept nogil:
+        float* dqkv,                                  # OUT (B, T, 3C)
+        float* dpreatt, float* datt,                  # SCRATCH (T,), (T,) for the current row
+        const float* dout, const float* qkv, const float* att,  # IN (B, T, C), (B, T, 3C), (B, NH, T, T)
+        Py_ssize_t B, Py_ssize_t T, Py_ssize_t C, Py_ssize_t NH, float scale) noexcept nogil:
     cdef Py_ssize_t b, t, h, t2, t3, i, q, k, v, HS = C // NH
     cdef float indicator
     cdef const float* row
@@ -340,10 +330,9 @@ cdef void attention_backward(
 
 
 cdef void matmul_backward(
-    float* dinp, float* dweight, float* dbias,        # OUT (N, C), (OC, C), (OC,) or NULL
-    const float* dout, const float* inp, const float* weight,  # IN (N, OC), (N, C), (OC, C)
-    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
-) noexcept nogil:
+        float* dinp, float* dweight, float* dbias,    # OUT (N, C), (OC, C), (OC,) or NULL
+        const float* dout, const float* inp, const float* weight,  # IN (N, OC), (N, C), (OC, C)
+        Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC) noexcept nogil:
     cdef Py_ssize_t n, o, i
     cdef float d
     for n in range(N):
@@ -361,11 +350,10 @@ cdef void matmul_backward(
 
 
 cdef void layernorm_backward(
-    float* dinp, float* dweight, float* dbias,        # OUT (N, C), (C,), (C,)
-    const float* dout, const float* inp, const float* weight,  # IN (N, C), (N, C), (C,)
-    const float* means, const float* rstds,           # IN (N,), (N,)
-    Py_ssize_t N, Py_ssize_t C,
-) noexcept nogil:
+        float* dinp, float* dweight, float* dbias,    # OUT (N, C), (C,), (C,)
+        const float* dout, const float* inp, const float* weight,  # IN (N, C), (N, C), (C,)
+        const float* means, const float* rstds,       # IN (N,), (N,)
+        Py_ssize_t N, Py_ssize_t C) noexcept nogil:
     cdef Py_ssize_t n, i
     cdef float norm, dnorm, dnorm_mean, dnorm_norm_mean
     for n in range(N):
@@ -387,10 +375,9 @@ cdef void layernorm_backward(
 
 
 cdef void encoder_backward(
-    float* dwte, float* dwpe,                         # OUT (V, C), (maxT, C)
-    const float* dout, const int* tokens,             # IN (B, T, C), (B, T)
-    Py_ssize_t B, Py_ssize_t T, Py_ssize_t C,
-) noexcept nogil:
+        float* dwte, float* dwpe,                     # OUT (V, C), (maxT, C)
+        const float* dout, const int* tokens,         # IN (B, T, C), (B, T)
+        Py_ssize_t B, Py_ssize_t T, Py_ssize_t C) noexcept nogil:
     cdef Py_ssize_t n, i
     for n in range(B * T):
         for i in range(C):
@@ -407,10 +394,9 @@ cdef struct Adam:  # parameters.AdamW in float32
 
 
 cdef void adamw_update(
-    float* parameters, const float* gradients,        # INOUT (size,), IN (size,)
-    float* first, float* second,                      # INOUT (size,), (size,)
-    Py_ssize_t size, const Adam* step,
-) noexcept nogil:
+        float* parameters, const float* gradients,    # INOUT (size,), IN (size,)
+        float* first, float* second,                  # INOUT (size,), (size,)
+        Py_ssize_t size, const Adam* step) noexcept nogil:
     cdef Py_ssize_t i
     cdef float gradient
     for i in range(size):
@@ -452,23 +438,11 @@ cdef enum:
 
 
 cdef struct Tensors:  # in the order of config.TENSORS: the weights (read only) or their gradients
-    float* wte
-    float* wpe
-    float* ln1w
-    float* ln1b
-    float* qkvw
-    float* qkvb
-    float* attprojw
-    float* attprojb
-    float* ln2w
-    float* ln2b
-    float* fcw
-    float* fcb
-    float* fcprojw
-    float* fcprojb
-    float* lnfw
-    float* lnfb
-    float* head  # wte if it is tied
+    float *wte, *wpe
+    float *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb
+    float *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb
+    float *lnfw, *lnfb
+    float *head  # wte if it is tied
     Py_ssize_t[COUNT] step  # values from one layer's part to the next; 0 for tensors without layers
 
 
@@ -512,9 +486,8 @@ cdef Tensors tensors_of_layer(Tensors w, Py_ssize_t layer) noexcept nogil:
 
 
 cdef void product_forward(
-    float* out, const float* inp, const float* weight, const Quantised* quantised, Py_ssize_t layer, const float* bias,
-    Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC,
-) noexcept nogil:
+        float* out, const float* inp, const float* weight, const Quantised* quantised, Py_ssize_t layer, const float* bias,
+        Py_ssize_t N, Py_ssize_t C, Py_ssize_t OC) noexcept nogil:
     """Run matmul_forward, or its quantised form if the weights are quantised."""
     if quantised.weight == NULL:
         matmul_forward(out, inp, weight, bias, N, C, OC)
@@ -525,62 +498,26 @@ cdef void product_forward(
 
 
 cdef struct Acts:  # pointers only; Activations allocates the arrays
-    float* encoded
-    float* ln1
-    float* ln1_mean
-    float* ln1_rstd
-    float* qkv
-    float* atty
-    float* att
-    float* residual2
-    float* ln2
-    float* ln2_mean
-    float* ln2_rstd
-    float* fch
-    float* fch_gelu
-    float* residual3
-    float* attproj
-    float* fcproj
-    float* lnf
-    float* lnf_mean
-    float* lnf_rstd
-    float* logits
+    float *encoded
+    float *ln1, *ln1_mean, *ln1_rstd, *qkv, *atty, *att, *residual2, *ln2, *ln2_mean, *ln2_rstd, *fch, *fch_gelu, *residual3
+    float *attproj, *fcproj, *lnf, *lnf_mean, *lnf_rstd
+    float *logits
+    Py_ssize_t[13] step  # from ln1 to residual3: values from one layer's part to the next; 0 if layers overwrite each other
 
 
-cdef Acts acts_of_layer(Acts a, Shape s, Py_ssize_t layer) noexcept nogil:
-    """Return the activations of one layer, if those of all layers are kept."""
-    cdef Py_ssize_t N = s.B * s.T
-    a.ln1 += layer * N * s.C
-    a.ln1_mean += layer * N
-    a.ln1_rstd += layer * N
-    a.qkv += layer * N * 3 * s.C
-    a.atty += layer * N * s.C
-    a.att += layer * N * s.NH * s.T
-    a.residual2 += layer * N * s.C
-    a.ln2 += layer * N * s.C
-    a.ln2_mean += layer * N
-    a.ln2_rstd += layer * N
-    a.fch += layer * N * s.F
-    a.fch_gelu += layer * N * s.F
-    a.residual3 += layer * N * s.C
+cdef Acts acts_of_layer(Acts a, Py_ssize_t layer) noexcept nogil:
+    """Return the pointers to the activations of one layer."""
+    cdef float** field = &a.ln1
+    cdef Py_ssize_t i
+    for i in range(13):
+        field[i] += layer * a.step[i]
     return a
 
 
 cdef struct Grads:  # gradients of the current layer's activations; Training.backward allocates the arrays
-    float* residual3
-    float* residual   # of the stream that enters the layer: residual3 of the previous layer
-    float* ln1
-    float* qkv
-    float* atty
-    float* attproj
-    float* residual2
-    float* ln2
-    float* fch
-    float* fch_gelu
-    float* fcproj
-    float* lnf
-    float* preatt
-    float* att
+    float *residual3
+    float *residual   # of the stream that enters the layer: residual3 of the previous layer
+    float *ln1, *qkv, *atty, *attproj, *residual2, *ln2, *fch, *fch_gelu, *fcproj, *lnf, *preatt, *att
 
 
 cdef int stop_if_interrupted() except -1 with gil:
@@ -589,10 +526,8 @@ cdef int stop_if_interrupted() except -1 with gil:
     return 0
 
 
-cdef int network_forward(
-    Acts acts, Tensors weights, const Matrices* m, const int* tokens, Shape s, bint keep,
-) except -1 nogil:
-    """Compute the activations up to the logits. `keep` keeps all layers; else each layer overwrites the previous one."""
+cdef int network_forward(Acts acts, Tensors weights, const Matrices* m, const int* tokens, Shape s) except -1 nogil:
+    """Compute the activations up to the logits."""
     cdef Py_ssize_t N = s.B * s.T, C = s.C, layer
     cdef const float* residual = acts.encoded
     cdef Tensors w
@@ -600,7 +535,7 @@ cdef int network_forward(
     encoder_forward(acts.encoded, tokens, weights.wte, weights.wpe, s.B, s.T, C)
     for layer in range(s.L):
         w = tensors_of_layer(weights, layer)
-        a = acts_of_layer(acts, s, layer if keep else 0)
+        a = acts_of_layer(acts, layer)
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, w.ln1w, w.ln1b, N, C, s.epsilon)
         product_forward(a.qkv, a.ln1, w.qkvw, &m.qkvw, layer, w.qkvb, N, C, 3 * C)
         attention_forward(a.atty, a.att, a.qkv, s.B, s.T, C, s.NH, score_scale(s, layer))
@@ -624,7 +559,7 @@ cdef int network_backward(
 ) except -1 nogil:
     """Add every tensor's gradient. The activations end in probabilities, which the logits' gradients overwrite."""
     cdef Py_ssize_t N = s.B * s.T, C = s.C, layer
-    cdef const float* residual = acts_of_layer(acts, s, s.L - 1).residual3
+    cdef const float* residual = acts_of_layer(acts, s.L - 1).residual3
     cdef size_t row_bytes = N * C * sizeof(float), other_bytes = <size_t> (<char*> d.preatt - <char*> d.residual)
     cdef Tensors w, g
     cdef Acts a
@@ -639,8 +574,8 @@ cdef int network_backward(
     for layer in range(s.L - 1, -1, -1):
         w = tensors_of_layer(weights, layer)
         g = tensors_of_layer(gradients, layer)
-        a = acts_of_layer(acts, s, layer)
-        residual = acts_of_layer(acts, s, layer - 1).residual3 if layer else acts.encoded
+        a = acts_of_layer(acts, layer)
+        residual = acts_of_layer(acts, layer - 1).residual3 if layer else acts.encoded
         memset(d.residual, 0, other_bytes)
         residual_backward(d.residual2, d.fcproj, d.residual3, N * C)
         matmul_backward(d.fch_gelu, g.fcprojw, g.fcprojb, d.fcproj, a.fch_gelu, w.fcprojw, N, s.F, C)
@@ -688,7 +623,6 @@ cdef class Activations:
 
     cdef Acts acts
     cdef Shape shape
-    cdef bint keep
     cdef float[::1] memory
     cdef readonly object logits         # (N, V), allocated separately: the logits may outlive the other activations
 
@@ -698,12 +632,11 @@ cdef class Activations:
             B, T, C, config.L, config.NH, V, config.F, ACTIVATIONS.index(config.activation), config.epsilon,
             config.scaled, config.scaled_by_layer,
         )
-        self.keep = keep
         # in the order of Acts
         of_layers = (N * C, N, N, N * 3 * C, N * C, N * config.NH * T, N * C, N * C, N, N, N * config.F, N * config.F, N * C)
-        self.memory = point(
-            <float**> &self.acts, (N * C, *(layers * size for size in of_layers), N * C, N * C, N * C, N, N)
-        )
+        self.memory = point(<float**> &self.acts, (N * C, *(layers * size for size in of_layers), N * C, N * C, N * C, N, N))
+        for i, size in enumerate(of_layers):
+            self.acts.step[<Py_ssize_t> i] = size if keep else 0
         self.logits = _floats(N * V)
         cdef float[::1] logits = self.logits
         self.acts.logits = &logits[0]
@@ -711,7 +644,7 @@ cdef class Activations:
     cdef void forward(self, Tensors weights, const Matrices* matrices, const int* tokens) except *:
         """Run the network without the GIL, up to the logits."""
         with nogil:
-            network_forward(self.acts, weights, matrices, tokens, self.shape, self.keep)
+            network_forward(self.acts, weights, matrices, tokens, self.shape)
 
 
 cdef class Reference:
@@ -872,21 +805,13 @@ cdef class Training:
 
 # The addresses of the kernels, for tests that call a single kernel through ctypes.
 KERNELS = {
-    "encoder_forward": <size_t> &encoder_forward,
-    "layernorm_forward": <size_t> &layernorm_forward,
-    "matmul_forward": <size_t> &matmul_forward,
-    "matmul_quantised_forward": <size_t> &matmul_quantised_forward,
-    "unpack_panels": <size_t> &unpack_panels,
-    "attention_forward": <size_t> &attention_forward,
-    "gelu_forward": <size_t> &gelu_forward,
-    "residual_forward": <size_t> &residual_forward,
-    "softmax_forward": <size_t> &softmax_forward,
-    "crossentropy_forward": <size_t> &crossentropy_forward,
-    "crossentropy_softmax_backward": <size_t> &crossentropy_softmax_backward,
-    "residual_backward": <size_t> &residual_backward,
-    "gelu_backward": <size_t> &gelu_backward,
-    "attention_backward": <size_t> &attention_backward,
-    "matmul_backward": <size_t> &matmul_backward,
-    "layernorm_backward": <size_t> &layernorm_backward,
+    "encoder_forward": <size_t> &encoder_forward, "layernorm_forward": <size_t> &layernorm_forward,
+    "matmul_forward": <size_t> &matmul_forward, "matmul_quantised_forward": <size_t> &matmul_quantised_forward,
+    "unpack_panels": <size_t> &unpack_panels, "attention_forward": <size_t> &attention_forward,
+    "gelu_forward": <size_t> &gelu_forward, "residual_forward": <size_t> &residual_forward,
+    "softmax_forward": <size_t> &softmax_forward, "crossentropy_forward": <size_t> &crossentropy_forward,
+    "crossentropy_softmax_backward": <size_t> &crossentropy_softmax_backward, "residual_backward": <size_t> &residual_backward,
+    "gelu_backward": <size_t> &gelu_backward, "attention_backward": <size_t> &attention_backward,
+    "matmul_backward": <size_t> &matmul_backward, "layernorm_backward": <size_t> &layernorm_backward,
     "encoder_backward": <size_t> &encoder_backward,
 }

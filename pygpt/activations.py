@@ -1,31 +1,24 @@
 """Activations: what GPT2.activations() returns, and the edits that change them.
 
-A Watch lets a step of the network stop after the phases whose results somebody asked for. While the workers rest, the Watch
-changes or copies these results. All other phases run together, as in a step without a Watch.
-
+A Watch lets a step stop after the phases whose results somebody asked for. While the workers rest, it changes or copies them.
 In every array, the positions are the last axis but one: (n, width), and (NH, n, keys) for probs.
 """
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
-from ._kernels import PHASES
+import numpy as np
+import numpy.typing as npt
+
+from ._kernels import PHASES, Step
 from .config import Config
 from .errors import InputError, check_whole, listed, near, shown
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, SupportsIndex, TypeAlias
-
-    import numpy as np
-    import numpy.typing as npt
-
-    from ._kernels import Step
-
-    Array = npt.NDArray[np.float32]
-    Value: TypeAlias = "npt.ArrayLike | Callable[[Array], npt.ArrayLike | None] | Edit"
-    Places = Sequence[tuple[int, int]]  # (row of a buffer, position in its sequence)
+Array = npt.NDArray[np.float32]
+Value: TypeAlias = "npt.ArrayLike | Callable[[Array], npt.ArrayLike | None] | Edit"
+Places = Sequence[tuple[int, int]]  # (row of a buffer, position in its sequence)
 
 MOST_BYTES = 2 << 30  # that activations() takes by itself; `out` may hold more
 
@@ -38,13 +31,15 @@ WHOLE = ("encoded", "lnf", "logits")  # without layers
 HEADS = ("q", "k", "v", "probs", "atty")
 
 
-class Edit:
+class Edit(NamedTuple):
     """A change that add(), scale() or zero() makes: operation(x, value), or the value, replaces all or a part of x."""
 
-    def __init__(self, operation: "Any", value: "npt.ArrayLike", heads: "Any" = None, neurons: "Any" = None) -> None:
-        self.operation, self.value, self.heads, self.neurons = operation, value, heads, neurons
+    operation: Callable[[Array, Array], Array] | None
+    value: npt.ArrayLike
+    heads: Any = None
+    neurons: Any = None
 
-    def at(self, config: Config, name: str) -> "Any":
+    def at(self, config: Config, name: str) -> Any:
         """Return the index of what changes in an activation."""
         if self.heads is None and self.neurons is None:
             return ...
@@ -55,17 +50,17 @@ class Edit:
         return heads if name == "probs" else (..., neurons + [head * config.HS + i for head in heads for i in range(config.HS)])
 
 
-def add(vector: "npt.ArrayLike") -> Edit:
+def add(vector: npt.ArrayLike) -> Edit:
     """Return an edit that adds a number, or an array with the shape of a replacement, to an activation."""
     return Edit(operator.add, vector)
 
 
-def scale(factor: "npt.ArrayLike") -> Edit:
+def scale(factor: npt.ArrayLike) -> Edit:
     """Return an edit that multiplies an activation by a number, or by an array with the shape of a replacement."""
     return Edit(operator.mul, factor)
 
 
-def zero(*, heads: "Iterable[SupportsIndex] | None" = None, neurons: "Iterable[SupportsIndex] | None" = None) -> Edit:
+def zero(*, heads: Iterable[SupportsIndex] | None = None, neurons: Iterable[SupportsIndex] | None = None) -> Edit:
     """Return an edit that sets an activation to 0: these heads of q, k, v, probs or atty, these channels, or by default all."""
     return Edit(None, 0, heads, neurons)
 
@@ -73,7 +68,7 @@ def zero(*, heads: "Iterable[SupportsIndex] | None" = None, neurons: "Iterable[S
 class Change:
     """A checked edit of one place. Edits describes the arguments and the errors."""
 
-    def __init__(self, config: Config, place: "Any", value: "Any", T: int | None) -> None:
+    def __init__(self, config: Config, place: Any, value: Any, T: int | None) -> None:
         self.what = f"edit of {shown(place)}"
         if not isinstance(place, tuple) or len(place) != 3:
             raise InputError(f"{self.what}: a key must be (name, layer or None, position or None)")
@@ -84,30 +79,25 @@ class Change:
         end = (T or config.maxT) - 1
         self.position = None if position is None else check_whole(f"{self.what}: the position", position, 0, end)
         self.function = value if callable(value) else None
-        if self.function is None:
-            edit = value if isinstance(value, Edit) else Edit(None, value)
-            self._operation, self._at = edit.operation, edit.at(config, self.name)
-            self._value = self._check(config, edit.value, T)
-
-    def _check(self, config: Config, value: "Any", T: int | None) -> "Array":
-        """Return a value as an array that broadcasts to the activation."""
-        import numpy as np
-
+        if self.function is not None:
+            return
+        edit = value if isinstance(value, Edit) else Edit(None, value)
+        self._operation, self._at = edit.operation, edit.at(config, self.name)
         try:
-            array = np.asarray(value, np.float32)
+            array = np.asarray(edit.value, np.float32)
         except (TypeError, ValueError):
-            raise InputError(f"{self.what} is {shown(value)}: give numbers, a function, add(), scale() or zero()") from None
+            raise InputError(
+                f"{self.what} is {shown(edit.value)}: give numbers, a function, add(), scale() or zero()"
+            ) from None
         one = (config.NH, T) if self.name == "probs" else (width_of(config, self.name),)
         shapes = [(), one, (*one[:-1], T, one[-1])]  # one number, one position, all positions
         shapes = [shape for shape in shapes[: 3 if self.position is None else 2] if None not in shape]
         if array.shape not in shapes:
             raise InputError(f"{self.what} has the shape {array.shape}: it must be {' or '.join(map(str, shapes))}")
-        return np.expand_dims(array, -2) if array.shape == one else array
+        self._value = np.expand_dims(array, -2) if array.shape == one else array  # broadcasts to the activation
 
-    def apply(self, x: "Array", positions: list[int]) -> "Array":
+    def apply(self, x: Array, positions: list[int]) -> Array:
         """Return the edited values of an activation at these positions. x: a copy of the values."""
-        import numpy as np
-
         if self.function is None:
             value = self._value[..., positions, :] if self._value.ndim and self._value.shape[-2] > 1 else self._value
             x[self._at] = value if self._operation is None else self._operation(x[self._at], value)
@@ -127,7 +117,7 @@ class Edits:
 
     Raises InputError for an unknown name, a layer or position that is not there, and a value of another shape."""
 
-    def __init__(self, config: Config, edits: "Mapping[Any, Value]", T: int | None = None) -> None:
+    def __init__(self, config: Config, edits: Mapping[Any, Value], T: int | None = None) -> None:
         if not isinstance(edits, Mapping):
             raise InputError(f"edits are {shown(edits)}: they must map (name, layer or None, position or None) to changes")
         self.changes = [Change(config, place, value, T) for place, value in edits.items()]
@@ -136,9 +126,7 @@ class Edits:
 class Capture:
     """The arrays that GPT2.activations() returns. It describes the arguments and the errors."""
 
-    def __init__(self, config: Config, T: int, names: "Any", layers: "Any", positions: "Any", out: "Any") -> None:
-        import numpy as np
-
+    def __init__(self, config: Config, T: int, names: Any, layers: Any, positions: Any, out: Any) -> None:
         names = [check_name(name) for name in ([names] if isinstance(names, str) else listed("names", names))]
         if not names:
             raise InputError(f"names is empty: give at least one of {', '.join(NAMES)}")
@@ -162,8 +150,8 @@ class Capture:
         self.sites = {(name, layer) for name in shapes for layer in ([0] if name in WHOLE else self._layers)}
         self.wanted = {*self._positions} if {"lnf", "logits"} & shapes.keys() else set()  # positions
 
-    def put(self, name: str, layer: int, values: "Array", places: "Places") -> None:
-        """Keep an activation's values at these places."""
+    def put(self, name: str, layer: int, values: Array, places: Places) -> None:
+        """Keep values at these places."""
         row_of = {position: row for row, position in places}
         kept = [i for i, position in enumerate(self._positions) if position in row_of]
         at, rows, array = _span(kept), _span([row_of[self._positions[i]] for i in kept]), self.arrays[name]
@@ -181,7 +169,7 @@ class Watch:
         self._captured = set() if capture is None else capture.sites
         self.editing: Edits | None = None
 
-    def begin(self, work: "Step", config: Config, rows: "Sequence[tuple[Any, Any, bool]]") -> None:
+    def begin(self, work: Step, config: Config, rows: Sequence[tuple[Any, Any, bool]]) -> None:
         """Plan the stops of a prepared step, and select the phases of its first round."""
         self._work, self._at = work, 0
         self._wanted = {r: i for i, r in enumerate(r for r, row in enumerate(rows) if row[2])}
@@ -201,9 +189,8 @@ class Watch:
         if self._captured:
             self._end = min(self._end, max(_stop(config, *site) for site in self._captured))
         stops = [(_stop(config, *site), ORDER[site[0]], *site) for site in self._captured | self._sites.keys()]
-        for name, layer in self._sites:
-            if name in ("attproj", "fcproj"):  # their phase overwrites the residual that it adds them to
-                stops.append((_stop(config, name, layer) - 1, ORDER["before"], "before", layer))
+        added = [site for site in self._sites if site[0] in ("attproj", "fcproj")]  # to a residual that their phase overwrites
+        stops += [(_stop(config, *site) - 1, ORDER["before"], "before", site[1]) for site in added]
         self._stops = sorted(stop for stop in stops if stop[0] <= self._end)
         self.more()
 
@@ -215,15 +202,12 @@ class Watch:
         self._work.run_to(self._at, next((layer for *_, name, layer in self._stops if name == "probs"), -1))
         return first < self._at
 
-    def _rows(self, name: str, places: "Places") -> "Places":
+    def _rows(self, name: str, places: Places) -> Places:
         """Return the places in the memory of an activation. lnf and logits have only the wanted rows."""
-        if name not in ("lnf", "logits"):
-            return places
-        return [(self._wanted[row], position) for row, position in places if row in self._wanted]
+        wanted = [(self._wanted[row], position) for row, position in places if row in self._wanted]
+        return wanted if name in ("lnf", "logits") else places
 
-    def _view(self, name: str, layer: int) -> "Array":
-        import numpy as np
-
+    def _view(self, name: str, layer: int) -> Array:
         memory, shape, columns = self._work.view(name, layer)
         return np.frombuffer(memory, np.float32).reshape(shape)[..., columns]
 
@@ -240,10 +224,8 @@ class Watch:
             kept = values[..., : self._places[-1][1] + 1] if name == "probs" else values
             self._capture.put(name, layer, kept, self._rows(name, self._places))
 
-    def _change(self, change: Change, values: "Array", places: "Places", keys: slice) -> None:
+    def _change(self, change: Change, values: Array, places: Places, keys: slice) -> None:
         """Edit values, and compute again what their phase has already derived from them."""
-        import numpy as np
-
         rows, positions = ([*each] for each in zip(*places, strict=True))
         name, layer, part = change.name, change.layer, (..., _span(rows), keys)
         after = change.apply(values[part].copy(), positions)
@@ -262,7 +244,7 @@ class Watch:
             self._view("residual2", layer)[part] = self._before[part] + values[part]
 
 
-def _span(rows: list[int]) -> "list[int] | slice[int, int, None]":
+def _span(rows: list[int]) -> list[int] | slice:
     """Return an index of these rows: a slice, which NumPy copies faster, if they are neighbours."""
     neighbours = rows == [*range(rows[0], rows[0] + len(rows))] if rows else False
     return slice(rows[0], rows[-1] + 1) if neighbours else rows
@@ -286,6 +268,6 @@ def _stop(config: Config, name: str, layer: int) -> int:
     return NAMES[name] + before * NAMES["residual3"] + 1  # a layer has the phases 1 to that of residual3
 
 
-def _indices(what: str, values: "Any", count: int) -> list[int]:
+def _indices(what: str, values: Any, count: int) -> list[int]:
     """Return a list of whole numbers below `count`. Raises InputError for anything else."""
     return [check_whole(f"a {what}", value, 0, count - 1) for value in listed(f"{what}s", values)]

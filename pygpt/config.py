@@ -5,15 +5,16 @@ Vp = V rounded up to a multiple of 128, maxT longest sequence. Refuses to know a
 Source of names and order: llm.c, train_gpt2.c. Source of the variations: transformers, models/gpt2/configuration_gpt2.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 
 from .errors import InputError, check_whole, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
+
+    Row = tuple[str, tuple[str, ...]]
 
 # Upper limits: far above GPT-2 XL, but so low that products of dimensions fit in 64 bits.
 LIMITS = {"maxT": 65536, "V": 1 << 20, "L": 256, "NH": 1024, "C": 16384}
@@ -35,26 +36,12 @@ ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "quick_gelu")
 ALIASES = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_accurate": "gelu_new"}
 ALIASES |= {"gelu_python": "gelu", "swish": "silu"}
 
-# The sixteen tensors in file order, each with all its layers. Weights are (out, in), row-major. A head of its own follows.
-TENSORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("wte", ("rows", "C")),  # rows: Vp in padded files, V in version 1
-    ("wpe", ("maxT", "C")),
-    ("ln1w", ("L", "C")),
-    ("ln1b", ("L", "C")),
-    ("qkvw", ("L", "3C", "C")),
-    ("qkvb", ("L", "3C")),
-    ("attprojw", ("L", "C", "C")),
-    ("attprojb", ("L", "C")),
-    ("ln2w", ("L", "C")),
-    ("ln2b", ("L", "C")),
-    ("fcw", ("L", "F", "C")),
-    ("fcb", ("L", "F")),
-    ("fcprojw", ("L", "C", "F")),
-    ("fcprojb", ("L", "C")),
-    ("lnfw", ("C",)),
-    ("lnfb", ("C",)),
-)
-HEAD: tuple[str, tuple[str, ...]] = ("head", ("V", "C"))
+# The sixteen tensors in file order, each with all its layers, and their dimensions; rows: Vp in padded files, V in version 1.
+# Weights are (out, in), row-major. A head of its own follows.
+_TENSORS = """wte rows C, wpe maxT C, ln1w L C, ln1b L C, qkvw L 3C C, qkvb L 3C, attprojw L C C, attprojb L C, ln2w L C,
+ln2b L C, fcw L F C, fcb L F, fcprojw L C F, fcprojb L C, lnfw C, lnfb C"""
+TENSORS: "tuple[Row, ...]" = tuple((name, tuple(dims)) for name, *dims in map(str.split, _TENSORS.split(",")))
+HEAD: "Row" = ("head", ("V", "C"))
 
 IGNORED = -100  # the label of a token that is left out of the loss, as in PyTorch
 
@@ -77,18 +64,17 @@ class Config:
             raise TypeError(f"Config() has no argument {min(unknown)!r}")
         given = {**VARIATIONS, **variations}
         self.F: int = check_whole("F", 4 * self.C if given["F"] is None else given["F"], 1, 4 * LIMITS["C"])
-        known = isinstance(given["activation"], str)
-        self.activation: str = ALIASES.get(given["activation"], given["activation"]) if known else ""
-        if self.activation not in ACTIVATIONS:
+        if given["activation"] not in [*ACTIVATIONS, *ALIASES]:
             names = ", ".join((*ACTIVATIONS, *ALIASES))
             raise InputError(f"activation is {shown(given['activation'])}: it must be one of {names}")
+        self.activation: str = ALIASES.get(given["activation"], given["activation"])
         self.epsilon = given["epsilon"]
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not 1e-30 <= self.epsilon <= 1:
             raise InputError(f"epsilon is {shown(self.epsilon)}: it must be a number from 1e-30 to 1")
-        self.scaled, self.scaled_by_layer, self.tied = (given[name] for name in SWITCHES)
         for name in SWITCHES:
             if not isinstance(given[name], bool):
                 raise InputError(f"{name} is {shown(given[name])}: it must be True or False")
+        self.scaled, self.scaled_by_layer, self.tied = (given[name] for name in SWITCHES)
         self.tokenizer: Callable[[], Any] | None = None  # loads the model's own Tokenizer; equality does not regard it
 
     @property
@@ -98,7 +84,7 @@ class Config:
         return {name: getattr(self, name) for name in VARIATIONS if getattr(self, name) != usual[name]}
 
     @property
-    def table(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    def table(self) -> "tuple[Row, ...]":
         """The rows of TENSORS, and of the head if it is not tied to wte."""
         return TENSORS if self.tied else (*TENSORS, HEAD)
 
@@ -114,8 +100,8 @@ class Config:
 
     def tensors(self, *, padded: bool) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         """Yield (name, shape, offset, size) of the tensors in `table`; offset and size are in values."""
-        dims = {name: getattr(self, name) for name in ("maxT", "V", "L", "C", "F")} | {"3C": 3 * self.C}
-        dims["rows"] = self.Vp if padded else self.V
+        dims = {name: getattr(self, name) for name in ("maxT", "V", "L", "C", "F")}
+        dims |= {"3C": 3 * self.C, "rows": self.Vp if padded else self.V}
         offset = 0
         for name, symbols in self.table:
             shape = tuple(dims[symbol] for symbol in symbols)

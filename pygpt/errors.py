@@ -1,14 +1,8 @@
 """All exceptions that pygpt raises on purpose, and the checks of arguments that raise them.
 
-    PyGPTError
-    ├── InputError (ValueError)             an argument is out of its range: token, length, thread count, sampler
-    │   └── DataError                       a data file is missing, damaged or of another format
-    ├── CheckpointError (ValueError)        a model file or training state is missing, damaged or of another format
-    ├── ClosedError (RuntimeError)          a model, cache or pool is used after close()
-    └── NumericalError (ArithmeticError)    the network's numbers are not finite
-
 Each message names the value, the limit and the way out in one line. The commands exit with status 2 for InputError and
-CheckpointError, and with 1 for all others. whole() alone decides what is a whole number, and real() what is a number.
+CheckpointError, and with 1 for all others. docs/reference/errors.md lists the exceptions. whole() alone decides what is a whole
+number, and real() what is a number.
 """
 
 import math

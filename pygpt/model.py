@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from ._signals import see_through
-from .activations import Capture, Edits, Watch
 from .errors import InputError
 from .formats.open import open_weights
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
-from .network import CHUNK, KVCache, Lengths, Network, Row
+from .network import CHUNK, KVCache, Network, Row
 from .pool import TRIES
 
 TYPE_CHECKING = False
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
     from ._kernels import Floats, Trace
     from .activations import Value
+    from .formats.tensors import ModelFile
     from .generation.speculate import Draft
-    from .network import OpenModel
 
 # The weights that guess for each format: much smaller than the model's own. For the smallest format, only the text guesses.
 DRAFTS = {"float32": "q8_0", "bfloat16": "q4_0", "float16": "q4_0", "q8_0": "q4_0"}
@@ -38,7 +37,7 @@ class GPT2(Generator):
 
     network: Network
 
-    def __init__(self, checkpoint: "OpenModel", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
+    def __init__(self, checkpoint: "ModelFile", *, threads: "SupportsIndex | None" = None, all_workers: bool = False) -> None:
         super().__init__(Network(checkpoint, threads=threads, all_workers=all_workers))
         self._draft: Draft | None = None
         self._draft_weights = DRAFTS.get(checkpoint.format.name)  # quantise to this format for guesses
@@ -98,7 +97,7 @@ class GPT2(Generator):
             self._draft = self._draft_from(self.network.quantised(self._draft_weights))
         return self._draft
 
-    def _draft_from(self, checkpoint: "OpenModel") -> "Draft":
+    def _draft_from(self, checkpoint: "ModelFile") -> "Draft":
         from .generation.speculate import Draft
 
         network = Network(checkpoint, target=self.network)
@@ -117,27 +116,36 @@ class GPT2(Generator):
         """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
 
         The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
-        caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, and ClosedError after
-        close().
+        caches have not changed. Raises InputError for a bad token, a full cache or another model's cache, ClosedError after
+        close(). edits: changes of every sequence's activations, as in activations(); arrays and functions fit these rows."""
+        watch = None
+        if edits is not None:
+            from .activations import Edits, Watch
 
-        edits: changes of activations of every sequence, as in activations(); arrays and functions are for these rows."""
-        watch = () if edits is None else (Watch(Edits(self.config, edits)),)
-        return self._whole(lambda lengths: self.network.step(rows, lengths, *watch), (-1, self.config.V))
+            watch = Watch(Edits(self.config, edits))
+        return self._whole(lambda lengths: self.network.step(rows, lengths, watch))
 
     def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
         """Append tokens to the cache, in chunks; return the logits after the last one, (V,).
 
         If anything fails, the cache has not changed. Raises InputError for zero tokens, and for more tokens than the cache has
         room for."""
-        return self._whole(lambda lengths: self.network.extend(cache, tokens, lengths), (-1,))
+        row: npt.NDArray[np.float32] = self._whole(lambda lengths: self.network.extend(cache, tokens, lengths))[0]
+        return row
 
-    def _whole(self, run: "Callable[[Lengths], Floats]", shape: tuple[int, ...]) -> "npt.NDArray[np.float32]":
+    def _whole(self, run: "Callable[[dict[KVCache, int]], Floats]") -> "npt.NDArray[np.float32]":
         """Return the logits of run(lengths) as an array. If it is interrupted, restore the lengths of all caches."""
-        lengths = Lengths()
+        lengths: dict[KVCache, int] = {}
+
+        def restore() -> bool:
+            for cache, length in lengths.items():
+                cache._truncate(length)
+            return True
+
         try:
-            return _array(run(lengths)).reshape(shape)
+            return _array(run(lengths))
         except BaseException:
-            see_through(lengths.restore, TRIES)
+            see_through(restore, TRIES)  # Ctrl-C can arrive after a step is committed, before its caller has the logits
             raise
 
     def prefill(self, cache: KVCache, tokens: "Iterable[SupportsIndex]") -> "npt.NDArray[np.float32]":
@@ -183,10 +191,11 @@ class GPT2(Generator):
         position None means all. A change is an array that replaces the activation, add(), scale(), zero(), or a function that
         gets the array and returns another or changes it. The shape is that of a position, such as (C,), or for all positions
         that of a layer, such as (T, C). An edit of k or v changes the cache. An edit of probs changes atty; keys after the
-        position stay 0. All numbers before an edit keep their bits, at earlier positions and in earlier phases.
+        position stay 0. All numbers before an edit keep their bits, at earlier positions and in earlier phases. Raises
+        InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the arrays
+        take too much memory."""
+        from .activations import Capture, Edits, Watch
 
-        Raises InputError for an unknown name, a layer or position that is not there, an array of another shape, and if the
-        arrays take too much memory."""
         ids = check_tokens(self.config, tokens)
         capture = Capture(self.config, len(ids), names, layers, positions, out)
         watch = Watch(Edits(self.config, {} if edits is None else edits, len(ids)), capture)

@@ -10,37 +10,18 @@ Refuses to know about sampling, text and NumPy: logits are Floats, which NumPy c
 from collections.abc import Callable, Iterable
 
 from . import cpus
-from ._kernels import Floats, KeysValues, Step, Weights, copy_keys_values
+from ._kernels import Floats, KeysValues, Step, Trace, Weights, copy_keys_values
 from .config import Config
-from .errors import ClosedError, InputError, Uncopied, check_whole, is_whole, sequence, shown, whole
+from .errors import ClosedError, InputError, Uncopied, check_whole, sequence
 from .pool import ThreadPool, nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol, SupportsIndex
+    from typing import SupportsIndex
 
-    from ._kernels import Trace
     from .activations import Watch
-    from .formats.dtypes import Format
     from .formats.panels import StoredWeights
-
-    class OpenModel(Protocol):
-        """The source of a network's weights: an open file, or arrays in memory."""
-
-        @property
-        def config(self) -> Config:
-            """The dimensions."""
-
-        @property
-        def format(self) -> Format:
-            """The weight format of most tensors."""
-
-        def stored(self) -> dict[str, tuple[str, memoryview]]:
-            """Map each tensor's name to its weight format and its bytes; the network uses the bytes in place."""
-
-        def close(self) -> None:
-            """Release the bytes."""
-
+    from .formats.tensors import ModelFile
 
 CHUNK = 512  # rows of a prompt in one step: so Ctrl-C takes effect soon, and the activations stay small
 
@@ -55,26 +36,24 @@ class KVCache(KeysValues):
 
     def __init__(self, weights: Weights, config: Config, capacity: "SupportsIndex | None" = None) -> None:
         capacity = config.maxT if capacity is None else capacity
-        rule = f" from 1 to maxT = {config.maxT}"
-        super().__init__(weights, check_whole("capacity", capacity, 1, config.maxT, rule))
+        super().__init__(weights, check_whole("capacity", capacity, 1, config.maxT, f" from 1 to maxT = {config.maxT}"))
         self._weights, self._config = weights, config
 
     def truncate(self, length: "SupportsIndex") -> None:
         """Keep only the first `length` tokens. Raises InputError unless 0 <= length <= self.length."""
-        if not is_whole(length, 0, self.length):
-            raise InputError(f"cannot truncate to {shown(length)} tokens: give 0 to {self.length}, the cache's length")
-        self._truncate(whole(length) or 0)
+        self._truncate(self._known("truncate to", length))
 
     def copy(self, length: "SupportsIndex | None" = None, *, capacity: "SupportsIndex | None" = None) -> "KVCache":
         """Return an independent cache with the first `length` tokens (default: all).
 
         capacity: of the new cache (default: the same). Raises InputError if `length` exceeds self.length or `capacity`."""
-        length = self.length if length is None else length
-        if not is_whole(length, 0, self.length):
-            raise InputError(f"cannot copy {shown(length)} tokens: give 0 to {self.length}, the cache's length")
+        length = self._known("copy", self.length if length is None else length)
         cache = KVCache(self._weights, self._config, self.capacity if capacity is None else capacity)
-        copy_keys_values(cache, self, whole(length))
+        copy_keys_values(cache, self, length)
         return cache
+
+    def _known(self, verb: str, length: "SupportsIndex") -> int:
+        return check_whole(f"the length to {verb}", length, 0, self.length, f" from 0 to {self.length}, the cache's length")
 
     def __len__(self) -> int:
         return self.length
@@ -94,7 +73,7 @@ class Network(Uncopied):
 
     def __init__(
         self,
-        checkpoint: "OpenModel",
+        checkpoint: "ModelFile",
         *,
         threads: "SupportsIndex | None" = None,
         all_workers: bool = False,
@@ -144,17 +123,15 @@ class Network(Uncopied):
         """Return an empty key-value cache for one sequence of up to `capacity` tokens (default maxT)."""
         return KVCache(self._weights, self.config, capacity)
 
-    def step(self, rows: Iterable[Row], lengths: "Lengths | None" = None, watch: "Watch | None" = None) -> Floats:
-        """Run the network over rows (token, cache, want_logits); return the logits of the rows that want them, (wanted, V).
+    def step(self, rows: Iterable[Row], lengths: "dict[KVCache, int] | None" = None, watch: "Watch | None" = None) -> Floats:
+        """Run the network over rows and raise errors as GPT2.step() does; return the logits, (wanted, V), as Floats.
 
-        The position of a row is its cache's length plus the earlier rows of that cache in the list. If anything fails, the
-        caches have not changed. Raises InputError for a bad token or cache, ClosedError after close().
-
-        lengths: receives the length of each cache before the step, unless it already has one. If the caller is interrupted
-        after the step, lengths.restore() can undo the step. watch: reads and changes activations between the phases."""
-        rows = list(rows)
-        workers = self._workers(len(rows))
-        work = self._work
+        lengths: receives the length of each cache before the step, unless it already has one, so that a caller can undo even a
+        committed step. watch: reads and changes activations between the phases."""
+        rows, work, workers = list(rows), self._work, self.threads
+        if not self._all_workers:
+            alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * len(rows) / cpus.FLOP_PER_US)
+            workers = cpus.workers_for(workers, alone_us, 5 * self.config.L + 3)
 
         def prepare() -> None:
             work.prepare(rows, workers)
@@ -169,11 +146,10 @@ class Network(Uncopied):
         assert logits is not None
         return logits
 
-    def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "Lengths | None" = None) -> Floats:
-        """Append tokens to a cache, in chunks; return the logits after the last one, (1, V).
+    def extend(self, cache: KVCache, tokens: "Iterable[SupportsIndex]", lengths: "dict[KVCache, int] | None" = None) -> Floats:
+        """Append tokens as GPT2.extend() does; return the logits, (1, V), as Floats. lengths: as for step().
 
-        Raises InputError, before anything runs, for zero tokens and for more tokens than the cache has room for. lengths: as
-        for step(). If a later chunk fails, the earlier chunks stay in the cache."""
+        If a later chunk fails, the earlier chunks stay in the cache."""
         tokens = sequence(tokens)
         room = cache.capacity - cache.length
         if not 1 <= len(tokens) <= room:
@@ -183,10 +159,6 @@ class Network(Uncopied):
             self.step(rows[start : start + CHUNK], lengths)
         return self.step(rows[(len(rows) - 1) // CHUNK * CHUNK :], lengths)
 
-    def _workers(self, rows: int) -> int:
-        alone_us = self._values * (self._value_bytes / cpus.READ_BYTES_PER_US + 2 * rows / cpus.FLOP_PER_US)
-        return self.threads if self._all_workers else cpus.workers_for(self.threads, alone_us, 5 * self.config.L + 3)
-
     def each(self, function: Callable[[int], object], count: int) -> None:
         """Call function(i) for i = 0 .. count - 1, shared among the workers if there are several."""
         if count == 1:
@@ -194,16 +166,14 @@ class Network(Uncopied):
         elif count:
             self._pool.run(lambda ith, nth: [function(i) for i in range(ith, count, nth)])
 
-    def record(self, trace: "Trace | None") -> None:
-        """Record the workers' phases of later steps in `trace`; None stops the recording. It costs about 0.1 us per phase."""
+    def record(self, trace: Trace | None) -> None:
+        """Record phases as GPT2.record() does. Raises InputError for a trace of fewer workers."""
         if trace is not None and trace.nth < self.threads:
             raise InputError(f"trace is for {trace.nth} workers: this model needs a trace for {self.threads}")
         self._pool.run(nothing, before=lambda: setattr(self._work, "trace", trace), alone=True)
 
     def fork_join(self, on: bool) -> None:
-        """Run later steps as one round of the pool for each kernel, for comparison; False returns to one round per step.
-
-        The kernels and the bits are the same, but the additional rounds take time."""
+        """Run later steps as GPT2.fork_join() does. The bits are the same, but the additional rounds take time."""
         self._pool.run(nothing, before=lambda: setattr(self._work, "forked", on), alone=True)
 
     def close(self) -> None:
@@ -212,14 +182,3 @@ class Network(Uncopied):
         self._weights.close()
         self._tensors = {}  # views of the file: without them, it can be unmapped
         self._checkpoint.close()
-
-
-class Lengths(dict[KVCache, int]):
-    """The lengths of caches before a step."""
-
-    def restore(self) -> bool:
-        """Give the caches these lengths again; return True. This undoes even a committed step. Ctrl-C can arrive after a step
-        is committed, before its caller has the logits."""
-        for cache, length in self.items():
-            cache._truncate(length)
-        return True

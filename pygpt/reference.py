@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ._reference import Reference
 from .errors import ClosedError, InputError, Uncopied
-from .formats.dtypes import FORMATS
+from .formats.dtypes import FORMATS, Q4_0, Q8_0
 from .formats.open import open_weights
-from .formats.quantise import QUANTISED
 from .generation.generate import Generator
 from .generation.request import check_tokens
 from .hub.find import find_model
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .network import OpenModel
+    from .formats.tensors import ModelFile
 
 
 class SerialCache:
@@ -51,12 +50,12 @@ class SerialNetwork(Uncopied):
 
     position_bytes = 8
 
-    def __init__(self, checkpoint: "OpenModel") -> None:
+    def __init__(self, checkpoint: "ModelFile") -> None:
         self.config = checkpoint.config
         self.chunk = self.config.maxT
         self._checkpoint = checkpoint
         stored = checkpoint.stored()
-        panels = {name: tensor for name, tensor in stored.items() if tensor[0] in QUANTISED}
+        panels = {name: tensor for name, tensor in stored.items() if tensor[0] in (Q8_0.name, Q4_0.name)}
         arrays = {
             name: data.cast("f") if kind == "float32" else FORMATS[kind].values(data)  # float32 without NumPy
             for name, (kind, data) in stored.items()
@@ -107,7 +106,7 @@ class SerialGPT2(Generator):
 
     network: SerialNetwork
 
-    def __init__(self, checkpoint: "OpenModel") -> None:
+    def __init__(self, checkpoint: "ModelFile") -> None:
         super().__init__(SerialNetwork(checkpoint))
 
     @classmethod

@@ -4,19 +4,7 @@
     pygpt look "To be, or not to" -m gpt2 -k 3
     pygpt look "To be, or not to" --plot pictures -o json
 
-Each token has a loss, which is minus the logarithm of its probability. The logit lens shows what each layer would predict after
-the last token if it were the last layer. Then the lead of the most probable token over the second is split into what each part
-of the network adds to it. For the heads that add or remove most, three facts follow. These are the lead's change if the head's
-output is zero, the token that the head attends to most, and the head's attention to that token.
-
---plot writes lens, heads and attention (of the first of these heads) as .svg and .png.
-
-JSON (-o json) is one object with the fields model, threads, and
-
-    tokens     [id, text (null for a part of a character), bytes (hex), loss (nats; null for the first token)]
-    lens       [layer (null for the embedding), top [id, text, bytes, probability]]
-    lead       token, against (ids), logits (the lead), embedding, heads (by layer), mlps (by layer), rest: parts of the lead
-    heads      [layer, head, adds, zeroed (the lead's change), attends (position), attention]
+docs/reference/look.md explains the tables and the pictures, and describes the JSON.
 
 Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
@@ -26,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +24,7 @@ from ..errors import InputError
 from ..formats.text import given_text
 from ..generation.logprobs import token_info
 from ..hub.find import find_model
-from ..inspection.lens import Logit, logit_attribution, logit_lens, loss_by_position
+from ..inspection.inside import Logit, logit_attribution, logit_lens, loss_by_position
 from ..inspection.show import FORMATS, heat_map, matplotlib, text_table
 from ..model import GPT2
 from ..tokenizer import Tokenizer, tokenizer_of
@@ -94,30 +82,25 @@ def look(model: GPT2, tokenizer: Tokenizer, ids: list[int], k: int) -> Result:
         return {"id": token, "text": text_of(content), "bytes": content.hex(), **more}
 
     losses = [None, *loss_by_position(model, ids).tolist()]
-    lens = logit_lens(model, ids, positions=[len(ids) - 1])[:, 0]  # [L + 1, V]
+    last = [len(ids) - 1]
+    lens = logit_lens(model, ids, positions=last)[:, 0]  # [L + 1, V]
     tops = [token_info(lens.data, row, 0, k).top for row in range(len(lens))]
     lead = Logit(*(token for token, _ in tops[-1][:2]))
+    plain = lead(lens[-1:])
     parts = {name: part.tolist() for name, part in logit_attribution(model, ids, lead).items()}
+    patterns, heads = model.activations(ids, "probs", positions=last)["probs"][:, :, 0], []  # [L, NH, T]
+    for layer, head in sorted(np.ndindex(patterns.shape[:2]), key=lambda at: -abs(parts["heads"][at[0]][at[1]]))[:k]:
+        found = model.activations(ids, "logits", positions=last, edits={("atty", layer, None): zero(heads=[head])})
+        facts = {"layer": layer, "head": head, "adds": parts["heads"][layer][head], "zeroed": lead(found["logits"]) - plain}
+        pattern = patterns[layer, head]
+        heads.append({**facts, "attends": int(pattern.argmax()), "attention": float(pattern.max())})
     rows = [[fact(token, probability=math.exp(logprob)) for token, logprob in top] for top in tops]
     return {
         "tokens": [fact(token, loss=loss) for token, loss in zip(ids, losses, strict=True)],
         "lens": [{"layer": row - 1 if row else None, "top": top} for row, top in enumerate(rows)],
-        "lead": {"token": lead.token, "against": lead.against, "logits": lead(lens[-1:]), **parts},
-        "heads": [*heads_of(model, ids, lead, lead(lens[-1:]), parts["heads"], k)],
+        "lead": {"token": lead.token, "against": lead.against, "logits": plain, **parts},
+        "heads": heads,
     }
-
-
-def heads_of(
-    model: GPT2, ids: list[int], lead: Logit, plain: float, adds: list[list[float]], k: int
-) -> Iterator[dict[str, float]]:
-    """Yield facts about the k heads that add or remove most."""
-    last = [len(ids) - 1]
-    patterns = model.activations(ids, "probs", positions=last)["probs"][:, :, 0]  # [L, NH, T]
-    for layer, head in sorted(np.ndindex(patterns.shape[:2]), key=lambda place: -abs(adds[place[0]][place[1]]))[:k]:
-        found = model.activations(ids, "logits", positions=last, edits={("atty", layer, None): zero(heads=[head])})
-        facts = {"layer": layer, "head": head, "adds": adds[layer][head], "zeroed": lead(found["logits"]) - plain}
-        at = int(patterns[layer, head].argmax())
-        yield {**facts, "attends": at, "attention": float(patterns[layer, head, at])}
 
 
 def name_of(fact: Result) -> str:
@@ -127,32 +110,25 @@ def name_of(fact: Result) -> str:
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
 
 
-def lens_of(result: Result) -> tuple[list[str], list[str], list[list[str]]]:
-    """Return the labels of the lens' rows and columns, and its tokens."""
-    tops = [[name_of(top) for top in row["top"]] for row in result["lens"]]
-    ranks = [f"{rank}." for rank in range(1, len(tops[0]) + 1)]
-    return ["embedding", *(f"layer {row['layer']}" for row in result["lens"][1:])], ranks, tops
+def labels_of(result: Result) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of the tokens, and the labels of the lens' rows and columns."""
+    layers = ["embedding", *(f"layer {row['layer']}" for row in result["lens"][1:])]
+    ranks = [f"{rank}." for rank, _ in enumerate(result["lens"][0]["top"], 1)]
+    return [name_of(token) for token in result["tokens"]], layers, ranks
 
 
 def report_of(result: Result) -> str:
     """Return the result as text of at most 100 columns."""
-    tokens, lead, (layers, ranks, tops) = result["tokens"], result["lead"], lens_of(result)
-    names = [name_of(token) for token in tokens]
+    tokens, lead, (names, layers, ranks) = result["tokens"], result["lead"], labels_of(result)
     losses = ["" if token["loss"] is None else f"{token['loss']:.2f}" for token in tokens]
-    tops = [
-        [f"{name} {100 * top['probability']:5.1f}" for name, top in zip(line, row["top"], strict=True)]
-        for line, row in zip(tops, result["lens"], strict=True)
-    ]
+    tops = [[f"{name_of(top)} {100 * top['probability']:5.1f}" for top in row["top"]] for row in result["lens"]]
     parts = {"embedding": lead["embedding"], "heads": sum(map(sum, lead["heads"])), "mlps": sum(lead["mlps"])}
     parts |= {"rest": lead["rest"], "sum": lead["logits"]}
-    heads = {
-        f"layer {row['layer']} head {row['head']}": [
-            *(f"{row[name]:+.2f}" for name in ("adds", "zeroed")),
-            f"{row['attends']} {names[row['attends']]}",
-            f"{row['attention']:.2f}",
-        ]
-        for row in result["heads"]
-    }
+    heads = [
+        [f"{one['adds']:+.2f}", f"{one['zeroed']:+.2f}", f"{(at := one['attends'])} {names[at]}", f"{one['attention']:.2f}"]
+        for one in result["heads"]
+    ]
+    labels = [f"layer {one['layer']} head {one['head']}" for one in result["heads"]]
     path = result["model"] if len(result["model"]) <= LONGEST_PATH else f"...{result['model'][3 - LONGEST_PATH :]}"
     return f"""\
 {len(tokens)} tokens, {path}, {result["threads"]} threads
@@ -165,15 +141,15 @@ the lead of 1. over 2. in the last layer, in logits: what the parts of the netwo
 {text_table([[f"{part:+.2f}" for part in parts.values()]], [""], list(parts))}
 
 the heads that add or remove most, and the lead's change if the head's output is zero
-{text_table(list(heads.values()), list(heads), ["adds", "zeroed", "attends to", "by"])}"""
+{text_table(heads, labels, ["adds", "zeroed", "attends to", "by"])}"""
 
 
 def draw(folder: str, model: GPT2, ids: list[int], result: Result) -> None:
     """Write the pictures into the folder."""
-    layers, ranks, tops = lens_of(result)
-    names = [name_of(token) for token in result["tokens"]]
+    names, layers, ranks = labels_of(result)
+    tops = [[name_of(top) for top in row["top"]] for row in result["lens"]]
     chances = [[top["probability"] for top in row["top"]] for row in result["lens"]]
-    adds, (layer, head) = result["lead"]["heads"], (result["heads"][0][name] for name in ("layer", "head"))
+    adds, layer, head = result["lead"]["heads"], result["heads"][0]["layer"], result["heads"][0]["head"]
     pattern = model.activations(ids, "probs", layers=[layer])["probs"][0, head]
     heads = [f"head {number}" for number in range(len(adds[0]))]
     for ending in FORMATS:

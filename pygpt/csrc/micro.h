@@ -17,15 +17,19 @@
 #include <stdint.h>
 
 /* Loops whose count is a constant after inlining: unrolled completely, so that arrays of sums become registers. */
+#define PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_ALL(most) UNROLL
 #define HERE(x) __asm__("" : "+r"(x))
+#define TARGET(isa) PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
 #else
 #define HERE(x) (void)0
 #define UNROLL _Pragma("GCC unroll 16")
-#define UNROLL_ALL(most) UNROLL_UP_TO(GCC unroll most)
-#define UNROLL_UP_TO(text) _Pragma(#text)
+#define UNROLL_ALL(most) PRAGMA(GCC unroll most)
+#define TARGET(isa) PRAGMA(GCC target(isa)) /* the functions up to END_TARGET use this instruction set */
+#define END_TARGET _Pragma("GCC reset_options")
 #endif
 
 typedef struct { /* one step of AdamW; corrections are 1 / (1 - beta^step) */
@@ -147,13 +151,8 @@ static inline void gemm_floats(const weight_format *float32, float *out, ptrdiff
 
 /* Each returns NULL if the build or this processor lacks the instruction set. Two names of one width share all kernels except
  * the quantised ones. */
-const microkernels *micro_baseline(void);
-const microkernels *micro_avx2(void);
-const microkernels *micro_avxvnni(void);
-const microkernels *micro_avx512(void);
-const microkernels *micro_avx512vnni(void);
-const microkernels *micro_neon(void);
-const microkernels *micro_neondot(void);
+const microkernels *micro_baseline(void), *micro_avx2(void), *micro_avxvnni(void), *micro_avx512(void), *micro_avx512vnni(void),
+    *micro_neon(void), *micro_neondot(void);
 
 /* The quantised formats of each instruction set (quantised_body.h): q8_0, then q4_0. */
 extern const weight_format quantised_baseline[2], quantised_avx2[2], quantised_avxvnni[2], quantised_avx512vnni[2],

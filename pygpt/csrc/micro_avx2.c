@@ -1,11 +1,7 @@
 /* Microkernels for x86-64 with AVX2 and FMA (Haswell 2013, Zen 2017, and later): 256-bit vectors. */
 #include "micro.h"
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
+TARGET("avx2,fma,f16c")
 #include <cpuid.h>
 #include <immintrin.h>
 #define W 8
@@ -25,11 +21,7 @@
 #include "micro_body.h"
 TABLE(avx2, quantised_avx2)
 TABLE(avxvnni, quantised_avxvnni)
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC reset_options
-#endif
+END_TARGET
 
 /* Two features that older compilers cannot test by name. The system saves their registers if it supports AVX2. */
 static int has_f16c(void) {

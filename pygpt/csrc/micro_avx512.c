@@ -1,11 +1,7 @@
 /* Microkernels for x86-64 with AVX-512 F, BW, VL and DQ (Skylake-X 2017, Zen 4 2022, and later): 512-bit vectors. */
 #include "micro.h"
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
-#endif
+TARGET("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #include <immintrin.h>
 #define W 16
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
@@ -25,11 +21,7 @@
 #include "micro_body.h"
 TABLE(avx512, quantised_avx2)
 TABLE(avx512vnni, quantised_avx512vnni)
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC reset_options
-#endif
+END_TARGET
 
 const microkernels *micro_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -127,25 +127,13 @@ INLINE lanes load_weights_tail(const void *w, ptrdiff_t i, ptrdiff_t n, const in
     return load_weights(buffer, 0, kind);
 }
 
-INLINE lanes add(lanes a, lanes b) {
-    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] + b.v[h];
-    return a;
-}
-
-INLINE lanes sub(lanes a, lanes b) {
-    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] - b.v[h];
-    return a;
-}
-
-INLINE lanes mul(lanes a, lanes b) {
-    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] * b.v[h];
-    return a;
-}
-
-INLINE lanes divide(lanes a, lanes b) {
-    UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] / b.v[h];
-    return a;
-}
+#define FUNCTION(name, sign)                                                    \
+    INLINE lanes name(lanes a, lanes b) {                                       \
+        UNROLL for (int h = 0; h < NV; h++) a.v[h] = a.v[h] sign b.v[h];        \
+        return a;                                                               \
+    }
+FUNCTION(add, +) FUNCTION(sub, -) FUNCTION(mul, *) FUNCTION(divide, /)
+#undef FUNCTION
 
 INLINE lanes fma16(lanes a, lanes b, lanes c) {
     UNROLL for (int h = 0; h < NV; h++) c.v[h] = FMA(a.v[h], b.v[h], c.v[h]);
@@ -305,7 +293,6 @@ INLINE void dots(const int rows, const int outputs, float *out, ptrdiff_t ldo, p
                 vec a = *(const vec_unaligned *)(inp + r * ldi + k + h * W);
                 UNROLL for (int n = 0; n < outputs; n++)
                     acc[r * outputs + n].v[h] = FMA(a, b[n], acc[r * outputs + n].v[h]);
-
             }
         }
     }
@@ -647,73 +634,60 @@ static void outer(float *out, ptrdiff_t ldo, const float *a, ptrdiff_t a_row, pt
 
 /* ---------------------------------------------------------------------------------------- row by row */
 
-/* Run `body` over i = 0, 16, ... with n = 16 values, then once with the ragged rest n = 1 to 15. */
-#define FOR_LANES(total, body)                                      \
-    do {                                                            \
-        ptrdiff_t i = 0;                                            \
-        for (; i + LANES <= (total); i += LANES) body(i, LANES);    \
-        if (i < (total)) body(i, (total) - i);                      \
+/* Run the statements over i = 0, 16, ... with n = 16 values, then once with the ragged rest n = 1 to 15. */
+#define FOR_LANES(total, ...)                           \
+    do {                                                \
+        ptrdiff_t i = 0;                                \
+        for (; i + LANES <= (total); i += LANES) {      \
+            enum { n = LANES };                         \
+            __VA_ARGS__;                                \
+        }                                               \
+        if (i < (total)) {                              \
+            const ptrdiff_t n = (total) - i;            \
+            __VA_ARGS__;                                \
+        }                                               \
     } while (0)
-#define GET(p, i, n, fill) ((n) == LANES ? load((p) + (i)) : load_tail((p) + (i), (n), (fill)))
-#define PUT(p, i, n, a) ((n) == LANES ? store((p) + (i), (a)) : store_tail((p) + (i), (a), (n)))
+#define GET(p, fill) (n == LANES ? load((p) + i) : load_tail((p) + i, n, (fill)))
+#define PUT(p, a) (n == LANES ? store((p) + i, (a)) : store_tail((p) + i, (a), n))
 
 static void layernorm(float *out, const float *inp, const float *weight, const float *bias, float eps, ptrdiff_t C, float *stats) {
     lanes acc = splat(0.0f);
-#define BODY(i, n) acc = add(acc, GET(inp, i, n, 0.0f))
-    FOR_LANES(C, BODY);
-#undef BODY
+    FOR_LANES(C, acc = add(acc, GET(inp, 0.0f)));
     const float mean = fold(acc) / (float)C;
     acc = splat(0.0f);
-#define BODY(i, n)                                              \
-    do {                                                        \
-        lanes d = sub(GET(inp, i, n, mean), splat(mean));       \
-        acc = fma16(d, d, acc);                                 \
-    } while (0)
-    FOR_LANES(C, BODY);
-#undef BODY
+    FOR_LANES(C, {
+        lanes d = sub(GET(inp, mean), splat(mean));
+        acc = fma16(d, d, acc);
+    });
     const float rstd = 1.0f / sqrtf(fold(acc) / (float)C + eps);
     if (stats) stats[0] = mean, stats[1] = rstd;
-#define BODY(i, n)                                                                              \
-    PUT(out, i, n, fma16(mul(sub(GET(inp, i, n, 0.0f), splat(mean)), splat(rstd)),              \
-                         GET(weight, i, n, 0.0f), GET(bias, i, n, 0.0f)))
-    FOR_LANES(C, BODY);
-#undef BODY
+    FOR_LANES(C, PUT(out, fma16(mul(sub(GET(inp, 0.0f), splat(mean)), splat(rstd)), GET(weight, 0.0f), GET(bias, 0.0f))));
 }
 
 static void add_bias(float *out, const float *bias, ptrdiff_t N) {
-#define BODY(i, n) PUT(out, i, n, add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f)))
-    FOR_LANES(N, BODY);
-#undef BODY
+    FOR_LANES(N, PUT(out, add(GET(out, 0.0f), GET(bias, 0.0f))));
 }
 
 #define EACH_ACTIVATION(f) f(GELU_NEW) f(GELU) f(RELU) f(SILU) f(QUICK_GELU)
-#define BODY(i, n)                                                                      \
-    do {                                                                                \
-        lanes sum = add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f));                   \
-        if (act != out) PUT(out, i, n, sum);                                            \
-        PUT(act, i, n, activation16(sum, ACTIVATION));                                  \
-    } while (0)
-#define FUNCTION(kind)                                                                               \
-    static void add_bias_##kind(float *act, float *out, const float *bias, ptrdiff_t N) {            \
-        enum { ACTIVATION = kind };                                                                  \
-        FOR_LANES(N, BODY);                                                                          \
+#define FUNCTION(kind)                                                                        \
+    static void add_bias_##kind(float *act, float *out, const float *bias, ptrdiff_t N) {     \
+        FOR_LANES(N, {                                                                        \
+            lanes sum = add(GET(out, 0.0f), GET(bias, 0.0f));                                 \
+            if (act != out) PUT(out, sum);                                                    \
+            PUT(act, activation16(sum, kind));                                                \
+        });                                                                                   \
     }
 EACH_ACTIVATION(FUNCTION)
 #undef FUNCTION
-#undef BODY
 
 static void add_bias_residual(float *after, const float *before, const float *out, const float *bias, ptrdiff_t N) {
-#define BODY(i, n) PUT(after, i, n, add(GET(before, i, n, 0.0f), add(GET(out, i, n, 0.0f), GET(bias, i, n, 0.0f))))
-    FOR_LANES(N, BODY);
-#undef BODY
+    FOR_LANES(N, PUT(after, add(GET(before, 0.0f), add(GET(out, 0.0f), GET(bias, 0.0f)))));
 }
 
 /* ---------------------------------------------------------------------------------------- attention */
 
 static void store_scaled(float *out, const float *acc, float factor, ptrdiff_t N) {
-#define BODY(i, n) PUT(out, i, n, mul(load(acc + i), splat(factor)))
-    FOR_LANES(N, BODY);
-#undef BODY
+    FOR_LANES(N, PUT(out, mul(load(acc + i), splat(factor))));
 }
 
 static float softmax(float *s, ptrdiff_t T, float scale, float *max_of) {
@@ -784,16 +758,8 @@ INLINE half_vec exp_rounded(half_vec x) {
     double_vec shifted = a * LOG2E + ROUND, n = shifted - ROUND;
     double_vec r = (a - n * LN2_HI) - n * LN2_LO;
     double_vec p = r * (1.0 / 39916800) + 1.0 / 3628800; /* Taylor's series to r^11: remainder below 7e-15 for |r| <= 0.35 */
-    p = p * r + 1.0 / 362880;
-    p = p * r + 1.0 / 40320;
-    p = p * r + 1.0 / 5040;
-    p = p * r + 1.0 / 720;
-    p = p * r + 1.0 / 120;
-    p = p * r + 1.0 / 24;
-    p = p * r + 1.0 / 6;
-    p = p * r + 1.0 / 2;
-    p = p * r + 1.0;
-    p = p * r + 1.0;
+    const double rest[] = {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 1.0 / 2, 1.0, 1.0};
+    UNROLL for (int i = 0; i < 10; i++) p = p * r + rest[i];
     p = (double_vec)((ulong_vec)p + ((ulong_vec)shifted << 52)); /* times 2^n */
     return __builtin_convertvector((double_vec)(~below & (long_vec)p), half_vec);
 }

@@ -3,14 +3,11 @@
 
 /* out[n] = (add_to ? out[n] : 0) + sum over r < rows, ascending, of inp[r * ld + n]. */
 static void add_rows(float *out, const float *inp, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
-#define BODY(i, n)                                                                                 \
-    do {                                                                                           \
-        lanes sum = add_to ? GET(out, i, n, 0.0f) : splat(0.0f);                                   \
-        for (ptrdiff_t r = 0; r < rows; r++) sum = add(sum, GET(inp + r * ld, i, n, 0.0f));        \
-        PUT(out, i, n, sum);                                                                       \
-    } while (0)
-    FOR_LANES(N, BODY);
-#undef BODY
+    FOR_LANES(N, {
+        lanes sum = add_to ? GET(out, 0.0f) : splat(0.0f);
+        for (ptrdiff_t r = 0; r < rows; r++) sum = add(sum, GET(inp + r * ld, 0.0f));
+        PUT(out, sum);
+    });
 }
 
 /* The derivative of an activation at x; `kind` is a constant. With s = 1 / (1 + exp(-2u)), gelu_new's is s + x s (1 - s) 2u', and
@@ -39,35 +36,26 @@ INLINE lanes slope16(lanes given, const int kind) {
 }
 
 /* d[n] *= the derivative of the activation at x[n]. */
-#define BODY(i, n) PUT(d, i, n, mul(GET(d, i, n, 0.0f), slope16(GET(x, i, n, 0.0f), ACTIVATION)))
-#define FUNCTION(kind)                                                        \
-    static void backward_##kind(float *d, const float *x, ptrdiff_t N) {      \
-        enum { ACTIVATION = kind };                                           \
-        FOR_LANES(N, BODY);                                                   \
+#define FUNCTION(kind)                                                          \
+    static void backward_##kind(float *d, const float *x, ptrdiff_t N) {        \
+        FOR_LANES(N, PUT(d, mul(GET(d, 0.0f), slope16(GET(x, 0.0f), kind))));   \
     }
 EACH_ACTIVATION(FUNCTION)
 #undef FUNCTION
-#undef BODY
 
 /* One row: dx += (dn - mean(dn) - norm * mean(dn * norm)) * rstd, with norm = (x - mean) * rstd and dn = dout * weight. */
 static void layernorm_backward(float *dx, const float *dout, const float *x, const float *weight, const float *stats, ptrdiff_t C) {
     const lanes mean = splat(stats[0]), rstd = splat(stats[1]);
     lanes sum = splat(0.0f), product_sum = splat(0.0f);
-#define NORM(i, n) mul(sub(GET(x, i, n, stats[0]), mean), rstd)
-#define DNORM(i, n) mul(GET(dout, i, n, 0.0f), GET(weight, i, n, 0.0f))
-#define BODY(i, n)                                                     \
-    do {                                                               \
-        lanes dnorm = DNORM(i, n);                                     \
-        sum = add(sum, dnorm);                                         \
-        product_sum = fma16(dnorm, NORM(i, n), product_sum);           \
-    } while (0)
-    FOR_LANES(C, BODY);
-#undef BODY
+#define NORM mul(sub(GET(x, stats[0]), mean), rstd)
+#define DNORM mul(GET(dout, 0.0f), GET(weight, 0.0f))
+    FOR_LANES(C, {
+        lanes dnorm = DNORM;
+        sum = add(sum, dnorm);
+        product_sum = fma16(dnorm, NORM, product_sum);
+    });
     const lanes a = splat(fold(sum) / (float)C), b = splat(fold(product_sum) / (float)C);
-#define BODY(i, n)                                                                             \
-    PUT(dx, i, n, fma16(sub(sub(DNORM(i, n), a), mul(NORM(i, n), b)), rstd, GET(dx, i, n, 0.0f)))
-    FOR_LANES(C, BODY);
-#undef BODY
+    FOR_LANES(C, PUT(dx, fma16(sub(sub(DNORM, a), mul(NORM, b)), rstd, GET(dx, 0.0f))));
 #undef DNORM
 #undef NORM
 }
@@ -76,28 +64,23 @@ static void layernorm_backward(float *dx, const float *dout, const float *x, con
  * rstd. */
 static void layernorm_gains(float *dweight, float *dbias, const float *dout, const float *x, const float *stats,
                             ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t N, int add_to) {
-#define BODY(i, n)                                                                                                 \
-    do {                                                                                                           \
-        lanes weight = add_to ? GET(dweight, i, n, 0.0f) : splat(0.0f);                                            \
-        lanes bias = add_to ? GET(dbias, i, n, 0.0f) : splat(0.0f);                                                \
-        for (ptrdiff_t r = 0; r < rows; r++) {                                                                     \
-            lanes d = GET(dout + r * ld, i, n, 0.0f);                                                              \
-            lanes norm = mul(sub(GET(x + r * ld, i, n, 0.0f), splat(stats[2 * r])), splat(stats[2 * r + 1]));      \
-            weight = fma16(d, norm, weight);                                                                       \
-            bias = add(bias, d);                                                                                   \
-        }                                                                                                          \
-        PUT(dweight, i, n, weight);                                                                                \
-        PUT(dbias, i, n, bias);                                                                                    \
-    } while (0)
-    FOR_LANES(N, BODY);
-#undef BODY
+    FOR_LANES(N, {
+        lanes weight = add_to ? GET(dweight, 0.0f) : splat(0.0f);
+        lanes bias = add_to ? GET(dbias, 0.0f) : splat(0.0f);
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            lanes d = GET(dout + r * ld, 0.0f);
+            lanes norm = mul(sub(GET(x + r * ld, 0.0f), splat(stats[2 * r])), splat(stats[2 * r + 1]));
+            weight = fma16(d, norm, weight);
+            bias = add(bias, d);
+        }
+        PUT(dweight, weight);
+        PUT(dbias, bias);
+    });
 }
 
 /* One row of attention: d[t] = p[t] * (d[t] - dot) * scale for t < T, 0 up to Tp. */
 static void softmax_backward(float *d, const float *p, float dot, float scale, ptrdiff_t T, ptrdiff_t Tp) {
-#define BODY(i, n) PUT(d, i, n, mul(mul(GET(p, i, n, 0.0f), sub(GET(d, i, n, 0.0f), splat(dot))), splat(scale)))
-    FOR_LANES(T, BODY);
-#undef BODY
+    FOR_LANES(T, PUT(d, mul(mul(GET(p, 0.0f), sub(GET(d, 0.0f), splat(dot))), splat(scale))));
     for (ptrdiff_t t = T; t < Tp; t++) d[t] = 0.0f;
 }
 
@@ -114,22 +97,19 @@ INLINE void read_all_ahead(const float *p, const float *g, const float *m, const
 /* AdamW on count values: m and v are running means of g and g^2, corrected for their start at zero. The weight decay is
  * decoupled from the gradient. Source: Loshchilov and Hutter 2019. */
 static void adamw(float *p, const float *g, float *m, float *v, ptrdiff_t count, const adamw_numbers *c) {
-#define BODY(i, n)                                                                                                   \
-    do {                                                                                                             \
-        read_all_ahead(p + i, g + i, m + i, v + i);                                                                  \
-        lanes grad = mul(GET(g, i, n, 0.0f), splat(c->gradient_scale)), old = GET(p, i, n, 0.0f), root;              \
-        lanes first = fma16(splat(c->beta1), GET(m, i, n, 0.0f), mul(splat(c->rest1), grad));                        \
-        lanes second = fma16(splat(c->beta2), GET(v, i, n, 0.0f), mul(mul(splat(c->rest2), grad), grad));            \
-        lanes corrected = mul(second, splat(c->over_correction2));                                                   \
-        UNROLL for (int h = 0; h < NV; h++) root.v[h] = SQRT(corrected.v[h]);                                        \
-        lanes change = divide(mul(first, splat(c->over_correction1)), add(root, splat(c->eps)));                     \
-        change = fma16(splat(c->decay), old, change);                                                                \
-        PUT(m, i, n, first);                                                                                         \
-        PUT(v, i, n, second);                                                                                        \
-        PUT(p, i, n, fma16(splat(-c->lr), change, old));                                                             \
-    } while (0)
-    FOR_LANES(count, BODY);
-#undef BODY
+    FOR_LANES(count, {
+        read_all_ahead(p + i, g + i, m + i, v + i);
+        lanes grad = mul(GET(g, 0.0f), splat(c->gradient_scale)), old = GET(p, 0.0f), root;
+        lanes first = fma16(splat(c->beta1), GET(m, 0.0f), mul(splat(c->rest1), grad));
+        lanes second = fma16(splat(c->beta2), GET(v, 0.0f), mul(mul(splat(c->rest2), grad), grad));
+        lanes corrected = mul(second, splat(c->over_correction2));
+        UNROLL for (int h = 0; h < NV; h++) root.v[h] = SQRT(corrected.v[h]);
+        lanes change = divide(mul(first, splat(c->over_correction1)), add(root, splat(c->eps)));
+        change = fma16(splat(c->decay), old, change);
+        PUT(m, first);
+        PUT(v, second);
+        PUT(p, fma16(splat(-c->lr), change, old));
+    });
 }
 
 /* Return the sum of squares. In float64, products of float32 values are exact. 16 lanes are folded as in dot. */

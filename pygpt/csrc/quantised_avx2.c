@@ -2,11 +2,7 @@
  * VNNI uses these kernels, too, because it lacks an instruction that gives one byte the sign of another. */
 #include "micro.h"
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
+TARGET("avx2,fma,f16c")
 #include <immintrin.h>
 #define W 8
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((a), (b), (c)))
@@ -24,13 +20,8 @@
 #define FINISH4(sum, n) ((ivec)_mm256_madd_epi16((__m256i)(sum), _mm256_set1_epi16(1)) + (n))
 #define STREAMS 2
 #define TALL 8
-#define TILE_ROWS 4
 #define TILE_PANELS 1
 #include "quantised_body.h"
 QUANTISED(avx2)
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC reset_options
-#endif
+END_TARGET
 #endif

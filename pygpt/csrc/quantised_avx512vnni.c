@@ -1,11 +1,7 @@
 /* Quantised weights for x86-64 with AVX-512 and its VNNI (Ice Lake 2019, Zen 4 2022, and later): 512-bit vectors. */
 #include "micro.h"
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
-#endif
+TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 #include <immintrin.h>
 #define W 16
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((a), (b), (c)))
@@ -14,17 +10,10 @@
 #define PREPARE(w) ((w) ^ (int32_t)0x80808080) /* vpdpbusd takes unsigned weights: add 128 here, subtract it where a sum starts */
 #define BIAS 128
 #define DOT8(sum, w, prepared, x) DOT4(sum, prepared, x)
-#define START4(n) broadcast_int(n)
-#define FINISH4(sum, n) (sum)
 #define STREAMS 2
 #define TALL 8
-#define TILE_ROWS 4
 #define TILE_PANELS 3
 #include "quantised_body.h"
 QUANTISED(avx512vnni)
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC reset_options
-#endif
+END_TARGET
 #endif

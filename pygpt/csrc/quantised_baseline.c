@@ -2,16 +2,10 @@
 #define W 4
 #define FMA(a, b, c) fma4((a), (b), (c))
 #define HALVES(p) halves4(p)
-#define PREPARE(w) (w)
-#define BIAS 0
-#define DOT8(sum, w, prepared, x) DOT4(sum, w, x)
 #define DOT4(sum, w, x) ((sum) + BYTES(w, x, 24) + BYTES(w, x, 16) + BYTES(w, x, 8) + BYTES(w, x, 0))
 #define BYTES(w, x, left) (((w) << (left) >> 24) * ((x) << (left) >> 24))
-#define START4(n) broadcast_int(n)
-#define FINISH4(sum, n) (sum)
 #define STREAMS 1
 #define TALL 4
-#define TILE_ROWS 4
 #define TILE_PANELS 1
 #include <math.h>
 #include <stdint.h>

@@ -15,12 +15,12 @@
  * A file that includes this one first defines:
  *   W            int32 or float32 lanes of a register (16, 8 or 4)
  *   FMA(a,b,c)   a * b + c, rounded once          HALVES(p)  W float16 values from p on as float32
+ *   DOT4(sum, w, x)             sum[l] += four products of lane l, weights from 0 to 15 and int8 x
+ *   DOT8(sum, w, prepared, x)   the same for int8 weights, unless DOT4 takes them, too
  *   PREPARE(w)   a register of int8 weights in the form that DOT8 needs; BIAS is the number that PREPARE adds to each weight
- *   DOT8(sum, w, prepared, x)   sum[l] += four products of lane l, int8 weights and int8 x
- *   DOT4(sum, w, x)             the same for weights from 0 to 15
- *   START4(n), FINISH4(sum, n)  the first sum of DOT4, and the int32 sums plus n at the end of a group
+ *   START4(n), FINISH4(sum, n)  the first sum of DOT4, and the int32 sums plus n at the end of a group, if sums are not int32
  *   STREAMS      panels read side by side for one row          TALL  rows of gemm's tallest tile, 4 or 8
- *   TILE_ROWS, TILE_PANELS      register tile of product; TILE_ROWS divides 16
+ *   TILE_PANELS  panels of product's register tile
  * After the include, QUANTISED(set) defines the table. */
 #include "micro.h"
 
@@ -35,7 +35,17 @@
 #define BAND 16 /* rows that are packed together */
 #define FEW 16  /* each worker packs all of at most so many rows: a barrier would cost more */
 #define PREFETCH 2048 /* bytes ahead of a tile's own loads */
+#define TILE_ROWS 4   /* of product: a divisor of BAND */
 #define TILE_LIMIT 64 /* sums of the largest tile, in registers or in memory */
+#ifndef DOT8
+#define PREPARE(w) (w)
+#define BIAS 0
+#define DOT8(sum, w, prepared, x) DOT4(sum, w, x)
+#endif
+#ifndef START4
+#define START4(n) broadcast_int(n)
+#define FINISH4(sum, n) (sum)
+#endif
 
 typedef float vec __attribute__((vector_size(W * 4)));
 typedef float vec_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));

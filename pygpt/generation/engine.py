@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from ..activations import Watch
 from ..errors import InputError, Uncopied, check_number, check_whole
 from .completion import Completion
 from .prefix import Memory, PrefixCache, common_prefix
@@ -194,7 +193,11 @@ class Engine(Uncopied):
             rows += [(token, part.memory.cache, True) for token in part.guesses]
         began = time.perf_counter()
         edited = {part.memory.cache: part.sequence.edits for part in plan if part.sequence.edits is not None}
-        watch = Watch(edited) if edited else None
+        watch = None
+        if edited:
+            from ..activations import Watch
+
+            watch = Watch(edited)
         try:
             logits = self.network.step(rows) if watch is None else self.network.step(rows, watch=watch)
         except Exception as error:  # an error of an edit ends only its job

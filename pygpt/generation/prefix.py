@@ -15,22 +15,7 @@ if TYPE_CHECKING:
     from .._kernels import Logits
     from ..config import Config
 
-    class Cache(Protocol):
-        """The interface of a cache: network.KVCache, or the serial reference's cache."""
-
-        @property
-        def length(self) -> int:
-            """The number of tokens in the cache."""
-
-        @property
-        def capacity(self) -> int:
-            """The largest number of tokens."""
-
-        def truncate(self, length: int) -> None:
-            """Keep the first `length` tokens."""
-
-        def copy(self, length: int | None = None, *, capacity: int | None = None) -> "Cache":
-            """Return an independent cache of the first `length` tokens."""
+    Cache = Any  # network.KVCache, or the serial reference's SerialCache: both have the members that Memory uses
 
     class AnyNetwork(Protocol):
         """The interface of a network: network.Network, or the serial reference's network."""

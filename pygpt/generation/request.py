@@ -6,7 +6,6 @@ Refuses to know about networks. Generator.generate() describes the options.
 from collections.abc import Iterable
 
 from .._kernels import check_token
-from ..activations import Edits
 from ..config import Config
 from ..errors import InputError, check_whole, is_boolean, near, sequence, shown
 from .control import CONTROLS, Control
@@ -124,7 +123,12 @@ class Request:
             raise InputError('prompt_logprobs needs top_logprobs, and overflow must not be "slide": change one of them')
         self.total = self._check_total(total, max_new_tokens)
         self.speculation = check_speculation(speculation)
-        self.edits = None if edits is None else Edits(config, edits)
+        checked = None
+        if edits is not None:
+            from ..activations import Edits
+
+            checked = Edits(config, edits)
+        self.edits = checked
 
     def _check_slide_to(self, slide_to: "SupportsIndex | None") -> int:
         """Return how many tokens remain after a full window slides."""

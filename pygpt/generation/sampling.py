@@ -71,13 +71,7 @@ class Sampler:
         min_p: "SupportsFloat | None" = None,
         seed: "SupportsIndex | None" = None,
     ) -> None:
-        given = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "seed": seed,
-        }
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         first_given = next((option for option, value in given.items() if value is not None), None)
         zero = temperature is not None and real(temperature) == 0
         self.name = _name(name, do_sample, first_given, zero=zero)
@@ -101,12 +95,7 @@ class Sampler:
         if seed is None:
             return sample(self.name, logits, row)
         weights = sample_weights(
-            logits,
-            row,
-            temperature=self.temperature,
-            top_k=min(self.top_k, 1 << 62),
-            top_p=self.top_p,
-            min_p=self.min_p,
+            logits, row, temperature=self.temperature, top_k=min(self.top_k, 1 << 62), top_p=self.top_p, min_p=self.min_p
         )
         if weights is None:
             raise not_finite()

@@ -14,9 +14,11 @@ from ..formats.files import atomic_file
 WIDTH = 100  # columns of a table
 FORMATS = (".svg", ".png")
 MOST_LABELS = 40  # of an axis: more would overlap
+Labels = Sequence[str]
+Path = str | os.PathLike[str]
 
 
-def text_table(cells: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[str], *, digits: int = 2) -> str:
+def text_table(cells: npt.ArrayLike, rows: Labels, columns: Labels, *, digits: int = 2) -> str:
     """Return numbers or texts (rows, columns) as a table of at most 100 columns. Wide tables continue below.
 
     Raises InputError if the labels do not fit the shape."""
@@ -25,25 +27,18 @@ def text_table(cells: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[st
     margin = max(map(len, rows), default=0)
     blocks, line = [], WIDTH
     for column, name in enumerate(columns):
-        width = max([len(name), *(len(row[column]) for row in texts)]) + 2
+        below = [name, *(row[column] for row in texts)]
+        width = max(map(len, below)) + 2
         if line + width > WIDTH:
             blocks.append([row.ljust(margin) for row in ["", *rows]])
             line = margin
         line += width
-        blocks[-1] = [
-            text + cell.rjust(width) for text, cell in zip(blocks[-1], [name, *(row[column] for row in texts)], strict=True)
-        ]
+        blocks[-1] = [text + cell.rjust(width) for text, cell in zip(blocks[-1], below, strict=True)]
     return "\n\n".join("\n".join(text.rstrip() for text in block) for block in blocks)
 
 
 def heat_map(
-    values: "npt.ArrayLike",
-    path: str | os.PathLike[str],
-    *,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str = "",
-    cells: Sequence[Sequence[str]] | None = None,
+    values: npt.ArrayLike, path: Path, *, rows: Labels, columns: Labels, title: str = "", cells: Sequence[Labels] | None = None
 ) -> None:
     """Draw numbers (rows, columns) as colours, and write the picture to a .svg or .png file.
 
@@ -77,7 +72,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # matplotlib takes text between $ for formulas
 
 
-def _checked(values: "npt.ArrayLike", rows: Sequence[str], columns: Sequence[str]) -> "npt.NDArray[Any]":
+def _checked(values: npt.ArrayLike, rows: Labels, columns: Labels) -> npt.NDArray[Any]:
     array = np.asarray(values)
     if array.shape != (len(rows), len(columns)):
         raise InputError(f"the array has shape {array.shape}: the labels are for {(len(rows), len(columns))}")

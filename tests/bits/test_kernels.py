@@ -79,7 +79,7 @@ def instruction_set(name: str) -> Iterator[None]:
 
 def is_fused(name: str) -> bool:
     with instruction_set(name):
-        return cpu_info()["fused"]
+        return bool(cpu_info()["fused"])
 
 
 FUSED = [name for name in ISAS if is_fused(name)]

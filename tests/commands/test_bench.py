@@ -23,6 +23,7 @@ from pygpt import GPT2, Ceilings, KVCache
 from pygpt._kernels import probe_dots, probe_fma
 from pygpt.commands import quantize
 from pygpt.commands.bench import main as bench
+from pygpt.commands.bench import tests as bench_tests
 from pygpt.network import Network
 
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 200, "maxT": 24}
@@ -218,15 +219,15 @@ def test_it_times_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Network, "step", spy)
     with GPT2.load(path, threads=1) as model:
-        assert bench.time_prefill(model, 9) > 0
+        assert bench_tests.time_prefill(model, 9) > 0
         assert ([list(rows.values()) for rows in passes], [cache.length for cache in caches.values()]) == ([[9]], [9])
         passes.clear()
         caches.clear()
-        assert bench.time_decode(model, 4, 3, 2) > 0
+        assert bench_tests.time_decode(model, 4, 3, 2) > 0
         assert [list(rows.values()) for rows in passes] == [[4], [4], [1, 1], [1, 1], [1, 1]]
         assert [cache.length for cache in caches.values()] == [7, 7]
         passes.clear()
-        assert bench.time_reference_job(model) > 0
+        assert bench_tests.time_reference_job(model) > 0
         assert [list(rows.values()) for rows in passes] == [[2], *[[1]] * 7]
 
 
@@ -260,7 +261,7 @@ def test_a_child_that_fails_is_one_line(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        bench, "time_process", lambda path, *options: subprocess.run([sys.executable, "-c", "exit(3)"], check=True)
+        bench_tests, "time_process", lambda path, *options: subprocess.run([sys.executable, "-c", "exit(3)"], check=True)
     )
     small = ["-p", "5", "-d", "2", "-n", "1", "-b", "1", "-t", "1", "-r", "1", "--no-memory", "--limit-megabytes", "1"]
     assert_refuses(bench.main, capsys, ["-m", str(path), *small], "exit status 3", status=1)

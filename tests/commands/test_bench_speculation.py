@@ -11,7 +11,7 @@ from running import assert_refuses, run
 
 from pygpt import GPT2, PyGPTError
 from pygpt.commands.bench import main as bench
-from pygpt.commands.bench import speculation
+from pygpt.commands.bench import tests as speculation
 from pygpt.hub.find import EMBEDDED_MODEL
 
 Result = dict[str, Any]

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 import subprocess
 from collections.abc import Iterator
 from statistics import median
@@ -18,13 +19,14 @@ import oracle
 import oracle_training
 import pytest
 from make_checkpoint import make, tensors
-from running import assert_refuses, run
+from running import ROOT, assert_refuses, run
 
 from pygpt import Ceilings, Config, InputError, PyGPTError, TrainableGPT2
 from pygpt.commands.bench import main as bench
-from pygpt.commands.bench import peers as bench_peers
-from pygpt.commands.bench import train as bench_train
+from pygpt.commands.bench import tests as bench_train
+from pygpt.commands.bench.measuring import batch_of, clone_tool
 
+bench_peers = clone_tool("peers")
 SHAPE = {"L": 2, "NH": 2, "C": 32, "V": 200, "maxT": 24}
 CONFIG = Config(**SHAPE)
 PARTS = ("forward", "backward", "norm", "update")
@@ -102,7 +104,14 @@ def test_figures_follow_from_each_other(found: list[Result]) -> None:
     assert two["hardware_speed_up"] == pytest.approx(hardware)
     assert two["percent_of_hardware_scaling"] == pytest.approx(100 * two["speed_up"] / hardware)
     assert "speed_up" not in one
-    assert "percent_of_limit" not in reference
+    assert reference["percent_of_limit"] is None
+    assert "forward_percent_of_limit" not in reference
+
+
+def test_every_field_is_described(found: list[Result]) -> None:
+    page = (ROOT / "docs/reference/reports.md").read_text().partition("## pygpt profile")[0]
+    shown = {re.sub("^(backward|norm|update)_", "forward_", key) for r in found for key in r}
+    assert {key for key in shown - {"forward_ms_middle_half"} if not re.search(rf"\b{key}\b", page)} == set()
 
 
 def least_seconds(machine: Result, threads: str) -> dict[str, float]:
@@ -143,8 +152,9 @@ def test_memory_is_of_a_process_of_its_own(found: list[Result]) -> None:
 
 
 def test_the_table_and_csv_show_the_same(found: list[Result], path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_train.print_markdown(found[1:])
+    bench.print_text(found[0], found[1:], bench.TRAINING)
     lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index("") + 1 :]
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert lines[3].startswith(f"| pygpt | 2 | {found[2]['forward_ms']:.4g} | {found[2]['backward_ms']:.4g} | ")
     assert lines[-2:] == [
@@ -158,11 +168,10 @@ def test_the_table_and_csv_show_the_same(found: list[Result], path: str, capsys:
 
 
 def test_medians_and_spread_leave_out_the_first() -> None:
-    test = bench_train.Test("pygpt", 1, NOBODY)
-    rows = [(9.0, 90.0, 90.0, 90.0, 90.0), *((9.0, k, 10.0 * k, 0.5, 2.0) for k in (3.0, 1.0, 2.0, 5.0, 4.0))]
-    test.iterations = [bench_train.Iteration(*row) for row in rows]
-    result = test.result(bench_train.batch_of(CONFIG, 2, 3), None)
-    totals = sorted(1e3 * sum(row[1:]) for row in rows[1:])
+    rows = [(90.0, 90.0, 90.0, 90.0), *((k, 10.0 * k, 0.5, 2.0) for k in (3.0, 1.0, 2.0, 5.0, 4.0))]
+    facts = {"losses": [9.0] * 6}
+    result = bench_train.Test("train", 1, 6, NOBODY, "pygpt", facts=facts, rounds=[*rows]).result({})
+    totals = sorted(1e3 * sum(row) for row in rows[1:])
     assert (result["forward_ms"], result["backward_ms"], result["update_ms"]) == (3e3, 30e3, 2e3)
     assert result["forward_ms_middle_half"] == [2e3, 4e3]
     assert result["total_ms"] == median(totals)
@@ -184,9 +193,7 @@ def test_generation_is_measured_as_before(path: str) -> None:
 
 
 def losses_of(by: str, threads: int, *losses: float) -> Any:
-    test = bench_train.Test(by, threads, NOBODY)
-    test.iterations = [bench_train.Iteration(loss, 1, 1, 1, 1) for loss in losses]
-    return test
+    return bench_train.Test("train", threads, 1, NOBODY, by, facts={"losses": [*losses]})
 
 
 @pytest.mark.parametrize("theirs", [(9.0, 8.0), (9.0089, 8.0), (9.0, 7.993), (9.0,), (9.0, 8.0, 7.0, 1.0)])
@@ -218,8 +225,9 @@ class OtherNetwork:
 
     def train(self, inputs: Any, targets: Any, **adamw: float) -> dict[str, float]:
         self.step += 1
-        found = bench_train.iterate(self.model, bench_train.Batch(inputs, targets), self.step)._asdict()
-        return {**found, "loss": found["loss"] * (1 + self.off)}
+        facts = {"losses": [0.0] * (self.step - 1)}
+        seconds = bench_train.iterate(self.model, (inputs, targets), facts)
+        return {"loss": facts["losses"][-1] * (1 + self.off), **dict(zip(PARTS, seconds, strict=True))}
 
     def peak_rss_bytes(self) -> int:
         return 123
@@ -232,19 +240,18 @@ class OtherNetwork:
 
 
 @pytest.mark.parametrize("off", [0.0, 0.002])
-def test_a_peer_takes_its_turns_and_must_train_the_same(
-    off: float, path: str, ceilings: dict[int, Ceilings], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench_train, "Peer", OtherNetwork)
+def test_a_peer_takes_its_turns_and_must_train_the_same(off: float, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_peers, "Peer", OtherNetwork)
+    monkeypatch.setitem(bench_peers.PEERS, "torch", ())
     monkeypatch.setattr(OtherNetwork, "off", off)
+    monkeypatch.setattr(bench_train, "memory_of", lambda *_: {"peak_anon_bytes": 5})
     rounds: list[int] = []
+    run_rounds = bench.run_rounds
+    monkeypatch.setattr(bench, "run_rounds", lambda count, ceilings, _: run_rounds(count, ceilings, rounds.append))
 
     def measure() -> list[Result]:
-        batch = bench_train.batch_of(CONFIG, 1, 4)
-        memory = {"peak_anon_bytes": 5}
-        results: list[Result] = bench_train.measure(
-            path, CONFIG, batch, 4, ceilings, memory_of=lambda _: memory, peers=["torch"], progress=rounds.append
-        )
+        given = ["--train", "-B", "1", "-T", "4", "-r", "4", "--limit-megabytes", "4", "--against", "torch"]
+        results: list[Result] = bench.measure(bench.parse(given), path)[1]
         return results
 
     if off:
@@ -258,7 +265,7 @@ def test_a_peer_takes_its_turns_and_must_train_the_same(
     assert [r.get("peak_anon_bytes") for r in results] == [5, 5, None]
     assert results[2]["peak_rss_bytes"] == 123
     assert len({tuple(r["losses"]) for r in results}) == 1
-    bench_train.scaling(results, {})
+    bench.scaling(results, {})
     assert "speed_up" not in results[2]
 
 
@@ -294,23 +301,21 @@ def test_the_stream_is_measured_only_if_wanted(ceilings: dict[int, Ceilings]) ->
 
 
 def test_limits_are_held_against_the_right_ceiling() -> None:
-    ceiling: Any = SimpleNamespace(fma_gflop_s=2.0, read_gb_s=4.0, stream_gb_s=8.0)
-    batch = bench_train.batch_of(CONFIG, 1, 1)
-    least = bench_train.least_times(CONFIG, batch, ceiling)
+    ceiling: Any = SimpleNamespace(operations_gop_s={"float32": 2.0}.get, read_gb_s=4.0, stream_gb_s=8.0)
+    least = [bench_train.least_seconds(work, ceiling) for work in bench_train.training_work(CONFIG, 1, 1)]
     C, L, V, size = CONFIG.C, CONFIG.L, CONFIG.V, 4 * CONFIG.parameters(padded=True)
     forward = 2 * (12 * L * C * C + V * C) + 4 * L * C  # one token sees one key
-    assert least[1:] == pytest.approx((forward / 2e9, 2 * forward / 2e9, size / 4e9, 7 * size / 8e9))
-    assert least.total == pytest.approx(sum(least[1:]))
+    assert least == pytest.approx((forward / 2e9, 2 * forward / 2e9, size / 4e9, 7 * size / 8e9))
 
 
 def test_a_batch_is_sequences_and_their_next_tokens() -> None:
-    batch = bench_train.batch_of(CONFIG, 3, 5)
-    flat = [token for row in batch.inputs for token in row]
-    assert [token for row in batch.targets for token in row][:-1] == flat[1:]
-    assert (batch.tokens, len(batch.inputs), len(batch.inputs[0])) == (15, 3, 5)
+    inputs, targets = batch_of(CONFIG, 3, 5)
+    flat = [token for row in inputs for token in row]
+    assert [token for row in targets for token in row][:-1] == flat[1:]
+    assert (len(inputs), len(inputs[0])) == (3, 5)
     assert all(0 <= token < SHAPE["V"] for token in flat)
     with pytest.raises(InputError, match=r"^-T is 25: .* 24 tokens$"):
-        bench_train.batch_of(CONFIG, 1, 25)
+        batch_of(CONFIG, 1, 25)
 
 
 @pytest.mark.parametrize(

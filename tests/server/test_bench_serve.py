@@ -8,8 +8,10 @@ import pytest
 from running import assert_refuses
 from serving import MAXT, Live, live, tiny
 
-from pygpt.commands.bench import load, main
+from pygpt.commands.bench import main
+from pygpt.commands.bench.measuring import clone_tool
 
+load = clone_tool("load")
 SMALL = ["--prompt", "10", "--new", "6", "--context", str(MAXT), "-n", "12"]
 
 

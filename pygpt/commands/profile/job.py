@@ -1,8 +1,7 @@
 """The profiled job, and the recording of its calls and events.
 
-A job is a Generation (a prompt, then tokens one by one) or a Training (iterations on one batch). A Call is one prefill() or
-decode() with the choice of the next token, or one iteration of training, timed from outside. The steps of a call contain the
-events of each worker. All times are nanoseconds of one monotonic clock, which the kernels' trace reads too.
+A Call is timed from outside, and its steps contain the events of each worker. All times are nanoseconds of one monotonic clock,
+which the kernels' trace reads too.
 """
 
 import hashlib
@@ -26,8 +25,7 @@ from ...model import GPT2
 from ...network import Network
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
-from ..bench.peers import marks
-from ..bench.train import batch_of
+from ..bench.measuring import batch_of, marks
 
 WAKE = "wake-up"  # the time in which some workers are awake and others are not
 FIRST = ("encoder", "dlogits", "norm", "update")  # the phases that begin a step
@@ -49,14 +47,9 @@ class Event(NamedTuple):
     end: int
     left: int
 
-    @property
-    def waiting(self) -> str:
-        """The name of the wait."""
-        return WAKE if self.phase == WAKE else "wait"
-
     def spans(self) -> list[tuple[str, int, int]]:
         """Return the phase and the wait after it as (name, begin, end), without empty ones."""
-        spans = [(self.phase, self.begin, self.end), (self.waiting, self.end, self.left)]
+        spans = [(self.phase, self.begin, self.end), (WAKE if self.phase == WAKE else "wait", self.end, self.left)]
         return [span for span in spans if span[2] > span[1]]
 
 
@@ -74,19 +67,15 @@ Step = list[list[Event]]  # one pass through the network: for each worker its ev
 
 @dataclass
 class Call:
-    """One prefill, decode or iteration of training, timed from outside.
-
-    ran: the time when the logits were ready. done: the time when the next token was chosen; in training, the same as ran.
-    stages: in training, the end of each of STAGES.
-    """
+    """One prefill, decode or iteration of training, timed from outside."""
 
     mode: str
     position: int  # number of tokens in the cache before the call
     rows: int
     begin: int
-    ran: int
-    done: int
-    stages: tuple[int, ...] = ()
+    ran: int  # the time when the logits were ready
+    done: int  # the time when the next token was chosen; in training, the same as ran
+    stages: tuple[int, ...] = ()  # in training, the end of each of STAGES
     sequences: int = 1
     wanted: int = 1  # number of rows with logits
     steps: list[Step] = field(default_factory=list)
@@ -131,11 +120,8 @@ class Generation:
         network, draft = _Watched(model.network, "decode", found), model.draft(False)
         watched = draft and Draft(_Watched(draft.network, "draft", found), shared=draft.shared)
         engine = Engine(network, draft=lambda make: watched)
-        options: Any = {
-            "sampler": self.sampler,
-            "speculation": self.speculation,
-            "overflow": "slide",
-        }  # room for the last token
+        options: Any = {"sampler": self.sampler, "speculation": self.speculation}
+        options["overflow"] = "slide"  # room for the last token
         [completion] = engine.add(Request(model.config, self.prompt, max_new_tokens=self.new + 1, **options)).completions
         calls: list[Call] = []
         bits = hashlib.blake2b(digest_size=16)

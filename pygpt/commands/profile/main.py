@@ -9,54 +9,7 @@
     pygpt profile -o json > a.json                  print JSON; --compare a.json b.json shows the differences of two reports
     pygpt profile --stretch fc=3 --stretch 1:all=2  slow down a kernel and a worker, to check that the report shows it
 
-JSON (-o json), schema 1. Times are in ns, summed over all rounds, except medians. Values that were not measured are null, and
-lists of them are empty. [a, b] is a list of objects with the fields a and b.
-
-    schema, pygpt    1, and the version of the package
-    model            path, name, L, NH, C, V, maxT, version (null for other files than .bin), weights, head (the formats of the
-                     layers' matrices and of wte), weight_bytes (of all weights that each token reads)
-    machine          processor, isa, cores, threads (number of workers)
-    job              prompt_tokens, new_tokens, sampler, or with --train B, T, iterations; always rounds, all_workers,
-                     planted (a text for each --stretch)
-    bits             profiled, unprofiled (digests of all logits, or of all losses, norms and final weights), same (true if all
-                     rounds agree)
-    trace            capacity (events per worker and round), dropped (for each worker, events that exceeded the capacity)
-    ceilings         the machine's limits: [threads, read_gb_s, fma_gflop_s, stream_gb_s (memory traffic of AdamW), dot_gop_s
-                     (10^9 operations a second of integer products, by weight format: q8_0, q4_0)]
-    wall_ns          time measured around all profiled calls
-    kernels          [mode, name, kind, calls, total_ns, self_ns, wait_ns, median_ns, share, cumulative, imbalance, flop, bytes,
-                     gflop_s, gb_s, roof, bound, workers]; the total_ns of a mode's rows add up to the mode's wall_ns
-        kind         kernel, wait, or outside (the kernels)
-        total_ns     self_ns (computing) + wait_ns (waiting at the barrier), each the mean over the workers
-        median_ns    median of self_ns of one call
-        share        total_ns / wall_ns of the mode; cumulative is the running sum
-        imbalance    how much longer the slowest worker computes than the mean; 0.1 is 10%
-        roof, bound  share of the machine's nearest limit, and which limit: fma, dot (integer products), read or stream
-        workers      for each worker: [calls, self_ns, wait_ns]
-    modes            an object for each of prefill and decode, or for train; with --speculate also for draft (a guess), verify
-                     (a step that checks guesses) and rollback (removes guesses from a cache): wall_ns, calls, tokens, steps,
-                     workers_used, median_call_ns, untraced_median_call_ns, wait_ns, flop, bytes, imbalance, layers, stages,
-                     amdahl
-        imbalance    self_ns (for each worker), slowest (a worker's number), excess (its time over the mean, as a share)
-        layers       [layer, total_ns, self_ns, wait_ns, share, imbalance, workers], as in kernels
-        stages       of an iteration of training: [name (forward, backward, norm, update), wall_ns, median_ns,
-                     untraced_median_ns, share]
-        amdahl       serial_ns (time in which fewer than all workers compute), serial_share (of wall_ns), serial_fraction (of
-                     one_thread_ns), one_thread_ns, predictions [threads, prediction (true), amdahl, bandwidth (speed-ups)]
-    speculation      with --speculate: guesses (auto or a number), draft (what guesses), drafted, accepted (numbers of guesses,
-                     and of right ones), acceptance (their ratio), tokens_per_step (new tokens in each step after the prefill)
-    scaling          measured with each number of threads: [threads, prediction (false), prefill_ns, prefill_speedup,
-                     decode_ns, decode_speedup]; with --speculate also draft_ns, verify_ns and so on; with --train train_ns,
-                     train_speedup, forward_ns, forward_speedup, backward_ns, backward_speedup, norm_ns, norm_speedup,
-                     update_ns, update_speedup
-    strategies       ways to run the same kernels: prompt_tokens, same_bits, same_tokens, ways [name, threads, rounds_a_step
-                     (of the pool), meetings_a_step (native barriers), prefill_ns, prefill_speedup, prefill_efficiency,
-                     decode_ns, decode_speedup, decode_efficiency]; with --train B, T, same_bits, same_losses, and ways with
-                     train_ns, train_speedup, train_efficiency, the fields of the stages as in scaling, forward_efficiency,
-                     backward_efficiency, norm_efficiency, update_efficiency; a step is then an iteration
-    startup          parts of a fresh process: [name, ns, minor, major (page faults)]
-    perf             samples, symbols [symbol, object, share], families (shares of computing time by kind of kernel),
-                     reported (the same shares from this report's kernels)
+docs/reference/reports.md describes the JSON.
 
 Exit status: 0 for success; 1 for a failure at run time; 2 for bad input, with one line on stderr; 130 after Ctrl-C.
 """
@@ -70,7 +23,6 @@ from typing import Any
 
 from ... import __version__
 from ..._kernels import Trace, cpu_info
-from ...config import Config
 from ...cpus import default_threads, processors
 from ...errors import InputError
 from ...formats.open import open_model
@@ -79,18 +31,15 @@ from ...generation.request import check_speculation
 from ...hub.find import find_model
 from ...inspection.show import matplotlib
 from ...model import DRAFTS
+from ..bench.measuring import clone_tool
 from ..console import Parser, check_stdout, listed, say, status_of, whole
 from ..options import DRAFT_HELP, SPECULATE_HELP, parse_speculation
-from . import job, numbers, perf, plots, startup, strategies, text, traces
-from .work import Stored
+from . import job, numbers, plots, startup, strategies, text, traces
+from .work import Stored, weight_bytes
 
 PARTS = ("ceilings", "scaling", "strategies", "serial", "startup")
 PROMPT = (31373, 612)  # "hello there"
-GENERATION = {
-    name: f"--{name.replace('_', '-')}"
-    for name in ("tokens", "prompt_length", "sampler", "weights", "speculate", "draft_model")
-}  # not --train
-TRAINING = {"B": "-B", "T": "-T"}
+GENERATION = ("tokens", "prompt_length", "sampler", "weights", "speculate", "draft_model")  # options that --train does not have
 Report = dict[str, Any]
 
 
@@ -110,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-m", "--model", metavar="PATH", help="a model file or a downloaded model (default: see pygpt --help)")
     add("--weights", metavar="FORMAT", help="quantise the weights in memory to q8_0 or q4_0 (default: use the file's weights)")
     add("--tokens", metavar="IDS", help="the prompt, such as 31373,612 (the default)")
-    add("--prompt-length", metavar="N", help="use an artificial prompt of N tokens instead")
+    add("--prompt-length", metavar="N", type=whole(1, 1 << 20), help="use an artificial prompt of N tokens instead")
     add("-n", "--new", metavar="N", type=whole(1, 1 << 20), help=new)
     add("--train", action="store_true", help="profile training: forward, backward, gradient norm, AdamW")
     add("-B", metavar="N", type=whole(1, 1 << 16), help="with --train, sequences in a batch (default 4)")
@@ -127,9 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot", metavar="DIR", help="write pictures into this folder as SVG and PNG (needs matplotlib)")
     add("--trace", metavar="FILE", help="write Chrome's trace events, for Perfetto")
     add("--paraver", metavar="STEM", help="write STEM.prv, STEM.pcf and STEM.row, for Paraver")
-    add("--sample", action="store_true", help="run the job under Linux perf too, and print the hottest symbols")
-    form = "text (default) or json, with the schema above"
-    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help=form)
+    add("--sample", action="store_true", help="run the job under Linux perf too (in a clone of pygpt): the hottest symbols")
+    add("-o", "--output", metavar="FORMAT", choices=("text", "json"), default="text", help="text (default) or json")
     add("--compare", metavar=("A", "B"), nargs=2, help="show the differences of two JSON reports; run nothing")
     add("--all-workers", action="store_true", help="use all workers even for steps that are faster on one worker")
     add("--capacity", metavar="N", type=whole(1, 1 << 24), help="record at most N events per worker and round (default: all)")
@@ -140,8 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the arguments. Raises InputError for everything that can be checked without the model."""
     options = build_parser().parse_args(arguments)
-    for name, flag in (GENERATION if options.train else TRAINING).items():
+    for name in GENERATION if options.train else ("B", "T"):
         if getattr(options, name) is not None:
+            flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} cannot be used {'with' if options.train else 'without'} --train: leave out {flag}")
     for name, usual in ("new", 3 if options.train else 32), ("B", 4), ("T", 64), ("sampler", "median"):
         if getattr(options, name) is None:
@@ -157,14 +106,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"{flag}: {path}: the folder {os.path.dirname(path)!r} does not exist: make it first")
     return options
-
-
-def count(name: str, given: str, least: int, most: int) -> int:
-    """Read an option's whole number from `least` to `most`. Raises InputError for anything else."""
-    try:
-        return whole(least, most)(given)
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{name}: {error}") from None
 
 
 def planted(given: str) -> job.Planted:
@@ -187,16 +128,17 @@ def make_job(options: argparse.Namespace, path: str) -> job.Job:
     with open_model(path) as opened:
         V, maxT = opened.config.V, opened.config.maxT
     if options.prompt_length is not None:
-        length = count("--prompt-length", options.prompt_length, 1, maxT)
-        prompt = [(PROMPT[0] + 7919 * i) % V for i in range(length)]
+        prompt = [(PROMPT[0] + 7919 * i) % V for i in range(options.prompt_length)]
     elif options.tokens is not None:
-        prompt = [count("--tokens: an id", word.strip(), 0, V - 1) for word in options.tokens.split(",")]
+        try:
+            prompt = [whole(0, V - 1)(word.strip()) for word in options.tokens.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--tokens: an id: {error}") from None
     else:
         prompt = [token % V for token in PROMPT]
     if len(prompt) + options.new > maxT:
-        raise InputError(
-            f"{len(prompt)} prompt tokens and {options.new} new tokens exceed the model's context of {maxT}: make -n smaller"
-        )
+        given = f"{len(prompt)} prompt tokens and {options.new} new tokens"
+        raise InputError(f"{given} exceed the model's context of {maxT}: make -n smaller")
     asked = prompt, options.new, options.sampler, options.all_workers, options.weights
     return job.Generation(*asked, options.speculate, options.draft_model)
 
@@ -209,14 +151,11 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.plot:
         matplotlib()  # if it is missing, report that now
+    perf = clone_tool("perf") if options.sample else None
     path, _ = find_model(options.model)
     report, recording, task = profile(options, path)
-    if options.sample:
-        try:
-            report["perf"] = perf.look(path, task, report["machine"]["threads"])
-            report["perf"]["reported"] = perf.reported(report["kernels"])
-        except perf.PerfAbsent as error:
-            say(str(error))
+    if perf:
+        report["perf"] = perf.sampled(path, task, report)
     print(json.dumps(report, indent=1) if options.output == "json" else text.render(report, by_layer=options.by_layer))
     nth, calls, written = report["machine"]["threads"], recording.calls, []
     if options.trace:
@@ -237,7 +176,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
     with task.open(path, options.threads) as model:
         nth = model.threads
         job.plant(Trace(nth, 1), options.stretch)  # raises InputError before the job runs
-        counts = sorted({*strategies.thread_counts(cores), nth})
+        counts = sorted({*(1 << k for k in range(cores.bit_length())), cores, nth})  # powers of two, all cores
         stored = job.stored_of(model)
         kinds = {kind for network in (stored, getattr(job.draft_of(model), "stored", {})) for kind, _ in network.values()}
         dots = sorted(kinds & {*QUANTISED})
@@ -245,7 +184,7 @@ def profile(options: argparse.Namespace, path: str) -> tuple[Report, job.Recordi
         ceilings = limits(2) if "ceilings" in parts else []
         recording = job.record(model, task, options.rounds, options.capacity, options.stretch)
         ceilings = strategies.best(ceilings, limits(1) if ceilings else [])
-        report = facts(options, path, model.config, stored, task, recording)
+        report = facts(options, path, stored, task, recording)
         report |= hotspots(model, task, recording, ceilings)
     report |= {"ceilings": ceilings, "scaling": [], "strategies": None, "startup": None, "perf": None}
     if "scaling" in parts:
@@ -290,12 +229,10 @@ def hotspots(model: Any, task: job.Job, recording: job.Recording, ceilings: list
     return report
 
 
-def facts(
-    options: argparse.Namespace, path: str, config: Config, stored: Stored, task: job.Job, recording: job.Recording
-) -> Report:
+def facts(options: argparse.Namespace, path: str, stored: Stored, task: job.Job, recording: job.Recording) -> Report:
     """Return the part of the report about the model, the machine and the job's options."""
     with open_model(path) as opened:
-        version = getattr(opened, "version", None)
+        config, version = opened.config, getattr(opened, "version", None)
     described = []
     for phase, times, worker in options.stretch:
         where = "" if worker is None else f" on worker {worker}"
@@ -303,13 +240,11 @@ def facts(
     processor = (processors() or [platform.processor() or platform.machine()])[0]
     nth, digests = len(recording.dropped), recording.digests
     return {
-        "schema": text.SCHEMA,
-        "pygpt": __version__,
+        "schema": text.SCHEMA, "pygpt": __version__,
         "model": {
             "path": path, "name": os.path.basename(path), "version": version,
             **{name: getattr(config, name) for name in ("L", "NH", "C", "V", "maxT")},
-            "weights": stored["qkvw"][0], "head": stored["wte"][0],
-            "weight_bytes": sum(size for name, (_, size) in stored.items() if name != "wpe"),
+            "weights": stored["qkvw"][0], "head": stored["wte"][0], "weight_bytes": weight_bytes(stored),
         },
         "machine": {"processor": processor, "isa": cpu_info()["isa"], "cores": default_threads(), "threads": nth},
         "job": {**task.describe(), "rounds": options.rounds, "all_workers": options.all_workers, "planted": described},

@@ -1,8 +1,6 @@
 """Compute the numbers of the report from a job's events: hotspots, layers, the serial fraction, predictions.
 
 Times of a kernel are means over the workers that ran the step. So a mode's rows add up to the time measured around its calls.
-total is self (computing) plus wait (at the barrier after it). The sampler has its own row. The remaining time, outside all
-kernels, is the row "python, pool". Rates divide a kernel's work by its self time.
 """
 
 from collections import defaultdict
@@ -79,7 +77,11 @@ def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceilin
     wall, trains = wall_of(calls), bool(calls[0].stages)
     need: Work = {}
     for call in calls:
-        for name, least in work_of(config, stored, call).items():
+        if trains:
+            work = training(config, call.sequences, call.rows // call.sequences)
+        else:
+            work = forward(config, stored, call.rows, call.position, steps=max(1, len(call.steps)), wanted=call.wanted)
+        for name, least in work.items():
             flop, size = need.get(name, (0, 0))
             need[name] = flop + least[0], size + least[1]
     rows = []
@@ -90,25 +92,13 @@ def hotspots(config: Config, stored: Stored, calls: list[Call], nth: int, ceilin
     sampler = sum(call.done - call.ran for call in calls)
     rest = wall - sampler - sum(row["total_ns"] for row in rows)
     for name, total in ((OUTSIDE, rest),) if trains else ((SAMPLER, sampler), (OUTSIDE, rest)):
-        times = {
-            "calls": len(calls),
-            "total_ns": total,
-            "self_ns": total,
-            "median_ns": total / len(calls),
-            "share": total / wall,
-        }
-        rows.append({"name": name, "kind": "outside", **Tally(0).row(wall), **times, **rates(name, 0, 0, 0, None)})
+        times = {"calls": len(calls), "self_ns": total, "median_ns": total / len(calls), "share": total / wall}
+        row = {"name": name, "kind": "outside", **Tally(0).row(wall), **times, "total_ns": total}
+        rows.append(row | rates(name, 0, 0, 0, None))
     rows.sort(key=lambda row: -row["total_ns"])
     for row, reached in zip(rows, accumulate(row["share"] for row in rows), strict=True):
         row["cumulative"] = reached
     return rows
-
-
-def work_of(config: Config, stored: Stored, call: Call) -> Work:
-    """Return the least work of a call. stored: the weights of generation; training has float32."""
-    if call.stages:
-        return training(config, call.sequences, call.rows // call.sequences)
-    return forward(config, stored, call.rows, call.position, steps=max(1, len(call.steps)), wanted=call.wanted)
 
 
 def moved_by(name: str) -> str:
@@ -133,10 +123,9 @@ def rates(name: str, flop: int, size: int, self_ns: float, ceiling: Ceiling | No
 
 def layers(calls: list[Call], nth: int) -> list[Row]:
     """Return total, self and wait of each layer with its backward pass, and of the parts before and after the layers."""
-    rows = [{"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies_of(calls, nth, place).items()]
-    for row in rows:
-        del row["median_ns"], row["calls"]  # they count single kernels, not layers
-    return rows
+    rows = ({"layer": name, **tally.row(wall_of(calls))} for name, tally in tallies_of(calls, nth, place).items())
+    kernels = ("median_ns", "calls")  # these fields count single kernels, not layers
+    return [{key: value for key, value in row.items() if key not in kernels} for row in rows]
 
 
 def computing(step: Step) -> dict[int, int]:

@@ -48,9 +48,8 @@ def hotspots(plt: Any, report: Report) -> Any:
             roof = "" if row["roof"] is None else f", {100 * row['roof']:.0f}% of {row['bound']}"
             axis.text(100 * row["share"], y, f" {100 * row['share']:.1f}%{roof}", va="center", fontsize=8)
         widest = 1.45 * max(100 * row["share"] for row in rows)
-        axis.set(
-            xlim=(0, widest), xlabel="share of the time, %", title=f"{mode}: {summary['median_call_ns'] / 1e6:.2f} ms a call"
-        )
+        title = f"{mode}: {summary['median_call_ns'] / 1e6:.2f} ms a call"
+        axis.set(xlim=(0, widest), xlabel="share of the time, %", title=title)
         axis.legend(loc="lower right", frameon=False)
     return figure
 
@@ -73,16 +72,13 @@ def timeline(plt: Any, calls: list[Call], nth: int) -> Any:
             axis.broken_barh(spans, (ith - 0.4, 0.8), facecolors=[COLOURS.get(name, OTHER) for name, _, _ in bars])
         axis.set_yticks(range(nth), [f"worker {ith}" for ith in range(nth)])
         axis.set(ylim=(nth - 0.5, -0.5), xlim=(0, (call.done - call.begin) / 1e6), xlabel="ms")
-        axis.set_title(_title(call), loc="left")
+        kind = f"{call.mode} at position {call.position}"
+        if call.stages:
+            kind = f"an iteration of training, sequences: {call.sequences}"
+        axis.set_title(f"{kind}, tokens: {call.rows}", loc="left")
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return figure
-
-
-def _title(call: Call) -> str:
-    if call.stages:
-        return f"an iteration of training, sequences: {call.sequences}, tokens: {call.rows}"
-    return f"{call.mode} at position {call.position}, tokens: {call.rows}"
 
 
 def speedup(plt: Any, report: Report) -> Any:

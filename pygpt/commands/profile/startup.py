@@ -8,19 +8,16 @@ import os
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import PyGPTError
 from ..child import child_environment
 
-if TYPE_CHECKING:
-    from .job import Job
-
 Row = dict[str, Any]
 
 
-def measure(path: str, job: "Job", threads: int) -> list[Row]:
-    """Start a fresh process; return its parts: name, ns, minor and major page faults. Raises PyGPTError if it fails."""
+def measure(path: str, job: Any, threads: int) -> list[Row]:
+    """Start a fresh process for a job; return its parts: name, ns, page faults. Raises PyGPTError if it fails."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     given = {name: value for name, value in vars(job).items() if name in ("prompt", "weights", "inputs", "targets")}
     order = {"path": os.path.abspath(path), **given, "threads": threads, "began": began}
@@ -28,8 +25,7 @@ def measure(path: str, job: "Job", threads: int) -> list[Row]:
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=child_environment())
     if done.returncode:
         raise PyGPTError(f"the start-up process failed: {(done.stderr.strip().splitlines() or ['it printed no reason'])[-1]}")
-    parts: list[Row] = json.loads(done.stdout)
-    return parts
+    return list(json.loads(done.stdout))
 
 
 def main() -> None:
@@ -49,31 +45,30 @@ def main() -> None:
         before = now
 
     part("interpreter")
-    if training := "inputs" in order:
-        from ...training.trainable import TrainableGPT2
+    train = "inputs" in order
+    Model: Any
+    if train:
+        from ...training.trainable import TrainableGPT2 as Model
     else:
-        from ...model import GPT2
+        from ...model import GPT2 as Model
     part("import pygpt")
     import numpy  # noqa: F401  (a command that only prints ids does not import numpy)
 
     part("import numpy")
-    if training:
-        with TrainableGPT2.load(order["path"], threads=order["threads"]) as network:
-            part("read the weights, start the workers")
-            for step, name in enumerate(("first iteration, touching its pages", "the same again, pages in memory"), 1):
-                network.forward(order["inputs"], order["targets"])
-                network.backward()
-                network.gradient_norm()
-                network.update(lr=1e-4, step=step)
-                part(name)
-    else:
-        with GPT2.load(order["path"], threads=order["threads"], weights=order["weights"]) as model:
-            cache = model.new_cache()
-            part("map the model, start the workers")
-            for name in "first prefill, touching its pages", "the same again, pages in memory":
+    with Model.load(order["path"], threads=order["threads"], **({} if train else {"weights": order["weights"]})) as model:
+        cache = None if train else model.new_cache()
+        part(f"{'read the weights' if train else 'map the model'}, start the workers")
+        first = "first iteration" if train else "first prefill"
+        for step, name in enumerate((f"{first}, touching its pages", "the same again, pages in memory"), 1):
+            if cache is None:
+                model.forward(order["inputs"], order["targets"])
+                model.backward()
+                model.gradient_norm()
+                model.update(lr=1e-4, step=step)
+            else:
                 cache.truncate(0)
                 model.prefill(cache, order["prompt"])
-                part(name)
+            part(name)
     json.dump(parts, sys.stdout)
 
 

@@ -1,8 +1,6 @@
 """Compare thread counts and strategies in generation and in training, without a trace.
 
-A strategy is a way to dispatch the same kernels, or the serial reference. All candidates run in turns over a few rounds. The
-results are medians, so that a slow minute of a shared machine affects all candidates alike. The report's notes (text.py) name
-the sources of the strategies.
+A strategy is a way to dispatch the same kernels, or the serial reference. The report's notes (text.py) name the sources.
 """
 
 import hashlib
@@ -20,7 +18,7 @@ from ...model import GPT2
 from ...reference import SerialGPT2
 from ...training.serial import SerialTrainableGPT2
 from ...training.trainable import TrainableGPT2
-from ..bench.peers import laps
+from ..bench.measuring import laps
 from .job import Call, Job, Training, clock
 
 Row = dict[str, Any]
@@ -31,10 +29,7 @@ SERIAL = "serial reference"
 
 
 def ceilings(counts: list[int], rounds: int, *, stream: bool, dots: Iterable[str] = ()) -> list[Row]:
-    """Measure this machine's limits with each number of threads; with `stream`, also the limit of AdamW's memory traffic.
-
-    dots: the weight formats whose integer products are measured.
-    """
+    """Measure this machine's limits with each number of threads; `stream` and dots (weight formats) are as in Ceilings."""
     found = []
     for threads in counts:
         with Ceilings(threads, stream=stream, dots=dots) as limit:
@@ -52,11 +47,6 @@ def best(first: list[Row], second: list[Row]) -> list[Row]:
         return {key: higher(one[key], two[key]) for key in one} if isinstance(one, dict) else one and max(one, two)
 
     return [higher(one, two) for one, two in zip(first, second, strict=True)]
-
-
-def thread_counts(cores: int) -> list[int]:
-    """Return the powers of two up to the number of cores, and the number of cores."""
-    return sorted({*(1 << k for k in range(cores.bit_length()) if 1 << k <= cores), cores})
 
 
 def times_of(calls: Iterable[Call]) -> Times:

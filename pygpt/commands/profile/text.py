@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 from ...errors import InputError
+from ..bench.measuring import clone_tool
 from .job import STAGES
 
 WIDTH = 100
@@ -18,31 +19,30 @@ CALLS = {"prefill": "a prompt", "decode": "a token", "train": "an iteration"}
 CALLS |= {"draft": "a guess", "verify": "a step", "rollback": "a rollback"}
 
 NOTES = """\
-Each row is a mean over the workers of a step. self is computing, wait is waiting at the barrier after it, and total is both. \
-The rows of a mode add up to the time measured around its calls. ms and calls are for one round of the job. During \
-"wake-up", some workers are awake and others are not. In "pack", all workers rearrange the rows of a large product. In \
-"python, pool", no worker computes: Python checks arguments, a Condition wakes the workers, and a Barrier gathers them.
-GFLOP/s and GB/s are the least work of a kernel (profile/work.py) divided by its self time. roof compares them with this \
-machine's ceilings and shows the nearer one: f for fused multiply-add, d for the integer dot product of quantised weights, \
-r for reading memory. AdamW also writes, so its ceiling s is the same traffic without arithmetic. The ceilings are measured \
-before and after the job, with as many workers. Above 100% of r or s, the data came from a cache.
-imbal is how much longer than the mean the slowest worker of a kernel computes. slow is the worker with the most computing time.
-Serial means that fewer than all workers compute; Python, pool, sampler and waits count. Amdahl is 1 / (f + (1 - f) / n), with \
-f the serial share of one thread's time (Amdahl 1967). With bandwidth, the parallel part takes at least the time to read its \
-bytes at the read ceiling. A dash means that the bytes came from a cache. Both are predictions, even for this machine's own \
-number of threads."""
+Each row is a mean over the workers of a step: self is computing, wait is waiting at the barrier after it, total is both. ms \
+and calls are for one round of the job. A mode's rows add up to the time around its calls. In "wake-up", some workers are \
+awake. In "pack", the rows of a large product are rearranged. In "python, pool", no worker computes: checks, waking, \
+gathering.
+GFLOP/s and GB/s are a kernel's least work divided by its self time. roof compares them with this machine's nearer ceiling: f \
+for fused multiply-add, d for integer products, r for reading, s for AdamW's traffic. Above 100% of r or s, the data came from \
+a cache.
+imbal is how much longer than the mean the slowest worker of a kernel computes. slow is the worker with the most computing \
+time.
+Serial means that fewer than all workers compute. Amdahl is 1 / (f + (1 - f) / n), with f the serial share of one thread's \
+time (Amdahl 1967). With bandwidth, the parallel part takes at least the time to read its bytes at the ceiling; a dash means \
+that they came from a cache. Both are predictions, even for this machine's own number of threads."""
 
 STRATEGY_NOTES = """\
-serial reference: one thread and scalar loops, like llm.c's train_gpt2.c. Without a cache, each token costs the whole sequence.
+serial reference: one thread and scalar loops, like llm.c's train_gpt2.c. Without a cache, each token costs the whole \
+sequence.
 one worker: the same kernels as below, without barriers.
 one round a kernel: fork-join. The pool is woken and gathered for every kernel, like OpenMP's parallel-for regions in llm.c.
 one round a step: the pool is woken once, and the workers wait at native barriers between kernels, like ggml's graph threads. \
-The workers persist, and the output channels are split statically. Only this split helps for a single token too.
-one round a stage: the same for forward, backward, norm and update. Rows and channels of gradients are split, so \
-that no two workers add to the same sum.
-speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, \
-token-block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 cores \
-reached a speed-up of 22 to 25 with OpenMP and with a tasking runtime: efficiency 0.2."""
+The output channels are split statically. Only this split helps for a single token too.
+one round a stage: the same for forward, backward, norm and update. No two workers add to the same sum.
+speed-up = T_serial / T_parallel, efficiency = speed-up / threads. Not compared here: fused regions for each layer, token- \
+block tasks with dependencies (OmpSs-2), dynamic and guided chunks. A published run of llm.c's training on 112 cores reached a \
+speed-up of 22 to 25 with OpenMP and with a tasking runtime."""
 
 
 def render(report: Report, *, by_layer: bool = False) -> str:
@@ -53,25 +53,18 @@ def render(report: Report, *, by_layer: bool = False) -> str:
         if by_layer:
             parts.append(layer_text(report, mode))
     parts.append(amdahl_text(report))
-    for name, section in (
-        ("speculation", speculation_text),
-        ("strategies", strategies_text),
-        ("startup", startup_text),
-        ("perf", perf_text),
-    ):
-        if report[name]:
-            parts.append(section(report))
+    sections = {"speculation": speculation_text, "strategies": strategies_text, "startup": startup_text}
+    sections["perf"] = lambda report: str(clone_tool("perf").table_text(report["perf"]))
+    parts += [section(report) for name, section in sections.items() if report[name]]
     parts.append(wrap("NOTES\n" + NOTES))
     return "\n\n".join(parts)
 
 
-def table(heads: list[str], rows: list[list[str]], widths: list[int]) -> list[str]:
-    """Return the lines of a table: the first column left-aligned, the others right-aligned."""
-    lines = []
-    for first, *rest in [heads, *rows]:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("".join(cells).rstrip())
-    return lines
+def table(*rows: list[str]) -> list[str]:
+    """Return the lines of a table with its heads: the first column left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides, gap = ["<", *">" * (len(widths) - 1)], "  " if sum(widths) + 2 * len(widths) <= WIDTH + 2 else " "
+    return [gap.join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows]
 
 
 def ms(ns: float | None) -> str:
@@ -137,17 +130,14 @@ def warnings(report: Report) -> list[str]:
     if report["ceilings"]:
         one, most = report["ceilings"][0], report["ceilings"][-1]
         if (gain := most["fma_gflop_s"] / one["fma_gflop_s"]) < 0.8 * most["threads"]:
-            found.append(
-                f"{plural(most['threads'], 'thread')} together reach only {gain:.1f} times the arithmetic of one. The machine "
-                "is busy, or its processors share cores. This causes waiting that the program cannot avoid."
-            )
+            reached = f"{plural(most['threads'], 'thread')} together reach only {gain:.1f} times the arithmetic of one"
+            why = "The machine is busy, or its processors share cores. This causes waiting that the program cannot avoid."
+            found.append(f"{reached}. {why}")
     trace = report["trace"]
     if any(trace["dropped"]):
         lost = ", ".join(f"worker {ith} {count}" for ith, count in enumerate(trace["dropped"]))
-        found.append(
-            f"the trace overflowed: it holds {trace['capacity']} events of a worker in a round. Dropped: {lost}. Their time "
-            'appears as "python, pool". Raise --capacity.'
-        )
+        text = f"the trace overflowed: it holds {trace['capacity']} events of a worker in a round. Dropped: {lost}"
+        found.append(f'{text}. Their time appears as "python, pool". Raise --capacity.')
     return found
 
 
@@ -156,16 +146,13 @@ def mode_text(report: Report, mode: str) -> str:
     summary, rounds = report["modes"][mode], report["job"]["rounds"]
     wall, wait = summary["wall_ns"], summary["wait_ns"]
     rows = [row for row in report["kernels"] if row["mode"] == mode]
-    title = (
-        f"{mode.upper()}  {ms(summary['median_call_ns'])} ms {CALLS[mode]}, median (untraced "
-        f"{ms(summary['untraced_median_call_ns'])}); {summary['tokens'] / wall * 1e9:.1f} tokens/s; "
-        f"{summary['workers_used']} of {plural(report['machine']['threads'], 'worker')} used"
-    )
+    title = f"{mode.upper()}  {ms(summary['median_call_ns'])} ms {CALLS[mode]}, median (untraced "
+    title += f"{ms(summary['untraced_median_call_ns'])}); {summary['tokens'] / wall * 1e9:.1f} tokens/s; "
+    title += f"{summary['workers_used']} of {plural(report['machine']['threads'], 'worker')} used"
     heads = ["kernel", "calls", "total ms", "self ms", "wait ms", "share", "cum", "GFLOP/s", "GB/s", "roof", "imbal", "slow"]
-    widths = [13, 7, 10, 9, 9, 8, 8, 9, 7, 7, 8, 5]
     total = ["total", "", *(ms(ns / rounds) for ns in (wall, wall - wait, wait)), percent(sum(row["share"] for row in rows))]
     total += ["", number(summary["flop"] / wall), number(summary["bytes"] / wall), "", "", ""]
-    lines = [title, *table(heads, [*(_hotspot(row, rounds) for row in rows), total], widths)]
+    lines = [title, *table(heads, *(_hotspot(row, rounds) for row in rows), total)]
     if summary["stages"]:
         stages = [f"{row['name']} {ms(row['median_ns'])} ms ({percent(row['share'])})" for row in summary["stages"]]
         lines.append(wrap(f"Stages: {', '.join(stages)}."))
@@ -204,12 +191,11 @@ def reading(summary: Row, rows: list[Row]) -> str:
 def layer_text(report: Report, mode: str) -> str:
     """Return the table of one mode's layers."""
     rounds = report["job"]["rounds"]
-    rows = [
-        [row["layer"], *(ms(row[f"{key}_ns"] / rounds) for key in ("total", "self", "wait")), percent(row["share"])]
-        for row in report["modes"][mode]["layers"]
-    ]
-    heads = ["layer", "total ms", "self ms", "wait ms", "share"]
-    return "\n".join([f"{mode.upper()} BY LAYER", *table(heads, rows, [13, 10, 9, 9, 8])])
+    rows = [["layer", "total ms", "self ms", "wait ms", "share"]]
+    for row in report["modes"][mode]["layers"]:
+        times = (ms(row[f"{key}_ns"] / rounds) for key in ("total", "self", "wait"))
+        rows.append([row["layer"], *times, percent(row["share"])])
+    return "\n".join([f"{mode.upper()} BY LAYER", *table(*rows)])
 
 
 def speculation_text(report: Report) -> str:
@@ -218,10 +204,8 @@ def speculation_text(report: Report) -> str:
     after = sum(summary["wall_ns"] for mode, summary in modes.items() if mode != "prefill")
     shares = [f"{mode} {percent(summary['wall_ns'] / after)}" for mode, summary in modes.items() if mode != "prefill"]
     right = f"{found['accepted']} of {found['drafted']} guesses were right ({percent(found['acceptance'])})"
-    text = (
-        f"SPECULATION  guesses: {found['guesses']}, draft: {found['draft']}. {right}; {found['tokens_per_step']:.2f} tokens a"
-    )
-    return wrap(f"{text} step. Time after the prefill: {', '.join(shares)}.")
+    text = f"SPECULATION  guesses: {found['guesses']}, draft: {found['draft']}. {right}"
+    return wrap(f"{text}; {found['tokens_per_step']:.2f} tokens a step. Time after the prefill: {', '.join(shares)}.")
 
 
 def amdahl_text(report: Report) -> str:
@@ -241,7 +225,7 @@ def amdahl_text(report: Report) -> str:
             cells = [guess.get("amdahl"), guess.get("bandwidth"), fact.get(f"{mode}_speedup")]
             rows.append([str(threads), mode, *(number(value, 2) for value in cells), "" if fact else "prediction only"])
     heads = ["threads", "mode", "Amdahl", "+ bandwidth", "measured", ""]
-    return "\n".join([*lines, *table(heads, rows, [8, 10, 10, 13, 10, 17])])
+    return "\n".join([*lines, *table(heads, *rows)])
 
 
 def strategies_text(report: Report) -> str:
@@ -265,7 +249,7 @@ def strategies_text(report: Report) -> str:
         results = "all end at the same loss" if found["same_losses"] else "the final losses are NOT the same"
     if any(summary["workers_used"] < report["machine"]["threads"] for summary in report["modes"].values()):
         results += "; small steps ran on one worker (--all-workers changes this)"
-    lines = [f"STRATEGIES  {job}; medians, untraced", *table(group, [heads, *rows], [18, 8, 7, 9, *[8] * (len(heads) - 4)])]
+    lines = [f"STRATEGIES  {job}; medians, untraced", *table(group, heads, *rows)]
     return "\n".join([*lines, wrap(f"Bits: {bits}; {results}."), wrap(STRATEGY_NOTES, "  ")])
 
 
@@ -273,20 +257,8 @@ def startup_text(report: Report) -> str:
     """Return the table of a fresh process's start, until its first result."""
     rows = [[row["name"], ms(row["ns"]), str(row["minor"]), str(row["major"])] for row in report["startup"]]
     rows.append(["total", ms(sum(row["ns"] for row in report["startup"])), "", ""])
-    lines = table(["part", "ms", "minor faults", "major faults"], rows, [37, 10, 14, 14])
-    return "\n".join(["START-UP  a fresh process; the system counts page faults (getrusage)", *lines])
-
-
-def perf_text(report: Report) -> str:
-    """Return the table of the hottest symbols found by perf."""
-    found = report["perf"]
-    shown = [row for row in found["symbols"] if row["share"] >= 0.002][:16]
-    rows = [[row["symbol"][:44], row["object"][:44], percent(row["share"])] for row in shown]
-    lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
-    lines += table(["symbol", "object", "share"], rows, [44, 46, 8])
-    compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
-    lines += table(["share of computing", *found["families"]], compared, [20, 11, 10, 10, 14, 22])
-    return "\n".join(lines)
+    title = "START-UP  a fresh process; the system counts page faults (getrusage)"
+    return "\n".join([title, *table(["part", "ms", "minor faults", "major faults"], *rows)])
 
 
 def read_report(path: str) -> Report:
@@ -304,13 +276,12 @@ def read_report(path: str) -> Report:
 def compare(path_a: str, path_b: str) -> str:
     """Return the comparison of two reports as text. Raises InputError if they are of different kinds of jobs."""
     a, b = read_report(path_a), read_report(path_b)
+    names = [os.path.basename(path) for path in (path_a, path_b)]
     modes = [mode for mode in a["modes"] if mode in b["modes"]]
     if not modes:
-        jobs = (
-            f"{os.path.basename(path)} is of {' and '.join(report['modes'])}" for path, report in ((path_a, a), (path_b, b))
-        )
+        jobs = (f"{name} is of {' and '.join(report['modes'])}" for name, report in zip(names, (a, b), strict=True))
         raise InputError(f"--compare: {', '.join(jobs)}: give two reports of the same kind of job")
-    lines = [f"a  {os.path.basename(path_a)}", f"b  {os.path.basename(path_b)}", *differences(a, b)]
+    lines = [f"a  {names[0]}", f"b  {names[1]}", *differences(a, b)]
     for mode in modes:
         lines += ["", *_differences_of(a, b, mode)]
     return "\n".join(lines)
@@ -336,24 +307,17 @@ def differences(a: Report, b: Report) -> list[str]:
 
 def _differences_of(a: Report, b: Report, mode: str) -> list[str]:
     """Return the table of one mode in ms per call (a prompt, a token, an iteration), the largest change first."""
-    times = [_times(report, mode) for report in (a, b)]
+    times = []  # of a and of b: self and wait of each row
+    for report in (a, b):
+        calls, kernels = report["modes"][mode]["calls"], (row for row in report["kernels"] if row["mode"] == mode)
+        times.append({row["name"]: (row["self_ns"] / calls, row["wait_ns"] / calls) for row in kernels})
     wall_a, wall_b = (report["modes"][mode]["wall_ns"] / report["modes"][mode]["calls"] for report in (a, b))
-    found = []
+    rows = []
     for name in {**times[0], **times[1]}:
         (self_a, wait_a), (self_b, wait_b) = (side.get(name, (0.0, 0.0)) for side in times)
-        found.append((self_b + wait_b - self_a - wait_a, name, self_a, self_b, wait_a, wait_b))
-    rows = []
-    for moved, name, self_a, self_b, wait_a, wait_b in sorted(found, key=lambda row: -abs(row[0])):
-        ratio = f"{self_b / self_a:.2f}x" if self_a > 0 else "-"
-        change = [f"{moved / 1e6:+.3f}", f"{moved / wall_a:+.1%}"]
-        rows.append([name, ms(self_a), ms(self_b), ratio, ms(wait_a), ms(wait_b), *change])
+        moved, ratio = self_b + wait_b - self_a - wait_a, f"{self_b / self_a:.2f}x" if self_a > 0 else "-"
+        cells = [name, ms(self_a), ms(self_b), ratio, ms(wait_a), ms(wait_b), f"{moved / 1e6:+.3f}", f"{moved / wall_a:+.1%}"]
+        rows.append((-abs(moved), cells))
     title = f"{mode.upper()}  {ms(wall_a)} -> {ms(wall_b)} ms {CALLS[mode]} ({wall_b / wall_a - 1:+.1%})"
     heads = ["ms", "self a", "self b", "b / a", "wait a", "wait b", "change", "of wall a"]
-    return [title, *table(heads, rows, [13, 11, 11, 9, 11, 11, 11, 11])]
-
-
-def _times(report: Report, mode: str) -> dict[str, tuple[float, float]]:
-    """Return self and wait of each row, in ns per call."""
-    calls = report["modes"][mode]["calls"]
-    rows = [row for row in report["kernels"] if row["mode"] == mode]
-    return {row["name"]: (row["self_ns"] / calls, row["wait_ns"] / calls) for row in rows}
+    return [title, *table(heads, *(cells for _, cells in sorted(rows)))]

@@ -1,7 +1,6 @@
 """Write traces for viewers: Chrome's trace events (Perfetto, chrome://tracing), and Paraver's .prv, .pcf and .row.
 
-Times begin with the first call. Sources: "Trace Event Format" (Google; complete events "X" and metadata "M"); "Paraver: trace
-format" (Barcelona Supercomputing Center).
+Times begin with the first call. Sources: Google's "Trace Event Format" and Paraver's "Trace format".
 """
 
 import json
@@ -19,11 +18,7 @@ ChromeEvent = dict[str, Any]
 
 
 def chrome(path: str | os.PathLike[str], calls: list[Call], nth: int, title: str) -> None:
-    """Write trace events with one track for each worker.
-
-    A call contains steps, a step contains layers, and a layer contains phases and the waits after them. In training, a call
-    contains stages, which contain the steps. Calls, stages and the sampler are on the track of worker 0.
-    """
+    """Write trace events with one track for each worker: calls, stages of training, steps, layers, phases and waits, nested."""
     events = [_event("process_name", 0, name=title)]
     events += [_event("thread_name", ith, name=f"worker {ith}") for ith in range(nth)]
     events += [_event("thread_sort_index", ith, sort_index=ith) for ith in range(nth)]
@@ -49,10 +44,9 @@ def _nested(span: Callable[..., ChromeEvent], noted: list[Event]) -> Iterator[Ch
         if where:
             yield span(where, "layer", part[0].begin, part[-1].left)
         for event in part:
-            if event.end > event.begin:
-                yield span(event.phase, "phase", event.begin, event.end, layer=event.layer)
-            if event.left > event.end:
-                yield span(event.waiting, "wait", event.end, event.left, after=event.phase, layer=event.layer)
+            for name, begin, end in event.spans():
+                kind, more = ("phase", {}) if begin == event.begin < event.end else ("wait", {"after": event.phase})
+                yield span(name, kind, begin, end, layer=event.layer, **more)
 
 
 def _layer(event: Event) -> str:
@@ -72,8 +66,6 @@ def _event(name: str, ith: int, /, **args: object) -> ChromeEvent:
     return {"name": name, "ph": "M", "pid": 1, "tid": ith, "args": args}
 
 
-# ------------------------------------------------------------------------------------------------ Paraver
-
 IDLE, RUNNING, SYNCHRONISATION, FORK_JOIN = 0, 1, 5, 7
 STATES = {
     IDLE: ("Idle", "117,195,255"), RUNNING: ("Running", "0,0,255"), SYNCHRONISATION: ("Synchronization", "179,0,0"),
@@ -82,22 +74,9 @@ STATES = {
 MODE, PHASE, LAYER = 60000001, 60000002, 60000003  # event types; the value 0 ends an event
 SAMPLER = "sampler"
 PCF_HEAD = """\
-DEFAULT_OPTIONS
-
-LEVEL               THREAD
-UNITS               NANOSEC
-LOOK_BACK           100
-SPEED               1
-FLAG_ICONS          ENABLED
-NUM_OF_STATE_COLORS 1000
-YMAX_SCALE          37
-
-
-DEFAULT_SEMANTIC
-
-THREAD_FUNC         State As Is
-
-
+DEFAULT_OPTIONS\n\nLEVEL               THREAD\nUNITS               NANOSEC\nLOOK_BACK           100\nSPEED               1
+FLAG_ICONS          ENABLED\nNUM_OF_STATE_COLORS 1000\nYMAX_SCALE          37\n\n
+DEFAULT_SEMANTIC\n\nTHREAD_FUNC         State As Is\n\n
 """
 
 Interval = tuple[int, int, int, str, str]  # begin, end, state, phase or "", place or ""
@@ -106,11 +85,9 @@ Interval = tuple[int, int, int, str, str]  # begin, end, state, phase or "", pla
 def paraver(stem: str | os.PathLike[str], calls: list[Call], nth: int) -> list[str]:
     """Write STEM.prv, STEM.pcf and STEM.row; return their names. Every worker has exactly one state at every time."""
     events = [event for call in calls for step in call.steps for noted in step for event in noted if event.phase != WAKE]
-    names = {
-        MODE: [*dict.fromkeys(call.mode for call in calls)],
-        PHASE: [*dict.fromkeys(event.phase for event in events), SAMPLER],
-        LAYER: [*dict.fromkeys(_place(event) for event in events), SAMPLER],
-    }
+    names = {MODE: [*dict.fromkeys(call.mode for call in calls)]}
+    names[PHASE] = [*dict.fromkeys(event.phase for event in events), SAMPLER]
+    names[LAYER] = [*dict.fromkeys(map(_place, events)), SAMPLER]
     levels = {"CPU": [f"CPU {i + 1}" for i in range(nth)], "NODE": ["node 1"], "THREAD": [f"worker {i}" for i in range(nth)]}
     blocks = ["\n".join([f"LEVEL {level} SIZE {len(own)}", *own]) for level, own in levels.items()]
     texts = {".prv": _prv(calls, nth, names), ".pcf": _pcf(names), ".row": "\n\n".join(blocks) + "\n"}
@@ -149,21 +126,17 @@ def _prv(calls: list[Call], nth: int, names: dict[int, list[str]]) -> str:
 
 
 def _intervals(calls: list[Call], ith: int) -> Iterator[Interval]:
-    """Yield one worker's states, without gaps, from the begin of the first call to the end of the last.
-
-    Time without an event is Python and pool on worker 0, and idle on the other workers.
-    """
-    between = FORK_JOIN if ith == 0 else IDLE
+    """Yield one worker's states, without gaps, from the begin of the first call to the end of the last."""
+    between = FORK_JOIN if ith == 0 else IDLE  # time without an event is Python and pool on worker 0
     at = calls[0].begin
     for call in calls:
         for step in call.steps:
             for event in step[ith]:
                 if event.begin > at:
                     yield at, event.begin, between, "", ""
-                if event.end > event.begin:
-                    yield event.begin, event.end, RUNNING, event.phase, _place(event)
-                if event.left > event.end:
-                    yield event.end, event.left, SYNCHRONISATION, "", ""
+                for name, begin, end in event.spans():
+                    busy = name == event.phase != WAKE
+                    yield (begin, end, RUNNING, name, _place(event)) if busy else (begin, end, SYNCHRONISATION, "", "")
                 at = event.left
         if ith == 0:
             yield at, call.ran, between, "", ""

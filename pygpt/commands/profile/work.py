@@ -1,15 +1,6 @@
 """The model of work of `pygpt bench` and `pygpt profile`: the least operations and bytes of each kernel.
 
-Forward operations: a product has 2 for each weight and row. Attention has 4 for each channel of a visible key. layernorm has 8
-and the encoder 1 for each value. GELU, exp and biases do not count. Bytes are compulsory traffic: each weight once per step,
-each visible key and value once per step, activations in and out. If a kernel reads weights again for more rows, that does not
-count. A weight takes the bytes of its format. The float32 scales of quantised weights do not count as operations.
-
-Backward operations: a product has twice the operations of the forward pass, for the gradients of its inputs and its weights.
-Attention has twice too; recomputed scores do not count. layernorm has 16 for each value, the loss 2 and its gradient 1 for each
-logit. Weights are read once and their gradients are written once. The norm has 2 operations and 4 bytes for each parameter.
-AdamW has 17 operations, including a root and a division, and 28 bytes: it reads parameter, gradient and two moments, and writes
-all except the gradient.
+docs/reference/reports.md says what counts.
 """
 
 from collections import Counter
@@ -48,14 +39,10 @@ def forward(
     }
     return {
         "encoder": (rows * C, rows * (stored["wte"][1] // V + stored["wpe"][1] // config.maxT + 4 * C)),
-        **_in_layers(L, layer),
+        **{name: (L * flop, L * size) for name, (flop, size) in layer.items()},
         "lnf": (8 * wanted * C, 8 * wanted * C),
         "logits": (2 * wanted * V * C, stored["wte"][1] + 4 * wanted * (V + C)),
     }
-
-
-def _in_layers(L: int, layer: Work) -> Work:
-    return {name: (L * flop, L * size) for name, (flop, size) in layer.items()}
 
 
 def training(config: Config, B: int, T: int) -> Work:
@@ -78,7 +65,7 @@ def training(config: Config, B: int, T: int) -> Work:
     }
     return {
         **forward(config, floats(config), R, wanted=R, sequences=B),
-        **_in_layers(L, layer),
+        **{name: (L * flop, L * size) for name, (flop, size) in layer.items()},
         "loss": (2 * R * V, 8 * R * V),
         "dlogits": (R * V, 8 * R * V),
         "dhead": dproduct(V, C),

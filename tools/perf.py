@@ -1,4 +1,4 @@
-"""Run the job under Linux perf, which samples the running symbol 997 times a second.
+"""Run the job of `pygpt profile --sample` under Linux perf, which samples the running symbol 997 times a second.
 
 perf attaches to this process after the model is warm, so that it excludes start-up. Its control pipe starts and stops it. The
 shares are of processor time, so a worker that sleeps at a barrier does not count.
@@ -14,8 +14,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ...errors import PyGPTError
-from .job import Job, clock
+from pygpt.commands.console import say
+from pygpt.commands.profile.job import Job, clock
+from pygpt.commands.profile.text import percent, plural, table
+from pygpt.errors import PyGPTError
 
 Row = dict[str, Any]
 SECONDS = 2.0  # the least duration of the run, which has at least one round
@@ -38,6 +40,15 @@ PHASES = {
 
 class PerfAbsent(PyGPTError):
     """perf is not installed or not permitted. The message says which."""
+
+
+def sampled(path: str, job: Job, report: Row) -> Row | None:
+    """Return the part of the report about perf, or None with a notice if perf is not installed or not permitted."""
+    try:
+        return {**look(path, job, report["machine"]["threads"]), "reported": reported(report["kernels"])}
+    except PerfAbsent as error:
+        say(str(error))
+        return None
 
 
 def look(path: str, job: Job, threads: int) -> Row:
@@ -138,3 +149,14 @@ def reported(kernels: list[Row]) -> dict[str, float]:
 def _shares(sums: "Counter[str]") -> dict[str, float]:
     total = sum(sums.values())
     return {name: sums[name] / total if total else 0.0 for name in FAMILIES}
+
+
+def table_text(found: Row) -> str:
+    """Return the table of the hottest symbols found by perf."""
+    shown = [row for row in found["symbols"] if row["share"] >= 0.002][:16]
+    rows = [[row["symbol"][:44], row["object"][:44], percent(row["share"])] for row in shown]
+    lines = [f"SAMPLED BY PERF  {plural(found['samples'], 'sample')} of processor time"]
+    lines += table(["symbol", "object", "share"], *rows)
+    compared = [["perf", *map(percent, found["families"].values())], ["this report", *map(percent, found["reported"].values())]]
+    lines += table(["share of computing", *found["families"]], *compared)
+    return "\n".join(lines)

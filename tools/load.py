@@ -26,9 +26,9 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-from ...errors import InputError, PyGPTError
-from ..console import Parser, check_stdout, whole
-from .train import print_table
+from pygpt.commands.bench.measuring import print_table
+from pygpt.commands.console import Parser, check_stdout, whole
+from pygpt.errors import InputError, PyGPTError
 
 SIGMA = 0.5  # of the logarithms of lengths
 TIMES = ("ttft", "itl", "tpot")

@@ -1,4 +1,4 @@
-"""Peers: other implementations of GPT-2 that run the same checkpoint in their own processes, alternating with pygpt.
+"""Peers of `pygpt bench --against`: other programs that run the same checkpoint in their own processes, alternating with pygpt.
 
     with Peer("numpy", "gpt2_124M.bin", threads=2) as peer:
         peer.prefill(512), peer.decode(64, 8)              # seconds
@@ -19,22 +19,21 @@ import importlib.util
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from itertools import pairwise
 from multiprocessing.connection import Connection
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from pygpt.commands.bench.measuring import call_tool, laps, peak_rss_bytes, prompt, seconds_of
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ...config import Config
+    from pygpt.config import Config
 
     Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -82,7 +81,8 @@ class Peer(AbstractContextManager["Peer"]):
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, os.fspath(model_path), threads), daemon=True)
+        given = "peers", "serve", theirs, name, os.fspath(model_path), threads
+        self.process = context.Process(target=call_tool, args=given, daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the child ends the pipe
         try:
@@ -135,26 +135,6 @@ def library_settings(threads: int) -> dict[str, str]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile in the child, because compiler processes would stay
         "HF_HUB_OFFLINE": "1",
     }
-
-
-def marks(clock: Callable[[], Any], *steps: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
-    """Run the steps one after the other; return their results, and the times of the begin and of the end of each."""
-    results, times = [], [clock()]
-    for step in steps:
-        results.append(step())
-        times.append(clock())
-    return results, times
-
-
-def laps(*steps: Callable[[], Any]) -> tuple[list[Any], list[float]]:
-    """Run the steps one after the other; return their results, and the seconds of each."""
-    results, times = marks(time.perf_counter, *steps)
-    return results, [end - begin for begin, end in pairwise(times)]
-
-
-def seconds_of(job: Callable[[], object]) -> float:
-    """Run a job; return its seconds."""
-    return laps(job)[1][0]
 
 
 class Engine:
@@ -227,7 +207,7 @@ def read_weights(path: str) -> "tuple[Config, Weights]":
     """
     import numpy as np
 
-    from ...formats.open import open_model
+    from pygpt.formats.open import open_model
 
     weights = {}
     with open_model(path) as source:
@@ -415,7 +395,7 @@ class Transformers(Torch):
 
     def _renamed(self, weights: "Weights") -> dict[str, Any]:
         """Return the weights by the library's names and layout. Empties `weights`, so that each is in memory once."""
-        from ...formats.huggingface import HEAD, NAMES, PREFIX
+        from pygpt.formats.huggingface import HEAD, NAMES, PREFIX
 
         state = {}
         for ours in [*weights]:
@@ -520,8 +500,8 @@ ENGINES: dict[str, Callable[[str, int], Engine]] = {
 
 def convert_to_gguf(path: str, folder: str, format: str | None = None) -> "Config":
     """Write model.gguf in a format of `pygpt quantize`, or in the file's own precision; return the dimensions."""
-    from ...formats.open import open_model
-    from ..quantize import FORMATS, HEADS, quantise
+    from pygpt.commands.quantize import FORMATS, HEADS, quantise
+    from pygpt.formats.open import open_model
 
     with open_model(path) as source:
         plain = "bf16" if source.formats["wpe"] == FORMATS["bf16"] else "f32"
@@ -562,36 +542,6 @@ def convert_to_ctranslate2(path: str, folder: str) -> "Config":
     spec.optimize()
     spec.save(folder)
     return config
-
-
-def artificial_ids(config: "Config", start: int, stop: int) -> list[int]:
-    """Return token ids, spread over the vocabulary, with the numbers [start, stop)."""
-    return [(i * 7919 + 13) % config.V for i in range(start, stop)]
-
-
-def prompt(config: "Config", start: int, stop: int) -> list[int]:
-    """Return artificial token ids for positions [start, stop). Raises ValueError for positions that the model does not have."""
-    if not 0 <= start < stop <= config.maxT:
-        raise ValueError(f"positions {start} to {stop} were requested, but the model has {config.maxT}")
-    return artificial_ids(config, start, stop)
-
-
-def resident_bytes(field: str) -> int:
-    """Return a field of /proc/self/status, such as RssAnon, in bytes, or 0 if the system does not have it."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def peak_rss_bytes() -> int:
-    """Return this process's peak resident memory in bytes."""
-    if peak := resident_bytes("VmHWM"):  # on Linux, because getrusage would include the parent's memory at the fork
-        return peak
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def serve(requests: Connection, name: str, path: str, threads: int) -> None:
