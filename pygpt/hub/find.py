@@ -31,8 +31,10 @@ def find_model(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
             raise CheckpointError(f"the model's name is empty: give the path of one such as {GPT2_FILE}")
     elif name := os.environ.get("PYGPT_MODEL", ""):
         origin, via = "PYGPT_MODEL", " (named by PYGPT_MODEL)"
+    elif os.path.lexists(GPT2_FILE):
+        name, origin = GPT2_FILE, "folder"
     else:
-        return (GPT2_FILE, "folder") if os.path.lexists(GPT2_FILE) else (EMBEDDED_MODEL, "embedded")
+        return EMBEDDED_MODEL, "embedded"
     if not os.path.isfile(name) and not os.path.isfile(os.path.join(name, "config.json")) and is_downloadable(name):
         if fetched := next((path for path in (cached_model(name), snapshot(name)) if path and os.path.exists(path)), ""):
             return fetched, origin
